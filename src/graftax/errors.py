@@ -1,0 +1,149 @@
+"""Errors: one base class, an exit code on each, every failure listed, text that is safe to print.
+
+A message says which key, what was expected, what was found and what to do next. All failures of one operation are
+collected in `.failures` and raised once; the printed message shows the first few and where the rest is.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+MESSAGE_LIMIT = 2000  # bytes of a printed message
+_SHOWN = 5  # failures shown in a message
+_NAME_LIMIT = 160  # characters of one name in a message
+
+
+def escape(text: object, limit: int = _NAME_LIMIT) -> str:
+    """A name from a file, safe for a terminal: control, bidirectional and surrogate characters as `\\x..`, long text
+    cut in the middle."""
+    out: list[str] = []
+    raw = str(text)
+    if len(raw) > limit:
+        raw = f"{raw[: limit // 2]}...{raw[-(limit // 2 - 3) :]}"
+    for char in raw:
+        if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}:
+            code = ord(char)
+            out.append(f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}")
+        else:
+            out.append(char)
+    return "".join(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One thing that does not hold: where (file, key), expected, found, and the next step."""
+
+    what: str
+    file: str = ""
+    key: str = ""
+    expected: str = ""
+    found: str = ""
+    next: str = ""
+
+    def __str__(self) -> str:
+        head = escape(self.key) if self.key else ""
+        text = f"{head}: {self.what}" if head else self.what
+        if self.expected or self.found:
+            text += f" (expected {self.expected or '-'}, found {self.found or '-'})"
+        return f"{text}\n    {self.next}" if self.next else text
+
+    def as_json(self) -> dict[str, str]:
+        return {
+            "what": self.what,
+            "file": self.file,
+            "key": self.key,
+            "expected": self.expected,
+            "found": self.found,
+            "next": self.next,
+        }
+
+
+def clip(text: str, limit: int = MESSAGE_LIMIT) -> str:
+    """`text` cut to `limit` bytes of UTF-8, whole lines where it can be, with a mark that something was cut."""
+    raw = text.encode("utf-8", "backslashreplace")
+    if len(raw) <= limit:
+        return raw.decode("utf-8")
+    mark = "\n  ... (cut)"
+    cut = raw[: limit - len(mark)].decode("utf-8", "ignore")
+    head, newline, _ = cut.rpartition("\n")
+    return (head if newline and len(head) > limit // 2 else cut) + mark
+
+
+class GraftaxError(Exception):
+    """Base of every error graftax raises on purpose. `exit_code` is what the command line returns for it.
+
+    `failures` holds one `Failure` each; `questions` the open questions of a plan, if that is what stopped it.
+    """
+
+    exit_code: ClassVar[int] = 70
+    failures: tuple[Failure, ...]
+    questions: tuple[Any, ...]
+
+    def __init__(
+        self,
+        message: str,
+        failures: Iterable[Failure] = (),
+        questions: Sequence[Any] = (),
+        next: str = "",
+    ) -> None:
+        self.failures = tuple(failures)
+        self.questions = tuple(questions)
+        lines = [message]
+        lines += [f"  {failure}" for failure in self.failures[:_SHOWN]]
+        if len(self.failures) > _SHOWN:
+            rest = len(self.failures) - _SHOWN
+            lines.append(f"  ... and {rest} more (all of them: --json, or the exception's .failures)")
+        if next:
+            lines.append(next)
+        super().__init__(clip("\n".join(lines)))
+
+
+class PlanError(GraftaxError):
+    """The plan is incomplete, ambiguous or does not fit; also a selection or an expectation that does not hold."""
+
+    exit_code = 1
+
+
+class LayoutError(PlanError):
+    """An op or a layer cannot turn these shapes or settings into those."""
+
+
+class ParityError(GraftaxError, AssertionError):
+    """Flax output and torch output differ by more than float32 explains."""
+
+    exit_code = 1
+
+
+class UsageError(GraftaxError):
+    """The call itself is off: an option, a selector's syntax, a factory that cannot be imported."""
+
+    exit_code = 2
+
+
+class RulesError(UsageError):
+    """A rules file or a plan file is not well formed; the message names the line."""
+
+
+class FormatError(GraftaxError):
+    """Bad input: malformed, truncated, inconsistent, of an unknown format or dtype."""
+
+    exit_code = 3
+
+
+class UnsafeInputError(GraftaxError):
+    """Input that would run code, leaves its folder, or passes a limit."""
+
+    exit_code = 4
+
+
+class StorageError(GraftaxError):
+    """Missing, unreadable, changed while read, disk full, or a destination that is refused."""
+
+    exit_code = 5
+
+
+SEVERITY = (4, 3, 5)  # of several exit codes the first one here wins, then the largest
+"""Order in which exit codes of several failures are reported (4 > 3 > 5)."""
