@@ -1,0 +1,50 @@
+"""What every format module provides, and what a writer is handed.
+
+A format module has three functions and nothing else that others call:
+
+    sniff(path, head) -> bool     is this file (its first 512 bytes) or folder (head == b"") mine? Never raises.
+    open(path) -> Checkpoint      names, shapes and dtypes now, values on `read`; FormatError, UnsafeInputError, StorageError
+    write(path, output) -> None   everything of `output` at `path`, a staging name; `formats.save` commits it afterwards
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from graftax.tree import Key, Side, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A row of FORMATS. `holds` names the dtypes it stores bit for bit; `module` is imported when it is used."""
+
+    name: str
+    module: str
+    endings: tuple[str, ...]
+    folder: bool
+    sides: tuple[Side, ...]
+    holds: frozenset[str]
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """What to write: `specs` in the order of the file, `tensors` once each in any order (C-contiguous or not: the writer
+    makes them so), and what a tree needs to come back as it was."""
+
+    specs: Mapping[str, TensorSpec]
+    tensors: Iterable[tuple[str, np.ndarray[Any, Any]]]
+    side: Side
+    real_keys: Mapping[str, Key] = field(default_factory=dict[str, Key])
+    containers: Mapping[str, str] = field(default_factory=dict[str, str])
+    shard_size: int | None = None
