@@ -3,7 +3,8 @@
 A format module has three functions and nothing else that others call:
 
     sniff(path, head) -> bool     is this file (its first 512 bytes) or folder (head == b"") mine? Never raises.
-    open(path) -> Checkpoint      names, shapes and dtypes now, values on `read`; FormatError, UnsafeInputError, StorageError
+    open(path) -> Checkpoint      names, shapes and dtypes now, values on `read`;
+                                  FormatError, UnsafeInputError, StorageError
     write(path, output) -> None   everything of `output` at `path`, a staging name; `formats.save` commits it afterwards
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,9 @@ class Format:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """What to write: `specs` in the order of the file, `tensors` once each in any order (C-contiguous or not: the writer
-    makes them so), and what a tree needs to come back as it was."""
+    """What to write: `specs` in the order of the file, `tensors` once each in any order (C-contiguous or not: the
+    writer makes them so), and what a tree needs to come back as it was. Paths are flat; `container` is the name of
+    the nested dict that a .pt file holds them in (`out.pt::model`)."""
 
     specs: Mapping[str, TensorSpec]
     tensors: Iterable[tuple[str, np.ndarray[Any, Any]]]
@@ -48,3 +49,4 @@ class Output:
     real_keys: Mapping[str, Key] = field(default_factory=dict[str, Key])
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
     shard_size: int | None = None
+    container: str | None = None
