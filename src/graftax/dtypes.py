@@ -1,0 +1,121 @@
+"""dtype names <-> NumPy dtypes, and arrays <-> their bytes on disk. Imports NumPy and ml_dtypes on first use only.
+
+Types below 8 bits (`TensorSpec.packed`) take one byte each in NumPy and several to a byte on disk, little end first:
+two 4-bit codes in a byte, four 6-bit codes in three. They travel through graftax as their bytes, a flat uint8 array.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import FormatError, escape
+from graftax.tree import DTYPES, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NUMPY_OWN = frozenset(
+    {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+    | {"float16", "float32", "float64", "complex64", "complex128"}
+)
+"""The dtypes NumPy has without ml_dtypes: what npz holds."""
+
+
+@cache
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a name of `tree.DTYPES`, in the machine's byte order. FormatError for another name."""
+    import numpy as np
+
+    if name in NUMPY_OWN:
+        return np.dtype(name)
+    if name not in DTYPES:
+        raise FormatError(f"unknown dtype {escape(name)!r}; known: {', '.join(DTYPES)}")
+    import ml_dtypes
+
+    scalar = getattr(ml_dtypes, name, None)
+    if scalar is None:
+        raise FormatError(f"the installed ml_dtypes {ml_dtypes.__version__} does not know {name}", next="Upgrade it.")
+    return np.dtype(scalar)
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a NumPy or ml_dtypes dtype, whatever its byte order. FormatError for one that is not in
+    `tree.DTYPES`: objects, text, dates, records, float128."""
+    import numpy as np
+
+    name = np.dtype(dtype).name
+    if name not in DTYPES:
+        raise FormatError(f"a checkpoint cannot hold dtype {escape(name)!r}", next=f"It can hold: {', '.join(DTYPES)}")
+    return name
+
+
+def spec_of(array: Any) -> TensorSpec:
+    """The spec of anything with `.shape` and `.dtype`."""
+    return TensorSpec(tuple(int(extent) for extent in array.shape), dtype_name(array.dtype))
+
+
+def pack(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """One code a byte -> `bits` bits a code, flat, little end first; the last byte is filled with zero bits."""
+    import numpy as np
+
+    low: np.ndarray[Any, np.dtype[np.uint8]] = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
+    if bits == 4:
+        low = np.bitwise_and(low, np.uint8(0x0F))
+        if low.size % 2:
+            low = np.append(low, np.uint8(0))
+        return np.bitwise_or(low[0::2], np.left_shift(low[1::2], np.uint8(4)))
+    spread = np.unpackbits(low[:, None], axis=1, bitorder="little")[:, :bits]
+    return np.packbits(spread.reshape(-1), bitorder="little")
+
+
+def unpack(storage: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[Any, Any]:
+    """The bytes of a packed tensor as an array of its shape and ml_dtypes dtype, one byte a code."""
+    import numpy as np
+
+    spread = np.unpackbits(np.asarray(storage, np.uint8), bitorder="little")[: spec.size * spec.bits]
+    spread = spread.reshape(spec.size, spec.bits)
+    if spec.kind == "i":  # int4 in NumPy is sign-extended to its byte
+        fill = np.repeat(spread[:, -1:], 8 - spec.bits, axis=1)
+        spread = np.concatenate([spread, fill], axis=1)
+    codes = np.packbits(spread, axis=1, bitorder="little").reshape(-1)
+    return codes.view(numpy_dtype(spec.dtype)).reshape(spec.shape)
+
+
+def storage_bytes(array: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What goes to disk: the values in C order, little end first, as a flat uint8 array of `spec.nbytes`. A view where
+    the array is contiguous already, else a copy. A packed tensor may come as its bytes or as one byte a code.
+
+    Raises FormatError where the array is not what `spec` says.
+    """
+    import numpy as np
+
+    if spec.packed and array.dtype == np.uint8 and array.shape == (spec.nbytes,):
+        return np.ascontiguousarray(array)
+    name = dtype_name(array.dtype)
+    if name != spec.dtype or tuple(array.shape) != spec.shape:
+        found = f"{name}[{','.join(map(str, array.shape))}]"
+        raise FormatError(f"the array is not what its spec says: expected {spec}, found {found}")
+    if spec.packed:
+        return pack(array, spec.bits)
+    if array.dtype.newbyteorder("<") != array.dtype:
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def from_storage(storage: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
+    """The array whose bytes are `storage` (bytes, bytearray, memoryview or a uint8 array), without a copy: writable
+    where the buffer is. A packed tensor stays its bytes: a flat uint8 array (`unpack` gives its codes).
+
+    Raises FormatError where the length is not `spec.nbytes`.
+    """
+    import numpy as np
+
+    raw = np.frombuffer(storage, np.uint8) if memoryview(storage).nbytes else np.empty(0, np.uint8)
+    if raw.size != spec.nbytes:
+        raise FormatError(f"{spec} takes {spec.nbytes} bytes, found {raw.size}")
+    if spec.packed:
+        return raw
+    dtype = numpy_dtype(spec.dtype)
+    array = raw.view(dtype.newbyteorder("<")) if dtype.itemsize > 1 else raw.view(dtype)
+    return array.astype(dtype, copy=False).reshape(spec.shape)

@@ -1,0 +1,88 @@
+"""The closed set of ops: one step from a tuple of tensors to a tuple of tensors.
+
+Index ops move values and are always exact. Value ops change them; their inverse is a pseudo-inverse and their exactness
+is measured while data streams by. Every op knows its output specs, so a plan is proved to fit before data moves.
+
+    infer(specs) -> specs      shapes and dtypes out; LayoutError where the input does not fit
+    inverse                    the op back; inverse of inverse is the op itself
+    apply(arrays) -> arrays    NumPy in, NumPy out; views where it can
+
+An op that takes one tensor is mapped over all tensors of the tuple. `bind_chain` writes down every size that an inverse
+needs: only bound ops are kept in a plan.
+"""
+
+from graftax.ops.base import Array, Arrays, Op, Specs, same_bits
+from graftax.ops.chains import (
+    CONDITIONS,
+    OPS,
+    apply_chain,
+    bind_chain,
+    chain_text,
+    infer_chain,
+    invert_chain,
+    op_from_json,
+    op_to_json,
+)
+from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
+from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
+from graftax.ops.rearrange import Rearrange, parse_pattern, transpose
+from graftax.ops.value_ops import (
+    Cast,
+    Drop,
+    Fill,
+    FoldWeightNorm,
+    Keep,
+    Offset,
+    Scale,
+    SpectralSigma,
+    SpectralVector,
+    Sum,
+    UnfoldWeightNorm,
+    Unsum,
+    widens,
+)
+
+__all__ = [
+    "CONDITIONS",
+    "OPS",
+    "Array",
+    "Arrays",
+    "Cast",
+    "Concat",
+    "Copy",
+    "Crop",
+    "Drop",
+    "Fill",
+    "Flip",
+    "FoldWeightNorm",
+    "Keep",
+    "Offset",
+    "Op",
+    "Pad",
+    "Rearrange",
+    "Repeat",
+    "RequireZero",
+    "Same",
+    "Scale",
+    "Specs",
+    "SpectralSigma",
+    "SpectralVector",
+    "Split",
+    "Stack",
+    "Sum",
+    "UnfoldWeightNorm",
+    "Unrepeat",
+    "Unstack",
+    "Unsum",
+    "apply_chain",
+    "bind_chain",
+    "chain_text",
+    "infer_chain",
+    "invert_chain",
+    "op_from_json",
+    "op_to_json",
+    "parse_pattern",
+    "same_bits",
+    "transpose",
+    "widens",
+]

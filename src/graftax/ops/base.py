@@ -1,0 +1,73 @@
+"""What every op provides, and the small checks that ops share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from graftax.errors import LayoutError
+from graftax.tree import TensorSpec
+
+Array = Any
+"""A NumPy array; ml_dtypes for bfloat16, f8 and int4."""
+Arrays = tuple[Any, ...]
+Specs = tuple[TensorSpec, ...]
+
+
+@runtime_checkable
+class Op(Protocol):
+    """One step of an entry. `exact`: the inverse gives back every bit, whatever the values."""
+
+    name: ClassVar[str]
+
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def inverse(self) -> Op: ...
+    @property
+    def text(self) -> str: ...
+    def infer(self, specs: Specs) -> Specs: ...
+    def apply(self, arrays: Arrays) -> Arrays: ...
+
+
+def refuse_packed(specs: Specs, op: str) -> None:
+    for spec in specs:
+        if spec.packed:
+            raise LayoutError(f"{op} would split the bytes of {spec}: packed types move only as they are")
+
+
+def valid_axis(spec: TensorSpec, axis: int, op: str) -> int:
+    if not 0 <= axis < len(spec.shape):
+        raise LayoutError(f"{op}: {spec} has no axis {axis}")
+    return axis
+
+
+def with_axis(spec: TensorSpec, axis: int, extent: int) -> TensorSpec:
+    return TensorSpec((*spec.shape[:axis], extent, *spec.shape[axis + 1 :]), spec.dtype)
+
+
+def count_groups(count: int, size: int, op: str) -> int:
+    if size < 1 or count % size or not count:
+        raise LayoutError(f"{op} takes a multiple of {size} tensors, got {count}")
+    return count // size
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Equal in shape, dtype and every bit (NaN payloads and -0.0 count)."""
+    import numpy as np
+
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    whole = (
+        np.dtype(f"V{a.dtype.itemsize}") if a.dtype.itemsize not in (1, 2, 4, 8) else np.dtype(f"u{a.dtype.itemsize}")
+    )
+    if whole.kind == "V":
+        return np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
+    return bool(np.array_equal(_as_bits(a, whole), _as_bits(b, whole)))
+
+
+def _as_bits(array: Array, whole: Array) -> Array:
+    import numpy as np
+
+    if array.ndim == 0 or not array.flags.c_contiguous:
+        array = np.array(array, order="C", copy=True).reshape(array.shape)
+    return array.view(whole)
