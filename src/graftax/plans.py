@@ -1,0 +1,451 @@
+"""Plans: what goes where, and how. Pure data made from names, shapes and dtypes, separate from its execution.
+
+An entry is a group and the unit of meaning: sources -> ops -> targets. Every key stands in exactly one entry a side, so the
+resolved plan inverts: swap the sides, reverse the ops.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+from graftax.errors import Failure, GraftaxError, LayoutError, PlanError, RulesError, StorageError, UsageError, escape
+from graftax.ops import Drop, Fill, Keep, Op, Specs, bind_chain, chain_text, invert_chain, op_from_json, op_to_json
+from graftax.tree import Checkpoint, Key, Side, TensorSpec
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One side of a plan: what it is called, its names and specs, and what its containers need to come back."""
+
+    label: str
+    side: Side
+    specs: Mapping[str, TensorSpec]
+    real_keys: Mapping[str, Key] = field(default_factory=dict[str, Key])
+    containers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, side: Side) -> End:
+        return cls(checkpoint.label, side, checkpoint.specs, checkpoint.real_keys, checkpoint.containers)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """sources -> ops -> targets, and what decided it, the strongest evidence first."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    ops: tuple[Op, ...] = ()
+    evidence: tuple[str, ...] = ()
+
+    @property
+    def dropped(self) -> str | None:
+        """Why the source goes nowhere, for an entry that drops it."""
+        return self.ops[-1].reason if self.ops and isinstance(self.ops[-1], Drop) else None
+
+    @property
+    def unfilled(self) -> bool:
+        """The targets come from no source: filled with a constant or kept from like."""
+        return bool(self.ops) and isinstance(self.ops[0], (Fill, Keep))
+
+    @property
+    def exact(self) -> bool:
+        return all(op.exact for op in self.ops)
+
+    @property
+    def text(self) -> str:
+        return f"{', '.join(self.sources) or '()'} -> {', '.join(self.targets) or '()'}: {chain_text(self.ops)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One answer to a question: the rule line that picks it (paste-ready) and what speaks for it."""
+
+    rule: str
+    sources: tuple[str, ...] = ()
+    evidence: str = ""
+
+    def __str__(self) -> str:
+        return f"{escape(self.rule, 400)}{f'   # {escape(self.evidence, 200)}' if self.evidence else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What inference cannot know. `kind` is a word (match, layout, flatten, fused, stack, missing, unused); `targets` and
+    `sources` are the leaves that wait for the answer; each candidate carries the rule line that settles it."""
+
+    kind: str
+    text: str
+    targets: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [escape(self.text, 600)]
+        lines += [f"    {candidate}" for candidate in self.candidates[:10]]
+        if len(self.candidates) > 10:
+            lines.append(f"    ... and {len(self.candidates) - 10} more candidates")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "text": self.text,
+            "targets": list(self.targets),
+            "sources": list(self.sources),
+            "candidates": [
+                {"rule": c.rule, "sources": list(c.sources), "evidence": c.evidence} for c in self.candidates[:10]
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    """What no file can show and the plan relies on, with the check that proves it."""
+
+    text: str
+    check: str
+    targets: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{escape(self.text, 400)} (to prove it: {escape(self.check, 200)})"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"text": self.text, "check": self.check, "targets": list(self.targets)}
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a producer found: entries for what is settled, questions for what is not. `reads` says which values were
+    read while planning, and why."""
+
+    entries: tuple[Entry, ...] = ()
+    questions: tuple[Question, ...] = ()
+    assumptions: tuple[Assumption, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=65536)
+def _bound(ops: tuple[Op, ...], specs: Specs) -> tuple[tuple[Op, ...], Specs]:
+    return bind_chain(ops, specs)
+
+
+Runner = Callable[["Plan", Any], Any]
+Replanner = Callable[["Plan", str], "Plan"]
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """What goes where, and how; `print` it to review it. `complete` when nothing is open and everything fits.
+
+    entries, questions, assumptions, failures, reads: as producers found them. `runner` and `replanner` are set by the
+    library's front (they read values and infer again); a plan without them is still data.
+    """
+
+    source: End
+    like: End
+    entries: tuple[Entry, ...] = ()
+    questions: tuple[Question, ...] = ()
+    assumptions: tuple[Assumption, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    reads: tuple[str, ...] = ()
+    runner: Runner | None = field(default=None, repr=False)
+    replanner: Replanner | None = field(default=None, repr=False)
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def complete(self) -> bool:
+        """Every leaf of like is filled, every source accounted for, every shape and dtype fits, nothing is open."""
+        return not self.questions and not self.failures
+
+    @property
+    def lossless(self) -> bool:
+        """Every entry gives back every bit on the way back, whatever the values; dropped tensors apart."""
+        return all(entry.exact for entry in self.entries if entry.dropped is None)
+
+    def require_complete(self) -> None:
+        """PlanError with every question and failure, unless the plan is complete."""
+        if self.complete:
+            return
+        open_ = [
+            Failure(
+                str(question),
+                next="" if question.candidates else "No candidate: write a rule, or see --missing / --unused.",
+            )
+            for question in self.questions
+        ]
+        counts = [f"{len(self.questions)} open question(s)"] if self.questions else []
+        counts += [f"{len(self.failures)} misfit(s)"] if self.failures else []
+        raise PlanError(
+            f"the plan for {escape(self.source.label)} -> {escape(self.like.label)} has {' and '.join(counts)}:",
+            failures=(*self.failures, *open_),
+            questions=self.questions,
+            next="Put one of the lines shown into a rules file (--rules R.toml), or have them all written: --suggest R.toml."
+            if any(question.candidates for question in self.questions)
+            else "",
+        )
+
+    # ------------------------------------------------------------ doing
+
+    def run(self, source: Any) -> Any:
+        """The tree that this plan makes of `source`, in like's own kind of container. PlanError if incomplete."""
+        self.require_complete()
+        if self.runner is None:
+            raise UsageError("this plan has no runner; use gx.plan, gx.load_plan or execute.run_plan")
+        return self.runner(self, source)
+
+    def answer(self, question: Question | int, choice: Candidate | int | str) -> Plan:
+        """Settle a question by one of its candidates (the object, its index, or a rule line) and plan again: answering
+        one narrows the others. Changes this plan in place and returns it."""
+        asked = self.questions[question] if isinstance(question, int) else question
+        if isinstance(choice, int):
+            choice = asked.candidates[choice]
+        rule = choice.rule if isinstance(choice, Candidate) else choice
+        if self.replanner is None:
+            raise UsageError("a plan read from a file cannot be answered; plan again with the rule", next=rule)
+        new = self.replanner(self, rule)
+        for name in ("entries", "questions", "assumptions", "failures", "reads", "replanner", "runner"):
+            setattr(self, name, getattr(new, name))
+        return self
+
+    @property
+    def inverse(self) -> Plan:
+        """The plan back: sides swapped, ops reversed and inverted. PlanError if incomplete."""
+        self.require_complete()
+        entries: list[Entry] = []
+        for entry in self.entries:
+            entries.append(Entry(entry.targets, entry.sources, invert_chain(entry.ops), entry.evidence))
+        return Plan(self.like, self.source, tuple(entries), (), self.assumptions, (), self.reads, self.runner)
+
+    # ------------------------------------------------------------ making
+
+    @classmethod
+    def build(
+        cls,
+        source: End,
+        like: End,
+        proposal: Proposal,
+        *,
+        partial: bool = False,
+    ) -> Plan:
+        """A plan of the proposal's entries, every op bound to its shapes and every misfit collected.
+
+        Keys of either side that no entry and no question mentions become questions, unless `partial`.
+        """
+        failures = list(proposal.failures)
+        entries: list[Entry] = []
+        for entry in proposal.entries:
+            bound = _fit(entry, source, like)
+            if isinstance(bound, Failure):
+                failures.append(bound)
+            entries.append(entry if isinstance(bound, Failure) else bound)
+        failures += _counted(entries, source, like)
+        questions = list(proposal.questions)
+        if not partial:
+            questions += _leftover(entries, questions, source, like)
+        return cls(
+            source, like, tuple(entries), tuple(questions), proposal.assumptions, tuple(failures), proposal.reads
+        )
+
+    # ------------------------------------------------------------ text
+
+    def __str__(self) -> str:
+        from graftax.report.plan_text import plan_text
+
+        return plan_text(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as JSON data; `Plan.from_json` reads it."""
+        return {
+            "graftax_plan": SCHEMA,
+            "complete": self.complete,
+            "lossless": self.lossless,
+            "source": _end_json(self.source),
+            "like": _end_json(self.like),
+            "entries": [
+                {
+                    "sources": list(entry.sources),
+                    "targets": list(entry.targets),
+                    "ops": [op_to_json(op) for op in entry.ops],
+                    "evidence": list(entry.evidence),
+                }
+                for entry in self.entries
+            ],
+            "questions": [question.as_json() for question in self.questions],
+            "assumptions": [assumption.as_json() for assumption in self.assumptions],
+            "failures": [failure.as_json() for failure in self.failures],
+            "reads": list(self.reads),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON. StorageError where that fails; PlanError where an op is a Python function."""
+        text = json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n"
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write the plan to {escape(path)}: {error.strerror}") from error
+
+    @classmethod
+    def from_json(cls, data: Any, label: str = "plan") -> Plan:
+        """The plan that `as_json` gave. RulesError where the data is not one; everything is validated again."""
+        if not isinstance(data, dict) or cast("dict[str, Any]", data).get("graftax_plan") != SCHEMA:
+            raise RulesError(f"{escape(label)} is not a graftax plan of schema {SCHEMA}")
+        table = cast("dict[str, Any]", data)
+        try:
+            source, like = _end_from_json(table["source"]), _end_from_json(table["like"])
+            entries = tuple(
+                Entry(
+                    _names(item["sources"]),
+                    _names(item["targets"]),
+                    tuple(op_from_json(op) for op in item["ops"]),
+                    _names(item.get("evidence", ())),
+                )
+                for item in table["entries"]
+            )
+            questions = tuple(
+                Question(
+                    str(item["kind"]),
+                    str(item["text"]),
+                    _names(item["targets"]),
+                    _names(item["sources"]),
+                    tuple(
+                        Candidate(str(c["rule"]), _names(c["sources"]), str(c["evidence"])) for c in item["candidates"]
+                    ),
+                )
+                for item in table.get("questions", ())
+            )
+            assumptions = tuple(
+                Assumption(str(item["text"]), str(item["check"]), _names(item["targets"]))
+                for item in table.get("assumptions", ())
+            )
+            # Failures of a saved plan are found again below, except those that only planning can see.
+            failures = tuple(Failure(**item) for item in table.get("failures", ()))
+        except GraftaxError as error:
+            raise RulesError(f"{escape(label)}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RulesError(f"{escape(label)} is damaged: {type(error).__name__} {escape(error)}") from error
+        reads = _names(table.get("reads", ()))
+        plan = cls.build(source, like, Proposal(entries, questions, assumptions, (), reads))
+        known = {(f.key, f.what) for f in plan.failures}
+        plan.failures += tuple(f for f in failures if (f.key, f.what) not in known)
+        return plan
+
+
+def load_plan_file(path: str | Path) -> Plan:
+    """The plan saved at `path`. StorageError where it cannot be read, RulesError where it is not a plan."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot read the plan {escape(path)}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RulesError(f"{escape(path)} is not a plan: not UTF-8") from error
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RulesError(f"{escape(path)} is not JSON: {escape(error)}") from error
+    return Plan.from_json(data, str(path))
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _fit(entry: Entry, source: End, like: End) -> Entry | Failure:
+    """The entry with bound ops, or why it does not fit."""
+    text = f"{', '.join(entry.sources) or '()'} -> {', '.join(entry.targets) or '()'}"
+    for name, end in [(n, source) for n in entry.sources] + [(n, like) for n in entry.targets]:
+        if name not in end.specs:
+            return Failure(f"{escape(end.label)} has no such key", key=name, next="Check the spelling in the rule.")
+    given = tuple(source.specs[name] for name in entry.sources)
+    wanted = tuple(like.specs[name] for name in entry.targets)
+    try:
+        ops, found = _bound(entry.ops, given)
+    except LayoutError as error:
+        return Failure(str(error), file=source.label, key=text, next=entry.evidence[0] if entry.evidence else "")
+    if len(found) != len(wanted):
+        return Failure("the ops give another number of tensors", "", text, str(len(wanted)), str(len(found)))
+    for name, want, have in zip(entry.targets, wanted, found, strict=True):
+        if want.shape != have.shape:
+            hint = "Its transpose would fit." if want.shape == have.shape[::-1] and len(want.shape) > 1 else ""
+            return Failure(f"the shape of {escape(name)} does not fit", source.label, text, str(want), str(have), hint)
+        if want.dtype != have.dtype:
+            return Failure(f"the dtype of {escape(name)} differs", source.label, text, want.dtype, have.dtype)
+    return Entry(entry.sources, entry.targets, ops, entry.evidence)
+
+
+def _counted(entries: Iterable[Entry], source: End, like: End) -> list[Failure]:
+    """A failure for every key that stands in more than one entry of its side."""
+    entries = tuple(entries)
+    out: list[Failure] = []
+    for counts, end in (
+        (Counter(n for e in entries for n in e.sources), source),
+        (Counter(n for e in entries for n in e.targets), like),
+    ):
+        out += [
+            Failure(f"stands in {count} entries of the plan", end.label, name, "1", str(count))
+            for name, count in counts.items()
+            if count > 1
+        ]
+    return out
+
+
+def _leftover(entries: Iterable[Entry], questions: Iterable[Question], source: End, like: End) -> list[Question]:
+    """A question for every key of either side that nothing mentions."""
+    entries, questions = tuple(entries), tuple(questions)
+    filled = {n for e in entries for n in e.targets} | {n for q in questions for n in q.targets}
+    used = {n for e in entries for n in e.sources} | {n for q in questions for n in q.sources}
+    out = [
+        Question("missing", f"{name} {spec} is filled by no source", targets=(name,))
+        for name, spec in like.specs.items()
+        if name not in filled
+    ]
+    return out + [
+        Question("unused", f"{name} {spec} goes nowhere", sources=(name,))
+        for name, spec in source.specs.items()
+        if name not in used
+    ]
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def _end_json(end: End) -> dict[str, Any]:
+    return {
+        "label": end.label,
+        "side": end.side,
+        "tensors": {name: {"shape": list(spec.shape), "dtype": spec.dtype} for name, spec in end.specs.items()},
+        "keys": {k: list(v) if isinstance(v, tuple) else v for k, v in end.real_keys.items()},
+        "containers": dict(end.containers),
+    }
+
+
+def _end_from_json(data: Mapping[str, Any]) -> End:
+    if data["side"] not in ("torch", "flax"):
+        raise RulesError(f"side {escape(data['side'])!r} is neither torch nor flax")
+    specs: dict[str, TensorSpec] = {}
+    for name, spec in data["tensors"].items():
+        shape = tuple(spec["shape"])
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise RulesError(f"{escape(name)} has the shape {escape(shape)}")
+        specs[str(name)] = TensorSpec(shape, str(spec["dtype"]))
+    keys: dict[str, Key] = {str(k): tuple(v) if isinstance(v, list) else v for k, v in data.get("keys", {}).items()}
+    return End(str(data["label"]), data["side"], specs, keys, dict(data.get("containers", {})))
+
+
+def _names(items: Any) -> tuple[str, ...]:
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise TypeError(f"a list of names expected, got {items!r}")
+    return tuple(str(item) for item in cast("Sequence[Any]", items))
+
+
+def with_ops(entry: Entry, *ops: Op) -> Entry:
+    """The entry with `ops` after its own."""
+    return replace(entry, ops=(*entry.ops, *ops))
