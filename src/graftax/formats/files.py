@@ -1,0 +1,180 @@
+"""Regular files read by position, never mapped: a file that shrinks while it is read is an error, not a SIGBUS."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftax.errors import FormatError, StorageError, UnsafeInputError, escape
+from graftax.formats.limits import check_limit
+
+_CHUNK = 1 << 30  # Linux moves at most 2 GiB a call
+
+KINDS: tuple[tuple[int, str], ...] = (
+    (stat.S_IFDIR, "a folder"),
+    (stat.S_IFIFO, "a named pipe (FIFO)"),
+    (stat.S_IFCHR, "a character device"),
+    (stat.S_IFBLK, "a block device"),
+    (stat.S_IFSOCK, "a socket"),
+)
+
+REASONS: dict[int, tuple[str, str]] = {
+    errno.ENOENT: ("does not exist", ""),
+    errno.ENOTDIR: ("does not exist: a part of its path is a file", ""),
+    errno.EACCES: ("may not be opened: permission denied", ""),
+    errno.EPERM: ("may not be opened: not permitted", ""),
+    errno.EROFS: ("is on a read-only file system", ""),
+    errno.ELOOP: ("is a loop of links", ""),
+    errno.ENAMETOOLONG: ("has a name that is too long", ""),
+    errno.ENOSPC: ("could not be written: the disk is full", "Nothing was left behind; free some space."),
+    errno.EDQUOT: ("could not be written: the quota is used up", "Nothing was left behind; free some space."),
+    errno.EFBIG: ("could not be written: larger than a file may be here", "Nothing was left behind; see `ulimit -f`."),
+}
+
+
+def storage_error(exc: OSError, path: object) -> StorageError:
+    """What an OSError on `path` means to a user."""
+    what, then = REASONS.get(exc.errno or 0, (exc.strerror or str(exc), ""))
+    return StorageError(f"{escape(path)} {what}", next=then)
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What tells that a file is still the one that was opened."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+def _stamp(info: os.stat_result) -> Stamp:
+    return Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+
+
+def kind_of(mode: int) -> str:
+    """What a path is, in words, where it is not a regular file."""
+    return next((words for kind, words in KINDS if stat.S_IFMT(mode) == kind), "not a regular file")
+
+
+def stamp(path: Path) -> Stamp:
+    """The stamp of a regular file. StorageError where there is none, or it is a pipe, device, socket or folder."""
+    try:
+        info = os.stat(path)
+    except OSError as exc:
+        raise storage_error(exc, path) from None
+    except ValueError:  # a NUL in the name
+        raise StorageError(f"{escape(path)} cannot be the name of a file") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise StorageError(f"{escape(path)} is {kind_of(info.st_mode)}, expected a file")
+    return _stamp(info)
+
+
+def read_into(path: Path, expected: Stamp, offset: int, buffer: memoryview) -> None:
+    """Fill `buffer` from `offset` on. StorageError where the file is not the one of the stamp any more."""
+    changed = StorageError(f"{escape(path)} changed while it was read", next="Read it again once its writer is done.")
+    try:
+        # Not blocking: a pipe put in the file's place must not hang us.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        raise storage_error(exc, path) from None
+    try:
+        if _stamp(os.fstat(fd)) != expected:
+            raise changed
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(fd, [buffer[done : done + _CHUNK]], offset + done)
+            if count == 0:
+                raise changed
+            done += count
+        if _stamp(os.fstat(fd)) != expected:
+            raise changed
+    except OSError as exc:
+        raise storage_error(exc, path) from None
+    finally:
+        os.close(fd)
+
+
+def read_bytes(path: Path, expected: Stamp, offset: int, length: int) -> bytearray:
+    """`length` bytes from `offset` on; as `read_into`."""
+    out = bytearray(length)
+    read_into(path, expected, offset, memoryview(out))
+    return out
+
+
+def read_head(path: Path, length: int = 512) -> bytes:
+    """The first bytes of a regular file, fewer where it is shorter."""
+    found = stamp(path)
+    return bytes(read_bytes(path, found, 0, min(length, found.size)))
+
+
+def read_whole(path: Path, limit: str = "header") -> bytes:
+    """A small file whole. UnsafeInputError where it passes the limit of that name."""
+    found = stamp(path)
+    check_limit(limit, found.size, escape(path))
+    return bytes(read_bytes(path, found, 0, found.size))
+
+
+def write_at(fd: int, offset: int, data: memoryview) -> None:
+    """All of `data` at `offset`. OSError as the system gives it."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done : done + _CHUNK], offset + done)
+
+
+# ---------------------------------------------------------------- what a download can be instead of a checkpoint
+
+IMPOSTORS: tuple[tuple[bytes, str, str], ...] = (
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the file it stands for",
+        "Fetch the file itself: git lfs pull",
+    ),
+    (b"<!doctype html", "an HTML page saved in a checkpoint's place", "Download it again: this is what a site shows."),
+    (b"<html", "an HTML page saved in a checkpoint's place", "Download it again: this is what a site shows."),
+    (b"<?xml", "an XML document (often a storage service's error)", "Download it again, and look at what it says."),
+)
+"""first bytes in lower case, after white space -> what it is, what to do"""
+
+
+def refuse_impostor(head: bytes, label: str) -> None:
+    """FormatError where the first bytes are of an empty file, a Git LFS pointer or a web page."""
+    if not head:
+        raise FormatError(f"{label} is empty (0 bytes)", next="Download or write it again.")
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:32].lower()
+    for begin, what, then in IMPOSTORS:
+        if start.startswith(begin):
+            raise FormatError(f"{label} is {what}", next=then)
+
+
+# ---------------------------------------------------------------- staying inside a folder
+
+
+def inside(folder: Path, name: str, label: str) -> Path:
+    """`folder`/`name` for a `name` that a file gave. It must stay in the folder, links followed; only the links of the
+    hub cache into its own `blobs` may leave it.
+
+    Raises UnsafeInputError.
+    """
+    parts = name.split("/")
+    if not name or "\\" in name or "\0" in name or name.startswith("/") or any(p in {"", ".", ".."} for p in parts):
+        raise UnsafeInputError(
+            f"{label} names the file {escape(name)!r}", next="A shard is named by a plain relative path in its folder."
+        )
+    path = folder / name
+    root = Path(os.path.realpath(folder))
+    real = Path(os.path.realpath(path))
+    if real.is_relative_to(root) or any(real.is_relative_to(blobs) for blobs in _blobs(root)):
+        return path
+    raise UnsafeInputError(
+        f"{label} names {escape(name)!r}, a link out of its folder",
+        next=f"It leads to {escape(real)}. If that is meant, name that file itself.",
+    )
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Where the files of a snapshot in the hub cache really are: <repo>/snapshots/<revision>/.. -> <repo>/blobs."""
+    return [p.parent / "blobs" for p in root.parents if p.name == "snapshots" and (p.parent / "blobs").is_dir()]

@@ -1,0 +1,161 @@
+"""safetensors: one file. The header is read at once and strictly, values by position when they are asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import Failure, FormatError, escape
+from graftax.formats import files, strict_json, tree_meta
+from graftax.formats.base import Output
+from graftax.formats.safetensors_header import PREFIX, Range, build_header, header_length, parse_header
+from graftax.tree import Checkpoint, Key, Side, TensorSpec, detect_side
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SCHEMA = 1
+_FORMAT_OF: dict[Side, str] = {"torch": "pt", "flax": "flax"}
+_SIDE_OF: dict[str, Side] = {"pt": "torch", "flax": "flax"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """Where the bytes of each tensor are: `Checkpoint.native` of a safetensors file."""
+
+    path: Path
+    stamp: files.Stamp
+    specs: Mapping[str, TensorSpec]
+    ranges: Mapping[str, Range]
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """A tensor's values; a packed one's bytes. StorageError where the file changed."""
+        import numpy as np
+
+        from graftax.formats.dtypes import from_storage
+
+        begin, end = self.ranges[name]
+        raw = np.empty(end - begin, np.uint8)
+        files.read_into(self.path, self.stamp, begin, memoryview(raw))
+        return from_storage(raw, self.specs[name])
+
+    def read_bytes(self, name: str, start: int, stop: int) -> bytearray:
+        """Bytes `start` to `stop` of a tensor, for reading it in pieces."""
+        begin, end = self.ranges[name]
+        if not 0 <= start <= stop <= end - begin:
+            raise IndexError(f"{name}: bytes {start} to {stop} of {end - begin}")
+        return files.read_bytes(self.path, self.stamp, begin + start, stop - start)
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """A length, then '{'. A length beyond any disk is only believed of a file that calls itself safetensors."""
+    return head[PREFIX : PREFIX + 1] == b"{" and (head[5:8] == b"\0\0\0" or path.suffix == ".safetensors")
+
+
+def open(path: Path) -> Checkpoint:
+    """Names, shapes and dtypes of a safetensors file. Raises FormatError, UnsafeInputError, StorageError."""
+    label = escape(path)
+    stamp = files.stamp(path)
+    prefix = bytes(files.read_bytes(path, stamp, 0, min(PREFIX, stamp.size)))
+    length = header_length(prefix, stamp.size, label)
+    raw = bytes(files.read_bytes(path, stamp, PREFIX, length))
+    specs, ranges, metadata = parse_header(raw, stamp.size, label)
+    real_keys, containers, side = _own_metadata(metadata, label)
+    native = TensorFile(path, stamp, specs, ranges)
+    return Checkpoint(
+        label=str(path),
+        side=side or detect_side(specs) or _SIDE_OF.get(metadata.get("format", "")),
+        specs=specs,
+        reader=native.read,
+        format="safetensors",
+        files=(path,),
+        metadata=metadata,
+        real_keys=real_keys,
+        containers=containers,
+        native=native,
+    )
+
+
+def _own_metadata(metadata: Mapping[str, str], label: str) -> tuple[dict[str, Key], dict[str, str], Side | None]:
+    """(real_keys, containers, side) as graftax wrote them; nothing where it did not write the file."""
+    text = metadata.get("graftax")
+    if text is None:
+        return {}, {}, None
+    where = f"{label}: metadata `graftax`"
+    value = strict_json.parse_object(text.encode("utf-8"), where)
+    if value.get("schema") != SCHEMA:
+        raise FormatError(f"{where} has schema {escape(value.get('schema'))}; this graftax knows {SCHEMA}")
+    keys, containers = tree_meta.decode_tree(value, where)
+    return keys, containers, _SIDE_OF.get(metadata.get("format", ""))
+
+
+def own_metadata(side: Side, real_keys: Mapping[str, Key], containers: Mapping[str, str]) -> dict[str, str]:
+    """What graftax writes into `__metadata__`."""
+    value = {"schema": SCHEMA, **tree_meta.encode_tree(real_keys, containers)}
+    return {
+        "format": _FORMAT_OF[side],
+        "graftax": json.dumps(value, ensure_ascii=False, separators=(",", ":")),
+    }
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(path: Path, output: Output) -> None:
+    """Everything of `output` in one file; tensors land at their place in whatever order they come."""
+    write_files({path: output.specs}, output)
+
+
+def write_files(shards: Mapping[Path, Mapping[str, TensorSpec]], output: Output) -> None:
+    """Several files at once, each with the tensors it is to hold: headers first, then every tensor as it comes."""
+    place: dict[str, tuple[Path, Range]] = {}
+    for path, specs in shards.items():
+        metadata = own_metadata(
+            output.side,
+            tree_meta.below(output.real_keys, specs),
+            tree_meta.below(output.containers, specs),
+        )
+        head, ranges = build_header(specs, metadata, path.name)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            files.write_at(fd, 0, memoryview(head))
+            os.ftruncate(fd, max((end for _, end in ranges.values()), default=len(head)))
+        finally:
+            os.close(fd)
+        place.update({name: (path, range) for name, range in ranges.items()})
+    _write_tensors(place, output.specs, output.tensors)
+
+
+def _write_tensors(
+    place: Mapping[str, tuple[Path, Range]],
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, np.ndarray[Any, Any]]],
+) -> None:
+    from graftax.formats.dtypes import storage_bytes
+
+    open_path: Path | None = None
+    fd = -1
+    done: set[str] = set()
+    try:
+        for name, array in tensors:
+            if name not in place or name in done:
+                what = "came twice" if name in done else "is not in the header"
+                raise FormatError(f"{escape(name)} {what}")
+            path, (begin, _) = place[name]
+            if path != open_path:
+                if fd >= 0:
+                    os.close(fd)
+                fd, open_path = os.open(path, os.O_WRONLY | os.O_CLOEXEC), path
+            files.write_at(fd, begin, memoryview(storage_bytes(array, specs[name])))
+            done.add(name)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    if missing := [name for name in place if name not in done]:
+        raise FormatError(
+            f"{len(missing)} tensors never came:", [Failure("no values were written", key=name) for name in missing]
+        )
