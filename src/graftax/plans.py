@@ -1,7 +1,7 @@
 """Plans: what goes where, and how. Pure data made from names, shapes and dtypes, separate from its execution.
 
-An entry is a group and the unit of meaning: sources -> ops -> targets. Every key stands in exactly one entry a side, so the
-resolved plan inverts: swap the sides, reverse the ops.
+An entry is a group and the unit of meaning: sources -> ops -> targets. Every key stands in exactly one entry a side, so
+the resolved plan inverts: swap the sides, reverse the ops.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What inference cannot know. `kind` is a word (match, layout, flatten, fused, stack, missing, unused); `targets` and
-    `sources` are the leaves that wait for the answer; each candidate carries the rule line that settles it."""
+    """What inference cannot know. `kind` is a word (match, layout, flatten, fused, stack, missing, unused); `targets`
+    and `sources` are the leaves that wait for the answer; each candidate carries the rule line that settles it."""
 
     kind: str
     text: str
@@ -189,7 +189,7 @@ class Plan:
             f"the plan for {escape(self.source.label)} -> {escape(self.like.label)} has {' and '.join(counts)}:",
             failures=(*self.failures, *open_),
             questions=self.questions,
-            next="Put one of the lines shown into a rules file (--rules R.toml), or have them all written: --suggest R.toml."
+            next="Put one of the lines shown into a rules file (--rules R.toml); --suggest R.toml writes them all."
             if any(question.candidates for question in self.questions)
             else "",
         )
@@ -259,7 +259,7 @@ class Plan:
     # ------------------------------------------------------------ text
 
     def __str__(self) -> str:
-        from graftax.report.plan_text import plan_text
+        from graftax.plan_text import plan_text
 
         return plan_text(self)
 

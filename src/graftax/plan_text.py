@@ -1,0 +1,105 @@
+"""A plan as text: one line per column, so that hundreds of leaves fit a screen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from graftax.errors import escape
+from graftax.ops import chain_text
+
+if TYPE_CHECKING:
+    from graftax.plans import Entry, Plan
+
+_NUMBER = re.compile(r"\d+")
+
+
+def numbers_as_ranges(rows: Sequence[Sequence[int]], template: str) -> str:
+    """`layers.{}.w` and the numbers of every instance -> `layers.{0..35}.w`; a number that never varies stays itself."""
+    out = template
+    for place in range(len(rows[0]) if rows else 0):
+        out = out.replace("\0", _range(sorted({row[place] for row in rows})), 1)
+    return out
+
+
+def _range(values: Sequence[int]) -> str:
+    if len(values) == 1:
+        return str(values[0])
+    if list(values) == list(range(values[0], values[-1] + 1)):
+        return f"{{{values[0]}..{values[-1]}}}"
+    return "{" + ",".join(map(str, values[:8])) + (",..}" if len(values) > 8 else "}")
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Names that differ in their numbers only, as one name with ranges each, in order of first appearance."""
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for name in names:
+        groups.setdefault(_NUMBER.sub("\0", name), []).append(tuple(int(n) for n in _NUMBER.findall(name)))
+    return [escape(numbers_as_ranges(rows, template), 240) for template, rows in groups.items()]
+
+
+def columns(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
+    """Entries that are one column: alike but for the numbers in their names. (first, all), in the plan's order."""
+    groups: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in entries:
+        key = (
+            tuple(dict.fromkeys(_NUMBER.sub("\0", name) for name in entry.sources)),
+            tuple(dict.fromkeys(_NUMBER.sub("\0", name) for name in entry.targets)),
+            chain_text(entry.ops),
+            entry.evidence,
+        )
+        groups.setdefault(key, []).append(entry)
+    return [(group[0], group) for group in groups.values()]
+
+
+def column_rows(plan: Plan) -> list[dict[str, str | int]]:
+    """A row a column: sources, targets, ops, how many entries, and what decided it."""
+    rows: list[dict[str, str | int]] = []
+    for first, group in columns(plan.entries):
+        rows.append(
+            {
+                "sources": ", ".join(fold_names(n for entry in group for n in entry.sources)) or "()",
+                "targets": ", ".join(fold_names(n for entry in group for n in entry.targets)) or "()",
+                "ops": chain_text(first.ops),
+                "count": len(group),
+                "evidence": escape(", ".join(first.evidence), 200),
+            }
+        )
+    return rows
+
+
+def lossless_text(plan: Plan) -> str:
+    """`lossless: yes`, or which entries are not."""
+    lossy = [entry for entry in plan.entries if not entry.exact and entry.dropped is None]
+    dropped = sum(entry.dropped is not None for entry in plan.entries)
+    aside = f" ({dropped} dropped, listed above)" if dropped else ""
+    if not lossy:
+        return f"lossless: yes{aside}"
+    names = fold_names(n for entry in lossy for n in entry.targets)
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return f"lossless: but for {len(lossy)} of {len(plan.entries)} entries, measured when run: {shown}{aside}"
+
+
+def plan_text(plan: Plan) -> str:
+    """The whole plan: columns, what was read, questions, assumptions, misfits, and whether it is lossless."""
+    lines = [
+        f"{escape(plan.source.label)} ({plan.source.side}, {len(plan.source.specs)} tensors)"
+        f" -> {escape(plan.like.label)} ({plan.like.side}, {len(plan.like.specs)} leaves)"
+    ]
+    rows = column_rows(plan)
+    for row in rows:
+        many = f"   x{row['count']}" if row["count"] != 1 else ""
+        why = f"   {row['evidence']}" if row["evidence"] else ""
+        lines.append(f"  {row['sources']} -> {row['targets']}   {row['ops']}{many}{why}")
+    if plan.reads:
+        lines += ["read while planning:", *(f"  {escape(read, 300)}" for read in plan.reads)]
+    if plan.assumptions:
+        lines += ["assumptions:", *(f"  {assumption}" for assumption in plan.assumptions)]
+    if plan.questions:
+        lines += [f"questions ({len(plan.questions)}):", *(f"  {question}" for question in plan.questions)]
+    if plan.failures:
+        lines += [f"misfits ({len(plan.failures)}):", *(f"  {failure}" for failure in plan.failures)]
+    lines.append(lossless_text(plan))
+    lines.append("complete: yes" if plan.complete else "complete: no")
+    return "\n".join(lines)
