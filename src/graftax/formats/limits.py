@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
-from graftax.errors import UnsafeInputError, UsageError
+from graftax.errors import FormatError, UnsafeInputError, UsageError, escape
 
 LIMITS: dict[str, tuple[int, str]] = {
-    "header": (100_000_000, "bytes of a header or index"),
+    "header": (100_000_000, "bytes of a header, index or pickle"),
     "leaves": (1_000_000, "tensors in a checkpoint"),
     "depth": (64, "levels of nesting"),
-    "compression": (100, "bytes unpacked per byte stored"),
-    "dense": (1000, "bytes in memory per byte stored"),
+    "ratio": (100, "bytes unpacked per byte stored"),
+    "dense": (1000, "bytes of a tensor per byte stored for it"),
 }
 """name -> (the limit, what it counts). `GRAFTAX_LIMIT_<NAME>` overrides it."""
+
+SLACK = 16 << 20
+"""Bytes that no ratio forbids: a small file of zeros packs well."""
 
 
 def variable(name: str) -> str:
@@ -31,10 +35,30 @@ def limit(name: str) -> int:
     return int(text)
 
 
+def beyond(name: str, what: str) -> UnsafeInputError:
+    """The error for `what`, which passes the limit of that name."""
+    return UnsafeInputError(
+        f"{what}; the limit is {limit(name):,} {LIMITS[name][1]}",
+        next=f"If you trust this file, set {variable(name)} to a larger number.",
+    )
+
+
 def check_limit(name: str, found: int, label: str) -> None:
     """UnsafeInputError where `found` passes the limit."""
-    if found > (allowed := limit(name)):
-        raise UnsafeInputError(
-            f"{label}: {found:,} {LIMITS[name][1]}; the limit is {allowed:,}",
-            next=f"If you trust this file, set {variable(name)}={found}.",
-        )
+    if found > limit(name):
+        raise beyond(name, f"{label}: {found:,}")
+
+
+def element_count(shape: Iterable[object], label: str) -> int:
+    """The elements of a shape that a file gives. FormatError where an extent is no whole number from 0, or where the
+    extents other than 0 multiply beyond 2**62."""
+    count = 1
+    empty = False
+    for extent in shape:
+        if type(extent) is not int or extent < 0:
+            raise FormatError(f"{label}: an axis cannot have {escape(repr(extent))} elements")
+        empty = empty or extent == 0
+        count *= extent or 1
+        if count > 1 << 62:
+            raise FormatError(f"{label}: its shape is larger than any file")
+    return 0 if empty else count

@@ -40,7 +40,7 @@ class TensorFile:
 
         begin, end = self.ranges[name]
         raw = np.empty(end - begin, np.uint8)
-        files.read_into(self.path, self.stamp, begin, memoryview(raw))
+        files.read_into(self.path, self.stamp, begin, memoryview(raw))  # pyright: ignore[reportArgumentType]
         return from_storage(raw, self.specs[name])
 
     def read_bytes(self, name: str, start: int, stop: int) -> bytearray:
@@ -150,7 +150,8 @@ def _write_tensors(
                 if fd >= 0:
                     os.close(fd)
                 fd, open_path = os.open(path, os.O_WRONLY | os.O_CLOEXEC), path
-            files.write_at(fd, begin, memoryview(storage_bytes(array, specs[name])))
+            data = storage_bytes(array, specs[name])
+            files.write_at(fd, begin, memoryview(data))  # pyright: ignore[reportArgumentType]
             done.add(name)
     finally:
         if fd >= 0:

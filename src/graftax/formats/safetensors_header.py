@@ -110,7 +110,7 @@ def _look_through(raw: bytes, label: str) -> None:
     check_limit("leaves", objects, label)
     if lists > 2 * objects or commas > (_MAX_RANK + 4) * objects + limit("leaves"):
         raise UnsafeInputError(
-            f"{label}: a header of {len(raw):,} bytes with {lists:,} lists and {commas:,} commas for {objects:,} tensors",
+            f"{label}: a header of {len(raw):,} bytes with {lists:,} lists, {commas:,} commas, {objects:,} tensors",
             next=f"No checkpoint looks like that. {variable('leaves')} raises the limit.",
         )
 

@@ -1,4 +1,4 @@
-"""What flat names cannot say of a tree, as JSON and back: keys that are not text, containers that are not plain dicts."""
+"""What flat names cannot say of a tree, as JSON and back: keys that are not text, containers other than dict."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def decode_tree(value: Any, label: str) -> tuple[dict[str, Key], dict[str, str]]
             raise FormatError(f"{label}: {escape(path)!r} cannot end in the key {escape(repr(key))}")
     for path, kind in containers.items():  # pyright: ignore
         if kind not in CONTAINERS:
-            raise FormatError(f"{label}: {escape(path)!r} is {escape(kind)!r}, expected {', '.join(sorted(CONTAINERS))}")
+            raise FormatError(
+                f"{label}: {escape(path)!r} is {escape(kind)!r}, expected {', '.join(sorted(CONTAINERS))}"
+            )
     return real_keys, containers  # pyright: ignore
 
 

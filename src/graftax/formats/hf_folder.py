@@ -1,0 +1,198 @@
+"""A folder of checkpoint files: shards with an index.json, or one file, and config.json beside them.
+
+The index is Hugging Face's: {"metadata": {..}, "weight_map": {tensor: file}}. Shards may be of any file format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import SEVERITY, Failure, FormatError, GraftaxError, StorageError, UnsafeInputError, escape
+from graftax.formats import files, safetensors_file, strict_json
+from graftax.formats.base import Output
+from graftax.formats.limits import check_limit
+from graftax.formats.table import by_ending
+from graftax.tree import Checkpoint, Side, TensorSpec, detect_side
+
+if TYPE_CHECKING:
+    import numpy as np
+
+INDEX = ".index.json"
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "flax_model.msgpack",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "consolidated.safetensors",
+)
+"""Names a model's weights go by, the preferred first: of several formats in one folder the first is opened."""
+SHARD_SIZE = 5_000_000_000  # bytes, as the hub has it
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """A folder with weights in it; also the index itself."""
+    if head:
+        return path.name.endswith(INDEX) and head.lstrip()[:1] == b"{"
+    return _weights(path) is not None
+
+
+def _weights(folder: Path) -> str | None:
+    """The name of the index or file that holds the weights; None where there is none, or which one is not clear."""
+    try:
+        names = set(os.listdir(folder))
+    except OSError:
+        return None
+    for name in WEIGHTS:  # the file before the index, as transformers does
+        if name in names:
+            return name
+        if name + INDEX in names:
+            return name + INDEX
+    indices = [name for name in names if name.endswith(INDEX)]
+    singles = [name for name in names if (row := by_ending(Path(name).suffix)) and row.name != "spec"]
+    found = indices or singles
+    return found[0] if len(found) == 1 else None
+
+
+def open(path: Path) -> Checkpoint:
+    """All tensors of a folder (or of the index named). Raises FormatError, UnsafeInputError, StorageError."""
+    folder, name = (path, _weights(path)) if path.is_dir() else (path.parent, path.name)
+    if name is None:
+        raise FormatError(f"{escape(path)} holds no weights, or more than one set of them")
+    config = _config(folder)
+    if name.endswith(INDEX):
+        found = _open_sharded(folder, name)
+    else:
+        from graftax.formats.opening import open_file
+
+        found = open_file(files.inside(folder, name, escape(folder)), config=False)
+    return replace(found, label=str(path), config=config)
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    if not os.path.lexists(folder / "config.json"):
+        return None
+    path = files.inside(folder, "config.json", escape(folder))
+    return strict_json.parse_object(files.read_whole(path), escape(path))
+
+
+def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
+    index = files.inside(folder, index_name, escape(folder))
+    label = escape(index)
+    weight_map = _weight_map(strict_json.parse_object(files.read_whole(index), label), label)
+    shards = _open_shards(folder, dict.fromkeys(weight_map.values()), label)
+    failures = _disagreements(weight_map, shards, label)
+    if failures:
+        raise FormatError(f"{label}: the index and its shards disagree ({len(failures)} tensors):", failures)
+    real_keys, containers = {}, {}
+    for shard in shards.values():
+        real_keys.update(shard.real_keys)
+        containers.update(shard.containers)
+
+    def read(path: str) -> np.ndarray[Any, Any]:
+        return shards[weight_map[path]].read(path)
+
+    sides: set[Side] = {shard.side for shard in shards.values() if shard.side}
+    return Checkpoint(
+        label=str(folder),
+        # Of one shard's few names the side may not be told, or told wrong: all of them together decide.
+        side=sides.pop() if len(sides) == 1 else detect_side(weight_map),
+        specs={name: shards[shard][name] for name, shard in weight_map.items()},
+        reader=read,
+        format="hf_folder",
+        files=(index, *(path for shard in shards.values() for path in shard.files)),
+        real_keys=real_keys,
+        containers=containers,
+        native={name: shard.native for name, shard in shards.items()},
+    )
+
+
+def _weight_map(value: Mapping[str, Any], label: str) -> dict[str, str]:
+    found = value.get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):  # pyright: ignore
+        raise FormatError(f"{label}: expected `weight_map`, from tensor names to file names")
+    check_limit("leaves", len(found), label)  # pyright: ignore[reportUnknownArgumentType]
+    return found  # pyright: ignore[reportUnknownVariableType]
+
+
+def _open_shards(folder: Path, names: Mapping[str, None], label: str) -> dict[str, Checkpoint]:
+    """Every shard, headers only. The failures of all of them are raised at once, with the code of the gravest."""
+    from graftax.formats.opening import open_file
+
+    shards: dict[str, Checkpoint] = {}
+    errors: list[GraftaxError] = []
+    failures: list[Failure] = []
+    paths: dict[str, Path] = {}
+    for name in names:  # all names before any file is touched
+        try:
+            paths[name] = files.inside(folder, name, label)
+        except UnsafeInputError as exc:
+            errors.append(exc)
+            failures.append(Failure(str(exc), file=label, key=name))
+    if not errors:
+        for name, path in paths.items():
+            try:
+                shards[name] = open_file(path, config=False)
+            except (FormatError, StorageError, UnsafeInputError) as exc:
+                errors.append(exc)
+                failures.append(Failure(str(exc), file=str(path), key=name))
+    if errors:
+        codes = {exc.exit_code: type(exc) for exc in errors}
+        gravest = next(codes[code] for code in SEVERITY if code in codes)
+        raise gravest(f"{label}: {len(errors)} of {len(names)} shards cannot be opened:", failures)
+    return shards
+
+
+def _disagreements(weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint], label: str) -> list[Failure]:
+    """Tensors that are not where the index says, or that it does not name."""
+    out: list[Failure] = []
+    for tensor, shard in weight_map.items():
+        if tensor not in shards[shard]:
+            other = next((name for name in shards if tensor in shards[name]), None)
+            found = f"in {escape(other)}" if other else "in no shard"
+            out.append(Failure("is not in the shard the index names", label, tensor, escape(shard), found))
+    for name, shard in shards.items():
+        out.extend(
+            Failure("is in a shard, but the index does not name it there", label, tensor, found=escape(name))
+            for tensor in shard
+            if weight_map.get(tensor) != name
+        )
+    return out
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(path: Path, output: Output) -> None:
+    """safetensors shards of at most `shard_size` bytes of data each (a larger tensor stands alone) and their index."""
+    groups = _split(output.specs, output.shard_size or SHARD_SIZE)
+    os.mkdir(path)
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    safetensors_file.write_files({path / name: group for name, group in zip(names, groups, strict=True)}, output)
+    shard_of = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
+    index = {
+        "metadata": {"total_size": sum(spec.nbytes for spec in output.specs.values())},
+        "weight_map": {tensor: shard_of[tensor] for tensor in output.specs},
+    }
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    (path / f"model.safetensors{INDEX}").write_bytes(text.encode("utf-8"))
+
+
+def _split(specs: Mapping[str, TensorSpec], size: int) -> list[dict[str, TensorSpec]]:
+    """`specs` cut into runs of at most `size` bytes."""
+    groups: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if groups[-1] and filled + spec.nbytes > size:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = spec
+        filled += spec.nbytes
+    return groups

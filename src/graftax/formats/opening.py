@@ -1,0 +1,232 @@
+"""open_path: text -> Checkpoint. What a file is, is told by its content; its name is only asked for hints."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, escape
+from graftax.formats import files, hub, strict_json
+from graftax.formats.base import Format
+from graftax.formats.table import FORMATS, by_ending
+from graftax.tree import Checkpoint, Side, detect_side, nearest
+
+_HEAD = 512
+LEFTOVER = ".graftax-old"  # where a folder is put aside while it is exchanged
+
+
+def open_path(path: str | Path) -> Checkpoint:
+    """A checkpoint from a file, a folder, `PATH::NAME` (a container or sub-tree inside) or a hub id in the local cache.
+
+    A path that exists wins over every other reading. Only names, shapes and dtypes are read now.
+
+    Raises StorageError (missing, unreadable), FormatError (malformed, unknown), UnsafeInputError, PlanError (no such
+    NAME inside).
+    """
+    text = str(path)
+    if os.path.lexists(text) if "\0" not in text else False:
+        return _open_existing(Path(text), text)
+    head, sep, name = text.rpartition("::")
+    tail = name
+    while sep:  # from the right: the longest path that exists
+        if os.path.lexists(head) or hub.snapshot(head) is not None:
+            return _open_inside(head, tail)
+        head, sep, name = head.rpartition("::")
+        tail = f"{name}::{tail}"
+    folder = hub.snapshot(text)
+    if folder is not None:
+        return replace(_open_existing(folder, text), label=text)
+    raise _missing(text.partition("::")[0] if "\0" not in text else text)
+
+
+def _open_inside(head: str, name: str) -> Checkpoint:
+    """`PATH::NAME`: a sub-tree of the checkpoint at PATH, or of one in a folder below it."""
+    try:
+        if os.path.isfile(head):
+            return open_file(Path(head), part=name)
+        return sub_checkpoint(open_path(head), name)
+    except (FormatError, PlanError) as exc:
+        parts = name.split("/")
+        if not os.path.isdir(head) or any(part in {"", ".", ".."} for part in parts):
+            raise
+        for count in range(len(parts), 0, -1):
+            below = Path(head, *parts[:count])
+            if below.exists():
+                try:
+                    found = open_path(below)
+                except GraftaxError:
+                    continue
+                return sub_checkpoint(found, "/".join(parts[count:])) if count < len(parts) else found
+        raise exc from None
+
+
+def _missing(text: str) -> StorageError:
+    """Nothing is at `text`: what is near, and where else was looked."""
+    path = Path(text)
+    if "\0" in text:
+        return StorageError(f"{escape(text)} cannot be the name of a file")
+    hints: list[str] = []
+    old = path.with_name(path.name + LEFTOVER) if path.name else path
+    if path.name and old.exists():
+        hints.append(f"{escape(old)} is what a stopped run put aside: rename it back.")
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        hints.append(f"The folder {escape(path.parent)} does not exist either.")
+    else:
+        near = difflib.get_close_matches(path.name, names[:5000], n=3, cutoff=0.5)
+        near = near or sorted(name for name in names if by_ending(Path(name).suffix))[:3]
+        if near:
+            hints.append("Near: " + ", ".join(escape(path.parent / name) for name in near))
+    if hub.is_id(text) and "/" in text:
+        hints.append(f"As a hub id it is not in the cache {escape(hub.cache_folder())} either.")
+    return StorageError(f"{escape(text)} does not exist", next="\n".join(hints))
+
+
+# ---------------------------------------------------------------- one file or folder
+
+
+def _open_existing(path: Path, label: str) -> Checkpoint:
+    try:
+        folder = os.path.isdir(path)
+        if not folder:
+            os.stat(path)
+    except OSError as exc:
+        if path.is_symlink() and not path.exists():
+            target = escape(os.readlink(path))
+            raise StorageError(f"{escape(path)} is a link to {target}, which cannot be reached") from None
+        raise files.storage_error(exc, path) from None
+    return open_folder(path) if folder else open_file(path)
+
+
+def open_file(path: Path, config: bool = True, part: str = "") -> Checkpoint:
+    """The checkpoint in one file, or the `part` of it that was named, with the config.json beside it. Raises as
+    `open_path`."""
+    head = files.read_head(path, _HEAD)
+    label = escape(path)
+    files.refuse_impostor(head, label)
+    row = identify(path, head)
+    if row is None:
+        hinted = by_ending(path.suffix)
+        claim = f", though it ends in {path.suffix}" if hinted else ""
+        raise FormatError(
+            f"{label} is of no format that graftax knows{claim}: it begins with {escape(repr(head[:16])[2:-1])}",
+            next=f"Known: {', '.join(row.name for row in FORMATS.values())}.",
+        )
+    module = row.load()
+    if part and hasattr(module, "open_container"):  # a .pt file nests dicts that flat names do not show
+        found: Checkpoint = module.open_container(path, part)
+    else:
+        found = module.open(path)
+        if part:
+            found = sub_checkpoint(found, part)
+    if config and found.config is None and (beside := _config_beside(path)) is not None:
+        found = replace(found, config=beside)
+    return found
+
+
+def open_folder(path: Path) -> Checkpoint:
+    """The checkpoint that a folder is. Raises as `open_path`."""
+    row = identify(path, b"")
+    if row is not None:
+        return row.load().open(path)
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as exc:
+        raise files.storage_error(exc, path) from None
+    inside = [name for name in names if by_ending(Path(name).suffix) or os.path.isdir(path / name)][:5]
+    then = "Inside, to be named one by one: " + ", ".join(escape(path / name) for name in inside) if inside else ""
+    raise FormatError(
+        f"{escape(path)} is a folder, but no checkpoint: expected a sharded set with its index.json, one "
+        "checkpoint file, or what Orbax writes",
+        next=then,
+    )
+
+
+def identify(path: Path, head: bytes) -> Format | None:
+    """The format whose signs the content shows. The one its ending names is asked first, which saves imports."""
+    rows = [row for row in FORMATS.values() if row.folder == (head == b"") or row.name == "hf_folder"]
+    rows.sort(key=lambda row: path.suffix.lower() not in row.endings)
+    return next((row for row in rows if row.load().sniff(path, head)), None)
+
+
+def _config_beside(path: Path) -> Mapping[str, Any] | None:
+    """config.json in a file's folder. Nothing is promised about a folder that was not named: what is not a JSON object
+    there is not a model's settings."""
+    beside = path.parent / "config.json"
+    if not beside.is_file():
+        return None
+    try:
+        return strict_json.parse_object(files.read_whole(beside), escape(beside))
+    except GraftaxError:
+        return None
+
+
+# ---------------------------------------------------------------- a part of a checkpoint
+
+
+def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """The leaves below `name` ('model', 'items/params', 'state_dict.encoder'), which is stripped from their paths.
+
+    Raises PlanError where nothing is below it.
+    """
+    prefix = next((p for p in _prefixes(name, checkpoint.side) if any(path.startswith(p) for path in checkpoint)), "")
+    if not prefix:
+        raise _no_such_part(checkpoint, name)
+    cut = len(prefix)
+
+    def within(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        return {path[cut:]: value for path, value in mapping.items() if path.startswith(prefix)}
+
+    specs = within(checkpoint.specs)
+    reader = checkpoint.reader
+    containers = within(checkpoint.containers)
+    if (root := checkpoint.containers.get(prefix[:-1])) is not None:
+        containers[""] = root
+    aliases = {path: to[cut:] for path, to in within(checkpoint.aliases).items() if to.startswith(prefix)}
+    return Checkpoint(
+        label=f"{checkpoint.label}::{name}",
+        side=checkpoint.side or detect_side(specs),
+        specs=specs,
+        reader=None if reader is None else lambda path: reader(prefix + path),
+        format=checkpoint.format,
+        files=checkpoint.files,
+        metadata=checkpoint.metadata,
+        modules={
+            path: replace(module, path=path, leaves={role: leaf[cut:] for role, leaf in module.leaves.items()})
+            for path, module in within(checkpoint.modules).items()
+        },
+        aliases=aliases,
+        buffers=frozenset(path[cut:] for path in checkpoint.buffers if path.startswith(prefix)),
+        config=checkpoint.config,
+        real_keys=within(checkpoint.real_keys),
+        containers=containers,
+    )
+
+
+def _prefixes(name: str, side: Side | None) -> list[str]:
+    """How `name` can stand before a path. The side's own separator comes first."""
+    name = name.rstrip("/.")
+    if not name:
+        return []
+    separators = "./" if side == "torch" else "/."
+    return (
+        [f"{form}{sep}" for sep in separators for form in dict.fromkeys((name, name.replace("/", sep)))] if name else []
+    )
+
+
+def _no_such_part(checkpoint: Checkpoint, name: str) -> PlanError:
+    label = escape(checkpoint.label)
+    if name in checkpoint:
+        return PlanError(
+            f"{label}::{escape(name)} is one tensor, expected a container or sub-tree",
+            next="Name a tensor with --key (key= in the library).",
+        )
+    sep = "." if checkpoint.side == "torch" else "/"
+    tops = [top for top in dict.fromkeys(path.partition(sep)[0] for path in checkpoint) if top not in checkpoint]
+    near = nearest(name, tops) or ", ".join(escape(top) for top in tops[:10])
+    return PlanError(f"{label} has nothing below {escape(name)!r}", next=f"It has: {near}" if near else "")

@@ -1,0 +1,53 @@
+"""FORMATS: one row each, in the order in which content is asked. A new format is a module and a row here."""
+
+from __future__ import annotations
+
+from graftax.errors import UsageError, escape
+from graftax.formats.base import Format
+from graftax.tree import DTYPES, Side
+
+_ALL = frozenset(DTYPES)
+_NUMPY = frozenset(
+    {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+    | {"float16", "float32", "float64", "complex64", "complex128"}
+)
+_FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})
+_TORCH = _NUMPY | {"bfloat16"} | _FLOAT8
+_SAFETENSORS = _ALL - {"int4", "uint4", "complex128"}
+_BOTH: tuple[Side, ...] = ("torch", "flax")
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        Format("safetensors", "graftax.formats.safetensors_file", (".safetensors",), False, _BOTH, _SAFETENSORS),
+        Format("torch", "graftax.formats.torch_pt", (".pt", ".pth", ".bin"), False, ("torch",), _TORCH),
+        Format("npz", "graftax.formats.npz", (".npz",), False, _BOTH, _NUMPY),
+        Format("spec", "graftax.formats.spec_file", (".json",), False, _BOTH, _ALL),
+        Format("orbax", "graftax.formats.orbax", (), True, ("flax",), _NUMPY | {"bfloat16"} | _FLOAT8),
+        Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS),
+        # Last: most bytes are the start of some msgpack value.
+        Format("msgpack", "graftax.formats.msgpack", (".msgpack",), False, ("flax",), _NUMPY | {"bfloat16"} | _FLOAT8),
+    )
+}
+"""name -> row. `holds` names what a format brings back bit for bit."""
+
+NO_ENDING: dict[Side, str] = {"torch": "hf_folder", "flax": "orbax"}
+"""What an OUT without an ending is."""
+
+
+def by_ending(ending: str) -> Format | None:
+    """The format of '.safetensors' and the like; None for an ending no format claims."""
+    return next((row for row in FORMATS.values() if ending.lower() in row.endings), None)
+
+
+def by_name(name: str) -> Format:
+    """The format called `name`; an ending without its dot will do, too. UsageError for another."""
+    row = FORMATS.get(name) or by_ending(f".{name.lstrip('.')}")
+    if row is None:
+        raise UsageError(f"unknown format {escape(name)!r}; known: {', '.join(FORMATS)}")
+    return row
+
+
+def holders(dtype: str, side: Side) -> list[str]:
+    """The formats that can be written and hold this dtype."""
+    return [r.name for r in FORMATS.values() if dtype in r.holds and side in r.sides and r.name != "spec"]
