@@ -1,0 +1,76 @@
+"""graftax: port weights between PyTorch and Flax, operate on them, and prove the result.
+
+    import graftax as gx
+    params = gx.port("model.safetensors", gx.linen(model, example))      # plan, check, run
+    params = gx.replace(params, "**/kernel", gx.constant(0.5))           # nothing else is touched
+
+Names resolve on first use, so that `import graftax` imports no framework and no NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftax import errors, examples, types
+    from graftax.adapters import linen
+    from graftax.api import load_into, load_plan, open_checkpoint, plan, port, port_file
+    from graftax.surgery import replace
+    from graftax.surgery_values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
+
+_HOMES = {
+    "plan": "api",
+    "port": "api",
+    "port_file": "api",
+    "load_plan": "api",
+    "load_into": "api",
+    "open_checkpoint": "api",
+    "linen": "adapters",
+    "replace": "surgery",
+    "constant": "surgery_values",
+    "zeros": "surgery_values",
+    "normal": "surgery_values",
+    "add_normal": "surgery_values",
+    "scaled": "surgery_values",
+    "quantized": "surgery_values",
+    "from_checkpoint": "surgery_values",
+}
+_MODULES = ("errors", "examples", "types")
+
+__all__ = [
+    "add_normal",
+    "constant",
+    "errors",
+    "examples",
+    "from_checkpoint",
+    "linen",
+    "load_into",
+    "load_plan",
+    "normal",
+    "open_checkpoint",
+    "plan",
+    "port",
+    "port_file",
+    "quantized",
+    "replace",
+    "scaled",
+    "types",
+    "zeros",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"graftax.{name}")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'graftax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"graftax.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -436,7 +436,9 @@ def _end_from_json(data: Mapping[str, Any]) -> End:
         if not all(isinstance(n, int) and n >= 0 for n in shape):
             raise RulesError(f"{escape(name)} has the shape {escape(shape)}")
         specs[str(name)] = TensorSpec(shape, str(spec["dtype"]))
-    keys: dict[str, Key] = {str(k): tuple(v) if isinstance(v, list) else v for k, v in data.get("keys", {}).items()}
+    keys: dict[str, Key] = {
+        str(k): tuple(cast("list[Any]", v)) if isinstance(v, list) else v for k, v in data.get("keys", {}).items()
+    }
     return End(str(data["label"]), data["side"], specs, keys, dict(data.get("containers", {})))
 
 

@@ -1,0 +1,312 @@
+"""Make a plan: the user's rules, then inference, then the policies for what is left, then dtypes.
+
+Producers propose entries; this module settles the sides, the leftovers and the dtypes, and proves that everything fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graftax.errors import Failure, PlanError, UsageError, escape
+from graftax.formats.quantized import refuse_quantized
+from graftax.match import infer
+from graftax.ops import CONDITIONS, Cast, Drop, Fill, Keep, Same, apply_chain, infer_chain
+from graftax.plans import End, Entry, Plan, Proposal, Question, with_ops
+from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
+from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, match_paths, nearest
+
+MISSING = ("error", "keep", "zeros")
+UNUSED = ("error", "drop")
+OVERFLOW = ("error", "saturate")
+
+DtypePolicy = str | Mapping[str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the leftovers and the dtypes are settled; see the command line's options of the same names."""
+
+    rules: Any = None
+    missing: str = "error"
+    unused: str = "error"
+    dtype: DtypePolicy = None
+    to: Side | None = None
+    overflow: str = "error"
+
+    def check(self) -> None:
+        """UsageError where a value is not one of its choices."""
+        for name, value, choices in (
+            ("missing", self.missing, MISSING),
+            ("unused", self.unused, UNUSED),
+            ("overflow", self.overflow, OVERFLOW),
+            ("to", self.to, (None, "torch", "flax")),
+        ):
+            if value not in choices:
+                known = ", ".join(str(choice) for choice in choices if choice)
+                raise UsageError(f"{name}={escape(value)!r} is not one of {known}")
+        names = self.dtype.values() if isinstance(self.dtype, Mapping) else () if self.dtype is None else (self.dtype,)
+        for name in names:
+            if name in ("source", "like"):
+                continue
+            if name not in DTYPES or DTYPES[name][1] != "f" or DTYPES[name][0] < 8:
+                floats = [n for n, (bits, kind) in DTYPES.items() if kind == "f" and bits >= 8]
+                raise UsageError(f"dtype {escape(name)!r} is not one of source, like, {', '.join(floats)}")
+
+
+def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> Plan:
+    """The plan for `source` -> `like`; questions and misfits are on it, not raised.
+
+    like=None: the rules alone say what comes out. Raises UsageError, RulesError, PlanError (sides, quantized source).
+    """
+    options.check()
+    refuse_quantized(source)
+    rules = load_rules(options.rules)
+    source_side, like_side = _sides(source, like, options.to)
+    ruled = apply_rules(rules, source, like, source_side, like_side)
+    if like is None:
+        like = _like_of_rules(source, ruled, like_side)
+        found = Proposal()
+    else:
+        found = infer(source, like, source_side, like_side, ruled.proposal)
+    proposal = _joined(ruled.proposal, found)
+    proposal = _settle_unused(proposal, source, options.unused)
+    proposal = _settle_missing(proposal, like, ruled.missing, options.missing)
+    proposal, specs = _settle_dtypes(proposal, source, like, options)
+    ends = End.of(source, source_side), replace(End.of(like, like_side), specs=specs)
+    plan = Plan.build(*ends, proposal)
+    plan.failures += _conditions(plan.entries, source)
+    plan.replanner = lambda _, line: make_plan(source, like, replace(options, rules=_with_line(rules, line)))
+    return plan
+
+
+def _with_line(rules: Rules, line: str) -> Rules:
+    """The rules with one more line, as an answer to a question gives it."""
+    return rules.extended(line)
+
+
+# ---------------------------------------------------------------- sides
+
+
+def _sides(source: Checkpoint, like: Checkpoint | None, to: Side | None) -> tuple[Side, Side]:
+    like_side = like.side if like is not None else None
+    if to is not None and like_side is not None and to != like_side:
+        raise UsageError(
+            f"--to {to}, but {escape(like.label if like else '')} is a {like_side} tree",
+            next="Leave --to out, or give a `like` of that side.",
+        )
+    like_side = like_side or to
+    if like_side is None and like is None and source.side is not None:
+        like_side = "flax" if source.side == "torch" else "torch"
+    source_side = source.side
+    if source_side is None and to is not None:
+        source_side = "torch" if to == "flax" else "flax"
+    for side, end, flag in ((source_side, source, "source"), (like_side, like, "like")):
+        if side is None:
+            label = escape(end.label) if end is not None else "the rules"
+            names = ", ".join(escape(n) for n in list(end or ())[:4])
+            raise UsageError(
+                f"the names of {label} ({flag}) do not tell torch from Flax: {names}",
+                next="Say which side comes out: --to flax or --to torch (in the library: to='flax').",
+            )
+    assert source_side is not None
+    assert like_side is not None
+    return source_side, like_side
+
+
+def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkpoint:
+    """The tree that the rules alone describe."""
+    if not ruled.targets and not ruled.proposal.failures:
+        raise UsageError("nothing says what to produce: give --like, --plan, or rules that name the targets")
+    return Checkpoint(label="the rules", side=side, specs=dict(ruled.targets), format="rules")
+
+
+# ---------------------------------------------------------------- leftovers
+
+
+def _joined(first: Proposal, second: Proposal) -> Proposal:
+    return Proposal(
+        first.entries + second.entries,
+        first.questions + second.questions,
+        first.assumptions + second.assumptions,
+        first.failures + second.failures,
+        first.reads + second.reads,
+    )
+
+
+def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Proposal:
+    """Source tensors that go nowhere: dropped where the user said so, else questions. A tensor that some question with
+    candidates waits for is not a leftover."""
+    if policy != "drop":
+        return proposal
+    used = {name for entry in proposal.entries for name in entry.sources}
+    waiting = {
+        name
+        for question in proposal.questions
+        if question.targets and question.candidates
+        for name in (*question.sources, *(n for c in question.candidates for n in c.sources))
+    }
+    left = [name for name in source if name not in used and name not in waiting]
+    dropped = set(left)
+    questions = tuple(q for q in proposal.questions if q.targets or not dropped.issuperset(q.sources))
+    entries = tuple(Entry((name,), (), (Drop("unused (--unused drop)"),), ("--unused drop",)) for name in left)
+    return replace(proposal, entries=proposal.entries + entries, questions=questions)
+
+
+def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, str], policy: str) -> Proposal:
+    """Leaves of like that no source fills: by the rule that names them, else by the policy. A leaf with candidates
+    stays a question: it is open, not missing."""
+    filled = {name for entry in proposal.entries for name in entry.targets}
+    waiting = {name for q in proposal.questions if q.candidates for name in q.targets}
+    entries: list[Entry] = []
+    failures: list[Failure] = []
+    settled: set[str] = set()
+    for name, spec in like.items():
+        how = ruled.get(name, "error" if name in waiting else policy)
+        if name in filled or how == "error":
+            continue
+        why = "rules" if name in ruled else f"--missing {policy}"
+        settled.add(name)
+        if how == "zeros":
+            entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, why),), (why,)))
+        elif like.has_values:
+            entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (why,)))
+        else:
+            text = f"cannot be kept: {escape(like.label)} has no values"
+            failures.append(Failure(text, like.label, name, next="Use --missing zeros, or a `like` with values."))
+    questions: list[Question] = []
+    for question in proposal.questions:
+        targets = tuple(name for name in question.targets if name not in settled)
+        if targets or not question.targets:
+            questions.append(replace(question, targets=targets))
+    return replace(
+        proposal,
+        entries=proposal.entries + tuple(entries),
+        questions=tuple(questions),
+        failures=proposal.failures + tuple(failures),
+    )
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+def _settle_dtypes(
+    proposal: Proposal, source: Checkpoint, like: Checkpoint, options: Options
+) -> tuple[Proposal, Mapping[str, TensorSpec]]:
+    """Casts behind the ops where the user asked for them, and like's specs with the dtypes that will come out.
+
+    Without a policy a floating dtype that differs is a misfit that shows both ways out.
+    """
+    policies = _policies(list(like), options.dtype, like.side or options.to or "flax")
+    specs = dict(like.specs)
+    entries: list[Entry] = []
+    failures: list[Failure] = []
+    for entry in proposal.entries:
+        if entry.unfilled or not entry.targets:
+            entries.append(_with_wanted_fill(entry, specs, policies))
+            continue
+        dtypes = _dtypes_out(entry, source)
+        casts: list[Cast] = []
+        for name, have in zip(entry.targets, dtypes, strict=False):
+            if name not in specs:
+                continue  # Plan.build names the key that like does not have
+            policy, spec = policies.get(name), specs[name]
+            want = _wanted(policy, have, spec)
+            if want != spec.dtype:
+                specs[name] = TensorSpec(spec.shape, want)
+            if want == have:
+                continue
+            if policy is None or DTYPES[have][1] != "f" or DTYPES[want][1] != "f":
+                failures.append(_dtype_failure(entry, name, have, want, policy, source))
+                specs[name] = TensorSpec(spec.shape, have)  # the shape is judged apart
+            else:
+                casts.append(Cast(have, want, options.overflow))
+        if casts and len(set(casts)) == 1 and len(casts) == len(entry.targets):
+            entry = with_ops(entry, casts[0])
+        elif casts:
+            text = "its targets want different dtypes: " + ", ".join(specs[n].dtype for n in entry.targets)
+            failures.append(Failure(text, like.label, ", ".join(entry.targets), next="Give them one dtype."))
+        entries.append(entry)
+    return replace(proposal, entries=tuple(entries), failures=proposal.failures + tuple(failures)), specs
+
+
+def _policies(paths: Sequence[str], dtype: DtypePolicy, side: Side) -> dict[str, str | None]:
+    if not isinstance(dtype, Mapping):
+        return dict.fromkeys(paths, dtype)
+    out: dict[str, str | None] = dict.fromkeys(paths)
+    exact = [selector for selector in dtype if selector in out]
+    for selector in (*(s for s in dtype if s not in out), *exact):
+        found = match_paths(paths, selector, side)
+        if not found:
+            raise PlanError(f"dtype selector {escape(selector)!r} matches nothing", next=_near(selector, paths))
+        for path in found:
+            out[path] = dtype[selector]
+    return out
+
+
+def _near(selector: str, paths: Iterable[str]) -> str:
+    near = nearest(selector, paths)
+    return f"Near: {near}" if near else ""
+
+
+def _wanted(policy: str | None, have: str, spec: TensorSpec) -> str:
+    if policy == "source":
+        return have
+    if policy in (None, "like") or DTYPES[have][1] != "f":
+        return spec.dtype
+    return policy
+
+
+def _with_wanted_fill(entry: Entry, specs: dict[str, TensorSpec], policies: Mapping[str, str | None]) -> Entry:
+    """A filled leaf comes in the dtype that a policy names, else in like's."""
+    if not entry.targets or not isinstance(entry.ops[0], Fill):
+        return entry
+    (name,), fill = entry.targets, entry.ops[0]
+    policy = policies.get(name)
+    if policy in (None, "like", "source") or DTYPES[fill.dtype][1] != "f":
+        return entry
+    specs[name] = TensorSpec(specs[name].shape, policy)
+    return replace(entry, ops=(replace(fill, dtype=policy), *entry.ops[1:]))
+
+
+def _dtypes_out(entry: Entry, source: Checkpoint) -> list[str]:
+    """The dtype each target comes in; the first source's where the ops do not fit (Plan.build says why)."""
+    given = [source.specs[name] for name in entry.sources if name in source.specs]
+    first = given[0].dtype if given else "float32"
+    if len({spec.dtype for spec in given}) <= 1:
+        return [first] * len(entry.targets)
+    try:
+        return [spec.dtype for spec in infer_chain(entry.ops, tuple(given))]
+    except PlanError:
+        return [first] * len(entry.targets)
+
+
+def _dtype_failure(entry: Entry, name: str, have: str, want: str, policy: str | None, source: Checkpoint) -> Failure:
+    floats = DTYPES[have][1] == "f" and DTYPES[want][1] == "f"
+    ways = (
+        "--dtype like casts to like's dtype, --dtype source keeps the source's (in the library: dtype='like')."
+        if floats
+        else "A cast touches floating leaves only: --dtype source keeps it, or change the dtype in like."
+    )
+    text = "the dtype differs" if policy is None else f"the dtype differs, and --dtype {policy} does not cover it"
+    return Failure(text, source.label, f"{', '.join(entry.sources)} -> {name}", want, have, ways)
+
+
+# ---------------------------------------------------------------- conditions
+
+
+def _conditions(entries: Iterable[Entry], source: Checkpoint) -> tuple[Failure, ...]:
+    """Failures of the ops that hold only for some values, found now rather than while data moves."""
+    if not source.has_values:
+        return ()
+    out: list[Failure] = []
+    for entry in entries:
+        checked = [i for i, op in enumerate(entry.ops) if isinstance(op, CONDITIONS) and not isinstance(op, Same)]
+        if not checked or not all(name in source for name in entry.sources):
+            continue
+        try:
+            apply_chain(entry.ops[: checked[-1] + 1], tuple(source.read(name) for name in entry.sources))
+        except PlanError as error:
+            out.append(Failure(str(error), source.label, entry.text))
+    return tuple(out)

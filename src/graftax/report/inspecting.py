@@ -1,0 +1,118 @@
+"""What is in a checkpoint: names, shapes, dtypes; on request statistics and hashes. Listing imports no NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from graftax.errors import escape
+from graftax.formats.sizes import size_text
+from graftax.tree import Checkpoint, TensorSpec, natural_key
+
+
+def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = False) -> dict[str, Any]:
+    """The checkpoint as JSON data. Statistics and hashes read one leaf at a time."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for path, spec in checkpoint.items():
+        row: dict[str, Any] = {"shape": list(spec.shape), "dtype": spec.dtype}
+        if stats or hashes:
+            array = checkpoint.read(path)
+            if hashes:
+                row["sha256"] = leaf_hash(array, spec)
+            if stats:
+                row["stats"] = leaf_stats(array, spec)
+        tensors[path] = row
+    return {
+        "label": checkpoint.label,
+        "format": checkpoint.format,
+        "side": checkpoint.side,
+        "leaves": len(checkpoint),
+        "parameters": sum(spec.size for spec in checkpoint.values()),
+        "bytes": sum(spec.nbytes for spec in checkpoint.values()),
+        "dtypes": _count(checkpoint, lambda spec: spec.dtype),
+        "aliases": dict(checkpoint.aliases),
+        "metadata": dict(checkpoint.metadata),
+        "tensors": tensors,
+    }
+
+
+def _count(checkpoint: Checkpoint, of: Callable[[TensorSpec], str]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for spec in checkpoint.values():
+        out[of(spec)] = out.get(of(spec), 0) + 1
+    return out
+
+
+def leaf_hash(array: Any, spec: TensorSpec) -> str:
+    """sha256 of a leaf's bytes in C order, little end first, whatever file it lies in."""
+    import hashlib
+
+    from graftax.dtypes import storage_bytes
+
+    return hashlib.sha256(storage_bytes(array, spec).data).hexdigest()
+
+
+def leaf_stats(array: Any, spec: TensorSpec) -> dict[str, Any] | None:
+    """min, max, mean, std of the finite values in float64, and how many are zero, NaN and infinite. None for packed and
+    complex leaves."""
+    if spec.packed or spec.kind == "c":
+        return None
+    import numpy as np
+
+    wide = np.asarray(array).astype(np.float64).reshape(-1)
+    finite = wide[np.isfinite(wide)]
+    out: dict[str, Any] = {"min": None, "max": None, "mean": None, "std": None}
+    if finite.size:
+        out = {
+            "min": float(finite.min()),
+            "max": float(finite.max()),
+            "mean": float(finite.mean()),
+            "std": float(finite.std()),
+        }
+    return out | {
+        "zeros": int(np.count_nonzero(wide == 0)),
+        "nan": int(np.count_nonzero(np.isnan(wide))),
+        "inf": int(np.count_nonzero(np.isinf(wide))),
+    }
+
+
+def inspection_text(data: Mapping[str, Any]) -> str:
+    """The same for a person: a head line and a row a leaf, in natural order (layers.2 before layers.10)."""
+    dtypes = ", ".join(f"{count} {name}" for name, count in data["dtypes"].items())
+    lines = [
+        f"{escape(data['label'])}: {data['format']}, {data['side'] or 'side unknown'}, {data['leaves']} leaves, "
+        f"{data['parameters']:,} parameters, {size_text(data['bytes'])} ({dtypes or 'empty'})"
+    ]
+    rows: list[tuple[str, ...]] = []
+    for path in sorted(data["tensors"], key=natural_key):
+        row = data["tensors"][path]
+        extra: list[str] = []
+        if "stats" in row:
+            extra = [_stats_text(row["stats"])]
+        if "sha256" in row:
+            extra.append(row["sha256"][:16])
+        alias = data["aliases"].get(path)
+        if alias:
+            extra.append(f"= {escape(alias)}")
+        rows.append((escape(path), row["dtype"], "x".join(map(str, row["shape"])) or "scalar", *extra))
+    lines += aligned(rows)
+    return "\n".join(lines)
+
+
+def _stats_text(stats: Mapping[str, Any] | None) -> str:
+    if stats is None:
+        return ""
+    shown = " ".join(f"{k} {stats[k]:.4g}" for k in ("min", "max", "mean", "std") if stats[k] is not None)
+    odd = " ".join(f"{k} {stats[k]}" for k in ("zeros", "nan", "inf") if stats[k])
+    return f"{shown} {odd}".strip()
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows as text columns."""
+    widths: list[int] = []
+    for row in rows:
+        for i, cell in enumerate(row):
+            if i == len(widths):
+                widths.append(0)
+            widths[i] = max(widths[i], len(cell))
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows]
