@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from graftax.formats.opening import open_path, sub_checkpoint
 from graftax.formats.table import FORMATS
 
-__all__ = ["FORMATS", "open_path", "sub_checkpoint"]
+if TYPE_CHECKING:
+    from graftax.formats.saving import save
+
+__all__ = ["FORMATS", "open_path", "save", "sub_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    """`save` when it is first asked for: inspecting a header needs none of what it imports."""
+    if name == "save":
+        from graftax.formats.saving import save
+
+        return save
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+LEFTOVER = ".graftax-old"
+"""Ending of the name that an old folder has while a new one takes its place (where the two cannot be exchanged)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """A row of FORMATS. `holds` names the dtypes it stores bit for bit; `module` is imported when it is used."""

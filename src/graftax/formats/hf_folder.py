@@ -22,6 +22,7 @@ from graftax.tree import Checkpoint, Side, TensorSpec, detect_side
 if TYPE_CHECKING:
     import numpy as np
 
+storage_fault = safetensors_file.storage_fault
 INDEX = ".index.json"
 WEIGHTS = (
     "model.safetensors",

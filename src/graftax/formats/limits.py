@@ -50,15 +50,16 @@ def check_limit(name: str, found: int, label: str) -> None:
 
 
 def element_count(shape: Iterable[object], label: str) -> int:
-    """The elements of a shape that a file gives. FormatError where an extent is no whole number from 0, or where the
-    extents other than 0 multiply beyond 2**62."""
+    """The elements of a shape that a file gives. FormatError where an extent is no whole number from 0, where the
+    extents other than 0 multiply beyond 2**59 (NumPy wants the bytes of empty arrays, too, below 2**63), or where
+    there are more than 64 axes."""
     count = 1
     empty = False
-    for extent in shape:
+    for axes, extent in enumerate(shape, 1):
         if type(extent) is not int or extent < 0:
             raise FormatError(f"{label}: an axis cannot have {escape(repr(extent))} elements")
         empty = empty or extent == 0
         count *= extent or 1
-        if count > 1 << 62:
-            raise FormatError(f"{label}: its shape is larger than any file")
+        if count > 1 << 59 or axes > 64:
+            raise FormatError(f"{label}: its shape is larger than any array")
     return 0 if empty else count

@@ -11,12 +11,11 @@ from typing import Any
 
 from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, escape
 from graftax.formats import files, hub, strict_json
-from graftax.formats.base import Format
+from graftax.formats.base import LEFTOVER, Format
 from graftax.formats.table import FORMATS, by_ending
 from graftax.tree import Checkpoint, Side, detect_side, nearest
 
 _HEAD = 512
-LEFTOVER = ".graftax-old"  # where a folder is put aside while it is exchanged
 
 
 def open_path(path: str | Path) -> Checkpoint:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import Failure, FormatError, escape
 from graftax.formats import files, strict_json, tree_meta
 from graftax.formats.base import Output
-from graftax.formats.safetensors_header import PREFIX, Range, build_header, header_length, parse_header
+from graftax.formats.safetensors_header import PREFIX, Range, build_header, header_length, parse_header, storage_fault
 from graftax.tree import Checkpoint, Key, Side, TensorSpec, detect_side
 
 if TYPE_CHECKING:
     import numpy as np
+
+__all__ = ["TensorFile", "open", "own_metadata", "sniff", "storage_fault", "write", "write_files"]
 
 SCHEMA = 1
 _FORMAT_OF: dict[Side, str] = {"torch": "pt", "flax": "flax"}

@@ -1,0 +1,240 @@
+"""save: a tree of tensors into a file or folder of any format, in one step, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from graftax.errors import Failure, GraftaxError, PlanError, StorageError, UsageError, escape
+from graftax.formats import files
+from graftax.formats.base import Format, Output
+from graftax.formats.commit import clear_stale, staged
+from graftax.formats.table import FORMATS, NO_ENDING, by_ending, by_name, holders
+from graftax.tree import Checkpoint, Side
+
+_DISK_FULL = {"no space left on device": errno.ENOSPC, "file too large": errno.EFBIG, "quota exceeded": errno.EDQUOT}
+"""What libraries that write by themselves make of a full disk -> the errno it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What `save` did: where, in which format, and what it tidied up before (lines for the user)."""
+
+    path: Path
+    format: str
+    notes: tuple[str, ...]
+
+
+def save(
+    path: str | Path,
+    output: Output,
+    *,
+    format: str | None = None,
+    clobber: bool = True,
+    inputs: Iterable[str | Path | Checkpoint] = (),
+) -> Saved:
+    """Write `output` at `path`, or at `PATH::NAME` below NAME. The ending picks the format, `format` overrides it.
+
+    Everything is checked before anything is written; what was at `path` stays until the new is complete and synced.
+    `inputs` are what the tensors are read from: never overwritten.
+
+    Raises UsageError (format), PlanError (a dtype or side the format cannot hold), StorageError (destination refused,
+    disk full); whatever `output.tensors` raises.
+    """
+    out, name = split_target(path)
+    row = choose_format(out, output.side, format, output.shard_size)
+    if name:
+        output = _nested(output, name, row)
+    _check_fits(row, output)
+    _check_parent(out)
+    notes = _guard(lambda: clear_stale(out), out)
+    _check_destination(out, row, clobber)
+    _refuse_own_input(out, inputs)
+    return _guard(lambda: _write(out, row, output, clobber, notes), out)
+
+
+def _write(out: Path, row: Format, output: Output, clobber: bool, notes: list[str]) -> Saved:
+    module = row.load()
+    with staged(out, folder=row.folder, clobber=clobber) as place:
+        module.write(place.payload, output)
+    return Saved(out, row.name, (*notes, *place.notes))
+
+
+def _guard(action: Any, out: Path) -> Any:
+    """What `action` gives; an OSError on the way, also one that a library wrapped, becomes a StorageError."""
+    try:
+        return action()
+    except GraftaxError:
+        raise
+    except OSError as exc:
+        raise files.storage_error(exc, out) from exc
+    except Exception as exc:
+        seen: BaseException | None = exc
+        while seen is not None:
+            text = str(seen).lower()
+            code = next((code for words, code in _DISK_FULL.items() if words in text), None)
+            code = code or (seen.errno if isinstance(seen, OSError) else None)
+            if code:
+                raise files.storage_error(OSError(code, os.strerror(code)), out) from exc
+            seen = seen.__cause__ or seen.__context__
+        raise
+
+
+# ---------------------------------------------------------------- where and as what
+
+
+def split_target(path: str | Path) -> tuple[Path, str]:
+    """(PATH, NAME) of `PATH::NAME`; NAME is empty where there is none, or where a path of that whole text exists."""
+    text = str(path)
+    if "\0" in text or not text:
+        raise StorageError(f"{escape(text)!r} cannot be the name of a file")
+    head, sep, name = text.rpartition("::")
+    if not sep or os.path.lexists(text):
+        return Path(text), ""
+    if not head or not name:
+        raise UsageError(f"{escape(text)}: PATH::NAME needs both a path and a name")
+    return Path(head), name
+
+
+def choose_format(out: Path, side: Side, format: str | None, shard_size: int | None = None) -> Format:
+    """The row for an OUT: by `format`, else by its ending, else by side. Raises UsageError."""
+    if format is not None:
+        row = by_name(format)
+    elif not any(char.isalpha() for char in out.suffix):  # 'model', 'model-v1.5'
+        row = FORMATS[NO_ENDING[side]]
+    else:
+        row = by_ending(out.suffix)
+    if row is None or row.name == "spec":
+        known = ", ".join(ending for r in FORMATS.values() for ending in r.endings if r.name != "spec")
+        what = "a spec file holds no values" if row else f"no format has the ending {escape(out.suffix)!r}"
+        raise UsageError(f"{escape(out)}: {what}", next=f"Use one of {known}, none for a folder, or --format.")
+    if side not in row.sides:
+        raise PlanError(
+            f"{escape(out)}: {row.name} holds {' and '.join(row.sides)} trees, this is a {side} tree",
+            next=f"For {side}: {', '.join(r.name for r in FORMATS.values() if side in r.sides and r.name != 'spec')}.",
+        )
+    if shard_size is not None and row.name != "hf_folder":
+        raise UsageError(
+            f"{escape(out)}: a shard size needs a folder of shards, {row.name} is none",
+            next="Give a folder's name and --format hf_folder.",
+        )
+    return row
+
+
+def _nested(output: Output, name: str, row: Format) -> Output:
+    """`output` with everything below `name`."""
+    name = name.strip("/.")
+    if row.name == "torch":
+        return replace(output, container=name)
+    sep = "/" if output.side == "flax" else "."
+    prefix = (name if sep == "/" else name.replace("/", ".")) + sep
+
+    def below(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        return {prefix + path if path else prefix[:-1]: value for path, value in mapping.items()}
+
+    return replace(
+        output,
+        specs=below(output.specs),
+        tensors=((prefix + path, array) for path, array in output.tensors),
+        real_keys=below(output.real_keys),
+        containers=below(output.containers),
+    )
+
+
+def _check_fits(row: Format, output: Output) -> None:
+    """PlanError listing every tensor that the format cannot hold, and the formats that can."""
+    fault = getattr(row.load(), "storage_fault", None)
+    failures: list[Failure] = []
+    for path, spec in output.specs.items():
+        if spec.dtype not in row.holds:
+            able = ", ".join(holders(spec.dtype, output.side)) or "no format"
+            failures.append(Failure(f"{row.name} cannot hold {spec.dtype}", key=path, next=f"Formats that can: {able}"))
+        elif fault is not None and (what := fault(path, spec)) is not None:
+            failures.append(Failure(what, key=path))
+    if failures:
+        raise PlanError(f"{len(failures)} of {len(output.specs)} tensors do not fit into {row.name}:", failures)
+
+
+# ---------------------------------------------------------------- may it be written?
+
+
+def _check_parent(out: Path) -> None:
+    if out.name in {"", ".", ".."}:
+        raise StorageError(f"{escape(out)} is no name to write to", next="Name a file or folder to be made.")
+    parent = out.parent
+    if not parent.is_dir():
+        what = "is not a folder" if parent.exists() else "does not exist"
+        raise StorageError(f"the folder {escape(parent)} {what}", next=f"Make it first: mkdir -p {escape(parent)}")
+
+
+def _check_destination(out: Path, row: Format, clobber: bool) -> None:
+    """StorageError where what is at `out` must not be replaced."""
+    try:
+        mode = os.lstat(out).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise files.storage_error(exc, out) from None
+    if not clobber:
+        raise StorageError(f"{escape(out)} exists, and is not to be replaced (--no-clobber)")
+    if stat.S_ISLNK(mode):
+        # The link itself is replaced, never what it leads to: that may be a blob of the hub cache.
+        if out.is_dir():
+            raise StorageError(f"{escape(out)} is a link to a folder", next="Name the folder itself, or a new name.")
+        return
+    if stat.S_ISDIR(mode) != row.folder or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        wanted = "a folder" if row.folder else "a file"
+        found = "a file" if stat.S_ISREG(mode) else files.kind_of(mode)
+        raise StorageError(f"{escape(out)} is {found}; {row.name} writes {wanted}", next="Choose another name.")
+    if row.folder and any(os.scandir(out)):
+        _refuse_foreign_files(out)
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    """StorageError where the folder holds anything but the checkpoint in it."""
+    from graftax.formats.opening import open_folder
+
+    try:
+        own = {os.path.abspath(path) for path in open_folder(out).files}
+    except GraftaxError as exc:
+        raise StorageError(
+            f"the folder {escape(out)} exists, and is not a checkpoint that graftax can read",
+            [Failure(str(exc), file=str(out))],
+            next="Choose another name, or remove the folder yourself.",
+        ) from None
+    foreign = [
+        Failure("is not part of the checkpoint there", file=path, key=os.path.relpath(path, out))
+        for here, folders, names in os.walk(out)
+        for path in (os.path.abspath(os.path.join(here, name)) for name in [*names, *_links(here, folders)])
+        if path not in own
+    ]
+    if foreign:
+        raise StorageError(
+            f"the folder {escape(out)} holds {len(foreign)} files that replacing it would delete:",
+            foreign,
+            next="Choose another name, or move these files away.",
+        )
+
+
+def _links(here: str, folders: list[str]) -> list[str]:
+    """Links to folders, which os.walk does not enter."""
+    return [name for name in folders if os.path.islink(os.path.join(here, name))]
+
+
+def _refuse_own_input(out: Path, inputs: Iterable[str | Path | Checkpoint]) -> None:
+    """StorageError where writing `out` would replace, or write into, what is being read."""
+    target = Path(os.path.realpath(out))
+    sources = [p for item in inputs for p in (item.files if isinstance(item, Checkpoint) else (Path(item),))]
+    for source in sources:
+        real = Path(os.path.realpath(source))
+        same = real == target or (out.exists() and real.exists() and os.path.samefile(out, real))
+        if same or target in real.parents or (real.is_dir() and real in target.parents):
+            raise StorageError(
+                f"the output {escape(out)} is also an input ({escape(source)})",
+                next="Write to another name, then rename.",
+            )
