@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from graftax.formats.base import Output
 from graftax.formats.opening import open_path, sub_checkpoint
 from graftax.formats.table import FORMATS
 
 if TYPE_CHECKING:
     from graftax.formats.saving import save
 
-__all__ = ["FORMATS", "open_path", "save", "sub_checkpoint"]
+__all__ = ["FORMATS", "Output", "open_path", "save", "sub_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

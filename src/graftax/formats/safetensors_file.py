@@ -38,7 +38,7 @@ class TensorFile:
         """A tensor's values; a packed one's bytes. StorageError where the file changed."""
         import numpy as np
 
-        from graftax.formats.dtypes import from_storage
+        from graftax.dtypes import from_storage
 
         begin, end = self.ranges[name]
         raw = np.empty(end - begin, np.uint8)
@@ -137,7 +137,7 @@ def _write_tensors(
     specs: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, np.ndarray[Any, Any]]],
 ) -> None:
-    from graftax.formats.dtypes import storage_bytes
+    from graftax.dtypes import storage_bytes
 
     open_path: Path | None = None
     fd = -1

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from graftax.dtypes import NUMPY_OWN
 from graftax.errors import UsageError, escape
 from graftax.formats.base import Format
 from graftax.tree import DTYPES, Side
 
 _ALL = frozenset(DTYPES)
-_NUMPY = frozenset(
-    {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
-    | {"float16", "float32", "float64", "complex64", "complex128"}
-)
 _FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})
-_TORCH = _NUMPY | {"bfloat16"} | _FLOAT8
+_TORCH = NUMPY_OWN | {"bfloat16"} | _FLOAT8
 _SAFETENSORS = _ALL - {"int4", "uint4", "complex128"}
 _BOTH: tuple[Side, ...] = ("torch", "flax")
 
@@ -21,12 +18,14 @@ FORMATS: dict[str, Format] = {
     for row in (
         Format("safetensors", "graftax.formats.safetensors_file", (".safetensors",), False, _BOTH, _SAFETENSORS),
         Format("torch", "graftax.formats.torch_pt", (".pt", ".pth", ".bin"), False, ("torch",), _TORCH),
-        Format("npz", "graftax.formats.npz", (".npz",), False, _BOTH, _NUMPY),
+        Format("npz", "graftax.formats.npz", (".npz",), False, _BOTH, NUMPY_OWN),
         Format("spec", "graftax.formats.spec_file", (".json",), False, _BOTH, _ALL),
-        Format("orbax", "graftax.formats.orbax", (), True, ("flax",), _NUMPY | {"bfloat16"} | _FLOAT8),
+        Format("orbax", "graftax.formats.orbax", (), True, ("flax",), NUMPY_OWN | {"bfloat16"} | _FLOAT8),
         Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS),
         # Last: most bytes are the start of some msgpack value.
-        Format("msgpack", "graftax.formats.msgpack", (".msgpack",), False, ("flax",), _NUMPY | {"bfloat16"} | _FLOAT8),
+        Format(
+            "msgpack", "graftax.formats.msgpack", (".msgpack",), False, ("flax",), NUMPY_OWN | {"bfloat16"} | _FLOAT8
+        ),
     )
 }
 """name -> row. `holds` names what a format brings back bit for bit."""

@@ -1,0 +1,132 @@
+"""What a quantized checkpoint looks like: codes of few bits, and the scales beside them that give them their meaning.
+
+A cast of the codes alone has the right shape and wrong values, so such a source is refused by the name of its scheme.
+A scale alone proves nothing (`logit_scale`, the scale of a norm, layer scale): each row asks for the codes beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftax.errors import Failure, PlanError, escape
+from graftax.tree import Checkpoint
+
+CODES = frozenset(
+    {"int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32"}
+    | {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"}
+    | {"float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn"}
+)
+"""dtypes that codes are stored in, several codes to an integer of 32 bits included"""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Tensor `X<beside>` says that tensor `X<codes>`, if there is one, holds codes. '.' stands for '/', too.
+
+    `any_dtype`: the names are the scheme's own, whatever the dtype; else the codes must have a dtype of CODES.
+    """
+
+    name: str
+    beside: str
+    codes: str
+    any_dtype: bool = False
+
+
+SCHEMES = (
+    Scheme("GPTQ", ".g_idx", ".qweight", any_dtype=True),
+    Scheme("GPTQ or AWQ", ".qzeros", ".qweight", any_dtype=True),
+    Scheme("GPTQ or AWQ", ".scales", ".qweight", any_dtype=True),
+    Scheme("bitsandbytes 4-bit", ".quant_map", "", any_dtype=True),
+    Scheme("bitsandbytes 4-bit", ".absmax", "", any_dtype=True),
+    Scheme("bitsandbytes int8", ".SCB", ".weight"),
+    Scheme("bitsandbytes int8", ".weight_format", ".weight"),
+    Scheme("FP8 with inverse scales", "_scale_inv", "", any_dtype=True),
+    Scheme("MXFP4 blocks", "_scales", "_blocks"),
+    Scheme("compressed-tensors, packed", "_scale", "_packed"),
+    Scheme("HQQ", ".scale", ".W_q", any_dtype=True),
+    Scheme("HQQ", ".meta.scale", ".W_q", any_dtype=True),
+    Scheme("AQLM", ".codebooks", ".codes", any_dtype=True),
+    Scheme("EXL2", ".q_scale", ".q_weight", any_dtype=True),
+    Scheme("QuIP#", ".SU", ".Qidxs", any_dtype=True),
+    Scheme("Quanto", "._scale", "._data", any_dtype=True),
+    Scheme("Qwix", ".scale", ".qvalue", any_dtype=True),
+    Scheme("torch.ao, affine", ".zero_point", ".scale", any_dtype=True),
+    Scheme("affine codes with zero points", "_zero_point", ""),
+    Scheme("codes with scales", "_scale", ""),
+    Scheme("codes with scales", "_scales", ""),
+    Scheme("codes with scales", ".scale", ".weight"),
+    Scheme("codes with scales", ".scales", ".weight"),
+    Scheme("codes with scales", ".scale", ".kernel"),
+    Scheme("codes with scales", ".scale", ".embedding"),
+)
+"""The more telling rows first: a tensor is reported by the first that fits."""
+
+_CONFIG_KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One sign of quantization: the scheme, the tensor of codes and the one beside it; no tensors where config.json
+    says so."""
+
+    scheme: str
+    codes: str = ""
+    beside: str = ""
+
+
+def find_quantized(checkpoint: Checkpoint) -> tuple[Found, ...]:
+    """Every sign of quantization, a tensor of codes once; empty for a plain checkpoint."""
+    rows = [
+        Scheme(row.name, row.beside.replace(".", sep), row.codes.replace(".", sep), row.any_dtype)
+        for row in SCHEMES
+        for sep in "./"
+    ]
+    endings = tuple({row.beside for row in rows})
+    found: dict[str, Found] = {}
+    for path in checkpoint:
+        if not path.endswith(endings):
+            continue
+        for row in rows:
+            codes = path.removesuffix(row.beside) + row.codes
+            if not path.endswith(row.beside) or codes not in checkpoint or codes == path:
+                continue
+            if row.any_dtype or checkpoint[codes].dtype in CODES:
+                found.setdefault(codes, Found(row.name, codes, path))
+                break
+    return (*_from_config(checkpoint.config), *found.values())
+
+
+def _from_config(config: Mapping[str, Any] | None) -> list[Found]:
+    """What config.json says, on its top level or in the settings of a part."""
+    parts = [config or {}]
+    parts += [value for value in parts[0].values() if isinstance(value, dict)]
+    settings = [part[key] for part in parts for key in _CONFIG_KEYS if isinstance(part.get(key), dict) and part[key]]
+    return [Found(str(item.get("quant_method") or item.get("format") or "unnamed")) for item in settings[:1]]
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """PlanError naming the scheme and every tensor of codes, where `checkpoint` looks quantized."""
+    found = find_quantized(checkpoint)
+    if not found:
+        return
+    failures = [
+        Failure(
+            f"codes of {item.scheme}, scaled by {escape(item.beside)}",
+            checkpoint.label,
+            item.codes,
+            found=str(checkpoint[item.codes]),
+            expected="values",
+        )
+        if item.codes
+        else Failure(f"config.json: quantization_config says {escape(item.scheme)}", checkpoint.label)
+        for item in found
+    ]
+    names = ", ".join(dict.fromkeys(escape(item.scheme) for item in found))
+    raise PlanError(
+        f"{escape(checkpoint.label)} is quantized ({names}):",
+        failures,
+        next="Dequantize it first: load it with the library that wrote it and save plain float weights. "
+        "If the weights are plain already, keep them apart from that config.json.",
+    )
