@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
-from graftax.formats.limits import beyond, limit
+from graftax.formats.limits import check_limit, limit
 
 # torch storage class -> (dtype, bytes of an element). None: a type that no flat tree holds.
 STORAGES: dict[str, tuple[str | None, int]] = {
@@ -97,12 +97,17 @@ class _Malformed(Exception):
     """The pickle does not make sense; `load` turns it into a FormatError with the file's name."""
 
 
+def _brief(value: Any) -> str:
+    """A value for a message; a container by its type alone, because its text can be exponentially long."""
+    return escape(value, 40) if isinstance(value, (str, int, float, bytes)) else type(value).__name__
+
+
 # ---------------------------------------------------------------- what may be called
 
 
 def _ints(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)) or any(type(item) is not int for item in value):
-        raise _Malformed(f"{escape(value)} is no shape or stride")
+        raise _Malformed(f"{_brief(value)} is no shape or stride")
     return tuple(value)
 
 
@@ -121,10 +126,10 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = No
         return Refused("quantized" if "Q" in storage.kind else "dtype", found)
     bits = bits or {}
     if not isinstance(bits, dict) or set(bits) - {"conj", "neg"}:
-        return Refused("subclass", f"with the state {escape(bits)}")
+        return Refused("subclass", "a plain tensor with a state of its own")
     shape, strides = _ints(shape), _ints(strides)
     if len(shape) != len(strides):
-        raise _Malformed(f"shape {escape(shape)} with strides {escape(strides)}")
+        raise _Malformed(f"a tensor with {len(shape)} extents and {len(strides)} strides")
     return Tensor(storage, name, itemsize, offset, shape, strides, bool(bits.get("conj")), bool(bits.get("neg")))
 
 
@@ -187,7 +192,7 @@ def _aside(kind: str) -> Callable[..., Any]:
 
 
 def _opaque(name: str) -> Callable[..., Any]:
-    return lambda *args: Opaque(f"{name}({', '.join(escape(arg, 40) for arg in args[:2])})")
+    return lambda *args: Opaque(f"{name}({', '.join(map(_brief, args[:2]))})")
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -231,7 +236,9 @@ class _State:
     memo: dict[int, Any] = field(default_factory=dict[int, Any])
     refused: dict[str, None] = field(default_factory=dict[str, None])
     made: int = 0
-    most: int = 0
+    label: str = ""
+    most: int = 0  # objects
+    deepest: int = 0  # marks
 
 
 def _since_mark(state: _State) -> list[Any]:
@@ -245,9 +252,11 @@ def _set(target: Any, key: Any, value: Any) -> None:
         return
     if not isinstance(target, dict):
         raise _Malformed("an item set on what is no dict")
-    if isinstance(key, tuple) and len(key) <= 64 and all(isinstance(part, (str, int, float)) for part in key):
-        target[key] = value
-    elif key is None or isinstance(key, (str, int, float, bytes, Global, Opaque)):
+    if (
+        (isinstance(key, tuple) and len(key) <= 64 and all(isinstance(part, (str, int, float)) for part in key))
+        or key is None
+        or isinstance(key, (str, int, float, bytes, Global, Opaque))
+    ):
         target[key] = value
     else:  # nested tuples can take exponential time to hash
         raise _Malformed(f"a {type(key).__name__.lower()} as a key")
@@ -260,7 +269,7 @@ def _push(state: _State, value: Any) -> None:
 def _made(state: _State, value: Any) -> None:
     state.made += 1
     if state.made > state.most:
-        raise beyond("leaves", f"the pickle makes more than {state.made:,} objects")
+        check_limit("leaves", state.made, state.label)
     state.stack.append(value)
 
 
@@ -335,8 +344,8 @@ def _setitems(state: _State, arg: Any) -> None:
 
 
 def _mark(state: _State, arg: Any) -> None:
-    if len(state.marks) > 8 * limit("depth"):
-        raise beyond("depth", "the pickle nests deeper than any checkpoint")
+    if len(state.marks) > state.deepest:
+        check_limit("depth", len(state.marks), state.label)
     state.marks.append(state.stack)
     state.stack = []
 
@@ -372,7 +381,7 @@ def _persistent(state: _State, arg: Any) -> None:
     kind = pid[1].name.rpartition(".")[2] if isinstance(pid[1], Global) else ""
     key, count = _text(pid[2]), pid[4]
     if kind not in STORAGES or key is None or type(count) is not int or count < 0:
-        raise _Malformed(f"a storage of {escape(kind or pid[1])}")
+        raise _Malformed(f"a storage of {kind or _brief(pid[1])}")
     itemsize = STORAGES[kind][1]
     start, length = 0, count
     if len(pid) == 6 and pid[5] is not None:
@@ -405,7 +414,7 @@ _MACHINE: dict[str, Callable[[_State, Any], None]] = {
     "EMPTY_DICT": lambda state, arg: _made(state, {}),
     "EMPTY_LIST": lambda state, arg: _made(state, []),
     "EMPTY_SET": lambda state, arg: _made(state, Opaque("set()")),
-    "ADDITEMS": lambda state, arg: _since_mark(state) and None,
+    "ADDITEMS": lambda state, arg: _since_mark(state).clear(),
     "MARK": _mark,
     "TUPLE": lambda state, arg: _made(state, tuple(_since_mark(state))),
     "TUPLE1": _tuple(1),
@@ -435,7 +444,8 @@ def load(stream: BinaryIO, label: str) -> Any:
     Raises UnsafeInputError, naming every global that is not allowed or the limit that is passed, and FormatError for
     a pickle that is truncated or makes no sense. Nothing is imported and nothing of the file is called.
     """
-    state = _State(most=8 * limit("leaves"))
+    # Of a tensor's 7 objects 4 stay, and tensors stand in optimizers, too; a tensor takes four marks, a container one.
+    state = _State(label=label, most=3 * limit("leaves"), deepest=4 * limit("depth"))
     problem: Exception | None = None
     try:
         for opcode, arg, _ in pickletools.genops(stream):

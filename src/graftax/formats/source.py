@@ -1,23 +1,25 @@
-"""Reading a file by position: no mmap (a file that shrinks while mapped kills the process), and a file that changed
-since it was opened is noticed."""
+"""A file and how it was when it was opened: what the readers of pickles, zips and msgpack read from, by position."""
 
 from __future__ import annotations
 
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftax.errors import FormatError, StorageError, escape
+from graftax.errors import FormatError, UnsafeInputError, escape
+from graftax.formats import files
+from graftax.formats.limits import SLACK, limit, variable
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A regular file as it was when it was first looked at."""
+    """A regular file, and the stamp by which a change is noticed."""
 
     path: Path
-    size: int
-    stamp: tuple[int, int, int]  # inode, device, mtime in ns
+    stamp: files.Stamp
+
+    @property
+    def size(self) -> int:
+        return self.stamp.size
 
     def read(self, offset: int, length: int) -> bytearray:
         """`length` bytes from `offset`, in a buffer that the caller may keep and change.
@@ -26,39 +28,23 @@ class Source:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise FormatError(
-                f"{escape(self.path)} is truncated: bytes {offset} to {offset + length} were asked for",
-                next=f"It has {self.size} bytes. Fetch or write it again.",
+                f"{escape(self.path)} is truncated: bytes {offset:,} to {offset + length:,} are missing",
+                next=f"It has {self.size:,} bytes. Fetch or write it again.",
             )
-        data = bytearray(length)
-        view = memoryview(data)
-        done = 0
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                if _stamp(os.fstat(file.fileno())) != (self.size, self.stamp):
-                    raise StorageError(f"{escape(self.path)} changed since it was opened", next="Open it again.")
-                file.seek(offset)
-                while done < length:
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise StorageError(f"{escape(self.path)} shrank while it was read")
-                    done += count
-        except OSError as error:
-            raise StorageError(f"cannot read {escape(self.path)}: {error.strerror or error}") from error
-        return data
+        return files.read_bytes(self.path, self.stamp, offset, length)
 
 
 def open_source(path: Path) -> Source:
     """`path` as a Source. StorageError where it is missing, unreadable or not a regular file."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError) as error:
-        text = error.strerror if isinstance(error, OSError) else str(error)
-        raise StorageError(f"cannot read {escape(path)}: {text}") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise StorageError(f"{escape(path)} is not a regular file")
-    size, stamp = _stamp(found)
-    return Source(Path(path), size, stamp)
+    return Source(Path(path), files.stamp(Path(path)))
 
 
-def _stamp(found: os.stat_result) -> tuple[int, tuple[int, int, int]]:
-    return found.st_size, (found.st_ino, found.st_dev, found.st_mtime_ns)
+def check_ratio(name: str, large: int, small: int, what: str) -> None:
+    """UnsafeInputError where `large` bytes for `small` ones pass the limit `name` (and SLACK); `what` begins the
+    message."""
+    if large > limit(name) * small + SLACK:
+        ratio = -(-large // max(small, 1))
+        raise UnsafeInputError(
+            f"{what}: {large:,} bytes from {small:,} stored; the limit is {limit(name):,} to 1",
+            next=f"If you trust this file, set {variable(name)}={ratio}.",
+        )

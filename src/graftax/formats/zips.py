@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from graftax.errors import FormatError, UnsafeInputError, escape
-from graftax.formats.limits import SLACK, beyond, limit
-from graftax.formats.source import Source
+from graftax.formats.limits import check_limit
+from graftax.formats.source import Source, check_ratio
 
 LOCAL = struct.Struct("<4s5H3I2H")
 CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -66,8 +66,7 @@ def zip_members(source: Source) -> dict[str, Member]:
             member.name, member.method, member.crc, member.stored, member.size, member.start, bound
         )
     total = sum(member.size for member in members)
-    if total > limit("ratio") * source.size + SLACK:
-        raise beyond("ratio", f"{escape(source.path)} has {source.size:,} bytes and unpacks to {total:,}")
+    check_ratio("ratio", total, source.size, f"{escape(source.path)} unpacks to too much")
     return out
 
 
@@ -159,10 +158,8 @@ def _central_directory(source: Source) -> tuple[bytearray, int]:
             table_end = at
     if start + size != table_end:
         raise _broken(source, "its table of contents is not where it says")
-    if size > limit("header"):
-        raise beyond("header", f"the table of contents of {escape(source.path)} takes {size:,} bytes")
-    if max(count, size // CENTRAL.size) > limit("leaves"):
-        raise beyond("leaves", f"{escape(source.path)} has {max(count, size // CENTRAL.size):,} members")
+    check_limit("header", size, escape(source.path))
+    check_limit("leaves", max(count, size // CENTRAL.size), escape(source.path))
     return source.read(start, size), start
 
 

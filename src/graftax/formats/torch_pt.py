@@ -1,0 +1,355 @@
+"""torch .pt, .pth and .bin files: the zip archives and the older plain pickles that torch.save writes.
+
+They are read without torch and without running anything of them: `pickles` reads the structure as inert values,
+`torch_tree` finds the weights in it, and the bytes of a tensor are read by position when they are asked for. Writing
+takes torch.
+
+Formats: zip: NAME/data.pkl, NAME/data/KEY, NAME/byteorder. Legacy: five pickles (magic number, protocol, system, the
+object, the keys of its storages), then for each key its element count (int64) and its bytes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import Failure, FormatError, PlanError, UnsafeInputError, UsageError, escape
+from graftax.formats import pickles, zips
+from graftax.formats.base import Output
+from graftax.formats.limits import beyond, check_limit, element_count, limit
+from graftax.formats.pickles import Storage, Tensor
+from graftax.formats.source import Source, check_ratio, open_source
+from graftax.formats.torch_tree import Chosen, choose
+from graftax.tree import Checkpoint, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ENDINGS = (".pt", ".pth", ".bin")
+MAGIC = 0x1950A86A20F9469CFC6C
+_ZIP_NAMES = ("data.pkl", "constants.pkl", "version", "byteorder", ".format_version", ".storage_alignment")
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What a file holds: the unpickled value, the bytes that are stored for each storage, and how to get `length` of
+    them from `start` on."""
+
+    root: Any
+    records: dict[str, int]
+    fetch: Callable[[Storage, int, int], bytearray]
+    swapped: bool = False  # the bytes are big-endian
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """A zip with the members of torch, a pickle, or a file with torch's endings that starts like an old one."""
+    name = zips.first_member_name(head)
+    if name is not None:
+        inner = name.partition("/")[2] or name
+        ours = inner in _ZIP_NAMES or inner.startswith(("data/", "code/"))
+        return ours or (path.suffix in ENDINGS and not name.endswith(".npy"))
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return True
+    return path.suffix in ENDINGS and (head[257:262] == b"ustar" or head[:1] in (b"c", b"(", b"}", b"]"))
+
+
+def open(path: Path) -> Checkpoint:
+    """The state_dict in the file. Raises UnsafeInputError where reading it all would run code or passes a limit,
+    FormatError where it is malformed, PlanError where several containers hold weights or they are quantized."""
+    return _checkpoint(path, None)
+
+
+def open_container(path: Path, name: str) -> Checkpoint:
+    """As `open`, of the container `name` in the file ('model', 'a/b'; '.' for everything)."""
+    return _checkpoint(path, name)
+
+
+def _checkpoint(path: Path, name: str | None) -> Checkpoint:
+    source = open_source(path)
+    content = _content(source)
+    label = escape(path)
+    chosen = choose(content.root, name, label)
+    specs = _specs(chosen.tensors, content, source)
+
+    def reader(key: str) -> np.ndarray[Any, Any]:
+        return _array(chosen.tensors[key], specs[key], content)
+
+    return Checkpoint(
+        label=f"{path}::{name}" if name else str(path),
+        side="torch",
+        specs=specs,
+        reader=reader,
+        format="torch",
+        files=(path,),
+        metadata=_metadata(chosen),
+        aliases=_aliases(chosen.tensors),
+        real_keys=chosen.real_keys,
+    )
+
+
+def _metadata(chosen: Chosen) -> dict[str, str]:
+    """What is in the file beside the weights, and under `container` where the weights were found."""
+    return ({"container": chosen.container} if chosen.container else {}) | chosen.left
+
+
+# ---------------------------------------------------------------- the two kinds of file
+
+
+def _content(source: Source) -> _Content:
+    label = escape(source.path)
+    head = bytes(source.read(0, min(512, source.size)))
+    if head[:2] == b"PK":
+        return _read_zip(source, label)
+    if head[257:262] == b"ustar":
+        raise UnsafeInputError(
+            f"{label} is a tar file of torch before 0.1.10, which no restricted reader knows",
+            next="Ask for the weights as .safetensors, or as a .pt file of a newer torch.",
+        )
+    return _read_legacy(source, label)
+
+
+def _read_zip(source: Source, label: str) -> _Content:
+    members = zips.zip_members(source)
+    tops = {name.partition("/")[0] for name in members}
+    prefix = f"{next(iter(tops))}/" if len(tops) == 1 else ""
+    if f"{prefix}constants.pkl" in members or any(name.startswith(f"{prefix}code/") for name in members):
+        raise UnsafeInputError(
+            f"{label} is a TorchScript archive, which is code and not only weights",
+            next="Where it was made, save the weights alone: torch.save(module.state_dict(), path), or .safetensors.",
+        )
+    if f"{prefix}data.pkl" not in members:
+        raise FormatError(f"{label} is a zip archive, but not one that torch.save writes: it has no data.pkl")
+    # torch.serialization.set_crc32_options(False) leaves every CRC zero: then there is none to check
+    checked = any(member.crc for member in members.values())
+    pickle_member = members[f"{prefix}data.pkl"]
+    check_limit("header", pickle_member.size, label)
+    order = members.get(f"{prefix}byteorder")
+    order_text = bytes(zips.read_member(source, order, checked)) if order and order.size < 16 else b"little"
+    if order_text not in (b"little", b"big"):
+        raise FormatError(f"{label} does not say its byte order")
+    root = pickles.load(io.BytesIO(zips.read_member(source, pickle_member, checked)), label)
+    sound: set[str] = set()
+
+    def fetch(storage: Storage, start: int, length: int) -> bytearray:
+        member = members[f"{prefix}data/{storage.key}"]
+        if member.method != zips.STORED:
+            return zips.read_member(source, member, checked)[start : start + length]
+        data = source.read(zips.data_offset(source, member) + start, length)
+        if checked and member.name not in sound:
+            if length < member.size:
+                zips.check_crc(source, member)
+            elif zlib.crc32(data) != member.crc:
+                raise FormatError(f"{label}: the record of storage {escape(storage.key)} is damaged (CRC)")
+            sound.add(member.name)
+        return data
+
+    data = f"{prefix}data/"
+    records = {name.removeprefix(data): member.size for name, member in members.items() if name.startswith(data)}
+    return _Content(root, records, fetch, order_text == b"big")
+
+
+def _read_legacy(source: Source, label: str) -> _Content:
+    block = bytes(source.read(0, min(source.size, limit("header"))))
+    stream = io.BytesIO(block)
+    if _legacy_pickle(stream, source, label) != MAGIC:
+        raise FormatError(
+            f"{label} is a pickle, but not one that torch.save wrote", next="Write it with torch.save, or .safetensors."
+        )
+    if _legacy_pickle(stream, source, label) != 1001:
+        raise FormatError(f"{label} has an unknown version of torch's legacy format")
+    _legacy_pickle(stream, source, label)  # the sizes of C types on the machine that wrote it
+    root = _legacy_pickle(stream, source, label)
+    keys = _legacy_pickle(stream, source, label)
+    if not isinstance(keys, list) or any(type(key) not in (str, int, bytes) for key in keys):
+        raise FormatError(f"{label} does not list its storages")
+    storages = {storage.key: storage for storage in _storages(root)}
+    places: dict[str, int] = {}
+    at = stream.tell()
+    for key in (key.decode("latin1") if isinstance(key, bytes) else str(key) for key in keys):
+        if key in places or key not in storages:
+            raise FormatError(f"{label} lists storage {escape(key)} twice, or one that nothing uses")
+        storage = storages[key]
+        itemsize = pickles.STORAGES[storage.kind][1]
+        raw = block[at : at + 8] if at + 8 <= len(block) else source.read(at, 8)
+        count = int.from_bytes(raw, "little", signed=True)
+        if count * itemsize != storage.total:
+            raise FormatError(f"{label}: storage {escape(key)} is damaged: its length is not what the pickle says")
+        places[key] = at + 8
+        at += 8 + storage.total
+        if at > source.size:
+            raise FormatError(f"{label} is truncated in storage {escape(key)}")
+    if at != source.size:
+        raise FormatError(f"{label} has {source.size - at} bytes behind its end")
+
+    def fetch(storage: Storage, start: int, length: int) -> bytearray:
+        return source.read(places[storage.key] + start, length)
+
+    return _Content(root, {key: storages[key].total for key in places}, fetch)
+
+
+def _legacy_pickle(stream: io.BytesIO, source: Source, label: str) -> Any:
+    """The next of the pickles that a legacy file begins with."""
+    try:
+        return pickles.load(stream, label)
+    except FormatError:
+        if source.size > limit("header") and stream.tell() >= limit("header"):
+            raise beyond("header", f"{label}: a pickle that does not end in {limit('header'):,}") from None
+        raise
+
+
+def _storages(root: Any) -> list[Storage]:
+    """Every storage in an inert value, each container visited once."""
+    found: list[Storage] = []
+    seen: set[int] = set()
+    todo: list[Any] = [root]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor):
+            found.append(value.storage)
+        elif isinstance(value, Storage):
+            found.append(value)
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            todo.extend(value.values() if isinstance(value, dict) else value)
+    return found
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _specs(tensors: dict[str, Tensor], content: _Content, source: Source) -> dict[str, TensorSpec]:
+    """The spec of each tensor, once all of them fit into their storages and ask for no more than a limit allows."""
+    label = escape(source.path)
+    wrong: list[Failure] = []
+    dense = 0
+    most = limit("dense")
+    for name, tensor in tensors.items():
+        storage = tensor.storage
+        try:
+            size = element_count(tensor.shape, label) * tensor.itemsize
+        except FormatError:
+            wrong.append(Failure("no array has this shape", label, name, found=escape(tensor.shape)))
+            continue
+        need = (tensor.offset + _span(tensor)) * tensor.itemsize if size else 0
+        record = content.records.get(storage.key)
+        if record != storage.total:
+            found = "none" if record is None else f"{record} bytes"
+            what = f"the record of its storage {escape(storage.key)} is missing or damaged"
+            wrong.append(Failure(what, label, name, f"{storage.total} bytes", found, "Fetch the file again."))
+        elif tensor.offset < 0 or min(tensor.strides, default=0) < 0:
+            wrong.append(Failure("a negative offset or stride", label, name))
+        elif need > storage.nbytes:
+            wrong.append(Failure("its storage is too short", label, name, f"{need} bytes", f"{storage.nbytes} bytes"))
+        elif size > most * storage.nbytes:
+            check_ratio("dense", size, storage.nbytes, f"{label}: {escape(name)} asks for too much")
+        dense += size
+    if wrong:
+        raise FormatError(f"{label}: {len(wrong)} of {len(tensors)} tensors are malformed", wrong)
+    check_ratio("dense", dense, source.size, f"the tensors of {label} ask for too much")
+    return {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from the first to the last one that a tensor reaches; 0 for an empty one."""
+    if 0 in tensor.shape:
+        return 0
+    return 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.strides, strict=True))
+
+
+def _contiguous(tensor: Tensor) -> bool:
+    expected = 1
+    for extent, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if extent != 1 and stride != expected:
+            return False
+        expected *= extent
+    return True
+
+
+def _array(tensor: Tensor, spec: TensorSpec, content: _Content) -> np.ndarray[Any, Any]:
+    """The values of a tensor, C-contiguous, in the machine's byte order, bit for bit."""
+    import numpy as np
+
+    from graftax.dtypes import numpy_dtype
+
+    dtype = numpy_dtype(spec.dtype)
+    span = _span(tensor)
+    if not span:
+        return np.empty(spec.shape, dtype)
+    start = tensor.storage.start + tensor.offset * tensor.itemsize
+    flat = np.frombuffer(content.fetch(tensor.storage, start, span * tensor.itemsize), np.uint8)
+    unit = tensor.itemsize // 2 if spec.kind == "c" else tensor.itemsize
+    if content.swapped != (np.little_endian is False) and unit > 1:
+        flat = flat.view(f"u{unit}").byteswap()
+    array = flat.view(dtype)
+    if _contiguous(tensor):
+        array = array.reshape(spec.shape)
+    else:
+        steps = [stride * tensor.itemsize for stride in tensor.strides]
+        array = np.lib.stride_tricks.as_strided(array, spec.shape, steps).copy(order="C")
+    if tensor.conj:
+        array = np.conj(array)
+    return np.negative(array) if tensor.neg else array
+
+
+def _aliases(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """name -> the first name that is the same view of the same bytes."""
+    first: dict[tuple[Any, ...], str] = {}
+    out: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if not _span(tensor):
+            continue
+        start = tensor.storage.start + tensor.offset * tensor.itemsize
+        view = (tensor.storage.key, start, tensor.dtype, tensor.shape, tensor.strides, tensor.conj, tensor.neg)
+        if (known := first.setdefault(view, name)) != name:
+            out[name] = known
+    return out
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(path: Path, output: Output) -> None:
+    """An OrderedDict of tensors, in the order of `output.specs`, as torch.save writes it (zip archive); in the nested
+    dicts that `output.container` ('a/b') names. The same input gives the same bytes.
+
+    Raises UsageError without torch, PlanError for a dtype that torch does not have.
+    """
+    torch = _torch()
+    import numpy as np
+
+    from graftax.dtypes import storage_bytes
+
+    lacking = [
+        Failure(f"torch {torch.__version__} has no tensors of this kind", key=name, found=str(spec))
+        for name, spec in output.specs.items()
+        if spec.dtype not in pickles.DTYPES or not hasattr(torch, spec.dtype)
+    ]
+    if lacking:
+        raise PlanError("a .pt file cannot hold this", lacking, next="Write .safetensors, or cast with --dtype.")
+    made: dict[str, Any] = {}
+    for name, array in output.tensors:
+        spec = output.specs[name]
+        raw = np.array(storage_bytes(array, spec), copy=True)  # torch wants memory that it may write to
+        dtype = getattr(torch, spec.dtype)
+        made[name] = torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)
+        made[name] = made[name].reshape(spec.shape)
+    tree: Any = OrderedDict((name, made[name]) for name in output.specs)
+    for part in reversed(output.container.split("/") if output.container else []):
+        tree = {part: tree}
+    # torch.save(path) would put the file's stem into the archive, and with it a staging name into the bytes
+    with builtins.open(path, "wb") as file:
+        torch.save(tree, file)
+
+
+def _torch() -> Any:
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UsageError("writing a .pt file takes torch", next='pip install "graftax[torch]"') from error
+    return torch
