@@ -187,7 +187,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     real_keys path prefix -> its last key, where that is not text (`blocks/0` -> 0)
     containers path prefix -> "list", "tuple" or "FrozenDict", where a container is not a plain dict
     buffers   paths that are buffers and not parameters, where the source is live
-    rebuild   {path: array} -> an object of the same kind, where the source is live
+    rebuild   {path: array} -> an object of the same kind, where the source is live; sharding= and (NNX) rngs= say more
     """
 
     label: str
@@ -204,7 +204,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     real_keys: Mapping[str, Key] = field(default_factory=dict[str, Key])
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
     native: Any = None
-    rebuild: Callable[[Mapping[str, Any]], Any] | None = None
+    rebuild: Callable[..., Any] | None = None
 
     def __getitem__(self, path: str) -> TensorSpec:
         return self.specs[path]

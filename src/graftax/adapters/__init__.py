@@ -1,0 +1,217 @@
+"""Live objects of torch, Linen and NNX <-> flat trees. A framework is imported only where an object of it is met."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import UsageError, escape
+from graftax.tree import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from graftax.adapters.linen_tree import LinenModel
+
+ACCEPTED = (
+    "a path, a hub id in the local cache or 'pkg.mod:factory'; a torch Module or state_dict; Linen variables or "
+    "gx.linen(module, example); an nnx.Module, nnx.State or (GraphDef, State); a nest of arrays or ShapeDtypeStruct"
+)
+
+
+def open_tree(obj: Any, label: str | None = None) -> Checkpoint:
+    """Whatever the library takes as a source or a like, as a Checkpoint. Nothing is computed and no values are read.
+
+    Raises UsageError for what it does not take, and what reading raises for paths.
+    """
+    if isinstance(obj, Checkpoint):
+        return obj
+    if isinstance(obj, (str, os.PathLike)):
+        return resolve(os.fspath(obj))  # pyright: ignore
+    kind = kind_of(obj)
+    name = label or _LABELS.get(kind, type(obj).__name__)
+    if kind == "torch module":
+        from graftax.adapters import torch_tree
+
+        return torch_tree.open_module(obj, label or type(obj).__name__)
+    if kind == "torch state_dict":
+        from graftax.adapters import torch_tree
+
+        return torch_tree.open_state_dict(obj, name)
+    if kind == "linen model":
+        from graftax.adapters import linen_tree
+
+        return linen_tree.open_linen(obj, label or type(obj.module).__name__)
+    if kind in {"nnx module", "nnx state", "nnx split"}:
+        from graftax.adapters import nnx_tree
+
+        return nnx_tree.open_nnx(obj, label or (type(obj).__name__ if kind == "nnx module" else name))
+    from graftax.adapters import flax_tree
+
+    return flax_tree.open_container(obj, name)
+
+
+_LABELS = {
+    "torch state_dict": "the state_dict",
+    "nnx state": "the State",
+    "nnx split": "the State",
+    "container": "the tree",
+}
+
+
+def kind_of(obj: Any) -> str:
+    """Which adapter an object belongs to: "torch module", "torch state_dict", "linen model", "nnx module", "nnx state",
+    "nnx split" (GraphDef, State), or "container". UsageError for anything else, with what to pass instead."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(obj, torch.nn.Module):
+        return "torch module"
+    linen_tree = sys.modules.get("graftax.adapters.linen_tree")
+    if linen_tree is not None and isinstance(obj, linen_tree.LinenModel):
+        return "linen model"
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None:
+        if isinstance(obj, nnx.State):
+            return "nnx state"
+        if isinstance(obj, tuple) and len(obj) == 2 and isinstance(obj[0], nnx.GraphDef):
+            return "nnx split"
+        if isinstance(obj, (nnx.Module, getattr(nnx, "Pytree", nnx.Module))):
+            return "nnx module"
+    _refuse(obj, nnx)
+    from graftax.adapters import torch_tree
+
+    return "torch state_dict" if torch_tree.is_torch_tree(obj) else "container"
+
+
+def _refuse(obj: Any, nnx: Any) -> None:
+    """UsageError for what is no tree of arrays, with the way to one where it is known."""
+    if isinstance(obj, (Mapping, list)) or (isinstance(obj, tuple) and not _is_graphdef(obj, nnx)):
+        if obj:
+            return
+        raise UsageError(f"an empty {type(obj).__name__} holds no weights")
+    linen = sys.modules.get("flax.linen")
+    name = obj.__name__ if isinstance(obj, type) else type(obj).__name__
+    hint = f"Accepted: {ACCEPTED}."
+    if linen is not None and isinstance(obj, linen.Module):
+        hint = f"A Linen module has no shapes until it is called: use gx.linen({escape(name)}(...), example_input)."
+    elif isinstance(obj, type):
+        hint = f"{escape(name)} is a class: pass an instance of it."
+    elif _is_graphdef(obj, nnx):
+        hint = "Pass (GraphDef, State) with one State: nnx.merge_state joins several."
+    elif hasattr(obj, "apply_fn") and hasattr(obj, "params"):
+        hint = "Pass its .params (with the other collections, if there are any, as {'params': ...})."
+    raise UsageError(f"{type(obj).__module__}.{escape(name)} is no tree of weights", next=hint)
+
+
+def _is_graphdef(obj: Any, nnx: Any) -> bool:
+    if nnx is None:
+        return False
+    return isinstance(obj, nnx.GraphDef) or (isinstance(obj, tuple) and bool(obj) and isinstance(obj[0], nnx.GraphDef))
+
+
+def resolve(text: str) -> Checkpoint:
+    """The checkpoint that `text` names: an existing path, or `pkg.mod:factory`; else what `formats.open_path` finds."""
+    from graftax.adapters import factories
+
+    return factories.resolve_text(text)
+
+
+def linen(module: Any, *example_args: Any, rngs: Any = None, method: Any = None, **kwargs: Any) -> LinenModel:
+    """A Linen module as `like` or source side: its variables' shapes are traced on the example inputs, nothing is
+    computed.
+
+    example_args, kwargs  what the module is called with; arrays may be jax.ShapeDtypeStruct
+    rngs                  as for `module.init`; a seed or {name: seed} too
+    method                the method to call, where that is not `__call__`
+
+    Raises UsageError if `module` is no Linen module.
+    """
+    from graftax.adapters import linen_tree
+
+    return linen_tree.linen(module, *example_args, rngs=rngs, method=method, **kwargs)
+
+
+def assign(obj: Any, arrays: Mapping[str, Any]) -> None:
+    """Set the weights at the paths of `arrays` in a live torch Module or nnx.Module, in place: all or none.
+
+    Everything is checked first. Raises PlanError for what does not fit, UsageError for an object that is immutable.
+    """
+    kind = kind_of(obj)
+    if kind == "torch module":
+        from graftax.adapters import torch_tree
+
+        return torch_tree.assign_module(obj, arrays)
+    if kind == "nnx module":
+        from graftax.adapters import nnx_tree
+
+        return nnx_tree.assign_module(obj, arrays)
+    raise UsageError(
+        f"{_LABELS.get(kind, 'a Linen module')} is not changed in place; that is for a torch Module or an nnx.Module",
+        next="gx.port(source, like) gives a new tree.",
+    )
+
+
+def map_leaves(obj: Any, new: Mapping[str, Any]) -> Any:
+    """The same kind of object with other leaves at the paths of `new`; every other leaf is the same object.
+
+    Containers keep their type, key order, boxes and attributes; a new leaf gets the old one's dtype (checked),
+    framework, sharding and device. A Module gives a new Module (nnx) or a state_dict (torch). `obj` is not changed.
+    Raises PlanError for paths, shapes and dtypes that do not fit, UsageError for gx.linen(...), which has no leaves.
+    """
+    kind = kind_of(obj)
+    if kind in {"torch module", "torch state_dict"}:
+        from graftax.adapters import torch_tree
+
+        tree = obj.state_dict() if kind == "torch module" else obj
+        return torch_tree.map_state(tree, new, lambda key, old, array: to_torch(array, old))
+    if kind == "linen model":
+        raise UsageError("gx.linen(...) has shapes and no leaves to replace; pass the variables")
+    if kind == "nnx module":
+        from graftax.adapters import nnx_tree
+
+        return nnx_tree.map_module(obj, new, _like_old)
+    from graftax.adapters import flax_tree
+
+    if kind == "nnx split":
+        return flax_tree.make_container(obj[1], new, _like_old)
+    return flax_tree.make_container(obj, new, _like_old)
+
+
+def _like_old(path: str, old: Any, new: Any) -> Any:
+    """NumPy where NumPy was, jax placed as the old leaf elsewhere; always a copy."""
+    import numpy as np
+
+    from graftax import dtypes
+    from graftax.adapters import jax_arrays
+
+    plain = jax_arrays.from_storage(new, dtypes.spec_of(old))
+    if isinstance(old, (np.ndarray, np.generic)):
+        return jax_arrays.own(np.asarray(plain))
+    return jax_arrays.to_jax(plain, old)
+
+
+def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool = False) -> Any:
+    """`arrays` in the plain container of a side: an OrderedDict of tensors (torch), a nested dict of jax arrays (Flax,
+    with the keys and lists of `end.real_keys` and `end.containers`). host=True gives NumPy arrays.
+
+    end: anything with `side`, `specs`, `real_keys` and `containers`: a Checkpoint, or the end of a plan.
+    """
+    from graftax.adapters import plain
+
+    return plain.plain_tree(end, arrays, host)
+
+
+def to_jax(array: Any, like_leaf: Any = None) -> Any:
+    """`array` as a jax array of the same dtype, placed as `like_leaf` is, in memory of its own. A dtype that jax would
+    narrow (64 bits without jax_enable_x64) stays a NumPy array."""
+    from graftax.adapters import jax_arrays
+
+    return jax_arrays.to_jax(array, like_leaf)
+
+
+def to_torch(array: Any, like_leaf: Any = None) -> torch.Tensor:
+    """`array` as a tensor of the same dtype (bf16 and f8 too), in memory of its own, on the device of `like_leaf`."""
+    from graftax.adapters import torch_arrays
+
+    return torch_arrays.to_torch(array, like_leaf)

@@ -1,0 +1,266 @@
+"""Nested containers of arrays: their leaves as flat paths, and the same containers with other leaves.
+
+Works on dicts (also OrderedDict and other subclasses), FrozenDict, nnx.State, lists, tuples, named tuples, and on the
+boxes around a leaf: `flax.core.meta.AxisMetadata` (Linen `Partitioned`) and `nnx.Variable`. A box adds no part to a
+path. Nothing here imports a framework: a box can only be met where its framework is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+from graftax.errors import FormatError, UsageError, escape
+from graftax.tree import Key, escape_part
+
+DEPTH = 64
+NOT_WEIGHTS = ("RngState", "Cache", "Intermediate")
+"""Classes of `flax.nnx` whose variables are no weights; `flax.nnx.training.optimizer.OptState` is the fourth."""
+LINEN_STATE = frozenset({"cache", "intermediates", "perturbations"})
+"""Linen collections that are no weights: what Cache, Intermediate and Perturbation are in NNX."""
+
+Leaf = Any
+Visit = Callable[[str, Leaf], Leaf]
+
+
+def leaves(tree: Any) -> Iterator[tuple[tuple[Key, ...], Leaf]]:
+    """(keys, leaf) of every weight in `tree`, in the tree's own order, out of their boxes.
+
+    Variables that are no weights, random keys and None are passed over. Raises UsageError for a leaf that is no array
+    and for a key that no path can hold.
+    """
+    linen = is_variables(tree)
+    return _leaves(tree, (), lambda keys: linen and keys[0] in LINEN_STATE)
+
+
+def _leaves(node: Any, keys: tuple[Key, ...], aside: Callable[[tuple[Key, ...]], bool]) -> Iterator[Any]:
+    if len(keys) > DEPTH:
+        raise FormatError(f"nested deeper than {DEPTH} levels at {escape(path_of(keys[:4]))}/...")
+    if keys and aside(keys):
+        return
+    children = children_of(node)
+    if children is not None:
+        for key, child in children:
+            yield from _leaves(child, (*keys, _checked(key, keys)), aside)
+    elif is_variable(node):
+        inner = variable_value(node)
+        if is_weight(node) and (is_array(inner) or children_of(inner) is not None or _must_hold_array(node)):
+            yield from _leaves(inner, keys, aside)
+    elif is_axis_box(node):
+        yield from _leaves(axis_value(node), keys, aside)
+    elif is_array(node):
+        if not is_random_key(node):
+            yield keys, node
+    elif node is not None:
+        raise UsageError(
+            f"{escape(path_of(keys)) or 'the tree'} is a {_type_name(node)}, not an array",
+            next="Leaves are NumPy or jax arrays, or jax.ShapeDtypeStruct"
+            + ("; make a number an array with numpy.asarray." if isinstance(node, (int, float, complex)) else "."),
+        )
+
+
+def remade(tree: Any, visit: Visit) -> Any:
+    """`tree` again: containers, boxes and key order of the same kind, every weight replaced by `visit(path, leaf)`.
+
+    What is no weight stays the same object; boxes are new ones, so that neither tree changes with the other.
+    """
+    linen = is_variables(tree)
+    return _remade(tree, (), visit, lambda keys: linen and keys[0] in LINEN_STATE)
+
+
+def _remade(node: Any, keys: tuple[Key, ...], visit: Visit, aside: Callable[[tuple[Key, ...]], bool]) -> Any:
+    if keys and aside(keys):
+        return node
+    children = children_of(node)
+    if children is not None:
+        return with_children(node, {key: _remade(child, (*keys, key), visit, aside) for key, child in children})
+    if is_variable(node):
+        inner = variable_value(node)
+        if not is_weight(node) or not (is_array(inner) or children_of(inner) is not None):
+            return node.copy() if hasattr(node, "copy") else copy.copy(node)
+        return variable_with(node, _remade(inner, keys, visit, aside))
+    if is_axis_box(node):
+        return node.replace_boxed(_remade(axis_value(node), keys, visit, aside))
+    if is_array(node) and not is_random_key(node):
+        return visit(path_of(keys), node)
+    return node
+
+
+def path_of(keys: tuple[Key, ...]) -> str:
+    return "/".join(escape_part(key) for key in keys)
+
+
+def shape_of_tree(tree: Any) -> tuple[dict[str, Key], dict[str, str]]:
+    """(real_keys, containers) as `tree.Checkpoint` has them: keys that are not text, containers that are not plain
+    dicts. An nnx.State counts as a plain dict."""
+    real_keys: dict[str, Key] = {}
+    kinds: dict[str, str] = {}
+
+    def visit(node: Any, keys: tuple[Key, ...]) -> None:
+        children = children_of(node)
+        if children is None:
+            return
+        prefix = path_of(keys)
+        if isinstance(node, list):
+            kinds[prefix] = "list"
+        elif isinstance(node, tuple):
+            kinds[prefix] = "tuple"
+        elif type(node).__name__ == "FrozenDict" and not kinds_above(prefix, kinds):
+            kinds[prefix] = "FrozenDict"
+        for key, child in children:
+            if not isinstance(key, str):
+                real_keys[path_of((*keys, key))] = key
+            visit(child, (*keys, key))
+
+    visit(tree, ())
+    return real_keys, kinds
+
+
+def kinds_above(prefix: str, kinds: Mapping[str, str]) -> bool:
+    """Is a container above `prefix` a FrozenDict already? It freezes what it holds."""
+    return any(
+        kind == "FrozenDict" and (not path or prefix.startswith(f"{path}/"))
+        for path, kind in kinds.items()
+        if path != prefix
+    )
+
+
+# ---------------------------------------------------------------- what a node is
+
+
+def children_of(node: Any) -> list[tuple[Key, Any]] | None:
+    """The (key, child) pairs of a container in its own order, or None for anything else."""
+    if isinstance(node, Mapping):
+        mapping = cast("Mapping[Any, Any]", _raw(node))
+        return list(mapping.items())
+    if isinstance(node, (list, tuple)) and not _is_partition_spec(node):
+        return list(enumerate(cast("list[Any]", node)))
+    return None
+
+
+def with_children(node: Any, children: dict[Key, Any]) -> Any:
+    """A container like `node` that holds `children`: the same type and, for a dict's subclass, the same attributes."""
+    kind: Any = type(node)
+    if kind is dict:
+        return children
+    if isinstance(node, dict):
+        new = copy.copy(node)
+        for key, child in children.items():
+            dict.__setitem__(new, key, child)
+        return new
+    if isinstance(node, Mapping):
+        return kind(children)
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return kind(*children.values())
+    return kind(children.values())
+
+
+def _raw(node: Any) -> Any:
+    """The dict below an nnx.State, whose own items would be wrapped in new States."""
+    return node.raw_mapping if type(node).__module__.startswith("flax.nnx") and hasattr(node, "raw_mapping") else node
+
+
+def _is_partition_spec(node: Any) -> bool:
+    return type(node).__name__ == "PartitionSpec"
+
+
+def _checked(key: Any, keys: tuple[Key, ...]) -> Key:
+    if isinstance(key, str) or type(key) is int:
+        return key
+    if isinstance(key, tuple) and all(isinstance(item, (str, int)) for item in cast("tuple[Any, ...]", key)):
+        return cast("Key", key)
+    raise UsageError(
+        f"a key of type {_type_name(key)} below {escape(path_of(keys)) or 'the top'}: {escape(repr(key))}",
+        next="Keys are text, whole numbers or tuples of these.",
+    )
+
+
+def is_variables(tree: Any) -> bool:
+    """Does `tree` have Linen's collections at the top?"""
+    return isinstance(tree, Mapping) and "params" in tree
+
+
+def is_array(node: Any) -> bool:
+    """An array, or what stands for one: anything with a shape and a dtype that is not a torch tensor."""
+    return hasattr(node, "shape") and hasattr(node, "dtype") and not is_tensor(node)
+
+
+def is_tensor(node: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(node, torch.Tensor)
+
+
+def is_random_key(node: Any) -> bool:
+    """A typed jax key: no NumPy dtype can hold it."""
+    return str(getattr(node, "dtype", "")).startswith("key<")
+
+
+def is_axis_box(node: Any) -> bool:
+    meta = sys.modules.get("flax.core.meta")
+    return meta is not None and isinstance(node, meta.AxisMetadata)
+
+
+def axis_value(box: Any) -> Any:
+    """What a box holds, without the sharding constraint that `unbox` of a Partitioned applies under a mesh."""
+    meta = sys.modules["flax.core.meta"]
+    return box.unbox(apply_constraint=False) if isinstance(box, meta.Partitioned) else box.unbox()
+
+
+def _nnx() -> Any:
+    return sys.modules.get("flax.nnx")
+
+
+def is_variable(node: Any) -> bool:
+    nnx = _nnx()
+    return nnx is not None and isinstance(node, nnx.Variable)
+
+
+def is_weight(variable: Any) -> bool:
+    """Param, BatchStat and the user's own types are weights; random, cache, intermediate and optimizer state is not."""
+    nnx = _nnx()
+    if isinstance(variable, tuple(getattr(nnx, name) for name in NOT_WEIGHTS)):
+        return False
+    optimizer = sys.modules.get("flax.nnx.training.optimizer")
+    return optimizer is None or not isinstance(variable, optimizer.OptState)
+
+
+def _must_hold_array(variable: Any) -> bool:
+    nnx = _nnx()
+    return isinstance(variable, (nnx.Param, nnx.BatchStat))
+
+
+def variable_value(variable: Any) -> Any:
+    """The stored value of an nnx.Variable, past any hooks; of an array reference, the array in it."""
+    value = variable.get_raw_value() if hasattr(variable, "get_raw_value") else variable.raw_value
+    return value[...] if _is_ref(value) else value
+
+
+def variable_with(variable: Any, value: Any) -> Any:
+    """A new Variable of the same type and metadata that stores `value`."""
+    new = variable.copy()
+    set_variable(new, value)
+    return new
+
+
+def set_variable(variable: Any, value: Any) -> None:
+    """Store `value` in a Variable, in place, past any hooks."""
+    held = variable.get_raw_value() if hasattr(variable, "get_raw_value") else variable.raw_value
+    if _is_ref(held):
+        held[...] = value
+    elif hasattr(variable, "set_raw_value"):
+        variable.set_raw_value(value)
+    else:
+        variable.raw_value = value
+
+
+def _is_ref(value: Any) -> bool:
+    jax = sys.modules.get("jax")
+    kind = getattr(jax, "Ref", None)
+    return kind is not None and isinstance(value, kind)
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

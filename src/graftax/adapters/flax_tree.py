@@ -1,0 +1,176 @@
+"""Containers of arrays (Linen variables, nnx.State, plain nested dicts) as a Checkpoint, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from graftax import dtypes
+from graftax.adapters import containers, jax_arrays
+from graftax.errors import Failure, FormatError, GraftaxError, PlanError, UsageError, escape
+from graftax.tree import Checkpoint, Side, TensorSpec, detect_side, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Make = Callable[[str, Any, Any], Any]
+"""(path, the leaf that was there, the new array) -> the new leaf"""
+
+
+def open_container(tree: Any, label: str) -> Checkpoint:
+    """The weights of a nested container as a Checkpoint.
+
+    A flat dict of arrays is taken as it is named: with '/' in a name the names are paths already, with dots they are
+    torch keys. Raises UsageError or FormatError for what is no array, lists them all.
+    """
+    if is_flat(tree):
+        return _open_flat(tree, label)
+    found = leaf_table(tree, label)
+    real_keys, kinds = containers.shape_of_tree(tree)
+    return Checkpoint(
+        label=label,
+        side="flax",
+        specs=specs_of(found, label),
+        reader=reader_of(found),
+        real_keys={path: key for path, key in real_keys.items() if _leads(path, found)},
+        containers=kinds,
+        native=tree,
+        rebuild=lambda arrays, sharding=None: rebuild_container(tree, arrays, sharding),
+    )
+
+
+def _leads(prefix: str, found: Mapping[str, Any]) -> bool:
+    return prefix in found or any(path.startswith(f"{prefix}/") for path in found)
+
+
+def leaf_table(tree: Any, label: str) -> dict[str, Any]:
+    """path -> leaf. FormatError where two keys give one path ('1' and 1)."""
+    found: dict[str, Any] = {}
+    for keys, leaf in containers.leaves(tree):
+        path = containers.path_of(keys)
+        if path in found:
+            raise FormatError(f"{escape(label)}: two leaves have the path {escape(path)!r}", next="Rename a key.")
+        found[path] = leaf
+    return found
+
+
+def specs_of(found: Mapping[str, Any], label: str) -> dict[str, TensorSpec]:
+    """path -> spec. FormatError that lists every leaf whose dtype no checkpoint can hold."""
+    specs: dict[str, TensorSpec] = {}
+    failures: list[Failure] = []
+    for path, leaf in found.items():
+        try:
+            specs[path] = dtypes.spec_of(leaf)
+        except (GraftaxError, TypeError):
+            failures.append(Failure("a dtype that no checkpoint can hold", key=path, found=escape(leaf.dtype)))
+    if failures:
+        raise FormatError(f"{escape(label)} has {len(failures)} leaves that are no weights", failures)
+    return specs
+
+
+def reader_of(found: Mapping[str, Any]) -> Callable[[str], np.ndarray[Any, Any]] | None:
+    """path -> values, or None where no leaf has any."""
+    if found and all(jax_arrays.is_abstract(leaf) for leaf in found.values()):
+        return None
+    return lambda path: jax_arrays.to_host(found[path], dtypes.spec_of(found[path]), escape(path))
+
+
+# ---------------------------------------------------------------- back
+
+
+def rebuild_container(tree: Any, arrays: Mapping[str, Any], sharding: Any = None) -> Any:
+    """A container like `tree` with `arrays` as its leaves: jax arrays placed as the old leaves are; NumPy arrays with
+    sharding="host"; placed by `sharding`, a jax Sharding, otherwise."""
+    return make_container(tree, arrays, maker(sharding))
+
+
+def maker(sharding: Any) -> Make:
+    """How new leaves are made. Arrays that are nobody else's become jax's without a copy."""
+    seen: set[int] = set()
+
+    def make(path: str, old: Any, new: Any) -> Any:
+        plain = jax_arrays.from_storage(new, dtypes.spec_of(old))
+        address = getattr(plain, "__array_interface__", {"data": (0,)})["data"][0]
+        adopt = address not in seen
+        seen.add(address)
+        if sharding == "host":
+            return jax_arrays.own(plain, adopt)
+        return jax_arrays.to_jax(plain, old if sharding is None else _Placement(sharding), adopt=adopt)
+
+    return make
+
+
+class _Placement:
+    """A stand-in for a leaf of which only the sharding matters."""
+
+    __slots__ = ("sharding",)
+
+    def __init__(self, sharding: Any) -> None:
+        self.sharding = sharding
+
+
+def make_container(tree: Any, arrays: Mapping[str, Any], make: Make) -> Any:
+    """`tree` again with the leaves that `arrays` names made by `make`; every other leaf is the same object.
+
+    Raises PlanError for a path that is not in the tree and for a shape or dtype that differs, all of them.
+    """
+    found = leaf_table(tree, "the tree") if not is_flat(tree) else dict(tree)
+    check_fit(found, arrays, "the tree")
+
+    def visit(path: str, old: Any) -> Any:
+        return make(path, old, arrays[path]) if path in arrays else old
+
+    if is_flat(tree):
+        return containers.with_children(tree, {path: visit(path, old) for path, old in tree.items()})
+    return containers.remade(tree, visit)
+
+
+def check_fit(found: Mapping[str, Any], arrays: Mapping[str, Any], label: str) -> None:
+    """Is every array of a path that exists, and of its shape and dtype? PlanError that lists what is not."""
+    failures = [misfit for path in arrays if (misfit := _misfit(path, found, arrays[path]))]
+    if failures:
+        raise PlanError(f"{len(failures)} of {len(arrays)} arrays do not fit {escape(label)}", failures)
+
+
+def _misfit(path: str, found: Mapping[str, Any], array: Any) -> Failure | None:
+    if path not in found:
+        near = nearest(path, found)
+        return Failure("no such leaf", key=path, next=f"Near: {near}" if near else "")
+    spec = dtypes.spec_of(found[path])
+    if spec.packed and str(getattr(array, "dtype", "")) == "uint8" and tuple(array.shape) == (spec.nbytes,):
+        return None
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        return Failure("not an array", key=path, expected=str(spec), found=type(array).__name__)
+    given = dtypes.spec_of(array)
+    if given != spec:
+        return Failure("another shape or dtype", key=path, expected=str(spec), found=str(given))
+    return None
+
+
+# ---------------------------------------------------------------- flat dicts
+
+
+def is_flat(tree: Any) -> bool:
+    """A dict of arrays whose names are paths or torch keys already, not the keys of one level."""
+    if not isinstance(tree, Mapping) or not tree or any(not isinstance(key, str) for key in tree):
+        return False
+    if not all(containers.is_array(leaf) for leaf in tree.values()):
+        return False
+    return any("/" in key or "." in key for key in tree)
+
+
+def _open_flat(tree: Mapping[str, Any], label: str) -> Checkpoint:
+    found = dict(tree)
+    side: Side | None = detect_side(found)
+
+    def rebuild(arrays: Mapping[str, Any], sharding: Any = None) -> Any:
+        return rebuild_container(tree, arrays, "host" if side == "torch" else sharding)
+
+    return Checkpoint(
+        label=label, side=side, specs=specs_of(found, label), reader=reader_of(found), native=tree, rebuild=rebuild
+    )
+
+
+def refuse_rngs(rngs: Any, kind: str) -> None:
+    if rngs is not None:
+        raise UsageError(f"rngs= is for a like that is an nnx.Module; this one is {kind}")

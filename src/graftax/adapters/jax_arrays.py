@@ -1,0 +1,107 @@
+"""Arrays between NumPy and jax: never a changed dtype, never shared writable memory.
+
+Ownership: readers of live objects hand out read-only views, so an array that is writable and has its memory to itself
+belongs to whoever holds it, and may become a jax array or a tensor without a copy. Everything else is copied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from graftax import dtypes
+from graftax.errors import PlanError, UsageError
+from graftax.tree import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def to_jax(array: Any, like: Any = None, *, adopt: bool = False) -> Any:
+    """`array` as a jax array of the same dtype, placed as `like` is (a jax.Array, or a ShapeDtypeStruct with a
+    sharding; else the default device).
+
+    A dtype that jax would narrow (int64, uint64, float64, complex128 unless jax_enable_x64 is set) stays a NumPy array
+    on the host. The result never shares memory with `array`, unless `adopt` says that the caller gives it away.
+    """
+    import jax
+    import numpy as np
+
+    if isinstance(array, jax.Array):
+        return _placed(array, like)
+    host = own(np.asarray(array), adopt)
+    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
+        return host
+    host.flags.writeable = False  # jax may keep it as it is
+    return _placed(host, like)
+
+
+def own(array: np.ndarray[Any, Any], adopt: bool = False) -> np.ndarray[Any, Any]:
+    """`array` in C order, in the machine's byte order and in memory of its own: itself if `adopt` and it can be."""
+    import numpy as np
+
+    if adopt and array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative and _alone(array):
+        return array
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
+
+
+def _alone(array: np.ndarray[Any, Any]) -> bool:
+    """Does the array span all of the memory that it lies in?"""
+    import numpy as np
+
+    base: Any = array
+    while isinstance(base, np.ndarray) and base.base is not None:
+        base = base.base
+    held = (
+        base.nbytes if isinstance(base, (np.ndarray, memoryview)) else len(base) if isinstance(base, bytearray) else -1
+    )
+    return held == array.nbytes
+
+
+def _placed(array: Any, like: Any) -> Any:
+    import jax
+
+    sharding = getattr(like, "sharding", None)
+    if sharding is None or not isinstance(sharding, jax.sharding.Sharding):
+        return jax.device_put(array)
+    if isinstance(like, jax.Array) and not getattr(like, "committed", True):
+        return jax.device_put(array)  # an uncommitted array may move to where it is used: keep that
+    return jax.device_put(array, sharding)
+
+
+def to_host(leaf: Any, spec: TensorSpec, name: str = "") -> np.ndarray[Any, Any]:
+    """The values of a NumPy or jax leaf as a read-only array, without a copy where that can be; packed types as their
+    bytes. PlanError for a leaf without values, UsageError for one that this process cannot read."""
+    import numpy as np
+
+    if is_abstract(leaf):
+        raise PlanError(f"{name or 'the leaf'} has a shape and a dtype, but no values")
+    if getattr(leaf, "is_deleted", lambda: False)():
+        raise UsageError(f"{name or 'the array'} was deleted (donated to a jitted function?)")
+    if not getattr(leaf, "is_fully_addressable", True):
+        raise UsageError(f"{name or 'the array'} has shards on other hosts; gather it before it is read here")
+    array = np.asarray(leaf)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if spec.packed:
+        return dtypes.pack(array, spec.bits)
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def from_storage(array: Any, spec: TensorSpec) -> Any:
+    """The values of a packed tensor that travelled as its bytes, one byte a code; any other array as it is."""
+    packed = spec.packed and getattr(array, "ndim", 0) == 1 and str(array.dtype) == "uint8"
+    return dtypes.unpack(array, spec) if packed else array
+
+
+def is_abstract(leaf: Any) -> bool:
+    """A shape and a dtype without values: jax.ShapeDtypeStruct, a tracer, or anything else that is no array."""
+    import sys
+
+    import numpy as np
+
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return False
+    jax = sys.modules.get("jax")
+    return jax is None or not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer)

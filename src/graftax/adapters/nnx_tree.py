@@ -1,0 +1,275 @@
+"""NNX: Modules, State and (GraphDef, State). Paths are attribute paths, list indices in decimal."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftax.adapters import containers, flax_tree, jax_arrays, settings
+from graftax.errors import UsageError, escape
+from graftax.tree import Checkpoint, Key, Module
+
+
+def open_nnx(node: Any, label: str) -> Checkpoint:
+    """An nnx.Module (abstract too), an nnx.State or (GraphDef, State) as a Checkpoint.
+
+    Weights are Param, BatchStat, the user's own Variable types and raw arrays (the scales of nnx.WeightNorm); random,
+    cache, intermediate and optimizer state stays as it is. `aliases` maps the other paths of a shared Param to the one
+    that is listed.
+    """
+    from flax import nnx
+
+    if isinstance(node, tuple):
+        try:
+            module = nnx.merge(*node, copy=True)
+        except ValueError:  # only a part of the state: names and values are known, modules are not
+            module = None
+        return _open_state(node[1], node, module, label)
+    if isinstance(node, nnx.State):
+        return _open_state(node, node, None, label)
+    parts = split_module(node)
+    base = flax_tree.open_container(parts.state, label)
+    aliases = aliases_of(node, base)
+    return Checkpoint(
+        label=label,
+        side="flax",
+        specs=base.specs,
+        reader=base.reader,
+        modules=modules_of(node, base, aliases),
+        aliases=aliases,
+        real_keys=base.real_keys,
+        native=node,
+        rebuild=lambda arrays, sharding=None, rngs=None: join_module(
+            parts, with_random_state(flax_tree.rebuild_container(parts.state, arrays, sharding), rngs)
+        ),
+    )
+
+
+def _open_state(state: Any, native: Any, module: Any, label: str) -> Checkpoint:
+    base = flax_tree.open_container(state, label)
+    aliases = {} if module is None else aliases_of(module, base)
+    return Checkpoint(
+        label=label,
+        side="flax",
+        specs=base.specs,
+        reader=base.reader,
+        modules={} if module is None else modules_of(module, base, aliases),
+        aliases=aliases,
+        real_keys=base.real_keys,
+        native=native,
+        rebuild=lambda arrays, sharding=None, rngs=None: with_random_state(
+            flax_tree.rebuild_container(state, arrays, sharding), rngs
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A Module as nnx.split gives it, and the keys of raw arrays that have no values: NNX takes these for static
+    attributes of the GraphDef (nnx.eval_shape of a WeightNorm), here they are leaves of the state."""
+
+    graphdef: Any
+    state: Any
+    abstract: tuple[tuple[Key, ...], ...]
+
+
+def split_module(module: Any) -> Parts:
+    import jax
+    from flax import nnx
+    from jax.core import Tracer
+
+    graphdef, state = nnx.split(module)
+    abstract: list[tuple[Key, ...]] = []
+    for path, leaf in nnx.iter_graph(module):
+        if not isinstance(leaf, (jax.ShapeDtypeStruct, Tracer)) or containers.is_random_key(leaf):
+            continue
+        keys: Any = tuple(path)
+        node = state
+        for key in keys[:-1]:
+            if key not in node:
+                node[key] = {}
+            node = node[key]
+        if keys[-1] not in node:
+            node[keys[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            abstract.append(keys)
+    return Parts(graphdef, state, tuple(abstract))
+
+
+def join_module(parts: Parts, state: Any) -> Any:
+    """A new Module of `parts` with `state`."""
+    from flax import nnx
+
+    raw: list[tuple[tuple[Key, ...], Any]] = []
+    for keys in parts.abstract:
+        node = state
+        for key in keys[:-1]:
+            node = node[key]
+        raw.append((keys, node[keys[-1]]))
+        del node[keys[-1]]
+    module = nnx.merge(parts.graphdef, state)
+    for keys, value in raw:
+        holder: Any = module
+        for key in keys[:-1]:
+            holder = getattr(holder, key) if isinstance(key, str) and hasattr(holder, "__dict__") else holder[key]
+        if hasattr(holder, "__dict__") and isinstance(keys[-1], str):
+            setattr(holder, keys[-1], _as_data(nnx, value))
+        elif isinstance(holder, (dict, list)):
+            holder[keys[-1]] = value
+        else:  # an nnx.List
+            holder[keys[-1]] = _as_data(nnx, value)
+    return module
+
+
+def with_random_state(state: Any, rngs: Any) -> Any:
+    """`state`, its abstract random state made from `rngs` (an nnx.Rngs, or a seed), in place of a fresh container.
+
+    Without `rngs` abstract state stays abstract, and a warning names it: the module then works wherever nothing random
+    is drawn.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    waiting = [(path, leaf) for path, leaf in _variables(state) if _is_abstract_state(leaf)]
+    if not waiting:
+        return state
+    if rngs is None:
+        names = ", ".join(escape(path) for path, _ in waiting[:3]) + (" ..." if len(waiting) > 3 else "")
+        warnings.warn(
+            f"{len(waiting)} leaves that are no weights have no values and stay abstract ({names}); "
+            "pass rngs=nnx.Rngs(seed) to make random state, or start from a Module with values",
+            stacklevel=2,
+        )
+        return state
+    made = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+    for path, variable in waiting:
+        if not isinstance(variable, nnx.RngState):
+            continue
+        spec = containers.variable_value(variable)
+        if isinstance(variable, nnx.RngKey):
+            tag = variable.get_metadata("tag", "default")
+            key = getattr(made, tag)() if tag in made else made()
+            value = jax.random.split(key, spec.shape) if spec.shape else key
+            if value.dtype != spec.dtype:
+                raise UsageError(f"{escape(path)} is a {spec.dtype}, rngs gives {value.dtype}")
+        else:
+            value = jnp.zeros(spec.shape, spec.dtype)
+        containers.set_variable(variable, value)
+    return state
+
+
+def _variables(state: Any) -> list[tuple[str, Any]]:
+    from flax import nnx
+
+    pairs: Any = nnx.to_flat_state(state)
+    return [(containers.path_of(tuple(keys)), leaf) for keys, leaf in pairs]
+
+
+def _is_abstract_state(leaf: Any) -> bool:
+    if not containers.is_variable(leaf) or containers.is_weight(leaf):
+        return False
+    value = containers.variable_value(leaf)
+    return hasattr(value, "dtype") and jax_arrays.is_abstract(value)
+
+
+def _as_data(nnx: Any, value: Any) -> Any:
+    """NNX noted the attribute as static when it had no values."""
+    return nnx.data(value) if hasattr(nnx, "data") else value
+
+
+# ---------------------------------------------------------------- what the graph shows
+
+
+def aliases_of(node: Any, base: Checkpoint) -> dict[str, str]:
+    """Other path of a shared Variable, or of what a shared Module holds -> the path that is listed."""
+    from flax import nnx
+
+    aliases: dict[str, str] = {}
+    for group in nnx.find_duplicates(node):
+        paths: list[Any] = [tuple(path) for path in group]
+        names = [containers.path_of(path) for path in paths]
+        below = [[path for path in base if path == name or path.startswith(f"{name}/")] for name in names]
+        listed = next((i for i, paths in enumerate(below) if paths), None)
+        if listed is None:
+            continue
+        for i, name in enumerate(names):
+            if i != listed:
+                aliases |= {name + path[len(names[listed]) :]: path for path in below[listed] if not below[i]}
+    return aliases
+
+
+def modules_of(node: Any, base: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Module]:
+    """module path -> Module, parents first, in the order in which attributes were set. A leaf that is shared is listed
+    under its own role with the path that the state has."""
+    from flax import nnx
+
+    found: dict[Any, Any] = {tuple(path): module for path, module in nnx.iter_modules(node)}
+    ranked = sorted(found, key=lambda keys: _rank(node, keys))
+    below: dict[str, dict[str, str]] = {containers.path_of(keys): {} for keys in ranked}
+    for full, listed in [*((path, path) for path in base), *aliases.items()]:
+        parts = full.split("/")
+        for i in range(len(parts)):
+            leaves = below.get("/".join(parts[:i]))
+            if leaves is not None:
+                leaves["/".join(parts[i:])] = listed
+    return {
+        name: Module(
+            name,
+            type(found[keys]).__name__,
+            settings.bases(type(found[keys])),
+            settings.collect(vars(found[keys]).items()),
+            below[name],
+        )
+        for name, keys in zip(below, ranked, strict=True)
+    }
+
+
+def _rank(node: Any, keys: tuple[Key, ...]) -> tuple[int, ...]:
+    """Where `keys` comes in the order of attributes, dict keys and list items, from the root down."""
+    out: list[int] = []
+    current: Any = node
+    for key in keys:
+        if isinstance(current, Mapping) and not hasattr(current, "__dict__"):
+            names = list(current)
+            out.append(names.index(key) if key in names else 0)
+            current = current.get(key)
+        elif isinstance(current, (list, tuple)) and isinstance(key, int):
+            out.append(key)
+            current = current[key] if key < len(current) else None
+        elif hasattr(current, "__dict__") and str(key) in vars(current):
+            out.append(list(vars(current)).index(str(key)))
+            current = vars(current)[str(key)]
+        else:
+            out.append(key if isinstance(key, int) else 0)
+            current = None
+    return tuple(out)
+
+
+# ---------------------------------------------------------------- in place, and one leaf at a time
+
+
+def map_module(module: Any, arrays: Mapping[str, Any], make: flax_tree.Make) -> Any:
+    """A new Module with other leaves at the paths of `arrays`; every other leaf is the same array object."""
+    parts = split_module(module)
+    return join_module(parts, flax_tree.make_container(parts.state, arrays, make))
+
+
+def assign_module(module: Any, arrays: Mapping[str, Any]) -> None:
+    """Set the values of a Module's weights in place. Everything is checked and every array made before the first is
+    set. PlanError lists what does not fit."""
+    from flax import nnx
+
+    state = split_module(module).state
+    found = flax_tree.leaf_table(state, "the module")
+    flax_tree.check_fit(found, arrays, "the module")
+    abstract = [path for path in arrays if jax_arrays.is_abstract(found[path])]
+    if abstract:
+        raise UsageError(
+            f"{len(abstract)} leaves have no values to be set in place, the first is {escape(abstract[0])}",
+            next="gx.port(source, module) gives a new Module.",
+        )
+    make = flax_tree.maker(None)
+    new = {path: make(path, found[path], array) for path, array in arrays.items()}
+    nnx.update(module, containers.remade(state, lambda path, old: new.get(path, old)))

@@ -1,0 +1,306 @@
+"""Torch: Modules (on the meta device too) and state_dicts."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from graftax.adapters import containers, settings, torch_arrays
+from graftax.errors import Failure, FormatError, GraftaxError, PlanError, UsageError, escape
+from graftax.tree import Checkpoint, Module, TensorSpec, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+USUAL = ("state_dict", "model_state_dict", "model_state", "model")
+"""Names of the container of weights, in a dict that holds several."""
+_BESIDE = re.compile("optim|sched|scaler|rng|random_state|callbacks|hparams|hyper_param")
+"""What stands beside weights in a training checkpoint."""
+
+
+def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
+    """A torch Module: the keys of its state_dict, and the kind and settings of every module. FormatError for tensors
+    that are not plain dense ones."""
+    state = _tensors(module.state_dict(keep_vars=True))
+    specs = _specs(state, label)
+    return Checkpoint(
+        label=label,
+        side="torch",
+        specs=specs,
+        reader=_reader(state),
+        modules=modules_of(module, specs),
+        aliases=aliases_of(state),
+        buffers=frozenset(state) & {name for name, _ in module.named_buffers(remove_duplicate=False)},
+        native=module,
+        rebuild=lambda arrays, sharding=None: rebuild_state(state, arrays, sharding),
+    )
+
+
+def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
+    """A state_dict, or the one that a training checkpoint holds. What is no tensor is left out.
+
+    PlanError where several containers could be meant; FormatError for tensors that are not plain dense ones.
+    """
+    name, chosen = choose_container(tree, label)
+    state = _tensors(chosen)
+    return Checkpoint(
+        label=f"{label}::{name}" if name else label,
+        side="torch",
+        specs=_specs(state, label),
+        reader=_reader(state),
+        aliases=aliases_of(state),
+        native=tree,
+        rebuild=lambda arrays, sharding=None: rebuild_state(state, arrays, sharding),
+    )
+
+
+def choose_container(tree: Mapping[Any, Any], label: str) -> tuple[str, Mapping[str, Any]]:
+    """(its name, the mapping of keys to tensors) in `tree`: the one mapping that holds tensors and is no optimizer's,
+    or of several the one with a usual name."""
+    found = {name: node for name, node in _containers(tree, "") if not _BESIDE.search(name.lower())}
+    if "" in found and not any(_is_usual(name) for name in found):
+        return "", found[""]
+    if len(found) > 1:
+        usual = {name: node for name, node in found.items() if _is_usual(name)}
+        found = usual if len(usual) == 1 else found
+    if len(found) != 1:
+        raise PlanError(
+            f"{escape(label)} holds tensors in {len(found)} containers",
+            [Failure(f"{len(_tensors(node))} tensors", key=name or ".") for name, node in found.items()],
+            next="Pass one of them.",
+        )
+    return next(iter(found.items()))
+
+
+def _is_usual(name: str) -> bool:
+    return name.rpartition("/")[2] in USUAL
+
+
+def _containers(node: Any, name: str, depth: int = 0) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    if not isinstance(node, Mapping) or depth > containers.DEPTH or any(not isinstance(key, str) for key in node):
+        return
+    if any(containers.is_tensor(value) for value in node.values()):
+        yield name, node
+    for key, value in node.items():
+        yield from _containers(value, f"{name}/{key}" if name else key, depth + 1)
+
+
+def is_torch_tree(tree: Any, depth: int = 0) -> bool:
+    """Does a nest of mappings hold a torch tensor?"""
+    if not isinstance(tree, Mapping) or depth > containers.DEPTH:
+        return False
+    return any(containers.is_tensor(value) or is_torch_tree(value, depth + 1) for value in tree.values())
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Without `_extra_state`, counters and settings."""
+    return {key: value for key, value in state.items() if containers.is_tensor(value)}
+
+
+def _specs(state: Mapping[str, torch.Tensor], label: str) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    failures: list[Failure] = []
+    for key, tensor in state.items():
+        try:
+            specs[key] = torch_arrays.spec_of_tensor(tensor)
+        except GraftaxError as exc:
+            failures.append(Failure(str(exc), key=key))
+    if failures:
+        raise FormatError(f"{escape(label)} has {len(failures)} tensors that no checkpoint can hold", failures)
+    return specs
+
+
+def _reader(state: Mapping[str, torch.Tensor]) -> Callable[[str], Any] | None:
+    if state and not any(torch_arrays.has_values(tensor) for tensor in state.values()):
+        return None
+    return lambda key: torch_arrays.to_numpy(state[key], escape(key))
+
+
+def aliases_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """key -> an earlier key that is the same memory, read the same way. Empty tensors are nobody's alias."""
+    first: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
+    for key, tensor in state.items():
+        if not tensor.numel():
+            continue
+        place = (_address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place in first:
+            aliases[key] = first[place]
+        else:
+            first[place] = key
+    return aliases
+
+
+def _address(tensor: torch.Tensor) -> Any:
+    """What tells one storage from another; a meta tensor's has no address, so its own identity."""
+    if not torch_arrays.has_values(tensor):
+        return "meta", tensor.untyped_storage()._cdata
+    try:
+        return str(tensor.device), tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # subclasses that wrap others have no storage
+        return "object", id(tensor)
+
+
+# ---------------------------------------------------------------- modules
+
+
+def modules_of(module: torch.nn.Module, specs: Iterable[str]) -> dict[str, Module]:
+    """Every module with its class, bases, settings and the leaves below it, in the order of registration."""
+    found = dict(module.named_modules(remove_duplicate=False))
+    below: dict[str, dict[str, str]] = {path: {} for path in found}
+    for key in specs:
+        parts = key.split(".")
+        for i in range(len(parts)):
+            leaves = below.get(".".join(parts[:i]))
+            if leaves is not None:
+                leaves[".".join(parts[i:])] = key
+    return {path: _module(path, item, below[path]) for path, item in found.items()}
+
+
+def _module(path: str, module: torch.nn.Module, leaves: dict[str, str]) -> Module:
+    kind = type(module)
+    if hasattr(module, "parametrizations"):  # torch puts a class of its own in front
+        kind = kind.__mro__[1]
+    plain = settings.collect((key, value) for key, value in vars(module).items() if key != "training")
+    for name, value in [*module._parameters.items(), *module._buffers.items()]:
+        plain.setdefault(name, value is not None)  # is there a bias?
+    if "parametrizations" in leaves or hasattr(module, "parametrizations"):
+        for name in module.parametrizations:  # pyright: ignore
+            plain.setdefault(name, True)
+    return Module(path, kind.__name__, settings.bases(kind), plain, leaves)
+
+
+# ---------------------------------------------------------------- back
+
+
+def rebuild_state(state: Mapping[str, torch.Tensor], arrays: Mapping[str, Any], sharding: Any = None) -> Any:
+    """An OrderedDict of tensors with the keys of `state`; where it has one tensor under two keys and their new values
+    are equal, so does the result. sharding="host" gives NumPy arrays.
+
+    PlanError for a key or an array that does not fit.
+    """
+    check_fit(state, arrays)
+    shared = aliases_of(state)
+    make = maker(sharding)
+    out: OrderedDict[str, Any] = OrderedDict()
+    for key, old in state.items():
+        if key not in arrays:
+            continue
+        first = shared.get(key)
+        if first in out and _same(arrays[first], arrays[key]):
+            out[key] = out[first]
+        else:
+            out[key] = make(key, old, arrays[key])
+    return out
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Bit for bit, NaN and all."""
+    import numpy as np
+
+    first, second = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return a is b or (first.dtype == second.dtype and first.tobytes() == second.tobytes())
+
+
+def maker(sharding: Any = None) -> Callable[[str, Any, Any], Any]:
+    """How new tensors are made. Arrays that are nobody else's become tensors without a copy."""
+    from graftax.adapters.jax_arrays import own
+
+    seen: set[int] = set()
+
+    def make(key: str, old: Any, new: Any) -> Any:
+        address = getattr(new, "__array_interface__", {"data": (0,)})["data"][0]
+        adopt = address not in seen
+        seen.add(address)
+        if sharding == "host":
+            return own(new, adopt)
+        spec = torch_arrays.spec_of_tensor(old)
+        if spec.packed:
+            return torch_arrays.from_packed(new, spec, old)
+        return torch_arrays.to_torch(new, old, adopt=adopt)
+
+    return make
+
+
+def check_fit(state: Mapping[str, torch.Tensor], arrays: Mapping[str, Any]) -> None:
+    """Is every array of a key that exists, and of its shape and dtype? PlanError that lists what is not."""
+    from graftax import dtypes
+
+    failures: list[Failure] = []
+    for key, array in arrays.items():
+        if key not in state:
+            near = nearest(key, state)
+            failures.append(Failure("no such tensor", key=key, next=f"Near: {near}" if near else ""))
+            continue
+        spec = torch_arrays.spec_of_tensor(state[key])
+        if spec.packed and tuple(getattr(array, "shape", ())) == (spec.nbytes,):
+            continue
+        given = torch_arrays.spec_of_tensor(array) if containers.is_tensor(array) else dtypes.spec_of(array)
+        if given != spec:
+            failures.append(Failure("another shape or dtype", key=key, expected=str(spec), found=str(given)))
+    if failures:
+        raise PlanError(f"{len(failures)} of {len(arrays)} arrays do not fit the module", failures)
+
+
+def map_state(tree: Mapping[Any, Any], arrays: Mapping[str, Any], make: Callable[[str, Any, Any], Any]) -> Any:
+    """A state_dict (or the dict around it) of the same type, order and attributes with other tensors at the keys of
+    `arrays`; every other value is the same object."""
+    name, chosen = choose_container(tree, "the state_dict")
+    state = _tensors(chosen)
+    check_fit(state, arrays)
+    inner = containers.with_children(
+        chosen, {key: make(key, old, arrays[key]) if key in arrays else old for key, old in chosen.items()}
+    )
+    return _put(tree, chosen, inner) if name else inner
+
+
+def _put(node: Any, old: Any, new: Any) -> Any:
+    if node is old:
+        return new
+    if isinstance(node, Mapping) and is_torch_tree(node):
+        return containers.with_children(node, {key: _put(value, old, new) for key, value in node.items()})
+    return node
+
+
+def assign_module(module: torch.nn.Module, arrays: Mapping[str, Any]) -> None:
+    """Copy `arrays` into a Module's parameters and buffers in place; tensors, optimizers and hooks stay theirs.
+
+    Everything is checked and every tensor made before the first is written; an interrupt waits for the last.
+    """
+    import torch
+
+    state = _tensors(module.state_dict(keep_vars=True))
+    check_fit(state, arrays)
+    stuck = [Failure(why, key=key) for key in arrays if (why := _not_writable(state[key]))]
+    if stuck:
+        raise UsageError(
+            f"{len(stuck)} tensors cannot be written in place",
+            stuck,
+            next="gx.port(source, module) gives a state_dict.",
+        )
+    make = maker()
+    jobs = [(state[key], make(key, state[key], array)) for key, array in arrays.items()]
+    interrupted: KeyboardInterrupt | None = None
+    with torch.no_grad():
+        for target, new in jobs:
+            try:
+                target.copy_(new)
+            except KeyboardInterrupt as exc:
+                interrupted = exc
+                target.copy_(new)
+    if interrupted is not None:
+        raise interrupted
+
+
+def _not_writable(tensor: torch.Tensor) -> str:
+    import torch
+
+    if not torch_arrays.has_values(tensor):
+        return "has no values (device meta): use module.to_empty(device='cpu') first"
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made under torch.inference_mode"
+    if any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "is expanded: several elements are one place in memory"
+    return ""
