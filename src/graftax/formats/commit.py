@@ -48,7 +48,7 @@ def staged(out: Path, *, folder: bool, clobber: bool = True) -> Iterator[Staging
         files_mode, folders_mode = _natural_modes(place)
         payload = place / out.name
         yield Staging(payload, notes)
-        if payload.is_dir() != folder:
+        if not os.path.lexists(payload) or os.path.isdir(payload) != folder:
             raise StorageError(f"nothing was written for {escape(out)}")
         _settle(payload, out, files_mode, folders_mode)
         _put(payload, out, folder, clobber)
@@ -150,7 +150,7 @@ def _natural_modes(place: Path) -> tuple[int, int]:
 
 def _settle(payload: Path, out: Path, files_mode: int, folders_mode: int) -> None:
     """Modes and fsync for everything of `payload`."""
-    if not payload.is_dir():
+    if not os.path.isdir(payload):
         os.chmod(payload, _mode_of(out, files_mode))
         _sync(payload)
         return

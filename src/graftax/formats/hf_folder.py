@@ -64,7 +64,7 @@ def _weights(folder: Path) -> str | None:
 
 def open(path: Path) -> Checkpoint:
     """All tensors of a folder (or of the index named). Raises FormatError, UnsafeInputError, StorageError."""
-    folder, name = (path, _weights(path)) if path.is_dir() else (path.parent, path.name)
+    folder, name = (path, _weights(path)) if os.path.isdir(path) else (path.parent, path.name)
     if name is None:
         raise FormatError(f"{escape(path)} holds no weights, or more than one set of them")
     config = _config(folder)

@@ -42,7 +42,7 @@ def snapshot(text: str) -> Path | None:
     if not is_id(text):
         return None
     repo = cache_folder() / f"models--{text.replace('/', '--')}"
-    if not repo.is_dir():
+    if not os.path.isdir(repo):
         return None
     try:
         revision = (repo / "refs" / "main").read_text("utf-8", "replace").strip()
@@ -57,6 +57,6 @@ def snapshot(text: str) -> Path | None:
     if not _REVISION.fullmatch(revision) or revision in {".", ".."}:
         raise FormatError(f"{escape(repo / 'refs' / 'main')} does not hold a revision: {escape(revision)!r}")
     folder = repo / "snapshots" / revision
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise StorageError(f"{escape(folder)} does not exist; the hub cache is incomplete", next="Download it again.")
     return folder

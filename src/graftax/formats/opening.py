@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, escape
+from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, UsageError, escape
 from graftax.formats import files, hub, strict_json
 from graftax.formats.base import LEFTOVER, Format
 from graftax.formats.table import FORMATS, by_ending
@@ -44,6 +44,8 @@ def open_path(path: str | Path) -> Checkpoint:
 
 def _open_inside(head: str, name: str) -> Checkpoint:
     """`PATH::NAME`: a sub-tree of the checkpoint at PATH, or of one in a folder below it."""
+    if not name:
+        raise UsageError(f"{escape(head)}:: names nothing; PATH::NAME needs a name")
     try:
         if os.path.isfile(head):
             return open_file(Path(head), part=name)
@@ -54,7 +56,7 @@ def _open_inside(head: str, name: str) -> Checkpoint:
             raise
         for count in range(len(parts), 0, -1):
             below = Path(head, *parts[:count])
-            if below.exists():
+            if os.path.exists(below):
                 try:
                     found = open_path(below)
                 except GraftaxError:
@@ -70,7 +72,7 @@ def _missing(text: str) -> StorageError:
         return StorageError(f"{escape(text)} cannot be the name of a file")
     hints: list[str] = []
     old = path.with_name(path.name + LEFTOVER) if path.name else path
-    if path.name and old.exists():
+    if path.name and os.path.lexists(old):
         hints.append(f"{escape(old)} is what a stopped run put aside: rename it back.")
     try:
         names = os.listdir(path.parent)
@@ -95,7 +97,7 @@ def _open_existing(path: Path, label: str) -> Checkpoint:
         if not folder:
             os.stat(path)
     except OSError as exc:
-        if path.is_symlink() and not path.exists():
+        if os.path.islink(path) and not os.path.exists(path):
             target = escape(os.readlink(path))
             raise StorageError(f"{escape(path)} is a link to {target}, which cannot be reached") from None
         raise files.storage_error(exc, path) from None
@@ -157,7 +159,7 @@ def _config_beside(path: Path) -> Mapping[str, Any] | None:
     """config.json in a file's folder. Nothing is promised about a folder that was not named: what is not a JSON object
     there is not a model's settings."""
     beside = path.parent / "config.json"
-    if not beside.is_file():
+    if not os.path.isfile(beside):
         return None
     try:
         return strict_json.parse_object(files.read_whole(beside), escape(beside))

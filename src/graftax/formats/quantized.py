@@ -78,21 +78,18 @@ class Found:
 
 def find_quantized(checkpoint: Checkpoint) -> tuple[Found, ...]:
     """Every sign of quantization, a tensor of codes once; empty for a plain checkpoint."""
-    rows = [
-        Scheme(row.name, row.beside.replace(".", sep), row.codes.replace(".", sep), row.any_dtype)
-        for row in SCHEMES
-        for sep in "./"
-    ]
-    endings = tuple({row.beside for row in rows})
+    specs = checkpoint.specs
+    rows = {sep: [(row, row.beside.replace(".", sep), row.codes.replace(".", sep)) for row in SCHEMES] for sep in "./"}
+    endings = tuple({beside for some in rows.values() for _, beside, _ in some})
     found: dict[str, Found] = {}
-    for path in checkpoint:
+    for path in specs:
         if not path.endswith(endings):
             continue
-        for row in rows:
-            codes = path.removesuffix(row.beside) + row.codes
-            if not path.endswith(row.beside) or codes not in checkpoint or codes == path:
+        for row, beside, ending in rows["/" if "/" in path else "."]:
+            if not path.endswith(beside):
                 continue
-            if row.any_dtype or checkpoint[codes].dtype in CODES:
+            codes = path[: -len(beside)] + ending
+            if codes in specs and codes != path and (row.any_dtype or specs[codes].dtype in CODES):
                 found.setdefault(codes, Found(row.name, codes, path))
                 break
     return (*_from_config(checkpoint.config), *found.values())

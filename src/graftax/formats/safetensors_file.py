@@ -155,6 +155,7 @@ def _write_tensors(
             data = storage_bytes(array, specs[name])
             files.write_at(fd, begin, memoryview(data))  # pyright: ignore[reportArgumentType]
             done.add(name)
+            del array, data  # before the next is made
     finally:
         if fd >= 0:
             os.close(fd)

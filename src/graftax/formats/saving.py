@@ -92,7 +92,7 @@ def split_target(path: str | Path) -> tuple[Path, str]:
     """(PATH, NAME) of `PATH::NAME`; NAME is empty where there is none, or where a path of that whole text exists."""
     text = str(path)
     if "\0" in text or not text:
-        raise StorageError(f"{escape(text)!r} cannot be the name of a file")
+        raise StorageError(f"{escape(text) or repr(text)} cannot be the name of a file")
     head, sep, name = text.rpartition("::")
     if not sep or os.path.lexists(text):
         return Path(text), ""
@@ -167,8 +167,8 @@ def _check_parent(out: Path) -> None:
     if out.name in {"", ".", ".."}:
         raise StorageError(f"{escape(out)} is no name to write to", next="Name a file or folder to be made.")
     parent = out.parent
-    if not parent.is_dir():
-        what = "is not a folder" if parent.exists() else "does not exist"
+    if not os.path.isdir(parent):
+        what = "is not a folder" if os.path.exists(parent) else "does not exist"
         raise StorageError(f"the folder {escape(parent)} {what}", next=f"Make it first: mkdir -p {escape(parent)}")
 
 
@@ -184,7 +184,7 @@ def _check_destination(out: Path, row: Format, clobber: bool) -> None:
         raise StorageError(f"{escape(out)} exists, and is not to be replaced (--no-clobber)")
     if stat.S_ISLNK(mode):
         # The link itself is replaced, never what it leads to: that may be a blob of the hub cache.
-        if out.is_dir():
+        if os.path.isdir(out):
             raise StorageError(f"{escape(out)} is a link to a folder", next="Name the folder itself, or a new name.")
         return
     if stat.S_ISDIR(mode) != row.folder or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
@@ -232,8 +232,8 @@ def _refuse_own_input(out: Path, inputs: Iterable[str | Path | Checkpoint]) -> N
     sources = [p for item in inputs for p in (item.files if isinstance(item, Checkpoint) else (Path(item),))]
     for source in sources:
         real = Path(os.path.realpath(source))
-        same = real == target or (out.exists() and real.exists() and os.path.samefile(out, real))
-        if same or target in real.parents or (real.is_dir() and real in target.parents):
+        same = real == target or (os.path.exists(out) and os.path.exists(real) and os.path.samefile(out, real))
+        if same or target in real.parents or (os.path.isdir(real) and real in target.parents):
             raise StorageError(
                 f"the output {escape(out)} is also an input ({escape(source)})",
                 next="Write to another name, then rename.",

@@ -35,8 +35,8 @@ def _text(value: Any) -> str:
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """Any JSON object: what it lacks of a spec is said when it is opened."""
-    return head.lstrip()[:1] == b"{"
+    """Any JSON object but the index of a sharded set: what it lacks of a spec is said when it is opened."""
+    return head.lstrip()[:1] == b"{" and not path.name.endswith(".index.json")
 
 
 def open(path: Path) -> Checkpoint:

@@ -9,7 +9,7 @@ from graftax.tree import DTYPES, Side
 
 _ALL = frozenset(DTYPES)
 _FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})
-_TORCH = NUMPY_OWN | {"bfloat16"} | _FLOAT8
+_COMMON = NUMPY_OWN | {"bfloat16"} | _FLOAT8
 _SAFETENSORS = _ALL - {"int4", "uint4", "complex128"}
 _BOTH: tuple[Side, ...] = ("torch", "flax")
 
@@ -17,15 +17,13 @@ FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
         Format("safetensors", "graftax.formats.safetensors_file", (".safetensors",), False, _BOTH, _SAFETENSORS),
-        Format("torch", "graftax.formats.torch_pt", (".pt", ".pth", ".bin"), False, ("torch",), _TORCH),
+        Format("torch", "graftax.formats.torch_pt", (".pt", ".pth", ".bin"), False, ("torch",), _COMMON),
         Format("npz", "graftax.formats.npz", (".npz",), False, _BOTH, NUMPY_OWN),
         Format("spec", "graftax.formats.spec_file", (".json",), False, _BOTH, _ALL),
-        Format("orbax", "graftax.formats.orbax", (), True, ("flax",), NUMPY_OWN | {"bfloat16"} | _FLOAT8),
+        Format("orbax", "graftax.formats.orbax", (), True, ("flax",), _COMMON),
         Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS),
         # Last: most bytes are the start of some msgpack value.
-        Format(
-            "msgpack", "graftax.formats.msgpack", (".msgpack",), False, ("flax",), NUMPY_OWN | {"bfloat16"} | _FLOAT8
-        ),
+        Format("msgpack", "graftax.formats.msgpack", (".msgpack",), False, ("flax",), _COMMON),
     )
 }
 """name -> row. `holds` names what a format brings back bit for bit."""

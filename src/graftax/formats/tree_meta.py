@@ -49,7 +49,7 @@ def decode_tree(value: Any, label: str) -> tuple[dict[str, Key], dict[str, str]]
         if path.rpartition("/")[2] != escape_part(key):
             raise FormatError(f"{label}: {escape(path)!r} cannot end in the key {escape(repr(key))}")
     for path, kind in containers.items():  # pyright: ignore
-        if kind not in CONTAINERS:
+        if not isinstance(kind, str) or kind not in CONTAINERS:
             raise FormatError(
                 f"{label}: {escape(path)!r} is {escape(kind)!r}, expected {', '.join(sorted(CONTAINERS))}"
             )
