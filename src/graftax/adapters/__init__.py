@@ -159,12 +159,12 @@ def map_leaves(obj: Any, new: Mapping[str, Any]) -> Any:
     framework, sharding and device. A Module gives a new Module (nnx) or a state_dict (torch). `obj` is not changed.
     Raises PlanError for paths, shapes and dtypes that do not fit, UsageError for gx.linen(...), which has no leaves.
     """
+    obj = _live(obj)
     kind = kind_of(obj)
     if kind in {"torch module", "torch state_dict"}:
         from graftax.adapters import torch_tree
 
-        tree = obj.state_dict() if kind == "torch module" else obj
-        return torch_tree.map_state(tree, new, lambda key, old, array: to_torch(array, old))
+        return torch_tree.map_state(obj.state_dict() if kind == "torch module" else obj, new)
     if kind == "linen model":
         raise UsageError("gx.linen(...) has shapes and no leaves to replace; pass the variables")
     if kind == "nnx module":
@@ -178,6 +178,38 @@ def map_leaves(obj: Any, new: Mapping[str, Any]) -> Any:
     return flax_tree.make_container(obj, new, _like_old)
 
 
+def live_leaves(obj: Any) -> dict[str, Any]:
+    """path -> the leaf itself as the object holds it (a tensor, a jax or NumPy array, a ShapeDtypeStruct).
+
+    UsageError for gx.linen(...), which has none.
+    """
+    obj = _live(obj)
+    kind = kind_of(obj)
+    if kind in {"torch module", "torch state_dict"}:
+        from graftax.adapters import torch_containers
+
+        return torch_containers.choose(obj.state_dict() if kind == "torch module" else obj, "the state_dict").tensors
+    if kind == "linen model":
+        raise UsageError("gx.linen(...) has shapes and no leaves; pass the variables")
+    from graftax.adapters import flax_tree
+
+    if kind == "nnx module":
+        from graftax.adapters import nnx_tree
+
+        return flax_tree.leaf_table(nnx_tree.split_module(obj).state, "the module")
+    tree = obj[1] if kind == "nnx split" else obj
+    return dict(tree) if flax_tree.is_flat(tree) else flax_tree.leaf_table(tree, "the tree")
+
+
+def _live(obj: Any) -> Any:
+    """The live object behind a Checkpoint."""
+    if not isinstance(obj, Checkpoint):
+        return obj
+    if obj.native is None or obj.format != "live":
+        raise UsageError(f"{escape(obj.label)} is no live object: it was read from a file")
+    return obj.native
+
+
 def _like_old(path: str, old: Any, new: Any) -> Any:
     """NumPy where NumPy was, jax placed as the old leaf elsewhere; always a copy."""
     import numpy as np
@@ -187,7 +219,8 @@ def _like_old(path: str, old: Any, new: Any) -> Any:
 
     plain = jax_arrays.from_storage(new, dtypes.spec_of(old))
     if isinstance(old, (np.ndarray, np.generic)):
-        return jax_arrays.own(np.asarray(plain))
+        made = jax_arrays.own(np.asarray(plain))
+        return made[()] if isinstance(old, np.generic) else made
     return jax_arrays.to_jax(plain, old)
 
 

@@ -179,7 +179,7 @@ def _checked(key: Any, keys: tuple[Key, ...]) -> Key:
 
 def is_variables(tree: Any) -> bool:
     """Does `tree` have Linen's collections at the top?"""
-    return isinstance(tree, Mapping) and "params" in tree
+    return isinstance(tree, Mapping) and "params" in tree and _raw(tree) is tree
 
 
 def is_array(node: Any) -> bool:

@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from graftax.errors import GraftaxError, UsageError, escape
@@ -27,7 +29,13 @@ def resolve_text(text: str) -> Checkpoint:
         return open_path(text)
     from graftax.adapters import open_tree
 
-    return open_tree(call_factory(text), label=text)
+    made = call_factory(text)
+    try:
+        return open_tree(made, label=text)
+    except UsageError as exc:
+        said = UsageError(f"{escape(text)} does not return weights: {exc}")
+        said.failures = exc.failures
+        raise said from None
 
 
 def is_factory(text: str) -> bool:
@@ -51,7 +59,11 @@ def call_factory(text: str) -> Any:
     match = _FACTORY.fullmatch(text)
     if match is None:
         raise UsageError(f"{escape(text)} is not of the form pkg.mod:factory")
-    target = _import(match["module"], text)
+    with _current_folder():
+        return _call(_import(match["module"], text), match, text)
+
+
+def _call(target: Any, match: re.Match[str], text: str) -> Any:
     for part in match["name"].split("."):
         if not hasattr(target, part):
             known = ", ".join(escape(name) for name in vars(target) if callable(vars(target)[name]) and name[0] != "_")
@@ -66,24 +78,31 @@ def call_factory(text: str) -> Any:
         return target()
     except GraftaxError:
         raise
-    except Exception as exc:
-        raise GraftaxError(f"{escape(text)} failed: {_last_words(exc)}") from exc
+    except (Exception, SystemExit) as exc:
+        raise GraftaxError(f"the factory {escape(text)} failed: {_last_words(exc)}") from exc
 
 
 def _import(name: str, text: str) -> Any:
-    here = os.getcwd()
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise UsageError(
             f"{escape(text)}: {escape(name)} cannot be imported: {_last_words(exc)}",
             next="The current folder is importable; is the package installed in this environment?"
             if isinstance(exc, ModuleNotFoundError)
             else "",
         ) from exc
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """The current folder is importable, first of all, as it is for `python -m`."""
+    here = os.getcwd()
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        yield
     finally:
         if added and here in sys.path:
             sys.path.remove(here)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax import dtypes
 from graftax.adapters import containers, jax_arrays
-from graftax.errors import Failure, FormatError, GraftaxError, PlanError, UsageError, escape
+from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
 from graftax.tree import Checkpoint, Side, TensorSpec, detect_side, nearest
 
 if TYPE_CHECKING:
@@ -20,27 +20,28 @@ Make = Callable[[str, Any, Any], Any]
 def open_container(tree: Any, label: str) -> Checkpoint:
     """The weights of a nested container as a Checkpoint.
 
-    A flat dict of arrays is taken as it is named: with '/' in a name the names are paths already, with dots they are
-    torch keys. Raises UsageError or FormatError for what is no array, lists them all.
+    A flat dict of arrays is taken as it is named: its names are paths, or torch keys where they say so and no leaf is
+    jax's (`tree.detect_side`). Raises UsageError for what is no array, FormatError for dtypes that are no weights'.
     """
     if is_flat(tree):
         return _open_flat(tree, label)
     found = leaf_table(tree, label)
     real_keys, kinds = containers.shape_of_tree(tree)
+    leading = {path[:i] for path in found for i in (*_slashes(path), len(path))}
     return Checkpoint(
         label=label,
         side="flax",
         specs=specs_of(found, label),
         reader=reader_of(found),
-        real_keys={path: key for path, key in real_keys.items() if _leads(path, found)},
+        real_keys={path: key for path, key in real_keys.items() if path in leading},
         containers=kinds,
         native=tree,
         rebuild=lambda arrays, sharding=None: rebuild_container(tree, arrays, sharding),
     )
 
 
-def _leads(prefix: str, found: Mapping[str, Any]) -> bool:
-    return prefix in found or any(path.startswith(f"{prefix}/") for path in found)
+def _slashes(path: str) -> list[int]:
+    return [i for i, char in enumerate(path) if char == "/"]
 
 
 def leaf_table(tree: Any, label: str) -> dict[str, Any]:
@@ -141,7 +142,10 @@ def _misfit(path: str, found: Mapping[str, Any], array: Any) -> Failure | None:
         return None
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return Failure("not an array", key=path, expected=str(spec), found=type(array).__name__)
-    given = dtypes.spec_of(array)
+    try:
+        given = dtypes.spec_of(array)
+    except (GraftaxError, TypeError):
+        return Failure("not an array of NumPy or jax", key=path, expected=str(spec), found=escape(array.dtype))
     if given != spec:
         return Failure("another shape or dtype", key=path, expected=str(spec), found=str(given))
     return None
@@ -151,26 +155,28 @@ def _misfit(path: str, found: Mapping[str, Any], array: Any) -> Failure | None:
 
 
 def is_flat(tree: Any) -> bool:
-    """A dict of arrays whose names are paths or torch keys already, not the keys of one level."""
-    if not isinstance(tree, Mapping) or not tree or any(not isinstance(key, str) for key in tree):
-        return False
-    if not all(containers.is_array(leaf) for leaf in tree.values()):
-        return False
-    return any("/" in key or "." in key for key in tree)
+    """A dict of one level that holds arrays only: its names may be whole paths."""
+    return (
+        isinstance(tree, Mapping)
+        and bool(tree)
+        and all(isinstance(key, str) and containers.is_array(leaf) for key, leaf in tree.items())
+    )
 
 
 def _open_flat(tree: Mapping[str, Any], label: str) -> Checkpoint:
     found = dict(tree)
-    side: Side | None = detect_side(found)
+    numpy_only = all(type(leaf).__module__.split(".")[0] == "numpy" for leaf in found.values())
+    side: Side | None = detect_side(found) if numpy_only else "flax"
 
     def rebuild(arrays: Mapping[str, Any], sharding: Any = None) -> Any:
         return rebuild_container(tree, arrays, "host" if side == "torch" else sharding)
 
     return Checkpoint(
-        label=label, side=side, specs=specs_of(found, label), reader=reader_of(found), native=tree, rebuild=rebuild
+        label=label,
+        side=side,
+        specs=specs_of(found, label),
+        reader=reader_of(found),
+        containers=containers.shape_of_tree(tree)[1],
+        native=tree,
+        rebuild=rebuild,
     )
-
-
-def refuse_rngs(rngs: Any, kind: str) -> None:
-    if rngs is not None:
-        raise UsageError(f"rngs= is for a like that is an nnx.Module; this one is {kind}")

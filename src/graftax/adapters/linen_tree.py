@@ -51,6 +51,7 @@ class Seen:
 
     module: Any
     order: int
+    called: bool = False
     input_shape: tuple[int, ...] | None = None
     output_shape: tuple[int, ...] | None = None
     inner: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
@@ -92,7 +93,8 @@ def trace(model: LinenModel) -> tuple[Any, dict[tuple[str, ...], Seen]]:
             return next_fun(*args, **kwargs)
         info = seen.setdefault(path, Seen(context.module, len(seen)))
         out = next_fun(*args, **kwargs)
-        if context.method_name == "__call__" and not info.inner:
+        if context.method_name == "__call__" and not info.called:
+            info.called = True
             info.input_shape = _shape_of([*args, *kwargs.values()])
             info.output_shape = _shape_of([out])
             info.inner = _inner_shapes(context.module)

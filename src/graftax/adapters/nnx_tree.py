@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from graftax.adapters import containers, flax_tree, jax_arrays, settings
 from graftax.errors import UsageError, escape
@@ -116,7 +116,7 @@ def join_module(parts: Parts, state: Any) -> Any:
         if hasattr(holder, "__dict__") and isinstance(keys[-1], str):
             setattr(holder, keys[-1], _as_data(nnx, value))
         elif isinstance(holder, (dict, list)):
-            holder[keys[-1]] = value
+            cast("Any", holder)[keys[-1]] = value
         else:  # an nnx.List
             holder[keys[-1]] = _as_data(nnx, value)
     return module

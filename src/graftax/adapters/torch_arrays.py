@@ -60,16 +60,25 @@ def has_values(tensor: torch.Tensor) -> bool:
 def to_numpy(tensor: torch.Tensor, name: str = "") -> np.ndarray[Any, Any]:
     """The values as a read-only array, a view where the tensor is dense on the CPU; packed types as their bytes.
 
-    PlanError for a tensor without values.
+    PlanError for a tensor without values, FormatError for one that holds its values in a form of its own.
     """
-    import torch
-
     if not has_values(tensor):
         raise PlanError(f"{name or 'the tensor'} has a shape and a dtype, but no values (device {tensor.device})")
     spec = spec_of_tensor(tensor)
     if hasattr(tensor, "full_tensor"):  # a DTensor: gather its shards
         tensor = tensor.full_tensor()  # pyright: ignore
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    try:
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+        return _view(plain, spec)
+    except (RuntimeError, NotImplementedError) as exc:  # a subclass that holds no plain memory
+        raise FormatError(
+            f"{name or 'the tensor'}, a {type(tensor).__name__}, cannot be read: {escape(exc, 300)}"
+        ) from exc
+
+
+def _view(plain: torch.Tensor, spec: TensorSpec) -> np.ndarray[Any, Any]:
+    import torch
+
     if spec.packed:
         view = plain.contiguous().view(torch.uint8).numpy().reshape(-1).view()
     elif spec.dtype in dtypes.NUMPY_OWN:

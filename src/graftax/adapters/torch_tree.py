@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from graftax.adapters import containers, settings, torch_arrays
+from graftax.adapters import containers, settings, torch_arrays, torch_containers
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, UsageError, escape
 from graftax.tree import Checkpoint, Module, TensorSpec, nearest
 
 if TYPE_CHECKING:
     import torch
-
-USUAL = ("state_dict", "model_state_dict", "model_state", "model")
-"""Names of the container of weights, in a dict that holds several."""
-_BESIDE = re.compile("optim|sched|scaler|rng|random_state|callbacks|hparams|hyper_param")
-"""What stands beside weights in a training checkpoint."""
 
 
 def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
@@ -32,6 +26,7 @@ def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
         reader=_reader(state),
         modules=modules_of(module, specs),
         aliases=aliases_of(state),
+        config=_config(module),
         buffers=frozenset(state) & {name for name, _ in module.named_buffers(remove_duplicate=False)},
         native=module,
         rebuild=lambda arrays, sharding=None: rebuild_state(state, arrays, sharding),
@@ -43,55 +38,26 @@ def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
 
     PlanError where several containers could be meant; FormatError for tensors that are not plain dense ones.
     """
-    name, chosen = choose_container(tree, label)
-    state = _tensors(chosen)
+    chosen = torch_containers.choose(tree, label)
+    state = chosen.tensors
     return Checkpoint(
-        label=f"{label}::{name}" if name else label,
+        label=f"{label}::{chosen.container}" if chosen.container else label,
         side="torch",
         specs=_specs(state, label),
         reader=_reader(state),
         aliases=aliases_of(state),
+        real_keys=chosen.real_keys,
         native=tree,
         rebuild=lambda arrays, sharding=None: rebuild_state(state, arrays, sharding),
     )
 
 
-def choose_container(tree: Mapping[Any, Any], label: str) -> tuple[str, Mapping[str, Any]]:
-    """(its name, the mapping of keys to tensors) in `tree`: the one mapping that holds tensors and is no optimizer's,
-    or of several the one with a usual name."""
-    found = {name: node for name, node in _containers(tree, "") if not _BESIDE.search(name.lower())}
-    if "" in found and not any(_is_usual(name) for name in found):
-        return "", found[""]
-    if len(found) > 1:
-        usual = {name: node for name, node in found.items() if _is_usual(name)}
-        found = usual if len(usual) == 1 else found
-    if len(found) != 1:
-        raise PlanError(
-            f"{escape(label)} holds tensors in {len(found)} containers",
-            [Failure(f"{len(_tensors(node))} tensors", key=name or ".") for name, node in found.items()],
-            next="Pass one of them.",
-        )
-    return next(iter(found.items()))
-
-
-def _is_usual(name: str) -> bool:
-    return name.rpartition("/")[2] in USUAL
-
-
-def _containers(node: Any, name: str, depth: int = 0) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    if not isinstance(node, Mapping) or depth > containers.DEPTH or any(not isinstance(key, str) for key in node):
-        return
-    if any(containers.is_tensor(value) for value in node.values()):
-        yield name, node
-    for key, value in node.items():
-        yield from _containers(value, f"{name}/{key}" if name else key, depth + 1)
-
-
 def is_torch_tree(tree: Any, depth: int = 0) -> bool:
-    """Does a nest of mappings hold a torch tensor?"""
-    if not isinstance(tree, Mapping) or depth > containers.DEPTH:
+    """Does a nest of mappings and lists hold a torch tensor?"""
+    if depth > containers.DEPTH:
         return False
-    return any(containers.is_tensor(value) or is_torch_tree(value, depth + 1) for value in tree.values())
+    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    return any(containers.is_tensor(child) or is_torch_tree(child, depth + 1) for child in children)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -172,6 +138,14 @@ def _module(path: str, module: torch.nn.Module, leaves: dict[str, str]) -> Modul
     return Module(path, kind.__name__, settings.bases(kind), plain, leaves)
 
 
+def _config(module: torch.nn.Module) -> Mapping[str, Any] | None:
+    """The module's own config as the config.json that it would be saved with."""
+    config = getattr(module, "config", None)
+    as_dict = getattr(config, "to_dict", None)
+    made = as_dict() if callable(as_dict) and not isinstance(config, type) else None
+    return made if isinstance(made, Mapping) else None
+
+
 # ---------------------------------------------------------------- back
 
 
@@ -244,24 +218,21 @@ def check_fit(state: Mapping[str, torch.Tensor], arrays: Mapping[str, Any]) -> N
         raise PlanError(f"{len(failures)} of {len(arrays)} arrays do not fit the module", failures)
 
 
-def map_state(tree: Mapping[Any, Any], arrays: Mapping[str, Any], make: Callable[[str, Any, Any], Any]) -> Any:
+def map_state(tree: Mapping[Any, Any], arrays: Mapping[str, Any]) -> Any:
     """A state_dict (or the dict around it) of the same type, order and attributes with other tensors at the keys of
-    `arrays`; every other value is the same object."""
-    name, chosen = choose_container(tree, "the state_dict")
-    state = _tensors(chosen)
-    check_fit(state, arrays)
-    inner = containers.with_children(
-        chosen, {key: make(key, old, arrays[key]) if key in arrays else old for key, old in chosen.items()}
+    `arrays`, on the old ones' devices; every other value is the same object."""
+    import torch
+
+    def make(old: Any, new: Any) -> Any:
+        spec = torch_arrays.spec_of_tensor(old)
+        made = torch_arrays.from_packed(new, spec, old) if spec.packed else torch_arrays.to_torch(new, old)
+        return torch.nn.Parameter(made, old.requires_grad) if isinstance(old, torch.nn.Parameter) else made
+
+    chosen = torch_containers.choose(tree, "the state_dict")
+    check_fit(chosen.tensors, arrays)
+    return torch_containers.replaced(
+        tree, {chosen.places[key]: make(chosen.tensors[key], array) for key, array in arrays.items()}
     )
-    return _put(tree, chosen, inner) if name else inner
-
-
-def _put(node: Any, old: Any, new: Any) -> Any:
-    if node is old:
-        return new
-    if isinstance(node, Mapping) and is_torch_tree(node):
-        return containers.with_children(node, {key: _put(value, old, new) for key, value in node.items()})
-    return node
 
 
 def assign_module(module: torch.nn.Module, arrays: Mapping[str, Any]) -> None:
@@ -280,6 +251,13 @@ def assign_module(module: torch.nn.Module, arrays: Mapping[str, Any]) -> None:
             stuck,
             next="gx.port(source, module) gives a state_dict.",
         )
+    differ = [
+        Failure(f"is the same memory as {escape(first)}, and is given other values", key=key)
+        for key, first in aliases_of(state).items()
+        if key in arrays and first in arrays and not _same(arrays[key], arrays[first])
+    ]
+    if differ:
+        raise PlanError(f"{len(differ)} tied tensors would take two values", differ)
     make = maker()
     jobs = [(state[key], make(key, state[key], array)) for key, array in arrays.items()]
     interrupted: KeyboardInterrupt | None = None
