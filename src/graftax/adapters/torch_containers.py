@@ -1,0 +1,113 @@
+"""Which part of a live nest of torch tensors are the weights: the answer that the .pt reader gives for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from graftax.adapters import containers
+from graftax.errors import FormatError, PlanError, UsageError, escape
+from graftax.formats import pickles, torch_tree
+from graftax.tree import Key
+
+if TYPE_CHECKING:
+    import torch
+
+
+_NOWHERE = pickles.Storage("", "", 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The weights of a nest: name -> tensor, name -> its keys from the top, and what stands where in it."""
+
+    tensors: dict[str, torch.Tensor]
+    places: dict[str, tuple[Any, ...]]
+    container: str
+    real_keys: dict[str, Key]
+
+
+def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
+    """The state_dict in `tree`: itself, or the one container of weights in it.
+
+    Raises PlanError where several containers could be meant (each is named) and for quantized tensors; FormatError for
+    tensors that are not plain dense ones.
+    """
+    found: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
+    proxies: list[Any] = []  # keeps them alive, so that no id is used twice
+    others: list[tuple[Any, ...]] = []
+
+    def proxy(node: Any, keys: tuple[Any, ...]) -> Any:
+        if len(keys) > containers.DEPTH:
+            raise FormatError(f"{escape(label)} is nested deeper than {containers.DEPTH} levels")
+        if containers.is_tensor(node):
+            made = _proxy_of(node)
+            found[id(made)] = (node, keys)
+            proxies.append(made)
+            return made
+        if isinstance(node, Mapping):
+            return {key: proxy(child, (*keys, key)) for key, child in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [proxy(child, (*keys, index)) for index, child in enumerate(node)]
+        if containers.is_array(node):
+            others.append(keys)
+        return (
+            node if node is None or isinstance(node, (bool, int, float, str)) else pickles.Opaque(type(node).__name__)
+        )
+
+    root = proxy(tree, ())
+    try:
+        chosen = torch_tree.choose(root, None, label)
+    except PlanError as exc:
+        if not all(failure.key.startswith(f"{label}::") for failure in exc.failures):
+            raise
+        failures = [replace(failure, key=failure.key.removeprefix(f"{label}::")) for failure in exc.failures]
+        raise PlanError(
+            f"{escape(label)} holds weights in {len(failures)} containers", failures, next="Pass one of them."
+        ) from None
+    pairs = {name: found[id(made)] for name, made in chosen.tensors.items()}
+    within = {keys[:-1] for _, keys in pairs.values()}
+    mixed = [keys for keys in others if keys[:-1] in within]
+    if mixed:
+        raise UsageError(
+            f"{escape(label)} holds torch tensors and other arrays side by side, for example "
+            f"{escape('.'.join(map(str, mixed[0])))}",
+            next="Make them tensors, or pass them apart.",
+        )
+    return Chosen(
+        {name: tensor for name, (tensor, _) in pairs.items()},
+        {name: keys for name, (_, keys) in pairs.items()},
+        chosen.container,
+        chosen.real_keys,
+    )
+
+
+def _proxy_of(tensor: torch.Tensor) -> pickles.Tensor | pickles.Refused:
+    """What the .pt reader has for a tensor. Its dtype and device do not matter for the choice."""
+    import torch
+
+    if tensor.is_quantized:
+        return pickles.Refused("quantized", str(tensor.dtype))
+    if tensor.layout is not torch.strided:
+        return pickles.Refused("sparse", str(tensor.layout))
+    if tensor.is_nested:
+        return pickles.Refused("nested")
+    shape = (1,) if torch.nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+    return pickles.Tensor(_NOWHERE, "", 1, 0, shape, shape)
+
+
+def replaced(tree: Any, new: Mapping[tuple[Any, ...], Any]) -> Any:
+    """`tree` with other leaves at the keys of `new`: containers on the way are new ones of the same type, order and
+    attributes, everything else is the same object."""
+    ways = {keys[:i] for keys in new for i in range(len(keys))}
+
+    def visit(node: Any, keys: tuple[Any, ...]) -> Any:
+        if keys in new:
+            return new[keys]
+        if keys not in ways:
+            return node
+        children = containers.children_of(node) or []
+        return containers.with_children(node, {key: visit(child, (*keys, key)) for key, child in children})
+
+    return visit(tree, ())
