@@ -25,7 +25,8 @@ from graftax.ops.chains import (
 )
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
 from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
-from graftax.ops.rearrange import Rearrange, parse_pattern, transpose
+from graftax.ops.rearrange import Rearrange, axis_groups, parse_pattern, transpose
+from graftax.ops.rearrange_each import RearrangeEach
 from graftax.ops.value_ops import (
     Cast,
     Drop,
@@ -60,6 +61,7 @@ __all__ = [
     "Op",
     "Pad",
     "Rearrange",
+    "RearrangeEach",
     "Repeat",
     "RequireZero",
     "Same",
@@ -75,6 +77,7 @@ __all__ = [
     "Unstack",
     "Unsum",
     "apply_chain",
+    "axis_groups",
     "bind_chain",
     "chain_text",
     "infer_chain",

@@ -11,6 +11,7 @@ from graftax.ops.base import Arrays, Op, Specs
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
 from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
 from graftax.ops.rearrange import Rearrange
+from graftax.ops.rearrange_each import RearrangeEach
 from graftax.ops.value_ops import (
     Cast,
     Drop,
@@ -29,7 +30,8 @@ from graftax.ops.value_ops import (
 OPS: dict[str, type[Any]] = {
     cls.name: cls
     for cls in (
-        Rearrange, Split, Concat, Stack, Unstack, Flip, Repeat, Unrepeat, Pad, Crop, Same, Copy, RequireZero,
+        Rearrange, RearrangeEach, Split, Concat, Stack, Unstack, Flip, Repeat, Unrepeat, Pad, Crop, Same, Copy,
+        RequireZero,
         Cast, Scale, Offset, Sum, Unsum, FoldWeightNorm, UnfoldWeightNorm, SpectralSigma, SpectralVector,
         Fill, Drop, Keep,
     )
@@ -42,7 +44,7 @@ def bind_chain(ops: Sequence[Op], specs: Specs) -> tuple[tuple[Op, ...], Specs]:
     """The ops bound to `specs`, and the specs they give. LayoutError where one does not fit."""
     out: list[Op] = []
     for op in ops:
-        bound = op.bind(specs) if isinstance(op, (Rearrange, Drop)) else op
+        bound = op.bind(specs) if isinstance(op, (Rearrange, RearrangeEach, Drop)) else op
         specs = bound.infer(specs)
         out.append(bound)
     return tuple(out), specs

@@ -21,7 +21,7 @@ def parse_pattern(pattern: str) -> Pattern:
     left, arrow, right = pattern.partition("->")
     if not arrow:
         raise RulesError(f"{escape(pattern)!r} is not 'axes -> axes', such as 'o i -> i o'")
-    sides = (_axis_groups(left, pattern), _axis_groups(right, pattern))
+    sides = (axis_groups(left, pattern), axis_groups(right, pattern))
     names = [[name for group in side for name in group if name != "1"] for side in sides]
     if len(set(names[0])) != len(names[0]) or len(set(names[1])) != len(names[1]):
         raise RulesError(f"{escape(pattern)!r} names an axis twice")
@@ -31,7 +31,8 @@ def parse_pattern(pattern: str) -> Pattern:
     return sides
 
 
-def _axis_groups(text: str, pattern: str) -> tuple[tuple[str, ...], ...]:
+def axis_groups(text: str, pattern: str) -> tuple[tuple[str, ...], ...]:
+    """One side of `pattern`: `(h d) i` as (("h", "d"), ("i",)); `()` is an axis of length one. RulesError."""
     groups: list[tuple[str, ...]] = []
     inside: list[str] | None = None
     for token in text.replace("(", " ( ").replace(")", " ) ").split():

@@ -1,0 +1,47 @@
+"""The layer table: which torch layer is which Flax layer, what happens to each leaf, and what is refused.
+
+LAYERS is one table; `connect` finds every way in which it joins two modules, `leaf_connections` the same for one leaf.
+"""
+
+from graftax.layers.attention import FUSED, fused_qkv_ops, rotary_ops
+from graftax.layers.base import (
+    By,
+    Connection,
+    Facts,
+    Form,
+    Layer,
+    Part,
+    Refusal,
+    Setting,
+    Step,
+)
+from graftax.layers.connect import connect, known_kind, layouts, leaf_connections
+from graftax.layers.conv import block_diagonal_ops
+from graftax.layers.settings import Difference, settings_differ
+from graftax.layers.table import LAYERS
+from graftax.layers.text import layer_rows, layers_text
+
+__all__ = [
+    "FUSED",
+    "LAYERS",
+    "By",
+    "Connection",
+    "Difference",
+    "Facts",
+    "Form",
+    "Layer",
+    "Part",
+    "Refusal",
+    "Setting",
+    "Step",
+    "block_diagonal_ops",
+    "connect",
+    "fused_qkv_ops",
+    "known_kind",
+    "layer_rows",
+    "layers_text",
+    "layouts",
+    "leaf_connections",
+    "rotary_ops",
+    "settings_differ",
+]

@@ -1,0 +1,247 @@
+"""Rows for attention: torch's MultiheadAttention and a fused projection of query, key and value."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from graftax.errors import LayoutError
+from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Setting, Shape, Step
+from graftax.ops import Concat, Op, Rearrange, RearrangeEach, Split
+
+_PARTS = ("query", "key", "value")
+
+
+def _heads(facts: Facts) -> tuple[int, int] | None:
+    """(heads, head_dim) of the Flax side."""
+    for role in ("query/kernel", "key/kernel", "value/kernel"):
+        shape = facts.flax.get(role, ())
+        if len(shape) == 3:
+            return shape[1], shape[2]
+    return None
+
+
+def attention_form(facts: Facts) -> Iterable[Form]:
+    """torch in_proj_weight (3 H h, D), or one weight a projection, against query, key, value (D, H, h) and
+    out (H, h, D)."""
+    found = _heads(facts)
+    if found is None:
+        return
+    heads, head = found
+    width = heads * head
+    sizes = (("d", head), ("h", heads))
+    split = Rearrange("(h d) i -> i h d", sizes)
+    bias = Rearrange("(h d) -> h d", sizes)
+    thirds = Split(0, (width,) * 3)
+    biases = tuple(f"{name}/bias" for name in _PARTS)
+    if "in_proj_weight" in facts.torch:
+        kernels: tuple[Step, ...] = (Step("in_proj_weight", tuple(f"{n}/kernel" for n in _PARTS), (thirds, split)),)
+        variant = "fused in_proj_weight"
+    else:
+        kernels = tuple(Step(f"{n[0]}_proj_weight", f"{n}/kernel", (split,)) for n in _PARTS)
+        variant = "separate q, k, v weights"
+    steps = (
+        *kernels,
+        Step("in_proj_bias", biases, (thirds, bias), optional=True),
+        Step("out_proj.weight", "out/kernel", (Rearrange("o (h d) -> h d o", sizes),)),
+        Step("out_proj.bias", "out/bias", optional=True),
+    )
+    yield Form(
+        variant,
+        steps,
+        why="torch's MultiheadAttention: split in 3, transposed, then cut into heads",
+    )
+
+
+def _wants_bias_kv(facts: Facts) -> bool:
+    return "bias_k" in facts.torch or "bias_v" in facts.torch
+
+
+def _grouped_heads(facts: Facts) -> bool:
+    heads = facts.flax_settings.get("num_heads")
+    kv = facts.flax_settings.get("num_kv_heads")
+    return "in_proj_weight" in facts.torch and None not in (heads, kv) and heads != kv
+
+
+# ---------------------------------------------------------------- fused query, key, value
+
+FUSED = ("block", "interleaved")
+"""How the rows of one fused weight run: all queries, all keys, all values; or head by head (each group of heads with
+its key and its value)."""
+
+
+def fused_qkv_ops(fused: str, weight: Shape, targets: Sequence[Shape], heads: int | None = None) -> tuple[Op, ...]:
+    """One fused weight (rows, in) or bias (rows) -> query, key and value leaves of the shapes `targets`.
+
+    weight   (rows, in), (in, rows) as HF Conv1D has it, or (rows) for a bias
+    targets  kernels (in, H, h) or (in, H h); biases (H, h) or (H h); key and value may have fewer heads
+    heads    query heads, where the shapes do not tell
+
+    Raises LayoutError where `fused` is unknown, the heads cannot be told, or the sizes do not fit.
+    """
+    if fused not in FUSED:
+        raise LayoutError(f"unknown fused layout {fused!r}; known: {', '.join(FUSED)}")
+    bias = len(weight) == 1
+    lead = 0 if bias else 1  # axes before the produced ones in a target
+    rows = [math.prod(shape[lead:]) for shape in targets]
+    swapped = not bias and weight[0] != sum(rows) and weight[1] == sum(rows)
+    start: tuple[Op, ...] = (Rearrange("i r -> r i"),) if swapped else ()
+    if fused == "block":
+        return (*start, Split(0, tuple(rows)), _each(targets, bias))
+    counts = _head_counts(targets, lead, rows, heads)
+    head = rows[0] // counts[0]
+    if len(set(rows[1:])) != 1 or counts[0] % counts[1] or rows[1] != counts[1] * head:
+        raise LayoutError(f"rows of {rows} for query, key and value do not interleave by heads of {head}")
+    group = counts[0] // counts[1]
+    tail = "" if bias else " i"
+    grouped = Rearrange(f"(k s d){tail} -> s k d{tail}", (("d", head), ("k", counts[1]), ("s", group + 2)))
+    split = Split(0, (group, 1, 1))
+    patterns: list[str] = []
+    sizes: list[tuple[tuple[str, int], ...]] = []
+    for position, shape in enumerate(targets):
+        flat = len(shape) == lead + 1
+        first = "(k s)" if position == 0 else "k"
+        out = ("(k s d)" if position == 0 else "(k d)") if flat else f"{first} d"
+        patterns.append(f"{'s' if position == 0 else '1'} k d{tail} -> {'' if bias else 'i '}{out}")
+        fixed = {"k": counts[1], "d": head} | ({"s": group} if position == 0 else {})
+        sizes.append(tuple(sorted(fixed.items())))
+    return (*start, grouped, split, RearrangeEach(tuple(patterns), tuple(sizes)))
+
+
+def _each(targets: Sequence[Shape], bias: bool) -> Op:
+    patterns: list[str] = []
+    sizes: list[tuple[tuple[str, int], ...]] = []
+    for shape in targets:
+        split = len(shape) == (2 if bias else 3)
+        patterns.append(("(h d) -> h d" if split else "") if bias else ("(h d) i -> i h d" if split else "o i -> i o"))
+        sizes.append((("d", shape[-1]), ("h", shape[-2])) if split else ())
+    return RearrangeEach(tuple(patterns), tuple(sizes))
+
+
+def _head_counts(targets: Sequence[Shape], lead: int, rows: Sequence[int], heads: int | None) -> list[int]:
+    if len(targets[0]) == lead + 2:
+        return [shape[lead] for shape in targets]
+    if not heads or rows[0] % heads:
+        raise LayoutError("interleaved query, key and value need the number of heads: `heads = 8`")
+    head = rows[0] // heads
+    return [max(1, count // head) for count in rows]
+
+
+_LETTER = re.compile(r"(?:.*[./_])?(?:to_|w_?)?(query|key|value|q|k|v)(?:_?(?:proj|lin|kernel|dense))?", re.IGNORECASE)
+
+
+def _letter(role: str) -> str:
+    """q, k or v for a role such as 'query/kernel', 'to_q/kernel', 'k_proj/bias'; '' for another."""
+    module, _, leaf = role.rpartition("/")
+    found = _LETTER.fullmatch(module) if leaf in ("kernel", "bias") else None
+    return found[1][0].lower() if found else ""
+
+
+def fused_forms(facts: Facts) -> Iterable[Form]:
+    """Both readings of a fused projection against three: identical shapes, so one of them must be declared."""
+    kernels = {_letter(role): role for role in facts.flax if role.endswith("/kernel")}
+    biases = {_letter(role): role for role in facts.flax if role.endswith("/bias")}
+    weight = facts.torch.get("weight") or facts.torch.get("in_proj_weight")
+    if weight is None or len(weight) != 2 or set(kernels) != {"q", "k", "v"}:
+        return
+    chosen = facts.hints.get("fused")
+    shapes = [facts.flax[kernels[letter]] for letter in "qkv"]
+    for fused in FUSED if chosen is None else (chosen,):
+        try:
+            ops = fused_qkv_ops(fused, weight, shapes, facts.hints.get("heads"))
+            steps = [Step("weight|in_proj_weight", tuple(kernels[letter] for letter in "qkv"), ops)]
+            if set(biases) == {"q", "k", "v"}:
+                roles = tuple(biases[letter] for letter in "qkv")
+                bias = facts.torch.get("bias") or facts.torch.get("in_proj_bias") or (0,)
+                ops = fused_qkv_ops(fused, bias, [facts.flax[role] for role in roles], facts.hints.get("heads"))
+                steps.append(Step("bias|in_proj_bias", roles, ops, optional=True))
+        except LayoutError:
+            continue
+        why = "all queries, then keys, then values" if fused == "block" else "head by head: query, key, value"
+        yield Form(f"fused {fused}", tuple(steps), "linear", rule=f'fused = "{fused}"', by="shapes", why=why)
+
+
+def rotary_ops(shape: Shape, heads: int, rotary: int | None = None) -> tuple[Op, ...]:
+    """Rows of a query or key weight (rows, in), or of its bias or per-head norm scale (rows), from interleaved rotary
+    pairs to halves: W.reshape(H, h/2, 2, D).swapaxes(1, 2). Give the key its own number of heads and a scale (h,) one.
+    With partial rotary only the first `rotary` rows of each head move. LayoutError where the sizes do not fit."""
+    if not shape or not heads or shape[0] % heads:
+        raise LayoutError(f"rotary: {shape[:1]} rows are no multiple of {heads} heads")
+    head = shape[0] // heads
+    turned = head if rotary is None else rotary
+    if turned % 2 or not 0 < turned <= head:
+        raise LayoutError(f"rotary over {turned} of {head} rows a head: an even number of at most {head} is needed")
+    tail = "" if len(shape) == 1 else " i"
+    fixed = (("h", heads), ("p", 2))
+    if turned == head:
+        return (Rearrange(f"(h d p){tail} -> (h p d){tail}", fixed),)
+    return (
+        Rearrange(f"(h d){tail} -> h d{tail}", fixed[:1]),
+        Split(1, (turned, head - turned)),
+        RearrangeEach((f"h (d p){tail} -> h (p d){tail}", ""), (fixed, ())),
+        Concat(1, (turned, head - turned)),
+        Rearrange(f"h d{tail} -> (h d){tail}", (("d", head), ("h", heads))),
+    )
+
+
+ATTENTION_ROWS: tuple[Layer, ...] = (
+    Layer(
+        "MultiheadAttention",
+        torch=("MultiheadAttention",),
+        linen=("MultiHeadDotProductAttention", "MultiHeadAttention", "SelfAttention"),
+        nnx=("MultiHeadAttention",),
+        forms=(
+            Makes(
+                attention_form,
+                (
+                    "in_proj_weight, in_proj_bias -> query, key, value: split in 3, then (h d) i -> i h d",
+                    "q_proj_weight, k_proj_weight, v_proj_weight (kdim, vdim) -> query, key, value: (h d) i -> i h d",
+                    "out_proj.weight -> out/kernel: o (h d) -> h d o",
+                ),
+            ),
+        ),
+        settings=(
+            Setting("num_heads", "num_heads", "num_heads", lambda t: t.get("num_heads"), lambda f: f.get("num_heads")),
+        ),
+        refusals=(
+            Refusal(
+                _wants_bias_kv,
+                "bias_k and bias_v",
+                "Flax attention has no learned extra key and value position",
+                "Append them by hand: two parameters (1, 1, D), concatenated to the projected keys and values.",
+            ),
+            Refusal(
+                lambda f: bool(f.torch_settings.get("add_zero_attn")) and f.torch_kind == "MultiheadAttention",
+                "add_zero_attn",
+                "Flax attention has no extra position of zeros",
+                "Append a zero key and value by hand before the attention.",
+            ),
+            Refusal(
+                _grouped_heads,
+                "num_kv_heads against MultiheadAttention",
+                "torch's MultiheadAttention has as many key and value heads as query heads",
+                "Set num_kv_heads=num_heads, or average and repeat the torch heads first.",
+            ),
+        ),
+        note="in_proj_weight (3D, D): split in 3, transpose, THEN cut into heads (D, H, h); out (H, h, D). kdim and "
+        "vdim give three weights. A boolean mask means the opposite in Flax.",
+    ),
+    Layer(
+        "Fused query, key, value",
+        torch=("Linear", "NonDynamicallyQuantizableLinear", "Conv1D"),
+        linen=(),
+        nnx=(),
+        forms=(
+            Makes(
+                fused_forms,
+                (
+                    'fused = "block": rows of all queries, then keys, then values',
+                    'fused = "interleaved": head by head; with fewer key heads, group by group',
+                ),
+            ),
+        ),
+        flax_decides=False,
+        note="Blocks and per-head interleaving have identical shapes: a rule must say `fused`.",
+    ),
+)  # fmt: skip

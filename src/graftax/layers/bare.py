@@ -1,0 +1,115 @@
+"""Rows for PReLU and for parameters that a user's own module holds: no kind tells what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Shape, Step
+from graftax.layers.conv import conv_pattern
+from graftax.ops import Rearrange
+
+_STANDARD = frozenset({"kernel", "scale", "embedding", "mean", "var", "negative_slope"})
+"""Flax roles whose meaning is known: a torch weight or bias is not bare against them."""
+_AXES = "abcdefgh"
+
+
+def same_but_ones(torch: Shape, flax: Shape) -> str | None:
+    """The pattern between two shapes that are equal but for axes of length one; '' for equal ones, else None."""
+    if torch == flax:
+        return ""
+    wide = [extent for extent in torch if extent != 1]
+    if wide != [extent for extent in flax if extent != 1] or len(wide) > len(_AXES):
+        return None
+    return " -> ".join(_ones(shape) for shape in (torch, flax))
+
+
+def _ones(shape: Shape) -> str:
+    letters = iter(_AXES)
+    return " ".join("1" if extent == 1 else next(letters) for extent in shape)
+
+
+def bare_forms(facts: Facts) -> Iterable[Form]:
+    """One torch leaf against one Flax leaf, at least one of them a parameter without a known layout."""
+    if len(facts.torch) != 1 or len(facts.flax) != 1:
+        return
+    (torch, source), (flax, target) = next(iter(facts.torch.items())), next(iter(facts.flax.items()))
+    known = (torch in ("weight", "bias"), flax in _STANDARD or flax == "bias")
+    if all(known) or torch.startswith("running_"):
+        return
+    plain = same_but_ones(source, target)
+    matrix = len(source) > 1 and len(target) > 1 and (torch == "weight" or flax == "kernel")
+    if plain is not None:
+        yield Form(
+            "identity",
+            (Step(torch, flax, plain),),
+            "identity",
+            by="shapes" if matrix else "convention",
+            why="a bare parameter, as it is" if not matrix else "stored alike on both sides",
+        )
+    if matrix and len(source) == 2:
+        yield Form(
+            "linear", (Step(torch, flax, "o i -> i o"),), "linear", by="shapes", why="a Linear weight, transposed"
+        )
+    if matrix and 3 <= len(source) <= 5:
+        yield Form(
+            "conv",
+            (Step(torch, flax, conv_pattern(len(source) - 2)),),
+            "conv",
+            by="shapes",
+            why="a convolution's weight",
+        )
+
+
+def _many_slopes(facts: Facts) -> bool:
+    weight = facts.torch.get("weight")
+    return weight is not None and weight != (1,) and "negative_slope" in facts.flax
+
+
+def _one_slope(facts: Facts) -> bool:
+    return facts.torch.get("weight") == (1,)
+
+
+BARE_ROWS: tuple[Layer, ...] = (
+    Layer(
+        "PReLU",
+        torch=("PReLU",),
+        linen=("PReLU",),
+        nnx=("PReLU",),
+        forms=(
+            Form(
+                "prelu",
+                (Step("weight", "negative_slope", (Rearrange("1 -> "),)),),
+                "identity",
+                why="one slope: a vector of one in torch, a scalar in Flax",
+                holds=_one_slope,
+            ),
+        ),
+        refusals=(
+            Refusal(
+                _many_slopes,
+                "PReLU with a slope for every channel",
+                "Flax's PReLU has one scalar slope",
+                "Write it with a parameter `slope` (n,): jnp.where(x >= 0, x, slope * x); the torch weight goes there "
+                "as it is.",
+            ),
+        ),
+        note="(1,) in torch, a scalar in Flax.",
+    ),
+    Layer(
+        "Bare parameter",
+        torch=(),
+        linen=(),
+        nnx=(),
+        forms=(
+            Makes(
+                bare_forms,
+                (
+                    "identity: a parameter as it is, also with more or fewer axes of length one",
+                    "linear, conv: a weight or kernel that a module of one's own holds",
+                ),
+            ),
+        ),
+        flax_decides=False,
+        note="A matrix may be stored (in, out) or (out, in): a square one needs `layout`.",
+    ),
+)  # fmt: skip

@@ -1,0 +1,295 @@
+"""Connect a torch part and a Flax part by the layer table: every form that fits, the strongest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from graftax.errors import Failure, LayoutError, RulesError, escape
+from graftax.layers.base import STRENGTH, By, Connection, Facts, Form, Layer, Ops, Part, Step
+from graftax.layers.table import LAYERS
+from graftax.ops import Op, Rearrange, bind_chain, parse_pattern
+from graftax.plans import Entry
+from graftax.tree import Module, Side, TensorSpec
+
+_FRAMEWORKS = ("torch", "flax", "transformers")
+
+
+@cache
+def _known_kinds() -> Mapping[Side, frozenset[str]]:
+    return {
+        "torch": frozenset(kind for layer in LAYERS for kind in layer.torch),
+        "flax": frozenset(kind for layer in LAYERS for kind in (*layer.linen, *layer.nnx)),
+    }
+
+
+def known_kind(module: Module | None, side: Side) -> str:
+    """The class name under which the table knows a live module: the first along its bases that a framework defines and
+    a row lists; '' where there is none. A user's own class of the same name does not count."""
+    if module is None:
+        return ""
+    kinds = _known_kinds()[side]
+    names = [base.rpartition(".")[2] for base in module.bases if base.partition(".")[0] in _FRAMEWORKS]
+    for name in names if module.bases else [module.kind]:
+        if name in kinds:
+            return name
+    return ""
+
+
+def rows_for(torch_kind: str, flax_kind: str) -> list[Layer]:
+    """The rows that may connect modules of these kinds ('' is unknown)."""
+    return [layer for layer in LAYERS if _listed(layer, torch_kind, flax_kind)]
+
+
+def _listed(layer: Layer, torch_kind: str, flax_kind: str) -> bool:
+    flax = (*layer.linen, *layer.nnx)
+    return (not torch_kind or not layer.torch or torch_kind in layer.torch) and (
+        not flax_kind or not flax or flax_kind in flax
+    )
+
+
+def connect(
+    torch: Part, flax: Part, *, hints: Mapping[str, Any] | None = None, partial: bool = False
+) -> list[Connection]:
+    """Every way to connect the two parts, the strongest evidence first; [] where nothing fits. More than one is an
+    ambiguity for the caller to settle by other evidence, or to ask.
+
+    hints    what a rule says: `layout`, `heads`, `fused`, `flatten` (C, H, W)
+    partial  optional leaves (biases) may be on one side only; `Connection.left` names them
+
+    Raises LayoutError with the reason, and the rewrite where one exists, for what the table refuses.
+    """
+    facts = _facts(torch, flax, hints or {})
+    rows = rows_for(facts.torch_kind, facts.flax_kind)
+    refuse(rows, facts, torch, flax)
+    found: list[Connection] = []
+    for layer in rows:
+        for form in _forms(layer, facts):
+            connection = _fit(layer, form, facts, torch, flax, partial)
+            if connection is not None and not any(_alike(connection, other) for other in found):
+                found.append(connection)
+    if len(found) > 1 and partial:
+        least = min(len(connection.left) for connection in found)
+        found = [connection for connection in found if len(connection.left) == least]
+    return _ranked(found, facts)
+
+
+def refuse(rows: Iterable[Layer], facts: Facts, torch: Part, flax: Part) -> None:
+    """LayoutError for the first thing that a row refuses about these parts."""
+    for layer in rows:
+        for refusal in layer.refusals:
+            if refusal.when(facts):
+                failure = Failure(
+                    f"{refusal.what} cannot be represented: {refusal.reason}",
+                    key=f"{torch.path or next(iter(torch.leaves.values()), '')} -> {flax.path}".strip(),
+                    next=refusal.rewrite,
+                )
+                raise LayoutError(f"{layer.name}: {escape(torch.path)} has no counterpart", [failure])
+
+
+def leaf_connections(
+    torch_role: str,
+    torch_spec: TensorSpec,
+    flax_role: str,
+    flax_spec: TensorSpec,
+    torch_module: Module | None = None,
+    flax_module: Module | None = None,
+    layout: str | None = None,
+    *,
+    hints: Mapping[str, Any] | None = None,
+) -> list[Connection]:
+    """The ways to carry one torch leaf into one Flax leaf (a donor of surgery, a rule); the paths in the entries are
+    the roles. `layout` names the form ('linear', 'conv', 'conv_transpose', 'conv_transpose default', 'identity').
+
+    Raises RulesError where `layout` is no form's, LayoutError where the table refuses.
+    """
+    torch = Part("", "torch", {torch_role: torch_role}, {torch_role: torch_spec}, torch_module)
+    flax = Part("", "flax", {flax_role: flax_role}, {flax_role: flax_spec}, flax_module)
+    given = dict(hints or {})
+    if layout is not None:
+        given["layout"] = layout
+    return connect(torch, flax, hints=given, partial=True)
+
+
+def layouts() -> tuple[str, ...]:
+    """The values that a rule's `layout` can take."""
+    names: dict[str, None] = {"linear": None, "identity": None}
+    for layer in LAYERS:
+        for form in layer.forms:
+            if isinstance(form, Form) and form.layout:
+                names[form.layout] = None
+    return tuple(names)
+
+
+# ---------------------------------------------------------------- forms
+
+
+def _facts(torch: Part, flax: Part, hints: Mapping[str, Any]) -> Facts:
+    layout = hints.get("layout")
+    if layout is not None and layout not in layouts():
+        raise RulesError(f"unknown layout {escape(layout)!r}; known: {', '.join(layouts())}")
+    return Facts(
+        torch.shapes(),
+        flax.shapes(),
+        torch.module.settings if torch.module else {},
+        flax.module.settings if flax.module else {},
+        hints,
+        known_kind(torch.module, "torch"),
+        known_kind(flax.module, "flax"),
+    )
+
+
+def _forms(layer: Layer, facts: Facts) -> Iterable[Form]:
+    layout = facts.hints.get("layout")
+    for entry in layer.forms:
+        for form in (entry,) if isinstance(entry, Form) else entry.make(facts):
+            if (layout is not None and form.layout not in ("", layout)) or (layout is None and not form.offered):
+                continue
+            if form.holds is None or form.holds(facts):
+                yield form
+
+
+def _fit(layer: Layer, form: Form, facts: Facts, torch: Part, flax: Part, partial: bool) -> Connection | None:
+    """The form with its entries, where every role is used and every shape comes out; else None."""
+    entries: list[Entry] = []
+    used_torch: set[str] = set()
+    used_flax: set[str] = set()
+    for step in form.steps:
+        sources, targets = _roles(step.torch, facts.torch), _roles(step.flax, facts.flax)
+        if sources is None or targets is None:
+            # A leaf that one side lacks: fine for an optional one where partial connections are, and where the whole
+            # entry is absent on both sides.
+            absent = not _any_role(step.torch, facts.torch) and not _any_role(step.flax, facts.flax)
+            if (step.optional and (absent or partial)) or (partial and absent):
+                continue
+            return None
+        ops = _ops(step, facts)
+        if ops is None:
+            return None
+        entry = _entry(ops, [torch.leaves[r] for r in sources], [flax.leaves[r] for r in targets], torch, flax)
+        if entry is None:
+            return None
+        entries.append(entry)
+        used_torch |= set(sources)
+        used_flax |= set(targets)
+    if not entries:
+        return None
+    left = tuple(sorted(set(facts.torch) - used_torch)) + tuple(sorted(set(facts.flax) - used_flax))
+    optional_roles = {r for s in form.steps if s.optional for names in (s.torch, s.flax) for r in _names(names)}
+    if left and not (partial and set(left) <= optional_roles):
+        return None
+    evidence = form.why or f"{form.variant}: the roles and shapes fit"
+    return Connection(
+        layer.name,
+        tuple(Entry(e.sources, e.targets, e.ops, (evidence,)) for e in entries),
+        (evidence,),
+        form.variant,
+        form.rule_text,
+        _by(layer, form, facts),
+        form.assumes,
+        left,
+    )
+
+
+def _by(layer: Layer, form: Form, facts: Facts) -> By:
+    decided = (facts.torch_kind and layer.torch) or (facts.flax_kind and layer.flax_decides and layer.linen)
+    return "modules" if decided else form.by
+
+
+def _names(roles: str | tuple[str, ...]) -> list[str]:
+    return [name for role in ((roles,) if isinstance(roles, str) else roles) for name in role.split("|")]
+
+
+def _any_role(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> bool:
+    return any(name in shapes for name in _names(roles))
+
+
+def _roles(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> list[str] | None:
+    """The roles a side has for a step, alternatives resolved; None where one is missing."""
+    out: list[str] = []
+    for role in (roles,) if isinstance(roles, str) else roles:
+        present = [name for name in role.split("|") if name in shapes]
+        if not present:
+            return None
+        out.append(present[0])
+    return out
+
+
+def _ops(step: Step, facts: Facts) -> tuple[Op, ...] | None:
+    given: Ops
+    if callable(step.ops):
+        try:
+            given = step.ops(facts)
+        except LayoutError:
+            return None
+    else:
+        given = step.ops
+    if isinstance(given, str):
+        return (Rearrange(given),) if given else ()
+    return given
+
+
+def _entry(ops: tuple[Op, ...], sources: list[str], targets: list[str], torch: Part, flax: Part) -> Entry | None:
+    """The entry with bound ops, or None where a shape does not come out. Dtypes are the plan's business."""
+    try:
+        bound, out = bind_chain(ops, tuple(torch.specs[path] for path in sources))
+    except LayoutError:
+        return None
+    if [spec.shape for spec in out] != [flax.specs[path].shape for path in targets]:
+        return None
+    return Entry(tuple(sources), tuple(targets), bound)
+
+
+# ---------------------------------------------------------------- order
+
+
+def _alike(a: Connection, b: Connection) -> bool:
+    """The same entries with the same effect: ops that differ only in axes of length one count as one."""
+    if a.left != b.left or len(a.entries) != len(b.entries):
+        return False
+    key = {(e.sources, e.targets): e.ops for e in b.entries}
+    return all((e.sources, e.targets) in key and _same_effect(e.ops, key[(e.sources, e.targets)]) for e in a.entries)
+
+
+def _same_effect(a: tuple[Op, ...], b: tuple[Op, ...]) -> bool:
+    if a == b:
+        return True
+    return all(isinstance(op, Rearrange) for op in (*a, *b)) and _movement(a) == _movement(b)
+
+
+def _movement(ops: tuple[Op, ...]) -> Any:
+    """What a chain of one Rearrange does to the axes longer than one: two with equal movement give equal arrays."""
+    if not ops:
+        return "identity"
+    op = ops[0]
+    if len(ops) > 1 or not isinstance(op, Rearrange):
+        return ops
+    sizes = dict(op.sizes)
+    left, right = parse_pattern(op.pattern)
+    order = [name for group in left for name in group if sizes.get(name, 1) > 1]
+    moved = [name for group in right for name in group if sizes.get(name, 1) > 1]
+    if order == moved:
+        return "identity"
+    return tuple(sizes[name] for name in order), tuple(order.index(name) for name in moved)
+
+
+def _ranked(found: list[Connection], facts: Facts) -> list[Connection]:
+    """The strongest first. Where live modules leave more than one, what speaks for each is its form's own evidence."""
+    out = sorted(found, key=lambda connection: STRENGTH.index(connection.by))
+    if not out or out[0].by != "modules":
+        return out
+    kinds = " and ".join(kind for kind in (facts.torch_kind, facts.flax_kind) if kind)
+    return [
+        Connection(
+            c.layer,
+            tuple(Entry(e.sources, e.targets, e.ops, (f"module: {kinds}",)) for e in c.entries),
+            (f"module: {kinds}", *c.evidence),
+            c.variant,
+            c.rule,
+            c.by,
+            c.assumes,
+            c.left,
+        )
+        for c in out
+    ]

@@ -1,0 +1,296 @@
+"""Rows for convolutions and transposed convolutions of 1 to 3 spatial axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Setting, Settings, Shape, Step
+from graftax.layers.dense import BIAS
+from graftax.ops import Crop, Flip, Op, Pad, Rearrange
+
+SPATIAL = {1: "k", 2: "kh kw", 3: "kd kh kw"}
+
+
+def conv_pattern(rank: int) -> str:
+    """torch (O, I/g, *k) -> Flax (*k, I/g, O) for `rank` spatial axes."""
+    return f"o i {SPATIAL[rank]} -> {SPATIAL[rank]} i o"
+
+
+def transposed_pattern(rank: int) -> str:
+    """torch (I, O, *k) -> Flax (*k, O, I), a ConvTranspose with transpose_kernel=True."""
+    return f"i o {SPATIAL[rank]} -> {SPATIAL[rank]} o i"
+
+
+def flipped_ops(rank: int) -> tuple[Op, ...]:
+    """torch (I, O, *k) -> Flax (*k, I, O) with every spatial axis reversed, a ConvTranspose by default."""
+    return (Rearrange(f"i o {SPATIAL[rank]} -> {SPATIAL[rank]} i o"), Flip(tuple(range(rank))))
+
+
+def block_diagonal_ops(shape: Shape, groups: int) -> tuple[Op, ...]:
+    """A grouped transposed weight (I, O/g, *k) -> the full (I, O, *k) with zeros outside its group; the way back checks
+    the zeros. The groups land on the diagonal because rows of X values padded to (g + 1) X and read again as rows of
+    g X start one group further each."""
+    rank = len(shape) - 2
+    block = math.prod(shape) // groups
+    k = SPATIAL[rank]
+    sizes = dict(zip(SPATIAL[rank].split(), shape[2:], strict=True))
+    names = {"g": groups, "i": shape[0] // groups, "o": shape[1], **sizes}
+    fixed = tuple(sorted(names.items()))
+    return (
+        Rearrange(f"(g i) o {k} -> g (i o {k})", fixed),
+        Pad(1, 0, groups * block),
+        Rearrange("g x -> (g x)", (("g", groups), ("x", (groups + 1) * block))),
+        Crop(0, 0, groups * block),
+        Rearrange(f"(g p i o {k}) -> (g i) (p o) {k}", tuple(sorted({**names, "p": groups}.items()))),
+    )
+
+
+def _rank(facts: Facts) -> int:
+    """Spatial axes of the pair; 0 where the shapes are no convolution's."""
+    weight, kernel = facts.torch.get("weight"), facts.flax.get("kernel")
+    found = {len(shape) - 2 for shape in (weight, kernel) if shape is not None}
+    return found.pop() if len(found) == 1 and found <= {1, 2, 3} else 0
+
+
+def _bias_is(facts: Facts, extent: int) -> bool:
+    """The biases that are there have `extent` values."""
+    return all(side.get("bias", (extent,)) == (extent,) for side in (facts.torch, facts.flax))
+
+
+def conv_forms(facts: Facts) -> Iterable[Form]:
+    rank = _rank(facts)
+    if rank and _bias_is(facts, facts.torch["weight"][0]):
+        yield Form(
+            "conv",
+            (Step("weight", "kernel", conv_pattern(rank)), BIAS),
+            "conv",
+            why=f"convention: a torch weight of rank {rank + 2} that becomes a kernel is a convolution",
+        )
+
+
+def bias_form(facts: Facts) -> Iterable[Form]:
+    """A bias on its own."""
+    if set(facts.torch) == {"bias"}:
+        yield Form("bias", (Step("bias", "bias"),), why="a bias as it is")
+
+
+def transpose_forms(facts: Facts) -> Iterable[Form]:
+    """Both Flax modes of a transposed convolution, as far as setting, bias and shapes allow them."""
+    rank = _rank(facts)
+    if not rank:
+        return
+    weight, kernel = facts.torch["weight"], facts.flax["kernel"]
+    wanted = facts.flax_settings.get("transpose_kernel") if facts.flax_kind else None
+    groups = _groups(facts, weight, kernel)
+    expand = block_diagonal_ops(weight, groups) if groups > 1 and weight[0] % groups == 0 else ()
+    tail = " of a block-diagonal expansion" if expand else ""
+    outputs = weight[1] * groups
+    if not _bias_is(facts, outputs):
+        return
+    if wanted is not False:
+        yield Form(
+            "conv_transpose",
+            (Step("weight", "kernel", (*expand, Rearrange(transposed_pattern(rank)))), BIAS),
+            "conv_transpose",
+            by="shapes",
+            why=f"a transposed convolution with transpose_kernel=True{tail}",
+        )
+    if wanted is not True:
+        yield Form(
+            "conv_transpose default",
+            (Step("weight", "kernel", (*expand, *flipped_ops(rank))), BIAS),
+            "conv_transpose default",
+            by="shapes",
+            why=f"a transposed convolution with transpose_kernel=False: spatial axes flipped{tail}",
+        )
+
+
+def _groups(facts: Facts, weight: Shape, kernel: Shape) -> int:
+    """As the live torch module says; else more than one only where the kernel has a multiple of the weight's outputs
+    and the bias has them all."""
+    if facts.torch_kind:
+        return int(facts.torch_settings.get("groups", 1))
+    outputs = kernel[-2] if kernel[-1] == weight[0] else kernel[-1]
+    groups = outputs // max(weight[1], 1)
+    whole = outputs == groups * weight[1] and groups > 1 and weight[0] % groups == 0
+    return groups if whole and _has_bias(facts) and _bias_is(facts, outputs) else 1
+
+
+def _has_bias(facts: Facts) -> bool:
+    return "bias" in facts.torch or "bias" in facts.flax
+
+
+def _grouped_misfit(facts: Facts) -> bool:
+    """A live grouped ConvTranspose against a kernel that has not the full number of output channels."""
+    groups = facts.torch_settings.get("groups", 1)
+    weight, kernel = facts.torch.get("weight"), facts.flax.get("kernel")
+    if facts.torch_kind not in TORCH_TRANSPOSED or groups == 1 or weight is None or kernel is None:
+        return False
+    full = (weight[0], weight[1] * groups)
+    return len(kernel) != len(weight) or sorted(kernel[-2:]) != sorted(full)
+
+
+TORCH_TRANSPOSED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+
+
+# ---------------------------------------------------------------- settings
+
+
+def _tuple(value: Any, rank: int) -> tuple[int, ...] | None:
+    if value is None:
+        return (1,) * rank
+    if isinstance(value, int):
+        return (value,) * rank
+    return tuple(int(v) for v in value)
+
+
+def _torch_rank(t: Settings) -> int:
+    size = t.get("kernel_size")
+    return len(size) if isinstance(size, (tuple, list)) else 0  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _flax_rank(f: Settings) -> int:
+    size = f.get("kernel_size")
+    if isinstance(size, int):
+        return 1
+    return len(size) if isinstance(size, (tuple, list)) else 0  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _spatial(torch: str, flax: str, note: str = "") -> Setting:
+    return Setting(
+        flax,
+        torch,
+        flax,
+        lambda t: _tuple(t.get(torch), _torch_rank(t)) if torch in t else None,
+        lambda f: _tuple(f.get(flax), _flax_rank(f)) if flax in f else None,
+        note,
+    )
+
+
+_MODES = {"circular": "CIRCULAR", "reflect": "REFLECT", "replicate": "no counterpart of padding_mode='replicate'"}
+
+
+def conv_padding(t: Settings) -> Any:
+    """torch's padding as Flax writes it: pairs, or the name of a mode. 'same' in torch pads the extra value after."""
+    padding, mode, rank = t.get("padding"), t.get("padding_mode", "zeros"), _torch_rank(t)
+    if padding is None or not rank:
+        return None
+    if isinstance(padding, str):
+        pairs: Any = {"same": "SAME", "valid": ((0, 0),) * rank}[padding]
+    else:
+        pairs = tuple((p, p) for p in cast("tuple[int, ...]", _tuple(padding, rank)))
+    if mode == "zeros" or pairs == ((0, 0),) * rank:
+        return pairs
+    size, dilation = _tuple(t.get("kernel_size"), rank), _tuple(t.get("dilation"), rank)
+    # Flax's modes pad (k - 1) d / 2 before and the rest after; another amount has no name in Flax.
+    wants = tuple(
+        ((k - 1) * d // 2, k * d - d - (k - 1) * d // 2) for k, d in zip(size or (), dilation or (), strict=True)
+    )
+    return _MODES[mode] if pairs in (wants, "SAME") else f"padding {pairs} of padding_mode={mode!r}: pad by hand"
+
+
+def transposed_padding(t: Settings) -> Any:
+    """Flax pads the dilated input: d(k - 1) - p before and d(k - 1) - p + output_padding after."""
+    rank = _torch_rank(t)
+    if not rank or t.get("padding") is None:
+        return None
+    values = [_tuple(t.get(name), rank) for name in ("kernel_size", "dilation", "padding")]
+    extra = _tuple(t.get("output_padding", 0), rank)
+    rows = zip(*cast("list[tuple[int, ...]]", [*values, extra]), strict=True)
+    return tuple((d * (k - 1) - p, d * (k - 1) - p + o) for k, d, p, o in rows)
+
+
+def flax_padding(f: Settings) -> Any:
+    padding, rank = f.get("padding"), _flax_rank(f)
+    if padding is None or not rank:
+        return None
+    if isinstance(padding, str):
+        if padding == "VALID":
+            return ((0, 0),) * rank
+        size = _tuple(f.get("kernel_size"), rank)
+        if padding == "SAME" and all(s == 1 for s in _tuple(f.get("strides"), rank) or ()) and size:
+            return same_padding(size, _tuple(f.get("kernel_dilation"), rank) or (1,) * rank)
+        return padding
+    if isinstance(padding, int):
+        return ((padding, padding),) * rank
+    return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
+
+
+def same_padding(size: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """SAME at stride 1: the smaller half before."""
+    total = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
+    return tuple((n // 2, n - n // 2) for n in total)
+
+
+def _want_padding(t: Settings) -> Any:
+    found = conv_padding(t)
+    if found == "SAME":
+        rank = _torch_rank(t)
+        return same_padding(_tuple(t["kernel_size"], rank) or (), _tuple(t.get("dilation"), rank) or ())
+    return found
+
+
+_STRIDES = _spatial("stride", "strides")
+_DILATION = _spatial("dilation", "kernel_dilation")
+
+CONV_ROWS: tuple[Layer, ...] = (
+    Layer(
+        "Conv",
+        torch=("Conv1d", "Conv2d", "Conv3d", "LazyConv1d", "LazyConv2d", "LazyConv3d"),
+        linen=("Conv",),
+        nnx=("Conv",),
+        forms=(Makes(conv_forms, ("conv: (O, I/g, *k) -> (*k, I/g, O)",)), Makes(bias_form, ())),
+        settings=(
+            _STRIDES,
+            _DILATION,
+            Setting(
+                "padding", "padding", "padding", _want_padding, flax_padding,
+                "Flax defaults to SAME, torch to 0; with a stride SAME is not torch's padding.",
+            ),
+            Setting(
+                "feature_group_count", "groups", "feature_group_count",
+                lambda t: t.get("groups"), lambda f: f.get("feature_group_count"),
+            ),
+        ),
+        note="(O, I/g, *k) -> (*k, I/g, O): axes (2.., 1, 0). Pad explicitly in Flax: k3 s2 p1 is not SAME.",
+    ),
+    Layer(
+        "ConvTranspose",
+        torch=TORCH_TRANSPOSED,
+        linen=("ConvTranspose",),
+        nnx=("ConvTranspose",),
+        forms=(
+            Makes(
+                transpose_forms,
+                (
+                    "conv_transpose, transpose_kernel=True: (I, O, *k) -> (*k, O, I)",
+                    "conv_transpose default: (I, O, *k) -> (*k, I, O), spatial axes flipped",
+                    "a grouped one: its block-diagonal expansion, in both modes",
+                ),
+            ),
+            Makes(bias_form, ()),
+        ),
+        settings=(
+            _STRIDES,
+            _DILATION,
+            Setting(
+                "padding", "padding, output_padding", "padding", transposed_padding, flax_padding,
+                "per axis [d(k-1)-p, d(k-1)-p+output_padding]; SAME has the right shape and other values",
+            ),
+        ),
+        refusals=(
+            Refusal(
+                _grouped_misfit,
+                "a grouped ConvTranspose",
+                "Flax has no groups in ConvTranspose, and this kernel has not room for the expanded weight",
+                "Give the Flax ConvTranspose all output channels: the weight is expanded block by block with zeros "
+                "outside its group, which is exact.",
+            ),
+        ),
+        note="(I, O, *k) -> (*k, O, I) with transpose_kernel=True; by default (*k, I, O), every spatial axis flipped. "
+        "The live module, a rectangular shape or the length of the bias says which. A grouped one goes in by a "
+        "block-diagonal expansion.",
+    ),
+)  # fmt: skip

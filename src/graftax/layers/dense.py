@@ -1,0 +1,243 @@
+"""Rows for dense layers: Linear, its head-split and flattened forms, 1x1 convolutions, HF Conv1D, Embedding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Setting, Shape, Step
+from graftax.ops import Rearrange
+
+_LETTERS = "abcdefgh"
+BIAS = Step("bias", "bias", optional=True)
+
+
+def split_pattern(letters: str, into: str, out: str) -> str:
+    """The pattern from a torch weight (out..., in...) to a kernel whose axes are `letters`; `into` and `out` name the
+    contracted and the produced ones in the order in which the flat features run: 'ndh', 'd', 'nh'
+    give '(n h) d -> n d h'."""
+    return f"{_group(out)} {_group(into)} -> {' '.join(letters)}"
+
+
+def _group(letters: str) -> str:
+    return letters if len(letters) == 1 else f"({' '.join(letters)})"
+
+
+def _sized(pattern: str, letters: str, shape: Shape) -> tuple[Rearrange]:
+    return (Rearrange(pattern, tuple(sorted(zip(letters, shape, strict=True)))),)
+
+
+def _split_form(letters: str, into: str, out: str, shape: Shape, bias: Shape, why: str, variant: str) -> Form:
+    """A weight (out, in) to a kernel of `shape`, and its bias (out) to the produced axes."""
+    sizes = dict(zip(letters, shape, strict=True))
+    flat = bias == () or len(bias) < 2
+    bias_ops = () if flat else _sized(f"{_group(out)} -> {' '.join(out)}", out, tuple(sizes[a] for a in out))
+    steps = (
+        Step("weight", "kernel", _sized(split_pattern(letters, into, out), letters, shape)),
+        Step("bias", "bias", bias_ops, optional=True),
+    )
+    return Form(variant, steps, "linear", by="convention", why=why)
+
+
+def split_forms(facts: Facts) -> Iterable[Form]:
+    """Head splits and merges of a Linear against a kernel of rank 3 or more: (in..., out...) at every place where the
+    sizes agree, and (heads, in, head) as an Einsum may have it."""
+    weight, kernel = facts.torch.get("weight", ()), facts.flax.get("kernel", ())
+    bias = facts.flax.get("bias", ())
+    if len(kernel) < 3 or len(kernel) > len(_LETTERS):
+        # A leaf at a time: a bias (out) against (heads, head).
+        if not weight and not kernel and len(bias) > 1:
+            letters = _LETTERS[: len(bias)]
+            ops = _sized(f"{_group(letters)} -> {' '.join(letters)}", letters, bias)
+            yield Form("linear, split", (Step("bias", "bias", ops),), "linear", why="a bias split into heads")
+        return
+    if len(weight) != 2:
+        return
+    letters = _LETTERS[: len(kernel)]
+    if facts.flax_kind == "Einsum" and "einsum_str" in facts.flax_settings:
+        yield from _einsum_forms(str(facts.flax_settings["einsum_str"]), kernel, bias)
+        return
+    contracted = _contracted_axes(facts)
+    for k in (contracted,) if contracted else range(1, len(kernel)):
+        if math.prod(kernel[:k]) == weight[1] and math.prod(kernel[k:]) == weight[0]:
+            what = (
+                "out split into heads" if k == 1 else "in merges heads" if k == len(kernel) - 1 else "in and out split"
+            )
+            yield _named(k, kernel, bias, f"a weight (out, in) against (in..., out...): {what}")
+    if not contracted and len(kernel) == 3 and (kernel[1], kernel[0] * kernel[2]) == (weight[1], weight[0]):
+        why = "a weight (out, in) against (heads, in, head)"
+        yield _split_form("hid", "i", "hd", kernel, bias, why, "linear, heads first")
+
+
+def _named(k: int, kernel: Shape, bias: Shape, why: str) -> Form:
+    """(in..., out...) with names that read well for the common ranks."""
+    letters = {(3, 1): "ihd", (3, 2): "hdo"}.get((len(kernel), k), _LETTERS[: len(kernel)])
+    variant = {(3, 1): "linear, out split", (3, 2): "linear, in merged"}.get((len(kernel), k), "linear, split")
+    return _split_form(letters, letters[:k], letters[k:], kernel, bias, why, variant)
+
+
+def _contracted_axes(facts: Facts) -> int | None:
+    """How many leading axes of the kernel are contracted, as a live DenseGeneral or LinearGeneral says."""
+    axis = facts.flax_settings.get("axis")
+    if facts.flax_kind not in ("DenseGeneral", "LinearGeneral") or axis is None:
+        return None
+    return len(axis) if isinstance(axis, (tuple, list)) else 1  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _einsum_forms(text: str, kernel: Shape, bias: Shape) -> Iterable[Form]:
+    """The layout that an Einsum's own equation says: letters of the kernel that the result lacks are contracted, in the
+    order of the input; the others are produced, in the order of the result. A letter in all three has no Linear."""
+    operands, _, result = text.replace(" ", "").replace("...", "").partition("->")
+    left, _, right = operands.partition(",")
+    into = "".join(c for c in left if c in right and c not in result)
+    out = "".join(c for c in result if c in right and c not in left)
+    if len(right) == len(kernel) and sorted(into + out) == sorted(right) and into and out:
+        names = dict(zip(right, (c.lower() if c.isalpha() else c for c in right), strict=True))
+        if len(set(names.values())) == len(right):
+            right, into, out = ("".join(names[c] for c in part) for part in (right, into, out))
+        yield _split_form(right, into, out, kernel, bias, f"einsum {text}", "einsum")
+
+
+def flatten_form(facts: Facts) -> Iterable[Form]:
+    """A Linear behind a flatten of (C, *spatial): its columns reordered to (*spatial, C), as `flatten` says."""
+    sizes = facts.hints.get("flatten")
+    if not sizes:
+        return
+    names = {1: "c", 2: "c w", 3: "c h w", 4: "c d h w"}.get(len(sizes))
+    if names is None:
+        return
+    first, *rest = names.split()
+    pattern = f"o ({names}) -> ({' '.join((*rest, first))}) o"
+    ops = (Rearrange(pattern, tuple(sorted(zip(names.split(), map(int, sizes), strict=True)))),)
+    said = " ".join(map(str, sizes))
+    yield Form(
+        "flatten C H W",
+        (Step("weight", "kernel", ops), BIAS),
+        "linear",
+        rule=f'flatten = "{said}"',
+        why=f"flattened from (C, spatial) = ({said})",
+    )
+
+
+def _not_flattened(facts: Facts) -> bool:
+    return not facts.hints.get("flatten")
+
+
+LINEAR_FORM = Form(
+    "linear",
+    (Step("weight", "kernel", "o i -> i o"), BIAS),
+    "linear",
+    why="convention: a torch weight of rank 2 that becomes a kernel is a Linear, transposed",
+    holds=_not_flattened,
+)
+
+_BATCHED = Refusal(
+    lambda f: bool(f.flax_settings.get("batch_dims") or f.flax_settings.get("batch_axis")) and bool(f.torch_kind),
+    "a DenseGeneral with batch dimensions against a Linear",
+    "its kernel has one matrix for every batch index, a Linear has one",
+    "Stack as many torch weights as there are batch indices (a rule with `stack`).",
+)
+
+DENSE_ROWS: tuple[Layer, ...] = (
+    Layer(
+        "Linear",
+        torch=("Linear", "NonDynamicallyQuantizableLinear", "LazyLinear"),
+        linen=("Dense", "DenseGeneral", "Einsum"),
+        nnx=("Linear", "LinearGeneral", "Einsum"),
+        forms=(
+            LINEAR_FORM,
+            Makes(flatten_form, ('flatten = "C H W" behind a flatten of (C, H, W): o (c h w) -> (h w c) o',)),
+            Makes(
+                split_forms,
+                (
+                    "linear, out split: (h d) i -> i h d; bias (h d) -> h d",
+                    "linear, in merged: o (h d) -> h d o",
+                    "linear, heads first: (h d) i -> h i d; any Einsum by its own equation",
+                ),
+            ),
+        ),
+        refusals=(_BATCHED,),
+        flax_decides=False,
+        note="weight (O, I), kernel (I, O). A square kernel left untransposed passes every shape check. DenseGeneral: "
+        "split, transpose, then reshape. Behind a flatten of NCHW the columns must be permuted: `flatten`.",
+    ),
+    Layer(
+        "Linear as 1x1 convolution",
+        torch=("Linear", "NonDynamicallyQuantizableLinear"),
+        linen=("Conv",),
+        nnx=("Conv",),
+        forms=tuple(
+            Form(
+                f"linear to {rank}d 1x1 kernel",
+                (Step("weight", "kernel", f"o i -> {'1 ' * rank}i o"), BIAS),
+                "linear",
+                why="a torch weight of rank 2 against a kernel of extent 1: a Linear at every position",
+            )
+            for rank in (1, 2, 3)
+        ),
+        note="A Linear over the channels is a convolution of extent 1.",
+    ),
+    Layer(
+        "1x1 convolution as Dense",
+        torch=("Conv1d", "Conv2d", "Conv3d"),
+        linen=("Dense",),
+        nnx=("Linear",),
+        forms=tuple(
+            Form(
+                f"{rank}d 1x1 kernel to linear",
+                (Step("weight", "kernel", f"o i {'1 ' * rank}-> i o"), BIAS),
+                "conv",
+                why="a torch weight of extent 1 against a kernel of rank 2: a Dense at every position",
+                holds=lambda f: f.torch_settings.get("groups", 1) == 1,
+            )
+            for rank in (1, 2, 3)
+        ),
+        note="A convolution of extent 1 is a Dense over the channels, which are last in Flax.",
+    ),
+    Layer(
+        "HF Conv1D",
+        torch=("Conv1D",),
+        linen=("Dense", "FlaxConv1D"),
+        nnx=("Linear",),
+        forms=(
+            Form(
+                "conv1d (in, out)",
+                (Step("weight", "kernel"), BIAS),
+                "identity",
+                by="shapes",
+                why="the torch weight is stored (in, out) already",
+                holds=lambda f: len(f.torch.get("weight", ())) in (0, 2) and _not_flattened(f),
+            ),
+        ),
+        flax_decides=False,
+        note="The torch side is (in, out) already: identity, not transpose; a square one cannot be told from a Linear "
+        "by shape.",
+    ),
+    Layer(
+        "Embedding",
+        torch=("Embedding",),
+        linen=("Embed",),
+        nnx=("Embed",),
+        forms=(
+            Form(
+                "embedding",
+                (Step("weight", "embedding"),),
+                "identity",
+                why="convention: an embedding has rows of features on both sides, never transposed",
+            ),
+        ),
+        settings=(
+            Setting("num_embeddings", "num_embeddings", "num_embeddings",
+                    lambda t: t.get("num_embeddings"), lambda f: f.get("num_embeddings")),
+        ),
+        refusals=(
+            Refusal(
+                lambda f: f.torch_settings.get("max_norm") is not None and f.torch_kind == "Embedding",
+                "Embedding(max_norm=...)",
+                "torch rescales the rows in place while it looks them up; Flax has no such lookup",
+                "Rescale the rows of the torch weight once (row / max(1, |row| / max_norm)) and set max_norm=None.",
+            ),
+        ),
+        note="(V, D) on both sides: never transpose, square or not. `padding_idx` only stops gradients.",
+    ),
+)  # fmt: skip

@@ -1,0 +1,19 @@
+"""LAYERS: the one table of layer types. A new type is a row here (in the file of its topic) and one parity case."""
+
+from __future__ import annotations
+
+from graftax.layers.attention import ATTENTION_ROWS
+from graftax.layers.bare import BARE_ROWS
+from graftax.layers.base import Layer
+from graftax.layers.conv import CONV_ROWS
+from graftax.layers.dense import DENSE_ROWS
+from graftax.layers.norms import NORM_ROWS
+
+LAYERS: tuple[Layer, ...] = (
+    *DENSE_ROWS,
+    *CONV_ROWS,
+    *NORM_ROWS,
+    *ATTENTION_ROWS,
+    *BARE_ROWS,
+)
+"""In the order in which equally strong connections are offered."""

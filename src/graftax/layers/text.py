@@ -1,0 +1,76 @@
+"""The layer table as rows of text and as what `graftax layers` prints."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from graftax.layers.base import Form, Layer
+from graftax.layers.table import LAYERS
+
+NO_WEIGHTS = (
+    "GELU and other activations, Dropout, Flatten and pooling have no weights: nothing to port. jax.nn.gelu is tanh by "
+    "default, torch's is erf."
+)
+
+
+def layer_rows() -> list[dict[str, Any]]:
+    """A dict a layer type: name, torch, linen, nnx (class names), layouts, settings, exactness, refused (what, reason,
+    rewrite) and note."""
+    return [
+        {
+            "name": layer.name,
+            "torch": list(layer.torch),
+            "linen": list(layer.linen),
+            "nnx": list(layer.nnx),
+            "layouts": layer_layouts(layer),
+            "settings": [f"{s.torch} = {s.flax}" for s in layer.settings],
+            "exactness": layer.exactness,
+            "refused": [{"what": r.what, "reason": r.reason, "rewrite": r.rewrite} for r in layer.refusals],
+            "note": layer.note,
+        }
+        for layer in LAYERS
+    ]
+
+
+def layer_layouts(layer: Layer) -> list[str]:
+    """What a row does to its leaves, one line a form, as far as the form does not depend on shapes."""
+    out: list[str] = []
+    for form in layer.forms:
+        if isinstance(form, Form):
+            steps = "; ".join(f"{_roles(s.torch)} -> {_roles(s.flax) or 'dropped'}{_ops(s.ops)}" for s in form.steps)
+            out.append(f"{form.variant}: {steps}")
+        else:
+            out += form.lines
+    return out
+
+
+def _roles(roles: str | tuple[str, ...]) -> str:
+    return ", ".join(role.split("|")[0] for role in ((roles,) if isinstance(roles, str) else roles))
+
+
+def _ops(ops: Any) -> str:
+    from graftax.ops import chain_text
+
+    if callable(ops) or not ops:
+        return ""
+    return f" ({ops})" if isinstance(ops, str) else f" ({chain_text(ops)})"
+
+
+def layers_text(width: int = 110) -> str:
+    """The whole table as text: what is supported, exact or measured, and what is refused and why."""
+    out: list[str] = []
+    for row in layer_rows():
+        out.append(f"{row['name']}  [{row['exactness']}]")
+        sides = (("torch", row["torch"]), ("Linen", row["linen"]), ("NNX", row["nnx"]))
+        out.append("  " + "   ".join(f"{name}: {', '.join(kinds) or 'any'}" for name, kinds in sides))
+        for line in row["layouts"]:
+            out += textwrap.wrap(line, width, initial_indent="  - ", subsequent_indent="    ")
+        if row["note"]:
+            out += textwrap.wrap(row["note"], width, initial_indent="  ", subsequent_indent="  ")
+        for refused in row["refused"]:
+            text = f"refused: {refused['what']}: {refused['reason']}. {refused['rewrite']}"
+            out += textwrap.wrap(text.strip(), width, initial_indent="  ", subsequent_indent="    ")
+        out.append("")
+    out += textwrap.wrap(NO_WEIGHTS, width)
+    return "\n".join(out)
