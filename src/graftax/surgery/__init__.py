@@ -1,0 +1,117 @@
+"""Surgery: chosen leaves of a tree replaced, everything else untouched.
+
+`replace` works on live trees and gives a new one; `replace_checkpoint` and `write_replacement` go from file to file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from graftax.errors import Failure, GraftaxError, PlanError, escape
+from graftax.surgery.files import Change, Report, checkpoint_tree, replace_checkpoint, write_replacement
+from graftax.surgery.leaves import failures_of, new_leaf, own_copy, prepared
+from graftax.surgery.live import LiveTree, live_tree
+from graftax.surgery.selecting import check_selector, choose, edits_of, pick
+from graftax.tree import Checkpoint
+
+__all__ = ["Change", "Report", "replace", "replace_checkpoint", "select", "write_replacement"]
+
+
+def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None = None) -> Any:
+    """A new tree like `tree` in which the selected leaves have new values; `tree` stays as it is.
+
+    tree      Linen variables or params (dict, FrozenDict), any nest of arrays, a torch state_dict, an nnx.Module, a
+              State, or (GraphDef, State), which gives a State
+    selector  a path; a glob ('*' stays in a part, '**' spans parts; a collection may be left out where only `params`
+              matches); a predicate (path, leaf) -> bool; an nnx filter such as nnx.Param; a list of these; or a dict
+              {selector: value}, in which an exact path wins over the others
+    value     constant(v) zeros() normal(stddev, seed) add_normal(stddev, seed) scaled(f) quantized(bits, axis=-1)
+              from_checkpoint(path, key, layout=None); an array; or a function of the old leaf
+    expect    how many leaves must be selected
+
+    The same: the types of containers and the order of keys, the dtype and sharding of every leaf, and every leaf that
+    was not selected is the same object. An array is never broadcast and never cast.
+
+    Raises PlanError with everything that does not hold: a selector that matches nothing or names a subtree, another
+    count than `expect`, a bare number, another shape or dtype. UsageError for arguments that make no sense.
+    """
+    edits = edits_of(selector, value)
+    live = live_tree(tree)
+    edits = prepared(edits)
+    values, failures = choose(live.selectable(), edits, expect)
+    new: dict[str, Any] = {}
+    opened: list[Checkpoint] = []
+
+    def home() -> Checkpoint:
+        if not opened:
+            opened.append(live.opened())
+        return opened[0]
+
+    for path, item in values.items():
+        try:
+            live.require_values(path)
+            leaf = live.leaves[path]
+            spec = live.spec(path)
+            new[path] = new_leaf(path, spec, item, lambda: own_copy(leaf), lambda: live.host(path), home)  # noqa: B023
+        except GraftaxError as error:
+            if error.exit_code != PlanError.exit_code:
+                raise
+            failures += failures_of(path, error)
+    failures += _torn(live, values, new)
+    if failures:
+        raise PlanError(f"nothing was replaced in {escape(live.label)}:", failures)
+    from graftax.adapters import map_leaves
+
+    return map_leaves(tree, new)
+
+
+def _torn(live: LiveTree, values: Mapping[str, Any], new: dict[str, Any]) -> list[Failure]:
+    """Failures of tensors that a state_dict holds under several names and of which some names only would change: a
+    module that ties them keeps whichever it loads last. One value for all names is computed once."""
+    if not live.torch:
+        return []
+    failures: list[Failure] = []
+    for name, first in live.other_names().items():
+        if (name in values) != (first in values):
+            chosen, other = (name, first) if name in values else (first, name)
+            failures.append(
+                Failure(
+                    f"shares its memory with {escape(other)}, which is not selected",
+                    key=chosen,
+                    next="Select both, or untie them first: state_dict[name] = state_dict[name].clone().",
+                )
+            )
+        elif name in new and first in new:
+            if values[name] is values[first]:
+                new[name] = new[first]
+            elif not _same(new[name], new[first]):
+                failures.append(
+                    Failure(
+                        f"shares its memory with {escape(first)}, and they would take different values",
+                        key=name,
+                        next="Give both one value, or untie them first: state_dict[name] = state_dict[name].clone().",
+                    )
+                )
+    return failures
+
+
+def _same(a: Any, b: Any) -> bool:
+    import numpy as np
+
+    from graftax.ops import same_bits
+
+    return same_bits(np.asarray(a), np.asarray(b))
+
+
+def select(tree: Any, selector: Any) -> tuple[str, ...]:
+    """The paths that `selector` picks in a live tree or an opened checkpoint, in its order; see `replace`.
+
+    In a checkpoint a predicate is given the spec of a leaf. Raises PlanError where nothing is picked.
+    """
+    check_selector(selector)
+    view = checkpoint_tree(tree) if isinstance(tree, Checkpoint) else live_tree(tree).selectable()
+    paths, failures = pick(view, selector)
+    if failures:
+        raise PlanError(f"the selection in {escape(view.label)} does not hold:", failures)
+    return tuple(paths)

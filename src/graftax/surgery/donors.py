@@ -1,0 +1,265 @@
+"""A leaf from another checkpoint: found there, laid out by the layer table for the leaf it goes into, and checked.
+
+A donor of the leaf's own side goes in as it is. From the other side it goes through the layer table, which must leave
+one reading: a square matrix of unknown kind, or a shape that only an unusual layout explains, needs `layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, ClassVar
+
+from graftax.errors import LayoutError, PlanError, UsageError, escape
+from graftax.layers import Connection, layouts, leaf_connections
+from graftax.ops import Op, apply_chain, chain_text, invert_chain
+from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
+
+LAYOUTS: tuple[str, ...] = layouts()
+"""What `layout` may say: the names of the layer table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The leaf that a donor goes into: its side, and the live module that it belongs to, if there is one."""
+
+    side: Side
+    module: Module | None = None
+    role: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FromCheckpoint:
+    """Tensor `key` of the checkpoint or live tree `source`; see `surgery_values.from_checkpoint`.
+
+    `target` is filled in by surgery for each leaf; without it a leaf is taken for a Flax one where its path has a '/'
+    or ends as Flax names do.
+    """
+
+    reads: ClassVar[bool] = False
+    source: str | PathLike[str] | Any
+    key: str | None = None
+    layout: str | None = None
+    cast: bool = False
+    target: Target | None = None
+
+    @property
+    def text(self) -> str:
+        label = self.source.label if isinstance(self.source, Checkpoint) else self.source
+        shown = escape(label) if isinstance(label, (str, PathLike)) or isinstance(self.source, Checkpoint) else "..."
+        return f"from_checkpoint({shown}, {escape(self.key)})" if self.key is not None else f"from_checkpoint({shown})"
+
+    def opened(self) -> FromCheckpoint:
+        """The same value with its checkpoint open, so that many leaves open it once.
+
+        Raises StorageError, FormatError, UnsafeInputError; PlanError for a quantized checkpoint or one without values.
+        """
+        from graftax.adapters import open_tree
+        from graftax.formats.quantized import refuse_quantized
+
+        if isinstance(self.source, Checkpoint) and self.target is not None:
+            return self
+        donor = self.source if isinstance(self.source, Checkpoint) else open_tree(self.source)
+        refuse_quantized(donor)
+        if not donor.has_values:
+            raise PlanError(f"the donor {escape(donor.label)} has names, shapes and dtypes, but no values")
+        return replace(self, source=donor)
+
+    def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
+        from graftax.tree import detect_side
+
+        donor: Any = self.opened().source
+        target = self.target or Target(detect_side((path,)) or "flax")
+        key = _donor_key(donor, self.key, path)
+        ops = layout_ops(donor, key, path, spec, target, self.layout)
+        array = donor.read(key)
+        if donor[key].packed and not ops:
+            return array
+        (out,) = apply_chain(ops, (array,))
+        return _as_dtype(out, donor, key, spec, self.cast)
+
+
+def _donor_key(donor: Checkpoint, key: str | None, path: str) -> str:
+    if key is not None:
+        if key in donor:
+            return key
+        near = nearest(key, donor)
+        raise PlanError(f"{escape(donor.label)} has no tensor {escape(key)!r}", next=f"Near: {near}" if near else "")
+    if path in donor:
+        return path
+    if len(donor) == 1:
+        return next(iter(donor))
+    near = nearest(path, donor)
+    raise PlanError(
+        f"{escape(donor.label)} has {len(donor)} tensors, none of them named {escape(path)!r}",
+        next="Name one with key= (--key)." + (f" Near: {near}" if near else ""),
+    )
+
+
+def _as_dtype(array: Any, donor: Checkpoint, key: str, spec: TensorSpec, cast: bool) -> Any:
+    """The donor in the leaf's dtype. Another dtype is an error unless a floating one may be cast."""
+    have = donor[key].dtype
+    if have == spec.dtype:
+        return array
+    floating = donor[key].floating and spec.floating and not donor[key].packed and not spec.packed
+    if not (cast and floating):
+        raise PlanError(
+            f"the donor {escape(key)} of {escape(donor.label)} is {have}, the leaf is {spec.dtype}",
+            next=f"Nothing is cast unasked: cast=True (in the library) rounds it to {spec.dtype}."
+            if floating
+            else "A cast touches floating leaves only: give an array of the leaf's dtype.",
+        )
+    from graftax.ops.casting import cast_array
+
+    return cast_array(array, spec.dtype)[0]
+
+
+# ---------------------------------------------------------------- layout
+
+
+def layout_ops(
+    donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, layout: str | None
+) -> tuple[Op, ...]:
+    """The ops that turn the donor's tensor into the shape of the leaf. PlanError where none do, or more than one way
+    is open."""
+    have = donor[key]
+    if layout == "identity":
+        return _identity(donor, key, spec, "layout='identity' takes it as it is")
+    side = donor.side
+    if layout is not None and side is not None and side == target.side:
+        raise UsageError(
+            f"layout={layout!r}: the donor {escape(donor.label)} and the tree are both {side}",
+            next="Nothing is to be laid out: leave layout out, or say 'identity'.",
+        )
+    if side == target.side:
+        return _identity(donor, key, spec, f"both are {side}, so it goes in as it is")
+    if have.packed:
+        raise PlanError(
+            f"{escape(key)} is {have.dtype}: packed types move only as they are, and need layout='identity'"
+        )
+    ways = _connections(donor, key, path, spec, target, layout)
+    if side is None and layout is None:  # names that do not tell: it may also be of the leaf's own side
+        return _sideless(donor, key, spec, ways, target.side)
+    if not ways:
+        raise _misfit(donor, key, spec, layout)
+    best = [way for way in ways if way.by == ways[0].by]
+    known = ways[0].by == "modules"
+    if len(best if known or layout is not None else ways) > 1:
+        raise _needs_layout(donor, key, spec, ways)
+    if layout is None and ways[0].by == "shapes" and _against_convention(donor, key, path, spec, target):
+        raise _needs_layout(donor, key, spec, ways)
+    return _ops_of(ways[0], target.side)
+
+
+def _identity(donor: Checkpoint, key: str, spec: TensorSpec, why: str) -> tuple[Op, ...]:
+    if donor[key].shape != spec.shape:
+        raise PlanError(
+            f"the donor {escape(key)} {donor[key]} of {escape(donor.label)} does not fit {spec}; {why}",
+            next=misfit_hint(donor[key].shape, spec.shape, "identity"),
+        )
+    return ()
+
+
+def _connections(
+    donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, layout: str | None
+) -> list[Connection]:
+    """Every way of the layer table between the two leaves, whichever is the torch one."""
+    module, role = owner(donor, key)
+    role = role or _role(key, donor.side)
+    leaf_role = target.role or _role(path, target.side)
+    # The table compares shapes; dtypes are looked at afterwards.
+    have, want = TensorSpec(donor[key].shape, "float32"), TensorSpec(spec.shape, "float32")
+    try:
+        if target.side == "flax":
+            return leaf_connections(role, have, leaf_role, want, module, target.module, layout)
+        return leaf_connections(leaf_role, want, role, have, target.module, module, layout)
+    except LayoutError as error:
+        raise PlanError(str(error)) from error
+
+
+def owner(checkpoint: Checkpoint, path: str) -> tuple[Module | None, str]:
+    """The innermost live module that holds a leaf, and the leaf's role in it."""
+    sep = "." if checkpoint.side == "torch" else "/"
+    parts = path.split(sep)
+    if not checkpoint.modules:
+        return None, ""
+    starts = (0, 1) if checkpoint.side == "flax" else (0,)  # Linen's module paths have no collection
+    for stop in range(len(parts) - 1, -1, -1):
+        for start in starts:
+            module = checkpoint.modules.get(sep.join(parts[start:stop]))
+            if module is not None:
+                return next(((module, role) for role, leaf in module.leaves.items() if leaf == path), (None, ""))
+    return None, ""
+
+
+def _role(path: str, side: Side | None) -> str:
+    """The last part of a name: what the field's conventions go by."""
+    return path.rpartition("." if side == "torch" else "/")[2]
+
+
+def _ops_of(way: Connection, side: Side) -> tuple[Op, ...]:
+    ops = way.entries[0].ops
+    return ops if side == "flax" else invert_chain(ops)
+
+
+def _sideless(donor: Checkpoint, key: str, spec: TensorSpec, ways: Sequence[Connection], side: Side) -> tuple[Op, ...]:
+    """For a donor whose names do not tell its side: as it is, or as the other side stores it, if only one fits."""
+    moved = [way for way in ways if way.entries[0].ops]
+    as_it_is = donor[key].shape == spec.shape
+    if as_it_is and (len(spec.shape) < 2 or not moved):
+        return ()
+    if not as_it_is and not moved:
+        raise _misfit(donor, key, spec, None)
+    if as_it_is or len(moved) > 1:
+        raise _needs_layout(donor, key, spec, ways)
+    return _ops_of(moved[0], side)
+
+
+def _against_convention(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target) -> bool:
+    """Do these roles have a usual layout, in which this donor would have another shape?"""
+    shape = donor[key].shape
+    if len(shape) < 2:
+        return False
+    usual = (*shape[2:], shape[1], shape[0]) if target.side == "flax" else (shape[-1], shape[-2], *shape[:-2])
+    ways = _connections(donor, key, path, TensorSpec(usual, spec.dtype), target, None)
+    return any(way.by == "convention" for way in ways)
+
+
+def _misfit(donor: Checkpoint, key: str, spec: TensorSpec, layout: str | None) -> PlanError:
+    return PlanError(
+        f"the donor {escape(key)} {donor[key]} of {escape(donor.label)} does not fit {spec}",
+        next=misfit_hint(donor[key].shape, spec.shape, layout),
+    )
+
+
+def _needs_layout(donor: Checkpoint, key: str, spec: TensorSpec, ways: Sequence[Connection]) -> PlanError:
+    """The error that shows every reading, and how to say it."""
+    readings: dict[str, str] = {}
+    for way in ways:
+        name = way.rule.removeprefix('layout = "').removesuffix('"')
+        if name in LAYOUTS:
+            readings.setdefault(name, f'layout="{name}" ({chain_text(way.entries[0].ops)})')
+    if donor[key].shape == spec.shape:
+        readings.setdefault("identity", 'layout="identity" (as it is)')
+    return PlanError(
+        f"the layout of the donor {escape(key)} {donor[key]} of {escape(donor.label)} is not known: it fits "
+        + ("in more than one way" if len(ways) > 1 or len(readings) > 1 else "in an unusual way only"),
+        next=f"Say {' or '.join(readings.values())}." if readings else "Lay it out, and give the array.",
+    )
+
+
+def misfit_hint(have: Sequence[int], want: Sequence[int], layout: str | None) -> str:
+    """What would make a shape fit."""
+    have, want = tuple(have), tuple(want)
+    if len(have) > 1 and have != want and have[::-1] == want:
+        return "Its transpose would fit."
+    if len(have) > 2 and (*have[2:], have[1], have[0]) == want:
+        return "Laid out from torch's convolution (o i k.. -> k.. i o) it would fit."
+    if len(have) > 2 and (have[-1], have[-2], *have[:-2]) == want:
+        return "Laid out from Flax's convolution (k.. i o -> o i k..) it would fit."
+    if have == want and layout not in (None, "identity"):
+        return 'As it is (layout="identity") it would fit.'
+    if sorted(have) == sorted(want) and have != want:
+        return "The same extents in another order: check the layout."
+    return ""

@@ -1,0 +1,227 @@
+"""Surgery from file to file: selected leaves replaced, every other one passed through bit for bit, a hash to prove it.
+
+Tensors are read, replaced and handed on one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import Failure, GraftaxError, PlanError, escape
+from graftax.surgery.leaves import failures_of, new_leaf, prepared
+from graftax.surgery.selecting import Edit, Tree, choose, edits_of, selector_text
+from graftax.tree import Checkpoint, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+_PIECE = 1 << 20  # values compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One leaf before and after: sha256 of its bytes as files hold them (C order, little end first), how many values
+    have other bits, and the largest difference of finite values (None for packed, complex and unchanged leaves)."""
+
+    path: str
+    spec: TensorSpec
+    selected: bool
+    before: str
+    after: str
+    changed: int | None = 0
+    largest: float | None = None
+
+    @property
+    def untouched(self) -> bool:
+        return self.before == self.after
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "shape": list(self.spec.shape),
+            "dtype": self.spec.dtype,
+            "selected": self.selected,
+            "before": self.before,
+            "after": self.after,
+            "changed": self.changed,
+            "values": self.spec.size,
+            "largest": self.largest,
+        }
+
+
+@dataclass(slots=True)
+class Report:
+    """What a replacement did. `changes` fills while the tensors are taken; `untied` says which shared tensors part."""
+
+    leaves: int
+    selected: tuple[str, ...]
+    edits: tuple[tuple[str, str], ...]
+    untied: tuple[tuple[str, str], ...] = ()
+    changes: list[Change] = field(default_factory=list[Change])
+
+    @property
+    def untouched(self) -> int:
+        """Leaves whose hash is the one they came with."""
+        return sum(change.untouched for change in self.changes)
+
+    def as_json(self) -> dict[str, Any]:
+        """`changes`: the selected leaves; `untouched`: path -> hash of the others."""
+        return {
+            "leaves": self.leaves,
+            "selected": list(self.selected),
+            "edits": [{"selector": selector, "value": value} for selector, value in self.edits],
+            "untied": [list(pair) for pair in self.untied],
+            "changes": [change.as_json() for change in self.changes if change.selected],
+            "untouched": {change.path: change.after for change in self.changes if not change.selected},
+        }
+
+
+def checkpoint_tree(checkpoint: Checkpoint) -> Tree:
+    """An opened checkpoint as selectors see it: a predicate is given the spec of a leaf, not its values."""
+    return Tree(
+        checkpoint.label,
+        checkpoint.side or "flax",  # names without separators: either reading is the same
+        checkpoint.specs,
+        checkpoint.specs.__getitem__,
+        other_names=lambda: checkpoint.aliases,
+    )
+
+
+def replace_checkpoint(
+    checkpoint: Checkpoint, edits: Mapping[Any, Any], expect: int | None = None, *, selected_only: bool = False
+) -> tuple[Mapping[str, TensorSpec], Iterator[tuple[str, Array]], Report]:
+    """(specs, tensors, report) of a checkpoint in which the selected leaves have other values.
+
+    edits          {selector: value}, as in `replace`
+    selected_only  give the selected leaves only: what a dry run looks at
+
+    The selection is settled at once: PlanError where it does not hold. Values come as the tensors are taken; those that
+    do not fit raise one PlanError that lists them all, at the latest when the last tensor was taken. A writer must
+    therefore commit afterwards.
+    """
+    chosen_edits = prepared(edits_of(edits, None))
+    values, failures = choose(checkpoint_tree(checkpoint), chosen_edits, expect)
+    if not checkpoint.has_values:
+        failures.insert(0, Failure("has names, shapes and dtypes, but no values", key=checkpoint.label))
+    if failures:
+        raise PlanError(f"nothing was replaced in {escape(checkpoint.label)}:", failures)
+    untied = tuple((name, to) for name, to in checkpoint.aliases.items() if (name in values) != (to in values))
+    report = Report(
+        len(checkpoint),
+        tuple(values),
+        tuple((selector_text(edit.selector), _value_text(edit)) for edit in chosen_edits),
+        untied,
+    )
+    return checkpoint.specs, _tensors(checkpoint, values, report, selected_only), report
+
+
+def _value_text(edit: Edit) -> str:
+    text = getattr(edit.value, "text", None)
+    return text if isinstance(text, str) else escape(type(edit.value).__name__)
+
+
+def _tensors(
+    checkpoint: Checkpoint, values: Mapping[str, Any], report: Report, selected_only: bool
+) -> Iterator[tuple[str, Array]]:
+    failures: list[Failure] = []
+    for path, spec in checkpoint.items():
+        chosen = path in values
+        if not chosen and (selected_only or failures):  # nothing is written any more: look at the other values only
+            continue
+        old = checkpoint.read(path)
+        if not chosen:
+            digest = sha256(old, spec)
+            report.changes.append(Change(path, spec, False, digest, digest))
+            yield path, old
+            continue
+        try:
+            new = new_leaf(path, spec, values[path], old.copy, lambda: old, lambda: checkpoint)  # noqa: B023
+            new = _as_numpy(new)
+        except GraftaxError as error:
+            if error.exit_code != PlanError.exit_code:
+                raise
+            failures += failures_of(path, error)
+            continue
+        report.changes.append(_change(path, spec, old, new))
+        if not failures:
+            yield path, new
+    if failures:
+        raise PlanError(f"nothing was replaced in {escape(checkpoint.label)}:", failures)
+
+
+def _as_numpy(array: Any) -> Array:
+    import numpy as np
+
+    return np.asarray(array)
+
+
+def sha256(array: Array, spec: TensorSpec) -> str:
+    """The hash of a tensor's bytes as files hold them."""
+    from graftax.dtypes import storage_bytes
+
+    return hashlib.sha256(storage_bytes(array, spec).data).hexdigest()
+
+
+def _change(path: str, spec: TensorSpec, old: Array, new: Array) -> Change:
+    before, after = sha256(old, spec), sha256(new, spec)
+    if before == after:
+        return Change(path, spec, True, before, after)
+    if spec.packed:
+        return Change(path, spec, True, before, after, None)
+    return Change(path, spec, True, before, after, *_difference(old, new, spec.kind))
+
+
+def _difference(old: Array, new: Array, kind: str) -> tuple[int, float | None]:
+    """(values with other bits, the largest difference between finite ones)."""
+    import numpy as np
+
+    size = old.dtype.itemsize
+    first, second = np.ascontiguousarray(old).reshape(-1), np.ascontiguousarray(new).reshape(-1)
+    changed, largest = 0, 0.0
+    for start in range(0, first.size, _PIECE):
+        a, b = first[start : start + _PIECE], second[start : start + _PIECE]
+        changed += int((a.view(np.uint8).reshape(-1, size) != b.view(np.uint8).reshape(-1, size)).any(axis=1).sum())
+        if kind in "fiub":
+            wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+            both = np.isfinite(wide_a) & np.isfinite(wide_b)
+            with np.errstate(over="ignore"):
+                largest = max(largest, float(np.abs(wide_a[both] - wide_b[both]).max(initial=0.0)))
+    return changed, largest if kind in "fiub" else None
+
+
+# ---------------------------------------------------------------- for the command line
+
+
+def write_replacement(
+    checkpoint: Checkpoint,
+    selector: Any,
+    value: Any,
+    out: str | PathLike[str] | None,
+    *,
+    expect: int | None = None,
+    format: str | None = None,
+    clobber: bool = True,
+) -> dict[str, Any]:
+    """Write `checkpoint` to `out` with the selected leaves replaced, atomically; out=None computes and writes nothing.
+
+    Gives the report as JSON data. Raises what `replace_checkpoint` and `formats.save` raise.
+    """
+    specs, tensors, report = replace_checkpoint(checkpoint, {selector: value}, expect, selected_only=out is None)
+    if out is None:
+        for _ in tensors:
+            pass
+        return report.as_json()
+    from graftax.formats.base import Output
+    from graftax.formats.saving import save
+    from graftax.tree import detect_side
+
+    side = checkpoint.side or detect_side(specs) or "torch"
+    output = Output(specs, tensors, side, checkpoint.real_keys, checkpoint.containers)
+    save(fspath(out), output, format=format, clobber=clobber, inputs=(checkpoint,))
+    return report.as_json()

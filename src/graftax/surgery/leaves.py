@@ -1,0 +1,192 @@
+"""The new value of one leaf, from whatever a user gave for it, in the leaf's shape and dtype or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape
+from graftax.surgery.donors import FromCheckpoint, Target, misfit_hint, owner
+from graftax.surgery.live import spec_of_leaf
+from graftax.surgery.selecting import Edit
+from graftax.surgery_values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros
+from graftax.tree import Checkpoint, TensorSpec
+
+VALUES = (Constant, Zeros, Normal, AddNormal, Scaled, Quantized, FromCheckpoint)
+
+
+class Misfit(PlanError):
+    """One leaf that cannot take its value; `failures` has exactly that one."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__("", [failure])
+
+
+def prepared(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
+    """The edits with every donor open, and each checked to be something that a leaf can become.
+
+    Raises what opening a donor raises; UsageError for what is no value.
+    """
+    return tuple(Edit(edit.selector, _prepared(edit.value)) for edit in edits)
+
+
+def _prepared(value: Any) -> Any:
+    from graftax.adapters.containers import axis_value, is_axis_box, is_variable, variable_value
+
+    if is_axis_box(value):
+        return _prepared(axis_value(value))
+    if is_variable(value):
+        return _prepared(variable_value(value))
+    if isinstance(value, FromCheckpoint):
+        return value.opened()
+    if isinstance(value, VALUES) or is_arraylike(value) or isinstance(value, (bool, int, float, complex)):
+        return value
+    if isinstance(value, (type, Mapping)):
+        what = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise UsageError(
+            f"{escape(what)} is no value for a leaf",
+            next="Select leaves and give an array, gx.constant(v) or another value, or a function of the old leaf.",
+        )
+    if callable(value):
+        return value
+    hint = {list: "numpy.asarray(..., dtype)", tuple: "numpy.asarray(..., dtype)"}.get(type(value), "")
+    if isinstance(value, (str, PathLike)):
+        hint = "gx.from_checkpoint(path, key)"
+    raise UsageError(
+        f"{escape(repr(value), 60)} ({type(value).__name__}) is no value for a leaf",
+        next=f"Give an array, gx.constant(v) or another value, or a function of the old leaf{hint and f': {hint}'}.",
+    )
+
+
+def is_arraylike(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, type)
+
+
+# ---------------------------------------------------------------- one leaf
+
+
+def new_leaf(
+    path: str,
+    spec: TensorSpec,
+    value: Any,
+    leaf: Callable[[], Any],
+    host: Callable[[], Any],
+    home: Callable[[], Checkpoint],
+) -> Any:
+    """What the leaf at `path` becomes: an array of `spec` (packed types also as their bytes).
+
+    leaf  the old leaf, for a function of it, which may do with it what it likes
+    host  its values as NumPy
+    home  the tree as a Checkpoint, whose modules tell a donor's layout
+
+    Raises Misfit and other GraftaxErrors; what a user's function raises, with the path as a note.
+    """
+    if isinstance(value, FromCheckpoint):
+        value = replace(value, target=target_of(home(), path))
+    if isinstance(value, VALUES):
+        return value.apply(path, spec, host() if value.reads else None)
+    if callable(value) and not is_arraylike(value):
+        return given(path, spec, _called(value, path, leaf()), "the function gave")
+    return given(path, spec, value)
+
+
+def target_of(tree: Checkpoint, path: str) -> Target:
+    """A leaf as a donor sees it: its side and the live module that holds it."""
+    from graftax.tree import detect_side
+
+    module, role = owner(tree, path)
+    return Target(tree.side or detect_side((path,)) or "flax", module, role)
+
+
+def _called(function: Callable[[Any], Any], path: str, leaf: Any) -> Any:
+    from graftax.adapters.containers import is_variable, variable_value
+
+    try:
+        out = function(leaf)
+    except Exception as error:
+        error.add_note(f"in the function that replaces {escape(path)}")
+        raise
+    return variable_value(out) if is_variable(out) else out
+
+
+def given(path: str, spec: TensorSpec, value: Any, who: str = "") -> Any:
+    """An array that the user gave, if it is one of `spec`: never broadcast, never cast."""
+    shape = getattr(value, "shape", None)
+    number = isinstance(value, (bool, int, float, complex))
+    if number or (shape is not None and tuple(shape) == () and spec.shape != ()):
+        shown = f"{escape(value, 40)}" if number else f"{escape(value, 40)} of shape ()"
+        raise Misfit(
+            Failure(
+                f"{who or 'got'} a bare number where an array belongs",
+                key=path,
+                expected=str(spec),
+                found=shown,
+                next=f"To fill the leaf with it, write constant({escape(_plain(value), 40)}).",
+            )
+        )
+    if not is_arraylike(value):
+        raise Misfit(
+            Failure(f"{who or 'got'} no array", key=path, expected=str(spec), found=escape(type(value).__name__))
+        )
+    found = spec_of_leaf(value)
+    if found != spec:
+        raise Misfit(_misfit(path, spec, found, who))
+    return _readable(value, path)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _misfit(path: str, spec: TensorSpec, found: TensorSpec, who: str) -> Failure:
+    hints: list[str] = []
+    if found.shape != spec.shape:
+        hint = misfit_hint(found.shape, spec.shape, None)
+        if hint and len(spec.shape) == 2:
+            hint += " torch keeps a Linear weight as (out, in), Flax as (in, out)."
+        hints.append(hint or ("Its transpose would not fit either." if len(spec.shape) > 1 else ""))
+    if found.dtype != spec.dtype:
+        hints.append(f"Nothing is cast unasked: round it yourself, .astype({spec.dtype!r}).")
+    differs = {"shape": found.shape != spec.shape, "dtype": found.dtype != spec.dtype}
+    kinds = " and ".join(name for name, off in differs.items() if off)
+    return Failure(
+        f"{who + ' an array of' if who else 'has'} another {kinds}",
+        key=path,
+        expected=str(spec),
+        found=str(found),
+        next=" ".join(hint for hint in hints if hint),
+    )
+
+
+def _readable(value: Any, path: str) -> Any:
+    """The array in a form that every adapter takes: tensors as NumPy. PlanError for one without values."""
+    from graftax.adapters.containers import is_tensor
+
+    if is_tensor(value):
+        from graftax.adapters.torch_arrays import to_numpy
+
+        return to_numpy(value, escape(path))
+    from graftax.adapters.jax_arrays import is_abstract
+
+    if is_abstract(value):
+        raise PlanError(f"got {type(value).__name__}, which has a shape and a dtype, but no values")
+    return value
+
+
+def own_copy(leaf: Any) -> Any:
+    """The old leaf for a user's function: a copy where it could be changed in place."""
+    from graftax.adapters.containers import is_tensor
+
+    if is_tensor(leaf):
+        return leaf.detach().clone()
+    return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
+
+
+def failures_of(path: str, error: GraftaxError) -> list[Failure]:
+    """An error about one leaf as failures that name it."""
+    if isinstance(error, Misfit):
+        return list(error.failures)
+    what, _, then = str(error).partition("\n")
+    return [Failure(what, key=path, next=then.strip())]

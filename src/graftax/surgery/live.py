@@ -1,0 +1,138 @@
+"""A live tree as surgery sees it: its leaves by path as they are, their specs and values one at a time, and the paths
+that an nnx filter passes. Only what is asked for is looked at, so that one leaf of ten thousand is quick to replace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from graftax.adapters import kind_of, live_leaves
+from graftax.errors import PlanError, UsageError, escape
+from graftax.surgery.selecting import Tree
+from graftax.tree import Checkpoint, TensorSpec, detect_side
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveTree:
+    """`leaves`: path -> leaf, out of boxes and Variables; `kind` as `adapters.kind_of` says it."""
+
+    native: Any
+    kind: str
+    label: str
+    leaves: Mapping[str, Any]
+
+    @property
+    def torch(self) -> bool:
+        return self.kind == "torch state_dict"
+
+    def spec(self, path: str) -> TensorSpec:
+        """FormatError for a leaf whose dtype no checkpoint can hold."""
+        return spec_of_leaf(self.leaves[path])
+
+    def host(self, path: str) -> Any:
+        """The values of a leaf as a read-only NumPy array; packed types as their bytes. PlanError where it has none."""
+        leaf = self.leaves[path]
+        if self.torch:
+            from graftax.adapters.torch_arrays import to_numpy
+
+            return to_numpy(leaf, escape(path))
+        from graftax.adapters.jax_arrays import to_host
+
+        return to_host(leaf, self.spec(path), escape(path))
+
+    def require_values(self, path: str) -> None:
+        """PlanError for an abstract leaf."""
+        leaf = self.leaves[path]
+        if self.torch:
+            from graftax.adapters.torch_arrays import has_values
+
+            abstract = not has_values(leaf)
+        else:
+            from graftax.adapters.jax_arrays import is_abstract
+
+            abstract = is_abstract(leaf)
+        if abstract:
+            raise PlanError(
+                f"is abstract ({type(leaf).__name__}): it has a shape and a dtype, but no values",
+                next="Port or initialise the tree first, then replace.",
+            )
+
+    def selectable(self) -> Tree:
+        side = "torch" if self.torch else detect_side(self.leaves) if self._flat() else "flax"
+        return Tree(
+            self.label,
+            side or "flax",
+            self.leaves,
+            self.leaves.__getitem__,
+            (lambda wanted: _filtered(self.native, self.kind, self.leaves, wanted))
+            if self.kind.startswith("nnx")
+            else None,
+            self.other_names,
+        )
+
+    def other_names(self) -> Mapping[str, str]:
+        """Other name of a shared leaf -> the name that counts. torch lists both, NNX one."""
+        if self.torch:
+            from graftax.adapters.torch_tree import aliases_of
+
+            return aliases_of(dict(self.leaves))
+        return self.opened().aliases if self.kind.startswith("nnx") else {}
+
+    def _flat(self) -> bool:
+        from graftax.adapters.flax_tree import is_flat
+
+        return self.kind == "container" and is_flat(self.native)
+
+    def opened(self) -> Checkpoint:
+        """The same tree as a Checkpoint: its modules tell layouts."""
+        from graftax.adapters import open_tree
+
+        return open_tree(self.native)
+
+
+def spec_of_leaf(leaf: Any) -> TensorSpec:
+    """The spec of an array of any framework. FormatError for a dtype that no checkpoint can hold."""
+    from graftax.adapters.containers import is_tensor
+
+    if is_tensor(leaf):
+        from graftax.adapters.torch_arrays import spec_of_tensor
+
+        return spec_of_tensor(leaf)
+    from graftax.dtypes import spec_of
+
+    return spec_of(leaf)
+
+
+def live_tree(obj: Any) -> LiveTree:
+    """The leaves of what `replace` edits. UsageError for what is not edited this way, with the way to do it."""
+    if isinstance(obj, (str, PathLike, Checkpoint)):
+        raise UsageError(
+            "replace edits a live tree, not a file",
+            next="On the command line: graftax replace CKPT SELECT ... -o OUT.",
+        )
+    kind = kind_of(obj)
+    if kind == "torch module":
+        raise UsageError(
+            "replace gives a new tree and leaves the old one alone; a torch Module is changed in place",
+            next="gx.load_into(module, gx.replace(module.state_dict(), ...))",
+        )
+    if kind == "linen model":
+        raise UsageError("gx.linen(...) has shapes and no values", next="Pass the variables that module.init gave.")
+    label = {"nnx module": type(obj).__name__, "torch state_dict": "the state_dict", "container": "the tree"}
+    return LiveTree(obj, kind, label.get(kind, "the State"), live_leaves(obj))
+
+
+def _filtered(obj: Any, kind: str, leaves: Mapping[str, Any], wanted: Any) -> list[str]:
+    """The paths of the Variables that an nnx filter passes; what is no weight is never among them."""
+    from graftax.adapters.containers import path_of
+
+    nnx = sys.modules["flax.nnx"]
+    state = nnx.state(obj) if kind == "nnx module" else obj[1] if kind == "nnx split" else obj
+    passes = nnx.filterlib.to_predicate(wanted)
+    held = {path_of(tuple(keys)) for keys, leaf in nnx.to_flat_state(state) if passes(tuple(keys), leaf)}
+    if all(path in leaves for path in held):
+        return [path for path in leaves if path in held]
+    return [path for path in leaves if any(path == one or path.startswith(f"{one}/") for one in held)]

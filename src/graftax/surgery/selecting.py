@@ -1,0 +1,230 @@
+"""Which leaves a selector picks, and which value each of them takes.
+
+A selector is a path, a glob, a predicate `(path, leaf) -> bool`, an nnx filter (a Variable type, or what nnx.All,
+nnx.Not and their kin give), or a list of selectors. What does not hold is collected as failures; nothing is raised but
+UsageError for what is no selector at all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from graftax.errors import Failure, PlanError, UsageError, escape
+from graftax.tree import Side, is_glob, match_paths, nearest, subtree
+
+Selector = Any
+LeafOf = Callable[[str], Any]
+FilterPaths = Callable[[Any], list[str]]
+_SHOWN = 6  # paths listed in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One selector and what the leaves it picks become."""
+
+    selector: Selector
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """What selectors look at: paths, a leaf by its path, the paths that an nnx filter passes (None where the tree has
+    no Variables), and other name of a shared leaf -> the one that is listed."""
+
+    label: str
+    side: Side
+    paths: Collection[str]
+    leaf_of: LeafOf
+    filter_paths: FilterPaths | None = None
+    other_names: Callable[[], Mapping[str, str]] = dict
+
+
+def edits_of(selector: Selector, value: Any) -> tuple[Edit, ...]:
+    """The edits that the arguments of `replace` say. UsageError where they do not go together."""
+    if isinstance(selector, Mapping):
+        if value is not None:
+            raise UsageError(
+                "both a {selector: value} dict and a value were given",
+                next="Put the value into the dict, or leave it out.",
+            )
+        items = cast("Mapping[Any, Any]", selector).items()
+        edits = tuple(Edit(key, item) for key, item in items)
+    else:
+        edits = (Edit(selector, value),)
+    if not edits:
+        raise UsageError("there is nothing to replace: the dict of selectors is empty")
+    for edit in edits:
+        check_selector(edit.selector)
+        if edit.value is None:
+            raise UsageError(
+                f"no value for {selector_text(edit.selector)}",
+                next="Give an array, gx.constant(v) or another value, or a function of the old leaf.",
+            )
+    return edits
+
+
+def check_selector(selector: Selector) -> None:
+    if isinstance(selector, (list, tuple)):
+        if not selector:
+            raise UsageError("an empty list of selectors")
+        for item in cast("list[Any]", selector):
+            check_selector(item)
+    elif isinstance(selector, str):
+        if not selector:
+            raise UsageError("an empty selector", next="Every leaf is '**'.")
+    elif not (callable(selector) or selector is ...):
+        raise UsageError(
+            f"{escape(repr(selector), 80)} is no selector",
+            next="Use a path, a glob ('**/kernel'), a predicate (path, leaf) -> bool, an nnx filter, or a list.",
+        )
+
+
+def selector_text(selector: Selector) -> str:
+    """A selector as a message shows it."""
+    if isinstance(selector, str):
+        return escape(repr(selector))
+    if isinstance(selector, (list, tuple)):
+        return "[" + ", ".join(selector_text(item) for item in cast("list[Any]", selector)) + "]"
+    if selector is ...:
+        return "..."
+    name = getattr(selector, "__qualname__", None)
+    return escape(name if isinstance(name, str) else repr(selector), 80)
+
+
+# ---------------------------------------------------------------- one selector
+
+
+def pick(tree: Tree, selector: Selector) -> tuple[list[str], list[Failure]]:
+    """The paths a selector picks, in the tree's order, and why it picks none."""
+    if isinstance(selector, (list, tuple)):
+        found: set[str] = set()
+        failures: list[Failure] = []
+        for item in cast("list[Any]", selector):
+            paths, failed = pick(tree, item)
+            found.update(paths)
+            failures += failed
+        return [path for path in tree.paths if path in found], failures
+    if isinstance(selector, str):
+        return _pick_text(tree, selector)
+    if _is_filter(selector):
+        if tree.filter_paths is None:
+            raise UsageError(
+                f"{selector_text(selector)} selects in NNX trees, and {escape(tree.label)} is none",
+                next="Use a path, a glob ('**/kernel') or a predicate (path, leaf) -> bool.",
+            )
+        paths = tree.filter_paths(selector)
+    else:
+        paths = [path for path in tree.paths if selector(path, tree.leaf_of(path))]
+    if paths:
+        return paths, []
+    return [], [Failure(f"{selector_text(selector)} selects none of {len(tree.paths)} leaves")]
+
+
+def _is_filter(selector: Any) -> bool:
+    """A filter of nnx: a type, `...`, or an object of its filterlib. Any other callable is a predicate."""
+    if selector is ... or isinstance(selector, type):
+        return True
+    filters = sys.modules.get("flax.nnx.filterlib")
+    return filters is not None and type(selector).__module__ == filters.__name__
+
+
+def _pick_text(tree: Tree, selector: str) -> tuple[list[str], list[Failure]]:
+    side = tree.side
+    if selector in tree.paths:
+        return [selector], []
+    paths = list(tree.paths)
+    try:
+        found = match_paths(paths, selector, side)
+    except PlanError as error:  # the collection was left out, and several have a match
+        return [], [Failure(str(error).partition("\n")[0], next=str(error).partition("\n")[2])]
+    if found:
+        return found, []
+    return [], [_nothing(tree, paths, selector, side)]
+
+
+def _nothing(tree: Tree, paths: list[str], selector: str, side: Side) -> Failure:
+    """Why a text selector matches nothing: it names a subtree, another name of a shared leaf, or what is near."""
+    shown = selector_text(selector)
+    sep = "/" if side == "flax" else "."
+    inside = selector.rstrip(sep)
+    for prefix in (inside, f"params{sep}{inside}"):
+        below = subtree(paths, prefix, side)
+        if below:
+            what = f"{shown} names a subtree of {_count(below)}, not a leaf"
+            return Failure(what, next=f"Its leaves are '{escape(inside)}{sep}**': {listed(below)}.")
+    shared = tree.other_names().get(selector)
+    if shared is not None and shared in tree.paths:
+        return Failure(f"{shown} is another name of a shared leaf", next=f"Select {escape(shared)!r}.")
+    if is_glob(selector):
+        below = _matched(paths, f"{inside}{sep}**", side)
+        if below:
+            what = f"{shown} matches subtrees only: '*' stays in one part of a path"
+            return Failure(what, next=f"'{escape(inside)}{sep}**' reaches their leaves: {listed(below)}.")
+        other = "." if sep == "/" else "/"
+        turned = _matched(paths, selector.replace(other, sep), side) if other in selector else []
+        if turned:
+            hint = f"The parts of these names are separated by '{sep}': {escape(selector.replace(other, sep))!r}."
+            return Failure(f"{shown} matches nothing", next=hint)
+    near = nearest(selector, paths) or listed(paths)
+    return Failure(f"{shown} matches nothing", next=f"Near: {near}" if near else "The tree has no leaves.")
+
+
+def _matched(paths: list[str], pattern: str, side: Side) -> list[str]:
+    try:
+        return match_paths(paths, pattern, side)
+    except PlanError:
+        return []
+
+
+def listed(paths: Iterable[str]) -> str:
+    """The first paths, as text for a message."""
+    names = list(paths)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(escape(name) for name in names[:_SHOWN]) + more
+
+
+def _count(paths: list[str]) -> str:
+    return f"{len(paths)} leaves" if len(paths) != 1 else "1 leaf"
+
+
+# ---------------------------------------------------------------- all edits
+
+
+def choose(tree: Tree, edits: Iterable[Edit], expect: int | None) -> tuple[dict[str, Any], list[Failure]]:
+    """path -> value in the tree's order, and everything that does not hold.
+
+    An exact path wins over a glob, a predicate or a filter. Two selectors of one rank that pick the same leaf are a
+    failure. `expect` counts all the leaves that are picked.
+    """
+    if expect is not None and (isinstance(expect, bool) or not hasattr(expect, "__index__")):
+        raise UsageError(f"expect={escape(repr(expect), 40)} is not a whole number")
+    failures: list[Failure] = []
+    exact: dict[str, Edit] = {}
+    wide: dict[str, Edit] = {}
+    for edit in edits:
+        paths, failed = pick(tree, edit.selector)
+        failures += failed
+        chosen = exact if _is_exact(tree, edit.selector) else wide
+        for path in paths:
+            other = chosen.setdefault(path, edit)
+            if other is not edit:
+                text = f"is selected twice, by {selector_text(other.selector)} and by {selector_text(edit.selector)}"
+                failures.append(Failure(text, key=path, next="Narrow one of them; an exact path wins over a glob."))
+    picked = {path: exact.get(path) or wide[path] for path in tree.paths if path in exact or path in wide}
+    if expect is not None and len(picked) != expect and (picked or not failures):
+        failures.append(
+            Failure(
+                "another number of leaves is selected",
+                expected=str(expect),
+                found=str(len(picked)),
+                next=f"They are: {listed(picked)}" if picked else "",
+            )
+        )
+    return {path: edit.value for path, edit in picked.items()}, failures
+
+
+def _is_exact(tree: Tree, selector: Selector) -> bool:
+    return isinstance(selector, str) and (selector in tree.paths or not is_glob(selector))
