@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from graftax.adapters import open_tree
 from graftax.errors import GraftaxError, UsageError, escape
 from graftax.execute.eager import Receipt, stream
 from graftax.planning import Options, make_plan
-from graftax.plans import Plan, load_plan_file
-from graftax.tree import Checkpoint, Side
+from graftax.plans import End, Plan, load_plan_file
+from graftax.tree import Checkpoint, Side, nest
 
 Tree = Any
 """A checkpoint (path, hub id, `pkg.mod:factory`) or a live tree: state_dict, torch Module, Linen variables,
@@ -101,11 +101,20 @@ def _rebuild(made: Plan, like: Checkpoint | None, arrays: Mapping[str, Any], sha
 
     A plan that runs backwards, or on a file of its own, has no live `like`: it gives the plain container of its side.
     """
-    from graftax.adapters import plain_tree
-
     if like is not None and like.rebuild is not None and sharding is None and set(like) == set(arrays):
         return like.rebuild(arrays)
     return plain_tree(made.like, arrays, host=sharding == "host")
+
+
+def plain_tree(end: End, arrays: Mapping[str, Any], host: bool = False) -> Any:
+    """`arrays` as a nested dict of jax arrays (Flax; NumPy arrays if `host`) or an OrderedDict of tensors (torch)."""
+    from graftax.adapters import to_jax, to_torch
+
+    if host:
+        return nest(arrays, end.real_keys) if end.side == "flax" else dict(arrays)
+    if end.side == "torch":
+        return OrderedDict((name, to_torch(array)) for name, array in arrays.items())
+    return nest({path: to_jax(array) for path, array in arrays.items()}, end.real_keys)
 
 
 def port(
@@ -121,9 +130,9 @@ def port(
 ) -> Any:
     """The weights of `source` as a new tree like `like`; neither is changed. Options as in `plan`.
 
-    Gives: for a torch Module or state_dict an OrderedDict of tensors; for a Linen wrapper or variables, variables; for an
-    nnx.Module a new Module; for State or (GraphDef, State) a State; for a path or an abstract tree a nested dict (Flax)
-    or an OrderedDict (torch). sharding=None follows like; "host" gives NumPy arrays in a nested dict.
+    Gives: for a torch Module or state_dict an OrderedDict of tensors; for a Linen wrapper or variables, variables; for
+    an nnx.Module a new Module; for State or (GraphDef, State) a State; for a path or an abstract tree a nested dict
+    (Flax) or an OrderedDict (torch). sharding=None follows like; "host" gives NumPy arrays in a nested dict.
 
     Raises PlanError where the plan is incomplete: its questions and misfits are on the exception.
     """
@@ -193,20 +202,29 @@ def write_plan(
         made.like.containers,
         None if shard_size is None else parse_size(shard_size),
     )
-    inputs = source.files + (like.files if like is not None else ())
+    inputs = (source,) if like is None else (source, like)
     save(str(out), output, format=format, clobber=clobber, inputs=inputs)
     return receipt
 
 
-def load_into(module: Any, source: Tree, **options: Any) -> Any:
+def load_into(
+    module: Any,
+    source: Tree,
+    rules: Any = None,
+    missing: str = "error",
+    unused: str = "error",
+    dtype: str | Mapping[str, str] | None = None,
+    to: Side | None = None,
+    overflow: str = "error",
+) -> Any:
     """Load `source` into a live torch Module or nnx.Module in place, all of it or nothing; gives the module back.
 
-    options: as in `plan`. Everything is planned, read and checked first; then every leaf is assigned.
+    Options as in `plan`. Everything is planned, read and checked first; then every leaf is assigned.
     """
     from graftax.adapters import assign
 
     opened, like = open_both(source, module)
-    made = make_plan(opened, like, replace(Options(), **options))
+    made = make_plan(opened, like, Options(rules, missing, unused, dtype, to, overflow))
     arrays, _ = host_arrays(made, opened, like)
     assign(module, arrays)
     return module

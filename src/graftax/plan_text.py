@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"\d+")
 
 
 def numbers_as_ranges(rows: Sequence[Sequence[int]], template: str) -> str:
-    """`layers.{}.w` and the numbers of every instance -> `layers.{0..35}.w`; a number that never varies stays itself."""
+    """`layers.{}.w` and the numbers of every instance -> `layers.{0..35}.w`; a number that never varies stays."""
     out = template
     for place in range(len(rows[0]) if rows else 0):
         out = out.replace("\0", _range(sorted({row[place] for row in rows})), 1)

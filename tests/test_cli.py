@@ -1,0 +1,370 @@
+"""The command line: exit codes, messages, JSON; each fault kind by code and message."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from graftax.cli import run
+
+
+@pytest.fixture
+def linear(tmp_path: Path) -> Path:
+    """A torch Linear(3 -> 5) and the Flax Dense to produce."""
+    rng = np.random.default_rng(0)
+    save_file(
+        {"fc.weight": rng.normal(size=(5, 3)).astype("f4"), "fc.bias": rng.normal(size=5).astype("f4")},
+        tmp_path / "m.safetensors",
+    )
+    save_file(
+        {"params/fc/kernel": np.zeros((3, 5), "f4"), "params/fc/bias": np.zeros(5, "f4")}, tmp_path / "like.safetensors"
+    )
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    code = run([str(word) for word in argv])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    assert len(err.encode()) <= 2048
+    return code, out, err
+
+
+def result(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
+    code, out, _ = call(capsys, *argv, "--json")
+    document = json.loads(out)
+    assert set(document) == {"schema", "command", "ok", "exit", "result", "errors"}
+    assert document["schema"] == 1
+    assert document["exit"] == code
+    assert document["ok"] is (code == 0)
+    return document
+
+
+# ---------------------------------------------------------------- 0: done
+
+
+def test_port_transposes_a_linear(linear: Path, capsys):
+    out = linear / "out.safetensors"
+    code, text, err = call(capsys, "port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", out)
+    assert (code, err) == (0, "")
+    assert "2 leaves" in text
+    assert "lossless: yes" in text
+    torch, flax = load_file(linear / "m.safetensors"), load_file(out)
+    np.testing.assert_array_equal(flax["params/fc/kernel"], torch["fc.weight"].T)
+    np.testing.assert_array_equal(flax["params/fc/bias"], torch["fc.bias"])
+
+
+def test_port_back_gives_the_same_bytes(linear: Path, capsys):
+    there, back = linear / "there.safetensors", linear / "back.safetensors"
+    assert call(capsys, "port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", there)[0] == 0
+    assert call(capsys, "port", there, "--like", linear / "m.safetensors", "-o", back)[0] == 0
+    torch, again = load_file(linear / "m.safetensors"), load_file(back)
+    assert {k: v.tobytes() for k, v in torch.items()} == {k: v.tobytes() for k, v in again.items()}
+
+
+def test_a_saved_plan_ports_the_same(linear: Path, capsys):
+    plan, one, two = linear / "p.json", linear / "one.safetensors", linear / "two.safetensors"
+    m, like = linear / "m.safetensors", linear / "like.safetensors"
+    code, text, _ = call(capsys, "plan", m, "--like", like, "-o", plan)
+    assert code == 0
+    assert "fc.weight -> params/fc/kernel" in text
+    assert "complete: yes" in text
+    assert call(capsys, "port", m, "--plan", plan, "-o", one)[0] == 0
+    assert call(capsys, "port", m, "--like", like, "-o", two)[0] == 0
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_spec_file_is_a_like(linear: Path, capsys):
+    code, spec, _ = call(capsys, "inspect", linear / "like.safetensors", "--spec")
+    assert code == 0
+    (linear / "like.json").write_text(spec)
+    out = linear / "o.safetensors"
+    assert call(capsys, "port", linear / "m.safetensors", "--like", linear / "like.json", "-o", out)[0] == 0
+    assert load_file(out)["params/fc/kernel"].shape == (3, 5)
+
+
+def test_inspect_stats_and_hashes(linear: Path, capsys):
+    document = result(capsys, "inspect", linear / "m.safetensors", "--stats", "--hashes")
+    row = document["result"]["tensors"]["fc.weight"]
+    weight = load_file(linear / "m.safetensors")["fc.weight"]
+    assert row["shape"] == [5, 3]
+    assert row["stats"]["max"] == pytest.approx(float(weight.max()))
+    import hashlib
+
+    assert row["sha256"] == hashlib.sha256(weight.tobytes()).hexdigest()
+
+
+def test_dry_run_writes_nothing(linear: Path, capsys):
+    out = linear / "o.safetensors"
+    args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", out, "--dry-run")
+    code, text, _ = call(capsys, *args)
+    assert code == 0
+    assert "not written" in text
+    assert not out.exists()
+
+
+def test_diff_equal_and_ported(linear: Path, capsys):
+    m, like, out = linear / "m.safetensors", linear / "like.safetensors", linear / "o.safetensors"
+    call(capsys, "port", m, "--like", like, "-o", out)
+    assert call(capsys, "diff", m, m)[0] == 0
+    assert call(capsys, "diff", m, out, "--like", like)[0] == 0
+
+
+# ---------------------------------------------------------------- 1: the answer is no
+
+
+def test_1_an_unfilled_leaf_is_named(linear: Path, capsys):
+    like = {**load_file(linear / "like.safetensors"), "params/head/kernel": np.zeros((7, 2), "f4")}
+    save_file(like, linear / "like.safetensors")
+    out = linear / "o.safetensors"
+    args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", out)
+    code, _, err = call(capsys, *args)
+    assert code == 1
+    assert "params/head/kernel" in err
+    assert not out.exists()
+    document = result(capsys, *args)
+    assert document["result"]["questions"][0]["targets"] == ["params/head/kernel"]
+    assert call(capsys, *args, "--missing", "zeros")[0] == 0
+    assert not load_file(out)["params/head/kernel"].any()
+    like["params/head/kernel"][:] = 3
+    save_file(like, linear / "like.safetensors")
+    assert call(capsys, *args, "--missing", "keep")[0] == 0
+    assert (load_file(out)["params/head/kernel"] == 3).all()
+
+
+def test_1_an_unused_tensor_is_named(linear: Path, capsys):
+    save_file({**load_file(linear / "m.safetensors"), "head.weight": np.ones((7, 2), "f4")}, linear / "m.safetensors")
+    args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", linear / "o.safetensors")
+    code, _, err = call(capsys, *args)
+    assert code == 1
+    assert "head.weight" in err
+    assert "--unused" in err
+    code, text, _ = call(capsys, *args, "--unused", "drop")
+    assert code == 0
+    assert "head.weight" in text
+
+
+def test_1_floating_dtypes_that_differ_show_both_ways_out(linear: Path, capsys):
+    half = {k: v.astype("f2") for k, v in load_file(linear / "m.safetensors").items()}
+    save_file(half, linear / "m.safetensors")
+    out = linear / "o.safetensors"
+    args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", out)
+    code, _, err = call(capsys, *args)
+    assert code == 1
+    assert "--dtype like" in err
+    assert "--dtype source" in err
+    assert call(capsys, *args, "--dtype", "source")[0] == 0
+    assert load_file(out)["params/fc/kernel"].dtype == np.float16
+    assert call(capsys, *args, "--dtype", "like")[0] == 0
+    np.testing.assert_array_equal(load_file(out)["params/fc/kernel"], half["fc.weight"].T.astype("f4"))
+
+
+def test_1_an_overflowing_cast_is_an_error(linear: Path, capsys):
+    big = load_file(linear / "m.safetensors")
+    big["fc.bias"][0] = 1e30
+    save_file(big, linear / "m.safetensors")
+    out = linear / "o.safetensors"
+    args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", out, "--dtype", "float16")
+    code, _, err = call(capsys, *args)
+    assert code == 1
+    assert "float16" in err
+    assert not out.exists()
+
+
+def test_1_int64_never_becomes_int32(linear: Path, capsys):
+    m, like = load_file(linear / "m.safetensors"), load_file(linear / "like.safetensors")
+    save_file({**m, "fc.steps": np.array([2**40], "i8")}, linear / "m.safetensors")
+    save_file({**like, "params/fc/steps": np.zeros(1, "i4")}, linear / "like.safetensors")
+    out = linear / "o.safetensors"
+    args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", out)
+    for extra in ((), ("--dtype", "like"), ("--dtype", "float32")):
+        code, _, err = call(capsys, *args, *extra)
+        assert code == 1
+        assert "int32" in err
+        assert not out.exists()
+    assert call(capsys, *args, "--dtype", "source")[0] == 0
+    assert load_file(out)["params/fc/steps"].tolist() == [2**40]
+
+
+def test_1_diff_names_what_differs(linear: Path, capsys):
+    other = load_file(linear / "m.safetensors")
+    other["fc.bias"][2] += 0.25
+    save_file(other, linear / "n.safetensors")
+    code, text, _ = call(capsys, "diff", linear / "m.safetensors", linear / "n.safetensors")
+    assert code == 1
+    assert "fc.bias" in text
+    assert "1 of 5" in text
+    assert call(capsys, "diff", linear / "m.safetensors", linear / "n.safetensors", "--atol", "0.3")[0] == 0
+
+
+def test_1_strict_assumptions(linear: Path, capsys):
+    args = ("plan", linear / "m.safetensors", "--like", linear / "like.safetensors", "--strict-assumptions")
+    document = result(capsys, *args)
+    assert document["exit"] == (1 if document["result"]["assumptions"] else 0)
+
+
+def test_1_suggestions_are_written_and_load(linear: Path, capsys):
+    like = {**load_file(linear / "like.safetensors"), "params/head/kernel": np.zeros((7, 2), "f4")}
+    save_file(like, linear / "like.safetensors")
+    rules = linear / "r.toml"
+    args = ("plan", linear / "m.safetensors", "--like", linear / "like.safetensors")
+    assert call(capsys, *args, "--suggest", rules)[0] == 1
+    assert "params/head/kernel" in rules.read_text()
+    assert call(capsys, *args, "--rules", rules, "--missing", "zeros")[0] == 0
+
+
+# ---------------------------------------------------------------- 2: usage
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (("port",), "source"),
+        (("port", "m.safetensors", "-o", "o.safetensors"), "--like"),
+        (("frobnicate",), "frobnicate"),
+        (("inspect", "m.safetensors", "--frobnicate"), "--frobnicate"),
+        (("port", "m.safetensors", "--like", "like.safetensors", "-o", "o", "--missing", "maybe"), "maybe"),
+        (("plan", "m.safetensors", "--like", "like.safetensors", "--dtype", "float99"), "float99"),
+        (("plan", "m.safetensors", "--like", "like.safetensors", "--to", "torch"), "--to"),
+        (("plan", "m.safetensors", "--like", "no_such_module_here:factory"), "no_such_module_here"),
+        (("replace", "m.safetensors", "fc.bias", "-o", "o.safetensors"), "--constant"),
+        (("replace", "m.safetensors", "fc.bias", "--zeros", "--constant", "1", "-o", "o.safetensors"), "exactly one"),
+        (("replace", "m.safetensors", "fc.bias", "--normal", "1", "-o", "o.safetensors"), "--seed"),
+    ],
+)
+def test_2_usage(linear: Path, capsys, monkeypatch, argv, word):
+    monkeypatch.chdir(linear)
+    code, _, err = call(capsys, *argv)
+    assert code == 2, err
+    assert word.lower() in err.lower()
+
+
+def test_2_a_rules_file_names_the_line(linear: Path, capsys):
+    (linear / "r.toml").write_text('rules = [\n  { torch = "fc.weight", flacks = "fc/kernel" },\n]\n')
+    args = ("plan", linear / "m.safetensors", "--like", linear / "like.safetensors", "--rules", linear / "r.toml")
+    code, _, err = call(capsys, *args)
+    assert code == 2
+    assert "line 2" in err
+    assert "flacks" in err
+
+
+def test_2_a_damaged_plan(linear: Path, capsys):
+    (linear / "p.json").write_text('{"graftax_plan": 1, "source": {}}')
+    out = linear / "o.safetensors"
+    code, _, err = call(capsys, "port", linear / "m.safetensors", "--plan", linear / "p.json", "-o", out)
+    assert code == 2
+    assert "p.json" in err
+
+
+# ---------------------------------------------------------------- 3, 4, 5: bad, unsafe, missing
+
+
+def test_3_truncated(linear: Path, capsys):
+    raw = (linear / "m.safetensors").read_bytes()
+    (linear / "cut.safetensors").write_bytes(raw[:-4])
+    code, _, err = call(capsys, "inspect", linear / "cut.safetensors")
+    assert code == 3
+    assert "cut.safetensors" in err
+
+
+def test_3_an_lfs_pointer_is_called_one(linear: Path, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+    (linear / "lfs.safetensors").write_text(pointer)
+    code, _, err = call(capsys, "inspect", linear / "lfs.safetensors")
+    assert code == 3
+    assert "LFS" in err
+
+
+def test_4_a_pickle_that_would_run_code(linear: Path, capsys):
+    torch = pytest.importorskip("torch")
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save({"w": Evil()}, linear / "evil.pt")
+    code, _, err = call(capsys, "inspect", linear / "evil.pt")
+    assert code == 4
+    assert "weights_only=False" not in err
+
+
+def test_5_missing(linear: Path, capsys):
+    code, _, err = call(capsys, "inspect", linear / "nothing.safetensors")
+    assert code == 5
+    assert "nothing.safetensors" in err
+
+
+def test_5_the_input_is_not_the_output(linear: Path, capsys):
+    m = linear / "m.safetensors"
+    before = m.read_bytes()
+    code, _, err = call(capsys, "replace", m, "fc.bias", "--zeros", "-o", m)
+    assert code == 5
+    assert m.read_bytes() == before
+    assert "m.safetensors" in err
+
+
+def test_5_no_clobber(linear: Path, capsys):
+    out = linear / "o.safetensors"
+    out.write_bytes(b"mine")
+    args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", out)
+    assert call(capsys, *args, "--no-clobber")[0] == 5
+    assert out.read_bytes() == b"mine"
+    assert call(capsys, *args)[0] == 0
+
+
+def test_several_failures_take_the_graver_code(linear: Path, capsys):
+    (linear / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    code, _, _ = call(capsys, "plan", linear / "missing.safetensors", "--like", linear / "bad.safetensors")
+    assert code == 3
+
+
+# ---------------------------------------------------------------- 70, 130
+
+
+def test_70_a_factory_that_raises_is_named(linear: Path, capsys, monkeypatch):
+    (linear / "broken_factory_module.py").write_text("def make():\n    raise ValueError('the user made this')\n")
+    monkeypatch.chdir(linear)
+    code, _, err = call(capsys, "plan", linear / "m.safetensors", "--like", "broken_factory_module:make")
+    assert code == 70
+    assert "the user made this" in err
+    assert "broken_factory_module" in err
+
+
+def test_130_interrupted(linear: Path, capsys, monkeypatch):
+    import graftax.report.inspecting as inspecting
+
+    def interrupt(*_: object, **__: object):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspecting, "inspection", interrupt)
+    assert call(capsys, "inspect", linear / "m.safetensors")[0] == 130
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_json_is_printed_whatever_happens(linear: Path, capsys):
+    assert result(capsys, "inspect", linear / "nothing.safetensors")["exit"] == 5
+    assert result(capsys, "inspect", linear / "m.safetensors", "--nonsense")["exit"] == 2
+    assert result(capsys, "layers")["ok"]
+
+
+def test_names_from_files_are_escaped(linear: Path, capsys):
+    save_file({"a\x1b[31m.weight\u202e": np.zeros(3, "f4")}, linear / "esc.safetensors")
+    code, text, _ = call(capsys, "inspect", linear / "esc.safetensors")
+    assert code == 0
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+def test_a_closed_pipe_is_no_error(linear: Path):
+    command = f"{sys.executable} -m graftax.cli inspect {linear / 'm.safetensors'} | head -0"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
