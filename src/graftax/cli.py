@@ -34,6 +34,7 @@ app = App(
     help_formatter="plain",
     version="0.1.0",
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
