@@ -1,0 +1,129 @@
+"""Infer a plan from names, shapes and live modules: decided, or asked. `infer` is the one entrance."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+from graftax.match.assumptions import assumptions
+from graftax.match.choose import Choice
+from graftax.match.engine import Ends, Result, match
+from graftax.match.names import Lexicon, lexicon
+from graftax.match.pairs import Link, Pair, Scope
+from graftax.match.questions import questions
+from graftax.match.ties import find_ties, tied_to
+from graftax.ops import Drop, Op, Same, invert_chain
+from graftax.plans import Entry, Proposal
+from graftax.tree import Checkpoint, Side
+
+__all__ = ["infer"]
+
+
+def infer(
+    source: Checkpoint,
+    like: Checkpoint,
+    source_side: Side,
+    like_side: Side,
+    settled: Proposal,
+    lex: Lexicon | None = None,
+) -> Proposal:
+    """Entries for every leaf of `like` that names, structure, shapes and live modules decide, and questions for the
+    rest. `settled`: what the rules have decided; its keys are taken. `lex`: the words to know (the standard ones)."""
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        return _infer(source, like, source_side, like_side, settled, lex or lexicon())
+    finally:
+        if paused:
+            gc.enable()
+
+
+def _infer(
+    source: Checkpoint, like: Checkpoint, source_side: Side, like_side: Side, settled: Proposal, lex: Lexicon
+) -> Proposal:
+    reads: list[str] = []
+    taken = {name for entry in settled.entries for name in entry.sources}
+    filled = {name for entry in settled.entries for name in entry.targets}
+    free = [name for name in source if name not in taken]
+    ties = find_ties(source, (n for n in free), like.specs, reads) if source_side == "torch" else {}
+    hidden = {name for names in ties.values() for name in names[1:]}
+    turned = source_side == "flax" and like_side == "torch"
+    skips = frozenset(taken | hidden), frozenset(filled)
+    ends = Ends(like.specs, source.specs, like_side, source_side, skips[1], skips[0]) if turned else Ends(
+        source.specs, like.specs, source_side, like_side, *skips
+    )  # fmt: skip
+    result = match(ends, lex, ties)
+    entries = _entries(result, ties, turned)
+    used = {name for entry in entries for name in entry.sources}
+    if source_side == "torch":
+        entries += _tied_leftovers(source, free, used, ties, entries, reads)
+        entries += [
+            Entry((name,), (), (Drop(reason),), ("a known buffer",))
+            for name, reason in result.buffers.items()
+            if name in source.specs
+        ]
+    words = (source_side, like_side) if source_side != like_side else ("source", "target")
+    asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned)
+    return Proposal(tuple(entries), tuple(asked), tuple(assumptions(result, entries)), (), tuple(reads))
+
+
+def _entries(result: Result, ties: dict[str, tuple[str, ...]], turned: bool) -> list[Entry]:
+    out: list[Entry] = []
+    for item in result.settled:
+        for pair in item.taken:
+            for link in pair.links:
+                choice = item.choices[id(link)]
+                if choice.label is not None:
+                    out += _column(item.scope, pair, link, choice, ties, turned)
+    return out
+
+
+def _column(
+    scope: Scope, pair: Pair, link: Link, choice: Choice, ties: dict[str, tuple[str, ...]], turned: bool
+) -> Iterable[Entry]:
+    assert choice.label is not None
+    evidence = (pair.why, choice.why) if choice.why else (pair.why,)
+    chains: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Op, ...]] = {}
+    shapes_t, shapes_f = link.torch.shapes, link.flax.shapes
+    paths_t, paths_f = link.torch.paths, link.flax.paths
+    for key, other in scope.keys:
+        source, target = paths_t.get(key), paths_f.get(other)
+        if source is None or target is None:
+            continue
+        shapes = (shapes_t[key], shapes_f[other])
+        chain = chains.get(shapes)
+        if chain is None:
+            chain = link.chains[(choice.label, *shapes)]
+            chains[shapes] = chain = invert_chain(chain) if turned else chain
+        if turned:
+            yield Entry(target, source, chain, evidence)
+            continue
+        names = ties.get(source[0]) if ties and len(source) == 1 else None
+        if names is not None:
+            yield Entry(names, target, (Same(len(names)), *chain), (*evidence, f"tied: {len(names)} names"))
+        else:
+            yield Entry(source, target, chain, evidence)
+
+
+def _tied_leftovers(
+    source: Checkpoint,
+    free: list[str],
+    used: set[str],
+    ties: dict[str, tuple[str, ...]],
+    entries: list[Entry],
+    reads: list[str],
+) -> list[Entry]:
+    """Leaves that are left over beside a tied weight and equal to a leaf that is used (a decoder's bias): they join its
+    entry, which is changed in place."""
+    owners = {name.rpartition(".")[0] for names in ties.values() for name in names if names[0] in used}
+    where = {entry.sources[0]: i for i, entry in enumerate(entries) if len(entry.sources) == 1}
+    for name in free:
+        if name in used or name.rpartition(".")[0] not in owners:
+            continue
+        twin = tied_to(source, name, where, reads)
+        if twin is not None:
+            i = where.pop(twin)
+            entry = entries[i]
+            entries[i] = Entry((twin, name), entry.targets, (Same(2), *entry.ops), (*entry.evidence, "tied: 2 names"))
+            used.add(name)
+    return []

@@ -1,0 +1,177 @@
+"""Which reading of a pair's leaves is meant, where several fit: by the leaf's kind, by siblings, else a question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from graftax.match.pairs import Label, Link, Pair, Scope
+
+# reading: why it is taken where it is the only one
+_ONLY = {
+    "identity": "as it is",
+    "linear": "2-D weight to kernel: Linear",
+    "conv": "convolution",
+    "conv_transpose": "transposed convolution",
+    "reshape": "same values, other axes",
+}
+
+
+@dataclass(slots=True)
+class Choice:
+    """The label taken, and why; or the labels between which nothing decides."""
+
+    label: Label | None
+    why: str
+    open: tuple[Label, ...] = ()
+    kind: str = "layout"
+
+
+@dataclass(slots=True)
+class Habits:
+    """What the rectangular leaves of the whole match show: `linear` or `identity` by (scope, kinds)."""
+
+    votes: dict[tuple[object, str, str], set[str]] = field(default_factory=dict[tuple[object, str, str], set[str]])
+    axes: dict[int, Choice] = field(default_factory=dict[int, Choice])
+
+    def learn(self, scope: Scope, pairs: Iterable[Pair]) -> None:
+        for pair in pairs:
+            if scope.name(pair.torch, True).concepts & _TABLES:
+                continue
+            for link in pair.links:
+                labels = {label for _, label in link.labels}
+                if link.torch.role == "weight" and len(labels) == 1 and labels <= {"linear", "identity"}:
+                    if any(len(shape) < 2 for shape in link.torch.shapes.values()):
+                        continue
+                    for where in (id(scope), None):
+                        key = (where, link.torch.kind, link.flax.kind)
+                        self.votes.setdefault(key, set()).update(labels)
+
+    def orientation(self, scope: Scope, link: Link) -> tuple[set[str], set[str]]:
+        """(what siblings in the same blocks show, what the whole match shows)."""
+        kinds = (link.torch.kind, link.flax.kind)
+        return self.votes.get((id(scope), *kinds), set()), self.votes.get((None, *kinds), set())
+
+
+_TABLES = frozenset(("embed", "pos", "tok", "seg", "table", "cls"))
+_DECONV = frozenset(("deconv", "transpose", "transposed"))
+_UP = frozenset(("up", "upsample", "ups", "dec", "upsampler", "upsamplers", "gen", "generator", "upscale"))
+
+
+def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
+    """The reading of one leaf of a taken pair."""
+    labels = link.labels
+    if link.torch.stack or link.flax.stack:
+        axes = habits.axes.get(id(link))
+        if axes is not None and axes.label is None:
+            return axes
+        if axes is not None and axes.label is not None:
+            labels = frozenset(label for label in labels if label[0] == axes.label[0])
+    if len(labels) == 1:
+        (label,) = labels
+        return Choice(label, _ONLY.get(label[1], label[1]))
+    by_reading = {label[1]: label for label in sorted(labels)}
+    name_t, name_f = scope.name(pair.torch, True).concepts, scope.name(pair.flax, False).concepts
+    if {"linear", "identity"} <= set(by_reading):
+        return _square(link, by_reading, scope, habits, name_t | name_f)
+    if {"conv", "conv_transpose"} <= set(by_reading):
+        shape = next(iter(link.torch.shapes.values()))
+        even = all(k % 2 == 0 for k in shape[2:])
+        both = name_t | name_f
+        if both & _DECONV or (even and both & _UP):
+            return Choice(None, "", tuple(sorted(labels)))
+        return Choice(by_reading["conv"], "a weight with 3 to 5 axes to a kernel: convolution")
+    if {"conv", "identity"} <= set(by_reading):
+        if link.flax.leaf == link.torch.leaf or link.flax.kind != "kernel":
+            word = "identity" if link.torch.role in ("g", "v") else "conv"
+            return Choice(by_reading[word], "its name is torch's own" if word == "identity" else "convolution")
+        return Choice(by_reading["conv"], "convolution")
+    heads = _heads(by_reading, link, name_t | name_f)
+    return heads or Choice(None, "", tuple(sorted(labels)))
+
+
+def _square(
+    link: Link, by_reading: dict[str, Label], scope: Scope, habits: Habits, names: frozenset[str]
+) -> Choice:
+    """A square matrix: a Linear's, unless its kind or its siblings say otherwise."""
+    torch, flax = link.torch, link.flax
+    if flax.kind != "kernel" and names & _TABLES:
+        return Choice(by_reading["identity"], "a table: as it is")
+    if torch.kind == "raw" and flax.kind == "raw":
+        return Choice(by_reading["identity"], "a bare parameter on both sides: as it is")
+    near, far = habits.orientation(scope, link)
+    if len(near) == 1:
+        (word,) = near
+        return Choice(by_reading[word], f"square; its rectangular siblings: {_SAYS[word]}")
+    if len(near) > 1 or (torch.kind == "raw" and "linear" not in far):
+        return Choice(None, "", tuple(sorted(by_reading.values())))
+    if flax.kind == "kernel" and torch.kind != "raw":
+        return Choice(by_reading["linear"], "2-D weight to kernel: Linear")
+    if len(far) == 1:
+        (word,) = far
+        return Choice(by_reading[word], f"square; the rectangular ones of this checkpoint: {_SAYS[word]}")
+    return Choice(None, "", tuple(sorted(by_reading.values())))
+
+
+_SAYS = {"linear": "transposed", "identity": "as they are"}
+
+
+def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> Choice | None:
+    """Which axis of the other side is split into heads: the outputs of q, k, v, the inputs of the output projection."""
+    splits_out = [r for r in by_reading if r.startswith("heads (h d) i")]
+    splits_in = [r for r in by_reading if r.startswith("heads o (h d)")]
+    if not splits_out and not splits_in:
+        return None
+    if names & {"q", "k", "v"} and "o" not in names:
+        picks = splits_out
+    elif "o" in names and not names & {"q", "k", "v"}:
+        picks = splits_in
+    else:
+        picks = splits_out + splits_in
+    if len(picks) > 1 and link.flax.kind == "kernel":
+        usual = [r for r in picks if r in ("heads (h d) i -> i h d", "heads o (h d) -> h d o")]
+        if len(usual) == 1 and names & {"q", "k", "v", "o"}:
+            return Choice(by_reading[usual[0]], "DenseGeneral: kernel axes in, heads, head_dim")
+    if len(picks) == 1:
+        return Choice(by_reading[picks[0]], "heads by name")
+    return Choice(None, "", tuple(by_reading[r] for r in (picks or by_reading)))
+
+
+# ---------------------------------------------------------------- stacks
+
+
+def stack_axes(scope: Scope, pairs: Sequence[Pair], habits: Habits) -> None:
+    """One hypothesis for the axis of each stack over all leaves of the scope: taken where just one fits them all."""
+    groups: dict[tuple[object, ...], list[Link]] = {}
+    for pair in pairs:
+        for link in pair.links:
+            if link.torch.stack or link.flax.stack:
+                side = link.torch if link.torch.stack else link.flax
+                mark = (side.stack, bool(link.torch.stack), pair.torch.outer if link.torch.stack else pair.flax.outer)
+                groups.setdefault(mark, []).append(link)
+    for links in groups.values():
+        fits: set[tuple[int, ...]] | None = None
+        for link in links:
+            axes = {axes for axes, _ in link.labels}
+            fits = axes if fits is None else fits & axes
+        choice = _one_axis(links, fits or set())
+        for link in links:
+            habits.axes[id(link)] = choice
+
+
+def _one_axis(links: list[Link], fits: set[tuple[int, ...]]) -> Choice:
+    places = {tuple(_placed(link, axes) for link in links): axes for axes in sorted(fits, reverse=True)}
+    if len(places) == 1:
+        ((_, axes),) = places.items()
+        return Choice((axes, ""), f"stacked on axis {', '.join(map(str, axes))}: the only one that fits every leaf")
+    if places:
+        return Choice(None, "", tuple((axes, "") for axes in sorted(places.values())), "stack")
+    # No axis fits all leaves: each is judged alone, and an open one is a question.
+    return Choice(None, "", tuple(sorted({label for link in links for label in link.labels})), "stack")
+
+
+def _placed(link: Link, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes counted from the front, for the stacked end of this leaf."""
+    side = link.flax if link.torch.stack else link.torch
+    rank = len(next(iter(side.shapes.values())))
+    return tuple(axis if axis >= 0 else rank + axis for axis in axes)

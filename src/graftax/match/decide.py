@@ -1,0 +1,117 @@
+"""Which pairs are taken: only a mutual best with a clear margin, again and again; what is left is a question.
+
+A pair that something forbids still competes, so that it can make a choice unclear, but it is never taken.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+from graftax.match.pairs import Pair
+from graftax.match.sides import Module
+
+MARGIN = 0.12
+ENOUGH = 0.3
+COUPLING = 0.2
+
+Orders = Callable[[list[Pair]], list[Pair]]
+
+
+class Board:
+    """The pairs that are still open, by row (torch module) and by column (Flax module)."""
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        self.rows: defaultdict[int, dict[int, Pair]] = defaultdict(dict)
+        self.cols: defaultdict[int, dict[int, Pair]] = defaultdict(dict)
+        for pair in pairs:
+            self.rows[id(pair.torch)][id(pair.flax)] = pair
+            self.cols[id(pair.flax)][id(pair.torch)] = pair
+
+
+    def pairs(self) -> list[Pair]:
+        return [pair for row in self.rows.values() for pair in row.values()]
+
+    def take(self, pair: Pair) -> None:
+        """Remove both modules."""
+        for other in self.rows.pop(id(pair.torch), {}).values():
+            self.cols[id(other.flax)].pop(id(pair.torch), None)
+        for other in self.cols.pop(id(pair.flax), {}).values():
+            self.rows[id(other.torch)].pop(id(pair.flax), None)
+
+    def rivals(self, pair: Pair) -> list[Pair]:
+        """Every other open pair of its row and its column."""
+        out = [other for other in self.rows[id(pair.torch)].values() if other is not pair]
+        return out + [other for other in self.cols[id(pair.flax)].values() if other is not pair]
+
+
+def decide(pairs: list[Pair], root: bool, orders: Orders) -> tuple[list[Pair], Board]:
+    """(the pairs taken, what is left open)."""
+    board = Board(pairs)
+    taken: list[Pair] = []
+    while True:
+        fresh = _clear(board, root) or _last(board, root) or [p for p in orders(board.pairs()) if not p.blocked]
+        if not fresh:
+            return taken, board
+        for pair in fresh:
+            board.take(pair)
+        taken += fresh
+        _couple(board, fresh)
+
+
+def _clear(board: Board, root: bool) -> list[Pair]:
+    """Mutual bests with a margin, by names."""
+    out: list[Pair] = []
+    for row in list(board.rows.values()):
+        if not row:
+            continue
+        pair = max(row.values(), key=lambda p: p.total)
+        if pair.blocked or pair.total < ENOUGH or not _backed(pair):
+            continue
+        if all(other.total <= pair.total - MARGIN for other in board.rivals(pair)):
+            pair.why = pair.why or ("names: " + ", ".join(pair.shared) if pair.shared else "names")
+            out.append(pair)
+    return out
+
+
+def _backed(pair: Pair) -> bool:
+    """A telling word is shared, or numbers and words for the kind leave nothing open."""
+    return pair.telling > 0 or (pair.any_shared > 0 and pair.whole)
+
+
+def _last(board: Board, root: bool) -> list[Pair]:
+    """Pairs without a rival: nothing else fits either end."""
+    out: list[Pair] = []
+    for row in list(board.rows.values()):
+        if len(row) != 1:
+            continue
+        (pair,) = row.values()
+        if pair.blocked or not pair.whole or len(board.cols[id(pair.flax)]) != 1:
+            continue
+        if root and not pair.any_shared:
+            continue
+        pair.why = pair.why or "nothing else fits" + (f" (names: {', '.join(pair.shared)})" if pair.shared else "")
+        out.append(pair)
+    return out
+
+
+def _groups(module: Module) -> set[object]:
+    """What a module shares with its siblings: its parent, and the number it bears (Conv_2 with BatchNorm_2)."""
+    tokens = module.tokens
+    out: set[object] = set()
+    if len(tokens) > 1:
+        out.add(tokens[:-1])
+    if tokens and isinstance(tokens[-1], int):
+        word = len(tokens) - 1
+        while word and isinstance(tokens[word - 1], str):
+            word -= 1
+        out.add((tokens[:word], "#", tokens[-1]))
+    return out
+
+
+def _couple(board: Board, taken: list[Pair]) -> None:
+    """Siblings of a taken pair are likelier to belong together."""
+    known = {(a, b) for pair in taken for a in _groups(pair.torch) for b in _groups(pair.flax)}
+    for pair in board.pairs():
+        if not pair.bonus and any((a, b) in known for a in _groups(pair.torch) for b in _groups(pair.flax)):
+            pair.bonus = COUPLING

@@ -1,0 +1,105 @@
+"""Families of one side and families of the other: which are the same blocks, and which instance goes with which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graftax.match.names import Lexicon, concepts, contradicts
+from graftax.match.sides import Family, Key
+
+MARGIN = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class FamilyPair:
+    """Two families that are the same blocks, with the instances in order."""
+
+    torch: Family
+    flax: Family
+    keys: list[tuple[Key, Key]]
+    why: str
+
+
+@dataclass(slots=True, eq=False)
+class _Rated:
+    torch: Family
+    flax: Family
+    score: float
+    blocked: bool
+    why: str
+
+
+def pair_families(
+    torch: list[Family], flax: list[Family], lex: Lexicon, anchors: dict[int, set[int]]
+) -> tuple[list[FamilyPair], list[Family], list[Family]]:
+    """(pairs, torch families left, Flax families left). Counts must agree; sizes of the instances in order, the words of
+    the paths and of what is inside decide, by mutual best with a margin. `anchors`: ids that the rules pair."""
+    words = {id(f): frozenset(concepts(f.prefix, lex)) for f in (*torch, *flax)}
+    inner = {id(f): _inner(f, lex) for f in (*torch, *flax)}
+    rated: list[_Rated] = []
+    by_count: dict[int, list[Family]] = {}
+    for family in flax:
+        by_count.setdefault(len(family.keys), []).append(family)
+    for family in torch:
+        for other in by_count.get(len(family.keys), []):
+            rated.append(_rate(family, other, words, inner, lex, anchors))
+    out: list[FamilyPair] = []
+    while True:
+        best = _mutual(rated)
+        if not best:
+            break
+        for item in best:
+            out.append(
+                FamilyPair(item.torch, item.flax, list(zip(item.torch.keys, item.flax.keys, strict=True)), item.why)
+            )
+        gone = {id(item.torch) for item in best} | {id(item.flax) for item in best}
+        rated = [r for r in rated if id(r.torch) not in gone and id(r.flax) not in gone]
+    used = {id(pair.torch) for pair in out} | {id(pair.flax) for pair in out}
+    return out, [f for f in torch if id(f) not in used], [f for f in flax if id(f) not in used]
+
+
+def _inner(family: Family, lex: Lexicon) -> frozenset[str]:
+    out: set[str] = set()
+    for module in family.modules:
+        out.update(concepts(module.tokens, lex))
+    return frozenset(out)
+
+
+def _rate(
+    torch: Family,
+    flax: Family,
+    words: dict[int, frozenset[str]],
+    inner: dict[int, frozenset[str]],
+    lex: Lexicon,
+    anchors: dict[int, set[int]],
+) -> _Rated:
+    a, b = words[id(torch)], words[id(flax)]
+    same_sizes = torch.sizes == flax.sizes
+    names = _overlap(a, b, lex)
+    inside = _overlap(inner[id(torch)], inner[id(flax)], lex)
+    score = 1.0 * same_sizes + 1.0 * names + 0.5 * inside
+    score += 0.3 if torch.prefix == flax.prefix else 0.0
+    anchored = id(flax) in anchors.get(id(torch), ())
+    blocked = bool(contradicts(a, b, lex)) or not (same_sizes or names > 0.1 or inside > 0.2)
+    if anchored:
+        return _Rated(torch, flax, score + 9, False, "rules")
+    return _Rated(torch, flax, score, blocked, "sizes and names" if same_sizes and names else "names")
+
+
+def _overlap(a: frozenset[str], b: frozenset[str], lex: Lexicon) -> float:
+    union = sum(max(lex.weight(c), 0.3) for c in a | b)
+    return sum(max(lex.weight(c), 0.3) for c in a & b) / union if union else 0.0
+
+
+def _mutual(rated: list[_Rated]) -> list[_Rated]:
+    rows: dict[int, list[_Rated]] = {}
+    cols: dict[int, list[_Rated]] = {}
+    for item in rated:
+        rows.setdefault(id(item.torch), []).append(item)
+        cols.setdefault(id(item.flax), []).append(item)
+    out: list[_Rated] = []
+    for item in rated:
+        rivals = [r for r in rows[id(item.torch)] + cols[id(item.flax)] if r is not item]
+        if not item.blocked and all(r.score <= item.score - MARGIN for r in rivals):
+            out.append(item)
+    return out

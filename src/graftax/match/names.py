@@ -1,0 +1,168 @@
+"""Names as evidence: words of a path, the concepts they stand for, and how alike two names are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from graftax.match import words as table
+
+_WORDS = re.compile(r"\0|[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z0-9]+|[^\W_\0A-Za-z0-9]+")
+
+Tokens = Sequence[object]
+
+
+@dataclass(frozen=True, slots=True)
+class Lexicon:
+    """The tables in the form that looking up needs. `Lexicon.empty()` knows no word: every name is what it says."""
+
+    synonyms: dict[str, tuple[str, ...]]
+    phrases: dict[tuple[str, ...], tuple[str, ...]]
+    longest: int
+    exclusive: tuple[frozenset[str], ...]
+    implies: dict[str, tuple[str, ...]]
+    little: frozenset[str]
+    some: frozenset[str]
+
+    @classmethod
+    def standard(cls) -> Lexicon:
+        synonyms = {word: tuple(concept.split()) for concept, group in table.SYNONYMS.items() for word in group.split()}
+        phrases = {tuple(phrase.split()): tuple(concept.split()) for phrase, concept in table.PHRASES.items()}
+        return cls(
+            synonyms,
+            phrases,
+            max(map(len, phrases)),
+            tuple(frozenset(group.split()) for group in table.EXCLUSIVE),
+            {concept: tuple(implied.split()) for concept, implied in table.IMPLIES.items()},
+            table.SAYS_LITTLE,
+            table.SAYS_SOME,
+        )
+
+    @classmethod
+    def empty(cls) -> Lexicon:
+        return cls({}, {}, 0, (), {}, frozenset(), frozenset())
+
+    def weight(self, concept: str) -> float:
+        """How much a concept says: 1 for a telling word, less for kinds of layers and wrappers."""
+        if concept in self.little:
+            return 0.15
+        if concept in self.some:
+            return 0.5
+        return 1.0
+
+
+@lru_cache(maxsize=65536)
+def split_words(part: str) -> tuple[str, ...]:
+    """`DenseReluDense` -> dense, relu, dense; `conv_0` -> conv, 0. Numbers come as the mark that stands for them."""
+    found = _WORDS.findall(part)
+    return tuple(word if word == "\0" else word.lower() for word in found) or (part.lower() or "_",)
+
+
+@lru_cache(maxsize=16)
+def _standard(_: int = 0) -> Lexicon:
+    return Lexicon.standard()
+
+
+def lexicon() -> Lexicon:
+    """The standard lexicon."""
+    return _standard()
+
+
+def concepts(tokens: Iterable[object], lex: Lexicon) -> tuple[str, ...]:
+    """The concepts of a path in order, numbers left out; `pre`/`post` before a word bind to it (`post~attn`)."""
+    out: list[str] = []
+    run: list[str] = []
+    for token in (*tokens, 0):
+        if isinstance(token, str):
+            run.append(token)
+            continue
+        out += _run(run, lex)
+        run = []
+    return tuple(out)
+
+
+def _run(run: Sequence[str], lex: Lexicon) -> list[str]:
+    out: list[str] = []
+    i = 0
+    bound = ""
+    while i < len(run):
+        found: tuple[str, ...] | None = None
+        for length in range(min(lex.longest, len(run) - i), 1, -1):
+            found = lex.phrases.get(tuple(run[i : i + length]))
+            if found is not None:
+                i += length
+                break
+        if found is None:
+            found = lex.synonyms.get(run[i], (run[i],))
+            i += 1
+        found = tuple(concept for concept in found if concept)
+        if bound and found and found != ("norm",):
+            out += [f"{bound}~{concept}" for concept in found]
+            bound = ""
+            continue
+        if bound:
+            out.append(bound)
+            bound = ""
+        if found in (("pre",), ("post",)) and i < len(run):
+            bound = found[0]
+            continue
+        out += found
+    if bound:
+        out.append(bound)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """What a module's path says: its concepts, the words as they are, and the numbers that are part of the name."""
+
+    concepts: frozenset[str]
+    last: str
+    raw: tuple[object, ...]
+
+
+def name_of(tokens: Tokens, outer: Tokens, lex: Lexicon) -> Name:
+    """The name of the path `tokens` inside a family whose own path is `outer` (which only gives context)."""
+    found = list(concepts(tokens, lex))
+    have = set(found)
+    for concept in found:
+        have.update(lex.implies.get(concept, ()))
+    _resolve(have, found, lex)
+    return Name(frozenset(have), found[-1] if found else "", tuple(tokens))
+
+
+_QUALIFIED = frozenset(("q", "k", "v", "qkv", "kv", "o", "up", "gate", "down", "in", "norm", "router", "patch"))
+
+
+def _resolve(have: set[str], found: list[str], lex: Lexicon) -> None:
+    """`out` and `proj` say which projection only beside attn or mlp."""
+    if not lex.implies or have & _QUALIFIED or not have & {"out", "proj"}:
+        return
+    if "attn" in have and "mlp" not in have:
+        have |= {"o", "out"}
+    elif "mlp" in have and "attn" not in have:
+        have |= {"down", "out"}
+
+
+def contradicts(a: frozenset[str], b: frozenset[str], lex: Lexicon) -> str:
+    """The concepts by which two names exclude each other, as text; empty where they do not."""
+    for group in lex.exclusive:
+        mine = a & group
+        if mine:
+            theirs = b & group
+            if theirs and mine.isdisjoint(theirs):
+                return f"{'/'.join(sorted(mine))} against {'/'.join(sorted(theirs))}"
+    return ""
+
+
+def strip_common(names: Sequence[frozenset[str]]) -> frozenset[str]:
+    """The concepts that nearly all of the names hold: a root prefix, which tells them apart in nothing."""
+    if len(names) < 4:
+        return frozenset()
+    counts: dict[str, int] = {}
+    for name in names:
+        for concept in name:
+            counts[concept] = counts.get(concept, 0) + 1
+    return frozenset(concept for concept, count in counts.items() if count >= 0.9 * len(names))

@@ -1,0 +1,158 @@
+"""Order as evidence: numbered siblings, and norms along the residual stream. Only complete, agreeing orders count."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from graftax.match.names import Lexicon
+from graftax.match.pairs import Pair, Scope
+from graftax.match.sides import Module, Token
+
+
+def components(pairs: list[Pair]) -> list[tuple[list[Module], list[Module], dict[tuple[int, int], Pair]]]:
+    """Open pairs cut into connected groups: (torch modules, Flax modules, pairs by both ids)."""
+    by_t: defaultdict[int, list[Pair]] = defaultdict(list)
+    by_f: defaultdict[int, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_t[id(pair.torch)].append(pair)
+        by_f[id(pair.flax)].append(pair)
+    seen: set[int] = set()
+    out: list[tuple[list[Module], list[Module], dict[tuple[int, int], Pair]]] = []
+    for start in pairs:
+        if id(start) in seen:
+            continue
+        found: dict[tuple[int, int], Pair] = {}
+        left: dict[int, Module] = {}
+        right: dict[int, Module] = {}
+        stack = [start]
+        while stack:
+            pair = stack.pop()
+            if id(pair) in seen:
+                continue
+            seen.add(id(pair))
+            found[(id(pair.torch), id(pair.flax))] = pair
+            left[id(pair.torch)] = pair.torch
+            right[id(pair.flax)] = pair.flax
+            stack += by_t[id(pair.torch)] + by_f[id(pair.flax)]
+        out.append((list(left.values()), list(right.values()), found))
+    return out
+
+
+def in_order(pairs: list[Pair], scope: Scope, trusted: bool) -> list[Pair]:
+    """Pairs that a complete order on both sides settles. `trusted`: nothing in this scope shows numbers out of order."""
+    out: list[Pair] = []
+    for torch, flax, found in components([pair for pair in pairs if pair.whole]):
+        if len(torch) != len(flax) or len(torch) < 2:
+            continue
+        for left, right, why in _orders(torch, flax, scope, trusted):
+            chosen = [found.get((id(a), id(b))) for a, b in zip(left, right, strict=True)]
+            if any(pair is None or pair.blocked for pair in chosen):
+                continue
+            for pair in chosen:
+                assert pair is not None
+                pair.why = why
+            out += [pair for pair in chosen if pair is not None]
+            break
+    return out
+
+
+def _orders(
+    torch: list[Module], flax: list[Module], scope: Scope, trusted: bool
+) -> list[tuple[list[Module], list[Module], str]]:
+    out: list[tuple[list[Module], list[Module], str]] = []
+    numbers_t, numbers_f = _numbered(torch), _numbered(flax)
+    if numbers_t is not None and numbers_f is not None and trusted and _one_thing(numbers_t[0], numbers_f[0], scope):
+        out.append((numbers_t, numbers_f, "order of the numbers"))
+    stream_t, stream_f = _stream(torch, scope, True), _stream(flax, scope, False)
+    if stream_t is not None and stream_f is not None:
+        out.append((stream_t, stream_f, "order along the block"))
+    elif stream_t is not None and numbers_f is not None and trusted:
+        out.append((stream_t, numbers_f, "order along the block"))
+    elif stream_f is not None and numbers_t is not None and trusted:
+        out.append((numbers_t, stream_f, "order along the block"))
+    return out
+
+
+def template(tokens: tuple[Token, ...]) -> tuple[object, ...]:
+    """The path with its numbers taken out."""
+    return tuple(0 if isinstance(token, int) else token for token in tokens)
+
+
+def _numbered(modules: list[Module]) -> list[Module] | None:
+    """The modules by their numbers, if they differ in nothing else."""
+    if len({template(module.tokens) for module in modules}) != 1:
+        return None
+    numbers = [tuple(token for token in module.tokens if isinstance(token, int)) for module in modules]
+    if len(set(numbers)) != len(numbers):
+        return None
+    return [module for _, module in sorted(zip(numbers, modules, strict=True), key=lambda item: item[0])]
+
+
+def _one_thing(torch: Module, flax: Module, scope: Scope) -> bool:
+    """The names share a word, or neither says anything but the kind of layer."""
+    a, b = scope.name(torch, True).concepts - scope.common, scope.name(flax, False).concepts - scope.common
+    if a & b:
+        return True
+    return all(scope.lex.weight(concept) < 0.5 for concept in a | b)
+
+
+_STAGES: tuple[tuple[str, float], ...] = (
+    ("pre~attn", 0.9), ("pre~self", 0.9), ("post~attn", 1.5), ("post~self", 1.5),
+    ("pre~cross", 1.8), ("post~cross", 2.4), ("pre~mlp", 2.6), ("post~mlp", 3.4),
+    ("cross", 2.1), ("attn", 1.2), ("mlp", 3.0),
+    ("in", 0.5), ("pre", 0.6), ("final", 4.0), ("post", 3.6), ("out", 3.8),
+)  # fmt: skip
+"""Where along a block a norm stands, by the first of these concepts in its name."""
+_PAIR = (("up", 0.0), ("down", 1.0))
+
+
+def _stream(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | None:
+    """Norms along the residual stream, or the two Linears of a feed-forward part, if every one says its place."""
+    names = [scope.name(module, torch).concepts for module in modules]
+    if not scope.lex.little:
+        return None
+    if all("norm" in name for name in names):
+        table = _STAGES
+    elif len(modules) == 2:
+        table = _PAIR
+    else:
+        return None
+    places: list[float] = []
+    for name in names:
+        place = next((at for concept, at in table if concept in name), None)
+        if place is None:
+            return None
+        places.append(place)
+    if len(set(places)) != len(places):
+        return None
+    return [module for _, module in sorted(zip(places, modules, strict=True), key=lambda item: item[0])]
+
+
+def out_of_order(pairs: list[Pair]) -> bool:
+    """Pairs that shapes alone force run against the order of their numbers: a visible trace that numbers do not count
+    the same thing on both sides."""
+    rows: defaultdict[int, int] = defaultdict(int)
+    cols: defaultdict[int, int] = defaultdict(int)
+    for pair in pairs:
+        rows[id(pair.torch)] += 1
+        cols[id(pair.flax)] += 1
+    groups: defaultdict[tuple[object, object], list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
+    for pair in pairs:
+        if rows[id(pair.torch)] == 1 and cols[id(pair.flax)] == 1:
+            groups[(template(pair.torch.tokens), template(pair.flax.tokens))].append(
+                (_ints(pair.torch), _ints(pair.flax))
+            )
+    for found in groups.values():
+        found.sort()
+        if any(b[1] < a[1] for a, b in zip(found, found[1:], strict=False)):
+            return True
+    return False
+
+
+def _ints(module: Module) -> tuple[int, ...]:
+    return tuple(token for token in module.tokens if isinstance(token, int))
+
+
+def auto_numbered(pair: Pair, lex: Lexicon) -> bool:
+    """The two names agree in their numbers only: one side counts calls."""
+    return pair.why == "order of the numbers" and template(pair.torch.tokens) != template(pair.flax.tokens)

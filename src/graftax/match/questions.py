@@ -1,0 +1,115 @@
+"""What inference leaves open, as questions: each with its candidates and the rule lines that settle them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from graftax.match.choose import Choice
+from graftax.match.engine import Result, Settled, open_links
+from graftax.match.orders import components
+from graftax.match.pairs import Label, Link, Pair, Scope
+from graftax.match.rendering import column_rule
+from graftax.match.sides import Column, Module
+from graftax.plan_text import fold_names
+from graftax.plans import Candidate, Question
+
+_MOST = 3  # modules of one component that are asked in one question
+
+
+def questions(result: Result, sides: tuple[str, str], turned: bool) -> list[Question]:
+    """Every question of the result. `turned`: the torch end is like, so that its leaves are the targets."""
+    out: list[Question] = []
+    for item in result.settled:
+        out += _readings(item, sides, turned)
+        out += _matches(item, sides, turned)
+    return out
+
+
+def _paths(columns: Iterable[Column]) -> tuple[str, ...]:
+    return tuple(path for column in columns for paths in column.paths.values() for path in paths)
+
+
+def _columns(modules: Iterable[Module]) -> list[Column]:
+    return [column for module in modules for column in module.roles.values() if column.role != "counter"]
+
+
+def _readings(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:
+    out: list[Question] = []
+    stacks: dict[tuple[Label, ...], list[tuple[Pair, Link]]] = {}
+    for pair, link, choice in open_links(item):
+        if choice.kind == "stack":
+            stacks.setdefault(choice.open, []).append((pair, link))
+            continue
+        out.append(_reading(item.scope, [(pair, link)], choice, sides, turned))
+    for open_, links in stacks.items():
+        out.append(_reading(item.scope, links, Choice(None, "", open_, "stack"), sides, turned))
+    return out
+
+
+def _reading(
+    scope: Scope, links: list[tuple[Pair, Link]], choice: Choice, sides: tuple[str, str], turned: bool
+) -> Question:
+    torch = _paths(link.torch for _, link in links)
+    flax = _paths(link.flax for _, link in links)
+    pair, link = links[0]
+    found: list[Candidate] = []
+    for label in choice.open:
+        labels = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
+        for known in labels[:2]:
+            rule = column_rule(scope, pair.torch, pair.flax, link, known, sides)
+            where = f"stacked on axis {', '.join(map(str, known[0]))}" if known[0] else known[1]
+            found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), where))
+    what = "the axis on which it is stacked" if choice.kind == "stack" else "its layout"
+    names = ", ".join(fold_names(torch if turned else flax)[:4])
+    text = f"{names}: shapes fit in {len(found)} ways; nothing says which is {what}"
+    return Question(choice.kind, text, torch if turned else flax, flax if turned else torch, tuple(found))
+
+
+def _matches(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:
+    out: list[Question] = []
+    for torch, flax, found in components(item.board.pairs()):
+        wanted = torch if turned else flax
+        if len(wanted) <= _MOST:
+            out.append(_match(item.scope, wanted, torch, flax, list(found.values()), sides, turned))
+            continue
+        for module in wanted:
+            mine = [p for p in found.values() if (p.torch if turned else p.flax) is module]
+            others = [p.flax if turned else p.torch for p in mine]
+            out.append(
+                _match(item.scope, [module], [module] if turned else others, others if turned else [module], mine,
+                       sides, turned)
+            )  # fmt: skip
+    return out
+
+
+def _match(
+    scope: Scope,
+    wanted: list[Module],
+    torch: list[Module],
+    flax: list[Module],
+    pairs: list[Pair],
+    sides: tuple[str, str],
+    turned: bool,
+) -> Question:
+    targets = _paths(_columns(torch if turned else flax))
+    sources = _paths(_columns(flax if turned else torch))
+    found: list[Candidate] = []
+    for module in wanted:
+        mine = [p for p in pairs if (p.torch if turned else p.flax) is module]
+        mine.sort(key=lambda p: (bool(p.blocked), -p.total))
+        for pair in mine:
+            link = pair.links[0]
+            label = min(link.labels) if len(link.labels) == 1 else _usual(link)
+            rule = column_rule(scope, pair.torch, pair.flax, link, label, sides)
+            why = f"names share {', '.join(pair.shared)}" if pair.shared else "fits by shape"
+            why += f"; against it: {pair.blocked}" if pair.blocked else ""
+            found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), why))
+    names = ", ".join(fold_names(_paths([next(iter(m.roles.values())) for m in wanted]))[:4])
+    text = f"{names}: {len(found)} candidates, and names and structure do not tell which"
+    return Question("match", text, targets, sources, tuple(found))
+
+
+def _usual(link: Link) -> Label:
+    """The reading a rule line should name where several fit: the convention of the field."""
+    order = ("linear", "conv", "identity", "reshape")
+    return min(link.labels, key=lambda label: (order.index(label[1]) if label[1] in order else 9, label))

@@ -1,0 +1,123 @@
+"""Rule lines: what a user pastes to settle one column."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from graftax.match.pairs import Label, Link, Scope
+from graftax.match.sides import Column, Key, Module, Token
+from graftax.rules.template import escape_key
+from graftax.rules.text import rule_line
+
+_NUMBER = re.compile(r"\d+(?![A-Za-z\d])")
+_INDICES = "lmnpqrs"
+_LAYOUTS = frozenset(("linear", "identity", "conv", "conv_transpose"))
+
+
+def column_rule(scope: Scope, torch: Module, flax: Module, link: Link, label: Label | None, sides: tuple[str, str]) -> str:
+    """The rule line that pairs two columns, with the reading `label`. `sides`: the words for the ends."""
+    t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax)
+    keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
+    if label is not None:
+        keys |= _reading_keys(label[1], link)
+        if stack and label[0]:
+            keys["stack"] = dict(zip(stack, label[0], strict=False))
+    return rule_line(**keys)
+
+
+def _reading_keys(reading: str, link: Link) -> dict[str, object]:
+    shape = next(iter(link.torch.shapes.values()))
+    if reading in _LAYOUTS:
+        return {"layout": reading} if len(shape) > 1 else {}
+    if reading.startswith("heads "):
+        target = next(chain[0] for (label, _, _), chain in link.chains.items() if label[1] == reading)
+        return {"ops": reading.removeprefix("heads "), **dict(getattr(target, "sizes", ()))}
+    chain = next(chain for (label, _, _), chain in link.chains.items() if label[1] == reading)
+    if chain and hasattr(chain[0], "pattern"):
+        first = chain[0]
+        grouped = {name for name in re.findall(r"\(([^)]*)\)", first.pattern) for name in name.split()}
+        return {"ops": first.pattern, **{name: size for name, size in first.sizes if name in grouped}}
+    return {}
+
+
+def templates(
+    scope: Scope, torch: Module, flax: Module, left: Column, right: Column
+) -> tuple[str, str, tuple[str, ...]]:
+    """Both path templates, and the names of indices that stand on one side only (stacked)."""
+    shared = [(t, f) for t, f in scope.keys if t in left.paths and f in right.paths]
+    shared = shared or [(t, f) for t, f in scope.keys if t in left.paths or f in right.paths] or scope.keys
+    t_key, f_key = shared[0]
+    t_index, f_index = _indices([t for t, _ in shared], [f for _, f in shared])
+    extra_t, extra_f = len(left.stack), len(right.stack)
+    stack = tuple(_INDICES[len(t_key) + n] for n in range(extra_t or extra_f))
+    t_path = _template(left.paths.get(t_key) or next(iter(left.paths.values())), torch, t_index, stack if extra_t else ())
+    f_path = _template(right.paths.get(f_key) or next(iter(right.paths.values())), flax, f_index, stack if extra_f else ())
+    return t_path, f_path, stack
+
+
+def _template(paths: Sequence[str], module: Module, index: Sequence[str], stack: Sequence[str]) -> str:
+    """The first path with its counting numbers as indices."""
+    path = paths[0]
+    numbers: list[Token] = [t for t in (*module.outer, *module.tokens) if not isinstance(t, str)]
+    names = iter([*index, *stack])
+    out: list[str] = []
+    end = 0
+    counting = [isinstance(token, tuple) for token in numbers]
+    if stack:
+        # A stacked number was cut out of the module's tokens: every number that varies among the paths counts.
+        rows = [_NUMBER.findall(p) for p in paths]
+        varies = [len({row[i] for row in rows}) > 1 for i in range(len(rows[0]))]
+        spots = [i for i, moves in enumerate(varies) if moves][: len(stack)]
+        plain = iter(numbers)
+        counting = [True if i in spots else isinstance(next(plain, 0), tuple) for i in range(len(rows[0]))]
+    for n, found in enumerate(_NUMBER.finditer(path)):
+        if n < len(counting) and counting[n]:
+            name = next(names, None)
+            if name is not None:
+                out.append(escape_key(path[end : found.start()]) + "{" + name + "}")
+                end = found.end()
+    return "".join(out) + escape_key(path[end:])
+
+
+def _indices(torch: list[Key], flax: list[Key]) -> tuple[list[str], list[str]]:
+    """How the numbers of both sides hang together: the same, an offset, or (major, minor) counted through."""
+    names = list(_INDICES)
+    p, q = len(torch[0]), len(flax[0])
+    if p == q:
+        offsets = [{b[i] - a[i] for a, b in zip(torch, flax, strict=True)} for i in range(p)]
+        if all(len(o) == 1 for o in offsets):
+            left: list[str] = []
+            right: list[str] = []
+            for i, (offset,) in enumerate(map(tuple, offsets)):
+                left.append(names[i] if offset >= 0 else f"{names[i]}+{-offset}")
+                right.append(names[i] if offset <= 0 else f"{names[i]}+{offset}")
+            return left, right
+    for one, two, turned in ((torch, flax, False), (flax, torch, True)):
+        if len(one[0]) == 2 and len(two[0]) == 1:
+            found = _counted(one, [key[0] for key in two])
+            if found is not None:
+                first, width = found
+                pair = [_plus(names[0], one[0][0]), _plus(names[1], one[0][1])]
+                through = [f"{width}*{names[0]}+{names[1]}" + (f"+{first}" if first else "")]
+                return (through, pair) if turned else (pair, through)
+    # Nothing simple: the numbers of the first instance stand as they are.
+    return ([], [])
+
+
+def _plus(name: str, offset: int) -> str:
+    return f"{name}+{offset}" if offset else name
+
+
+def _counted(pairs: list[Key], singles: list[int]) -> tuple[int, int] | None:
+    """(first, width) where single = width x (major - major_0) + minor - minor_0 + first."""
+    major, minor = pairs[0]
+    first = singles[0]
+    widths = {
+        (s - first - (b - minor)) // (a - major) for (a, b), s in zip(pairs, singles, strict=True) if a != major
+    }
+    if len(widths) != 1:
+        return None
+    (width,) = widths
+    exact = all(s == width * (a - major) + (b - minor) + first for (a, b), s in zip(pairs, singles, strict=True))
+    return (first, width) if exact and width > 0 and first >= 0 else None

@@ -1,0 +1,52 @@
+"""What a leaf is to its module, from the leaf's own name: weight, bias, mean, var, g, v, or a value by itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Kind = Literal["kernel", "embedding", "norm", "free", "raw"]
+"""kernel: Flax keeps a Dense or Conv there; embedding: nn.Embed; norm: a scale; free: a weight of an unstated layout;
+raw: a bare parameter, whose own name is the module's."""
+
+# leaf name: (role, kind)
+ROLES: dict[str, tuple[str, Kind]] = {
+    "weight": ("weight", "free"),
+    "kernel": ("weight", "kernel"),
+    "embedding": ("weight", "embedding"),
+    "scale": ("weight", "norm"),
+    "gamma": ("weight", "norm"),
+    "w": ("weight", "free"),
+    "bias": ("bias", "free"),
+    "beta": ("bias", "norm"),
+    "b": ("bias", "free"),
+    "running_mean": ("mean", "norm"),
+    "running_var": ("var", "norm"),
+    "moving_mean": ("mean", "norm"),
+    "moving_variance": ("var", "norm"),
+    "moving_var": ("var", "norm"),
+    "mean": ("mean", "norm"),
+    "var": ("var", "norm"),
+    "weight_g": ("g", "free"),
+    "weight_v": ("v", "free"),
+    "kernel_g": ("g", "kernel"),
+    "kernel_v": ("v", "kernel"),
+    "num_batches_tracked": ("counter", "norm"),
+}
+
+SUFFIXES: tuple[tuple[str, str, Kind], ...] = (
+    ("_weight", "weight", "free"),
+    ("_kernel", "weight", "kernel"),
+    ("_bias", "bias", "free"),
+)
+"""Endings of a bare parameter's name that tell its role: `in_proj_weight` is the weight of `in_proj`."""
+
+
+def role_of(last: str) -> tuple[str, str, Kind]:
+    """(role, kind, what is left of the name for the module's path) of a leaf's last part."""
+    known = ROLES.get(last)
+    if known is not None:
+        return known[0], known[1], ""
+    for ending, role, kind in SUFFIXES:
+        if last.endswith(ending) and len(last) > len(ending):
+            return role, kind, last[: -len(ending)]
+    return "value", "raw", last

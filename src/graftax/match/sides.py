@@ -1,0 +1,365 @@
+"""One side of a match: leaves grouped into modules, modules into families of repeated blocks.
+
+A *family* is a path prefix whose numbers count alike blocks (`layers.*`); the root is the family without numbers. A
+*module* is a path inside a family with its leaves by role; a *column* is one leaf of a module over all instances of the
+family, and is decided once. Cost: a few dictionary operations a leaf, everything else per template.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from graftax.match.names import split_words
+from graftax.match.roles import Kind, role_of
+from graftax.match.words import BUFFERS, COLLECTIONS, WRAPPERS
+from graftax.tree import Side, TensorSpec, unescape_part
+
+Key = tuple[int, ...]
+Shape = tuple[int, ...]
+Token = str | int | tuple[int]
+"""A word, a number that is part of the name, or `(kind,)`: a number that counts blocks of one kind."""
+
+_NUMBER = re.compile(r"\d+(?![A-Za-z\d])")
+_MARK = "\0"
+_LIKENESS = 0.3  # blocks that share this part of their leaves (Jaccard) are of one family
+_LIST = 4  # numbered single modules of one shape from this many on are a family too
+
+
+@dataclass(slots=True)
+class Column:
+    """One leaf of a module over the instances of its family. `paths` holds several paths an instance where the column
+    is a virtual stack; `stack` counts them, outermost first."""
+
+    role: str
+    kind: Kind
+    leaf: str
+    paths: dict[Key, tuple[str, ...]]
+    shapes: dict[Key, Shape]
+    stack: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Elements of the first instance, stacked ones included."""
+        first = next(iter(self.shapes))
+        return math.prod(self.shapes[first]) * math.prod(self.stack)
+
+
+@dataclass(slots=True, eq=False)
+class Module:
+    """Leaves that live together. `tokens`: the path inside the family; `outer`: the words of the family's path."""
+
+    tokens: tuple[Token, ...]
+    outer: tuple[Token, ...]
+    roles: dict[str, Column] = field(default_factory=dict[str, Column])
+    raw: bool = False
+    alias: list[tuple[Token, ...]] = field(default_factory=list[tuple[Token, ...]])
+
+    @property
+    def support(self) -> frozenset[Key]:
+        """The instances that hold it."""
+        if len(self.roles) == 1:
+            return frozenset(next(iter(self.roles.values())).paths)
+        return frozenset(key for column in self.roles.values() for key in column.paths)
+
+    @property
+    def size(self) -> int:
+        return sum(column.size for column in self.roles.values())
+
+
+@dataclass(slots=True, eq=False)
+class Family:
+    """Repeated blocks: the prefix (a tuple for each counting number), the instances in order, their modules and sizes."""
+
+    prefix: tuple[Token, ...]
+    keys: list[Key]
+    modules: list[Module]
+    sizes: list[int]
+
+
+@dataclass(slots=True)
+class _Template:
+    """Leaves whose paths differ in their numbers only."""
+
+    tokens: tuple[str, ...]  # words and _MARK
+    role: str
+    kind: Kind
+    leaf: str
+    raw: bool
+    rows: list[tuple[Key, str, Shape]]
+    resolved: tuple[Token, ...] = ()
+    variables: tuple[int, ...] = ()
+    numbers: int = 0
+
+
+@dataclass(slots=True)
+class SideView:
+    """All families of one side, the root first, and the leaves set aside as known buffers (path -> reason)."""
+
+    families: list[Family]
+    buffers: dict[str, str]
+    count: int
+
+
+def view(
+    specs: Mapping[str, TensorSpec],
+    side: Side,
+    skip: Iterable[str] = (),
+    exact: frozenset[tuple[Token, ...]] = frozenset(),
+    loose: frozenset[tuple[Token, ...]] = frozenset(),
+) -> SideView:
+    """The modules and families of one side. `skip`: leaves that are settled. Families in `exact` are cut to instances
+    of exactly the same leaves; those in `loose` are dissolved: their numbers become part of the names."""
+    left = set(skip)
+    templates, buffers = _templates(specs, side, left)
+    out: list[_Template] = []
+    _walk(templates, 0, out, exact, loose)
+    return SideView(_families(out), buffers, len(specs))
+
+
+def _templates(
+    specs: Mapping[str, TensorSpec], side: Side, skip: set[str]
+) -> tuple[list[_Template], dict[str, str]]:
+    grouped: dict[str, list[tuple[Key, str, Shape]]] = {}
+    findall, sub = _NUMBER.findall, _NUMBER.sub
+    for path, spec in specs.items():
+        if path in skip:
+            continue
+        name = _plain(path) if "parametrizations" in path else path
+        skeleton = sub(_MARK, name)
+        numbers = tuple(map(int, findall(name))) if _MARK in skeleton else ()
+        if len(numbers) != skeleton.count(_MARK):
+            skeleton, numbers = name.replace(_MARK, "_"), ()
+        rows = grouped.get(skeleton)
+        if rows is None:
+            rows = grouped[skeleton] = []
+        rows.append((numbers, path, spec.shape))
+    out: list[_Template] = []
+    buffers: dict[str, str] = {}
+    for skeleton, rows in grouped.items():
+        parts = _parts(skeleton, side)
+        reason = _buffer(parts, rows, specs) if side == "torch" else None
+        if reason is not None:
+            buffers.update((path, reason) for _, path, _ in rows)
+            continue
+        role, kind, rest = role_of(parts[-1])
+        words = [word for part in (*parts[:-1], rest) if part for word in split_words(part)]
+        out.append(_Template(tuple(words), role, kind, parts[-1], bool(rest), rows))
+    return out, buffers
+
+
+_PARAMETRIZED = (
+    (".parametrizations.weight.original0", ".weight_g"),
+    (".parametrizations.weight.original1", ".weight_v"),
+    (".parametrizations.weight.original", ".weight"),
+)
+
+
+def _plain(path: str) -> str:
+    for new, old in _PARAMETRIZED:
+        if path.endswith(new):
+            return path[: -len(new)] + old
+    return path
+
+
+def _parts(skeleton: str, side: Side) -> list[str]:
+    if side == "torch":
+        parts = skeleton.split(".")
+    else:
+        parts = [unescape_part(part) for part in skeleton.split("/")]
+        if parts[0] in COLLECTIONS and len(parts) > 1:
+            parts = parts[1:]
+        if parts[-1] in ("value", "raw_value") and len(parts) > 1:
+            parts = parts[:-1]
+    parts = [part for part in parts[:-1] if part not in WRAPPERS] + parts[-1:]
+    if len(parts) > 1 and parts[0] == "module" and side == "torch":
+        parts = parts[1:]
+    return parts
+
+
+def _buffer(parts: list[str], rows: list[tuple[Key, str, Shape]], specs: Mapping[str, TensorSpec]) -> str | None:
+    reason = BUFFERS.get(parts[-1])
+    if reason is not None:
+        return reason
+    if parts[-1] == "bias" and all(len(s) == 4 and s[:2] == (1, 1) and s[2] == s[3] for _, _, s in rows):
+        return "causal mask, recomputed"
+    return None
+
+
+# ---------------------------------------------------------------- which numbers count blocks
+
+
+def _walk(
+    templates: list[_Template],
+    at: int,
+    out: list[_Template],
+    exact: frozenset[tuple[Token, ...]],
+    loose: frozenset[tuple[Token, ...]],
+) -> None:
+    """Decide every number of the templates, which share their resolved tokens up to `at`."""
+    while True:
+        ends = [t for t in templates if len(t.tokens) == at]
+        out += ends
+        rest = [t for t in templates if len(t.tokens) > at] if ends else templates
+        if not rest:
+            return
+        first = rest[0].tokens[at]
+        if any(t.tokens[at] != first for t in rest):
+            groups: defaultdict[str, list[_Template]] = defaultdict(list)
+            for template in rest:
+                groups[template.tokens[at]].append(template)
+            for group in groups.values():
+                _walk(group, at, out, exact, loose)
+            return
+        templates = rest
+        if first == _MARK:
+            for group in _numbered(rest, at, exact, loose):
+                _walk(group, at + 1, out, exact, loose)
+            return
+        for template in rest:
+            template.resolved = (*template.resolved, first)
+        at += 1
+
+
+def _numbered(
+    templates: list[_Template], at: int, exact: frozenset[tuple[Token, ...]], loose: frozenset[tuple[Token, ...]]
+) -> list[list[_Template]]:
+    """The templates cut by their number at `at`: one group a family of blocks, one a number that is a name."""
+    place = templates[0].numbers  # numbers before `at`: the same for all
+    prefix = (*templates[0].resolved, (0,))
+    holds: defaultdict[int, set[int]] = defaultdict(set)
+    for j, template in enumerate(templates):
+        for value in {row[0][place] for row in template.rows}:
+            holds[value].add(j)
+    classes: defaultdict[frozenset[int], list[int]] = defaultdict(list)
+    for value, members in holds.items():
+        classes[frozenset(members)].append(value)
+    clusters: list[tuple[frozenset[int], list[int]]] = []
+    for members, values in sorted(classes.items(), key=lambda item: (-len(item[1]), min(item[1]))):
+        for i, (other, have) in enumerate(clusters):
+            if prefix not in exact and len(members & other) >= _LIKENESS * len(members | other):
+                clusters[i] = (members | other, have + values)
+                break
+        else:
+            clusters.append((members, values))
+    variable: list[list[int]] = []
+    for members, values in clusters:
+        if prefix in loose or len(values) < 2:
+            continue
+        tails = {templates[j].tokens[at + 1 :] for j in members}
+        if len(tails) >= 2 or (len(values) >= _LIST and _alike(templates, members, values, place)):
+            variable.append(values)
+    return _cut(templates, place, variable, prefix in exact)
+
+
+def _alike(templates: list[_Template], members: frozenset[int], values: list[int], place: int) -> bool:
+    """The numbers run without a gap, and every instance has the same shapes: a list of one module."""
+    if max(values) - min(values) + 1 != len(values):
+        return False
+    return all(len({row[2] for row in templates[j].rows}) == 1 for j in members)
+
+
+def _cut(
+    templates: list[_Template], place: int, variable: list[list[int]], apart: bool
+) -> list[list[_Template]]:
+    owner: dict[int, int] = {value: i for i, values in enumerate(variable) for value in values}
+    out: defaultdict[tuple[int, int], list[_Template]] = defaultdict(list)
+    for template in templates:
+        cut: defaultdict[tuple[int, int], list[tuple[Key, str, Shape]]] = defaultdict(list)
+        if len(variable) == 1 and len(owner) > 1 and all(row[0][place] in owner for row in template.rows):
+            cut[(0, 0)] = template.rows
+        else:
+            for row in template.rows:
+                value = row[0][place]
+                family = owner.get(value)
+                cut[(1, value) if family is None else (0, family if apart else 0)].append(row)
+        for mark, rows in cut.items():
+            counts = mark[0] == 0
+            token: Token = (mark[1] if apart else 0,) if counts else mark[1]
+            out[mark].append(
+                _Template(
+                    template.tokens, template.role, template.kind, template.leaf, template.raw, rows,
+                    (*template.resolved, token),
+                    (*template.variables, place) if counts else template.variables,
+                    place + 1,
+                )  # fmt: skip
+            )
+    return list(out.values())
+
+
+# ---------------------------------------------------------------- families
+
+
+def _families(templates: list[_Template]) -> list[Family]:
+    """Templates to families. Two families of one prefix (cut by kind of block) stay apart by their sets of keys."""
+    groups: dict[tuple[Token, ...], list[tuple[_Template, int]]] = {}
+    for template in templates:
+        cut = max((i + 1 for i, token in enumerate(template.resolved) if isinstance(token, tuple)), default=0)
+        groups.setdefault(template.resolved[:cut], []).append((template, cut))
+    totals: dict[tuple[Token, ...], defaultdict[Key, int]] = {}
+    modules: dict[tuple[Token, ...], list[Module]] = {}
+    for prefix, members in groups.items():
+        modules[prefix] = _modules(members, prefix)
+    for prefix, found in modules.items():
+        cuts = [i + 1 for i, token in enumerate(prefix) if isinstance(token, tuple)]
+        for module in found:
+            for column in module.roles.values():
+                if column.role == "counter":
+                    continue
+                for key, shape in column.shapes.items():
+                    size = math.prod(shape)
+                    for depth, cut in enumerate(cuts, 1):
+                        totals.setdefault(prefix[:cut], defaultdict(int))[key[:depth]] += size
+    out = [Family((), [()], modules.pop((), []), [0])]
+    for prefix, found in modules.items():
+        for keys in _kinds(found):
+            inside = [m for m in found if not m.support.isdisjoint(keys)]
+            ordered = sorted(keys)
+            out.append(Family(prefix, ordered, inside, [totals[prefix][key] for key in ordered]))
+    return out
+
+
+def _kinds(modules: list[Module]) -> list[set[Key]]:
+    """The instances of a prefix in groups that share modules (clusters of blocks that hold nothing in common)."""
+    groups: list[set[Key]] = []
+    for module in modules:
+        keys = set(module.support)
+        touching = [g for g in groups if not g.isdisjoint(keys)]
+        for group in touching:
+            keys |= group
+            groups.remove(group)
+        groups.append(keys)
+    return groups
+
+
+def _modules(members: list[tuple[_Template, int]], prefix: tuple[Token, ...]) -> list[Module]:
+    out: dict[tuple[object, ...], Module] = {}
+    for template, cut in members:
+        tokens = template.resolved[cut:]
+        paths: dict[Key, tuple[str, ...]] = {}
+        shapes: dict[Key, Shape] = {}
+        places = template.variables
+        for numbers, path, shape in template.rows:
+            key = tuple(numbers[i] for i in places)
+            paths[key] = (path,)
+            shapes[key] = shape
+        column = Column(template.role, template.kind, template.leaf, paths, shapes)
+        # Blocks of another kind under the same prefix are other modules.
+        mark = (tokens, 0)
+        while True:
+            module = out.get(mark)
+            if module is None:
+                module = out[mark] = Module(tokens, prefix, raw=template.raw)
+            taken = module.roles.get(template.role)
+            if taken is None:
+                module.roles[template.role] = column
+                break
+            if taken.paths.keys().isdisjoint(paths) and taken.kind == column.kind:
+                taken.paths.update(paths)
+                taken.shapes.update(shapes)
+                break
+            mark = (tokens, mark[1] + 1)
+    return list(out.values())

@@ -1,0 +1,55 @@
+"""Families without a partner: blocks that the other side keeps stacked in one leaf (scanned layers, experts)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from graftax.match.sides import Column, Family, Key, Module, Token
+
+
+def outer_prefix(prefix: tuple[Token, ...]) -> tuple[Token, ...]:
+    """The prefix of the family around this one: up to the counting number before the last."""
+    places = [i for i, token in enumerate(prefix) if isinstance(token, tuple)]
+    return prefix[: places[-2] + 1] if len(places) > 1 else ()
+
+
+def virtual(family: Family) -> list[Module] | None:
+    """The family's modules as stacked modules of the scope around it; None where the instances are not alike."""
+    outer = outer_prefix(family.prefix)
+    inside = family.prefix[len(outer) : -1]
+    out: list[Module] = []
+    for module in family.modules:
+        made = Module((*inside, *module.tokens), outer, raw=module.raw)
+        for role, column in module.roles.items():
+            stacked = _stack(column)
+            if stacked is None:
+                return None
+            made.roles[role] = stacked
+        out.append(made)
+    return out
+
+
+def _stack(column: Column) -> Column | None:
+    groups: defaultdict[Key, list[Key]] = defaultdict(list)
+    for key in column.paths:
+        groups[key[:-1]].append(key)
+    counts = {len(keys) for keys in groups.values()}
+    if len(counts) != 1:
+        return None
+    paths: dict[Key, tuple[str, ...]] = {}
+    shapes: dict[Key, tuple[int, ...]] = {}
+    for outer, keys in groups.items():
+        if len({column.shapes[key] for key in keys}) != 1:
+            return None
+        ordered = sorted(keys)
+        paths[outer] = tuple(path for key in ordered for path in column.paths[key])
+        shapes[outer] = column.shapes[ordered[0]]
+    return Column(column.role, column.kind, column.leaf, paths, shapes, (counts.pop(), *column.stack))
+
+
+def stackable(modules: list[Module], others: list[Module]) -> bool:
+    """Most of the virtual modules have a leaf of their size on the other side."""
+    sizes = {math.prod(s) for m in others for c in m.roles.values() for s in set(c.shapes.values())}
+    found = [all(c.size in sizes for c in m.roles.values() if c.role != "counter") for m in modules]
+    return bool(found) and 2 * sum(found) > len(found)

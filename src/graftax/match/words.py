@@ -1,0 +1,209 @@
+"""The words that neural-network code uses, as data: synonyms, what excludes what, and how much a word says.
+
+No name of a model or of a family of models stands here: only words for parts, as they occur across the field.
+A *concept* is what synonyms share. Words that are not in the table are their own concept and count as telling.
+"""
+
+from __future__ import annotations
+
+SYNONYMS: dict[str, str] = {
+    # attention
+    "q": "q query queries wq qproj querys qry",
+    "k": "k key keys wk kproj",
+    "v": "v value values wv vproj val",
+    "qkv": "qkv wqkv inproj",
+    "kv": "kv wkv",
+    "o": "o oproj outproj",
+    "attn": "attn attention att attentions mha msa mhsa selfattn attns",
+    "self attn": "selfattention sa",
+    "cross attn": "crossattention crossattn ca xattn encdecattention",
+    "cross": "cross encdec inter",
+    # feed-forward
+    "mlp": "mlp ffn ff feedforward ffw fforward mlps ffns",
+    "up in": "up wi intermediate fcin inner expand upproj win",
+    "down out": "down downproj fcout wout contract",
+    "gate": "gate gating wg gateproj gates",
+    "in": "in input inp inputs",
+    "out": "out output outputs wo",
+    "expert": "expert experts",
+    "router": "router routing",
+    # norms
+    "norm": "norm ln layernorm layrnorm lnorm bn batchnorm gn groupnorm rmsnorm rms normalization normalisation norms"
+    " instancenorm normalize",
+    # embeddings
+    "embed": "embed embedding embeddings embedder emb embeds embeder",
+    "tok": "tok token tokens word words vocab vocabulary tokenizer",
+    "tok embed": "wte tokenembedder",
+    "pos embed": "wpe posembed posemb",
+    "pos": "pos position positions positional posit",
+    "seg": "segment seg segments",
+    "cls": "cls clstoken",
+    "patch": "patch patches patchify patchembed",
+    "mask": "mask masked",
+    # order and place
+    "pre": "pre before",
+    "post": "post after",
+    "final": "final last",
+    "first": "first",
+    "enc": "encoder enc encoders",
+    "dec": "decoder dec decoders",
+    "vision": "vision visual image img images",
+    "text": "text language txt lang textual",
+    "audio": "audio speech sound",
+    "rel": "relative rel",
+    "abs": "absolute abs",
+    "time": "time timestep timesteps",
+    "left": "left lhs",
+    "right": "right rhs",
+    "fwd": "forward fwd",
+    "bwd": "backward bwd reverse",
+    # ends
+    "head": "head classifier heads logits cls_head lmhead score classify classification clf",
+    "pool": "pool pooler pooling pooled",
+    "shortcut": "shortcut downsample skip residual identity",
+    "stem": "stem",
+    "proj": "proj projection project projector projections projected",
+    "linear": "linear lin fc dense fullyconnected affine",
+    "conv": "conv convolution conv1d conv2d conv3d convolutional convs cnn",
+    "deconv": "deconv convtranspose transposedconv upconv tconv convtranspose2d convtranspose1d deconvolution"
+    " convtransposed",
+    "depthwise": "depthwise dw dwconv",
+    "pointwise": "pointwise pw pwconv",
+    "layer": "layer layers block blocks blk blks resblock resblocks resnets unit units basicblock bottleneck h",
+    "stage": "stage stages level levels",
+    "model": "model models transformer backbone module net network base trunk main body core features feature seq",
+    "list": "list sequential items group groups modulelist",
+    "scale": "scale scaling gamma",
+    "shared": "shared share",
+    "type": "type types",
+    "table": "table",
+    "weight": "weight kernel w",
+    "bias": "bias b",
+    "": "to of the",
+}
+"""Concepts (several, if separated by a blank) -> the words for them."""
+
+PHRASES: dict[str, str] = {
+    "layer norm": "norm",
+    "layernorm embedding": "norm embed",
+    "batch norm": "norm",
+    "group norm": "norm",
+    "rms norm": "norm",
+    "instance norm": "norm",
+    "feed forward": "mlp",
+    "multi head attention": "attn",
+    "multi head dot product attention": "attn",
+    "multi headed attention": "attn",
+    "multihead attention": "attn",
+    "self attn": "self attn",
+    "self attention": "self attn",
+    "cross attn": "cross attn",
+    "cross attention": "cross attn",
+    "encoder attn": "cross attn",
+    "encoder attention": "cross attn",
+    "encoder decoder attention": "cross attn",
+    "enc dec attention": "cross attn",
+    "enc dec attn": "cross attn",
+    "encdec attention": "cross attn",
+    "dense relu dense": "mlp",
+    "token type": "seg",
+    "c attn": "qkv attn",
+    "query key value": "qkv",
+    "key value": "kv",
+    "q k v": "qkv",
+    "k v": "kv",
+    "c fc": "up in",
+    "c proj": "proj",
+    "ln f": "norm final",
+    "norm f": "norm final",
+    "final layer norm": "norm final",
+    "fc in": "up in",
+    "fc out": "down out",
+    "w in": "up in",
+    "w out": "down out",
+    "dense h to 4h": "up in",
+    "dense 4h to h": "down out",
+    "h to 4h": "up in",
+    "4h to h": "down out",
+    "lm head": "head",
+    "conv transpose": "deconv",
+    "transposed conv": "deconv",
+    "conv transposed": "deconv",
+    "depth wise": "depthwise",
+    "point wise": "pointwise",
+    "word embeddings": "tok embed",
+    "patch embed": "patch embed",
+    "down sample": "shortcut",
+    "basic block": "layer",
+    "dot product": "",
+}
+"""Consecutive words -> concepts; the longest phrase wins."""
+
+EXCLUSIVE: tuple[str, ...] = (
+    "q k v qkv kv o",
+    "up down gate",
+    "self cross",
+    "enc dec",
+    "vision text audio",
+    "pre post",
+    "pos tok seg",
+    "left right",
+    "fwd bwd",
+    "cls mask",
+    "in out",
+    "attn mlp",
+    "first final",
+    "mean var",
+    "depthwise pointwise",
+    "student teacher",
+    "online target",
+    "actor critic",
+    "source target",
+    "row col",
+    "height width",
+    "start end",
+    "real imag",
+    "mu logvar",
+    "key receptance",
+)
+"""Concepts of which a part is one: two parts that hold different ones are not the same part."""
+
+IMPLIES: dict[str, str] = {"q": "attn", "k": "attn", "v": "attn", "qkv": "attn", "o": "attn out", "kv": "attn",
+                           "up": "mlp", "down": "mlp out", "gate": "mlp"}  # fmt: skip
+"""What a concept says about the part around it."""
+
+SAYS_LITTLE = frozenset(
+    "norm linear conv proj layer stage model list weight bias scale table embed type deconv".split()
+)
+"""Words for kinds of layers and for wrappers: they tell a norm from a Linear, but not one Linear from another."""
+
+SAYS_SOME = frozenset("attn mlp enc dec in out self shared".split())
+"""Words for the part around a leaf."""
+
+WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module"))
+"""Path parts that torch.compile, FSDP and the like put in: not part of a name."""
+
+COLLECTIONS = frozenset(("params", "batch_stats", "buffers", "cache_params", "params_axes", "ema_params", "state"))
+"""First parts of a Linen path that name a collection and not a module."""
+
+BUFFERS: dict[str, str] = {
+    "num_batches_tracked": "batch counter, no effect in evaluation",
+    "position_ids": "0..n-1, recomputed",
+    "token_type_ids": "zeros, recomputed",
+    "inv_freq": "rotary frequencies, recomputed",
+    "original_inv_freq": "rotary frequencies, recomputed",
+    "masked_bias": "constant of a causal mask",
+    "relative_position_index": "index table, recomputed",
+    "attn_mask": "mask, recomputed",
+    "causal_mask": "mask, recomputed",
+    "tril": "mask, recomputed",
+    "rotary_pos_emb": "rotary table, recomputed",
+    "cos_cached": "rotary table, recomputed",
+    "sin_cached": "rotary table, recomputed",
+    "relative_coords_table": "index table, recomputed",
+    "total_ops": "a profiler's counter",
+    "total_params": "a profiler's counter",
+    "_extra_state": "state of the training engine",
+    "n_averaged": "counter of averaged steps",
+}
+"""Last part of a torch key that is a known buffer -> why it needs no place."""
