@@ -119,7 +119,9 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
         for key, value in node.items()
         if isinstance(value, dict) and census.tensors(value) and not _beside(key, value)
     ]
-    direct = [value for value in node.values() if isinstance(value, (Tensor, Refused))]
+    direct = [
+        value for key, value in node.items() if isinstance(value, (Tensor, Refused)) and not _beside(key, {})
+    ]  # a random state is a tensor too
     usual = [key for key in found if isinstance(key, str) and key.lower() in USUAL]
     if not found or (len(found) > 1 and not usual):
         return None
