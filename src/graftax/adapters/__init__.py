@@ -164,7 +164,7 @@ def map_leaves(obj: Any, new: Mapping[str, Any]) -> Any:
     if kind in {"torch module", "torch state_dict"}:
         from graftax.adapters import torch_tree
 
-        return torch_tree.map_state(obj.state_dict() if kind == "torch module" else obj, new)
+        return torch_tree.map_module(obj, new) if kind == "torch module" else torch_tree.map_state(obj, new)
     if kind == "linen model":
         raise UsageError("gx.linen(...) has shapes and no leaves to replace; pass the variables")
     if kind == "nnx module":
@@ -186,9 +186,9 @@ def live_leaves(obj: Any) -> dict[str, Any]:
     obj = _live(obj)
     kind = kind_of(obj)
     if kind in {"torch module", "torch state_dict"}:
-        from graftax.adapters import torch_containers
+        from graftax.adapters import torch_tree
 
-        return torch_containers.choose(obj.state_dict() if kind == "torch module" else obj, "the state_dict").tensors
+        return torch_tree.leaf_table(obj)
     if kind == "linen model":
         raise UsageError("gx.linen(...) has shapes and no leaves; pass the variables")
     from graftax.adapters import flax_tree

@@ -50,7 +50,7 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
             return {key: proxy(child, (*keys, key)) for key, child in node.items()}
         if isinstance(node, (list, tuple)):
             return [proxy(child, (*keys, index)) for index, child in enumerate(node)]
-        if containers.is_array(node):
+        if containers.is_array(node) and node.shape:
             others.append(keys)
         return (
             node if node is None or isinstance(node, (bool, int, float, str)) else pickles.Opaque(type(node).__name__)

@@ -129,13 +129,14 @@ def _module(path: str, module: torch.nn.Module, leaves: dict[str, str]) -> Modul
     kind = type(module)
     if hasattr(module, "parametrizations"):  # torch puts a class of its own in front
         kind = kind.__mro__[1]
+    name = getattr(module, "original_name", kind.__name__)  # of a scripted module
     plain = settings.collect((key, value) for key, value in vars(module).items() if key != "training")
-    for name, value in [*module._parameters.items(), *module._buffers.items()]:
-        plain.setdefault(name, value is not None)  # is there a bias?
-    if "parametrizations" in leaves or hasattr(module, "parametrizations"):
-        for name in module.parametrizations:  # pyright: ignore
-            plain.setdefault(name, True)
-    return Module(path, kind.__name__, settings.bases(kind), plain, leaves)
+    for role, value in [*module._parameters.items(), *module._buffers.items()]:
+        plain.setdefault(role, value is not None)  # is there a bias?
+    if hasattr(module, "parametrizations"):
+        for role in module.parametrizations:  # pyright: ignore
+            plain.setdefault(role, True)
+    return Module(path, name if isinstance(name, str) else kind.__name__, settings.bases(kind), plain, leaves)
 
 
 def _config(module: torch.nn.Module) -> Mapping[str, Any] | None:
@@ -221,18 +222,36 @@ def check_fit(state: Mapping[str, torch.Tensor], arrays: Mapping[str, Any]) -> N
 def map_state(tree: Mapping[Any, Any], arrays: Mapping[str, Any]) -> Any:
     """A state_dict (or the dict around it) of the same type, order and attributes with other tensors at the keys of
     `arrays`, on the old ones' devices; every other value is the same object."""
-    import torch
-
-    def make(old: Any, new: Any) -> Any:
-        spec = torch_arrays.spec_of_tensor(old)
-        made = torch_arrays.from_packed(new, spec, old) if spec.packed else torch_arrays.to_torch(new, old)
-        return torch.nn.Parameter(made, old.requires_grad) if isinstance(old, torch.nn.Parameter) else made
-
     chosen = torch_containers.choose(tree, "the state_dict")
     check_fit(chosen.tensors, arrays)
     return torch_containers.replaced(
-        tree, {chosen.places[key]: make(chosen.tensors[key], array) for key, array in arrays.items()}
+        tree, {chosen.places[key]: _like_old(chosen.tensors[key], array) for key, array in arrays.items()}
     )
+
+
+def map_module(module: torch.nn.Module, arrays: Mapping[str, Any]) -> Any:
+    """The state_dict of a Module with other tensors at the keys of `arrays`; the Module is not changed."""
+    state = module.state_dict()
+    check_fit(_tensors(state), arrays)
+    return torch_containers.replaced(state, {(key,): _like_old(state[key], array) for key, array in arrays.items()})
+
+
+def leaf_table(tree: Any) -> dict[str, torch.Tensor]:
+    """key -> tensor of a Module or a state_dict."""
+    import torch
+
+    if isinstance(tree, torch.nn.Module):
+        return _tensors(tree.state_dict(keep_vars=True))
+    return torch_containers.choose(tree, "the state_dict").tensors
+
+
+def _like_old(old: torch.Tensor, new: Any) -> torch.Tensor:
+    """A new tensor, a copy, on the device of the old one, and a Parameter where that is one."""
+    import torch
+
+    spec = torch_arrays.spec_of_tensor(old)
+    made = torch_arrays.from_packed(new, spec, old) if spec.packed else torch_arrays.to_torch(new, old)
+    return torch.nn.Parameter(made, old.requires_grad) if isinstance(old, torch.nn.Parameter) else made
 
 
 def assign_module(module: torch.nn.Module, arrays: Mapping[str, Any]) -> None:
