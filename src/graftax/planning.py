@@ -132,6 +132,7 @@ def _joined(first: Proposal, second: Proposal) -> Proposal:
         first.assumptions + second.assumptions,
         first.failures + second.failures,
         first.reads + second.reads,
+        first.broken + second.broken,
     )
 
 

@@ -124,13 +124,14 @@ class Assumption:
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """What a producer found: entries for what is settled, questions for what is not. `reads` says which values were
-    read while planning, and why."""
+    read while planning, and why; `broken` holds the keys (no ops) that a failure speaks for already."""
 
     entries: tuple[Entry, ...] = ()
     questions: tuple[Question, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
     failures: tuple[Failure, ...] = ()
     reads: tuple[str, ...] = ()
+    broken: tuple[Entry, ...] = ()
 
 
 @lru_cache(maxsize=65536)
@@ -251,7 +252,7 @@ class Plan:
         failures += _counted(entries, source, like)
         questions = list(proposal.questions)
         if not partial:
-            questions += _leftover(entries, questions, source, like)
+            questions += _leftover((*entries, *proposal.broken), questions, source, like)
         return cls(
             source, like, tuple(entries), tuple(questions), proposal.assumptions, tuple(failures), proposal.reads
         )

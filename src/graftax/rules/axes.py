@@ -1,0 +1,127 @@
+"""Axis names: what a tensor's own axes are called, the `ops` key, and the named layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from graftax.errors import RulesError, escape
+from graftax.layers.conv import SPATIAL, conv_pattern, flipped_ops, transposed_pattern
+from graftax.ops import Op, Rearrange, axis_groups, parse_pattern
+from graftax.tree import Side
+
+Groups = tuple[tuple[str, ...], ...]
+
+_OWN: Mapping[Side, tuple[str, ...]] = {
+    "torch": ("", "o", "o i", "o i k", "o i kh kw", "o i kd kh kw"),
+    "flax": ("", "o", "i o", "k i o", "kh kw i o", "kd kh kw i o"),
+}
+
+
+def own_names(rank: int, side: Side) -> tuple[str, ...]:
+    """What the axes of a tensor are called where `ops` names the target's axes only: o out, i in, k kernel."""
+    if rank < len(_OWN[side]):
+        return tuple(_OWN[side][rank].split())
+    return tuple(f"a{axis}" for axis in range(rank))
+
+
+def named_ops(layout: str, rank: int) -> tuple[Op, ...] | None:
+    """What a named layout does to a torch tensor of `rank` axes, whatever its shape; None where that is not known.
+    Only for an end whose shapes are not known: where they are, the layer table decides."""
+    if rank < 2 or layout == "identity":
+        return ()
+    spatial = SPATIAL.get(rank - 2, "")
+    if layout == "linear" and rank == 2:
+        return (Rearrange("o i -> i o"),)
+    if layout == "conv" and spatial:
+        return (Rearrange(conv_pattern(rank - 2)),)
+    if layout == "conv_transpose" and spatial:
+        return (Rearrange(transposed_pattern(rank - 2)),)
+    if layout == "conv_transpose default" and spatial:
+        return flipped_ops(rank - 2)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class OpsText:
+    """The `ops` key, its stacked axes taken out.
+
+    left       None where only the target's axes are written
+    positions  the axis of every stacked name in its tensor
+    placed     stacked name -> it stands on the left
+    """
+
+    left: Groups | None
+    right: Groups
+    positions: Mapping[str, int] = field(default_factory=dict[str, int])
+    placed: Mapping[str, bool] = field(default_factory=dict[str, bool])
+
+    @property
+    def right_names(self) -> tuple[str, ...]:
+        return tuple(name for group in self.right for name in group if name != "1")
+
+    @property
+    def axes(self) -> frozenset[str]:
+        return frozenset(self.right_names)
+
+    def pattern(self, rank: int | None, side: Side) -> str:
+        """The pattern for a left tensor of `rank` axes (None: unknown, as many as the right has names).
+
+        Raises RulesError where the short form does not name that tensor's own axes.
+        """
+        if self.left is not None:
+            return f"{groups_text(self.left)} -> {groups_text(self.right)}"
+        names = self.right_names
+        own = own_names(len(names) if rank is None else rank, side)
+        if set(own) != set(names):
+            raise RulesError(
+                f"`ops` names {' '.join(names) or 'no axis'} besides the stacked ones; "
+                f"the tensor's own axes are {' '.join(own) or 'none'}"
+            )
+        return f"{' '.join(own)} -> {groups_text(self.right)}"
+
+
+def groups_text(groups: Sequence[Sequence[str]]) -> str:
+    return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in groups)
+
+
+def parse_ops(text: str, stackable: frozenset[str]) -> OpsText:
+    """The `ops` key: 'e l i o', 'o i -> e l i o' or '(h d) i -> i h d'.
+
+    `stackable`: names that may be stacked axes; one that stands on both sides, or is an own axis in the short form, is
+    an axis of the tensor. RulesError where it is not a pattern.
+    """
+    before, arrow, after = text.partition("->")
+    if not arrow:
+        own = {name for rank in range(6) for side in ("torch", "flax") for name in own_names(rank, side)}
+        names = text.split()
+        right = axis_groups(text, text)
+        if any(len(group) != 1 for group in right):
+            raise RulesError(f"{escape(text)!r}: groups need both sides, such as '(h d) i -> i h d'")
+        if len(set(names)) != len(names):
+            raise RulesError(f"{escape(text)!r} names an axis twice")
+        right, positions = _taken(right, stackable - own, text)
+        return OpsText(None, right, positions, dict.fromkeys(positions, False))
+    left, right = axis_groups(before, text), axis_groups(after, text)
+    here, there = ({name for group in side for name in group} for side in (left, right))
+    left, on_left = _taken(left, stackable - there, text)
+    right, on_right = _taken(right, stackable - here, text)
+    parse_pattern(f"{groups_text(left)} -> {groups_text(right)}")
+    placed = dict.fromkeys(on_left, True) | dict.fromkeys(on_right, False)
+    return OpsText(left, right, {**on_left, **on_right}, placed)
+
+
+def _taken(groups: Groups, names: frozenset[str], text: str) -> tuple[Groups, dict[str, int]]:
+    positions: dict[str, int] = {}
+    rest: list[tuple[str, ...]] = []
+    for axis, group in enumerate(groups):
+        stacked = [name for name in group if name in names]
+        if stacked and len(group) > 1:
+            raise RulesError(f"{escape(text)!r}: the stacked axis {stacked[0]} stands alone, outside of brackets")
+        if stacked:
+            if stacked[0] in positions:
+                raise RulesError(f"{escape(text)!r} names an axis twice")
+            positions[stacked[0]] = axis
+        else:
+            rest.append(group)
+    return tuple(rest), positions

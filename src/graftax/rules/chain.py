@@ -1,0 +1,245 @@
+"""The ops of one group of keys, left (torch) to right (Flax): unstack, value ops, fuse, lay out, stack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from graftax.errors import LayoutError
+from graftax.ops import Copy, Flip, Op, Rearrange, Same, Stack, Sum, Unstack, infer_chain, invert_chain
+from graftax.rules.flatten import NO_TAIL, Shape, Tail
+from graftax.rules.fuse import fused_axis, join, part_sizes, take_apart
+from graftax.rules.layout import Laid, Piece, lay, left_shape
+from graftax.rules.model import LIST, Rule
+from graftax.rules.rows import row_ops
+from graftax.tree import Module, Side, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What the ops are built for: one shape for each template (None: that side is not known yet), how many values each
+    stacked index takes, and what `Piece` needs besides."""
+
+    left: tuple[Shape, ...] | None
+    right: tuple[Shape, ...] | None
+    counts: Mapping[str, int]
+    left_roles: tuple[str, ...]
+    right_roles: tuple[str, ...]
+    sides: tuple[Side, Side] = ("torch", "flax")
+    modules: tuple[Module | None, Module | None] = (None, None)
+    tail: Tail = NO_TAIL
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Ops from left to right; `order`: the stacked names, outermost first, in which the keys of the side that is not
+    stacked come, the list's tensors innermost unless they are stacked themselves."""
+
+    ops: tuple[Op, ...]
+    order: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+    assumes: tuple[str, ...] = ()
+
+
+def build_chain(rule: Rule, case: Case) -> Chain:
+    """LayoutError where the rule does not fit the shapes, or says too little."""
+    names = tuple(case.counts)
+    on_left = stacked_left(rule, names)
+    if on_left:
+        lefts = _without(rule, names, case.left, case.counts) if case.left is not None else None
+        rights = case.right
+    else:
+        lefts = case.left
+        rights = _without(rule, names, case.right, case.counts) if case.right is not None else None
+    core, laid = _core(rule, case, lefts, rights)
+    if not names:
+        return Chain(core, (), laid.evidence, laid.assumes)
+    if on_left:
+        rank = len(lefts[0] if lefts is not None else _through(invert_chain(core), rights)) + len(names)
+    else:
+        rank = len(rights[0] if rights is not None else _through(core, lefts)) + len(names)
+    axes = positions(rule, names, rank)
+    order = tuple(sorted(names, key=lambda name: axes[name]))
+    if on_left:
+        ops: tuple[Op, ...] = tuple(Unstack(axes[name], case.counts[name]) for name in reversed(order)) + core
+    else:
+        ops = core + tuple(Stack(axes[name], case.counts[name]) for name in order)
+    return Chain(ops, order, laid.evidence, laid.assumes)
+
+
+def stacked_left(rule: Rule, names: Sequence[str]) -> bool:
+    """The stacked axes are axes of the left tensor: their names stand in the right templates, or the list does."""
+    if not names:
+        return False
+    if LIST in names:
+        return len(rule.right) > 1
+    return any(name in rule.right_indices for name in names)
+
+
+def positions(rule: Rule, names: Sequence[str], rank: int) -> dict[str, int]:
+    """The axis of every stacked name in a tensor of `rank` axes, counted from the front."""
+    out: dict[str, int] = {}
+    for name in names:
+        axis = rule.ops.positions[name] if rule.ops is not None and name in rule.ops.positions else rule.stack[name]
+        if not -rank <= axis < rank:
+            raise LayoutError(f"stack: a tensor of {rank} axes has no axis {axis} for {name}")
+        out[name] = axis % rank
+    if len(set(out.values())) < len(out):
+        raise LayoutError(f"stack puts {' and '.join(names)} on one axis")
+    return out
+
+
+def _without(rule: Rule, names: Sequence[str], shapes: Sequence[Shape], counts: Mapping[str, int]) -> tuple[Shape, ...]:
+    """The shapes without their stacked axes, whose lengths are checked."""
+    out: list[Shape] = []
+    seen: list[dict[str, int]] = []
+    for shape in shapes:
+        axes = positions(rule, names, len(shape))
+        seen.append(axes)
+        for name, axis in axes.items():
+            if shape[axis] != counts[name]:
+                what = "tensors of the list" if name == LIST else f"values of {name}"
+                raise LayoutError(f"axis {axis} of {shape} has {shape[axis]} entries; there are {counts[name]} {what}")
+        out.append(tuple(n for i, n in enumerate(shape) if i not in axes.values()))
+    if any(axes != seen[0] for axes in seen):
+        raise LayoutError("stack names different axes of the list's tensors; write a rule for each")
+    return tuple(out)
+
+
+def _through(ops: Sequence[Op], shapes: Sequence[Shape] | None) -> Shape:
+    return infer_chain(ops, tuple(TensorSpec(shape, "float32") for shape in shapes or ()))[0].shape
+
+
+def _first(shapes: Sequence[Shape] | None) -> Shape | None:
+    return None if shapes is None else shapes[0]
+
+
+# ---------------------------------------------------------------- one instance
+
+
+def _core(
+    rule: Rule, case: Case, lefts: tuple[Shape, ...] | None, rights: tuple[Shape, ...] | None
+) -> tuple[tuple[Op, ...], Laid]:
+    """The ops of one instance. Where a list is stacked, its tensors are instances of one."""
+    if LIST in case.counts:
+        lefts = None if lefts is None else lefts[:1]
+        rights = None if rights is None else rights[:1]
+    rows = row_ops(rule, case.sides[0], lefts, rights)
+    if rows and lefts is not None:
+        lefts = tuple(infer_chain(rows, (TensorSpec(s, "float32"),))[0].shape for s in lefts)
+    many = (1, 1) if LIST in case.counts else (len(rule.left), len(rule.right))
+    if many == (1, 1):
+        laid = _piece(rule, case, _first(lefts), _first(rights))
+        _heads_agree(rule, rights)
+        return rows + laid.ops, laid
+    if rule.fused == "tied":
+        return _tied(rule, case, lefts, rights, many, rows)
+    if rule.fused == "sum":
+        if lefts is not None and len(set(lefts)) > 1:
+            raise LayoutError(f"fused = 'sum' adds tensors of one shape, not {' and '.join(map(str, lefts))}")
+        total = math.prod(case.counts.values())
+        groups = tuple(tuple(range(k * many[0], (k + 1) * many[0])) for k in range(total))
+        laid = _piece(rule, case, _first(lefts), _first(rights))
+        return (*rows, Sum(groups), *laid.ops), laid
+    if many[0] == 1:
+        return _split(rule, case, _first(lefts), rights, rows)
+    return _joined(rule, case, lefts, _first(rights), rows)
+
+
+def _piece(
+    rule: Rule, case: Case, left: Shape | None, right: Shape | None, number: int = 0, many_right: bool = False
+) -> Laid:
+    roles = (case.left_roles[0], case.right_roles[number if many_right else 0])
+    alone = len(rule.left) == len(rule.right) == 1
+    return lay(rule, Piece(left, right, roles, case.sides, case.modules if alone else (None, None), case.tail))
+
+
+def _tied(
+    rule: Rule, case: Case, lefts: tuple[Shape, ...] | None, rights: tuple[Shape, ...] | None,
+    many: tuple[int, int], rows: tuple[Op, ...],
+) -> tuple[tuple[Op, ...], Laid]:  # fmt: skip
+    if case.counts:
+        raise LayoutError("fused = 'tied' does not go with a stacked index; write a rule for each")
+    for shapes in (lefts, rights):
+        if shapes is not None and len(set(shapes)) > 1:
+            raise LayoutError(f"fused = 'tied' is for tensors of one shape, not {' and '.join(map(str, shapes))}")
+    laid = _piece(rule, case, _first(lefts), _first(rights))
+    if many[0] > 1:
+        return (Same(many[0]), *rows, *laid.ops), laid
+    return (*rows, *laid.ops, Copy(many[1])), laid
+
+
+def _split(
+    rule: Rule, case: Case, left: Shape | None, rights: tuple[Shape, ...] | None, rows: tuple[Op, ...]
+) -> tuple[tuple[Op, ...], Laid]:
+    """One tensor on the left, several on the right."""
+    if rule.heads is not None and rights is None and rule.ops is None:
+        raise LayoutError("`heads` without a `like` leaves open whether a kernel is (i, o) or (i, h, d); write ops")
+    if left is not None:
+        axis = fused_axis(rule, len(left))
+        rest = left[:axis] + left[axis + 1 :]
+        sizes = part_sizes(rule, left[axis], axis, rest, rights)
+        pieces = [(*left[:axis], size, *left[axis + 1 :]) for size in sizes]
+    else:
+        assert rights is not None
+        laid = [_piece(rule, case, None, right, k, True) for k, right in enumerate(rights)]
+        pieces = [left_shape(one.ops, right) for one, right in zip(laid, rights, strict=True)]
+        axis = fused_axis(rule, len(pieces[0]))
+        sizes = tuple(piece[axis] for piece in pieces)
+    each = [_piece(rule, case, piece, None if rights is None else rights[k], k, True) for k, piece in enumerate(pieces)]
+    merged = _merge(each)
+    return rows + take_apart(rule, axis, len(pieces[0]), sizes, rights) + merged.ops, merged
+
+
+def _joined(
+    rule: Rule, case: Case, lefts: tuple[Shape, ...] | None, right: Shape | None, rows: tuple[Op, ...]
+) -> tuple[tuple[Op, ...], Laid]:
+    """Several tensors on the left, one on the right."""
+    if rule.heads is not None and right is None and rule.ops is None:
+        raise LayoutError("`heads` without a `like` leaves open whether a kernel is (i, o) or (i, h, d); write ops")
+    if lefts is not None:
+        axis = fused_axis(rule, len(lefts[0]))
+        if any(len(s) != len(lefts[0]) for s in lefts):
+            raise LayoutError(f"tensors of different ranks do not join: {' and '.join(map(str, lefts))}")
+        sizes = tuple(shape[axis] for shape in lefts)
+        whole = (*lefts[0][:axis], sum(sizes), *lefts[0][axis + 1 :])
+    else:
+        assert right is not None
+        whole = left_shape(_piece(rule, case, None, right).ops, right)
+        axis = fused_axis(rule, len(whole))
+        sizes = part_sizes(rule, whole[axis], axis, whole[:axis] + whole[axis + 1 :], None, len(rule.left))
+    laid = _piece(rule, case, whole, right)
+    return rows + join(rule, axis, len(whole), sizes) + laid.ops, laid
+
+
+def _merge(each: Sequence[Laid]) -> Laid:
+    """The layouts of several tensors as one that is mapped over them: sizes in which they differ are left open."""
+    first = each[0]
+    ops: list[Op] = []
+    for place, op in enumerate(first.ops):
+        same = [other.ops[place] if len(other.ops) == len(first.ops) else None for other in each]
+        if isinstance(op, Rearrange):
+            patterns = {o.pattern for o in same if isinstance(o, Rearrange)}
+            if len(patterns) != 1 or not all(isinstance(o, Rearrange) for o in same):
+                raise LayoutError("the tensors of the list are laid out differently; write ops, or a rule for each")
+            common = set(op.sizes).intersection(*(set(o.sizes) for o in same if isinstance(o, Rearrange)))
+            ops.append(replace(op, sizes=tuple(sorted(common))))
+        elif any(o != op for o in same) or not isinstance(op, Flip):
+            raise LayoutError("the tensors of the list are laid out differently; write ops, or a rule for each")
+        else:
+            ops.append(op)
+    if any(len(other.ops) != len(first.ops) for other in each):
+        raise LayoutError("the tensors of the list are laid out differently; write ops, or a rule for each")
+    assumes = tuple(dict.fromkeys(text for laid in each for text in laid.assumes))
+    return Laid(tuple(ops), first.evidence, assumes)
+
+
+def _heads_agree(rule: Rule, rights: Sequence[Shape] | None) -> None:
+    """`heads` of a rule for one tensor must be an axis of the target."""
+    if rule.heads is None or rule.ops is not None:
+        return
+    if rights is None:
+        raise LayoutError("`heads` without a `like` leaves open where the heads go; write ops")
+    if len(rights[0]) > 2 and rule.heads not in rights[0] and (rule.kv_heads or 0) not in rights[0]:
+        raise LayoutError(f"no axis of {rights[0]} has heads={rule.heads} entries")

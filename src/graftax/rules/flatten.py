@@ -1,0 +1,113 @@
+"""A Linear behind a flatten: the torch weight's columns run over (C, H, W), Flax's kernel rows over (H, W, C)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from graftax.errors import LayoutError, escape
+from graftax.ops import Rearrange
+from graftax.rules.model import Rule
+from graftax.tree import Side, TensorSpec, natural_key
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What the convolutions of a checkpoint say about C. outputs: their output channels; last: those of the end of a
+    chain in which each takes what the one before gives, if they form one; why: which they are."""
+
+    outputs: tuple[int, ...] = ()
+    last: int | None = None
+    why: str = ""
+
+
+NO_TAIL = Tail()
+
+
+def conv_tail(specs: Mapping[str, TensorSpec], side: Side) -> Tail:
+    """The convolutions of a checkpoint: weights of rank 3 to 5, torch (O, I, *k) or Flax (*k, I, O), in natural order
+    of their names. The order counts only where the channels agree with it at every step."""
+    leaf = "weight" if side == "torch" else "kernel"
+    found: list[tuple[str, int, int]] = []
+    for name in sorted(specs, key=natural_key):
+        shape = specs[name].shape
+        if 3 <= len(shape) <= 5 and name.rpartition("." if side == "torch" else "/")[2] == leaf:
+            given, taken = (shape[0], shape[1]) if side == "torch" else (shape[-1], shape[-2])
+            found.append((name, taken, given))
+    outputs = tuple(dict.fromkeys(given for _, _, given in found))
+    chain = all(a[2] == b[1] for a, b in pairwise(found))
+    if not found or not chain:
+        return Tail(outputs)
+    name, _, last = found[-1]
+    return Tail(outputs, last, f"{name}, the last of {len(found)} convolutions that follow each other")
+
+
+def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) -> tuple[Rearrange, tuple[str, ...]]:
+    """The op that reorders and transposes a weight (O, C*H*W) to a kernel (H*W*C, O), and what it assumes.
+
+    Only C matters where H and W stay neighbours. Without its size it is that of the convolutions, which is an
+    assumption. LayoutError where the sizes do not fit or C is open.
+    """
+    known = left if left is not None else right
+    if known is None or len(known) != 2:
+        raise LayoutError(f"flatten is for a Linear's weight of two axes, not for {known}")
+    columns = left[1] if left is not None else known[0]
+    names = [name.lower() for name, _ in rule.flatten]
+    sizes = {name.lower(): size for name, size in rule.flatten if size is not None}
+    assumes: tuple[str, ...] = ()
+    unknown = [name for name in names if name not in sizes]
+    if "c" in unknown and len(unknown) > 1:
+        sizes["c"], why = _channels(rule, columns, tail)
+        assumes = (f"flattened from C={sizes['c']} channels: {why}",)
+    _fit(rule, names, sizes, columns)
+    place = names.index("c")
+    before, after = names[:place], names[place + 1 :]
+    parts = _tokens(before, sizes, columns, bool(after)), _tokens(after, sizes, columns, bool(before))
+    order = [*parts[0], "c", *parts[1]], [*parts[0], *parts[1], "c"]
+    fixed = tuple(sorted((name, sizes[name]) for name in order[0]))
+    return Rearrange(f"o ({' '.join(order[0])}) -> ({' '.join(order[1])}) o", fixed), assumes
+
+
+def _fit(rule: Rule, names: Sequence[str], sizes: dict[str, int], columns: int) -> None:
+    """The size of the one axis that is left open, and that all together make the columns."""
+    unknown = [name for name in names if name not in sizes]
+    product = math.prod(sizes.values())
+    if columns % product or (not unknown and product != columns):
+        said = " x ".join(
+            f"{name}={sizes[name.lower()]}" if name.lower() in sizes else name for name, _ in rule.flatten
+        )
+        need = f"a multiple of {product}" if unknown else str(product)
+        raise LayoutError(f"axis 1 has {columns} columns; flatten {said} needs {need}")
+    if len(unknown) == 1:
+        sizes[unknown[0]] = columns // product
+
+
+def _tokens(names: Sequence[str], sizes: dict[str, int], columns: int, others: bool) -> list[str]:
+    """Neighbouring spatial axes: apart where their sizes are known, else as one axis, which moves the same way."""
+    unknown = [name for name in names if name not in sizes]
+    if not unknown:
+        return list(names)
+    if others:
+        raise LayoutError(f"flatten needs the size of {', '.join(name.upper() for name in unknown)} too")
+    merged = "".join(names)
+    sizes[merged] = columns // sizes["c"]
+    return [merged]
+
+
+def _channels(rule: Rule, columns: int, tail: Tail) -> tuple[int, str]:
+    """The channel count that was flattened, and why: the only one that divides the columns, or the end of the chain."""
+    fits = sorted(c for c in tail.outputs if c > 0 and columns % c == 0)
+    if tail.last in fits:
+        return tail.last, escape(tail.why)
+    if len(fits) == 1:
+        return fits[0], f"the only channels of a convolution that divide its {columns} columns"
+    text = " ".join(name for name, _ in rule.flatten)
+    example = text.replace("C", f"C={fits[-1] if fits else columns}", 1)
+    found = f"no convolution's channels divide {columns}"
+    if fits:
+        found = f"the channels of {len(fits)} convolutions divide {columns} ({', '.join(map(str, fits))})"
+    raise LayoutError(f"flatten = {text!r} leaves C open: {found}; write its size, such as flatten = {example!r}")

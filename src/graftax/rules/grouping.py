@@ -1,0 +1,288 @@
+"""Which keys a rule joins: the matches of its templates, grouped by the indices that both sides share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+from graftax.errors import Failure, escape
+from graftax.rules.model import LIST, Rule
+from graftax.rules.template import KeyIndex, Template, Wilds
+from graftax.tree import Side, nearest
+
+Combo = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Keys:
+    """One side of a group: `names` are the indices of this side alone, `values` what they take, `found` the key of
+    every template and combination."""
+
+    names: tuple[str, ...] = ()
+    values: dict[str, tuple[int, ...]] = field(default_factory=dict[str, "tuple[int, ...]"])
+    found: dict[tuple[int, Combo], str] = field(default_factory=dict["tuple[int, Combo]", str])
+
+    def counts(self) -> dict[str, int]:
+        return {name: len(self.values[name]) for name in self.names}
+
+    def ordered(self, order: Sequence[str], templates: int) -> tuple[str, ...]:
+        """All keys: the stacked names of `order` outermost first, the list's tensors innermost unless it is there."""
+        names = [name for name in order if name in self.names or name == LIST]
+        names += [LIST] if LIST not in names else []
+        axes = [range(templates) if name == LIST else self.values[name] for name in names]
+        out: list[str] = []
+        for combo in product(*axes):
+            at = dict(zip(names, combo, strict=True))
+            out.append(self.found[(at[LIST], tuple(at[name] for name in self.names))])
+        return tuple(out)
+
+    def first(self, templates: int) -> tuple[str, ...]:
+        """One key of every template."""
+        combo = tuple(self.values[name][0] for name in self.names)
+        return tuple(self.found[(t, combo)] for t in range(templates))
+
+
+@dataclass(slots=True)
+class Group:
+    """Keys that belong together: shared indices and wildcards, the given side's keys and the other's (`there` stays
+    empty where that side has to be made up and has indices of its own)."""
+
+    numbers: Mapping[str, int]
+    wilds: Wilds
+    here: Keys
+    there: Keys
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The side whose keys are matched first, and the other: templates, keys and what to call them."""
+
+    here: tuple[Template, ...]
+    there: tuple[Template, ...]
+    here_index: KeyIndex
+    there_index: KeyIndex | None
+    here_label: str
+    there_label: str
+
+
+def resolve(templates: Sequence[Template], index: KeyIndex, side: Side) -> tuple[Template, ...]:
+    """Templates of the Flax side, with `params/` before them where they match only so: a rule may leave the collection
+    out. One that matches nothing either way stays as it is."""
+    if side != "flax" or not any(key.startswith("params/") for key in index.keys):
+        return tuple(templates)
+    out: list[Template] = []
+    for template in templates:
+        if next(index.find(template), None) is None:
+            prefixed = template.with_prefix("params/")
+            if next(index.find(prefixed), None) is not None:
+                template = prefixed
+        out.append(template)
+    return tuple(out)
+
+
+def find_groups(rule: Rule, ends: Ends) -> tuple[list[Group], list[Failure]]:
+    """The groups of a rule in the order of the keys, and every fault: a template without a match, a hole, a key that
+    the other side does not have."""
+    here_names = _names(ends.here)
+    there_names = _names(ends.there)
+    shared = tuple(name for name in here_names if name in there_names) if ends.there else here_names
+    failures: list[Failure] = []
+    groups, bare = _matched(rule, ends.here, ends.here_index, shared, here_names)
+    for template in bare:
+        failures.append(_no_match(rule, template, ends.here_index, ends.here_label))
+    if failures:
+        return [], failures
+    if not groups:
+        return [], [_fault(rule, "no key is within its ranges", ends.here_label, ends.here[0].text)]
+    failures += _range_holes(rule, shared, groups, ends)
+    good: list[Group] = []
+    for key, keys in groups.items():
+        group = Group(dict(zip(shared, key[0], strict=True)), key[1], keys, Keys())
+        fault = _complete(rule, keys, ends.here, ends.here_label, ends.there_index is not None)
+        if fault is None:
+            good.append(group)
+        else:
+            failures.append(fault)
+    if ends.there:
+        good, faults = _other_side(rule, ends, good, shared, there_names)
+        failures += faults
+    return good, failures
+
+
+def _names(templates: Iterable[Template]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for template in templates for name in template.names))
+
+
+def _matched(
+    rule: Rule, templates: Sequence[Template], index: KeyIndex, shared: Sequence[str], names: Sequence[str]
+) -> tuple[dict[tuple[Combo, Wilds], Keys], list[Template]]:
+    """Keys by shared indices and wildcards, and the templates that match nothing."""
+    own = tuple(name for name in names if name not in shared)
+    ranges = {name: set(rule.ranges[name]) for name in names if name in rule.ranges}
+    groups: dict[tuple[Combo, Wilds], Keys] = {}
+    bare: list[Template] = []
+    for t, template in enumerate(templates):
+        hit = False
+        for key, binding in index.find(template):
+            hit = True
+            numbers = dict(zip(template.names, binding.numbers, strict=True))
+            if any(numbers[name] not in allowed for name, allowed in ranges.items()):
+                continue
+            at = (tuple(numbers[name] for name in shared), binding.wilds)
+            keys = groups.get(at)
+            if keys is None:
+                keys = groups[at] = Keys(own)
+            keys.found[(t, tuple(numbers[name] for name in own))] = key
+        if not hit:
+            bare.append(template)
+    return groups, bare
+
+
+def _complete(rule: Rule, keys: Keys, templates: Sequence[Template], label: str, known: bool) -> Failure | None:
+    """Every template for every combination of the side's own indices, without a hole. `known`: the other side's shapes
+    will show whether the first or last is missing."""
+    for place, name in enumerate(keys.names):
+        seen = sorted({combo[place] for _, combo in keys.found})
+        wanted = rule.ranges.get(name) or range(seen[0], seen[-1] + 1)
+        missing = [n for n in wanted if n not in set(seen)]
+        if missing:
+            example = _example(templates, keys, {name: missing[0]})
+            text = f"{name} = {_few(missing)} is missing among {name} = {seen[0]}..{seen[-1]}"
+            return _fault(rule, text, label, example, f'Stack what is there: {name} = "a..b" in {rule.where}.')
+        if not known and name not in rule.ranges and seen[0] != 0:
+            hint = f'If that is all, write {name} = "{seen[0]}..{seen[-1]}" in {rule.where}.'
+            return _fault(rule, f"{name} begins at {seen[0]}, not at 0", label, templates[0].text, hint)
+        keys.values[name] = tuple(seen)
+    for combo in product(*(keys.values[name] for name in keys.names)):
+        for t, template in enumerate(templates):
+            if (t, combo) not in keys.found:
+                at = ", ".join(f"{name} = {n}" for name, n in zip(keys.names, combo, strict=True))
+                what = f"no key for {at}" if at else "no such key"
+                one = _example([template], keys, dict(zip(keys.names, combo, strict=True)))
+                return _fault(rule, what, label, one, f"See {rule.where}.")
+    return None
+
+
+def _example(templates: Sequence[Template], keys: Keys, numbers: Mapping[str, int]) -> str:
+    """The template's text, with the numbers that the message is about."""
+    out = templates[0].text
+    for name, number in numbers.items():
+        out = out.replace("{" + name + "}", str(number))
+    return out
+
+
+def _few(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:5]))
+    return shown + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+
+
+def _range_holes(
+    rule: Rule, shared: Sequence[str], groups: Mapping[tuple[Combo, Wilds], Keys], ends: Ends
+) -> list[Failure]:
+    """A number of a rule's range that no key has."""
+    out: list[Failure] = []
+    for place, name in enumerate(shared):
+        if name in rule.ranges:
+            seen = {key[0][place] for key in groups}
+            missing = [n for n in rule.ranges[name] if n not in seen]
+            if missing:
+                text = f"{name} = {_few(missing)} has no key"
+                out.append(_fault(rule, text, ends.here_label, ends.here[0].text, f"Check `{name}` in {rule.where}."))
+    return out
+
+
+# ---------------------------------------------------------------- the other side
+
+
+def _other_side(
+    rule: Rule, ends: Ends, groups: list[Group], shared: Sequence[str], names: Sequence[str]
+) -> tuple[list[Group], list[Failure]]:
+    own = tuple(name for name in names if name not in shared)
+    if own and ends.there_index is not None:
+        return _matched_there(rule, ends, groups, shared, names)
+    good: list[Group] = []
+    failures: list[Failure] = []
+    for group in groups:
+        group.there = Keys(own)
+        for name in own:  # the stacked axis says how many, unless the rule does: apply.py fills them in
+            if name in rule.ranges:
+                group.there.values[name] = tuple(rule.ranges[name])
+        if not own or len(group.there.values) == len(own):
+            fault = render_there(rule, ends, group)
+            if fault is not None:
+                failures.append(fault)
+                continue
+        good.append(group)
+    return good, failures
+
+
+def render_there(rule: Rule, ends: Ends, group: Group) -> Failure | None:
+    """Write the other side's keys of a group; a failure where a number is negative or the key does not exist."""
+    there = group.there
+    for combo in product(*(there.values[name] for name in there.names)):
+        numbers = {**group.numbers, **dict(zip(there.names, combo, strict=True))}
+        for t, template in enumerate(ends.there):
+            key = template.render(numbers, group.wilds)
+            if key is None:
+                at = ", ".join(f"{name} = {n}" for name, n in numbers.items())
+                return _fault(rule, f"gives a negative number for {at}", ends.there_label, template.text, "")
+            if ends.there_index is not None and key not in ends.there_index.order:
+                near = nearest(key, ends.there_index.keys)
+                hint = f"Near: {near}. " if near else ""
+                text = f"{escape(ends.there_label)} has no such key; {rule.where} sends {_first(group)} there"
+                return _fault(rule, text, ends.there_label, key, f"{hint}Check {rule.where}.")
+            there.found[(t, combo)] = key
+    return None
+
+
+def _first(group: Group) -> str:
+    return escape(next(iter(group.here.found.values()), ""))
+
+
+def _matched_there(
+    rule: Rule, ends: Ends, groups: list[Group], shared: Sequence[str], names: Sequence[str]
+) -> tuple[list[Group], list[Failure]]:
+    """The other side has indices of its own: its keys are matched too."""
+    assert ends.there_index is not None
+    matched, bare = _matched(rule, ends.there, ends.there_index, shared, names)
+    if bare:
+        return [], [_no_match(rule, template, ends.there_index, ends.there_label) for template in bare]
+    good: list[Group] = []
+    failures: list[Failure] = []
+    for group in groups:
+        found = matched.get((tuple(group.numbers[name] for name in shared), group.wilds))
+        if found is None:
+            at = ", ".join(f"{name} = {n}" for name, n in group.numbers.items())
+            text = f"no key of {escape(ends.there_label)} matches it" + (f" for {at}" if at else "")
+            failures.append(_fault(rule, text, ends.there_label, ends.there[0].text, f"Check {rule.where}."))
+            continue
+        fault = _complete(rule, found, ends.there, ends.there_label, True)
+        if fault is not None:
+            failures.append(fault)
+            continue
+        group.there = found
+        good.append(group)
+    return good, failures
+
+
+# ---------------------------------------------------------------- failures
+
+
+def _fault(rule: Rule, what: str, label: str, key: str, hint: str = "") -> Failure:
+    return Failure(what, label, key, next=hint or f"See {rule.where}.")
+
+
+def _no_match(rule: Rule, template: Template, index: KeyIndex, label: str) -> Failure:
+    near = nearest(template.text, index.keys)
+    hint = f"Near: {near}. " if near else ""
+    return _fault(rule, f"matches no key of {escape(label)}", label, template.text, f"{hint}Check {rule.where}.")
+
+
+def folded(failures: Sequence[Failure], shown: int = 3) -> list[Failure]:
+    """The first few failures of one rule; the last of them says how many more there are."""
+    if len(failures) <= shown:
+        return list(failures)
+    last = failures[shown - 1]
+    more = f"(and {len(failures) - shown} more of this rule)"
+    return [*failures[: shown - 1], replace(last, next=f"{last.next} {more}".strip())]

@@ -1,0 +1,168 @@
+"""How one tensor is laid out on the other side: by the rule's own words, else by the layer table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graftax.errors import LayoutError, escape
+from graftax.ops import Op, Rearrange, infer_chain, invert_chain
+from graftax.rules.axes import named_ops
+from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_op
+from graftax.rules.model import Rule
+from graftax.tree import Module, Side, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of each side. A shape of None is not known yet (rules alone describe that side).
+
+    roles     the last parts of the keys
+    modules   the live modules that hold the leaves
+    tail      the convolutions of that checkpoint: what a flatten may have flattened
+    """
+
+    left: Shape | None
+    right: Shape | None
+    roles: tuple[str, str] = ("", "")
+    sides: tuple[Side, Side] = ("torch", "flax")
+    modules: tuple[Module | None, Module | None] = (None, None)
+    tail: Tail = NO_TAIL
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """The ops from left to right, what decided them beside the rule, and what they rely on."""
+
+    ops: tuple[Op, ...]
+    evidence: tuple[str, ...] = ()
+    assumes: tuple[str, ...] = ()
+
+
+def lay(rule: Rule, piece: Piece) -> Laid:
+    """The layout ops of one tensor. LayoutError where the rule does not fit it, or says too little."""
+    if rule.flatten:
+        op, assumes = flatten_op(rule, piece.left, piece.right, piece.tail)
+        return Laid((op,), (), assumes)
+    if rule.ops is not None:
+        return Laid(_written(rule, piece))
+    if piece.sides[0] == piece.sides[1]:
+        ops = named_ops(rule.layout or "identity", _rank(piece))
+        return _known(rule.layout, ops, piece)
+    if piece.left is None or piece.right is None:
+        layout = rule.layout or _by_role(piece)
+        return _known(layout, named_ops(layout, _rank(piece)) if layout else None, piece)
+    return _by_table(rule, piece.left, piece.right, piece)
+
+
+def left_shape(ops: Sequence[Op], right: Shape) -> Shape:
+    """The shape that `ops` turn into `right`. LayoutError."""
+    (spec,) = infer_chain(invert_chain(ops), (TensorSpec(right, "float32"),))
+    return spec.shape
+
+
+def right_shape(ops: Sequence[Op], left: Shape) -> Shape:
+    (spec,) = infer_chain(ops, (TensorSpec(left, "float32"),))
+    return spec.shape
+
+
+def _rank(piece: Piece) -> int:
+    shape = piece.left if piece.left is not None else piece.right
+    return len(shape or ())
+
+
+def _known(layout: str, ops: tuple[Op, ...] | None, piece: Piece) -> Laid:
+    if ops is None:
+        shape = piece.left if piece.left is not None else piece.right
+        what = f"layout {layout!r} is not defined for" if layout else "no convention says how to lay out"
+        hint = "write layout = 'linear', 'conv' or 'identity', or ops" if not layout else "write ops"
+        raise LayoutError(f"{what} a tensor of shape {shape} named {escape(' -> '.join(piece.roles))}; {hint}")
+    return Laid(ops)
+
+
+def _by_role(piece: Piece) -> str:
+    """The layout that roles and rank name by convention, where one side's shape is not known; '' for none."""
+    torch, flax = piece.roles if piece.sides[0] == "torch" else piece.roles[::-1]
+    rank = _rank(piece)
+    if rank < 2 or flax == "embedding":
+        return "identity"
+    if flax != "kernel" or torch != "weight":
+        return ""
+    if rank == 2:
+        return "linear"
+    return "conv" if rank > 3 or piece.left is not None else ""  # three axes may also be a Linear's, split into heads
+
+
+# ---------------------------------------------------------------- the layer table
+
+
+def role_of(key: str, side: Side) -> str:
+    """The role of a leaf as the layer table names it: `in_proj_weight` is a weight."""
+    last = key.rpartition("." if side == "torch" else "/")[2]
+    if side == "torch":
+        for role in ("weight", "bias"):
+            if last.endswith(f"_{role}"):
+                return role
+    return last
+
+
+def _by_table(rule: Rule, left: Shape, right: Shape, piece: Piece) -> Laid:
+    from graftax.layers import leaf_connections
+
+    specs = TensorSpec(left, "float32"), TensorSpec(right, "float32")
+    roles, modules = piece.roles, piece.modules
+    if piece.sides[0] == "flax":
+        raise LayoutError("a rule's left side is torch where the sides differ")
+    found = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1], rule.layout or None)
+    if not found and any(modules):  # the rule outranks a module that the table does not join to the other
+        found = leaf_connections(roles[0], specs[0], roles[1], specs[1], layout=rule.layout or None)
+    if not found:
+        ops = named_ops(rule.layout, len(left)) if rule.layout else None
+        if ops is not None and right_shape(ops, left) == right:
+            return Laid(ops)
+        raise LayoutError(_no_layout(rule, left, right, ops))
+    best = [connection for connection in found if connection.by == found[0].by]
+    if len(best) > 1:
+        ways = " or ".join(dict.fromkeys(connection.rule or connection.variant for connection in best))
+        raise LayoutError(f"{left} becomes {right} in {len(best)} ways; say which: {ways}")
+    (entry,) = best[0].entries
+    evidence = () if rule.layout else best[0].evidence
+    return Laid(entry.ops, evidence, best[0].assumes)
+
+
+def _no_layout(rule: Rule, left: Shape, right: Shape, ops: Sequence[Op] | None) -> str:
+    if ops is not None:
+        return f"as {rule.layout}, {left} becomes {right_shape(ops, left)}, not {right}"
+    if rule.layout:
+        return f"layout {rule.layout!r} does not turn {left} into {right}"
+    if math.prod(left) != math.prod(right):
+        return f"{left} has {math.prod(left)} values and {right} has {math.prod(right)}"
+    return f"no layout of the layer table turns {left} into {right}; write ops, such as '(h d) i -> i h d'"
+
+
+# ---------------------------------------------------------------- ops
+
+
+def _written(rule: Rule, piece: Piece) -> tuple[Op, ...]:
+    """The rule's `ops` with every size that the rule or the right side tells."""
+    assert rule.ops is not None
+    left = piece.left
+    pattern = rule.ops.pattern(len(left) if left is not None else None, piece.sides[0])
+    sizes = dict(rule.sizes)
+    if rule.heads is not None and "h" in rule.ops.axes and not rule.fused:
+        sizes.setdefault("h", rule.heads)
+    op = Rearrange(pattern, tuple(sorted(sizes.items())))
+    right = piece.right
+    if right is not None:
+        try:
+            sizes = op.inverse.extents(right)
+        except LayoutError:
+            if left is None:
+                raise
+    elif left is not None:
+        sizes = op.extents(left)
+    op = Rearrange(pattern, tuple(sorted(sizes.items())))
+    if left is not None:
+        op.extents(left)
+    return (op,)

@@ -1,0 +1,149 @@
+"""Value ops of a rule, on the left tensor before it is laid out: scale, offset, repeat, pad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from graftax.errors import LayoutError, escape
+from graftax.ops import Crop, Offset, Op, Pad, Rearrange, Repeat, Scale, Unrepeat, infer_chain
+from graftax.rules.axes import groups_text, own_names
+from graftax.rules.flatten import Shape
+from graftax.rules.model import AxisName, Rule
+from graftax.tree import Side, TensorSpec
+
+
+def row_ops(rule: Rule, side: Side, lefts: Sequence[Shape] | None, rights: Sequence[Shape] | None) -> tuple[Op, ...]:
+    """scale, then offset, then repeat, then pad. An amount that the rule leaves out comes from the two sizes.
+
+    Raises LayoutError where an axis does not exist or an amount does not come out.
+    """
+    out: list[Op] = []
+    if rule.scale is not None:
+        out.append(Scale(rule.scale))
+    if rule.offset is not None:
+        out.append(Offset(rule.offset))
+    if not rule.repeat and not rule.pad:
+        return tuple(out)
+    rank = _rank(rule, lefts)
+    if lefts is not None and any(len(other) != rank for other in lefts):
+        raise LayoutError("repeat and pad take tensors of one rank")
+    open_ = [name for amounts in (rule.repeat, rule.pad) for name, amount in amounts.items() if amount is None]
+    if len(open_) > 1:
+        raise LayoutError(f"repeat and pad leave {len(open_)} amounts open; the sizes can tell one")
+    ratio = _Ratio(lefts, rights)
+    shape = lefts[0] if lefts is not None else None
+    steps: list[tuple[AxisName, Callable[[int, Shape | None], Op]]] = []
+    for name, count in rule.repeat.items():
+        steps.append((name, partial(_repeat, ratio, count)))
+    for name, rows in rule.pad.items():
+        steps.append((name, partial(_pad, ratio, rows, rule.fill or 0.0)))
+    for name, make in steps:
+        ops = _at(rule, name, rank, side, make, shape, rights)
+        shape = _after(ops, shape)
+        ratio.left = math.prod(shape) if ratio.left and shape is not None else ratio.left
+        out += ops
+    return tuple(out)
+
+
+def _after(ops: Sequence[Op], shape: Shape | None) -> Shape | None:
+    return None if shape is None else infer_chain(ops, (TensorSpec(shape, "float32"),))[0].shape
+
+
+def _rank(rule: Rule, lefts: Sequence[Shape] | None) -> int:
+    if lefts is not None:
+        return len(lefts[0])
+    if rule.ops is not None and rule.ops.left is not None:
+        return len(rule.ops.left)
+    raise LayoutError("repeat and pad need the torch tensor's shape: give a `like`, or write both sides of ops")
+
+
+class _Ratio:
+    """Values on the right for every value on the left, where both are known and one tensor each."""
+
+    __slots__ = ("left", "right")
+
+    def __init__(self, lefts: Sequence[Shape] | None, rights: Sequence[Shape] | None) -> None:
+        one = lefts is not None and rights is not None and len(lefts) == len(rights) == 1
+        self.left = math.prod(lefts[0]) if one and lefts is not None else 0
+        self.right = math.prod(rights[0]) if one and rights is not None else 0
+
+    def need(self, key: str) -> None:
+        if not self.left or not self.right:
+            raise LayoutError(f"{key} without an amount needs the sizes of both tensors, one each; write how many")
+
+
+def _repeat(ratio: _Ratio, count: int | None, axis: int, shape: Shape | None) -> Op:
+    if count is not None:
+        return Repeat(axis, count)
+    ratio.need("repeat")
+    big, small = max(ratio.left, ratio.right), min(ratio.left, ratio.right)
+    if big % small:
+        raise LayoutError(f"repeat: {ratio.right} values are no multiple of {ratio.left}")
+    return Repeat(axis, big // small) if ratio.right >= ratio.left else Unrepeat(axis, big // small)
+
+
+def _pad(ratio: _Ratio, rows: tuple[int, int] | None, fill: float, axis: int, shape: Shape | None) -> Op:
+    if rows is not None:
+        return Pad(axis, *rows, fill)
+    ratio.need("pad")
+    assert shape is not None
+    row = math.prod(shape) // max(shape[axis], 1)
+    if not row or ratio.right % row:
+        raise LayoutError(f"pad: {ratio.right} values are no whole number of rows of {row}")
+    more = ratio.right // row - shape[axis]
+    return Pad(axis, 0, more, fill) if more >= 0 else Crop(axis, 0, -more, fill)
+
+
+def _at(
+    rule: Rule, name: AxisName, rank: int, side: Side, make: Callable[[int, Shape | None], Op],
+    shape: Shape | None, rights: Sequence[Shape] | None,
+) -> tuple[Op, ...]:  # fmt: skip
+    """The op on the axis called `name`: its number, one of the tensor's own names, or a name of `ops`; one inside of
+    brackets is brought out for the op and put back."""
+    if isinstance(name, int):
+        if not -rank <= name < rank:
+            raise LayoutError(f"a tensor of {rank} axes has no axis {name}")
+        return (make(name % rank, shape),)
+    groups = rule.ops.left if rule.ops is not None else None
+    if groups is None:
+        own = own_names(rank, side)
+        if name not in own:
+            raise LayoutError(f"a tensor of {rank} axes ({' '.join(own)}) has no axis {escape(name)!r}")
+        return (make(own.index(name), shape),)
+    axis = next((i for i, group in enumerate(groups) if name in group), None)
+    if axis is None:
+        raise LayoutError(f"`ops` has no axis {escape(name)!r} on its left side")
+    group = groups[axis]
+    if len(group) == 1:
+        return (make(axis, shape),)
+    flat = [("1",) if g == ("1",) else (f"a{i}",) for i, g in enumerate(groups)]
+    names = [f"b{i}" for i in range(len(group))]
+    wide: list[tuple[str, ...]] = [*flat[:axis], *((n,) for n in names), *flat[axis + 1 :]]
+    merged: list[tuple[str, ...]] = [*flat[:axis], tuple(names), *flat[axis + 1 :]]
+    known = _sizes(rule, name, rights)
+    sizes = {new: known[old] for new, old in zip(names, group, strict=True) if old in known}
+    before = Rearrange(f"{groups_text(merged)} -> {groups_text(wide)}", tuple(sorted(sizes.items())))
+    place = group.index(name)
+    op = make(axis + place, _after((before,), shape))
+    if shape is not None:  # bound, so that the way back knows every size but the one that changed
+        before = before.bind((TensorSpec(shape, "float32"),))
+    fixed = tuple((n, size) for n, size in before.sizes if n != names[place])
+    return (before, op, Rearrange(f"{groups_text(wide)} -> {groups_text(merged)}", fixed))
+
+
+def _sizes(rule: Rule, changed: str, rights: Sequence[Shape] | None) -> dict[str, int]:
+    """Axis sizes of `ops` before the op: what the rule says, and what the other side shows of the other axes."""
+    assert rule.ops is not None
+    out = dict(rule.sizes)
+    if rule.heads is not None and "h" in rule.ops.axes:
+        out.setdefault("h", rule.heads)
+    if rights:
+        pattern = f"{groups_text(rule.ops.right)} -> {groups_text(rule.ops.left or ())}"
+        try:
+            shown = Rearrange(pattern, tuple((n, s) for n, s in out.items() if n != changed)).extents(rights[0])
+        except LayoutError:
+            shown = {}
+        out = {name: size for name, size in shown.items() if name != changed} | out
+    return out

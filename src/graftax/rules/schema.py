@@ -1,0 +1,129 @@
+"""The keys of a rule and their types, as a pydantic model. Imported when rules are read, not before: pydantic takes
+longer than printing --help may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from graftax.rules.model import AxisName
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    items = tuple(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else (value,)
+    if not items or not all(isinstance(item, str) and item for item in items):
+        raise ValueError("a key template or a list of them")
+    return cast("tuple[str, ...]", items)
+
+
+def _axes(value: Any) -> dict[str, int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"": value}
+    if isinstance(value, Mapping):
+        table = cast("Mapping[Any, Any]", value)
+        if table and all(isinstance(v, int) and not isinstance(v, bool) for v in table.values()):
+            return {str(k): int(v) for k, v in table.items()}
+    raise ValueError("the axis of each index, such as {l = 0}, or one axis")
+
+
+def _axis_name(name: Any) -> AxisName:
+    text = str(name)
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _amounts(value: Any, one: Callable[[Any], Any], hint: str) -> dict[AxisName, Any]:
+    if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "":
+        return {_axis_name(value): None}
+    if isinstance(value, Mapping) and value:
+        return {_axis_name(k): one(v) for k, v in cast("Mapping[Any, Any]", value).items()}
+    raise ValueError(hint)
+
+
+def _repeat(value: Any) -> dict[AxisName, Any]:
+    hint = "an axis, or how often each: {h = 4}"
+
+    def one(count: Any) -> int:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(hint)
+        return count
+
+    return _amounts(value, one, hint)
+
+
+def _pad(value: Any) -> dict[AxisName, Any]:
+    hint = "an axis, or its new rows: {o = 47} behind, {o = [1, 46]} before and behind"
+
+    def one(rows: Any) -> tuple[int, int]:
+        pair = tuple(cast("list[Any]", rows)) if isinstance(rows, (list, tuple)) else (0, rows)
+        if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in pair):
+            raise ValueError(hint)
+        return cast("tuple[int, int]", pair)
+
+    return _amounts(value, one, hint)
+
+
+def _flatten(value: Any) -> tuple[tuple[str, int | None], ...]:
+    hint = "the order torch flattened, such as 'C H W', 'C=16 H=7 W=7', '16 7 7' or {C = 16, H = 7, W = 7}"
+    if isinstance(value, Mapping):
+        pairs: list[tuple[Any, Any]] = list(cast("Mapping[Any, Any]", value).items())
+    elif isinstance(value, str):
+        words = [word.partition("=") for word in value.replace(",", " ").split()]
+        if words and all(name.isdigit() and not eq for name, eq, _ in words):
+            names = {1: ("C",), 2: ("C", "L"), 3: ("C", "H", "W"), 4: ("C", "D", "H", "W")}.get(len(words))
+            if names is None:
+                raise ValueError(hint)
+            pairs = [(name, int(size)) for name, (size, _, _) in zip(names, words, strict=True)]
+        else:
+            if any(eq and not size.isdigit() for _, eq, size in words):
+                raise ValueError(hint)
+            pairs = [(name, int(size) if eq else None) for name, eq, size in words]
+    else:
+        raise ValueError(hint)
+    for name, size in pairs:
+        sized = size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
+        if not isinstance(name, str) or not name.isidentifier() or not sized:
+            raise ValueError(hint)
+    names = [str(name).upper() for name, _ in pairs]
+    if len(set(names)) != len(names) or "C" not in names:
+        raise ValueError(f"{hint}: each axis once, and C, the channels, among them")
+    return tuple((name, size) for name, (_, size) in zip(names, pairs, strict=True))
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("a number")
+    return float(value)
+
+
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[float, BeforeValidator(_number)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Table(BaseModel):
+    """One inline table. Index ranges and axis sizes are further keys, checked against the templates later."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    torch: Names = None
+    flax: Names = None
+    source: Names = None
+    target: Names = None
+    ops: Text | None = None
+    layout: Text | None = None
+    transpose: bool | None = None
+    flatten: Annotated[Any, BeforeValidator(_flatten)] = None
+    fused: Literal["block", "interleaved", "tied", "sum"] | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    stack: Annotated[Any, BeforeValidator(_axes)] = None
+    scale: Number | None = None
+    offset: Number | None = None
+    repeat: Annotated[Any, BeforeValidator(_repeat)] = None
+    pad: Annotated[Any, BeforeValidator(_pad)] = None
+    drop: Text | None = None
+    fill: Number | None = None
+    missing: Literal["error", "zeros", "keep"] | None = None

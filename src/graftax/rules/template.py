@@ -1,0 +1,257 @@
+"""Key templates: `layers.{4*c+1}.mlp.fc1.weight` matches whole keys and writes them.
+
+    {i}          one whole number, as text without leading zeros
+    {a*i+b}      a number that is a*i+b for some i >= 0 (also i+b, i-b, a*i, a*i-b)
+    *            any text inside one part; ** any number of whole parts, also none
+    {{ }} {*}    a literal brace, a literal star
+
+The k-th wildcard of one side stands for the k-th of the other. No regular expression comes from the user: literals are
+escaped, a part holds one wildcard at most and two numbers never touch, so that matching cannot hang.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from graftax.errors import RulesError, escape
+from graftax.tree import Side, escape_part, unescape_part
+
+_ARITHMETIC = re.compile(
+    r"\s*(?:(?P<a>\d{1,6})\s*\*\s*)?(?P<name>[A-Za-z_]\w{0,31})(?:\s*\*\s*(?P<a2>\d{1,6}))?"
+    r"(?:\s*(?P<sign>[+-])\s*(?P<b>\d{1,6}))?\s*",
+    re.ASCII,
+)
+_TOKEN = re.compile(r"\{\{|\}\}|\{\*\}|\{[^{}]*\}|\{|\}|\*+", re.ASCII)
+_NUMBER = r"(0|[1-9][0-9]{0,8})"
+SEPARATOR: Mapping[str, str] = {"torch": ".", "flax": "/"}
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The number `factor * name + offset`."""
+
+    name: str
+    factor: int = 1
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Wild:
+    """Any text inside a part; `deep`: any number of whole parts."""
+
+    deep: bool = False
+
+
+Piece = str | Index | Wild
+Wilds = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What one key gave: a number for each index (in the template's order), raw parts for each wildcard."""
+
+    numbers: tuple[int, ...]
+    wilds: Wilds
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A compiled template. `names`: its indices in order of first appearance; `wilds`: the wildcards, True if deep."""
+
+    text: str
+    side: Side
+    pieces: tuple[Piece, ...]
+    names: tuple[str, ...]
+    wilds: tuple[bool, ...]
+    prefix: str
+    regex: re.Pattern[str]
+
+    @property
+    def literal(self) -> bool:
+        return not self.names and not self.wilds
+
+    def match(self, key: str) -> Binding | None:
+        """The binding that makes this template `key`, or None."""
+        found = self.regex.fullmatch(key)
+        if found is None:
+            return None
+        numbers: dict[str, int] = {}
+        wilds: list[tuple[str, ...]] = []
+        groups = iter(found.groups())
+        for piece in self.pieces:
+            if isinstance(piece, Index):
+                number, rest = divmod(int(next(groups)) - piece.offset, piece.factor)
+                if rest or number < 0 or numbers.setdefault(piece.name, number) != number:
+                    return None
+            elif isinstance(piece, Wild):
+                wilds.append(self._raw(next(groups), piece.deep))
+        return Binding(tuple(numbers[name] for name in self.names), tuple(wilds))
+
+    def _raw(self, text: str | None, deep: bool) -> tuple[str, ...]:
+        if not text:
+            return () if deep else ("",)
+        parts = text.split(SEPARATOR[self.side]) if deep else [text]
+        return tuple(unescape_part(part) if self.side == "flax" and "~" in part else part for part in parts)
+
+    def render(self, numbers: Mapping[str, int], wilds: Wilds) -> str | None:
+        """The key of a binding; None where a number would be negative."""
+        out: list[str] = []
+        texts = iter(wilds)
+        separator = SEPARATOR[self.side]
+        swallow = False
+        for piece in self.pieces:
+            if isinstance(piece, Index):
+                number = piece.factor * numbers[piece.name] + piece.offset
+                if number < 0:
+                    return None
+                out.append(str(number))
+            elif isinstance(piece, Wild):
+                parts = next(texts)
+                if parts:
+                    out.append(separator.join(escape_part(p) if self.side == "flax" else p for p in parts))
+                elif out and out[-1].endswith(separator):  # nothing under `**`: one separator goes with it
+                    out[-1] = out[-1][: -len(separator)]
+                else:
+                    swallow = True
+            else:
+                out.append(piece[len(separator) :] if swallow and piece.startswith(separator) else piece)
+                swallow = False
+        return "".join(out)
+
+    def with_prefix(self, prefix: str) -> Template:
+        """The template behind a literal prefix (a collection that the rule leaves out)."""
+        return _compiled(prefix + self.text, self.side, _joined((prefix, *self.pieces)))
+
+
+def escape_key(key: str) -> str:
+    """A key as a literal template."""
+    return key.replace("{", "{{").replace("}", "}}").replace("*", "{*}")
+
+
+@lru_cache(maxsize=8192)
+def parse_template(text: str, side: Side) -> Template:
+    """The template written as `text`. RulesError where it is not one."""
+    if not text:
+        raise RulesError("an empty template")
+    pieces: list[Piece] = []
+    start = 0
+    for token in _TOKEN.finditer(text):
+        pieces.append(text[start : token.start()])
+        pieces.append(_token(token.group(), text))
+        start = token.end()
+    pieces.append(text[start:])
+    return _compiled(text, side, _joined(pieces))
+
+
+def _token(token: str, text: str) -> Piece:
+    if token in ("{{", "}}"):
+        return token[0]
+    if token == "{*}":
+        return "*"
+    if token[0] == "*":
+        if len(token) > 2:
+            raise RulesError(f"{escape(text)!r}: {token} is neither * nor **")
+        return Wild(deep=len(token) == 2)
+    found = _ARITHMETIC.fullmatch(token[1:-1]) if len(token) > 2 else None
+    if found is None:
+        hint = "" if len(token) > 1 else " (a literal brace is written twice: {{)"
+        raise RulesError(f"{escape(text)!r}: {escape(token)} is not an index such as {{i}} or {{4*i+1}}{hint}")
+    if found["a"] and found["a2"]:
+        raise RulesError(f"{escape(text)!r}: {escape(token)} has two factors")
+    factor = int(found["a"] or found["a2"] or 1)
+    if factor == 0:
+        raise RulesError(f"{escape(text)!r}: {escape(token)} has factor 0")
+    return Index(found["name"], factor, int(found["b"] or 0) * (-1 if found["sign"] == "-" else 1))
+
+
+def _joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """Neighbouring literals as one, empty ones left out."""
+    out: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and out and isinstance(out[-1], str):
+            out[-1] += piece
+        elif piece != "":
+            out.append(piece)
+    return tuple(out)
+
+
+def _compiled(text: str, side: Side, pieces: tuple[Piece, ...]) -> Template:
+    separator = SEPARATOR[side]
+    sep = re.escape(separator)
+    out: list[str] = []
+    in_part: Piece | None = None  # the last index or wildcard of the part at hand
+    digits_only = False  # nothing but digits since an index
+    deep_at: int | None = None
+    for place, piece in enumerate(pieces):
+        before = pieces[place - 1] if place else separator
+        after = pieces[place + 1] if place + 1 < len(pieces) else separator
+        if isinstance(piece, str):
+            out.append(re.escape(piece))
+            tail = piece.rpartition(separator)[2] if separator in piece else piece
+            in_part = None if separator in piece else in_part
+            digits_only = (digits_only or separator in piece) and tail.isdigit()
+        elif isinstance(piece, Index):
+            if isinstance(in_part, Wild) or isinstance(before, Index) or (isinstance(in_part, Index) and digits_only):
+                raise RulesError(f"{escape(text)!r}: it cannot be told where {{{piece.name}}} begins; put text between")
+            out.append(_NUMBER)
+            in_part, digits_only = piece, True
+        else:
+            if in_part is not None:
+                raise RulesError(f"{escape(text)!r}: a part holds one wildcard, and no index beside it")
+            in_part, digits_only = piece, False
+            if not piece.deep:
+                out.append(f"([^{sep}]*)")
+                continue
+            if deep_at is not None:
+                raise RulesError(f"{escape(text)!r}: ** may stand once in a template")
+            deep_at = len(out)
+            whole = isinstance(before, str) and before.endswith(separator)
+            if not (whole and isinstance(after, str) and after.startswith(separator)):
+                raise RulesError(f"{escape(text)!r}: ** stands for whole parts; write {separator}**{separator}")
+    names = tuple(dict.fromkeys(piece.name for piece in pieces if isinstance(piece, Index)))
+    wilds = tuple(piece.deep for piece in pieces if isinstance(piece, Wild))
+    prefix = pieces[0] if pieces and isinstance(pieces[0], str) else ""
+    pattern = "".join(out)
+    if deep_at is not None:
+        pattern = _with_deep("".join(out[:deep_at]), "".join(out[deep_at:]), sep)
+        prefix = prefix.removesuffix(separator)  # nothing under `**` takes one separator along
+    return Template(text, side, pieces, names, wilds, prefix, re.compile(pattern, re.DOTALL))
+
+
+def _with_deep(before: str, after: str, sep: str) -> str:
+    if after:
+        return f"{before}(?:(.+){sep})?{after[len(sep) :]}"
+    return f"{before[: -len(sep)]}(?:{sep}(.+))?" if before else "(.*)"
+
+
+class KeyIndex:
+    """The keys of one end, ready to be matched by many templates: sorted, so that a template looks only at keys that
+    begin with its first literal."""
+
+    __slots__ = ("keys", "order", "sorted")
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.keys: tuple[str, ...] = tuple(keys)
+        self.order: dict[str, int] = {key: place for place, key in enumerate(self.keys)}
+        self.sorted: list[str] = sorted(self.keys)
+
+    def find(self, template: Template) -> Iterator[tuple[str, Binding]]:
+        """(key, binding) of every key the template matches, in the order of the keys."""
+        if template.literal:
+            key = template.render({}, ())
+            if key in self.order:
+                yield key, Binding((), ())
+            return
+        start = bisect_left(self.sorted, template.prefix)
+        stop = start
+        if not template.prefix:
+            stop = len(self.sorted)
+        else:
+            while stop < len(self.sorted) and self.sorted[stop].startswith(template.prefix):
+                stop += 1
+        found = [(key, hit) for key in self.sorted[start:stop] if (hit := template.match(key)) is not None]
+        yield from sorted(found, key=lambda pair: self.order[pair[0]])

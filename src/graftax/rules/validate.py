@@ -1,0 +1,339 @@
+"""From a table of a rules file to a `Rule`: every key, every type, and what goes with what; all faults at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from graftax.errors import Failure, RulesError, escape
+from graftax.layers import layouts
+from graftax.rules.axes import OpsText, own_names, parse_ops
+from graftax.rules.model import KNOWN_BLOCKS, LIST, Rule
+from graftax.rules.template import Template, parse_template
+from graftax.rules.text import ORDER
+from graftax.tree import Side
+
+_RANGE = re.compile(r"\s*([0-9]{1,9})\s*\.\.\s*([0-9]{1,9})\s*", re.ASCII)
+_MOST = 1_000_000
+_ENDS = {"left": ("torch", "source"), "right": ("flax", "target")}
+
+
+def make_rule(data: Any, label: str, line: str) -> tuple[Rule | None, list[Failure]]:
+    """The rule of one table, or every fault it has. `label`, `line`: where it stands, for messages and evidence."""
+    where = Rule(label, line).where
+    if not isinstance(data, Mapping):
+        found = type(data).__name__
+        return None, [Failure("a rule is a table", label, where, '{ torch = "...", flax = "..." }', found)]
+    table = {str(key): value for key, value in cast("Mapping[Any, Any]", data).items()}
+    values, texts = _typed(table)
+    extras = {key: value for key, value in table.items() if key not in ORDER}
+    rule: Rule | None = None
+    if not texts:
+        rule, texts = _made(values, extras, label, line)
+    failures = [Failure(text, label, where, next=hint) for text, hint in texts]
+    return (None if failures else rule), failures
+
+
+Fault = tuple[str, str]
+
+
+def _typed(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Fault]]:
+    from pydantic import ValidationError
+
+    from graftax.rules.schema import Table
+
+    try:
+        made = Table.model_validate(dict(table))
+    except ValidationError as error:
+        faults: list[Fault] = []
+        for item in error.errors():
+            name = str(item["loc"][0])
+            text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            shown = escape(repr(table.get(name)), 80)
+            if name not in {fault[0] for fault in faults}:
+                faults.append((f"`{escape(name)}` is {shown}", f"It should be {text}."))
+        return {}, faults
+    return {name: getattr(made, name) for name in ORDER}, []
+
+
+def _made(
+    values: Mapping[str, Any], extras: Mapping[str, Any], label: str, line: str
+) -> tuple[Rule | None, list[Fault]]:
+    faults: list[Fault] = []
+    given = {name: value for name, value in values.items() if value is not None}
+    ends = _ends(given, faults)
+    if faults:
+        return None, faults
+    left, right = ends
+    templates = _templates(left, faults), _templates(right, faults)
+    if faults:
+        return None, faults
+    indices = set(_indices(templates[0])) | set(_indices(templates[1]))
+    ops = _ops(given, indices, faults)
+    ranges, sizes = _extras(extras, indices, ops, faults)
+    _together(given, left, right, faults)
+    _alike(templates, faults)
+    stack = _stack(given, templates, ops, faults)
+    fused = _fused(given, left, right, stack, ops, faults)
+    layout = given.get("layout", "")
+    if "transpose" in given:
+        layout = "linear" if given["transpose"] else "identity"
+    if layout and layout not in layouts():
+        faults.append((f"`layout` is {escape(layout)!r}", f"Known: {', '.join(layouts())}{_near(layout, layouts())}."))
+    if faults:
+        return None, faults
+    rule = Rule(
+        label=label,
+        line=line,
+        left=left,
+        right=right,
+        left_indices=_indices(templates[0]),
+        right_indices=_indices(templates[1]),
+        directional="source" in given or "target" in given,
+        ops=ops,
+        layout=layout,
+        flatten=given.get("flatten", ()),
+        fused=fused,
+        heads=given.get("heads"),
+        kv_heads=given.get("kv_heads"),
+        stack=stack,
+        ranges=ranges,
+        sizes=sizes,
+        scale=given.get("scale"),
+        offset=given.get("offset"),
+        repeat=given.get("repeat", {}),
+        pad=given.get("pad", {}),
+        drop=given.get("drop", ""),
+        fill=given.get("fill"),
+        missing=given.get("missing", ""),
+    )
+    return rule, []
+
+
+def _ends(given: Mapping[str, Any], faults: list[Fault]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The templates of the left and of the right end."""
+    used = [name for name in ("torch", "flax", "source", "target") if name in given]
+    if not used:
+        faults.append(
+            ("it names no key", 'Give `torch` and `flax`, such as { torch = "fc.weight", flax = "fc/kernel" }.')
+        )
+    elif {"torch", "flax"} & set(used) and {"source", "target"} & set(used):
+        faults.append((f"it mixes {' and '.join(used)}", "`source` and `target` are for ends that are one side."))
+    left, right = (next((given[n] for n in _ENDS[end] if n in given), ()) for end in ("left", "right"))
+    return left, right
+
+
+def _templates(texts: Sequence[str], faults: list[Fault]) -> tuple[Template, ...]:
+    """The templates, their side guessed from the separator: it matters here only for `**`."""
+    out: list[Template] = []
+    for text in texts:
+        side: Side = "flax" if "/" in text else "torch"
+        try:
+            out.append(parse_template(text, side))
+        except RulesError as error:
+            faults.append((str(error), ""))
+    return tuple(out)
+
+
+def _indices(templates: Sequence[Template]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for template in templates for name in template.names))
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f" (near: {', '.join(near)})" if near else ""
+
+
+# ---------------------------------------------------------------- index ranges and axis sizes
+
+
+def _extras(
+    extras: Mapping[str, Any], indices: set[str], ops: OpsText | None, faults: list[Fault]
+) -> tuple[dict[str, Sequence[int]], dict[str, int]]:
+    ranges: dict[str, Sequence[int]] = {}
+    sizes: dict[str, int] = {}
+    axes = ops.axes if ops else frozenset[str]()
+    for name, value in extras.items():
+        if name in indices:
+            numbers = _range(value)
+            if numbers is None:
+                hint = f'Write {name} = "3..60" (both ends are in), {name} = 3 or {name} = [0, 2, 4].'
+                faults.append((f"`{escape(name)}` is {escape(repr(value), 80)}", hint))
+            else:
+                ranges[name] = numbers
+        elif name in axes:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                faults.append((f"`{escape(name)}` is {escape(repr(value), 80)}", "The length of an axis is a number."))
+            else:
+                sizes[name] = value
+        else:
+            known = [*ORDER, *indices, *axes]
+            hint = f"{_near(name, known)}".strip(" ()").replace("near:", "Near:")
+            faults.append(
+                (f"{escape(name)!r} is no key of a rule", f"{hint}." if hint else f"Keys: {', '.join(ORDER)}.")
+            )
+    return ranges, sizes
+
+
+def _range(value: Any) -> Sequence[int] | None:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return (value,)
+    if isinstance(value, (list, tuple)):
+        items = cast("Sequence[Any]", value)
+        if items and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in items):
+            return tuple(sorted(set(items)))
+    if isinstance(value, str) and (found := _RANGE.fullmatch(value)):
+        first, last = int(found[1]), int(found[2])
+        if first <= last and last - first < _MOST:
+            return range(first, last + 1)
+    return None
+
+
+# ---------------------------------------------------------------- what goes with what
+
+
+def _ops(given: Mapping[str, Any], indices: set[str], faults: list[Fault]) -> OpsText | None:
+    if "ops" not in given:
+        return None
+    try:
+        parsed = parse_ops(given["ops"], frozenset(indices | {LIST}))
+    except RulesError as error:
+        faults.append((f"`ops`: {error}", ""))
+        return None
+    if parsed.left is None:
+        known = {name for side in ("torch", "flax") for rank in range(6) for name in own_names(rank, side)}
+        strange = [name for name in parsed.right_names if name not in known]
+        if strange:
+            hint = "Without '->' the axes are the tensor's own (o i, o i k, o i kh kw) and the indices; "
+            faults.append(
+                (f"`ops` = {escape(given['ops'])!r} does not say where {escape(', '.join(strange))} come from",
+                 hint + "write both sides: '(h d) i -> i h d'.")
+            )  # fmt: skip
+    return parsed
+
+
+_APART = (
+    ("ops", "layout"), ("ops", "transpose"), ("ops", "flatten"), ("layout", "transpose"), ("layout", "flatten"),
+    ("transpose", "flatten"), ("fused", "flatten"), ("drop", "missing"), ("fill", "missing"),
+)  # fmt: skip
+
+
+def _together(given: Mapping[str, Any], left: Sequence[str], right: Sequence[str], faults: list[Fault]) -> None:
+    for one, other in _APART:
+        if one in given and other in given:
+            faults.append((f"`{one}` and `{other}` exclude each other", "Leave one out."))
+    if left and right:
+        for name in ("drop", "missing"):
+            if name in given:
+                faults.append((f"`{name}` is for a key of one side alone", "Name one side, or leave it out."))
+        if "fill" in given and "pad" not in given:
+            faults.append(("`fill` is for a key of one side alone, or the value of `pad`", "Name one side only."))
+        return
+    idle = [n for n in given if n not in ("torch", "flax", "source", "target", "drop", "fill", "missing")]
+    if not {"drop", "fill", "missing"} & set(given) and (left or right):
+        hint = 'Name the other side, or say drop = "reason", fill = 0.0 or missing = "zeros".'
+        faults.append(("it names one side only", hint))
+    elif idle:
+        faults.append((f"`{idle[0]}` needs both sides", "Name the other side, or leave it out."))
+
+
+def _alike(templates: tuple[tuple[Template, ...], tuple[Template, ...]], faults: list[Fault]) -> None:
+    """Templates of one side share their indices; all share their wildcards."""
+    for side in templates:
+        for other in side[1:]:
+            if set(other.names) != set(side[0].names):
+                faults.append((f"{escape(side[0].text)!r} and {escape(other.text)!r} have different indices", ""))
+    every = [template for side in templates for template in side]
+    for other in every[1:]:
+        if other.wilds != every[0].wilds:
+            hint = "The k-th * of one side stands for the k-th of the other, ** for **."
+            faults.append((f"{escape(every[0].text)!r} and {escape(other.text)!r} have different wildcards", hint))
+
+
+def _stack(
+    given: Mapping[str, Any],
+    templates: tuple[tuple[Template, ...], tuple[Template, ...]],
+    ops: OpsText | None,
+    faults: list[Fault],
+) -> dict[str, int]:
+    """index -> axis, from `stack` and from `ops`; every index of one side alone must be in it."""
+    left, right = (set(_indices(side)) for side in templates)
+    if not templates[0] or not templates[1]:
+        return {}
+    many = len(templates[0]) != 1, len(templates[1]) != 1
+    lists: set[str] = {LIST} if many[0] != many[1] else set()
+    loose = (left - right) | (right - left) | lists
+    shared = left & right
+    stack: dict[str, int] = dict(given.get("stack", {}))
+    if "" in stack:
+        names = (left ^ right) or lists
+        if len(names) != 1:
+            faults.append(("`stack` is one number", f"Name the index: {_each(sorted(loose))}."))
+            return {}
+        stack = {names.pop(): stack[""]}
+    for name in stack:
+        if name not in loose:
+            why = "stands on both sides" if name in shared else "is no index of the templates"
+            faults.append(
+                (
+                    f"`stack` names {escape(name)!r}, which {why}",
+                    f"To stack here: {', '.join(sorted(loose)) or 'none'}.",
+                )
+            )
+    placed: Mapping[str, bool] = ops.placed if ops else {}
+    for name, on_left in placed.items():
+        if name in stack:
+            faults.append((f"{escape(name)!r} stands in `stack` and in `ops`", "Say it once."))
+        elif name in shared:
+            faults.append((f"`ops` names {escape(name)!r}, which stands on both sides", "It is stacked on neither."))
+        elif name != LIST and on_left != (name in right):
+            word = "right" if name in left else "left"
+            faults.append((f"`ops` has {escape(name)!r} on the wrong side of '->'", f"It belongs on the {word}."))
+    listed = LIST in stack or LIST in placed
+    to_right, to_left = bool(left - right) or (listed and many[0]), bool(right - left) or (listed and many[1])
+    if to_right and to_left:
+        faults.append(("it stacks on both sides at once", "Stack one way in one rule."))
+    elif open_ := sorted(((left - right) | (right - left)) - set(stack) - set(placed)):
+        faults.append(
+            (f"index {', '.join(open_)} stands on one side only", f"Say on which axis it is stacked: {_each(open_)}.")
+        )
+    return stack
+
+
+def _each(names: Iterable[str]) -> str:
+    return "stack = {" + ", ".join(f"{name} = 0" for name in names) + "}"
+
+
+def _fused(
+    given: Mapping[str, Any],
+    left: Sequence[str],
+    right: Sequence[str],
+    stack: Mapping[str, int],
+    ops: OpsText | None,
+    faults: list[Fault],
+) -> str:
+    fused = given.get("fused", "")
+    listed = LIST in stack or (ops is not None and LIST in ops.placed)
+    if not left or not right:
+        return ""
+    if len(left) > 1 and len(right) > 1:
+        faults.append(("both sides are lists", "Write a rule for each pair."))
+    elif len(left) == len(right) == 1:
+        if fused:
+            faults.append((f"`fused` = {fused!r}, but both sides are one tensor", "Give a list on one side."))
+        if listed:
+            faults.append(("`list` is stacked, but neither side is a list", ""))
+    elif fused and listed:
+        faults.append(("`fused` and a stacked `list` exclude each other", "Leave one out."))
+    elif not fused and not listed:
+        one = (left if len(left) == 1 else right)[0]
+        if re.split(r"[./]", one)[-1] in KNOWN_BLOCKS:
+            return "block"
+        several = max(len(left), len(right))
+        hint = 'Say fused = "block", "interleaved", "tied" or "sum", or stack = {list = 0}.'
+        faults.append((f"it does not say how {several} tensors lie in one", hint))
+    elif fused == "sum" and len(left) == 1:
+        faults.append(("`fused` = 'sum' adds a list of torch tensors into one", "Give the list on the left."))
+    return fused
