@@ -541,6 +541,24 @@ def test_many_views_of_one_storage(tmp_path):
         torch_pt.open(path)
 
 
+def test_one_greedy_view_in_a_large_file(tmp_path):
+    """The file as a whole is within the limit, one tensor is not."""
+    path = save(tmp_path / "x.pt", {"fine": torch.ones(1_000_000), "greedy": torch.ones(1).expand(10_000_000)})
+    with pytest.raises(UnsafeInputError, match="greedy asks for too much"):
+        torch_pt.open(path)
+
+
+def test_legacy_lengths(tmp_path):
+    """The element count before the bytes of a storage must be the pickle's."""
+    path = save(tmp_path / "x.pt", {"a": torch.ones(5)}, _use_new_zipfile_serialization=False)
+    data = bytearray(path.read_bytes())
+    assert data[-28:-20] == struct.pack("<q", 5)
+    data[-28:-20] = struct.pack("<q", 4)
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="storage .* is damaged"):
+        torch_pt.open(path)
+
+
 @pytest.mark.parametrize("kind", ["list", "tuple key", "dict"])
 def test_shared_references(tmp_path, kind):
     """A few hundred bytes that unfold to 2**60 objects."""

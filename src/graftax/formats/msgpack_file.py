@@ -1,0 +1,231 @@
+"""Flax msgpack files: what flax.serialization.msgpack_serialize and to_bytes write, without importing flax or jax.
+
+A reader that walks the file by position: names, shapes and dtypes cost the small parts of it only, and values are read
+one leaf at a time. A map's keys are text or whole numbers and both stay what they are.
+
+Wire format (flax/serialization.py): arrays are extension 1, a msgpack triple (shape, dtype name, bytes in C order);
+NumPy scalars extension 3, the same; Python complex numbers extension 2, a pair. An array of more than 2**30 bytes is a
+map {'__msgpack_chunked_array__': True, 'shape': {'0': ..}, 'chunks': {'0': array, ..}}. Types below one byte take one
+byte an element.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import FormatError, escape
+from graftax.formats.base import Output
+from graftax.formats.files import storage_error, write_at
+from graftax.formats.limits import check_limit
+from graftax.formats.msgpack_walk import CHUNKED, FIXED_EXT, NDARRAY, Array, Text, itemsize, mark, parse
+from graftax.formats.source import Source, open_source
+from graftax.formats.writing import refuse, tensor_bytes
+from graftax.tree import Checkpoint, Key, TensorSpec, join_path, nest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CHUNK = 1 << 30
+"""Bytes above which flax splits an array."""
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """A map whose first key is text or a whole number."""
+    if head == b"\x80":
+        return True
+    if len(head) < 2 or not (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)):
+        return False
+    first = head[{0xDE: 3, 0xDF: 5}.get(head[0], 1) :][:1]
+    return bool(first) and (mark(first[0])[0] in ("str", "number") if first[0] != 0xC1 else False)
+
+
+def open(path: Path) -> Checkpoint:
+    """The tree in the file. Python numbers are 0-d leaves (int64, uint64, float64, bool, complex128), so that none is
+    lost; text, bytes, None and empty containers are listed in the metadata.
+
+    Raises FormatError where it is malformed or holds what no checkpoint does, UnsafeInputError beyond a limit.
+    """
+    source = open_source(path)
+    label = escape(path)
+    root = parse(source, label)
+    arrays: dict[str, Array] = {}
+    metadata: dict[str, str] = {}
+    real_keys: dict[str, Key] = {}
+    containers: dict[str, str] = {}
+    for keys, leaf in _leaves(root, (), real_keys, containers):
+        name = join_path(keys)
+        if isinstance(leaf, Text):
+            metadata[name] = leaf.text
+        elif name in arrays:
+            raise FormatError(f"{label} holds two leaves that are both called {escape(name)}")
+        else:
+            arrays[name] = leaf
+            if leaf.value is not None:
+                metadata[name] = f"a Python {type(leaf.value).__name__}"
+    check_limit("leaves", len(arrays), label)
+
+    def reader(name: str) -> np.ndarray[Any, Any]:
+        return _read(source, arrays[name], f"{label}: {escape(name)}")
+
+    return Checkpoint(
+        label=str(path),
+        side="flax",
+        specs={name: array.spec for name, array in arrays.items()},
+        reader=reader,
+        format="msgpack",
+        files=(path,),
+        metadata=metadata,
+        real_keys=real_keys,
+        containers=containers,
+    )
+
+
+def _leaves(
+    node: Any, keys: tuple[Key, ...], real_keys: dict[str, Key], containers: dict[str, str]
+) -> Iterator[tuple[tuple[Key, ...], Array | Text]]:
+    """(keys, leaf), and on the way what flat names do not say."""
+    if keys and type(keys[-1]) is int:
+        real_keys[join_path(keys)] = keys[-1]
+    if isinstance(node, (Array, Text)):
+        yield keys, node
+        return
+    if not node:
+        yield keys, Text("an empty list" if isinstance(node, list) else "an empty map")
+        return
+    if isinstance(node, list):
+        containers[join_path(keys)] = "list"
+    for key, child in enumerate(node) if isinstance(node, list) else node.items():
+        yield from _leaves(child, (*keys, key), real_keys, containers)
+
+
+# ---------------------------------------------------------------- values
+
+
+def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    from graftax.dtypes import from_storage, numpy_dtype, pack, unpack
+
+    if array.value is not None:
+        return np.array(array.value, numpy_dtype(array.spec.dtype))
+    if len(array.parts) == 1:
+        data = source.read(*array.parts[0])
+    else:
+        data = bytearray(sum(size for _, size in array.parts))
+        done = 0
+        for at, size in array.parts:
+            data[done : done + size] = source.read(at, size)
+            done += size
+    if not array.spec.packed:
+        return from_storage(data, array.spec)
+    codes = np.frombuffer(data, np.uint8)
+    packed = pack(codes, array.spec.bits)
+    if not np.array_equal(unpack(packed, array.spec).reshape(-1).view(np.uint8), codes):
+        raise FormatError(f"{where}: a byte that is no code of {array.spec.dtype}")
+    return packed
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(path: Path, output: Output) -> None:
+    """The bytes that flax.serialization.msgpack_serialize(tree, in_place=True) gives for the nested tree, in the order
+    of `output.specs`; lists and tuples are msgpack arrays. One tensor is in memory at a time, and the order in which
+    they come does not matter.
+
+    Raises PlanError for keys that msgpack has no place for.
+    """
+    from graftax.dtypes import unpack
+
+    tuples = [f"{prefix}/" for prefix, key in output.real_keys.items() if isinstance(key, tuple)]
+    below = [path for path in output.specs if any(f"{path}/".startswith(prefix) for prefix in tuples)]
+    refuse(output, "msgpack", dict.fromkeys(below, "a key that is a tuple"))
+    tree = nest({path: path for path in output.specs}, output.real_keys)
+    pieces: list[tuple[int, bytes]] = []
+    places: dict[str, list[tuple[int, int]]] = {}
+    at = 0
+    for piece in _layout(tree, "", output):
+        if isinstance(piece, bytes):
+            pieces.append((at, piece))
+            at += len(piece)
+        else:
+            places.setdefault(piece[0], []).append((at, piece[1]))
+            at += piece[1]
+    try:
+        with builtins.open(path, "wb") as file:
+            fd = file.fileno()
+            for start, piece in pieces:
+                write_at(fd, start, memoryview(piece))
+            for name, spec, data in tensor_bytes(output):
+                if spec.packed:
+                    data = unpack(data, spec).reshape(-1).view("uint8")
+                done = 0
+                for start, size in places[name]:
+                    write_at(fd, start, memoryview(data[done : done + size]))  # pyright: ignore[reportArgumentType]
+                    done += size
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def _layout(node: Any, prefix: str, output: Output) -> Iterator[bytes | tuple[str, int]]:
+    """The file in order: bytes as they are, and (path, size) where the elements of a tensor go."""
+    import msgpack
+
+    if isinstance(node, str):
+        yield from _array_layout(node, output.specs[node])
+        return
+    packer = msgpack.Packer()
+    listed = output.containers.get(prefix) in ("list", "tuple")
+    items = {str(key): (key, child) for key, child in node.items()}
+    if listed and set(items) != {str(i) for i in range(len(items))}:
+        refuse(output, "msgpack", {prefix: f"a list with the items {', '.join(items)}"})
+    yield bytes(packer.pack_array_header(len(items)) if listed else packer.pack_map_header(len(items)))
+    for key, child in (items[str(i)] for i in range(len(items))) if listed else items.values():
+        if not listed:
+            yield _packed(key)
+        path = join_path((key,))
+        yield from _layout(child, f"{prefix}/{path}" if prefix else path, output)
+
+
+def _array_layout(path: str, spec: TensorSpec) -> Iterator[bytes | tuple[str, int]]:
+    import msgpack
+
+    width = itemsize(spec)
+    if spec.size * width <= CHUNK:
+        yield _array_head(spec.shape, spec.dtype, spec.size * width)
+        yield path, spec.size * width
+        return
+    most = max(1, CHUNK // width)
+    starts = range(0, spec.size, most)
+    yield b"\x83" + _packed(CHUNKED) + b"\xc3" + _packed("shape")
+    yield _packed({str(i): n for i, n in enumerate(spec.shape)}) + _packed("chunks")
+    yield bytes(msgpack.Packer().pack_map_header(len(starts)))
+    for i, start in enumerate(starts):
+        count = min(most, spec.size - start)
+        yield _packed(str(i)) + _array_head((count,), spec.dtype, count * width)
+        yield path, count * width
+
+
+def _array_head(shape: tuple[int, ...], dtype: str, size: int) -> bytes:
+    """Everything of an array extension but its elements."""
+    inner = b"\x93" + _packed(shape) + _packed(dtype) + _sized(size, {1: 0xC4, 2: 0xC5, 4: 0xC6})
+    length = len(inner) + size
+    fixed = {extent: code for code, extent in FIXED_EXT.items()}
+    if length in fixed:
+        return bytes([fixed[length], NDARRAY]) + inner
+    return _sized(length, {1: 0xC7, 2: 0xC8, 4: 0xC9}) + bytes([NDARRAY]) + inner
+
+
+def _sized(number: int, marks: dict[int, int]) -> bytes:
+    """A mark and a length in as few bytes as will hold it."""
+    width = 1 if number < 1 << 8 else 2 if number < 1 << 16 else 4
+    return bytes([marks[width]]) + number.to_bytes(width, "big")
+
+
+def _packed(value: Any) -> bytes:
+    import msgpack
+
+    return bytes(msgpack.packb(value) or b"")

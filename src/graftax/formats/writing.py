@@ -1,0 +1,46 @@
+"""What the writers share: tensors in any order, each exactly once, as their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import Failure, PlanError
+from graftax.formats.base import Output
+from graftax.tree import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def refuse(output: Output, row: str, reason: dict[str, str]) -> None:
+    """PlanError where `reason` (path -> why) is not empty: what the format `row` cannot hold, and which formats can
+    hold all of it."""
+    if not reason:
+        return
+    from graftax.formats.table import FORMATS, holders
+
+    dtypes = {spec.dtype for spec in output.specs.values()}
+    able = [name for name in FORMATS if name != row and all(name in holders(dtype, output.side) for dtype in dtypes)]
+    raise PlanError(
+        f"{row} cannot hold {len(reason)} of {len(output.specs)} leaves",
+        [Failure(why, key=path, found=str(output.specs.get(path, ""))) for path, why in reason.items()],
+        next=f"Formats that can: {', '.join(able)}." if able else "",
+    )
+
+
+def tensor_bytes(output: Output) -> Iterator[tuple[str, TensorSpec, np.ndarray[Any, Any]]]:
+    """(path, spec, bytes in C order, little end first, as a flat uint8 array) as the tensors arrive.
+
+    Raises FormatError where an array is not what its spec says, PlanError where a path comes twice or not at all.
+    """
+    from graftax.dtypes import storage_bytes
+
+    due = dict.fromkeys(output.specs)
+    for path, array in output.tensors:
+        if path not in due:
+            raise PlanError("a tensor came twice, or without a spec", [Failure("not expected", key=path)])
+        del due[path]
+        yield path, output.specs[path], storage_bytes(array, output.specs[path])
+    if due:
+        raise PlanError(f"{len(due)} tensors never came", [Failure("no values", key=path) for path in due])
