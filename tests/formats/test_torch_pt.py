@@ -227,6 +227,7 @@ OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(2, 3), "step": torch.tensor(1.0
         ({"step": 1, "model_state": WEIGHTS, "optimizer_state": OPTIMIZER}, "model_state"),
         ({"model": {"module": WEIGHTS, "rank": 0}, "opt": OPTIMIZER, "iteration": torch.tensor(5)}, "model/module"),
         ({"params": WEIGHTS, "lr_schedulers": [{"last": torch.ones(3)}], "rng_state": torch.ones(9)}, ""),
+        ({"params": WEIGHTS, "rng_state": torch.get_rng_state()}, "params"),
         ({"anything": WEIGHTS}, "anything"),
     ],
 )

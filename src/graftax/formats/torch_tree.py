@@ -119,9 +119,7 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
         for key, value in node.items()
         if isinstance(value, dict) and census.tensors(value) and not _beside(key, value)
     ]
-    direct = [
-        value for key, value in node.items() if isinstance(value, (Tensor, Refused)) and not _beside(key, {})
-    ]  # a random state is a tensor too
+    direct = [value for key, value in node.items() if isinstance(value, (Tensor, Refused)) and not _random(key, value)]
     usual = [key for key in found if isinstance(key, str) and key.lower() in USUAL]
     if not found or (len(found) > 1 and not usual):
         return None
@@ -143,6 +141,11 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
 
 def _beside(key: Any, value: dict[Any, Any]) -> bool:
     return "param_groups" in value or (isinstance(key, str) and any(word in key.lower() for word in BESIDE))
+
+
+def _random(key: Any, value: Tensor | Refused) -> bool:
+    """The bytes of a random generator, as torch.get_rng_state gives them."""
+    return isinstance(value, Tensor) and value.dtype == "uint8" and _beside(key, {})
 
 
 def _resolve(root: Any, name: str, label: str, census: _Census) -> Any:
