@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from graftax.examples.founding import kernel_replace
+
 if TYPE_CHECKING:
     from flax import nnx
 
     from graftax.examples import linen_model, nnx_model, torch_model
 
-__all__ = ["digits_linen", "digits_nnx", "digits_torch"]
+__all__ = ["digits_linen", "digits_nnx", "digits_torch", "kernel_replace"]
 
 
 def digits_torch() -> torch_model.Digits:

@@ -1,0 +1,34 @@
+"""The founding exercise: initialise one Dense layer, replace its kernel by a constant, apply it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jax
+
+
+def kernel_replace(seed: Any, x: Any, features: int, replacement_value: Any) -> jax.Array:
+    """The output (N, features) of `nn.Dense(features)` on `x` (N, in_dim) once its kernel is full of one value.
+
+    The layer is initialised from `int(seed)` and `x`; its kernel (in_dim, features) becomes
+    `full_like(kernel, replacement_value)`, its bias (features,) stays as initialised. In closed form:
+    `y[n, j] = replacement_value * x[n, :].sum() + bias[j]`.
+
+    Raises ValueError if `x` is not (N, in_dim).
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import linen as nn
+
+    import graftax as gx
+
+    x = jnp.asarray(x)
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}; it must be (N, in_dim)")
+    dense = nn.Dense(features)
+    variables = dense.init(jax.random.key(int(seed)), x)
+    # A Dense that is the whole model has no `Dense_0` level: its leaves are params/kernel and params/bias.
+    variables = gx.replace(variables, "params/kernel", gx.constant(replacement_value), expect=1)
+    with jax.default_matmul_precision("highest"):
+        return jnp.asarray(dense.apply(variables, x))
