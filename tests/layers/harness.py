@@ -17,6 +17,8 @@ from graftax.layers import Connection, Part, connect
 from graftax.ops import apply_chain, invert_chain
 from graftax.tree import Module, Side, TensorSpec, join_path
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiling costs more than running here."""
 UNIT = 2.0**-24
 ALARM = 5.0
 
@@ -54,6 +56,7 @@ class Case:
     make_x: Callable[[np.random.Generator], np.ndarray] | None = None
     prepare: Callable[[torch.nn.Module], None] | None = None
     alarm: float = ALARM
+    by: str = "modules"
 
     @property
     def rng(self) -> np.random.Generator:
@@ -126,7 +129,7 @@ class LinenSide:
         variables = jax.tree_util.tree_unflatten(self.tree, leaves)
         forward = lambda v, x: self.module.apply(v, x, method=self.case.on_flax)  # noqa: E731
         with jax.default_matmul_precision("highest"):
-            return np.asarray((jax.jit(forward) if jit else forward)(variables, self.x))
+            return np.asarray((jax.jit(forward, compiler_options=QUICK) if jit else forward)(variables, self.x))
 
 
 class NnxSide:
@@ -157,15 +160,14 @@ class NnxSide:
             value = jax.numpy.asarray(arrays[join_path(keys)])
             leaves.append((keys, leaf.replace(value) if hasattr(leaf, "replace") else value))
         state = nnx.from_flat_state(leaves)
-        rest = jax.tree.map(
-            lambda s: jax.random.key(0) if "key" in str(s.dtype) else jax.numpy.zeros(s.shape), self.rest
-        )
+        fill = lambda s: jax.random.key(0) if "key" in str(s.dtype) else jax.numpy.zeros(s.shape, s.dtype)  # noqa: E731
+        rest = jax.tree.map(fill, self.rest)
 
-        def forward(state: Any, x: Any) -> Any:
+        def forward(state: Any, rest: Any, x: Any) -> Any:
             return self.case.on_flax(nnx.merge(self.graph, state, rest), x)
 
         with jax.default_matmul_precision("highest"):
-            return np.asarray((jax.jit(forward) if jit else forward)(state, self.x))
+            return np.asarray((jax.jit(forward, compiler_options=QUICK) if jit else forward)(state, rest, self.x))
 
 
 SIDES = {"linen": LinenSide, "nnx": NnxSide}

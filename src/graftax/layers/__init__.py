@@ -15,7 +15,7 @@ from graftax.layers.base import (
     Setting,
     Step,
 )
-from graftax.layers.connect import connect, known_kind, layouts, leaf_connections
+from graftax.layers.connect import connect, known_kind, layouts, leaf_connections, settled
 from graftax.layers.conv import block_diagonal_ops
 from graftax.layers.settings import Difference, settings_differ
 from graftax.layers.table import LAYERS
@@ -44,4 +44,5 @@ __all__ = [
     "leaf_connections",
     "rotary_ops",
     "settings_differ",
+    "settled",
 ]

@@ -159,7 +159,9 @@ def fused_forms(facts: Facts) -> Iterable[Form]:
         except LayoutError:
             continue
         why = "all queries, then keys, then values" if fused == "block" else "head by head: query, key, value"
-        yield Form(f"fused {fused}", tuple(steps), "linear", rule=f'fused = "{fused}"', by="shapes", why=why)
+        yield Form(
+            f"fused {fused}", tuple(steps), "linear", rule=f'fused = "{fused}"', by="shapes", why=why, settled=False
+        )
 
 
 def rotary_ops(shape: Shape, heads: int, rotary: int | None = None) -> tuple[Op, ...]:

@@ -93,6 +93,7 @@ class Form:
 
     layout   the value of a rule's `layout` that picks it; `rule` says it where other keys are needed
     by       what speaks for it where no live module does
+    settled  a live module that lists the row settles the form too; False where it leaves more than one
     holds    a condition on the facts
     offered  False: no file shows it, so only a rule or a hint picks it (zero-centred norms)
     """
@@ -103,6 +104,7 @@ class Form:
     rule: str = ""
     by: By = "convention"
     why: str = ""
+    settled: bool = True
     holds: Callable[[Facts], bool] | None = None
     offered: bool = True
     assumes: tuple[str, ...] = ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -53,7 +54,7 @@ def connect(
     torch: Part, flax: Part, *, hints: Mapping[str, Any] | None = None, partial: bool = False
 ) -> list[Connection]:
     """Every way to connect the two parts, the strongest evidence first; [] where nothing fits. More than one is an
-    ambiguity for the caller to settle by other evidence, or to ask.
+    ambiguity for the caller to settle by other evidence, or to ask; `settled` gives the one that stands out.
 
     hints    what a rule says: `layout`, `heads`, `fused`, `flatten` (C, H, W)
     partial  optional leaves (biases) may be on one side only; `Connection.left` names them
@@ -73,6 +74,13 @@ def connect(
         least = min(len(connection.left) for connection in found)
         found = [connection for connection in found if len(connection.left) == least]
     return _ranked(found, facts)
+
+
+def settled(found: Sequence[Connection]) -> Connection | None:
+    """The one connection that something stronger speaks for than for every other; None where two are equally strong."""
+    if not found or (len(found) > 1 and found[0].by == found[1].by):
+        return None
+    return found[0]
 
 
 def refuse(rows: Iterable[Layer], facts: Facts, torch: Part, flax: Part) -> None:
@@ -114,7 +122,7 @@ def leaf_connections(
 
 def layouts() -> tuple[str, ...]:
     """The values that a rule's `layout` can take."""
-    names: dict[str, None] = {"linear": None, "identity": None}
+    names = dict.fromkeys(("linear", "identity", "conv", "conv_transpose", "conv_transpose default"))
     for layer in LAYERS:
         for form in layer.forms:
             if isinstance(form, Form) and form.layout:
@@ -194,7 +202,7 @@ def _fit(layer: Layer, form: Form, facts: Facts, torch: Part, flax: Part, partia
 
 def _by(layer: Layer, form: Form, facts: Facts) -> By:
     decided = (facts.torch_kind and layer.torch) or (facts.flax_kind and layer.flax_decides and layer.linen)
-    return "modules" if decided else form.by
+    return "modules" if decided and form.settled else form.by
 
 
 def _names(roles: str | tuple[str, ...]) -> list[str]:
@@ -275,21 +283,13 @@ def _movement(ops: tuple[Op, ...]) -> Any:
 
 
 def _ranked(found: list[Connection], facts: Facts) -> list[Connection]:
-    """The strongest first. Where live modules leave more than one, what speaks for each is its form's own evidence."""
-    out = sorted(found, key=lambda connection: STRENGTH.index(connection.by))
-    if not out or out[0].by != "modules":
-        return out
+    """The strongest first; what live modules settle says so."""
     kinds = " and ".join(kind for kind in (facts.torch_kind, facts.flax_kind) if kind)
-    return [
-        Connection(
-            c.layer,
-            tuple(Entry(e.sources, e.targets, e.ops, (f"module: {kinds}",)) for e in c.entries),
-            (f"module: {kinds}", *c.evidence),
-            c.variant,
-            c.rule,
-            c.by,
-            c.assumes,
-            c.left,
-        )
-        for c in out
-    ]
+    out: list[Connection] = []
+    for found_one in sorted(found, key=lambda connection: STRENGTH.index(connection.by)):
+        if found_one.by == "modules":
+            told = (f"module: {kinds}", *found_one.evidence)
+            entries = tuple(replace(entry, evidence=told[:1]) for entry in found_one.entries)
+            found_one = replace(found_one, entries=entries, evidence=told)
+        out.append(found_one)
+    return out

@@ -96,6 +96,7 @@ def transpose_forms(facts: Facts) -> Iterable[Form]:
             "conv_transpose",
             by="shapes",
             why=f"a transposed convolution with transpose_kernel=True{tail}",
+            settled=wanted is not None,
         )
     if wanted is not True:
         yield Form(
@@ -104,6 +105,7 @@ def transpose_forms(facts: Facts) -> Iterable[Form]:
             "conv_transpose default",
             by="shapes",
             why=f"a transposed convolution with transpose_kernel=False: spatial axes flipped{tail}",
+            settled=wanted is not None,
         )
 
 

@@ -8,12 +8,14 @@ from graftax.layers.base import Layer
 from graftax.layers.conv import CONV_ROWS
 from graftax.layers.dense import DENSE_ROWS
 from graftax.layers.norms import NORM_ROWS
+from graftax.layers.recurrent import RECURRENT_ROWS
 
 LAYERS: tuple[Layer, ...] = (
     *DENSE_ROWS,
     *CONV_ROWS,
     *NORM_ROWS,
     *ATTENTION_ROWS,
+    *RECURRENT_ROWS,
     *BARE_ROWS,
 )
 """In the order in which equally strong connections are offered."""
