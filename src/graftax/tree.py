@@ -84,6 +84,7 @@ class TensorSpec:
 # ---------------------------------------------------------------- paths
 
 
+@lru_cache(maxsize=65536)
 def escape_part(part: Key) -> str:
     """A part as text inside a Flax path: '~' is `~0`, '/' is `~1`; a tuple's items are joined by '/' first."""
     text = "/".join(map(str, part)) if isinstance(part, tuple) else str(part)
