@@ -57,6 +57,7 @@ MALFORMED: dict[str, tuple[Any, bytes, str]] = {
     "too many axes": ({"a": entry(shape=[2] + [1] * 70)}, EIGHT, "axes"),
     "product overflows": ({"a": entry(shape=[2**62, 4])}, EIGHT, "larger than any file"),
     "overflow hidden by 0": ({"a": entry(shape=[2**62, 2**62, 0], offsets=[0, 0])}, b"", "larger than any file"),
+    "hidden by a first 0": ({"a": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}, b"", "larger than any file"),
     "shape and length differ": ({"a": entry(shape=[3])}, EIGHT, "which takes 12 bytes"),
     "offsets turned round": ({"a": entry(offsets=[8, 0])}, EIGHT, "do not hold"),
     "negative offset": ({"a": entry(offsets=[-8, 0])}, EIGHT, "whole numbers"),
@@ -220,6 +221,15 @@ def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path: Path, how:
     else:
         path.unlink()
     with pytest.raises(StorageError, match="does not exist" if how == "remove" else "changed while it was read"):
+        found.read("a")
+
+
+def test_a_pipe_in_the_place_of_the_file_does_not_hang(tmp_path: Path):
+    path = file_of(tmp_path, {"a": entry()}, EIGHT)
+    found = open_path(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match="changed while it was read"):
         found.read("a")
 
 

@@ -89,7 +89,7 @@ def find_quantized(checkpoint: Checkpoint) -> tuple[Found, ...]:
             if not path.endswith(beside):
                 continue
             codes = path[: -len(beside)] + ending
-            if codes in specs and codes != path and (row.any_dtype or specs[codes].dtype in CODES):
+            if codes in specs and (row.any_dtype or specs[codes].dtype in CODES):
                 found.setdefault(codes, Found(row.name, codes, path))
                 break
     return (*_from_config(checkpoint.config), *found.values())

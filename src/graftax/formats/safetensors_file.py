@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftax.errors import Failure, FormatError, escape
+from graftax.errors import FormatError, escape
 from graftax.formats import files, strict_json, tree_meta
 from graftax.formats.base import Output
 from graftax.formats.safetensors_header import PREFIX, Range, build_header, header_length, parse_header, storage_fault
+from graftax.formats.writing import tensor_bytes
 from graftax.tree import Checkpoint, Key, Side, TensorSpec, detect_side
 
 if TYPE_CHECKING:
@@ -129,37 +130,17 @@ def write_files(shards: Mapping[Path, Mapping[str, TensorSpec]], output: Output)
         finally:
             os.close(fd)
         place.update({name: (path, range) for name, range in ranges.items()})
-    _write_tensors(place, output.specs, output.tensors)
-
-
-def _write_tensors(
-    place: Mapping[str, tuple[Path, Range]],
-    specs: Mapping[str, TensorSpec],
-    tensors: Iterable[tuple[str, np.ndarray[Any, Any]]],
-) -> None:
-    from graftax.dtypes import storage_bytes
-
-    open_path: Path | None = None
+    current: Path | None = None
     fd = -1
-    done: set[str] = set()
     try:
-        for name, array in tensors:
-            if name not in place or name in done:
-                what = "came twice" if name in done else "is not in the header"
-                raise FormatError(f"{escape(name)} {what}")
+        for name, _, data in tensor_bytes(output):
             path, (begin, _) = place[name]
-            if path != open_path:
+            if path != current:
                 if fd >= 0:
                     os.close(fd)
-                fd, open_path = os.open(path, os.O_WRONLY | os.O_CLOEXEC), path
-            data = storage_bytes(array, specs[name])
+                fd, current = os.open(path, os.O_WRONLY | os.O_CLOEXEC), path
             files.write_at(fd, begin, memoryview(data))  # pyright: ignore[reportArgumentType]
-            done.add(name)
-            del array, data  # before the next is made
+            del data  # before the next is made
     finally:
         if fd >= 0:
             os.close(fd)
-    if missing := [name for name in place if name not in done]:
-        raise FormatError(
-            f"{len(missing)} tensors never came:", [Failure("no values were written", key=name) for name in missing]
-        )

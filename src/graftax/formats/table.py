@@ -23,7 +23,7 @@ FORMATS: dict[str, Format] = {
         Format("orbax", "graftax.formats.orbax", (), True, ("flax",), _COMMON),
         Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS),
         # Last: most bytes are the start of some msgpack value.
-        Format("msgpack", "graftax.formats.msgpack", (".msgpack",), False, ("flax",), _COMMON),
+        Format("msgpack", "graftax.formats.msgpack_file", (".msgpack",), False, ("flax",), _COMMON),
     )
 }
 """name -> row. `holds` names what a format brings back bit for bit."""

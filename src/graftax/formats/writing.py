@@ -41,6 +41,8 @@ def tensor_bytes(output: Output) -> Iterator[tuple[str, TensorSpec, np.ndarray[A
         if path not in due:
             raise PlanError("a tensor came twice, or without a spec", [Failure("not expected", key=path)])
         del due[path]
-        yield path, output.specs[path], storage_bytes(array, output.specs[path])
+        data = storage_bytes(array, output.specs[path])
+        yield path, output.specs[path], data
+        del array, data  # before the next is made
     if due:
         raise PlanError(f"{len(due)} tensors never came", [Failure("no values", key=path) for path in due])
