@@ -73,9 +73,12 @@ def stamp(path: Path) -> Stamp:
     return _stamp(info)
 
 
+def _changed(path: Path) -> StorageError:
+    return StorageError(f"{escape(path)} changed while it was read", next="Read it again once its writer is done.")
+
+
 def read_into(path: Path, expected: Stamp, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` from `offset` on. StorageError where the file is not the one of the stamp any more."""
-    changed = StorageError(f"{escape(path)} changed while it was read", next="Read it again once its writer is done.")
     try:
         # Not blocking: a pipe put in the file's place must not hang us.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -83,15 +86,15 @@ def read_into(path: Path, expected: Stamp, offset: int, buffer: memoryview) -> N
         raise storage_error(exc, path) from None
     try:
         if _stamp(os.fstat(fd)) != expected:
-            raise changed
+            raise _changed(path)
         done = 0
         while done < len(buffer):
             count = os.preadv(fd, [buffer[done : done + _CHUNK]], offset + done)
             if count == 0:
-                raise changed
+                raise _changed(path)
             done += count
         if _stamp(os.fstat(fd)) != expected:
-            raise changed
+            raise _changed(path)
     except OSError as exc:
         raise storage_error(exc, path) from None
     finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -72,9 +72,15 @@ def zip_members(source: Source) -> dict[str, Member]:
 
 def data_offset(source: Source, member: Member) -> int:
     """Where the data of a member starts. FormatError where its local header says something else than the table."""
+    return _opened(source, member, 0)[0]
+
+
+def _opened(source: Source, member: Member, length: int) -> tuple[int, bytearray]:
+    """Where the data of a member starts, and its first bytes: `length` of them or fewer."""
     encoded = member.name.encode("utf-8", "surrogateescape")
     other = member.name.encode("cp437", "replace")
-    raw = source.read(member.start, min(member.bound - member.start, LOCAL.size + len(encoded)))
+    guess = LOCAL.size + len(encoded) + (128 + length if length else 0)
+    raw = source.read(member.start, min(member.bound - member.start, guess))
     sig, _, _, method, _, _, _, _, _, name_length, extra_length = LOCAL.unpack_from(raw)
     name = bytes(raw[LOCAL.size : LOCAL.size + name_length])
     if sig != b"PK\x03\x04" or method != member.method or name not in (encoded, other):
@@ -82,7 +88,7 @@ def data_offset(source: Source, member: Member) -> int:
     start = member.start + LOCAL.size + name_length + extra_length
     if start + member.stored > member.bound:
         raise _broken(source, f"member {escape(member.name)} overlaps the next one or the table of contents")
-    return start
+    return start, raw[start - member.start : start - member.start + min(length, member.stored)]
 
 
 def read_member(source: Source, member: Member, check: bool = True) -> bytearray:
@@ -98,10 +104,10 @@ def read_member(source: Source, member: Member, check: bool = True) -> bytearray
 
 def read_start(source: Source, member: Member, length: int) -> bytearray:
     """The first bytes of a member, `length` at most, unchecked."""
-    offset = data_offset(source, member)
-    if member.method == STORED:
-        return source.read(offset, min(length, member.size))
-    return _inflate(source, member, source.read(offset, min(member.stored, length + 1024)), length, partial=True)
+    offset, data = _opened(source, member, length)
+    if len(data) < min(length, member.stored):
+        data = source.read(offset, min(length, member.stored))
+    return data if member.method == STORED else _inflate(source, member, data, length, partial=True)
 
 
 def check_crc(source: Source, member: Member) -> None:
@@ -202,3 +208,66 @@ def _wide(extra: bytes, size: int, stored: int, offset: int) -> tuple[int, int, 
         if number == _FULL and wide:
             numbers[i] = wide.pop(0)
     return numbers[0], numbers[1], numbers[2]
+
+
+# ---------------------------------------------------------------- writing
+
+_DATE = (1 << 5) | 1  # 1 January 1980, midnight: the first day a zip knows
+_ALIGN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stored member goes: its header from `start`, its data from `data` on."""
+
+    start: int
+    data: int
+    size: int
+
+
+def places(sizes: Mapping[str, int]) -> tuple[dict[str, Place], int]:
+    """Where each member of these sizes goes, its data at a multiple of 64 bytes, and where the table of contents
+    starts: known before a byte is written, so that members can be written in any order."""
+    out: dict[str, Place] = {}
+    at = 0
+    for name, size in sizes.items():
+        # header, name, zip64 field (20 bytes), and a field of padding (4 bytes at least)
+        before = at + LOCAL.size + len(_encoded(name)) + 24
+        data = -(-before // _ALIGN) * _ALIGN
+        out[name] = Place(at, data, size)
+        at = data + size
+    return out, at
+
+
+def member_header(name: str, place: Place, crc: int) -> bytes:
+    """Everything of a member before its data."""
+    raw = _encoded(name)
+    extra = place.data - place.start - LOCAL.size - len(raw)
+    pad = extra - 24
+    head = LOCAL.pack(b"PK\x03\x04", 45, _flags(name), STORED, 0, _DATE, crc, _FULL, _FULL, len(raw), extra)
+    # 0x4246 is the field that torch pads with, too
+    return head + raw + struct.pack("<2H2Q2H", 1, 16, place.size, place.size, 0x4246, pad) + b"\0" * pad
+
+
+def directory(members: Mapping[str, Place], crcs: Mapping[str, int], start: int) -> bytes:
+    """The table of contents, which begins at `start`, and the end of the archive."""
+    out = bytearray()
+    for name, place in members.items():
+        raw = _encoded(name)
+        sizes = (_FULL, _FULL, len(raw), 28, 0, 0, 0, 0, _FULL)
+        out += CENTRAL.pack(b"PK\x01\x02", 45, 45, _flags(name), STORED, 0, _DATE, crcs[name], *sizes)
+        out += raw + struct.pack("<2H3Q", 1, 24, place.size, place.size, place.start)
+    count, length = len(members), len(out)
+    out += END64.pack(b"PK\x06\x06", END64.size - 12, 45, 45, 0, 0, count, count, length, start)
+    out += LOCATOR64.pack(b"PK\x06\x07", 0, start + length, 1)
+    few = min(count, 0xFFFF)
+    out += END.pack(b"PK\x05\x06", 0, 0, few, few, min(length, _FULL), min(start, _FULL), 0)
+    return bytes(out)
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _flags(name: str) -> int:
+    return 0 if name.isascii() else 0x800

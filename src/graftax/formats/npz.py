@@ -1,0 +1,228 @@
+"""npz archives: a zip of .npy files, one array each. Names, shapes and dtypes are read without NumPy.
+
+They hold NumPy's own dtypes only: NumPy writes bfloat16, float8 and int4 arrays as bytes without a type, so those are
+refused on both ways. Object arrays are pickles, which run code, and are refused.
+
+Source of the layout: NumPy's NEP 1 (.npy, versions 1.0 to 3.0).
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from graftax.errors import Failure, FormatError, UnsafeInputError, escape
+from graftax.formats import zips
+from graftax.formats.base import Output
+from graftax.formats.files import storage_error, write_at
+from graftax.formats.limits import element_count
+from graftax.formats.source import Source, open_source
+from graftax.formats.writing import refuse, tensor_bytes
+from graftax.tree import Checkpoint, TensorSpec, detect_side
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAGIC = b"\x93NUMPY"
+_HEADER = 1 << 14  # bytes of a .npy header; NumPy itself reads 10,000 of its text
+_FIRST = 256  # bytes that nearly every header fits into
+_USUAL = re.compile(r"\{'descr': '([^'\\]{2,4})', 'fortran_order': (True|False), 'shape': \(([0-9, ]{0,200})\), \}")
+_CODES = {
+    "bool": "|b1", "int8": "|i1", "int16": "<i2", "int32": "<i4", "int64": "<i8",
+    "uint8": "|u1", "uint16": "<u2", "uint32": "<u4", "uint64": "<u8",
+    "float16": "<f2", "float32": "<f4", "float64": "<f8", "complex64": "<c8", "complex128": "<c16",
+}  # fmt: skip
+"""Our dtype name -> NumPy's `descr`, which is also all that is read (and its big-endian form)."""
+_NAMES = {code[1:]: name for name, code in _CODES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One array: its member, where its data starts in it, and how the data lies."""
+
+    member: zips.Member
+    start: int
+    spec: TensorSpec
+    fortran: bool
+    swapped: bool
+
+
+class _Bad(Exception):
+    """A header that is not understood; `open` collects these."""
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """A zip whose first member is a .npy file, or an empty one or any other with npz's ending."""
+    name = zips.first_member_name(head)
+    if name is not None and name.endswith(".npy"):
+        return True
+    return head[:2] == b"PK" and path.suffix.lower() == ".npz"
+
+
+def open(path: Path) -> Checkpoint:
+    """The arrays of the archive under their names (without `.npy`), in the archive's order.
+
+    Raises FormatError where it is malformed or holds what is no array of numbers, UnsafeInputError for object arrays
+    and beyond a limit.
+    """
+    source = open_source(path)
+    label = escape(path)
+    entries: dict[str, _Entry] = {}
+    wrong: list[Failure] = []
+    code: list[Failure] = []
+    for name, member in zips.zip_members(source).items():
+        if not name.endswith(".npy"):
+            wrong.append(Failure("it is not a .npy file", label, name))
+            continue
+        try:
+            entries[name.removesuffix(".npy")] = _entry(source, member)
+        except UnsafeInputError:
+            code.append(Failure("an object array: reading it would run code", label, name.removesuffix(".npy")))
+        except (_Bad, FormatError) as error:
+            wrong.append(Failure(str(error), label, name.removesuffix(".npy")))
+    if code:
+        raise UnsafeInputError(
+            f"{label} holds {len(code)} arrays of Python objects", code, next="Save them as arrays of numbers."
+        )
+    if wrong:
+        raise FormatError(f"{label}: {len(wrong)} of its members cannot be read", wrong)
+
+    def reader(name: str) -> np.ndarray[Any, Any]:
+        return _read(source, entries[name])
+
+    return Checkpoint(
+        label=str(path),
+        side=detect_side(entries),
+        specs={name: entry.spec for name, entry in entries.items()},
+        reader=reader,
+        format="npz",
+        files=(path,),
+    )
+
+
+def _entry(source: Source, member: zips.Member) -> _Entry:
+    head = bytes(zips.read_start(source, member, _FIRST))
+    if head[:6] != MAGIC or len(head) < 12:
+        raise _Bad("it does not begin like a .npy file")
+    version = (head[6], head[7])
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise _Bad(f".npy version {version[0]}.{version[1]} is not known")
+    form, at = ("<H", 10) if version == (1, 0) else ("<I", 12)
+    (length,) = struct.unpack_from(form, head, 8)
+    if at + length > len(head):
+        head = bytes(zips.read_start(source, member, _HEADER))
+    if at + length > len(head):
+        raise _Bad("its header is truncated or longer than any")
+    try:
+        text = head[at : at + length].decode("utf-8" if version == (3, 0) else "latin1").strip()
+    except UnicodeDecodeError:
+        raise _Bad("its header is not UTF-8") from None
+    descr, fortran, shape = _fields(text)
+    name = _dtype(descr)
+    count = element_count(shape, "its header")
+    spec = TensorSpec(shape, name)
+    if at + length + count * spec.bits // 8 != member.size:
+        need, found_bytes = count * spec.bits // 8, member.size - at - length
+        raise _Bad(f"{spec} takes {need:,} bytes, found {found_bytes:,}")
+    return _Entry(member, at + length, spec, fortran, descr[0] == ">")
+
+
+def _fields(text: str) -> tuple[Any, bool, tuple[Any, ...]]:
+    """descr, fortran_order and shape of a header's dict; `element_count` judges the shape."""
+    if (usual := _USUAL.fullmatch(text)) is not None:
+        extents = usual[3].removesuffix(",").split(",") if usual[3] else []
+        # "(3)" is a number and no tuple, "(03,)" no number: the careful way below refuses both
+        if (len(extents) != 1 or usual[3].endswith(",")) and all(n.strip().isdecimal() for n in extents):
+            numbers = [n.strip() for n in extents]
+            if all(n == "0" or n[0] != "0" for n in numbers):
+                return usual[1], usual[2] == "True", tuple(map(int, numbers))
+    import ast
+
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise _Bad("its header is not a dict of plain values") from None
+    if not isinstance(found, dict) or set(found) != {"descr", "fortran_order", "shape"}:
+        raise _Bad("its header has not the keys descr, fortran_order and shape")
+    if type(found["fortran_order"]) is not bool or not isinstance(found["shape"], tuple):
+        raise _Bad("its header is malformed")
+    return found["descr"], found["fortran_order"], found["shape"]
+
+
+def _dtype(descr: Any) -> str:
+    """Our name for a `descr`."""
+    if not isinstance(descr, str):
+        raise _Bad("a record of several fields; only arrays of numbers are read")
+    if descr.lstrip("<>|=")[:1] == "O":
+        raise UnsafeInputError("object array")
+    if descr.lstrip("<>|=")[:1] == "V":
+        raise _Bad(
+            f"bytes without a type ({escape(descr)}): NumPy writes bfloat16 (V2), float8 and int4 (V1) so, and nothing "
+            "tells which it was; write it again as .safetensors"
+        )
+    name = _NAMES.get(descr[1:])
+    if name is None or descr[0] not in "<>|=" or (descr[0] == "|") != (_CODES[name][0] == "|"):
+        raise _Bad(f"dtype {escape(descr)!r} is no number that a checkpoint holds")
+    return name
+
+
+def _read(source: Source, entry: _Entry) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    from graftax.dtypes import numpy_dtype
+
+    data = np.frombuffer(zips.read_member(source, entry.member), np.uint8)[entry.start :]
+    dtype = numpy_dtype(entry.spec.dtype)
+    array = data.view(dtype) if data.size % dtype.itemsize == 0 and entry.start % 16 == 0 else data.copy().view(dtype)
+    if entry.swapped == (np.little_endian is True):
+        array = array.byteswap()
+    if entry.fortran:
+        return np.ascontiguousarray(array.reshape(entry.spec.shape[::-1]).T).reshape(entry.spec.shape)
+    return array.reshape(entry.spec.shape)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(path: Path, output: Output) -> None:
+    """An archive that numpy.load reads: stored, not compressed, members in the order of `output.specs`, no times of the
+    day, the data of each array at a multiple of 64 bytes. One tensor is in memory at a time.
+
+    Raises PlanError for dtypes that are not NumPy's own.
+    """
+    lacking = {
+        name: "npz holds NumPy's own dtypes; this one would come back as bytes without a type"
+        for name, spec in output.specs.items()
+        if spec.dtype not in _CODES
+    }
+    refuse(output, "npz", lacking)
+    long = [name for name in output.specs if len(name.encode("utf-8", "surrogateescape")) > 0xFFFB]
+    refuse(output, "npz", dict.fromkeys(long, "a name of more than 65,531 bytes"))
+    heads = {name: _npy_head(spec) for name, spec in output.specs.items()}
+    members, end = zips.places({f"{name}.npy": len(head) + output.specs[name].nbytes for name, head in heads.items()})
+    crcs: dict[str, int] = {}
+    try:
+        with builtins.open(path, "wb") as file:
+            fd = file.fileno()
+            for name, _, data in tensor_bytes(output):
+                member, view = f"{name}.npy", memoryview(cast("Any", data))
+                place = members[member]
+                crcs[member] = zlib.crc32(view, zlib.crc32(heads[name]))
+                write_at(fd, place.start, memoryview(zips.member_header(member, place, crcs[member]) + heads[name]))
+                write_at(fd, place.data + len(heads[name]), view)
+            write_at(fd, end, memoryview(zips.directory(members, crcs, end)))
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def _npy_head(spec: TensorSpec) -> bytes:
+    """A version 1.0 header, as NumPy writes it: padded with spaces to a multiple of 64 bytes."""
+    shape = f"({', '.join(map(str, spec.shape))}{',' if len(spec.shape) == 1 else ''})"
+    text = f"{{'descr': '{_CODES[spec.dtype]}', 'fortran_order': False, 'shape': {shape}, }}"
+    length = -(-(10 + len(text) + 1) // 64) * 64 - 10
+    return MAGIC + b"\x01\x00" + struct.pack("<H", length) + text.ljust(length - 1).encode("ascii") + b"\n"
