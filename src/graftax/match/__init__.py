@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from graftax.match.assumptions import assumptions
 from graftax.match.choose import Choice
 from graftax.match.engine import Ends, Result, match
+from graftax.match.groups import GroupLink
+from graftax.match.hints import head_count, read_hints
 from graftax.match.names import Lexicon, lexicon
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.questions import questions
@@ -42,18 +44,29 @@ def _infer(
     source: Checkpoint, like: Checkpoint, source_side: Side, like_side: Side, settled: Proposal, lex: Lexicon
 ) -> Proposal:
     reads: list[str] = []
+    turned = source_side == "flax" and like_side == "torch"
+    hints = read_hints(settled.entries, turned)
     taken = {name for entry in settled.entries for name in entry.sources}
     filled = {name for entry in settled.entries for name in entry.targets}
     free = [name for name in source if name not in taken]
-    ties = find_ties(source, (n for n in free), like.specs, reads) if source_side == "torch" else {}
+    ties = find_ties(source, free, like.specs, reads) if source_side == "torch" else {}
     hidden = {name for names in ties.values() for name in names[1:]}
-    turned = source_side == "flax" and like_side == "torch"
-    skips = frozenset(taken | hidden), frozenset(filled)
-    ends = Ends(like.specs, source.specs, like_side, source_side, skips[1], skips[0]) if turned else Ends(
-        source.specs, like.specs, source_side, like_side, *skips
-    )  # fmt: skip
-    result = match(ends, lex, ties)
-    entries = _entries(result, ties, turned)
+    t_skip, f_skip = (filled, taken) if turned else (taken, filled)
+    torch, flax = (like, source) if turned else (source, like)
+    ends = Ends(
+        torch.specs,
+        flax.specs,
+        like_side if turned else source_side,
+        source_side if turned else like_side,
+        frozenset((t_skip - hints.anchors.keys()) | (set() if turned else hidden)),
+        frozenset(f_skip - set(hints.anchors.values())),
+        hints.anchors,
+        hints.styles,
+        head_count(source.config) or head_count(like.config),
+        ties,
+    )
+    result = match(ends, lex)
+    entries = [e for e in _entries(result, ties, turned) if not filled.intersection(e.targets)]
     used = {name for entry in entries for name in entry.sources}
     if source_side == "torch":
         entries += _tied_leftovers(source, free, used, ties, entries, reads)
@@ -75,6 +88,10 @@ def _entries(result: Result, ties: dict[str, tuple[str, ...]], turned: bool) -> 
                 choice = item.choices[id(link)]
                 if choice.label is not None:
                     out += _column(item.scope, pair, link, choice, ties, turned)
+        for group in item.groups:
+            for link in group.links:
+                if link.known:
+                    out += _grouped(item.scope, link, turned)
     return out
 
 
@@ -103,6 +120,19 @@ def _column(
             yield Entry(names, target, (Same(len(names)), *chain), (*evidence, f"tied: {len(names)} names"))
         else:
             yield Entry(source, target, chain, evidence)
+
+
+def _grouped(scope: Scope, link: GroupLink, turned: bool) -> Iterable[Entry]:
+    evidence = ("names: parts of one fused module", link.known)
+    for key, chain in link.variants[link.known].items():
+        sources = tuple(path for column in link.torch for path in column.paths[key])
+        other = dict(scope.keys)[key]
+        targets = tuple(path for column in link.flax for path in column.paths[other])
+        yield (
+            Entry(targets, sources, invert_chain(chain), evidence)
+            if turned
+            else Entry(sources, targets, chain, evidence)
+        )
 
 
 def _tied_leftovers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from graftax.match.flatten import Suspect
 from graftax.match.pairs import Label, Link, Pair, Scope
 
 # reading: why it is taken where it is the only one
@@ -25,6 +26,7 @@ class Choice:
     why: str
     open: tuple[Label, ...] = ()
     kind: str = "layout"
+    trap: Suspect | None = None
 
 
 @dataclass(slots=True)
@@ -86,13 +88,13 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
             word = "identity" if link.torch.role in ("g", "v") else "conv"
             return Choice(by_reading[word], "its name is torch's own" if word == "identity" else "convolution")
         return Choice(by_reading["conv"], "convolution")
+    if "fused block" in by_reading:
+        return Choice(None, "", tuple(sorted(labels)), "fused")
     heads = _heads(by_reading, link, name_t | name_f)
     return heads or Choice(None, "", tuple(sorted(labels)))
 
 
-def _square(
-    link: Link, by_reading: dict[str, Label], scope: Scope, habits: Habits, names: frozenset[str]
-) -> Choice:
+def _square(link: Link, by_reading: dict[str, Label], scope: Scope, habits: Habits, names: frozenset[str]) -> Choice:
     """A square matrix: a Linear's, unless its kind or its siblings say otherwise."""
     torch, flax = link.torch, link.flax
     if flax.kind != "kernel" and names & _TABLES:
@@ -135,6 +137,13 @@ def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> C
     if len(picks) == 1:
         return Choice(by_reading[picks[0]], "heads by name")
     return Choice(None, "", tuple(by_reading[r] for r in (picks or by_reading)))
+
+
+def trapped(link: Link, choice: Choice, trap: Suspect) -> Choice:
+    """The choice for a Linear that may be fed by a flattened map: open, unless it concerns the other end only."""
+    if choice.label is None or choice.label[1] != "linear" and not (trap.out and link.torch.role == "bias"):
+        return choice
+    return Choice(None, "", (choice.label,), "flatten", trap)
 
 
 # ---------------------------------------------------------------- stacks

@@ -28,7 +28,6 @@ class Board:
             self.rows[id(pair.torch)][id(pair.flax)] = pair
             self.cols[id(pair.flax)][id(pair.torch)] = pair
 
-
     def pairs(self) -> list[Pair]:
         return [pair for row in self.rows.values() for pair in row.values()]
 
@@ -39,18 +38,32 @@ class Board:
         for other in self.cols.pop(id(pair.flax), {}).values():
             self.rows[id(other.torch)].pop(id(pair.flax), None)
 
+    def drop(self, torch: Iterable[Module], flax: Iterable[Module]) -> None:
+        """Remove modules that found their place otherwise."""
+        for module in torch:
+            for other in self.rows.pop(id(module), {}).values():
+                self.cols[id(other.flax)].pop(id(module), None)
+        for module in flax:
+            for other in self.cols.pop(id(module), {}).values():
+                self.rows[id(other.torch)].pop(id(module), None)
+
     def rivals(self, pair: Pair) -> list[Pair]:
         """Every other open pair of its row and its column."""
         out = [other for other in self.rows[id(pair.torch)].values() if other is not pair]
         return out + [other for other in self.cols[id(pair.flax)].values() if other is not pair]
 
 
-def decide(pairs: list[Pair], root: bool, orders: Orders) -> tuple[list[Pair], Board]:
-    """(the pairs taken, what is left open)."""
+def decide(pairs: list[Pair], root: bool, orders: Orders, forced: list[Pair]) -> tuple[list[Pair], Board]:
+    """(the pairs taken, what is left open). `forced`: pairs that rules have settled; what competed with them may then
+    go by elimination, even where the names say nothing in common."""
     board = Board(pairs)
+    freed = _freed(board, forced)
     taken: list[Pair] = []
+    for pair in forced:
+        board.take(pair)
+    _couple(board, forced)
     while True:
-        fresh = _clear(board, root) or _last(board, root) or [p for p in orders(board.pairs()) if not p.blocked]
+        fresh = _last(board, root, freed) or _clear(board) or [p for p in orders(board.pairs()) if not p.blocked]
         if not fresh:
             return taken, board
         for pair in fresh:
@@ -59,7 +72,16 @@ def decide(pairs: list[Pair], root: bool, orders: Orders) -> tuple[list[Pair], B
         _couple(board, fresh)
 
 
-def _clear(board: Board, root: bool) -> list[Pair]:
+def _freed(board: Board, forced: list[Pair]) -> set[int]:
+    """Modules that competed with a forced pair."""
+    out: set[int] = set()
+    for pair in forced:
+        out.update(board.cols[id(pair.flax)])
+        out.update(board.rows[id(pair.torch)])
+    return out
+
+
+def _clear(board: Board) -> list[Pair]:
     """Mutual bests with a margin, by names."""
     out: list[Pair] = []
     for row in list(board.rows.values()):
@@ -68,8 +90,14 @@ def _clear(board: Board, root: bool) -> list[Pair]:
         pair = max(row.values(), key=lambda p: p.total)
         if pair.blocked or pair.total < ENOUGH or not _backed(pair):
             continue
-        if all(other.total <= pair.total - MARGIN for other in board.rivals(pair)):
-            pair.why = pair.why or ("names: " + ", ".join(pair.shared) if pair.shared else "names")
+        rivals = board.rivals(pair)
+        if all(other.total <= pair.total - MARGIN for other in rivals):
+            by_name = all(other.score <= pair.score - MARGIN for other in rivals)
+            shared = ", ".join(pair.shared)
+            if by_name:
+                pair.why = f"names: {shared}" if shared else "names"
+            else:
+                pair.why = "beside a settled sibling" + (f"; names: {shared}" if shared else "")
             out.append(pair)
     return out
 
@@ -79,18 +107,23 @@ def _backed(pair: Pair) -> bool:
     return pair.telling > 0 or (pair.any_shared > 0 and pair.whole)
 
 
-def _last(board: Board, root: bool) -> list[Pair]:
+def _last(board: Board, root: bool, freed: set[int]) -> list[Pair]:
     """Pairs without a rival: nothing else fits either end."""
     out: list[Pair] = []
     for row in list(board.rows.values()):
         if len(row) != 1:
             continue
         (pair,) = row.values()
-        if pair.blocked or not pair.whole or len(board.cols[id(pair.flax)]) != 1:
+        if not pair.whole or len(board.cols[id(pair.flax)]) != 1:
             continue
-        if root and not pair.any_shared:
+        after_rules = id(pair.torch) in freed and id(pair.flax) in freed
+        if pair.blocked and not (pair.soft and after_rules):
             continue
-        pair.why = pair.why or "nothing else fits" + (f" (names: {', '.join(pair.shared)})" if pair.shared else "")
+        if root and not pair.any_shared and not after_rules:
+            continue
+        pair.why = "nothing else fits" + (" (after the rules)" if pair.blocked else "")
+        if root and pair.any_shared:
+            pair.why += f" and shares names: {', '.join(pair.shared)}"
         out.append(pair)
     return out
 

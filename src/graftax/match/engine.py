@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from graftax.match.choose import Choice, Habits, choose, stack_axes
+from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
 from graftax.match.decide import Board, decide
 from graftax.match.families import FamilyPair, pair_families
+from graftax.match.flatten import suspects
+from graftax.match.groups import Group, find_groups
 from graftax.match.names import Lexicon
 from graftax.match.orders import auto_numbered, in_order, out_of_order
-from graftax.match.pairs import Link, Pair, Scope, candidates, wrapper_words
-from graftax.match.sides import Family, Key, Module, SideView, Token, view
+from graftax.match.pairs import Link, Pair, Scope, candidates, fit, wrapper_words
+from graftax.match.sides import Family, Key, Module, SideView, Token, tokens_of, view
 from graftax.match.stacks import outer_prefix, stackable, virtual
 from graftax.tree import Side, TensorSpec
 
@@ -24,6 +26,7 @@ class Settled:
     taken: list[Pair]
     board: Board
     choices: dict[int, Choice] = field(default_factory=dict[int, Choice])
+    groups: list[Group] = field(default_factory=list[Group])
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +42,11 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Both sides' specs, their names' syntax, and the leaves that rules have settled."""
+    """Both sides' specs, their names' syntax, and the leaves that rules have settled in groups.
+
+    anchors: torch leaf -> Flax leaf, one to one, from rules; styles: torch module -> block or interleaved, from rules;
+    heads: from config.json; aliases: first name -> all names of a tied tensor.
+    """
 
     torch: Mapping[str, TensorSpec]
     flax: Mapping[str, TensorSpec]
@@ -47,24 +54,29 @@ class Ends:
     flax_side: Side
     torch_skip: frozenset[str] = frozenset()
     flax_skip: frozenset[str] = frozenset()
+    anchors: Mapping[str, str] = field(default_factory=dict[str, str])
+    styles: Mapping[str, str] = field(default_factory=dict[str, str])
+    heads: int | None = None
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
 
 
-def match(ends: Ends, lex: Lexicon, aliases: Mapping[str, tuple[str, ...]]) -> Result:
+def match(ends: Ends, lex: Lexicon) -> Result:
     """Everything that names and shapes decide."""
     torch = view(ends.torch, ends.torch_side, ends.torch_skip)
     flax = view(ends.flax, ends.flax_side, ends.flax_skip)
-    pairs, left_t, left_f = _families(torch, flax, lex)
+    pairs, left_t, left_f = _families(torch, flax, lex, ends.anchors)
     if left_t and left_f:
         exact_t, exact_f = _prefixes(left_t), _prefixes(left_f)
         torch = view(ends.torch, ends.torch_side, ends.torch_skip, exact=exact_t)
         flax = view(ends.flax, ends.flax_side, ends.flax_skip, exact=exact_f)
-        again = _families(torch, flax, lex)
+        again = _families(torch, flax, lex, ends.anchors)
         if len(again[1]) + len(again[2]) > len(left_t) + len(left_f):
             torch = view(ends.torch, ends.torch_side, ends.torch_skip)
             flax = view(ends.flax, ends.flax_side, ends.flax_skip)
         else:
             pairs, left_t, left_f = again
     same = ends.torch_side == ends.flax_side
+    _name_ties(torch, ends)
     all_t = [m for family in torch.families for m in family.modules]
     all_f = [m for family in flax.families for m in family.modules]
     wrappers = wrapper_words(all_t, all_f, lex) | wrapper_words(all_f, all_t, lex)
@@ -83,23 +95,58 @@ def match(ends: Ends, lex: Lexicon, aliases: Mapping[str, tuple[str, ...]]) -> R
     habits = Habits()
     for scope in scopes.values():
         scope.wrappers = wrappers
-        result.settled.append(_settle(scope))
+        result.settled.append(_settle(scope, ends.anchors))
     for item in result.settled:
         habits.learn(item.scope, item.taken)
         stack_axes(item.scope, item.taken, habits)
+        _group(item, ends)
+    inner = [m for family in torch.families[1:] for m in family.modules]
+    traps = {} if same else suspects(torch.families[0].modules, inner, lex)
     for item in result.settled:
         for pair in item.taken:
             for link in pair.links:
-                item.choices[id(link)] = choose(link, pair, item.scope, habits)
+                choice = choose(link, pair, item.scope, habits)
+                trap = traps.get(id(pair.torch))
+                item.choices[id(link)] = trapped(link, choice, trap) if trap is not None else choice
             if auto_numbered(pair, lex):
                 result.call_order.append(pair)
     return result
 
 
 def _families(
-    torch: SideView, flax: SideView, lex: Lexicon
+    torch: SideView, flax: SideView, lex: Lexicon, anchors: Mapping[str, str]
 ) -> tuple[list[FamilyPair], list[Family], list[Family]]:
-    return pair_families(torch.families[1:], flax.families[1:], lex, {})
+    known: dict[int, set[int]] = {}
+    if anchors:
+        left, right = _owners(torch.families[1:], set(anchors)), _owners(flax.families[1:], set(anchors.values()))
+        for path, other in anchors.items():
+            if path in left and other in right:
+                known.setdefault(id(left[path]), set()).add(id(right[other]))
+    return pair_families(torch.families[1:], flax.families[1:], lex, known)
+
+
+def _owners(families: Iterable[Family], wanted: set[str]) -> dict[str, Family]:
+    return {
+        path: family
+        for family in families
+        for module in family.modules
+        for column in module.roles.values()
+        for paths in column.paths.values()
+        for path in paths
+        if path in wanted
+    }
+
+
+def _name_ties(torch: SideView, ends: Ends) -> None:
+    """Give the module of a tied tensor its other names."""
+    if not ends.aliases:
+        return
+    for family in torch.families:
+        for module in family.modules:
+            for column in module.roles.values():
+                for paths in column.paths.values():
+                    for name in ends.aliases.get(paths[0], ())[1:]:
+                        module.alias.append(tokens_of(name, ends.torch_side))
 
 
 def _prefixes(families: Iterable[Family]) -> frozenset[tuple[Token, ...]]:
@@ -137,11 +184,49 @@ def _stack_into(left: list[Family], scopes: dict[tuple[Token, ...], Scope], torc
     return lost
 
 
-def _settle(scope: Scope) -> Settled:
+def _settle(scope: Scope, anchors: Mapping[str, str]) -> Settled:
     pairs = candidates(scope)
     trusted = not out_of_order(pairs)
-    taken, board = decide(pairs, scope.root, lambda open_: in_order(open_, scope, trusted))
-    return Settled(scope, taken, board)
+    forced = _forced(scope, pairs, anchors) if anchors else []
+    taken, board = decide(pairs, scope.root, lambda open_: in_order(open_, scope, trusted), forced)
+    return Settled(scope, [*forced, *taken], board)
+
+
+def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str]) -> list[Pair]:
+    """The pairs that the rules settle by one of their leaves."""
+    flax: dict[str, Module] = {}
+    wanted = set(anchors.values())
+    for module in scope.flax:
+        for column in module.roles.values():
+            flax |= {path: module for paths in column.paths.values() for path in paths if path in wanted}
+    known = {(id(pair.torch), id(pair.flax)): pair for pair in pairs}
+    out: list[Pair] = []
+    seen: set[int] = set()
+    for module in scope.torch:
+        for column in module.roles.values():
+            path = next((p for paths in column.paths.values() for p in paths if p in anchors), None)
+            other = flax.get(anchors[path]) if path is not None else None
+            if other is None or id(module) in seen or id(other) in seen:
+                continue
+            pair = known.get((id(module), id(other))) or fit(module, other, dict(scope.keys), scope.same)
+            pair = pair or Pair(module, other, [], False)
+            pair.why, pair.blocked = "beside a leaf that the rules settle", ""
+            out.append(pair)
+            seen |= {id(module), id(other)}
+    return out
+
+
+def _group(item: Settled, ends: Ends) -> None:
+    """Find fused modules among what has no partner, and take them off the board."""
+    scope = item.scope
+    done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
+    torch = [m for m in scope.torch if id(m) not in done]
+    flax = [m for m in scope.flax if id(m) not in done]
+    if not torch or not flax:
+        return
+    item.groups = find_groups(scope, torch, flax, ends.styles, ends.heads)
+    for group in item.groups:
+        item.board.drop(group.torch, group.flax)
 
 
 def open_links(item: Settled) -> list[tuple[Pair, Link, Choice]]:

@@ -38,7 +38,8 @@ def readings(source: Shape, target: Shape, facts: Facts) -> Readings:
     if math.prod(source) != math.prod(target):
         return {}
     if facts.same or facts.role in ("bias", "mean", "var", "counter"):
-        return _as_it_is(source, target)
+        fused = {} if facts.same or len(source) != 1 or len(target) != 3 or 1 in target else _fused(source, target)
+        return fused or _as_it_is(source, target)
     if facts.role in ("g", "v"):
         return {**_as_it_is(source, target), **_conv(source, target)}
     out: Readings = {}
@@ -76,6 +77,8 @@ def readings(source: Shape, target: Shape, facts: Facts) -> Readings:
         if len(source) == 4 and target == (source[0], source[2], source[3], source[1]) and source != target:
             out["channels last"] = (Rearrange("n c h w -> n h w c"),)
         return out or _as_it_is(source, target)
+    if len(source) == 2 and len(target) == 4 and source[1] == target[0] and 1 not in target:
+        return _fused(source, target)
     if out:
         return out
     return _as_it_is(source, target) if facts.flax != "kernel" or len(source) == 1 else {}
@@ -144,6 +147,17 @@ def _conv(source: Shape, target: Shape) -> Readings:
     return out
 
 
+def _fused(source: Shape, target: Shape) -> Readings:
+    """Rows that the other side keeps as (parts, heads, head_dim): they lie part by part, or head by head."""
+    parts, heads, dim = target[-3:]
+    sizes = (("d", dim), ("h", heads), ("t", parts))
+    left, right = ("", "") if len(source) == 1 else (" i", "i ")
+    return {
+        "fused block": (Rearrange(f"(t h d){left} -> {right}t h d", sizes),),
+        "fused interleaved": (Rearrange(f"(h t d){left} -> {right}t h d", sizes),),
+    }
+
+
 def _flat_conv(source: Shape, target: Shape) -> Readings:
     """A convolution that the other side writes as a Linear over its flattened window."""
     spatial = SPATIAL[len(source) - 2]
@@ -178,9 +192,7 @@ def _heads(source: Shape, target: Shape, kind: Kind) -> Readings:
     return out
 
 
-def stacked(
-    source: Shape, target: Shape, counts: tuple[int, ...], axes: tuple[int, ...], facts: Facts
-) -> Readings:
+def stacked(source: Shape, target: Shape, counts: tuple[int, ...], axes: tuple[int, ...], facts: Facts) -> Readings:
     """Readings of leaves shaped `source`, stacked `counts` times (outermost first) on `axes` of the target (negative
     ones count from its end)."""
     rank = len(target)

@@ -39,6 +39,7 @@ class Pair:
     telling: float = 0.0
     any_shared: float = 0.0
     blocked: str = ""
+    soft: bool = False
     equal: bool = False
     why: str = ""
     bonus: float = 0.0
@@ -166,13 +167,25 @@ def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool) -> Pai
         whole = whole and full
     if not links or _main(torch) not in [link.torch for link in links]:
         return None
+    if not _deconv_backed(links):
+        return None
     whole = whole and used == {role for role in flax.roles if role != "counter"}
     return Pair(torch, flax, links, whole)
 
 
-def _link(
-    role: str, torch: Column, flax: Column, to_flax: dict[Key, Key], same: bool
-) -> tuple[Link | None, bool]:
+def _deconv_backed(links: list[Link]) -> bool:
+    """Where only the flipped reading of a transposed convolution fits, a bias must not say that it is none."""
+    for link in links:
+        if {label for _, label in link.labels} == {"conv_transpose"}:
+            bias = next((other.torch for other in links if other.torch.role == "bias"), None)
+            if bias is not None:
+                return all(
+                    bias.shapes[key] == shape[1:2] for key, shape in link.torch.shapes.items() if key in bias.shapes
+                )
+    return True
+
+
+def _link(role: str, torch: Column, flax: Column, to_flax: dict[Key, Key], same: bool) -> tuple[Link | None, bool]:
     facts = Facts(role if role != "value" else "weight", torch.kind, flax.kind, same)
     shapes: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     met = 0
@@ -253,8 +266,25 @@ def number_ranks(modules: Sequence[Module], scope: Scope, torch: bool) -> dict[i
 def judge(
     pair: Pair, scope: Scope, ranks_t: Iterable[tuple[str, int, int]], ranks_f: Iterable[tuple[str, int, int]]
 ) -> None:
-    """Score the names of the pair, and find what forbids it."""
-    a, b = scope.name(pair.torch, True), scope.name(pair.flax, False)
+    """Score the names of the pair, and find what forbids it. A tied tensor is judged by the best of its names."""
+    flax = scope.name(pair.flax, False)
+    _judge(pair, scope, scope.name(pair.torch, True), flax, ranks_t, ranks_f)
+    for tokens in pair.torch.alias:
+        other = Pair(pair.torch, pair.flax, pair.links, pair.whole)
+        _judge(other, scope, name_of(tokens, (), scope.lex), flax, (), ranks_f)
+        if (not other.blocked, other.score) > (not pair.blocked, pair.score):
+            pair.score, pair.shared, pair.telling = other.score, other.shared, other.telling
+            pair.any_shared, pair.blocked, pair.soft = other.any_shared, other.blocked, other.soft
+
+
+def _judge(
+    pair: Pair,
+    scope: Scope,
+    a: Name,
+    b: Name,
+    ranks_t: Iterable[tuple[str, int, int]],
+    ranks_f: Iterable[tuple[str, int, int]],
+) -> None:
     lex, common = scope.lex, scope.common
     shared = telling = 0.0
     only_a = only_b = loose_a = loose_b = 0.0
@@ -283,11 +313,24 @@ def judge(
                 else:
                     blocked = blocked or f"{what} {rank + 1} against {place + 1} of {count}"
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
-    pair.equal = pair.torch.tokens == pair.flax.tokens
+    pair.equal = a.raw == b.raw
     pair.score += 0.3 if pair.equal else 0.0
     pair.telling, pair.any_shared = telling, shared
     if not blocked and loose_a and loose_b and not telling:
+        pair.soft = True
         blocked = "each name says something that the other does not"
+    if not blocked and not _deconv_named(pair, a.concepts | b.concepts):
+        blocked = "only a transposed convolution fits, and neither name says so"
     pair.blocked = blocked
     said.sort(reverse=True)
     pair.shared = tuple(concept for _, concept in said[:4])
+
+
+_DECONV = frozenset(("deconv", "transpose", "transposed", "up", "upsample", "dec", "ups", "gen", "generator"))
+
+
+def _deconv_named(pair: Pair, names: frozenset[str]) -> bool:
+    for link in pair.links:
+        if {label for _, label in link.labels} == {"conv_transpose"}:
+            return bool(names & _DECONV) or any(other.torch.role == "bias" for other in pair.links)
+    return True

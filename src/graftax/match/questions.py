@@ -8,7 +8,7 @@ from graftax.match.choose import Choice
 from graftax.match.engine import Result, Settled, open_links
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
-from graftax.match.rendering import column_rule
+from graftax.match.rendering import column_rule, flatten_rule, group_rule
 from graftax.match.sides import Column, Module
 from graftax.plan_text import fold_names
 from graftax.plans import Candidate, Question
@@ -21,6 +21,7 @@ def questions(result: Result, sides: tuple[str, str], turned: bool) -> list[Ques
     out: list[Question] = []
     for item in result.settled:
         out += _readings(item, sides, turned)
+        out += _groups(item, sides, turned)
         out += _matches(item, sides, turned)
     return out
 
@@ -54,6 +55,9 @@ def _reading(
     pair, link = links[0]
     found: list[Candidate] = []
     for label in choice.open:
+        if choice.trap is not None:
+            rule = flatten_rule(scope, pair.torch, pair.flax, link, choice.trap, sides)
+            found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), "a flattened map (C, H, W)"))
         labels = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
         for known in labels[:2]:
             rule = column_rule(scope, pair.torch, pair.flax, link, known, sides)
@@ -61,8 +65,34 @@ def _reading(
             found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), where))
     what = "the axis on which it is stacked" if choice.kind == "stack" else "its layout"
     names = ", ".join(fold_names(torch if turned else flax)[:4])
+    if choice.trap is not None:
+        text = (
+            f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if a flattened "
+            "convolution map feeds it, its order must change"
+        )
+        return Question("flatten", text, torch if turned else flax, flax if turned else torch, tuple(found))
     text = f"{names}: shapes fit in {len(found)} ways; nothing says which is {what}"
     return Question(choice.kind, text, torch if turned else flax, flax if turned else torch, tuple(found))
+
+
+_FORMS = {"block": "one after the other", "interleaved": "head by head"}
+
+
+def _groups(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:
+    out: list[Question] = []
+    for group in item.groups:
+        for link in group.links:
+            if link.known:
+                continue
+            left, right = _paths(link.torch), _paths(link.flax)
+            found: list[Candidate] = []
+            for variant in link.variants:
+                rule = group_rule(item.scope, group, link, variant, sides)
+                found.append(Candidate(rule, right if turned else left, _FORMS.get(variant, variant)))
+            targets, sources = (left, right) if turned else (right, left)
+            text = f"{', '.join(fold_names(targets)[:3])}: nothing says how the parts lie in the fused tensor"
+            out.append(Question("fused", text, targets, sources, tuple(found)))
+    return out
 
 
 def _matches(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:

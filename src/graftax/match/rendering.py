@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from graftax.match.flatten import Suspect
+from graftax.match.groups import Group, GroupLink
 from graftax.match.pairs import Label, Link, Scope
 from graftax.match.sides import Column, Key, Module, Token
+from graftax.ops import Rearrange
 from graftax.rules.template import escape_key
 from graftax.rules.text import rule_line
 
@@ -15,7 +18,9 @@ _INDICES = "lmnpqrs"
 _LAYOUTS = frozenset(("linear", "identity", "conv", "conv_transpose"))
 
 
-def column_rule(scope: Scope, torch: Module, flax: Module, link: Link, label: Label | None, sides: tuple[str, str]) -> str:
+def column_rule(
+    scope: Scope, torch: Module, flax: Module, link: Link, label: Label | None, sides: tuple[str, str]
+) -> str:
     """The rule line that pairs two columns, with the reading `label`. `sides`: the words for the ends."""
     t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax)
     keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
@@ -26,8 +31,51 @@ def column_rule(scope: Scope, torch: Module, flax: Module, link: Link, label: La
     return rule_line(**keys)
 
 
+def flatten_rule(scope: Scope, torch: Module, flax: Module, link: Link, trap: Suspect, sides: tuple[str, str]) -> str:
+    """The rule line that says that the map is flattened channels first in torch and channels last in Flax."""
+    t_path, f_path, _ = templates(scope, torch, flax, link.torch, link.flax)
+    keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
+    h, w = trap.sizes or (trap.positions, 1)
+    if trap.out:
+        weight = link.torch.role != "bias"
+        keys["ops"] = "(c h w) i -> i (h w c)" if weight else "(c h w) -> (h w c)"
+        keys |= {"c": trap.channels, "h": h, "w": w}
+    else:
+        keys["flatten"] = f"C={trap.channels} H={h} W={w}"
+    return rule_line(**keys)
+
+
+def group_rule(scope: Scope, group: Group, link: GroupLink, variant: str, sides: tuple[str, str]) -> str:
+    """The rule line that says how the parts of a group lie in the fused tensor."""
+    lists: list[list[str]] = [[], []]
+    for i, module in enumerate(group.torch):
+        for j, other in enumerate(group.flax):
+            t_path, f_path, _ = templates(scope, module, other, link.torch[i], link.flax[j])
+            lists[0] += [t_path] if j == 0 else []
+            lists[1] += [f_path] if i == 0 else []
+    keys: dict[str, object] = {
+        side: paths[0] if len(paths) == 1 else paths for side, paths in zip(sides, lists, strict=True)
+    }
+    if variant.startswith("stack "):
+        keys["stack"] = {"list": int(variant.removeprefix("stack "))}
+    else:
+        keys["fused"] = variant
+        heads = next((dict(op.sizes).get("h") for c in link.variants[variant].values() for op in c
+                      if isinstance(op, Rearrange) and "t" in dict(op.sizes)), None)  # fmt: skip
+        if heads:
+            keys["heads"] = heads
+    return rule_line(**keys)
+
+
 def _reading_keys(reading: str, link: Link) -> dict[str, object]:
     shape = next(iter(link.torch.shapes.values()))
+    if reading.startswith("fused "):
+        pattern, parts = next(
+            (chain[0].pattern, dict(chain[0].sizes))
+            for (label, _, _), chain in link.chains.items()
+            if label[1] == reading and isinstance(chain[0], Rearrange)
+        )
+        return {"ops": pattern, **parts}
     if reading in _LAYOUTS:
         return {"layout": reading} if len(shape) > 1 else {}
     if reading.startswith("heads "):
@@ -36,6 +84,8 @@ def _reading_keys(reading: str, link: Link) -> dict[str, object]:
     chain = next(chain for (label, _, _), chain in link.chains.items() if label[1] == reading)
     if chain and hasattr(chain[0], "pattern"):
         first = chain[0]
+        if first.sizes and not re.search(r"\(", first.pattern):
+            return {"ops": first.pattern}
         grouped = {name for name in re.findall(r"\(([^)]*)\)", first.pattern) for name in name.split()}
         return {"ops": first.pattern, **{name: size for name, size in first.sizes if name in grouped}}
     return {}
@@ -51,8 +101,12 @@ def templates(
     t_index, f_index = _indices([t for t, _ in shared], [f for _, f in shared])
     extra_t, extra_f = len(left.stack), len(right.stack)
     stack = tuple(_INDICES[len(t_key) + n] for n in range(extra_t or extra_f))
-    t_path = _template(left.paths.get(t_key) or next(iter(left.paths.values())), torch, t_index, stack if extra_t else ())
-    f_path = _template(right.paths.get(f_key) or next(iter(right.paths.values())), flax, f_index, stack if extra_f else ())
+    t_path = _template(
+        left.paths.get(t_key) or next(iter(left.paths.values())), torch, t_index, stack if extra_t else ()
+    )
+    f_path = _template(
+        right.paths.get(f_key) or next(iter(right.paths.values())), flax, f_index, stack if extra_f else ()
+    )
     return t_path, f_path, stack
 
 
@@ -113,9 +167,7 @@ def _counted(pairs: list[Key], singles: list[int]) -> tuple[int, int] | None:
     """(first, width) where single = width x (major - major_0) + minor - minor_0 + first."""
     major, minor = pairs[0]
     first = singles[0]
-    widths = {
-        (s - first - (b - minor)) // (a - major) for (a, b), s in zip(pairs, singles, strict=True) if a != major
-    }
+    widths = {(s - first - (b - minor)) // (a - major) for (a, b), s in zip(pairs, singles, strict=True) if a != major}
     if len(widths) != 1:
         return None
     (width,) = widths

@@ -120,9 +120,7 @@ def view(
     return SideView(_families(out), buffers, len(specs))
 
 
-def _templates(
-    specs: Mapping[str, TensorSpec], side: Side, skip: set[str]
-) -> tuple[list[_Template], dict[str, str]]:
+def _templates(specs: Mapping[str, TensorSpec], side: Side, skip: set[str]) -> tuple[list[_Template], dict[str, str]]:
     grouped: dict[str, list[tuple[Key, str, Shape]]] = {}
     findall, sub = _NUMBER.findall, _NUMBER.sub
     for path, spec in specs.items():
@@ -149,6 +147,16 @@ def _templates(
         words = [word for part in (*parts[:-1], rest) if part for word in split_words(part)]
         out.append(_Template(tuple(words), role, kind, parts[-1], bool(rest), rows))
     return out, buffers
+
+
+def tokens_of(path: str, side: Side) -> tuple[Token, ...]:
+    """The tokens of one leaf's module, every number a part of the name."""
+    name = _plain(path) if "parametrizations" in path else path
+    numbers = iter(_NUMBER.findall(name))
+    parts = _parts(_NUMBER.sub(_MARK, name), side)
+    rest = role_of(parts[-1])[2]
+    words = [word for part in (*parts[:-1], rest) if part for word in split_words(part)]
+    return tuple(int(next(numbers)) if word == _MARK else word for word in words)
 
 
 _PARAMETRIZED = (
@@ -262,9 +270,7 @@ def _alike(templates: list[_Template], members: frozenset[int], values: list[int
     return all(len({row[2] for row in templates[j].rows}) == 1 for j in members)
 
 
-def _cut(
-    templates: list[_Template], place: int, variable: list[list[int]], apart: bool
-) -> list[list[_Template]]:
+def _cut(templates: list[_Template], place: int, variable: list[list[int]], apart: bool) -> list[list[_Template]]:
     owner: dict[int, int] = {value: i for i, values in enumerate(variable) for value in values}
     out: defaultdict[tuple[int, int], list[_Template]] = defaultdict(list)
     for template in templates:
@@ -281,7 +287,12 @@ def _cut(
             token: Token = (mark[1] if apart else 0,) if counts else mark[1]
             out[mark].append(
                 _Template(
-                    template.tokens, template.role, template.kind, template.leaf, template.raw, rows,
+                    template.tokens,
+                    template.role,
+                    template.kind,
+                    template.leaf,
+                    template.raw,
+                    rows,
                     (*template.resolved, token),
                     (*template.variables, place) if counts else template.variables,
                     place + 1,

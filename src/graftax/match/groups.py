@@ -1,0 +1,253 @@
+"""Groups: several modules of one side that are one module of the other (q, k, v in one Linear; gate and up; k and v)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from graftax.match.layouts import Facts, readings
+from graftax.match.pairs import Scope
+from graftax.match.sides import Column, Key, Module, Shape
+from graftax.ops import Concat, Op, Rearrange, Split, Stack
+
+PARTS: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("k", "v"), ("gate", "up"))
+"""Parts in the order in which their letters stand in the fused module's name."""
+_FUSED = {("q", "k", "v"): ("qkv",), ("k", "v"): ("kv",), ("gate", "up"): ("gate",)}
+_BARE = ("in_proj_weight", "in_proj_bias")
+
+Variants = dict[str, tuple[Op, ...]]
+
+
+@dataclass(slots=True, eq=False)
+class GroupLink:
+    """One role of a group: the columns, and the ops by variant (`block`, `interleaved`, `stack 0`) for every shape."""
+
+    torch: tuple[Column, ...]
+    flax: tuple[Column, ...]
+    variants: dict[str, dict[Key, tuple[Op, ...]]]
+    known: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A fused module and its parts."""
+
+    torch: tuple[Module, ...]
+    flax: tuple[Module, ...]
+    links: list[GroupLink] = field(default_factory=list[GroupLink])
+
+
+def find_groups(
+    scope: Scope, torch: Sequence[Module], flax: Sequence[Module], styles: Mapping[str, str], heads: int | None
+) -> list[Group]:
+    """Groups among modules that found no partner. `styles`: torch module path -> block or interleaved, where a rule has
+    said so for another leaf of it; `heads`: the head count, where config.json says it."""
+    out: list[Group] = []
+    if scope.same:
+        return out
+    for parts in PARTS:
+        for fused_torch in (True, False):
+            many, one = (flax, torch) if fused_torch else (torch, flax)
+            done = {id(m) for group in out for m in (*group.torch, *group.flax)}
+            sets = _part_sets([m for m in many if id(m) not in done], parts, scope, not fused_torch)
+            ones = [m for m in one if id(m) not in done and _is_fused(m, parts, scope, fused_torch)]
+            fits: list[Group] = []
+            for module in ones:
+                for members in sets:
+                    left, right = ((module,), members) if fused_torch else (members, (module,))
+                    group = _group(scope, left, right, styles, heads)
+                    if group is not None:
+                        fits.append(group)
+            counts: defaultdict[int, int] = defaultdict(int)
+            for group in fits:
+                for module in (*group.torch, *group.flax):
+                    counts[id(module)] += 1
+            out += [g for g in fits if all(counts[id(m)] == 1 for m in (*g.torch, *g.flax))]
+    return out
+
+
+def _part_sets(
+    modules: Iterable[Module], parts: tuple[str, ...], scope: Scope, torch: bool
+) -> list[tuple[Module, ...]]:
+    """Modules whose paths differ in the part's word only, in the order of the parts."""
+    found: defaultdict[tuple[object, ...], dict[str, Module]] = defaultdict(dict)
+    for module in modules:
+        for i, token in enumerate(module.tokens):
+            concept = scope.lex.synonyms.get(token, ()) if isinstance(token, str) else ()
+            part = next((p for p in parts if p in concept), None)
+            if part is not None:
+                found[(*module.tokens[:i], "*", *module.tokens[i + 1 :])][part] = module
+    return [tuple(members[p] for p in parts) for members in found.values() if set(members) == set(parts)]
+
+
+def _is_fused(module: Module, parts: tuple[str, ...], scope: Scope, torch: bool) -> bool:
+    concepts = scope.name(module, torch).concepts
+    if any(word in concepts for word in _FUSED[parts]):
+        return True
+    return parts == ("q", "k", "v") and {"in", "proj"} <= concepts and bool(module.raw or "attn" in concepts)
+
+
+def _group(
+    scope: Scope, torch: tuple[Module, ...], flax: tuple[Module, ...], styles: Mapping[str, str], heads: int | None
+) -> Group | None:
+    group = Group(torch, flax)
+    to_flax = dict(scope.keys)
+    roles = [role for role in torch[0].roles if role in ("weight", "bias", "value")]
+    for role in roles:
+        left = [m.roles.get(role) for m in torch]
+        right = [m.roles.get(role) or (m.roles.get("weight" if role == "value" else "value")) for m in flax]
+        if any(c is None or c.stack for c in (*left, *right)):
+            return None
+        link = _link(role, tuple(c for c in left if c), tuple(c for c in right if c), to_flax, heads)
+        if link is None:
+            return None
+        _know(link, torch[0], styles)
+        group.links.append(link)
+    return group if group.links else None
+
+
+def _know(link: GroupLink, module: Module, styles: Mapping[str, str]) -> None:
+    if len(link.variants) == 1:
+        (link.known,) = link.variants
+        if link.known in ("block", "interleaved"):
+            link.known = ""
+    first = next(iter(link.torch[0].paths.values()))[0]
+    if link.torch[0].leaf.endswith(_BARE) and "block" in link.variants:
+        link.known = "block"
+    style = styles.get(owner(first))
+    if style in link.variants:
+        link.known = style
+
+
+def owner(path: str) -> str:
+    """What a torch leaf belongs to, bare parameters such as in_proj_weight included."""
+    return path.removesuffix("weight").removesuffix("bias").rstrip("._")
+
+
+def _link(
+    role: str, torch: tuple[Column, ...], flax: tuple[Column, ...], to_flax: dict[Key, Key], heads: int | None
+) -> GroupLink | None:
+    variants: dict[str, dict[Key, tuple[Op, ...]]] | None = None
+    cache: dict[tuple[object, ...], Variants] = {}
+    count = 0
+    for key in torch[0].shapes:
+        other = to_flax.get(key)
+        if other is None or any(key not in c.shapes for c in torch) or any(other not in c.shapes for c in flax):
+            return None
+        left, right = tuple(c.shapes[key] for c in torch), tuple(c.shapes[other] for c in flax)
+        found = cache.get((left, right))
+        if found is None:
+            facts = Facts("bias" if role == "bias" else "weight", torch[0].kind, flax[0].kind)
+            found = _split(left[0], right, facts, heads) if len(left) == 1 else _join(left, right[0], facts, heads)
+            cache[(left, right)] = found
+        count += 1
+        if variants is None:
+            variants = {label: {} for label in found}
+        variants = {label: chains for label, chains in variants.items() if label in found}
+        for label, chains in variants.items():
+            chains[key] = found[label]
+        if not variants:
+            return None
+    return GroupLink(torch, flax, variants or {}) if count else None
+
+
+def _part_ops(source: Sequence[Shape], target: Sequence[Shape], facts: Facts) -> tuple[Op, ...] | None:
+    """One chain that takes every part to its own shape."""
+    common: set[str] | None = None
+    table = [readings(s, t, facts) for s, t in zip(source, target, strict=True)]
+    for found in table:
+        names = {
+            n for n in found if n in ("linear", "reshape") or n.startswith("heads (h d) i") or not n or n == "identity"
+        }
+        common = names if common is None else common & names
+    for label in ("linear", "heads (h d) i -> i h d", "heads (h d) i -> h d i", "heads (h d) i -> h i d", "identity"):
+        if label in (common or ()):
+            return _common_chain([found[label] for found in table])
+    if "reshape" in (common or ()):
+        return _common_chain([found["reshape"] for found in table])
+    return None
+
+
+def _common_chain(chains: list[tuple[Op, ...]]) -> tuple[Op, ...] | None:
+    """The chain of every part as one chain mapped over them: the sizes that all share are kept."""
+    if any(chain != chains[0] for chain in chains):
+        first = chains[0][0]
+        if any(len(chain) != 1 or not isinstance(chain[0], Rearrange) for chain in chains):
+            return None
+        ops = [chain[0] for chain in chains if isinstance(chain[0], Rearrange)]
+        assert isinstance(first, Rearrange)
+        if len({op.pattern for op in ops}) != 1:
+            return None
+        shared = set(ops[0].sizes)
+        for op in ops[1:]:
+            shared &= set(op.sizes)
+        return (Rearrange(first.pattern, tuple(sorted(shared))),)
+    return chains[0]
+
+
+def _split(source: Shape, targets: Sequence[Shape], facts: Facts, heads: int | None) -> Variants:
+    """One torch tensor -> its parts: blocks along the outputs, or interleaved by heads."""
+    out: Variants = {}
+    sizes = [math.prod(t) for t in targets]
+    for axis in range(min(len(source), 2)):
+        rest = math.prod(source) // source[axis]
+        if any(n % rest for n in sizes) or sum(sizes) != math.prod(source):
+            continue
+        rows = tuple(n // rest for n in sizes)
+        pieces = [(*source[:axis], n, *source[axis + 1 :]) for n in rows]
+        inner = _part_ops(pieces, targets, facts)
+        if inner is None:
+            continue
+        if axis == 1 and inner != ():
+            continue
+        out["block"] = (Split(axis, rows), *inner)
+        found = _head_count(targets, heads, rows)
+        if found and len(set(rows)) == 1:
+            out["interleaved"] = (
+                _weave(len(source), axis, found, len(targets), rows[0] // found),
+                Split(axis, rows),
+                *inner,
+            )
+        return out
+    return out
+
+
+def _head_count(shapes: Sequence[Shape], heads: int | None, rows: tuple[int, ...]) -> int | None:
+    if len(shapes[0]) == 3:
+        found = shapes[0][1]
+        return found if rows[0] % found == 0 else None
+    return heads if heads and rows[0] % heads == 0 else None
+
+
+def _weave(rank: int, axis: int, heads: int, parts: int, dim: int) -> Rearrange:
+    """Rows interleaved by heads -> rows in blocks."""
+    names = [f"a{n}" for n in range(rank)]
+    left, right = list(names), list(names)
+    left[axis], right[axis] = "(h t d)", "(t h d)"
+    return Rearrange(f"{' '.join(left)} -> {' '.join(right)}", (("d", dim), ("h", heads), ("t", parts)))
+
+
+def _join(sources: Sequence[Shape], target: Shape, facts: Facts, heads: int | None) -> Variants:
+    """Parts -> one Flax leaf: stacked on an axis of their own, or side by side along the outputs."""
+    out: Variants = {}
+    count = len(sources)
+    if len(set(sources)) == 1:
+        for axis, extent in enumerate(target):
+            if extent == count:
+                inner_shape = target[:axis] + target[axis + 1 :]
+                inner = _part_ops(sources, [inner_shape] * count, facts)
+                if inner is not None:
+                    out[f"stack {axis}"] = (*inner, Stack(axis, count))
+    if len(target) == len(sources[0]) and len(target) <= 2:
+        rows = tuple(s[0] for s in sources)
+        rest = sources[0][1:]
+        if target == (*rest, sum(rows)):
+            order: tuple[Op, ...] = (Rearrange("o i -> i o"),) if rest else ()
+            axis = len(rest)
+            out["block"] = (*order, Concat(axis, rows))
+            if heads and len(set(rows)) == 1 and rows[0] % heads == 0:
+                weave = _weave(len(target), axis, heads, count, rows[0] // heads)
+                out["interleaved"] = (*order, Concat(axis, rows), weave.inverse)
+    return out
