@@ -80,7 +80,7 @@ def _missing(text: str) -> StorageError:
         hints.append(f"The folder {escape(path.parent)} does not exist either.")
     else:
         near = difflib.get_close_matches(path.name, names[:5000], n=3, cutoff=0.5)
-        near = near or sorted(name for name in names if by_ending(Path(name).suffix))[:3]
+        near = near or sorted(name for name in names if by_ending(Path(name).suffix) and name != "config.json")[:3]
         if near:
             hints.append("Near: " + ", ".join(escape(path.parent / name) for name in near))
     if hub.is_id(text) and "/" in text:
@@ -139,7 +139,8 @@ def open_folder(path: Path) -> Checkpoint:
         names = sorted(os.listdir(path))
     except OSError as exc:
         raise files.storage_error(exc, path) from None
-    inside = [name for name in names if by_ending(Path(name).suffix) or os.path.isdir(path / name)][:5]
+    weights = [name for name in names if (row := by_ending(Path(name).suffix)) and row.name != "spec"]
+    inside = (weights or [name for name in names if os.path.isdir(path / name)])[:5]
     then = "Inside, to be named one by one: " + ", ".join(escape(path / name) for name in inside) if inside else ""
     raise FormatError(
         f"{escape(path)} is a folder, but no checkpoint: expected a sharded set with its index.json, one "
