@@ -6,7 +6,7 @@ two 4-bit codes in a byte, four 6-bit codes in three. They travel through grafta
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import FormatError, escape
@@ -44,10 +44,16 @@ def dtype_name(dtype: Any) -> str:
     `tree.DTYPES`: objects, text, dates, records, float128."""
     import numpy as np
 
-    name = np.dtype(dtype).name
+    name = _name(dtype if isinstance(dtype, np.dtype) else np.dtype(dtype))
     if name not in DTYPES:
         raise FormatError(f"a checkpoint cannot hold dtype {escape(name)!r}", next=f"It can hold: {', '.join(DTYPES)}")
     return name
+
+
+@lru_cache(maxsize=256)
+def _name(dtype: np.dtype[Any]) -> str:
+    """NumPy works the name out anew each time, which a tree of ten thousand leaves would feel."""
+    return dtype.name
 
 
 def spec_of(array: Any) -> TensorSpec:

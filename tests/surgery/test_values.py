@@ -46,12 +46,30 @@ def test_constant_rounds_to_a_floating_leaf(dtype: str, number: float) -> None:
 @pytest.mark.parametrize(
     ("number", "dtype"),
     [
-        (1e39, "float32"), (70000, "float16"), (-1e39, "bfloat16"), (500, "float8_e4m3fn"), (float("inf"), "float8_e4m3fn"),
-        (1e-50, "float32"), (1e-9, "float16"), (10**400, "float64"), (0, "float8_e8m0fnu"), (-1, "float8_e8m0fnu"),
-        (0.5, "int32"), (float("nan"), "int32"), (128, "int8"), (-1, "uint8"), (2**31, "int32"), (2**64, "uint64"),
-        (-(2**63) - 1, "int64"), (2, "bool"), (0.5, "bool"), (1 + 2j, "float32"), (1e39, "complex64"), (1j, "int32"),
+        (1e39, "float32"),
+        (70000, "float16"),
+        (-1e39, "bfloat16"),
+        (500, "float8_e4m3fn"),
+        (float("inf"), "float8_e4m3fn"),
+        (1e-50, "float32"),
+        (1e-9, "float16"),
+        (10**400, "float64"),
+        (0, "float8_e8m0fnu"),
+        (-1, "float8_e8m0fnu"),
+        (0.5, "int32"),
+        (float("nan"), "int32"),
+        (128, "int8"),
+        (-1, "uint8"),
+        (2**31, "int32"),
+        (2**64, "uint64"),
+        (-(2**63) - 1, "int64"),
+        (2, "bool"),
+        (0.5, "bool"),
+        (1 + 2j, "float32"),
+        (1e39, "complex64"),
+        (1j, "int32"),
     ],
-)  # fmt: skip
+)
 def test_constant_refuses_what_the_dtype_does_not_have(number, dtype: str) -> None:
     with pytest.raises(
         PlanError, match="boolean" if dtype == "bool" else "overflows" if dtype == "complex64" else dtype
@@ -63,11 +81,21 @@ def test_constant_refuses_what_the_dtype_does_not_have(number, dtype: str) -> No
 @pytest.mark.parametrize(
     ("number", "dtype", "expected"),
     [
-        (2**63 - 1, "int64", 2**63 - 1), (-(2**63), "int64", -(2**63)), (2**64 - 1, "uint64", 2**64 - 1), (3.0, "int8", 3),
-        (True, "int32", 1), (1, "bool", True), (0.0, "bool", False), (1 + 2j, "complex64", 1 + 2j), (2, "complex128", 2),
-        (2 + 0j, "float32", 2), (float("inf"), "float32", np.inf), (448, "float8_e4m3fn", 448), (4, "float8_e8m0fnu", 4),
+        (2**63 - 1, "int64", 2**63 - 1),
+        (-(2**63), "int64", -(2**63)),
+        (2**64 - 1, "uint64", 2**64 - 1),
+        (3.0, "int8", 3),
+        (True, "int32", 1),
+        (1, "bool", True),
+        (0.0, "bool", False),
+        (1 + 2j, "complex64", 1 + 2j),
+        (2, "complex128", 2),
+        (2 + 0j, "float32", 2),
+        (float("inf"), "float32", np.inf),
+        (448, "float8_e4m3fn", 448),
+        (4, "float8_e8m0fnu", 4),
     ],
-)  # fmt: skip
+)
 def test_constant_is_exact_where_it_can_be(number, dtype: str, expected) -> None:
     out = gx.constant(number).apply("p", TensorSpec((2, 1), dtype), None)
     assert out.dtype == numpy_dtype(dtype)
@@ -317,13 +345,23 @@ def test_arithmetic_is_for_floating_leaves(value, dtype: str) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: gx.normal(-1, 0), lambda: gx.normal(float("nan"), 0), lambda: gx.normal("1", 0), lambda: gx.normal(1, 0.5),
-        lambda: gx.normal(1, True), lambda: gx.add_normal(1, None), lambda: gx.scaled(float("inf")), lambda: gx.scaled(1j),
-        lambda: gx.scaled(np.ones(2)), lambda: gx.quantized(1), lambda: gx.quantized(17), lambda: gx.quantized(4.0),
-        lambda: gx.quantized(8, axis="o"), lambda: gx.from_checkpoint("a.pt", "w", "diagonal"),
+        lambda: gx.normal(-1, 0),
+        lambda: gx.normal(float("nan"), 0),
+        lambda: gx.normal("1", 0),
+        lambda: gx.normal(1, 0.5),
+        lambda: gx.normal(1, True),
+        lambda: gx.add_normal(1, None),
+        lambda: gx.scaled(float("inf")),
+        lambda: gx.scaled(1j),
+        lambda: gx.scaled(np.ones(2)),
+        lambda: gx.quantized(1),
+        lambda: gx.quantized(17),
+        lambda: gx.quantized(4.0),
+        lambda: gx.quantized(8, axis="o"),
+        lambda: gx.from_checkpoint("a.pt", "w", "diagonal"),
         lambda: gx.from_checkpoint("a.pt", 3),
     ],
-)  # fmt: skip
+)
 def test_arguments_are_checked_when_the_value_is_made(make) -> None:
     with pytest.raises(UsageError) as caught:
         make()

@@ -12,7 +12,7 @@ from typing import Any
 from graftax.adapters import kind_of, live_leaves
 from graftax.errors import PlanError, UsageError, escape
 from graftax.surgery.selecting import Tree
-from graftax.tree import Checkpoint, TensorSpec, detect_side
+from graftax.tree import Checkpoint, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,10 +61,11 @@ class LiveTree:
             )
 
     def selectable(self) -> Tree:
-        side = "torch" if self.torch else detect_side(self.leaves) if self._flat() else "flax"
+        flat = self.kind == "container" and "/" not in "".join(self.leaves)  # its names may be torch keys
+        side = "torch" if self.torch else self.opened().side if flat else "flax"
         return Tree(
             self.label,
-            side or "flax",
+            side or "flax",  # names without separators: either reading is the same
             self.leaves,
             self.leaves.__getitem__,
             (lambda wanted: _filtered(self.native, self.kind, self.leaves, wanted))
@@ -80,11 +81,6 @@ class LiveTree:
 
             return aliases_of(dict(self.leaves))
         return self.opened().aliases if self.kind.startswith("nnx") else {}
-
-    def _flat(self) -> bool:
-        from graftax.adapters.flax_tree import is_flat
-
-        return self.kind == "container" and is_flat(self.native)
 
     def opened(self) -> Checkpoint:
         """The same tree as a Checkpoint: its modules tell layouts."""
