@@ -224,15 +224,16 @@ def _like_old(path: str, old: Any, new: Any) -> Any:
     return jax_arrays.to_jax(plain, old)
 
 
-def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool = False) -> Any:
+def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool = False, adopt: bool = False) -> Any:
     """`arrays` in the plain container of a side: an OrderedDict of tensors (torch), a nested dict of jax arrays (Flax,
-    with the keys and lists of `end.real_keys` and `end.containers`). host=True gives NumPy arrays.
+    with the keys and lists of `end.real_keys` and `end.containers`). host=True gives NumPy arrays; adopt=True
+    that `arrays` may become part of the result (see `jax_arrays`).
 
     end: anything with `side`, `specs`, `real_keys` and `containers`: a Checkpoint, or the end of a plan.
     """
     from graftax.adapters import plain
 
-    return plain.plain_tree(end, arrays, host)
+    return plain.plain_tree(end, arrays, host, adopt)
 
 
 def to_jax(array: Any, like_leaf: Any = None) -> Any:

@@ -32,10 +32,12 @@ def leaves(tree: Any) -> Iterator[tuple[tuple[Key, ...], Leaf]]:
     and for a key that no path can hold.
     """
     linen = is_variables(tree)
-    return _leaves(tree, (), lambda keys: linen and keys[0] in LINEN_STATE)
+    found: list[tuple[tuple[Key, ...], Leaf]] = []
+    _leaves(tree, (), lambda keys: linen and keys[0] in LINEN_STATE, found)
+    return iter(found)
 
 
-def _leaves(node: Any, keys: tuple[Key, ...], aside: Callable[[tuple[Key, ...]], bool]) -> Iterator[Any]:
+def _leaves(node: Any, keys: tuple[Key, ...], aside: Callable[[tuple[Key, ...]], bool], found: list[Any]) -> None:
     if len(keys) > DEPTH:
         raise FormatError(f"nested deeper than {DEPTH} levels at {escape(path_of(keys[:4]))}/...")
     if keys and aside(keys):
@@ -43,16 +45,16 @@ def _leaves(node: Any, keys: tuple[Key, ...], aside: Callable[[tuple[Key, ...]],
     children = children_of(node)
     if children is not None:
         for key, child in children:
-            yield from _leaves(child, (*keys, _checked(key, keys)), aside)
+            _leaves(child, (*keys, _checked(key, keys)), aside, found)
     elif is_variable(node):
         inner = variable_value(node)
         if is_weight(node) and (is_array(inner) or children_of(inner) is not None or _must_hold_array(node)):
-            yield from _leaves(inner, keys, aside)
+            _leaves(inner, keys, aside, found)
     elif is_axis_box(node):
-        yield from _leaves(axis_value(node), keys, aside)
+        _leaves(axis_value(node), keys, aside, found)
     elif is_array(node):
         if not is_random_key(node):
-            yield keys, node
+            found.append((keys, node))
     elif node is not None:
         raise UsageError(
             f"{escape(path_of(keys)) or 'the tree'} is a {_type_name(node)}, not an array",
@@ -194,7 +196,8 @@ def is_tensor(node: Any) -> bool:
 
 def is_random_key(node: Any) -> bool:
     """A typed jax key: no NumPy dtype can hold it."""
-    return str(getattr(node, "dtype", "")).startswith("key<")
+    dtype = getattr(node, "dtype", None)
+    return type(dtype).__module__.startswith("jax") and str(dtype).startswith("key<")
 
 
 def is_axis_box(node: Any) -> bool:

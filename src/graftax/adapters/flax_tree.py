@@ -36,7 +36,7 @@ def open_container(tree: Any, label: str) -> Checkpoint:
         real_keys={path: key for path, key in real_keys.items() if path in leading},
         containers=kinds,
         native=tree,
-        rebuild=lambda arrays, sharding=None: rebuild_container(tree, arrays, sharding),
+        rebuild=lambda arrays, sharding=None, adopt=False: rebuild_container(tree, arrays, sharding, adopt),
     )
 
 
@@ -79,24 +79,21 @@ def reader_of(found: Mapping[str, Any]) -> Callable[[str], np.ndarray[Any, Any]]
 # ---------------------------------------------------------------- back
 
 
-def rebuild_container(tree: Any, arrays: Mapping[str, Any], sharding: Any = None) -> Any:
+def rebuild_container(tree: Any, arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False) -> Any:
     """A container like `tree` with `arrays` as its leaves: jax arrays placed as the old leaves are; NumPy arrays with
-    sharding="host"; placed by `sharding`, a jax Sharding, otherwise."""
-    return make_container(tree, arrays, maker(sharding))
+    sharding="host"; placed by `sharding`, a jax Sharding, otherwise. adopt: see `jax_arrays`."""
+    return make_container(tree, arrays, maker(sharding, adopt))
 
 
-def maker(sharding: Any) -> Make:
-    """How new leaves are made. Arrays that are nobody else's become jax's without a copy."""
-    seen: set[int] = set()
+def maker(sharding: Any = None, adopt: bool = False) -> Make:
+    """How new leaves are made."""
+    given = jax_arrays.once(adopt)
 
     def make(path: str, old: Any, new: Any) -> Any:
         plain = jax_arrays.from_storage(new, dtypes.spec_of(old))
-        address = getattr(plain, "__array_interface__", {"data": (0,)})["data"][0]
-        adopt = address not in seen
-        seen.add(address)
         if sharding == "host":
-            return jax_arrays.own(plain, adopt)
-        return jax_arrays.to_jax(plain, old if sharding is None else _Placement(sharding), adopt=adopt)
+            return jax_arrays.own(plain, given(plain))
+        return jax_arrays.to_jax(plain, old if sharding is None else _Placement(sharding), adopt=given(plain))
 
     return make
 
@@ -159,7 +156,10 @@ def is_flat(tree: Any) -> bool:
     return (
         isinstance(tree, Mapping)
         and bool(tree)
-        and all(isinstance(key, str) and containers.is_array(leaf) for key, leaf in tree.items())
+        and all(
+            isinstance(key, str) and containers.is_array(leaf) and not containers.is_variable(leaf)
+            for key, leaf in tree.items()
+        )
     )
 
 
@@ -168,8 +168,8 @@ def _open_flat(tree: Mapping[str, Any], label: str) -> Checkpoint:
     numpy_only = all(type(leaf).__module__.split(".")[0] == "numpy" for leaf in found.values())
     side: Side | None = detect_side(found) if numpy_only else "flax"
 
-    def rebuild(arrays: Mapping[str, Any], sharding: Any = None) -> Any:
-        return rebuild_container(tree, arrays, "host" if side == "torch" else sharding)
+    def rebuild(arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False) -> Any:
+        return rebuild_container(tree, arrays, "host" if side == "torch" else sharding, adopt)
 
     return Checkpoint(
         label=label,

@@ -1,11 +1,13 @@
 """Arrays between NumPy and jax: never a changed dtype, never shared writable memory.
 
-Ownership: readers of live objects hand out read-only views, so an array that is writable and has its memory to itself
-belongs to whoever holds it, and may become a jax array or a tensor without a copy. Everything else is copied.
+Ownership: what comes out never shares memory with what went in. Only where a caller says `adopt` (these arrays are
+mine, and I give them away) an array that is writable and has its memory to itself is used without a copy; readers of
+live objects hand out read-only views, which are copied even then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from graftax import dtypes
@@ -33,6 +35,20 @@ def to_jax(array: Any, like: Any = None, *, adopt: bool = False) -> Any:
         return host
     host.flags.writeable = False  # jax may keep it as it is
     return _placed(host, like)
+
+
+def once(adopt: bool) -> Callable[[Any], bool]:
+    """Says of each array whether it may be adopted: where the caller allows it, and its memory was not given before."""
+    seen: set[int] = set()
+
+    def given(array: Any) -> bool:
+        interface = getattr(array, "__array_interface__", None)
+        if not adopt or interface is None or interface["data"][0] in seen:
+            return False
+        seen.add(interface["data"][0])
+        return True
+
+    return given
 
 
 def own(array: np.ndarray[Any, Any], adopt: bool = False) -> np.ndarray[Any, Any]:

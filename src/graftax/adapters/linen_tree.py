@@ -72,7 +72,9 @@ def open_linen(model: LinenModel, label: str) -> Checkpoint:
         real_keys=base.real_keys,
         containers=base.containers,
         native=model,
-        rebuild=lambda arrays, sharding=None: flax_tree.rebuild_container(variables, arrays, sharding),
+        rebuild=lambda arrays, sharding=None, adopt=False: flax_tree.rebuild_container(
+            variables, arrays, sharding, adopt
+        ),
     )
 
 

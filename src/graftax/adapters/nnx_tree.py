@@ -41,8 +41,8 @@ def open_nnx(node: Any, label: str) -> Checkpoint:
         aliases=aliases,
         real_keys=base.real_keys,
         native=node,
-        rebuild=lambda arrays, sharding=None, rngs=None: join_module(
-            parts, with_random_state(flax_tree.rebuild_container(parts.state, arrays, sharding), rngs)
+        rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: join_module(
+            parts, with_random_state(flax_tree.rebuild_container(parts.state, arrays, sharding, adopt), rngs)
         ),
     )
 
@@ -59,8 +59,8 @@ def _open_state(state: Any, native: Any, module: Any, label: str) -> Checkpoint:
         aliases=aliases,
         real_keys=base.real_keys,
         native=native,
-        rebuild=lambda arrays, sharding=None, rngs=None: with_random_state(
-            flax_tree.rebuild_container(state, arrays, sharding), rngs
+        rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: with_random_state(
+            flax_tree.rebuild_container(state, arrays, sharding, adopt), rngs
         ),
     )
 
@@ -133,20 +133,16 @@ def with_random_state(state: Any, rngs: Any) -> Any:
     from flax import nnx
 
     waiting = [(path, leaf) for path, leaf in _variables(state) if _is_abstract_state(leaf)]
-    if not waiting:
-        return state
-    if rngs is None:
-        names = ", ".join(escape(path) for path, _ in waiting[:3]) + (" ..." if len(waiting) > 3 else "")
+    random = [] if rngs is None else [item for item in waiting if isinstance(item[1], nnx.RngState)]
+    left = [path for path, leaf in waiting if rngs is None or not isinstance(leaf, nnx.RngState)]
+    if left:
+        names = ", ".join(escape(path) for path in left[:3]) + (" ..." if len(left) > 3 else "")
+        hint = "pass rngs=nnx.Rngs(seed) to make random state" if rngs is None else "they are no random state"
         warnings.warn(
-            f"{len(waiting)} leaves that are no weights have no values and stay abstract ({names}); "
-            "pass rngs=nnx.Rngs(seed) to make random state, or start from a Module with values",
-            stacklevel=2,
+            f"{len(left)} leaves that are no weights have no values and stay abstract ({names}); {hint}", stacklevel=3
         )
-        return state
-    made = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
-    for path, variable in waiting:
-        if not isinstance(variable, nnx.RngState):
-            continue
+    made: Any = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+    for path, variable in random:
         spec = containers.variable_value(variable)
         if isinstance(variable, nnx.RngKey):
             tag = variable.get_metadata("tag", "default")
@@ -270,6 +266,6 @@ def assign_module(module: Any, arrays: Mapping[str, Any]) -> None:
             f"{len(abstract)} leaves have no values to be set in place, the first is {escape(abstract[0])}",
             next="gx.port(source, module) gives a new Module.",
         )
-    make = flax_tree.maker(None)
+    make = flax_tree.maker()
     new = {path: make(path, found[path], array) for path, array in arrays.items()}
     nnx.update(module, containers.remade(state, lambda path, old: new.get(path, old)))

@@ -10,17 +10,9 @@ from graftax.adapters import jax_arrays
 from graftax.tree import Key, nest
 
 
-def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool) -> Any:
+def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool, adopt: bool) -> Any:
     """See `adapters.plain_tree`."""
-    seen: set[int] = set()
-
-    def given(array: Any) -> bool:
-        """May the array become part of the result as it is? Not twice."""
-        address = getattr(array, "__array_interface__", {"data": (0,)})["data"][0]
-        fresh = address not in seen
-        seen.add(address)
-        return fresh
-
+    given = jax_arrays.once(adopt)
     plain = {path: jax_arrays.from_storage(array, end.specs[path]) for path, array in arrays.items()}
     if end.side == "torch":
         if host:

@@ -84,7 +84,7 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
 
 
 def _proxy_of(tensor: torch.Tensor) -> pickles.Tensor | pickles.Refused:
-    """What the .pt reader has for a tensor. Its dtype and device do not matter for the choice."""
+    """What the .pt reader has for a tensor. Where its values are does not matter for the choice."""
     import torch
 
     if tensor.is_quantized:
@@ -94,7 +94,7 @@ def _proxy_of(tensor: torch.Tensor) -> pickles.Tensor | pickles.Refused:
     if tensor.is_nested:
         return pickles.Refused("nested")
     shape = (1,) if torch.nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
-    return pickles.Tensor(_NOWHERE, "", 1, 0, shape, shape)
+    return pickles.Tensor(_NOWHERE, str(tensor.dtype).removeprefix("torch."), 1, 0, shape, shape)
 
 
 def replaced(tree: Any, new: Mapping[tuple[Any, ...], Any]) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from graftax.adapters import containers, settings, torch_arrays, torch_containers
+from graftax.adapters import containers, jax_arrays, settings, torch_arrays, torch_containers
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, UsageError, escape
 from graftax.tree import Checkpoint, Module, TensorSpec, nearest
 
@@ -29,7 +30,7 @@ def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
         config=_config(module),
         buffers=frozenset(state) & {name for name, _ in module.named_buffers(remove_duplicate=False)},
         native=module,
-        rebuild=lambda arrays, sharding=None: rebuild_state(state, arrays, sharding),
+        rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
     )
 
 
@@ -48,16 +49,19 @@ def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
         aliases=aliases_of(state),
         real_keys=chosen.real_keys,
         native=tree,
-        rebuild=lambda arrays, sharding=None: rebuild_state(state, arrays, sharding),
+        rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
     )
 
 
 def is_torch_tree(tree: Any, depth: int = 0) -> bool:
     """Does a nest of mappings and lists hold a torch tensor?"""
-    if depth > containers.DEPTH:
+    if depth > containers.DEPTH or "torch" not in sys.modules:
         return False
     children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
-    return any(containers.is_tensor(child) or is_torch_tree(child, depth + 1) for child in children)
+    return any(
+        containers.is_tensor(child) or (isinstance(child, (Mapping, list, tuple)) and is_torch_tree(child, depth + 1))
+        for child in children
+    )
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -150,15 +154,17 @@ def _config(module: torch.nn.Module) -> Mapping[str, Any] | None:
 # ---------------------------------------------------------------- back
 
 
-def rebuild_state(state: Mapping[str, torch.Tensor], arrays: Mapping[str, Any], sharding: Any = None) -> Any:
+def rebuild_state(
+    state: Mapping[str, torch.Tensor], arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False
+) -> Any:
     """An OrderedDict of tensors with the keys of `state`; where it has one tensor under two keys and their new values
-    are equal, so does the result. sharding="host" gives NumPy arrays.
+    are equal, so does the result. sharding="host" gives NumPy arrays. adopt: see `jax_arrays`.
 
     PlanError for a key or an array that does not fit.
     """
     check_fit(state, arrays)
     shared = aliases_of(state)
-    make = maker(sharding)
+    make = maker(sharding, adopt)
     out: OrderedDict[str, Any] = OrderedDict()
     for key, old in state.items():
         if key not in arrays:
@@ -179,22 +185,17 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (first.dtype == second.dtype and first.tobytes() == second.tobytes())
 
 
-def maker(sharding: Any = None) -> Callable[[str, Any, Any], Any]:
-    """How new tensors are made. Arrays that are nobody else's become tensors without a copy."""
-    from graftax.adapters.jax_arrays import own
-
-    seen: set[int] = set()
+def maker(sharding: Any = None, adopt: bool = False) -> Callable[[str, Any, Any], Any]:
+    """How new tensors are made."""
+    given = jax_arrays.once(adopt)
 
     def make(key: str, old: Any, new: Any) -> Any:
-        address = getattr(new, "__array_interface__", {"data": (0,)})["data"][0]
-        adopt = address not in seen
-        seen.add(address)
         if sharding == "host":
-            return own(new, adopt)
+            return jax_arrays.own(new, given(new))
         spec = torch_arrays.spec_of_tensor(old)
         if spec.packed:
             return torch_arrays.from_packed(new, spec, old)
-        return torch_arrays.to_torch(new, old, adopt=adopt)
+        return torch_arrays.to_torch(new, old, adopt=given(new))
 
     return make
 
