@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +56,8 @@ class Case:
     prepare: Callable[[torch.nn.Module], None] | None = None
     alarm: float = ALARM
     by: str = "modules"
+    blind: tuple[str, ...] = ()  # leaves that do not change the output: softmax ignores the bias of the keys
+    concrete: bool = False  # nnx.eval_shape hides raw arrays
 
     @property
     def rng(self) -> np.random.Generator:
@@ -108,12 +109,16 @@ def part(side: Side, arrays: Mapping[str, np.ndarray], roles: Mapping[str, str],
     return Part("layer", side, leaves, specs, live(module) if module is not None else None)
 
 
+def quick(function: Any) -> Any:
+    return jax.jit(function, compiler_options=QUICK)
+
+
 class LinenSide:
     """A Linen module: its leaves as {path: array}, and its output on such leaves."""
 
     def __init__(self, case: Case, x: np.ndarray) -> None:
         assert case.linen is not None
-        self.case, self.x = case, x
+        self.case, self.x, self.forward = case, x, None
         self.module = case.linen()
         variables = jax.eval_shape(lambda: self.module.init(jax.random.key(0), x, method=case.on_flax))
         flat = jax.tree_util.tree_flatten_with_path(variables)
@@ -124,12 +129,15 @@ class LinenSide:
     def roles(self) -> dict[str, str]:
         return {join_path(keys): join_path(keys[1:]) for keys in self.keys}
 
-    def run(self, arrays: Mapping[str, np.ndarray], jit: bool = True) -> np.ndarray:
+    def run(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         leaves = [jax.numpy.asarray(arrays[join_path(keys)]) for keys in self.keys]
-        variables = jax.tree_util.tree_unflatten(self.tree, leaves)
-        forward = lambda v, x: self.module.apply(v, x, method=self.case.on_flax)  # noqa: E731
+        return self.call(jax.tree_util.tree_unflatten(self.tree, leaves))
+
+    def call(self, variables: Any) -> np.ndarray:
+        if self.forward is None:
+            self.forward = quick(lambda v, x: self.module.apply(v, x, method=self.case.on_flax))
         with jax.default_matmul_precision("highest"):
-            return np.asarray((jax.jit(forward, compiler_options=QUICK) if jit else forward)(variables, self.x))
+            return np.asarray(self.forward(variables, self.x))
 
 
 class NnxSide:
@@ -137,8 +145,9 @@ class NnxSide:
 
     def __init__(self, case: Case, x: np.ndarray) -> None:
         assert case.nnx is not None
-        self.case, self.x = case, x
-        self.module = nnx.eval_shape(lambda: case.nnx(nnx.Rngs(0)))
+        self.case, self.x, self.forward = case, x, None
+        make = lambda: case.nnx(nnx.Rngs(0))  # noqa: E731
+        self.module = make() if case.concrete else nnx.eval_shape(make)
         self.graph, self.weights, self.rest = nnx.split(self.module, self.is_weight, ...)
         self.flat = list(nnx.to_flat_state(self.weights))
         self.shapes = {join_path(keys): self._value(leaf) for keys, leaf in self.flat}
@@ -154,20 +163,20 @@ class NnxSide:
     def roles(self) -> dict[str, str]:
         return {path: path for path in self.shapes}
 
-    def run(self, arrays: Mapping[str, np.ndarray], jit: bool = True) -> np.ndarray:
+    def run(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         leaves = []
         for keys, leaf in self.flat:
             value = jax.numpy.asarray(arrays[join_path(keys)])
             leaves.append((keys, leaf.replace(value) if hasattr(leaf, "replace") else value))
-        state = nnx.from_flat_state(leaves)
+        return self.call(nnx.from_flat_state(leaves))
+
+    def call(self, state: Any) -> np.ndarray:
+        if self.forward is None:
+            graph, on_flax = self.graph, self.case.on_flax
+            self.forward = quick(lambda state, rest, x: on_flax(nnx.merge(graph, state, rest), x))
         fill = lambda s: jax.random.key(0) if "key" in str(s.dtype) else jax.numpy.zeros(s.shape, s.dtype)  # noqa: E731
-        rest = jax.tree.map(fill, self.rest)
-
-        def forward(state: Any, rest: Any, x: Any) -> Any:
-            return self.case.on_flax(nnx.merge(self.graph, state, rest), x)
-
         with jax.default_matmul_precision("highest"):
-            return np.asarray((jax.jit(forward, compiler_options=QUICK) if jit else forward)(state, rest, self.x))
+            return np.asarray(self.forward(state, jax.tree.map(fill, self.rest), self.x))
 
 
 SIDES = {"linen": LinenSide, "nnx": NnxSide}
@@ -210,6 +219,13 @@ def relative(found: np.ndarray, want: np.ndarray) -> float:
     return float("inf") if np.isnan(error) else float(error)
 
 
+def twin(case: Case, state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A module of the case with these tensors (old weight norm cannot be deep-copied)."""
+    module = case.torch().eval()
+    module.load_state_dict(state)
+    return module
+
+
 def start(case: Case, api: str) -> Run:
     rng = case.rng
     torch.manual_seed(0)
@@ -220,7 +236,7 @@ def start(case: Case, api: str) -> Run:
     x = case.make_x(rng) if case.make_x is not None else rng.standard_normal(case.x).astype(np.float32)
     tensor = torch.from_numpy(x)
     with torch.no_grad():
-        wide = copy.deepcopy(module).double()
+        wide = twin(case, module.state_dict()).double()
         want = case.on_torch(wide, tensor.double() if tensor.is_floating_point() else tensor).numpy()
         narrow = case.on_torch(module, tensor).numpy()
     side = SIDES[api](case, to_flax(case, x))
@@ -250,14 +266,19 @@ def carry_back(connection: Connection, arrays: Mapping[str, np.ndarray]) -> dict
     return out
 
 
-def error_of(run: Run, flax: Mapping[str, np.ndarray], jit: bool = True) -> float:
+def error_of(run: Run, flax: Mapping[str, np.ndarray]) -> float:
     """Relative L2 of the Flax output against torch in float64, in units of what float32 costs torch."""
-    return relative(from_flax(run.case, run.side.run(flax, jit)), run.want) / run.unit
+    return relative(from_flax(run.case, run.side.run(flax)), run.want) / run.unit
+
+
+def disturbed(array: np.ndarray) -> np.ndarray:
+    """The same values, moved by one along the first axis that has more than one; a lone value half as large again."""
+    axis = next((i for i, extent in enumerate(array.shape) if extent > 1), None)
+    return array * np.float32(1.5) if axis is None else np.roll(array, 1, axis)
 
 
 def error_back(run: Run, arrays: Mapping[str, np.ndarray]) -> float:
     """The same for a torch module that was given `arrays`."""
-    module = copy.deepcopy(run.module)
-    module.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+    module = twin(run.case, {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
     with torch.no_grad():
         return relative(run.case.on_torch(module, torch.from_numpy(run.x)).numpy(), run.want) / run.unit

@@ -122,7 +122,7 @@ def leaf_connections(
 
 def layouts() -> tuple[str, ...]:
     """The values that a rule's `layout` can take."""
-    names = dict.fromkeys(("linear", "identity", "conv", "conv_transpose", "conv_transpose default"))
+    names: dict[str, None] = dict.fromkeys(("linear", "identity", "conv", "conv_transpose", "conv_transpose default"))
     for layer in LAYERS:
         for form in layer.forms:
             if isinstance(form, Form) and form.layout:

@@ -50,8 +50,9 @@ def block_diagonal_ops(shape: Shape, groups: int) -> tuple[Op, ...]:
 def _rank(facts: Facts) -> int:
     """Spatial axes of the pair; 0 where the shapes are no convolution's."""
     weight, kernel = facts.torch.get("weight"), facts.flax.get("kernel")
-    found = {len(shape) - 2 for shape in (weight, kernel) if shape is not None}
-    return found.pop() if len(found) == 1 and found <= {1, 2, 3} else 0
+    if weight is None or kernel is None or len(weight) != len(kernel) or not 3 <= len(weight) <= 5:
+        return 0
+    return len(weight) - 2
 
 
 def _bias_is(facts: Facts, extent: int) -> bool:

@@ -9,6 +9,7 @@ from graftax.layers.conv import CONV_ROWS
 from graftax.layers.dense import DENSE_ROWS
 from graftax.layers.norms import NORM_ROWS
 from graftax.layers.recurrent import RECURRENT_ROWS
+from graftax.layers.reparam import REPARAM_ROWS
 
 LAYERS: tuple[Layer, ...] = (
     *DENSE_ROWS,
@@ -16,6 +17,7 @@ LAYERS: tuple[Layer, ...] = (
     *NORM_ROWS,
     *ATTENTION_ROWS,
     *RECURRENT_ROWS,
+    *REPARAM_ROWS,
     *BARE_ROWS,
 )
 """In the order in which equally strong connections are offered."""

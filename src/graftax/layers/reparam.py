@@ -1,0 +1,299 @@
+"""Rows for reparametrised weights: weight norm and spectral norm, torch's old keys and its parametrizations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from graftax.errors import LayoutError
+from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Shape, Step
+from graftax.layers.conv import TORCH_TRANSPOSED, conv_forms, transpose_forms
+from graftax.layers.dense import LINEAR_FORM
+from graftax.ops import (
+    FoldWeightNorm,
+    Op,
+    Rearrange,
+    RearrangeEach,
+    SpectralSigma,
+    UnfoldWeightNorm,
+    parse_pattern,
+)
+
+G = "weight_g|parametrizations.weight.original0"
+V = "weight_v|parametrizations.weight.original1"
+W = "weight_orig|parametrizations.weight.original"
+U_ROLES = ("weight_u", "parametrizations.weight.0._u")
+V_ROLES = ("weight_v", "parametrizations.weight.0._v")
+
+# Linen names what it adds after the path of the leaf ('Dense_0/kernel/scale', one key), below WeightNorm_0 or, for a
+# lone wrapper, beside the layer; NNX keeps it in a dict under a tuple of path parts.
+_SCALE = re.compile(r"(?:.*/)?(?:[^/]+~1kernel~1scale|scales/(?:[^/]+~1)?kernel)")
+_U = re.compile(r"(?:.*/)?(?:[^/]+~1)?kernel~1u")
+_SIGMA = re.compile(r"(?:.*/)?(?:[^/]+~1)?kernel~1sigma")
+
+
+def _first(roles: str | Iterable[str], shapes: Any) -> str:
+    names = roles.split("|") if isinstance(roles, str) else roles
+    return next((name for name in names if name in shapes), "")
+
+
+def _only(pattern: re.Pattern[str], facts: Facts) -> str:
+    found = [role for role in facts.flax if pattern.fullmatch(role)]
+    return found[0] if len(found) == 1 else ""
+
+
+def _leaf(facts: Facts, name: str) -> str:
+    """The one Flax role that is `name` or ends with it: the wrapped layer's."""
+    found = [role for role in facts.flax if role.rpartition("/")[2] == name and not _SCALE.fullmatch(role)]
+    return found[0] if len(found) == 1 else ""
+
+
+def inner_forms(facts: Facts, weight: Shape, kernel: Shape, bias: str) -> Iterable[Form]:
+    """The forms of the wrapped layer, as if its weight were plain. `bias`: its Flax role, if it has one."""
+    torch = {"weight": weight} | ({"bias": facts.torch["bias"]} if "bias" in facts.torch else {})
+    flax = {"kernel": kernel} | ({"bias": facts.flax[bias]} if bias else {})
+    wraps = facts.flax_kind in ("WeightNorm", "SpectralNorm")  # its settings are not those of the layer inside
+    plain = replace(facts, torch=torch, flax=flax, flax_kind="" if wraps else facts.flax_kind)
+    if len(weight) == 2:
+        yield LINEAR_FORM
+        return
+    if facts.torch_kind not in TORCH_TRANSPOSED and plain.flax_kind != "ConvTranspose":
+        yield from conv_forms(plain)
+    if facts.torch_kind in ("", *TORCH_TRANSPOSED) and plain.flax_kind != "Conv":
+        yield from transpose_forms(plain)
+
+
+def _weight_ops(form: Form) -> tuple[Op, ...]:
+    """What a form does to the weight."""
+    ops = form.steps[0].ops
+    if callable(ops):
+        raise LayoutError("the ops of the wrapped layer depend on more than its weight")
+    return (Rearrange(ops),) if isinstance(ops, str) else ops
+
+
+def _feature_axis(weight: Shape, norm: Shape) -> int | None:
+    """The axis of the torch weight along which the norms differ; None for one norm of all (dim=None)."""
+    if norm == ():
+        return None
+    if len(norm) != len(weight):
+        raise LayoutError(f"norms of shape {norm} beside a weight of shape {weight}")
+    wide = [axis for axis, extent in enumerate(norm) if extent != 1]
+    if len(wide) > 1:
+        raise LayoutError(f"norms of shape {norm} have more than one axis")
+    return wide[0] if wide else 0
+
+
+def _kernel_axis(ops: Sequence[Op], axis: int) -> int:
+    """Where an axis of the torch weight is in the kernel. LayoutError where ops merge or split it."""
+    if not ops or not isinstance(ops[0], Rearrange):
+        raise LayoutError("an expanded weight has no weight norm of its own")
+    left, right = parse_pattern(ops[0].pattern)
+    return [group[0] for group in right].index(left[axis][0])
+
+
+def _features_fit(facts: Facts, axis: int, rank: int) -> bool:
+    """A live WeightNorm norms along this axis of the kernel."""
+    axes = facts.flax_settings.get("feature_axes", -1) if facts.flax_kind == "WeightNorm" else None
+    if axes is None:
+        return True
+    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    return tuple(a % rank for a in given) == (axis,)
+
+
+def weight_norm_forms(facts: Facts) -> Iterable[Form]:
+    """g and v kept apart, folded into a plain kernel, or made from a plain weight."""
+    g, v, scale = _first(G, facts.torch), _first(V, facts.torch), _only(_SCALE, facts)
+    kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias")
+    weight = v if g and v else "weight" if "weight" in facts.torch and scale else ""
+    if not kernel or not weight or (not g and not scale) or (not scale and facts.flax_kind == "WeightNorm"):
+        return
+    for form in inner_forms(facts, facts.torch[weight], facts.flax[kernel], bias):
+        try:
+            ops = _weight_ops(form)
+            given = _weight_norm_steps(facts, ops, g, weight, scale, kernel)
+        except LayoutError:
+            continue
+        if given is None:
+            continue
+        variant, steps, assumes = given
+        tail = (Step("bias", bias or "bias", optional=True),)
+        yield replace(
+            form,
+            variant=f"{form.variant}, {variant}",
+            steps=(*steps, *tail),
+            why=f"weight norm, {variant}",
+            assumes=(*form.assumes, *assumes),
+            holds=None,
+        )
+
+
+def _weight_norm_steps(
+    facts: Facts, ops: tuple[Op, ...], g: str, weight: str, scale: str, kernel: str
+) -> tuple[str, tuple[Step, ...], tuple[str, ...]] | None:
+    """(variant, steps, assumptions) of one way; None where a live WeightNorm norms other axes."""
+    shape, rank = facts.torch[weight], len(facts.torch[weight])
+    axis = _feature_axis(shape, facts.torch[g]) if g else 0
+    if not scale:
+        if axis is None:
+            raise LayoutError("one norm of all values cannot be folded along an axis")
+        return "folded", (Step((g, weight), kernel, (FoldWeightNorm(axis), *ops)),), ()
+    if axis is None:
+        fits = facts.flax_kind != "WeightNorm" or not facts.flax_settings.get("feature_axes", -1)
+        steps = (Step(g, scale), Step(weight, kernel, ops))
+        return ("kept, one norm", steps, ()) if fits else None
+    place = _kernel_axis(ops, axis)
+    if not g:  # a plain torch weight: any axis that the Flax side norms along will do
+        sizes = [i for i, extent in enumerate(facts.flax[kernel]) if (extent,) == facts.flax[scale]]
+        place = next((i for i in reversed(sizes) if _features_fit(facts, i, rank)), place)
+    if not _features_fit(facts, place, rank):
+        return None
+    letters = " ".join("o" if i == place else "1" for i in range(rank))
+    assumes = (
+        () if place == rank - 1 else (f"WeightNorm norms along axis {place - rank} (feature_axes={place - rank})",)
+    )
+    if not g:
+        each = RearrangeEach((f"{letters} -> o", ""))
+        return "from plain", (Step(weight, (scale, kernel), (*ops, UnfoldWeightNorm(place), each)),), assumes
+    letters = " ".join("o" if i == axis else "1" for i in range(rank))
+    return "kept", (Step(g, scale, f"{letters} -> o"), Step(weight, kernel, ops)), assumes
+
+
+def spectral_norm_forms(facts: Facts) -> Iterable[Form]:
+    """The weight, u and v against kernel, u and sigma."""
+    w, u, v = _first(W, facts.torch), _first(U_ROLES, facts.torch), _first(V_ROLES, facts.torch)
+    flax_u, sigma = _only(_U, facts), _only(_SIGMA, facts)
+    kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias")
+    if not all((w, u, v, flax_u, sigma, kernel)):
+        return
+    for form in inner_forms(facts, facts.torch[w], facts.flax[kernel], bias):
+        ops = _weight_ops(form)
+        if len(ops) != 1 or not isinstance(ops[0], Rearrange) or form.variant.startswith("conv_transpose"):
+            continue
+        each = RearrangeEach((ops[0].pattern, "o -> 1 o", ""))
+        steps = (
+            Step((w, u, v), (kernel, flax_u, sigma), (SpectralSigma(0), each)),
+            Step("bias", bias or "bias", optional=True),
+        )
+        yield replace(form, variant=f"{form.variant}, spectral norm", steps=steps, why="spectral norm", holds=None)
+
+
+def _transposed_spectral(facts: Facts) -> bool:
+    return bool(_first(U_ROLES, facts.torch)) and facts.torch_kind in TORCH_TRANSPOSED
+
+
+def _plain_spectral(facts: Facts) -> bool:
+    return bool(_first(U_ROLES, facts.torch)) and bool(_leaf(facts, "kernel")) and not _only(_U, facts)
+
+
+def _hidden_scale(facts: Facts) -> bool:
+    return facts.flax_kind == "WeightNorm" and bool(_leaf(facts, "kernel")) and not _only(_SCALE, facts)
+
+
+def _other_axis(facts: Facts) -> bool:
+    """A live Flax WeightNorm that norms along another axis than torch's g."""
+    g, v, kernel = _first(G, facts.torch), _first(V, facts.torch), _leaf(facts, "kernel")
+    if facts.flax_kind != "WeightNorm" or not (g and v and kernel and _only(_SCALE, facts)):
+        return False
+    bias = _leaf(facts, "bias")
+    forms = [f for f in inner_forms(facts, facts.torch[v], facts.flax[kernel], bias) if _comes_out(f, facts, v, kernel)]
+    try:
+        axes = [_feature_axis(facts.torch[v], facts.torch[g])]
+        places = [_kernel_axis(_weight_ops(form), axis) for form in forms for axis in axes if axis is not None]
+    except LayoutError:
+        return False
+    return bool(places) and not any(_features_fit(facts, place, len(facts.torch[v])) for place in places)
+
+
+def _comes_out(form: Form, facts: Facts, weight: str, kernel: str) -> bool:
+    from graftax.ops import infer_chain
+    from graftax.tree import TensorSpec
+
+    try:
+        (out,) = infer_chain(_weight_ops(form), (TensorSpec(facts.torch[weight], "float32"),))
+    except LayoutError:
+        return False
+    return out.shape == facts.flax[kernel]
+
+
+_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", *TORCH_TRANSPOSED)
+
+_REMOVE = (
+    "Remove it in torch (torch.nn.utils.parametrize.remove_parametrizations(m, 'weight')) and port the plain weight."
+)
+
+REPARAM_ROWS: tuple[Layer, ...] = (
+    Layer(
+        "Weight norm",
+        torch=_LAYERS,
+        linen=("WeightNorm", "Dense", "Conv", "ConvTranspose"),
+        nnx=("WeightNorm", "Linear", "Conv", "ConvTranspose"),
+        forms=(
+            Makes(
+                weight_norm_forms,
+                (
+                    "kept: weight_v (parametrizations.weight.original1) -> kernel, as the layer inside; "
+                    "weight_g (original0) -> scale",
+                    "folded: g v / |v| -> a plain kernel; back: v = w, g = |w|",
+                    "from plain: a plain weight -> kernel and scale = |w|",
+                ),
+            ),
+        ),
+        exactness="exact where g and v stay apart; measured where they are folded",
+        refusals=(
+            Refusal(
+                _hidden_scale,
+                "a WeightNorm without a scale",
+                "there is no leaf for torch's g: use_scale=False, or an abstract NNX module (nnx.eval_shape hides the "
+                "raw arrays of nnx.WeightNorm)",
+                "Make the module with use_scale=True and give it with values; or fold into a plain layer.",
+            ),
+            Refusal(
+                _other_axis,
+                "torch's weight_norm against this WeightNorm",
+                "its feature_axes norm along another axis of the kernel than torch's g (for ConvTranspose g is per "
+                "INPUT channel)",
+                "Set feature_axes to that axis (-1; -2 for a ConvTranspose without transpose_kernel), or fold into a "
+                "plain layer.",
+            ),
+        ),
+        flax_decides=False,
+        note='Linen keeps the scale under one key, WeightNorm_0/"Dense_0/kernel/scale"; NNX as a raw array in '
+        "scales[('kernel',)], which nnx.state(m, nnx.Param) misses. nnx.WeightNorm writes the normed kernel back "
+        "when it is called.",
+    ),
+    Layer(
+        "Spectral norm",
+        torch=_LAYERS,
+        linen=("SpectralNorm", "Dense", "Conv", "ConvTranspose"),
+        nnx=("SpectralNorm", "Linear", "Conv", "ConvTranspose"),
+        forms=(
+            Makes(
+                spectral_norm_forms,
+                (
+                    "weight_orig, weight_u, weight_v (parametrizations.weight.original, .0._u, .0._v) -> kernel, "
+                    "u (1, O), sigma = u W v",
+                ),
+            ),
+        ),
+        exactness="kernel and u exact; v measured (it comes back as W^T u / |W^T u|)",
+        refusals=(
+            Refusal(
+                _transposed_spectral,
+                "spectral_norm of a ConvTranspose",
+                "Flax takes the norm of another matrix: it flattens all axes of the kernel but the last",
+                _REMOVE,
+            ),
+            Refusal(
+                _plain_spectral,
+                "spectral_norm against a layer without it",
+                "the weight that torch uses is weight / sigma",
+                f"Wrap the Flax layer in SpectralNorm. Or: {_REMOVE}",
+            ),
+        ),
+        flax_decides=False,
+        note="Both Flax APIs take one more power step even in evaluation: equal to torch for a converged u only. "
+        "nnx.SpectralNorm writes the normed kernel back when it is called.",
+    ),
+)
