@@ -15,7 +15,7 @@ MARGIN = 0.12
 ENOUGH = 0.3
 COUPLING = 0.2
 
-Orders = Callable[[list[Pair]], list[Pair]]
+Orders = Callable[[list[Pair], list[Pair]], list[Pair]]
 
 
 class Board:
@@ -58,12 +58,12 @@ def decide(pairs: list[Pair], root: bool, orders: Orders, forced: list[Pair]) ->
     go by elimination, even where the names say nothing in common."""
     board = Board(pairs)
     freed = _freed(board, forced)
-    taken: list[Pair] = []
+    taken: list[Pair] = list(forced)
     for pair in forced:
         board.take(pair)
     _couple(board, forced)
     while True:
-        fresh = _last(board, root, freed) or _clear(board) or [p for p in orders(board.pairs()) if not p.blocked]
+        fresh = _last(board, root, freed) or _clear(board) or orders(board.pairs(), taken)
         if not fresh:
             return taken, board
         for pair in fresh:
@@ -91,6 +91,8 @@ def _clear(board: Board) -> list[Pair]:
         if pair.blocked or pair.total < ENOUGH or not _backed(pair):
             continue
         rivals = board.rivals(pair)
+        if pair.lone and rivals:
+            continue  # norm1 against norm2: their numbers may count the same thing from another start, or may not
         if all(other.total <= pair.total - MARGIN for other in rivals):
             by_name = all(other.score <= pair.score - MARGIN for other in rivals)
             shared = ", ".join(pair.shared)

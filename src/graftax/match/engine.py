@@ -11,7 +11,7 @@ from graftax.match.families import FamilyPair, pair_families
 from graftax.match.flatten import suspects
 from graftax.match.groups import Group, find_groups
 from graftax.match.names import Lexicon
-from graftax.match.orders import auto_numbered, in_order, out_of_order
+from graftax.match.orders import call_order, in_order, out_of_order
 from graftax.match.pairs import Link, Pair, Scope, candidates, fit, wrapper_words
 from graftax.match.sides import Family, Key, Module, SideView, Token, tokens_of, view
 from graftax.match.stacks import outer_prefix, stackable, virtual
@@ -108,7 +108,7 @@ def match(ends: Ends, lex: Lexicon) -> Result:
                 choice = choose(link, pair, item.scope, habits)
                 trap = traps.get(id(pair.torch))
                 item.choices[id(link)] = trapped(link, choice, trap) if trap is not None else choice
-            if auto_numbered(pair, lex):
+            if call_order(pair):
                 result.call_order.append(pair)
     return result
 
@@ -188,8 +188,8 @@ def _settle(scope: Scope, anchors: Mapping[str, str]) -> Settled:
     pairs = candidates(scope)
     trusted = not out_of_order(pairs)
     forced = _forced(scope, pairs, anchors) if anchors else []
-    taken, board = decide(pairs, scope.root, lambda open_: in_order(open_, scope, trusted), forced)
-    return Settled(scope, [*forced, *taken], board)
+    taken, board = decide(pairs, scope.root, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
+    return Settled(scope, taken, board)
 
 
 def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str]) -> list[Pair]:

@@ -12,6 +12,8 @@ from graftax.match import words as table
 _WORDS = re.compile(r"\0|[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z0-9]+|[^\W_\0A-Za-z0-9]+")
 
 Tokens = Sequence[object]
+UNKNOWN = 0.3
+"""Weight of a letter or two that no table knows: sharing it says little, lacking it as much as any word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Lexicon:
     implies: dict[str, tuple[str, ...]]
     little: frozenset[str]
     some: frozenset[str]
+    known: frozenset[str]
 
     @classmethod
     def standard(cls) -> Lexicon:
@@ -38,11 +41,12 @@ class Lexicon:
             {concept: tuple(implied.split()) for concept, implied in table.IMPLIES.items()},
             table.SAYS_LITTLE,
             table.SAYS_SOME,
+            frozenset(concept for found in (*synonyms.values(), *phrases.values()) for concept in found),
         )
 
     @classmethod
     def empty(cls) -> Lexicon:
-        return cls({}, {}, 0, (), {}, frozenset(), frozenset())
+        return cls({}, {}, 0, (), {}, frozenset(), frozenset(), frozenset())
 
     def weight(self, concept: str) -> float:
         """How much a concept says: 1 for a telling word, less for kinds of layers and wrappers."""
@@ -50,6 +54,8 @@ class Lexicon:
             return 0.15
         if concept in self.some:
             return 0.5
+        if len(concept) <= 2 and concept not in self.known:
+            return UNKNOWN  # a letter or two that the table does not know: x1, m, zt
         return 1.0
 
 

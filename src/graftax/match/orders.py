@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 from graftax.match.names import Lexicon
-from graftax.match.pairs import Pair, Scope
+from graftax.match.pairs import Pair, Scope, numbered_as
 from graftax.match.sides import Module, Token
 
 
@@ -38,29 +39,36 @@ def components(pairs: list[Pair]) -> list[tuple[list[Module], list[Module], dict
     return out
 
 
-def in_order(pairs: list[Pair], scope: Scope, trusted: bool) -> list[Pair]:
-    """Pairs that a complete order on both sides settles. `trusted`: nothing in this scope shows numbers out of order."""
-    out: list[Pair] = []
-    for torch, flax, found in components([pair for pair in pairs if pair.whole]):
-        if len(torch) != len(flax) or len(torch) < 2:
-            continue
-        for left, right, why in _orders(torch, flax, scope, trusted):
-            chosen = [found.get((id(a), id(b))) for a, b in zip(left, right, strict=True)]
-            if any(pair is None or pair.blocked for pair in chosen):
+def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Scope, trusted: bool) -> list[Pair]:
+    """Open pairs that a complete order on both sides settles. `every`: all pairs that fit, `taken` those already taken,
+    which must not contradict the order; `trusted`: nothing in this scope shows numbers out of order."""
+    waiting = {id(pair) for pair in open_}
+    known = {id(pair.torch): pair.flax for pair in taken}
+    for pairs in (open_, every):
+        out: list[Pair] = []
+        for torch, flax, found in components([pair for pair in pairs if pair.whole]):
+            if len(torch) != len(flax) or len(torch) < 2:
                 continue
-            for pair in chosen:
-                assert pair is not None
-                pair.why = why
-            out += [pair for pair in chosen if pair is not None]
-            break
-    return out
+            for left, right, why in _orders(torch, flax, scope, trusted):
+                chosen = [found.get((id(a), id(b))) for a, b in zip(left, right, strict=True)]
+                agreed = [pair for pair in chosen if pair is not None and known.get(id(pair.torch), pair.flax) is pair.flax]
+                fresh = [pair for pair in agreed if id(pair) in waiting]
+                if len(agreed) != len(left) or not fresh or any(pair.blocked and not pair.soft for pair in fresh):
+                    continue
+                for pair in fresh:
+                    pair.why = why
+                out += fresh
+                break
+        if out:
+            return out
+    return []
 
 
 def _orders(
     torch: list[Module], flax: list[Module], scope: Scope, trusted: bool
 ) -> list[tuple[list[Module], list[Module], str]]:
     out: list[tuple[list[Module], list[Module], str]] = []
-    numbers_t, numbers_f = _numbered(torch), _numbered(flax)
+    numbers_t, numbers_f = _numbered(torch, scope.lex), _numbered(flax, scope.lex)
     if numbers_t is not None and numbers_f is not None and trusted and _one_thing(numbers_t[0], numbers_f[0], scope):
         out.append((numbers_t, numbers_f, "order of the numbers"))
     stream_t, stream_f = _stream(torch, scope, True), _stream(flax, scope, False)
@@ -78,14 +86,23 @@ def template(tokens: tuple[Token, ...]) -> tuple[object, ...]:
     return tuple(0 if isinstance(token, int) else token for token in tokens)
 
 
-def _numbered(modules: list[Module]) -> list[Module] | None:
+def _numbered(modules: list[Module], lex: Lexicon) -> list[Module] | None:
     """The modules by their numbers, if they differ in nothing else."""
-    if len({template(module.tokens) for module in modules}) != 1:
+    if len({_meant(module.tokens, lex) for module in modules}) != 1:
         return None
     numbers = [tuple(token for token in module.tokens if isinstance(token, int)) for module in modules]
     if len(set(numbers)) != len(numbers):
         return None
     return [module for _, module in sorted(zip(numbers, modules, strict=True), key=lambda item: item[0])]
+
+
+def _meant(tokens: tuple[Token, ...], lex: Lexicon) -> tuple[object, ...]:
+    """The path with its numbers taken out and the word before the last number by its meaning."""
+    at = max((i for i, token in enumerate(tokens) if isinstance(token, int)), default=None)
+    if at is None:
+        return tokens
+    rest = tuple(0 if isinstance(token, int) else token for token in tokens[at:])
+    return (*template(numbered_as(tokens, at, lex)), *rest)  # type: ignore[arg-type]
 
 
 def _one_thing(torch: Module, flax: Module, scope: Scope) -> bool:
@@ -120,12 +137,30 @@ def _stream(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | 
     places: list[float] = []
     for name in names:
         place = next((at for concept, at in table if concept in name), None)
-        if place is None:
+        if place is None and not (len(modules) == 2 and table is _STAGES):
             return None
-        places.append(place)
+        places.append(-1.0 if place is None else place)
+    if -1.0 in places:
+        return _beside_ordinal(modules, places)
     if len(set(places)) != len(places):
         return None
     return [module for _, module in sorted(zip(places, modules, strict=True), key=lambda item: item[0])]
+
+
+def _beside_ordinal(modules: list[Module], places: list[float]) -> list[Module] | None:
+    """Of two norms one says that it comes first or last, and the other bears only a number: that is the other end."""
+    said = next((i for i, place in enumerate(places) if place >= 0), None)
+    if said is None:
+        return None
+    other = modules[1 - said]
+    number = other.tokens[-1] if other.tokens else None
+    if not isinstance(number, int):
+        return None
+    if places[said] <= 1.2 and number != 0:
+        return [modules[said], other]
+    if places[said] >= 2.6 and number != 2:
+        return [other, modules[said]]
+    return None
 
 
 def out_of_order(pairs: list[Pair]) -> bool:
@@ -153,6 +188,17 @@ def _ints(module: Module) -> tuple[int, ...]:
     return tuple(token for token in module.tokens if isinstance(token, int))
 
 
-def auto_numbered(pair: Pair, lex: Lexicon) -> bool:
-    """The two names agree in their numbers only: one side counts calls."""
-    return pair.why == "order of the numbers" and template(pair.torch.tokens) != template(pair.flax.tokens)
+_COUNTED = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
+
+
+def call_order(pair: Pair) -> bool:
+    """The pair rests on a number that counts calls: one side is auto-named (`Dense_0`), the other is not, and it was
+    not shapes or words that decided."""
+    by_number = pair.why.startswith(("order", "beside")) or " of " in pair.why
+    return by_number and _counted(pair.torch) != _counted(pair.flax)
+
+
+def _counted(module: Module) -> bool:
+    column = next(iter(module.roles.values()))
+    path = next(iter(column.paths.values()))[0]
+    return any(_COUNTED.fullmatch(part) for part in re.split(r"[./]", path)[-3:-1])

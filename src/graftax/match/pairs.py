@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from graftax.match.layouts import Facts, Readings, axis_choices, readings, stacked
-from graftax.match.names import Lexicon, Name, concepts, contradicts, name_of, strip_common
-from graftax.match.sides import Column, Key, Module
+from graftax.match.names import UNKNOWN, Lexicon, Name, concepts, contradicts, name_of, strip_common
+from graftax.match.sides import Column, Key, Module, Token
 from graftax.ops import Op, Unstack
 
 Label = tuple[tuple[int, ...], str]
@@ -40,6 +41,7 @@ class Pair:
     any_shared: float = 0.0
     blocked: str = ""
     soft: bool = False
+    lone: bool = False
     equal: bool = False
     why: str = ""
     bonus: float = 0.0
@@ -77,7 +79,7 @@ def candidates(scope: Scope) -> list[Pair]:
     """Every pair of the scope that fits by roles and shapes."""
     by_size: defaultdict[int, dict[int, Module]] = defaultdict(dict)
     for module in scope.flax:
-        for size in _main_sizes(module):
+        for size in _sizes(module.roles.values()):
             by_size[size][id(module)] = module
     to_flax = dict(scope.keys)
     out: list[Pair] = []
@@ -85,14 +87,48 @@ def candidates(scope: Scope) -> list[Pair]:
     ranks_t, ranks_f = number_ranks(scope.torch, scope, True), number_ranks(scope.flax, scope, False)
     for module in scope.torch:
         near: dict[int, Module] = {}
-        for size in _main_sizes(module):
+        for size in _sizes([_main(module)]):
             near |= by_size.get(size, {})
         for other in near.values():
             pair = fit(module, other, to_flax, scope.same)
             if pair is not None:
                 judge(pair, scope, ranks_t.get(id(module), ()), ranks_f.get(id(other), ()))
                 out.append(pair)
-    return out
+    return one_orientation(out)
+
+
+def one_orientation(pairs: list[Pair]) -> list[Pair]:
+    """How a checkpoint stores its matrices is one habit: transposed against a kernel, or as they are. Pairs that fit
+    only under the habit that leaves some matrix of the scope without a partner are no pairs."""
+    for kind in ("kernel", "free"):
+        fits: dict[str, set[int]] = {"linear": set(), "identity": set()}
+        equal = {"linear": 0, "identity": 0}
+        only: dict[int, str] = {}
+        for pair in pairs:
+            words = _orientation(pair, kind)
+            for word in words:
+                fits[word].add(id(pair.torch))
+            if len(words) == 1:
+                (word,) = words
+                only[id(pair)] = word
+                equal[word] += pair.equal and not pair.blocked
+        every = fits["linear"] | fits["identity"]
+        covers = [word for word in ("linear", "identity") if fits[word] == every]
+        if len(covers) == 2:
+            if equal["linear"] and equal["identity"]:
+                continue
+            covers = ["identity"] if equal["identity"] else ["linear"] if equal["linear"] or kind == "kernel" else covers
+        if len(covers) == 1:
+            pairs = [pair for pair in pairs if only.get(id(pair), covers[0]) == covers[0]]
+    return pairs
+
+
+def _orientation(pair: Pair, kind: str) -> set[str]:
+    """The readings of the pair's matrix, where it is one whose habit is in question."""
+    for link in pair.links:
+        if link.torch.role == "weight" and link.torch.kind == "free" and link.flax.kind == kind:
+            return {label for _, label in link.labels} & {"linear", "identity"}
+    return set()
 
 
 def _learn_common(scope: Scope) -> None:
@@ -111,18 +147,8 @@ def _main(module: Module) -> Column:
     return next(iter(module.roles.values()))
 
 
-def _main_sizes(module: Module) -> set[int]:
-    column = _main(module)
-    factor = 1
-    for n in column.stack:
-        factor *= n
-    out: set[int] = set()
-    for shape in set(column.shapes.values()):
-        size = factor
-        for n in shape:
-            size *= n
-        out.add(size)
-    return out
+def _sizes(columns: Iterable[Column]) -> set[int]:
+    return {math.prod(shape) * math.prod(c.stack) for c in columns for shape in set(c.shapes.values())}
 
 
 def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexicon) -> frozenset[str]:
@@ -244,23 +270,31 @@ def number_ranks(modules: Sequence[Module], scope: Scope, torch: bool) -> dict[i
     """For each module the numbers of its name as (what is numbered, rank, how many): the siblings at one place of the
     tree are numbered together, so that 1, 2 and 0, 1 and 0, 3 say the same."""
     groups: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
+    places: dict[int, list[tuple[tuple[object, ...], int]]] = {}
     for module in modules:
         for i, token in enumerate(module.tokens):
             if isinstance(token, int):
-                groups[module.tokens[:i]].add(token)
-    orders = {prefix: sorted(values) for prefix, values in groups.items() if len(values) > 1}
+                mark = numbered_as(module.tokens, i, scope.lex)
+                groups[mark].add(token)
+                places.setdefault(id(module), []).append((mark, token))
+    orders = {mark: sorted(values) for mark, values in groups.items() if len(values) > 1}
     out: dict[int, tuple[tuple[str, int, int], ...]] = {}
-    for module in modules:
-        found: list[tuple[str, int, int]] = []
-        for i, token in enumerate(module.tokens):
-            order = orders.get(module.tokens[:i]) if isinstance(token, int) else None
-            if order is not None:
-                words = [t for t in module.tokens[:i] if isinstance(t, str)]
-                last = scope.lex.synonyms.get(words[-1], (words[-1],)) if words else ("",)
-                found.append((" ".join(last), order.index(token), len(order)))  # type: ignore[arg-type]
-        if found:
-            out[id(module)] = tuple(found)
+    for key, found in places.items():
+        ranks = [(str(mark[-1]), orders[mark].index(n), len(orders[mark])) for mark, n in found if mark in orders]
+        if ranks:
+            out[key] = tuple(ranks)
     return out
+
+
+def numbered_as(tokens: Sequence[Token], at: int, lex: Lexicon) -> tuple[object, ...]:
+    """What the number at `at` numbers: the path before its word, and what the word means (ln_1 beside norm_2)."""
+    start = at
+    while start and isinstance(tokens[start - 1], str):
+        start -= 1
+    words = tokens[start:at]
+    meant = concepts(words, lex)
+    # Of a run of words only the last thing is numbered: attention, norm 1 -> the norms of attention.
+    return (*tokens[:start], " ".join(map(str, words[:-1])) if len(meant) > 1 else "", meant[-1] if meant else "")
 
 
 def judge(
@@ -296,34 +330,52 @@ def _judge(
             said.append((weight, concept))
             telling += weight if weight >= 1 else 0
         else:
-            only_a += weight
+            only_a += max(weight, 1.0) if weight == UNKNOWN else weight
             loose_a += weight if weight >= 1 else 0
     for concept in b.concepts:
         if concept not in a.concepts:
             weight = 0.02 if concept in common else lex.weight(concept)
-            only_b += weight
+            only_b += max(weight, 1.0) if weight == UNKNOWN else weight
             loose_b += weight if weight >= 1 else 0
+    matched = False
     blocked = contradicts(a.concepts - common, b.concepts - common, lex)
     for what, rank, count in ranks_t:
         for other, place, total in ranks_f:
             if what == other and count == total:
                 if rank == place:
+                    matched = True
                     shared += 0.6
                     said.append((0.6, f"{what} {rank + 1} of {count}".strip()))
                 else:
                     blocked = blocked or f"{what} {rank + 1} against {place + 1} of {count}"
+    pair.lone = telling < 1 and not matched and _numbers_differ(a, b)
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
     pair.equal = a.raw == b.raw
     pair.score += 0.3 if pair.equal else 0.0
     pair.telling, pair.any_shared = telling, shared
-    if not blocked and loose_a and loose_b and not telling:
+    if not blocked and loose_a and loose_b and not telling and shared < 0.9:
         pair.soft = True
         blocked = "each name says something that the other does not"
     if not blocked and not _deconv_named(pair, a.concepts | b.concepts):
         blocked = "only a transposed convolution fits, and neither name says so"
+    if not blocked and _stray(pair, loose_a, loose_b):
+        blocked = "a bare parameter whose name says more"
     pair.blocked = blocked
     said.sort(reverse=True)
     pair.shared = tuple(concept for _, concept in said[:4])
+
+
+def _numbers_differ(a: Name, b: Name) -> bool:
+    """Both names end in a number, and it is not the same: 1 and 2, or 1 and 0 where no sibling tells the start."""
+    last, other = a.raw[-1:], b.raw[-1:]
+    return bool(last and other) and isinstance(last[0], int) and isinstance(other[0], int) and last != other
+
+
+def _stray(pair: Pair, loose_a: float, loose_b: float) -> bool:
+    """A bare parameter against the weight of a module, and its name has words that the module's lacks."""
+    if pair.torch.raw and not pair.flax.raw:
+        return loose_a > 0
+    return pair.flax.raw and not pair.torch.raw and loose_b > 0
 
 
 _DECONV = frozenset(("deconv", "transpose", "transposed", "up", "upsample", "dec", "ups", "gen", "generator"))
