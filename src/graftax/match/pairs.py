@@ -42,6 +42,7 @@ class Pair:
     blocked: str = ""
     soft: bool = False
     lone: bool = False
+    head: bool = False
     equal: bool = False
     why: str = ""
     bonus: float = 0.0
@@ -84,6 +85,8 @@ def candidates(scope: Scope) -> list[Pair]:
     to_flax = dict(scope.keys)
     out: list[Pair] = []
     _learn_common(scope)
+    if scope.root and scope.lex.little:
+        _name_final_norm(scope)
     ranks_t, ranks_f = number_ranks(scope.torch, scope, True), number_ranks(scope.flax, scope, False)
     for module in scope.torch:
         near: dict[int, Module] = {}
@@ -129,6 +132,18 @@ def _orientation(pair: Pair, kind: str) -> set[str]:
         if link.torch.role == "weight" and link.torch.kind == "free" and link.flax.kind == kind:
             return {label for _, label in link.labels} & {"linear", "identity"}
     return set()
+
+
+def _name_final_norm(scope: Scope) -> None:
+    """A norm outside of the blocks whose name says nothing else, if it is the only one, is the last."""
+    for modules, torch in ((scope.torch, True), (scope.flax, False)):
+        names = {id(m): scope.name(m, torch) for m in modules}
+        bare = [m for m in modules if names[id(m)].concepts - scope.common == {"norm"} and not any(
+            isinstance(token, int) for token in m.tokens)]  # fmt: skip
+        if len(bare) == 1:
+            cache = scope.torch_names if torch else scope.flax_names
+            old = names[id(bare[0])]
+            cache[id(bare[0])] = Name(old.concepts | {"final"}, old.last, old.raw)
 
 
 def _learn_common(scope: Scope) -> None:
@@ -348,6 +363,8 @@ def _judge(
                     said.append((0.6, f"{what} {rank + 1} of {count}".strip()))
                 else:
                     blocked = blocked or f"{what} {rank + 1} against {place + 1} of {count}"
+    little = lex.little - {"norm"}
+    pair.head = ("head" in a.concepts and b.concepts <= little) or ("head" in b.concepts and a.concepts <= little)
     pair.lone = telling < 1 and not matched and _numbers_differ(a, b)
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
     pair.equal = a.raw == b.raw

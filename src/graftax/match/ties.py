@@ -23,6 +23,7 @@ def find_ties(
 ) -> dict[str, tuple[str, ...]]:
     """first name -> all names, for tensors among `paths` that are bit for bit one and not constant. Only shapes of which
     the source has more than `wanted` are looked at."""
+    paths = list(paths)
     groups: defaultdict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
     for path in paths:
         spec = source[path]
@@ -36,6 +37,31 @@ def find_ties(
         if len(names) < 2 or have[size] <= sizes[size]:
             continue
         out |= _equal(source, names, reads, f"shape {list(shape)}")
+    return out | _beside(source, paths, out, sizes, have, reads)
+
+
+def _beside(
+    source: Checkpoint,
+    paths: list[str],
+    ties: Mapping[str, tuple[str, ...]],
+    sizes: Counter[int],
+    have: Counter[int],
+    reads: Reads,
+) -> dict[str, tuple[str, ...]]:
+    """The other leaves of a module whose weight is tied (a decoder's bias), each with the one leaf that equals it."""
+    owners = {name.rpartition(".")[0] for names in ties.values() for name in names}
+    tied = {name for names in ties.values() for name in names}
+    out: dict[str, tuple[str, ...]] = {}
+    for name in paths:
+        spec = source[name]
+        if name in tied or name.rpartition(".")[0] not in owners or have[spec.size] <= sizes[spec.size]:
+            continue
+        others = [other for other in paths if other != name and other not in tied and source[other] == spec]
+        equal = [other for other in others if tied_to(source, name, [other], reads) is not None]
+        if len(equal) == 1:
+            # The free name stands first: the tied module's own leaf is the alias.
+            out[equal[0]] = (equal[0], name)
+            tied |= {equal[0], name}
     return out
 
 
