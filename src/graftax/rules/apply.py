@@ -10,12 +10,13 @@ from graftax.ops import Drop, Fill, Op, Specs, bind_chain, infer_chain, invert_c
 from graftax.plans import Assumption, Entry, Proposal
 from graftax.rules.chain import Case, Chain, build_chain, positions
 from graftax.rules.flatten import NO_TAIL, Tail, conv_tail
-from graftax.rules.grouping import Ends, Group, find_groups, folded, render_there, resolve
+from graftax.rules.grouping import Ends, Group, find_groups, folded, no_match, render_there, resolve
 from graftax.rules.layout import role_of
 from graftax.rules.model import LIST, Rule
-from graftax.rules.template import KeyIndex, Template, parse_template
-from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
+from graftax.rules.template import SEPARATOR, KeyIndex, Template, parse_template
+from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
+_NO_MODULES: tuple[Module | None, ...] = (None, None)
 CHECK = "compare the outputs of both models on the same input"
 
 
@@ -60,10 +61,13 @@ class _Ends:
             (targets, self.claimed[1], self.like_label),
         ):
             for key in keys:
-                other = claimed.setdefault(key, rule)
-                if other is not rule:
-                    text = f"is named by {other.where} and by {rule.where}"
-                    out.append(Failure(text, label, key, next="A key stands in one rule: narrow one of the two."))
+                other = claimed.get(key)
+                claimed[key] = rule if other is None else other
+                if other is not None:
+                    text, hint = f"is named by {other.where} and by {rule.where}", "narrow one of the two"
+                    if other is rule:
+                        text, hint = f"is named twice by {rule.where}", "name it once"
+                    out.append(Failure(text, label, key, next=f"A key stands in one entry: {hint}."))
         return out
 
 
@@ -124,7 +128,7 @@ def _one_sided(rule: Rule, ends: _Ends) -> None:
     for template in templates:
         keys = list(_within(rule, template, index))
         if not keys and not (rule.drop and not on_source):
-            ends.failures.append(_no_match(rule, template, index, label))
+            ends.failures.append(no_match(rule, template, index, label))
         for key in keys:
             _settle(rule, ends, key, on_source)
 
@@ -145,12 +149,6 @@ def _within(rule: Rule, template: Template, index: KeyIndex) -> Iterable[str]:
         numbers = dict(zip(template.names, binding.numbers, strict=True))
         if all(numbers[name] in allowed for name, allowed in rule.ranges.items() if name in numbers):
             yield key
-
-
-def _no_match(rule: Rule, template: Template, index: KeyIndex, label: str) -> Failure:
-    near = nearest(template.text, index.keys)
-    hint = f"Near: {near}. " if near else ""
-    return Failure(f"matches no key of {escape(label)}", label, template.text, next=f"{hint}Check {rule.where}.")
 
 
 def _settle(rule: Rule, ends: _Ends, key: str, on_source: bool) -> None:
@@ -176,8 +174,13 @@ def _settle(rule: Rule, ends: _Ends, key: str, on_source: bool) -> None:
 def _pair(rule: Rule, ends: _Ends) -> None:
     forward = _left_is_source(rule, ends)
     if forward is None:
-        text = f"names torch and flax keys, and both ends are {ends.sides[0]}"
-        ends.failures.append(Failure(text, key=rule.where, next="Write `source` and `target` there."))
+        text, other = f"names torch and flax keys, and both ends are {ends.sides[0]}", "`source` and `target`"
+        if rule.directional:
+            text, other = (
+                "names source and target, and this port is Flax to torch",
+                "`torch` and `flax`: both ways work",
+            )
+        ends.failures.append(Failure(text, key=rule.where, next=f"Write {other}."))
         return
     left_side, right_side = ends.sides if forward else ends.sides[::-1]
     left, right = rule.templates(left_side, right_side)
@@ -186,10 +189,13 @@ def _pair(rule: Rule, ends: _Ends) -> None:
     if ends.like_index is not None:
         there = resolve(there, ends.like_index, ends.sides[1])
     joined = Ends(here, there, ends.source_index, ends.like_index, ends.source.label, ends.like_label)
-    groups, failures = find_groups(rule, joined)
-    ends.failures += failures
+    found = find_groups(rule, joined)
+    ends.failures += found.failures
+    for sources, targets in found.broken:
+        ends.claim(rule, sources, targets)
+        ends.broken.append(Entry(sources, targets, (), (rule.evidence,)))
     build = _Builder(rule, ends, joined, forward)
-    for group in groups:
+    for group in found.groups:
         build.add(group)
     for text, targets in build.assumed.items():
         ends.assumptions.append(Assumption(text, CHECK, tuple(targets)))
@@ -197,17 +203,31 @@ def _pair(rule: Rule, ends: _Ends) -> None:
 
 def _left_is_source(rule: Rule, ends: _Ends) -> bool | None:
     """The left side of the rule is the source of this port; None where the rule names another kind of port."""
-    if rule.directional:
+    if ends.sides == ("torch", "flax") or (rule.directional and ends.sides[0] == ends.sides[1]):
         return True
-    if ends.sides == ("torch", "flax"):
-        return True
-    return False if ends.sides == ("flax", "torch") else None
+    return False if not rule.directional and ends.sides == ("flax", "torch") else None
+
+
+Pair = tuple[tuple[str, ...], ...]
+"""Something for each template of the left and of the right side."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What groups of equal shapes share: ops from source to like, the specs that come out, the order of the stacked
+    keys."""
+
+    ops: tuple[Op, ...]
+    given: Specs
+    order: tuple[str, ...]
+    evidence: tuple[str, ...]
+    assumes: tuple[str, ...]
 
 
 class _Builder:
     """The entries of one rule. Groups of equal shapes share their ops."""
 
-    __slots__ = ("assumed", "chains", "ends", "forward", "joined", "listed", "rule", "sides", "stacked")
+    __slots__ = ("assumed", "ends", "fixed", "forward", "joined", "listed", "made", "roles", "rule", "sides", "stacked")
 
     def __init__(self, rule: Rule, ends: _Ends, joined: Ends, forward: bool) -> None:
         self.rule, self.ends, self.joined, self.forward = rule, ends, joined, forward
@@ -215,38 +235,71 @@ class _Builder:
         self.listed = LIST in rule.stack or (rule.ops is not None and LIST in rule.ops.placed)
         self.stacked = tuple(name for name in (*rule.left_indices, *rule.right_indices)
                              if (name in rule.left_indices) != (name in rule.right_indices))  # fmt: skip
-        self.chains: dict[object, Chain | LayoutError] = {}
+        ends_of = (joined.here, joined.there) if forward else (joined.there, joined.here)
+        self.roles = tuple(
+            tuple(_fixed_role(template, side) for template in templates)
+            for templates, side in zip(ends_of, self.sides, strict=True)
+        )
+        self.fixed = all(role for known in self.roles for role in known)
+        self.made: dict[object, _Made | LayoutError] = {}
         self.assumed: dict[str, list[str]] = {}
 
     def add(self, group: Group) -> None:
         """The group's entry, or the failure that says why there is none."""
         rule, ends = self.rule, self.ends
-        try:
-            fault = self._count_there(group)
-            if fault is not None:
-                ends.failures.append(fault)
-                return
-            chain = self._chain(group)
-            sources = group.here.ordered(chain.order, len(self.joined.here))
-            targets = group.there.ordered(chain.order, len(self.joined.there))
-            ops, given = self._bound(chain, sources, targets)
-        except GraftaxError as error:
-            sources = group.here.ordered((), len(self.joined.here))
-            targets = group.there.ordered((), len(self.joined.there)) if group.there.found else ()
-            self._refuse(str(error).partition("\n")[0], sources, targets)
+        fault = self._count_there(group)
+        if fault is not None:
+            ends.failures.append(fault)
+            ends.broken.append(Entry(group.here.all, group.there.all, (), (rule.evidence,)))
             return
+        try:
+            made = self._made(group)
+        except GraftaxError as error:
+            self._refuse(error, group.here.all, group.there.all)
+            return
+        sources = group.here.ordered(made.order, len(self.joined.here))
+        targets = group.there.ordered(made.order, len(self.joined.there))
         clash = ends.claim(rule, sources, targets)
-        entry = Entry(sources, targets, ops, (rule.evidence, *chain.evidence))
         if clash:
             ends.failures += clash
             return
-        ends.entries.append(entry)
+        ends.entries.append(Entry(sources, targets, made.ops, made.evidence))
         if ends.like is None:
-            ends.targets.update(zip(targets, given, strict=True))
-        for text in chain.assumes:
-            self.assumed.setdefault(f"{_some(entry.sources if self.forward else targets)} is {text}", []).extend(
-                targets
+            ends.targets.update(zip(targets, made.given, strict=True))
+        for text in made.assumes:
+            names = sources if self.forward else targets
+            self.assumed.setdefault(f"{_some(names)} is {text}", []).extend(targets)
+
+    def _made(self, group: Group) -> _Made:
+        """The ops of a group; groups of equal specs, roles and modules share them. LayoutError."""
+        left, right = (group.here, group.there) if self.forward else (group.there, group.here)
+        source, like = self.ends.source.specs, self.ends.like
+        keys = left.first(len(self.rule.left)), right.first(len(self.rule.right))
+        roles = self.roles
+        if not self.fixed:
+            roles = tuple(
+                tuple(fixed or role_of(key, side) for fixed, key in zip(known, names, strict=True))
+                for known, names, side in zip(self.roles, keys, self.sides, strict=True)
             )
+        modules = self._modules(keys, roles)
+        at: object
+        if len(group.here.found) == len(group.there.found) == 1:
+            shape = None if like is None else like.specs[keys[1 if self.forward else 0][0]].shape
+            at = (source[keys[0 if self.forward else 1][0]], shape, roles, modules and tuple(map(id, modules)))
+        else:
+            wanted = () if like is None else ((at, like.specs[key].shape) for at, key in group.there.found.items())
+            given = tuple((at, source[key]) for at, key in group.here.found.items())
+            at = (given, tuple(wanted), len(group.there.found), roles, tuple(map(id, modules)))
+        known = self.made.get(at)
+        if known is None:
+            try:
+                known = self._build(group, keys, roles, modules)
+            except LayoutError as error:
+                known = error
+            self.made[at] = known
+        if isinstance(known, LayoutError):
+            raise known
+        return known
 
     def _count_there(self, group: Group) -> Failure | None:
         """Where the other side has to be made up, the stacked axis says how many keys it gets."""
@@ -260,48 +313,43 @@ class _Builder:
             there.values.setdefault(name, tuple(range(shape[axes[name]])))
         return render_there(self.rule, self.joined, group)
 
-    def _chain(self, group: Group) -> Chain:
+    def _build(self, group: Group, keys: Pair, roles: Pair, modules: tuple[Module | None, ...]) -> _Made:
         left, right = (group.here, group.there) if self.forward else (group.there, group.here)
         counts = {**left.counts(), **right.counts()}
         if self.listed:
             counts[LIST] = max(len(self.rule.left), len(self.rule.right))
-        keys = left.first(len(self.rule.left)), right.first(len(self.rule.right))
         ends = (self.ends.source, self.ends.like) if self.forward else (self.ends.like, self.ends.source)
-        shapes = tuple(
+        shapes = [
             None if end is None else tuple(end[key].shape for key in names)
             for end, names in zip(ends, keys, strict=True)
+        ]
+        case = Case(
+            shapes[0], shapes[1], counts, roles[0], roles[1], self.sides, (modules[0], modules[1]), self._tail()
         )
-        roles = tuple(tuple(role_of(key, side) for key in names) for names, side in zip(keys, self.sides, strict=True))
-        modules = self._modules(keys)
-        at = (shapes, tuple(counts.items()), roles, tuple(map(id, modules)))
-        case = Case(shapes[0], shapes[1], counts, roles[0], roles[1], self.sides, modules, self._tail())
-        known = self.chains.get(at)
-        if known is None:
-            try:
-                known = build_chain(self.rule, case)
-            except LayoutError as error:
-                known = error
-            self.chains[at] = known
-        if isinstance(known, LayoutError):
-            raise known
-        return known
+        chain = build_chain(self.rule, case)
+        sources = group.here.ordered(chain.order, len(self.joined.here))
+        targets = group.there.ordered(chain.order, len(self.joined.there))
+        ops, given = self._bound(chain, sources, targets)
+        return _Made(ops, given, chain.order, (self.rule.evidence, *chain.evidence), chain.assumes)
 
-    def _modules(self, keys: tuple[tuple[str, ...], tuple[str, ...]]) -> tuple[Module | None, Module | None]:
+    def _modules(self, keys: Pair, roles: Pair) -> tuple[Module | None, ...]:
         """The live modules of the first keys, where those hold them under the same role."""
+        if not any(self.ends.holders):
+            return _NO_MODULES
         holders = self.ends.holders if self.forward else self.ends.holders[::-1]
         out: list[Module | None] = []
-        for names, side, held in zip(keys, self.sides, holders, strict=True):
+        for names, parts, held in zip(keys, roles, holders, strict=True):
             module = held.get(names[0])
-            out.append(module if module and module.leaves.get(role_of(names[0], side)) == names[0] else None)
-        return out[0], out[1]
+            out.append(module if module and module.leaves.get(parts[0]) == names[0] else None)
+        return tuple(out)
 
     def _tail(self) -> Tail:
         if not self.rule.flatten:
             return NO_TAIL
         if self.forward not in self.ends.tails:
-            ends = (self.ends.source, self.ends.like) if self.forward else (self.ends.like, self.ends.source)
-            end, side = (ends[0], self.sides[0]) if ends[0] is not None else (ends[1], self.sides[1])
-            self.ends.tails[self.forward] = conv_tail(end.specs if end is not None else {}, side)
+            left = self.ends.source if self.forward else self.ends.like
+            end, side = (self.ends.source, self.ends.sides[0]) if left is None else (left, self.sides[0])
+            self.ends.tails[self.forward] = conv_tail(end.specs, side)
         return self.ends.tails[self.forward]
 
     def _bound(self, chain: Chain, sources: Sequence[str], targets: Sequence[str]) -> tuple[tuple[Op, ...], Specs]:
@@ -321,13 +369,20 @@ class _Builder:
             _compare(found, wanted, targets)
         return ops, found
 
-    def _refuse(self, text: str, sources: Sequence[str], targets: Sequence[str]) -> None:
+    def _refuse(self, error: GraftaxError, sources: Sequence[str], targets: Sequence[str]) -> None:
         self.ends.claim(self.rule, sources, targets)
         self.ends.broken.append(Entry(tuple(sources), tuple(targets), (), (self.rule.evidence,)))
         key = f"{_some(sources)} -> {_some(targets) or ', '.join(self.rule.right if self.forward else self.rule.left)}"
-        self.ends.failures.append(
-            Failure(text, self.ends.source.label, key, next=f"Check {_culprit(self.rule)}{self.rule.where}.")
-        )
+        text, hint = str(error).partition("\n")[0], f"Check {_culprit(self.rule)}{self.rule.where}."
+        if error.failures:  # the layer table refuses, with a reason and often a rewrite
+            text, hint = error.failures[0].what, f"{error.failures[0].next} {hint}".strip()
+        self.ends.failures.append(Failure(text, self.ends.source.label, key, next=hint))
+
+
+def _fixed_role(template: Template, side: Side) -> str:
+    """The role that every key of the template has; '' where its last part varies."""
+    last = template.pieces[-1]
+    return role_of(last, side) if isinstance(last, str) and SEPARATOR[side] in last else ""
 
 
 def _compare(found: Specs, wanted: Specs, names: Sequence[str]) -> None:

@@ -243,3 +243,5 @@ def _heads_agree(rule: Rule, rights: Sequence[Shape] | None) -> None:
         raise LayoutError("`heads` without a `like` leaves open where the heads go; write ops")
     if len(rights[0]) > 2 and rule.heads not in rights[0] and (rule.kv_heads or 0) not in rights[0]:
         raise LayoutError(f"no axis of {rights[0]} has heads={rule.heads} entries")
+    if len(rights[0]) <= 2 and all(extent % rule.heads for extent in rights[0]):
+        raise LayoutError(f"no axis of {rights[0]} is a multiple of heads={rule.heads}")

@@ -23,11 +23,18 @@ class Keys:
     values: dict[str, tuple[int, ...]] = field(default_factory=dict[str, "tuple[int, ...]"])
     found: dict[tuple[int, Combo], str] = field(default_factory=dict["tuple[int, Combo]", str])
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every key, in the order in which it was found."""
+        return tuple(self.found.values())
+
     def counts(self) -> dict[str, int]:
         return {name: len(self.values[name]) for name in self.names}
 
     def ordered(self, order: Sequence[str], templates: int) -> tuple[str, ...]:
         """All keys: the stacked names of `order` outermost first, the list's tensors innermost unless it is there."""
+        if len(self.found) == 1:
+            return tuple(self.found.values())
         names = [name for name in order if name in self.names or name == LIST]
         names += [LIST] if LIST not in names else []
         axes = [range(templates) if name == LIST else self.values[name] for name in names]
@@ -39,6 +46,8 @@ class Keys:
 
     def first(self, templates: int) -> tuple[str, ...]:
         """One key of every template."""
+        if len(self.found) == 1:
+            return tuple(self.found.values())
         combo = tuple(self.values[name][0] for name in self.names)
         return tuple(self.found[(t, combo)] for t in range(templates))
 
@@ -67,47 +76,60 @@ class Ends:
 
 
 def resolve(templates: Sequence[Template], index: KeyIndex, side: Side) -> tuple[Template, ...]:
-    """Templates of the Flax side, with `params/` before them where they match only so: a rule may leave the collection
-    out. One that matches nothing either way stays as it is."""
-    if side != "flax" or not any(key.startswith("params/") for key in index.keys):
+    """Templates of the Flax side, with `params/` before them where they match in that collection only: a rule may leave
+    it out. One that matches as it is, nowhere, or in other collections too stays as it is."""
+    if side != "flax" or "params" not in index.collections:
         return tuple(templates)
-    out: list[Template] = []
-    for template in templates:
-        if next(index.find(template), None) is None:
-            prefixed = template.with_prefix("params/")
-            if next(index.find(prefixed), None) is not None:
-                template = prefixed
-        out.append(template)
-    return tuple(out)
+    return tuple(template if _hits(template, index) else _in_params(template, index) for template in templates)
 
 
-def find_groups(rule: Rule, ends: Ends) -> tuple[list[Group], list[Failure]]:
-    """The groups of a rule in the order of the keys, and every fault: a template without a match, a hole, a key that
-    the other side does not have."""
-    here_names = _names(ends.here)
-    there_names = _names(ends.there)
-    shared = tuple(name for name in here_names if name in there_names) if ends.there else here_names
-    failures: list[Failure] = []
-    groups, bare = _matched(rule, ends.here, ends.here_index, shared, here_names)
-    for template in bare:
-        failures.append(_no_match(rule, template, ends.here_index, ends.here_label))
-    if failures:
-        return [], failures
-    if not groups:
-        return [], [_fault(rule, "no key is within its ranges", ends.here_label, ends.here[0].text)]
-    failures += _range_holes(rule, shared, groups, ends)
-    good: list[Group] = []
-    for key, keys in groups.items():
-        group = Group(dict(zip(shared, key[0], strict=True)), key[1], keys, Keys())
+def _hits(template: Template, index: KeyIndex) -> bool:
+    return next(index.find(template), None) is not None
+
+
+def _in_params(template: Template, index: KeyIndex) -> Template:
+    found = [name for name in index.collections if _hits(template.with_prefix(f"{name}/"), index)]
+    return template.with_prefix("params/") if found == ["params"] else template
+
+
+@dataclass(slots=True)
+class Found:
+    """Groups in the order of the keys; failures, and the keys of either side that they speak for."""
+
+    groups: list[Group] = field(default_factory=list[Group])
+    failures: list[Failure] = field(default_factory=list[Failure])
+    broken: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(
+        default_factory=list["tuple[tuple[str, ...], tuple[str, ...]]"]
+    )
+
+    def fail(self, fault: Failure, here: Keys, there: Keys | None = None) -> None:
+        self.failures.append(fault)
+        self.broken.append((here.all, there.all if there is not None else ()))
+
+
+def find_groups(rule: Rule, ends: Ends) -> Found:
+    """The groups of a rule, and every fault: a template without a match, a hole, a key that the other side does not
+    have."""
+    here_names, there_names = _names(ends.here), _names(ends.there)
+    shared = tuple(name for name in here_names if name in there_names)
+    found = Found()
+    matched, bare = _matched(rule, ends.here, ends.here_index, shared, here_names)
+    if bare:
+        found.failures += [no_match(rule, template, ends.here_index, ends.here_label) for template in bare]
+        found.broken += [(keys.all, ()) for keys in matched.values()]
+        return found
+    if not matched:
+        found.failures.append(_fault(rule, "no key is within its ranges", ends.here_label, ends.here[0].text))
+        return found
+    found.failures += _range_holes(rule, shared, matched, ends)
+    for key, keys in matched.items():
         fault = _complete(rule, keys, ends.here, ends.here_label, ends.there_index is not None)
         if fault is None:
-            good.append(group)
+            found.groups.append(Group(dict(zip(shared, key[0], strict=True)), key[1], keys, Keys()))
         else:
-            failures.append(fault)
-    if ends.there:
-        good, faults = _other_side(rule, ends, good, shared, there_names)
-        failures += faults
-    return good, failures
+            found.fail(fault, keys)
+    _other_side(rule, ends, found, shared, there_names)
+    return found
 
 
 def _names(templates: Iterable[Template]) -> tuple[str, ...]:
@@ -127,7 +149,7 @@ def _matched(
         for key, binding in index.find(template):
             hit = True
             numbers = dict(zip(template.names, binding.numbers, strict=True))
-            if any(numbers[name] not in allowed for name, allowed in ranges.items()):
+            if ranges and any(numbers[name] not in allowed for name, allowed in ranges.items()):
                 continue
             at = (tuple(numbers[name] for name in shared), binding.wilds)
             keys = groups.get(at)
@@ -142,6 +164,8 @@ def _matched(
 def _complete(rule: Rule, keys: Keys, templates: Sequence[Template], label: str, known: bool) -> Failure | None:
     """Every template for every combination of the side's own indices, without a hole. `known`: the other side's shapes
     will show whether the first or last is missing."""
+    if not keys.names and len(templates) == 1:
+        return None
     for place, name in enumerate(keys.names):
         seen = sorted({combo[place] for _, combo in keys.found})
         wanted = rule.ranges.get(name) or range(seen[0], seen[-1] + 1)
@@ -195,31 +219,33 @@ def _range_holes(
 # ---------------------------------------------------------------- the other side
 
 
-def _other_side(
-    rule: Rule, ends: Ends, groups: list[Group], shared: Sequence[str], names: Sequence[str]
-) -> tuple[list[Group], list[Failure]]:
+def _other_side(rule: Rule, ends: Ends, found: Found, shared: Sequence[str], names: Sequence[str]) -> None:
+    """Give every group its keys on the other side; drop the groups that have none."""
     own = tuple(name for name in names if name not in shared)
     if own and ends.there_index is not None:
-        return _matched_there(rule, ends, groups, shared, names)
-    good: list[Group] = []
-    failures: list[Failure] = []
+        _matched_there(rule, ends, found, shared, names)
+        return
+    groups, found.groups = found.groups, []
     for group in groups:
         group.there = Keys(own)
         for name in own:  # the stacked axis says how many, unless the rule does: apply.py fills them in
             if name in rule.ranges:
                 group.there.values[name] = tuple(rule.ranges[name])
-        if not own or len(group.there.values) == len(own):
-            fault = render_there(rule, ends, group)
-            if fault is not None:
-                failures.append(fault)
-                continue
-        good.append(group)
-    return good, failures
+        fault = render_there(rule, ends, group) if len(group.there.values) == len(own) else None
+        if fault is None:
+            found.groups.append(group)
+        else:
+            found.fail(fault, group.here, group.there)
 
 
 def render_there(rule: Rule, ends: Ends, group: Group) -> Failure | None:
     """Write the other side's keys of a group; a failure where a number is negative or the key does not exist."""
     there = group.there
+    if not there.names and len(ends.there) == 1:
+        key = ends.there[0].render(group.numbers, group.wilds)
+        if key is not None and (ends.there_index is None or key in ends.there_index.order):
+            there.found[(0, ())] = key
+            return None
     for combo in product(*(there.values[name] for name in there.names)):
         numbers = {**group.numbers, **dict(zip(there.names, combo, strict=True))}
         for t, template in enumerate(ends.there):
@@ -228,7 +254,7 @@ def render_there(rule: Rule, ends: Ends, group: Group) -> Failure | None:
                 at = ", ".join(f"{name} = {n}" for name, n in numbers.items())
                 return _fault(rule, f"gives a negative number for {at}", ends.there_label, template.text, "")
             if ends.there_index is not None and key not in ends.there_index.order:
-                near = nearest(key, ends.there_index.keys)
+                near = nearest(key, ends.there_index.order)
                 hint = f"Near: {near}. " if near else ""
                 text = f"{escape(ends.there_label)} has no such key; {rule.where} sends {_first(group)} there"
                 return _fault(rule, text, ends.there_label, key, f"{hint}Check {rule.where}.")
@@ -240,30 +266,28 @@ def _first(group: Group) -> str:
     return escape(next(iter(group.here.found.values()), ""))
 
 
-def _matched_there(
-    rule: Rule, ends: Ends, groups: list[Group], shared: Sequence[str], names: Sequence[str]
-) -> tuple[list[Group], list[Failure]]:
+def _matched_there(rule: Rule, ends: Ends, found: Found, shared: Sequence[str], names: Sequence[str]) -> None:
     """The other side has indices of its own: its keys are matched too."""
     assert ends.there_index is not None
     matched, bare = _matched(rule, ends.there, ends.there_index, shared, names)
-    if bare:
-        return [], [_no_match(rule, template, ends.there_index, ends.there_label) for template in bare]
-    good: list[Group] = []
-    failures: list[Failure] = []
+    groups, found.groups = found.groups, []
+    found.failures += [no_match(rule, template, ends.there_index, ends.there_label) for template in bare]
     for group in groups:
-        found = matched.get((tuple(group.numbers[name] for name in shared), group.wilds))
-        if found is None:
+        there = matched.get((tuple(group.numbers[name] for name in shared), group.wilds))
+        if bare:
+            found.broken.append((group.here.all, there.all if there is not None else ()))
+            continue
+        if there is None:
             at = ", ".join(f"{name} = {n}" for name, n in group.numbers.items())
             text = f"no key of {escape(ends.there_label)} matches it" + (f" for {at}" if at else "")
-            failures.append(_fault(rule, text, ends.there_label, ends.there[0].text, f"Check {rule.where}."))
-            continue
-        fault = _complete(rule, found, ends.there, ends.there_label, True)
+            fault = _fault(rule, text, ends.there_label, ends.there[0].text, f"Check {rule.where}.")
+        else:
+            fault = _complete(rule, there, ends.there, ends.there_label, True)
         if fault is not None:
-            failures.append(fault)
-            continue
-        group.there = found
-        good.append(group)
-    return good, failures
+            found.fail(fault, group.here, there)
+        elif there is not None:
+            group.there = there
+            found.groups.append(group)
 
 
 # ---------------------------------------------------------------- failures
@@ -273,8 +297,9 @@ def _fault(rule: Rule, what: str, label: str, key: str, hint: str = "") -> Failu
     return Failure(what, label, key, next=hint or f"See {rule.where}.")
 
 
-def _no_match(rule: Rule, template: Template, index: KeyIndex, label: str) -> Failure:
-    near = nearest(template.text, index.keys)
+def no_match(rule: Rule, template: Template, index: KeyIndex, label: str) -> Failure:
+    """The failure for a template that matches nothing: what is near."""
+    near = nearest(template.text, index.order)
     hint = f"Near: {near}. " if near else ""
     return _fault(rule, f"matches no key of {escape(label)}", label, template.text, f"{hint}Check {rule.where}.")
 

@@ -112,8 +112,6 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: Piece) -> Laid:
 
     specs = TensorSpec(left, "float32"), TensorSpec(right, "float32")
     roles, modules = piece.roles, piece.modules
-    if piece.sides[0] == "flax":
-        raise LayoutError("a rule's left side is torch where the sides differ")
     found = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1], rule.layout or None)
     if not found and any(modules):  # the rule outranks a module that the table does not join to the other
         found = leaf_connections(roles[0], specs[0], roles[1], specs[1], layout=rule.layout or None)
@@ -149,9 +147,7 @@ def _written(rule: Rule, piece: Piece) -> tuple[Op, ...]:
     assert rule.ops is not None
     left = piece.left
     pattern = rule.ops.pattern(len(left) if left is not None else None, piece.sides[0])
-    sizes = dict(rule.sizes)
-    if rule.heads is not None and "h" in rule.ops.axes and not rule.fused:
-        sizes.setdefault("h", rule.heads)
+    sizes = _grown(rule)
     op = Rearrange(pattern, tuple(sorted(sizes.items())))
     right = piece.right
     if right is not None:
@@ -166,3 +162,17 @@ def _written(rule: Rule, piece: Piece) -> tuple[Op, ...]:
     if left is not None:
         op.extents(left)
     return (op,)
+
+
+def _grown(rule: Rule) -> dict[str, int]:
+    """The axis sizes that the rule says, as repeat and pad leave them."""
+    out = dict(rule.sizes)
+    if rule.heads is not None and rule.ops is not None and "h" in rule.ops.axes and not rule.fused:
+        out.setdefault("h", rule.heads)
+    for name, size in tuple(out.items()):
+        count, rows = rule.repeat.get(name, 1), rule.pad.get(name, (0, 0))
+        if count is None or rows is None:
+            del out[name]
+        else:
+            out[name] = size * count + sum(rows)
+    return out

@@ -15,7 +15,7 @@ from graftax.rules.text import rule_lines
 from graftax.rules.validate import make_rule
 from graftax.tree import nearest
 
-_TEXT = re.compile(r"^\s*(?:rules\s*=\s*\[|\[\[\s*rules\s*\]\]|\{)", re.MULTILINE)
+_TEXT = re.compile(r"^\s*(?:rules\s*=|\[\[\s*rules\s*\]\]|\{)", re.MULTILINE)
 _LIMIT = 16 << 20
 """Bytes of a rules file."""
 
@@ -60,7 +60,7 @@ def load_rules(rules: Any, label: str = "rules") -> Rules:
             items = cast("Sequence[Any]", table["rules"])
             return _made([(item, f"item {i}") for i, item in enumerate(items, 1)], label)
         return _made([(table, "")], label)
-    if not isinstance(rules, (Sequence, Iterable)):
+    if isinstance(rules, (bytes, bytearray)) or not isinstance(rules, Iterable):
         raise RulesError(f"rules are a path, TOML text or a list of tables, not {type(rules).__name__}")
     return _from_list(cast("Iterable[Any]", rules), label)
 
@@ -150,12 +150,12 @@ def _toml_fault(text: str, label: str, error: tomllib.TOMLDecodeError) -> str:
     line = int(found[1]) if found and found[1] else text.count("\n") + 1
     hint = ""
     rows = text.splitlines()
-    if "Unclosed array" in said or "close" in said.lower():
-        before = next((row for row in reversed(rows[: max(line - 1, 0)]) if row.strip() and row.strip()[0] != "#"), "")
-        if before.rstrip().endswith("}"):
-            hint = " (a comma stands behind every rule)"
-        elif "{" in (rows[line - 1] if line <= len(rows) else ""):
-            hint = " (an inline table stands on one line)"
+    row = rows[line - 1] if line <= len(rows) else ""
+    before = next((r.strip() for r in reversed(rows[: line - 1]) if r.strip() and r.strip()[0] != "#"), "")
+    if row.count("{") > row.count("}"):
+        hint = " (an inline table stands on one line)"
+    elif before.endswith("}") and row.lstrip().startswith("{"):
+        hint = " (a comma stands behind every rule)"
     return f"{escape(label)}, line {line}: not TOML: {escape(said)}{hint}"
 
 

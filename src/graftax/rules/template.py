@@ -12,8 +12,7 @@ escaped, a part holds one wildcard at most and two numbers never touch, so that 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,6 +26,8 @@ _ARITHMETIC = re.compile(
 )
 _TOKEN = re.compile(r"\{\{|\}\}|\{\*\}|\{[^{}]*\}|\{|\}|\*+", re.ASCII)
 _NUMBER = r"(0|[1-9][0-9]{0,8})"
+_ASCII = "0123456789"
+_DIGITS = re.compile(r"[0-9]+")
 SEPARATOR: Mapping[str, str] = {"torch": ".", "flax": "/"}
 
 
@@ -60,15 +61,19 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A compiled template. `names`: its indices in order of first appearance; `wilds`: the wildcards, True if deep."""
+    """A compiled template. `names`: its indices in order of first appearance; `wilds`: the wildcards, True if deep;
+    `shape`: its text with every run of digits and indices as one 0, `runs` those runs (None: holds an index); `shapes`
+    matches such texts of its keys."""
 
     text: str
     side: Side
     pieces: tuple[Piece, ...]
     names: tuple[str, ...]
     wilds: tuple[bool, ...]
-    prefix: str
+    shape: str
+    runs: tuple[str | None, ...]
     regex: re.Pattern[str]
+    shapes: re.Pattern[str]
 
     @property
     def literal(self) -> bool:
@@ -182,44 +187,82 @@ def _joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 def _compiled(text: str, side: Side, pieces: tuple[Piece, ...]) -> Template:
     separator = SEPARATOR[side]
     sep = re.escape(separator)
-    out: list[str] = []
     in_part: Piece | None = None  # the last index or wildcard of the part at hand
     digits_only = False  # nothing but digits since an index
-    deep_at: int | None = None
+    deep = False
     for place, piece in enumerate(pieces):
         before = pieces[place - 1] if place else separator
         after = pieces[place + 1] if place + 1 < len(pieces) else separator
         if isinstance(piece, str):
-            out.append(re.escape(piece))
             tail = piece.rpartition(separator)[2] if separator in piece else piece
             in_part = None if separator in piece else in_part
             digits_only = (digits_only or separator in piece) and tail.isdigit()
         elif isinstance(piece, Index):
             if isinstance(in_part, Wild) or isinstance(before, Index) or (isinstance(in_part, Index) and digits_only):
                 raise RulesError(f"{escape(text)!r}: it cannot be told where {{{piece.name}}} begins; put text between")
-            out.append(_NUMBER)
             in_part, digits_only = piece, True
         else:
             if in_part is not None:
                 raise RulesError(f"{escape(text)!r}: a part holds one wildcard, and no index beside it")
             in_part, digits_only = piece, False
             if not piece.deep:
-                out.append(f"([^{sep}]*)")
                 continue
-            if deep_at is not None:
+            if deep:
                 raise RulesError(f"{escape(text)!r}: ** may stand once in a template")
-            deep_at = len(out)
+            deep = True
             whole = isinstance(before, str) and before.endswith(separator)
             if not (whole and isinstance(after, str) and after.startswith(separator)):
                 raise RulesError(f"{escape(text)!r}: ** stands for whole parts; write {separator}**{separator}")
     names = tuple(dict.fromkeys(piece.name for piece in pieces if isinstance(piece, Index)))
     wilds = tuple(piece.deep for piece in pieces if isinstance(piece, Wild))
-    prefix = pieces[0] if pieces and isinstance(pieces[0], str) else ""
-    pattern = "".join(out)
-    if deep_at is not None:
-        pattern = _with_deep("".join(out[:deep_at]), "".join(out[deep_at:]), sep)
-        prefix = prefix.removesuffix(separator)  # nothing under `**` takes one separator along
-    return Template(text, side, pieces, names, wilds, prefix, re.compile(pattern, re.DOTALL))
+    shape = _DIGITS.sub("0", "".join("0" if isinstance(p, Index) else p if isinstance(p, str) else "" for p in pieces))
+    # In a shape a run of digits is one 0, also where a literal's digits touch an index.
+    parts = [re.sub("[0-9]+", "0", p) if isinstance(p, str) else "0" if isinstance(p, Index) else p for p in pieces]
+    regex, shapes = _pattern(pieces, sep), _pattern(_single(parts), sep)
+    patterns = re.compile(regex, re.DOTALL), re.compile(shapes, re.DOTALL)
+    return Template(text, side, pieces, names, wilds, shape, _runs(pieces), *patterns)
+
+
+def _runs(pieces: Iterable[Piece]) -> tuple[str | None, ...]:
+    """The runs of digits in the order of the text; None for one that an index is part of."""
+    out: list[str | None] = []
+    open_ = False
+    for piece in pieces:
+        if isinstance(piece, Index):
+            out[-1:] = [None] if open_ else [*out[-1:], None]
+            open_ = True
+            continue
+        for token in re.split("([0-9]+)", piece) if isinstance(piece, str) else [" "]:
+            if token and token[0] not in _ASCII:
+                open_ = False
+            elif token and open_:
+                out[-1] = None
+            elif token:
+                out.append(token)
+                open_ = True
+    return tuple(out)
+
+
+def _single(parts: Iterable[str | Wild]) -> list[Piece]:
+    """Neighbouring zeros as one."""
+    return [re.sub("0+", "0", p) if isinstance(p, str) else p for p in _joined(parts)]
+
+
+def _pattern(pieces: Sequence[Piece], sep: str) -> str:
+    out: list[str] = []
+    deep_at: int | None = None
+    for piece in pieces:
+        if isinstance(piece, str):
+            out.append(re.escape(piece))
+        elif isinstance(piece, Index):
+            out.append(_NUMBER)
+        elif piece.deep:
+            deep_at = len(out)
+        else:
+            out.append(f"([^{sep}]*)")
+    if deep_at is None:
+        return "".join(out)
+    return _with_deep("".join(out[:deep_at]), "".join(out[deep_at:]), sep)
 
 
 def _with_deep(before: str, after: str, sep: str) -> str:
@@ -229,29 +272,44 @@ def _with_deep(before: str, after: str, sep: str) -> str:
 
 
 class KeyIndex:
-    """The keys of one end, ready to be matched by many templates: sorted, so that a template looks only at keys that
-    begin with its first literal."""
+    """The keys of one end, ready to be matched by many templates: in buckets of keys that differ in their numbers only,
+    so that a template looks at the keys of its own bucket, and one with wildcards at one name a bucket first."""
 
-    __slots__ = ("keys", "order", "sorted")
+    __slots__ = ("_fine", "buckets", "collections", "order")
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self.keys: tuple[str, ...] = tuple(keys)
-        self.order: dict[str, int] = {key: place for place, key in enumerate(self.keys)}
-        self.sorted: list[str] = sorted(self.keys)
+        self.order: dict[str, int] = {key: place for place, key in enumerate(keys)}
+        self.buckets: dict[str, list[str]] = {}
+        for key in self.order:
+            self.buckets.setdefault(_DIGITS.sub("0", key), []).append(key)
+        self._fine: dict[tuple[str, tuple[int, ...]], dict[tuple[str, ...], list[str]]] = {}
+        self.collections = tuple(dict.fromkeys(shape.partition("/")[0] for shape in self.buckets if "/" in shape))
 
     def find(self, template: Template) -> Iterator[tuple[str, Binding]]:
         """(key, binding) of every key the template matches, in the order of the keys."""
-        if template.literal:
-            key = template.render({}, ())
-            if key in self.order:
-                yield key, Binding((), ())
+        if not template.wilds:
+            for key in self._alike(template):
+                binding = template.match(key)
+                if binding is not None:
+                    yield key, binding
             return
-        start = bisect_left(self.sorted, template.prefix)
-        stop = start
-        if not template.prefix:
-            stop = len(self.sorted)
-        else:
-            while stop < len(self.sorted) and self.sorted[stop].startswith(template.prefix):
-                stop += 1
-        found = [(key, hit) for key in self.sorted[start:stop] if (hit := template.match(key)) is not None]
-        yield from sorted(found, key=lambda pair: self.order[pair[0]])
+        hits: list[tuple[int, str, Binding]] = []
+        for shape, keys in self.buckets.items():
+            if template.shapes.fullmatch(shape):
+                found = ((self.order[key], key, template.match(key)) for key in keys)
+                hits += [(place, key, binding) for place, key, binding in found if binding is not None]
+        yield from ((key, binding) for _, key, binding in sorted(hits, key=lambda hit: hit[0]))
+
+    def _alike(self, template: Template) -> list[str]:
+        """The keys of the template's bucket that have its literal numbers."""
+        keys = self.buckets.get(template.shape, [])
+        places = tuple(place for place, run in enumerate(template.runs) if run is not None)
+        if not places or len(keys) < 2:
+            return keys
+        fine = self._fine.get((template.shape, places))
+        if fine is None:
+            fine = self._fine[(template.shape, places)] = {}
+            for key in keys:
+                runs = _DIGITS.findall(key)
+                fine.setdefault(tuple(runs[place] for place in places), []).append(key)
+        return fine.get(tuple(run for run in template.runs if run is not None), [])

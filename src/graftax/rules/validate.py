@@ -30,7 +30,9 @@ def make_rule(data: Any, label: str, line: str) -> tuple[Rule | None, list[Failu
     values, texts = _typed(table)
     extras = {key: value for key, value in table.items() if key not in ORDER}
     rule: Rule | None = None
-    if not texts:
+    if texts:
+        texts += _strange(table, extras)
+    else:
         rule, texts = _made(values, extras, label, line)
     failures = [Failure(text, label, where, next=hint) for text, hint in texts]
     return (None if failures else rule), failures
@@ -58,23 +60,36 @@ def _typed(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Fault]]:
     return {name: getattr(made, name) for name in ORDER}, []
 
 
+def _strange(table: Mapping[str, Any], extras: Iterable[str]) -> list[Fault]:
+    """Unknown keys of a table that is not read any further: those that no template and no `ops` names."""
+    texts = " ".join(str(table.get(name, "")) for name in ("torch", "flax", "source", "target", "ops"))
+    words = set(re.findall(r"\w+", texts))
+    return [_unknown(name, ORDER) for name in extras if name not in words]
+
+
+def _unknown(name: str, known: Iterable[str]) -> Fault:
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    hint = f"Near: {', '.join(near)}." if near else f"Keys: {', '.join(ORDER)}."
+    return f"{escape(name)!r} is no key of a rule", hint
+
+
 def _made(
     values: Mapping[str, Any], extras: Mapping[str, Any], label: str, line: str
 ) -> tuple[Rule | None, list[Fault]]:
     faults: list[Fault] = []
     given = {name: value for name, value in values.items() if value is not None}
     ends = _ends(given, faults)
-    if faults:
-        return None, faults
     left, right = ends
     templates = _templates(left, faults), _templates(right, faults)
     if faults:
-        return None, faults
+        return None, faults + _strange(values, extras)
+    _alike(templates, faults)
     indices = set(_indices(templates[0])) | set(_indices(templates[1]))
     ops = _ops(given, indices, faults)
     ranges, sizes = _extras(extras, indices, ops, faults)
     _together(given, left, right, faults)
-    _alike(templates, faults)
+    if faults:
+        return None, faults
     stack = _stack(given, templates, ops, faults)
     fused = _fused(given, left, right, stack, ops, faults)
     layout = given.get("layout", "")
@@ -169,11 +184,7 @@ def _extras(
             else:
                 sizes[name] = value
         else:
-            known = [*ORDER, *indices, *axes]
-            hint = f"{_near(name, known)}".strip(" ()").replace("near:", "Near:")
-            faults.append(
-                (f"{escape(name)!r} is no key of a rule", f"{hint}." if hint else f"Keys: {', '.join(ORDER)}.")
-            )
+            faults.append(_unknown(name, [*ORDER, *indices, *axes]))
     return ranges, sizes
 
 
@@ -294,8 +305,10 @@ def _stack(
     listed = LIST in stack or LIST in placed
     to_right, to_left = bool(left - right) or (listed and many[0]), bool(right - left) or (listed and many[1])
     if to_right and to_left:
-        faults.append(("it stacks on both sides at once", "Stack one way in one rule."))
-    elif open_ := sorted(((left - right) | (right - left)) - set(stack) - set(placed)):
+        words = [", ".join(sorted(names)) or LIST for names in (left - right, right - left)]
+        hint = "A number has one name on both sides; stack one way in one rule."
+        faults.append((f"{words[0]} stands on the left only and {words[1]} on the right only", hint))
+    elif open_ := [] if faults else sorted(((left - right) | (right - left)) - set(stack) - set(placed)):
         faults.append(
             (f"index {', '.join(open_)} stands on one side only", f"Say on which axis it is stacked: {_each(open_)}.")
         )
