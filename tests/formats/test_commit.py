@@ -216,6 +216,26 @@ def test_a_folder_with_other_files(tmp_path: Path):
         save(out, output_of(NEW))
 
 
+def test_an_orbax_folder_is_replaced_whole(tmp_path: Path):
+    """The default of a Flax tree without an ending; also with the files that its writer puts beside the arrays."""
+    tree = {"params/a/kernel": np.zeros((2, 3), np.float32)}
+    out = tmp_path / "run"
+    assert save(out, output_of(tree, "flax")).format == "orbax"
+    assert save(out, output_of(tree | {"params/a/bias": np.ones(2)}, "flax")).format == "orbax"
+    assert list(open_path(f"{out}::params/a")) == ["kernel", "bias"]
+    assert {stat.S_IMODE(p.stat().st_mode) & 0o600 for p in out.rglob("*") if p.is_file()} == {0o600}
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match=r"notes\.txt"):
+        save(out, output_of(tree, "flax"))
+    (out / "notes.txt").unlink()
+    found = open_path(out)
+    with pytest.raises(StorageError, match="is also an input"):
+        save(out, output_of(tree, "flax"), inputs=[found])
+    with pytest.raises(StorageError, match="is also an input"):
+        save(out / "more", output_of(tree, "flax"), inputs=[out])
+    assert os.listdir(tmp_path) == ["run"]
+
+
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     save(tmp_path / "folder", output_of(NEW))  # an empty one is nobody's
