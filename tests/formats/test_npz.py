@@ -252,6 +252,16 @@ def test_flipped_bytes_are_seen(tmp_path, save):
         assert [value.tobytes() for value in values.values()] == [value.tobytes() for value in arrays.values()]
 
 
+def test_bytes_before_the_archive(tmp_path):
+    """Also where the table of contents accounts for them, as in a self-extracting archive."""
+    path = tmp_path / "x.npz"
+    path.write_bytes(b"#!/bin/sh\n")
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("a.npy", npy(header(), b"\0" * 8))
+    with pytest.raises(FormatError, match="before the first member"):
+        npz.open(path)
+
+
 def test_zip_that_can_be_read_in_two_ways(tmp_path):
     """Local headers that differ from the table, overlapping members, bytes before the first one."""
     fine = npy(header(), b"\0" * 8)

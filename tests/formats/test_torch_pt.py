@@ -556,7 +556,7 @@ def test_legacy_lengths(tmp_path):
     assert data[-28:-20] == struct.pack("<q", 5)
     data[-28:-20] = struct.pack("<q", 4)
     path.write_bytes(data)
-    with pytest.raises(FormatError, match="storage .* is damaged"):
+    with pytest.raises(FormatError, match=r"storage .* is damaged"):
         torch_pt.open(path)
 
 

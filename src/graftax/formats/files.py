@@ -73,7 +73,8 @@ def stamp(path: Path) -> Stamp:
     return _stamp(info)
 
 
-def _changed(path: Path) -> StorageError:
+def changed(path: Path) -> StorageError:
+    """The error for a file that is not what it was when it was opened."""
     return StorageError(f"{escape(path)} changed while it was read", next="Read it again once its writer is done.")
 
 
@@ -86,15 +87,15 @@ def read_into(path: Path, expected: Stamp, offset: int, buffer: memoryview) -> N
         raise storage_error(exc, path) from None
     try:
         if _stamp(os.fstat(fd)) != expected:
-            raise _changed(path)
+            raise changed(path)
         done = 0
         while done < len(buffer):
             count = os.preadv(fd, [buffer[done : done + _CHUNK]], offset + done)
             if count == 0:
-                raise _changed(path)
+                raise changed(path)
             done += count
         if _stamp(os.fstat(fd)) != expected:
-            raise _changed(path)
+            raise changed(path)
     except OSError as exc:
         raise storage_error(exc, path) from None
     finally:

@@ -20,7 +20,7 @@ FORMATS: dict[str, Format] = {
         Format("torch", "graftax.formats.torch_pt", (".pt", ".pth", ".bin"), False, ("torch",), _COMMON),
         Format("npz", "graftax.formats.npz", (".npz",), False, _BOTH, NUMPY_OWN),
         Format("spec", "graftax.formats.spec_file", (".json",), False, _BOTH, _ALL),
-        Format("orbax", "graftax.formats.orbax", (), True, ("flax",), _COMMON),
+        Format("orbax", "graftax.formats.orbax_folder", (), True, ("flax",), _COMMON),
         Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS),
         # Last: most bytes are the start of some msgpack value.
         Format("msgpack", "graftax.formats.msgpack_file", (".msgpack",), False, ("flax",), _COMMON),
