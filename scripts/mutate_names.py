@@ -161,9 +161,17 @@ def anonymous(arrays: Arrays, separator: str, p: float, rng: random.Random) -> A
     """Some parts lose their meaning; the two sides do not use the same letters."""
     letters = [f"{a}{b}" for a in ("xyz" if separator == "." else "mnp") for b in "jrtuwcsd"]
     rng.shuffle(letters)
-    table = {part: letters.pop() for part in stems(arrays, separator) if rng.random() < p and len(letters) > 1
-             and part not in ("params", "batch_stats")}  # fmt: skip
-    return renamed(arrays, lambda parts: [table.get(part, part) for part in parts[:-1]] + parts[-1:], separator)
+    table: dict[str, str] = {}
+    for part in stems(arrays, separator):
+        stem = part.rstrip("0123456789_")
+        if stem not in table and stem not in ("params", "batch_stats", "batch"):
+            table[stem] = letters.pop() if rng.random() < p and letters else stem
+
+    def hide(part: str) -> str:
+        stem = part.rstrip("0123456789_")
+        return table.get(stem, stem) + part[len(stem) :]
+
+    return renamed(arrays, lambda parts: [hide(part) for part in parts[:-1]] + parts[-1:], separator)
 
 
 def offset(arrays: Arrays, separator: str, rng: random.Random) -> Arrays | None:
@@ -286,13 +294,13 @@ def _shuffled_auto(case: Case, rng: random.Random, shuffle: bool) -> Case | None
             groups[("/".join(parts[1:-2]), word)][parts[-2]] = None
     table: dict[str, str] = {}
     order = {name: i for i, name in enumerate(case.torch)}
-    turns: dict[str, list[int]] = {}
+    turns: dict[str, float] = {}
     for (parent, word), names in groups.items():
         members = sorted(names, key=lambda n: min((order[t] for t in order if t.split(".")[-2:-1] == [n]), default=0))
         if shuffle:
             # One class, one order of calls: the same in every instance of a block.
-            turn = turns.setdefault(re.sub(r"\d+", "", parent) + word + str(len(members)), rng.sample(range(len(members)), len(members)))
-            members = [members[i] for i in turn]
+            mark = re.sub(r"\d+", "", parent) + word
+            members.sort(key=lambda n: turns.setdefault(mark + n, rng.random()))
         for i, member in enumerate(members):
             table[f"{parent}/{member}" if parent else member] = f"{word}_{i}"
     out: Arrays = {}

@@ -105,8 +105,8 @@ def _clear(board: Board) -> list[Pair]:
 
 
 def _backed(pair: Pair) -> bool:
-    """A telling word is shared, or numbers and words for the kind leave nothing open."""
-    return pair.telling > 0 or (pair.any_shared > 0 and pair.whole)
+    """A telling word is shared, or words for the kind (and numbers) are and neither name says more."""
+    return pair.telling > 0 or (pair.any_shared > 0 and pair.whole and not pair.loose)
 
 
 def _last(board: Board, root: bool, freed: set[int]) -> list[Pair]:

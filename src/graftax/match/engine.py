@@ -106,11 +106,54 @@ def match(ends: Ends, lex: Lexicon) -> Result:
         for pair in item.taken:
             for link in pair.links:
                 choice = choose(link, pair, item.scope, habits)
-                trap = traps.get(id(pair.torch))
+                said = ends.anchors.keys() >= {path for paths in link.torch.paths.values() for path in paths}
+                trap = None if said else traps.get(id(pair.torch))
                 item.choices[id(link)] = trapped(link, choice, trap) if trap is not None else choice
             if call_order(pair):
                 result.call_order.append(pair)
     return result
+
+
+_FEW = 64  # instances of a family whose numbers may become parts of names
+
+
+def _loosened(
+    torch: SideView,
+    flax: SideView,
+    pairs: list[FamilyPair],
+    left_t: list[Family],
+    left_f: list[Family],
+    ends: Ends,
+    lex: Lexicon,
+) -> tuple[SideView, SideView, list[FamilyPair], list[Family], list[Family]]:
+    """Families that found no partner and are stacked nowhere are dissolved: their modules compete one by one, so that no
+    other module takes a place only because its true owner was not there to compete."""
+    loose_t = _lost(left_t, pairs, torch, flax, True)
+    loose_f = _lost(left_f, pairs, torch, flax, False)
+    if not loose_t and not loose_f:
+        return torch, flax, pairs, left_t, left_f
+    torch = view(ends.torch, ends.torch_side, ends.torch_skip, loose=loose_t)
+    flax = view(ends.flax, ends.flax_side, ends.flax_skip, loose=loose_f)
+    return torch, flax, *_families(torch, flax, lex, ends.anchors)
+
+
+def _lost(
+    left: list[Family], pairs: list[FamilyPair], torch: SideView, flax: SideView, torch_side: bool
+) -> frozenset[tuple[Token, ...]]:
+    """The prefixes of small families that no scope of the other side keeps stacked."""
+    partners = {(): (flax if torch_side else torch).families[0].modules}
+    for pair in pairs:
+        mine, other = (pair.torch, pair.flax) if torch_side else (pair.flax, pair.torch)
+        partners.setdefault(mine.prefix, other.modules)
+    pending = {family.prefix for family in left}
+    out: set[tuple[Token, ...]] = set()
+    for family in left:
+        outer = outer_prefix(family.prefix)
+        made = virtual(family)
+        stands = made is not None and (outer in pending or stackable(made, partners.get(outer, [])))
+        if not stands and len(family.keys) <= _FEW:
+            out.add(family.prefix)
+    return frozenset(out)
 
 
 def _families(

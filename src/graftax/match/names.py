@@ -18,7 +18,8 @@ UNKNOWN = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """The tables in the form that looking up needs. `Lexicon.empty()` knows no word: every name is what it says."""
+    """The tables in the form that looking up needs. `Lexicon.empty()` knows no synonym: every word means itself, and only
+    the words for kinds of layers are known to say little."""
 
     synonyms: dict[str, tuple[str, ...]]
     phrases: dict[tuple[str, ...], tuple[str, ...]]
@@ -46,7 +47,7 @@ class Lexicon:
 
     @classmethod
     def empty(cls) -> Lexicon:
-        return cls({}, {}, 0, (), {}, frozenset(), frozenset(), frozenset())
+        return cls({}, {}, 0, (), {}, _words_of(table.SAYS_LITTLE), _words_of(table.SAYS_SOME), frozenset())
 
     def weight(self, concept: str) -> float:
         """How much a concept says: 1 for a telling word, less for kinds of layers and wrappers."""
@@ -57,6 +58,13 @@ class Lexicon:
         if len(concept) <= 2 and concept not in self.known:
             return UNKNOWN  # a letter or two that the table does not know: x1, m, zt
         return 1.0
+
+
+def _words_of(concepts: Iterable[str]) -> frozenset[str]:
+    """The words for these concepts, as they are written."""
+    wanted = frozenset(concepts)
+    rows = (group for concept, group in table.SYNONYMS.items() if wanted & set(concept.split()))
+    return wanted | {word for group in rows for word in group.split()}
 
 
 @lru_cache(maxsize=65536)
@@ -144,7 +152,7 @@ _QUALIFIED = frozenset(("q", "k", "v", "qkv", "kv", "o", "up", "gate", "down", "
 
 def _resolve(have: set[str], found: list[str], lex: Lexicon) -> None:
     """`out` and `proj` say which projection only beside attn or mlp."""
-    if not lex.implies or have & _QUALIFIED or not have & {"out", "proj"}:
+    if not lex.synonyms or have & _QUALIFIED or not have & {"out", "proj"}:
         return
     if "attn" in have and "mlp" not in have:
         have |= {"o", "out"}

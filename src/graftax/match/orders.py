@@ -126,7 +126,7 @@ _PAIR = (("up", 0.0), ("down", 1.0))
 def _stream(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | None:
     """Norms along the residual stream, or the two Linears of a feed-forward part, if every one says its place."""
     names = [scope.name(module, torch).concepts for module in modules]
-    if not scope.lex.little:
+    if not scope.lex.synonyms:
         return None
     if all("norm" in name for name in names):
         table = _STAGES

@@ -43,6 +43,7 @@ class Pair:
     soft: bool = False
     lone: bool = False
     head: bool = False
+    loose: bool = False
     equal: bool = False
     why: str = ""
     bonus: float = 0.0
@@ -85,7 +86,7 @@ def candidates(scope: Scope) -> list[Pair]:
     to_flax = dict(scope.keys)
     out: list[Pair] = []
     _learn_common(scope)
-    if scope.root and scope.lex.little:
+    if scope.root and scope.lex.synonyms:
         _name_final_norm(scope)
     ranks_t, ranks_f = number_ranks(scope.torch, scope, True), number_ranks(scope.flax, scope, False)
     for module in scope.torch:
@@ -169,12 +170,18 @@ def _sizes(columns: Iterable[Column]) -> set[int]:
 def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexicon) -> frozenset[str]:
     """First words that half of a side's modules bear and the other side knows nowhere: a model inside a wrapper."""
     known = {concept for module in others for concept in concepts((*module.outer, *module.tokens), lex)}
-    counts: defaultdict[tuple[str, ...], int] = defaultdict(int)
-    for module in modules:
-        path = (*module.outer, *module.tokens)
-        counts[concepts(path[:1], lex)] += 1
-    often = [first for first, count in counts.items() if 2 * count >= len(modules)]
-    return frozenset(concept for first in often for concept in first if concept not in known)
+    paths: list[tuple[Token, ...]] = [(*module.outer, *module.tokens) for module in modules]
+    out: set[str] = set()
+    for _ in range(3):
+        counts: defaultdict[Token, int] = defaultdict(int)
+        for path in paths:
+            counts[path[0]] += bool(path)
+        first = max(counts, key=lambda token: counts[token], default=None)
+        if not isinstance(first, str) or 2 * counts[first] < len(modules):
+            break
+        out.update(concept for concept in concepts((first,), lex) if concept not in known)
+        paths = [path[1:] if path[0] == first else path for path in paths if len(path) > 1]
+    return frozenset(out)
 
 
 # ---------------------------------------------------------------- fit
@@ -309,7 +316,7 @@ def numbered_as(tokens: Sequence[Token], at: int, lex: Lexicon) -> tuple[object,
     words = tokens[start:at]
     meant = concepts(words, lex)
     # Of a run of words only the last thing is numbered: attention, norm 1 -> the norms of attention.
-    return (*tokens[:start], " ".join(map(str, words[:-1])) if len(meant) > 1 else "", meant[-1] if meant else "")
+    return (*tokens[:start], " ".join(meant[:-1]), meant[-1] if meant else "")
 
 
 def judge(
@@ -346,12 +353,12 @@ def _judge(
             telling += weight if weight >= 1 else 0
         else:
             only_a += max(weight, 1.0) if weight == UNKNOWN else weight
-            loose_a += weight if weight >= 1 else 0
+            loose_a += weight if weight >= UNKNOWN and weight != 0.5 else 0
     for concept in b.concepts:
         if concept not in a.concepts:
             weight = 0.02 if concept in common else lex.weight(concept)
             only_b += max(weight, 1.0) if weight == UNKNOWN else weight
-            loose_b += weight if weight >= 1 else 0
+            loose_b += weight if weight >= UNKNOWN and weight != 0.5 else 0
     matched = False
     blocked = contradicts(a.concepts - common, b.concepts - common, lex)
     for what, rank, count in ranks_t:
@@ -365,12 +372,13 @@ def _judge(
                     blocked = blocked or f"{what} {rank + 1} against {place + 1} of {count}"
     little = lex.little - {"norm"}
     pair.head = ("head" in a.concepts and b.concepts <= little) or ("head" in b.concepts and a.concepts <= little)
-    pair.lone = telling < 1 and not matched and _numbers_differ(a, b)
+    pair.loose = loose_a > 0 or loose_b > 0
+    pair.lone = not matched and _numbers_differ(a, b)
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
     pair.equal = a.raw == b.raw
     pair.score += 0.3 if pair.equal else 0.0
     pair.telling, pair.any_shared = telling, shared
-    if not blocked and loose_a and loose_b and not telling and shared < 0.9:
+    if not blocked and loose_a and loose_b and ((not telling and shared < 0.9) or _one_word_apart(a, b)):
         pair.soft = True
         blocked = "each name says something that the other does not"
     if not blocked and not _deconv_named(pair, a.concepts | b.concepts):
@@ -380,6 +388,13 @@ def _judge(
     pair.blocked = blocked
     said.sort(reverse=True)
     pair.shared = tuple(concept for _, concept in said[:4])
+
+
+def _one_word_apart(a: Name, b: Name) -> bool:
+    """The same words but for one: two parts of one naming scheme (v_proj and q_proj), not one part under two names."""
+    left = [token for token in a.raw if isinstance(token, str)]
+    right = [token for token in b.raw if isinstance(token, str)]
+    return 1 < len(left) == len(right) and sum(x != y for x, y in zip(left, right, strict=True)) == 1
 
 
 def _numbers_differ(a: Name, b: Name) -> bool:
