@@ -23,7 +23,7 @@ ALLOWED = {
     "adapters": {"errors", "tree", "dtypes", "formats"},
     "layers": {"errors", "tree", "ops", "plans"},
     "rules": {"errors", "tree", "ops", "plans", "layers"},
-    "match": {"errors", "tree", "ops", "plans", "layers", "rules"},
+    "match": {"errors", "tree", "ops", "plans", "plan_text", "layers", "rules"},
     "planning": {"errors", "tree", "ops", "plans", "layers", "rules", "match", "formats"},
     "surgery": {"errors", "tree", "dtypes", "ops", "plans", "layers", "formats", "adapters"},
     "execute": {"errors", "tree", "dtypes", "ops", "plans", "formats", "adapters"},

@@ -88,7 +88,9 @@ class Question:
     candidates: tuple[Candidate, ...] = ()
 
     def __str__(self) -> str:
-        lines = [escape(self.text, 600)]
+        waiting = [name for name in self.targets if name not in self.text]
+        also = f" (also waiting: {', '.join(map(escape, waiting[:6]))}{', ...' * (len(waiting) > 6)})" if waiting else ""
+        lines = [escape(self.text, 600) + also]
         lines += [f"    {candidate}" for candidate in self.candidates[:10]]
         if len(self.candidates) > 10:
             lines.append(f"    ... and {len(self.candidates) - 10} more candidates")
