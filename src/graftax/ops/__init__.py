@@ -24,6 +24,7 @@ from graftax.ops.chains import (
     op_to_json,
 )
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
+from graftax.ops.floats import widens
 from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
 from graftax.ops.rearrange import Rearrange, axis_groups, parse_pattern, transpose
 from graftax.ops.rearrange_each import RearrangeEach
@@ -40,7 +41,6 @@ from graftax.ops.value_ops import (
     Sum,
     UnfoldWeightNorm,
     Unsum,
-    widens,
 )
 
 __all__ = [

@@ -1,4 +1,8 @@
-"""Casts on the host with one rule: round to nearest even, and overflow is an error unless it is asked to saturate."""
+"""Casts on the host with one rule: round to nearest even, and overflow is an error unless it is asked to saturate.
+
+A NaN keeps its sign and as much of its payload as fits, so that a wider type and back gives every bit. Engines differ
+in all of this (torch saturates where ml_dtypes gives NaN; XLA flushes subnormals), hence one rule here.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from graftax.dtypes import numpy_dtype
+from graftax.dtypes import dtype_name, numpy_dtype
 from graftax.errors import PlanError
+from graftax.ops.floats import FLOATS, widens
 
 Array = np.ndarray[Any, Any]
+_POWERS = "float8_e8m0fnu"
+"""Powers of two without a sign: a type for scales. Nothing is rounded to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +39,22 @@ class CastCount:
 
 
 def cast_array(array: Array, target: str, overflow: str = "error") -> tuple[Array, CastCount]:
-    """`array` as dtype `target`, and what was lost.
+    """`array` as dtype `target`, and what was lost. A zero that loses its sign counts as rounded.
 
-    overflow: "error" raises PlanError where a finite value has no finite counterpart; "saturate" takes the largest
+    overflow: "error" raises PlanError where a value (an infinity, too) has no counterpart; "saturate" takes the largest
     finite one; "propagate" leaves what the dtype makes of it (infinity or NaN).
     """
     dtype = numpy_dtype(target)
     if array.dtype == dtype:
         return array, CastCount(total=array.size)
+    source = dtype_name(array.dtype)
     with np.errstate(all="ignore"):
-        out = np.asarray(
-            _narrowed(array).astype(dtype) if array.dtype.itemsize == 8 and dtype.itemsize < 4 else array.astype(dtype)
-        )
-        wide = array.astype(np.float64)
-        back = out.astype(np.float64)
+        out = _keep_nans(array, np.asarray(_nearest(array, dtype)), source, target)
+        if widens(source, target):
+            return out, CastCount(total=array.size)
+        wide, back = array.astype(np.float64), out.astype(np.float64)
+        if target == _POWERS:
+            _only_powers(wide, back)
         lost = np.isfinite(wide) & ~np.isfinite(back) | np.isinf(wide) & np.isnan(back)
         overflowed = int(np.count_nonzero(lost))
         if overflowed and overflow == "error":
@@ -61,8 +70,18 @@ def cast_array(array: Array, target: str, overflow: str = "error") -> tuple[Arra
             out = np.where(lost, np.where(np.signbit(wide), -top, top).astype(dtype), out)
             back = out.astype(np.float64)
         flushed = int(np.count_nonzero((back == 0) & (wide != 0)))
-        rounded = int(np.count_nonzero((back != wide) & ~np.isnan(wide))) - flushed - overflowed
+        changed = (back != wide) & ~np.isnan(wide) | (np.signbit(back) != np.signbit(wide)) & (wide == 0)
+        rounded = int(np.count_nonzero(changed)) - flushed - overflowed
     return out, CastCount(array.size, max(rounded, 0), flushed, overflowed)
+
+
+def _nearest(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Rounded once, whatever intermediate type NumPy and ml_dtypes need."""
+    if array.dtype.itemsize == 8 and dtype.itemsize < 4:
+        array = _narrowed(array)
+    elif array.dtype.itemsize == dtype.itemsize == 1:
+        array = array.astype(np.float32)  # exact; not every pair of 8-bit types has a cast of its own
+    return array.astype(dtype)
 
 
 def _narrowed(array: Array) -> Array:
@@ -77,3 +96,32 @@ def _narrowed(array: Array) -> Array:
     bits = np.where(away, bits - np.uint32(1), bits)
     bits = np.where(inexact, bits | np.uint32(1), bits)
     return bits.astype(np.uint32).view(np.float32).reshape(array.shape)
+
+
+def _keep_nans(array: Array, out: Array, source: str, target: str) -> Array:
+    """NaNs of `array` written into `out`: sign, and the payload from its high end; a payload that would vanish becomes
+    the quiet bit. Types with a single NaN are left as they are."""
+    a, b = FLOATS.get(source), FLOATS.get(target)
+    if a is None or b is None or not (a.ieee and b.ieee):
+        return out
+    nan = np.isnan(array)
+    if not nan.any():
+        return out
+    codes = np.ascontiguousarray(array[nan]).view(f"u{a.bits // 8}").astype(np.uint64)
+    payload = np.bitwise_and(codes, np.uint64((1 << a.mantissa) - 1))
+    shift = b.mantissa - a.mantissa
+    payload = np.left_shift(payload, np.uint64(shift)) if shift >= 0 else np.right_shift(payload, np.uint64(-shift))
+    payload = np.where(payload == 0, np.uint64(1 << (b.mantissa - 1)), payload)
+    sign = np.left_shift(np.right_shift(codes, np.uint64(a.bits - 1)), np.uint64(b.bits - 1))
+    exponent = np.uint64(((1 << (b.bits - 1 - b.mantissa)) - 1) << b.mantissa)
+    out[nan] = (sign | exponent | payload).astype(f"u{b.bits // 8}").view(out.dtype)
+    return out
+
+
+def _only_powers(wide: Array, back: Array) -> None:
+    wrong = (wide != back) & ~np.isnan(wide)
+    if wrong.any():
+        raise PlanError(
+            f"{int(np.count_nonzero(wrong))} of {wide.size} values are no powers of two, which is all {_POWERS} holds",
+            next="Choose another dtype.",
+        )

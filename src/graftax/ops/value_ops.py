@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from graftax.errors import LayoutError, PlanError
 from graftax.ops.base import Array, Arrays, Specs, valid_axis
+from graftax.ops.floats import widens
 from graftax.tree import DTYPES, TensorSpec
 
 
@@ -23,27 +24,6 @@ def _rounded(value: Array, like: Array) -> Array:
     from graftax.ops.casting import cast_array
 
     return cast_array(value, str(like.dtype), "propagate")[0]
-
-
-# name: (mantissa bits, least exponent of a normal, greatest exponent, has infinity)
-_FLOATS: dict[str, tuple[int, int, int]] = {
-    "float64": (52, -1022, 1023),
-    "float32": (23, -126, 127),
-    "bfloat16": (7, -126, 127),
-    "float16": (10, -14, 15),
-    "float8_e5m2": (2, -14, 15),
-    "float8_e4m3fn": (3, -6, 8),
-}
-
-
-def widens(source: str, target: str) -> bool:
-    """Every value of `source` is a value of `target` (NaN payloads apart, which a round trip keeps)."""
-    if source == target:
-        return True
-    if source not in _FLOATS or target not in _FLOATS:
-        return False
-    (m1, lo1, hi1), (m2, lo2, hi2) = _FLOATS[source], _FLOATS[target]
-    return m2 >= m1 and hi2 >= hi1 and lo2 - m2 <= lo1 - m1 and not target.endswith("fn")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,40 @@
+"""The floating formats: which one holds every value of which. Pure Python, one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Float:
+    """bits; mantissa bits; least and greatest exponent of a normal value; ieee: it has infinities, many NaNs and -0."""
+
+    bits: int
+    mantissa: int
+    least: int
+    greatest: int
+    ieee: bool = True
+
+
+FLOATS: Mapping[str, Float] = {
+    "float64": Float(64, 52, -1022, 1023),
+    "float32": Float(32, 23, -126, 127),
+    "bfloat16": Float(16, 7, -126, 127),
+    "float16": Float(16, 10, -14, 15),
+    "float8_e5m2": Float(8, 2, -14, 15),
+    "float8_e4m3fn": Float(8, 3, -6, 8, ieee=False),
+    "float8_e5m2fnuz": Float(8, 2, -15, 15, ieee=False),
+    "float8_e4m3fnuz": Float(8, 3, -7, 7, ieee=False),
+    "float8_e8m0fnu": Float(8, 0, -127, 127, ieee=False),
+}
+
+
+def widens(source: str, target: str) -> bool:
+    """Every value of `source` is one of `target`, and a cast there and back keeps every bit, NaN payloads too."""
+    if source == target:
+        return True
+    if source not in FLOATS or target not in FLOATS or not FLOATS[target].ieee:
+        return False
+    a, b = FLOATS[source], FLOATS[target]
+    return b.mantissa >= a.mantissa and b.greatest >= a.greatest and b.least - b.mantissa <= a.least - a.mantissa
