@@ -112,15 +112,27 @@ def make_container(tree: Any, arrays: Mapping[str, Any], make: Make) -> Any:
 
     Raises PlanError for a path that is not in the tree and for a shape or dtype that differs, all of them.
     """
-    found = leaf_table(tree, "the tree") if not is_flat(tree) else dict(tree)
-    check_fit(found, arrays, "the tree")
+    found: dict[str, Any] = {}
+    misfits: list[str] = []
 
     def visit(path: str, old: Any) -> Any:
-        return make(path, old, arrays[path]) if path in arrays else old
+        if path not in arrays:
+            return old
+        if path in found:
+            raise FormatError(f"two leaves have the path {escape(path)!r}", next="Rename a key.")
+        found[path] = old
+        if _misfit(path, found, arrays[path]):
+            misfits.append(path)
+            return old
+        return make(path, old, arrays[path])
 
     if is_flat(tree):
-        return containers.with_children(tree, {path: visit(path, old) for path, old in tree.items()})
-    return containers.remade(tree, visit)
+        new = containers.with_children(tree, {path: visit(path, old) for path, old in tree.items()})
+    else:
+        new = containers.remade(tree, visit)
+    if misfits or len(found) != len(arrays):  # look at the whole tree only to say what is near
+        check_fit(dict(tree) if is_flat(tree) else leaf_table(tree, "the tree"), arrays, "the tree")
+    return new
 
 
 def check_fit(found: Mapping[str, Any], arrays: Mapping[str, Any], label: str) -> None:

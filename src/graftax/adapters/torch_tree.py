@@ -53,14 +53,18 @@ def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
     )
 
 
-def is_torch_tree(tree: Any, depth: int = 0) -> bool:
+def is_torch_tree(tree: Any) -> bool:
     """Does a nest of mappings and lists hold a torch tensor?"""
-    if depth > containers.DEPTH or "torch" not in sys.modules:
+    torch = sys.modules.get("torch")
+    return torch is not None and _holds(tree, torch.Tensor, 0)
+
+
+def _holds(node: Any, kind: type, depth: int) -> bool:
+    if depth > containers.DEPTH:
         return False
-    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
     return any(
-        containers.is_tensor(child) or (isinstance(child, (Mapping, list, tuple)) and is_torch_tree(child, depth + 1))
-        for child in children
+        not containers.is_plain_array(type(child)) and (isinstance(child, kind) or _holds(child, kind, depth + 1))
+        for _, child in containers.children_of(node) or ()
     )
 
 
