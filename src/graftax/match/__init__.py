@@ -146,6 +146,8 @@ def _tied_leftovers(
     """Leaves that are left over beside a tied weight and equal to a leaf that is used (a decoder's bias): they join its
     entry, which is changed in place."""
     owners = {name.rpartition(".")[0] for names in ties.values() for name in names if names[0] in used}
+    if not owners:
+        return []
     where = {entry.sources[0]: i for i, entry in enumerate(entries) if len(entry.sources) == 1}
     for name in free:
         if name in used or name.rpartition(".")[0] not in owners:

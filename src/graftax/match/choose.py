@@ -171,7 +171,7 @@ def stack_axes(scope: Scope, pairs: Sequence[Pair], habits: Habits) -> None:
 def _one_axis(links: list[Link], fits: set[tuple[int, ...]]) -> Choice:
     places = {tuple(_placed(link, axes) for link in links): axes for axes in sorted(fits, reverse=True)}
     if len(places) == 1:
-        ((_, axes),) = places.items()
+        axes = max(fits, key=lambda a: (min(a) >= 0, a))
         return Choice((axes, ""), f"stacked on axis {', '.join(map(str, axes))}: the only one that fits every leaf")
     if places:
         return Choice(None, "", tuple((axes, "") for axes in sorted(places.values())), "stack")

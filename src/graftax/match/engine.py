@@ -10,6 +10,7 @@ from graftax.match.decide import Board, decide
 from graftax.match.families import FamilyPair, pair_families
 from graftax.match.flatten import suspects
 from graftax.match.groups import Group, find_groups
+from graftax.match.idioms import has_experts
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, in_order, out_of_order
 from graftax.match.pairs import Link, Pair, Scope, candidates, fit, wrapper_words
@@ -80,6 +81,7 @@ def match(ends: Ends, lex: Lexicon) -> Result:
     all_t = [m for family in torch.families for m in family.modules]
     all_f = [m for family in flax.families for m in family.modules]
     wrappers = wrapper_words(all_t, all_f, lex) | wrapper_words(all_f, all_t, lex)
+    experts = (has_experts(all_t, lex), has_experts(all_f, lex))
     root = Scope(torch.families[0].modules, flax.families[0].modules, [((), ())], True, same, lex)
     scopes = {((), ()): root}
     by_t: dict[tuple[Token, ...], Scope] = {(): root}
@@ -94,7 +96,7 @@ def match(ends: Ends, lex: Lexicon) -> Result:
     result = Result([], lost_t, lost_f, torch.buffers)
     habits = Habits()
     for scope in scopes.values():
-        scope.wrappers = wrappers
+        scope.wrappers, scope.experts = wrappers, experts
         result.settled.append(_settle(scope, ends.anchors))
     for item in result.settled:
         habits.learn(item.scope, item.taken)

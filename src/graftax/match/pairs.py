@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from graftax.match.idioms import refined
 from graftax.match.layouts import Facts, Readings, axis_choices, readings, stacked
-from graftax.match.names import UNKNOWN, Lexicon, Name, concepts, contradicts, name_of, strip_common
+from graftax.match.names import UNKNOWN, Lexicon, Name, concepts, contradicts, name_of, split_words, strip_common
 from graftax.match.sides import Column, Key, Module, Token
 from graftax.ops import Op, Unstack
 
@@ -67,6 +68,7 @@ class Scope:
     torch_names: dict[int, Name] = field(default_factory=dict[int, Name])
     flax_names: dict[int, Name] = field(default_factory=dict[int, Name])
     wrappers: frozenset[str] = frozenset()
+    experts: tuple[bool, bool] = (False, False)
     common: frozenset[str] = frozenset()
 
     def name(self, module: Module, torch: bool) -> Name:
@@ -86,6 +88,8 @@ def candidates(scope: Scope) -> list[Pair]:
     to_flax = dict(scope.keys)
     out: list[Pair] = []
     _learn_common(scope)
+    refined(scope.torch, scope.torch_names, scope.lex, scope.experts[0])
+    refined(scope.flax, scope.flax_names, scope.lex, scope.experts[1])
     if scope.root and scope.lex.synonyms:
         _name_final_norm(scope)
     ranks_t, ranks_f = number_ranks(scope.torch, scope, True), number_ranks(scope.flax, scope, False)
@@ -237,10 +241,14 @@ def _link(role: str, torch: Column, flax: Column, to_flax: dict[Key, Key], same:
     facts = Facts(role if role != "value" else "weight", torch.kind, flax.kind, same)
     shapes: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     met = 0
-    for key, shape in torch.shapes.items():
-        other = to_flax.get(key)
-        if other is not None:
-            target = flax.shapes.get(other)
+    one, other_one = set(torch.shapes.values()), set(flax.shapes.values())
+    if len(one) == len(other_one) == 1 and len(torch.shapes) == len(flax.shapes) == len(to_flax):
+        met = len(to_flax)
+        shapes.add((one.pop(), other_one.pop()))
+    else:
+        for key, shape in torch.shapes.items():
+            other = to_flax.get(key)
+            target = flax.shapes.get(other) if other is not None else None
             if target is not None:
                 met += 1
                 shapes.add((shape, target))
@@ -383,7 +391,7 @@ def _judge(
         blocked = "each name says something that the other does not"
     if not blocked and not _deconv_named(pair, a.concepts | b.concepts):
         blocked = "only a transposed convolution fits, and neither name says so"
-    if not blocked and _stray(pair, loose_a, loose_b):
+    if not blocked and _stray(pair, a, b, lex):
         blocked = "a bare parameter whose name says more"
     pair.blocked = blocked
     said.sort(reverse=True)
@@ -403,11 +411,13 @@ def _numbers_differ(a: Name, b: Name) -> bool:
     return bool(last and other) and isinstance(last[0], int) and isinstance(other[0], int) and last != other
 
 
-def _stray(pair: Pair, loose_a: float, loose_b: float) -> bool:
-    """A bare parameter against the weight of a module, and its name has words that the module's lacks."""
-    if pair.torch.raw and not pair.flax.raw:
-        return loose_a > 0
-    return pair.flax.raw and not pair.torch.raw and loose_b > 0
+def _stray(pair: Pair, a: Name, b: Name, lex: Lexicon) -> bool:
+    """A bare parameter against the weight of a module, and the parameter's own name has a word that the module lacks."""
+    if pair.torch.raw == pair.flax.raw:
+        return False
+    raw, mine, other = (pair.torch, a, b) if pair.torch.raw else (pair.flax, b, a)
+    own = concepts(split_words(_main(raw).leaf), lex)
+    return any(lex.weight(c) >= 1 and c in mine.concepts and c not in other.concepts for c in own)
 
 
 _DECONV = frozenset(("deconv", "transpose", "transposed", "up", "upsample", "dec", "ups", "gen", "generator"))

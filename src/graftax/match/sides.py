@@ -24,6 +24,7 @@ Token = str | int | tuple[int]
 """A word, a number that is part of the name, or `(kind,)`: a number that counts blocks of one kind."""
 
 _NUMBER = re.compile(r"\d+(?![A-Za-z\d])")
+_CUT = re.compile(r"(\d+(?![A-Za-z\d]))")
 _MARK = "\0"
 _LIKENESS = 0.3  # blocks that share this part of their leaves (Jaccard) are of one family
 _LIST = 4  # numbered single modules of one shape from this many on are a family too
@@ -122,15 +123,17 @@ def view(
 
 def _templates(specs: Mapping[str, TensorSpec], side: Side, skip: set[str]) -> tuple[list[_Template], dict[str, str]]:
     grouped: dict[str, list[tuple[Key, str, Shape]]] = {}
-    findall, sub = _NUMBER.findall, _NUMBER.sub
+    cut = _CUT.split
     for path, spec in specs.items():
         if path in skip:
             continue
-        name = _plain(path) if "parametrizations" in path else path
-        skeleton = sub(_MARK, name)
-        numbers = tuple(map(int, findall(name))) if _MARK in skeleton else ()
-        if len(numbers) != skeleton.count(_MARK):
-            skeleton, numbers = name.replace(_MARK, "_"), ()
+        pieces = cut(_plain(path) if "parametrizations" in path else path)
+        if len(pieces) == 1:
+            skeleton, numbers = path.replace(_MARK, "_") if pieces[0] is path else pieces[0], ()
+        else:
+            skeleton, numbers = _MARK.join(pieces[::2]), tuple(map(int, pieces[1::2]))
+            if _MARK in path:
+                skeleton, numbers = path.replace(_MARK, "_"), ()
         rows = grouped.get(skeleton)
         if rows is None:
             rows = grouped[skeleton] = []
@@ -275,7 +278,7 @@ def _cut(templates: list[_Template], place: int, variable: list[list[int]], apar
     out: defaultdict[tuple[int, int], list[_Template]] = defaultdict(list)
     for template in templates:
         cut: defaultdict[tuple[int, int], list[tuple[Key, str, Shape]]] = defaultdict(list)
-        if len(variable) == 1 and len(owner) > 1 and all(row[0][place] in owner for row in template.rows):
+        if len(variable) == 1 and owner.keys() >= {row[0][place] for row in template.rows}:
             cut[(0, 0)] = template.rows
         else:
             for row in template.rows:
@@ -316,14 +319,11 @@ def _families(templates: list[_Template]) -> list[Family]:
         modules[prefix] = _modules(members, prefix)
     for prefix, found in modules.items():
         cuts = [i + 1 for i, token in enumerate(prefix) if isinstance(token, tuple)]
+        sums = [totals.setdefault(prefix[:cut], defaultdict(int)) for cut in cuts]
         for module in found:
             for column in module.roles.values():
-                if column.role == "counter":
-                    continue
-                for key, shape in column.shapes.items():
-                    size = math.prod(shape)
-                    for depth, cut in enumerate(cuts, 1):
-                        totals.setdefault(prefix[:cut], defaultdict(int))[key[:depth]] += size
+                if column.role != "counter":
+                    _add_sizes(column, sums)
     out = [Family((), [()], modules.pop((), []), [0])]
     for prefix, found in modules.items():
         for keys in _kinds(found):
@@ -331,6 +331,18 @@ def _families(templates: list[_Template]) -> list[Family]:
             ordered = sorted(keys)
             out.append(Family(prefix, ordered, inside, [totals[prefix][key] for key in ordered]))
     return out
+
+
+def _add_sizes(column: Column, sums: list[defaultdict[Key, int]]) -> None:
+    """Add the sizes of a column's leaves to every family around them, by instance."""
+    alike = {shape: math.prod(shape) for shape in set(column.shapes.values())}
+    for depth, total in enumerate(sums, 1):
+        if depth == len(sums):
+            for key, shape in column.shapes.items():
+                total[key] += alike[shape]
+        else:
+            for key, shape in column.shapes.items():
+                total[key[:depth]] += alike[shape]
 
 
 def _kinds(modules: list[Module]) -> list[set[Key]]:
@@ -350,13 +362,14 @@ def _modules(members: list[tuple[_Template, int]], prefix: tuple[Token, ...]) ->
     out: dict[tuple[object, ...], Module] = {}
     for template, cut in members:
         tokens = template.resolved[cut:]
-        paths: dict[Key, tuple[str, ...]] = {}
-        shapes: dict[Key, Shape] = {}
-        places = template.variables
-        for numbers, path, shape in template.rows:
-            key = tuple(numbers[i] for i in places)
-            paths[key] = (path,)
-            shapes[key] = shape
+        places, rows = template.variables, template.rows
+        if rows and places == tuple(range(len(rows[0][0]))):
+            paths = {numbers: (path,) for numbers, path, _ in rows}
+            shapes = {numbers: shape for numbers, _, shape in rows}
+        else:
+            keys = [tuple([row[0][i] for i in places]) for row in rows]
+            paths = {key: (row[1],) for key, row in zip(keys, rows, strict=True)}
+            shapes = {key: row[2] for key, row in zip(keys, rows, strict=True)}
         column = Column(template.role, template.kind, template.leaf, paths, shapes)
         # Blocks of another kind under the same prefix are other modules.
         mark = (tokens, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +11,14 @@ from graftax.ops import same_bits
 from graftax.tree import Checkpoint, TensorSpec
 
 Reads = list[str]
+_MANY = 64  # tensors of one shape beyond which they are layers or experts, not names of one weight
+
+
+def _sizes(specs: Mapping[str, TensorSpec]) -> Counter[int]:
+    out: Counter[int] = Counter()
+    for shape, count in Counter([spec.shape for spec in specs.values()]).items():
+        out[math.prod(shape)] += count
+    return out
 
 
 def constant(array: Any) -> bool:
@@ -23,18 +32,20 @@ def find_ties(
 ) -> dict[str, tuple[str, ...]]:
     """first name -> all names, for tensors among `paths` that are bit for bit one and not constant. Only shapes of which
     the source has more than `wanted` are looked at."""
-    paths = list(paths)
+    specs = source.specs
+    sizes, have = _sizes(wanted), _sizes(specs)
+    more = {size for size, count in have.items() if count > sizes[size] and size > 1}
+    if not more:
+        return {}
+    paths = [path for path in paths if specs[path].size in more]
     groups: defaultdict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
     for path in paths:
-        spec = source[path]
-        if len(spec.shape) >= 2 and spec.size > 1 and not spec.packed:
+        spec = specs[path]
+        if len(spec.shape) >= 2 and not spec.packed:
             groups[(spec.shape, spec.dtype)].append(path)
-    sizes = Counter(spec.size for spec in wanted.values())
-    have = Counter(spec.size for spec in source.specs.values())
     out: dict[str, tuple[str, ...]] = {}
     for (shape, _), names in groups.items():
-        size = source[names[0]].size
-        if len(names) < 2 or have[size] <= sizes[size]:
+        if len(names) < 2 or len(names) > _MANY:
             continue
         out |= _equal(source, names, reads, f"shape {list(shape)}")
     return out | _beside(source, paths, out, sizes, have, reads)

@@ -19,7 +19,7 @@ SYNONYMS: dict[str, str] = {
     "cross attn": "crossattention crossattn ca xattn encdecattention",
     "cross": "cross encdec inter",
     # feed-forward
-    "mlp": "mlp ffn ff feedforward ffw fforward mlps ffns",
+    "mlp": "mlp moe ffn ff feedforward ffw fforward mlps ffns",
     "up in": "up wi intermediate fcin inner expand upproj win",
     "down out": "down downproj  contract",
     "gate": "gate gating wg gateproj gates",
@@ -167,6 +167,12 @@ EXCLUSIVE: tuple[str, ...] = (
     "key receptance",
 )
 """Concepts of which a part is one: two parts that hold different ones are not the same part."""
+
+NUMBERED: tuple[tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...] = (
+    (("wi", "w"), (0, 1), ("gate", "up")),
+    (("w",), (1, 2, 3), ("gate", "down", "up")),
+)
+"""(word, the numbers of all siblings, what they mean): a gated feed-forward part numbers its matrices."""
 
 IMPLIES: dict[str, str] = {"q": "attn", "k": "attn", "v": "attn", "qkv": "attn", "o": "attn out", "kv": "attn",
                            "up": "mlp", "down": "mlp out", "gate": "mlp"}  # fmt: skip
