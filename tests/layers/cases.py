@@ -398,6 +398,58 @@ ATTENTION = [
     ),
 ]  # fmt: skip
 
+# ---------------------------------------------------------------- fused query, key, value
+
+
+def fused(name: str, how: str, i: int, heads: int, kv: int, head: int, *, flat: bool = False, **more: Any) -> Case:
+    """One projection of a user's own attention against three; its output is compared as query, key, value."""
+    rows = (heads + 2 * kv) * head
+    swapped = more.pop("swapped", False)
+    group = heads // kv
+
+    def on_torch(m: Any, x: Any) -> Any:
+        y = m(x)
+        if how == "block":
+            return y
+        y = y.reshape(*y.shape[:-1], kv, group + 2, head)
+        parts = (y[..., :group, :], y[..., group, :], y[..., group + 1, :])
+        return torch.cat([part.flatten(2) for part in parts], -1)
+
+    class Linen(fn.Module):
+        @fn.compact
+        def __call__(self, x: Any) -> Any:
+            make = lambda n, name: fn.DenseGeneral(n * head if flat else (n, head), name=name)  # noqa: E731
+            parts = [make(n, name)(x) for n, name in ((heads, "query"), (kv, "key"), (kv, "value"))]
+            return jnp.concatenate([part.reshape(*x.shape[:-1], -1) for part in parts], -1)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            make = lambda n: nnx.LinearGeneral(i, n * head if flat else (n, head), rngs=rngs)  # noqa: E731
+            self.q_proj, self.k_proj, self.v_proj = make(heads), make(kv), make(kv)
+
+        def __call__(self, x: Any) -> Any:
+            parts = [part(x) for part in (self.q_proj, self.k_proj, self.v_proj)]
+            return jnp.concatenate([part.reshape(*x.shape[:-1], -1) for part in parts], -1)
+
+    return Case(
+        name, "Fused query, key, value", lambda: HFConv1D(i, rows) if swapped else nn.Linear(i, rows), Linen, Nnx,
+        (2, 3, i), on_torch=on_torch, variant=f"fused {how}", hints={"fused": how, "heads": heads}, by="shapes", **more,
+    )  # fmt: skip
+
+
+FUSED = [
+    fused("fused block", "block", 5, 2, 2, 3),
+    fused("fused block, equal", "block", 4, 4, 4, 4),
+    fused("fused block, grouped heads", "block", 5, 4, 2, 3),
+    fused("fused block, flat kernels", "block", 5, 2, 1, 3, flat=True),
+    fused("fused block, hf conv1d", "block", 5, 2, 2, 3, swapped=True),
+    fused("fused interleaved", "interleaved", 5, 2, 2, 3),
+    fused("fused interleaved, equal", "interleaved", 4, 4, 4, 4),
+    fused("fused interleaved, grouped heads", "interleaved", 5, 6, 2, 3),
+    fused("fused interleaved, flat kernels", "interleaved", 5, 6, 2, 3, flat=True),
+]
+
+
 # ---------------------------------------------------------------- recurrent
 
 _LINEN_CELLS = {
@@ -625,4 +677,4 @@ REPARAM = [
     ),
 ]  # fmt: skip
 
-CASES = [*DENSE, *CONV, *NORMS, *ATTENTION, *RECURRENT, *REPARAM]
+CASES = [*DENSE, *CONV, *NORMS, *ATTENTION, *FUSED, *RECURRENT, *REPARAM]

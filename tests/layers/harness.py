@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+from graftax.adapters import settings
 from graftax.layers import Connection, Part, connect
 from graftax.ops import apply_chain, invert_chain
 from graftax.tree import Module, Side, TensorSpec, join_path
@@ -86,20 +87,10 @@ def torch_arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy().copy() for name, tensor in module.state_dict().items()}
 
 
-def settings_of(pairs: Mapping[str, Any]) -> dict[str, Any]:
-    plain = (bool, int, float, str, tuple, type(None))
-    return {
-        k: tuple(v) if isinstance(v, list) else v
-        for k, v in pairs.items()
-        if isinstance(v, (*plain, list)) and not k.startswith("_")
-    }
-
-
 def live(module: Any) -> Module:
     """What an adapter says of a module: kind, bases, settings."""
     kind = type(module)
-    names = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in kind.__mro__ if cls is not object)
-    return Module("", kind.__name__, names, settings_of(vars(module)))
+    return Module("", kind.__name__, settings.bases(kind), settings.collect(vars(module).items()))
 
 
 def part(side: Side, arrays: Mapping[str, np.ndarray], roles: Mapping[str, str], module: Any = None) -> Part:

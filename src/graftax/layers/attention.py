@@ -55,13 +55,18 @@ def attention_form(facts: Facts) -> Iterable[Form]:
 
 
 def _wants_bias_kv(facts: Facts) -> bool:
-    return "bias_k" in facts.torch or "bias_v" in facts.torch
+    return ("bias_k" in facts.torch or "bias_v" in facts.torch) and _is_attention(facts)
+
+
+def _is_attention(facts: Facts) -> bool:
+    """Not a parameter of a user's own attention that happens to have the name."""
+    return bool(_heads(facts)) and ("in_proj_weight" in facts.torch or "q_proj_weight" in facts.torch)
 
 
 def _grouped_heads(facts: Facts) -> bool:
     heads = facts.flax_settings.get("num_heads")
     kv = facts.flax_settings.get("num_kv_heads")
-    return "in_proj_weight" in facts.torch and None not in (heads, kv) and heads != kv
+    return _is_attention(facts) and None not in (heads, kv) and heads != kv
 
 
 # ---------------------------------------------------------------- fused query, key, value
@@ -245,5 +250,24 @@ ATTENTION_ROWS: tuple[Layer, ...] = (
         ),
         flax_decides=False,
         note="Blocks and per-head interleaving have identical shapes: a rule must say `fused`.",
+    ),
+    Layer(
+        "Rotary query and key",
+        torch=("Linear", "NonDynamicallyQuantizableLinear"),
+        linen=("Dense", "DenseGeneral", "Einsum"),
+        nnx=("Linear", "LinearGeneral", "Einsum"),
+        forms=(
+            Makes(
+                lambda _: (),
+                (
+                    'interleaved pairs -> halves: ops = "(h d p) i -> i (h p d)", h = HEADS, p = 2 (i h (p d) for a '
+                    'head axis); a bias "(h d p) -> (h p d)"; a per-head norm\'s scale "(d p) -> (p d)"',
+                ),
+            ),
+        ),
+        flax_decides=False,
+        note="No file shows the convention, so only a rule picks this. Weight, bias and any per-head norm of query and "
+        "key move together (score error 4.9 where the scale does not); the key by its own number of heads; with "
+        "partial rotary the first rotary_dim rows of each head only.",
     ),
 )  # fmt: skip

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, cast
 
-from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Setting, Settings, Shape, Step
-from graftax.layers.dense import BIAS
+from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.conv_settings import (
+    DILATION,
+    STRIDES,
+    conv_padding,
+    flax_padding,
+    flax_transposed_padding,
+    transposed_padding,
+)
+from graftax.layers.dense import BIAS, LONE_BIAS
 from graftax.ops import Crop, Flip, Op, Pad, Rearrange
 
 SPATIAL = {1: "k", 2: "kh kw", 3: "kd kh kw"}
@@ -71,12 +78,6 @@ def conv_forms(facts: Facts) -> Iterable[Form]:
         )
 
 
-def bias_form(facts: Facts) -> Iterable[Form]:
-    """A bias on its own."""
-    if set(facts.torch) == {"bias"}:
-        yield Form("bias", (Step("bias", "bias"),), why="a bias as it is")
-
-
 def transpose_forms(facts: Facts) -> Iterable[Form]:
     """Both Flax modes of a transposed convolution, as far as setting, bias and shapes allow them."""
     rank = _rank(facts)
@@ -138,118 +139,18 @@ def _grouped_misfit(facts: Facts) -> bool:
 TORCH_TRANSPOSED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 
 
-# ---------------------------------------------------------------- settings
-
-
-def _tuple(value: Any, rank: int) -> tuple[int, ...] | None:
-    if value is None:
-        return (1,) * rank
-    if isinstance(value, int):
-        return (value,) * rank
-    return tuple(int(v) for v in value)
-
-
-def _torch_rank(t: Settings) -> int:
-    size = t.get("kernel_size")
-    return len(size) if isinstance(size, (tuple, list)) else 0  # pyright: ignore[reportUnknownArgumentType]
-
-
-def _flax_rank(f: Settings) -> int:
-    size = f.get("kernel_size")
-    if isinstance(size, int):
-        return 1
-    return len(size) if isinstance(size, (tuple, list)) else 0  # pyright: ignore[reportUnknownArgumentType]
-
-
-def _spatial(torch: str, flax: str, note: str = "") -> Setting:
-    return Setting(
-        flax,
-        torch,
-        flax,
-        lambda t: _tuple(t.get(torch), _torch_rank(t)) if torch in t else None,
-        lambda f: _tuple(f.get(flax), _flax_rank(f)) if flax in f else None,
-        note,
-    )
-
-
-_MODES = {"circular": "CIRCULAR", "reflect": "REFLECT", "replicate": "no counterpart of padding_mode='replicate'"}
-
-
-def conv_padding(t: Settings) -> Any:
-    """torch's padding as Flax writes it: pairs, or the name of a mode. 'same' in torch pads the extra value after."""
-    padding, mode, rank = t.get("padding"), t.get("padding_mode", "zeros"), _torch_rank(t)
-    if padding is None or not rank:
-        return None
-    if isinstance(padding, str):
-        pairs: Any = {"same": "SAME", "valid": ((0, 0),) * rank}[padding]
-    else:
-        pairs = tuple((p, p) for p in cast("tuple[int, ...]", _tuple(padding, rank)))
-    if mode == "zeros" or pairs == ((0, 0),) * rank:
-        return pairs
-    size, dilation = _tuple(t.get("kernel_size"), rank), _tuple(t.get("dilation"), rank)
-    # Flax's modes pad (k - 1) d / 2 before and the rest after; another amount has no name in Flax.
-    wants = tuple(
-        ((k - 1) * d // 2, k * d - d - (k - 1) * d // 2) for k, d in zip(size or (), dilation or (), strict=True)
-    )
-    return _MODES[mode] if pairs in (wants, "SAME") else f"padding {pairs} of padding_mode={mode!r}: pad by hand"
-
-
-def transposed_padding(t: Settings) -> Any:
-    """Flax pads the dilated input: d(k - 1) - p before and d(k - 1) - p + output_padding after."""
-    rank = _torch_rank(t)
-    if not rank or t.get("padding") is None:
-        return None
-    values = [_tuple(t.get(name), rank) for name in ("kernel_size", "dilation", "padding")]
-    extra = _tuple(t.get("output_padding", 0), rank)
-    rows = zip(*cast("list[tuple[int, ...]]", [*values, extra]), strict=True)
-    return tuple((d * (k - 1) - p, d * (k - 1) - p + o) for k, d, p, o in rows)
-
-
-def flax_padding(f: Settings) -> Any:
-    padding, rank = f.get("padding"), _flax_rank(f)
-    if padding is None or not rank:
-        return None
-    if isinstance(padding, str):
-        if padding == "VALID":
-            return ((0, 0),) * rank
-        size = _tuple(f.get("kernel_size"), rank)
-        if padding == "SAME" and all(s == 1 for s in _tuple(f.get("strides"), rank) or ()) and size:
-            return same_padding(size, _tuple(f.get("kernel_dilation"), rank) or (1,) * rank)
-        return padding
-    if isinstance(padding, int):
-        return ((padding, padding),) * rank
-    return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
-
-
-def same_padding(size: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """SAME at stride 1: the smaller half before."""
-    total = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
-    return tuple((n // 2, n - n // 2) for n in total)
-
-
-def _want_padding(t: Settings) -> Any:
-    found = conv_padding(t)
-    if found == "SAME":
-        rank = _torch_rank(t)
-        return same_padding(_tuple(t["kernel_size"], rank) or (), _tuple(t.get("dilation"), rank) or ())
-    return found
-
-
-_STRIDES = _spatial("stride", "strides")
-_DILATION = _spatial("dilation", "kernel_dilation")
-
 CONV_ROWS: tuple[Layer, ...] = (
     Layer(
         "Conv",
         torch=("Conv1d", "Conv2d", "Conv3d", "LazyConv1d", "LazyConv2d", "LazyConv3d"),
         linen=("Conv",),
         nnx=("Conv",),
-        forms=(Makes(conv_forms, ("conv: (O, I/g, *k) -> (*k, I/g, O)",)), Makes(bias_form, ())),
+        forms=(Makes(conv_forms, ("conv: (O, I/g, *k) -> (*k, I/g, O)",)), LONE_BIAS),
         settings=(
-            _STRIDES,
-            _DILATION,
+            STRIDES,
+            DILATION,
             Setting(
-                "padding", "padding", "padding", _want_padding, flax_padding,
+                "padding", "padding", "padding", conv_padding, flax_padding,
                 "Flax defaults to SAME, torch to 0; with a stride SAME is not torch's padding.",
             ),
             Setting(
@@ -273,13 +174,14 @@ CONV_ROWS: tuple[Layer, ...] = (
                     "a grouped one: its block-diagonal expansion, in both modes",
                 ),
             ),
-            Makes(bias_form, ()),
+            LONE_BIAS,
         ),
         settings=(
-            _STRIDES,
-            _DILATION,
+            STRIDES,
+            DILATION,
             Setting(
-                "padding", "padding, output_padding", "padding", transposed_padding, flax_padding,
+                "padding", "padding, output_padding", "padding", transposed_padding,
+                flax_transposed_padding,
                 "per axis [d(k-1)-p, d(k-1)-p+output_padding]; SAME has the right shape and other values",
             ),
         ),

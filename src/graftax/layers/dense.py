@@ -36,7 +36,7 @@ def _split_form(letters: str, into: str, out: str, shape: Shape, bias: Shape, wh
         Step("weight", "kernel", _sized(split_pattern(letters, into, out), letters, shape)),
         Step("bias", "bias", bias_ops, optional=True),
     )
-    return Form(variant, steps, "linear", by="convention", why=why)
+    return Form(variant, steps, "linear", rule=f'ops = "{split_pattern(letters, into, out)}"', why=why)
 
 
 def split_forms(facts: Facts) -> Iterable[Form]:
@@ -119,8 +119,21 @@ def flatten_form(facts: Facts) -> Iterable[Form]:
     )
 
 
-def _not_flattened(facts: Facts) -> bool:
-    return not facts.hints.get("flatten")
+def bias_form(facts: Facts) -> Iterable[Form]:
+    """A bias on its own."""
+    if set(facts.torch) == {"bias"}:
+        yield Form("bias", (Step("bias", "bias"),), why="a bias as it is")
+
+
+LONE_BIAS = Makes(bias_form, ())
+
+
+def _has_weight(facts: Facts) -> bool:
+    return "weight" in facts.torch
+
+
+def _plain_weight(facts: Facts) -> bool:
+    return _has_weight(facts) and not facts.hints.get("flatten")
 
 
 LINEAR_FORM = Form(
@@ -128,7 +141,7 @@ LINEAR_FORM = Form(
     (Step("weight", "kernel", "o i -> i o"), BIAS),
     "linear",
     why="convention: a torch weight of rank 2 that becomes a kernel is a Linear, transposed",
-    holds=_not_flattened,
+    holds=_plain_weight,
 )
 
 _BATCHED = Refusal(
@@ -145,6 +158,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
         linen=("Dense", "DenseGeneral", "Einsum"),
         nnx=("Linear", "LinearGeneral", "Einsum"),
         forms=(
+            LONE_BIAS,
             LINEAR_FORM,
             Makes(flatten_form, ('flatten = "C H W" behind a flatten of (C, H, W): o (c h w) -> (h w c) o',)),
             Makes(
@@ -166,14 +180,18 @@ DENSE_ROWS: tuple[Layer, ...] = (
         torch=("Linear", "NonDynamicallyQuantizableLinear"),
         linen=("Conv",),
         nnx=("Conv",),
-        forms=tuple(
-            Form(
-                f"linear to {rank}d 1x1 kernel",
-                (Step("weight", "kernel", f"o i -> {'1 ' * rank}i o"), BIAS),
-                "linear",
-                why="a torch weight of rank 2 against a kernel of extent 1: a Linear at every position",
-            )
-            for rank in (1, 2, 3)
+        forms=(
+            *(
+                Form(
+                    f"linear to {rank}d 1x1 kernel",
+                    (Step("weight", "kernel", f"o i -> {'1 ' * rank}i o"), BIAS),
+                    "linear",
+                    why="a torch weight of rank 2 against a kernel of extent 1: a Linear at every position",
+                    holds=_has_weight,
+                )
+                for rank in (1, 2, 3)
+            ),
+            LONE_BIAS,
         ),
         note="A Linear over the channels is a convolution of extent 1.",
     ),
@@ -182,15 +200,18 @@ DENSE_ROWS: tuple[Layer, ...] = (
         torch=("Conv1d", "Conv2d", "Conv3d"),
         linen=("Dense",),
         nnx=("Linear",),
-        forms=tuple(
-            Form(
-                f"{rank}d 1x1 kernel to linear",
-                (Step("weight", "kernel", f"o i {'1 ' * rank}-> i o"), BIAS),
-                "conv",
-                why="a torch weight of extent 1 against a kernel of rank 2: a Dense at every position",
-                holds=lambda f: f.torch_settings.get("groups", 1) == 1,
-            )
-            for rank in (1, 2, 3)
+        forms=(
+            *(
+                Form(
+                    f"{rank}d 1x1 kernel to linear",
+                    (Step("weight", "kernel", f"o i {'1 ' * rank}-> i o"), BIAS),
+                    "conv",
+                    why="a torch weight of extent 1 against a kernel of rank 2: a Dense at every position",
+                    holds=lambda f: _has_weight(f) and f.torch_settings.get("groups", 1) == 1,
+                )
+                for rank in (1, 2, 3)
+            ),
+            LONE_BIAS,
         ),
         note="A convolution of extent 1 is a Dense over the channels, which are last in Flax.",
     ),
@@ -206,8 +227,9 @@ DENSE_ROWS: tuple[Layer, ...] = (
                 "identity",
                 by="shapes",
                 why="the torch weight is stored (in, out) already",
-                holds=lambda f: len(f.torch.get("weight", ())) in (0, 2) and _not_flattened(f),
+                holds=lambda f: len(f.torch.get("weight", ())) == 2 and _plain_weight(f),
             ),
+            LONE_BIAS,
         ),
         flax_decides=False,
         note="The torch side is (in, out) already: identity, not transpose; a square one cannot be told from a Linear "

@@ -65,31 +65,6 @@ _STATISTICS = (
 
 NORM_ROWS: tuple[Layer, ...] = (
     Layer(
-        "BatchNorm",
-        torch=("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d", "InstanceNorm2d",
-               "InstanceNorm3d"),
-        linen=("BatchNorm",),
-        nnx=("BatchNorm",),
-        forms=(
-            Form("batch norm", _STATISTICS, "identity", why="running statistics on both sides"),
-            Form(
-                "batch norm without statistics",
-                (*_AFFINE, Step("num_batches_tracked", (), (Drop(COUNTER),), optional=True)),
-                "identity",
-                why="scale and bias by name",
-                holds=_no_statistics,
-            ),
-        ),
-        settings=(
-            _epsilon("torch 1e-5, Flax 1e-5 by default"),
-            Setting("momentum", "momentum", "momentum", _momentum, lambda f: f.get("momentum"),
-                    "Flax's is 1 - torch's (defaults .99 and .1); torch's None (a plain average) has no equivalent"),
-        ),
-        note="Evaluation is exact. In training torch's running variance is unbiased, Flax's biased: a factor "
-        "n / (n - 1). num_batches_tracked is dropped and comes back as 0. An InstanceNorm with running statistics is "
-        "a BatchNorm in evaluation.",
-    ),
-    Layer(
         "LayerNorm",
         torch=("LayerNorm",),
         linen=("LayerNorm",),
@@ -146,5 +121,30 @@ NORM_ROWS: tuple[Layer, ...] = (
         exactness="exact; measured for the zero-centred form (x + 1)",
         note="Variants that store scale - 1 are zero-centred: `offset = 1`. No file shows it, and how many values "
         "survive depends on the values: measured, never assumed.",
+    ),
+    Layer(
+        "BatchNorm",
+        torch=("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d", "InstanceNorm2d",
+               "InstanceNorm3d"),
+        linen=("BatchNorm",),
+        nnx=("BatchNorm",),
+        forms=(
+            Form("batch norm", _STATISTICS, "identity", why="running statistics on both sides"),
+            Form(
+                "batch norm without statistics",
+                (*_AFFINE, Step("num_batches_tracked", (), (Drop(COUNTER),), optional=True)),
+                "identity",
+                why="scale and bias by name",
+                holds=_no_statistics,
+            ),
+        ),
+        settings=(
+            _epsilon("torch 1e-5, Flax 1e-5 by default"),
+            Setting("momentum", "momentum", "momentum", _momentum, lambda f: f.get("momentum"),
+                    "Flax's is 1 - torch's (defaults .99 and .1); torch's None (a plain average) has no equivalent"),
+        ),
+        note="Evaluation is exact. In training torch's running variance is unbiased, Flax's biased: a factor "
+        "n / (n - 1). num_batches_tracked is dropped and comes back as 0. An InstanceNorm with running statistics is "
+        "a BatchNorm in evaluation.",
     ),
 )  # fmt: skip

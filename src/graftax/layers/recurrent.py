@@ -168,7 +168,7 @@ def _bias(
 
 
 def _projected(facts: Facts) -> bool:
-    return any(role.startswith("weight_hr") for role in facts.torch)
+    return any(role.startswith("weight_hr") for role in facts.torch) and bool(flax_cells(facts, LSTM))
 
 
 def _forms(kind: CellKind, *lines: str) -> tuple[Forms, ...]:

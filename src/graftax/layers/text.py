@@ -61,9 +61,10 @@ def layers_text(width: int = 110) -> str:
     """The whole table as text: what is supported, exact or measured, and what is refused and why."""
     out: list[str] = []
     for row in layer_rows():
-        out.append(f"{row['name']}  [{row['exactness']}]")
+        out += textwrap.wrap(f"{row['name']}  [{row['exactness']}]", width, subsequent_indent="  ")
         sides = (("torch", row["torch"]), ("Linen", row["linen"]), ("NNX", row["nnx"]))
-        out.append("  " + "   ".join(f"{name}: {', '.join(kinds) or 'any'}" for name, kinds in sides))
+        kinds = "; ".join(f"{name}: {', '.join(names) or 'any'}" for name, names in sides)
+        out += textwrap.wrap(kinds, width, initial_indent="  ", subsequent_indent="    ")
         for line in row["layouts"]:
             out += textwrap.wrap(line, width, initial_indent="  - ", subsequent_indent="    ")
         if row["note"]:

@@ -1,0 +1,167 @@
+"""Ops that rows make: rotary rows, fused projections, block-diagonal expansion, one pattern a tensor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftax.errors import LayoutError
+from graftax.layers import block_diagonal_ops, fused_qkv_ops, rotary_ops
+from graftax.ops import (
+    RearrangeEach,
+    apply_chain,
+    bind_chain,
+    chain_text,
+    infer_chain,
+    invert_chain,
+    op_from_json,
+    op_to_json,
+    same_bits,
+)
+from graftax.tree import TensorSpec
+
+RNG = np.random.default_rng(0)
+
+
+def f32(*shape: int) -> TensorSpec:
+    return TensorSpec(shape, "float32")
+
+
+def there_and_back(ops, *arrays):
+    specs = tuple(TensorSpec(a.shape, a.dtype.name) for a in arrays)
+    bound, out = bind_chain(ops, specs)
+    made = apply_chain(bound, arrays)
+    assert [a.shape for a in made] == [s.shape for s in out]
+    assert all(op_from_json(op_to_json(op)) == op for op in bound)
+    back = apply_chain(invert_chain(bound), made)
+    assert infer_chain(invert_chain(bound), out) == specs
+    assert all(same_bits(a, b) for a, b in zip(back, arrays, strict=True))
+    return made
+
+
+# ---------------------------------------------------------------- rotary
+
+
+def rotate(x: np.ndarray, halves: bool, rotary: int) -> np.ndarray:
+    """Rotary positions on (T, heads, head): pairs (2i, 2i + 1), or (i, i + rotary / 2)."""
+    angles = np.arange(len(x))[:, None] * 10.0 ** (-2 * np.arange(rotary // 2) / rotary)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    turned, rest = x[..., :rotary], x[..., rotary:]
+    a, b = (turned[..., : rotary // 2], turned[..., rotary // 2 :]) if halves else (turned[..., ::2], turned[..., 1::2])
+    new = (a * cos - b * sin, a * sin + b * cos)
+    out = np.concatenate(new, -1) if halves else np.stack(new, -1).reshape(turned.shape)
+    return np.concatenate([out, rest], -1)
+
+
+@pytest.mark.parametrize(("heads", "kv", "head", "rotary"), [(4, 2, 6, 6), (4, 4, 4, 4), (2, 1, 8, 4), (1, 1, 2, 2)])
+@pytest.mark.parametrize("leave_scale", [False, True])
+def test_interleaved_to_halves_keeps_the_scores(heads, kv, head, rotary, leave_scale):
+    width, x = 5, RNG.standard_normal((7, 5))
+    leaves = {
+        name: (RNG.standard_normal((n * head, width)), RNG.standard_normal(n * head), RNG.standard_normal(head))
+        for name, n in (("q", heads), ("k", kv))
+    }
+
+    def scores(halves: bool, moved: dict) -> np.ndarray:
+        out = []
+        for name, n in (("q", heads), ("k", kv)):
+            weight, bias, scale = moved[name]
+            y = (x @ weight.T + bias).reshape(7, n, head)
+            y = y / np.sqrt((y * y).mean(-1, keepdims=True)) * scale
+            out.append(np.repeat(rotate(y, halves, rotary), heads // n, 1))
+        return np.einsum("thd,shd->hts", *out)
+
+    moved = {}
+    for name, n in (("q", heads), ("k", kv)):
+        weight, bias, scale = leaves[name]
+        given = ((weight, n), (bias, n), (scale, 1))
+        made = [there_and_back(rotary_ops(a.shape, count, rotary), a)[0] for a, count in given]
+        moved[name] = (made[0], made[1], scale if leave_scale else made[2])
+    error = np.abs(scores(True, moved) - scores(False, leaves)).max()
+    if leave_scale and rotary > 2:
+        assert error > 0.1  # the norm's scale has to move with the rows
+    else:
+        assert error < 1e-12
+
+
+def test_rotary_sizes_that_do_not_fit():
+    for shape, heads, rotary in (((7, 5), 2, None), ((6, 5), 2, None), ((8, 5), 2, 6), ((), 1, None), ((8,), 0, None)):
+        with pytest.raises(LayoutError):
+            rotary_ops(shape, heads, rotary)
+
+
+# ---------------------------------------------------------------- fused
+
+
+def test_fused_ops_that_cannot_be():
+    with pytest.raises(LayoutError, match="diagonal"):
+        fused_qkv_ops("diagonal", (12, 5), [(5, 2, 2)] * 3)
+    with pytest.raises(LayoutError, match="heads = 8"):
+        fused_qkv_ops("interleaved", (12, 5), [(5, 4)] * 3)
+    with pytest.raises(LayoutError, match="interleave"):
+        fused_qkv_ops("interleaved", (18, 5), [(5, 3, 2), (5, 2, 3), (5, 3, 2)])
+
+
+@pytest.mark.parametrize("fused", ["block", "interleaved"])
+@pytest.mark.parametrize(("heads", "kv", "head"), [(2, 2, 3), (4, 2, 3), (3, 1, 2), (1, 1, 1)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_fused_ops_go_back(fused, heads, kv, head, flat):
+    counts = (heads, kv, kv)
+    rows = sum(counts) * head
+    for lead, shape in (((5,), (rows, 5)), ((5,), (5, rows)), ((), (rows,))):
+        targets = [(*lead, n * head) if flat else (*lead, n, head) for n in counts]
+        made = there_and_back(fused_qkv_ops(fused, shape, targets, heads), RNG.standard_normal(shape))
+        assert [a.shape for a in made] == targets
+
+
+# ---------------------------------------------------------------- block-diagonal expansion
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((4, 3, 2), 2), ((6, 1, 2, 3), 3), ((4, 2, 1, 2, 3), 4), ((3, 2, 2), 1)])
+def test_block_diagonal(shape, groups):
+    weight = RNG.standard_normal(shape).astype(np.float32)
+    (made,) = there_and_back(block_diagonal_ops(shape, groups), weight)
+    i, o = shape[0] // groups, shape[1]
+    for g in range(groups):
+        for h in range(groups):
+            block = made[g * i : (g + 1) * i, h * o : (h + 1) * o]
+            assert same_bits(block, weight[g * i : (g + 1) * i]) if g == h else not block.any()
+
+
+# ---------------------------------------------------------------- RearrangeEach
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4
+    )
+)
+def test_each_tensor_by_its_own_pattern(choices):
+    patterns = ("", "a b -> b a", "(a b) c -> c a b", "a -> 1 a")
+    arrays, chosen, sizes = [], [], []
+    for which, a, b, c in choices:
+        shape = ((a, b), (a, b), (a * b, c), (a,))[which]
+        arrays.append(np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape))
+        chosen.append(patterns[which])
+        sizes.append((("b", b),) if which == 2 else ())
+    made = there_and_back((RearrangeEach(tuple(chosen), tuple(sizes)),), *arrays)
+    for (which, a, b, c), before, after in zip(choices, arrays, made, strict=True):
+        if which == 2:
+            assert same_bits(after, before.reshape(a, b, c).transpose(2, 0, 1))
+        else:
+            assert same_bits(after, (before, before.T, None, before[None])[which])
+
+
+def test_each_says_what_does_not_fit():
+    op = RearrangeEach(("a b -> b a", ""))
+    assert chain_text((op,)) == "a b -> b a, as it is"
+    with pytest.raises(LayoutError, match="2 tensors, got 1"):
+        op.infer((f32(2, 3),))
+    with pytest.raises(LayoutError, match="2 tensors, got 1"):
+        op.bind((f32(2, 3),))
+    with pytest.raises(LayoutError):
+        op.infer((f32(2, 3, 4), f32(1)))
+    with pytest.raises(LayoutError, match="1 sets of sizes"):
+        RearrangeEach(("a b -> b a", ""), ((),)).infer((f32(2, 3), f32(1)))
