@@ -92,6 +92,10 @@ def test_the_collection_may_be_left_out(written):
         ({"flatten": "C L=15"}, (4, 30), lambda w: w.reshape(4, 2, 15).transpose(2, 1, 0).reshape(30, 4)),
         ({"flatten": "H C=2 W=5"}, (4, 30), lambda w: w.reshape(4, 3, 2, 5).transpose(1, 3, 2, 0).reshape(30, 4)),
         ({"flatten": "H W C=2"}, (4, 30), lambda w: w.T),
+        ({"flatten": "W=5 H C=2"}, (4, 30), lambda w: w.reshape(4, 5, 3, 2).transpose(2, 1, 3, 0).reshape(30, 4)),
+        ({"flatten": "C=2 W=5 H=3"}, (4, 30), lambda w: w.reshape(4, 2, 5, 3).transpose(3, 2, 1, 0).reshape(30, 4)),
+        ({"flatten": "W=5 C=2 H=3"}, (4, 30), lambda w: w.reshape(4, 5, 2, 3).transpose(3, 1, 2, 0).reshape(30, 4)),
+        ({"flatten": "T=5 F=3 C=2"}, (4, 30), lambda w: w.T),
     ],
 )  # fmt: skip
 def test_one_weight_to_one_kernel(keys, shape, wanted):

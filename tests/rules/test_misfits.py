@@ -44,6 +44,8 @@ LAYERS = {"torch": "layers.{l}.w", "stack": {"l": 0}, "layout": "linear"}
          ("flatten C=8 x H=3 x W=4 needs 96",)),
         ({"torch": "fc.weight", "flax": "fc/kernel", "flatten": "H C=2 W"}, "fc.weight -> fc/kernel",
          ("needs the size of H",)),
+        ({"torch": "fc.weight", "flax": "fc/kernel", "flatten": "W H C=2"}, "fc.weight -> fc/kernel",
+         ("needs the size of W, H",)),
         ({"torch": "conv1.weight", "flax": "conv1/kernel", "flatten": "C H W"}, "conv1.weight -> conv1/kernel",
          ("two axes, not for (6, 1, 3, 3)",)),
         ({"torch": "fc.weihgt", "flax": "fc/kernel"}, "fc.weihgt",

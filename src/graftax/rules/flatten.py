@@ -13,6 +13,8 @@ from graftax.rules.model import Rule
 from graftax.tree import Side, TensorSpec, natural_key
 
 Shape = tuple[int, ...]
+SPATIAL = ("d", "h", "w")
+"""The order of Flax's maps, channels last: (D, H, W, C). Axes of other names stay in the order they are written in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ def conv_tail(specs: Mapping[str, TensorSpec], side: Side) -> Tail:
 
 
 def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) -> tuple[Rearrange, tuple[str, ...]]:
-    """The op that reorders and transposes a weight (O, C*H*W) to a kernel (H*W*C, O), and what it assumes.
+    """The op that reorders and transposes a weight (O, C*H*W) to a kernel (H*W*C, O), and what it assumes. torch may
+    have flattened in any order (W H C); Flax flattens (H, W, C).
 
     Only C matters where H and W stay neighbours. Without its size it is that of the convolutions, which is an
     assumption. LayoutError where the sizes do not fit or C is open.
@@ -66,10 +69,17 @@ def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) 
     _fit(rule, names, sizes, columns)
     place = names.index("c")
     before, after = names[:place], names[place + 1 :]
-    parts = _tokens(before, sizes, columns, bool(after)), _tokens(after, sizes, columns, bool(before))
-    order = [*parts[0], "c", *parts[1]], [*parts[0], *parts[1], "c"]
+    turned = _flax_order([*before, *after])
+    moved = turned != [*before, *after]
+    parts = [_tokens(part, sizes, columns, moved or bool(rest)) for part, rest in ((before, after), (after, before))]
+    order = [*parts[0], "c", *parts[1]], [*(turned if moved else (*parts[0], *parts[1])), "c"]
     fixed = tuple(sorted((name, sizes[name]) for name in order[0]))
     return Rearrange(f"o ({' '.join(order[0])}) -> ({' '.join(order[1])}) o", fixed), assumes
+
+
+def _flax_order(names: list[str]) -> list[str]:
+    """The spatial axes as Flax orders them."""
+    return sorted(names, key=SPATIAL.index) if set(names) <= set(SPATIAL) else names
 
 
 def _fit(rule: Rule, names: Sequence[str], sizes: dict[str, int], columns: int) -> None:
