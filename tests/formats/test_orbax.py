@@ -213,11 +213,9 @@ def test_int4(tmp_path):
     got = orbax_folder.open(saved(tmp_path / "out", {"a": codes}))
     assert got["a"] == TensorSpec((2, 8), "int4")
     assert got.read("a").tobytes() == pack(codes, 4).tobytes()
-    # by value: tensorstore leaves the high bits of the bytes as it likes
     back = ocp.StandardCheckpointer().restore(tmp_path / "out")["a"]
-    assert (
-        back.astype(np.int8).tolist() == codes.astype(np.int8).tolist()
-    )  # tensorstore leaves the high bits as it likes
+    # by value: tensorstore leaves the high bits of the bytes as it likes
+    assert back.astype(np.int8).tolist() == codes.astype(np.int8).tolist()
 
 
 def test_containers_and_order_come_back(tmp_path):
@@ -355,6 +353,16 @@ def test_missing_data(tmp_path):
         orbax_folder.open(whole).read("a")
 
 
+def test_missing_chunk(tmp_path, theirs):
+    """A part of an array that is not there is an error, not zeros."""
+    path = tmp_path / "out"
+    shutil.copytree(theirs[0] / "folders", path)
+    (path / "a.b" / "3.0").unlink()
+    got = orbax_folder.open(path)
+    with pytest.raises(FormatError, match=r"a\.b is missing or damaged"):
+        got.read("a/b")
+
+
 def edit(path, change):
     found = json.loads(path.read_text())
     change(found)
@@ -421,11 +429,12 @@ def test_arrays_that_ask_for_too_much(tmp_path, theirs):
 
 def test_out_of_its_folder(tmp_path, theirs):
     root, _ = theirs
-    path = tmp_path / "names"
-    shutil.copytree(root / "folders", path)
-    edit(path / "_METADATA", lambda t: t["tree_metadata"].update(x=entry("/../../secret")))
-    with pytest.raises(UnsafeInputError, match="secret"):
-        orbax_folder.open(path)
+    for i, keys in enumerate([["/secret"], ["a/"], ["a//b"], ["a\0"], ["a\\b"], ["x/", "", "/secret"], ["../secret"]]):
+        path = tmp_path / str(i)
+        shutil.copytree(root / "folders", path)
+        edit(path / "_METADATA", lambda t, keys=keys: t["tree_metadata"].update(x=entry(*keys)))
+        with pytest.raises(UnsafeInputError, match="names the folder"):
+            orbax_folder.open(path)
     path = tmp_path / "links"
     shutil.copytree(root / "linen", path)
     (tmp_path / "secret").write_bytes((path / "manifest.ocdbt").read_bytes())
