@@ -102,7 +102,7 @@ def _rebuild(made: Plan, like: Checkpoint | None, arrays: Mapping[str, Any], sha
     A plan that runs backwards, or on a file of its own, has no live `like`: it gives the plain container of its side.
     """
     if like is not None and like.rebuild is not None and sharding is None and set(like) == set(arrays):
-        return like.rebuild(arrays)
+        return like.rebuild(arrays, adopt=True)
     return plain_tree(made.like, arrays, host=sharding == "host")
 
 

@@ -81,8 +81,9 @@ def reader_of(found: Mapping[str, Any]) -> Callable[[str], np.ndarray[Any, Any]]
 
 def rebuild_container(tree: Any, arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False) -> Any:
     """A container like `tree` with `arrays` as its leaves: jax arrays placed as the old leaves are; NumPy arrays with
-    sharding="host"; placed by `sharding`, a jax Sharding, otherwise. adopt: see `jax_arrays`."""
-    return make_container(tree, arrays, maker(sharding, adopt))
+    sharding="host"; placed by `sharding`, a jax Sharding, otherwise. Their dtypes are those of `arrays`, as a plan has
+    settled them. adopt: see `jax_arrays`."""
+    return make_container(tree, arrays, maker(sharding, adopt), any_dtype=True)
 
 
 def maker(sharding: Any = None, adopt: bool = False) -> Make:
@@ -107,10 +108,11 @@ class _Placement:
         self.sharding = sharding
 
 
-def make_container(tree: Any, arrays: Mapping[str, Any], make: Make) -> Any:
+def make_container(tree: Any, arrays: Mapping[str, Any], make: Make, any_dtype: bool = False) -> Any:
     """`tree` again with the leaves that `arrays` names made by `make`; every other leaf is the same object.
 
-    Raises PlanError for a path that is not in the tree and for a shape or dtype that differs, all of them.
+    Raises PlanError for a path that is not in the tree and for a shape or (unless `any_dtype`) a dtype that differs,
+    all of them.
     """
     found: dict[str, Any] = {}
     misfits: list[str] = []
@@ -121,7 +123,7 @@ def make_container(tree: Any, arrays: Mapping[str, Any], make: Make) -> Any:
         if path in found:
             raise FormatError(f"two leaves have the path {escape(path)!r}", next="Rename a key.")
         found[path] = old
-        if _misfit(path, found, arrays[path]):
+        if _misfit(path, found, arrays[path], any_dtype):
             misfits.append(path)
             return old
         return make(path, old, arrays[path])
@@ -131,18 +133,18 @@ def make_container(tree: Any, arrays: Mapping[str, Any], make: Make) -> Any:
     else:
         new = containers.remade(tree, visit)
     if misfits or len(found) != len(arrays):  # look at the whole tree only to say what is near
-        check_fit(dict(tree) if is_flat(tree) else leaf_table(tree, "the tree"), arrays, "the tree")
+        check_fit(dict(tree) if is_flat(tree) else leaf_table(tree, "the tree"), arrays, "the tree", any_dtype)
     return new
 
 
-def check_fit(found: Mapping[str, Any], arrays: Mapping[str, Any], label: str) -> None:
+def check_fit(found: Mapping[str, Any], arrays: Mapping[str, Any], label: str, any_dtype: bool = False) -> None:
     """Is every array of a path that exists, and of its shape and dtype? PlanError that lists what is not."""
-    failures = [misfit for path in arrays if (misfit := _misfit(path, found, arrays[path]))]
+    failures = [misfit for path in arrays if (misfit := _misfit(path, found, arrays[path], any_dtype))]
     if failures:
         raise PlanError(f"{len(failures)} of {len(arrays)} arrays do not fit {escape(label)}", failures)
 
 
-def _misfit(path: str, found: Mapping[str, Any], array: Any) -> Failure | None:
+def _misfit(path: str, found: Mapping[str, Any], array: Any, any_dtype: bool) -> Failure | None:
     if path not in found:
         near = nearest(path, found)
         return Failure("no such leaf", key=path, next=f"Near: {near}" if near else "")
@@ -155,7 +157,7 @@ def _misfit(path: str, found: Mapping[str, Any], array: Any) -> Failure | None:
         given = dtypes.spec_of(array)
     except (GraftaxError, TypeError):
         return Failure("not an array of NumPy or jax", key=path, expected=str(spec), found=escape(array.dtype))
-    if given != spec:
+    if given.shape != spec.shape or (given.dtype != spec.dtype and not any_dtype):
         return Failure("another shape or dtype", key=path, expected=str(spec), found=str(given))
     return None
 
