@@ -109,6 +109,26 @@ def test_modules_come_in_call_order_with_their_class(many):
     assert "flax.linen.linear.Dense" in many.modules["layers_1"].bases
 
 
+def test_setting_up_is_not_calling():
+    class Inner(nn.Module):
+        def setup(self):
+            self.dense = nn.Dense(2)
+
+        def __call__(self, x):
+            return self.dense(x)
+
+    class Outer(nn.Module):
+        def setup(self):
+            self.late, self.early = Inner(), Inner()
+
+        def __call__(self, x):
+            assert self.late.dense is not None  # sets it up
+            return self.late(self.early(x))
+
+    modules = adapters.open_tree(adapters.linen(Outer(), jnp.zeros((1, 2)))).modules
+    assert list(modules) == ["", "early", "early/dense", "late", "late/dense"]
+
+
 def test_modules_list_every_leaf_below_them(many):
     assert many.modules["BatchNorm_0"].leaves == {
         "scale": "params/BatchNorm_0/scale",
@@ -445,11 +465,17 @@ def test_rebuild_lists_what_does_not_fit():
     checkpoint = adapters.open_tree({"params": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})
     with pytest.raises(PlanError) as caught:
         checkpoint.rebuild({
-            "params/w": np.zeros((3, 2), np.float32), "params/b": np.zeros(3), "params/c": np.zeros(1),
+            "params/w": np.zeros((3, 2), np.float32), "params/b": np.zeros(4), "params/c": np.zeros(1),
         })  # fmt: skip
     assert [failure.key for failure in caught.value.failures] == ["params/w", "params/b", "params/c"]
     with pytest.raises(PlanError, match="not an array"):
         checkpoint.rebuild({"params/b": 0.5})
+
+
+def test_rebuild_takes_the_dtypes_that_a_plan_has_settled():
+    checkpoint = adapters.open_tree({"params": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})
+    tree = checkpoint.rebuild({"params/w": np.zeros((2, 3), np.float16), "params/b": np.ones(3, np.float32)})
+    assert tree["params"]["w"].dtype == jnp.float16
 
 
 # ---------------------------------------------------------------- map and assign
