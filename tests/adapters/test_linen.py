@@ -157,6 +157,9 @@ def test_settings_are_plain_data(many):
     assert shown["padding"] == ((1, 1), (1, 1))
     assert shown["kernel_size"] == (3, 3)
     assert shown["dtype"] == "bfloat16"
+    half = adapters.linen(nn.Dense(6, dtype=np.dtype("float16"), param_dtype=np.float64), jnp.zeros((1, 2)))
+    shown_half = adapters.open_tree(half).modules[""].settings
+    assert (shown_half["dtype"], shown_half["param_dtype"]) == ("float16", "float64")
     assert shown["output_shape"] == (1, 8, 8, 6)
 
 
@@ -249,6 +252,8 @@ def test_caches_are_no_weights():
     checkpoint = adapters.open_tree(variables)
     new = checkpoint.rebuild({path: checkpoint.read(path) for path in checkpoint})
     assert new["cache"] is variables["cache"]
+    traced = adapters.open_tree(adapters.linen(module, jnp.zeros((1, 3, 4))))
+    assert set(traced.rebuild({path: checkpoint.read(path) for path in checkpoint})) == {"params"}
 
 
 def test_a_module_that_fails_is_the_users_failure():
