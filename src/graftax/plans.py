@@ -88,8 +88,10 @@ class Question:
     candidates: tuple[Candidate, ...] = ()
 
     def __str__(self) -> str:
-        waiting = [name for name in self.targets if name not in self.text]
-        also = f" (also waiting: {', '.join(map(escape, waiting[:6]))}{', ...' * (len(waiting) > 6)})" if waiting else ""
+        from graftax.plan_text import fold_names
+
+        waiting = [name for name in fold_names(self.targets) if name not in self.text]
+        also = f" (also waiting: {', '.join(waiting[:6])}{', ...' * (len(waiting) > 6)})" if waiting else ""
         lines = [escape(self.text, 600) + also]
         lines += [f"    {candidate}" for candidate in self.candidates[:10]]
         if len(self.candidates) > 10:
