@@ -24,24 +24,13 @@ from graftax.ops.chains import (
     op_to_json,
 )
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
+from graftax.ops.edge_ops import Drop, Fill, Keep
 from graftax.ops.floats import widens
 from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
+from graftax.ops.norm_ops import FoldWeightNorm, SpectralSigma, SpectralVector, UnfoldWeightNorm
 from graftax.ops.rearrange import Rearrange, axis_groups, parse_pattern, transpose
 from graftax.ops.rearrange_each import RearrangeEach
-from graftax.ops.value_ops import (
-    Cast,
-    Drop,
-    Fill,
-    FoldWeightNorm,
-    Keep,
-    Offset,
-    Scale,
-    SpectralSigma,
-    SpectralVector,
-    Sum,
-    UnfoldWeightNorm,
-    Unsum,
-)
+from graftax.ops.value_ops import Cast, Offset, Scale, Sum, Unsum
 
 __all__ = [
     "CONDITIONS",

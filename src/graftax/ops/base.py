@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from graftax.errors import LayoutError
-from graftax.tree import TensorSpec
+from graftax.ops.floats import FLOATS
+from graftax.tree import DTYPES, TensorSpec
 
 Array = Any
 """A NumPy array; ml_dtypes for bfloat16, f8 and int4."""
@@ -43,6 +45,34 @@ def valid_axis(spec: TensorSpec, axis: int, op: str) -> int:
 
 def with_axis(spec: TensorSpec, axis: int, extent: int) -> TensorSpec:
     return TensorSpec((*spec.shape[:axis], extent, *spec.shape[axis + 1 :]), spec.dtype)
+
+
+def at_least(value: int, least: int, what: str) -> None:
+    if value < least:
+        raise LayoutError(f"{what}: {value} is less than {least}")
+
+
+def holds(value: float, dtype: str, what: str) -> None:
+    """LayoutError unless `dtype` can hold `value`: rounded where it is floating, exactly otherwise."""
+    bits, kind = DTYPES[dtype]
+    if kind == "f":
+        form = FLOATS.get(dtype)
+        if form is None:  # packed codes: what all of them have
+            fits = value in (0, 1)
+        elif not form.mantissa:  # powers of two
+            fits = math.isnan(value) or (0 < value <= form.top and math.frexp(value)[0] == 0.5)
+        else:
+            fits = abs(value) <= form.top or math.isnan(value) or (form.ieee and math.isinf(value))
+        if not fits:
+            raise LayoutError(f"{what}: {dtype} cannot hold {value:g}")
+        return
+    low, high = {
+        "b": (0, 1),
+        "u": (0, 2**bits - 1),
+        "i": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1),
+    }.get(kind, (-math.inf, math.inf))
+    if kind != "c" and not (math.isfinite(value) and value == int(value) and low <= value <= high):
+        raise LayoutError(f"{what}: {dtype} cannot hold {value:g}")
 
 
 def count_groups(count: int, size: int, op: str) -> int:

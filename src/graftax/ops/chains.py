@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 from graftax.errors import RulesError, escape
 from graftax.ops.base import Arrays, Op, Specs
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
+from graftax.ops.edge_ops import Drop, Fill, Keep
 from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
+from graftax.ops.norm_ops import FoldWeightNorm, SpectralSigma, SpectralVector, UnfoldWeightNorm
 from graftax.ops.rearrange import Rearrange
 from graftax.ops.rearrange_each import RearrangeEach
-from graftax.ops.value_ops import (
-    Cast,
-    Drop,
-    Fill,
-    FoldWeightNorm,
-    Keep,
-    Offset,
-    Scale,
-    SpectralSigma,
-    SpectralVector,
-    Sum,
-    UnfoldWeightNorm,
-    Unsum,
-)
+from graftax.ops.value_ops import Cast, Offset, Scale, Sum, Unsum
 
 OPS: dict[str, type[Any]] = {
     cls.name: cls
@@ -86,11 +78,38 @@ def op_from_json(data: Mapping[str, Any]) -> Op:
     names = {field.name for field in dataclasses.fields(cls)}
     if not set(rest) <= names:
         raise RulesError(f"op {name} has no field {escape(', '.join(sorted(set(rest) - names)))}")
+    hints = _field_types(cls)
+    values = {key: _tuples(value) for key, value in rest.items()}
+    for key, value in values.items():
+        if not _is(value, hints[key]):
+            raise RulesError(f"op {name}: {key} is {escape(repr(value), 80)}")
     try:
-        op = cls(**{key: _tuples(value) for key, value in rest.items()})
-        return cast("Op", op)
+        return cast("Op", cls(**values))
     except TypeError as error:
         raise RulesError(f"op {name}: {escape(error)}") from None
+
+
+@cache
+def _field_types(cls: type[Any]) -> Mapping[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """The value is of the annotated type: int, float, str, bool, tuples of these, or None where allowed."""
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        items, kinds = cast("tuple[Any, ...]", value), typing.get_args(kind)
+        if kinds[-1] is ...:
+            return all(_is(item, kinds[0]) for item in items)
+        return len(items) == len(kinds) and all(_is(i, k) for i, k in zip(items, kinds, strict=True))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return value is None if kind is type(None) else isinstance(value, kind)
 
 
 def _tuples(value: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graftax.errors import LayoutError, PlanError
-from graftax.ops.base import Array, Arrays, Specs, refuse_packed, same_bits, valid_axis, with_axis
+from graftax.ops.base import Array, Arrays, Specs, at_least, holds, refuse_packed, same_bits, valid_axis, with_axis
 from graftax.tree import TensorSpec
 
 
@@ -29,6 +29,7 @@ class Repeat:
 
     def infer(self, specs: Specs) -> Specs:
         refuse_packed(specs, self.text)
+        at_least(self.count, 1, self.text)
         return tuple(with_axis(s, self.axis, s.shape[valid_axis(s, self.axis, self.text)] * self.count) for s in specs)
 
     def apply(self, arrays: Arrays) -> Arrays:
@@ -56,6 +57,7 @@ class Unrepeat:
 
     def infer(self, specs: Specs) -> Specs:
         refuse_packed(specs, self.text)
+        at_least(self.count, 1, self.text)
         out: list[TensorSpec] = []
         for spec in specs:
             extent = spec.shape[valid_axis(spec, self.axis, self.text)]
@@ -97,6 +99,9 @@ class Pad:
 
     def infer(self, specs: Specs) -> Specs:
         refuse_packed(specs, self.text)
+        at_least(min(self.before, self.after), 0, self.text)
+        for spec in specs:
+            holds(self.fill, spec.dtype, self.text)
         return tuple(
             with_axis(s, self.axis, s.shape[valid_axis(s, self.axis, self.text)] + self.before + self.after)
             for s in specs
@@ -136,8 +141,10 @@ class Crop:
 
     def infer(self, specs: Specs) -> Specs:
         refuse_packed(specs, self.text)
+        at_least(min(self.before, self.after), 0, self.text)
         out: list[TensorSpec] = []
         for spec in specs:
+            holds(self.fill, spec.dtype, self.text)
             rows = spec.shape[valid_axis(spec, self.axis, self.text)] - self.before - self.after
             if rows < 0:
                 raise LayoutError(f"{self.text}: axis {self.axis} of {spec} has too few rows")
@@ -204,6 +211,7 @@ class Copy:
         return f"to {self.count} tied names"
 
     def infer(self, specs: Specs) -> Specs:
+        at_least(self.count, 1, self.text)
         if len(specs) != 1:
             raise LayoutError(f"{self.text} takes one tensor, got {len(specs)}")
         return specs * self.count
@@ -234,13 +242,15 @@ class RequireZero:
         return f"rows {self.start}..{self.stop} of input {self.index} must be zero"
 
     def infer(self, specs: Specs) -> Specs:
-        spec = specs[self.index] if self.index < len(specs) else None
-        if spec is None or spec.shape[valid_axis(spec, self.axis, self.text)] < self.stop:
+        spec = specs[self.index] if 0 <= self.index < len(specs) else None
+        inside = spec is not None and spec.shape[valid_axis(spec, self.axis, self.text)] >= self.stop
+        if not inside or not 0 <= self.start <= self.stop:
             raise LayoutError(f"{self.text}: no such rows in {', '.join(map(str, specs))}")
+        refuse_packed(specs[self.index : self.index + 1], self.text)
         return specs
 
     def apply(self, arrays: Arrays) -> Arrays:
         rows = arrays[self.index][(slice(None),) * self.axis + (slice(self.start, self.stop),)]
-        if rows.astype("float64").any():
+        if (rows != 0).any():
             raise PlanError(self.why or f"{self.text}, and they are not")
         return arrays

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graftax.errors import LayoutError
-from graftax.ops.base import Array, Arrays, Specs, count_groups, refuse_packed, valid_axis, with_axis
+from graftax.ops.base import Array, Arrays, Specs, at_least, count_groups, refuse_packed, valid_axis, with_axis
 from graftax.tree import TensorSpec
 
 
@@ -29,6 +29,7 @@ class Split:
 
     def infer(self, specs: Specs) -> Specs:
         refuse_packed(specs, self.text)
+        at_least(min(self.sizes, default=0), 0, self.text)
         out: list[TensorSpec] = []
         for spec in specs:
             extent = spec.shape[valid_axis(spec, self.axis, self.text)]
@@ -177,6 +178,8 @@ class Flip:
 
     def infer(self, specs: Specs) -> Specs:
         refuse_packed(specs, self.text)
+        if len(set(self.axes)) < len(self.axes):
+            raise LayoutError(f"{self.text} names an axis twice")
         for spec in specs:
             for axis in self.axes:
                 valid_axis(spec, axis, self.text)

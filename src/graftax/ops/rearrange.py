@@ -31,6 +31,17 @@ def parse_pattern(pattern: str) -> Pattern:
     return sides
 
 
+@lru_cache(maxsize=4096)
+def canonical(pattern: str) -> str:
+    """The pattern with single spaces: equal ops have equal text. RulesError where it is none."""
+    sides = (" ".join(_group_text(group) for group in side) for side in parse_pattern(pattern))
+    return " -> ".join(sides)
+
+
+def _group_text(group: tuple[str, ...]) -> str:
+    return group[0] if len(group) == 1 else f"({' '.join(group)})"
+
+
 def axis_groups(text: str, pattern: str) -> tuple[tuple[str, ...], ...]:
     """One side of `pattern`: `(h d) i` as (("h", "d"), ("i",)); `()` is an axis of length one. RulesError."""
     groups: list[tuple[str, ...]] = []
@@ -65,10 +76,13 @@ class Rearrange:
     pattern: str
     sizes: tuple[tuple[str, int], ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", canonical(self.pattern))
+
     @property
     def inverse(self) -> Rearrange:
         left, _, right = self.pattern.partition("->")
-        return Rearrange(f"{right.strip()} -> {left.strip()}", self.sizes)
+        return Rearrange(f"{right} -> {left}", self.sizes)
 
     @property
     def text(self) -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from graftax.errors import LayoutError
 from graftax.ops.base import Arrays, Specs
-from graftax.ops.rearrange import Rearrange
+from graftax.ops.rearrange import Rearrange, canonical
 
 Sizes = tuple[tuple[str, int], ...]
 
@@ -24,6 +24,9 @@ class RearrangeEach:
     exact = True
     patterns: tuple[str, ...]
     sizes: tuple[Sizes, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patterns", tuple(canonical(p) if p else "" for p in self.patterns))
 
     def _steps(self) -> tuple[Rearrange | None, ...]:
         sizes = self.sizes or ((),) * len(self.patterns)

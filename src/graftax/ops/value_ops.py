@@ -7,23 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from graftax.errors import LayoutError, PlanError
-from graftax.ops.base import Array, Arrays, Specs, valid_axis
+from graftax.errors import LayoutError
+from graftax.ops.base import Array, Arrays, Specs
 from graftax.ops.floats import widens
+from graftax.ops.values import floating, rounded
 from graftax.tree import DTYPES, TensorSpec
 
-
-def _floating(specs: Specs, op: str) -> None:
-    for spec in specs:
-        if not spec.floating:
-            raise LayoutError(f"{op} takes floating tensors, got {spec}")
-
-
-def _rounded(value: Array, like: Array) -> Array:
-    """float64 -> the dtype of `like`, rounded once."""
-    from graftax.ops.casting import cast_array
-
-    return cast_array(value, str(like.dtype), "propagate")[0]
+_OVERFLOW = ("error", "saturate", "propagate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +41,10 @@ class Cast:
         for spec in specs:
             if spec.dtype != self.source:
                 raise LayoutError(f"cast {self.text} got {spec}")
+        if self.source not in DTYPES or self.target not in DTYPES or self.overflow not in _OVERFLOW:
+            raise LayoutError(
+                f"cast {self.text}: unknown dtype, or {self.overflow!r} is none of {', '.join(_OVERFLOW)}"
+            )
         if DTYPES[self.source][1] != "f" or DTYPES[self.target][1] != "f":
             raise LayoutError(f"cast {self.text}: a cast touches floating tensors only")
         if DTYPES[self.source][0] < 8 or DTYPES[self.target][0] < 8:
@@ -81,16 +75,16 @@ class Scale:
         return f"{'/' if self.divide else 'x'} {self.factor:.12g}"
 
     def infer(self, specs: Specs) -> Specs:
-        _floating(specs, self.text)
+        floating(specs, self.text)
         if not math.isfinite(self.factor) or self.factor == 0:
             raise LayoutError(f"scale by {self.factor} has no inverse")
         return specs
 
     def apply(self, arrays: Arrays) -> Arrays:
-        return tuple(
-            _rounded(a.astype("float64") / self.factor if self.divide else a.astype("float64") * self.factor, a)
-            for a in arrays
-        )
+        def scaled(wide: Array) -> Array:
+            return wide / self.factor if self.divide else wide * self.factor
+
+        return tuple(rounded(scaled, array) for array in arrays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +104,16 @@ class Offset:
         return f"{self.value:+.12g}"
 
     def infer(self, specs: Specs) -> Specs:
-        _floating(specs, self.text)
+        floating(specs, self.text)
+        if not math.isfinite(self.value):
+            raise LayoutError(f"an offset of {self.value} has no inverse")
         return specs
 
     def apply(self, arrays: Arrays) -> Arrays:
-        return tuple(_rounded(a.astype("float64") + self.value, a) for a in arrays)
+        def moved(wide: Array) -> Array:
+            return wide + self.value
+
+        return tuple(rounded(moved, array) for array in arrays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +139,14 @@ class Sum:
         for group in self.groups:
             if len({specs[i] for i in group}) != 1:
                 raise LayoutError(f"{self.text}: {', '.join(str(specs[i]) for i in group)} do not add up")
-        _floating(specs, self.text)
+        floating(specs, self.text)
         return tuple(specs[group[0]] for group in self.groups)
 
     def apply(self, arrays: Arrays) -> Arrays:
         out: list[Array] = []
         for group in self.groups:
-            first = arrays[group[0]]
-            total = first.astype("float64")
-            for i in group[1:]:
-                total = total + arrays[i].astype("float64")
-            out.append(first if len(group) == 1 else _rounded(total, first))
+            terms = [arrays[i] for i in group]
+            out.append(terms[0] if len(terms) == 1 else rounded(_total, *terms))
         return tuple(out)
 
 
@@ -178,8 +174,11 @@ class Unsum:
         return tuple(out)
 
     def infer(self, specs: Specs) -> Specs:
-        if len(specs) != len(self.groups):
+        if sorted(i for group in self.groups for i in group) != list(range(sum(map(len, self.groups)))):
+            raise LayoutError(f"{self.text} does not name each tensor once")
+        if len(specs) != len(self.groups) or not all(self.groups):
             raise LayoutError(f"{self.text} takes {len(self.groups)} tensors, got {len(specs)}")
+        floating(specs, self.text)
         return self._spread(specs, lambda spec: spec)
 
     def apply(self, arrays: Arrays) -> Arrays:
@@ -188,226 +187,5 @@ class Unsum:
         return self._spread(arrays, lambda array: np.zeros_like(array))
 
 
-@dataclass(frozen=True, slots=True)
-class FoldWeightNorm:
-    """(g, v) -> g * v / ||v||, the norm over every axis but `axis`; g has length 1 on the others. The inverse takes
-    v = w and g = ||w||: the same function, other bits."""
-
-    name: ClassVar[str] = "fold_weight_norm"
-    exact = False
-    axis: int = 0
-
-    @property
-    def inverse(self) -> UnfoldWeightNorm:
-        return UnfoldWeightNorm(self.axis)
-
-    @property
-    def text(self) -> str:
-        return f"g v / |v| along axis {self.axis}"
-
-    def infer(self, specs: Specs) -> Specs:
-        if len(specs) != 2:
-            raise LayoutError(f"{self.text} takes g and v, got {len(specs)} tensors")
-        _floating(specs, self.text)
-        g, v = specs
-        want = tuple(n if i == self.axis else 1 for i, n in enumerate(v.shape))
-        if g.shape != want:
-            raise LayoutError(f"{self.text}: g of shape {want} expected beside v of {v.shape}, got {g.shape}")
-        return (v,)
-
-    def apply(self, arrays: Arrays) -> Arrays:
-        g, v = arrays
-        wide = v.astype("float64")
-        return (_rounded(wide * (g.astype("float64") / _norm(wide, self.axis)), v),)
-
-
-@dataclass(frozen=True, slots=True)
-class UnfoldWeightNorm:
-    """w -> (g = ||w||, v = w): a weight-normalised form of a plain weight."""
-
-    name: ClassVar[str] = "unfold_weight_norm"
-    exact = False
-    axis: int = 0
-
-    @property
-    def inverse(self) -> FoldWeightNorm:
-        return FoldWeightNorm(self.axis)
-
-    @property
-    def text(self) -> str:
-        return f"g = |w| along axis {self.axis}, v = w"
-
-    def infer(self, specs: Specs) -> Specs:
-        if len(specs) != 1:
-            raise LayoutError(f"{self.text} takes one tensor, got {len(specs)}")
-        _floating(specs, self.text)
-        (w,) = specs
-        return (TensorSpec(tuple(n if i == self.axis else 1 for i, n in enumerate(w.shape)), w.dtype), w)
-
-    def apply(self, arrays: Arrays) -> Arrays:
-        (w,) = arrays
-        return (_rounded(_norm(w.astype("float64"), self.axis), w), w)
-
-
-def _norm(wide: Array, axis: int) -> Array:
-    import numpy as np
-
-    rest = tuple(i for i in range(wide.ndim) if i != axis)
-    return np.sqrt((wide * wide).sum(axis=rest, keepdims=True))
-
-
-@dataclass(frozen=True, slots=True)
-class SpectralSigma:
-    """(w, u, v) of torch spectral_norm -> (w, u, sigma = u W v), W being w as (O, rest). The inverse takes
-    v = W^T u / |W^T u|, which is v once the power iteration has converged."""
-
-    name: ClassVar[str] = "spectral_sigma"
-    exact = False
-    axis: int = 0
-
-    @property
-    def inverse(self) -> SpectralVector:
-        return SpectralVector(self.axis)
-
-    @property
-    def text(self) -> str:
-        return "sigma = u W v"
-
-    def infer(self, specs: Specs) -> Specs:
-        if len(specs) != 3:
-            raise LayoutError(f"{self.text} takes w, u and v, got {len(specs)} tensors")
-        w, u, v = specs
-        rows = w.shape[valid_axis(w, self.axis, self.text)]
-        if u.shape != (rows,) or v.shape != (w.size // max(rows, 1),):
-            raise LayoutError(f"{self.text}: u {u} and v {v} do not fit {w}")
-        _floating(specs, self.text)
-        return (w, u, TensorSpec((), w.dtype))
-
-    def apply(self, arrays: Arrays) -> Arrays:
-        import numpy as np
-
-        w, u, v = arrays
-        flat = np.moveaxis(w, self.axis, 0).reshape(w.shape[self.axis], -1).astype("float64")
-        return (w, u, _rounded(np.asarray(u.astype("float64") @ flat @ v.astype("float64")), w))
-
-
-@dataclass(frozen=True, slots=True)
-class SpectralVector:
-    """(w, u, sigma) -> (w, u, v = W^T u / |W^T u|)."""
-
-    name: ClassVar[str] = "spectral_vector"
-    exact = False
-    axis: int = 0
-
-    @property
-    def inverse(self) -> SpectralSigma:
-        return SpectralSigma(self.axis)
-
-    @property
-    def text(self) -> str:
-        return "v = W^T u / |W^T u|"
-
-    def infer(self, specs: Specs) -> Specs:
-        if len(specs) != 3:
-            raise LayoutError(f"{self.text} takes w, u and sigma, got {len(specs)} tensors")
-        w, u, _ = specs
-        rows = w.shape[valid_axis(w, self.axis, self.text)]
-        return (w, u, TensorSpec((w.size // max(rows, 1),), w.dtype))
-
-    def apply(self, arrays: Arrays) -> Arrays:
-        import numpy as np
-
-        w, u, _ = arrays
-        flat = np.moveaxis(w, self.axis, 0).reshape(w.shape[self.axis], -1).astype("float64")
-        vector = flat.T @ u.astype("float64")
-        return (w, u, _rounded(vector / np.linalg.norm(vector), w))
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """Nothing -> a tensor of `value`. Its inverse drops it."""
-
-    name: ClassVar[str] = "fill"
-    exact = True
-    value: float
-    shape: tuple[int, ...]
-    dtype: str
-    reason: str = ""
-
-    @property
-    def inverse(self) -> Drop:
-        return Drop(self.reason or f"filled with {self.value:g}", self.shape, self.dtype, self.value)
-
-    @property
-    def text(self) -> str:
-        return f"fill {self.value:g}"
-
-    def infer(self, specs: Specs) -> Specs:
-        if specs:
-            raise LayoutError(f"{self.text} takes no tensor, got {len(specs)}")
-        return (TensorSpec(self.shape, self.dtype),)
-
-    def apply(self, arrays: Arrays) -> Arrays:
-        import numpy as np
-
-        from graftax.dtypes import numpy_dtype
-
-        return (np.full(self.shape, self.value, numpy_dtype(self.dtype)),)
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """A tensor -> nothing, for a stated reason. Its inverse fills the recorded spec with `fill`."""
-
-    name: ClassVar[str] = "drop"
-    exact = False
-    reason: str
-    shape: tuple[int, ...] | None = None
-    dtype: str = ""
-    fill: float = 0.0
-
-    @property
-    def inverse(self) -> Fill:
-        if self.shape is None:
-            raise LayoutError(f"{self.text} is not bound to a tensor yet")
-        return Fill(self.fill, self.shape, self.dtype, self.reason)
-
-    @property
-    def text(self) -> str:
-        return f"dropped: {self.reason}"
-
-    def bind(self, specs: Specs) -> Drop:
-        self.infer(specs)
-        return Drop(self.reason, specs[0].shape, specs[0].dtype, self.fill)
-
-    def infer(self, specs: Specs) -> Specs:
-        if len(specs) != 1:
-            raise LayoutError(f"{self.text} takes one tensor, got {len(specs)}")
-        return ()
-
-    def apply(self, arrays: Arrays) -> Arrays:
-        return ()
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Nothing -> the value that the target already has in like. The executor supplies it; its inverse drops it."""
-
-    name: ClassVar[str] = "keep"
-    exact = True
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def inverse(self) -> Drop:
-        return Drop("kept from like", self.shape, self.dtype)
-
-    @property
-    def text(self) -> str:
-        return "kept from like"
-
-    def infer(self, specs: Specs) -> Specs:
-        return (TensorSpec(self.shape, self.dtype),)
-
-    def apply(self, arrays: Arrays) -> Arrays:
-        raise PlanError("a kept leaf takes its value from like; give the same `like` again")
+def _total(*terms: Array) -> Array:
+    return sum(terms[1:], terms[0])

@@ -1,0 +1,112 @@
+"""Ops at the edge of a plan: a tensor from nothing, or to nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graftax.errors import LayoutError, PlanError
+from graftax.ops.base import Arrays, Specs, at_least, holds
+from graftax.tree import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Nothing -> a tensor of `value`. Its inverse drops it."""
+
+    name: ClassVar[str] = "fill"
+    exact = True
+    value: float
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str = ""
+
+    @property
+    def inverse(self) -> Drop:
+        return Drop(self.reason, self.shape, self.dtype, self.value)
+
+    @property
+    def text(self) -> str:
+        return f"fill {self.value:g}"
+
+    def infer(self, specs: Specs) -> Specs:
+        if specs:
+            raise LayoutError(f"{self.text} takes no tensor, got {len(specs)}")
+        spec = TensorSpec(self.shape, self.dtype)
+        at_least(min(self.shape, default=0), 0, self.text)
+        holds(self.value, self.dtype, self.text)
+        return (spec,)
+
+    def apply(self, arrays: Arrays) -> Arrays:
+        import numpy as np
+
+        from graftax.dtypes import numpy_dtype, pack
+
+        out = np.full(self.shape, self.value, numpy_dtype(self.dtype))
+        spec = TensorSpec(self.shape, self.dtype)
+        return (pack(out, spec.bits) if spec.packed else out,)
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A tensor -> nothing, for a stated reason. Its inverse fills the recorded spec with `fill`, or keeps what like has
+    where it undoes a Keep."""
+
+    name: ClassVar[str] = "drop"
+    exact = False
+    reason: str
+    shape: tuple[int, ...] | None = None
+    dtype: str = ""
+    fill: float = 0.0
+    keep: bool = False
+
+    @property
+    def inverse(self) -> Fill | Keep:
+        if self.shape is None:
+            raise LayoutError(f"{self.text} is not bound to a tensor yet")
+        if self.keep:
+            return Keep(self.shape, self.dtype)
+        return Fill(self.fill, self.shape, self.dtype, self.reason)
+
+    @property
+    def text(self) -> str:
+        return f"dropped: {self.reason or f'{self.fill:g} on the way back'}"
+
+    def bind(self, specs: Specs) -> Drop:
+        self.infer(specs)
+        return Drop(self.reason, specs[0].shape, specs[0].dtype, self.fill, self.keep)
+
+    def infer(self, specs: Specs) -> Specs:
+        if len(specs) != 1:
+            raise LayoutError(f"{self.text} takes one tensor, got {len(specs)}")
+        return ()
+
+    def apply(self, arrays: Arrays) -> Arrays:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Nothing -> the value that the target already has in like. The executor supplies it; its inverse drops it."""
+
+    name: ClassVar[str] = "keep"
+    exact = True
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def inverse(self) -> Drop:
+        return Drop("kept from like", self.shape, self.dtype, keep=True)
+
+    @property
+    def text(self) -> str:
+        return "kept from like"
+
+    def infer(self, specs: Specs) -> Specs:
+        if specs:
+            raise LayoutError(f"{self.text} takes no tensor, got {len(specs)}")
+        at_least(min(self.shape, default=0), 0, self.text)
+        return (TensorSpec(self.shape, self.dtype),)
+
+    def apply(self, arrays: Arrays) -> Arrays:
+        raise PlanError("a kept leaf takes its value from like; give the same `like` again")
