@@ -339,6 +339,19 @@ def test_the_sum_of_two_biases():
     assert not back["l.1.b_hh"].any()
 
 
+def test_the_sum_of_two_biases_gate_by_gate():
+    arrays = tensors({f"l.{n}.{x}": (12,) for n in range(2) for x in ("b_ih", "b_hh")})
+    gates = {f"c{n}/{g}/bias": (3,) for n in range(2) for g in "ifgo"}
+    rules = [{"torch": ["l.{n}.b_ih", "l.{n}.b_hh"], "flax": [f"c{{n}}/{g}/bias" for g in "ifgo"], "fused": "sum"}]
+    made = run(rules, arrays, "torch", gates, "flax")
+    for n in range(2):
+        summed = arrays[f"l.{n}.b_ih"] + arrays[f"l.{n}.b_hh"]
+        assert np.array_equal(np.concatenate([made[f"c{n}/{g}/bias"] for g in "ifgo"]), summed)
+    back = run(rules, made, "flax", {name: a.shape for name, a in arrays.items()}, "torch")
+    assert np.array_equal(back["l.1.b_ih"], arrays["l.1.b_ih"] + arrays["l.1.b_hh"])
+    assert not back["l.1.b_hh"].any()
+
+
 def test_drop_fill_and_missing_in_both_directions():
     rules = [
         {"torch": "fc.weight", "flax": "fc/kernel"},

@@ -139,6 +139,8 @@ def test_what_is_no_rules_file(text, line, said):
         ('torch = "a", source = "b"', ("mixes torch and source",)),
         ('torch = ["a", "b"], flax = "c"', ("how 2 tensors lie in one", 'fused = "block"')),
         ('torch = ["a", "b"], flax = ["c", "d"]', ("both sides are lists",)),
+        ('torch = ["a", "b"], flax = ["c", "d"], fused = "block"', ("both sides are lists", 'fused = "sum"')),
+        ('torch = ["a.{l}", "b.{l}"], flax = ["c", "d"], fused = "sum", stack = {l = 0}', ("both sides are lists",)),
         ('torch = "a", flax = "b", fused = "block"', ("both sides are one tensor",)),
         ('torch = "a", flax = ["b", "c"], fused = "sum"', ("list on the left",)),
         ('torch = ["a", "b"], flax = "c", fused = "block", stack = 0', ("exclude each other",)),

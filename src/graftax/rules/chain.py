@@ -140,6 +140,9 @@ def _core(
             raise LayoutError(f"fused = 'sum' adds tensors of one shape, not {' and '.join(map(str, lefts))}")
         total = math.prod(case.counts.values())
         groups = tuple(tuple(range(k * many[0], (k + 1) * many[0])) for k in range(total))
+        if many[1] > 1:  # an LSTM's two biases, the sum of which Linen keeps gate by gate
+            parts, laid = _split(rule, case, _first(lefts), rights, ())
+            return (*rows, Sum(groups), *parts), laid
         laid = _piece(rule, case, _first(lefts), _first(rights))
         return (*rows, Sum(groups), *laid.ops), laid
     if many[0] == 1:

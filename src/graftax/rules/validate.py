@@ -332,7 +332,9 @@ def _fused(
     if not left or not right:
         return ""
     if len(left) > 1 and len(right) > 1:
-        faults.append(("both sides are lists", "Write a rule for each pair."))
+        if fused != "sum" or stack:
+            hint = 'Write a rule for each pair; fused = "sum" alone adds a list and splits the sum in blocks.'
+            faults.append(("both sides are lists", hint))
     elif len(left) == len(right) == 1:
         if fused:
             faults.append((f"`fused` = {fused!r}, but both sides are one tensor", "Give a list on one side."))
