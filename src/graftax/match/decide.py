@@ -121,7 +121,7 @@ def _last(board: Board, root: bool, freed: set[int]) -> list[Pair]:
         after_rules = id(pair.torch) in freed and id(pair.flax) in freed
         if pair.blocked and not (pair.soft and after_rules):
             continue
-        if root and not pair.any_shared and not after_rules and not pair.head:
+        if root and not pair.any_shared and not after_rules and not pair.head and pair.loose:
             continue
         pair.why = "nothing else fits" + (" (after the rules)" if pair.blocked else "")
         if root and pair.any_shared:

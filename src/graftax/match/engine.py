@@ -14,6 +14,7 @@ from graftax.match.idioms import has_experts
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, in_order, out_of_order
 from graftax.match.pairs import Link, Pair, Scope, candidates, fit, wrapper_words
+from graftax.match.leftovers import single_out
 from graftax.match.sides import Family, Key, Module, SideView, Token, tokens_of, view
 from graftax.match.stacks import outer_prefix, stackable, virtual
 from graftax.tree import Side, TensorSpec
@@ -83,21 +84,24 @@ def match(ends: Ends, lex: Lexicon) -> Result:
     wrappers = wrapper_words(all_t, all_f, lex) | wrapper_words(all_f, all_t, lex)
     experts = (has_experts(all_t, lex), has_experts(all_f, lex))
     root = Scope(torch.families[0].modules, flax.families[0].modules, [((), ())], True, same, lex)
-    scopes = {((), ()): root}
+    scopes = [root]
     by_t: dict[tuple[Token, ...], Scope] = {(): root}
     by_f: dict[tuple[Token, ...], Scope] = {(): root}
     for pair in pairs:
         scope = Scope(pair.torch.modules, pair.flax.modules, pair.keys, False, same, lex, pair.why)
-        scopes[(pair.torch.prefix, pair.flax.prefix)] = scope
+        scopes.append(scope)
         by_t.setdefault(pair.torch.prefix, scope)
         by_f.setdefault(pair.flax.prefix, scope)
     lost_t = _stack_into(left_t, by_t, torch_side=True)
     lost_f = _stack_into(left_f, by_f, torch_side=False)
     result = Result([], lost_t, lost_f, torch.buffers)
     habits = Habits()
-    for scope in scopes.values():
+    for scope in scopes:
         scope.wrappers, scope.experts = wrappers, experts
         result.settled.append(_settle(scope, ends.anchors))
+    apart = _settle_apart(result.settled, root, ends)
+    if apart is not None:
+        result.settled.append(apart)
     for item in result.settled:
         habits.learn(item.scope, item.taken)
         stack_axes(item.scope, item.taken, habits)
@@ -235,6 +239,36 @@ def _settle(scope: Scope, anchors: Mapping[str, str]) -> Settled:
     forced = _forced(scope, pairs, anchors) if anchors else []
     taken, board = decide(pairs, scope.root, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
     return Settled(scope, taken, board)
+
+
+def _settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | None:
+    """What only one instance of a family holds (a bias table in the first block) may stand outside of the blocks on the
+    other side: what is left of both is matched once more, numbers as parts of the names."""
+    left: list[Module] = []
+    right: list[Module] = []
+    origin: dict[int, tuple[Settled, Module, bool]] = {}
+    for item in settled:
+        done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
+        for modules, out, torch in ((item.scope.torch, left, True), (item.scope.flax, right, False)):
+            for module in modules:
+                if id(module) in done:
+                    continue
+                single = module if item.scope is root else single_out(module)
+                if single is not None:
+                    out.append(single)
+                    origin[id(single)] = (item, module, torch)
+    inside = [m for m in (*left, *right) if origin[id(m)][0].scope is not root]
+    if not left or not right or not inside:
+        return None
+    scope = Scope(left, right, [((), ())], True, root.same, root.lex)
+    scope.wrappers, scope.experts = root.wrappers, root.experts
+    found = _settle(scope, ends.anchors)
+    crossing = [p for p in found.taken if origin[id(p.torch)][0] is not origin[id(p.flax)][0]]
+    for pair in crossing:
+        for module in (pair.torch, pair.flax):
+            item, old, torch = origin[id(module)]
+            item.board.drop([old] if torch else [], [] if torch else [old])
+    return Settled(scope, crossing, Board([])) if crossing else None
 
 
 def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str]) -> list[Pair]:

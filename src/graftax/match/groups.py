@@ -113,6 +113,8 @@ def _know(link: GroupLink, module: Module, styles: Mapping[str, str]) -> None:
         (link.known,) = link.variants
         if link.known in ("block", "interleaved"):
             link.known = ""
+    if "stack 0" in link.variants and all(label.startswith("stack ") for label in link.variants):
+        link.known = "stack 0"  # the parts lead, as their letters do
     first = next(iter(link.torch[0].paths.values()))[0]
     if link.torch[0].leaf.endswith(_BARE) and "block" in link.variants:
         link.known = "block"

@@ -23,6 +23,8 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
         tokens = module.tokens
         if tokens and isinstance(tokens[-1], int):
             groups[tokens[:-1]][tokens[-1]] = module
+        elif tokens == ("shared",) and not module.outer:
+            _say(names, module, {"tok", "embed"}, set())  # the table that encoder and decoder share
         elif experts and tokens and tokens[-1] == _GATE and _EXPERT not in names[id(module)].concepts:
             _say(names, module, {_ROUTER}, {_GATE})
     for prefix, members in groups.items():
@@ -52,7 +54,7 @@ def _there_and_back(first: Module, second: Module) -> bool:
         if column is None or set(module.roles) - {"weight", "bias"}:
             return False
         shapes.append(next(iter(column.shapes.values())))
-    return len(shapes[0]) == 2 and shapes[0] == shapes[1][::-1] and shapes[0][0] != shapes[0][1]
+    return 2 <= len(shapes[0]) == len(shapes[1]) <= 4 and shapes[0] != shapes[1] and sorted(shapes[0]) == sorted(shapes[1])
 
 
 def has_experts(modules: Iterable[Module], lex: Lexicon) -> bool:

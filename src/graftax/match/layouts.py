@@ -46,6 +46,8 @@ def readings(source: Shape, target: Shape, facts: Facts) -> Readings:
     plain = facts.torch == "raw" and facts.flax in ("raw", "free")
     if facts.flax == "embedding" or facts.flax == "norm" or facts.torch == "norm":
         return _as_it_is(source, target)
+    if min(_rank(source), _rank(target)) < 2 and _rank(source) != _rank(target):
+        return {}  # a vector is no table
     if len(source) == 2 and len(target) == 2:
         if source == target:
             out["identity"] = ()
@@ -82,6 +84,10 @@ def readings(source: Shape, target: Shape, facts: Facts) -> Readings:
     if out:
         return out
     return _as_it_is(source, target) if facts.flax != "kernel" or len(source) == 1 else {}
+
+
+def _rank(shape: Shape) -> int:
+    return sum(extent != 1 for extent in shape)
 
 
 def _as_it_is(source: Shape, target: Shape) -> Readings:

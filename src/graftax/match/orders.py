@@ -114,9 +114,9 @@ def _one_thing(torch: Module, flax: Module, scope: Scope) -> bool:
 
 
 _STAGES: tuple[tuple[str, float], ...] = (
+    ("pre~cross", 1.8), ("post~cross", 2.4), ("cross", 2.1),
     ("pre~attn", 0.9), ("pre~self", 0.9), ("post~attn", 1.5), ("post~self", 1.5),
-    ("pre~cross", 1.8), ("post~cross", 2.4), ("pre~mlp", 2.6), ("post~mlp", 3.4),
-    ("cross", 2.1), ("attn", 1.2), ("mlp", 3.0),
+    ("pre~mlp", 2.6), ("post~mlp", 3.4), ("attn", 1.2), ("mlp", 3.0),
     ("in", 0.5), ("pre", 0.6), ("final", 4.0), ("post", 3.6), ("out", 3.8),
 )  # fmt: skip
 """Where along a block a norm stands, by the first of these concepts in its name."""

@@ -139,16 +139,26 @@ def _orientation(pair: Pair, kind: str) -> set[str]:
     return set()
 
 
+_TOWERS = frozenset(("enc", "dec", "vision", "text", "audio"))
+
+
 def _name_final_norm(scope: Scope) -> None:
-    """A norm outside of the blocks whose name says nothing else, if it is the only one, is the last."""
+    """A norm outside of the blocks whose name says nothing but its tower, if it is the only one there, is the last."""
     for modules, torch in ((scope.torch, True), (scope.flax, False)):
-        names = {id(m): scope.name(m, torch) for m in modules}
-        bare = [m for m in modules if names[id(m)].concepts - scope.common == {"norm"} and not any(
-            isinstance(token, int) for token in m.tokens)]  # fmt: skip
-        if len(bare) == 1:
-            cache = scope.torch_names if torch else scope.flax_names
-            old = names[id(bare[0])]
-            cache[id(bare[0])] = Name(old.concepts | {"final"}, old.last, old.raw)
+        cache = scope.torch_names if torch else scope.flax_names
+        bare: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
+        for module in modules:
+            said = cache[id(module)].concepts - scope.common - scope.lex.little
+            if "norm" in cache[id(module)].concepts and said <= _TOWERS and not _ends_in_number(module):
+                bare[said].append(cache[id(module)])
+        alone = {id(names[0]) for names in bare.values() if len(names) == 1}
+        for key, name in list(cache.items()):
+            if id(name) in alone:
+                cache[key] = Name(name.concepts | {"final"}, name.last, name.raw)
+
+
+def _ends_in_number(module: Module) -> bool:
+    return any(isinstance(token, int) for token in module.tokens)
 
 
 def _learn_common(scope: Scope) -> None:

@@ -81,17 +81,19 @@ _FORMS = {"block": "one after the other", "interleaved": "head by head"}
 def _groups(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:
     out: list[Question] = []
     for group in item.groups:
-        for link in group.links:
-            if link.known:
-                continue
-            left, right = _paths(link.torch), _paths(link.flax)
-            found: list[Candidate] = []
-            for variant in link.variants:
-                rule = group_rule(item.scope, group, link, variant, sides)
-                found.append(Candidate(rule, right if turned else left, _FORMS.get(variant, variant)))
-            targets, sources = (left, right) if turned else (right, left)
-            text = f"{', '.join(fold_names(targets)[:3])}: nothing says how the parts lie in the fused tensor"
-            out.append(Question("fused", text, targets, sources, tuple(found)))
+        links = [link for link in group.links if not link.known]
+        if not links:
+            continue
+        # One leaf is asked; its answer settles the others of the group.
+        left = _paths(column for link in links for column in link.torch)
+        right = _paths(column for link in links for column in link.flax)
+        found: list[Candidate] = []
+        for variant in links[0].variants:
+            rule = group_rule(item.scope, group, links[0], variant, sides)
+            found.append(Candidate(rule, right if turned else left, _FORMS.get(variant, variant)))
+        targets, sources = (left, right) if turned else (right, left)
+        text = f"{', '.join(fold_names(targets)[:3])}: nothing says how the parts lie in the fused tensor"
+        out.append(Question("fused", text, targets, sources, tuple(found)))
     return out
 
 

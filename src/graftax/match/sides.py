@@ -261,9 +261,15 @@ def _numbered(
         if prefix in loose or len(values) < 2:
             continue
         tails = {templates[j].tokens[at + 1 :] for j in members}
-        if len(tails) >= 2 or (len(values) >= _LIST and _alike(templates, members, values, place)):
+        if len(tails) >= 2 or _several(templates, members, values[0], place) or (len(values) >= _LIST and _alike(templates, members, values, place)):
             variable.append(values)
     return _cut(templates, place, variable, prefix in exact)
+
+
+def _several(templates: list[_Template], members: frozenset[int], value: int, place: int) -> bool:
+    """One instance holds several modules that differ in later numbers only: experts.0.w1, experts.0.w2."""
+    found = {row[0][place + 1 :] for j in members for row in templates[j].rows if row[0][place] == value}
+    return len(found) > 1
 
 
 def _alike(templates: list[_Template], members: frozenset[int], values: list[int], place: int) -> bool:

@@ -50,7 +50,8 @@ SYNONYMS: dict[str, str] = {
     "vision": "vision visual image img images",
     "text": "text language txt lang textual",
     "audio": "audio speech sound",
-    "rel": "relative rel",
+    "rel": "relative rel relpos",
+    "causal": "causal",
     "abs": "absolute abs",
     "time": "time timestep timesteps",
     "left": "left lhs",
@@ -63,7 +64,7 @@ SYNONYMS: dict[str, str] = {
     "shortcut": "shortcut downsample skip residual identity",
     "stem": "stem",
     "proj": "proj projection project projector projections projected",
-    "linear": "linear lin fc dense fullyconnected affine",
+    "linear": "linear lin fc dense einsum densegeneral fullyconnected affine",
     "conv": "conv convolution conv1d conv2d conv3d convolutional convs cnn",
     "deconv": "deconv convtranspose transposedconv upconv tconv convtranspose2d convtranspose1d deconvolution"
     " convtransposed",
@@ -136,6 +137,8 @@ PHRASES: dict[str, str] = {
     "down sample": "shortcut",
     "basic block": "layer",
     "dot product": "",
+    "attn vec": "attn o out",
+    "attention vec": "attn o out",
 }
 """Consecutive words -> concepts; the longest phrase wins."""
 
@@ -183,7 +186,7 @@ SAYS_LITTLE = frozenset(
 )
 """Words for kinds of layers and for wrappers: they tell a norm from a Linear, but not one Linear from another."""
 
-SAYS_SOME = frozenset("attn mlp enc dec in out self shared".split())
+SAYS_SOME = frozenset("attn mlp enc dec in out self shared causal".split())
 """Words for the part around a leaf."""
 
 WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module"))
