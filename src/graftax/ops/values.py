@@ -9,12 +9,14 @@ from graftax.ops.base import Array, Specs
 
 
 def floating(specs: Specs, op: str) -> None:
+    """LayoutError unless every tensor is of a floating dtype that is not packed."""
     for spec in specs:
-        if not spec.floating:
+        if not spec.floating or spec.packed:
             raise LayoutError(f"{op} takes floating tensors, got {spec}")
 
 
 def one_dtype(specs: Specs, op: str) -> None:
+    """The same, and of one dtype."""
     floating(specs, op)
     if len({spec.dtype for spec in specs}) > 1:
         raise LayoutError(f"{op} takes tensors of one dtype, got {', '.join(map(str, specs))}")
