@@ -247,7 +247,7 @@ def test_caches_are_no_weights():
     module = nn.MultiHeadDotProductAttention(2, decode=True)
     variables = module.init(jax.random.key(0), jnp.zeros((1, 3, 4)))
     assert "cache" in variables
-    for thing in (variables, adapters.linen(module, jnp.zeros((1, 3, 4)))):
+    for thing in (variables, freeze(variables), adapters.linen(module, jnp.zeros((1, 3, 4)))):
         assert {path.partition("/")[0] for path in adapters.open_tree(thing)} == {"params"}
     checkpoint = adapters.open_tree(variables)
     new = checkpoint.rebuild({path: checkpoint.read(path) for path in checkpoint})
@@ -464,6 +464,14 @@ def test_sharding_follows_like():
     assert told["params"]["w"].sharding == sharding
     host = adapters.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array}, sharding="host")
     assert type(host["params"]["w"]) is np.ndarray
+
+
+def test_rebuild_takes_the_dtypes_it_is_given_and_map_does_not():
+    tree = {"params": {"w": jnp.zeros(3)}}
+    half = {"params/w": np.ones(3, np.float16)}
+    assert adapters.open_tree(tree).rebuild(half)["params"]["w"].dtype == jnp.float16
+    with pytest.raises(PlanError, match="float16"):
+        adapters.map_leaves(tree, half)
 
 
 def test_rebuild_lists_what_does_not_fit():

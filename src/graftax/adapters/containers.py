@@ -199,7 +199,7 @@ def _checked(key: Any, keys: tuple[Key, ...]) -> Key:
 
 def is_variables(tree: Any) -> bool:
     """Does `tree` have Linen's collections at the top?"""
-    return isinstance(tree, Mapping) and "params" in tree and _raw(tree) is tree
+    return isinstance(tree, Mapping) and "params" in tree and not type(tree).__module__.startswith("flax.nnx")
 
 
 def is_array(node: Any) -> bool:
