@@ -229,6 +229,8 @@ def test_scalars_and_vectors_stay_what_they_are():
         ("proj", "kernel", ((4, 4), (4, 4)), [("identity", "shapes"), ("linear", "shapes")]),
         ("weight", "w", ((3, 5, 2), (2, 5, 3)), [("conv", "shapes")]),
         ("logit_scale", "logit_scale", ((), ()), [("identity", "convention")]),
+        ("weight", "negative_slope", ((3,), (3,)), [("prelu of slopes", "convention")]),
+        ("weight", "negative_slope", ((1,), (1,)), [("prelu of slopes", "convention")]),
         ("pos_embed", "pos_embedding", ((7, 5), (5, 7)), []),
         ("bias", "bias_table", ((5,), (6,)), []),
     ],

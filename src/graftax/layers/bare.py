@@ -62,11 +62,16 @@ def bare_forms(facts: Facts) -> Iterable[Form]:
 
 def _many_slopes(facts: Facts) -> bool:
     weight = facts.torch.get("weight")
-    return weight is not None and weight != (1,) and "negative_slope" in facts.flax
+    return weight is not None and weight != (1,) and facts.flax.get("negative_slope", weight) != weight
 
 
 def _one_slope(facts: Facts) -> bool:
     return facts.torch.get("weight") == (1,)
+
+
+def _slopes_alike(facts: Facts) -> bool:
+    weight = facts.torch.get("weight", ())
+    return len(weight) == 1 and facts.flax.get("negative_slope") == weight
 
 
 BARE_ROWS: tuple[Layer, ...] = (
@@ -82,6 +87,13 @@ BARE_ROWS: tuple[Layer, ...] = (
                 "identity",
                 why="one slope: a vector of one in torch, a scalar in Flax",
                 holds=_one_slope,
+            ),
+            Form(
+                "prelu of slopes",
+                (Step("weight", "negative_slope"),),
+                "identity",
+                why="as many slopes on both sides: a module of your own, since Flax's has one",
+                holds=_slopes_alike,
             ),
         ),
         refusals=(
