@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graftax.dtypes import numpy_dtype
 from graftax.errors import LayoutError
-from graftax.layers import block_diagonal_ops, fused_qkv_ops, rotary_ops
+from graftax.layers import block_diagonal_ops, fused_qkv_ops, leaf_connections, rotary_ops
 from graftax.ops import (
     RearrangeEach,
     apply_chain,
@@ -165,3 +166,40 @@ def test_each_says_what_does_not_fit():
         op.infer((f32(2, 3, 4), f32(1)))
     with pytest.raises(LayoutError, match="1 sets of sizes"):
         RearrangeEach(("a b -> b a", ""), ((),)).infer((f32(2, 3), f32(1)))
+
+
+# ---------------------------------------------------------------- every bit, there and back
+
+
+@st.composite
+def pairs(draw):
+    """(torch shapes, Flax shapes) of a Linear, one with heads, a convolution or a transposed one; sizes from 1."""
+    size = st.integers(1, 4)
+    o, i = draw(size), draw(size)
+    kind = draw(st.sampled_from(["linear", "out", "in", "conv", "transposed"]))
+    k = tuple(draw(st.lists(size, min_size=1, max_size=3)))
+    h = draw(size)
+    return {
+        "linear": ((o, i), (i, o)),
+        "out": ((h * o, i), (i, h, o)),
+        "in": ((o, h * i), (h, i, o)),
+        "conv": ((o, i, *k), (*k, i, o)),
+        "transposed": ((i, o, *k), (*k, i, o)),
+    }[kind]
+
+
+@given(pairs(), st.integers(0, 2**32 - 1), st.sampled_from(["float32", "bfloat16", "float16", "int8"]))
+def test_layouts_keep_every_bit(shapes, seed, dtype):
+    torch_spec, flax_spec = (TensorSpec(shape, dtype) for shape in shapes)
+    found = leaf_connections("weight", torch_spec, "kernel", flax_spec)
+    assert found
+    raw = np.random.default_rng(seed).integers(0, 256, torch_spec.nbytes, dtype=np.uint8)
+    array = raw.view(numpy_dtype(dtype)).reshape(torch_spec.shape)
+    for connection in found:
+        (entry,) = connection.entries
+        assert infer_chain(entry.ops, (torch_spec,)) == (flax_spec,)
+        (there,) = apply_chain(entry.ops, (array,))
+        assert there.shape == flax_spec.shape
+        assert sorted(there.tobytes()) == sorted(array.tobytes())
+        (back,) = apply_chain(invert_chain(entry.ops), (there,))
+        assert same_bits(back, array)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from graftax.errors import Failure, LayoutError, RulesError, escape
@@ -112,12 +112,26 @@ def leaf_connections(
 
     Raises RulesError where `layout` is no form's, LayoutError where the table refuses.
     """
-    torch = Part("", "torch", {torch_role: torch_role}, {torch_role: torch_spec}, torch_module)
-    flax = Part("", "flax", {flax_role: flax_role}, {flax_role: flax_spec}, flax_module)
     given = dict(hints or {})
     if layout is not None:
         given["layout"] = layout
+    if torch_module is None and flax_module is None and set(given) <= {"layout"}:
+        return list(_plain_leaf_connections(torch_role, torch_spec, flax_role, flax_spec, layout))
+    torch, flax = _leaf("torch", torch_role, torch_spec, torch_module), _leaf("flax", flax_role, flax_spec, flax_module)
     return connect(torch, flax, hints=given, partial=True)
+
+
+def _leaf(side: Side, role: str, spec: TensorSpec, module: Module | None) -> Part:
+    return Part("", side, {role: role}, {role: spec}, module)
+
+
+@lru_cache(maxsize=65536)
+def _plain_leaf_connections(
+    torch_role: str, torch_spec: TensorSpec, flax_role: str, flax_spec: TensorSpec, layout: str | None
+) -> tuple[Connection, ...]:
+    """The same without live modules: a checkpoint asks for few distinct pairs, many times each."""
+    torch, flax = _leaf("torch", torch_role, torch_spec, None), _leaf("flax", flax_role, flax_spec, None)
+    return tuple(connect(torch, flax, hints={} if layout is None else {"layout": layout}, partial=True))
 
 
 def layouts() -> tuple[str, ...]:
@@ -160,44 +174,52 @@ def _forms(layer: Layer, facts: Facts) -> Iterable[Form]:
 
 def _fit(layer: Layer, form: Form, facts: Facts, torch: Part, flax: Part, partial: bool) -> Connection | None:
     """The form with its entries, where every role is used and every shape comes out; else None."""
-    entries: list[Entry] = []
-    used_torch: set[str] = set()
-    used_flax: set[str] = set()
-    for step in form.steps:
-        sources, targets = _roles(step.torch, facts.torch), _roles(step.flax, facts.flax)
-        if sources is None or targets is None:
-            # A leaf that one side lacks: fine for an optional one where partial connections are, and where the whole
-            # entry is absent on both sides.
-            absent = not _any_role(step.torch, facts.torch) and not _any_role(step.flax, facts.flax)
-            if (step.optional and (absent or partial)) or (partial and absent):
-                continue
+    used = _used(form, facts, partial)
+    if used is None:
+        return None
+    left = set(facts.torch).difference(*(sources for _, sources, _ in used))
+    left_flax = set(facts.flax).difference(*(targets for _, _, targets in used))
+    if left or left_flax:
+        optional = {name for s in form.steps if s.optional for names in (s.torch, s.flax) for name in _names(names)}
+        if not partial or not left | left_flax <= optional:
             return None
+    evidence = form.why or f"{form.variant}: the roles and shapes fit"
+    entries: list[Entry] = []
+    for step, sources, targets in used:
         ops = _ops(step, facts)
         if ops is None:
             return None
-        entry = _entry(ops, [torch.leaves[r] for r in sources], [flax.leaves[r] for r in targets], torch, flax)
+        paths = [torch.leaves[role] for role in sources], [flax.leaves[role] for role in targets]
+        entry = _entry(ops, *paths, torch, flax, evidence)
         if entry is None:
             return None
         entries.append(entry)
-        used_torch |= set(sources)
-        used_flax |= set(targets)
-    if not entries:
-        return None
-    left = tuple(sorted(set(facts.torch) - used_torch)) + tuple(sorted(set(facts.flax) - used_flax))
-    optional_roles = {r for s in form.steps if s.optional for names in (s.torch, s.flax) for r in _names(names)}
-    if left and not (partial and set(left) <= optional_roles):
-        return None
-    evidence = form.why or f"{form.variant}: the roles and shapes fit"
     return Connection(
         layer.name,
-        tuple(Entry(e.sources, e.targets, e.ops, (evidence,)) for e in entries),
+        tuple(entries),
         (evidence,),
         form.variant,
         form.rule_text,
         _by(layer, form, facts),
         form.assumes,
-        left,
+        (*sorted(left), *sorted(left_flax)),
     )
+
+
+def _used(form: Form, facts: Facts, partial: bool) -> list[tuple[Step, list[str], list[str]]] | None:
+    """The steps whose roles both sides have; None where one lacks a leaf that it needs, or no step is left."""
+    out: list[tuple[Step, list[str], list[str]]] = []
+    for step in form.steps:
+        sources, targets = _roles(step.torch, facts.torch), _roles(step.flax, facts.flax)
+        if sources is not None and targets is not None:
+            out.append((step, sources, targets))
+            continue
+        # One side lacks a leaf: fine for an optional one where partial connections are, and where the whole entry is
+        # absent from both sides.
+        absent = not _any_role(step.torch, facts.torch) and not _any_role(step.flax, facts.flax)
+        if not (step.optional and (absent or partial)) and not (partial and absent):
+            return None
+    return out or None
 
 
 def _by(layer: Layer, form: Form, facts: Facts) -> By:
@@ -238,7 +260,9 @@ def _ops(step: Step, facts: Facts) -> tuple[Op, ...] | None:
     return given
 
 
-def _entry(ops: tuple[Op, ...], sources: list[str], targets: list[str], torch: Part, flax: Part) -> Entry | None:
+def _entry(
+    ops: tuple[Op, ...], sources: list[str], targets: list[str], torch: Part, flax: Part, evidence: str
+) -> Entry | None:
     """The entry with bound ops, or None where a shape does not come out. Dtypes are the plan's business."""
     try:
         bound, out = bind_chain(ops, tuple(torch.specs[path] for path in sources))
@@ -246,7 +270,7 @@ def _entry(ops: tuple[Op, ...], sources: list[str], targets: list[str], torch: P
         return None
     if [spec.shape for spec in out] != [flax.specs[path].shape for path in targets]:
         return None
-    return Entry(tuple(sources), tuple(targets), bound)
+    return Entry(tuple(sources), tuple(targets), bound, (evidence,))
 
 
 # ---------------------------------------------------------------- order
