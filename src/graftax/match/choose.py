@@ -13,7 +13,7 @@ _ONLY = {
     "identity": "as it is",
     "linear": "2-D weight to kernel: Linear",
     "conv": "convolution",
-    "conv_transpose": "transposed convolution",
+    "conv_transpose default": "transposed convolution",
     "reshape": "same values, other axes",
 }
 
@@ -76,7 +76,7 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
     name_t, name_f = scope.name(pair.torch, True).concepts, scope.name(pair.flax, False).concepts
     if {"linear", "identity"} <= set(by_reading):
         return _square(link, by_reading, scope, habits, name_t | name_f)
-    if {"conv", "conv_transpose"} <= set(by_reading):
+    if {"conv", "conv_transpose default"} <= set(by_reading):
         shape = next(iter(link.torch.shapes.values()))
         even = all(k % 2 == 0 for k in shape[2:])
         both = name_t | name_f

@@ -289,10 +289,15 @@ def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str]) -> list
                 continue
             pair = known.get((id(module), id(other))) or fit(module, other, dict(scope.keys), scope.same)
             pair = pair or Pair(module, other, [], False)
+            pair.links = [link for link in pair.links if not _settled(link, anchors)]
             pair.why, pair.blocked = "beside a leaf that the rules settle", ""
             out.append(pair)
             seen |= {id(module), id(other)}
     return out
+
+
+def _settled(link: Link, anchors: Mapping[str, str]) -> bool:
+    return any(path in anchors for paths in link.torch.paths.values() for path in paths)
 
 
 def _group(item: Settled, ends: Ends) -> None:

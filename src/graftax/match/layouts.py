@@ -1,7 +1,7 @@
 """Which ops can turn a leaf of one shape into a leaf of another: every reading that the field knows, by label.
 
 Directions: everything here runs torch -> Flax (or one side to itself); a plan the other way is inverted as a whole.
-Labels of readings that a rule can name (`linear`, `identity`, `conv`, `conv_transpose`) are those of rules.
+Labels of readings that a rule can name (`linear`, `identity`, `conv`, `conv_transpose default`) are those of rules.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _conv(source: Shape, target: Shape) -> Readings:
         out["conv"] = (Rearrange(f"o i {spatial} -> {spatial} i o"),)
     if target == (*source[2:], source[0], source[1]):
         axes = tuple(range(len(source) - 2))
-        out["conv_transpose"] = (Rearrange(f"i o {spatial} -> {spatial} i o"), Flip(axes))
+        out["conv_transpose default"] = (Rearrange(f"i o {spatial} -> {spatial} i o"), Flip(axes))
     return out
 
 

@@ -238,7 +238,7 @@ def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool) -> Pai
 def _deconv_backed(links: list[Link]) -> bool:
     """Where only the flipped reading of a transposed convolution fits, a bias must not say that it is none."""
     for link in links:
-        if {label for _, label in link.labels} == {"conv_transpose"}:
+        if {label for _, label in link.labels} == {"conv_transpose default"}:
             bias = next((other.torch for other in links if other.torch.role == "bias"), None)
             if bias is not None:
                 return all(
@@ -435,6 +435,6 @@ _DECONV = frozenset(("deconv", "transpose", "transposed", "up", "upsample", "dec
 
 def _deconv_named(pair: Pair, names: frozenset[str]) -> bool:
     for link in pair.links:
-        if {label for _, label in link.labels} == {"conv_transpose"}:
+        if {label for _, label in link.labels} == {"conv_transpose default"}:
             return bool(names & _DECONV) or any(other.torch.role == "bias" for other in pair.links)
     return True

@@ -60,7 +60,7 @@ def _reading(
             found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), "a flattened map (C, H, W)"))
         labels = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
         for known in labels[:2]:
-            rule = column_rule(scope, pair.torch, pair.flax, link, known, sides)
+            rule = column_rule(scope, pair.torch, pair.flax, link, known, sides, open_=True)
             where = f"stacked on axis {', '.join(map(str, known[0]))}" if known[0] else known[1]
             found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), where))
     what = "the axis on which it is stacked" if choice.kind == "stack" else "its layout"

@@ -15,17 +15,24 @@ from graftax.rules.text import rule_line
 
 _NUMBER = re.compile(r"\d+(?![A-Za-z\d])")
 _INDICES = "lmnpqrs"
-_LAYOUTS = frozenset(("linear", "identity", "conv", "conv_transpose"))
+_LAYOUTS = frozenset(("linear", "identity", "conv", "conv_transpose default"))
 
 
 def column_rule(
-    scope: Scope, torch: Module, flax: Module, link: Link, label: Label | None, sides: tuple[str, str]
+    scope: Scope,
+    torch: Module,
+    flax: Module,
+    link: Link,
+    label: Label | None,
+    sides: tuple[str, str],
+    open_: bool = False,
 ) -> str:
-    """The rule line that pairs two columns, with the reading `label`. `sides`: the words for the ends."""
+    """The rule line that pairs two columns, with the reading `label`. `sides`: the words for the ends; `open_`: the
+    reading itself is asked for."""
     t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax)
     keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
     if label is not None:
-        keys |= _reading_keys(label[1], link)
+        keys |= _reading_keys(label[1], link, open_)
         if stack and label[0]:
             keys["stack"] = dict(zip(stack, label[0], strict=False))
     return rule_line(**keys)
@@ -67,7 +74,7 @@ def group_rule(scope: Scope, group: Group, link: GroupLink, variant: str, sides:
     return rule_line(**keys)
 
 
-def _reading_keys(reading: str, link: Link) -> dict[str, object]:
+def _reading_keys(reading: str, link: Link, open_: bool) -> dict[str, object]:
     shape = next(iter(link.torch.shapes.values()))
     if reading.startswith("fused "):
         pattern, parts = next(
@@ -76,6 +83,8 @@ def _reading_keys(reading: str, link: Link) -> dict[str, object]:
             if label[1] == reading and isinstance(chain[0], Rearrange)
         )
         return {"ops": pattern, **parts}
+    if reading == "conv" and {label[1] for label in link.labels} >= {"conv", "conv_transpose default"} and open_:
+        return {"layout": "conv_transpose"}  # with transpose_kernel=True the axes move as a plain convolution's
     if reading in _LAYOUTS:
         return {"layout": reading} if len(shape) > 1 else {}
     if reading.startswith("heads "):
