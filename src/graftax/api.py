@@ -11,8 +11,9 @@ from typing import Any
 from graftax.adapters import open_tree
 from graftax.errors import GraftaxError, UsageError, escape
 from graftax.execute.eager import Receipt, stream
+from graftax.plan_json import load_plan_file
 from graftax.planning import Options, make_plan
-from graftax.plans import End, Plan, load_plan_file
+from graftax.plans import End, Plan
 from graftax.tree import Checkpoint, Side, nest
 
 Tree = Any

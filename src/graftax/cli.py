@@ -386,7 +386,7 @@ def _plan(source: str, planning: Planning, plan_path: str | None = None) -> tupl
     """(plan, source, like), made or read; the suggestions are written whether or not it is complete."""
     from graftax.api import open_both
     from graftax.api import plan as plan_trees
-    from graftax.plans import load_plan_file
+    from graftax.plan_json import load_plan_file
 
     if plan_path is not None:
         clash = [f"--{name}" for name in ("rules", "to", "dtype") if getattr(planning, name) is not None]

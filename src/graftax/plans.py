@@ -6,19 +6,16 @@ the resolved plan inverts: swap the sides, reverse the ops.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from graftax.errors import Failure, GraftaxError, LayoutError, PlanError, RulesError, StorageError, UsageError, escape
-from graftax.ops import Drop, Fill, Keep, Op, Specs, bind_chain, chain_text, invert_chain, op_from_json, op_to_json
+from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape
+from graftax.ops import Drop, Fill, Keep, Op, Specs, bind_chain, chain_text, invert_chain
 from graftax.tree import Checkpoint, Key, Side, TensorSpec
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,94 +267,23 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON data; `Plan.from_json` reads it."""
-        return {
-            "graftax_plan": SCHEMA,
-            "complete": self.complete,
-            "lossless": self.lossless,
-            "source": _end_json(self.source),
-            "like": _end_json(self.like),
-            "entries": [
-                {
-                    "sources": list(entry.sources),
-                    "targets": list(entry.targets),
-                    "ops": [op_to_json(op) for op in entry.ops],
-                    "evidence": list(entry.evidence),
-                }
-                for entry in self.entries
-            ],
-            "questions": [question.as_json() for question in self.questions],
-            "assumptions": [assumption.as_json() for assumption in self.assumptions],
-            "failures": [failure.as_json() for failure in self.failures],
-            "reads": list(self.reads),
-        }
+        from graftax.plan_json import plan_as_json
+
+        return plan_as_json(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON. StorageError where that fails; PlanError where an op is a Python function."""
-        text = json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n"
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"cannot write the plan to {escape(path)}: {error.strerror}") from error
+        """Write the plan as JSON, whole or not at all. StorageError where that fails; PlanError where an op is a Python
+        function."""
+        from graftax.plan_json import save_plan
+
+        save_plan(self, path)
 
     @classmethod
     def from_json(cls, data: Any, label: str = "plan") -> Plan:
         """The plan that `as_json` gave. RulesError where the data is not one; everything is validated again."""
-        if not isinstance(data, dict) or cast("dict[str, Any]", data).get("graftax_plan") != SCHEMA:
-            raise RulesError(f"{escape(label)} is not a graftax plan of schema {SCHEMA}")
-        table = cast("dict[str, Any]", data)
-        try:
-            source, like = _end_from_json(table["source"]), _end_from_json(table["like"])
-            entries = tuple(
-                Entry(
-                    _names(item["sources"]),
-                    _names(item["targets"]),
-                    tuple(op_from_json(op) for op in item["ops"]),
-                    _names(item.get("evidence", ())),
-                )
-                for item in table["entries"]
-            )
-            questions = tuple(
-                Question(
-                    str(item["kind"]),
-                    str(item["text"]),
-                    _names(item["targets"]),
-                    _names(item["sources"]),
-                    tuple(
-                        Candidate(str(c["rule"]), _names(c["sources"]), str(c["evidence"])) for c in item["candidates"]
-                    ),
-                )
-                for item in table.get("questions", ())
-            )
-            assumptions = tuple(
-                Assumption(str(item["text"]), str(item["check"]), _names(item["targets"]))
-                for item in table.get("assumptions", ())
-            )
-            # Failures of a saved plan are found again below, except those that only planning can see.
-            failures = tuple(Failure(**item) for item in table.get("failures", ()))
-        except GraftaxError as error:
-            raise RulesError(f"{escape(label)}: {error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RulesError(f"{escape(label)} is damaged: {type(error).__name__} {escape(error)}") from error
-        reads = _names(table.get("reads", ()))
-        plan = cls.build(source, like, Proposal(entries, questions, assumptions, (), reads))
-        known = {(f.key, f.what) for f in plan.failures}
-        plan.failures += tuple(f for f in failures if (f.key, f.what) not in known)
-        return plan
+        from graftax.plan_json import plan_from_json
 
-
-def load_plan_file(path: str | Path) -> Plan:
-    """The plan saved at `path`. StorageError where it cannot be read, RulesError where it is not a plan."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot read the plan {escape(path)}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RulesError(f"{escape(path)} is not a plan: not UTF-8") from error
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RulesError(f"{escape(path)} is not JSON: {escape(error)}") from error
-    return Plan.from_json(data, str(path))
+        return plan_from_json(data, label)
 
 
 # ---------------------------------------------------------------- checks
@@ -373,8 +299,9 @@ def _fit(entry: Entry, source: End, like: End) -> Entry | Failure:
     wanted = tuple(like.specs[name] for name in entry.targets)
     try:
         ops, found = _bound(entry.ops, given)
-    except LayoutError as error:
-        return Failure(str(error), file=source.label, key=text, next=entry.evidence[0] if entry.evidence else "")
+    except GraftaxError as error:
+        why = f"It was decided by: {', '.join(entry.evidence)}." if entry.evidence else ""
+        return Failure(str(error), file=source.label, key=text, next=why)
     if len(found) != len(wanted):
         return Failure("the ops give another number of tensors", "", text, str(len(wanted)), str(len(found)))
     for name, want, have in zip(entry.targets, wanted, found, strict=True):
@@ -417,40 +344,6 @@ def _leftover(entries: Iterable[Entry], questions: Iterable[Question], source: E
         for name, spec in source.specs.items()
         if name not in used
     ]
-
-
-# ---------------------------------------------------------------- JSON
-
-
-def _end_json(end: End) -> dict[str, Any]:
-    return {
-        "label": end.label,
-        "side": end.side,
-        "tensors": {name: {"shape": list(spec.shape), "dtype": spec.dtype} for name, spec in end.specs.items()},
-        "keys": {k: list(v) if isinstance(v, tuple) else v for k, v in end.real_keys.items()},
-        "containers": dict(end.containers),
-    }
-
-
-def _end_from_json(data: Mapping[str, Any]) -> End:
-    if data["side"] not in ("torch", "flax"):
-        raise RulesError(f"side {escape(data['side'])!r} is neither torch nor flax")
-    specs: dict[str, TensorSpec] = {}
-    for name, spec in data["tensors"].items():
-        shape = tuple(spec["shape"])
-        if not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise RulesError(f"{escape(name)} has the shape {escape(shape)}")
-        specs[str(name)] = TensorSpec(shape, str(spec["dtype"]))
-    keys: dict[str, Key] = {
-        str(k): tuple(cast("list[Any]", v)) if isinstance(v, list) else v for k, v in data.get("keys", {}).items()
-    }
-    return End(str(data["label"]), data["side"], specs, keys, dict(data.get("containers", {})))
-
-
-def _names(items: Any) -> tuple[str, ...]:
-    if isinstance(items, str) or not isinstance(items, Sequence):
-        raise TypeError(f"a list of names expected, got {items!r}")
-    return tuple(str(item) for item in cast("Sequence[Any]", items))
 
 
 def with_ops(entry: Entry, *ops: Op) -> Entry:

@@ -147,7 +147,8 @@ def nest(flat: Mapping[str, Any], keys: Mapping[str, Key] | None = None) -> dict
 
 def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key in which layers.2 comes before layers.10."""
-    return tuple((0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", path) if p)
+    parts = re.split(r"([0-9]{1,18})", path)  # text and numbers in turn
+    return tuple((0, int(p)) if place % 2 else (1, p) for place, p in enumerate(parts) if p)
 
 
 def detect_side(names: Iterable[str]) -> Side | None:
