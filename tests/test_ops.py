@@ -1,4 +1,4 @@
-"""Every op: real shapes are the inferred ones, exact ops give back every bit, inverses of inverses and JSON round trips;
+"""Every op: real shapes are inferred ones, exact ops give back every bit, inverses of inverses and JSON round trips;
 what does not fit is refused before anything moves."""
 
 from __future__ import annotations
