@@ -40,6 +40,16 @@ class Result:
     flax_left: list[Module]
     buffers: dict[str, str]
     call_order: list[Pair] = field(default_factory=list[Pair])
+    doubts: list[Doubt] = field(default_factory=list["Doubt"])
+
+
+@dataclass(slots=True, eq=False)
+class Doubt:
+    """Blocks that could be any of several: one scope and its likeliest pair for each combination."""
+
+    torch: list[Family]
+    flax: list[Family]
+    options: list[tuple[Scope, Pair]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,12 @@ def match(ends: Ends, lex: Lexicon) -> Result:
         else:
             pairs, left_t, left_f = again
     same = ends.torch_side == ends.flax_side
+    doubts = _doubts(left_t, left_f, same, lex)
+    unsure = {id(family) for doubt in doubts for family in (*doubt.torch, *doubt.flax)}
+    left_t = [family for family in left_t if id(family) not in unsure]
+    left_f = [family for family in left_f if id(family) not in unsure]
+    if not doubts:
+        torch, flax, pairs, left_t, left_f = _loosened(torch, flax, pairs, left_t, left_f, ends, lex)
     _name_ties(torch, ends)
     all_t = [m for family in torch.families for m in family.modules]
     all_f = [m for family in flax.families for m in family.modules]
@@ -94,7 +110,7 @@ def match(ends: Ends, lex: Lexicon) -> Result:
         by_f.setdefault(pair.flax.prefix, scope)
     lost_t = _stack_into(left_t, by_t, torch_side=True)
     lost_f = _stack_into(left_f, by_f, torch_side=False)
-    result = Result([], lost_t, lost_f, torch.buffers)
+    result = Result([], lost_t, lost_f, torch.buffers, doubts=doubts)
     habits = Habits()
     for scope in scopes:
         scope.wrappers, scope.experts = wrappers, experts
@@ -118,6 +134,29 @@ def match(ends: Ends, lex: Lexicon) -> Result:
             if call_order(pair):
                 result.call_order.append(pair)
     return result
+
+
+def _doubts(torch: list[Family], flax: list[Family], same: bool, lex: Lexicon) -> list[Doubt]:
+    """Families without a partner although blocks of the same number and sizes are there: more than one could be meant."""
+    groups: dict[tuple[int, ...], tuple[list[Family], list[Family]]] = {}
+    for families, at in ((torch, 0), (flax, 1)):
+        for family in families:
+            groups.setdefault(tuple(family.sizes), ([], []))[at].append(family)
+    out: list[Doubt] = []
+    for left, right in groups.values():
+        if not left or not right:
+            continue
+        options: list[tuple[Scope, Pair]] = []
+        for other in right:
+            for family in left:
+                keys = list(zip(family.keys, other.keys, strict=True))
+                scope = Scope(family.modules, other.modules, keys, False, same, lex)
+                found = max(candidates(scope), key=lambda p: (not p.blocked, p.total), default=None)
+                if found is not None:
+                    options.append((scope, found))
+        if options:
+            out.append(Doubt(left, right, options))
+    return out
 
 
 _FEW = 64  # instances of a family whose numbers may become parts of names
@@ -236,6 +275,8 @@ def _stack_into(left: list[Family], scopes: dict[tuple[Token, ...], Scope], torc
 def _settle(scope: Scope, anchors: Mapping[str, str]) -> Settled:
     pairs = candidates(scope)
     trusted = not out_of_order(pairs)
+    if not trusted:
+        pairs = candidates(scope, numbers=False)
     forced = _forced(scope, pairs, anchors) if anchors else []
     taken, board = decide(pairs, scope.root, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
     return Settled(scope, taken, board)

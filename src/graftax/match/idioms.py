@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from graftax.match.names import Lexicon, Name, concepts
 from graftax.match.sides import Module, Token
-from graftax.match.words import NUMBERED
+from graftax.match.words import ALONE, NUMBERED
 
 _EXPERT, _GATE, _ROUTER = "expert", "gate", "router"
 
@@ -23,8 +23,8 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
         tokens = module.tokens
         if tokens and isinstance(tokens[-1], int):
             groups[tokens[:-1]][tokens[-1]] = module
-        elif tokens == ("shared",) and not module.outer:
-            _say(names, module, {"tok", "embed"}, set())  # the table that encoder and decoder share
+        elif len(tokens) == 1 and not module.outer and tokens[0] in ALONE:
+            _say(names, module, set(ALONE[str(tokens[0])].split()), set())
         elif experts and tokens and tokens[-1] == _GATE and _EXPERT not in names[id(module)].concepts:
             _say(names, module, {_ROUTER}, {_GATE})
     for prefix, members in groups.items():

@@ -135,7 +135,7 @@ def _groups_text(shape: Shape, groups: list[list[str]]) -> str:
     for extent in shape:
         group = ["1"] if extent == 1 else next(rest)
         out.append(group[0] if len(group) == 1 else f"({' '.join(group)})")
-    return " ".join(out) or "1"
+    return " ".join(out)
 
 
 def _conv(source: Shape, target: Shape) -> Readings:

@@ -79,8 +79,8 @@ class Scope:
         return found
 
 
-def candidates(scope: Scope) -> list[Pair]:
-    """Every pair of the scope that fits by roles and shapes."""
+def candidates(scope: Scope, numbers: bool = True) -> list[Pair]:
+    """Every pair of the scope that fits by roles and shapes. `numbers`: those in names count as evidence."""
     by_size: defaultdict[int, dict[int, Module]] = defaultdict(dict)
     for module in scope.flax:
         for size in _sizes(module.roles.values()):
@@ -92,7 +92,8 @@ def candidates(scope: Scope) -> list[Pair]:
     refined(scope.flax, scope.flax_names, scope.lex, scope.experts[1])
     if scope.root and scope.lex.synonyms:
         _name_final_norm(scope)
-    ranks_t, ranks_f = number_ranks(scope.torch, scope, True), number_ranks(scope.flax, scope, False)
+    ranks_t = number_ranks(scope.torch, scope) if numbers else {}
+    ranks_f = number_ranks(scope.flax, scope) if numbers else {}
     for module in scope.torch:
         near: dict[int, Module] = {}
         for size in _sizes([_main(module)]):
@@ -306,7 +307,7 @@ def _readings(
 # ---------------------------------------------------------------- names
 
 
-def number_ranks(modules: Sequence[Module], scope: Scope, torch: bool) -> dict[int, tuple[tuple[str, int, int], ...]]:
+def number_ranks(modules: Sequence[Module], scope: Scope) -> dict[int, tuple[tuple[str, int, int], ...]]:
     """For each module the numbers of its name as (what is numbered, rank, how many): the siblings at one place of the
     tree are numbered together, so that 1, 2 and 0, 1 and 0, 3 say the same."""
     groups: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)

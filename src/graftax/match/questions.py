@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from graftax.match.choose import Choice
-from graftax.match.engine import Result, Settled, open_links
+from graftax.match.engine import Doubt, Result, Settled, open_links
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.rendering import column_rule, flatten_rule, group_rule
@@ -23,7 +23,21 @@ def questions(result: Result, sides: tuple[str, str], turned: bool) -> list[Ques
         out += _readings(item, sides, turned)
         out += _groups(item, sides, turned)
         out += _matches(item, sides, turned)
-    return out
+    return out + [_doubt(doubt, sides, turned) for doubt in result.doubts]
+
+
+def _doubt(doubt: Doubt, sides: tuple[str, str], turned: bool) -> Question:
+    torch = _paths(_columns(m for family in doubt.torch for m in family.modules))
+    flax = _paths(_columns(m for family in doubt.flax for m in family.modules))
+    found: list[Candidate] = []
+    for scope, pair in doubt.options:
+        link = pair.links[0]
+        label = min(link.labels) if len(link.labels) == 1 else _usual(link)
+        rule = column_rule(scope, pair.torch, pair.flax, link, label, sides)
+        found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), "the blocks are of the same sizes"))
+    names = ", ".join(fold_names(torch if turned else flax)[:4])
+    text = f"{names}: blocks of the same sizes stand in several places, and their names do not tell which is which"
+    return Question("match", text, torch if turned else flax, flax if turned else torch, tuple(found))
 
 
 def _paths(columns: Iterable[Column]) -> tuple[str, ...]:

@@ -177,6 +177,9 @@ NUMBERED: tuple[tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...] =
 )
 """(word, the numbers of all siblings, what they mean): a gated feed-forward part numbers its matrices."""
 
+ALONE: dict[str, str] = {"shared": "tok embed", "output": "head", "out": "head", "unembed": "head"}
+"""What a word means where it is the whole path: the table that encoder and decoder share, the last projection."""
+
 IMPLIES: dict[str, str] = {"q": "attn", "k": "attn", "v": "attn", "qkv": "attn", "o": "attn out", "kv": "attn",
                            "up": "mlp", "down": "mlp out", "gate": "mlp"}  # fmt: skip
 """What a concept says about the part around it."""

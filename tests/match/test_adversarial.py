@@ -1,0 +1,288 @@
+"""Hostile pairs: what nothing decides is asked, what has one defensible answer is found, nothing is ever wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+D, F, H = 32, 64, 8
+LIN, CONV = "o i -> i o", "o i a b -> a b i o"
+IN = f"(h d) i -> i h d|d={H}"
+L = "{i:0..2}"
+Case = list[Any]
+
+
+def flipped(w: Any) -> Any:
+    return (w.transpose(*range(2, w.ndim), 0, 1)[tuple(slice(None, None, -1) for _ in range(w.ndim - 2))],)
+
+
+def square(*names: tuple[str, str], width: int = D, bias: bool = False) -> Case:
+    rows: Case = [(f"{a}.weight", f"{b}/kernel", (width, width), LIN) for a, b in names]
+    return rows + ([(f"{a}.bias", f"{b}/bias", (width,)) for a, b in names] if bias else [])
+
+
+def tower(t: str, f: str) -> Case:
+    return [
+        *square((f"{t}.layers.{L}.q", f"{f}/layers_{{i}}/q"), (f"{t}.layers.{L}.k", f"{f}/layers_{{i}}/k")),
+        (f"{t}.layers.{L}.ln.weight", f"{f}/layers_{{i}}/ln/scale", (D,)),
+    ]
+
+
+def fused(t: str, woven: bool) -> Case:
+    """A fused projection of unnamed order against q, k and v."""
+
+    def parts(w: Any) -> Any:
+        rows = w.reshape(4, 3, H, D).transpose(1, 0, 2, 3) if woven else w.reshape(3, 4, H, D)
+        return tuple(rows[n].transpose(2, 0, 1) for n in range(3))
+
+    keys = [f"params/attention/{role}/kernel" for role in ("query", "key", "value")]
+    return [([t], keys, [(3 * D, D)], parts), *square(("mlp.fc", "params/mlp/fc"))]
+
+
+def joined(woven: bool) -> Case:
+    """q, k and v against one fused kernel of unnamed order."""
+
+    def one(*w: Any) -> Any:
+        three = np.stack([x.reshape(4, H, D) for x in w])
+        rows = three.transpose(1, 0, 2, 3) if woven else three
+        return (rows.reshape(3 * D, D).T,)
+
+    keys = [f"attn.{role}_proj.weight" for role in "qkv"]
+    return [(keys, ["params/attn/qkv/kernel"], (D, D), one)]
+
+
+def flattened(order: str) -> Case:
+    return [
+        ("conv.weight", "params/Conv_0/kernel", (8, 3, 3, 3), CONV),
+        ("conv.bias", "params/Conv_0/bias", (8,)),
+        ("fc.weight", "params/Dense_0/kernel", (10, 8 * 16), order),
+        ("fc.bias", "params/Dense_0/bias", (10,)),
+    ]
+
+
+def layers_stacked(count: int, width: int, axis: int) -> Case:
+    keys = [f"layers.{n}.fc.weight" for n in range(count)]
+    return [(keys, ["params/layers/fc/kernel"], (width, width), lambda *a: (np.stack([x.T for x in a], axis),))]
+
+
+FIRST, LAST = "o (c h w) -> (h w c) o|c=8 h=4 w=4", "o (c h w) -> (c h w) o|c=8 h=4 w=4"
+
+ASKED: dict[str, Case] = {
+    "names blanked": square(*((f"a.{L}.{x}", f"params/b_{{i}}/{y}") for x, y in zip("mnrs", "cdzx", strict=True))),
+    "q and k without meaning": square((f"layers.{L}.alpha", "params/layers_{i}/one"), (f"layers.{L}.beta", "params/layers_{i}/two")),
+    "q and k without meaning, biases": square(("b.alpha", "params/b/one"), ("b.beta", "params/b/two"), bias=True),
+    "two identical towers": [*tower("first_net", "params/red"), *tower("second_net", "params/blue")],
+    "two identical heads": [*square(("head_one", "params/red")), *square(("head_two", "params/blue"))],
+    "three projections, two unnamed": square((f"l.{L}.q", "params/l_{i}/q"), (f"l.{L}.xa", "params/l_{i}/left"),
+                                             (f"l.{L}.xb", "params/l_{i}/right")),
+    "heads as many as their width": [(f"attn.{L}.q_proj.weight", "layers/{i}/attn/q_proj/w", (F, 96), "(h d) i -> i h d|d=8")],
+    "fused in blocks": fused("attn.qkv.weight", False),
+    "fused head by head": fused("attn.qkv.weight", True),
+    "joined in blocks": joined(False),
+    "fused in one leaf, in blocks": [("attn.qkv.weight", "params/attn/qkv/kernel", (3 * D, D), "(t h d) i -> i t h d|t=3 d=8")],
+    "fused in one leaf, head by head": [("attn.qkv.weight", "params/attn/qkv/kernel", (3 * D, D), "(h t d) i -> i t h d|t=3 d=8")],
+    "square transposed convolution, flipped": [("up.weight", "params/ConvTranspose_0/kernel", (8, 8, 2, 2), flipped)],
+    "square transposed convolution, not flipped": [("up.weight", "params/ConvTranspose_0/kernel", (8, 8, 2, 2), CONV)],
+    "square transposed 1-D convolution": [("deconv.weight", "params/deconv/kernel", (8, 8, 3), flipped)],
+    "a stack as long as its layers are wide, axis 0": layers_stacked(6, 6, 0),
+    "a stack as long as its layers are wide, axis 1": layers_stacked(6, 6, 1),
+    "a stack as long as its layers are wide, axis 2": layers_stacked(6, 6, 2),
+    "flattened map, channels first": flattened(FIRST),
+    "flattened map, channels last": flattened(LAST),
+    "auto-named q, k and v": square((f"l.{L}.q_proj", "params/l_{i}/Dense_0"), (f"l.{L}.k_proj", "params/l_{i}/Dense_1"),
+                                    (f"l.{L}.v_proj", "params/l_{i}/Dense_2")),
+    "a square of a kind that nothing tells": [("block.alpha.weight", "block/alpha/w", (D, D), LIN)],
+    "a bare square parameter against a kernel": [("scope.proj", "params/scope/proj/kernel", (D, D), "")],
+    "a convolution's window as a Linear": [("patch.weight", "params/patch/kernel", (D, 3, 4, 4), "o i a b -> (a b i) o")],
+    "norms that only number one side's place": [
+        *[(f"l.{L}.{a}.weight", f"params/l_{{i}}/{b}/scale", (D,)) for a, b in (("foo_norm", "LN_x"), ("bar_norm", "LN_y"))]
+    ],
+}  # fmt: skip
+
+
+def stored_in_out() -> Case:
+    """Rectangular siblings show that this checkpoint stores (in, out); its square one is stored so, too."""
+    rows: Case = [(f"h.{L}.{a}.weight", f"params/h_{{i}}/{a}/kernel", s, "")
+                  for a, s in (("c_attn", (D, 3 * D)), ("c_fc", (D, F)), ("c_proj", (D, D)))]  # fmt: skip
+    rows += [(f"h.{L}.{a}.bias", f"params/h_{{i}}/{a}/bias", (n,)) for a, n in (("c_attn", 96), ("c_fc", F), ("c_proj", D))]
+    return [*rows, ("lm_head.weight", "params/lm_head/kernel", (99, D), LIN)]
+
+
+def prefixed(rows: Case, torch: str = "", flax: str = "") -> Case:
+    out: Case = []
+    for a, b, *rest in rows:
+        keys = (f"{torch}{a}" if isinstance(a, str) else a, b.replace("params/", f"params/{flax}", 1) if isinstance(b, str) else b)
+        out.append((*keys, *rest))
+    return out
+
+
+BASE: Case = [
+    ("embed.weight", "params/embed/embedding", (99, D)),
+    *square((f"layers.{L}.q_proj", "params/layers_{i}/query"), (f"layers.{L}.k_proj", "params/layers_{i}/key")),
+    *[(f"layers.{L}.fc{n}.weight", f"params/layers_{{i}}/fc{n}/kernel", s, LIN) for n, s in ((1, (F, D)), (2, (D, F)))],
+    *[(f"layers.{L}.norm{n}.weight", f"params/layers_{{i}}/norm{n}/scale", (D,)) for n in (1, 2)],
+    ("norm.weight", "params/norm/scale", (D,)),
+]
+
+DECIDED: dict[str, Case] = {
+    "stored (in, out), betrayed by rectangular siblings": stored_in_out(),
+    "square embedding": [("embed.weight", "params/embed/embedding", (D, D)), *square(("fc", "params/fc"))],
+    "square embedding under a bare name": [("embed_tokens.weight", "embedder/input_embedding", (D, D))],
+    "convolution cube": [("conv.weight", "params/conv/kernel", (3, 3, 3, 3), CONV)],
+    "convolution cube in three dimensions": [("conv.weight", "params/conv/kernel", (3,) * 5, "o i a b c -> a b c i o")],
+    "square convolution": [("conv.weight", "params/conv/kernel", (8, 8, 3, 3), CONV)],
+    "numbers that sort wrongly as text": [("layers.{i:0..11}.fc.weight", "params/layers_{i}/fc/kernel", (D, D), LIN),
+                                          ("layers.{i:0..11}.ln.weight", "params/layers_{i}/ln/scale", (D,))],
+    "an offset on one side": [("layers.{i:0..3}.fc.weight", "params/layers_{i+1}/fc/kernel", (D, D), LIN),
+                              ("layers.{i:0..3}.ln.weight", "params/layers_{i+1}/ln/scale", (D,))],
+    "a wrapper on the torch side": prefixed(BASE, torch="module.model."),
+    "a compiled model": prefixed(BASE, torch="_orig_mod."),
+    "a wrapper on the Flax side": prefixed(BASE, flax="backbone/"),
+    "a wrapper on both sides": prefixed(BASE, torch="net.", flax="encoder_module/"),
+    "equal names at two depths": [("norm.weight", "params/norm/scale", (D,)), ("encoder.norm.weight", "params/encoder/norm/scale", (D,)),
+                                  ("encoder.encoder.norm.weight", "params/encoder/encoder/norm/scale", (D,))],
+    "leading axes of length one": [("cls_token", "params/cls_token", (D,), "d -> 1 1 d"), ("pos_embed", "params/pos_embed", (1, 17, D), "1 n d -> n d")],
+    "a scalar": [("logit_scale", "params/logit_scale", ()), ("scope.temperature", "params/scope/temperature", (1,), "1 -> ")],
+    "merged numbers": [("stages.{s:0..1}.{j:0..2}.fc.weight", None, None)],
+    "a Linear as a 1x1 convolution": [("head.weight", "params/head/kernel", (10, D), "o i -> 1 1 i o")],
+    "a 1x1 convolution as a Linear": [("head.weight", "params/head/kernel", (10, D, 1, 1), "o i 1 1 -> i o")],
+    "depthwise convolution": [("conv1d.weight", "params/conv1d/kernel", (96, 1, 4), "o i k -> k i o")],
+    "heads that GQA shows": [(f"l.{L}.{a}_proj.weight", f"layers/{{i}}/{a}_proj/w", (n, D), IN) for a, n in (("q", D), ("k", 16), ("v", 16))],
+    "old weight norm under torch's names": [("conv.weight_g", "params/conv/weight_g", (1, 1, 16)), ("conv.weight_v", "params/conv/weight_v", (D, 16, 16))],
+    "parametrized weight norm": [("conv.parametrizations.weight.original0", "params/conv/weight_g", (1, 1, 16)),
+                                 ("conv.parametrizations.weight.original1", "params/conv/weight_v", (D, 16, 16))],
+    "batch norm with statistics": [("bn.weight", "params/BatchNorm_0/scale", (D,)), ("bn.bias", "params/BatchNorm_0/bias", (D,)),
+                                   ("bn.running_mean", "batch_stats/BatchNorm_0/mean", (D,)), ("bn.running_var", "batch_stats/BatchNorm_0/var", (D,))],
+    "gate and up that differ only by name": [(f"l.{L}.mlp.{a}_proj.weight", f"params/l_{{i}}/mlp/{a}/kernel", (F, D), LIN) for a in ("gate", "up")],
+    "self and cross attention": [(f"l.{L}.{s}_attn.{a}_proj.weight", f"params/l_{{i}}/{t}_attention/{b}/kernel", (D, D), LIN)
+                                 for s, t in (("self", "self"), ("encoder", "cross")) for a, b in zip("qkv", ("query", "key", "value"), strict=True)],
+    "pre and post norms": [(f"l.{L}.{a}_layernorm.weight", f"params/l_{{i}}/{b}/scale", (D,))
+                           for a, b in (("input", "attn_norm"), ("post_attention", "mlp_norm"))],
+    "text and image towers": [*tower("text_model", "params/language"), *tower("vision_model", "params/visual")],
+}  # fmt: skip
+DECIDED["merged numbers"] = [
+    row
+    for s in range(2)
+    for j in range(3)
+    for row in (
+        (f"stages.{s}.{j}.fc.weight", f"params/blocks_{3 * s + j}/fc/kernel", (D, D), LIN),
+        (f"stages.{s}.{j}.ln.weight", f"params/blocks_{3 * s + j}/ln/scale", (D,)),
+    )
+]
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["to flax", "to torch"])
+@pytest.mark.parametrize("name", ASKED)
+def test_what_nothing_decides_is_asked_and_one_line_settles_it(pairing: Callable[..., Any], name: str, reverse: bool) -> None:
+    pair = pairing(ASKED[name])
+    found = pair.infer(reverse=reverse)
+    verdict, loose = pair.judge(found, reverse)
+    assert verdict == "asks"
+    assert loose == [], "every open leaf stands in a question"
+    assert all(len(question.candidates) >= 1 for question in found.questions)
+    settled, answers, _ = pair.settle(reverse)
+    assert settled == "exact"
+    assert answers <= 8
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["to flax", "to torch"])
+@pytest.mark.parametrize("name", DECIDED)
+def test_what_has_one_defensible_answer_is_found(pairing: Callable[..., Any], name: str, reverse: bool) -> None:
+    pair = pairing(DECIDED[name])
+    found = pair.infer(reverse=reverse)
+    assert pair.judge(found, reverse) == ("exact", []), [str(q) for q in found.questions]
+
+
+def test_an_extra_head_of_constants_is_not_tied(pairing: Callable[..., Any]) -> None:
+    """A zero bias and a unit scale are bit-identical to others without being tied: they stay left over."""
+    pair = pairing([*BASE, ("fc.weight", "params/fc/kernel", (5, D), LIN), ("fc.bias", "params/fc/bias", (5,))])
+    pair.torch["fc.bias"] = pair.flax["params/fc/bias"] = np.zeros(5, "f4")
+    pair.torch["norm.weight"] = pair.flax["params/norm/scale"] = np.ones(D, "f4")
+    pair.torch |= {"extra.weight": np.ones(D, "f4"), "extra.bias": np.zeros(5, "f4")}
+    found = pair.infer()
+    assert pair.judge(found)[0] == "exact"
+    assert not {"extra.weight", "extra.bias"} & {name for entry in found.entries for name in entry.sources}
+
+
+def test_tied_names_are_one_entry_and_the_reading_is_recorded(pairing: Callable[..., Any]) -> None:
+    pair = pairing(BASE)
+    pair.torch["lm_head.weight"] = pair.torch["embed.weight"]
+    found = pair.infer()
+    assert pair.judge(found)[0] == "exact"
+    (entry,) = [e for e in found.entries if "params/embed/embedding" in e.targets]
+    assert set(entry.sources) == {"embed.weight", "lm_head.weight"}
+    assert found.reads
+
+
+def test_a_decoder_whose_weight_is_tied_brings_its_zero_bias(pairing: Callable[..., Any]) -> None:
+    pair = pairing([("embed.weight", "params/embed/embedding", (99, D)), ("predictions.bias", "params/predictions/bias", (99,))])
+    pair.torch["predictions.bias"] = pair.flax["params/predictions/bias"] = np.zeros(99, "f4")
+    pair.torch |= {"predictions.decoder.weight": pair.torch["embed.weight"], "predictions.decoder.bias": np.zeros(99, "f4")}
+    found = pair.infer()
+    assert pair.judge(found)[0] == "exact"
+    assert {name for entry in found.entries for name in entry.sources} == set(pair.torch)
+
+
+@pytest.mark.parametrize("extra", ["classifier.weight", "aux.layers.0.q_proj.weight", "teacher.norm.weight"])
+def test_an_extra_head_is_left_over(pairing: Callable[..., Any], extra: str) -> None:
+    pair = pairing(prefixed(BASE, torch="model."))
+    shape = {"classifier.weight": (7, D), "aux.layers.0.q_proj.weight": (D, D)}.get(extra, (D,))
+    pair.torch[extra] = np.random.default_rng(1).standard_normal(shape).astype("f4")
+    found = pair.infer()
+    assert pair.judge(found)[0] == "exact"
+    assert extra not in {name for entry in found.entries for name in entry.sources}
+
+
+def test_a_missing_tensor_is_not_replaced_by_an_unrelated_one(pairing: Callable[..., Any]) -> None:
+    for name in list(pairing(BASE).torch):
+        pair = pairing(BASE)
+        pair.torch["stray.adapter.weight"] = pair.torch.pop(name)
+        verdict, _ = pair.judge(pair.infer())
+        assert verdict == "asks", name
+
+
+def test_numbers_that_run_against_their_shapes_settle_nothing(pairing: Callable[..., Any]) -> None:
+    """conv_a and conv_b are named in another order: rectangular ones show it, so the square ones are asked."""
+    pair = pairing(
+        [
+            ("l.conv1.weight", "params/l/Conv_1/kernel", (16, 8, 3, 3), CONV),
+            ("l.conv2.weight", "params/l/Conv_0/kernel", (8, 16, 3, 3), CONV),
+            ("l.conv3.weight", "params/l/Conv_3/kernel", (8, 8, 3, 3), CONV),
+            ("l.conv4.weight", "params/l/Conv_2/kernel", (8, 8, 3, 3), CONV),
+        ]
+    )
+    assert pair.judge(pair.infer())[0] == "asks"
+
+
+def test_known_buffers_are_dropped_with_the_reason(pairing: Callable[..., Any]) -> None:
+    pair = pairing(BASE)
+    pair.torch |= {"bn.num_batches_tracked": np.zeros((), "i8"), "embed.position_ids": np.arange(4)[None]}
+    dropped = [entry for entry in pair.infer().entries if entry.dropped]
+    assert {entry.sources[0] for entry in dropped} == {"bn.num_batches_tracked", "embed.position_ids"}
+    assert all(entry.dropped for entry in dropped)
+
+
+def test_rules_settle_part_and_inference_the_rest(pairing: Callable[..., Any]) -> None:
+    """A rule for one of two anonymous parts: the other goes by elimination, and a bias follows its weight."""
+    pair = pairing(square(("b.alpha", "params/b/one"), ("b.beta", "params/b/two"), bias=True))
+    rule = '{ torch = "b.alpha.weight", flax = "params/b/one/kernel", layout = "linear" }'
+    found = pair.infer(rules=f"rules = [\n{rule},\n]\n")
+    assert pair.judge(found) == ("exact", [])
+
+
+def test_same_side_ports(pairing: Callable[..., Any]) -> None:
+    from graftax.match import infer
+    from graftax.plans import Proposal
+    from graftax.tree import Checkpoint
+
+    pair = pairing(BASE)
+    left, _ = pair.ends()
+    names = {name: f"backbone.{name.replace('layers', 'blocks').replace('q_proj', 'query')}" for name in left}
+    right = Checkpoint("other", "torch", {names[name]: spec for name, spec in left.specs.items()})
+    found = infer(left, right, "torch", "torch", Proposal())
+    assert not found.questions
+    assert {entry.sources[0]: entry.targets[0] for entry in found.entries} == names
+    assert all(entry.ops == () for entry in found.entries)
