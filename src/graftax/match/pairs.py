@@ -45,6 +45,7 @@ class Pair:
     lone: bool = False
     head: bool = False
     loose: bool = False
+    remote: bool = False
     equal: bool = False
     why: str = ""
     bonus: float = 0.0
@@ -69,6 +70,7 @@ class Scope:
     flax_names: dict[int, Name] = field(default_factory=dict[int, Name])
     wrappers: frozenset[str] = frozenset()
     experts: tuple[bool, bool] = (False, False)
+    numbers: bool = True
     common: frozenset[str] = frozenset()
 
     def name(self, module: Module, torch: bool) -> Name:
@@ -81,6 +83,7 @@ class Scope:
 
 def candidates(scope: Scope, numbers: bool = True) -> list[Pair]:
     """Every pair of the scope that fits by roles and shapes. `numbers`: those in names count as evidence."""
+    scope.numbers = numbers
     by_size: defaultdict[int, dict[int, Module]] = defaultdict(dict)
     for module in scope.flax:
         for size in _sizes(module.roles.values()):
@@ -394,14 +397,15 @@ def _judge(
     pair.loose = loose_a > 0 or loose_b > 0
     pair.lone = not matched and _numbers_differ(a, b)
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
-    pair.equal = a.raw == b.raw
+    pair.equal = a.raw == b.raw and (scope.numbers or not any(isinstance(token, int) for token in a.raw))
     pair.score += 0.3 if pair.equal else 0.0
     pair.telling, pair.any_shared = telling, shared
     if not blocked and loose_a and loose_b and ((not telling and shared < 0.9) or _one_word_apart(a, b)):
         pair.soft = True
         blocked = "each name says something that the other does not"
-    if not blocked and not _deconv_named(pair, a.concepts | b.concepts):
+    if not _deconv_named(pair, a.concepts | b.concepts):
         blocked = "only a transposed convolution fits, and neither name says so"
+        pair.remote = True
     if not blocked and _stray(pair, a, b, lex):
         blocked = "a bare parameter whose name says more"
     pair.blocked = blocked
