@@ -303,7 +303,7 @@ def test_a_quantized_donor_is_refused_by_scheme(tmp_path: Path) -> None:
 
 
 def test_an_abstract_donor_is_refused() -> None:
-    with pytest.raises(PlanError, match="no values"):
+    with pytest.raises(PlanError, match=r"the donor Linear .* no values"):
         put((3, 5), torch.nn.Linear(3, 5, device="meta"), "weight")
 
 

@@ -119,6 +119,18 @@ def test_values_that_do_not_fit_are_all_listed(model: Path) -> None:
     }
 
 
+def test_nothing_comes_after_a_failure(model: Path) -> None:
+    """What was refused is not followed by tensors that a writer might take for the whole."""
+    checkpoint = gx.open_checkpoint(model)
+    _, tensors, _ = replace_checkpoint(checkpoint, {"**": gx.constant(0.5)})
+    came: list[str] = []
+    with pytest.raises(PlanError):
+        came.extend(path for path, _ in tensors)
+    order = list(checkpoint)
+    first_refused = min(order.index(f"layer.{d}") for d in ("int64", "int8", "uint8", "bool"))
+    assert came == order[:first_refused]
+
+
 def test_the_input_is_never_the_output(model: Path) -> None:
     before = model.read_bytes()
     with pytest.raises(StorageError):
@@ -229,5 +241,6 @@ def test_the_difference_counts_bits_and_measures_values() -> None:
     new = np.array([-0.0, 1.0, np.nan, 1.0, 2.5], np.float32)
     assert _difference(old, new, "f") == (3, 0.5)
     assert _difference(old.astype(ml_dtypes.bfloat16), new.astype(ml_dtypes.bfloat16), "f") == (3, 0.5)
+    assert _difference(np.ones(1, np.float32), np.full(1, np.inf, np.float32), "f") == (1, 0.0)
     assert _difference(np.array([1, 2]), np.array([1, 9]), "i") == (1, 7.0)
     assert _difference(np.array([1j]), np.array([2j]), "c") == (1, None)

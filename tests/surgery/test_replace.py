@@ -494,6 +494,8 @@ def test_abstract_trees_are_refused(mlp: dict[str, Any]) -> None:
         gx.replace(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), "**/kernel", gx.constant(1))
     with pytest.raises(PlanError, match="no values"):
         gx.replace(torch.nn.Linear(2, 3, device="meta").state_dict(), "weight", gx.zeros())
+    with pytest.raises(PlanError, match=r"(?s)no values.*outside of jit"):
+        jax.jit(lambda tree: gx.replace(tree, "**/kernel", gx.constant(1)))(mlp)
     with pytest.raises(PlanError, match="no values"):
         gx.replace(mlp, "params/Dense_1/kernel", jax.ShapeDtypeStruct((3, 5), jnp.float32))
 

@@ -55,9 +55,12 @@ class LiveTree:
 
             abstract = is_abstract(leaf)
         if abstract:
+            traced = "Tracer" in type(leaf).__name__
             raise PlanError(
                 f"is abstract ({type(leaf).__name__}): it has a shape and a dtype, but no values",
-                next="Port or initialise the tree first, then replace.",
+                next="Call replace outside of jit, grad and vmap."
+                if traced
+                else "Port or initialise the tree first, then replace.",
             )
 
     def selectable(self) -> Tree:
