@@ -157,6 +157,22 @@ def test_one_index_stacked_and_one_shared():
     )
 
 
+def test_numbers_counted_through_groups():
+    """Layers counted through against stages of blocks, and twelve layers as three cycles of four."""
+    rules = [{"torch": "l.{4*i+j+1}.w", "flax": "s{i}/b{j}/w"}]
+    both_ways(
+        rules,
+        {f"l.{n + 1}.w": (3,) for n in range(12)},
+        lambda t: {f"s{n // 4}/b{n % 4}/w": t[f"l.{n + 1}.w"] for n in range(12)},
+    )
+    rules = [{"torch": "l.{4*c+j}.w", "flax": "mlp_{j}/w", "ops": "c i o"}]
+    both_ways(
+        rules,
+        {f"l.{n}.w": (3, 5) for n in range(12)},
+        lambda t: {f"mlp_{j}/w": np.stack([t[f"l.{4 * c + j}.w"].T for c in range(3)]) for j in range(4)},
+    )
+
+
 def test_a_torch_tensor_that_is_stacked():
     rules = [{"torch": "experts.w1", "flax": "e/{e}/wi/kernel", "ops": "e i o -> i o"}]
     both_ways(rules, {"experts.w1": (3, 5, 6)}, lambda t: {f"e/{e}/wi/kernel": t["experts.w1"][e] for e in range(3)})

@@ -23,6 +23,9 @@ from graftax.rules.template import KeyIndex, parse_template
         ("layers.{1*c}.w", "torch", "layers.9.w", (9,), ()),
         ("layers.{c*4+1}.w", "torch", "layers.9.w", (2,), ()),
         ("layers.{ 4 * c - 1 }.w", "torch", "layers.11.w", (3,), ()),
+        ("l.{4*i+j}.w", "torch", "l.11.w", (2, 3), ()),
+        ("l.{4*i+j+1}.{j}", "torch", "l.12.3", (2, 3), ()),
+        ("l.{4 * i + j - 1}.w", "torch", "l.10.w", (2, 3), ()),
         ("l.{i}.e.{e}.{i}", "torch", "l.3.e.4.3", (3, 4), ()),
         ("layer{i}_{j}/k", "flax", "layer1_22/k", (1, 22), ()),
         ("layer1{i}", "flax", "layer123", (23,), ()),
@@ -58,7 +61,8 @@ def test_matches(template, side, key, numbers, wilds):
         ("a.weight", "a.weight2"), ("a.weight", "b.a.weight"), ("a.weight", "axweight"),
         ("layers.{i}.w", "layers.x.w"), ("layers.{i}.w", "layers.01.w"), ("layers.{i}.w", "layers.-1.w"),
         ("layers.{i}.w", "layers.٣.w"), ("layers.{i}.w", "layers.1.w\n"), ("layers.{4*c+1}.w", "layers.4.w"),
-        ("layers.{i+2}.w", "layers.1.w"), ("l.{i}.{i}", "l.1.2"), ("*.weight", "a.b.weight"), ("a.**", "ab"),
+        ("layers.{i+2}.w", "layers.1.w"), ("l.{4*i+j}.{j}", "l.11.2"), ("l.{4*i+j+4}", "l.3"),
+        ("l.{i}.{i}", "l.1.2"), ("*.weight", "a.b.weight"), ("a.**", "ab"),
         ("layers.{i}.w", "layers.12345678901.w"),
     ],
 )  # fmt: skip
@@ -73,7 +77,8 @@ def test_does_not_match(template, key):
     [
         ("", "empty"), ("a.{", "a literal brace is written twice"), ("a.}", "is not an index"),
         ("a.{}", "is not an index"), ("a.{__import__('os')}", "is not an index"),
-        ("a.{i+j}", "is not an index"), ("a.{i**2}", "is not an index"), ("a.{0*i}", "factor 0"),
+        ("a.{i+j}", "two indices apart"), ("a.{1*i+j}", "two indices apart"), ("a.{4*i+i}", "two indices apart"),
+        ("a.{4*i+2*j}", "is not an index"), ("a.{i**2}", "is not an index"), ("a.{0*i}", "factor 0"),
         ("a.{2*i*3}", "two factors"), ("a.{i}{j}", "where {j} begins"), ("a.{i}5{j}", "where {j} begins"),
         ("a.*b*", "one wildcard"), ("a.*{i}", "where {i} begins"), ("a.{i}*", "no index beside it"),
         ("a.***", "neither"), ("a.b**", "whole parts"), ("a.**b", "whole parts"), ("a.**.**", "once"),
@@ -89,6 +94,7 @@ def test_a_negative_number_is_not_written():
     made = parse_template("a.{i-2}", "torch")
     assert made.render({"i": 1}, ()) is None
     assert made.render({"i": 2}, ()) == "a.0"
+    assert parse_template("a.{3*i+j}", "torch").render({"i": 2, "j": 3}, ()) is None
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12))

@@ -252,7 +252,7 @@ def render_there(rule: Rule, ends: Ends, group: Group) -> Failure | None:
             key = template.render(numbers, group.wilds)
             if key is None:
                 at = ", ".join(f"{name} = {n}" for name, n in numbers.items())
-                return _fault(rule, f"gives a negative number for {at}", ends.there_label, template.text, "")
+                return _fault(rule, f"gives no key for {at}", ends.there_label, template.text, "")
             if ends.there_index is not None and key not in ends.there_index.order:
                 near = nearest(key, ends.there_index.order)
                 hint = f"Near: {near}. " if near else ""

@@ -2,6 +2,7 @@
 
     {i}          one whole number, as text without leading zeros
     {a*i+b}      a number that is a*i+b for some i >= 0 (also i+b, i-b, a*i, a*i-b)
+    {a*i+j+b}    the same for some i >= 0 and 0 <= j < a: a number counted through groups of a
     *            any text inside one part; ** any number of whole parts, also none
     {{ }} {*}    a literal brace, a literal star
 
@@ -21,7 +22,7 @@ from graftax.tree import Side, escape_part, unescape_part
 
 _ARITHMETIC = re.compile(
     r"\s*(?:(?P<a>\d{1,6})\s*\*\s*)?(?P<name>[A-Za-z_]\w{0,31})(?:\s*\*\s*(?P<a2>\d{1,6}))?"
-    r"(?:\s*(?P<sign>[+-])\s*(?P<b>\d{1,6}))?\s*",
+    r"(?:\s*\+\s*(?P<minor>[A-Za-z_]\w{0,31}))?(?:\s*(?P<sign>[+-])\s*(?P<b>\d{1,6}))?\s*",
     re.ASCII,
 )
 _TOKEN = re.compile(r"\{\{|\}\}|\{\*\}|\{[^{}]*\}|\{|\}|\*+", re.ASCII)
@@ -33,11 +34,16 @@ SEPARATOR: Mapping[str, str] = {"torch": ".", "flax": "/"}
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The number `factor * name + offset`."""
+    """The number `factor * name + offset`, or `factor * name + minor + offset` with 0 <= minor < factor."""
 
     name: str
     factor: int = 1
     offset: int = 0
+    minor: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, self.minor) if self.minor else (self.name,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,9 @@ class Template:
         for piece in self.pieces:
             if isinstance(piece, Index):
                 number, rest = divmod(int(next(groups)) - piece.offset, piece.factor)
-                if rest or number < 0 or numbers.setdefault(piece.name, number) != number:
+                if number < 0 or numbers.setdefault(piece.name, number) != number:
+                    return None
+                if numbers.setdefault(piece.minor, rest) != rest if piece.minor else rest:
                     return None
             elif isinstance(piece, Wild):
                 wilds.append(self._raw(next(groups), piece.deep))
@@ -103,15 +111,16 @@ class Template:
         return tuple(unescape_part(part) if self.side == "flax" and "~" in part else part for part in parts)
 
     def render(self, numbers: Mapping[str, int], wilds: Wilds) -> str | None:
-        """The key of a binding; None where a number would be negative."""
+        """The key of a binding; None where a number would be negative, or a minor index beyond its group."""
         out: list[str] = []
         texts = iter(wilds)
         separator = SEPARATOR[self.side]
         swallow = False
         for piece in self.pieces:
             if isinstance(piece, Index):
-                number = piece.factor * numbers[piece.name] + piece.offset
-                if number < 0:
+                minor = numbers[piece.minor] if piece.minor else 0
+                number = piece.factor * numbers[piece.name] + minor + piece.offset
+                if number < 0 or minor >= piece.factor:
                     return None
                 out.append(str(number))
             elif isinstance(piece, Wild):
@@ -170,7 +179,10 @@ def _token(token: str, text: str) -> Piece:
     factor = int(found["a"] or found["a2"] or 1)
     if factor == 0:
         raise RulesError(f"{escape(text)!r}: {escape(token)} has factor 0")
-    return Index(found["name"], factor, int(found["b"] or 0) * (-1 if found["sign"] == "-" else 1))
+    minor = found["minor"] or ""
+    if minor and (factor < 2 or minor == found["name"]):
+        raise RulesError(f"{escape(text)!r}: {escape(token)} does not tell its two indices apart; write {{4*i+j}}")
+    return Index(found["name"], factor, int(found["b"] or 0) * (-1 if found["sign"] == "-" else 1), minor)
 
 
 def _joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
@@ -213,7 +225,7 @@ def _compiled(text: str, side: Side, pieces: tuple[Piece, ...]) -> Template:
             whole = isinstance(before, str) and before.endswith(separator)
             if not (whole and isinstance(after, str) and after.startswith(separator)):
                 raise RulesError(f"{escape(text)!r}: ** stands for whole parts; write {separator}**{separator}")
-    names = tuple(dict.fromkeys(piece.name for piece in pieces if isinstance(piece, Index)))
+    names = tuple(dict.fromkeys(name for piece in pieces if isinstance(piece, Index) for name in piece.names))
     wilds = tuple(piece.deep for piece in pieces if isinstance(piece, Wild))
     shape = _DIGITS.sub("0", "".join("0" if isinstance(p, Index) else p if isinstance(p, str) else "" for p in pieces))
     # In a shape a run of digits is one 0, also where a literal's digits touch an index.
