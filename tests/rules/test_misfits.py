@@ -132,6 +132,19 @@ def test_grouped_heads_in_the_message():
         assert said in found.what
 
 
+def test_a_missing_rule_is_a_policy_for_what_is_left():
+    rules = [{"torch": "b.weight", "flax": "b/bias", "layout": "identity"}, {"flax": "**/bias", "missing": "zeros"}]
+    found = outcome(rules, abstract({"b.weight": (4,)}, "torch"), abstract({"a/bias": (3,), "b/bias": (4,)}, "flax"))
+    assert not found.proposal.failures
+    assert found.missing == {"a/bias": "zeros", "b/bias": "zeros"}
+
+
+def test_rules_alone_that_make_a_leaf_of_a_folder():
+    rules = [{"torch": "a.weight", "flax": "x"}, {"torch": "b.weight", "flax": "x/kernel"}]
+    found = outcome(rules, abstract({"a.weight": (4,), "b.weight": (4, 3)}, "torch"), None, "flax").proposal
+    assert [(f.key, f.what) for f in found.failures] == [("x", "would be a leaf and a subtree")]
+
+
 def test_two_rules_for_one_key():
     rules = [
         {"torch": "a.*", "flax": "fc/*"}, {"torch": "a.weight", "drop": "no"},

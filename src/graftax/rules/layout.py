@@ -113,7 +113,10 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: Piece) -> Laid:
     specs = TensorSpec(left, "float32"), TensorSpec(right, "float32")
     roles, modules = piece.roles, piece.modules
     found = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1], rule.layout or None)
-    if not found and any(modules):  # the rule outranks a module that the table does not join to the other
+    if not found and any(modules):
+        live = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1]) if all(modules) else []
+        if live and live[0].by == "modules":  # live modules outrank rules
+            raise LayoutError(f"layout {rule.layout!r} contradicts the live modules: {', '.join(live[0].evidence)}")
         found = leaf_connections(roles[0], specs[0], roles[1], specs[1], layout=rule.layout or None)
     if not found:
         ops = named_ops(rule.layout, len(left)) if rule.layout else None

@@ -1,0 +1,218 @@
+"""Entries of one rule: every group of keys with its ops, bound to its shapes and turned into the port's direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graftax.errors import Failure, GraftaxError, LayoutError, escape
+from graftax.ops import Op, Specs, bind_chain, infer_chain, invert_chain
+from graftax.plans import Entry
+from graftax.rules.chain import Case, Chain, build_chain, positions
+from graftax.rules.flatten import NO_TAIL, Tail, conv_tail
+from graftax.rules.grouping import Ends, Group, render_there
+from graftax.rules.layout import role_of
+from graftax.rules.model import LIST, Rule
+from graftax.rules.port import Port
+from graftax.rules.template import SEPARATOR, Template
+from graftax.tree import Module, Side, TensorSpec
+
+NO_MODULES: tuple[Module | None, ...] = (None, None)
+Pair = tuple[tuple[str, ...], ...]
+"""Something for each template of the left and of the right side."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What groups of equal shapes share: ops from source to like, the specs that come out, the order of the stacked
+    keys."""
+
+    ops: tuple[Op, ...]
+    given: Specs
+    order: tuple[str, ...]
+    evidence: tuple[str, ...]
+    assumes: tuple[str, ...]
+
+
+class Builder:
+    """The entries of one rule. Groups of equal shapes share their ops."""
+
+    __slots__ = ("assumed", "ends", "fixed", "forward", "joined", "listed", "made", "roles", "rule", "sides", "stacked")
+
+    def __init__(self, rule: Rule, ends: Port, joined: Ends, forward: bool) -> None:
+        self.rule, self.ends, self.joined, self.forward = rule, ends, joined, forward
+        self.sides: tuple[Side, Side] = ends.sides if forward else (ends.sides[1], ends.sides[0])
+        self.listed = LIST in rule.stack or (rule.ops is not None and LIST in rule.ops.placed)
+        self.stacked = tuple(name for name in (*rule.left_indices, *rule.right_indices)
+                             if (name in rule.left_indices) != (name in rule.right_indices))  # fmt: skip
+        ends_of = (joined.here, joined.there) if forward else (joined.there, joined.here)
+        self.roles = tuple(
+            tuple(_fixed_role(template, side) for template in templates)
+            for templates, side in zip(ends_of, self.sides, strict=True)
+        )
+        self.fixed = all(role for known in self.roles for role in known)
+        self.made: dict[object, _Made | LayoutError] = {}
+        self.assumed: dict[str, list[str]] = {}
+
+    def add(self, group: Group) -> None:
+        """The group's entry, or the failure that says why there is none."""
+        rule, ends = self.rule, self.ends
+        fault = self._count_there(group)
+        if fault is not None:
+            ends.failures.append(fault)
+            ends.broken.append(Entry(group.here.all, group.there.all, (), (rule.evidence,)))
+            return
+        try:
+            made = self._made(group)
+        except GraftaxError as error:
+            self._refuse(error, group.here.all, group.there.all)
+            return
+        sources = group.here.ordered(made.order, len(self.joined.here))
+        targets = group.there.ordered(made.order, len(self.joined.there))
+        clash = ends.claim(rule, sources, targets)
+        if clash:
+            ends.failures += clash
+            return
+        ends.entries.append(Entry(sources, targets, made.ops, made.evidence))
+        if ends.like is None:
+            ends.targets.update(zip(targets, made.given, strict=True))
+        for text in made.assumes:
+            names = sources if self.forward else targets
+            self.assumed.setdefault(f"{_some(names)} is {text}", []).extend(targets)
+
+    def _made(self, group: Group) -> _Made:
+        """The ops of a group; groups of equal specs, roles and modules share them. LayoutError."""
+        left, right = (group.here, group.there) if self.forward else (group.there, group.here)
+        source, like = self.ends.source.specs, self.ends.like
+        keys = left.first(len(self.rule.left)), right.first(len(self.rule.right))
+        roles = self.roles
+        if not self.fixed:
+            roles = tuple(
+                tuple(fixed or role_of(key, side) for fixed, key in zip(known, names, strict=True))
+                for known, names, side in zip(self.roles, keys, self.sides, strict=True)
+            )
+        modules = self._modules(keys, roles)
+        at: object
+        if len(group.here.found) == len(group.there.found) == 1:
+            shape = None if like is None else like.specs[keys[1 if self.forward else 0][0]].shape
+            at = (source[keys[0 if self.forward else 1][0]], shape, roles, modules and tuple(map(id, modules)))
+        else:
+            wanted = () if like is None else ((at, like.specs[key].shape) for at, key in group.there.found.items())
+            given = tuple((at, source[key]) for at, key in group.here.found.items())
+            at = (given, tuple(wanted), len(group.there.found), roles, tuple(map(id, modules)))
+        known = self.made.get(at)
+        if known is None:
+            try:
+                known = self._build(group, keys, roles, modules)
+            except LayoutError as error:
+                known = error
+            self.made[at] = known
+        if isinstance(known, LayoutError):
+            raise known
+        return known
+
+    def _count_there(self, group: Group) -> Failure | None:
+        """Where the other side has to be made up, the stacked axis says how many keys it gets."""
+        there = group.there
+        if len(there.values) == len(there.names):
+            return None
+        shape = self.ends.source[group.here.first(len(self.joined.here))[0]].shape
+        names = self.stacked + ((LIST,) if self.listed else ())
+        axes = positions(self.rule, names, len(shape))
+        for name in there.names:
+            there.values.setdefault(name, tuple(range(shape[axes[name]])))
+        return render_there(self.rule, self.joined, group)
+
+    def _build(self, group: Group, keys: Pair, roles: Pair, modules: tuple[Module | None, ...]) -> _Made:
+        left, right = (group.here, group.there) if self.forward else (group.there, group.here)
+        counts = {**left.counts(), **right.counts()}
+        if self.listed:
+            counts[LIST] = max(len(self.rule.left), len(self.rule.right))
+        ends = (self.ends.source, self.ends.like) if self.forward else (self.ends.like, self.ends.source)
+        shapes = [
+            None if end is None else tuple(end[key].shape for key in names)
+            for end, names in zip(ends, keys, strict=True)
+        ]
+        case = Case(
+            shapes[0], shapes[1], counts, roles[0], roles[1], self.sides, (modules[0], modules[1]), self._tail()
+        )
+        chain = build_chain(self.rule, case)
+        sources = group.here.ordered(chain.order, len(self.joined.here))
+        targets = group.there.ordered(chain.order, len(self.joined.there))
+        ops, given = self._bound(chain, sources, targets)
+        return _Made(ops, given, chain.order, (self.rule.evidence, *chain.evidence), chain.assumes)
+
+    def _modules(self, keys: Pair, roles: Pair) -> tuple[Module | None, ...]:
+        """The live modules of the first keys, where those hold them under the same role."""
+        if not any(self.ends.holders):
+            return NO_MODULES
+        holders = self.ends.holders if self.forward else self.ends.holders[::-1]
+        out: list[Module | None] = []
+        for names, parts, held in zip(keys, roles, holders, strict=True):
+            module = held.get(names[0])
+            out.append(module if module and module.leaves.get(parts[0]) == names[0] else None)
+        return tuple(out)
+
+    def _tail(self) -> Tail:
+        if not self.rule.flatten:
+            return NO_TAIL
+        if self.forward not in self.ends.tails:
+            left = self.ends.source if self.forward else self.ends.like
+            end, side = (self.ends.source, self.ends.sides[0]) if left is None else (left, self.sides[0])
+            self.ends.tails[self.forward] = conv_tail(end.specs, side)
+        return self.ends.tails[self.forward]
+
+    def _bound(self, chain: Chain, sources: Sequence[str], targets: Sequence[str]) -> tuple[tuple[Op, ...], Specs]:
+        """The ops from source to like, bound, and the specs they give. LayoutError where the shapes do not come out."""
+        given = tuple(self.ends.source[name] for name in sources)
+        like = self.ends.like
+        dtype = given[0].dtype
+        wanted = None if like is None else tuple(TensorSpec(like[name].shape, dtype) for name in targets)
+        if self.forward:
+            ops, found = bind_chain(chain.ops, given)
+        else:
+            left = wanted or infer_chain(invert_chain(chain.ops), given)
+            ops, back = bind_chain(chain.ops, left)
+            _compare(back, given, sources)
+            ops, found = bind_chain(invert_chain(ops), given)
+        if wanted is not None:
+            _compare(found, wanted, targets)
+        return ops, found
+
+    def _refuse(self, error: GraftaxError, sources: Sequence[str], targets: Sequence[str]) -> None:
+        self.ends.claim(self.rule, sources, targets)
+        self.ends.broken.append(Entry(tuple(sources), tuple(targets), (), (self.rule.evidence,)))
+        key = f"{_some(sources)} -> {_some(targets) or ', '.join(self.rule.right if self.forward else self.rule.left)}"
+        text, hint = str(error).partition("\n")[0], f"Check {_culprit(self.rule)}{self.rule.where}."
+        if error.failures:  # the layer table refuses, with a reason and often a rewrite
+            text, hint = error.failures[0].what, f"{error.failures[0].next} {hint}".strip()
+        self.ends.failures.append(Failure(text, self.ends.source.label, key, next=hint))
+
+
+def _fixed_role(template: Template, side: Side) -> str:
+    """The role that every key of the template has; '' where its last part varies."""
+    last = template.pieces[-1]
+    return role_of(last, side) if isinstance(last, str) and SEPARATOR[side] in last else ""
+
+
+def _compare(found: Specs, wanted: Specs, names: Sequence[str]) -> None:
+    if len(found) != len(wanted):
+        raise LayoutError(f"the rule gives {len(found)} tensors for {len(wanted)} keys")
+    for have, want, name in zip(found, wanted, names, strict=True):
+        if have.shape != want.shape:
+            raise LayoutError(f"{escape(name)} comes out as {have.shape}, not {want.shape}")
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _culprit(rule: Rule) -> str:
+    """The key of the rule that most likely has to change."""
+    said = (
+        ("heads", rule.heads is not None and rule.fused != ""), ("flatten", rule.flatten), ("ops", rule.ops),
+        ("stack", rule.stack), ("fused", rule.fused), ("layout", rule.layout), ("heads", rule.heads is not None),
+        ("repeat", rule.repeat), ("pad", rule.pad),
+    )  # fmt: skip
+    return next((f"`{name}` in " for name, given in said if given), "")

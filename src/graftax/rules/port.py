@@ -1,0 +1,54 @@
+"""The state of one port by rules: both ends, and what the rules have made of them so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from graftax.errors import Failure
+from graftax.plans import Assumption, Entry
+from graftax.rules.flatten import Tail
+from graftax.rules.model import Rule
+from graftax.rules.template import KeyIndex
+from graftax.tree import Checkpoint, Module, Side, TensorSpec
+
+
+@dataclass(slots=True)
+class Port:
+    """Both ends of the port, and what the rules have made of them so far."""
+
+    source: Checkpoint
+    like: Checkpoint | None
+    sides: tuple[Side, Side]
+    source_index: KeyIndex
+    like_index: KeyIndex | None
+    holders: tuple[Mapping[str, Module], Mapping[str, Module]]
+    tails: dict[bool, Tail] = field(default_factory=dict[bool, Tail])
+    entries: list[Entry] = field(default_factory=list[Entry])
+    broken: list[Entry] = field(default_factory=list[Entry])
+    failures: list[Failure] = field(default_factory=list[Failure])
+    assumptions: list[Assumption] = field(default_factory=list[Assumption])
+    missing: dict[str, str] = field(default_factory=dict[str, str])
+    targets: dict[str, TensorSpec] = field(default_factory=dict[str, TensorSpec])
+    claimed: tuple[dict[str, Rule], dict[str, Rule]] = field(default_factory=lambda: ({}, {}))
+
+    @property
+    def like_label(self) -> str:
+        return self.like.label if self.like is not None else "the rules"
+
+    def claim(self, rule: Rule, sources: Iterable[str], targets: Iterable[str]) -> list[Failure]:
+        """Note who speaks for these keys; a failure for each that another rule, or this one, has already."""
+        out: list[Failure] = []
+        for keys, claimed, label in (
+            (sources, self.claimed[0], self.source.label),
+            (targets, self.claimed[1], self.like_label),
+        ):
+            for key in keys:
+                other = claimed.get(key)
+                claimed[key] = rule if other is None else other
+                if other is not None:
+                    text, hint = f"is named by {other.where} and by {rule.where}", "narrow one of the two"
+                    if other is rule:
+                        text, hint = f"is named twice by {rule.where}", "name it once"
+                    out.append(Failure(text, label, key, next=f"A key stands in one entry: {hint}."))
+        return out
