@@ -10,9 +10,11 @@ from graftax.match.choose import Choice
 from graftax.match.engine import Ends, Result, match
 from graftax.match.groups import GroupLink
 from graftax.match.hints import head_count, read_hints
+from graftax.match.kinds import Kinds
 from graftax.match.names import Lexicon, lexicon
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.questions import questions
+from graftax.match.recurrent import Recurrent, recurrent
 from graftax.match.ties import find_ties, tied_to
 from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal
@@ -53,6 +55,8 @@ def _infer(
     hidden = {name for names in ties.values() for name in names[1:]}
     t_skip, f_skip = (filled, taken) if turned else (taken, filled)
     torch, flax = (like, source) if turned else (source, like)
+    cells = recurrent(torch, flax, taken | filled, turned, lex) if source_side != like_side else Recurrent()
+    t_skip, f_skip = t_skip | cells.torch, f_skip | cells.flax
     ends = Ends(
         torch.specs,
         flax.specs,
@@ -64,9 +68,11 @@ def _infer(
         hints.styles,
         head_count(source.config) or head_count(like.config),
         ties,
+        Kinds.of(torch, flax),
     )
     result = match(ends, lex)
-    entries = [e for e in _entries(result, ties, turned) if not filled.intersection(e.targets)]
+    entries = list(cells.entries)
+    entries += [e for e in _entries(result, ties, turned) if not filled.intersection(e.targets)]
     used = {name for entry in entries for name in entry.sources}
     if source_side == "torch":
         entries += _tied_leftovers(source, free, used, ties, entries, reads)
@@ -77,7 +83,9 @@ def _infer(
         ]
     words = (source_side, like_side) if source_side != like_side else ("source", "target")
     asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned)
-    return Proposal(tuple(entries), tuple(asked), tuple(assumptions(result, entries)), (), tuple(reads))
+    asked += cells.questions
+    failures = tuple(cells.failures)
+    return Proposal(tuple(entries), tuple(asked), tuple(assumptions(result, entries)), failures, tuple(reads))
 
 
 def _entries(result: Result, ties: dict[str, tuple[str, ...]], turned: bool) -> list[Entry]:

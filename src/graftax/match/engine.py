@@ -14,6 +14,7 @@ from graftax.match.idioms import has_experts
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, in_order, out_of_order
 from graftax.match.pairs import Link, Pair, Scope, candidates, fit, wrapper_words
+from graftax.match.kinds import Kinds
 from graftax.match.leftovers import single_out
 from graftax.match.sides import Family, Key, Module, SideView, Token, tokens_of, view
 from graftax.match.stacks import outer_prefix, stackable, virtual
@@ -70,6 +71,7 @@ class Ends:
     styles: Mapping[str, str] = field(default_factory=dict[str, str])
     heads: int | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+    kinds: Kinds = field(default_factory=Kinds)
 
 
 def match(ends: Ends, lex: Lexicon) -> Result:
@@ -114,7 +116,7 @@ def match(ends: Ends, lex: Lexicon) -> Result:
     habits = Habits()
     for scope in scopes:
         scope.wrappers, scope.experts = wrappers, experts
-        result.settled.append(_settle(scope, ends.anchors))
+        result.settled.append(_settle(scope, ends))
     apart = _settle_apart(result.settled, root, ends)
     if apart is not None:
         result.settled.append(apart)
@@ -127,7 +129,8 @@ def match(ends: Ends, lex: Lexicon) -> Result:
     for item in result.settled:
         for pair in item.taken:
             for link in pair.links:
-                choice = choose(link, pair, item.scope, habits)
+                known = ends.kinds.reading(pair, link) if ends.kinds else None
+                choice = Choice(*known) if known is not None else choose(link, pair, item.scope, habits)
                 said = ends.anchors.keys() >= {path for paths in link.torch.paths.values() for path in paths}
                 trap = None if said else traps.get(id(pair.torch))
                 item.choices[id(link)] = trapped(link, choice, trap) if trap is not None else choice
@@ -272,12 +275,14 @@ def _stack_into(left: list[Family], scopes: dict[tuple[Token, ...], Scope], torc
     return lost
 
 
-def _settle(scope: Scope, anchors: Mapping[str, str]) -> Settled:
+def _settle(scope: Scope, ends: Ends) -> Settled:
     pairs = candidates(scope)
     trusted = not out_of_order(pairs)
     if not trusted:
         pairs = candidates(scope, numbers=False)
-    forced = _forced(scope, pairs, anchors) if anchors else []
+    for pair in pairs if ends.kinds else ():
+        pair.blocked = pair.blocked or ends.kinds.clash(pair)
+    forced = _forced(scope, pairs, ends.anchors) if ends.anchors else []
     taken, board = decide(pairs, scope.root, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
     return Settled(scope, taken, board)
 
@@ -303,7 +308,7 @@ def _settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | 
         return None
     scope = Scope(left, right, [((), ())], True, root.same, root.lex)
     scope.wrappers, scope.experts = root.wrappers, root.experts
-    found = _settle(scope, ends.anchors)
+    found = _settle(scope, ends)
     crossing = [p for p in found.taken if origin[id(p.torch)][0] is not origin[id(p.flax)][0]]
     for pair in crossing:
         for module in (pair.torch, pair.flax):

@@ -193,7 +193,8 @@ def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexi
     for _ in range(3):
         counts: defaultdict[Token, int] = defaultdict(int)
         for path in paths:
-            counts[path[0]] += bool(path)
+            if path:  # the root itself has no words
+                counts[path[0]] += 1
         first = max(counts, key=lambda token: counts[token], default=None)
         if not isinstance(first, str) or 2 * counts[first] < len(modules):
             break

@@ -1,0 +1,242 @@
+"""What the layer table settles before names are read: a tree that is one layer, and the layers whose leaves fit no
+one-to-one reading (recurrent cells, weight and spectral norm), where only one pairing is possible or names are equal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from graftax.errors import Failure, LayoutError, escape
+from graftax.layers import Connection, Part, connect, known_kind
+from graftax.ops import invert_chain
+from graftax.plans import Assumption, Entry, Proposal
+from graftax.tree import Checkpoint, Module, Side, split_path
+
+ONE_LAYER = 64
+"""A tree of at most this many leaves may be one layer (a bidirectional LSTM of four layers has 32)."""
+CHECK = "compare the outputs of both models on one input"
+
+_RECURRENT = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?")
+_REPARAMETRISED = re.compile(
+    r"(?:weight|bias)_(?:g|v|orig|u)|parametrizations[./]weight[./](?:original[01]?|0[./]_[uv])"
+)
+_GATES = frozenset("ii if if_ ig io hi hf hg ho ir iz in hr hz hn i h dense_i dense_h".split())
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A module whose leaves go together: `roles` below `path`."""
+
+    path: str
+    roles: Mapping[str, str]
+    module: Module | None
+
+
+def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side: Side, settled: Proposal) -> Proposal:
+    """Entries source -> like for what the layer table settles; a refusal of the table is a failure that holds its keys.
+
+    `settled`: what rules have decided; its keys are left alone. Nothing is proposed where both ends are of one side.
+    """
+    if source_side == like_side:
+        return Proposal()
+    turned = source_side == "flax"
+    torch, flax = (like, source) if turned else (source, like)
+    known = (*settled.entries, *settled.broken)
+    taken = {name for entry in known for name in (*entry.sources, *entry.targets)}
+    free_torch = [name for name in torch if name not in taken]
+    free_flax = [name for name in flax if name not in taken]
+    whole = Owner("", _below(free_torch, "", "torch"), torch.modules.get(""))
+    whole_flax = Owner("", _below(free_flax, "", "flax"), flax.modules.get(""))
+    if 0 < len(free_torch) <= ONE_LAYER and 0 < len(free_flax) <= ONE_LAYER:
+        found = _settled(whole, whole_flax, torch, flax)
+        if isinstance(found, Failure):
+            return _refused(found, whole, whole_flax, turned)
+        if found is not None:
+            return _proposal([found], turned)
+    return _composites(torch, flax, free_torch, free_flax, turned)
+
+
+# ---------------------------------------------------------------- owners
+
+
+def _below(names: Iterable[str], prefix: str, side: Side) -> dict[str, str]:
+    """role -> full path of the leaves below `prefix`; a Flax role has no collection."""
+    out: dict[str, str] = {}
+    for name in names:
+        plain = _plain(name) if side == "flax" else name
+        start = prefix + ("/" if side == "flax" else ".") if prefix else ""
+        if plain.startswith(start):
+            out[plain[len(start) :]] = name
+    return out
+
+
+def _plain(path: str) -> str:
+    head, slash, rest = path.partition("/")
+    return rest if slash and head in ("params", "batch_stats") else path
+
+
+def _torch_owners(names: list[str], pattern: re.Pattern[str], torch: Checkpoint) -> list[Owner]:
+    """Modules that own a leaf whose role the pattern names."""
+    prefixes: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for cut in (1, 3, 4):  # weight_g; parametrizations.weight.original0; parametrizations.weight.0._u
+            if len(parts) >= cut and pattern.fullmatch(".".join(parts[-cut:])):
+                prefixes[".".join(parts[:-cut])] = None
+    return [Owner(p, _below(names, p, "torch"), torch.modules.get(p)) for p in prefixes]
+
+
+def _flax_cells(names: list[str]) -> list[str]:
+    """Paths (no collection) of recurrent cells: modules whose children are gates, two at least."""
+    gates: dict[str, set[str]] = {}
+    for name in names:
+        parts = _plain(name).split("/")
+        if len(parts) >= 2 and parts[-2] in _GATES and parts[-1] in ("kernel", "bias"):
+            gates.setdefault("/".join(parts[:-2]), set()).add(parts[-2])
+    return [path for path, found in gates.items() if len(found) > 1]
+
+
+def _ancestors(path: str) -> list[str]:
+    """The path and everything above it, the root last."""
+    parts = path.split("/") if path else []
+    return ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+# ---------------------------------------------------------------- composites
+
+
+def _composites(
+    torch: Checkpoint, flax: Checkpoint, free_torch: list[str], free_flax: list[str], turned: bool
+) -> Proposal:
+    """Recurrent layers against the cells below some Flax module, and reparametrised layers against theirs: taken where
+    the pairing is the only one on both sides, or the only one with equal names."""
+    owners = _torch_owners(free_torch, _RECURRENT, torch) + _torch_owners(free_torch, _REPARAMETRISED, torch)
+    if not owners:
+        return Proposal()
+    cells = _flax_cells(free_flax)
+    groups: dict[tuple[str, ...], Owner] = {}
+    for top in dict.fromkeys(a for path in (*cells, *_scaled(free_flax)) for a in _ancestors(path)):
+        owner = Owner(top, _below(free_flax, top, "flax"), flax.modules.get(top))
+        groups.setdefault(tuple(owner.roles.values()), owner)
+        inner = [p for p in cells if p == top or p.startswith(f"{top}/") or not top]
+        only = {role: path for role, path in owner.roles.items() if any(_in(path, cell) for cell in inner)}
+        groups.setdefault(tuple(only.values()), Owner(top, only, None if len(inner) != 1 else flax.modules.get(inner[0])))
+    fits: list[tuple[Owner, Owner, Connection]] = []
+    refusals: list[tuple[Failure, Owner, Owner]] = []
+    for owner in owners:
+        for group in groups.values():
+            found = _settled(owner, group, torch, flax) if group.roles else None
+            if isinstance(found, Failure):
+                refusals.append((found, owner, group))
+            elif found is not None:
+                fits.append((owner, group, found))
+    taken = _pairs(fits)
+    proposal = _proposal([connection for _, _, connection in taken], turned)
+    if not fits and len(owners) == 1 and refusals:
+        refused = _refused(*refusals[0], turned)
+        return Proposal(proposal.entries, (), proposal.assumptions, refused.failures, (), refused.broken)
+    return proposal
+
+
+def _scaled(names: list[str]) -> list[str]:
+    """Modules above Flax's weight-norm scales and spectral-norm vectors."""
+    out: list[str] = []
+    for name in names:
+        parts = _plain(name).split("/")
+        if parts[-1].endswith(("~1kernel~1scale", "~1kernel~1u", "kernel~1u", "~1scale")) or "scales" in parts[:-1]:
+            out.append("/".join(parts[:-2]))
+    return out
+
+
+def _in(path: str, cell: str) -> bool:
+    plain = _plain(path)
+    return plain.startswith(f"{cell}/") if cell else True
+
+
+def _pairs(fits: list[tuple[Owner, Owner, Connection]]) -> list[tuple[Owner, Owner, Connection]]:
+    """Pairs with equal names first, then pairs that are the only one on both sides; each leaf once."""
+    out: list[tuple[Owner, Owner, Connection]] = []
+    rest = list(fits)
+    for rule in (_same_names, None):
+        while True:
+            open_ = [f for f in rest if rule is None or rule(f[0], f[1])]
+            alone = [
+                f
+                for f in open_
+                if sum(g[0] is f[0] for g in open_) == 1 and not any(g[0] is not f[0] and _share(g, f) for g in open_)
+            ]
+            if not alone:
+                break
+            out.append(alone[0])
+            rest = [g for g in rest if g[0] is not alone[0][0] and not _share(g, alone[0])]
+    return out
+
+
+def _share(a: tuple[Owner, Owner, Connection], b: tuple[Owner, Owner, Connection]) -> bool:
+    return bool(set(a[1].roles.values()) & set(b[1].roles.values()))
+
+
+def _same_names(torch: Owner, flax: Owner) -> bool:
+    return _words(torch.path, "torch") == _words(flax.path, "flax")
+
+
+def _words(path: str, side: Side) -> list[str]:
+    return [w for part in split_path(path, side) for w in re.findall(r"[a-z]+|\d+", part.lower())]
+
+
+# ---------------------------------------------------------------- connections
+
+
+def _settled(torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> Connection | Failure | None:
+    """The one connection of the two that something speaks for; a Failure where the table refuses; None for neither."""
+    live = _kind_of(flax, flax_end)
+    parts = (
+        Part(torch.path, "torch", torch.roles, torch_end.specs, torch.module),
+        Part(flax.path, "flax", flax.roles, flax_end.specs, live),
+    )
+    try:
+        found = connect(*parts)
+    except LayoutError as error:
+        return error.failures[0] if error.failures else Failure(str(error), key=torch.path)
+    if not found or (len(found) > 1 and found[0].by == found[1].by):
+        return None
+    if found[0].by == "shape" and len(found) > 1:
+        return None
+    return found[0]
+
+
+def _kind_of(owner: Owner, end: Checkpoint) -> Module | None:
+    """The live module that speaks for the owner: its own, or the one known kind of the modules inside it."""
+    if owner.module is not None and known_kind(owner.module, "flax"):
+        return owner.module
+    paths = set(owner.roles.values())
+    inside = [m for m in end.modules.values() if m.leaves and paths.issuperset(m.leaves.values())]
+    known = [m for m in inside if known_kind(m, "flax")]
+    outer = [m for m in known if not any(m is not n and set(m.leaves.values()) < set(n.leaves.values()) for n in known)]
+    kinds = {known_kind(m, "flax") for m in outer}
+    covered = {path for m in outer for path in m.leaves.values()}
+    return outer[0] if len(kinds) == 1 and covered == paths else None
+
+
+def _proposal(found: Iterable[Connection], turned: bool) -> Proposal:
+    entries: list[Entry] = []
+    assumptions: list[Assumption] = []
+    for connection in found:
+        why = (f"layer table: {connection.layer}", *connection.evidence)
+        for entry in connection.entries:
+            made = Entry(entry.sources, entry.targets, entry.ops, why)
+            entries.append(
+                Entry(made.targets, made.sources, invert_chain(made.ops), made.evidence) if turned else made
+            )
+        names = tuple(name for entry in connection.entries for name in (entry.sources if turned else entry.targets))
+        assumptions += [Assumption(text, CHECK, names) for text in connection.assumes]
+    return Proposal(tuple(entries), (), tuple(assumptions))
+
+
+def _refused(failure: Failure, torch: Owner, flax: Owner, turned: bool) -> Proposal:
+    """A refusal: nothing of the two is asked about besides."""
+    ends = (tuple(flax.roles.values()), tuple(torch.roles.values()))
+    sources, targets = ends if turned else ends[::-1]
+    shown = Failure(failure.what, failure.file, escape(failure.key), failure.expected, failure.found, failure.next)
+    return Proposal(failures=(shown,), broken=(Entry(sources, targets),))

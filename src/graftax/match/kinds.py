@@ -1,0 +1,93 @@
+"""Live modules as evidence: kinds that cannot be one, and the reading that the layer table gives for two kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from graftax.errors import LayoutError
+from graftax.layers.base import Part
+from graftax.layers.connect import connect, known_kind, rows_for, settled
+from graftax.match.pairs import Label, Link, Pair
+from graftax.match.sides import Module
+from graftax.tree import Checkpoint, Side
+from graftax.tree import Module as Live
+
+_LABELS: tuple[tuple[str, str], ...] = (
+    ("linear, out split", "heads (h d) i -> i h d"),
+    ("linear, in merged", "heads o (h d) -> h d o"),
+    ("linear", "linear"),
+    ("embedding", "identity"),
+    ("conv_transpose default", "conv_transpose default"),
+    ("conv_transpose", "conv"),
+    ("conv", "conv"),
+    ("identity", "identity"),
+)
+"""Variants of the layer table -> readings: an exact variant first, else by its first words."""
+
+
+@dataclass(slots=True)
+class Kinds:
+    """The live modules of both ends, by the leaves they hold directly."""
+
+    torch: Mapping[str, Live] = field(default_factory=dict[str, Live])
+    flax: Mapping[str, Live] = field(default_factory=dict[str, Live])
+    ends: tuple[Checkpoint, Checkpoint] | None = None
+
+    @classmethod
+    def of(cls, torch: Checkpoint, flax: Checkpoint) -> Kinds:
+        return cls(_by_leaf(torch), _by_leaf(flax), (torch, flax))
+
+    def __bool__(self) -> bool:
+        return bool(self.torch or self.flax)
+
+    def clash(self, pair: Pair) -> str:
+        """Why two live kinds cannot be one module; empty where they can, or are not known."""
+        left, right = self._live(pair.torch, True), self._live(pair.flax, False)
+        a, b = known_kind(left, "torch"), known_kind(right, "flax")
+        if a and b and not rows_for(a, b):
+            return f"{a} against {b}"
+        return ""
+
+    def reading(self, pair: Pair, link: Link) -> tuple[Label, str] | None:
+        """The reading that the live kinds settle, and what says so."""
+        if self.ends is None or link.torch.role != "weight" or len(link.labels) < 2:
+            return None
+        left, right = self._live(pair.torch, True), self._live(pair.flax, False)
+        if not known_kind(left, "torch") and not known_kind(right, "flax"):
+            return None
+        parts = _part("torch", pair.torch, self.ends[0], left), _part("flax", pair.flax, self.ends[1], right)
+        try:
+            found = settled(connect(*parts, partial=True))
+        except LayoutError:
+            return None
+        if found is None or found.by != "modules":
+            return None
+        for variant, reading in _LABELS:
+            if found.variant == variant or found.variant.startswith(f"{variant} "):
+                label = next((known for known in sorted(link.labels) if known[1] == reading), None)
+                if label is not None:
+                    return label, f"module kinds: {found.evidence[0]}"
+        return None
+
+    def _live(self, module: Module, torch: bool) -> Live | None:
+        table = self.torch if torch else self.flax
+        return table.get(_first(module)) if table else None
+
+
+def _by_leaf(side: Checkpoint) -> dict[str, Live]:
+    """leaf -> the innermost live module that holds it."""
+    out: dict[str, Live] = {}
+    for module in sorted(side.modules.values(), key=lambda m: len(m.path)):
+        out |= dict.fromkeys(module.leaves.values(), module)
+    return out
+
+
+def _first(module: Module) -> str:
+    column = module.roles.get("weight") or next(iter(module.roles.values()))
+    return next(iter(column.paths.values()))[0]
+
+
+def _part(side: Side, module: Module, end: Checkpoint, live: Live | None) -> Part:
+    leaves = {column.leaf: next(iter(column.paths.values()))[0] for column in module.roles.values()}
+    return Part("", side, leaves, end.specs, live)
