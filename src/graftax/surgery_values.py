@@ -364,8 +364,11 @@ def from_checkpoint(
 
     path     a file or folder, an opened checkpoint, or a live tree (a live module knows its layouts)
     key      the tensor's name there; None: the leaf's own path, or the only tensor there is
-    layout   how the donor is laid out, where its shape does not tell: "linear", "conv" or "identity"
+    layout   how the donor is stored, where its shape does not tell: "linear", "conv" or "identity" (`graftax layers`)
     cast     round a floating donor to the leaf's dtype; otherwise another dtype is an error
+
+    One tensor shows nothing of the model around it: the weight behind a flatten of NCHW keeps torch's column order, and
+    fused projections are not split. `gx.port` with rules does these.
     """
     from graftax.surgery.donors import LAYOUTS, FromCheckpoint
 

@@ -147,6 +147,13 @@ def test_heads_are_split_after_the_transpose() -> None:
     state = {"q.weight": torch.from_numpy(weight)}
     out = put((12, 3, 2), state, "q.weight")
     np.testing.assert_array_equal(out, weight.T.reshape(12, 3, 2))
+    square = normal(12, 12)
+    state = {"q.weight": torch.from_numpy(square)}
+    assert 'layout="linear"' in refused((12, 3, 4), state, "q.weight")
+    np.testing.assert_array_equal(put((12, 3, 4), state, "q.weight", "linear"), square.T.reshape(12, 3, 4))
+    live = torch.nn.ModuleDict({"q": torch.nn.Linear(12, 12)})
+    weight = live["q"].weight.detach().numpy()
+    np.testing.assert_array_equal(put((12, 3, 4), live, "q.weight"), weight.T.reshape(12, 3, 4))
 
 
 @pytest.mark.parametrize(

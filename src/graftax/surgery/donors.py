@@ -140,16 +140,35 @@ def layout_ops(
         )
     ways = _connections(donor, key, path, spec, target, layout)
     if side is None and layout is None:  # names that do not tell: it may also be of the leaf's own side
-        return _sideless(donor, key, spec, ways, target.side)
+        return _sideless(donor, key, path, spec, target, ways)
     if not ways:
         raise _misfit(donor, key, spec, layout)
-    best = [way for way in ways if way.by == ways[0].by]
-    known = ways[0].by == "modules"
-    if len(best if known or layout is not None else ways) > 1:
-        raise _needs_layout(donor, key, spec, ways)
-    if layout is None and ways[0].by == "shapes" and _against_convention(donor, key, path, spec, target):
-        raise _needs_layout(donor, key, spec, ways)
+    why = _doubt(donor, key, path, spec, target, ways, layout)
+    if why:
+        raise _needs_layout(donor, key, path, spec, target, why)
     return _ops_of(ways[0], target.side)
+
+
+def _doubt(
+    donor: Checkpoint,
+    key: str,
+    path: str,
+    spec: TensorSpec,
+    target: Target,
+    ways: Sequence[Connection],
+    layout: str | None,
+) -> str:
+    """Why the first way is not the only reading; empty where it is."""
+    if ways[0].by == "modules" or layout is not None:
+        return "it fits in more than one way" if sum(way.by == ways[0].by for way in ways) > 1 else ""
+    if len(ways) > 1:
+        return "it fits in more than one way"
+    torch = donor[key].shape if target.side == "flax" else spec.shape
+    if len(torch) == 2 and torch[0] == torch[1] and ways[0].entries[0].ops:
+        return "it is square, so that (out, in) and (in, out) look alike"
+    if ways[0].by == "shapes" and _against_convention(donor, key, path, spec, target):
+        return "it fits in an unusual way only"
+    return ""
 
 
 def _identity(donor: Checkpoint, key: str, spec: TensorSpec, why: str) -> tuple[Op, ...]:
@@ -203,7 +222,9 @@ def _ops_of(way: Connection, side: Side) -> tuple[Op, ...]:
     return ops if side == "flax" else invert_chain(ops)
 
 
-def _sideless(donor: Checkpoint, key: str, spec: TensorSpec, ways: Sequence[Connection], side: Side) -> tuple[Op, ...]:
+def _sideless(
+    donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, ways: Sequence[Connection]
+) -> tuple[Op, ...]:
     """For a donor whose names do not tell its side: as it is, or as the other side stores it, if only one fits."""
     moved = [way for way in ways if way.entries[0].ops]
     as_it_is = donor[key].shape == spec.shape
@@ -211,9 +232,10 @@ def _sideless(donor: Checkpoint, key: str, spec: TensorSpec, ways: Sequence[Conn
         return ()
     if not as_it_is and not moved:
         raise _misfit(donor, key, spec, None)
-    if as_it_is or len(moved) > 1:
-        raise _needs_layout(donor, key, spec, ways)
-    return _ops_of(moved[0], side)
+    why = "it fits in more than one way" if as_it_is else _doubt(donor, key, path, spec, target, moved, None)
+    if why:
+        raise _needs_layout(donor, key, path, spec, target, why)
+    return _ops_of(moved[0], target.side)
 
 
 def _against_convention(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target) -> bool:
@@ -233,19 +255,22 @@ def _misfit(donor: Checkpoint, key: str, spec: TensorSpec, layout: str | None) -
     )
 
 
-def _needs_layout(donor: Checkpoint, key: str, spec: TensorSpec, ways: Sequence[Connection]) -> PlanError:
+def _needs_layout(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, why: str) -> PlanError:
     """The error that shows every reading, and how to say it."""
-    readings: dict[str, str] = {}
-    for way in ways:
-        name = way.rule.removeprefix('layout = "').removesuffix('"')
-        if name in LAYOUTS:
-            readings.setdefault(name, f'layout="{name}" ({chain_text(way.entries[0].ops)})')
-    if donor[key].shape == spec.shape:
-        readings.setdefault("identity", 'layout="identity" (as it is)')
+    readings: list[str] = []
+    for name in LAYOUTS:
+        if name == "identity":
+            fits = donor[key].shape == spec.shape
+            how = "as it is"
+        else:
+            ways = _connections(donor, key, path, spec, target, name)
+            fits = bool(ways) and not _doubt(donor, key, path, spec, target, ways, name)
+            how = chain_text(ways[0].entries[0].ops) if fits else ""
+        if fits:
+            readings.append(f'layout="{name}" ({how})')
     return PlanError(
-        f"the layout of the donor {escape(key)} {donor[key]} of {escape(donor.label)} is not known: it fits "
-        + ("in more than one way" if len(ways) > 1 or len(readings) > 1 else "in an unusual way only"),
-        next=f"Say {' or '.join(readings.values())}." if readings else "Lay it out, and give the array.",
+        f"the layout of the donor {escape(key)} {donor[key]} of {escape(donor.label)} is not known: {why}",
+        next=f"Say {' or '.join(readings)}." if readings else "Lay it out, and give the array.",
     )
 
 
