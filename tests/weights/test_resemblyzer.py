@@ -25,28 +25,20 @@ DROPPED = """
 """
 
 
-def gates(side: str, leaf: str) -> str:
-    return ", ".join(f'"params/OptimizedLSTMCell_{{i}}/{side}{gate}/{leaf}"' for gate in "ifgo")
-
-
-LINEN = f"""
-  {{ torch = "lstm.weight_ih_l{{i}}", flax = [{gates("i", "kernel")}], fused = "block", layout = "linear" }},
-  {{ torch = "lstm.weight_hh_l{{i}}", flax = [{gates("h", "kernel")}], fused = "block", layout = "linear" }},
-  {{ torch = ["lstm.bias_ih_l{{i}}", "lstm.bias_hh_l{{i}}"], flax = [{gates("h", "bias")}], fused = "sum" }},
-"""
-NNX = """
-  { torch = "lstm.weight_ih_l{i}", flax = "lstm/{i}/cell/dense_i/kernel", layout = "linear" },
-  { torch = "lstm.weight_hh_l{i}", flax = "lstm/{i}/cell/dense_h/kernel", layout = "linear" },
-  { torch = ["lstm.bias_ih_l{i}", "lstm.bias_hh_l{i}"], flax = "lstm/{i}/cell/dense_h/bias", fused = "sum" },
-"""
 SUMMED = tuple((f"lstm.bias_ih_l{i}", f"lstm.bias_hh_l{i}") for i in range(models.LAYERS))
 CASES = [
     Case(
-        "linen", "pretrained.pt", models.Torch, models.linen_like, spectrograms, models.Linen, LINEN + DROPPED,
+        "linen",
+        "pretrained.pt",
+        models.Torch,
+        models.linen_like,
+        spectrograms,
+        models.Linen,
+        DROPPED,
         summed=SUMMED,
     ),
-    Case("nnx", "pretrained.pt", models.Torch, models.nnx_like, spectrograms, rules=NNX + DROPPED, summed=SUMMED),
-]  # fmt: skip
+    Case("nnx", "pretrained.pt", models.Torch, models.nnx_like, spectrograms, rules=DROPPED, summed=SUMMED),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -76,6 +68,6 @@ def test_nothing_is_guessed(ported: Ported) -> None:
 
 
 def test_the_weights_of_the_loss_are_not_dropped_unasked(weights: Weights) -> None:
-    plan = gx.plan(weights("Resemblyzer")["pretrained.pt"], models.nnx_like(), rules=f"rules = [{NNX}]")
+    plan = gx.plan(weights("Resemblyzer")["pretrained.pt"], models.nnx_like())
     asked = {name for question in plan.questions for name in (*question.sources, *question.targets)}
     assert asked == {"similarity_weight", "similarity_bias"}

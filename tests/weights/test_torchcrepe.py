@@ -24,21 +24,11 @@ def sounds(rng: np.random.Generator) -> list[np.ndarray]:
 
 # torch permuted the map to (N, H, C, W) before its flatten, so the classifier's columns are in Flax's order already.
 LINEN = """
-  { torch = "conv{i}.weight", flax = "params/Conv_{i-1}/kernel" },
-  { torch = "conv{i}.bias", flax = "params/Conv_{i-1}/bias" },
-  { torch = "conv{i}_BN.weight", flax = "params/BatchNorm_{i-1}/scale" },
-  { torch = "conv{i}_BN.bias", flax = "params/BatchNorm_{i-1}/bias" },
-  { torch = "conv{i}_BN.running_mean", flax = "batch_stats/BatchNorm_{i-1}/mean" },
-  { torch = "conv{i}_BN.running_var", flax = "batch_stats/BatchNorm_{i-1}/var" },
   { torch = "classifier.weight", flax = "params/Dense_0/kernel", layout = "linear" },
 """
 NNX = """
   { torch = "conv{i}.weight", flax = "convs/{i-1}/kernel", ops = "o i k 1 -> k i o" },
   { torch = "conv{i}.bias", flax = "convs/{i-1}/bias" },
-  { torch = "conv{i}_BN.weight", flax = "norms/{i-1}/scale" },
-  { torch = "conv{i}_BN.bias", flax = "norms/{i-1}/bias" },
-  { torch = "conv{i}_BN.running_mean", flax = "norms/{i-1}/mean" },
-  { torch = "conv{i}_BN.running_var", flax = "norms/{i-1}/var" },
   { torch = "classifier.weight", flax = "classifier/kernel", layout = "linear" },
 """
 CASES = [
