@@ -93,6 +93,18 @@ def test_grouped_transposed_convolution_by_its_bias():
     assert "block-diagonal" in found[0].evidence[0]
 
 
+def test_a_grouped_one_without_a_bias_is_not_taken_for_granted():
+    assert connect(part("torch", weight=(4, 3, 2)), part("flax", kernel=(2, 4, 6))) == []
+    live = part("torch", torch_module("ConvTranspose1d", groups=2), weight=(4, 3, 2))
+    assert ways(connect(live, part("flax", kernel=(2, 4, 6)))) == [("conv_transpose default", "shapes")]
+
+
+def test_a_lone_rnn_and_its_cell():
+    torch = part("torch", torch_module("LSTM"), weight_ih_l0=(12, 5), weight_hh_l0=(12, 3))
+    flax = part("flax", flax_module("RNN"), **{f"cell__{role}": shape for role, shape in LSTM_CELL.items()})
+    assert ways(connect(torch, flax)) == [("one cell", "modules")]
+
+
 def test_wide_kernels_of_three_axes_may_be_heads_or_a_convolution():
     heads = connect(part("torch", weight=(6, 5)), part("flax", kernel=(5, 2, 3)))
     assert ways(heads) == [("linear, out split", "convention")]
@@ -415,3 +427,10 @@ def test_cells_without_an_order_in_their_names_are_a_question():
     assert [order_of(c) for c in found] == [["left", "right"], ["right", "left"]]
     assert settled(found) is None
     assert connect(lstm(2), cells("a", "b", "c", "d")) == []
+
+
+def test_an_incomplete_stack_connects_to_nothing():
+    whole = lstm(2)
+    some = {role: path for role, path in whole.leaves.items() if "l1_reverse" not in role}
+    assert connect(Part("m", "torch", some, whole.specs), cells("c_0", "c_1", "c_2", "c_3")) == []
+    assert connect(whole, cells("c_0", "c_1", "c_2")) == []
