@@ -79,7 +79,9 @@ class Pairing:
         torch, flax = _checkpoint(self.torch, "torch", config), _checkpoint(self.flax, "flax", None)
         return (flax, torch) if reverse else (torch, flax)
 
-    def infer(self, rules: Any = None, reverse: bool = False, config: dict[str, Any] | None = None, **kw: Any) -> Proposal:
+    def infer(
+        self, rules: Any = None, reverse: bool = False, config: dict[str, Any] | None = None, **kw: Any
+    ) -> Proposal:
         """The proposal, the rules' entries included."""
         source, like = self.ends(reverse, config)
         settled = Proposal()
@@ -87,7 +89,9 @@ class Pairing:
             settled = apply_rules(load_rules(rules), source, like, source.side, like.side).proposal
             assert not settled.failures, settled.failures
         found = infer(source, like, source.side, like.side, settled, **kw)
-        return Proposal(settled.entries + found.entries, found.questions, found.assumptions, found.failures, found.reads)
+        return Proposal(
+            settled.entries + found.entries, found.questions, found.assumptions, found.failures, found.reads
+        )
 
     def judge(self, found: Proposal, reverse: bool = False) -> tuple[str, list[str]]:
         """('exact' | 'asks' | 'WRONG', the leaves that differ): asks where a leaf of like is open."""
@@ -108,8 +112,9 @@ class Pairing:
         asked = {name for question in found.questions for name in question.targets}
         return "asks", sorted(set(like) - filled - asked)
 
-
-    def settle(self, reverse: bool = False, config: dict[str, Any] | None = None, limit: int = 12) -> tuple[str, int, int]:
+    def settle(
+        self, reverse: bool = False, config: dict[str, Any] | None = None, limit: int = 12
+    ) -> tuple[str, int, int]:
         """Answer questions by a suggested rule that is right, one at a time: (verdict, answers given, questions first asked)."""
         rules: list[str] = []
         first = 0

@@ -107,14 +107,19 @@ def stored_in_out() -> Case:
     """Rectangular siblings show that this checkpoint stores (in, out); its square one is stored so, too."""
     rows: Case = [(f"h.{L}.{a}.weight", f"params/h_{{i}}/{a}/kernel", s, "")
                   for a, s in (("c_attn", (D, 3 * D)), ("c_fc", (D, F)), ("c_proj", (D, D)))]  # fmt: skip
-    rows += [(f"h.{L}.{a}.bias", f"params/h_{{i}}/{a}/bias", (n,)) for a, n in (("c_attn", 96), ("c_fc", F), ("c_proj", D))]
+    rows += [
+        (f"h.{L}.{a}.bias", f"params/h_{{i}}/{a}/bias", (n,)) for a, n in (("c_attn", 96), ("c_fc", F), ("c_proj", D))
+    ]
     return [*rows, ("lm_head.weight", "params/lm_head/kernel", (99, D), LIN)]
 
 
 def prefixed(rows: Case, torch: str = "", flax: str = "") -> Case:
     out: Case = []
     for a, b, *rest in rows:
-        keys = (f"{torch}{a}" if isinstance(a, str) else a, b.replace("params/", f"params/{flax}", 1) if isinstance(b, str) else b)
+        keys = (
+            f"{torch}{a}" if isinstance(a, str) else a,
+            b.replace("params/", f"params/{flax}", 1) if isinstance(b, str) else b,
+        )
         out.append((*keys, *rest))
     return out
 
@@ -176,7 +181,9 @@ DECIDED["merged numbers"] = [
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["to flax", "to torch"])
 @pytest.mark.parametrize("name", ASKED)
-def test_what_nothing_decides_is_asked_and_one_line_settles_it(pairing: Callable[..., Any], name: str, reverse: bool) -> None:
+def test_what_nothing_decides_is_asked_and_one_line_settles_it(
+    pairing: Callable[..., Any], name: str, reverse: bool
+) -> None:
     pair = pairing(ASKED[name])
     found = pair.infer(reverse=reverse)
     verdict, loose = pair.judge(found, reverse)
@@ -218,9 +225,14 @@ def test_tied_names_are_one_entry_and_the_reading_is_recorded(pairing: Callable[
 
 
 def test_a_decoder_whose_weight_is_tied_brings_its_zero_bias(pairing: Callable[..., Any]) -> None:
-    pair = pairing([("embed.weight", "params/embed/embedding", (99, D)), ("predictions.bias", "params/predictions/bias", (99,))])
+    pair = pairing(
+        [("embed.weight", "params/embed/embedding", (99, D)), ("predictions.bias", "params/predictions/bias", (99,))]
+    )
     pair.torch["predictions.bias"] = pair.flax["params/predictions/bias"] = np.zeros(99, "f4")
-    pair.torch |= {"predictions.decoder.weight": pair.torch["embed.weight"], "predictions.decoder.bias": np.zeros(99, "f4")}
+    pair.torch |= {
+        "predictions.decoder.weight": pair.torch["embed.weight"],
+        "predictions.decoder.bias": np.zeros(99, "f4"),
+    }
     found = pair.infer()
     assert pair.judge(found)[0] == "exact"
     assert {name for entry in found.entries for name in entry.sources} == set(pair.torch)

@@ -48,7 +48,10 @@ def decoder(attn: dict[str, str], mlp: dict[str, str], norms: dict[str, str], en
         ("model.embed_tokens.weight", ends["embed"], (99, D)),
         *[(f"{t}.self_attn.{a}_proj.weight", attn[a], (n, D), IN) for a, n in (("q", D), ("k", 16), ("v", 16))],
         (f"{t}.self_attn.o_proj.weight", attn["o"], (D, D), OUT),
-        *[(f"{t}.mlp.{a}_proj.weight", mlp[a], s, LIN) for a, s in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F)))],
+        *[
+            (f"{t}.mlp.{a}_proj.weight", mlp[a], s, LIN)
+            for a, s in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F)))
+        ],
         (f"{t}.input_layernorm.weight", norms["first"], (D,)),
         (f"{t}.post_attention_layernorm.weight", norms["second"], (D,)),
         ("model.norm.weight", ends["norm"], (D,)),
@@ -160,7 +163,9 @@ def encoder_decoder() -> list[Any]:
     rows += [(f"decoder.block.{L}.layer.1.EncDecAttention.{a}.weight",
               f"params/decoder/layers_{{i}}/encoder_decoder_attention/{b}/kernel", (D, D), LIN) for a, b in roles]  # fmt: skip
     for n, name in enumerate(("pre_attention_layer_norm", "pre_mlp_layer_norm")):
-        rows.append((f"encoder.block.{L}.layer.{n}.layer_norm.weight", f"params/encoder/layers_{{i}}/{name}/scale", (D,)))
+        rows.append(
+            (f"encoder.block.{L}.layer.{n}.layer_norm.weight", f"params/encoder/layers_{{i}}/{name}/scale", (D,))
+        )
     for n, part in enumerate(("self_attention", "cross_attention", "mlp")):
         rows.append((f"decoder.block.{L}.layer.{n}.layer_norm.weight",
                      f"params/decoder/layers_{{i}}/pre_{part}_layer_norm/scale", (D,)))  # fmt: skip
@@ -168,7 +173,10 @@ def encoder_decoder() -> list[Any]:
 
 
 def bottlenecks() -> list[Any]:
-    rows: list[Any] = [("conv1.weight", "params/conv_init/kernel", (8, 3, 7, 7), CONV), *batch_norm("bn1", "bn_init", 8)]
+    rows: list[Any] = [
+        ("conv1.weight", "params/conv_init/kernel", (8, 3, 7, 7), CONV),
+        *batch_norm("bn1", "bn_init", 8),
+    ]
     width, count = 8, 0
     for stage, inner in enumerate((8, 16), 1):
         for j in range(2):

@@ -21,7 +21,29 @@ _RECURRENT = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?")
 _REPARAMETRISED = re.compile(
     r"(?:weight|bias)_(?:g|v|orig|u)|parametrizations[./]weight[./](?:original[01]?|0[./]_[uv])"
 )
-_GATES = frozenset("ii if if_ ig io hi hf hg ho ir iz in hr hz hn i h dense_i dense_h".split())
+_GATES = frozenset(
+    [
+        "ii",
+        "if",
+        "if_",
+        "ig",
+        "io",
+        "hi",
+        "hf",
+        "hg",
+        "ho",
+        "ir",
+        "iz",
+        "in",
+        "hr",
+        "hz",
+        "hn",
+        "i",
+        "h",
+        "dense_i",
+        "dense_h",
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +143,9 @@ def _composites(
         groups.setdefault(tuple(owner.roles.values()), owner)
         inner = [p for p in cells if p == top or p.startswith(f"{top}/") or not top]
         only = {role: path for role, path in owner.roles.items() if any(_in(path, cell) for cell in inner)}
-        groups.setdefault(tuple(only.values()), Owner(top, only, None if len(inner) != 1 else flax.modules.get(inner[0])))
+        groups.setdefault(
+            tuple(only.values()), Owner(top, only, None if len(inner) != 1 else flax.modules.get(inner[0]))
+        )
     fits: list[tuple[Owner, Owner, Connection]] = []
     refusals: list[tuple[Failure, Owner, Owner]] = []
     for owner in owners:
@@ -226,9 +250,7 @@ def _proposal(found: Iterable[Connection], turned: bool) -> Proposal:
         why = (f"layer table: {connection.layer}", *connection.evidence)
         for entry in connection.entries:
             made = Entry(entry.sources, entry.targets, entry.ops, why)
-            entries.append(
-                Entry(made.targets, made.sources, invert_chain(made.ops), made.evidence) if turned else made
-            )
+            entries.append(Entry(made.targets, made.sources, invert_chain(made.ops), made.evidence) if turned else made)
         names = tuple(name for entry in connection.entries for name in (entry.sources if turned else entry.targets))
         assumptions += [Assumption(text, CHECK, names) for text in connection.assumes]
     return Proposal(tuple(entries), (), tuple(assumptions))

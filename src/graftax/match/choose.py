@@ -141,7 +141,7 @@ def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> C
 
 def trapped(link: Link, choice: Choice, trap: Suspect) -> Choice:
     """The choice for a Linear that may be fed by a flattened map: open, unless it concerns the other end only."""
-    if choice.label is None or choice.label[1] != "linear" and not (trap.out and link.torch.role == "bias"):
+    if choice.label is None or (choice.label[1] != "linear" and not (trap.out and link.torch.role == "bias")):
         return choice
     return Choice(None, "", (choice.label,), "flatten", trap)
 

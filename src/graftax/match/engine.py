@@ -11,11 +11,11 @@ from graftax.match.families import FamilyPair, pair_families
 from graftax.match.flatten import suspects
 from graftax.match.groups import Group, find_groups
 from graftax.match.idioms import has_experts
+from graftax.match.kinds import Kinds
+from graftax.match.leftovers import single_out
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, in_order, out_of_order
 from graftax.match.pairs import Link, Pair, Scope, candidates, fit, wrapper_words
-from graftax.match.kinds import Kinds
-from graftax.match.leftovers import single_out
 from graftax.match.sides import Family, Key, Module, SideView, Token, tokens_of, view
 from graftax.match.stacks import outer_prefix, stackable, virtual
 from graftax.tree import Side, TensorSpec

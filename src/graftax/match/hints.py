@@ -27,7 +27,7 @@ def read_hints(entries: Iterable[Entry], turned: bool) -> Hints:
         torch, flax = (entry.targets, entry.sources) if turned else (entry.sources, entry.targets)
         if len(flax) == 1 and torch and not any(isinstance(op, (Concat, Split)) for op in entry.ops):
             out.anchors |= dict.fromkeys(torch, flax[0])
-        elif len(torch) == 1 and flax or len(flax) == 1 and torch:
+        elif (len(torch) == 1 and flax) or (len(flax) == 1 and torch):
             woven = any(isinstance(op, Rearrange) and "(h t d)" in op.pattern for op in entry.ops)
             woven = woven or _woven(entry)
             for name in torch:

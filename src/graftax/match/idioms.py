@@ -54,7 +54,9 @@ def _there_and_back(first: Module, second: Module) -> bool:
         if column is None or set(module.roles) - {"weight", "bias"}:
             return False
         shapes.append(next(iter(column.shapes.values())))
-    return 2 <= len(shapes[0]) == len(shapes[1]) <= 4 and shapes[0] != shapes[1] and sorted(shapes[0]) == sorted(shapes[1])
+    return (
+        2 <= len(shapes[0]) == len(shapes[1]) <= 4 and shapes[0] != shapes[1] and sorted(shapes[0]) == sorted(shapes[1])
+    )
 
 
 def has_experts(modules: Iterable[Module], lex: Lexicon) -> bool:

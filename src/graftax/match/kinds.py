@@ -45,7 +45,7 @@ class Kinds:
         """Why two live kinds cannot be one module; empty where they can, or are not known."""
         left, right = self._live(pair.torch, True), self._live(pair.flax, False)
         a, b = known_kind(left, "torch"), known_kind(right, "flax")
-        if a and b and not rows_for(a, b):
+        if a and b and not any(row.torch and (row.linen or row.nnx) for row in rows_for(a, b)):
             return f"{a} against {b}"
         return ""
 

@@ -51,7 +51,9 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
                 continue
             for left, right, why in _orders(torch, flax, scope, trusted):
                 chosen = [found.get((id(a), id(b))) for a, b in zip(left, right, strict=True)]
-                agreed = [pair for pair in chosen if pair is not None and known.get(id(pair.torch), pair.flax) is pair.flax]
+                agreed = [
+                    pair for pair in chosen if pair is not None and known.get(id(pair.torch), pair.flax) is pair.flax
+                ]
                 fresh = [pair for pair in agreed if id(pair) in waiting]
                 if len(agreed) != len(left) or not fresh or any(pair.blocked and not pair.soft for pair in fresh):
                     continue

@@ -129,7 +129,9 @@ def one_orientation(pairs: list[Pair]) -> list[Pair]:
         if len(covers) == 2:
             if equal["linear"] and equal["identity"]:
                 continue
-            covers = ["identity"] if equal["identity"] else ["linear"] if equal["linear"] or kind == "kernel" else covers
+            covers = (
+                ["identity"] if equal["identity"] else ["linear"] if equal["linear"] or kind == "kernel" else covers
+            )
         if len(covers) == 1:
             pairs = [pair for pair in pairs if only.get(id(pair), covers[0]) == covers[0]]
     return pairs
@@ -196,7 +198,7 @@ def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexi
             if path:  # the root itself has no words
                 counts[path[0]] += 1
         first = max(counts, key=lambda token: counts[token], default=None)
-        if not isinstance(first, str) or 2 * counts[first] < len(modules):
+        if not isinstance(first, str) or counts[first] < 2 or 2 * counts[first] < len(modules):
             break
         out.update(concept for concept in concepts((first,), lex) if concept not in known)
         paths = [path[1:] if path[0] == first else path for path in paths if len(path) > 1]
@@ -398,7 +400,8 @@ def _judge(
     pair.loose = loose_a > 0 or loose_b > 0
     pair.lone = not matched and _numbers_differ(a, b)
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
-    pair.equal = a.raw == b.raw and (scope.numbers or not any(isinstance(token, int) for token in a.raw))
+    counted = any(isinstance(token, int) for token in a.raw) and (ranks_t or ranks_f or not scope.numbers)
+    pair.equal = a.raw == b.raw and (matched or not counted)
     pair.score += 0.3 if pair.equal else 0.0
     pair.telling, pair.any_shared = telling, shared
     if not blocked and loose_a and loose_b and ((not telling and shared < 0.9) or _one_word_apart(a, b)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from graftax.match.choose import Choice
+from graftax.match.choose import Choice, Habits, choose
 from graftax.match.engine import Doubt, Result, Settled, open_links
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
@@ -145,14 +145,23 @@ def _match(
         mine.sort(key=lambda p: (bool(p.blocked), -p.total))
         for pair in mine:
             link = pair.links[0]
-            label = min(link.labels) if len(link.labels) == 1 else _usual(link)
-            rule = column_rule(scope, pair.torch, pair.flax, link, label, sides)
             why = f"names share {', '.join(pair.shared)}" if pair.shared else "fits by shape"
             why += f"; against it: {pair.blocked}" if pair.blocked else ""
-            found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), why))
+            for label in _likely(link, pair, scope):
+                rule = column_rule(scope, pair.torch, pair.flax, link, label, sides, open_=True)
+                found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), why))
     names = ", ".join(fold_names(_paths([next(iter(m.roles.values())) for m in wanted]))[:4])
     text = f"{names}: {len(found)} candidates, and names and structure do not tell which"
     return Question("match", text, targets, sources, tuple(found))
+
+
+def _likely(link: Link, pair: Pair, scope: Scope) -> tuple[Label, ...]:
+    """The readings to offer for a pair that is itself in doubt."""
+    choice = choose(link, pair, scope, Habits())
+    if choice.label is not None:
+        return (choice.label,)
+    known = tuple(label for label in choice.open if label in link.labels)
+    return known[:3] or (_usual(link),)
 
 
 def _usual(link: Link) -> Label:

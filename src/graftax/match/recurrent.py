@@ -57,11 +57,17 @@ def recurrent(torch: Checkpoint, flax: Checkpoint, skip: set[str], turned: bool,
             break
         part, other, found = best[0]
         for entry in found.entries:
-            out.entries.append(_turned(entry, found) if turned else Entry(entry.sources, entry.targets, entry.ops, found.evidence))
+            out.entries.append(
+                _turned(entry, found) if turned else Entry(entry.sources, entry.targets, entry.ops, found.evidence)
+            )
         out.torch |= set(part.leaves.values())
         out.flax |= set(other.leaves.values())
-        fits = [f for f in fits if not out.torch & set(f[0].leaves.values()) and not out.flax & set(f[1].leaves.values())]
-    out.failures = [f for f in out.failures if not any(p.path == f.key and out.torch & set(p.leaves.values()) for p in left)]
+        fits = [
+            f for f in fits if not out.torch & set(f[0].leaves.values()) and not out.flax & set(f[1].leaves.values())
+        ]
+    out.failures = [
+        f for f in out.failures if not any(p.path == f.key and out.torch & set(p.leaves.values()) for p in left)
+    ]
     for part in left:
         if not out.torch & set(part.leaves.values()):
             out.torch |= set(part.leaves.values())
@@ -86,8 +92,7 @@ def _clear(fit: tuple[Part, Part, Connection], fits: list[tuple[Part, Part, Conn
     rivals = [
         other
         for other in fits
-        if other is not fit
-        and (other[0] is fit[0] or set(other[1].leaves.values()) & set(fit[1].leaves.values()))
+        if other is not fit and (other[0] is fit[0] or set(other[1].leaves.values()) & set(fit[1].leaves.values()))
     ]
     own = _likeness(fit, lex)
     return all(_likeness(other, lex) < own - 0.12 for other in rivals)

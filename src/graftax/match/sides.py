@@ -261,7 +261,11 @@ def _numbered(
         if prefix in loose or len(values) < 2:
             continue
         tails = {templates[j].tokens[at + 1 :] for j in members}
-        if len(tails) >= 2 or _several(templates, members, values[0], place) or (len(values) >= _LIST and _alike(templates, members, values, place)):
+        if (
+            len(tails) >= 2
+            or _several(templates, members, values[0], place)
+            or (len(values) >= _LIST and _alike(templates, members, values, place))
+        ):
             variable.append(values)
     return _cut(templates, place, variable, prefix in exact)
 

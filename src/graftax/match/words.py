@@ -78,8 +78,8 @@ SYNONYMS: dict[str, str] = {
     "shared": "shared share",
     "type": "type types",
     "table": "table",
-    "weight": "weight kernel w",
-    "bias": "bias b",
+    "weight": "weight kernel",
+    "bias": "bias",
     "": "to of the",
 }
 """Concepts (several, if separated by a blank) -> the words for them."""
@@ -185,11 +185,27 @@ IMPLIES: dict[str, str] = {"q": "attn", "k": "attn", "v": "attn", "qkv": "attn",
 """What a concept says about the part around it."""
 
 SAYS_LITTLE = frozenset(
-    "norm linear conv proj layer stage model list weight bias scale table embed type deconv".split()
+    [
+        "norm",
+        "linear",
+        "conv",
+        "proj",
+        "layer",
+        "stage",
+        "model",
+        "list",
+        "weight",
+        "bias",
+        "scale",
+        "table",
+        "embed",
+        "type",
+        "deconv",
+    ]
 )
 """Words for kinds of layers and for wrappers: they tell a norm from a Linear, but not one Linear from another."""
 
-SAYS_SOME = frozenset("attn mlp enc dec in out self shared causal".split())
+SAYS_SOME = frozenset(["attn", "mlp", "enc", "dec", "in", "out", "self", "shared", "causal"])
 """Words for the part around a leaf."""
 
 WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module"))

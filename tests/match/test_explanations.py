@@ -1,0 +1,82 @@
+"""The evidence named for an entry is what decided it: without it the entry is a question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+D, F = 32, 64
+LIN = "o i -> i o"
+
+
+def _evidence(found: Any, target: str) -> tuple[str, ...]:
+    (entry,) = [entry for entry in found.entries if target in entry.targets]
+    return entry.evidence
+
+
+def _open(found: Any, target: str) -> bool:
+    return target not in {name for entry in found.entries for name in entry.targets}
+
+
+def test_names(pairing: Callable[..., Any]) -> None:
+    rows = [
+        ("b.q_proj.weight", "params/b/query/kernel", (D, D), LIN),
+        ("b.k_proj.weight", "params/b/key/kernel", (D, D), LIN),
+    ]
+    assert _evidence(pairing(rows).infer(), "params/b/query/kernel")[0].startswith("names: q")
+    blank = [(a.replace("q_proj", "foo").replace("k_proj", "bar"), *rest) for a, *rest in rows]
+    assert _open(pairing(blank).infer(), "params/b/query/kernel")
+
+
+def test_the_order_of_numbers(pairing: Callable[..., Any]) -> None:
+    rows = [
+        (f"b.conv{n + 1}.weight", f"params/b/Conv_{n}/kernel", (8, 8, 3, 3), "o i a b -> a b i o") for n in range(2)
+    ]
+    found = pairing(rows).infer()
+    assert _evidence(found, "params/b/Conv_0/kernel")[0] in ("order of the numbers", "names: conv 1 of 2, b, conv")
+    torn = [(a.replace("conv2", "conv"), *rest) for a, *rest in rows]
+    assert _open(pairing(torn).infer(), "params/b/Conv_0/kernel")
+
+
+def test_the_order_along_the_block(pairing: Callable[..., Any]) -> None:
+    rows = [("b.input_layernorm.weight", "params/b/attention_norm/scale", (D,)),
+            ("b.post_attention_layernorm.weight", "params/b/ffn_norm/scale", (D,))]  # fmt: skip
+    assert _evidence(pairing(rows).infer(), "params/b/ffn_norm/scale")[0] == "order along the block"
+    blank = [(a.replace("input_layernorm", "foo_norm"), *rest) for a, *rest in rows]
+    assert _open(pairing(blank).infer(), "params/b/ffn_norm/scale")
+
+
+def test_nothing_else_fits(pairing: Callable[..., Any]) -> None:
+    rows = [("layers.{i:0..2}.ln.weight", "params/layers_{i}/ln/scale", (D,)),
+            ("layers.{i:0..2}.foo.weight", "params/layers_{i}/Dense_0/kernel", (F, D), LIN)]  # fmt: skip
+    assert _evidence(pairing(rows).infer(), "params/layers_0/Dense_0/kernel")[0] == "nothing else fits"
+    two = [*rows, ("layers.{i:0..2}.bar.weight", "params/layers_{i}/Dense_1/kernel", (F, D), LIN)]
+    assert _open(pairing(two).infer(), "params/layers_0/Dense_0/kernel")
+
+
+def test_rectangular_siblings(pairing: Callable[..., Any]) -> None:
+    square = [("h.{i:0..1}.c_proj.weight", "params/h_{i}/c_proj/w", (D, D), "")]
+    rows = [*square, ("h.{i:0..1}.c_fc.weight", "params/h_{i}/c_fc/w", (D, F), "")]
+    assert "rectangular siblings: as they are" in _evidence(pairing(rows).infer(), "params/h_0/c_proj/w")[1]
+    assert _open(pairing(square).infer(), "params/h_0/c_proj/w")
+
+
+@pytest.mark.parametrize(("count", "width"), [(5, 6), (6, 6)])
+def test_the_axis_of_a_stack(pairing: Callable[..., Any], count: int, width: int) -> None:
+    import numpy as np
+
+    keys = [f"layers.{n}.fc.weight" for n in range(count)]
+    pair = pairing([(keys, ["params/layers/fc/kernel"], (width, width), lambda *a: (np.stack([x.T for x in a], 1),))])
+    assert _open(pair.infer(), "params/layers/fc/kernel") is (count == width)
+
+
+def test_a_rule(pairing: Callable[..., Any]) -> None:
+    rows = [("b.foo.weight", "params/b/one/kernel", (D, D), LIN), ("b.foo.bias", "params/b/one/bias", (D,)),
+            ("b.bar.weight", "params/b/two/kernel", (D, D), LIN), ("b.bar.bias", "params/b/two/bias", (D,))]  # fmt: skip
+    rule = 'rules = [{ torch = "b.foo.weight", flax = "params/b/one/kernel", layout = "linear" }]'
+    found = pairing(rows).infer(rules=rule)
+    assert _evidence(found, "params/b/one/bias")[0] == "beside a leaf that the rules settle"
+    assert _evidence(found, "params/b/two/kernel")[0].startswith("nothing else fits (after the rules)")
+    assert _open(pairing(rows).infer(), "params/b/one/bias")
