@@ -268,6 +268,21 @@ def test_fused_and_interleaved(split, kv):
     both_ways(rules, {"a.qkv.weight": (shape, 7), "a.qkv.bias": (shape,)}, wanted)
 
 
+def test_heads_of_a_fused_weight_that_is_stored_in_out():
+    rules = [
+        {"torch": "c.weight", "flax": qkv(), "fused": "block", "layout": "identity"},
+        {"torch": "c.bias", "flax": qkv(leaf="bias"), "fused": "block", "layout": "identity"},
+    ]
+    both_ways(
+        rules,
+        {"c.weight": (5, 18), "c.bias": (18,)},
+        lambda t: (
+            {n: p.reshape(5, 2, 3) for n, p in zip(qkv(), np.split(t["c.weight"], 3, 1), strict=True)}
+            | {n: p.reshape(2, 3) for n, p in zip(qkv(leaf="bias"), np.split(t["c.bias"], 3), strict=True)}
+        ),
+    )
+
+
 def test_a_fused_weight_that_is_stored_in_out():
     rules = [{"torch": "c_attn.weight", "flax": qkv(), "fused": "block", "layout": "identity"}]
     both_ways(
@@ -473,6 +488,14 @@ ALONE = [
     {"torch": "q.weight", "flax": "q/kernel", "ops": "(h d) i -> i h d", "h": 2},
     {"torch": "h.{l}.w", "flax": "h/w", "ops": "l i o"},
     {"torch": "qkv.weight", "flax": ["q2/kernel", "k2/kernel", "v2/kernel"], "fused": "block"},
+    {
+        "torch": "gqa.weight",
+        "flax": ["q3", "k3", "v3"],
+        "fused": "block",
+        "heads": 4,
+        "kv_heads": 2,
+        "ops": "(h d) i -> i h d",
+    },
     {"torch": ["x.weight", "y.weight"], "flax": "xy/kernel", "fused": "block"},
     {"torch": "n.weight", "flax": "n/scale", "scale": 2.0},
     {"torch": "flat.weight", "flax": "flat/kernel", "flatten": "C=2 H W"},
@@ -480,8 +503,8 @@ ALONE = [
 ]
 TORCH = {
     "fc.weight": (3, 4), "fc.bias": (3,), "emb.weight": (5, 2), "conv.weight": (4, 2, 3), "up.weight": (4, 2, 3, 3),
-    "q.weight": (6, 5), "h.0.w": (3, 2), "h.1.w": (3, 2), "qkv.weight": (12, 5), "x.weight": (3, 2),
-    "y.weight": (3, 2), "n.weight": (7,), "flat.weight": (3, 8), "moe": (3, 4, 5),
+    "q.weight": (6, 5), "h.0.w": (3, 2), "h.1.w": (3, 2), "qkv.weight": (12, 5), "gqa.weight": (16, 5),
+    "x.weight": (3, 2), "y.weight": (3, 2), "n.weight": (7,), "flat.weight": (3, 8), "moe": (3, 4, 5),
 }  # fmt: skip
 
 
@@ -491,6 +514,7 @@ def test_rules_alone_say_what_comes_out_and_back():
     assert set(found.targets) == {t for e in found.proposal.entries for t in e.targets}
     made = run(ALONE, arrays, "torch", {name: spec.shape for name, spec in found.targets.items()}, "flax")
     assert np.array_equal(made["fc/kernel"], arrays["fc.weight"].T)
+    assert [found.targets[name].shape for name in ("q3", "k3", "v3")] == [(5, 4, 2), (5, 2, 2), (5, 2, 2)]
     assert np.array_equal(made["moe/2"], arrays["moe"][2].T)
     back = alone(ALONE, made, "flax", "torch")
     assert {name: spec.shape for name, spec in back.targets.items()} == TORCH

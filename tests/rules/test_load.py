@@ -100,6 +100,12 @@ def test_line_numbers_survive_comments_strings_and_arrays():
     ]  # fmt: skip
 
 
+def test_a_text_of_several_lines_counts_its_lines():
+    text = 'rules = [\n  { torch = """\\\n  a""", drop = "x" },\n  { torch = "b", drp = "x" },\n]'
+    assert rule_lines(text) == [2, 4]
+    assert faults(text)[0].startswith("rules, line 4:")
+
+
 def test_lines_of_table_headers():
     text = '[[rules]]\ntorch = "a"\ndrop = "x"\n\n[[rules]] # y\ntorch = "b"\ndrp = "x"\n'
     assert rule_lines(text) == [1, 5]
@@ -150,6 +156,7 @@ def test_what_is_no_rules_file(text, line, said):
         ('torch = "a.{l}", flax = "b.{l}", stack = {l = 0}', ("'l', which stands on both sides",)),
         ('torch = "a.{l}.{m}", flax = "b", stack = 0', ("`stack` is one number", "stack = {l = 0, m = 0}")),
         ('torch = "a.{l}", flax = "b", ops = "l o i", stack = {l = 0}', ("in `stack` and in `ops`",)),
+        ('torch = "a.{l}", flax = "b.{l}", ops = "l o i"', ("`ops` names 'l', which stands on both sides",)),
         ('torch = "a.{l}", flax = "b", ops = "l o i -> o i"', ("wrong side of '->'",)),
         ('torch = "a.{l}", flax = "b", ops = "o i -> (l o) i"', ("stands alone",)),
         ('torch = "a.{l}", flax = "b", stack = 0, l = "5..3"', ("`l` is '5..3'", 'l = "3..60"')),

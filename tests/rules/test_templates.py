@@ -125,6 +125,8 @@ def test_the_index_gives_keys_in_their_order():
     keys = [f"layers.{n}.w" for n in (2, 10, 1)] + ["x"]
     found = [key for key, _ in KeyIndex(keys).find(parse_template("layers.{i}.w", "torch"))]
     assert found == keys[:3]
+    keys = ["b.x1.w", "a.y.w", "b.x.w", "a.x2.w", "b.x0.w"]
+    assert [key for key, _ in KeyIndex(keys).find(parse_template("*.*.w", "torch"))] == keys
 
 
 def test_hostile_keys_do_not_hang():

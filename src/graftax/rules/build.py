@@ -133,8 +133,10 @@ class Builder:
             None if end is None else tuple(end[key].shape for key in names)
             for end, names in zip(ends, keys, strict=True)
         ]
+        values = {**left.values, **right.values}
+        spans = {name: f"{found[0]}..{found[-1]}" for name, found in values.items() if found}
         case = Case(
-            shapes[0], shapes[1], counts, roles[0], roles[1], self.sides, (modules[0], modules[1]), self._tail()
+            shapes[0], shapes[1], counts, roles[0], roles[1], self.sides, (modules[0], modules[1]), self._tail(), spans
         )
         chain = build_chain(self.rule, case)
         sources = group.here.ordered(chain.order, len(self.joined.here))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from graftax.errors import LayoutError
 from graftax.ops import Copy, Flip, Op, Rearrange, Same, Stack, Sum, Unstack, infer_chain, invert_chain
 from graftax.rules.flatten import NO_TAIL, Shape, Tail
-from graftax.rules.fuse import fused_axis, join, part_sizes, take_apart
+from graftax.rules.fuse import fused_axis, head_counts, join, part_sizes, take_apart
 from graftax.rules.layout import Laid, Piece, lay, left_shape
 from graftax.rules.model import LIST, Rule
 from graftax.rules.rows import row_ops
@@ -19,7 +19,7 @@ from graftax.tree import Module, Side, TensorSpec
 @dataclass(frozen=True, slots=True)
 class Case:
     """What the ops are built for: one shape for each template (None: that side is not known yet), how many values each
-    stacked index takes, and what `Piece` needs besides."""
+    stacked index takes and, for messages, which, and what `Piece` needs besides."""
 
     left: tuple[Shape, ...] | None
     right: tuple[Shape, ...] | None
@@ -29,6 +29,7 @@ class Case:
     sides: tuple[Side, Side] = ("torch", "flax")
     modules: tuple[Module | None, Module | None] = (None, None)
     tail: Tail = NO_TAIL
+    spans: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,11 @@ def build_chain(rule: Rule, case: Case) -> Chain:
     names = tuple(case.counts)
     on_left = stacked_left(rule, names)
     if on_left:
-        lefts = _without(rule, names, case.left, case.counts) if case.left is not None else None
+        lefts = _without(rule, case, case.left) if case.left is not None else None
         rights = case.right
     else:
         lefts = case.left
-        rights = _without(rule, names, case.right, case.counts) if case.right is not None else None
+        rights = _without(rule, case, case.right) if case.right is not None else None
     core, laid = _core(rule, case, lefts, rights)
     if not names:
         return Chain(core, (), laid.evidence, laid.assumes)
@@ -90,17 +91,19 @@ def positions(rule: Rule, names: Sequence[str], rank: int) -> dict[str, int]:
     return out
 
 
-def _without(rule: Rule, names: Sequence[str], shapes: Sequence[Shape], counts: Mapping[str, int]) -> tuple[Shape, ...]:
+def _without(rule: Rule, case: Case, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
     """The shapes without their stacked axes, whose lengths are checked."""
     out: list[Shape] = []
     seen: list[dict[str, int]] = []
     for shape in shapes:
-        axes = positions(rule, names, len(shape))
+        axes = positions(rule, tuple(case.counts), len(shape))
         seen.append(axes)
         for name, axis in axes.items():
-            if shape[axis] != counts[name]:
-                what = "tensors of the list" if name == LIST else f"values of {name}"
-                raise LayoutError(f"axis {axis} of {shape} has {shape[axis]} entries; there are {counts[name]} {what}")
+            if shape[axis] != case.counts[name]:
+                what = "tensors in the list" if name == LIST else f"values of {name}"
+                span = f", {case.spans[name]}" if name in case.spans else ""
+                text = f"axis {axis} of {shape} has {shape[axis]} entries; there are {case.counts[name]} {what}{span}"
+                raise LayoutError(text)
         out.append(tuple(n for i, n in enumerate(shape) if i not in axes.values()))
     if any(axes != seen[0] for axes in seen):
         raise LayoutError("stack names different axes of the list's tensors; write a rule for each")
@@ -150,12 +153,15 @@ def _core(
     return _joined(rule, case, lefts, _first(rights), rows)
 
 
-def _piece(
-    rule: Rule, case: Case, left: Shape | None, right: Shape | None, number: int = 0, many_right: bool = False
-) -> Laid:
-    roles = (case.left_roles[0], case.right_roles[number if many_right else 0])
+def _piece(rule: Rule, case: Case, left: Shape | None, right: Shape | None, part: int | None = None) -> Laid:
+    """The layout of one tensor; `part`: which of several on the right."""
+    roles = (case.left_roles[0], case.right_roles[part or 0])
     alone = len(rule.left) == len(rule.right) == 1
-    return lay(rule, Piece(left, right, roles, case.sides, case.modules if alone else (None, None), case.tail))
+    heads = rule.heads if alone else None
+    if part is not None and right is None:
+        heads = (head_counts(rule, len(rule.right)) or (None,) * len(rule.right))[part]
+    modules = case.modules if alone else (None, None)
+    return lay(rule, Piece(left, right, roles, case.sides, modules, case.tail, heads))
 
 
 def _tied(
@@ -186,11 +192,11 @@ def _split(
         pieces = [(*left[:axis], size, *left[axis + 1 :]) for size in sizes]
     else:
         assert rights is not None
-        laid = [_piece(rule, case, None, right, k, True) for k, right in enumerate(rights)]
+        laid = [_piece(rule, case, None, right, k) for k, right in enumerate(rights)]
         pieces = [left_shape(one.ops, right) for one, right in zip(laid, rights, strict=True)]
         axis = fused_axis(rule, len(pieces[0]))
         sizes = tuple(piece[axis] for piece in pieces)
-    each = [_piece(rule, case, piece, None if rights is None else rights[k], k, True) for k, piece in enumerate(pieces)]
+    each = [_piece(rule, case, piece, None if rights is None else rights[k], k) for k, piece in enumerate(pieces)]
     merged = _merge(each)
     return rows + take_apart(rule, axis, len(pieces[0]), sizes, rights) + merged.ops, merged
 

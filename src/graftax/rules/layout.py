@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from graftax.errors import LayoutError, escape
 from graftax.ops import Op, Rearrange, infer_chain, invert_chain
-from graftax.rules.axes import named_ops
+from graftax.rules.axes import groups_text, named_ops
 from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_op
 from graftax.rules.model import Rule
 from graftax.tree import Module, Side, TensorSpec
@@ -21,6 +21,7 @@ class Piece:
     roles     the last parts of the keys
     modules   the live modules that hold the leaves
     tail      the convolutions of that checkpoint: what a flatten may have flattened
+    heads     how many heads the tensor has, where a rule says so
     """
 
     left: Shape | None
@@ -29,6 +30,7 @@ class Piece:
     sides: tuple[Side, Side] = ("torch", "flax")
     modules: tuple[Module | None, Module | None] = (None, None)
     tail: Tail = NO_TAIL
+    heads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,9 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: Piece) -> Laid:
         ops = named_ops(rule.layout, len(left)) if rule.layout else None
         if ops is not None and right_shape(ops, left) == right:
             return Laid(ops)
+        regrouped = _regrouped(left, right) if ops == () else None
+        if regrouped is not None:
+            return Laid((regrouped,))
         raise LayoutError(_no_layout(rule, left, right, ops))
     best = [connection for connection in found if connection.by == found[0].by]
     if len(best) > 1:
@@ -130,6 +135,29 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: Piece) -> Laid:
     (entry,) = best[0].entries
     evidence = () if rule.layout else best[0].evidence
     return Laid(entry.ops, evidence, best[0].assumes)
+
+
+def _regrouped(left: Shape, right: Shape) -> Rearrange | None:
+    """Every axis as it is or split into the axes that follow each other on the right: heads of a weight that is stored
+    (in, out), or of a bias."""
+    groups: list[list[str]] = []
+    sizes: dict[str, int] = {}
+    place = 0
+    for extent in left:
+        group, product = [f"a{place}"], right[place] if place < len(right) else -1
+        while product != extent and 0 < product < extent and place + 1 < len(right):
+            place += 1
+            group.append(f"a{place}")
+            product *= right[place]
+        if product != extent:
+            return None
+        groups.append(group)
+        sizes |= {name: right[int(name[1:])] for name in group} if len(group) > 1 else {}
+        place += 1
+    if place != len(right):
+        return None
+    pattern = f"{groups_text(groups)} -> {' '.join(name for group in groups for name in group)}"
+    return Rearrange(pattern, tuple(sorted(sizes.items())))
 
 
 def _no_layout(rule: Rule, left: Shape, right: Shape, ops: Sequence[Op] | None) -> str:
@@ -150,7 +178,7 @@ def _written(rule: Rule, piece: Piece) -> tuple[Op, ...]:
     assert rule.ops is not None
     left = piece.left
     pattern = rule.ops.pattern(len(left) if left is not None else None, piece.sides[0])
-    sizes = _grown(rule)
+    sizes = _grown(rule, piece.heads)
     op = Rearrange(pattern, tuple(sorted(sizes.items())))
     right = piece.right
     if right is not None:
@@ -167,11 +195,11 @@ def _written(rule: Rule, piece: Piece) -> tuple[Op, ...]:
     return (op,)
 
 
-def _grown(rule: Rule) -> dict[str, int]:
+def _grown(rule: Rule, heads: int | None) -> dict[str, int]:
     """The axis sizes that the rule says, as repeat and pad leave them."""
     out = dict(rule.sizes)
-    if rule.heads is not None and rule.ops is not None and "h" in rule.ops.axes and not rule.fused:
-        out.setdefault("h", rule.heads)
+    if heads is not None and rule.ops is not None and "h" in rule.ops.axes:
+        out.setdefault("h", heads)
     for name, size in tuple(out.items()):
         count, rows = rule.repeat.get(name, 1), rule.pad.get(name, (0, 0))
         if count is None or rows is None:
