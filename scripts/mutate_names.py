@@ -3,9 +3,9 @@
 
     python scripts/mutate_names.py CASES [--count 5000] [--seed 0] [--kinds both-0.7,missing] [--no-words] [-v]
 
-CASES: a folder of cases, each with torch.safetensors, like.safetensors and truth.safetensors. A mutation renames leaves of
-one side or both, removes, adds or stacks tensors; the truth moves with it. Verdicts: exact; refused (a question or a
-missing leaf); WRONG (complete, and a leaf differs), which must never happen. The exit status is 1 if anything is WRONG.
+CASES: a folder of cases, each with torch.safetensors, like.safetensors and truth.safetensors. A mutation renames leaves
+of one side or both, removes, adds or stacks tensors; the truth moves with it. Verdicts: exact; refused (a question or a
+missing leaf); WRONG (complete, and a leaf differs), which must never happen. Exit status 1 if anything is WRONG.
 """
 
 from __future__ import annotations
@@ -211,7 +211,14 @@ def styled(arrays: Arrays, separator: str, rng: random.Random) -> Arrays | None:
 
 def merged(arrays: Arrays, separator: str, rng: random.Random) -> Arrays | None:
     """Nested numbers counted through: stages.1.layers.0 -> layers.4."""
-    pattern = re.compile(r"(\d+)" + re.escape(separator) + r"([A-Za-z_]*?)" + f"{re.escape(separator)}?" + r"(\d+)" + re.escape(separator))
+    pattern = re.compile(
+        r"(\d+)"
+        + re.escape(separator)
+        + r"([A-Za-z_]*?)"
+        + f"{re.escape(separator)}?"
+        + r"(\d+)"
+        + re.escape(separator)
+    )
     seen = sorted({(int(m[1]), int(m[3])) for name in arrays if (m := pattern.search(name))})
     if len(seen) < 3:
         return None
@@ -222,7 +229,7 @@ def merged(arrays: Arrays, separator: str, rng: random.Random) -> Arrays | None:
         new = name
         if match:
             number = rank[(int(match[1]), int(match[3]))]
-            new = f"{name[: match.start()]}{number}{separator}{name[match.end():]}"
+            new = f"{name[: match.start()]}{number}{separator}{name[match.end() :]}"
         if new in out:
             return None
         out[new] = array
@@ -272,7 +279,7 @@ def _stacked(case: Case, rng: random.Random, axis: int) -> Case | None:
         if match is None:
             out[name] = array
         else:
-            groups[f"{name[: match.start()]}/{match[1]}/{name[match.end():]}"][int(match[2])] = array
+            groups[f"{name[: match.start()]}/{match[1]}/{name[match.end() :]}"][int(match[2])] = array
     if not groups or len({len(g) for g in groups.values()}) != 1 or len(next(iter(groups.values()))) < 2:
         return None
     for name, members in groups.items():
@@ -342,7 +349,9 @@ KINDS |= {
 }
 
 
-def _after(case: Case, rng: random.Random, first: Callable[[Case, random.Random], Case | None], *kinds: str) -> Case | None:
+def _after(
+    case: Case, rng: random.Random, first: Callable[[Case, random.Random], Case | None], *kinds: str
+) -> Case | None:
     found = first(case, rng)
     for kind in kinds:
         if found is None:
@@ -381,13 +390,19 @@ def mutations(cases: list[Case], kinds: list[str], count: int, seed: int) -> Ite
             yield kind, found
 
 
-def run(cases: list[Case], kinds: list[str], count: int, seed: int, lex: Lexicon | None, verbose: bool) -> Mapping[str, Counter[str]]:
+def run(
+    cases: list[Case], kinds: list[str], count: int, seed: int, lex: Lexicon | None, verbose: bool
+) -> Mapping[str, Counter[str]]:
     """kind -> verdicts; prints what is WRONG."""
     table: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for kind, case in mutations(cases, kinds, count, seed):
         proposal = solve(case, lex)
         verdict, wrong = judge(case, proposal)
-        if verdict in ("WRONG", "wrong leaf") and any("call order" in a.text for a in proposal.assumptions) and case.assumed:
+        if (
+            verdict in ("WRONG", "wrong leaf")
+            and any("call order" in a.text for a in proposal.assumptions)
+            and case.assumed
+        ):
             verdict = "wrong under a stated call order"
         table[kind][verdict] += 1
         table[kind]["questions"] += len(proposal.questions)

@@ -115,7 +115,7 @@ class Pairing:
     def settle(
         self, reverse: bool = False, config: dict[str, Any] | None = None, limit: int = 12
     ) -> tuple[str, int, int]:
-        """Answer questions by a suggested rule that is right, one at a time: (verdict, answers given, questions first asked)."""
+        """Answer by suggested rules that are right, one at a time: (verdict, answers, questions first asked)."""
         rules: list[str] = []
         first = 0
         for turn in range(limit + 1):

@@ -72,18 +72,27 @@ FIRST, LAST = "o (c h w) -> (h w c) o|c=8 h=4 w=4", "o (c h w) -> (c h w) o|c=8 
 
 ASKED: dict[str, Case] = {
     "names blanked": square(*((f"a.{L}.{x}", f"params/b_{{i}}/{y}") for x, y in zip("mnrs", "cdzx", strict=True))),
-    "q and k without meaning": square((f"layers.{L}.alpha", "params/layers_{i}/one"), (f"layers.{L}.beta", "params/layers_{i}/two")),
+    "q and k without meaning": square(
+        (f"layers.{L}.alpha", "params/layers_{i}/one"), (f"layers.{L}.beta", "params/layers_{i}/two")
+    ),
     "q and k without meaning, biases": square(("b.alpha", "params/b/one"), ("b.beta", "params/b/two"), bias=True),
     "two identical towers": [*tower("first_net", "params/red"), *tower("second_net", "params/blue")],
     "two identical heads": [*square(("head_one", "params/red")), *square(("head_two", "params/blue"))],
-    "three projections, two unnamed": square((f"l.{L}.q", "params/l_{i}/q"), (f"l.{L}.xa", "params/l_{i}/left"),
-                                             (f"l.{L}.xb", "params/l_{i}/right")),
-    "heads as many as their width": [(f"attn.{L}.q_proj.weight", "layers/{i}/attn/q_proj/w", (F, 96), "(h d) i -> i h d|d=8")],
+    "three projections, two unnamed": square(
+        (f"l.{L}.q", "params/l_{i}/q"), (f"l.{L}.xa", "params/l_{i}/left"), (f"l.{L}.xb", "params/l_{i}/right")
+    ),
+    "heads as many as their width": [
+        (f"attn.{L}.q_proj.weight", "layers/{i}/attn/q_proj/w", (F, 96), "(h d) i -> i h d|d=8")
+    ],
     "fused in blocks": fused("attn.qkv.weight", False),
     "fused head by head": fused("attn.qkv.weight", True),
     "joined in blocks": joined(False),
-    "fused in one leaf, in blocks": [("attn.qkv.weight", "params/attn/qkv/kernel", (3 * D, D), "(t h d) i -> i t h d|t=3 d=8")],
-    "fused in one leaf, head by head": [("attn.qkv.weight", "params/attn/qkv/kernel", (3 * D, D), "(h t d) i -> i t h d|t=3 d=8")],
+    "fused in one leaf, in blocks": [
+        ("attn.qkv.weight", "params/attn/qkv/kernel", (3 * D, D), "(t h d) i -> i t h d|t=3 d=8")
+    ],
+    "fused in one leaf, head by head": [
+        ("attn.qkv.weight", "params/attn/qkv/kernel", (3 * D, D), "(h t d) i -> i t h d|t=3 d=8")
+    ],
     "square transposed convolution, flipped": [("up.weight", "params/ConvTranspose_0/kernel", (8, 8, 2, 2), flipped)],
     "square transposed convolution, not flipped": [("up.weight", "params/ConvTranspose_0/kernel", (8, 8, 2, 2), CONV)],
     "square transposed 1-D convolution": [("deconv.weight", "params/deconv/kernel", (8, 8, 3), flipped)],
@@ -92,21 +101,31 @@ ASKED: dict[str, Case] = {
     "a stack as long as its layers are wide, axis 2": layers_stacked(6, 6, 2),
     "flattened map, channels first": flattened(FIRST),
     "flattened map, channels last": flattened(LAST),
-    "auto-named q, k and v": square((f"l.{L}.q_proj", "params/l_{i}/Dense_0"), (f"l.{L}.k_proj", "params/l_{i}/Dense_1"),
-                                    (f"l.{L}.v_proj", "params/l_{i}/Dense_2")),
+    "auto-named q, k and v": square(
+        (f"l.{L}.q_proj", "params/l_{i}/Dense_0"),
+        (f"l.{L}.k_proj", "params/l_{i}/Dense_1"),
+        (f"l.{L}.v_proj", "params/l_{i}/Dense_2"),
+    ),
     "a square of a kind that nothing tells": [("block.alpha.weight", "block/alpha/w", (D, D), LIN)],
     "a bare square parameter against a kernel": [("scope.proj", "params/scope/proj/kernel", (D, D), "")],
-    "a convolution's window as a Linear": [("patch.weight", "params/patch/kernel", (D, 3, 4, 4), "o i a b -> (a b i) o")],
-    "norms that only number one side's place": [
-        *[(f"l.{L}.{a}.weight", f"params/l_{{i}}/{b}/scale", (D,)) for a, b in (("foo_norm", "LN_x"), ("bar_norm", "LN_y"))]
+    "a convolution's window as a Linear": [
+        ("patch.weight", "params/patch/kernel", (D, 3, 4, 4), "o i a b -> (a b i) o")
     ],
-}  # fmt: skip
+    "norms that only number one side's place": [
+        *[
+            (f"l.{L}.{a}.weight", f"params/l_{{i}}/{b}/scale", (D,))
+            for a, b in (("foo_norm", "LN_x"), ("bar_norm", "LN_y"))
+        ]
+    ],
+}
 
 
 def stored_in_out() -> Case:
     """Rectangular siblings show that this checkpoint stores (in, out); its square one is stored so, too."""
-    rows: Case = [(f"h.{L}.{a}.weight", f"params/h_{{i}}/{a}/kernel", s, "")
-                  for a, s in (("c_attn", (D, 3 * D)), ("c_fc", (D, F)), ("c_proj", (D, D)))]  # fmt: skip
+    rows: Case = [
+        (f"h.{L}.{a}.weight", f"params/h_{{i}}/{a}/kernel", s, "")
+        for a, s in (("c_attn", (D, 3 * D)), ("c_fc", (D, F)), ("c_proj", (D, D)))
+    ]
     rows += [
         (f"h.{L}.{a}.bias", f"params/h_{{i}}/{a}/bias", (n,)) for a, n in (("c_attn", 96), ("c_fc", F), ("c_proj", D))
     ]
@@ -139,35 +158,66 @@ DECIDED: dict[str, Case] = {
     "convolution cube": [("conv.weight", "params/conv/kernel", (3, 3, 3, 3), CONV)],
     "convolution cube in three dimensions": [("conv.weight", "params/conv/kernel", (3,) * 5, "o i a b c -> a b c i o")],
     "square convolution": [("conv.weight", "params/conv/kernel", (8, 8, 3, 3), CONV)],
-    "numbers that sort wrongly as text": [("layers.{i:0..11}.fc.weight", "params/layers_{i}/fc/kernel", (D, D), LIN),
-                                          ("layers.{i:0..11}.ln.weight", "params/layers_{i}/ln/scale", (D,))],
-    "an offset on one side": [("layers.{i:0..3}.fc.weight", "params/layers_{i+1}/fc/kernel", (D, D), LIN),
-                              ("layers.{i:0..3}.ln.weight", "params/layers_{i+1}/ln/scale", (D,))],
+    "numbers that sort wrongly as text": [
+        ("layers.{i:0..11}.fc.weight", "params/layers_{i}/fc/kernel", (D, D), LIN),
+        ("layers.{i:0..11}.ln.weight", "params/layers_{i}/ln/scale", (D,)),
+    ],
+    "an offset on one side": [
+        ("layers.{i:0..3}.fc.weight", "params/layers_{i+1}/fc/kernel", (D, D), LIN),
+        ("layers.{i:0..3}.ln.weight", "params/layers_{i+1}/ln/scale", (D,)),
+    ],
     "a wrapper on the torch side": prefixed(BASE, torch="module.model."),
     "a compiled model": prefixed(BASE, torch="_orig_mod."),
     "a wrapper on the Flax side": prefixed(BASE, flax="backbone/"),
     "a wrapper on both sides": prefixed(BASE, torch="net.", flax="encoder_module/"),
-    "equal names at two depths": [("norm.weight", "params/norm/scale", (D,)), ("encoder.norm.weight", "params/encoder/norm/scale", (D,)),
-                                  ("encoder.encoder.norm.weight", "params/encoder/encoder/norm/scale", (D,))],
-    "leading axes of length one": [("cls_token", "params/cls_token", (D,), "d -> 1 1 d"), ("pos_embed", "params/pos_embed", (1, 17, D), "1 n d -> n d")],
-    "a scalar": [("logit_scale", "params/logit_scale", ()), ("scope.temperature", "params/scope/temperature", (1,), "1 -> ")],
+    "equal names at two depths": [
+        ("norm.weight", "params/norm/scale", (D,)),
+        ("encoder.norm.weight", "params/encoder/norm/scale", (D,)),
+        ("encoder.encoder.norm.weight", "params/encoder/encoder/norm/scale", (D,)),
+    ],
+    "leading axes of length one": [
+        ("cls_token", "params/cls_token", (D,), "d -> 1 1 d"),
+        ("pos_embed", "params/pos_embed", (1, 17, D), "1 n d -> n d"),
+    ],
+    "a scalar": [
+        ("logit_scale", "params/logit_scale", ()),
+        ("scope.temperature", "params/scope/temperature", (1,), "1 -> "),
+    ],
     "merged numbers": [("stages.{s:0..1}.{j:0..2}.fc.weight", None, None)],
     "a Linear as a 1x1 convolution": [("head.weight", "params/head/kernel", (10, D), "o i -> 1 1 i o")],
     "a 1x1 convolution as a Linear": [("head.weight", "params/head/kernel", (10, D, 1, 1), "o i 1 1 -> i o")],
     "depthwise convolution": [("conv1d.weight", "params/conv1d/kernel", (96, 1, 4), "o i k -> k i o")],
-    "heads that GQA shows": [(f"l.{L}.{a}_proj.weight", f"layers/{{i}}/{a}_proj/w", (n, D), IN) for a, n in (("q", D), ("k", 16), ("v", 16))],
-    "old weight norm under torch's names": [("conv.weight_g", "params/conv/weight_g", (1, 1, 16)), ("conv.weight_v", "params/conv/weight_v", (D, 16, 16))],
-    "parametrized weight norm": [("conv.parametrizations.weight.original0", "params/conv/weight_g", (1, 1, 16)),
-                                 ("conv.parametrizations.weight.original1", "params/conv/weight_v", (D, 16, 16))],
-    "batch norm with statistics": [("bn.weight", "params/BatchNorm_0/scale", (D,)), ("bn.bias", "params/BatchNorm_0/bias", (D,)),
-                                   ("bn.running_mean", "batch_stats/BatchNorm_0/mean", (D,)), ("bn.running_var", "batch_stats/BatchNorm_0/var", (D,))],
-    "gate and up that differ only by name": [(f"l.{L}.mlp.{a}_proj.weight", f"params/l_{{i}}/mlp/{a}/kernel", (F, D), LIN) for a in ("gate", "up")],
-    "self and cross attention": [(f"l.{L}.{s}_attn.{a}_proj.weight", f"params/l_{{i}}/{t}_attention/{b}/kernel", (D, D), LIN)
-                                 for s, t in (("self", "self"), ("encoder", "cross")) for a, b in zip("qkv", ("query", "key", "value"), strict=True)],
-    "pre and post norms": [(f"l.{L}.{a}_layernorm.weight", f"params/l_{{i}}/{b}/scale", (D,))
-                           for a, b in (("input", "attn_norm"), ("post_attention", "mlp_norm"))],
+    "heads that GQA shows": [
+        (f"l.{L}.{a}_proj.weight", f"layers/{{i}}/{a}_proj/w", (n, D), IN) for a, n in (("q", D), ("k", 16), ("v", 16))
+    ],
+    "old weight norm under torch's names": [
+        ("conv.weight_g", "params/conv/weight_g", (1, 1, 16)),
+        ("conv.weight_v", "params/conv/weight_v", (D, 16, 16)),
+    ],
+    "parametrized weight norm": [
+        ("conv.parametrizations.weight.original0", "params/conv/weight_g", (1, 1, 16)),
+        ("conv.parametrizations.weight.original1", "params/conv/weight_v", (D, 16, 16)),
+    ],
+    "batch norm with statistics": [
+        ("bn.weight", "params/BatchNorm_0/scale", (D,)),
+        ("bn.bias", "params/BatchNorm_0/bias", (D,)),
+        ("bn.running_mean", "batch_stats/BatchNorm_0/mean", (D,)),
+        ("bn.running_var", "batch_stats/BatchNorm_0/var", (D,)),
+    ],
+    "gate and up that differ only by name": [
+        (f"l.{L}.mlp.{a}_proj.weight", f"params/l_{{i}}/mlp/{a}/kernel", (F, D), LIN) for a in ("gate", "up")
+    ],
+    "self and cross attention": [
+        (f"l.{L}.{s}_attn.{a}_proj.weight", f"params/l_{{i}}/{t}_attention/{b}/kernel", (D, D), LIN)
+        for s, t in (("self", "self"), ("encoder", "cross"))
+        for a, b in zip("qkv", ("query", "key", "value"), strict=True)
+    ],
+    "pre and post norms": [
+        (f"l.{L}.{a}_layernorm.weight", f"params/l_{{i}}/{b}/scale", (D,))
+        for a, b in (("input", "attn_norm"), ("post_attention", "mlp_norm"))
+    ],
     "text and image towers": [*tower("text_model", "params/language"), *tower("vision_model", "params/visual")],
-}  # fmt: skip
+}
 DECIDED["merged numbers"] = [
     row
     for s in range(2)

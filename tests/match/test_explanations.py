@@ -41,16 +41,20 @@ def test_the_order_of_numbers(pairing: Callable[..., Any]) -> None:
 
 
 def test_the_order_along_the_block(pairing: Callable[..., Any]) -> None:
-    rows = [("b.input_layernorm.weight", "params/b/attention_norm/scale", (D,)),
-            ("b.post_attention_layernorm.weight", "params/b/ffn_norm/scale", (D,))]  # fmt: skip
+    rows = [
+        ("b.input_layernorm.weight", "params/b/attention_norm/scale", (D,)),
+        ("b.post_attention_layernorm.weight", "params/b/ffn_norm/scale", (D,)),
+    ]
     assert _evidence(pairing(rows).infer(), "params/b/ffn_norm/scale")[0] == "order along the block"
     blank = [(a.replace("input_layernorm", "foo_norm"), *rest) for a, *rest in rows]
     assert _open(pairing(blank).infer(), "params/b/ffn_norm/scale")
 
 
 def test_nothing_else_fits(pairing: Callable[..., Any]) -> None:
-    rows = [("layers.{i:0..2}.ln.weight", "params/layers_{i}/ln/scale", (D,)),
-            ("layers.{i:0..2}.foo.weight", "params/layers_{i}/Dense_0/kernel", (F, D), LIN)]  # fmt: skip
+    rows = [
+        ("layers.{i:0..2}.ln.weight", "params/layers_{i}/ln/scale", (D,)),
+        ("layers.{i:0..2}.foo.weight", "params/layers_{i}/Dense_0/kernel", (F, D), LIN),
+    ]
     assert _evidence(pairing(rows).infer(), "params/layers_0/Dense_0/kernel")[0] == "nothing else fits"
     two = [*rows, ("layers.{i:0..2}.bar.weight", "params/layers_{i}/Dense_1/kernel", (F, D), LIN)]
     assert _open(pairing(two).infer(), "params/layers_0/Dense_0/kernel")
@@ -73,8 +77,12 @@ def test_the_axis_of_a_stack(pairing: Callable[..., Any], count: int, width: int
 
 
 def test_a_rule(pairing: Callable[..., Any]) -> None:
-    rows = [("b.foo.weight", "params/b/one/kernel", (D, D), LIN), ("b.foo.bias", "params/b/one/bias", (D,)),
-            ("b.bar.weight", "params/b/two/kernel", (D, D), LIN), ("b.bar.bias", "params/b/two/bias", (D,))]  # fmt: skip
+    rows = [
+        ("b.foo.weight", "params/b/one/kernel", (D, D), LIN),
+        ("b.foo.bias", "params/b/one/bias", (D,)),
+        ("b.bar.weight", "params/b/two/kernel", (D, D), LIN),
+        ("b.bar.bias", "params/b/two/bias", (D,)),
+    ]
     rule = 'rules = [{ torch = "b.foo.weight", flax = "params/b/one/kernel", layout = "linear" }]'
     found = pairing(rows).infer(rules=rule)
     assert _evidence(found, "params/b/one/bias")[0] == "beside a leaf that the rules settle"

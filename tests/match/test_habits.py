@@ -63,11 +63,14 @@ def dense_general() -> list[Any]:
     a = "params/blocks_{i}/attention"
     return decoder(
         {"q": f"{a}/query/kernel", "k": f"{a}/key/kernel", "v": f"{a}/value/kernel", "o": f"{a}/out/kernel"},
-        {"gate": "params/blocks_{i}/mlp/wi_0/kernel", "up": "params/blocks_{i}/mlp/wi_1/kernel",
-         "down": "params/blocks_{i}/mlp/wo/kernel"},
+        {
+            "gate": "params/blocks_{i}/mlp/wi_0/kernel",
+            "up": "params/blocks_{i}/mlp/wi_1/kernel",
+            "down": "params/blocks_{i}/mlp/wo/kernel",
+        },
         {"first": "params/blocks_{i}/attention_norm/scale", "second": "params/blocks_{i}/ffn_norm/scale"},
         {"embed": "params/tok_embed/embedding", "norm": "params/ln_f/scale", "head": "params/output_head/kernel"},
-    )  # fmt: skip
+    )
 
 
 def numbered_gates() -> list[Any]:
@@ -88,8 +91,12 @@ def einsums() -> list[Any]:
     return [
         ("model.embed_tokens.weight", "embedder/input_embedding", (99, D)),
         (f"{t}.self_attn.q_proj.weight", "layers/{i}/attn/q_einsum/w", (D, D), f"(h d) i -> h i d|d={H}"),
-        ([f"{t}.self_attn.k_proj.weight", "model.layers.{i}.self_attn.v_proj.weight"], ["layers/{i}/attn/kv_einsum/w"],
-         (16, D), both),
+        (
+            [f"{t}.self_attn.k_proj.weight", "model.layers.{i}.self_attn.v_proj.weight"],
+            ["layers/{i}/attn/kv_einsum/w"],
+            (16, D),
+            both,
+        ),
         (f"{t}.self_attn.o_proj.weight", "layers/{i}/attn/attn_vec_einsum/w", (D, D), OUT),
         (f"{t}.mlp.gate_proj.weight", "layers/{i}/mlp/gate_proj/kernel", (F, D), LIN),
         (f"{t}.mlp.up_proj.weight", "layers/{i}/mlp/up_proj/kernel", (F, D), LIN),
@@ -97,7 +104,7 @@ def einsums() -> list[Any]:
         (f"{t}.input_layernorm.weight", "layers/{i}/pre_attention_norm/scale", (D,)),
         (f"{t}.post_attention_layernorm.weight", "layers/{i}/pre_ffw_norm/scale", (D,)),
         ("model.norm.weight", "final_norm/scale", (D,)),
-    ]  # fmt: skip
+    ]
 
 
 def scanned(axis: int) -> list[Any]:
@@ -108,15 +115,27 @@ def scanned(axis: int) -> list[Any]:
     turned = stacked(lambda x: x.T, axis)
     rows: list[Any] = [("model.embed_tokens.weight", "params/token_embedder/embedding", (99, D))]
     for name, role, width in (("q", "query", D), ("k", "key", 16), ("v", "value", 16)):
-        rows.append((each(f"{t}.self_attn.{name}_proj.weight"), [f"{f}/self_attention/{role}/kernel"], (width, D),
-                     heads(width // H)))  # fmt: skip
+        rows.append(
+            (
+                each(f"{t}.self_attn.{name}_proj.weight"),
+                [f"{f}/self_attention/{role}/kernel"],
+                (width, D),
+                heads(width // H),
+            )
+        )
     out = stacked(lambda x: x.T.reshape(D // H, H, D), axis)
     rows.append((each(f"{t}.self_attn.o_proj.weight"), [f"{f}/self_attention/out/kernel"], (D, D), out))
     for name, role, shape in (("gate", "wi_0", (F, D)), ("up", "wi_1", (F, D)), ("down", "wo", (D, F))):
         rows.append((each(f"{t}.mlp.{name}_proj.weight"), [f"{f}/mlp/{role}/kernel"], shape, turned))
     for name, role in (("input", "pre"), ("post_attention", "post")):
-        rows.append((each(f"{t}.{name}_layernorm.weight"), [f"{f}/{role}_self_attention_layer_norm/scale"], (D,),
-                     stacked(lambda x: x, axis)))  # fmt: skip
+        rows.append(
+            (
+                each(f"{t}.{name}_layernorm.weight"),
+                [f"{f}/{role}_self_attention_layer_norm/scale"],
+                (D,),
+                stacked(lambda x: x, axis),
+            )
+        )
     return [
         *rows,
         ("model.norm.weight", "params/decoder/decoder_norm/scale", (D,)),
@@ -154,21 +173,39 @@ def encoder_decoder() -> list[Any]:
     rows: list[Any] = [("shared.weight", "params/token_embedder/embedding", (99, D))]
     for side, attn, at in (("encoder", "attention", 1), ("decoder", "self_attention", 2)):
         t, f = f"{side}.block.{L}.layer", f"params/{side}/layers_{{i}}"
-        rows.append((f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-                     f"params/{side}/relpos_bias/rel_embedding", (8, 4), "a b -> b a"))  # fmt: skip
+        rows.append(
+            (
+                f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                f"params/{side}/relpos_bias/rel_embedding",
+                (8, 4),
+                "a b -> b a",
+            )
+        )
         rows += [(f"{t}.0.SelfAttention.{a}.weight", f"{f}/{attn}/{b}/kernel", (D, D), LIN) for a, b in roles]
         for name, shape in (("wi_0", (F, D)), ("wi_1", (F, D)), ("wo", (D, F))):
             rows.append((f"{t}.{at}.DenseReluDense.{name}.weight", f"{f}/mlp/{name}/kernel", shape, LIN))
         rows.append((f"{side}.final_layer_norm.weight", f"params/{side}/{side}_norm/scale", (D,)))
-    rows += [(f"decoder.block.{L}.layer.1.EncDecAttention.{a}.weight",
-              f"params/decoder/layers_{{i}}/encoder_decoder_attention/{b}/kernel", (D, D), LIN) for a, b in roles]  # fmt: skip
+    rows += [
+        (
+            f"decoder.block.{L}.layer.1.EncDecAttention.{a}.weight",
+            f"params/decoder/layers_{{i}}/encoder_decoder_attention/{b}/kernel",
+            (D, D),
+            LIN,
+        )
+        for a, b in roles
+    ]
     for n, name in enumerate(("pre_attention_layer_norm", "pre_mlp_layer_norm")):
         rows.append(
             (f"encoder.block.{L}.layer.{n}.layer_norm.weight", f"params/encoder/layers_{{i}}/{name}/scale", (D,))
         )
     for n, part in enumerate(("self_attention", "cross_attention", "mlp")):
-        rows.append((f"decoder.block.{L}.layer.{n}.layer_norm.weight",
-                     f"params/decoder/layers_{{i}}/pre_{part}_layer_norm/scale", (D,)))  # fmt: skip
+        rows.append(
+            (
+                f"decoder.block.{L}.layer.{n}.layer_norm.weight",
+                f"params/decoder/layers_{{i}}/pre_{part}_layer_norm/scale",
+                (D,),
+            )
+        )
     return [*rows, ("lm_head.weight", "params/decoder/logits_dense/kernel", (99, D), LIN)]
 
 
@@ -196,13 +233,15 @@ def bottlenecks() -> list[Any]:
 def experts() -> list[Any]:
     t, f = f"model.layers.{L}", "params/layers_{i}"
     rows: list[Any] = [
-        *[(f"{t}.self_attn.{a}_proj.weight", f"{f}/attention/{b}/kernel", (n, D), IN)
-          for a, b, n in (("q", "query", D), ("k", "key", 16), ("v", "value", 16))],
+        *[
+            (f"{t}.self_attn.{a}_proj.weight", f"{f}/attention/{b}/kernel", (n, D), IN)
+            for a, b, n in (("q", "query", D), ("k", "key", 16), ("v", "value", 16))
+        ],
         (f"{t}.self_attn.o_proj.weight", f"{f}/attention/out/kernel", (D, D), OUT),
         (f"{t}.block_sparse_moe.gate.weight", f"{f}/moe/router/kernel", (4, D), LIN),
         *norm(f"{t}.input_layernorm", f"{f}/pre_attention_norm", D, bias=False),
         *norm(f"{t}.post_attention_layernorm", f"{f}/pre_ffn_norm", D, bias=False),
-    ]  # fmt: skip
+    ]
     for i in range(3):
         for a, b, shape in (("w1", "wi_0", (F, D)), ("w3", "wi_1", (F, D)), ("w2", "wo", (D, F))):
             keys = each(f"model.layers.{i}.block_sparse_moe.experts.#.{a}.weight", 4)
@@ -216,16 +255,24 @@ def fused_attention() -> list[Any]:
         t, f = f"encoder.layers.{i}", f"params/encoder/layers_{i}"
         keys = [f"{f}/self_attention/{role}" for role in ("query", "key", "value")]
         rows += [
-            (f"{t}.self_attn.in_proj_weight", [f"{k}/kernel" for k in keys], [(3 * D, D)],
-             lambda w: tuple(x.T.reshape(D, 4, H) for x in np.split(w, 3))),
-            (f"{t}.self_attn.in_proj_bias", [f"{k}/bias" for k in keys], [(3 * D,)],
-             lambda b: tuple(x.reshape(4, H) for x in np.split(b, 3))),
+            (
+                f"{t}.self_attn.in_proj_weight",
+                [f"{k}/kernel" for k in keys],
+                [(3 * D, D)],
+                lambda w: tuple(x.T.reshape(D, 4, H) for x in np.split(w, 3)),
+            ),
+            (
+                f"{t}.self_attn.in_proj_bias",
+                [f"{k}/bias" for k in keys],
+                [(3 * D,)],
+                lambda b: tuple(x.reshape(4, H) for x in np.split(b, 3)),
+            ),
             *dense(f"{t}.self_attn.out_proj", f"{f}/self_attention/out", (D, D), OUT),
             *dense(f"{t}.linear1", f"{f}/linear1", (F, D)),
             *dense(f"{t}.linear2", f"{f}/linear2", (D, F)),
             *norm(f"{t}.norm1", f"{f}/norm1", D),
             *norm(f"{t}.norm2", f"{f}/norm2", D),
-        ]  # fmt: skip
+        ]
     return rows
 
 

@@ -84,8 +84,8 @@ def _infer(
     words = (source_side, like_side) if source_side != like_side else ("source", "target")
     asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned)
     asked += cells.questions
-    failures = tuple(cells.failures)
-    return Proposal(tuple(entries), tuple(asked), tuple(assumptions(result, entries)), failures, tuple(reads))
+    assumed = tuple(assumptions(result, entries))
+    return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))
 
 
 def _entries(result: Result, ties: dict[str, tuple[str, ...]], turned: bool) -> list[Entry]:

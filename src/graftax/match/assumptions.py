@@ -21,8 +21,7 @@ def assumptions(result: Result, entries: list[Entry]) -> list[Assumption]:
         )
         out.append(
             Assumption(
-                f"assumed: {CALL_ORDER}: modules that are named by a counter are called in the order of the other side's "
-                "numbers",
+                f"assumed: {CALL_ORDER}: modules named by a counter are called in the other side's order",
                 "compare outputs (graftax verify)",
                 targets,
             )

@@ -140,7 +140,7 @@ def match(ends: Ends, lex: Lexicon) -> Result:
 
 
 def _doubts(torch: list[Family], flax: list[Family], same: bool, lex: Lexicon) -> list[Doubt]:
-    """Families without a partner although blocks of the same number and sizes are there: more than one could be meant."""
+    """Families without a partner although blocks of the same number and sizes are there: which is meant?"""
     groups: dict[tuple[int, ...], tuple[list[Family], list[Family]]] = {}
     for families, at in ((torch, 0), (flax, 1)):
         for family in families:
@@ -174,8 +174,8 @@ def _loosened(
     ends: Ends,
     lex: Lexicon,
 ) -> tuple[SideView, SideView, list[FamilyPair], list[Family], list[Family]]:
-    """Families that found no partner and are stacked nowhere are dissolved: their modules compete one by one, so that no
-    other module takes a place only because its true owner was not there to compete."""
+    """Families that found no partner and are stacked nowhere are dissolved: their modules compete one by one, so that
+    no other module takes a place only because its true owner was not there to compete."""
     loose_t = _lost(left_t, pairs, torch, flax, True)
     loose_f = _lost(left_f, pairs, torch, flax, False)
     if not loose_t and not loose_f:
@@ -189,7 +189,7 @@ def _lost(
     left: list[Family], pairs: list[FamilyPair], torch: SideView, flax: SideView, torch_side: bool
 ) -> frozenset[tuple[Token, ...]]:
     """The prefixes of small families that no scope of the other side keeps stacked."""
-    partners = {(): (flax if torch_side else torch).families[0].modules}
+    partners: dict[tuple[Token, ...], list[Module]] = {(): (flax if torch_side else torch).families[0].modules}
     for pair in pairs:
         mine, other = (pair.torch, pair.flax) if torch_side else (pair.flax, pair.torch)
         partners.setdefault(mine.prefix, other.modules)

@@ -32,8 +32,8 @@ class _Rated:
 def pair_families(
     torch: list[Family], flax: list[Family], lex: Lexicon, anchors: dict[int, set[int]]
 ) -> tuple[list[FamilyPair], list[Family], list[Family]]:
-    """(pairs, torch families left, Flax families left). Counts must agree; sizes of the instances in order, the words of
-    the paths and of what is inside decide, by mutual best with a margin. `anchors`: ids that the rules pair."""
+    """(pairs, torch families left, Flax families left). Counts must agree; sizes of the instances in order, the words
+    of the paths and of what is inside decide, by mutual best with a margin. `anchors`: ids that the rules pair."""
     words = {id(f): frozenset(concepts(f.prefix, lex)) for f in (*torch, *flax)}
     inner = {id(f): _inner(f, lex) for f in (*torch, *flax)}
     rated: list[_Rated] = []

@@ -53,7 +53,7 @@ def suspects(modules: Sequence[Module], families: Iterable[Module], lex: Lexicon
                 widths.add(out)
                 grown = True
     found: dict[int, Suspect] = {}
-    for module, (out, inp) in linears:
+    for module, (_, inp) in linears:
         if set(concepts(module.tokens, lex)) & _INSIDE:
             continue
         channels = _multiple(inp, made)
@@ -110,7 +110,7 @@ def _own_widths(module: Module) -> list[int]:
 
 
 def _multiple(width: int, channels: set[int]) -> int:
-    """The largest channel count of which `width` is a proper multiple, a map of LEAST positions at least; 0 for none."""
+    """The largest channel count of which `width` is a multiple, LEAST positions at least; 0 for none."""
     return max((c for c in channels if width % c == 0 and width // c >= LEAST), default=0)
 
 
@@ -123,9 +123,9 @@ def _maybe_map(module: Module, out: int, taken: set[int], lex: Lexicon) -> bool:
 def _after_sibling(module: Module, width: int, linears: Sequence[tuple[Module, tuple[int, int]]]) -> bool:
     """The numbered sibling before it makes this width: fc1 -> fc2."""
     for other, (out, _) in linears:
-        if out == width and other is not module and _template(other.tokens) == _template(module.tokens):
-            if _ints(other.tokens) < _ints(module.tokens):
-                return True
+        alike = out == width and other is not module and _template(other.tokens) == _template(module.tokens)
+        if alike and _ints(other.tokens) < _ints(module.tokens):
+            return True
     return False
 
 

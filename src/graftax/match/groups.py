@@ -1,4 +1,4 @@
-"""Groups: several modules of one side that are one module of the other (q, k, v in one Linear; gate and up; k and v)."""
+"""Groups: several modules of one side that are one module of the other (q, k, v in one Linear; gate and up)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ SPATIAL = {1: "k", 2: "kh kw", 3: "kd kh kw"}
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a reading may depend on besides the shapes: the role and both leaves' kinds; `same`: both ends are one side."""
+    """What a reading may depend on besides shapes: the role, both leaves' kinds; `same`: both ends are one side."""
 
     role: str
     torch: Kind
@@ -139,8 +139,8 @@ def _groups_text(shape: Shape, groups: list[list[str]]) -> str:
 
 
 def _conv(source: Shape, target: Shape) -> Readings:
-    """(O, I, *k) -> (*k, I, O); a transposed convolution (I, O, *k) -> (*k, I, O), flipped. One with transpose_kernel=True
-    moves its axes as a plain convolution does."""
+    """(O, I, *k) -> (*k, I, O); a transposed convolution (I, O, *k) -> (*k, I, O), flipped. One that has
+    transpose_kernel=True moves its axes as a plain convolution does."""
     spatial = SPATIAL.get(len(source) - 2)
     if spatial is None or len(source) != len(target):
         return {}

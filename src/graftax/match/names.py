@@ -18,8 +18,8 @@ UNKNOWN = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """The tables in the form that looking up needs. `Lexicon.empty()` knows no synonym: every word means itself, and only
-    the words for kinds of layers are known to say little."""
+    """The tables in the form that looking up needs. `Lexicon.empty()` knows no synonym: every word means itself, and
+    only the words for kinds of layers are known to say little."""
 
     synonyms: dict[str, tuple[str, ...]]
     phrases: dict[tuple[str, ...], tuple[str, ...]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from itertools import pairwise
 
 from graftax.match.names import Lexicon
 from graftax.match.pairs import Pair, Scope, numbered_as
@@ -182,7 +183,7 @@ def out_of_order(pairs: list[Pair]) -> bool:
             )
     for found in groups.values():
         found.sort()
-        if any(b[1] < a[1] for a, b in zip(found, found[1:], strict=False)):
+        if any(b[1] < a[1] for a, b in pairwise(found)):
             return True
     return False
 

@@ -431,7 +431,7 @@ def _numbers_differ(a: Name, b: Name) -> bool:
 
 
 def _stray(pair: Pair, a: Name, b: Name, lex: Lexicon) -> bool:
-    """A bare parameter against the weight of a module, and the parameter's own name has a word that the module lacks."""
+    """A bare parameter against the weight of a module, and the parameter's own name has a word that it lacks."""
     if pair.torch.raw == pair.flax.raw:
         return False
     raw, mine, other = (pair.torch, a, b) if pair.torch.raw else (pair.flax, b, a)

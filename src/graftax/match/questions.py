@@ -81,8 +81,8 @@ def _reading(
     names = ", ".join(fold_names(torch if turned else flax)[:4])
     if choice.trap is not None:
         text = (
-            f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if a flattened "
-            "convolution map feeds it, its order must change"
+            f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if a "
+            "flattened convolution map feeds it, its order must change"
         )
         return Question("flatten", text, torch if turned else flax, flax if turned else torch, tuple(found))
     text = f"{names}: shapes fit in {len(found)} ways; nothing says which is {what}"

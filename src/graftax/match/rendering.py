@@ -91,8 +91,8 @@ def _reading_keys(reading: str, link: Link, open_: bool) -> dict[str, object]:
         target = next(chain[0] for (label, _, _), chain in link.chains.items() if label[1] == reading)
         return {"ops": reading.removeprefix("heads "), **dict(getattr(target, "sizes", ()))}
     chain = next(chain for (label, _, _), chain in link.chains.items() if label[1] == reading)
-    if chain and hasattr(chain[0], "pattern"):
-        first = chain[0]
+    first = chain[0] if chain else None
+    if isinstance(first, Rearrange):
         if first.sizes and not re.search(r"\(", first.pattern):
             return {"ops": first.pattern}
         grouped = {name for name in re.findall(r"\(([^)]*)\)", first.pattern) for name in name.split()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+Role = str
 Kind = Literal["kernel", "embedding", "norm", "free", "raw"]
 """kernel: Flax keeps a Dense or Conv there; embedding: nn.Embed; norm: a scale; free: a weight of an unstated layout;
 raw: a bare parameter, whose own name is the module's."""
@@ -33,7 +34,7 @@ ROLES: dict[str, tuple[str, Kind]] = {
     "num_batches_tracked": ("counter", "norm"),
 }
 
-SUFFIXES: tuple[tuple[str, str, Kind], ...] = (
+SUFFIXES: tuple[tuple[str, Role, Kind], ...] = (
     ("_weight", "weight", "free"),
     ("_kernel", "weight", "kernel"),
     ("_bias", "bias", "free"),
@@ -41,7 +42,7 @@ SUFFIXES: tuple[tuple[str, str, Kind], ...] = (
 """Endings of a bare parameter's name that tell its role: `in_proj_weight` is the weight of `in_proj`."""
 
 
-def role_of(last: str) -> tuple[str, str, Kind]:
+def role_of(last: str) -> tuple[Role, Kind, str]:
     """(role, kind, what is left of the name for the module's path) of a leaf's last part."""
     known = ROLES.get(last)
     if known is not None:

@@ -73,7 +73,7 @@ class Module:
 
 @dataclass(slots=True, eq=False)
 class Family:
-    """Repeated blocks: the prefix (a tuple for each counting number), the instances in order, their modules and sizes."""
+    """Repeated blocks: the prefix (a tuple for each counting number), the instances, their modules and sizes."""
 
     prefix: tuple[Token, ...]
     keys: list[Key]
@@ -309,7 +309,7 @@ def _cut(templates: list[_Template], place: int, variable: list[list[int]], apar
                     (*template.resolved, token),
                     (*template.variables, place) if counts else template.variables,
                     place + 1,
-                )  # fmt: skip
+                )
             )
     return list(out.values())
 

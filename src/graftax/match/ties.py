@@ -1,4 +1,4 @@
-"""Tied weights: one tensor under several names. Values are read only where names are left over, and that is recorded."""
+"""Tied weights: one tensor under several names. Values are read only where names are left over; that is recorded."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def constant(array: Any) -> bool:
 def find_ties(
     source: Checkpoint, paths: Iterable[str], wanted: Mapping[str, TensorSpec], reads: Reads
 ) -> dict[str, tuple[str, ...]]:
-    """first name -> all names, for tensors among `paths` that are bit for bit one and not constant. Only shapes of which
-    the source has more than `wanted` are looked at."""
+    """first name -> all names, for tensors among `paths` that are bit for bit one and not constant. Only shapes of
+    which the source has more than `wanted` are looked at."""
     specs = source.specs
     sizes, have = _sizes(wanted), _sizes(specs)
     more = {size for size, count in have.items() if count > sizes[size] and size > 1}
