@@ -17,12 +17,13 @@ TORCH = {
     "attn.qkv.weight": (117, 40), "fc.weight": (10, 72), "fc2.weight": (10, 10), "blob.weight": (4, 4),
     "conv1.weight": (6, 1, 3, 3), "conv2.weight": (8, 6, 3, 3), "a.weight": (4, 6), "b.weight": (5, 6),
 }  # fmt: skip
-TORCH |= {"c.0.w": (2,)}
+TORCH |= {"c.0.w": (2,), "a2.weight": (4, 6), "d.0": (3, 6), "d.1": (3, 6)}
 TORCH |= {f"layers.{i}.w": (4, 6) for i in (0, 1, 3)}
 TORCH |= {f"l.{i}.e.{e}.w": (4, 6) for i in range(3) for e in range(4) if (i, e) != (1, 2)}
 FLAX = dict.fromkeys(QKV, (40, 10, 4)) | {
     "fc/kernel": (72, 10), "fc2/kernel": (10, 10), "s4": (4, 6, 4), "s3": (3, 6, 4), "m": (3, 4, 6, 4),
     "blob/wi": (4, 4), "conv1/kernel": (3, 3, 1, 6), "ab/kernel": (6, 9), "c0/w": (2,),
+    "aa/kernel": (6, 8), "d3": (6, 2, 2), "d4": (6, 2),
 }  # fmt: skip
 LAYERS = {"torch": "layers.{l}.w", "stack": {"l": 0}, "layout": "linear"}
 
@@ -81,6 +82,14 @@ LAYERS = {"torch": "layers.{l}.w", "stack": {"l": 0}, "layout": "linear"}
          "a.weight, b.weight -> ab/kernel", ("5 rows are no multiple of heads=2",)),
         ({"torch": ["a.weight", "b.weight"], "flax": "ab/kernel", "fused": "interleaved"},
          "a.weight, b.weight -> ab/kernel", ("needs `heads`",)),
+        ({"torch": ["a.weight", "a2.weight"], "flax": "aa/kernel", "fused": "interleaved", "heads": 4, "kv_heads": 2},
+         "a.weight, a2.weight -> aa/kernel", ("4 heads at least, the rule says kv_heads=2",)),
+        (LAYERS | {"flax": "s3", "l": [0, 1, 3], "stack": {"l": -4}}, "layers.0.w, layers.1.w, layers.3.w -> s3",
+         ("3 axes has no axis -4 for l",)),
+        ({"torch": "l.{l}.e.{e}.w", "flax": "m", "l": [0, 2], "stack": {"l": 0, "e": -4}, "layout": "linear"},
+         "l.0.e.0.w, l.0.e.1.w, l.0.e.2.w and 5 more -> m", ("on one axis",)),
+        ({"torch": "d.{l}", "flax": ["d3", "d4"], "fused": "block", "stack": {"l": -1}}, "d.0, d.1 -> d3, d4",
+         ("different axes of the list's tensors",)),
         ({"torch": ["a.weight", "b.weight"], "flax": "ab/kernel", "fused": "tied"},
          "a.weight, b.weight -> ab/kernel", ("tensors of one shape",)),
         ({"torch": ["a.weight", "b.weight"], "flax": "ab/kernel", "stack": 0, "layout": "linear"},

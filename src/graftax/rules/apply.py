@@ -128,13 +128,12 @@ def _settle(rule: Rule, ends: Port, key: str, on_source: bool) -> None:
     if clash:
         ends.failures += clash
         return
-    fill = rule.fill or 0.0
     if on_source:
-        reason = rule.drop or f"filled with {fill:g} on the way back"
-        ends.entries.append(Entry((key,), (), (Drop(reason, fill=fill),), (rule.evidence,)))
+        reason = rule.drop or f"filled with {rule.fill or 0:g} on the way back"
+        ends.entries.append(Entry((key,), (), (Drop(reason, fill=rule.fill),), (rule.evidence,)))
     elif ends.like is not None:
         spec = ends.like[key]
-        op = Fill(fill, spec.shape, spec.dtype, rule.drop or rule.evidence)
+        op = Fill(rule.fill or 0.0, spec.shape, spec.dtype, rule.drop or rule.evidence)
         ends.entries.append(Entry((), (key,), (op,), (rule.evidence,)))
 
 

@@ -112,6 +112,8 @@ def _at(
         if name not in own:
             raise LayoutError(f"a tensor of {rank} axes ({' '.join(own)}) has no axis {escape(name)!r}")
         return (make(own.index(name), shape),)
+    if len(groups) != rank:
+        raise LayoutError(f"a tensor of {rank} axes does not fit `ops`, which has {len(groups)} on its left")
     axis = next((i for i, group in enumerate(groups) if name in group), None)
     if axis is None:
         raise LayoutError(f"`ops` has no axis {escape(name)!r} on its left side")
