@@ -46,7 +46,7 @@ ENTRIES = (
     Entry(("fc.weight",), ("fc/kernel",), (Rearrange("o i -> i o"),), ("names", "convention")),
     Entry(("qkv",), ("q", "k", "v"), (Split(0, (4, 4, 4)), Rearrange("o i -> i o")), ("rules.toml line 3",)),
     Entry(("h.0.w", "h.1.w"), ("h/w",), (Rearrange("o i -> o i"), Stack(2, 2)), ("names",)),
-    Entry(("buf",), (), (Drop("a buffer"),), ("known buffer",)),
+    Entry(("buf",), (), (Drop("a buffer", fill=0.0),), ("known buffer",)),
     Entry((), ("new",), (Fill(0.0, (6,), "float32", "--missing zeros"),), ("--missing zeros",)),
     Entry(("n",), ("n",), (Offset(1.0),), ("rules.toml line 4",)),
 )
@@ -165,6 +165,14 @@ def test_keys_that_a_question_or_a_failure_has_are_not_asked_about_again():
 
 
 # ---------------------------------------------------------------- inverse
+
+
+def test_what_was_dropped_for_good_is_not_made_up_on_the_way_back():
+    plan = built(*ENTRIES[:3], Entry(("buf",), (), (Drop("a pooler"),)), *ENTRIES[4:])
+    back = plan.inverse
+    assert "buf" not in back.like.specs
+    assert any("buf is left out" in assumption.text for assumption in back.assumptions)
+    assert "buf" not in run(back, run(plan, arrays_of(TORCH)))
 
 
 def test_the_inverse_undoes_every_index_op():

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from graftax.adapters import open_tree
+from graftax.adapters import open_tree, plain_tree
 from graftax.errors import GraftaxError, UsageError, escape
 from graftax.execute.eager import Receipt, stream
 from graftax.plan_json import load_plan_file
 from graftax.planning import Options, make_plan
-from graftax.plans import End, Plan
-from graftax.tree import Checkpoint, Side, nest
+from graftax.plans import Plan
+from graftax.tree import Checkpoint, Side
 
 Tree = Any
 """A checkpoint (path, hub id, `pkg.mod:factory`) or a live tree: state_dict, torch Module, Linen variables,
@@ -83,7 +82,7 @@ def load_plan(path: str | PathLike[str]) -> Plan:
 
 def _runnable(made: Plan, like: Checkpoint | None) -> Plan:
     """The plan with a `run` that gives like's own kind of container."""
-    made.runner = lambda plan, source: _rebuild(plan, like, host_arrays(plan, open_tree(source), like)[0], None)
+    made.runner = lambda plan, source: _rebuild(plan, like, host_arrays(plan, open_tree(source), like)[0])
     replanner = made.replanner
     if replanner is not None:
         made.replanner = lambda plan, line: _runnable(replanner(plan, line), like)
@@ -97,25 +96,16 @@ def host_arrays(made: Plan, source: Checkpoint, like: Checkpoint | None) -> tupl
     return {name: arrays[name] for name in made.like.specs}, receipt
 
 
-def _rebuild(made: Plan, like: Checkpoint | None, arrays: Mapping[str, Any], sharding: Any) -> Any:
+def _rebuild(
+    made: Plan, like: Checkpoint | None, arrays: Mapping[str, Any], sharding: Any = None, rngs: Any = None
+) -> Any:
     """`arrays` in like's own kind of container; a nested dict (Flax) or an OrderedDict (torch) where like is a file.
 
     A plan that runs backwards, or on a file of its own, has no live `like`: it gives the plain container of its side.
     """
     if like is not None and like.rebuild is not None and sharding is None and set(like) == set(arrays):
-        return like.rebuild(arrays, adopt=True)
-    return plain_tree(made.like, arrays, host=sharding == "host")
-
-
-def plain_tree(end: End, arrays: Mapping[str, Any], host: bool = False) -> Any:
-    """`arrays` as a nested dict of jax arrays (Flax; NumPy arrays if `host`) or an OrderedDict of tensors (torch)."""
-    from graftax.adapters import to_jax, to_torch
-
-    if host:
-        return nest(arrays, end.real_keys) if end.side == "flax" else dict(arrays)
-    if end.side == "torch":
-        return OrderedDict((name, to_torch(array)) for name, array in arrays.items())
-    return nest({path: to_jax(array) for path, array in arrays.items()}, end.real_keys)
+        return like.rebuild(arrays, adopt=True, **({} if rngs is None else {"rngs": rngs}))
+    return plain_tree(made.like, arrays, host=sharding == "host", adopt=True)
 
 
 def port(
@@ -128,12 +118,14 @@ def port(
     to: Side | None = None,
     overflow: str = "error",
     sharding: str | None = None,
+    rngs: Any = None,
 ) -> Any:
     """The weights of `source` as a new tree like `like`; neither is changed. Options as in `plan`.
 
     Gives: for a torch Module or state_dict an OrderedDict of tensors; for a Linen wrapper or variables, variables; for
     an nnx.Module a new Module; for State or (GraphDef, State) a State; for a path or an abstract tree a nested dict
-    (Flax) or an OrderedDict (torch). sharding=None follows like; "host" gives NumPy arrays in a nested dict.
+    (Flax) or an OrderedDict (torch). sharding=None follows like; "host" gives NumPy arrays in a nested dict. rngs:
+    nnx.Rngs or a seed, for the random state of a Module from nnx.eval_shape.
 
     Raises PlanError where the plan is incomplete: its questions and misfits are on the exception.
     """
@@ -142,7 +134,7 @@ def port(
     options = Options(rules, missing, unused, dtype, to, overflow)
     opened, opened_like = open_both(source, like)
     made = make_plan(opened, opened_like, options)
-    return _rebuild(made, opened_like, host_arrays(made, opened, opened_like)[0], sharding)
+    return _rebuild(made, opened_like, host_arrays(made, opened, opened_like)[0], sharding, rngs)
 
 
 def port_file(
@@ -204,7 +196,7 @@ def write_plan(
         None if shard_size is None else parse_size(shard_size),
     )
     inputs = (source,) if like is None else (source, like)
-    save(str(out), output, format=format, clobber=clobber, inputs=inputs)
+    receipt.notes = save(str(out), output, format=format, clobber=clobber, inputs=inputs).notes
     return receipt
 
 
@@ -222,10 +214,10 @@ def load_into(
 
     Options as in `plan`. Everything is planned, read and checked first; then every leaf is assigned.
     """
-    from graftax.adapters import assign
+    from graftax.loading import load_arrays, require_module
 
+    require_module(module)
     opened, like = open_both(source, module)
     made = make_plan(opened, like, Options(rules, missing, unused, dtype, to, overflow))
     arrays, _ = host_arrays(made, opened, like)
-    assign(module, arrays)
-    return module
+    return load_arrays(module, arrays)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -187,8 +187,9 @@ def port_command(
     )
     data |= {"written": True, "receipt": receipt.as_json()}
     lines = [_written(out, receipt.leaves, receipt.nbytes), receipt.text]
-    if receipt.dropped:
-        lines.append(_dropped_text(receipt.dropped))
+    lines += [f"dropped: {line}" for line in _by_reason(receipt.dropped)]
+    lines += [f"not from the source: {line}" for line in _by_reason(receipt.filled)]
+    lines += [f"note: {escape(note, 400)}" for note in receipt.notes]
     lines += [f"assumed: {assumption}" for assumption in made.assumptions]
     return Outcome(data, "\n".join(lines))
 
@@ -199,7 +200,7 @@ def replace_command(
     select: str,
     /,
     *,
-    constant: float | None = None,
+    constant: int | float | None = None,
     zeros: Annotated[bool, Flag] = False,
     normal: float | None = None,
     add_normal: float | None = None,
@@ -334,7 +335,7 @@ def diff_command(
         Relative tolerance.
     """
     from graftax.api import open_both
-    from graftax.errors import PlanError
+    from graftax.errors import DifferenceError
     from graftax.report.comparing import comparison, comparison_text
 
     first, second = open_both(a, b)
@@ -357,7 +358,7 @@ def diff_command(
     if not data["equal"]:
         mixed = plan is None and like is None and {first.side, second.side} == {"torch", "flax"}
         hint = f"A is {first.side} and B is {second.side}: give --like {b} or --plan." if mixed else ""
-        error = PlanError(f"{escape(first.label)} and {escape(second.label)} differ", next=hint)
+        error = DifferenceError(f"{escape(first.label)} and {escape(second.label)} differ", next=hint)
     return Outcome(data, "" if json else comparison_text(data), error)
 
 
@@ -426,16 +427,19 @@ def _written(out: str, leaves: int, nbytes: int) -> str:
     return f"wrote {escape(out)}: {leaves} leaves, {size_text(nbytes)}"
 
 
-def _dropped_text(dropped: dict[str, str]) -> str:
+def _by_reason(names: Mapping[str, str]) -> list[str]:
+    """`bn{1..9}.num_batches_tracked (9): why`, a line a reason."""
     from graftax.plan_text import fold_names
 
     reasons: dict[str, list[str]] = {}
-    for name, reason in dropped.items():
+    for name, reason in names.items():
         reasons.setdefault(reason, []).append(name)
-    return "\n".join(
-        f"dropped: {', '.join(fold_names(names)[:4])} ({len(names)}): {escape(reason)}"
-        for reason, names in reasons.items()
-    )
+    out: list[str] = []
+    for reason, group in reasons.items():
+        folded = fold_names(group)
+        more = f" and {len(folded) - 4} more" if len(folded) > 4 else ""
+        out.append(f"{', '.join(folded[:4])}{more} ({len(group)}): {escape(reason, 300)}")
+    return out
 
 
 # ---------------------------------------------------------------- running

@@ -107,6 +107,10 @@ class PlanError(GraftaxError):
     exit_code = 1
 
 
+class DifferenceError(PlanError):
+    """Two checkpoints differ."""
+
+
 class LayoutError(PlanError):
     """An op or a layer cannot turn these shapes or settings into those."""
 

@@ -12,6 +12,8 @@ from typing import Any
 from graftax.errors import Failure, PlanError, UsageError, escape
 from graftax.formats.quantized import refuse_quantized
 from graftax.match import infer
+from graftax.match.by_table import by_table
+from graftax.match.words import BUFFERS
 from graftax.ops import CONDITIONS, Cast, Drop, Fill, Keep, Same, apply_chain, infer_chain
 from graftax.plans import End, Entry, Plan, Proposal, Question, with_ops
 from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
@@ -20,6 +22,9 @@ from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, match_paths, near
 MISSING = ("error", "keep", "zeros")
 UNUSED = ("error", "drop")
 OVERFLOW = ("error", "saturate")
+
+COUNTER = "num_batches_tracked"
+"""A torch BatchNorm's count of batches: it changes nothing but the momentum=None average."""
 
 DtypePolicy = str | Mapping[str, str] | None
 
@@ -69,8 +74,11 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         like = _like_of_rules(source, ruled, like_side)
         found = Proposal()
     else:
-        found = infer(source, like, source_side, like_side, ruled.proposal)
+        tabled = by_table(source, like, source_side, like_side, ruled.proposal)
+        known = _joined(ruled.proposal, tabled)
+        found = _joined(tabled, infer(source, like, source_side, like_side, known))
     proposal = _joined(ruled.proposal, found)
+    proposal = _settle_buffers(proposal, source, like, source_side, like_side)
     proposal = _settle_unused(proposal, source, options.unused)
     proposal = _settle_missing(proposal, like, ruled.missing, options.missing)
     proposal, specs = _settle_dtypes(proposal, source, like, options)
@@ -134,6 +142,45 @@ def _joined(first: Proposal, second: Proposal) -> Proposal:
         first.reads + second.reads,
         first.broken + second.broken,
     )
+
+
+def _settle_buffers(
+    proposal: Proposal, source: Checkpoint, like: Checkpoint, source_side: Side, like_side: Side
+) -> Proposal:
+    """Known buffers of a torch target. From torch they come from their module's own; else the target keeps what it has,
+    and a batch counter without a value starts at zero. None of them is a question."""
+    if like_side != "torch":
+        return proposal
+    entries = list(proposal.entries)
+    filled = {name for entry in entries for name in entry.targets}
+    wanted = [name for name in like if name not in filled and name.rpartition(".")[2] in BUFFERS]
+    if not wanted:
+        return proposal
+    dropped = {entry.sources[0]: i for i, entry in enumerate(entries) if entry.dropped and entry.sources}
+    homes = {
+        entry.targets[0].rpartition(".")[0]: entry.sources[0].rpartition(".")[0]
+        for entry in entries
+        if source_side == "torch" and len(entry.sources) == len(entry.targets) == 1
+    }
+    settled: set[str] = set()
+    for name in wanted:
+        module, dot, last = name.rpartition(".")
+        spec, twin = like[name], f"{homes.get(module, module)}{dot}{last}"
+        if twin in dropped and source[twin].shape == spec.shape:
+            entries[dropped[twin]] = Entry((twin,), (name,), (), ("a known buffer of the same module",))
+        elif like.has_values:
+            entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"a known buffer: {BUFFERS[last]}",)))
+        elif last == COUNTER:
+            entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, BUFFERS[last]),), ("a known buffer",)))
+        else:
+            continue
+        settled.add(name)
+    questions = [
+        replace(question, targets=left)
+        for question in proposal.questions
+        if (left := tuple(name for name in question.targets if name not in settled)) or not question.targets
+    ]
+    return replace(proposal, entries=tuple(entries), questions=tuple(questions))
 
 
 def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Proposal:

@@ -48,6 +48,12 @@ class Entry:
         return self.ops[-1].reason if self.ops and isinstance(self.ops[-1], Drop) else None
 
     @property
+    def lost(self) -> bool:
+        """Dropped for good: nothing says what it should be on the way back."""
+        last = self.ops[-1] if self.ops else None
+        return isinstance(last, Drop) and last.fill is None and not last.keep
+
+    @property
     def unfilled(self) -> bool:
         """The targets come from no source: filled with a constant or kept from like."""
         return bool(self.ops) and isinstance(self.ops[0], (Fill, Keep))
@@ -221,12 +227,30 @@ class Plan:
 
     @property
     def inverse(self) -> Plan:
-        """The plan back: sides swapped, ops reversed and inverted. PlanError if incomplete."""
+        """The plan back: sides swapped, ops reversed and inverted. PlanError if incomplete.
+
+        A tensor that was dropped for good (no fill was stated) is left out, never made up, and an assumption names it.
+        """
         self.require_complete()
         entries: list[Entry] = []
+        lost: dict[str, str] = {}
         for entry in self.entries:
-            entries.append(Entry(entry.targets, entry.sources, invert_chain(entry.ops), entry.evidence))
-        return Plan(self.like, self.source, tuple(entries), (), self.assumptions, (), self.reads, self.runner)
+            if entry.lost:
+                lost.update(dict.fromkeys(entry.sources, entry.dropped or ""))
+            else:
+                entries.append(Entry(entry.targets, entry.sources, invert_chain(entry.ops), entry.evidence))
+        left = {name: spec for name, spec in self.source.specs.items() if name not in lost}
+        noted = tuple(
+            Assumption(
+                f"{name} is left out on the way back: it was dropped ({why})",
+                "load_state_dict names what it misses",
+                (name,),
+            )
+            for name, why in lost.items()
+        )
+        source = replace(self.source, specs=left)
+        assumptions = (*self.assumptions, *noted)
+        return Plan(self.like, source, tuple(entries), (), assumptions, (), self.reads, self.runner)
 
     # ------------------------------------------------------------ making
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from graftax.errors import Failure, PlanError, escape
-from graftax.ops import Cast, Keep, apply_chain, invert_chain
+from graftax.ops import Cast, Keep, apply_chain, chain_text, invert_chain
 from graftax.ops.casting import CastCount, cast_array
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint
@@ -41,7 +41,8 @@ class Measured:
 
 @dataclass(slots=True)
 class Receipt:
-    """What a run did: leaves and bytes written, exactness as measured, casts as counted."""
+    """What a run did: leaves and bytes written, exactness as measured, casts as counted, what was dropped and why, what
+    no source filled and how it was, and what the writer has to say."""
 
     leaves: int = 0
     nbytes: int = 0
@@ -49,6 +50,8 @@ class Receipt:
     casts: CastCount = field(default_factory=CastCount)
     cast_leaves: int = 0
     dropped: dict[str, str] = field(default_factory=dict[str, str])
+    filled: dict[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
 
     @property
     def lossless(self) -> bool:
@@ -87,6 +90,8 @@ class Receipt:
                 "saturated": self.casts.overflowed,
             },
             "dropped": dict(self.dropped),
+            "filled": dict(self.filled),
+            "notes": list(self.notes),
         }
 
 
@@ -101,6 +106,10 @@ def stream(plan: Plan, source: Checkpoint, like: Checkpoint | None, receipt: Rec
         if entry.dropped is not None:
             receipt.dropped.update(dict.fromkeys(entry.sources, entry.dropped))
             continue
+        if entry.unfilled:
+            receipt.filled.update(
+                dict.fromkeys(entry.targets, f"{chain_text(entry.ops)} ({', '.join(entry.evidence)})")
+            )
         for name, array in zip(entry.targets, _run_entry(entry, source, like, receipt), strict=True):
             receipt.leaves += 1
             receipt.nbytes += array.nbytes

@@ -60,7 +60,7 @@ _STATISTICS = (
     *_AFFINE,
     Step("running_mean", "mean"),
     Step("running_var", "var"),
-    Step("num_batches_tracked", (), (Drop(COUNTER),), optional=True),
+    Step("num_batches_tracked", (), (Drop(COUNTER, fill=0.0),), optional=True),
 )
 
 NORM_ROWS: tuple[Layer, ...] = (
@@ -132,7 +132,7 @@ NORM_ROWS: tuple[Layer, ...] = (
             Form("batch norm", _STATISTICS, "identity", why="running statistics on both sides"),
             Form(
                 "batch norm without statistics",
-                (*_AFFINE, Step("num_batches_tracked", (), (Drop(COUNTER),), optional=True)),
+                (*_AFFINE, Step("num_batches_tracked", (), (Drop(COUNTER, fill=0.0),), optional=True)),
                 "identity",
                 why="scale and bias by name",
                 holds=_no_statistics,

@@ -1,5 +1,6 @@
 """What the layer table settles before names are read: a tree that is one layer, and the layers whose leaves fit no
-one-to-one reading (recurrent cells, weight and spectral norm), where only one pairing is possible or names are equal."""
+one-to-one reading (recurrent cells, weight and spectral norm), where one pairing only is possible or names are equal.
+"""
 
 from __future__ import annotations
 

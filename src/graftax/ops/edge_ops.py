@@ -50,14 +50,14 @@ class Fill:
 @dataclass(frozen=True, slots=True)
 class Drop:
     """A tensor -> nothing, for a stated reason. Its inverse fills the recorded spec with `fill`, or keeps what like has
-    where it undoes a Keep."""
+    where it undoes a Keep. With fill=None it has no inverse: what was dropped is not made up on the way back."""
 
     name: ClassVar[str] = "drop"
     exact = False
     reason: str
     shape: tuple[int, ...] | None = None
     dtype: str = ""
-    fill: float = 0.0
+    fill: float | None = None
     keep: bool = False
 
     @property
@@ -66,11 +66,13 @@ class Drop:
             raise LayoutError(f"{self.text} is not bound to a tensor yet")
         if self.keep:
             return Keep(self.shape, self.dtype)
+        if self.fill is None:
+            raise LayoutError(f"{self.text}: nothing can bring it back")
         return Fill(self.fill, self.shape, self.dtype, self.reason)
 
     @property
     def text(self) -> str:
-        return f"dropped: {self.reason or f'{self.fill:g} on the way back'}"
+        return f"dropped: {self.reason or f'{self.fill or 0:g} on the way back'}"
 
     def bind(self, specs: Specs) -> Drop:
         self.infer(specs)
