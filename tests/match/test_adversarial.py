@@ -229,6 +229,61 @@ DECIDED["merged numbers"] = [
 ]
 
 
+def projection_first() -> Case:
+    """Flax calls the projection of a block before its convolutions: in half of the blocks the numbers start one later."""
+    rows: Case = []
+    width = 8
+    for k, (stage, j) in enumerate(((1, 0), (1, 1), (2, 0), (2, 1))):
+        out, t, f = 16 * stage, f"layer{stage}.{j}", f"params/Block_{k}"
+        if j == 0:
+            rows.append((f"{t}.downsample.0.weight", f"{f}/Conv_0/kernel", (out, width, 1, 1), CONV))
+        first = 1 - j
+        rows.append((f"{t}.conv1.weight", f"{f}/Conv_{first}/kernel", (out, width, 3, 3), CONV))
+        rows.append((f"{t}.conv2.weight", f"{f}/Conv_{first + 1}/kernel", (out, out, 3, 3), CONV))
+        width = out
+    return rows
+
+
+def two_stacks() -> Case:
+    """Two kinds of layers, numbered through on one side and stacked apart on the other."""
+
+    def turned(*a: Any) -> Any:
+        return (np.stack([x.T for x in a]),)
+
+    rows: Case = []
+    for kind, layers in (("dense", range(2)), ("moe", range(2, 5))):
+        f = f"params/{kind}_layers"
+        rows.append(([f"layers.{n}.attn.q.weight" for n in layers], [f"{f}/attn/q/kernel"], (D, D), turned))
+        rows.append(([f"layers.{n}.norm.weight" for n in layers], [f"{f}/norm/scale"], (D,), lambda *a: (np.stack(a),)))
+        name, shape = ("up", (F, D)) if kind == "dense" else ("router", (4, D))
+        rows.append(([f"layers.{n}.mlp.{name}.weight" for n in layers], [f"{f}/mlp/{name}/kernel"], shape, turned))
+    return rows
+
+
+def layers_and_experts(order: str) -> Case:
+    """Layers and experts stacked in one leaf, on any two axes."""
+    axes = tuple("leio".index(axis) for axis in order)
+    rows: Case = []
+    for name, role, shape in (("w1", "wi_0", (F, D)), ("w3", "wi_1", (F, D)), ("w2", "wo", (D, F))):
+        keys = [f"layers.{n}.moe.experts.{e}.{name}.weight" for n in range(3) for e in range(5)]
+
+        def both(*a: Any) -> Any:
+            return (np.stack([np.stack([a[5 * n + e].T for e in range(5)]) for n in range(3)]).transpose(axes),)
+
+        rows.append((keys, [f"params/layers/moe/{role}"], shape, both))
+    norms = [f"layers.{n}.ln.weight" for n in range(3)]
+    return [*rows, (norms, ["params/layers/ln/scale"], (D,), lambda *a: (np.stack(a),))]
+
+
+DECIDED |= {
+    "a projection that is called first": projection_first(),
+    "two kinds of layers, stacked apart": two_stacks(),
+    "layers, then experts": layers_and_experts("leio"),
+    "experts, then layers": layers_and_experts("elio"),
+    "layers first, experts inside": layers_and_experts("lieo"),
+}
+
+
 @pytest.mark.parametrize("reverse", [False, True], ids=["to flax", "to torch"])
 @pytest.mark.parametrize("name", ASKED)
 def test_what_nothing_decides_is_asked_and_one_line_settles_it(

@@ -77,7 +77,12 @@ def _infer(
     if source_side == "torch":
         entries += _tied_leftovers(source, free, used, ties, entries, reads)
         entries += [
-            Entry((name,), (), (Drop(reason),), ("a known buffer",))
+            Entry(
+                (name,),
+                (),
+                (Drop(reason, fill=0.0 if name.endswith("num_batches_tracked") else None),),
+                ("a known buffer",),
+            )
             for name, reason in result.buffers.items()
             if name in source.specs
         ]

@@ -12,7 +12,7 @@ from graftax.match.flatten import suspects
 from graftax.match.groups import Group, find_groups
 from graftax.match.idioms import has_experts
 from graftax.match.kinds import Kinds
-from graftax.match.leftovers import single_out
+from graftax.match.leftovers import by_kind, single_out
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, in_order, out_of_order
 from graftax.match.pairs import Link, Pair, Scope, candidates, fit, wrapper_words
@@ -116,7 +116,7 @@ def match(ends: Ends, lex: Lexicon) -> Result:
     habits = Habits()
     for scope in scopes:
         scope.wrappers, scope.experts = wrappers, experts
-        result.settled.append(_settle(scope, ends))
+        result.settled += _settle_kinds(scope, ends)
     apart = _settle_apart(result.settled, root, ends)
     if apart is not None:
         result.settled.append(apart)
@@ -180,6 +180,12 @@ def _loosened(
     loose_f = _lost(left_f, pairs, torch, flax, False)
     if not loose_t and not loose_f:
         return torch, flax, pairs, left_t, left_f
+    # Blocks of two kinds may be stacked apart: dense layers here, layers with experts there.
+    exact_t = view(ends.torch, ends.torch_side, ends.torch_skip, exact=loose_t) if loose_t else torch
+    exact_f = view(ends.flax, ends.flax_side, ends.flax_skip, exact=loose_f) if loose_f else flax
+    apart = _families(exact_t, exact_f, lex, ends.anchors)
+    if not _lost(apart[1], apart[0], exact_t, exact_f, True) and not _lost(apart[2], apart[0], exact_t, exact_f, False):
+        return exact_t, exact_f, *apart
     torch = view(ends.torch, ends.torch_side, ends.torch_skip, loose=loose_t)
     flax = view(ends.flax, ends.flax_side, ends.flax_skip, loose=loose_f)
     return torch, flax, *_families(torch, flax, lex, ends.anchors)
@@ -285,6 +291,32 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
     forced = _forced(scope, pairs, ends.anchors) if ends.anchors else []
     taken, board = decide(pairs, scope.root, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
     return Settled(scope, taken, board)
+
+
+def _settle_kinds(scope: Scope, ends: Ends) -> list[Settled]:
+    """The scope settled as a whole; where that leaves something over and its blocks are of several kinds, kind by kind,
+    if that leaves less."""
+    whole = _settle(scope, ends)
+    if scope.root or not _open(whole):
+        return [whole]
+    kinds = by_kind(scope)
+    if len(kinds) < 2 or len(kinds) > _KINDS:
+        return [whole]
+    apart = [_settle(kind, ends) for kind in kinds]
+    return apart if sum(map(_open, apart)) < _open(whole) else [whole]
+
+
+_KINDS = 8  # kinds of blocks in one family beyond which the numbers say nothing
+
+
+def _open(item: Settled) -> int:
+    """Leaves of either side that found no partner, fused ones among them."""
+    done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
+    left = [m for m in (*item.scope.torch, *item.scope.flax) if id(m) not in done]
+    partly = [
+        c for pair in item.taken if not pair.whole for c in (*pair.torch.roles.values(), *pair.flax.roles.values())
+    ]
+    return sum(len(c.paths) for m in left for c in m.roles.values()) + len(partly)
 
 
 def _settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | None:

@@ -1,10 +1,12 @@
-"""Modules that only one instance of a family holds, as modules of the scope around all families."""
+"""What a scope leaves over: modules that only one instance of a family holds, and blocks of several kinds."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
-from graftax.match.sides import Module, Token
+from graftax.match.pairs import Scope
+from graftax.match.sides import Column, Key, Module, Token
 
 
 def single_out(module: Module) -> Module | None:
@@ -20,3 +22,43 @@ def single_out(module: Module) -> Module | None:
         for role, column in module.roles.items()
     }
     return Module((*path, *module.tokens), (), roles, module.raw)
+
+
+def by_kind(scope: Scope) -> list[Scope]:
+    """The scope cut into blocks that hold the same modules on both sides (those with a projection and those without):
+    one scope a kind, its modules cut to its instances. One scope where all blocks are of one kind."""
+    kinds: defaultdict[tuple[frozenset[int], frozenset[int]], list[tuple[Key, Key]]] = defaultdict(list)
+    left, right = _holders(scope.torch), _holders(scope.flax)
+    for key, other in scope.keys:
+        kinds[(frozenset(left.get(key, ())), frozenset(right.get(other, ())))].append((key, other))
+    if len(kinds) < 2:
+        return [scope]
+    out: list[Scope] = []
+    for keys in kinds.values():
+        torch = _cut(scope.torch, {key for key, _ in keys})
+        flax = _cut(scope.flax, {other for _, other in keys})
+        made = Scope(torch, flax, keys, scope.root, scope.same, scope.lex, scope.label)
+        made.wrappers, made.experts = scope.wrappers, scope.experts
+        out.append(made)
+    return out
+
+
+def _holders(modules: list[Module]) -> dict[Key, list[int]]:
+    out: defaultdict[Key, list[int]] = defaultdict(list)
+    for n, module in enumerate(modules):
+        for key in module.support:
+            out[key].append(n)
+    return out
+
+
+def _cut(modules: list[Module], keys: set[Key]) -> list[Module]:
+    out: list[Module] = []
+    for module in modules:
+        roles: dict[str, Column] = {}
+        for role, column in module.roles.items():
+            paths = {key: path for key, path in column.paths.items() if key in keys}
+            if paths:
+                roles[role] = replace(column, paths=paths, shapes={key: column.shapes[key] for key in paths})
+        if roles:
+            out.append(Module(module.tokens, module.outer, roles, module.raw, module.alias))
+    return out
