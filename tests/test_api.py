@@ -227,3 +227,25 @@ def test_port_file_and_open_checkpoint(net, tmp_path):
     assert checkpoint.side == "flax"
     np.testing.assert_array_equal(checkpoint.read("params/fc1/kernel"), net.fc1.weight.detach().numpy().T)
     assert set(load_file(tmp_path / "o.safetensors")) == set(checkpoint)
+
+
+class OneBias(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="fc2", use_bias=False)(nn.Dense(5, name="fc1")(x))
+
+
+def test_a_bias_on_one_side_only_is_asked_alone(net):
+    """Its weight ports; the bias is missing or unused, and no other bias of the same shape takes its place."""
+    source = {k: v for k, v in net.state_dict().items() if k != "fc1.bias"} | {"extra.bias": torch.ones(5)}
+    like = gx.linen(LinenNet(), X)
+    plan = gx.plan(source, like, unused="drop")
+    assert [q.targets for q in plan.questions] == [("params/fc1/bias",)]
+    assert not plan.questions[0].candidates
+    params = gx.port(source, like, missing="zeros", unused="drop")["params"]
+    np.testing.assert_array_equal(params["fc1"]["kernel"], net.fc1.weight.detach().numpy().T)
+    assert not np.asarray(params["fc1"]["bias"]).any()
+
+    plan = gx.plan(net, gx.linen(OneBias(), X))
+    assert [q.sources for q in plan.questions] == [("fc2.bias",)]
+    assert gx.plan(net, gx.linen(OneBias(), X), unused="drop").complete

@@ -75,9 +75,10 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         found = Proposal()
     else:
         tabled = by_table(source, like, source_side, like_side, ruled.proposal)
-        known = _joined(ruled.proposal, tabled)
-        found = _joined(tabled, infer(source, like, source_side, like_side, known))
-    proposal = _joined(ruled.proposal, found)
+        known = ruled.proposal.joined(tabled)
+        spoken = replace(known, entries=known.entries + known.broken)  # nothing else may take these keys
+        found = tabled.joined(infer(source, like, source_side, like_side, spoken))
+    proposal = ruled.proposal.joined(found)
     proposal = _settle_buffers(proposal, source, like, source_side, like_side)
     proposal = _settle_unused(proposal, source, options.unused)
     proposal = _settle_missing(proposal, like, ruled.missing, options.missing)
@@ -131,17 +132,6 @@ def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkp
 
 
 # ---------------------------------------------------------------- leftovers
-
-
-def _joined(first: Proposal, second: Proposal) -> Proposal:
-    return Proposal(
-        first.entries + second.entries,
-        first.questions + second.questions,
-        first.assumptions + second.assumptions,
-        first.failures + second.failures,
-        first.reads + second.reads,
-        first.broken + second.broken,
-    )
 
 
 def _settle_buffers(

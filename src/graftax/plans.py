@@ -140,6 +140,17 @@ class Proposal:
     reads: tuple[str, ...] = ()
     broken: tuple[Entry, ...] = ()
 
+    def joined(self, other: Proposal) -> Proposal:
+        """Both proposals as one."""
+        return Proposal(
+            self.entries + other.entries,
+            self.questions + other.questions,
+            self.assumptions + other.assumptions,
+            self.failures + other.failures,
+            self.reads + other.reads,
+            self.broken + other.broken,
+        )
+
 
 @lru_cache(maxsize=65536)
 def _bound(ops: tuple[Op, ...], specs: Specs) -> tuple[tuple[Op, ...], Specs]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from graftax.errors import Failure, LayoutError, escape
 from graftax.layers import Connection, Part, connect, known_kind
 from graftax.ops import invert_chain
-from graftax.plans import Assumption, Entry, Proposal
+from graftax.plans import Assumption, Entry, Proposal, Question
 from graftax.tree import Checkpoint, Module, Side, split_path
 
 ONE_LAYER = 64
@@ -77,7 +77,10 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
             return _refused(found, whole, whole_flax, turned)
         if found is not None:
             return _proposal([found], turned)
-    return _composites(torch, flax, free_torch, free_flax, turned)
+    found = _composites(torch, flax, free_torch, free_flax, turned)
+    spoken = {n for e in (*found.entries, *found.broken) for n in (*e.sources, *e.targets)}
+    left_torch, left_flax = ([n for n in names if n not in spoken] for names in (free_torch, free_flax))
+    return found.joined(_lone_biases(torch, flax, left_torch, left_flax, turned))
 
 
 # ---------------------------------------------------------------- owners
@@ -210,10 +213,66 @@ def _words(path: str, side: Side) -> list[str]:
     return [w for part in split_path(path, side) for w in re.findall(r"[a-z]+|\d+", part.lower())]
 
 
+# ---------------------------------------------------------------- a bias on one side only
+
+
+def _lone_biases(
+    torch: Checkpoint, flax: Checkpoint, free_torch: list[str], free_flax: list[str], turned: bool
+) -> Proposal:
+    """Modules whose names are equal word for word, of which one side has a bias and the other has none: the rest is
+    settled, and the bias is asked about (missing or unused) without a candidate, for nothing else may fill it."""
+    mine, theirs = _modules(free_torch, "torch"), _modules(free_flax, "flax")
+    found: list[Connection] = []
+    questions: list[Question] = []
+    for words, (path, roles) in mine.items():
+        other = theirs.get(words)
+        if other is None or ("bias" in roles) == ("bias" in other[1]):
+            continue
+        owners = Owner(path, roles, torch.modules.get(path)), Owner(other[0], other[1], flax.modules.get(other[0]))
+        connection = _settled(*owners, torch, flax, partial=True)
+        if not isinstance(connection, Connection) or connection.left != ("bias",) or connection.by == "shapes":
+            continue
+        square = any(torch[n].shape == torch[n].shape[::-1] and len(torch[n].shape) > 1 for n in roles.values())
+        if square and connection.by != "modules":
+            continue  # its siblings may say that this checkpoint stores (in, out)
+        found.append(connection)
+        on_torch = "bias" in roles
+        name = roles["bias"] if on_torch else other[1]["bias"]
+        if on_torch != turned:
+            text = f"{name} goes nowhere: its module has no bias on the other side"
+            questions.append(Question("unused", text, sources=(name,)))
+        else:
+            text = f"{name} is filled by no source: its module has no bias on the other side"
+            questions.append(Question("missing", text, targets=(name,)))
+    made = _proposal(found, turned)
+    held = tuple(Entry(question.sources, question.targets) for question in questions)
+    return Proposal(made.entries, tuple(questions), made.assumptions, broken=held)
+
+
+def _modules(names: list[str], side: Side) -> dict[tuple[str, ...], tuple[str, dict[str, str]]]:
+    """words of a module's path -> (path, role -> leaf), for modules whose leaves lie right below them. Words that two
+    modules share stand for neither."""
+    separator = "/" if side == "flax" else "."
+    by_path: dict[str, dict[str, str]] = {}
+    for name in names:
+        path, _, role = (_plain(name) if side == "flax" else name).rpartition(separator)
+        by_path.setdefault(path, {})[role] = name
+    out: dict[tuple[str, ...], tuple[str, dict[str, str]]] = {}
+    twice: set[tuple[str, ...]] = set()
+    for path, roles in by_path.items():
+        words = tuple(_words(path, side))
+        if words in out:
+            twice.add(words)
+        out[words] = (path, roles)
+    return {words: module for words, module in out.items() if words not in twice}
+
+
 # ---------------------------------------------------------------- connections
 
 
-def _settled(torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> Connection | Failure | None:
+def _settled(
+    torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint, partial: bool = False
+) -> Connection | Failure | None:
     """The one connection of the two that something speaks for; a Failure where the table refuses; None for neither."""
     live = _kind_of(flax, flax_end)
     parts = (
@@ -221,7 +280,7 @@ def _settled(torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpo
         Part(flax.path, "flax", flax.roles, flax_end.specs, live),
     )
     try:
-        found = connect(*parts)
+        found = connect(*parts, partial=partial)
     except LayoutError as error:
         return error.failures[0] if error.failures else Failure(str(error), key=torch.path)
     if not found or (len(found) > 1 and found[0].by == found[1].by):
