@@ -275,7 +275,26 @@ def layers_and_experts(order: str) -> Case:
     return [*rows, (norms, ["params/layers/ln/scale"], (D,), lambda *a: (np.stack(a),))]
 
 
+def cycles() -> Case:
+    """Twelve layers numbered through; on the other side three cycles of four, the three stacked."""
+
+    def turned(*a: Any) -> Any:
+        return (np.stack([x.T for x in a]),)
+
+    rows: Case = []
+    for r in range(4):
+        parts = (("attn.q", (D, D)), ("attn.o", (D, D))) if r == 3 else (("mix.a", (F, D)), ("mix.b", (D, F)))
+        keys = [f"layers.{4 * c + r}" for c in range(3)]
+        for name, shape in parts:
+            flax = f"params/cycle/layer_{r}/{name.replace('.', '/')}/kernel"
+            rows.append(([f"{key}.{name}.weight" for key in keys], [flax], shape, turned))
+        norms = [f"{key}.norm.weight" for key in keys]
+        rows.append((norms, [f"params/cycle/layer_{r}/norm/scale"], (D,), lambda *a: (np.stack(a),)))
+    return rows
+
+
 DECIDED |= {
+    "cycles of four layers": cycles(),
     "a projection that is called first": projection_first(),
     "two kinds of layers, stacked apart": two_stacks(),
     "layers, then experts": layers_and_experts("leio"),

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from graftax.match.assumptions import assumptions
 from graftax.match.choose import Choice
-from graftax.match.engine import Ends, Result, match
+from graftax.match.ends import Ends
+from graftax.match.engine import Result, match
 from graftax.match.groups import GroupLink
 from graftax.match.hints import head_count, read_hints
 from graftax.match.kinds import Kinds

@@ -80,7 +80,7 @@ def _rate(
     score = 1.0 * same_sizes + 1.0 * names + 0.5 * inside
     score += 0.3 if torch.prefix == flax.prefix else 0.0
     anchored = id(flax) in anchors.get(id(torch), ())
-    blocked = bool(contradicts(a, b, lex)) or not (same_sizes or names > 0.1 or inside > 0.2)
+    blocked = bool(contradicts(a, b, lex)) or not (same_sizes or inside > 0.2)
     if anchored:
         return _Rated(torch, flax, score + 9, False, "rules")
     return _Rated(torch, flax, score, blocked, "sizes and names" if same_sizes and names else "names")

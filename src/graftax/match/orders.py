@@ -6,8 +6,9 @@ import re
 from collections import defaultdict
 from itertools import pairwise
 
+from graftax.match.judge import numbered_as
 from graftax.match.names import Lexicon
-from graftax.match.pairs import Pair, Scope, numbered_as
+from graftax.match.pairs import Pair, Scope
 from graftax.match.sides import Module, Token
 
 

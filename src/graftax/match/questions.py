@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from graftax.match.blocks import Doubt
 from graftax.match.choose import Choice, Habits, choose
-from graftax.match.engine import Doubt, Result, Settled, open_links
+from graftax.match.engine import Result
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.rendering import column_rule, flatten_rule, group_rule
+from graftax.match.settle import Settled, open_links
 from graftax.match.sides import Column, Module
 from graftax.plan_text import fold_names
 from graftax.plans import Candidate, Question

@@ -66,10 +66,6 @@ class Module:
             return frozenset(next(iter(self.roles.values())).paths)
         return frozenset(key for column in self.roles.values() for key in column.paths)
 
-    @property
-    def size(self) -> int:
-        return sum(column.size for column in self.roles.values())
-
 
 @dataclass(slots=True, eq=False)
 class Family:
@@ -111,25 +107,30 @@ def view(
     skip: Iterable[str] = (),
     exact: frozenset[tuple[Token, ...]] = frozenset(),
     loose: frozenset[tuple[Token, ...]] = frozenset(),
+    renames: Mapping[str, str] | None = None,
 ) -> SideView:
     """The modules and families of one side. `skip`: leaves that are settled. Families in `exact` are cut to instances
-    of exactly the same leaves; those in `loose` are dissolved: their numbers become part of the names."""
+    of exactly the same leaves; those in `loose` are dissolved: their numbers become part of the names. `renames`: what
+    to read in place of a path."""
     left = set(skip)
-    templates, buffers = _templates(specs, side, left)
+    templates, buffers = _templates(specs, side, left, renames or {})
     out: list[_Template] = []
     _walk(templates, 0, out, exact, loose)
     return SideView(_families(out), buffers, len(specs))
 
 
-def _templates(specs: Mapping[str, TensorSpec], side: Side, skip: set[str]) -> tuple[list[_Template], dict[str, str]]:
+def _templates(
+    specs: Mapping[str, TensorSpec], side: Side, skip: set[str], renames: Mapping[str, str]
+) -> tuple[list[_Template], dict[str, str]]:
     grouped: dict[str, list[tuple[Key, str, Shape]]] = {}
     cut = _CUT.split
     for path, spec in specs.items():
         if path in skip:
             continue
-        pieces = cut(_plain(path) if "parametrizations" in path else path)
+        name = renames.get(path, path)
+        pieces = cut(_plain(name) if "parametrizations" in name else name)
         if len(pieces) == 1:
-            skeleton, numbers = path.replace(_MARK, "_") if pieces[0] is path else pieces[0], ()
+            skeleton, numbers = pieces[0].replace(_MARK, "_"), ()
         else:
             skeleton, numbers = _MARK.join(pieces[::2]), tuple(map(int, pieces[1::2]))
             if _MARK in path:

@@ -1,0 +1,31 @@
+"""Both ends of a match, and what is known of them before names are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from graftax.match.kinds import Kinds
+from graftax.tree import Side, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Both sides' specs, their names' syntax, and the leaves that rules have settled in groups.
+
+    anchors: torch leaf -> Flax leaf, one to one, from rules; styles: torch module -> block or interleaved, from rules;
+    heads: from config.json; aliases: first name -> all names of a tied tensor.
+    """
+
+    torch: Mapping[str, TensorSpec]
+    flax: Mapping[str, TensorSpec]
+    torch_side: Side
+    flax_side: Side
+    torch_skip: frozenset[str] = frozenset()
+    flax_skip: frozenset[str] = frozenset()
+    anchors: Mapping[str, str] = field(default_factory=dict[str, str])
+    styles: Mapping[str, str] = field(default_factory=dict[str, str])
+    heads: int | None = None
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+    kinds: Kinds = field(default_factory=Kinds)
+    renames: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -1,0 +1,185 @@
+"""Pairs of modules that could be one: every leaf has a reading over all shared instances."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+from graftax.match.idioms import refined
+from graftax.match.judge import judge, learn_common, main_column, name_final_norm, number_ranks
+from graftax.match.layouts import Facts, Readings, axis_choices, readings, stacked
+from graftax.match.pairs import Label, Link, Pair, Scope
+from graftax.match.sides import Column, Key, Module
+from graftax.ops import Op, Unstack
+
+
+def candidates(scope: Scope, numbers: bool = True) -> list[Pair]:
+    """Every pair of the scope that fits by roles and shapes. `numbers`: those in names count as evidence."""
+    scope.numbers = numbers
+    by_size: defaultdict[int, dict[int, Module]] = defaultdict(dict)
+    for module in scope.flax:
+        for size in _sizes(module.roles.values()):
+            by_size[size][id(module)] = module
+    to_flax = dict(scope.keys)
+    out: list[Pair] = []
+    learn_common(scope)
+    refined(scope.torch, scope.torch_names, scope.lex, scope.experts[0])
+    refined(scope.flax, scope.flax_names, scope.lex, scope.experts[1])
+    if scope.root and scope.lex.synonyms:
+        name_final_norm(scope)
+    ranks_t = number_ranks(scope.torch, scope) if numbers else {}
+    ranks_f = number_ranks(scope.flax, scope) if numbers else {}
+    for module in scope.torch:
+        near: dict[int, Module] = {}
+        for size in _sizes([main_column(module)]):
+            near |= by_size.get(size, {})
+        for other in near.values():
+            pair = fit(module, other, to_flax, scope.same)
+            if pair is not None:
+                judge(pair, scope, ranks_t.get(id(module), ()), ranks_f.get(id(other), ()))
+                out.append(pair)
+    return one_orientation(out)
+
+
+def one_orientation(pairs: list[Pair]) -> list[Pair]:
+    """How a checkpoint stores its matrices is one habit: transposed against a kernel, or as they are. Pairs that fit
+    only under the habit that leaves some matrix of the scope without a partner are no pairs."""
+    for kind in ("kernel", "free"):
+        fits: dict[str, set[int]] = {"linear": set(), "identity": set()}
+        equal = {"linear": 0, "identity": 0}
+        only: dict[int, str] = {}
+        for pair in pairs:
+            words = _orientation(pair, kind)
+            for word in words:
+                fits[word].add(id(pair.torch))
+            if len(words) == 1:
+                (word,) = words
+                only[id(pair)] = word
+                equal[word] += pair.equal and not pair.blocked
+        every = fits["linear"] | fits["identity"]
+        covers = [word for word in ("linear", "identity") if fits[word] == every]
+        if len(covers) == 2:
+            if equal["linear"] and equal["identity"]:
+                continue
+            covers = (
+                ["identity"] if equal["identity"] else ["linear"] if equal["linear"] or kind == "kernel" else covers
+            )
+        if len(covers) == 1:
+            pairs = [pair for pair in pairs if only.get(id(pair), covers[0]) == covers[0]]
+    return pairs
+
+
+def _orientation(pair: Pair, kind: str) -> set[str]:
+    """The readings of the pair's matrix, where it is one whose habit is in question."""
+    for link in pair.links:
+        if link.torch.role == "weight" and link.torch.kind == "free" and link.flax.kind == kind:
+            return {label for _, label in link.labels} & {"linear", "identity"}
+    return set()
+
+
+def _sizes(columns: Iterable[Column]) -> set[int]:
+    return {math.prod(shape) * math.prod(c.stack) for c in columns for shape in set(c.shapes.values())}
+
+
+_TWINS = {"value": ("weight", "bias"), "weight": ("value",), "bias": ("value",)}
+
+
+def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool) -> Pair | None:
+    """The pair, if every role that both have has a reading over all shared instances."""
+    links: list[Link] = []
+    used: set[str] = set()
+    whole = True
+    for role, column in torch.roles.items():
+        if role == "counter":
+            continue
+        other = flax.roles.get(role)
+        twin = role
+        if other is None:
+            for name in _TWINS.get(role, ()):
+                if name in flax.roles and name not in torch.roles and (len(torch.roles) == 1 or role == "weight"):
+                    other, twin = flax.roles[name], name
+                    break
+        if other is None:
+            whole = False
+            continue
+        link, full = _link(role, column, other, to_flax, same)
+        if link is None:
+            return None
+        used.add(twin)
+        links.append(link)
+        whole = whole and full
+    if not links or main_column(torch) not in [link.torch for link in links]:
+        return None
+    if not _deconv_backed(links):
+        return None
+    whole = whole and used == {role for role in flax.roles if role != "counter"}
+    return Pair(torch, flax, links, whole)
+
+
+def _deconv_backed(links: list[Link]) -> bool:
+    """Where only the flipped reading of a transposed convolution fits, a bias must not say that it is none."""
+    for link in links:
+        if {label for _, label in link.labels} == {"conv_transpose default"}:
+            bias = next((other.torch for other in links if other.torch.role == "bias"), None)
+            if bias is not None:
+                return all(
+                    bias.shapes[key] == shape[1:2] for key, shape in link.torch.shapes.items() if key in bias.shapes
+                )
+    return True
+
+
+def _link(role: str, torch: Column, flax: Column, to_flax: dict[Key, Key], same: bool) -> tuple[Link | None, bool]:
+    facts = Facts(role if role != "value" else "weight", torch.kind, flax.kind, same)
+    shapes: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+    met = 0
+    one, other_one = set(torch.shapes.values()), set(flax.shapes.values())
+    if len(one) == len(other_one) == 1 and len(torch.shapes) == len(flax.shapes) == len(to_flax):
+        met = len(to_flax)
+        shapes.add((one.pop(), other_one.pop()))
+    else:
+        for key, shape in torch.shapes.items():
+            other = to_flax.get(key)
+            target = flax.shapes.get(other) if other is not None else None
+            if target is not None:
+                met += 1
+                shapes.add((shape, target))
+    if not met:
+        return None, False
+    labels: set[Label] | None = None
+    chains: dict[tuple[Label, tuple[int, ...], tuple[int, ...]], tuple[Op, ...]] = {}
+    for source, target in shapes:
+        found = _readings(source, target, torch.stack, flax.stack, facts)
+        for label, chain in found.items():
+            chains[(label, source, target)] = chain
+        labels = set(found) if labels is None else labels & set(found)
+        if not labels:
+            return None, False
+    full = met == len(torch.shapes) == len(flax.shapes)
+    return Link(torch, flax, frozenset(labels or ()), chains), full
+
+
+def _readings(
+    source: tuple[int, ...],
+    target: tuple[int, ...],
+    stack_t: tuple[int, ...],
+    stack_f: tuple[int, ...],
+    facts: Facts,
+) -> dict[Label, tuple[Op, ...]]:
+    if not stack_t and not stack_f:
+        return {((), label): chain for label, chain in readings(source, target, facts).items()}
+    out: dict[Label, tuple[Op, ...]] = {}
+    if stack_t and not stack_f:
+        for axes in axis_choices(len(stack_t), len(target)):
+            for label, chain in stacked(source, target, stack_t, axes, facts).items():
+                out[(axes, label)] = chain
+    elif stack_f and not stack_t and len(stack_f) == 1:
+        for (axis,) in axis_choices(1, len(source)):
+            place = axis if axis >= 0 else len(source) + axis
+            if source[place] != stack_f[0]:
+                continue
+            inner = source[:place] + source[place + 1 :]
+            found: Readings = readings(inner, target, facts)
+            for label, chain in found.items():
+                out[((axis,), label)] = (Unstack(place, stack_f[0]), *chain)
+    return out

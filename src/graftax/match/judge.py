@@ -1,0 +1,201 @@
+"""Names as evidence for a pair: how alike they are, what they share, and what forbids the pair."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from graftax.match.names import UNKNOWN, Lexicon, Name, concepts, contradicts, name_of, split_words, strip_common
+from graftax.match.pairs import Pair, Scope
+from graftax.match.sides import Column, Module, Token
+
+_TOWERS = frozenset(("enc", "dec", "vision", "text", "audio"))
+
+
+def name_final_norm(scope: Scope) -> None:
+    """A norm outside of the blocks whose name says nothing but its tower, if it is the only one there, is the last."""
+    for modules, torch in ((scope.torch, True), (scope.flax, False)):
+        cache = scope.torch_names if torch else scope.flax_names
+        bare: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
+        for module in modules:
+            said = cache[id(module)].concepts - scope.common - scope.lex.little
+            if "norm" in cache[id(module)].concepts and said <= _TOWERS and not _ends_in_number(module):
+                bare[said].append(cache[id(module)])
+        alone = {id(names[0]) for names in bare.values() if len(names) == 1}
+        for key, name in list(cache.items()):
+            if id(name) in alone:
+                cache[key] = Name(name.concepts | {"final"}, name.last, name.raw)
+
+
+def _ends_in_number(module: Module) -> bool:
+    return any(isinstance(token, int) for token in module.tokens)
+
+
+def learn_common(scope: Scope) -> None:
+    names_t = [scope.name(m, True).concepts for m in scope.torch]
+    names_f = [scope.name(m, False).concepts for m in scope.flax]
+    scope.common = strip_common(names_t) | strip_common(names_f) | scope.wrappers
+
+
+_MAIN = ("weight", "value", "v", "bias", "mean", "var", "g")
+
+
+def main_column(module: Module) -> Column:
+    for role in _MAIN:
+        if role in module.roles:
+            return module.roles[role]
+    return next(iter(module.roles.values()))
+
+
+def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexicon) -> frozenset[str]:
+    """First words that half of a side's modules bear and the other side knows nowhere: a model inside a wrapper."""
+    known = {concept for module in others for concept in concepts((*module.outer, *module.tokens), lex)}
+    paths: list[tuple[Token, ...]] = [(*module.outer, *module.tokens) for module in modules]
+    out: set[str] = set()
+    for _ in range(3):
+        counts: defaultdict[Token, int] = defaultdict(int)
+        for path in paths:
+            if path:  # the root itself has no words
+                counts[path[0]] += 1
+        first = max(counts, key=lambda token: counts[token], default=None)
+        if not isinstance(first, str) or counts[first] < 2 or 2 * counts[first] < len(modules):
+            break
+        out.update(concept for concept in concepts((first,), lex) if concept not in known)
+        paths = [path[1:] if path[0] == first else path for path in paths if len(path) > 1]
+    return frozenset(out)
+
+
+def number_ranks(modules: Sequence[Module], scope: Scope) -> dict[int, tuple[tuple[str, int, int], ...]]:
+    """For each module the numbers of its name as (what is numbered, rank, how many): the siblings at one place of the
+    tree are numbered together, so that 1, 2 and 0, 1 and 0, 3 say the same."""
+    groups: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
+    places: dict[int, list[tuple[tuple[object, ...], int]]] = {}
+    for module in modules:
+        for i, token in enumerate(module.tokens):
+            if isinstance(token, int):
+                mark = numbered_as(module.tokens, i, scope.lex)
+                groups[mark].add(token)
+                places.setdefault(id(module), []).append((mark, token))
+    orders = {mark: sorted(values) for mark, values in groups.items() if len(values) > 1}
+    out: dict[int, tuple[tuple[str, int, int], ...]] = {}
+    for key, found in places.items():
+        ranks = [(str(mark[-1]), orders[mark].index(n), len(orders[mark])) for mark, n in found if mark in orders]
+        if ranks:
+            out[key] = tuple(ranks)
+    return out
+
+
+def numbered_as(tokens: Sequence[Token], at: int, lex: Lexicon) -> tuple[object, ...]:
+    """What the number at `at` numbers: the path before its word, and what the word means (ln_1 beside norm_2)."""
+    start = at
+    while start and isinstance(tokens[start - 1], str):
+        start -= 1
+    words = tokens[start:at]
+    meant = concepts(words, lex)
+    # Of a run of words only the last thing is numbered: attention, norm 1 -> the norms of attention.
+    return (*tokens[:start], " ".join(meant[:-1]), meant[-1] if meant else "")
+
+
+def judge(
+    pair: Pair, scope: Scope, ranks_t: Iterable[tuple[str, int, int]], ranks_f: Iterable[tuple[str, int, int]]
+) -> None:
+    """Score the names of the pair, and find what forbids it. A tied tensor is judged by the best of its names."""
+    flax = scope.name(pair.flax, False)
+    _judge(pair, scope, scope.name(pair.torch, True), flax, ranks_t, ranks_f)
+    for tokens in pair.torch.alias:
+        other = Pair(pair.torch, pair.flax, pair.links, pair.whole)
+        _judge(other, scope, name_of(tokens, (), scope.lex), flax, (), ranks_f)
+        if (not other.blocked, other.score) > (not pair.blocked, pair.score):
+            pair.score, pair.shared, pair.telling = other.score, other.shared, other.telling
+            pair.any_shared, pair.blocked, pair.soft = other.any_shared, other.blocked, other.soft
+
+
+def _judge(
+    pair: Pair,
+    scope: Scope,
+    a: Name,
+    b: Name,
+    ranks_t: Iterable[tuple[str, int, int]],
+    ranks_f: Iterable[tuple[str, int, int]],
+) -> None:
+    lex, common = scope.lex, scope.common
+    shared = telling = 0.0
+    only_a = only_b = loose_a = loose_b = 0.0
+    said: list[tuple[float, str]] = []
+    for concept in a.concepts:
+        weight = 0.02 if concept in common else lex.weight(concept)
+        if concept in b.concepts:
+            shared += weight
+            said.append((weight, concept))
+            telling += weight if weight >= 1 else 0
+        else:
+            only_a += max(weight, 1.0) if weight == UNKNOWN else weight
+            loose_a += weight if weight >= UNKNOWN and weight != 0.5 else 0
+    for concept in b.concepts:
+        if concept not in a.concepts:
+            weight = 0.02 if concept in common else lex.weight(concept)
+            only_b += max(weight, 1.0) if weight == UNKNOWN else weight
+            loose_b += weight if weight >= UNKNOWN and weight != 0.5 else 0
+    matched = False
+    blocked = contradicts(a.concepts - common, b.concepts - common, lex)
+    for what, rank, count in ranks_t:
+        for other, place, total in ranks_f:
+            if what == other and count == total:
+                if rank == place:
+                    matched = True
+                    shared += 0.6
+                    said.append((0.6, f"{what} {rank + 1} of {count}".strip()))
+                else:
+                    blocked = blocked or f"{what} {rank + 1} against {place + 1} of {count}"
+    little = lex.little - {"norm"}
+    pair.head = ("head" in a.concepts and b.concepts <= little) or ("head" in b.concepts and a.concepts <= little)
+    pair.loose = loose_a > 0 or loose_b > 0
+    pair.lone = not matched and _numbers_differ(a, b)
+    pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
+    counted = any(isinstance(token, int) for token in a.raw) and (ranks_t or ranks_f or not scope.numbers)
+    pair.equal = a.raw == b.raw and (matched or not counted)
+    pair.score += 0.3 if pair.equal else 0.0
+    pair.telling, pair.any_shared = telling, shared
+    if not blocked and loose_a and loose_b and ((not telling and shared < 0.9) or _one_word_apart(a, b)):
+        pair.soft = True
+        blocked = "each name says something that the other does not"
+    if not _deconv_named(pair, a.concepts | b.concepts):
+        blocked = "only a transposed convolution fits, and neither name says so"
+        pair.remote = True
+    if not blocked and _stray(pair, a, b, lex):
+        blocked = "a bare parameter whose name says more"
+    pair.blocked = blocked
+    said.sort(reverse=True)
+    pair.shared = tuple(concept for _, concept in said[:4])
+
+
+def _one_word_apart(a: Name, b: Name) -> bool:
+    """The same words but for one: two parts of one naming scheme (v_proj and q_proj), not one part under two names."""
+    left = [token for token in a.raw if isinstance(token, str)]
+    right = [token for token in b.raw if isinstance(token, str)]
+    return 1 < len(left) == len(right) and sum(x != y for x, y in zip(left, right, strict=True)) == 1
+
+
+def _numbers_differ(a: Name, b: Name) -> bool:
+    """Both names end in a number, and it is not the same: 1 and 2, or 1 and 0 where no sibling tells the start."""
+    last, other = a.raw[-1:], b.raw[-1:]
+    return bool(last and other) and isinstance(last[0], int) and isinstance(other[0], int) and last != other
+
+
+def _stray(pair: Pair, a: Name, b: Name, lex: Lexicon) -> bool:
+    """A bare parameter against the weight of a module, and the parameter's own name has a word that it lacks."""
+    if pair.torch.raw == pair.flax.raw:
+        return False
+    raw, mine, other = (pair.torch, a, b) if pair.torch.raw else (pair.flax, b, a)
+    own = concepts(split_words(main_column(raw).leaf), lex)
+    return any(lex.weight(c) >= 1 and c in mine.concepts and c not in other.concepts for c in own)
+
+
+_DECONV = frozenset(("deconv", "transpose", "transposed", "up", "upsample", "dec", "ups", "gen", "generator"))
+
+
+def _deconv_named(pair: Pair, names: frozenset[str]) -> bool:
+    for link in pair.links:
+        if {label for _, label in link.labels} == {"conv_transpose default"}:
+            return bool(names & _DECONV) or any(other.torch.role == "bias" for other in pair.links)
+    return True

@@ -1,0 +1,148 @@
+"""One scope settled: candidates, rules, orders, kinds of blocks, fused modules, and what stays open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from graftax.match.choose import Choice
+from graftax.match.decide import Board, decide
+from graftax.match.ends import Ends
+from graftax.match.fits import candidates, fit
+from graftax.match.groups import Group, find_groups
+from graftax.match.leftovers import by_kind, single_out
+from graftax.match.orders import in_order, out_of_order
+from graftax.match.pairs import Link, Pair, Scope
+from graftax.match.sides import Module
+
+
+@dataclass(slots=True, eq=False)
+class Settled:
+    """One scope after deciding: pairs taken with a choice for each leaf, and what stays open."""
+
+    scope: Scope
+    taken: list[Pair]
+    board: Board
+    choices: dict[int, Choice] = field(default_factory=dict[int, Choice])
+    groups: list[Group] = field(default_factory=list[Group])
+
+
+def _settle(scope: Scope, ends: Ends) -> Settled:
+    pairs = candidates(scope)
+    trusted = not out_of_order(pairs)
+    if not trusted:
+        pairs = candidates(scope, numbers=False)
+    for pair in pairs if ends.kinds else ():
+        pair.blocked = pair.blocked or ends.kinds.clash(pair)
+    forced = _forced(scope, pairs, ends.anchors) if ends.anchors else []
+    taken, board = decide(pairs, scope.root, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
+    return Settled(scope, taken, board)
+
+
+_KINDS = 8  # kinds of blocks in one family beyond which the numbers say nothing
+
+
+def settle_kinds(scope: Scope, ends: Ends) -> list[Settled]:
+    """The scope settled as a whole; where that leaves something over and its blocks are of several kinds, kind by kind,
+    if that leaves less."""
+    whole = _settle(scope, ends)
+    if scope.root or not open_leaves(whole):
+        return [whole]
+    kinds = by_kind(scope)
+    if len(kinds) < 2 or len(kinds) > _KINDS:
+        return [whole]
+    apart = [_settle(kind, ends) for kind in kinds]
+    return apart if sum(map(open_leaves, apart)) < open_leaves(whole) else [whole]
+
+
+def open_leaves(item: Settled) -> int:
+    """Leaves of either side that found no partner, fused ones among them."""
+    done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
+    left = [m for m in (*item.scope.torch, *item.scope.flax) if id(m) not in done]
+    partly = [
+        c for pair in item.taken if not pair.whole for c in (*pair.torch.roles.values(), *pair.flax.roles.values())
+    ]
+    return sum(len(c.paths) for m in left for c in m.roles.values()) + len(partly)
+
+
+def settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | None:
+    """What only one instance of a family holds (a bias table in the first block) may stand outside of the blocks on the
+    other side: what is left of both is matched once more, numbers as parts of the names."""
+    left: list[Module] = []
+    right: list[Module] = []
+    origin: dict[int, tuple[Settled, Module, bool]] = {}
+    for item in settled:
+        done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
+        for modules, out, torch in ((item.scope.torch, left, True), (item.scope.flax, right, False)):
+            for module in modules:
+                if id(module) in done:
+                    continue
+                single = module if item.scope is root else single_out(module)
+                if single is not None:
+                    out.append(single)
+                    origin[id(single)] = (item, module, torch)
+    inside = [m for m in (*left, *right) if origin[id(m)][0].scope is not root]
+    if not left or not right or not inside:
+        return None
+    scope = Scope(left, right, [((), ())], True, root.same, root.lex)
+    scope.wrappers, scope.experts = root.wrappers, root.experts
+    found = _settle(scope, ends)
+    crossing = [p for p in found.taken if origin[id(p.torch)][0] is not origin[id(p.flax)][0]]
+    for pair in crossing:
+        for module in (pair.torch, pair.flax):
+            item, old, torch = origin[id(module)]
+            item.board.drop([old] if torch else [], [] if torch else [old])
+    return Settled(scope, crossing, Board([])) if crossing else None
+
+
+def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str]) -> list[Pair]:
+    """The pairs that the rules settle by one of their leaves."""
+    flax: dict[str, Module] = {}
+    wanted = set(anchors.values())
+    for module in scope.flax:
+        for column in module.roles.values():
+            flax |= {path: module for paths in column.paths.values() for path in paths if path in wanted}
+    known = {(id(pair.torch), id(pair.flax)): pair for pair in pairs}
+    out: list[Pair] = []
+    seen: set[int] = set()
+    for module in scope.torch:
+        for column in module.roles.values():
+            path = next((p for paths in column.paths.values() for p in paths if p in anchors), None)
+            other = flax.get(anchors[path]) if path is not None else None
+            if other is None or id(module) in seen or id(other) in seen:
+                continue
+            pair = known.get((id(module), id(other))) or fit(module, other, dict(scope.keys), scope.same)
+            pair = pair or Pair(module, other, [], False)
+            pair.links = [link for link in pair.links if not _settled(link, anchors)]
+            pair.why, pair.blocked = "beside a leaf that the rules settle", ""
+            out.append(pair)
+            seen |= {id(module), id(other)}
+    return out
+
+
+def _settled(link: Link, anchors: Mapping[str, str]) -> bool:
+    return any(path in anchors for paths in link.torch.paths.values() for path in paths)
+
+
+def take_groups(item: Settled, ends: Ends) -> None:
+    """Find fused modules among what has no partner, and take them off the board."""
+    scope = item.scope
+    done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
+    torch = [m for m in scope.torch if id(m) not in done]
+    flax = [m for m in scope.flax if id(m) not in done]
+    if not torch or not flax:
+        return
+    item.groups = find_groups(scope, torch, flax, ends.styles, ends.heads)
+    for group in item.groups:
+        item.board.drop(group.torch, group.flax)
+
+
+def open_links(item: Settled) -> list[tuple[Pair, Link, Choice]]:
+    """Leaves of taken pairs whose reading nothing decides."""
+    out: list[tuple[Pair, Link, Choice]] = []
+    for pair in item.taken:
+        for link in pair.links:
+            choice = item.choices[id(link)]
+            if choice.label is None:
+                out.append((pair, link, choice))
+    return out
