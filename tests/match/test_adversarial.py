@@ -230,7 +230,7 @@ DECIDED["merged numbers"] = [
 
 
 def projection_first() -> Case:
-    """Flax calls the projection of a block before its convolutions: in half of the blocks the numbers start one later."""
+    """Flax calls a block's projection before its convolutions: in half of the blocks the numbers start one later."""
     rows: Case = []
     width = 8
     for k, (stage, j) in enumerate(((1, 0), (1, 1), (2, 0), (2, 1))):

@@ -151,7 +151,9 @@ _QUALIFIED = frozenset(("q", "k", "v", "qkv", "kv", "o", "up", "gate", "down", "
 
 
 def _resolve(have: set[str], found: list[str], lex: Lexicon) -> None:
-    """`out` and `proj` say which projection only beside attn or mlp."""
+    """`in`, `out` and `proj` say which projection only beside attn or mlp."""
+    if lex.synonyms and {"mlp", "in"} <= have and not have & {"up", "gate", "norm", "down"}:
+        have.add("up")
     if not lex.synonyms or have & _QUALIFIED or not have & {"out", "proj"}:
         return
     if "attn" in have and "mlp" not in have:

@@ -31,7 +31,7 @@ SYNONYMS: dict[str, str] = {
     "norm": "norm ln layernorm layrnorm lnorm bn batchnorm gn groupnorm rmsnorm rms normalization normalisation norms"
     " instancenorm normalize",
     # embeddings
-    "embed": "embed embedding embeddings embedder emb embeds embeder",
+    "embed": "embed embedding embeddings embedder emb embeds embeder encoding encodings",
     "tok": "tok token tokens word words vocab vocabulary tokenizer",
     "tok embed": "wte tokenembedder",
     "pos embed": "wpe posembed posemb",
