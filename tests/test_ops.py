@@ -260,6 +260,12 @@ def test_stack_and_unstack(shape, data, dtype, seed):
     check(Unstack(axis, count), *out)
 
 
+def test_unstack_gives_instance_by_instance():
+    kernel, bias = bits((3, 4, 5), "float32", 0), bits((3, 5), "float32", 1)
+    out = check(Unstack(0, 3), kernel, bias)
+    assert [a.shape for a in out] == [(4, 5), (5,)] * 3
+
+
 @settings(deadline=None)
 @given(SHAPE, st.data(), DTYPE, SEED)
 def test_flip(shape, data, dtype, seed):

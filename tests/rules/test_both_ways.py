@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from graftax.errors import PlanError
+
 from .harness import abstract, both_ways, checkpoint, failures, outcome, run, tensors
 
 
@@ -81,6 +83,7 @@ def test_the_collection_may_be_left_out(written):
         ({"pad": {-1: [1, 2]}, "fill": 7}, (4, 6), lambda w: np.pad(w, ((0, 0), (1, 2)), constant_values=7).T),
         ({"repeat": {"o": 3}}, (4, 6), lambda w: np.repeat(w, 3, 0).T),
         ({"repeat": "i"}, (4, 6), lambda w: np.repeat(w, 2, 1).T),
+        ({"repeat": {"o": 2}, "pad": "i"}, (4, 6), lambda w: np.pad(np.repeat(w, 2, 0), ((0, 0), (0, 3))).T),
         ({"repeat": "h", "ops": "(h d) i -> i h d", "h": 2}, (6, 5), lambda w: np.repeat(heads(w, 2), 4, 1)),
         ({"repeat": {"h": 4}, "ops": "(h d) i -> i (h d)", "h": 2}, (6, 5),
          lambda w: np.repeat(heads(w, 2), 4, 1).reshape(5, 24)),
@@ -104,6 +107,22 @@ def test_one_weight_to_one_kernel(keys, shape, wanted):
         {"a.weight": shape},
         lambda t: {"a/kernel": wanted(t["a.weight"])},
     )
+
+
+def test_rows_that_only_torch_has():
+    """A vocabulary padded in torch, heads repeated in torch: checked, and put back."""
+    weight = np.arange(24, dtype=np.float32).reshape(4, 6)
+    for keys, wide in (
+        ({"pad": "o"}, np.pad(weight, ((0, 3), (0, 0)))),
+        ({"repeat": "o"}, np.repeat(weight, 3, 0)),
+    ):
+        rules = [{"torch": "a.weight", "flax": "a/kernel", **keys}]
+        made = run(rules, {"a.weight": wide}, "torch", {"a/kernel": (6, 4)}, "flax")
+        assert np.array_equal(made["a/kernel"], weight.T)
+        assert np.array_equal(run(rules, made, "flax", {"a.weight": wide.shape}, "torch")["a.weight"], wide)
+        wide[-1, -1] = 7
+        with pytest.raises(PlanError):
+            run(rules, {"a.weight": wide}, "torch", {"a/kernel": (6, 4)}, "flax")
 
 
 def test_offset_of_a_zero_centred_norm():
@@ -488,6 +507,7 @@ ALONE = [
     {"torch": "q.weight", "flax": "q/kernel", "ops": "(h d) i -> i h d", "h": 2},
     {"torch": "h.{l}.w", "flax": "h/w", "ops": "l i o"},
     {"torch": "qkv.weight", "flax": ["q2/kernel", "k2/kernel", "v2/kernel"], "fused": "block"},
+    {"torch": "kv.weight", "flax": "kv/kernel", "ops": "(h d) i -> i h d", "h": 2, "repeat": {"h": 3}},
     {
         "torch": "gqa.weight",
         "flax": ["q3", "k3", "v3"],
@@ -504,6 +524,7 @@ ALONE = [
 TORCH = {
     "fc.weight": (3, 4), "fc.bias": (3,), "emb.weight": (5, 2), "conv.weight": (4, 2, 3), "up.weight": (4, 2, 3, 3),
     "q.weight": (6, 5), "h.0.w": (3, 2), "h.1.w": (3, 2), "qkv.weight": (12, 5), "gqa.weight": (16, 5),
+    "kv.weight": (6, 5),
     "x.weight": (3, 2), "y.weight": (3, 2), "n.weight": (7,), "flat.weight": (3, 8), "moe": (3, 4, 5),
 }  # fmt: skip
 
@@ -514,6 +535,7 @@ def test_rules_alone_say_what_comes_out_and_back():
     assert set(found.targets) == {t for e in found.proposal.entries for t in e.targets}
     made = run(ALONE, arrays, "torch", {name: spec.shape for name, spec in found.targets.items()}, "flax")
     assert np.array_equal(made["fc/kernel"], arrays["fc.weight"].T)
+    assert np.array_equal(made["kv/kernel"], np.repeat(heads(arrays["kv.weight"], 2), 3, 1))
     assert [found.targets[name].shape for name in ("q3", "k3", "v3")] == [(5, 4, 2), (5, 2, 2), (5, 2, 2)]
     assert np.array_equal(made["moe/2"], arrays["moe"][2].T)
     back = alone(ALONE, made, "flax", "torch")

@@ -68,6 +68,14 @@ def test_files_that_cannot_be_read(tmp_path, name):
     assert error.value.exit_code == 5
 
 
+def test_a_file_that_is_too_large(tmp_path):
+    path = tmp_path / "R.toml"
+    with path.open("wb") as file:
+        file.truncate(17 << 20)
+    with pytest.raises(RulesError, match="larger than 16 MiB"):
+        load_rules(path)
+
+
 def test_a_file_that_is_no_text(tmp_path):
     path = tmp_path / "R.toml"
     path.write_bytes(b"rules = [\n\xff\n]")
