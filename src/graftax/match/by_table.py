@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from graftax.errors import Failure, LayoutError, escape
 from graftax.layers import Connection, Part, connect, known_kind
+from graftax.layers import settled as settled_connection
 from graftax.ops import invert_chain
 from graftax.plans import Assumption, Entry, Proposal, Question
 from graftax.tree import Checkpoint, Module, Side, split_path
 
 ONE_LAYER = 64
 """A tree of at most this many leaves may be one layer (a bidirectional LSTM of four layers has 32)."""
+BARE = "Bare parameter"
 CHECK = "compare the outputs of both models on one input"
 
 _RECURRENT = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?")
@@ -69,10 +71,10 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
     taken = {name for entry in known for name in (*entry.sources, *entry.targets)}
     free_torch = [name for name in torch if name not in taken]
     free_flax = [name for name in flax if name not in taken]
-    whole = Owner("", _below(free_torch, "", "torch"), torch.modules.get(""))
-    whole_flax = Owner("", _below(free_flax, "", "flax"), flax.modules.get(""))
-    if 0 < len(free_torch) <= ONE_LAYER and 0 < len(free_flax) <= ONE_LAYER:
-        found = _settled(whole, whole_flax, torch, flax)
+    if not taken and 0 < len(torch) <= ONE_LAYER and 0 < len(flax) <= ONE_LAYER:
+        whole, whole_flax = _whole(torch, "torch"), _whole(flax, "flax")
+        named = _words(whole.path, "torch"), _words(whole_flax.path, "flax")
+        found = _settled(whole, whole_flax, torch, flax) if named[0] == named[1] or not all(named) else None
         if isinstance(found, Failure):
             return _refused(found, whole, whole_flax, turned)
         if found is not None:
@@ -84,6 +86,23 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
 
 
 # ---------------------------------------------------------------- owners
+
+
+def _whole(end: Checkpoint, side: Side) -> Owner:
+    """The whole tree as one module: the one that all its leaves lie below."""
+    separator = "/" if side == "flax" else "."
+    parts = [(_plain(name) if side == "flax" else name).split(separator)[:-1] for name in end]
+    path: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        path.append(level[0])
+    for n in (*range(len(path), 0, -1), 0):  # the innermost that the table knows, else the root
+        at = separator.join(path[:n])
+        module = end.modules.get(at)
+        if module is not None and known_kind(module, side):
+            return Owner(at, _below(end, at, side), module)
+    return Owner(separator.join(path), _below(end, separator.join(path), side), end.modules.get(separator.join(path)))
 
 
 def _below(names: Iterable[str], prefix: str, side: Side) -> dict[str, str]:
@@ -283,11 +302,9 @@ def _settled(
         found = connect(*parts, partial=partial)
     except LayoutError as error:
         return error.failures[0] if error.failures else Failure(str(error), key=torch.path)
-    if not found or (len(found) > 1 and found[0].by == found[1].by):
-        return None
-    if found[0].by == "shape" and len(found) > 1:
-        return None
-    return found[0]
+    best = settled_connection(found)
+    # A bare parameter is no layer: what its name says is not for the table to judge.
+    return None if best is None or best.layer == BARE else best
 
 
 def _kind_of(owner: Owner, end: Checkpoint) -> Module | None:
