@@ -380,6 +380,22 @@ def test_a_missing_tensor_is_not_replaced_by_an_unrelated_one(pairing: Callable[
         assert verdict == "asks", name
 
 
+def test_a_word_for_the_tower_does_not_make_a_stray_parameter_fit(pairing: Callable[..., Any]) -> None:
+    """vision.embeddings.scratch and vision/embeddings/class_embedding share only where they stand."""
+    pair = pairing(
+        [
+            ("vision_model.embeddings.class_embedding", "params/vision_model/embeddings/class_embedding", (D,)),
+            *tower("vision_model", "params/vision_model"),
+            *[
+                (f"vision_model.head.fc{n}.weight", f"params/vision_model/head/fc{n}/kernel", (5 + n, D), LIN)
+                for n in range(3)
+            ],
+        ]
+    )
+    pair.torch["vision_model.embeddings.scratch"] = pair.torch.pop("vision_model.embeddings.class_embedding")
+    assert pair.judge(pair.infer())[0] == "asks"
+
+
 def test_numbers_that_run_against_their_shapes_settle_nothing(pairing: Callable[..., Any]) -> None:
     """conv_a and conv_b are named in another order: rectangular ones show it, so the square ones are asked."""
     pair = pairing(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from graftax.match.names import UNKNOWN, Lexicon, Name, concepts, contradicts, name_of, split_words, strip_common
@@ -35,6 +35,11 @@ def learn_common(scope: Scope) -> None:
     names_t = [scope.name(m, True).concepts for m in scope.torch]
     names_f = [scope.name(m, False).concepts for m in scope.flax]
     scope.common = strip_common(names_t) | strip_common(names_f) | scope.wrappers
+    counts = [Counter(concept for name in names for concept in name) for names in (names_t, names_f)]
+    scope.around = frozenset(c for c, n in counts[0].items() if n >= _AROUND and counts[1][c] >= _AROUND)
+
+
+_AROUND = 4  # modules of both sides that hold a word from which on it names the part around them, not one of them
 
 
 _MAIN = ("weight", "value", "v", "bias", "mean", "var", "g")
@@ -122,12 +127,14 @@ def _judge(
     shared = telling = 0.0
     only_a = only_b = loose_a = loose_b = 0.0
     said: list[tuple[float, str]] = []
+    own = 0  # telling words that both hold and few others do
     for concept in a.concepts:
         weight = 0.02 if concept in common else lex.weight(concept)
         if concept in b.concepts:
             shared += weight
             said.append((weight, concept))
             telling += weight if weight >= 1 else 0
+            own += weight >= 1 and concept not in scope.around
         else:
             only_a += max(weight, 1.0) if weight == UNKNOWN else weight
             loose_a += weight if weight >= UNKNOWN and weight != 0.5 else 0
@@ -156,7 +163,7 @@ def _judge(
     pair.equal = a.raw == b.raw and (matched or not counted)
     pair.score += 0.3 if pair.equal else 0.0
     pair.telling, pair.any_shared = telling, shared
-    if not blocked and loose_a and loose_b and ((not telling and shared < 0.9) or _one_word_apart(a, b)):
+    if not blocked and loose_a and loose_b and ((not own and shared < 0.9 + telling) or _one_word_apart(a, b)):
         pair.soft = True
         blocked = "each name says something that the other does not"
     if not _deconv_named(pair, a.concepts | b.concepts):

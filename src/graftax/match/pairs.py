@@ -67,6 +67,7 @@ class Scope:
     experts: tuple[bool, bool] = (False, False)
     numbers: bool = True
     common: frozenset[str] = frozenset()
+    around: frozenset[str] = frozenset()  # words for the part of the model around a module
 
     def name(self, module: Module, torch: bool) -> Name:
         cache = self.torch_names if torch else self.flax_names
