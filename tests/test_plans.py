@@ -279,6 +279,14 @@ def test_any_name_survives_json(tmp_path_factory, a, b):
     assert str(plan).isprintable() or "\n" in str(plan)
 
 
+def test_half_a_surrogate_pair_survives_json(tmp_path):
+    plan = Plan.build(
+        end("torch", {"a\ud800": (2,)}), end("flax", {"b": (2,)}), Proposal((Entry(("a\ud800",), ("b",)),))
+    )
+    plan.save(tmp_path / "p.json")
+    assert load_plan_file(tmp_path / "p.json").entries == plan.entries
+
+
 def test_what_a_saved_plan_says_is_proved_again(tmp_path):
     data = built().as_json()
     data["like"]["tensors"]["fc/kernel"]["shape"] = [3, 4]
@@ -298,6 +306,17 @@ def test_a_plan_file_is_written_whole_or_not_at_all(tmp_path):
         made.save(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for step in ("replace", "fsync"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, step, full_disk)
+            with pytest.raises(StorageError, match="No space left"):
+                built().save(path)
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(StorageError) as error:
         built().save(tmp_path / "no" / "plan.json")
     assert error.value.exit_code == 5

@@ -117,7 +117,10 @@ def _write(path: Path, raw: bytes) -> None:
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:
-            staged.write_bytes(raw)
+            with staged.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(staged, path)
         finally:
             staged.unlink(missing_ok=True)
