@@ -11,6 +11,7 @@ from typing import Any
 
 from graftax.errors import Failure, PlanError, UsageError, escape
 from graftax.formats.quantized import refuse_quantized
+from graftax.formats.unmerged import refuse_unmerged
 from graftax.match import infer
 from graftax.match.by_table import by_table
 from graftax.match.words import BUFFERS
@@ -77,6 +78,7 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         tabled = by_table(source, like, source_side, like_side, ruled.proposal)
         known = ruled.proposal.joined(tabled)
         spoken = replace(known, entries=known.entries + known.broken)  # nothing else may take these keys
+        refuse_unmerged(source, like, (name for e in spoken.entries for name in (*e.sources, *e.targets)))
         found = tabled.joined(infer(source, like, source_side, like_side, spoken))
     proposal = ruled.proposal.joined(found)
     proposal = _settle_buffers(proposal, source, like, source_side, like_side)

@@ -1,0 +1,83 @@
+"""Weights that the file does not hold finished: parametrised, pruned or adapted ones.
+
+`parametrizations.weight.original` is what some function makes the weight of, and the file does not hold that function;
+a weight beside low-rank adapters is without what was trained. Ported as they stand both have the right shape and wrong
+values, so they are refused by name unless the other end keeps them apart too, or rules or the layer table settle them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+
+from graftax.errors import Failure, PlanError, escape
+from graftax.tree import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Unmerged:
+    """Leaves of which a part (or the end) of the path fits `pattern`; `beside`: only where a leaf with this in place of
+    the last part is there as well."""
+
+    name: str
+    pattern: re.Pattern[str]
+    next: str
+    beside: str = ""
+
+
+_ADAPTER = "Merge the adapter into the weights before saving (peft: merge_and_unload()), or write a rule for each leaf."
+SCHEMES = (
+    Unmerged(
+        "a parametrised weight",
+        re.compile(r"(?:^|[./])parametrizations[./][^./]+[./]original$"),
+        "Make the weights plain before saving (torch.nn.utils.parametrize.remove_parametrizations with "
+        "leave_parametrized=True), or write a rule for each leaf.",
+    ),
+    Unmerged(
+        "a pruned weight",
+        re.compile(r"(?:^|[./])[^./]+_mask$"),
+        "Make the pruning permanent before saving (torch.nn.utils.prune.remove), or write a rule for each leaf.",
+        beside="_orig",
+    ),
+    Unmerged(
+        "a low-rank adapter",
+        re.compile(r"(?:^|[./])(?:lora_(?:embedding_)?[abAB]|lora_(?:down|up)|lora[./](?:down|up)|lora_magnitude_vector)"
+                   r"(?:[./]|$)"),
+        _ADAPTER,
+    ),
+    Unmerged(
+        "an adapter",
+        re.compile(r"(?:^|[./])(?:ia3_l|oft_[rsR]|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|vera_lambda_[bd])(?:[./]|$)"),
+        _ADAPTER,
+    ),
+)  # fmt: skip
+"""Names as torch.nn.utils.parametrize, torch.nn.utils.prune, peft and flax.nnx.LoRA write them."""
+
+
+def refuse_unmerged(source: Checkpoint, like: Checkpoint, settled: Iterable[str]) -> None:
+    """PlanError naming every leaf of an end that is part of a weight, where the other end does not hold as many.
+
+    `settled`: the leaves of either end that rules or the layer table have settled."""
+    known = set(settled)
+    failures: list[Failure] = []
+    hints: dict[str, None] = {}
+    for scheme in SCHEMES:
+        ends = [(end, _leaves(end, scheme)) for end in (source, like)]
+        if len(ends[0][1]) == len(ends[1][1]):
+            continue
+        for end, found in ends:
+            if (left := [name for name in found if name not in known]) and len(found) == max(len(f) for _, f in ends):
+                failures += [Failure(scheme.name, end.label, name, found=str(end[name])) for name in left]
+                hints[scheme.next] = None
+    if failures:
+        labels = dict.fromkeys(escape(failure.file) for failure in failures)
+        raise PlanError(f"{', '.join(labels)} holds weights in parts:", failures, next=" ".join(hints))
+
+
+def _leaves(end: Checkpoint, scheme: Unmerged) -> list[str]:
+    return [name for name in end if scheme.pattern.search(name) and _beside(name, scheme.beside, end.specs.keys())]
+
+
+def _beside(name: str, ending: str, names: Set[str]) -> bool:
+    return not ending or name.removesuffix("_mask") + ending in names
