@@ -14,6 +14,7 @@ from graftax.formats.quantized import refuse_quantized
 from graftax.formats.unmerged import refuse_unmerged
 from graftax.match import infer
 from graftax.match.by_table import by_table
+from graftax.match.unpaired import unpaired
 from graftax.match.words import BUFFERS
 from graftax.ops import CONDITIONS, Cast, Drop, Fill, Keep, Same, apply_chain, infer_chain
 from graftax.plans import End, Entry, Plan, Proposal, Question, with_ops
@@ -81,7 +82,8 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         refuse_unmerged(source, like, (name for e in spoken.entries for name in (*e.sources, *e.targets)))
         found = tabled.joined(infer(source, like, source_side, like_side, spoken))
     proposal = ruled.proposal.joined(found)
-    proposal = _settle_buffers(proposal, source, like, source_side, like_side)
+    proposal = _settle_buffers(proposal, source, like, like_side)
+    proposal = unpaired(proposal, source, like, source_side, like_side)
     proposal = _settle_unused(proposal, source, options.unused)
     proposal = _settle_missing(proposal, like, ruled.missing, options.missing)
     proposal, specs = _settle_dtypes(proposal, source, like, options)
@@ -136,31 +138,25 @@ def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkp
 # ---------------------------------------------------------------- leftovers
 
 
-def _settle_buffers(
-    proposal: Proposal, source: Checkpoint, like: Checkpoint, source_side: Side, like_side: Side
-) -> Proposal:
-    """Known buffers of a torch target. From torch they come from their module's own; else the target keeps what it has,
-    and a batch counter without a value starts at zero. None of them is a question."""
-    if like_side != "torch":
-        return proposal
+def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, like_side: Side) -> Proposal:
+    """Known buffers that like has too. One that the source holds under the same name (a wrapper's prefix aside) comes
+    from it and is not dropped; else a live torch module keeps its own, and a batch counter starts at zero."""
     entries = list(proposal.entries)
     filled = {name for entry in entries for name in entry.targets}
-    wanted = [name for name in like if name not in filled and name.rpartition(".")[2] in BUFFERS]
+    wanted = {name: words for name in like if name not in filled and (words := _parts(name))[-1] in BUFFERS}
     if not wanted:
         return proposal
     dropped = {entry.sources[0]: i for i, entry in enumerate(entries) if entry.dropped and entry.sources}
-    homes = {
-        entry.targets[0].rpartition(".")[0]: entry.sources[0].rpartition(".")[0]
-        for entry in entries
-        if source_side == "torch" and len(entry.sources) == len(entry.targets) == 1
-    }
+    twins = {name: _parts(name) for name in dropped}
     settled: set[str] = set()
-    for name in wanted:
-        module, dot, last = name.rpartition(".")
-        spec, twin = like[name], f"{homes.get(module, module)}{dot}{last}"
-        if twin in dropped and source[twin].shape == spec.shape:
-            entries[dropped[twin]] = Entry((twin,), (name,), (), ("a known buffer of the same module",))
-        elif like.has_values:
+    for name, words in wanted.items():
+        spec, last = like[name], words[-1]
+        same = [t for t, other in twins.items() if _ends_alike(words, other) and source[t].shape == spec.shape]
+        if len(same) == 1 and sum(_ends_alike(twins[same[0]], w) for w in wanted.values()) == 1:
+            entries[dropped[same[0]]] = Entry(tuple(same), (name,), (), ("a known buffer that both sides have",))
+        elif any(twins[t][-1] == last for t in twins):
+            continue  # the source has buffers of this name: which one is asked
+        elif like_side == "torch" and like.format == "live" and like.has_values:
             entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"a known buffer: {BUFFERS[last]}",)))
         elif last == COUNTER:
             entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, BUFFERS[last]),), ("a known buffer",)))
@@ -173,6 +169,18 @@ def _settle_buffers(
         if (left := tuple(name for name in question.targets if name not in settled)) or not question.targets
     ]
     return replace(proposal, entries=tuple(entries), questions=tuple(questions))
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    """The parts of a path of either side, collections aside."""
+    parts = path.replace("/", ".").split(".")
+    return tuple(parts[1:] if parts[0] in ("params", "batch_stats", "buffers") else parts)
+
+
+def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """One is the other with a prefix before it."""
+    shorter = min(len(a), len(b))
+    return a[-shorter:] == b[-shorter:]
 
 
 def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Proposal:
