@@ -128,6 +128,7 @@ def _judge(
     only_a = only_b = loose_a = loose_b = 0.0
     said: list[tuple[float, str]] = []
     own = 0  # telling words that both hold and few others do
+    near = 0.0  # words such as attn, in, out that both hold
     for concept in a.concepts:
         weight = 0.02 if concept in common else lex.weight(concept)
         if concept in b.concepts:
@@ -135,6 +136,7 @@ def _judge(
             said.append((weight, concept))
             telling += weight if weight >= 1 else 0
             own += weight >= 1 and concept not in scope.around
+            near += weight if weight == 0.5 else 0
         else:
             only_a += max(weight, 1.0) if weight == UNKNOWN else weight
             loose_a += weight if weight >= UNKNOWN and weight != 0.5 else 0
@@ -163,7 +165,7 @@ def _judge(
     pair.equal = a.raw == b.raw and (matched or not counted)
     pair.score += 0.3 if pair.equal else 0.0
     pair.telling, pair.any_shared = telling, shared
-    if not blocked and loose_a and loose_b and ((not own and shared < 0.9 + telling) or _one_word_apart(a, b)):
+    if not blocked and loose_a and loose_b and ((not own and near < 0.9) or _one_word_apart(a, b)):
         pair.soft = True
         blocked = "each name says something that the other does not"
     if not _deconv_named(pair, a.concepts | b.concepts):
