@@ -12,7 +12,7 @@ from graftax.ops import chain_text
 if TYPE_CHECKING:
     from graftax.plans import Entry, Plan
 
-_NUMBER = re.compile(r"[0-9]{1,18}")
+_NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,17})(?![0-9])")  # not 01, which must be shown as it is
 
 
 def numbers_as_ranges(rows: Sequence[Sequence[int]], template: str) -> str:

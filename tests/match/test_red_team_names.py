@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import graftax as gx
-from graftax.errors import GraftaxError, PlanError
+from graftax.errors import PlanError
 from graftax.plans import Plan
 from graftax.tree import Checkpoint, TensorSpec
 
@@ -100,3 +100,37 @@ def test_a_rule_may_say_what_a_parametrised_weight_becomes() -> None:
 
 def test_a_text_encoder_mask_is_no_pruned_weight() -> None:
     assert plan({"fc.weight": (8, 5), "attn_mask": (5, 5)}, {"fc/kernel": (5, 8)}).complete
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("order", [["l.1.a.weight", "l.01.a.weight"], ["l.01.a.weight", "l.1.a.weight"]])
+def test_a_number_with_a_zero_before_it_is_another_module(order: list[str]) -> None:
+    found = plan(dict.fromkeys(order, (8, 5)), {"l_1/a/kernel": (5, 8)}, unused="drop")
+    assert taken(found).get("l_1/a/kernel", "l.1.a.weight") == "l.1.a.weight"
+    both = plan(dict.fromkeys(order, (8, 5)), {"l_1/a/kernel": (5, 8), "l_01/a/kernel": (5, 8)})
+    assert taken(both) == {"l_1/a/kernel": "l.1.a.weight", "l_01/a/kernel": "l.01.a.weight"}
+    assert "l.01.a.weight" in str(both)
+
+
+def test_padded_numbers_count_blocks() -> None:
+    torch = {f"h.{i:02}.{k}.weight": (8, 8) for i in range(12) for k in ("q", "k")}
+    flax = {f"h_{i}/{k}/kernel": (8, 8) for i in range(12) for k in ("q", "k")}
+    found = plan(torch, flax)
+    assert found.complete
+    assert taken(found)["h_7/q/kernel"] == "h.07.q.weight"
+
+
+def test_more_digits_than_a_number_has_are_a_word() -> None:
+    long = "9" * 5000
+    found = plan({f"l.{long}.weight": (8, 5), "m.weight": (3, 8)}, {f"l_{long}/kernel": (5, 8), "m/kernel": (8, 3)})
+    assert found.complete
+    assert plan({f"l.{long}.weight": (8, 5)}, {"x/kernel": (5, 7)}).questions
+
+
+def test_a_key_without_a_module_has_rules_that_settle_it() -> None:
+    pair = {".weight": (8, 5), "b.weight": (8, 5)}, {"x/kernel": (5, 8), "y/kernel": (5, 8)}
+    lines = [c.rule for q in plan(*pair).questions for c in q.candidates]
+    line = next(line for line in lines if '".weight"' in line and '"x/kernel"' in line)
+    assert taken(plan(*pair, rules=f"rules=[{line}]"))["x/kernel"] == ".weight"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
+from graftax.match.numbers import NUMBER
 from graftax.match.sides import Family
 
-_NUMBER = re.compile(r"\d+(?![A-Za-z\d])")
 Renames = dict[str, str]
 
 
@@ -34,7 +33,7 @@ def cycle_options(families: Iterable[Family], paths: Iterable[str], others: Iter
 
 
 def _renamed(path: str, two: Mapping[int, tuple[int, int]]) -> str:
-    found = _NUMBER.search(path)
+    found = NUMBER.search(path)
     if found is None:
         return path
     place, cycle = two[int(found[0])]
@@ -45,6 +44,6 @@ def _counts(paths: Iterable[str]) -> set[int]:
     """How many values some number of the paths takes."""
     values: defaultdict[str, set[int]] = defaultdict(set)
     for path in paths:
-        for found in _NUMBER.finditer(path):
+        for found in NUMBER.finditer(path):
             values[path[: found.start()]].add(int(found[0]))
     return {len(found) for found in values.values()}

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from graftax.match.flatten import Suspect
 from graftax.match.groups import Group, GroupLink
+from graftax.match.numbers import NUMBER
 from graftax.match.pairs import Label, Link, Scope
 from graftax.match.sides import Column, Key, Module, Token
 from graftax.ops import Rearrange
 from graftax.rules.template import escape_key
 from graftax.rules.text import rule_line
 
-_NUMBER = re.compile(r"\d+(?![A-Za-z\d])")
 _INDICES = "lmnpqrs"
 _LAYOUTS = frozenset(("linear", "identity", "conv", "conv_transpose default"))
 
@@ -129,12 +129,12 @@ def _template(paths: Sequence[str], module: Module, index: Sequence[str], stack:
     counting = [isinstance(token, tuple) for token in numbers]
     if stack:
         # A stacked number was cut out of the module's tokens: every number that varies among the paths counts.
-        rows = [_NUMBER.findall(p) for p in paths]
+        rows = [NUMBER.findall(p) for p in paths]
         varies = [len({row[i] for row in rows}) > 1 for i in range(len(rows[0]))]
         spots = [i for i, moves in enumerate(varies) if moves][: len(stack)]
         plain = iter(numbers)
         counting = [True if i in spots else isinstance(next(plain, 0), tuple) for i in range(len(rows[0]))]
-    for n, found in enumerate(_NUMBER.finditer(path)):
+    for n, found in enumerate(NUMBER.finditer(path)):
         if n < len(counting) and counting[n]:
             name = next(names, None)
             if name is not None:

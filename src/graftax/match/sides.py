@@ -8,12 +8,12 @@ family, and is decided once. Cost: a few dictionary operations a leaf, everythin
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from graftax.match.names import split_words
+from graftax.match.numbers import CUT, NUMBER, twice_numbered
 from graftax.match.roles import Kind, role_of
 from graftax.match.words import BUFFERS, COLLECTIONS, WRAPPERS
 from graftax.tree import Side, TensorSpec, unescape_part
@@ -23,8 +23,6 @@ Shape = tuple[int, ...]
 Token = str | int | tuple[int]
 """A word, a number that is part of the name, or `(kind,)`: a number that counts blocks of one kind."""
 
-_NUMBER = re.compile(r"\d+(?![A-Za-z\d])")
-_CUT = re.compile(r"(\d+(?![A-Za-z\d]))")
 _MARK = "\0"
 _LIKENESS = 0.3  # blocks that share this part of their leaves (Jaccard) are of one family
 _LIST = 4  # numbered single modules of one shape from this many on are a family too
@@ -123,7 +121,8 @@ def _templates(
     specs: Mapping[str, TensorSpec], side: Side, skip: set[str], renames: Mapping[str, str]
 ) -> tuple[list[_Template], dict[str, str]]:
     grouped: dict[str, list[tuple[Key, str, Shape]]] = {}
-    cut = _CUT.split
+    cut = CUT.split
+    twice = twice_numbered(specs)
     for path, spec in specs.items():
         if path in skip:
             continue
@@ -133,7 +132,7 @@ def _templates(
             skeleton, numbers = pieces[0].replace(_MARK, "_"), ()
         else:
             skeleton, numbers = _MARK.join(pieces[::2]), tuple(map(int, pieces[1::2]))
-            if _MARK in path:
+            if _MARK in path or path in twice:
                 skeleton, numbers = path.replace(_MARK, "_"), ()
         rows = grouped.get(skeleton)
         if rows is None:
@@ -156,8 +155,8 @@ def _templates(
 def tokens_of(path: str, side: Side) -> tuple[Token, ...]:
     """The tokens of one leaf's module, every number a part of the name."""
     name = _plain(path) if "parametrizations" in path else path
-    numbers = iter(_NUMBER.findall(name))
-    parts = _parts(_NUMBER.sub(_MARK, name), side)
+    numbers = iter(NUMBER.findall(name))
+    parts = _parts(NUMBER.sub(_MARK, name), side)
     rest = role_of(parts[-1])[2]
     words = [word for part in (*parts[:-1], rest) if part for word in split_words(part)]
     return tuple(int(next(numbers)) if word == _MARK else word for word in words)
