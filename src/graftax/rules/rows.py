@@ -42,7 +42,6 @@ def row_ops(rule: Rule, side: Side, lefts: Sequence[Shape] | None, rights: Seque
     for name, make in steps:
         ops = _at(rule, name, rank, side, make, shape, rights)
         shape = _after(ops, shape)
-        ratio.left = math.prod(shape) if ratio.left and shape is not None else ratio.left
         out += ops
     return tuple(out)
 
