@@ -140,10 +140,15 @@ def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> C
 
 
 def trapped(link: Link, choice: Choice, trap: Suspect) -> Choice:
-    """The choice for a Linear that may be fed by a flattened map: open, unless it concerns the other end only."""
-    if choice.label is None or (choice.label[1] != "linear" and not (trap.out and link.torch.role == "bias")):
+    """The choice for a Linear that may be fed by a flattened map, or a norm in between: open, unless it concerns the
+    other end only."""
+    if choice.label is None or (choice.label[1] != "linear" and not (trap.vector and _is_vector(link))):
         return choice
     return Choice(None, "", (choice.label,), "flatten", trap)
+
+
+def _is_vector(link: Link) -> bool:
+    return all(len(shape) == 1 for shape in link.torch.shapes.values())
 
 
 # ---------------------------------------------------------------- stacks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -9,7 +10,7 @@ from graftax.match.blocks import Doubt, all_families, find_doubts, loosened, nam
 from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
 from graftax.match.cycles import cycle_options
 from graftax.match.ends import Ends
-from graftax.match.flatten import suspects
+from graftax.match.flatten import Suspect, suspects
 from graftax.match.idioms import has_experts
 from graftax.match.judge import wrapper_words
 from graftax.match.names import Lexicon
@@ -99,8 +100,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
         habits.learn(item.scope, item.taken)
         stack_axes(item.scope, item.taken, habits)
         take_groups(item, ends)
-    inner = [m for family in torch.families[1:] for m in family.modules]
-    traps = {} if same else suspects(torch.families[0].modules, inner, lex)
+    traps = {} if same else _traps(result.settled, root, lex)
     for item in result.settled:
         for pair in item.taken:
             for link in pair.links:
@@ -112,3 +112,17 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
             if call_order(pair):
                 result.call_order.append(pair)
     return result
+
+
+def _traps(settled: list[Settled], root: Scope, lex: Lexicon) -> Mapping[int, Suspect]:
+    """The modules that may stand behind a flattened map, or before one."""
+    inner = {id(m): m for item in settled for m in item.scope.torch}
+    for module in root.torch:
+        inner.pop(id(module), None)
+    tables = frozenset(
+        id(pair.torch)
+        for item in settled
+        for pair in item.taken
+        if any(link.flax.kind == "embedding" for link in pair.links)
+    )
+    return suspects(root.torch, inner.values(), lex, tables)

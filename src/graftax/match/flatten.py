@@ -1,112 +1,220 @@
 """The flatten trap: a Linear fed by (or feeding) a flattened convolution map has one shape in both channel orders.
 
 Files do not show it, so such a Linear is a question: its width is a multiple of a convolution's channels, and nothing
-else in the checkpoint makes that width.
+else in the checkpoint makes that width, or nothing else takes those channels. A norm of that width goes with it.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graftax.match.names import Lexicon, concepts
-from graftax.match.sides import Module, Token
+from graftax.match.sides import Module, Shape, Token
 
-LEAST = 4  # positions of the smallest map that counts as one: a concatenation of two or three tensors is none
-_INSIDE = frozenset(("mlp", "attn", "up", "down", "q", "k", "v", "o", "gate"))
+LEAST = 2  # positions of the smallest map that counts as one
+_SCALE_SHIFT = 4  # a Linear makes two or three vectors for each channel elsewhere: fewer positions are no map there
+_IMAGE = 4  # as many channels may be the input's own
+_FUSED = (2, 3)  # parts that one Linear inside of blocks makes together
+_OFFERED = 3  # channel counts that are offered
 _DECODES = frozenset(("dec", "deconv", "gen", "generator", "up", "upsample"))
+_VECTORS = ("weight", "bias", "mean", "var")
 
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A Linear whose inputs (or outputs, where `out`) may be `channels` x positions."""
+    """A Linear whose inputs (or outputs, where `out`) may be `channels` x positions; or a norm (`norm`) of that width.
+    `others`: further channel counts that fit."""
 
     channels: int
     positions: int
     out: bool
+    norm: bool = False
+    others: tuple[int, ...] = ()
 
     @property
-    def sizes(self) -> tuple[int, int] | None:
-        """Height and width, where the map is square."""
-        side = math.isqrt(self.positions)
-        return (side, side) if side * side == self.positions else None
+    def width(self) -> int:
+        return self.channels * self.positions
+
+    @property
+    def vector(self) -> bool:
+        """The rows are reordered, and vectors with them."""
+        return self.out or self.norm
+
+    def maps(self) -> list[tuple[int, int, int]]:
+        """(channels, height, width) for each channel count that fits: height and width where the map is square."""
+        found: list[tuple[int, int, int]] = []
+        for channels in (self.channels, *self.others):
+            positions = self.width // channels
+            side = math.isqrt(positions)
+            found.append((channels, side, side) if side * side == positions else (channels, positions, 1))
+        return found
 
 
-def suspects(modules: Sequence[Module], families: Iterable[Module], lex: Lexicon) -> Mapping[int, Suspect]:
-    """id of module -> why. `modules`: those outside of repeated blocks; `families`: the others."""
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A matrix of a module: one for each shape that its instances have."""
+
+    module: Module
+    out: int
+    inp: int
+    inner: bool
+
+
+class _Before:
+    """The numbered siblings right before a Linear: fc1 makes the width that fc2 takes."""
+
+    def __init__(self, linears: Iterable[_Linear]) -> None:
+        self.first: dict[tuple[object, ...], tuple[int, ...]] = {}
+        for linear in linears:
+            mark, numbers = _mark(linear.module, linear.out), _ints(linear.module.tokens)
+            self.first[mark] = min(numbers, self.first.get(mark, numbers))
+
+    def sibling(self, linear: _Linear) -> bool:
+        first = self.first.get(_mark(linear.module, linear.inp))
+        return first is not None and first < _ints(linear.module.tokens)
+
+
+@dataclass(slots=True)
+class _Convs:
+    """Channels that convolutions make and take, and those that nothing among the convolutions takes or makes."""
+
+    made: set[int]
+    taken: set[int]
+    ends: set[int]
+    starts: set[int]
+
+
+def suspects(
+    modules: Sequence[Module], families: Iterable[Module], lex: Lexicon, embeds: frozenset[int] = frozenset()
+) -> Mapping[int, Suspect]:
+    """id of module -> why. `modules`: those outside of repeated blocks; `families`: the others; `embeds`: the ids of
+    those that are tables."""
     inner = list(families)
-    made, taken = _channels([*modules, *inner])
-    if not made:
+    everything = [*modules, *inner]
+    convs = _channels(everything)
+    if not convs.made:
         return {}
-    linears = [(m, s) for m in modules if (s := _matrix(m)) is not None]
-    widths = {n for m in (*modules, *inner) for n in _own_widths(m)} | made
-    for module in inner:
-        shape = _matrix(module)
-        if shape is not None:
-            widths.add(shape[0])
-    grown = True
-    while grown:
-        grown = False
-        for module, (out, inp) in linears:
-            if out not in widths and inp in widths and not _maybe_map(module, out, taken, lex):
-                widths.add(out)
-                grown = True
+    linears = [_Linear(m, o, i, False) for m in modules for o, i in _matrices(m)]
+    linears += [_Linear(m, o, i, True) for m in inner for o, i in _matrices(m)]
+    tables = {shape[-1] for m in everything for shape in _shapes(m, "value") if shape}
+    tables |= {linear.inp for linear in linears if id(linear.module) in embeds}
+    linears = [linear for linear in linears if id(linear.module) not in embeds]
+    before = _Before(linears)
+    known = _made_widths(linears, convs, tables, lex)
+    inputs = {linear.inp for linear in linears}
     found: dict[int, Suspect] = {}
-    for module, (_, inp) in linears:
-        if set(concepts(module.tokens, lex)) & _INSIDE:
-            continue
-        channels = _multiple(inp, made)
-        if inp not in widths and channels and not _after_sibling(module, inp, linears):
-            found[id(module)] = Suspect(channels, inp // channels, False)
-    eaten = {inp for module, (_, inp) in linears if id(module) not in found} | {
-        n for m in (*modules, *inner) for n in _own_widths(m)
-    }
-    for module, (out, _) in linears:
-        channels = _multiple(out, taken)
-        if id(module) not in found and channels and out not in eaten and _maybe_map(module, out, taken, lex):
-            found[id(module)] = Suspect(channels, out // channels, True)
+    for linear in linears:
+        if linear.inp not in known and not before.sibling(linear):
+            _suspect(found, linear.module, linear.inp, convs.made, convs.ends - inputs)
+    # Channels that nothing takes must go somewhere: into a Linear whose width something else explains as well.
+    taken = {c for c in convs.ends if any(s.width % c == 0 for s in found.values())}
+    loose = convs.ends - inputs - taken
+    for linear in linears if loose else ():
+        if id(linear.module) not in found and linear.inp not in tables:
+            _suspect(found, linear.module, linear.inp, loose, loose)
+    flat = {s.width for s in found.values()}
+    for module in everything:
+        width = _vector(module)
+        if width in flat - convs.made - tables and id(module) not in found:
+            like = next(s for s in found.values() if s.width == width)
+            found[id(module)] = Suspect(like.channels, like.positions, False, True, like.others)
+    _unflattened(found, linears, known, convs, flat, everything, lex)
     return found
 
 
-def _matrix(module: Module) -> tuple[int, int] | None:
+def _suspect(found: dict[int, Suspect], module: Module, width: int, channels: set[int], first: set[int]) -> None:
+    """Note a Linear whose inputs are several positions of some of the channels; those in `first` come first."""
+    fits = [c for c in channels if width % c == 0 and width // c >= LEAST]
+    best = sorted((c for c in fits if c in first), reverse=True) or sorted(fits, reverse=True)
+    if best:
+        found[id(module)] = Suspect(best[0], width // best[0], False, False, tuple(best[1:_OFFERED]))
+
+
+def _made_widths(linears: Sequence[_Linear], convs: _Convs, tables: set[int], lex: Lexicon) -> set[int]:
+    """The widths that something other than a flatten makes: channels, tables, and Linears that come before."""
+    known = convs.made | tables
+    outs = {linear.out for linear in linears}
+    fused = {linear.out // n for linear in linears if linear.inner for n in _FUSED if linear.out % n == 0}
+    while True:
+        grown = {
+            linear.out
+            for linear in linears
+            if linear.out not in known
+            and (linear.inp in known or linear.inp not in outs)
+            and not _maybe_map(linear, convs.taken, lex)
+        }
+        if not grown:
+            return known | {n for n in fused if any(linear.inner and linear.inp == n for linear in linears)}
+        known |= grown
+
+
+def _unflattened(
+    found: dict[int, Suspect],
+    linears: Sequence[_Linear],
+    known: set[int],
+    convs: _Convs,
+    flat: set[int],
+    everything: Sequence[Module],
+    lex: Lexicon,
+) -> None:
+    """Linears whose outputs become a map: nothing takes them as they are, and a convolution takes such channels."""
+    eaten = {linear.inp for linear in linears if id(linear.module) not in found}
+    eaten |= {w for m in everything if id(m) not in found and (w := _vector(m)) and "mean" not in m.roles}
+    for linear in linears:
+        if id(linear.module) in found or linear.out in eaten or linear.inner:
+            continue
+        starts = {c for c in convs.starts if c > _IMAGE}
+        fits = _multiple(linear.out, starts) or _multiple(linear.out, convs.taken)
+        if not fits or linear.out // fits < _SCALE_SHIFT:
+            continue
+        first = linear.inp not in known  # a latent: nothing in the checkpoint makes it
+        if first or linear.out in flat or fits in starts or _maybe_map(linear, convs.taken, lex):
+            found[id(linear.module)] = Suspect(fits, linear.out // fits, True)
+
+
+def _shapes(module: Module, role: str) -> list[Shape]:
+    column = module.roles.get(role)
+    return sorted(set(column.shapes.values())) if column is not None else []
+
+
+def _matrices(module: Module) -> list[tuple[int, int]]:
     column = module.roles.get("weight")
-    if column is None or column.stack or column.kind == "raw":
-        return None
-    shape = next(iter(column.shapes.values()))
-    return (shape[0], shape[1]) if len(shape) == 2 else None
+    if column is None or column.kind == "raw":
+        return []
+    return [(shape[0], shape[1]) for shape in _shapes(module, "weight") if len(shape) == 2]
 
 
-def _channels(modules: Iterable[Module]) -> tuple[set[int], set[int]]:
-    """(channels that convolutions make, channels that they take)."""
+def _channels(modules: Sequence[Module]) -> _Convs:
     made: set[int] = set()
     taken: set[int] = set()
+    alone: set[int] = set()
+    count: Counter[int] = Counter()
     for module in modules:
-        column = module.roles.get("weight")
-        for shape in set(column.shapes.values()) if column is not None and not column.stack else ():
-            if 3 <= len(shape) <= 5:
-                made.add(shape[0])
-                taken.add(shape[1])
-                bias = module.roles.get("bias")
-                if bias is not None and next(iter(bias.shapes.values())) == (shape[1],) and shape[0] != shape[1]:
-                    made.remove(shape[0])  # a transposed convolution: (in, out)
-                    made.add(shape[1])
-                    taken.add(shape[0])
-    return {n for n in made if n > 1}, {n for n in taken if n > 1}
+        bias = next(iter(_shapes(module, "bias")), None)
+        for shape in _shapes(module, "weight"):
+            if not 3 <= len(shape) <= 5:
+                continue
+            out, inp = shape[:2]
+            if bias == (inp,) and out != inp:
+                out, inp = inp, out  # a transposed convolution: (in, out)
+            made.add(out)
+            taken.add(inp)
+            count[out] += 1
+            if inp == 1:
+                alone.add(out)
+    made, taken = {n for n in made if n > 1}, {n for n in taken if n > 1}
+    depthwise = {n for n in alone if count[n] > 1}  # takes as many channels as it makes
+    return _Convs(made, taken, made - taken - depthwise, taken - made)
 
 
-def _own_widths(module: Module) -> list[int]:
-    """Widths that a norm or a table shows."""
-    out: list[int] = []
-    for role in ("weight", "value"):
-        column = module.roles.get(role)
-        if column is not None:
-            shape = next(iter(column.shapes.values()))
-            if len(shape) == 1 and "mean" not in module.roles:
-                out.append(shape[0])
-            if role == "value" and shape:
-                out.append(shape[-1])
-    return out
+def _vector(module: Module) -> int:
+    """The width of a norm: of its vectors, where it has nothing else; 0 for other modules."""
+    shapes = [shape for role in _VECTORS for shape in _shapes(module, role)]
+    weight = _shapes(module, "weight")
+    return shapes[0][0] if weight and all(len(s) == 1 and s == shapes[0] for s in shapes) else 0
 
 
 def _multiple(width: int, channels: set[int]) -> int:
@@ -114,19 +222,17 @@ def _multiple(width: int, channels: set[int]) -> int:
     return max((c for c in channels if width % c == 0 and width // c >= LEAST), default=0)
 
 
-def _maybe_map(module: Module, out: int, taken: set[int], lex: Lexicon) -> bool:
+def _maybe_map(linear: _Linear, taken: set[int], lex: Lexicon) -> bool:
     """The outputs may be unflattened for a decoder's convolutions."""
-    words = set(concepts(module.tokens, lex))
-    return bool(_multiple(out, taken)) and bool(words & _DECODES)
+    fits = _multiple(linear.out, taken)
+    words = set(concepts(linear.module.tokens, lex))
+    if linear.inner or linear.out // (fits or linear.out + 1) < _SCALE_SHIFT:
+        return False
+    return bool(words & _DECODES) and not {"up", "in"} <= words  # the first matrix of an mlp goes up too
 
 
-def _after_sibling(module: Module, width: int, linears: Sequence[tuple[Module, tuple[int, int]]]) -> bool:
-    """The numbered sibling before it makes this width: fc1 -> fc2."""
-    for other, (out, _) in linears:
-        alike = out == width and other is not module and _template(other.tokens) == _template(module.tokens)
-        if alike and _ints(other.tokens) < _ints(module.tokens):
-            return True
-    return False
+def _mark(module: Module, width: int) -> tuple[object, ...]:
+    return (module.outer, _template(module.tokens), width)
 
 
 def _template(tokens: tuple[Token, ...]) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ from graftax.match.choose import Choice, Habits, choose
 from graftax.match.engine import Result
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
-from graftax.match.rendering import column_rule, flatten_rule, group_rule
+from graftax.match.rendering import column_rule, flatten_rules, group_rule
 from graftax.match.settle import Settled, open_links
 from graftax.match.sides import Column, Module
 from graftax.plan_text import fold_names
@@ -72,8 +72,9 @@ def _reading(
     found: list[Candidate] = []
     for label in choice.open:
         if choice.trap is not None:
-            rule = flatten_rule(scope, pair.torch, pair.flax, link, choice.trap, sides)
-            found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), "a flattened map (C, H, W)"))
+            for rule in flatten_rules(scope, pair.torch, pair.flax, link, label, choice.trap, sides):
+                where = _paths([link.flax if turned else link.torch])
+                found.append(Candidate(rule, where, "a flattened map (C, H, W)"))
         labels = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
         for known in labels[:2]:
             rule = column_rule(scope, pair.torch, pair.flax, link, known, sides, open_=True)
@@ -83,8 +84,9 @@ def _reading(
     names = ", ".join(fold_names(torch if turned else flax)[:4])
     if choice.trap is not None:
         text = (
-            f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if a "
-            "flattened convolution map feeds it, its order must change"
+            f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if "
+            f"{_FLOWS[choice.trap.out]}, its order must change: from (C, H, W), or from any other order that torch has "
+            "(permuted first, or beside other inputs), which a rule must spell out"
         )
         return Question("flatten", text, torch if turned else flax, flax if turned else torch, tuple(found))
     text = f"{names}: shapes fit in {len(found)} ways; nothing says which is {what}"
@@ -92,6 +94,9 @@ def _reading(
 
 
 _FORMS = {"block": "one after the other", "interleaved": "head by head"}
+
+
+_FLOWS = {False: "a flattened convolution map feeds it", True: "its outputs become a convolution's map"}
 
 
 def _groups(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:

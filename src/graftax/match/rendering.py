@@ -38,18 +38,24 @@ def column_rule(
     return rule_line(**keys)
 
 
-def flatten_rule(scope: Scope, torch: Module, flax: Module, link: Link, trap: Suspect, sides: tuple[str, str]) -> str:
-    """The rule line that says that the map is flattened channels first in torch and channels last in Flax."""
-    t_path, f_path, _ = templates(scope, torch, flax, link.torch, link.flax)
-    keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
-    h, w = trap.sizes or (trap.positions, 1)
-    if trap.out:
-        weight = link.torch.role != "bias"
-        keys["ops"] = "(c h w) i -> i (h w c)" if weight else "(c h w) -> (h w c)"
-        keys |= {"c": trap.channels, "h": h, "w": w}
-    else:
-        keys["flatten"] = f"C={trap.channels} H={h} W={w}"
-    return rule_line(**keys)
+def flatten_rules(scope: Scope, torch: Module, flax: Module, link: Link, label: Label, trap: Suspect,
+                  sides: tuple[str, str]) -> list[str]:  # fmt: skip
+    """The rule lines that say that the map is flattened channels first in torch and channels last in Flax, one for each
+    number of channels that fits."""
+    t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax)
+    out: list[str] = []
+    for c, h, w in trap.maps():
+        keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
+        if trap.vector:
+            matrix = any(len(shape) == 2 for shape in link.torch.shapes.values())
+            keys["ops"] = "(c h w) i -> i (h w c)" if matrix else "(c h w) -> (h w c)"
+            keys |= {"c": c, "h": h, "w": w}
+        else:
+            keys["flatten"] = f"C={c} H={h} W={w}"
+        if stack and label[0]:
+            keys["stack"] = dict(zip(stack, label[0], strict=False))
+        out.append(rule_line(**keys))
+    return out
 
 
 def group_rule(scope: Scope, group: Group, link: GroupLink, variant: str, sides: tuple[str, str]) -> str:

@@ -1,0 +1,179 @@
+"""What no file shows about a layout must be asked, with a candidate for each reading, wherever it hides: a flatten behind a
+convolution (in ensembles, under other names, before a norm, before an unflatten), maps that may be channels last,
+square transposed convolutions, square matrices of a checkpoint that stores (in, out)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from graftax.plans import Question
+from graftax.rules import apply_rules, load_rules
+
+Shape = tuple[int, ...]
+Pair = tuple[dict[str, Shape], dict[str, Shape]]
+CONVS_T: dict[str, Shape] = {"conv1.weight": (16, 3, 3, 3), "conv2.weight": (32, 16, 3, 3)}
+CONVS_F: dict[str, Shape] = {"conv1/kernel": (3, 3, 3, 16), "conv2/kernel": (3, 3, 16, 32)}
+
+
+def asked(pairing, pair: Pair, reverse: bool = False) -> dict[str, Question]:
+    """Flax leaf -> the question that it waits for. Every candidate of every question must be a rule that works."""
+    made = pairing([])
+    made.torch = {key: np.zeros(shape, "f4") for key, shape in pair[0].items()}
+    made.flax = {key: np.zeros(shape, "f4") for key, shape in pair[1].items()}
+    found = made.infer(reverse=reverse)
+    assert not found.failures
+    source, like = made.ends(reverse)
+    for question in found.questions:
+        for candidate in question.candidates:
+            rules = load_rules(f"rules = [{candidate.rule}]")
+            ruled = apply_rules(rules, source, like, source.side, like.side).proposal
+            assert ruled.entries, candidate.rule
+            assert not ruled.failures, candidate.rule
+            assert made.infer(f"rules = [{candidate.rule}]", reverse=reverse).questions != found.questions
+    return {leaf: q for q in found.questions for leaf in (q.sources if reverse else q.targets)}
+
+
+def rules_of(question: Question) -> str:
+    return "\n".join(candidate.rule for candidate in question.candidates)
+
+
+def linear(torch: str, flax: str, out: int, inp: int) -> Pair:
+    return {**CONVS_T, f"{torch}.weight": (out, inp)}, {**CONVS_F, f"{flax}/kernel": (inp, out)}
+
+
+def family(torch: str, flax: str) -> Pair:
+    """Members that are a convolution and a Linear behind it."""
+    shapes = {"conv": ((8, 3, 3, 3), (3, 3, 3, 8)), "fc": ((5, 128), (128, 5))}
+    return (
+        {f"{torch}.{i}.{key}.weight": t for i in range(4) for key, (t, _) in shapes.items()},
+        {f"{flax}/{i}/{key}/kernel": f for i in range(4) for key, (_, f) in shapes.items()},
+    )
+
+
+# name: (pair, the Flax leaves that wait, what one candidate says)
+FLATTENED: dict[str, tuple[Pair, str, str]] = {
+    "a head named mlp": (linear("mlp.0", "mlp/dense_0", 20, 512), "mlp/dense_0/kernel", "C=32 H=4 W=4"),
+    "a value head": (linear("value_fc", "value_fc", 7, 512), "value_fc/kernel", "C=32 H=4 W=4"),
+    "an intermediate": (linear("intermediate", "intermediate", 7, 512), "intermediate/kernel", "C=32 H=4 W=4"),
+    "three positions": (
+        (
+            {"c.weight": (8, 3, 5), "fc.weight": (10, 24)},
+            {"c/kernel": (5, 3, 8), "fc/kernel": (24, 10)},
+        ),
+        "fc/kernel",
+        "C=8 H=3 W=1",
+    ),
+    "as wide as another convolution": (
+        (
+            {"conv1.weight": (64, 3, 3, 3), "conv2.weight": (16, 64, 3, 3), "fc.weight": (10, 64)},
+            {"conv1/kernel": (3, 3, 3, 64), "conv2/kernel": (3, 3, 64, 16), "fc/kernel": (64, 10)},
+        ),
+        "fc/kernel",
+        "C=16 H=2 W=2",
+    ),
+    "another branch of that width": (
+        (
+            {**CONVS_T, "fc1.weight": (512, 6), "fc2.weight": (10, 512)},
+            {**CONVS_F, "fc1/kernel": (6, 512), "fc2/kernel": (512, 10)},
+        ),
+        "fc2/kernel",
+        "C=32 H=4 W=4",
+    ),
+    "an ensemble": (family("members", "members"), "members/0/fc/kernel", "C=8 H=4 W=4"),
+    "a last layer that two maps may feed": (
+        (
+            {"a.weight": (16, 3, 3, 3), "b.weight": (32, 3, 3, 3), "fc.weight": (10, 128)},
+            {"a/kernel": (3, 3, 3, 16), "b/kernel": (3, 3, 3, 32), "fc/kernel": (128, 10)},
+        ),
+        "fc/kernel",
+        "C=16 H=8 W=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["to flax", "to torch"])
+@pytest.mark.parametrize("name", FLATTENED)
+def test_a_flatten_is_asked(name: str, reverse: bool, pairing) -> None:
+    pair, leaf, says = FLATTENED[name]
+    found = asked(pairing, pair, reverse)
+    assert found[leaf].kind == "flatten"
+    assert says in rules_of(found[leaf])
+    assert 'layout = "linear"' in rules_of(found[leaf])
+    assert "any other order" in found[leaf].text
+
+
+def test_twin_critics_are_asked(pairing) -> None:
+    shapes = {"conv": ((8, 3, 3, 3), (3, 3, 3, 8)), "fc": ((5, 128), (128, 5))}
+    torch = {f"q{i}.{key}.weight": t for i in (1, 2) for key, (t, _) in shapes.items()}
+    flax = {f"q{i}/{key}/kernel": f for i in (1, 2) for key, (_, f) in shapes.items()}
+    found = asked(pairing, (torch, flax))
+    assert {"q1/fc/kernel", "q2/fc/kernel"} <= {leaf for leaf, q in found.items() if q.kind == "flatten"}
+
+
+def test_an_ensemble_stacked_on_the_other_side_is_asked(pairing) -> None:
+    torch, _ = family("members", "members")
+    found = asked(pairing, (torch, {"members/conv/kernel": (4, 3, 3, 3, 8), "members/fc/kernel": (4, 128, 5)}))
+    assert found["members/fc/kernel"].kind == "flatten"
+    assert "stack" in rules_of(found["members/fc/kernel"])
+
+
+@pytest.mark.parametrize("statistics", [False, True], ids=["layer norm", "batch norm"])
+def test_a_norm_behind_the_flatten_is_asked_with_its_linear(statistics: bool, pairing) -> None:
+    torch = {**CONVS_T, "norm.weight": (512,), "norm.bias": (512,), "fc.weight": (10, 512)}
+    flax = {**CONVS_F, "norm/scale": (512,), "norm/bias": (512,), "fc/kernel": (512, 10)}
+    if statistics:
+        torch |= {"norm.running_mean": (512,), "norm.running_var": (512,)}
+        flax |= {"norm/mean": (512,), "norm/var": (512,)}
+    found = asked(pairing, (torch, flax))
+    leaves = [leaf for leaf in flax if leaf.startswith("norm/")]
+    assert {found[leaf].kind for leaf in (*leaves, "fc/kernel")} == {"flatten"}
+    assert "(c h w) -> (h w c)" in rules_of(found["norm/scale"])
+
+
+LATENT: dict[str, tuple[Pair, str]] = {
+    "a generator": (
+        (
+            {"l1.weight": (256, 20), "l1.bias": (256,), "conv1.weight": (8, 16, 3, 3)},
+            {"l1/kernel": (20, 256), "l1/bias": (256,), "conv1/kernel": (3, 3, 16, 8)},
+        ),
+        "l1",
+    ),
+    "an autoencoder": (
+        (
+            {**CONVS_T, "fc1.weight": (40, 512), "fc2.weight": (20, 40), "fc3.weight": (512, 20),
+             "back.weight": (32, 16, 2, 2), "back.bias": (16,)},
+            {**CONVS_F, "fc1/kernel": (512, 40), "fc2/kernel": (40, 20), "fc3/kernel": (20, 512),
+             "back/kernel": (2, 2, 32, 16), "back/bias": (16,)},
+        ),
+        "fc3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_an_unflatten_is_asked(name: str, pairing) -> None:
+    pair, module = LATENT[name]
+    found = asked(pairing, pair)
+    for leaf in pair[1]:
+        if leaf.startswith(f"{module}/"):
+            assert found[leaf].kind == "flatten"
+            assert "-> i (h w c)" in rules_of(found[leaf]) or "(c h w) -> (h w c)" in rules_of(found[leaf])
+
+
+def test_what_is_no_flatten_is_not_asked(pairing) -> None:
+    """Channels that a Linear takes, blocks behind a patch convolution, the layers behind a flatten's own Linear."""
+    pooled = linear("fc", "fc", 10, 32)
+    assert not asked(pairing, pooled)
+    block = {"norm1": (8,), "attn.q": (8, 8), "mlp.fc1": (32, 8), "mlp.fc2": (8, 32)}
+    torch: dict[str, Shape] = {"patch.weight": (8, 3, 4, 4), "head.weight": (5, 8)}
+    flax: dict[str, Shape] = {"patch/kernel": (4, 4, 3, 8), "head/kernel": (8, 5)}
+    for i in range(3):
+        torch |= {f"blocks.{i}.{key}.weight": shape for key, shape in block.items()}
+        for key, shape in block.items():
+            leaf = "scale" if len(shape) == 1 else "kernel"
+            flax[f"blocks/{i}/{key.replace('.', '/')}/{leaf}"] = shape[::-1]
+    assert not asked(pairing, (torch, flax))
+    behind = {**CONVS_T, "fc1.weight": (64, 512), "out.weight": (10, 64)}
+    found = asked(pairing, (behind, {**CONVS_F, "fc1/kernel": (512, 64), "out/kernel": (64, 10)}))
+    assert set(found) == {"fc1/kernel"}
