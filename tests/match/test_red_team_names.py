@@ -134,3 +134,36 @@ def test_a_key_without_a_module_has_rules_that_settle_it() -> None:
     lines = [c.rule for q in plan(*pair).questions for c in q.candidates]
     line = next(line for line in lines if '".weight"' in line and '"x/kernel"' in line)
     assert taken(plan(*pair, rules=f"rules=[{line}]"))["x/kernel"] == ".weight"
+
+
+# ---------------------------------------------------------------- recurrent layers
+
+
+LSTM = {"weight_ih_l0": (32, 8), "weight_hh_l0": (32, 8), "bias_ih_l0": (32,), "bias_hh_l0": (32,)}
+
+
+def recurrent(torch: str, flax: str) -> tuple[Shapes, Shapes]:
+    """One LSTM a side, under these names, and one Linear."""
+    kernels = {f"{flax}/{way}{gate}/kernel": (8, 8) for way in "ih" for gate in "ifgo"}
+    biases = {f"{flax}/h{gate}/bias": (8,) for gate in "ifgo"}
+    left = {f"{torch}.{name}": shape for name, shape in LSTM.items()}
+    return {**left, "fc.weight": (3, 8)}, {**kernels, **biases, "fc/kernel": (8, 3)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("encoder.lstm", "decoder/lstm"), ("fwd", "bwd"), ("actor.rnn", "critic/rnn"), ("speaker.lstm", "mel/lstm")],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_only_recurrent_layer_is_not_taken_against_its_name(names: tuple[str, str], turned: bool) -> None:
+    pair = ends(*recurrent(*names))
+    found = gx.plan(*(pair[::-1] if turned else pair))
+    assert not found.complete
+    assert set(taken(found)) == {"fc.weight" if turned else "fc/kernel"}
+
+
+@pytest.mark.parametrize(
+    "names", [("rnn", "lstm"), ("net.lstm", "OptimizedLSTMCell_0"), ("encoder.rnn", "seq2seq/encoder_lstm/cell")]
+)
+def test_the_only_recurrent_layer_is_taken_where_names_agree(names: tuple[str, str]) -> None:
+    assert plan(*recurrent(*names)).complete

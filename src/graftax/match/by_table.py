@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from graftax.errors import Failure, LayoutError, escape
 from graftax.layers import Connection, Part, connect, known_kind
 from graftax.layers import settled as settled_connection
+from graftax.match.names import lexicon
+from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
 from graftax.plans import Assumption, Entry, Proposal, Question
 from graftax.tree import Checkpoint, Module, Side, split_path
@@ -94,7 +96,7 @@ def _whole(end: Checkpoint, side: Side) -> Owner:
     parts = [(_plain(name) if side == "flax" else name).split(separator)[:-1] for name in end]
     path: list[str] = []
     for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
+        if len(set(level)) > 1 or level[0] == "parametrizations":
             break
         path.append(level[0])
     for n in (*range(len(path), 0, -1), 0):  # the innermost that the table knows, else the root
@@ -202,7 +204,8 @@ def _in(path: str, cell: str) -> bool:
 
 
 def _pairs(fits: list[tuple[Owner, Owner, Connection]]) -> list[tuple[Owner, Owner, Connection]]:
-    """Pairs with equal names first, then pairs that are the only one on both sides; each leaf once."""
+    """Pairs with equal names first, then pairs that are the only one on both sides and whose names do not speak against
+    it; each leaf once."""
     out: list[tuple[Owner, Owner, Connection]] = []
     rest = list(fits)
     for rule in (_same_names, None):
@@ -213,6 +216,8 @@ def _pairs(fits: list[tuple[Owner, Owner, Connection]]) -> list[tuple[Owner, Own
                 for f in open_
                 if sum(g[0] is f[0] for g in open_) == 1 and not any(g[0] is not f[0] and _share(g, f) for g in open_)
             ]
+            if rule is None:
+                alone = [f for f in alone if not unlike(f[0].path, f[1].path, lexicon())]
             if not alone:
                 break
             out.append(alone[0])
@@ -317,7 +322,8 @@ def _kind_of(owner: Owner, end: Checkpoint) -> Module | None:
     outer = [m for m in known if not any(m is not n and set(m.leaves.values()) < set(n.leaves.values()) for n in known)]
     kinds = {known_kind(m, "flax") for m in outer}
     covered = {path for m in outer for path in m.leaves.values()}
-    return outer[0] if len(kinds) == 1 and covered == paths else None
+    alone = len(outer) == 1 or all(kind.endswith("Cell") for kind in kinds)
+    return outer[0] if alone and len(kinds) == 1 and covered == paths else None
 
 
 def _proposal(found: Iterable[Connection], turned: bool) -> Proposal:

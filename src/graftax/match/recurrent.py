@@ -12,6 +12,7 @@ from graftax.layers.base import Connection, Part
 from graftax.layers.connect import connect, settled
 from graftax.match.names import Lexicon, concepts
 from graftax.match.sides import tokens_of
+from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
 from graftax.plans import Entry, Question
 from graftax.tree import Checkpoint
@@ -88,7 +89,9 @@ def _ask(out: Recurrent, part: Part, right: list[Part], turned: bool) -> None:
 
 
 def _clear(fit: tuple[Part, Part, Connection], fits: list[tuple[Part, Part, Connection]], lex: Lexicon) -> bool:
-    """No other part fits either end, or the names are more alike than any other pair's."""
+    """The names do not speak against the pair, and no other part fits either end, or none has names as alike."""
+    if unlike(fit[0].path, fit[1].path, lex):
+        return False
     rivals = [
         other
         for other in fits

@@ -1,0 +1,28 @@
+"""Names that speak against a pair which is the only one that fits: it is asked about, not taken for want of another."""
+
+from __future__ import annotations
+
+import re
+
+from graftax.match.names import Lexicon, concepts, contradicts
+from graftax.match.sides import tokens_of
+
+_KINDS = frozenset(
+    ["lstm", "gru", "rnn", "cell", "cells", "recurrent", "optimized", "simple", "bi", "bidirectional", "bilstm"]
+)
+"""Words for recurrent layers: on both sides they say what the shapes say."""
+
+
+def unlike(torch: str, flax: str, lex: Lexicon) -> bool:
+    """Two paths of modules name parts that exclude each other (encoder and decoder), or each says something that the
+    other does not and they share no telling word."""
+    a, b = _said(f"{torch}.weight", True, lex), _said(f"{flax}/kernel", False, lex)
+    if contradicts(a, b, lex):
+        return True
+    telling = [{word for word in words if lex.weight(word) >= 1} for words in (a, b)]
+    return bool(telling[0] and telling[1]) and not telling[0] & telling[1]
+
+
+def _said(path: str, torch: bool, lex: Lexicon) -> frozenset[str]:
+    found = concepts(tokens_of(path, "torch" if torch else "flax"), lex)
+    return frozenset(word for word in found if re.sub(r"\d+$", "", word) not in _KINDS)
