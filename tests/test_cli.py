@@ -368,3 +368,18 @@ def test_a_closed_pipe_is_no_error(linear: Path):
     command = f"{sys.executable} -m graftax.cli inspect {linear / 'm.safetensors'} | head -0"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("-2", -2), ("1e-3", 1e-3)])
+def test_a_constant_is_the_number_that_was_written(linear: Path, capsys, text, value):
+    out = linear / "o.safetensors"
+    assert call(capsys, "replace", linear / "m.safetensors", "fc.bias", f"--constant={text}", "-o", out)[0] == 0
+    assert (load_file(out)["fc.bias"] == np.float32(value)).all()
+
+
+def test_a_constant_int64_is_exact(linear: Path, capsys):
+    save_file({"steps": np.zeros(2, "i8"), "a.weight": np.ones((2, 2), "f4")}, linear / "i.safetensors")
+    out = linear / "o.safetensors"
+    assert call(capsys, "replace", linear / "i.safetensors", "steps", "--constant", 2**53 + 1, "-o", out)[0] == 0
+    assert load_file(out)["steps"].tolist() == [2**53 + 1] * 2
+    assert call(capsys, "replace", linear / "i.safetensors", "steps", "--constant", "many", "-o", out)[0] == 2

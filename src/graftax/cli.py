@@ -200,7 +200,7 @@ def replace_command(
     select: str,
     /,
     *,
-    constant: int | float | None = None,
+    constant: str | None = None,
     zeros: Annotated[bool, Flag] = False,
     normal: float | None = None,
     add_normal: float | None = None,
@@ -284,7 +284,7 @@ def replace_command(
         raise UsageError(f"{given[0]} needs --seed, so that the draw can be repeated")
     value: Any
     if constant is not None:
-        value = values.constant(constant)
+        value = values.constant(_number(constant))
     elif normal is not None:
         value = values.normal(normal, seed or 0)
     elif add_normal is not None:
@@ -377,6 +377,16 @@ def _open(text: str) -> Any:
     from graftax.adapters import open_tree
 
     return open_tree(text)
+
+
+def _number(text: str) -> int | float:
+    """An integer where the text is one (int64 beyond 2^53 keeps its value), else a float. UsageError for neither."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise UsageError(f"--constant {escape(text)!r} is not a number")
 
 
 def _json(text: str) -> Any:

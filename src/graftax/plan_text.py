@@ -40,7 +40,8 @@ def fold_names(names: Iterable[str]) -> list[str]:
 
 
 def columns(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
-    """Entries that are one column: alike but for the numbers in their names. (first, all), in the plan's order."""
+    """Entries that are one column: alike but for the numbers in their names, which count alike on both sides.
+    (first, all), in the plan's order. Entries that cross (fc1 -> Dense_1, fc2 -> Dense_0) stand each by itself."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         key = (
@@ -50,7 +51,22 @@ def columns(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
             entry.evidence,
         )
         groups.setdefault(key, []).append(entry)
-    return [(group[0], group) for group in groups.values()]
+    out: list[tuple[Entry, list[Entry]]] = []
+    for group in groups.values():
+        out += [(group[0], group)] if _straight(group) else [(entry, [entry]) for entry in group]
+    return out
+
+
+def _straight(group: Sequence[Entry]) -> bool:
+    """Is the order by the sources' numbers the order by the targets'?"""
+    if any(not entry.sources or not entry.targets for entry in group):
+        return True
+    by_source = sorted(group, key=lambda entry: _numbers(entry.sources))
+    return by_source == sorted(by_source, key=lambda entry: _numbers(entry.targets))
+
+
+def _numbers(names: Sequence[str]) -> list[list[int]]:
+    return [[int(n) for n in _NUMBER.findall(name)] for name in names]
 
 
 def column_rows(plan: Plan) -> list[dict[str, str | int]]:

@@ -16,7 +16,7 @@ from graftax.match import infer
 from graftax.match.by_table import by_table
 from graftax.match.unpaired import unpaired
 from graftax.match.words import BUFFERS
-from graftax.ops import CONDITIONS, Cast, Drop, Fill, Keep, Same, apply_chain, infer_chain
+from graftax.ops import CONDITIONS, Cast, Copy, Drop, Fill, Keep, Same, apply_chain, infer_chain
 from graftax.plans import End, Entry, Plan, Proposal, Question, with_ops
 from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
 from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, match_paths, nearest
@@ -83,6 +83,7 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         found = tabled.joined(infer(source, like, source_side, like_side, spoken))
     proposal = ruled.proposal.joined(found)
     proposal = _settle_buffers(proposal, source, like, like_side)
+    proposal = _settle_tied_targets(proposal, like)
     proposal = unpaired(proposal, source, like, source_side, like_side)
     proposal = _settle_unused(proposal, source, options.unused)
     proposal = _settle_missing(proposal, like, ruled.missing, options.missing)
@@ -163,6 +164,30 @@ def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, li
         else:
             continue
         settled.add(name)
+    questions = [
+        replace(question, targets=left)
+        for question in proposal.questions
+        if (left := tuple(name for name in question.targets if name not in settled)) or not question.targets
+    ]
+    return replace(proposal, entries=tuple(entries), questions=tuple(questions))
+
+
+def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
+    """Names that a live torch module ties to a leaf that is filled: they take its tensor too."""
+    entries = list(proposal.entries)
+    filled = {name: i for i, entry in enumerate(entries) for name in entry.targets}
+    settled: set[str] = set()
+    for name, first in like.aliases.items():
+        i = filled.get(first)
+        if name in filled or name not in like or i is None or len(entries[i].targets) > 1:
+            continue
+        names = [first, *(n for n, f in like.aliases.items() if f == first and n not in filled and n in like)]
+        why = (*entries[i].evidence, "tied in the module")
+        entries[i] = Entry(entries[i].sources, tuple(names), (*entries[i].ops, Copy(len(names))), why)
+        filled.update(dict.fromkeys(names, i))
+        settled.update(names[1:])
+    if not settled:
+        return proposal
     questions = [
         replace(question, targets=left)
         for question in proposal.questions

@@ -181,10 +181,10 @@ def test_a_lone_layer_has_its_leaves_at_the_top():
 
 
 def test_nothing_of_a_huge_module_is_computed():
-    start = time.perf_counter()
+    start = time.process_time()
     huge = adapters.linen(nn.Dense(10**6), jax.ShapeDtypeStruct((1, 10**6), jnp.float32))
     assert adapters.open_tree(huge)["params/kernel"].size == 10**12
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 20
 
 
 def test_method_rngs_flags_and_abstract_inputs():

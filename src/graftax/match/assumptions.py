@@ -21,8 +21,8 @@ def assumptions(result: Result, entries: list[Entry]) -> list[Assumption]:
         )
         out.append(
             Assumption(
-                f"assumed: {CALL_ORDER}: modules named by a counter are called in the other side's order",
-                "compare outputs (graftax verify)",
+                f"{CALL_ORDER}: modules named by a counter are called in the other side's order",
+                "compare the outputs of both models on one input",
                 targets,
             )
         )
