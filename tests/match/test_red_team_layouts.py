@@ -1,6 +1,6 @@
-"""What no file shows about a layout must be asked, with a candidate for each reading, wherever it hides: a flatten behind a
-convolution (in ensembles, under other names, before a norm, before an unflatten), maps that may be channels last,
-square transposed convolutions, square matrices of a checkpoint that stores (in, out)."""
+"""What no file shows about a layout must be asked, with a candidate for each reading, wherever it hides: a flatten
+behind a convolution (in ensembles, under other names, before a norm, before an unflatten), maps that may be channels
+last, square transposed convolutions, square matrices of a checkpoint that stores (in, out)."""
 
 from __future__ import annotations
 
@@ -177,3 +177,137 @@ def test_what_is_no_flatten_is_not_asked(pairing) -> None:
     behind = {**CONVS_T, "fc1.weight": (64, 512), "out.weight": (10, 64)}
     found = asked(pairing, (behind, {**CONVS_F, "fc1/kernel": (512, 64), "out/kernel": (64, 10)}))
     assert set(found) == {"fc1/kernel"}
+
+
+MAPS: dict[str, tuple[Pair, dict[str, str]]] = {
+    "a norm over a map": (
+        (
+            {"ln.weight": (64, 8, 8), "ln.bias": (64, 8, 8), "fc.weight": (3, 5)},
+            {"ln/scale": (8, 8, 64), "ln/bias": (8, 8, 64), "fc/kernel": (5, 3)},
+        ),
+        {"ln/scale": "c h w -> h w c", "ln/bias": "c h w -> h w c"},
+    ),
+    "a constant map": (
+        (
+            {"c.weight": (16, 3, 3, 3), "const": (16, 4, 4)},
+            {"c/kernel": (3, 3, 3, 16), "const": (4, 4, 16)},
+        ),
+        {"const": "c h w -> h w c"},
+    ),
+    "an untied bias": (
+        (
+            {"conv.weight": (16, 3, 3, 3), "conv.bias": (16, 4, 4)},
+            {"conv/kernel": (3, 3, 3, 16), "conv/bias": (4, 4, 16)},
+        ),
+        {"conv/bias": "c h w -> h w c"},
+    ),
+    "cubes": (
+        (
+            {"c.weight": (4, 3, 3, 3), "ln.weight": (4, 4, 4), "pos": (1, 4, 4, 4)},
+            {"c/kernel": (3, 3, 3, 4), "ln/scale": (4, 4, 4), "pos": (1, 4, 4, 4)},
+        ),
+        {"ln/scale": "c h w -> h w c", "pos": "n c h w -> n h w c"},
+    ),
+    "a square norm": (
+        (
+            {"ln.weight": (8, 8), "ln.bias": (8, 8), "fc.weight": (3, 5)},
+            {"ln/scale": (8, 8), "ln/bias": (8, 8), "fc/kernel": (5, 3)},
+        ),
+        {"ln/scale": "c l -> l c", "ln/bias": "c l -> l c"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_that_may_be_channels_last_is_asked(name: str, pairing) -> None:
+    pair, wanted = MAPS[name]
+    found = asked(pairing, pair)
+    assert set(found) == set(wanted)
+    for leaf, pattern in wanted.items():
+        assert f'"{pattern}"' in rules_of(found[leaf])
+        assert len(found[leaf].candidates) == 2
+
+
+def convs(*names: str, kernel: tuple[int, ...] = (3, 3), other: dict[str, Shape] | None = None) -> Pair:
+    torch: dict[str, Shape] = {f"{name}.weight": (8, 8, *kernel) for name in names}
+    flax: dict[str, Shape] = {f"{name.replace('.', '_')}/kernel": (*kernel, 8, 8) for name in names}
+    return {**torch, "stem.weight": (8, 3, *kernel)}, {**flax, "stem/kernel": (*kernel, 3, 8)}
+
+
+@pytest.mark.parametrize("name", ["up1", "ups.1", "upsample", "decoder.3", "trans", "deconv2"])
+@pytest.mark.parametrize("kernel", [(3, 3), (4,)], ids=["odd", "even"])
+def test_a_square_convolution_that_may_be_transposed_is_asked(name: str, kernel: tuple[int, ...], pairing) -> None:
+    found = asked(pairing, convs(name, kernel=kernel))
+    (question,) = set(found.values())
+    assert question.kind == "layout"
+    assert 'layout = "conv"' in rules_of(question) or 'layout = "conv_transpose"' in rules_of(question)
+    assert 'layout = "conv_transpose default"' in rules_of(question)
+
+
+def test_a_square_one_beside_a_transposed_one_is_asked(pairing) -> None:
+    torch: dict[str, Shape] = {"grow.0.weight": (16, 8, 3, 3), "grow.0.bias": (8,)}
+    torch |= {"grow.1.weight": (8, 8, 3, 3), "grow.1.bias": (8,)}
+    flax: dict[str, Shape] = {"grow_0/kernel": (3, 3, 16, 8), "grow_0/bias": (8,)}
+    flax |= {"grow_1/kernel": (3, 3, 8, 8), "grow_1/bias": (8,)}
+    assert set(asked(pairing, (torch, flax))) == {"grow_1/kernel"}
+
+
+def test_a_square_convolution_under_a_plain_name_is_one(pairing) -> None:
+    assert not asked(pairing, convs("upsampler.conv"))
+    assert not asked(pairing, convs("conv1"))
+
+
+def stored_in_out(torch: dict[str, Shape], flax: dict[str, Shape]) -> Pair:
+    shapes = {"fc1": (8, 16), "fc2": (16, 8)}
+    rows_t = {f"h.{i}.{key}.weight": shape for i in range(4) for key, shape in shapes.items()}
+    rows_f = {f"h_{i}/{key}/kernel": shape for i in range(4) for key, shape in shapes.items()}
+    return {**rows_t, **torch}, {**rows_f, **flax}
+
+
+SQUARES: dict[str, tuple[Pair, str]] = {
+    "outside of blocks that store (in, out)": (
+        stored_in_out({"proj_in.weight": (8, 8)}, {"proj_in/kernel": (8, 8)}),
+        "proj_in/kernel",
+    ),
+    "bare matrices": (({"A": (8, 5), "B": (8, 8)}, {"A": (5, 8), "B": (8, 8)}), "B"),
+    "an embedding kept as a kernel": (
+        (
+            {"embed.weight": (8, 8), "fc.weight": (5, 8)},
+            {"embed/kernel": (8, 8), "fc/kernel": (8, 5)},
+        ),
+        "embed/kernel",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_a_square_whose_storage_nothing_shows_is_asked(name: str, pairing) -> None:
+    pair, leaf = SQUARES[name]
+    found = asked(pairing, pair)
+    assert set(found) == {leaf}
+    assert 'layout = "identity"' in rules_of(found[leaf])
+    assert 'layout = "linear"' in rules_of(found[leaf])
+
+
+def decided(pairing, pair: Pair) -> dict[str, int]:
+    """Flax leaf -> the number of ops, where nothing is asked."""
+    made = pairing([])
+    made.torch = {key: np.zeros(shape, "f4") for key, shape in pair[0].items()}
+    made.flax = {key: np.zeros(shape, "f4") for key, shape in pair[1].items()}
+    found = made.infer()
+    assert not found.questions
+    return {entry.targets[0]: len(entry.ops) for entry in found.entries}
+
+
+def test_a_projection_of_positions_is_no_table(pairing) -> None:
+    pair = {"pos_proj.weight": (8, 8), "fc.weight": (5, 8)}, {"pos_proj/w": (8, 8), "fc/w": (8, 5)}
+    assert decided(pairing, pair)["pos_proj/w"] == 1
+
+
+def test_a_weight_norm_of_its_own_is_a_linear(pairing) -> None:
+    for rows in (8, 6):
+        pair: Pair = (
+            {"fc.weight_v": (rows, 8), "fc.weight_g": (rows, 1), "h.weight": (3, rows)},
+            {"fc/kernel_v": (8, rows), "fc/kernel_g": (1, rows), "h/kernel": (rows, 3)},
+        )
+        assert decided(pairing, pair)["fc/kernel_v"] == 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from graftax.match.flatten import Suspect
 from graftax.match.pairs import Label, Link, Pair, Scope
+from graftax.match.sides import Module
 
 # reading: why it is taken where it is the only one
 _ONLY = {
@@ -15,6 +16,7 @@ _ONLY = {
     "conv": "convolution",
     "conv_transpose default": "transposed convolution",
     "reshape": "same values, other axes",
+    "channels last": "a map: channels last",
 }
 
 
@@ -31,18 +33,25 @@ class Choice:
 
 @dataclass(slots=True)
 class Habits:
-    """What the rectangular leaves of the whole match show: `linear` or `identity` by (scope, kinds)."""
+    """What the rectangular leaves of the whole match show: `linear` or `identity` by (scope, kinds); the paths, numbers
+    left out, at which a convolution can only be transposed; whether there are convolutions."""
 
     votes: dict[tuple[object, str, str], set[str]] = field(default_factory=dict[tuple[object, str, str], set[str]])
     axes: dict[int, Choice] = field(default_factory=dict[int, Choice])
+    transposed: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
+    convs: bool = False
 
     def learn(self, scope: Scope, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
-            if scope.name(pair.torch, True).concepts & _TABLES:
-                continue
+            table = _is_table(pair, scope)
             for link in pair.links:
                 labels = {label for _, label in link.labels}
-                if link.torch.role == "weight" and len(labels) == 1 and labels <= {"linear", "identity"}:
+                self.convs = self.convs or bool(labels & {"conv", "conv_transpose default"})
+                if labels == {"conv_transpose default"}:
+                    self.transposed.add(_words(pair.torch))
+                if table:
+                    continue
+                if link.torch.role in ("weight", "value") and len(labels) == 1 and labels <= {"linear", "identity"}:
                     if any(len(shape) < 2 for shape in link.torch.shapes.values()):
                         continue
                     for where in (id(scope), None):
@@ -56,8 +65,19 @@ class Habits:
 
 
 _TABLES = frozenset(("embed", "pos", "tok", "seg", "table", "cls"))
+_LOOKUPS = frozenset(("embed", "tok"))
 _DECONV = frozenset(("deconv", "transpose", "transposed"))
 _UP = frozenset(("up", "upsample", "ups", "dec", "upsampler", "upsamplers", "gen", "generator", "upscale"))
+_UP_LAST = _UP | {"upsampling", "decoder", "trans", "convt", "tconv"}
+
+
+def _is_table(pair: Pair, scope: Scope) -> bool:
+    """Its last word says that it is looked up: `pos_embed`, not `pos_proj`."""
+    return bool({scope.name(pair.torch, True).last, scope.name(pair.flax, False).last} & _TABLES)
+
+
+def _words(module: Module) -> tuple[str, ...]:
+    return tuple(token for token in (*module.outer, *module.tokens) if isinstance(token, str))
 
 
 def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
@@ -72,15 +92,23 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
     if len(labels) == 1:
         (label,) = labels
         return Choice(label, _ONLY.get(label[1], label[1]))
+    if any(word == "channels last" for _, word in labels):
+        if _may_be_map(link, pair, habits) or any(word == "reshape" for _, word in labels):
+            return Choice(None, "", tuple(sorted(labels)))
+        labels = frozenset(label for label in labels if label[1] != "channels last")
+        if len(labels) == 1:
+            (label,) = labels
+            return Choice(label, _ONLY.get(label[1], label[1]))
     by_reading = {label[1]: label for label in sorted(labels)}
     name_t, name_f = scope.name(pair.torch, True).concepts, scope.name(pair.flax, False).concepts
     if {"linear", "identity"} <= set(by_reading):
-        return _square(link, by_reading, scope, habits, name_t | name_f)
+        return _square(link, by_reading, pair, scope, habits)
     if {"conv", "conv_transpose default"} <= set(by_reading):
         shape = next(iter(link.torch.shapes.values()))
         even = all(k % 2 == 0 for k in shape[2:])
         both = name_t | name_f
-        if both & _DECONV or (even and both & _UP):
+        says = any(words[-1:] and words[-1] in _UP_LAST for words in (_words(pair.torch), _words(pair.flax)))
+        if both & _DECONV or says or (even and both & _UP) or _words(pair.torch) in habits.transposed:
             return Choice(None, "", tuple(sorted(labels)))
         return Choice(by_reading["conv"], "a weight with 3 to 5 axes to a kernel: convolution")
     if {"conv", "identity"} <= set(by_reading):
@@ -94,14 +122,26 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
     return heads or Choice(None, "", tuple(sorted(labels)))
 
 
-def _square(link: Link, by_reading: dict[str, Label], scope: Scope, habits: Habits, names: frozenset[str]) -> Choice:
+def _may_be_map(link: Link, pair: Pair, habits: Habits) -> bool:
+    """A norm over a map, its bias, or a bare map beside convolutions."""
+    rank = len(next(iter(link.torch.shapes.values())))
+    kinds = {other.flax.kind for other in pair.links if len(next(iter(other.torch.shapes.values()))) == rank}
+    return "norm" in kinds or (rank > 2 and habits.convs)
+
+
+def _square(link: Link, by_reading: dict[str, Label], pair: Pair, scope: Scope, habits: Habits) -> Choice:
     """A square matrix: a Linear's, unless its kind or its siblings say otherwise."""
     torch, flax = link.torch, link.flax
-    if flax.kind != "kernel" and names & _TABLES:
+    if flax.kind != "kernel" and _is_table(pair, scope):
         return Choice(by_reading["identity"], "a table: as it is")
-    if torch.kind == "raw" and flax.kind == "raw":
-        return Choice(by_reading["identity"], "a bare parameter on both sides: as it is")
     near, far = habits.orientation(scope, link)
+    if torch.kind == "raw" and flax.kind == "raw":
+        if "linear" in far:
+            return Choice(None, "", tuple(sorted(by_reading.values())))
+        return Choice(by_reading["identity"], "a bare parameter on both sides: as it is")
+    lookups = {scope.name(pair.torch, True).last, scope.name(pair.flax, False).last}
+    if lookups <= _LOOKUPS or (not near and far == {"identity"}):
+        return Choice(None, "", tuple(sorted(by_reading.values())))
     if len(near) == 1:
         (word,) = near
         return Choice(by_reading[word], f"square; its rectangular siblings: {_SAYS[word]}")

@@ -39,12 +39,16 @@ def readings(source: Shape, target: Shape, facts: Facts) -> Readings:
         return {}
     if facts.same or facts.role in ("bias", "mean", "var", "counter"):
         fused = {} if facts.same or len(source) != 1 or len(target) != 3 or 1 in target else _fused(source, target)
-        return fused or _as_it_is(source, target)
+        return fused or {**_as_it_is(source, target), **({} if facts.same else _map_last(source, target))}
     if facts.role in ("g", "v"):
-        return {**_as_it_is(source, target), **_conv(source, target)}
+        turned = facts.flax == "kernel" and len(source) == 2 and source == target[::-1]
+        linear: Readings = {"linear": (Rearrange("o i -> i o"),)} if turned and facts.role == "v" else {}
+        return {**_as_it_is(source, target), **_conv(source, target), **linear}
     out: Readings = {}
     plain = facts.torch == "raw" and facts.flax in ("raw", "free")
-    if facts.flax == "embedding" or facts.flax == "norm" or facts.torch == "norm":
+    if facts.flax == "norm" or facts.torch == "norm":
+        return {**_as_it_is(source, target), **_map_last(source, target)}
+    if facts.flax == "embedding":
         return _as_it_is(source, target)
     if min(_rank(source), _rank(target)) < 2 and _rank(source) != _rank(target):
         return {}  # a vector is no table
@@ -76,14 +80,30 @@ def readings(source: Shape, target: Shape, facts: Facts) -> Readings:
         swapped = (*source[:-2], source[-1], source[-2])
         if swapped == target and len(source) == 3:
             out["swap"] = (Rearrange("e a b -> e b a"),)
-        if len(source) == 4 and target == (source[0], source[2], source[3], source[1]) and source != target:
-            out["channels last"] = (Rearrange("n c h w -> n h w c"),)
-        return out or _as_it_is(source, target)
+        last = _map_last(source, target) if len(source) == 3 else {}
+        if len(source) == 4 and target == (source[0], source[2], source[3], source[1]) and _moves(source[1:]):
+            last = {"channels last": (Rearrange("n c h w -> n h w c"),)}
+        return {**(out or _as_it_is(source, target)), **last}
     if len(source) == 2 and len(target) == 4 and source[1] == target[0] and 1 not in target:
         return _fused(source, target)
     if out:
         return out
     return _as_it_is(source, target) if facts.flax != "kernel" or len(source) == 1 else {}
+
+
+_MAPS = {2: "c l -> l c", 3: "c h w -> h w c", 4: "c d h w -> d h w c"}
+
+
+def _map_last(source: Shape, target: Shape) -> Readings:
+    """A map (C, *spatial) that the other side keeps channels last."""
+    if target != (*source[1:], *source[:1]) or len(source) not in _MAPS or not _moves(source):
+        return {}
+    return {"channels last": (Rearrange(_MAPS[len(source)]),)}
+
+
+def _moves(shape: Shape) -> bool:
+    """The order of values changes when the first axis becomes the last."""
+    return shape[0] > 1 and math.prod(shape[1:]) > 1
 
 
 def _rank(shape: Shape) -> int:

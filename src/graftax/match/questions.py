@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from graftax.match.blocks import Doubt
 from graftax.match.choose import Choice, Habits, choose
 from graftax.match.engine import Result
+from graftax.match.flatten import Suspect
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.rendering import column_rule, flatten_rules, group_rule
@@ -85,8 +86,8 @@ def _reading(
     if choice.trap is not None:
         text = (
             f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if "
-            f"{_FLOWS[choice.trap.out]}, its order must change: from (C, H, W), or from any other order that torch has "
-            "(permuted first, or beside other inputs), which a rule must spell out"
+            f"{_FLOWS[choice.trap.out]}, its order must change: from (C, H, W), or from any other order "
+            f"that torch uses, such as {_other_order(choice.trap)}"
         )
         return Question("flatten", text, torch if turned else flax, flax if turned else torch, tuple(found))
     text = f"{names}: shapes fit in {len(found)} ways; nothing says which is {what}"
@@ -97,6 +98,12 @@ _FORMS = {"block": "one after the other", "interleaved": "head by head"}
 
 
 _FLOWS = {False: "a flattened convolution map feeds it", True: "its outputs become a convolution's map"}
+
+
+def _other_order(trap: Suspect) -> str:
+    """What a rule says where torch permutes the map first."""
+    channels, height, width = trap.maps()[0]
+    return "(w h c)" if trap.vector else f'flatten = "W={width} H={height} C={channels}"'
 
 
 def _groups(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:
