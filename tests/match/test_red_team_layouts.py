@@ -80,6 +80,16 @@ FLATTENED: dict[str, tuple[Pair, str, str]] = {
         "fc2/kernel",
         "C=32 H=4 W=4",
     ),
+    "two heads, one as wide as the trunk": (
+        (
+            {"trunk.weight": (128, 3, 3, 3), "policy.weight": (2, 128, 1, 1), "policy_fc.weight": (73, 128),
+             "value.weight": (1, 128, 1, 1), "value_fc.weight": (1, 64)},
+            {"trunk/kernel": (3, 3, 3, 128), "policy/kernel": (1, 1, 128, 2), "policy_fc/kernel": (128, 73),
+             "value/kernel": (1, 1, 128, 1), "value_fc/kernel": (64, 1)},
+        ),
+        "policy_fc/kernel",
+        "C=2 H=8 W=8",
+    ),
     "an ensemble": (family("members", "members"), "members/0/fc/kernel", "C=8 H=4 W=4"),
     "a last layer that two maps may feed": (
         (
@@ -89,7 +99,7 @@ FLATTENED: dict[str, tuple[Pair, str, str]] = {
         "fc/kernel",
         "C=16 H=8 W=1",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["to flax", "to torch"])
@@ -242,6 +252,17 @@ def test_a_square_convolution_that_may_be_transposed_is_asked(name: str, kernel:
     assert question.kind == "layout"
     assert 'layout = "conv"' in rules_of(question) or 'layout = "conv_transpose"' in rules_of(question)
     assert 'layout = "conv_transpose default"' in rules_of(question)
+
+
+@pytest.mark.parametrize("name", ["up1", "trans", "decoder.0.deconv"])
+def test_the_only_layer_is_asked_as_well(name: str, pairing) -> None:
+    torch, flax = f"{name}.weight", f"{name.replace('.', '/')}/kernel"
+    assert set(asked(pairing, ({torch: (8, 8, 3, 3)}, {flax: (3, 3, 8, 8)}))) == {flax}
+
+
+def test_the_only_norm_is_asked_as_well(pairing) -> None:
+    pair: Pair = {"ln.weight": (8, 8), "ln.bias": (8, 8)}, {"ln/scale": (8, 8), "ln/bias": (8, 8)}
+    assert set(asked(pairing, pair)) == {"ln/scale", "ln/bias"}
 
 
 def test_a_square_one_beside_a_transposed_one_is_asked(pairing) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from graftax.errors import Failure, LayoutError, escape
 from graftax.layers import Connection, Part, connect, known_kind
 from graftax.layers import settled as settled_connection
+from graftax.match.choose import says_transposed
 from graftax.match.names import lexicon
 from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
@@ -79,12 +80,25 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
         found = _settled(whole, whole_flax, torch, flax) if named[0] == named[1] or not all(named) else None
         if isinstance(found, Failure):
             return _refused(found, whole, whole_flax, turned)
-        if found is not None:
+        if found is not None and not _open_layout(found, whole, whole_flax, torch, flax):
             return _proposal([found], turned)
     found = _composites(torch, flax, free_torch, free_flax, turned)
     spoken = {n for e in (*found.entries, *found.broken) for n in (*e.sources, *e.targets)}
     left_torch, left_flax = ([n for n in names if n not in spoken] for names in (free_torch, free_flax))
     return found.joined(_lone_biases(torch, flax, left_torch, left_flax, turned))
+
+
+def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> bool:
+    """Another reading of the one layer fits as well, which is to be asked: a square convolution whose name says that it
+    may be transposed, a norm over a map."""
+    if found.by == "modules":
+        return False
+    shapes = [torch_end[name].shape for name in torch.roles.values()]
+    square = any(len(shape) > 2 and shape[0] == shape[1] for shape in shapes)
+    words = [*_words(torch.path, "torch")], [*_words(flax.path, "flax")]
+    if square and any(says_transposed([w for w in side if not w.isdigit()]) for side in words):
+        return True
+    return any(role.endswith("scale") and len(flax_end[name].shape) > 1 for role, name in flax.roles.items())
 
 
 # ---------------------------------------------------------------- owners

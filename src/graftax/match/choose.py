@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from graftax.match.flatten import Suspect
+from graftax.match.names import concepts, lexicon
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.sides import Module
 
@@ -76,6 +77,11 @@ def _is_table(pair: Pair, scope: Scope) -> bool:
     return bool({scope.name(pair.torch, True).last, scope.name(pair.flax, False).last} & _TABLES)
 
 
+def says_transposed(words: Sequence[str]) -> bool:
+    """A convolution of that name may be a transposed one."""
+    return bool(words) and (words[-1] in _UP_LAST or not _DECONV.isdisjoint(concepts(words, lexicon())))
+
+
 def _words(module: Module) -> tuple[str, ...]:
     return tuple(token for token in (*module.outer, *module.tokens) if isinstance(token, str))
 
@@ -107,7 +113,7 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
         shape = next(iter(link.torch.shapes.values()))
         even = all(k % 2 == 0 for k in shape[2:])
         both = name_t | name_f
-        says = any(words[-1:] and words[-1] in _UP_LAST for words in (_words(pair.torch), _words(pair.flax)))
+        says = any(map(says_transposed, (_words(pair.torch), _words(pair.flax))))
         if both & _DECONV or says or (even and both & _UP) or _words(pair.torch) in habits.transposed:
             return Choice(None, "", tuple(sorted(labels)))
         return Choice(by_reading["conv"], "a weight with 3 to 5 axes to a kernel: convolution")

@@ -111,9 +111,11 @@ def suspects(
             _suspect(found, linear.module, linear.inp, convs.made, convs.ends - inputs)
     # Channels that nothing takes must go somewhere: into a Linear whose width something else explains as well.
     taken = {c for c in convs.ends if any(s.width % c == 0 for s in found.values())}
-    loose = convs.ends - inputs - taken
-    for linear in linears if loose else ():
-        if id(linear.module) not in found and linear.inp not in tables:
+    free = convs.ends - inputs
+    outs = {linear.out for linear in linears}
+    for linear in linears if free else ():
+        loose = free - taken if linear.inp in outs else free
+        if loose and id(linear.module) not in found and linear.inp not in tables:
             _suspect(found, linear.module, linear.inp, loose, loose)
     flat = {s.width for s in found.values()}
     for module in everything:
