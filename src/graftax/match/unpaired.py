@@ -6,11 +6,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from graftax.errors import GraftaxError
+from graftax.layers import leaf_connections
 from graftax.match.words import BUFFERS
 from graftax.plan_text import fold_names
 from graftax.plans import Candidate, Proposal, Question
 from graftax.rules import escape_key, rule_line
-from graftax.tree import Checkpoint, Side
+from graftax.tree import Checkpoint, Side, TensorSpec
 
 _NUMBER = re.compile(r"\d+")
 _MOST = 6  # candidates of one column
@@ -35,17 +37,23 @@ def unpaired(proposal: Proposal, source: Checkpoint, like: Checkpoint, source_si
     questions: list[Question] = []
     for names in _columns(targets, {n: like[n].shape for n in targets}):
         shape = like[names[0]].shape
-        fits = [c for c in columns if _may(source[c[0]].shape, shape, len(c))]
-        fits = [c for c in fits if not offered.issuperset(c)]
-        if not fits or not _varied(shape):
+        if not _varied(shape):
             continue
         words = (source_side, like_side) if source_side != like_side else ("source", "target")
-        candidates = tuple(Candidate(_rule(c, names, words), tuple(c), "fits by shape") for c in fits[:_MOST])
+        lines = {
+            tuple(column): line
+            for column in columns
+            if not offered.issuperset(column)
+            and (line := _line(column, names, words, source[column[0]], like[names[0]])) is not None
+        }
+        if not lines:
+            continue
+        candidates = tuple(Candidate(line, column, "fits by shape") for column, line in lines.items())[:_MOST]
         text = (
             f"{', '.join(fold_names(names))}: not paired by names, and unpaired tensors of the source have its shape; "
             "say which it is, or that it is missing"
         )
-        questions.append(Question("match", text, tuple(names), tuple(n for c in fits for n in c), candidates))
+        questions.append(Question("match", text, tuple(names), tuple(n for c in lines for n in c), candidates))
     covered = {n for q in questions for n in q.targets}
     kept = [q for q in proposal.questions if q.candidates or not q.targets or not covered.issuperset(q.targets)]
     return Proposal(
@@ -72,10 +80,33 @@ def _varied(shape: Shape) -> bool:
     return any(extent > 1 for extent in shape)
 
 
-def _may(mine: Shape, theirs: Shape, count: int) -> bool:
-    """The same extents in some order, or those of `count` tensors stacked."""
-    a, b = sorted(n for n in mine if n > 1), sorted(n for n in theirs if n > 1)
-    return a == b or (count > 1 and sorted((*a, count)) == b)
+def _line(
+    sources: list[str], targets: list[str], words: tuple[str, str], mine: TensorSpec, theirs: TensorSpec
+) -> str | None:
+    """A rule line that works for the two columns: side by side, or the sources stacked into one; None for neither."""
+    if _joins(sources[0], mine, targets[0], theirs, words):
+        (template, counts), (other, theirs_counts) = _template(sources), _template(targets)
+        if template and other and counts == theirs_counts:
+            return rule_line(**{words[0]: template, words[1]: other})
+        return rule_line(**{words[0]: escape_key(sources[0]), words[1]: escape_key(targets[0])})
+    if len(sources) > 1 and len(targets) == 1 and theirs.shape[:1] == (len(sources),):
+        one = TensorSpec(theirs.shape[1:], theirs.dtype)
+        template, _ = _template(sources)
+        if template and _joins(sources[0], mine, targets[0], one, words):
+            return rule_line(**{words[0]: template, words[1]: escape_key(targets[0]), "stack": {"i": 0}})
+    return None
+
+
+def _joins(source: str, mine: TensorSpec, target: str, theirs: TensorSpec, words: tuple[str, str]) -> bool:
+    """Can the layer table carry one leaf into the other?"""
+    if words == ("source", "target"):
+        return mine.shape == theirs.shape
+    ends = {words[0]: (source, mine), words[1]: (target, theirs)}
+    (torch, torch_spec), (flax, flax_spec) = ends["torch"], ends["flax"]
+    try:
+        return bool(leaf_connections(torch.rpartition(".")[2], torch_spec, flax.rpartition("/")[2], flax_spec))
+    except GraftaxError:
+        return False
 
 
 def _columns(names: Iterable[str], shapes: Mapping[str, Shape]) -> list[list[str]]:
@@ -86,22 +117,14 @@ def _columns(names: Iterable[str], shapes: Mapping[str, Shape]) -> list[list[str
     return list(out.values())
 
 
-def _rule(sources: list[str], targets: list[str], words: tuple[str, str]) -> str:
-    """The line that pairs the columns: a template where one number counts both, else their first leaves."""
-    mine, theirs = _template(sources), _template(targets)
-    if mine is not None and theirs is not None and len(sources) == len(targets):
-        return rule_line(**{words[0]: mine, words[1]: theirs})
-    return rule_line(**{words[0]: escape_key(sources[0]), words[1]: escape_key(targets[0])})
-
-
-def _template(names: list[str]) -> str | None:
-    """`layers.{i}.w` for names in which exactly one number varies."""
+def _template(names: list[str]) -> tuple[str, list[str]]:
+    """`layers.{i}.w` and the values of i, for names in which exactly one number varies; else ""."""
     rows = [_NUMBER.findall(name) for name in names]
     varying = [place for place in range(len(rows[0])) if len({row[place] for row in rows}) > 1]
     if len(varying) != 1:
-        return None
+        return "", []
     pieces = [escape_key(piece) for piece in _NUMBER.split(names[0])]
     out = pieces[0]
     for place, piece in enumerate(pieces[1:]):
         out += ("{i}" if place == varying[0] else rows[0][place]) + piece
-    return out
+    return out, sorted(row[varying[0]] for row in rows)
