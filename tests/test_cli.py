@@ -383,3 +383,55 @@ def test_a_constant_int64_is_exact(linear: Path, capsys):
     assert call(capsys, "replace", linear / "i.safetensors", "steps", "--constant", 2**53 + 1, "-o", out)[0] == 0
     assert load_file(out)["steps"].tolist() == [2**53 + 1] * 2
     assert call(capsys, "replace", linear / "i.safetensors", "steps", "--constant", "many", "-o", out)[0] == 2
+
+
+def test_outputs_of_plan_never_replace_another_file(linear: Path, capsys):
+    args = ("plan", linear / "m.safetensors", "--like", linear / "like.safetensors")
+    mine = linear / "notes.json"
+    mine.write_text("mine")
+    assert call(capsys, *args, "-o", mine)[0] == 5
+    assert call(capsys, *args, "--suggest", mine)[0] == 5
+    assert mine.read_text() == "mine"
+    plan = linear / "p.json"
+    assert call(capsys, *args, "-o", plan)[0] == 0
+    assert call(capsys, *args, "-o", plan)[0] == 0
+
+
+def test_an_incomplete_plan_is_not_written(linear: Path, capsys):
+    like = {**load_file(linear / "like.safetensors"), "params/head/kernel": np.zeros((7, 2), "f4")}
+    save_file(like, linear / "like.safetensors")
+    plan = linear / "p.json"
+    assert call(capsys, "plan", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", plan)[0] == 1
+    assert not plan.exists()
+
+
+def test_suggestions_in_use_are_not_overwritten(linear: Path, capsys):
+    rules = linear / "r.toml"
+    args = ("plan", linear / "m.safetensors", "--like", linear / "like.safetensors", "--suggest", rules)
+    assert call(capsys, *args)[0] == 0
+    assert call(capsys, *args)[0] == 0
+    used = rules.read_text().replace("]", '{ torch = "fc.weight", flax = "params/fc/kernel" },\n]')
+    rules.write_text(used)
+    assert call(capsys, *args)[0] == 5
+    assert rules.read_text() == used
+
+
+def test_replace_refuses_to_leave_an_optimizer_behind(linear: Path, capsys):
+    torch = pytest.importorskip("torch")
+    torch.save({"model": {"a.weight": torch.ones(2, 3)}, "epoch": 3}, linear / "run.pt")
+    out = linear / "o.pt"
+    code, _, err = call(capsys, "replace", linear / "run.pt", "a.weight", "--zeros", "-o", out)
+    assert code == 1
+    assert "epoch" in err
+    assert "run.pt::model" in err
+    assert call(capsys, "replace", f"{linear / 'run.pt'}::model", "a.weight", "--zeros", "-o", out)[0] == 0
+    assert not torch.load(out, weights_only=True)["a.weight"].any()
+
+
+def test_a_folder_with_a_file_of_the_users_is_not_replaced(linear: Path, capsys):
+    folder = linear / "mine"
+    folder.mkdir()
+    (folder / "best.safetensors").write_bytes((linear / "m.safetensors").read_bytes())
+    args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", folder)
+    assert call(capsys, *args)[0] == 5
+    assert (folder / "best.safetensors").exists()

@@ -120,9 +120,13 @@ def plan_command(
         Write the plan here (JSON), for port --plan.
     """
     made, _, _ = _plan(source, planning)
-    if out is not None:
+    no = _no(made, planning)
+    if out is not None and no is None:
+        from graftax.report.suggesting import refuse_other_file
+
+        refuse_other_file(out, "graftax_plan", "a plan")
         made.save(out)
-    return Outcome(made.as_json(), "" if json else str(made), _no(made, planning))
+    return Outcome(made.as_json(), "" if json else str(made), no)
 
 
 @app.command(name="port")
@@ -257,6 +261,7 @@ def replace_command(
         Say what would change, write nothing.
     """
     from graftax import surgery_values as values
+    from graftax.errors import PlanError
     from graftax.report.surgery_text import replacement_text
     from graftax.surgery import write_replacement
 
@@ -297,8 +302,16 @@ def replace_command(
         value = values.from_checkpoint(from_, key, layout)
     else:
         value = values.zeros()
+    checkpoint = _open(ckpt)
+    if checkpoint.format == "torch" and checkpoint.metadata and "::" not in ckpt:
+        others = ", ".join(escape(name) for name in checkpoint.metadata if name != "container") or "nothing else"
+        inside = checkpoint.metadata.get("container")
+        raise PlanError(
+            f"{escape(ckpt)} holds more than its weights ({others}), which a replacement would leave behind",
+            next=f"To write the weights alone: {escape(ckpt)}::{escape(inside)}" if inside else "",
+        )
     report = write_replacement(
-        _open(ckpt), select, value, None if dry_run else out, expect=expect, clobber=not no_clobber
+        checkpoint, select, value, None if dry_run else out, expect=expect, clobber=not no_clobber
     )
     return Outcome(
         {"out": out, "written": not dry_run} | report, "" if json else replacement_text(report, out, dry_run)
@@ -478,7 +491,7 @@ def run(argv: Sequence[str]) -> int:
         if result.error is not None:
             _take(answer, result.error)
     except CycloptsError as error:
-        answer.exit, answer.message = UsageError.exit_code, f"{error}\nTry: graftax {answer.command} --help".strip()
+        answer.exit, answer.message = UsageError.exit_code, f"{error}\nTry: graftax {_known(answer.command)}--help"
         answer.errors = [{"what": str(error)}]
     except GraftaxError as error:
         _take(answer, error)
@@ -496,6 +509,11 @@ def run(argv: Sequence[str]) -> int:
         answer.errors = [{"what": answer.message}]
     _print(answer, as_json)
     return answer.exit
+
+
+def _known(command: str) -> str:
+    """The command's name and a blank, or nothing where there is no such command."""
+    return f"{command} " if command in ("inspect", "plan", "port", "replace", "diff", "layers") else ""
 
 
 def _take(answer: _Answer, error: GraftaxError) -> None:

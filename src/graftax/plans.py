@@ -295,6 +295,10 @@ class Plan:
 
     # ------------------------------------------------------------ text
 
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else f"{len(self.questions)} questions, {len(self.failures)} misfits"
+        return f"Plan({self.source.label!r} -> {self.like.label!r}, {len(self.entries)} entries, {state})"
+
     def __str__(self) -> str:
         from graftax.plan_text import plan_text
 

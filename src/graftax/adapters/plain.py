@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftax.adapters import jax_arrays
+from graftax.errors import UsageError
 from graftax.tree import Key, nest
 
 
@@ -17,6 +18,13 @@ def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool, adopt: bool) -> 
     if end.side == "torch":
         if host:
             return OrderedDict((path, jax_arrays.own(array, given(array))) for path, array in plain.items())
+        try:
+            import torch  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                "torch tensors are asked for, and torch is not installed",
+                next='pip install "graftax[torch]", or sharding="host" for NumPy arrays.',
+            ) from error
         from graftax.adapters import torch_arrays
 
         return OrderedDict((path, torch_arrays.to_torch(array, adopt=given(array))) for path, array in plain.items())

@@ -195,12 +195,18 @@ def _check_destination(out: Path, row: Format, clobber: bool) -> None:
         _refuse_foreign_files(out)
 
 
+_LONE = frozenset({"model.safetensors", "pytorch_model.bin"})
+"""Names under which a folder's only checkpoint file is the checkpoint itself."""
+
+
 def _refuse_foreign_files(out: Path) -> None:
     """StorageError where the folder holds anything but the checkpoint in it."""
     from graftax.formats.opening import open_folder
 
     try:
         own = {os.path.abspath(path) for path in open_folder(out).files}
+        if len(own) == 1 and os.path.basename(next(iter(own))) not in _LONE:
+            own = set()  # one file of a name that no writer of folders gives is the user's
     except GraftaxError as exc:
         raise StorageError(
             f"the folder {escape(out)} exists, and is not a checkpoint that graftax can read",

@@ -54,31 +54,22 @@ class Board:
 
 
 def decide(pairs: list[Pair], root: bool, orders: Orders, forced: list[Pair]) -> tuple[list[Pair], Board]:
-    """(the pairs taken, what is left open). `forced`: pairs that rules have settled; what competed with them may then
-    go by elimination, even where the names say nothing in common."""
+    """(the pairs taken, what is left open). `forced`: pairs that rules have settled; what competed with them goes
+    by elimination only where its own names speak for it."""
     board = Board(pairs)
-    freed = _freed(board, forced)
+    rivalled = {id(pair) for pair in pairs if len(board.rows[id(pair.torch)]) + len(board.cols[id(pair.flax)]) > 2}
     taken: list[Pair] = list(forced)
     for pair in forced:
         board.take(pair)
     _couple(board, forced)
     while True:
-        fresh = _last(board, root, freed) or _clear(board) or orders(board.pairs(), taken)
+        fresh = _last(board, root, rivalled, taken) or _clear(board) or orders(board.pairs(), taken)
         if not fresh:
             return taken, board
         for pair in fresh:
             board.take(pair)
         taken += fresh
         _couple(board, fresh)
-
-
-def _freed(board: Board, forced: list[Pair]) -> set[int]:
-    """Modules that competed with a forced pair."""
-    out: set[int] = set()
-    for pair in forced:
-        out.update(board.cols[id(pair.flax)])
-        out.update(board.rows[id(pair.torch)])
-    return out
 
 
 def _clear(board: Board) -> list[Pair]:
@@ -106,11 +97,14 @@ def _clear(board: Board) -> list[Pair]:
 
 def _backed(pair: Pair) -> bool:
     """A telling word is shared, or words for the kind (and numbers) are and neither name says more."""
+    if pair.vague and not pair.head and "head" in pair.shared:
+        return False  # some head, and one of the names says which
     return pair.telling > 0 or (pair.any_shared > 0 and pair.whole and not pair.loose)
 
 
-def _last(board: Board, root: bool, freed: set[int]) -> list[Pair]:
-    """Pairs without a rival: nothing else fits either end."""
+def _last(board: Board, root: bool, rivalled: set[int], taken: list[Pair]) -> list[Pair]:
+    """Pairs without a rival: nothing else fits either end. `rivalled`: pairs that had rivals at first, so that their
+    shape tells nothing; their names have to."""
     out: list[Pair] = []
     for row in list(board.rows.values()):
         if len(row) != 1:
@@ -118,16 +112,23 @@ def _last(board: Board, root: bool, freed: set[int]) -> list[Pair]:
         (pair,) = row.values()
         if not pair.whole or len(board.cols[id(pair.flax)]) != 1:
             continue
-        after_rules = id(pair.torch) in freed and id(pair.flax) in freed
-        if pair.blocked and not (pair.soft and after_rules):
+        untold = "head" in pair.shared or (id(pair) in rivalled and not pair.bonus and not _echoes(pair, taken))
+        if pair.blocked or (pair.vague and not pair.head and untold):
             continue
-        if root and not pair.any_shared and not after_rules and not pair.head and pair.loose:
+        if root and not pair.any_shared and not pair.head and pair.loose:
             continue
-        pair.why = "nothing else fits" + (" (after the rules)" if pair.blocked else "")
+        pair.why = "nothing else fits"
         if root and pair.any_shared:
             pair.why += f" and shares names: {', '.join(pair.shared)}"
         out.append(pair)
     return out
+
+
+def _echoes(pair: Pair, taken: list[Pair]) -> bool:
+    """A pair of the same torch parent is taken whose Flax name ends in the same word (downsample.0 with conv_proj, so
+    downsample.1 with norm_proj)."""
+    parent, last = pair.torch.tokens[:-1], pair.flax.tokens[-1:]
+    return bool(parent) and any(p.torch.tokens[:-1] == parent and p.flax.tokens[-1:] == last for p in taken)
 
 
 def _groups(module: Module) -> set[object]:

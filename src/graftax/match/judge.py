@@ -165,6 +165,7 @@ def _judge(
     pair.equal = a.raw == b.raw and (matched or not counted)
     pair.score += 0.3 if pair.equal else 0.0
     pair.telling, pair.any_shared = telling, shared
+    pair.vague = _vague(a, b, scope)
     if not blocked and loose_a and loose_b and ((not own and near < 0.9) or _one_word_apart(a, b)):
         pair.soft = True
         blocked = "each name says something that the other does not"
@@ -176,6 +177,26 @@ def _judge(
     pair.blocked = blocked
     said.sort(reverse=True)
     pair.shared = tuple(concept for _, concept in said[:4])
+
+
+_LISTS = frozenset(("layer", "stage", "model", "list"))
+
+
+def _vague(a: Name, b: Name, scope: Scope) -> bool:
+    """Some name says what the other lacks, and they share no telling word: that nothing else fits tells nothing then.
+    `head` does not tell one head from another. A number in place of a name (`Conv_2`) lacks nothing, an embedding is
+    one of tokens unless it says more, and outside of blocks a word for the part around (attn, out) is no more said."""
+    lex = scope.lex
+    left, right = a.concepts - scope.common, b.concepts - scope.common
+    if any(lex.weight(word) >= 1 for word in left & right - {"head"}):
+        return False
+    numbers = [name.raw[-1] if name.raw and isinstance(name.raw[-1], int) else None for name in (a, b)]
+    for number, said, plain in ((numbers[0], left - right, _LISTS), (numbers[1], right - left, lex.little)):
+        if said <= plain and number is not None:
+            return False
+    least = 1.0 if scope.root else UNKNOWN
+    plain = {"tok"} if "embed" in left & right else set[str]()
+    return any(lex.weight(word) >= least for word in (left ^ right) - plain)
 
 
 def _one_word_apart(a: Name, b: Name) -> bool:

@@ -40,6 +40,7 @@ class Pair:
     lone: bool = False
     head: bool = False
     loose: bool = False
+    vague: bool = False
     remote: bool = False
     equal: bool = False
     why: str = ""

@@ -7,10 +7,12 @@ from pathlib import Path
 from graftax.errors import StorageError, escape
 from graftax.plans import Plan
 
+HEADER = "# Uncomment one line for each question, then: --rules with this file."
+
 
 def suggestions(plan: Plan) -> str:
     """A rules file: uncomment one line a question. Loads as it is, with no rule."""
-    lines = ["# Uncomment one line for each question, then: --rules with this file.", "rules = ["]
+    lines = [HEADER, "rules = ["]
     for i, question in enumerate(plan.questions, 1):
         lines += ["", f"  # {i}. {_one_line(question.text)}"]
         for candidate in question.candidates:
@@ -25,8 +27,26 @@ def _one_line(text: str) -> str:
     return escape(text, 2000)
 
 
+def refuse_other_file(path: str | Path, mark: str, what: str) -> None:
+    """StorageError where `path` is a file without `mark` near its start: it is not the one that may be replaced."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(4096)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"cannot write {escape(path)}: {error.strerror}") from error
+    if mark.encode() not in head:
+        raise StorageError(f"{escape(path)} exists, and is not {what}", next="Choose another name, or remove it.")
+
+
 def write_suggestions(plan: Plan, path: str | Path) -> None:
-    """StorageError where it cannot be written."""
+    """StorageError where it cannot be written, or where a file is there that is no untouched list of suggestions."""
+    refuse_other_file(path, HEADER, "a list of suggestions")
+    if Path(path).exists() and any(
+        line.lstrip().startswith("{") for line in Path(path).read_text("utf-8").splitlines()
+    ):
+        raise StorageError(f"{escape(path)} has rules that are in use", next="Choose another name for --suggest.")
     try:
         Path(path).write_text(suggestions(plan), encoding="utf-8")
     except OSError as error:
