@@ -417,12 +417,18 @@ def test_known_buffers_are_dropped_with_the_reason(pairing: Callable[..., Any]) 
     assert all(entry.dropped for entry in dropped)
 
 
-def test_rules_settle_part_and_inference_the_rest(pairing: Callable[..., Any]) -> None:
-    """A rule for one of two anonymous parts: the other goes by elimination, and a bias follows its weight."""
+def test_rules_settle_part_and_a_bias_follows_its_weight(pairing: Callable[..., Any]) -> None:
+    """A rule for one of two anonymous parts: its bias follows, and the other part stays a question until it is
+    answered, for the two may be strangers."""
     pair = pairing(square(("b.alpha", "params/b/one"), ("b.beta", "params/b/two"), bias=True))
-    rule = '{ torch = "b.alpha.weight", flax = "params/b/one/kernel", layout = "linear" }'
-    found = pair.infer(rules=f"rules = [\n{rule},\n]\n")
-    assert pair.judge(found) == ("exact", [])
+    rules = [f'{{ torch = "b.{a}.weight", flax = "params/b/{b}/kernel", layout = "linear" }}' for a, b in PARTS]
+    found = pair.infer(rules=f"rules = [\n{rules[0]},\n]\n")
+    assert pair.judge(found) == ("asks", [])
+    assert any(entry.targets == ("params/b/one/bias",) for entry in found.entries)
+    assert pair.judge(pair.infer(rules=f"rules = [\n{rules[0]},\n{rules[1]},\n]\n")) == ("exact", [])
+
+
+PARTS = (("alpha", "one"), ("beta", "two"))
 
 
 def test_same_side_ports(pairing: Callable[..., Any]) -> None:

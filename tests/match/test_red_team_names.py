@@ -167,3 +167,49 @@ def test_the_only_recurrent_layer_is_not_taken_against_its_name(names: tuple[str
 )
 def test_the_only_recurrent_layer_is_taken_where_names_agree(names: tuple[str, str]) -> None:
     assert plan(*recurrent(*names)).complete
+
+
+# ---------------------------------------------------------------- nothing else fits
+
+
+STRANGERS = [
+    ("linear.weight", "gate/kernel", (8, 8)),
+    ("proj.weight", "mlp_out/kernel", (8, 8)),
+    ("adapter.weight", "shared/kernel", (8, 8)),
+    ("fc1.weight", "wo/kernel", (8, 8)),
+    ("attn.c_proj.weight", "c_proj/kernel", (8, 8)),
+]
+
+
+@pytest.mark.parametrize(("torch", "flax", "shape"), STRANGERS)
+def test_what_blocks_have_over_is_not_taken_for_want_of_another(torch: str, flax: str, shape: tuple[int, ...]) -> None:
+    """Its shape is that of its neighbours, and its names have nothing in common."""
+    left, right = {"attn.q.weight": (8, 8), "attn.k.weight": (8, 8)}, {"attn/q/kernel": (8, 8), "attn/k/kernel": (8, 8)}
+    found = plan(*blocks({**left, torch: shape}, {**right, flax: shape[::-1]}))
+    assert set(taken(found)) == {f"h_{i}/attn/{k}/kernel" for i in range(4) for k in "qk"}
+
+
+@pytest.mark.parametrize(
+    ("torch", "flax"),
+    [("mask_head.fc", "class_head"), ("aux_classifier", "head"), ("domain_classifier.2", "logits")],
+)
+def test_a_head_that_says_more_is_not_any_head(torch: str, flax: str) -> None:
+    found = plan(
+        {"b.l1.weight": (9, 5), "b.l2.weight": (11, 9), f"{torch}.weight": (4, 11)},
+        {"b/l1/kernel": (5, 9), "b/l2/kernel": (9, 11), f"{flax}/kernel": (11, 4)},
+    )
+    assert f"{flax}/kernel" not in taken(found)
+    assert not found.complete
+
+
+def test_an_answer_leaves_the_rest_a_question() -> None:
+    pair = {"a.weight": (8, 5), "b.weight": (8, 5)}, {"x/kernel": (5, 8), "y/kernel": (5, 8)}
+    found = plan(*pair, rules='rules=[{torch="a.weight", flax="x/kernel", layout="linear"}]')
+    assert set(taken(found)) == {"x/kernel"}
+    assert [c.rule for q in found.questions for c in q.candidates]
+
+
+@pytest.mark.parametrize(("torch", "flax"), [("lm_head", "logits_dense"), ("classifier", "head"), ("head.fc", "head")])
+def test_a_head_that_says_no_more_is_taken(torch: str, flax: str) -> None:
+    found = plan({"b.l1.weight": (9, 5), f"{torch}.weight": (4, 9)}, {"b/l1/kernel": (5, 9), f"{flax}/kernel": (9, 4)})
+    assert found.complete
