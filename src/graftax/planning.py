@@ -217,7 +217,7 @@ def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Propo
     waiting = {
         name
         for question in proposal.questions
-        if question.targets and question.candidates
+        if question.targets and _waits(question)
         for name in (*question.sources, *(n for c in question.candidates for n in c.sources))
     }
     left = [name for name in source if name not in used and name not in waiting]
@@ -227,11 +227,16 @@ def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Propo
     return replace(proposal, entries=proposal.entries + entries, questions=questions)
 
 
+def _waits(question: Question) -> bool:
+    """Is this an open question about a pairing, which no policy for missing or unused leaves may close?"""
+    return bool(question.candidates) or question.kind not in ("missing", "unused")
+
+
 def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, str], policy: str) -> Proposal:
     """Leaves of like that no source fills: by the rule that names them, else by the policy. A leaf with candidates
     stays a question: it is open, not missing."""
     filled = {name for entry in proposal.entries for name in entry.targets}
-    waiting = {name for q in proposal.questions if q.candidates for name in q.targets}
+    waiting = {name for q in proposal.questions if _waits(q) for name in q.targets}
     entries: list[Entry] = []
     failures: list[Failure] = []
     settled: set[str] = set()

@@ -21,6 +21,7 @@ def sentences(rng: np.random.Generator) -> list[np.ndarray]:
 
 NNX = """
   { torch = "embeddings.token_type_embeddings.weight", flax = "types/embedding" },
+  { torch = "encoder.layer.{i}.attention.output.dense.weight", flax = "blocks/{i}/out/kernel", layout = "linear" },
 """
 CASES = [
     Case("linen", "model.safetensors", models.Torch, models.linen_like, sentences, models.Linen),

@@ -25,7 +25,7 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
             groups[tokens[:-1]][tokens[-1]] = module
         elif len(tokens) == 1 and not module.outer and tokens[0] in ALONE:
             _say(names, module, set(ALONE[str(tokens[0])].split()), set())
-        elif experts and tokens and tokens[-1] == _GATE and _EXPERT not in names[id(module)].concepts:
+        elif experts and tokens and tokens[-1] == _GATE and not has_experts([module], lex):
             _say(names, module, {_ROUTER}, {_GATE})
     for prefix, members in groups.items():
         word = prefix[-1] if prefix else ""
