@@ -82,7 +82,7 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         refuse_unmerged(source, like, (name for e in spoken.entries for name in (*e.sources, *e.targets)))
         found = tabled.joined(infer(source, like, source_side, like_side, spoken))
     proposal = ruled.proposal.joined(found)
-    proposal = _settle_buffers(proposal, source, like, like_side)
+    proposal = _settle_buffers(proposal, source, like, like_side, options.missing == "keep")
     proposal = _settle_tied_targets(proposal, like)
     proposal = unpaired(proposal, source, like, source_side, like_side)
     proposal = _settle_unused(proposal, source, options.unused)
@@ -139,9 +139,10 @@ def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkp
 # ---------------------------------------------------------------- leftovers
 
 
-def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, like_side: Side) -> Proposal:
+def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, like_side: Side, keep: bool) -> Proposal:
     """Known buffers that like has too. One that the source holds under the same name (a wrapper's prefix aside) comes
-    from it and is not dropped; else a live torch module keeps its own, and a batch counter starts at zero."""
+    from it and is not dropped; else a live torch module (or any like, with `keep`) keeps its own, and a batch counter
+    starts at zero."""
     entries = list(proposal.entries)
     filled = {name for entry in entries for name in entry.targets}
     wanted = {name: words for name in like if name not in filled and (words := _parts(name))[-1] in BUFFERS}
@@ -157,7 +158,7 @@ def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, li
             entries[dropped[same[0]]] = Entry(tuple(same), (name,), (), ("a known buffer that both sides have",))
         elif any(twins[t][-1] == last for t in twins):
             continue  # the source has buffers of this name: which one is asked
-        elif like_side == "torch" and like.format == "live" and like.has_values:
+        elif like_side == "torch" and like.has_values and (keep or like.format == "live"):
             entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"a known buffer: {BUFFERS[last]}",)))
         elif last == COUNTER:
             entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, BUFFERS[last]),), ("a known buffer",)))
