@@ -5,7 +5,7 @@ Producers propose entries; this module settles the sides, the leftovers and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -165,12 +165,7 @@ def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, li
         else:
             continue
         settled.add(name)
-    questions = [
-        replace(question, targets=left)
-        for question in proposal.questions
-        if (left := tuple(name for name in question.targets if name not in settled)) or not question.targets
-    ]
-    return replace(proposal, entries=tuple(entries), questions=tuple(questions))
+    return replace(proposal, entries=tuple(entries), questions=_still_open(proposal.questions, settled))
 
 
 def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
@@ -189,12 +184,7 @@ def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
         settled.update(names[1:])
     if not settled:
         return proposal
-    questions = [
-        replace(question, targets=left)
-        for question in proposal.questions
-        if (left := tuple(name for name in question.targets if name not in settled)) or not question.targets
-    ]
-    return replace(proposal, entries=tuple(entries), questions=tuple(questions))
+    return replace(proposal, entries=tuple(entries), questions=_still_open(proposal.questions, settled))
 
 
 def _parts(path: str) -> tuple[str, ...]:
@@ -228,6 +218,15 @@ def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Propo
     return replace(proposal, entries=proposal.entries + entries, questions=questions)
 
 
+def _still_open(questions: Iterable[Question], settled: Collection[str]) -> tuple[Question, ...]:
+    """The questions without the targets that are settled; one that asked for nothing else is gone."""
+    return tuple(
+        replace(question, targets=left)
+        for question in questions
+        if (left := tuple(name for name in question.targets if name not in settled)) or not question.targets
+    )
+
+
 def _waits(question: Question) -> bool:
     """Is this an open question about a pairing, which no policy for missing or unused leaves may close?"""
     return bool(question.candidates) or question.kind not in ("missing", "unused")
@@ -254,15 +253,10 @@ def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, st
         else:
             text = f"cannot be kept: {escape(like.label)} has no values"
             failures.append(Failure(text, like.label, name, next="Use --missing zeros, or a `like` with values."))
-    questions: list[Question] = []
-    for question in proposal.questions:
-        targets = tuple(name for name in question.targets if name not in settled)
-        if targets or not question.targets:
-            questions.append(replace(question, targets=targets))
     return replace(
         proposal,
         entries=proposal.entries + tuple(entries),
-        questions=tuple(questions),
+        questions=_still_open(proposal.questions, settled),
         failures=proposal.failures + tuple(failures),
     )
 
