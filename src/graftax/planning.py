@@ -18,7 +18,7 @@ from graftax.match.unpaired import unpaired
 from graftax.match.words import BUFFERS
 from graftax.ops import CONDITIONS, Cast, Copy, Drop, Fill, Keep, Same, apply_chain, infer_chain
 from graftax.plans import End, Entry, Plan, Proposal, Question, with_ops
-from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
+from graftax.rules import RuleOutcome, apply_rules, load_rules
 from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, match_paths, nearest
 
 MISSING = ("error", "keep", "zeros")
@@ -91,13 +91,8 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
     ends = End.of(source, source_side), replace(End.of(like, like_side), specs=specs)
     plan = Plan.build(*ends, proposal)
     plan.failures += _conditions(plan.entries, source)
-    plan.replanner = lambda _, line: make_plan(source, like, replace(options, rules=_with_line(rules, line)))
+    plan.replanner = lambda _, line: make_plan(source, like, replace(options, rules=rules.extended(line)))
     return plan
-
-
-def _with_line(rules: Rules, line: str) -> Rules:
-    """The rules with one more line, as an answer to a question gives it."""
-    return rules.extended(line)
 
 
 # ---------------------------------------------------------------- sides

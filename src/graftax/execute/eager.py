@@ -10,6 +10,7 @@ import numpy as np
 
 from graftax.errors import Failure, PlanError, escape
 from graftax.ops import Cast, Keep, apply_chain, chain_text, invert_chain
+from graftax.ops.base import count_same_bits
 from graftax.ops.casting import CastCount, cast_array
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint
@@ -177,9 +178,4 @@ def _equal_in_float32(entry: Entry, given: tuple[Array, ...]) -> int:
 
 def _equal(old: tuple[Array, ...], new: tuple[Array, ...]) -> int:
     """Values with the same bits."""
-    out = 0
-    for a, b in zip(old, new, strict=True):
-        x = np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.dtype.itemsize)
-        y = np.ascontiguousarray(b).reshape(-1).view(np.uint8).reshape(b.size, b.dtype.itemsize)
-        out += int(np.count_nonzero((x == y).all(axis=1)))
-    return out
+    return sum(count_same_bits(a, b) for a, b in zip(old, new, strict=True))

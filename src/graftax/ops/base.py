@@ -101,3 +101,11 @@ def _as_bits(array: Array, whole: Array) -> Array:
     if array.ndim == 0 or not array.flags.c_contiguous:
         array = np.array(array, order="C", copy=True).reshape(array.shape)
     return array.view(whole)
+
+
+def count_same_bits(a: Array, b: Array) -> int:
+    """How many values of two arrays of one shape and dtype have the same bits."""
+    import numpy as np
+
+    x, y = (np.ascontiguousarray(v).reshape(-1).view(np.uint8).reshape(v.size, v.dtype.itemsize) for v in (a, b))
+    return int(np.count_nonzero((x == y).all(axis=1)))

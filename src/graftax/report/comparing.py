@@ -7,6 +7,7 @@ from typing import Any
 
 from graftax.errors import escape
 from graftax.ops import same_bits
+from graftax.ops.base import count_same_bits
 from graftax.report.inspecting import aligned
 from graftax.tree import TensorSpec
 
@@ -64,20 +65,12 @@ def _values(
             same = within
         norm = float(np.linalg.norm(q.reshape(-1)))
         worst, total = float(gap.max(initial=0.0)), float(np.linalg.norm(gap.reshape(-1)))
-    count = int(np.count_nonzero(~same)) or int(spec.size - _equal_values(x, y))
+    count = int(np.count_nonzero(~same)) or int(spec.size - count_same_bits(x, y))
     return row | {
         "count": count,
         "max_abs": worst if np.isfinite(worst) else None,
         "relative": total / norm if norm and np.isfinite(total / norm) else None,
     }
-
-
-def _equal_values(x: Any, y: Any) -> int:
-    """Values with the same bits, for leaves that differ in NaN payloads or the sign of zero only."""
-    import numpy as np
-
-    a, b = (np.ascontiguousarray(v).reshape(-1).view(np.uint8).reshape(v.size, v.dtype.itemsize) for v in (x, y))
-    return int(np.count_nonzero((a == b).all(axis=1)))
 
 
 def comparison_text(data: Mapping[str, Any]) -> str:
