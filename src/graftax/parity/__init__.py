@@ -1,0 +1,1 @@
+"""Parity: prove a port, and name the layer and the cause when it is off."""
