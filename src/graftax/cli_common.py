@@ -1,0 +1,96 @@
+"""What commands share: the Outcome they hand back, options that several have, and the plan they ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from graftax.errors import GraftaxError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command found: JSON data, the same as text, and the error that makes it a no, if one does."""
+
+    data: Any = None
+    text: str = ""
+    error: GraftaxError | None = None
+
+
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+Out = Annotated[str, Parameter(name=["--out", "-o"])]
+MaybeOut = Annotated[str | None, Parameter(name=["--out", "-o"])]
+Flag = Parameter(negative="")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Planning:
+    """How the plan is made."""
+
+    like: str | None = None
+    """What to produce: a checkpoint, a spec file (inspect --spec), or pkg.mod:factory."""
+    rules: str | None = None
+    """A rules file (TOML) for what inference cannot know."""
+    missing: Literal["error", "keep", "zeros"] = "error"
+    """A leaf of LIKE that no source fills."""
+    unused: Literal["error", "drop"] = "error"
+    """A source tensor that goes nowhere."""
+    to: Literal["torch", "flax"] | None = None
+    """The side that comes out, where names do not tell."""
+    dtype: str | None = None
+    """source, like, or a dtype's name. Without it a floating dtype that differs is an error."""
+    suggest: str | None = None
+    """Write the open questions here, as a rules file to edit."""
+    strict_assumptions: Annotated[bool, Flag] = False
+    """Exit 1 where the plan rests on an assumption."""
+
+
+DEFAULTS = Planning()
+
+
+def open_source(text: str) -> Any:
+    """The checkpoint that a word of the command line names."""
+    from graftax.adapters import open_tree
+
+    return open_tree(text)
+
+
+def planned(source: str, planning: Planning, plan_path: str | None = None) -> tuple[Any, Any, Any]:
+    """(plan, source, like), made or read; the suggestions are written whether or not it is complete."""
+    from graftax.api import open_both
+    from graftax.api import plan as plan_trees
+    from graftax.plan_json import load_plan_file
+
+    if plan_path is not None:
+        clash = [f"--{name}" for name in ("rules", "to", "dtype") if getattr(planning, name) is not None]
+        if clash:
+            raise UsageError(f"--plan is finished: {', '.join(clash)} cannot change it", next="Plan again with them.")
+        made = load_plan_file(plan_path)
+        opened, like = open_both(source, planning.like)
+        return made, opened, like
+    if planning.like is None and planning.rules is None:
+        raise UsageError("say what to produce: --like LIKE (or --rules R.toml alone, where rules name every target)")
+    opened, like = open_both(source, planning.like)
+    made = plan_trees(opened, like, planning.rules, planning.missing, planning.unused, planning.dtype, planning.to)
+    if planning.suggest is not None:
+        from graftax.report.suggesting import write_suggestions
+
+        write_suggestions(made, planning.suggest)
+    return made, opened, like
+
+
+def no_of(made: Any, planning: Planning) -> GraftaxError | None:
+    """Why the answer is no, if it is."""
+    from graftax.errors import Failure, PlanError
+
+    try:
+        made.require_complete()
+    except PlanError as error:
+        return error
+    if planning.strict_assumptions and made.assumptions:
+        failures = [Failure(str(assumption)) for assumption in made.assumptions]
+        return PlanError(f"the plan rests on {len(failures)} assumption(s) (--strict-assumptions):", failures)
+    return None
