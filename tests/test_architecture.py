@@ -32,24 +32,9 @@ ALLOWED = {
     "types": {"errors", "tree", "ops", "plans", "execute", "adapters", "layers", "surgery", "parity"},
     "parity": {
         *("errors", "tree", "dtypes", "ops", "plans", "plan_text", "formats", "adapters", "layers", "rules", "match"),
-        *("planning", "surgery", "execute", "api", "report"),
+        *("planning", "surgery", "execute", "api", "report", "plan_json"),
     },
     "report": {"errors", "tree", "dtypes", "ops", "plans", "plan_text", "formats", "execute", "parity"},
-    "parity": {
-        "errors",
-        "tree",
-        "dtypes",
-        "ops",
-        "plans",
-        "plan_json",
-        "planning",
-        "layers",
-        "formats",
-        "adapters",
-        "execute",
-        "api",
-        "report",
-    },
     "examples": {"graftax", "errors"},
 }
 FRAMEWORKS = {"torch", "jax", "flax", "orbax", "tensorstore"}

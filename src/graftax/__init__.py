@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from graftax import errors, examples, types
     from graftax.adapters import linen
     from graftax.api import load_into, load_plan, open_checkpoint, plan, port, port_file
+    from graftax.parity.check import assert_parity, check_parity
+    from graftax.parity.inputs import Inputs
     from graftax.surgery import replace
     from graftax.surgery_values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
 
@@ -27,6 +29,9 @@ _HOMES = {
     "load_into": "api",
     "open_checkpoint": "api",
     "linen": "adapters",
+    "check_parity": "parity.check",
+    "assert_parity": "parity.check",
+    "Inputs": "parity.inputs",
     "replace": "surgery",
     "constant": "surgery_values",
     "zeros": "surgery_values",
@@ -39,7 +44,10 @@ _HOMES = {
 _MODULES = ("errors", "examples", "types")
 
 __all__ = [
+    "Inputs",
     "add_normal",
+    "assert_parity",
+    "check_parity",
     "constant",
     "errors",
     "examples",

@@ -121,6 +121,15 @@ class ParityError(GraftaxError, AssertionError):
     exit_code = 1
 
 
+class ModelError(GraftaxError):
+    """The user's own model failed: an exception inside forward, an input it cannot take, a layer left in train mode.
+    The message names whose code it was: framework, module path, file and line. Exit code 70."""
+
+
+class ReplayError(GraftaxError):
+    """One module of a model cannot be run alone."""
+
+
 class UsageError(GraftaxError):
     """The call itself is off: an option, a selector's syntax, a factory that cannot be imported."""
 

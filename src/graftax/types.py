@@ -2,21 +2,28 @@
 
 from graftax.execute.eager import Measured, Receipt
 from graftax.ops import Op
+from graftax.parity.report_model import Cause, LayerRow, OutputRow, ParityReport, SettingRow, WeightRow
 from graftax.plans import Assumption, Candidate, End, Entry, Plan, Question
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
 __all__ = [
     "Assumption",
     "Candidate",
+    "Cause",
     "Checkpoint",
     "End",
     "Entry",
+    "LayerRow",
     "Measured",
     "Module",
     "Op",
+    "OutputRow",
+    "ParityReport",
     "Plan",
     "Question",
     "Receipt",
+    "SettingRow",
     "Side",
     "TensorSpec",
+    "WeightRow",
 ]
