@@ -1,0 +1,111 @@
+"""Strided copies at the speed of memory: transposes go through a small scratch that stays in the cache.
+
+NumPy copies `dst[...] = src` element by element in the order of one side, and where the other side jumps from page to
+page every element costs a cache line and a TLB entry. A block read along the source's rows into a scratch, and written
+from there along the destination's rows, touches each line once. The scratch rows are 64 bytes longer than the block,
+so that a column of it does not fall into one cache set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+_ROWS, _RUN = {1: 256, 2: 128, 4: 128}, {1: 1024, 2: 512, 4: 512}
+"""Block of the scratch by element width: rows along the destination's axis, elements of a run along the source's."""
+_PAD_BYTES = 64
+_SMALL = 1 << 16
+"""Bytes under which NumPy's own loop is as fast."""
+
+
+def copy(dst: Array, src: Array) -> None:
+    """dst[...] = src, bit for bit, for arrays of one shape and element width that do not overlap."""
+    dst, src = _bits(dst), _bits(src)
+    dst, src = _ordered(dst, src)
+    rank = dst.ndim
+    if rank < 2 or dst.nbytes < _SMALL:
+        dst[...] = src
+        return
+    inner = min(range(rank), key=lambda a: (abs(src.strides[a]), -a))  # the source runs along this axis
+    if inner == rank - 1:
+        dst[...] = src
+        return
+    _blocked(dst, src, inner)
+
+
+def _bits(array: Array) -> Array:
+    """The array as unsigned integers of its width: ml_dtypes and complex copy as slowly as objects otherwise."""
+    width = array.dtype.itemsize
+    return array.view(f"u{width}") if width in (1, 2, 4, 8) else array
+
+
+def _ordered(dst: Array, src: Array) -> tuple[Array, Array]:
+    """Both with the destination's axes outermost first, without axes of one, and axes that continue each other joined."""
+    order = sorted((a for a in range(dst.ndim) if dst.shape[a] > 1), key=lambda a: -abs(dst.strides[a]))
+    loops: list[tuple[int, int, int]] = []
+    for axis in order:
+        n, d, s = dst.shape[axis], dst.strides[axis], src.strides[axis]
+        if loops and loops[-1][1] == d * n and loops[-1][2] == s * n:
+            loops[-1] = (loops[-1][0] * n, d, s)
+        else:
+            loops.append((n, d, s))
+    shape = tuple(n for n, _, _ in loops)
+    dst = np.lib.stride_tricks.as_strided(dst, shape, tuple(d for _, d, _ in loops))
+    src = np.lib.stride_tricks.as_strided(src, shape, tuple(s for _, _, s in loops), writeable=False)
+    return dst, src
+
+
+def _blocked(dst: Array, src: Array, inner: int) -> None:
+    """Copy block by block. The last axis and those before it are the destination's run; `inner`, and the axes that
+    continue it in the source, are the source's."""
+    width, rank = dst.itemsize, dst.ndim
+    block = [1] * rank
+    free = set(range(rank - 1))
+    run = _claim(block, free, dst.shape, src.strides, inner, _RUN.get(width, 256))
+    rows = _claim(block, free, dst.shape, dst.strides, rank - 1, _ROWS.get(width, 64))
+    order = [*reversed(rows), *reversed(run)]  # of the scratch: the source's run inside
+    kept = sorted(order)
+    turned = [kept.index(a) for a in order]
+    heads = len(rows)
+    length = math.prod(block[a] for a in run)
+    store = np.empty((math.prod(block[a] for a in rows), length + _PAD_BYTES // width), dst.dtype)
+    for place in _blocks(dst.shape, block, kept):
+        d, s = dst[place].transpose(turned), src[place].transpose(turned)
+        lead, tail = math.prod(d.shape[:heads]), math.prod(d.shape[heads:])
+        scratch = store[:lead, :tail].reshape(d.shape)  # a view: axes are only split
+        scratch[...] = s
+        d[...] = scratch
+
+
+def _claim(
+    block: list[int], free: set[int], shape: tuple[int, ...], strides: tuple[int, ...], axis: int, most: int
+) -> list[int]:
+    """Widen the block along `axis` and the free axes that continue it, to `most` elements; gives them, innermost
+    first."""
+    claimed: list[int] = []
+    place: int | None = axis
+    while place is not None and most > 1:
+        block[place] = min(shape[place], most)
+        claimed.append(place)
+        free.discard(place)
+        if block[place] < shape[place]:
+            break
+        most //= block[place]
+        reach = abs(strides[place]) * shape[place]
+        place = next((a for a in free if abs(strides[a]) == reach), None)
+    return claimed
+
+
+def _blocks(shape: tuple[int, ...], block: list[int], kept: list[int]) -> Iterator[tuple[Any, ...]]:
+    """Where each block is: slices on the axes that the scratch has, numbers on the others."""
+    steps: list[Iterable[Any]] = [
+        [slice(i, min(i + b, n)) for i in range(0, n, b)] if axis in kept else range(n)
+        for axis, (n, b) in enumerate(zip(shape, block, strict=True))
+    ]
+    yield from product(*steps)

@@ -1,0 +1,57 @@
+"""Strided copies move every bit to its place, whatever the strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftax.execute import strided
+
+DTYPES = [np.uint8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.complex128]
+
+
+@given(st.data())
+def test_like_numpy(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 17, 40]), min_size=1, max_size=5)))
+    array = np.arange(np.prod(shape)).reshape(shape).astype(data.draw(st.sampled_from(DTYPES)))
+    view = array.transpose(data.draw(st.permutations(range(len(shape)))))
+    view = view[tuple(slice(None, None, data.draw(st.sampled_from([1, -1]))) for _ in shape)]
+    out = np.zeros(view.shape, view.dtype)
+    strided.copy(out, view)
+    assert out.tobytes() == np.ascontiguousarray(view).tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((700, 900), (1, 0)),
+        ((129, 1025), (1, 0)),
+        ((260, 70, 3, 3), (2, 3, 1, 0)),
+        ((3, 3, 260, 70), (3, 2, 0, 1)),
+        ((16, 64, 100), (2, 0, 1)),
+        ((300, 7, 90), (2, 1, 0)),
+    ],
+)
+def test_blocks_that_do_not_divide(dtype: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
+    want = array.transpose(order)
+    out = np.zeros(want.shape, dtype)
+    strided.copy(out, want)
+    assert out.tobytes() == np.ascontiguousarray(want).tobytes()
+
+
+def test_into_a_part_of_a_larger_array() -> None:
+    array = np.arange(300 * 400, dtype=np.float32).reshape(300, 400)
+    out = np.full((420, 310), -1, np.float32)
+    strided.copy(out[5:405, 3:303], array.T)
+    assert np.array_equal(out[5:405, 3:303], array.T)
+    assert (out[:5] == -1).all()
+    assert (out[405:] == -1).all()
+    assert (out[:, :3] == -1).all()
+    assert (out[:, 303:] == -1).all()
