@@ -147,7 +147,7 @@ def _layers(report: ParityReport, width: int) -> Table | None:
         rows = list(line.rows)
         bad = rows[0].status == "diverges"
         many = f" ({len(rows)})" if len(rows) > 1 else ""
-        torch, flax = shortened(line.torch, room, "."), shortened(line.flax, room - len(many), "/")
+        torch, flax = words.shortened(line.torch, room, "."), words.shortened(line.flax, room - len(many), "/")
         style = "bold" if line.first else ""
         mark = Text("▶", "bold red") if line.first else _mark(not bad, rows[0].status == "not compared")
         table.add_row(
@@ -167,16 +167,6 @@ def _cell(rows: Any, name: str, threshold: float) -> Text:
 
 def _most(values: Any) -> float | None:
     return max((value for value in values if value is not None), default=None)
-
-
-def shortened(path: str, room: int, separator: str) -> str:
-    """The end of a path that is too long, from a separator on where that leaves enough: '…layer.3.attention.output'."""
-    if len(path) <= room:
-        return path
-    tail = path[-(room - 1) :]
-    cut = tail.find(separator)
-    numbered = any(char.isdigit() for char in tail[:cut])  # the number of a layer is what tells it from its siblings
-    return "…" + (tail[cut + 1 :] if 0 <= cut < room // 3 and not numbered else tail)
 
 
 def _weights(report: ParityReport) -> Table | None:

@@ -1,9 +1,9 @@
-"""The page's drawings as numbers: the chart of errors, and the two module trees side by side. The template draws them."""
+"""The page's drawings as numbers: the chart of errors, and both module trees. The template draws them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 UNIT = 2.0**-24  # the smallest error that float32 is held to
 WIDTH, HEIGHT = 1120, 340
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 30, 52
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 36, 52
 GAUGE = 132  # width of the small scale in a row of the tree
 _GAUGE_SPAN = (-0.7, 6.0)  # its ends, as powers of ten of a ratio
 
@@ -50,12 +50,6 @@ class Zone:
 class Chart:
     """All of the chart in the coordinates of its view box. `band` and `free` are SVG point lists and path data."""
 
-    width: int
-    height: int
-    top: float
-    bottom: float
-    left: float
-    right: float
     ticks: tuple[tuple[float, int], ...]
     band: str
     free: str
@@ -63,6 +57,12 @@ class Chart:
     zones: tuple[Zone, ...]
     first_x: float | None
     anchor: str
+    width: int = WIDTH
+    height: int = HEIGHT
+    top: float = TOP
+    bottom: float = HEIGHT - BOTTOM
+    left: float = LEFT
+    right: float = WIDTH - RIGHT
 
 
 def chart(report: ParityReport) -> Chart | None:
@@ -79,7 +79,7 @@ def chart(report: ParityReport) -> Chart | None:
 
     def y_of(error: float) -> float:
         if math.isnan(error) or math.isinf(error):
-            return float(TOP - 8)
+            return float(TOP - 4)
         power = math.log10(error) if error > 0 else low
         return round(bottom - (bottom - TOP) * (min(max(power, low), high) - low) / (high - low), 2)
 
@@ -103,9 +103,14 @@ def chart(report: ParityReport) -> Chart | None:
     if first_x is not None and not LEFT + 70 < first_x < WIDTH - 70:
         anchor = "start" if first_x < WIDTH / 2 else "end"
     return Chart(
-        WIDTH, HEIGHT, TOP, bottom, LEFT, WIDTH - RIGHT, tuple((y_of(10.0**p), p) for p in range(low, high + 1)),
-        " ".join(below + above), _free_path(rows, x_of, y_of), tuple(points), tuple(_zones(rows, step)), first_x, anchor,
-    )  # fmt: skip
+        ticks=tuple((y_of(10.0**power), power) for power in range(low, high + 1)),
+        band=" ".join(below + above),
+        free=_free_path(rows, x_of, y_of),
+        points=tuple(points),
+        zones=tuple(_zones(rows, step)),
+        first_x=first_x,
+        anchor=anchor,
+    )
 
 
 def _decades(report: ParityReport) -> tuple[int, int]:
@@ -119,21 +124,21 @@ def _decades(report: ParityReport) -> tuple[int, int]:
     return low, max(high, low + 3)
 
 
-def _free_path(rows: Sequence[LayerRow], x_of: object, y_of: object) -> str:
+def _free_path(rows: Sequence[LayerRow], x_of: Callable[[float], float], y_of: Callable[[float], float]) -> str:
     """The error of an ordinary run as a line, broken where it was not compared."""
     path, pen = "", False
     for i, row in enumerate(rows):
         if row.free_error is None:
             pen = False
             continue
-        path += f"{'L' if pen else 'M'}{x_of(i)},{y_of(row.free_error)} "  # pyright: ignore[reportCallIssue]
+        path += f"{'L' if pen else 'M'}{x_of(i)},{y_of(row.free_error)} "
         pen = True
     return path.strip()
 
 
 def _zones(rows: Sequence[LayerRow], step: float) -> Iterator[Zone]:
     """Blocks of layers; a label where the block is wide enough, or else every few blocks."""
-    start, taken = 0, -1e9
+    start, taken, last = 0, -1e9, ""
     for number, (key, group) in enumerate(groupby(rows, key=lambda row: block_of(row.site_torch.path))):
         size = len(list(group))
         x, width = LEFT + step * start, step * size
@@ -141,9 +146,9 @@ def _zones(rows: Sequence[LayerRow], step: float) -> Iterator[Zone]:
         label = words.escape(label if len(label) <= 24 else f"{label[:22]}…")
         room = 6.6 * len(label) + 10
         centre = x + width / 2
-        fits = centre - room / 2 > taken and (room <= width or label.isdigit())
+        fits = label != last and centre - room / 2 > taken and (room <= width or label.isdigit())
         if fits:
-            taken = centre + room / 2
+            taken, last = centre + room / 2, label
         yield Zone(round(x, 2), round(width, 2), label if fits else "", number % 2 == 1)
         start += size
 
@@ -187,7 +192,7 @@ class Block:
 
 
 def block_of(path: str) -> str:
-    """The block of layers that a torch path lies in: up to its first number ('encoder.layer.3'), else its first part."""
+    """The block of layers of a torch path: up to its first number ('encoder.layer.3'), else its first part."""
     parts = path.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():
@@ -214,18 +219,17 @@ def blocks(report: ParityReport) -> list[Block]:
         rows = [row for _, row in items]
         bad = sum(row.status == "diverges" for row in rows)
         here = any(row is report.first for row in rows)
-        found.append(
-            Block(
-                _common([row.site_torch.path for row in rows], "."),
-                _common([row.site_flax.path for row in rows], "/"),
-                tuple(_nodes(items, report.threshold)),
-                len(rows),
-                bad,
-                words.worst_ratio(rows),
-                here or few,
-                tuple(_strip(rows)),
-            )  # fmt: skip
+        block = Block(
+            _common([row.site_torch.path for row in rows], "."),
+            _common([row.site_flax.path for row in rows], "/"),
+            tuple(_nodes(items, report.threshold)),
+            len(rows),
+            bad,
+            words.worst_ratio(rows),
+            here or few,
+            tuple(_strip(rows)),
         )
+        found.append(block)
     return found
 
 

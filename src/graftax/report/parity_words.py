@@ -78,6 +78,16 @@ def site_name(site: Site) -> str:
     return escape(site, 400)
 
 
+def shortened(path: str, room: int, separator: str) -> str:
+    """The end of a path that is too long, from a separator on where that leaves enough: '…layer.3.attention.output'."""
+    if len(path) <= room:
+        return path
+    tail = path[-(room - 1) :]
+    cut = tail.find(separator)
+    numbered = any(char.isdigit() for char in tail[:cut])  # the number of a layer is what tells it from its siblings
+    return "…" + (tail[cut + 1 :] if 0 <= cut < room // 3 and not numbered else tail)
+
+
 def output_name(row: OutputRow) -> str:
     return escape(row.path) if row.path else "(the output)"
 
@@ -152,12 +162,14 @@ def where_text(report: ParityReport) -> str:
     row = report.first
     assert row is not None
     if report.where == "in":
-        what = "the code before it: given torch's outputs of the layers before, what arrives here is off by"
+        what = "the code before it: given torch's outputs of the layers before, what arrives here"
         error, ratio = row.in_error, row.in_ratio
     else:
-        what = "the module itself: given torch's input, its output is off by"
+        what = "the module itself: given torch's input, its output"
         error, ratio = row.out_error, row.out_ratio
-    return f"{what} {small(error)}, {times(ratio)}x float32's own error ({report.threshold:g}x is allowed)"
+    if error is None or not math.isfinite(error):
+        return f"{what} is {'not finite' if error is None or math.isinf(error) else 'NaN'}"
+    return f"{what} is off by {small(error)}, {times(ratio)}x float32's own error ({report.threshold:g}x is allowed)"
 
 
 def unknown_text(report: ParityReport) -> str:
