@@ -6,6 +6,7 @@ the resolved plan inverts: swap the sides, reverse the ops.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -69,14 +70,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One answer to a question: the rule line that picks it (paste-ready) and what speaks for it."""
+    """One answer to a question: the rule line that picks it (paste-ready; several inline tables, where it takes more
+    than one rule) and what speaks for it."""
 
     rule: str
     sources: tuple[str, ...] = ()
     evidence: str = ""
 
     def __str__(self) -> str:
-        return f"{escape(self.rule, 400)}{f'   # {escape(self.evidence, 200)}' if self.evidence else ''}"
+        rules = ",\n      ".join(escape(rule, 400) for rule in re.split(r"(?<= }), (?={ )", self.rule))
+        return f"{rules}{f'   # {escape(self.evidence, 200)}' if self.evidence else ''}"
 
 
 @dataclass(frozen=True, slots=True)

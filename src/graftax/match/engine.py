@@ -30,6 +30,8 @@ class Result:
     buffers: dict[str, str]
     call_order: list[Pair] = field(default_factory=list[Pair])
     doubts: list[Doubt] = field(default_factory=list["Doubt"])
+    habits: Habits = field(default_factory=Habits)
+    traps: Mapping[int, Suspect] = field(default_factory=dict[int, Suspect])
 
 
 def match(ends: Ends, lex: Lexicon) -> Result:
@@ -101,6 +103,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
         stack_axes(item.scope, item.taken, habits)
         take_groups(item, ends)
     traps = {} if same else _traps(result.settled, root, lex)
+    result.habits, result.traps = habits, traps
     for item in result.settled:
         for pair in item.taken:
             for link in pair.links:

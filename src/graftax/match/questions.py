@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice, permutations, product
 
+from graftax.match.assignments import MOST, Asked, Cluster, arranged
 from graftax.match.blocks import Doubt
-from graftax.match.choose import Choice, Habits, choose
+from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
 from graftax.match.engine import Result
 from graftax.match.flatten import Suspect
+from graftax.match.judge import main_column
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.rendering import column_rule, flatten_rules, group_rule
 from graftax.match.settle import Settled, open_links
-from graftax.match.sides import Column, Module
+from graftax.match.sides import Column, Family, Module
 from graftax.plan_text import fold_names
 from graftax.plans import Candidate, Question
-
-_MOST = 3  # modules of one component that are asked in one question
 
 
 def questions(result: Result, sides: tuple[str, str], turned: bool) -> list[Question]:
@@ -25,22 +27,36 @@ def questions(result: Result, sides: tuple[str, str], turned: bool) -> list[Ques
     for item in result.settled:
         out += _readings(item, sides, turned)
         out += _groups(item, sides, turned)
-        out += _matches(item, sides, turned)
+    out += _matches(result, sides, turned)
     return out + [_doubt(doubt, sides, turned) for doubt in result.doubts]
 
 
 def _doubt(doubt: Doubt, sides: tuple[str, str], turned: bool) -> Question:
     torch = _paths(_columns(m for family in doubt.torch for m in family.modules))
     flax = _paths(_columns(m for family in doubt.flax for m in family.modules))
+    options = {(id(scope.torch), id(scope.flax)): (scope, pair) for scope, pair in doubt.options}
+    few, many = (doubt.torch, doubt.flax) if len(doubt.torch) < len(doubt.flax) else (doubt.flax, doubt.torch)
     found: list[Candidate] = []
-    for scope, pair in doubt.options:
-        link = pair.links[0]
-        label = min(link.labels) if len(link.labels) == 1 else _usual(link)
-        rule = column_rule(scope, pair.torch, pair.flax, link, label, sides)
-        found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), "the blocks are of the same sizes"))
+    for picked in islice(permutations(many, len(few)), MOST):
+        ends = [(a, b) if few is doubt.torch else (b, a) for a, b in zip(few, picked, strict=True)]
+        chosen = [options.get((id(a.modules), id(b.modules))) for a, b in ends]
+        if None in chosen:
+            continue
+        rules: list[str] = []
+        where: list[str] = []
+        for scope, pair in filter(None, chosen):
+            link = main_link(pair)
+            rules.append(column_rule(scope, pair.torch, pair.flax, link, min(link.labels, key=_usual), sides))
+            where += _paths([link.flax if turned else link.torch])
+        said = ", ".join(f"{_prefix(a)} = {_prefix(b)}" for a, b in ends)
+        found.append(Candidate(", ".join(rules), tuple(where), f"blocks of the same sizes: {said}"))
     names = ", ".join(fold_names(torch if turned else flax)[:4])
     text = f"{names}: blocks of the same sizes stand in several places, and their names do not tell which is which"
     return Question("match", text, torch if turned else flax, flax if turned else torch, tuple(found))
+
+
+def _prefix(family: Family) -> str:
+    return ".".join("*" if isinstance(token, tuple) else str(token) for token in family.prefix)
 
 
 def _paths(columns: Iterable[Column]) -> tuple[str, ...]:
@@ -125,60 +141,173 @@ def _groups(item: Settled, sides: tuple[str, str], turned: bool) -> list[Questio
     return out
 
 
-def _matches(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:
+def _matches(result: Result, sides: tuple[str, str], turned: bool) -> list[Question]:
+    clusters: list[Cluster] = []
+    for item in result.settled:
+        for torch, flax, found in components(item.board.pairs()):
+            clusters.append(Cluster(item, torch, flax, list(found.values())))
+        _axes(item, result.habits)
     out: list[Question] = []
-    for torch, flax, found in components(item.board.pairs()):
-        wanted = torch if turned else flax
-        if len(wanted) <= _MOST:
-            out.append(_match(item.scope, wanted, torch, flax, list(found.values()), sides, turned))
-            continue
-        for module in wanted:
-            mine = [p for p in found.values() if (p.torch if turned else p.flax) is module]
-            others = [p.flax if turned else p.torch for p in mine]
-            out.append(
-                _match(item.scope, [module], [module] if turned else others, others if turned else [module], mine,
-                       sides, turned)
-            )  # fmt: skip
+    for asked in arranged(clusters):
+        if asked.pairings:
+            out.append(_joint(asked, result, sides, turned))
+        else:
+            out += [_single(cluster, module, result, sides, turned) for cluster in asked.clusters
+                    for module in (cluster.torch if turned else cluster.flax)]  # fmt: skip
     return out
 
 
-def _match(
-    scope: Scope,
-    wanted: list[Module],
-    torch: list[Module],
-    flax: list[Module],
-    pairs: list[Pair],
-    sides: tuple[str, str],
-    turned: bool,
-) -> Question:
-    targets = _paths(_columns(torch if turned else flax))
-    sources = _paths(_columns(flax if turned else torch))
+def _joint(asked: Asked, result: Result, sides: tuple[str, str], turned: bool) -> Question:
+    """All clusters in one question: every candidate is a complete pairing."""
+    homes = {id(pair): cluster for cluster in asked.clusters for pair in cluster.pairs}
+    options: dict[int, list[tuple[str, str]]] = {}
+    names = _short_names(asked.pairings)
     found: list[Candidate] = []
-    for module in wanted:
-        mine = [p for p in pairs if (p.torch if turned else p.flax) is module]
-        mine.sort(key=lambda p: (bool(p.blocked), -p.total))
-        for pair in mine:
-            link = pair.links[0]
-            why = f"names share {', '.join(pair.shared)}" if pair.shared else "fits by shape"
-            why += f"; against it: {pair.blocked}" if pair.blocked else ""
-            for label in _likely(link, pair, scope):
-                rule = column_rule(scope, pair.torch, pair.flax, link, label, sides, open_=True)
-                found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), why))
-    names = ", ".join(fold_names(_paths([next(iter(m.roles.values())) for m in wanted]))[:4])
-    text = f"{names}: {len(found)} candidates, and names and structure do not tell which"
+    for pairing in asked.pairings:
+        for pair in pairing:
+            if id(pair) not in options:
+                options[id(pair)] = _options(pair, homes[id(pair)].item, result, sides)
+        where = _paths(main_link(pair).flax if turned else main_link(pair).torch for pair in pairing)
+        for chosen in _ways([options[id(pair)] for pair in pairing]):
+            rule = ", ".join(rule for rule, _ in chosen)
+            layouts = [said for _, said in chosen]
+            alone = names if len(pairing) > 1 else None
+            found.append(Candidate(rule, where, _says(pairing, layouts, alone)))
+    left = _paths(_columns(m for cluster in asked.clusters for m in cluster.torch))
+    right = _paths(_columns(m for cluster in asked.clusters for m in cluster.flax))
+    targets, sources = (left, right) if turned else (right, left)
+    wanted = [m for cluster in asked.clusters for m in (cluster.torch if turned else cluster.flax)]
+    return Question("match", f"{_named(wanted)}: {_doubts(found, asked.pairings)}", targets, sources, tuple(found))
+
+
+def _single(cluster: Cluster, module: Module, result: Result, sides: tuple[str, str], turned: bool) -> Question:
+    """One module of like, with every module that fits it."""
+    mine = [pair for pair in cluster.pairs if (pair.torch if turned else pair.flax) is module]
+    mine.sort(key=lambda p: (bool(p.blocked), -p.total))
+    found: list[Candidate] = []
+    for pair in mine:
+        where = _paths([main_link(pair).flax if turned else main_link(pair).torch])
+        for rule, said in _options(pair, cluster.item, result, sides):
+            found.append(Candidate(rule, where, _says([pair], [said])))
+    targets = _paths(_columns([module]))
+    sources = _paths(_columns(pair.flax if turned else pair.torch for pair in mine))
+    text = f"{_named([module])}: {_doubts(found, [(pair,) for pair in mine])}"
     return Question("match", text, targets, sources, tuple(found))
 
 
-def _likely(link: Link, pair: Pair, scope: Scope) -> tuple[Label, ...]:
-    """The readings to offer for a pair that is itself in doubt."""
-    choice = choose(link, pair, scope, Habits())
-    if choice.label is not None:
-        return (choice.label,)
-    known = tuple(label for label in choice.open if label in link.labels)
-    return known[:3] or (_usual(link),)
+def _named(modules: Iterable[Module]) -> str:
+    names = fold_names(_paths([main_column(module) for module in modules]))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _usual(link: Link) -> Label:
-    """The reading a rule line should name where several fit: the convention of the field."""
+def _doubts(found: Sequence[Candidate], pairings: Sequence[Sequence[Pair]]) -> str:
+    if len(pairings) > 1:
+        return f"{len(found)} candidates, and names and structure do not tell which"
+    several = f" in {len(found)} layouts" if len(found) > 1 else ""
+    what = "its shape speaks for its one candidate" if len(pairings[0]) == 1 else "shapes speak for the one pairing"
+    return f"nothing but {what}{several}"
+
+
+def _says(pairing: Sequence[Pair], layouts: Sequence[str], names: Mapping[int, str] | None = None) -> str:
+    """What speaks for a pairing, or which it is: where it differs from the others (`names` of those modules)."""
+    said = [text for text in dict.fromkeys(layouts) if text]
+    if names is None:
+        (pair,) = pairing
+        why = f"names share {', '.join(pair.shared)}" if pair.shared else "fits by shape"
+        said = [why, *([f"against it: {pair.blocked}"] if pair.blocked else []), *said]
+        return "; ".join(said)
+    ends = [f"{names[id(p.torch)]} = {names[id(p.flax)]}" for p in pairing if id(p.torch) in names]
+    return "; ".join([", ".join(ends), *said] if ends else said or ["fits by shape"])
+
+
+def _short_names(pairings: Sequence[Sequence[Pair]]) -> dict[int, str]:
+    """The modules that not all pairings pair alike, each by as many of its last words as tell it from the others."""
+    partners: defaultdict[int, set[int]] = defaultdict(set)
+    modules: tuple[dict[int, Module], dict[int, Module]] = ({}, {})
+    for pair in (pair for pairing in pairings for pair in pairing):
+        partners[id(pair.torch)].add(id(pair.flax))
+        partners[id(pair.flax)].add(id(pair.torch))
+        modules[0][id(pair.torch)], modules[1][id(pair.flax)] = pair.torch, pair.flax
+    moving = {key for key, others in partners.items() if len(others) > 1}
+    moving |= {other for key in moving for other in partners[key]}
+    out: dict[int, str] = {}
+    for found in modules:
+        paths = {key: _words(module) for key, module in found.items() if key in moving}
+        longest = max(map(len, paths.values()), default=0)
+        for key, words in paths.items():
+            told = (n for n in range(1, longest) if sum(w[-n:] == words[-n:] for w in paths.values()) == 1)
+            out[key] = ".".join(words[-next(told, longest) :])
+    return out
+
+
+def _words(module: Module) -> list[str]:
+    found = [str(token) for token in (*module.outer, *module.tokens) if not isinstance(token, tuple)]
+    return found or [main_column(module).leaf]
+
+
+_WAYS = 6  # layouts of one pairing that are offered
+
+
+def _ways(options: Sequence[Sequence[tuple[str, str]]]) -> list[list[tuple[str, str]]]:
+    """One option for each pair: where several pairs leave the same choice, it is one choice for all of them."""
+    kinds = list(dict.fromkeys(tuple(said for _, said in found) for found in options if len(found) > 1))
+    out: list[list[tuple[str, str]]] = []
+    for picks in islice(product(*(range(len(kind)) for kind in kinds)), _WAYS):
+        at = dict(zip(kinds, picks, strict=True))
+        out.append([found[at.get(tuple(said for _, said in found), 0)] for found in options])
+    return out
+
+
+def _axes(item: Settled, habits: Habits) -> None:
+    """The stack axis of open pairs: the one that the settled leaves of the scope have, else what fits them all."""
+    open_ = item.board.pairs()
+    known = [habits.axes[id(link)] for pair in item.taken for link in pair.links if id(link) in habits.axes]
+    settled = {choice.label[0]: choice for choice in known if choice.label is not None}
+    if len(settled) != 1:
+        stack_axes(item.scope, open_, habits)
+        return
+    ((axes, choice),) = settled.items()
+    for pair in open_:
+        for link in pair.links:
+            if any(label[0] == axes for label in link.labels):
+                habits.axes[id(link)] = choice
+
+
+def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) -> list[tuple[str, str]]:
+    """(rule line, which layout it says) for every reading that a pair in doubt may have; one reading says nothing."""
+    link, scope = main_link(pair), item.scope
+    choice = choose(link, pair, scope, result.habits)
+    trap = result.traps.get(id(pair.torch))
+    if trap is not None:
+        choice = trapped(link, choice, trap)
+    labels = [choice.label] if choice.label is not None else _known(choice, link)
+    out: list[tuple[str, str]] = []
+    for label in labels:
+        if choice.trap is not None:
+            for rule in flatten_rules(scope, pair.torch, pair.flax, link, label, choice.trap, sides):
+                out.append((rule, "a flattened map (C, H, W)"))
+        rule = column_rule(scope, pair.torch, pair.flax, link, label, sides, open_=choice.label is None)
+        axis = f"stacked on axis {', '.join(map(str, label[0]))} " if choice.kind == "stack" and label[0] else ""
+        out.append((rule, axis + label[1] if choice.label is None else ""))
+    return list(dict(out).items())
+
+
+def _known(choice: Choice, link: Link) -> list[Label]:
+    """The labels between which nothing decides."""
+    out: list[Label] = []
+    for label in choice.open:
+        fits = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
+        out += fits if label[1] or len(fits) < 2 else [min(fits, key=_usual)]
+    return (out or [min(link.labels, key=_usual)])[:_WAYS]
+
+
+def main_link(pair: Pair) -> Link:
+    """The link of the leaf that stands for the module: its weight, where it has one."""
+    main = main_column(pair.torch)
+    return next((link for link in pair.links if link.torch is main), pair.links[0])
+
+
+def _usual(label: Label) -> tuple[int, Label]:
+    """The convention of the field first."""
     order = ("linear", "conv", "identity", "reshape")
-    return min(link.labels, key=lambda label: (order.index(label[1]) if label[1] in order else 9, label))
+    return (order.index(label[1]) if label[1] in order else 9, label)

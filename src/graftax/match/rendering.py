@@ -27,43 +27,59 @@ def column_rule(
     sides: tuple[str, str],
     open_: bool = False,
 ) -> str:
-    """The rule line that pairs two columns, with the reading `label`. `sides`: the words for the ends; `open_`: the
-    reading itself is asked for."""
-    t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax)
-    keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
-    if label is not None:
-        keys |= _reading_keys(label[1], link, open_)
-        if stack and label[0]:
-            keys["stack"] = dict(zip(stack, label[0], strict=False))
-    return rule_line(**keys)
+    """The rule line that pairs two columns, with the reading `label`: one rule, or one an instance where the numbers of
+    the two sides hang together in no simple way. `sides`: the words for the ends; `open_`: the reading itself is asked
+    for."""
+    lines: list[str] = []
+    for shared in _parts(scope, link.torch, link.flax):
+        t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax, shared)
+        keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
+        if label is not None:
+            keys |= _reading_keys(label[1], link, open_)
+            if stack and label[0]:
+                keys["stack"] = dict(zip(stack, label[0], strict=False))
+        lines.append(rule_line(**keys))
+    return ", ".join(lines)
 
 
 def flatten_rules(scope: Scope, torch: Module, flax: Module, link: Link, label: Label, trap: Suspect,
                   sides: tuple[str, str]) -> list[str]:  # fmt: skip
     """The rule lines that say that the map is flattened channels first in torch and channels last in Flax, one for each
     number of channels that fits."""
-    t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax)
     out: list[str] = []
     for c, h, w in trap.maps():
-        keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
-        if trap.vector:
-            matrix = any(len(shape) == 2 for shape in link.torch.shapes.values())
-            keys["ops"] = "(c h w) i -> i (h w c)" if matrix else "(c h w) -> (h w c)"
-            keys |= {"c": c, "h": h, "w": w}
-        else:
-            keys["flatten"] = f"C={c} H={h} W={w}"
-        if stack and label[0]:
-            keys["stack"] = dict(zip(stack, label[0], strict=False))
-        out.append(rule_line(**keys))
+        lines: list[str] = []
+        for shared in _parts(scope, link.torch, link.flax):
+            t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax, shared)
+            keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
+            if trap.vector:
+                matrix = any(len(shape) == 2 for shape in link.torch.shapes.values())
+                keys["ops"] = "(c h w) i -> i (h w c)" if matrix else "(c h w) -> (h w c)"
+                keys |= {"c": c, "h": h, "w": w}
+            else:
+                keys["flatten"] = f"C={c} H={h} W={w}"
+            if stack and label[0]:
+                keys["stack"] = dict(zip(stack, label[0], strict=False))
+            lines.append(rule_line(**keys))
+        out.append(", ".join(lines))
     return out
 
 
 def group_rule(scope: Scope, group: Group, link: GroupLink, variant: str, sides: tuple[str, str]) -> str:
     """The rule line that says how the parts of a group lie in the fused tensor."""
+    lines = [
+        _group_rule(scope, group, link, variant, sides, shared) for shared in _parts(scope, link.torch[0], link.flax[0])
+    ]
+    return ", ".join(lines)
+
+
+def _group_rule(
+    scope: Scope, group: Group, link: GroupLink, variant: str, sides: tuple[str, str], shared: list[tuple[Key, Key]]
+) -> str:
     lists: list[list[str]] = [[], []]
     for i, module in enumerate(group.torch):
         for j, other in enumerate(group.flax):
-            t_path, f_path, _ = templates(scope, module, other, link.torch[i], link.flax[j])
+            t_path, f_path, _ = templates(scope, module, other, link.torch[i], link.flax[j], shared)
             lists[0] += [t_path] if j == 0 else []
             lists[1] += [f_path] if i == 0 else []
     keys: dict[str, object] = {
@@ -106,14 +122,22 @@ def _reading_keys(reading: str, link: Link, open_: bool) -> dict[str, object]:
     return {}
 
 
-def templates(
-    scope: Scope, torch: Module, flax: Module, left: Column, right: Column
-) -> tuple[str, str, tuple[str, ...]]:
-    """Both path templates, and the names of indices that stand on one side only (stacked)."""
+def _parts(scope: Scope, left: Column, right: Column) -> list[list[tuple[Key, Key]]]:
+    """The instances of two columns as one template can name them: all, or each by itself."""
     shared = [(t, f) for t, f in scope.keys if t in left.paths and f in right.paths]
     shared = shared or [(t, f) for t, f in scope.keys if t in left.paths or f in right.paths] or scope.keys
+    simple = len(shared) < 2 or any(_indices([t for t, _ in shared], [f for _, f in shared]))
+    return [shared] if simple else [[keys] for keys in shared]
+
+
+def templates(
+    scope: Scope, torch: Module, flax: Module, left: Column, right: Column, shared: list[tuple[Key, Key]]
+) -> tuple[str, str, tuple[str, ...]]:
+    """Both path templates, and the names of indices that stand on one side only (stacked). `shared`: the instances that
+    the templates are to name; numbers stay as they are where it is one of several."""
     t_key, f_key = shared[0]
-    t_index, f_index = _indices([t for t, _ in shared], [f for _, f in shared])
+    alone = len(shared) == 1 < len(scope.keys)
+    t_index, f_index = ([], []) if alone else _indices([t for t, _ in shared], [f for _, f in shared])
     extra_t, extra_f = len(left.stack), len(right.stack)
     stack = tuple(_INDICES[len(t_key) + n] for n in range(extra_t or extra_f))
     t_path = _template(

@@ -17,7 +17,7 @@ def suggestions(plan: Plan) -> str:
         lines += ["", f"  # {i}. {_one_line(question.text)}"]
         for candidate in question.candidates:
             why = f"   # {_one_line(candidate.evidence)}" if candidate.evidence else ""
-            lines.append(f"  # {_one_line(candidate.rule)},{why}")
+            lines.append(f"  # {candidate.rule},{why}")
         if not question.candidates:
             lines.append("  # (no candidate: write a rule, or see --missing and --unused)")
     return "\n".join([*lines, "]", ""])

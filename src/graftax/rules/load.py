@@ -77,7 +77,7 @@ def _from_list(items: Iterable[Any], label: str) -> Rules:
                 out += _made([(cast("Mapping[str, Any]", item), f"item {i}")], label)
             elif isinstance(item, (str, Path, Rules)):
                 line = f"item {i}" if isinstance(item, str) and item.lstrip().startswith("{") else ""
-                out += _made([(_inline(item), line)], label) if line else load_rules(item, label)
+                out += _made([(table, line) for table in _inline(item)], label) if line else load_rules(item, label)
             else:
                 failures += make_rule(item, label, f"item {i}")[1]
         except RulesError as error:
@@ -86,10 +86,10 @@ def _from_list(items: Iterable[Any], label: str) -> Rules:
     return Rules(tuple(out), label)
 
 
-def _inline(line: Any) -> Any:
-    """One inline table, with or without a comma behind it."""
+def _inline(line: Any) -> list[Any]:
+    """The inline tables of one line (an answer may be several), with or without a comma behind the last."""
     try:
-        return tomllib.loads(f"rule = {str(line).strip().rstrip(',')}")["rule"]
+        return tomllib.loads(f"rules = [{str(line).strip().rstrip(',')}]")["rules"]
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RulesError(f"{escape(line)} is not an inline table: {escape(error)}") from None
 

@@ -1,0 +1,193 @@
+"""Ways to pair everything that is open at once: what a question offers, so that one answer settles it.
+
+Of all complete pairings those are offered that agree best with the tree: modules of one parent go to one parent, and
+one word stands for one word, as far as the pairs already taken and the pairing itself allow. That never decides
+anything: it only says what is worth offering.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from graftax.match.pairs import Pair, Scope
+from graftax.match.settle import Settled
+from graftax.match.sides import Module
+
+MOST = 48
+"""Pairings of one question; beyond that each module is asked by itself."""
+_NODES = 40_000  # steps of one search
+
+Found = tuple[Pair, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Cluster:
+    """Modules of both sides that could be each other's, and every open pair of them."""
+
+    item: Settled
+    torch: list[Module]
+    flax: list[Module]
+    pairs: list[Pair]
+
+    @property
+    def scope(self) -> Scope:
+        return self.item.scope
+
+
+@dataclass(slots=True)
+class Asked:
+    """Clusters that are asked about together, and the pairings that are offered (none: each module by itself)."""
+
+    clusters: list[Cluster]
+    pairings: list[Found]
+
+
+def arranged(clusters: Sequence[Cluster]) -> list[Asked]:
+    """The clusters in as few questions as their pairings allow: `MOST` pairings a question."""
+    taken = _Agreement()
+    for item in dict.fromkeys(cluster.item for cluster in clusters):
+        for pair in item.taken:
+            taken.add(pair)
+    together: list[Cluster] = []
+    out: list[Asked] = []
+    rest = sorted(clusters, key=lambda c: (len(c.pairs), len(c.torch)))
+    found: list[Found] = []
+    for cluster in rest:
+        tried = _pairings([*together, cluster], taken)
+        if tried:
+            together, found = [*together, cluster], tried
+            continue
+        alone = _pairings([cluster], taken)
+        out.append(Asked([cluster], alone or []))
+    return [Asked(together, found), *out] if together else out
+
+
+def _pairings(clusters: Sequence[Cluster], taken: _Agreement) -> list[Found] | None:
+    """Every complete pairing that agrees best with the tree; None where there is none, or too many."""
+    rows: list[list[Pair]] = []
+    for cluster in clusters:
+        found = _rows(cluster)
+        if found is None:
+            return None
+        rows += found
+    steps = [_NODES]
+    for clashes in range(2 * len(rows) + 1):
+        found = _search(rows, clashes, taken, steps)
+        if found is None or len(found) > MOST:
+            return None
+        if found:
+            return found
+    return None
+
+
+def _rows(cluster: Cluster) -> list[list[Pair]] | None:
+    """For each module of the smaller side its pairs, the likeliest first: those that names forbid only where nothing
+    else is left. None where some module has no pair."""
+    few, torch = (cluster.torch, True) if len(cluster.torch) < len(cluster.flax) else (cluster.flax, False)
+    for allowed in (lambda pair: not pair.blocked or pair.soft, lambda _: True):
+        rows: dict[int, list[Pair]] = {id(module): [] for module in few}
+        for pair in cluster.pairs:
+            if allowed(pair):
+                rows[id(pair.torch if torch else pair.flax)].append(pair)
+        for row in rows.values():
+            row.sort(key=lambda pair: (bool(pair.blocked) and not pair.soft, -pair.total))
+        ways = list(rows.values())
+        if all(ways) and _matching(ways, torch):
+            return ways
+    return None
+
+
+def _matching(rows: list[list[Pair]], torch: bool) -> bool:
+    """Can every row have a partner of its own? (Augmenting paths.)"""
+    owner: dict[int, int] = {}
+
+    def place(i: int, seen: set[int]) -> bool:
+        for pair in rows[i]:
+            other = id(pair.flax if torch else pair.torch)
+            if other not in seen:
+                seen.add(other)
+                if other not in owner or place(owner[other], seen):
+                    owner[other] = i
+                    return True
+        return False
+
+    return len(rows) <= 64 and all(place(i, set()) for i in range(len(rows)))
+
+
+def _search(rows: list[list[Pair]], clashes: int, agreed: _Agreement, steps: list[int]) -> list[Found] | None:
+    """Complete pairings with exactly so many clashes; one more than MOST at the most; None where it takes too long."""
+    out: list[Found] = []
+    chosen: list[Pair] = []
+    used: set[int] = set()
+
+    def go(i: int, left: int) -> bool:
+        steps[0] -= 1
+        if steps[0] < 0:
+            return False
+        if i == len(rows):
+            if not left:
+                out.append(tuple(chosen))
+            return len(out) <= MOST
+        for pair in rows[i]:
+            if id(pair.torch) in used or id(pair.flax) in used:
+                continue
+            cost = agreed.clashes(pair)
+            if cost > left:
+                continue
+            used.update((id(pair.torch), id(pair.flax)))
+            chosen.append(pair)
+            agreed.add(pair)
+            fine = go(i + 1, left - cost)
+            agreed.remove(pair)
+            chosen.pop()
+            used.difference_update((id(pair.torch), id(pair.flax)))
+            if not fine:
+                return False
+        return True
+
+    if not go(0, clashes) and steps[0] < 0:
+        return None
+    return out
+
+
+@dataclass(slots=True)
+class _Agreement:
+    """Which parents and which words of both sides have been put together, and how often."""
+
+    left: defaultdict[object, defaultdict[object, int]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(int))
+    )
+    right: defaultdict[object, defaultdict[object, int]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(int))
+    )
+
+    def add(self, pair: Pair) -> None:
+        for a, b in _aspects(pair):
+            self.left[a][b] += 1
+            self.right[b][a] += 1
+
+    def remove(self, pair: Pair) -> None:
+        for a, b in _aspects(pair):
+            for table, one, other in ((self.left, a, b), (self.right, b, a)):
+                table[one][other] -= 1
+                if not table[one][other]:
+                    del table[one][other]
+
+    def clashes(self, pair: Pair) -> int:
+        """In how many ways the pair puts together what stands with something else already."""
+        return sum(
+            bool(table.get(one)) and other not in table[one]
+            for a, b in _aspects(pair)
+            for table, one, other in ((self.left, a, b), (self.right, b, a))
+        )
+
+
+def _aspects(pair: Pair) -> Iterable[tuple[object, object]]:
+    """What of both names should go together: the parents, and the last words."""
+    a, b = pair.torch.tokens, pair.flax.tokens
+    if len(a) > 1 and len(b) > 1:
+        yield ("parent", *a[:-1]), ("parent", *b[:-1])
+    if a and b and isinstance(a[-1], str) and isinstance(b[-1], str):
+        yield a[-1], b[-1]
