@@ -1,10 +1,34 @@
-"""Which torch module is which Flax module, from the plan's entries."""
+"""Which torch module is which Flax module: read off the plan, whose entries say which leaves are the same weights.
+
+Two modules are a pair if the same entries run through both and no leaf of those entries lies outside. Entries that
+stack the leaves of several torch modules (a scan over layers) join each of them to one Flax module, call by call.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from graftax.ops import Copy, Same, Stack
+from graftax.parity.records import Site
 from graftax.plans import Entry
+from graftax.tree import Module
+
+OPAQUE = frozenset({"torch.nn.modules.activation.MultiheadAttention", "torch.nn.modules.rnn.RNNBase"})
+"""torch modules whose children are used and not called: they are layers, whatever they hold."""
+RECURRENT = frozenset({"torch.nn.modules.rnn.RNNBase"})
+WRAPPERS: Mapping[str, int] = {
+    "flax.linen.recurrent.RNN": 1,
+    "flax.linen.recurrent.Bidirectional": 2,
+    "flax.nnx.nn.recurrent.RNN": 1,
+    "flax.nnx.nn.recurrent.Bidirectional": 2,
+}
+"""Flax modules that loop over others, and over how many: their weights may stand beside them (Linen)."""
+CELLS = frozenset({"flax.linen.recurrent.RNNCellBase"})
+
+Atoms = frozenset[tuple[int, int]]
+"""(entry, step of its stack; -1 for the whole) of every entry that runs through a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +37,7 @@ class Pair:
 
     entries      the plan's entries that join their leaves
     leaf         no smaller pair lies inside: this is a layer and not a container
-    step, steps  the Flax module holds `steps` torch modules stacked (a scan), and this one is number `step`: its call c
-                 is the Flax module's call c * steps + step
+    step, steps  the Flax module holds `steps` torch modules stacked (a scan), and this one is number `step`
     kinds        the two class names
     """
 
@@ -27,5 +50,208 @@ class Pair:
     kinds: tuple[str, str] = ("", "")
 
     def flax_call(self, torch_call: int) -> int:
-        """The call of the Flax module that is this call of the torch module."""
+        """The call of the Flax module that is this call of the torch module, where nothing else is stacked there."""
         return torch_call * self.steps + self.step
+
+
+@dataclass(slots=True)
+class _Side:
+    """Modules of one side by the entries that run through them, outermost first."""
+
+    groups: dict[Atoms, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def find_pairs(
+    entries: Sequence[Entry],
+    torch: Mapping[str, Module],
+    flax: Mapping[str, Module],
+    torch_aliases: Mapping[str, str] | None = None,
+    flax_aliases: Mapping[str, str] | None = None,
+) -> tuple[Pair, ...]:
+    """The pairs, in the order of the torch modules; the two models themselves are the first.
+
+    torch, flax   module path -> Module of either side
+    aliases       other path of a leaf -> the path that the plan knows it by
+    """
+    rows = [entry for entry in entries if entry.sources and entry.targets]
+    theirs = _torch_side(rows, torch, torch_aliases or {})
+    ours = _flax_side(rows, flax, flax_aliases or {})
+    found: dict[tuple[str, str], Pair] = {}
+    for atoms, paths in theirs.groups.items():
+        there, steps = ours.groups.get(atoms), 1
+        if there is None:  # one step of a stack
+            whole = frozenset((entry, -1) for entry, _ in atoms)
+            there = ours.groups.get(whole) if len({step for _, step in atoms} - {-1}) == 1 else None
+            steps = max(_stacked(rows[entry]) for entry, _ in atoms)
+        if there is None:
+            continue
+        step = max(0, *(step for _, step in atoms))
+        used = tuple(rows[entry] for entry in sorted({entry for entry, _ in atoms}))
+        for one, other in _joined(paths, there, torch, flax):
+            kinds = (torch[one].kind, flax[other].kind)
+            found[one, other] = Pair(one, other, used, True, step, steps, kinds)
+    if "" in torch and "" in flax:
+        found["", ""] = Pair("", "", tuple(rows), True, 0, 1, (torch[""].kind, flax[""].kind))
+    order = {path: i for i, path in enumerate(torch)}
+    ranked = sorted(found.values(), key=lambda pair: order[pair.torch])
+    holders = [path for path, module in torch.items() if OPAQUE & set(module.bases)]
+    ranked = [pair for pair in ranked if not any(_below(pair.torch, path) for path in holders)]
+    return tuple(_with_leaf(ranked))
+
+
+def _torch_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str]) -> _Side:
+    where: dict[str, tuple[int, int]] = {}
+    sizes: dict[tuple[int, int], int] = defaultdict(int)
+    for i, entry in enumerate(rows):
+        steps = _stacked(entry)
+        for j, name in enumerate(entry.sources):
+            step = j // (len(entry.sources) // steps) if steps > 1 else -1
+            where[name] = i, step
+            sizes[i, step] += 1
+    tied = {i for i, entry in enumerate(rows) if any(isinstance(op, Same) for op in entry.ops)}
+    side = _Side()
+    for path, module in modules.items():
+        names = {aliases.get(name, name) if name not in where else name for name in module.leaves.values()}
+        held: dict[tuple[int, int], int] = defaultdict(int)
+        for name in names & where.keys():
+            held[where[name]] += 1
+        if held and all(sizes[atom] == count or atom[0] in tied for atom, count in held.items()):
+            side.groups[_folded(frozenset(held), rows)].append(path)
+    return side
+
+
+def _folded(atoms: Atoms, rows: Sequence[Entry]) -> Atoms:
+    """All steps of an entry as the entry."""
+    by_entry: dict[int, set[int]] = defaultdict(set)
+    for entry, step in atoms:
+        by_entry[entry].add(step)
+    out: set[tuple[int, int]] = set()
+    for entry, steps in by_entry.items():
+        whole = len(steps) == _stacked(rows[entry])
+        out |= {(entry, -1)} if whole else {(entry, step) for step in steps}
+    return frozenset(out)
+
+
+def _flax_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str]) -> _Side:
+    where = {name: i for i, entry in enumerate(rows) for name in entry.targets}
+    copied = {i for i, entry in enumerate(rows) if any(isinstance(op, Copy) for op in entry.ops)}
+    side = _Side()
+    lent = _lent(modules)
+    for path, module in modules.items():
+        owned = lent.get(path) or set(module.leaves.values())
+        names = {aliases.get(name, name) if name not in where else name for name in owned}
+        held: dict[int, int] = defaultdict(int)
+        for name in names & where.keys():
+            held[where[name]] += 1
+        if held and all(len(rows[i].targets) == count or i in copied for i, count in held.items()):
+            side.groups[frozenset((i, -1) for i in held)].append(path)
+    return side
+
+
+def _lent(modules: Mapping[str, Module]) -> dict[str, set[str]]:
+    """Leaves of Linen loops whose cell was made beside them: the cell is the next one that runs after the loop starts.
+
+    A Bidirectional takes the leaves of its two loops.
+    """
+    out: dict[str, set[str]] = {}
+    waiting: list[tuple[str, int]] = []
+    for path, module in modules.items():
+        loops = next((n for base, n in WRAPPERS.items() if base in module.bases), 0)
+        if loops and not module.leaves:
+            waiting.append((path, loops))
+            out[path] = set()
+        elif waiting and CELLS & set(module.bases):
+            for i in range(len(waiting)):
+                holder, left = waiting[i]
+                out[holder] |= set(module.leaves.values())
+                waiting[i] = holder, left - 1
+            waiting = [(holder, left) for holder, left in waiting if left > 0]
+    return {path: leaves for path, leaves in out.items() if leaves}
+
+
+def _stacked(entry: Entry) -> int:
+    """How many torch modules an entry stacks along the axis of a loop: the count of its outermost stack."""
+    counts = [op.count for op in entry.ops if isinstance(op, Stack)]
+    return counts[-1] if counts and counts[-1] > 1 and len(entry.sources) % counts[-1] == 0 else 1
+
+
+def _joined(
+    ones: Sequence[str], others: Sequence[str], torch: Mapping[str, Module], flax: Mapping[str, Module]
+) -> Iterable[tuple[str, str]]:
+    """Modules with the same entries, joined: chains of nested ones by depth, several chains in order."""
+    loops = [path for path in others if WRAPPERS.keys() & set(flax[path].bases)]
+    if loops and any(RECURRENT & set(torch[path].bases) for path in ones):
+        others = [path for path in others if path in loops or any(_below(loop, path, "/") for loop in loops)]
+    left, right = _chains(ones, "."), _chains(others, "/")
+    if len(left) == len(right):
+        both = list(zip(left, right, strict=True))
+    else:
+        both = [(one, other) for one in left for other in right] if 1 in (len(left), len(right)) else []
+    for one, other in both:
+        yield from _by_depth(one, other)
+
+
+def _chains(paths: Sequence[str], dot: str) -> list[list[str]]:
+    """Paths in chains, each path below the one before it."""
+    out: list[list[str]] = []
+    for path in sorted(paths, key=lambda p: p.count(dot) + bool(p)):
+        chain = next((chain for chain in out if _below(path, chain[-1], dot)), None)
+        if chain is None:
+            out.append([path])
+        else:
+            chain.append(path)
+    order = {path: i for i, path in enumerate(paths)}
+    return sorted(out, key=lambda chain: order[chain[0]])
+
+
+def _by_depth(one: Sequence[str], other: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """The innermost with the innermost, the outermost with the outermost."""
+    yield one[-1], other[-1]
+    rest = other[:-1]
+    if len(one) > 1 and rest:
+        yield from zip(one[:-1], rest, strict=False) if len(rest) <= len(one) - 1 else ((one[0], rest[0]),)
+
+
+def _below(path: str, holder: str, dot: str = ".") -> bool:
+    return path != holder and (not holder or path.startswith(holder + dot))
+
+
+def _with_leaf(pairs: Sequence[Pair]) -> list[Pair]:
+    paths = {pair.torch for pair in pairs}
+    holders = {
+        path[: i if i > 0 else 0] for path in paths if path for i in (0, *(j for j, c in enumerate(path) if c == "."))
+    }
+    return [replace(pair, leaf=pair.torch not in holders) for pair in pairs]
+
+
+# ---------------------------------------------------------------- calls
+
+
+@dataclass(frozen=True, slots=True)
+class CallMap:
+    """Which torch call a Flax call is: by the order of calls, among all torch modules that one Flax module stands for
+    (tied heads, shared layers, the steps of a scan)."""
+
+    pairs: Mapping[Site, Pair]
+    sites: Mapping[Site, Site]
+    """Flax site -> torch site; the pairs by Flax site."""
+
+    @classmethod
+    def of(cls, pairs: Iterable[Pair], order: Sequence[Site]) -> CallMap:
+        """order: the torch calls as they happened."""
+        by_torch: dict[str, list[Pair]] = defaultdict(list)
+        for pair in pairs:
+            by_torch[pair.torch].append(pair)
+        calls: dict[str, int] = defaultdict(int)
+        chosen: dict[Site, Pair] = {}
+        sites: dict[Site, Site] = {}
+        for site in order:
+            joined = by_torch.get(site.path)
+            if not joined:
+                continue
+            # A torch module that is called several times may be several Flax modules with copies of its weights.
+            pair = joined[site.call] if len(joined) > 1 and site.call < len(joined) else joined[0]
+            flax = Site(pair.flax, calls[pair.flax])
+            calls[pair.flax] += 1
+            chosen[flax], sites[flax] = pair, site
+        return cls(chosen, sites)
