@@ -141,8 +141,7 @@ def _layers(report: ParityReport, width: int) -> Table | None:
         table.add_column(name, justify="right", no_wrap=True)
     for line in lines:
         if line.hidden:
-            worst = "" if line.worst is None else f", none above {words.times(line.worst)}"
-            table.add_row("", Text(f"… {line.hidden:,} more{worst}", "dim"), "")
+            table.add_row("", Text(line.gap, "red" if line.bad else "dim"), "")
             continue
         rows = list(line.rows)
         bad = rows[0].status == "diverges"

@@ -213,13 +213,21 @@ def no_layer_text(report: ParityReport) -> str:
 class Line:
     """A line of the layer table: one row, several that differ in their numbers only, or a gap (no rows shown).
 
-    hidden   how many rows a gap stands for; `worst` is the largest ratio among them
+    hidden   how many rows a gap stands for: `bad` of them diverge, `worst` is the largest ratio among them
     """
 
     rows: tuple[LayerRow, ...] = ()
     hidden: int = 0
+    bad: int = 0
     worst: float | None = None
     first: bool = False
+
+    @property
+    def gap(self) -> str:
+        """What a gap says: '… 23 more, none above 1.4'."""
+        if self.bad:
+            return f"… {self.hidden:,} more, {self.bad:,} of them diverge, by up to {times(self.worst)}"
+        return f"… {self.hidden:,} more" + ("" if self.worst is None else f", none above {times(self.worst)}")
 
     @property
     def torch(self) -> str:
@@ -267,14 +275,18 @@ def _with_gaps(rows: Sequence[LayerRow], chosen: Mapping[int, tuple[int, ...]], 
     for i, row in enumerate(rows):
         if i in chosen:
             if gap:
-                out.append(Line(hidden=len(gap), worst=worst_ratio(gap)))
+                out.append(_gap(gap))
                 gap = []
             out.append(Line(tuple(rows[k] for k in chosen[i]), first=i == at))
         elif i not in shown:
             gap.append(row)
     if gap:
-        out.append(Line(hidden=len(gap), worst=worst_ratio(gap)))
+        out.append(_gap(gap))
     return out
+
+
+def _gap(rows: Sequence[LayerRow]) -> Line:
+    return Line(hidden=len(rows), bad=sum(row.status == "diverges" for row in rows), worst=worst_ratio(rows))
 
 
 def folded_settings(settings: Iterable[SettingRow]) -> list[tuple[SettingRow, list[SettingRow]]]:
