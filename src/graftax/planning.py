@@ -14,6 +14,7 @@ from graftax.formats.quantized import refuse_quantized
 from graftax.formats.unmerged import refuse_unmerged
 from graftax.match import infer
 from graftax.match.by_table import by_table
+from graftax.match.named import merged
 from graftax.match.unpaired import unpaired
 from graftax.match.words import BUFFERS
 from graftax.ops import CONDITIONS, Cast, Copy, Drop, Fill, Keep, Same, apply_chain, infer_chain
@@ -80,8 +81,8 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         known = ruled.proposal.joined(tabled)
         spoken = replace(known, entries=known.entries + known.broken)  # nothing else may take these keys
         refuse_unmerged(source, like, (name for e in spoken.entries for name in (*e.sources, *e.targets)))
-        found = tabled.joined(infer(source, like, source_side, like_side, spoken))
-    proposal = ruled.proposal.joined(found)
+        found = tabled.joined(infer(source, like, source_side, like_side, spoken, named=ruled.named))
+    proposal = merged(ruled.proposal, found, ruled.named)
     proposal = _settle_buffers(proposal, source, like, like_side, options.missing == "keep")
     proposal = _settle_tied_targets(proposal, like)
     proposal = unpaired(proposal, source, like, source_side, like_side)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from graftax.match import infer
+from graftax.match.named import merged
 from graftax.ops import Rearrange, apply_chain, same_bits
 from graftax.plans import Proposal
-from graftax.rules import apply_rules, load_rules
+from graftax.rules import RuleOutcome, apply_rules, load_rules
 from graftax.tree import Checkpoint, TensorSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,14 +85,12 @@ class Pairing:
     ) -> Proposal:
         """The proposal, the rules' entries included."""
         source, like = self.ends(reverse, config)
-        settled = Proposal()
+        ruled = RuleOutcome(Proposal())
         if rules:
-            settled = apply_rules(load_rules(rules), source, like, source.side, like.side).proposal
-            assert not settled.failures, settled.failures
-        found = infer(source, like, source.side, like.side, settled, **kw)
-        return Proposal(
-            settled.entries + found.entries, found.questions, found.assumptions, found.failures, found.reads
-        )
+            ruled = apply_rules(load_rules(rules), source, like, source.side, like.side)
+            assert not ruled.proposal.failures, ruled.proposal.failures
+        found = infer(source, like, source.side, like.side, ruled.proposal, named=ruled.named, **kw)
+        return merged(ruled.proposal, found, ruled.named)
 
     def judge(self, found: Proposal, reverse: bool = False) -> tuple[str, list[str]]:
         """('exact' | 'asks' | 'WRONG', the leaves that differ): asks where a leaf of like is open."""
@@ -134,10 +133,26 @@ class Pairing:
         source, like = self.ends(reverse, config)
         for question in found.questions:
             for candidate in question.candidates:
-                ruled = apply_rules(load_rules(_rules([candidate.rule])), source, like, source.side, like.side).proposal
-                if ruled.entries and not ruled.failures and self.judge(ruled, reverse)[0] != "WRONG":
+                outcome = apply_rules(load_rules(_rules([candidate.rule])), source, like, source.side, like.side)
+                ruled = outcome.proposal
+                if not ruled.entries or ruled.failures:
+                    continue
+                bare = {item.entry for item in outcome.named if item.rule.bare}  # these do not say how
+                said = Proposal(tuple(entry for entry in ruled.entries if entry not in bare))
+                if self.judge(said, reverse)[0] != "WRONG" and self._same_values(ruled, reverse):
                     return candidate.rule
         return None
+
+    def _same_values(self, ruled: Proposal, reverse: bool) -> bool:
+        """The leaves that the rule pairs hold the same values, in whatever order."""
+        source, like = (self.flax, self.torch) if reverse else (self.torch, self.flax)
+        return all(
+            np.array_equal(_sorted(source, entry.sources), _sorted(like, entry.targets)) for entry in ruled.entries
+        )
+
+
+def _sorted(end: dict[str, Any], names: Iterable[str]) -> Any:
+    return np.sort(np.concatenate([end[name].ravel() for name in names]))
 
 
 def _rules(lines: list[str]) -> str:

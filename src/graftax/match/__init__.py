@@ -12,6 +12,7 @@ from graftax.match.engine import Result, match
 from graftax.match.groups import GroupLink
 from graftax.match.hints import head_count, read_hints
 from graftax.match.kinds import Kinds
+from graftax.match.named import read_named, unsaid_questions
 from graftax.match.names import Lexicon, lexicon
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.questions import questions
@@ -19,6 +20,7 @@ from graftax.match.recurrent import Recurrent, recurrent
 from graftax.match.ties import find_ties, tied_to
 from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal
+from graftax.rules.port import Named
 from graftax.tree import Checkpoint, Side
 
 __all__ = ["infer"]
@@ -31,20 +33,28 @@ def infer(
     like_side: Side,
     settled: Proposal,
     lex: Lexicon | None = None,
+    named: Iterable[Named] = (),
 ) -> Proposal:
     """Entries for every leaf of `like` that names, structure, shapes and live modules decide, and questions for the
-    rest. `settled`: what the rules have decided; its keys are taken. `lex`: the words to know (the standard ones)."""
+    rest. `settled`: what the rules have decided; its keys are taken, but for those of which `named` says only which
+    leaves belong together. `lex`: the words to know (the standard ones)."""
     paused = gc.isenabled()
     gc.disable()
     try:
-        return _infer(source, like, source_side, like_side, settled, lex or lexicon())
+        return _infer(source, like, source_side, like_side, settled, lex or lexicon(), named)
     finally:
         if paused:
             gc.enable()
 
 
 def _infer(
-    source: Checkpoint, like: Checkpoint, source_side: Side, like_side: Side, settled: Proposal, lex: Lexicon
+    source: Checkpoint,
+    like: Checkpoint,
+    source_side: Side,
+    like_side: Side,
+    settled: Proposal,
+    lex: Lexicon,
+    named: Iterable[Named],
 ) -> Proposal:
     reads: list[str] = []
     turned = source_side == "flax" and like_side == "torch"
@@ -70,9 +80,11 @@ def _infer(
         head_count(source.config) or head_count(like.config),
         ties,
         Kinds.of(torch, flax),
+        read_named(named, turned),
     )
     result = match(ends, lex)
     entries = list(cells.entries)
+    filled -= {name for item in named for name in item.entry.targets}
     entries += [e for e in _entries(result, ties, turned) if not filled.intersection(e.targets)]
     used = {name for entry in entries for name in entry.sources}
     if source_side == "torch":
@@ -89,7 +101,7 @@ def _infer(
         ]
     words = (source_side, like_side) if source_side != like_side else ("source", "target")
     asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned)
-    asked += cells.questions
+    asked += [*cells.questions, *unsaid_questions(result.unsaid, turned)]
     assumed = tuple(assumptions(result, entries))
     return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from graftax.match.kinds import Kinds
+from graftax.match.named import Said
 from graftax.tree import Side, TensorSpec
 
 
@@ -13,7 +14,8 @@ from graftax.tree import Side, TensorSpec
 class Ends:
     """Both sides' specs, their names' syntax, and the leaves that rules have settled in groups.
 
-    anchors: torch leaf -> Flax leaf, one to one, from rules; styles: torch module -> block or interleaved, from rules;
+    anchors: torch leaf -> Flax leaf, one to one, from rules; named: those of which the rules say no more than that;
+    styles: torch module -> block or interleaved, from rules;
     heads: from config.json; aliases: first name -> all names of a tied tensor.
     """
 
@@ -28,4 +30,5 @@ class Ends:
     heads: int | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
     kinds: Kinds = field(default_factory=Kinds)
+    named: Mapping[str, Said] = field(default_factory=dict[str, Said])
     renames: Mapping[str, str] = field(default_factory=dict[str, str])

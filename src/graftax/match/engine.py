@@ -13,6 +13,7 @@ from graftax.match.ends import Ends
 from graftax.match.flatten import Suspect, suspects
 from graftax.match.idioms import has_experts
 from graftax.match.judge import wrapper_words
+from graftax.match.named import Unsaid
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order
 from graftax.match.pairs import Pair, Scope
@@ -29,9 +30,10 @@ class Result:
     flax_left: list[Module]
     buffers: dict[str, str]
     call_order: list[Pair] = field(default_factory=list[Pair])
-    doubts: list[Doubt] = field(default_factory=list["Doubt"])
+    unsaid: list[Unsaid] = field(default_factory=list[Unsaid])
     habits: Habits = field(default_factory=Habits)
     traps: Mapping[int, Suspect] = field(default_factory=dict[int, Suspect])
+    doubts: list[Doubt] = field(default_factory=list["Doubt"])
 
 
 def match(ends: Ends, lex: Lexicon) -> Result:
@@ -91,7 +93,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
     lost_t = stack_into(left_t, by_t, True, left_f, scopes)
     lost_f = stack_into(left_f, by_f, False, left_t, scopes)
     result = Result([], lost_t, lost_f, torch.buffers, doubts=doubts)
-    habits = Habits()
+    habits = result.habits
     for scope in scopes:
         scope.wrappers, scope.experts = wrappers, experts
         result.settled += settle_kinds(scope, ends)
@@ -102,19 +104,35 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
         habits.learn(item.scope, item.taken)
         stack_axes(item.scope, item.taken, habits)
         take_groups(item, ends)
-    traps = {} if same else _traps(result.settled, root, lex)
-    result.habits, result.traps = habits, traps
+    traps = result.traps = {} if same else _traps(result.settled, root, lex)
     for item in result.settled:
         for pair in item.taken:
             for link in pair.links:
                 known = ends.kinds.reading(pair, link) if ends.kinds else None
                 choice = Choice(*known) if known is not None else choose(link, pair, item.scope, habits)
-                said = ends.anchors.keys() >= {path for paths in link.torch.paths.values() for path in paths}
-                trap = None if said else traps.get(id(pair.torch))
+                trap = traps.get(id(pair.torch))
                 item.choices[id(link)] = trapped(link, choice, trap) if trap is not None else choice
             if call_order(pair):
                 result.call_order.append(pair)
+    result.unsaid += _unsaid(result.settled, ends, traps)
     return result
+
+
+def _unsaid(settled: list[Settled], ends: Ends, traps: Mapping[int, Suspect]) -> list[Unsaid]:
+    """Leaves that rules only name, that no link stands for, and that may be those of a flattened map."""
+    linked = {id(link.torch) for item in settled for pair in item.taken for link in pair.links}
+    out: list[Unsaid] = []
+    for module in {id(m): m for item in settled for m in item.scope.torch}.values() if ends.named else ():
+        trap = traps.get(id(module))
+        if trap is None:
+            continue
+        for column in module.roles.values():
+            ranks = {len(shape) for shape in column.shapes.values()}
+            if id(column) in linked or not ((ranks == {2} and not trap.norm) or (ranks == {1} and trap.vector)):
+                continue
+            found = {id(said): said for paths in column.paths.values() for p in paths if (said := ends.named.get(p))}
+            out += [Unsaid(said, trap, ranks == {2}) for said in found.values()]
+    return out
 
 
 def _traps(settled: list[Settled], root: Scope, lex: Lexicon) -> Mapping[int, Suspect]:

@@ -193,13 +193,15 @@ def _ints(module: Module) -> tuple[int, ...]:
     return tuple(token for token in module.tokens if isinstance(token, int))
 
 
+RULED = "beside a leaf that the rules settle"
+"""Why a pair is taken that rules name."""
 _COUNTED = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
 
 
 def call_order(pair: Pair) -> bool:
     """The pair rests on a number that counts calls: one side is auto-named (`Dense_0`), the other is not, and it was
     not shapes or words that decided."""
-    by_number = pair.why.startswith(("order", "beside")) or " of " in pair.why
+    by_number = pair.why != RULED and (pair.why.startswith(("order", "beside")) or " of " in pair.why)
     return by_number and _counted(pair.torch) != _counted(pair.flax)
 
 

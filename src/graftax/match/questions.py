@@ -94,7 +94,7 @@ def _reading(
                 found.append(Candidate(rule, where, "a flattened map (C, H, W)"))
         labels = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
         for known in labels[:2]:
-            rule = column_rule(scope, pair.torch, pair.flax, link, known, sides, open_=True)
+            rule = column_rule(scope, pair.torch, pair.flax, link, known, sides, open_=True, asked=True)
             where = f"stacked on axis {', '.join(map(str, known[0]))}" if known[0] else known[1]
             found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), where))
     what = "the axis on which it is stacked" if choice.kind == "stack" else "its layout"
@@ -283,12 +283,10 @@ def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) 
     labels = [choice.label] if choice.label is not None else _known(choice, link)
     out: list[tuple[str, str]] = []
     for label in labels:
-        if choice.trap is not None:
-            for rule in flatten_rules(scope, pair.torch, pair.flax, link, label, choice.trap, sides):
-                out.append((rule, "a flattened map (C, H, W)"))
-        rule = column_rule(scope, pair.torch, pair.flax, link, label, sides, open_=choice.label is None)
+        said = None if choice.trap is not None and not label[0] else label  # the order is asked next
+        rule = column_rule(scope, pair.torch, pair.flax, link, said, sides, open_=choice.label is None)
         axis = f"stacked on axis {', '.join(map(str, label[0]))} " if choice.kind == "stack" and label[0] else ""
-        out.append((rule, axis + label[1] if choice.label is None else ""))
+        out.append((rule, axis + label[1] if choice.label is None and said is not None else ""))
     return list(dict(out).items())
 
 

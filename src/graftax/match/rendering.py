@@ -26,16 +26,17 @@ def column_rule(
     label: Label | None,
     sides: tuple[str, str],
     open_: bool = False,
+    asked: bool = False,
 ) -> str:
     """The rule line that pairs two columns, with the reading `label`: one rule, or one an instance where the numbers of
-    the two sides hang together in no simple way. `sides`: the words for the ends; `open_`: the reading itself is asked
-    for."""
+    the two sides hang together in no simple way. `sides`: the words for the ends; `open_`: the reading is open;
+    `asked`: it alone is asked for, so that the line must name it."""
     lines: list[str] = []
     for shared in _parts(scope, link.torch, link.flax):
         t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax, shared)
         keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
         if label is not None:
-            keys |= _reading_keys(label[1], link, open_)
+            keys |= _reading_keys(label[1], link, open_, asked)
             if stack and label[0]:
                 keys["stack"] = dict(zip(stack, label[0], strict=False))
         lines.append(rule_line(**keys))
@@ -96,7 +97,7 @@ def _group_rule(
     return rule_line(**keys)
 
 
-def _reading_keys(reading: str, link: Link, open_: bool) -> dict[str, object]:
+def _reading_keys(reading: str, link: Link, open_: bool, asked: bool) -> dict[str, object]:
     shape = next(iter(link.torch.shapes.values()))
     if reading.startswith("fused "):
         pattern, parts = next(
@@ -108,7 +109,7 @@ def _reading_keys(reading: str, link: Link, open_: bool) -> dict[str, object]:
     if reading == "conv" and {label[1] for label in link.labels} >= {"conv", "conv_transpose default"} and open_:
         return {"layout": "conv_transpose"}  # with transpose_kernel=True the axes move as a plain convolution's
     if reading in _LAYOUTS:
-        return {"layout": reading} if len(shape) > 1 else {}
+        return {"layout": reading} if len(shape) > 1 or asked else {}
     if reading.startswith("heads "):
         target = next(chain[0] for (label, _, _), chain in link.chains.items() if label[1] == reading)
         return {"ops": reading.removeprefix("heads "), **dict(getattr(target, "sizes", ()))}

@@ -11,7 +11,8 @@ from graftax.match.ends import Ends
 from graftax.match.fits import candidates, fit
 from graftax.match.groups import Group, find_groups
 from graftax.match.leftovers import by_kind, single_out
-from graftax.match.orders import in_order, out_of_order
+from graftax.match.named import Said, left_open
+from graftax.match.orders import RULED, in_order, out_of_order
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.sides import Module
 
@@ -34,7 +35,7 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
         pairs = candidates(scope, numbers=False)
     for pair in pairs if ends.kinds else ():
         pair.blocked = pair.blocked or ends.kinds.clash(pair)
-    forced = _forced(scope, pairs, ends.anchors) if ends.anchors else []
+    forced = _forced(scope, pairs, ends.anchors, ends.named) if ends.anchors else []
     taken, board = decide(pairs, scope.root, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
     return Settled(scope, taken, board)
 
@@ -95,8 +96,8 @@ def settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | N
     return Settled(scope, crossing, Board([])) if crossing else None
 
 
-def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str]) -> list[Pair]:
-    """The pairs that the rules settle by one of their leaves."""
+def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str], named: Mapping[str, Said]) -> list[Pair]:
+    """The pairs that the rules settle by one of their leaves, with the readings that they leave open."""
     flax: dict[str, Module] = {}
     wanted = set(anchors.values())
     for module in scope.flax:
@@ -113,15 +114,11 @@ def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str]) -> list
                 continue
             pair = known.get((id(module), id(other))) or fit(module, other, dict(scope.keys), scope.same)
             pair = pair or Pair(module, other, [], False)
-            pair.links = [link for link in pair.links if not _settled(link, anchors)]
-            pair.why, pair.blocked = "beside a leaf that the rules settle", ""
+            pair.links = [kept for link in pair.links if (kept := left_open(link, scope, anchors, named)) is not None]
+            pair.why, pair.blocked = RULED, ""
             out.append(pair)
             seen |= {id(module), id(other)}
     return out
-
-
-def _settled(link: Link, anchors: Mapping[str, str]) -> bool:
-    return any(path in anchors for paths in link.torch.paths.values() for path in paths)
 
 
 def take_groups(item: Settled, ends: Ends) -> None:

@@ -11,7 +11,7 @@ from graftax.plans import Assumption, Entry, Proposal
 from graftax.rules.build import Builder
 from graftax.rules.grouping import Ends, find_groups, folded, no_match, resolve
 from graftax.rules.model import Rule
-from graftax.rules.port import Port
+from graftax.rules.port import Named, Port
 from graftax.rules.template import KeyIndex, Template, parse_template
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
@@ -21,11 +21,13 @@ CHECK = "compare the outputs of both models on the same input"
 @dataclass(frozen=True, slots=True)
 class RuleOutcome:
     """What the rules settle: entries from source to like, failures and the keys that they concern (`proposal.broken`);
-    missing: policy of every leaf of like that a rule names; targets: what comes out, where there is no like."""
+    missing: policy of every leaf of like that a rule names; targets: what comes out, where there is no like; named:
+    what silent rules pair."""
 
     proposal: Proposal
     missing: Mapping[str, str] = field(default_factory=dict[str, str])
     targets: Mapping[str, TensorSpec] = field(default_factory=dict[str, TensorSpec])
+    named: tuple[Named, ...] = ()
 
 
 def apply_rules(
@@ -40,7 +42,9 @@ def apply_rules(
         KeyIndex(like) if like is not None else None,
         (_holders(source), _holders(like)),
     )
-    for rule in rules:
+    rules = list(rules)
+    ends.order |= {id(rule): place for place, rule in enumerate(rules)}
+    for rule in sorted(rules, key=lambda rule: rule.silent):  # one that says more answers for one that says less
         before = len(ends.failures)
         try:
             if rule.one_sided:
@@ -53,7 +57,7 @@ def apply_rules(
     if like_side == "flax":
         ends.failures += _nested(ends.targets)
     proposal = Proposal(tuple(ends.entries), (), tuple(ends.assumptions), tuple(ends.failures), (), tuple(ends.broken))
-    return RuleOutcome(proposal, ends.missing, ends.targets)
+    return RuleOutcome(proposal, ends.missing, ends.targets, tuple(ends.named))
 
 
 def _nested(targets: Mapping[str, TensorSpec]) -> list[Failure]:

@@ -13,7 +13,7 @@ from graftax.rules.flatten import NO_TAIL, Tail, conv_tail
 from graftax.rules.grouping import Ends, Group, render_there
 from graftax.rules.layout import role_of
 from graftax.rules.model import LIST, Rule
-from graftax.rules.port import Port
+from graftax.rules.port import Named, Port
 from graftax.rules.template import SEPARATOR, Template
 from graftax.tree import Module, Side, TensorSpec
 
@@ -62,6 +62,8 @@ class Builder:
             ends.failures.append(fault)
             ends.broken.append(Entry(group.here.all, group.there.all, (), (rule.evidence,)))
             return
+        if ends.overruled(rule, group.here.all, group.there.all):
+            return
         try:
             made = self._made(group)
         except GraftaxError as error:
@@ -74,6 +76,8 @@ class Builder:
             ends.failures += clash
             return
         ends.entries.append(Entry(sources, targets, made.ops, made.evidence))
+        if rule.silent:
+            ends.named.append(Named(rule, ends.entries[-1]))
         if ends.like is None:
             ends.targets.update(zip(targets, made.given, strict=True))
         for text in made.assumes:
@@ -183,12 +187,15 @@ class Builder:
 
     def _refuse(self, error: GraftaxError, sources: Sequence[str], targets: Sequence[str]) -> None:
         self.ends.claim(self.rule, sources, targets)
-        self.ends.broken.append(Entry(tuple(sources), tuple(targets), (), (self.rule.evidence,)))
+        broken = Entry(tuple(sources), tuple(targets), (), (self.rule.evidence,))
+        self.ends.broken.append(broken)
         key = f"{_some(sources)} -> {_some(targets) or ', '.join(self.rule.right if self.forward else self.rule.left)}"
         text, hint = str(error).partition("\n")[0], f"Check {_culprit(self.rule)}{self.rule.where}."
         if error.failures:  # the layer table refuses, with a reason and often a rewrite
             text, hint = error.failures[0].what, f"{error.failures[0].next} {hint}".strip()
         self.ends.failures.append(Failure(text, self.ends.source.label, key, next=hint))
+        if self.rule.bare and not self.rule.stack:
+            self.ends.named.append(Named(self.rule, broken, self.ends.failures[-1]))
 
 
 def _fixed_role(template: Template, side: Side) -> str:

@@ -19,10 +19,12 @@ SPATIAL = ("d", "h", "w")
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What the convolutions of a checkpoint say about C. outputs: their output channels; last: those of the end of a
-    chain in which each takes what the one before gives, if they form one; why: which they are."""
+    """What the convolutions of a checkpoint say about C. outputs: their output channels; seen: these and every other
+    channel count of the maps, as inputs and norms show them; last: the output channels of the end of a chain in which
+    each takes what the one before gives, if they form one; why: which they are."""
 
     outputs: tuple[int, ...] = ()
+    seen: frozenset[int] = frozenset()
     last: int | None = None
     why: str = ""
 
@@ -35,17 +37,25 @@ def conv_tail(specs: Mapping[str, TensorSpec], side: Side) -> Tail:
     of their names. The order counts only where the channels agree with it at every step."""
     leaf = "weight" if side == "torch" else "kernel"
     found: list[tuple[str, int, int]] = []
+    seen: set[int] = set()
     for name in sorted(specs, key=natural_key):
         shape = specs[name].shape
-        if 3 <= len(shape) <= 5 and name.rpartition("." if side == "torch" else "/")[2] == leaf:
-            given, taken = (shape[0], shape[1]) if side == "torch" else (shape[-1], shape[-2])
+        last = name.rpartition("." if side == "torch" else "/")[2]
+        rank = len(shape)
+        if rank == 1 and last in ("running_mean", "mean"):
+            seen.add(shape[0])  # of maps that were joined before they are normalised
+        if not 3 <= rank <= 5:
+            continue
+        given, taken = shape[:2] if side == "torch" else shape[:-3:-1]
+        seen |= {given, taken}
+        if last == leaf:
             found.append((name, taken, given))
     outputs = tuple(dict.fromkeys(given for _, _, given in found))
     chain = all(a[2] == b[1] for a, b in pairwise(found))
     if not found or not chain:
-        return Tail(outputs)
-    name, _, last = found[-1]
-    return Tail(outputs, last, f"{name}, the last of {len(found)} convolutions that follow each other")
+        return Tail(outputs, frozenset(seen))
+    name, _, end = found[-1]
+    return Tail(outputs, frozenset(seen), end, f"{name}, the last of {len(found)} convolutions that follow each other")
 
 
 def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) -> tuple[Rearrange, tuple[str, ...]]:
@@ -73,8 +83,18 @@ def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) 
     moved = turned != [*before, *after]
     parts = [_tokens(part, sizes, columns, moved or bool(rest)) for part, rest in ((before, after), (after, before))]
     order = [*parts[0], "c", *parts[1]], [*(turned if moved else (*parts[0], *parts[1])), "c"]
+    if tail.outputs and sizes["c"] not in tail.seen:
+        raise LayoutError(_no_such_channels(sizes["c"], tail))
     fixed = tuple(sorted((name, sizes[name]) for name in order[0]))
     return Rearrange(f"o ({' '.join(order[0])}) -> ({' '.join(order[1])}) o", fixed), assumes
+
+
+def _no_such_channels(channels: int, tail: Tail) -> str:
+    known = ", ".join(map(str, sorted(set(tail.outputs))))
+    return (
+        f"flatten says C={channels}, and no convolution of the checkpoint has {channels} channels: they have {known}; "
+        "for a map that is joined or split from theirs write ops = 'o (c h w) -> (h w c) o' with c, h and w"
+    )
 
 
 def _flax_order(names: list[str]) -> list[str]:

@@ -62,6 +62,17 @@ class Rule:
         return ("source", "target") if self.directional else ("torch", "flax")
 
     @property
+    def silent(self) -> bool:
+        """It says which leaves belong together, and nothing of their order or layout."""
+        return not (self.one_sided or self.ops or self.layout or self.flatten)
+
+    @property
+    def bare(self) -> bool:
+        """It is silent, and does nothing else to one leaf on each side (heads and stacked axes aside)."""
+        values = self.fused, self.repeat, self.pad, self.scale is not None, self.offset is not None
+        return self.silent and not any(values) and len(self.left) == len(self.right) == 1
+
+    @property
     def one_sided(self) -> bool:
         return not self.left or not self.right
 

@@ -13,9 +13,20 @@ from graftax.rules.template import KeyIndex
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a silent rule pairs: its entry from source to like (no ops where it does not fit as it stands, and then the
+    failure that says why). How the leaf is laid out is still to be inferred, or asked."""
+
+    rule: Rule
+    entry: Entry
+    failure: Failure | None = None
+
+
 @dataclass(slots=True)
 class Port:
-    """Both ends of the port, and what the rules have made of them so far."""
+    """Both ends of the port, and what the rules have made of them so far. order: id of a rule -> its place among
+    them."""
 
     source: Checkpoint
     like: Checkpoint | None
@@ -28,13 +39,23 @@ class Port:
     broken: list[Entry] = field(default_factory=list[Entry])
     failures: list[Failure] = field(default_factory=list[Failure])
     assumptions: list[Assumption] = field(default_factory=list[Assumption])
+    named: list[Named] = field(default_factory=list[Named])
     missing: dict[str, str] = field(default_factory=dict[str, str])
     targets: dict[str, TensorSpec] = field(default_factory=dict[str, TensorSpec])
+    order: dict[int, int] = field(default_factory=dict[int, int])
     claimed: tuple[dict[str, Rule], dict[str, Rule]] = field(default_factory=lambda: ({}, {}))
 
     @property
     def like_label(self) -> str:
         return self.like.label if self.like is not None else "the rules"
+
+    def overruled(self, rule: Rule, sources: Iterable[str], targets: Iterable[str]) -> bool:
+        """The rule is silent, and one that says more is about the very same keys: the answer to what it leaves open."""
+        if not rule.silent:
+            return False
+        found = [*map(self.claimed[0].get, sources), *map(self.claimed[1].get, targets)]
+        first = found[0] if found else None
+        return first is not None and not first.silent and all(other is first for other in found)
 
     def claim(self, rule: Rule, sources: Iterable[str], targets: Iterable[str]) -> list[Failure]:
         """Note who speaks for these keys; a failure for each that another rule, or this one, has already."""
@@ -47,7 +68,8 @@ class Port:
                 other = claimed.get(key)
                 claimed[key] = rule if other is None else other
                 if other is not None:
-                    text, hint = f"is named by {other.where} and by {rule.where}", "narrow one of the two"
+                    one, two = sorted((other, rule), key=lambda r: self.order.get(id(r), 0))
+                    text, hint = f"is named by {one.where} and by {two.where}", "narrow one of the two"
                     if other is rule:
                         text, hint = f"is named twice by {rule.where}", "name it once"
                     out.append(Failure(text, label, key, next=f"A key stands in one entry: {hint}."))
