@@ -52,7 +52,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """All that the torch side leaves behind: what a golden file holds. `order` lists the sites as their calls ended."""
+    """All that the torch side leaves behind: what a golden file holds. `order` lists the sites as their calls ended,
+    `events` ("in" | "out", site) as calls began and ended."""
 
     modules: Mapping[str, Module]
     order: tuple[Site, ...]
@@ -61,13 +62,20 @@ class Reference:
     outputs_float32: Any
     not_traced: Mapping[str, str] = field(default_factory=dict[str, str])
     seconds: float = 0.0
+    events: tuple[tuple[str, Site], ...] = ()
+
+    @property
+    def began(self) -> tuple[Site, ...]:
+        """The sites as their calls began; as they ended, where that is all that is known."""
+        return tuple(site for what, site in self.events if what == "in") or self.order
 
 
 class Tap(Protocol):
     """Listens at the watched modules of a run, and may put other values in their place.
 
     `enter` gets the Values that arrive and gives None (leave them) or (args, kwargs) of the same structure to call the
-    module with; `leave` gets the output and gives None or what the caller shall receive instead.
+    module with; `leave` gets the output and gives None or what the caller shall receive instead. A tap that only
+    listens may say so by `replaces = False`, which is cheaper in compiled code. Arrays are the tap's to keep.
     """
 
     def enter(

@@ -47,7 +47,10 @@ class TorchRunner:
         self._paths = torch_state.paths_of(self.module)
         state = self.module.state_dict(keep_vars=True)
         self._modules = torch_tree.modules_of(self.module, [k for k, v in state.items() if hasattr(v, "shape")])
-        self._meta = {id(tensor): key for key, tensor in state.items() if getattr(tensor, "is_meta", False)}
+        self._meta: dict[int, list[str]] = {}
+        for key, tensor in state.items():
+            if getattr(tensor, "is_meta", False):
+                self._meta.setdefault(id(tensor), []).append(key)
         self._seen: dict[str, int] = {}
         self._watched: tuple[str, ...] = ()
         self._used: set[int] = set()
@@ -207,13 +210,14 @@ class TorchRunner:
 
     def _filled(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """The values of a meta weight, from the source."""
-        key = self._meta.get(id(parameter))
-        if key is None or self.source is None or key not in self.source:
+        keys = self._meta.get(id(parameter), [])
+        key = next((key for key in keys if self.source is not None and key in self.source), None)
+        if key is None or self.source is None:
             raise ModelError(
-                f"torch: {escape(key or 'a tensor')} has no values (device meta) and the source has none for it",
-                next="Buffers that no checkpoint holds must be made outside torch.device('meta')."
-                if key is None
-                else "Pass source= a checkpoint that holds it.",
+                f"torch: {escape(keys[0] if keys else 'a tensor')} has no values (device meta) and the source has none",
+                next="Pass source= a checkpoint that holds it."
+                if keys
+                else "Buffers that no checkpoint holds must be made outside torch.device('meta').",
             )
         return _as_tensor(self.source.read(key)).reshape(parameter.shape)
 
@@ -237,9 +241,14 @@ class Shares:
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
-        array = to_array(tensor)
-        self._known[id(tensor)] = (weakref.ref(tensor), tensor._version, array)
+        array, key = to_array(tensor), id(tensor)
+        forget = weakref.ref(tensor, lambda ref: self._forget(key, ref))
+        self._known[key] = (forget, tensor._version, array)
         return array
+
+    def _forget(self, key: int, ref: Any) -> None:
+        if key in self._known and self._known[key][0] is ref:
+            del self._known[key]
 
 
 def to_array(tensor: torch.Tensor) -> Any:

@@ -1,0 +1,277 @@
+"""Activation layouts: a torch array as Flax has it.
+
+What the plan says of the weights comes first (a flattened map whose features are in another order, heads split off,
+rows permuted for rotary embeddings, a scale folded in); then a prior by shape (Flax keeps channels last); another order
+is taken only if the values agree within NEAR, because on faulty values the nearest of all orders is a wrong one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from graftax.errors import GraftaxError, UsageError, escape
+from graftax.ops import Cast, Offset, Rearrange, Scale, apply_chain, parse_pattern
+from graftax.parity import values
+from graftax.parity.judge import relative_l2
+from graftax.parity.pairing import Pair
+from graftax.plans import Entry
+from graftax.tree import Module, TensorSpec
+
+Array = np.ndarray[Any, Any]
+Shape = tuple[int, ...]
+NEAR = 1e-2
+CHANNELS_FIRST = (
+    *("torch.nn.modules.conv.", "torch.nn.modules.batchnorm.", "torch.nn.modules.pooling."),
+    *("torch.nn.modules.instancenorm.", "torch.nn.modules.normalization.GroupNorm"),
+)
+EMBEDDINGS = ("torch.nn.modules.sparse.",)
+LARGEST = 1 << 26
+"""Weights with more values than this are not asked for the order of their features."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One way from a torch array to the Flax array of the same thing, in this order: axes permuted, features (the last
+    axis) taken in `order`, multiplied by `scale`, reshaped, broadcast or cut to `shape`."""
+
+    axes: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+    scale: float = 1.0
+    shape: Shape = ()
+
+    def __call__(self, array: Array) -> Array:
+        out = array if self.axes == tuple(range(array.ndim)) else array.transpose(self.axes)
+        if self.order is not None:
+            out = out[..., np.asarray(self.order)]
+        if self.scale != 1.0:
+            out = out * np.asarray(self.scale, out.dtype)
+        if out.size == math.prod(self.shape):
+            return out.reshape(self.shape)
+        if out.size < math.prod(self.shape):
+            return np.broadcast_to(out, self.shape)
+        return out[tuple(slice(0, extent) for extent in self.shape)]
+
+    @property
+    def text(self) -> str:
+        plain = self.axes == tuple(range(len(self.axes))) and self.order is None and self.scale == 1.0
+        return "as it is" if plain else f"axes {self.axes}" + (", features in the plan's order" if self.order else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the plan says of a layer's features: in which order and shape Flax has them. None: as torch has them."""
+
+    order: tuple[int, ...] | None = None
+    shape: Shape | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """The layout of one module pair: what comes in and what goes out."""
+
+    channels_first: bool = False
+    inward: Features = Features()
+    outward: Features = Features()
+
+    def turn(self, array: Array, shape: Shape, actual: Any = None, outward: bool = False) -> Turn | None:
+        """How `array` (torch) becomes an array of `shape` (Flax); None where nothing fits. `actual`: what Flax has
+        there, to tell orders apart that fit alike."""
+        features = self.outward if outward else self.inward
+        found: list[Turn] = []
+        for turn in candidates(array.shape, shape, self.channels_first, features):
+            if turn not in found:
+                found.append(turn)
+            if len(found) >= 24:
+                break
+        if not found or actual is None or len(found) == 1:
+            return found[0] if found else None
+        for turn in found:
+            if relative_l2(actual, turn(array)) <= NEAR:
+                return turn
+        return found[0]
+
+
+def candidates(have: Shape, want: Shape, channels_first: bool, features: Features) -> list[Turn]:
+    """Turns from a torch array of shape `have` to a Flax array of shape `want`, the likeliest first."""
+    plain = tuple(range(len(have)))
+    last = (0, *range(2, len(have)), 1) if len(have) > 2 else plain
+    priors = [last, plain] if channels_first else [plain]
+    out: list[Turn] = []
+    scale = features.scale
+    if features.order is not None and features.shape is not None:
+        for axes in priors:
+            there = tuple(have[a] for a in axes)
+            if there and there[-1] == len(features.order) and math.prod(there) == math.prod(want):
+                out.append(Turn(axes, features.order, scale, want))
+    for axes in priors:
+        if tuple(have[a] for a in axes) == want:
+            out.append(Turn(axes, None, scale, want))
+    if len(have) == len(want) and len(have) <= 5:
+        for axes in itertools.permutations(plain):
+            if tuple(have[a] for a in axes) == want:
+                out.append(Turn(axes, None, scale, want))
+    if math.prod(have) == math.prod(want):
+        for axes in dict.fromkeys((*priors, last, *_swaps(len(have)))):
+            if _regroups(tuple(have[a] for a in axes), want):
+                out.append(Turn(axes, None, scale, want))
+    if len(have) == len(want) or 1 in have or 1 in want:
+        out += _broadcasts(have, want, scale)
+    return out
+
+
+def _swaps(rank: int) -> list[tuple[int, ...]]:
+    """Batch and time swapped (torch's recurrent layout), heads and time swapped."""
+    if rank < 3:
+        return []
+    return [(1, 0, *range(2, rank))] + ([(0, 2, 1, *range(3, rank))] if rank > 3 else [])
+
+
+def _regroups(have: Shape, want: Shape) -> bool:
+    """Can `have` become `want` by merging, or by splitting, neighbouring axes? A reshape that does both at once may cut
+    across: it is not the same array."""
+    fine, coarse = (have, want) if len(have) >= len(want) else (want, have)
+    fine, coarse = tuple(n for n in fine if n != 1), tuple(n for n in coarse if n != 1)
+    at = 0
+    for extent in coarse:
+        size = 1
+        while size < extent and at < len(fine):
+            size *= fine[at]
+            at += 1
+        if size != extent:
+            return False
+    return at == len(fine)
+
+
+def _broadcasts(have: Shape, want: Shape, scale: float) -> list[Turn]:
+    """Axes of length one on either side: a position embedding with batch 1 against one with the whole batch."""
+    if len(have) == len(want) and have != want and all(a == b or 1 in (a, b) for a, b in zip(have, want, strict=True)):
+        return [Turn(tuple(range(len(have))), None, scale, want)]
+    return []
+
+
+# ---------------------------------------------------------------- what the plan says
+
+
+def alignment_of(pair: Pair, torch: Module | None, specs: Mapping[str, TensorSpec]) -> Alignment:
+    """The layout of a pair's activations. specs: the torch leaves'."""
+    if torch is None:
+        return Alignment()
+    first = any(base.startswith(CHANNELS_FIRST) for base in torch.bases)
+    weight = torch.leaves.get("weight")
+    entry = next((e for e in pair.entries if weight in e.sources), None)
+    if not pair.leaf or entry is None or len(torch.leaves) > 4 or len(entry.targets) > 1:
+        return Alignment(first)
+    shapes = tuple(specs[name].shape for name in entry.sources if name in specs)
+    embedding = any(base.startswith(EMBEDDINGS) for base in torch.bases)
+    return Alignment(first, *_features(entry, shapes, embedding))
+
+
+def _moves(entry: Entry) -> bool:
+    """Does an entry do more than permute whole axes?"""
+    for op in entry.ops:
+        if isinstance(op, (Scale, Cast, Offset)):
+            continue
+        if not isinstance(op, Rearrange):
+            return True
+        if any(len(group) > 1 for side in parse_pattern(op.pattern) for group in side):
+            return True
+    return False
+
+
+@lru_cache(maxsize=4096)
+def _features(entry: Entry, shapes: tuple[Shape, ...], embedding: bool) -> tuple[Features, Features]:
+    """Which input and output features of torch stand where in the Flax leaf: found by sending their numbers through
+    the entry's ops."""
+    scale = math.prod(1 / op.factor if op.divide else op.factor for op in entry.ops if isinstance(op, Scale))
+    plain = Features(), Features(scale=scale)
+    ops = tuple(op for op in entry.ops if not isinstance(op, (Scale, Cast, Offset)))
+    ranks = {len(shape) for shape in shapes}
+    if not _moves(entry) or len(ranks) != 1 or 0 in ranks or len(shapes) != len(entry.sources):
+        return plain
+    if sum(math.prod(shape) for shape in shapes) > LARGEST:
+        return plain
+    inner = 1 if ranks.pop() > 1 else 0
+    found: list[Features] = []
+    for axis in (inner, inner if embedding else 0):
+        try:
+            there = apply_chain(ops, tuple(_numbered(shape, axis) for shape in shapes))[0]
+        except GraftaxError:  # an op that holds for some values only
+            return plain
+        found.append(_order(np.asarray(there)))
+    inward, outward = found
+    return Features() if embedding else inward, Features(outward.order, outward.shape, scale)
+
+
+def _numbered(shape: Shape, axis: int) -> Array:
+    where = [1] * len(shape)
+    where[axis] = shape[axis]
+    return np.broadcast_to(np.arange(shape[axis], dtype=np.int32).reshape(where), shape)
+
+
+def _order(numbers: Array) -> Features:
+    """The axes along which the numbers vary, and the numbers in the order of these axes."""
+    varying = [a for a in range(numbers.ndim) if numbers.shape[a] > 1 and bool((np.diff(numbers, axis=a) != 0).any())]
+    index = tuple(slice(None) if a in varying else 0 for a in range(numbers.ndim))
+    order = numbers[index]
+    flat = order.reshape(-1)
+    if not np.array_equal(np.sort(flat), np.arange(flat.size)):
+        return Features()
+    if np.array_equal(flat, np.arange(flat.size)):
+        return Features(None, tuple(order.shape))
+    return Features(tuple(int(n) for n in flat), tuple(order.shape))
+
+
+# ---------------------------------------------------------------- declared layouts
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A declared layout: 'NCHW -> NHWC', or with spaces between names. Arrays of another rank stay as they are."""
+
+    axes: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        left, arrow, right = text.partition("->")
+        sides = [part.split() if " " in part.strip() else list(part.strip()) for part in (left, right)]
+        if not arrow or sorted(sides[0]) != sorted(sides[1]) or len(set(sides[0])) != len(sides[0]) or not sides[0]:
+            raise UsageError(f"layout {escape(text)!r} is not axes -> the same axes, such as 'NCHW -> NHWC'")
+        return cls(tuple(sides[0].index(name) for name in sides[1]))
+
+    @property
+    def inverse(self) -> Layout:
+        return Layout(tuple(self.axes.index(a) for a in range(len(self.axes))))
+
+    def __call__(self, array: Any) -> Any:
+        return array.transpose(self.axes) if array.ndim == len(self.axes) else array
+
+
+def declared(layout: str | Mapping[str, str] | None) -> Mapping[str, Layout] | Layout | None:
+    """A layout for all arrays, or one for each path of a nest."""
+    if layout is None:
+        return None
+    if isinstance(layout, str):
+        return Layout.parse(layout)
+    return {path: Layout.parse(text) for path, text in layout.items()}
+
+
+def with_layout(nest: Any, layout: Mapping[str, Layout] | Layout | None) -> Any:
+    """A nest of arrays in the declared layout."""
+    if layout is None:
+        return nest
+    if isinstance(layout, Layout):
+        return values.mapped(nest, _is_array, layout)
+    done = [layout[path](leaf) if path in layout else leaf for path, leaf in values.leaves(nest, _is_array)]
+    return values.rebuilt(nest, _is_array, done)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "transpose")

@@ -1,0 +1,116 @@
+"""What the torch side leaves behind: a float64 run kept once, and how far torch float32 is from it, free and forced."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from graftax.parity import values
+from graftax.parity.judge import relative_l2
+from graftax.parity.records import Record, Reference, Runner, Site
+
+
+def make_reference(
+    torch64: Runner,
+    torch32: Runner,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    watch: Collection[str],
+) -> Reference:
+    """Run torch three times: float64 (kept, as float32), float32 as it is, and float32 forced; of the last two only
+    errors are kept. ModelError where the user's code fails, draws random numbers or was left in train mode."""
+    start = time.perf_counter()
+    recorder = _Recorder()
+    outputs = torch64.run(args, kwargs, watch=watch, tap=recorder)
+    not_traced = dict(torch64.not_traced())
+    free = _Free(recorder.found)
+    outputs_float32 = torch32.run(args, kwargs, watch=watch, tap=free)
+    forced = _Forced(recorder.found)
+    if watch:
+        torch32.run(args, kwargs, watch=watch, tap=forced)
+    records = {
+        site: Record(one.args, one.kwargs, one.output, forced.inward[site], forced.outward[site], free.outward[site])
+        for site, one in recorder.found.items()
+        if site in recorder.ended
+    }
+    return Reference(
+        torch64.modules,
+        tuple(recorder.ended),
+        records,
+        outputs,
+        outputs_float32,
+        not_traced,
+        time.perf_counter() - start,
+        tuple(event for event in recorder.events if event[1] in records),
+    )
+
+
+class _Recorder:
+    """Keeps what it sees. Arrays that are the same object at several sites are kept once."""
+
+    def __init__(self) -> None:
+        self.found: dict[Site, Record] = {}
+        self.ended: dict[Site, None] = {}
+        self.events: list[tuple[str, Site]] = []
+
+    def enter(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.found[site] = Record(args, kwargs, None)
+        self.events.append(("in", site))
+
+    def leave(self, site: Site, output: Any) -> None:
+        began = self.found[site]
+        self.found[site] = Record(began.args, began.kwargs, output)
+        self.ended[site] = None
+        self.events.append(("out", site))
+
+
+class _Free:
+    """Errors of an ordinary run."""
+
+    def __init__(self, records: Mapping[Site, Record]) -> None:
+        self.records = records
+        self.outward: dict[Site, float] = defaultdict(float)
+
+    def enter(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        return None
+
+    def leave(self, site: Site, output: Any) -> None:
+        if site in self.records:
+            self.outward[site] = nest_error(output, self.records[site].output)
+
+
+class _Forced:
+    """Puts the reference in at every site, and measures what came instead."""
+
+    def __init__(self, records: Mapping[Site, Record]) -> None:
+        self.records = records
+        self.inward: dict[Site, float] = defaultdict(float)
+        self.outward: dict[Site, float] = defaultdict(float)
+
+    def enter(
+        self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        record = self.records.get(site)
+        if record is None:
+            return None
+        self.inward[site] = nest_error((args, kwargs), (record.args, record.kwargs))
+        return record.args, record.kwargs
+
+    def leave(self, site: Site, output: Any) -> Any:
+        record = self.records.get(site)
+        if record is None:
+            return None
+        self.outward[site] = nest_error(output, record.output)
+        return record.output
+
+
+def nest_error(got: Any, want: Any) -> float:
+    """The largest relative L2 of the arrays of two nests of one structure; 0.0 where the structures differ (nothing is
+    known of float32 then: the floor is the unit)."""
+    a, b = values.arrays(got), values.arrays(want)
+    if [path for path, _ in a] != [path for path, _ in b]:
+        return 0.0
+    errors = [relative_l2(x, y) for (_, x), (_, y) in zip(a, b, strict=True)]
+    return max((error for error in errors if error != float("inf")), default=0.0)

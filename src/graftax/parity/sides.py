@@ -1,0 +1,200 @@
+"""Both sides of a check made ready to run: models, weights and inputs, whatever form they come in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftax.adapters import kind_of, open_tree
+from graftax.adapters.linen_tree import LinenModel
+from graftax.api import host_arrays
+from graftax.api import plan as make_plan
+from graftax.errors import PlanError, UsageError, escape
+from graftax.parity import values
+from graftax.parity.align import declared, with_layout
+from graftax.parity.inputs import Inputs, call_of
+from graftax.parity.records import Runner
+from graftax.plans import Plan
+from graftax.tree import Checkpoint
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlaxSide:
+    """The Flax model with its weights.
+
+    tree      its leaves: names, specs, modules
+    weights   path -> array, read as they are asked for
+    runner    what runs it
+    ported    the weights were made from torch's by the plan
+    """
+
+    tree: Checkpoint
+    weights: Mapping[str, Any]
+    runner: Runner
+    ported: bool
+    name: str
+
+
+class Read(Mapping[str, Any]):
+    """The leaves of a checkpoint as a mapping of arrays, each read when it is asked for."""
+
+    def __init__(self, tree: Checkpoint) -> None:
+        self.tree = tree
+
+    def __getitem__(self, path: str) -> Any:
+        if path not in self.tree:
+            raise KeyError(path)
+        return self.tree.read(path)
+
+    def __iter__(self) -> Any:
+        return iter(self.tree)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def calls_of(inputs: Any, layout: Any, like: Any) -> tuple[Call, Call]:
+    """(torch's call, Flax's call) in NumPy. Where one of them is given it is converted by `layout` for the other; what
+    gx.linen(...) was given beside arrays (`train=False`) belongs to Flax's call."""
+    turn = declared(layout)
+    if isinstance(inputs, Inputs):
+        torch, flax = inputs.side("torch"), inputs.side("flax")
+    else:
+        torch, flax = call_of(inputs), None
+    given = torch if torch is not None else flax
+    if given is None:
+        raise UsageError("there are no inputs", next="Pass an array, a tuple of arrays, or gx.Inputs(torch=, flax=).")
+    if torch is None:
+        back = {path: one.inverse for path, one in turn.items()} if isinstance(turn, Mapping) else turn and turn.inverse
+        torch = _turned(given, back)
+    return hosted(torch), with_example(_turned(given, turn) if flax is None else hosted(flax), like)
+
+
+def _turned(call: Call, layout: Any) -> Call:
+    args, kwargs = hosted(call)
+    return tuple(with_layout(args, layout)), dict(with_layout(kwargs, layout))
+
+
+def with_example(call: Call, like: Any) -> Call:
+    """A call with the flags that gx.linen(...) was given and the call does not have."""
+    if not isinstance(like, LinenModel):
+        return call
+    args, kwargs = call
+    args += tuple(value for value in like.args[len(args) :] if not _is_array(value))
+    flags = {name: value for name, value in like.kwargs.items() if not _is_array(value)}
+    return args, {**flags, **kwargs}
+
+
+def hosted(nest: Any) -> Any:
+    """A nest with its tensors and jax arrays as NumPy arrays; random keys and flags as they are."""
+    return values.rebuilt(nest, _is_array, [to_host(leaf) for _, leaf in values.leaves(nest, _is_array)])
+
+
+def to_host(array: Any) -> Any:
+    import numpy as np
+
+    if isinstance(array, (np.ndarray, np.generic)):
+        return np.asarray(array)
+    if type(array).__module__.startswith("torch"):
+        from graftax.adapters import torch_arrays
+
+        return torch_arrays.to_numpy(array, "an input")
+    if "key<" in str(array.dtype):
+        return array
+    return np.asarray(array)
+
+
+def _is_array(value: Any) -> bool:
+    return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+# ---------------------------------------------------------------- the Flax side
+
+
+def flax_like(model: Any, call: Call) -> Any:
+    """The Flax model as gx.plan takes it: a Linen module is wrapped with the inputs it is checked on."""
+    from flax import linen as nn
+
+    if isinstance(model, nn.Module):
+        return LinenModel(model, call[0], call[1])
+    if isinstance(model, LinenModel):
+        if model.args or model.kwargs:
+            return model
+        return LinenModel(model.module, call[0], call[1], model.rngs, model.method)
+    kind = kind_of(model)
+    if kind not in {"nnx module", "nnx split"}:
+        raise UsageError(
+            f"the Flax side is a {kind}, which cannot be run",
+            next="Pass gx.linen(module, *example) with weights=, a Linen module, or an nnx.Module.",
+        )
+    if kind == "nnx split":
+        from flax import nnx
+
+        return nnx.merge(*model, copy=True)
+    return model
+
+
+def weights_of(like: Any, tree: Checkpoint, weights: Any, plan: Plan | None, source: Checkpoint) -> tuple[Any, bool]:
+    """(path -> array for every leaf of the Flax side, were they ported): from what `weights` is, else the model's own,
+    else torch's through the plan. PlanError where they do not fit."""
+    if weights is None:
+        if tree.has_values:
+            return Read(tree), False
+        if plan is None:
+            raise UsageError("the Flax model has no values", next="Pass weights=.")
+        plan.require_complete()
+        return host_arrays(plan, source, tree)[0], True
+    given = open_tree(weights)
+    if given.side == "torch":
+        if plan is not None and all(given.get(name) == spec for name, spec in plan.source.specs.items()):
+            return host_arrays(plan, given, tree)[0], True
+        made = make_plan(given, like, dtype="like")
+        return host_arrays(made, given, tree)[0], True
+    missing = [name for name in tree if name not in given]
+    if not missing and all(given[name].shape == tree[name].shape for name in tree):
+        return Read(given), False
+    bare = {f"params/{name}": name for name in given}
+    if set(bare) == set(tree):
+        arrays = Read(given)
+        return {path: arrays[name] for path, name in bare.items()}, False
+    made = make_plan(given, like, dtype="like")
+    if not made.complete:
+        raise PlanError(
+            f"weights do not fit the Flax model: {len(missing)} of {len(tree)} leaves are missing, "
+            f"the first is {escape(missing[0] if missing else next(iter(tree)))}",
+            next="Pass the variables that the model's init or gx.port gives.",
+        )
+    return host_arrays(made, given, tree)[0], False
+
+
+def flax_side(
+    like: Any,
+    tree: Checkpoint,
+    weights: Any,
+    plan: Plan | None,
+    source: Checkpoint,
+    rngs: Any = None,
+    seed: int = 0,
+    call: Any = None,
+) -> FlaxSide:
+    """The Flax model with its weights, ready to run. What `weights_of` raises."""
+    arrays, ported = weights_of(like, tree, weights, plan, source)
+    if isinstance(like, LinenModel):
+        from graftax.parity.linen_runner import LinenRunner
+
+        variables = tree.rebuild(dict(arrays)) if tree.rebuild else arrays
+        runner: Runner = LinenRunner(like, variables, rngs=rngs, seed=seed, call=call)
+        return FlaxSide(tree, arrays, runner, ported, type(like.module).__name__)
+    from graftax.parity.nnx_runner import NnxRunner
+
+    module = like
+    if weights is not None or not tree.has_values:
+        assert tree.rebuild is not None
+        module = tree.rebuild(dict(arrays), rngs=seed if rngs is None else rngs)
+    return FlaxSide(tree, arrays, NnxRunner(module, call=call), ported, type(like).__name__)
