@@ -5,29 +5,25 @@ Producers propose entries; this module settles the sides, the leftovers and the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from graftax.errors import Failure, PlanError, UsageError, escape
 from graftax.formats.quantized import refuse_quantized
 from graftax.formats.unmerged import refuse_unmerged
+from graftax.leftovers import settle_leftovers
 from graftax.match import infer
 from graftax.match.by_table import by_table
 from graftax.match.named import merged
-from graftax.match.unpaired import unpaired
-from graftax.match.words import BUFFERS
-from graftax.ops import CONDITIONS, Cast, Copy, Drop, Fill, Keep, Same, apply_chain, infer_chain
-from graftax.plans import End, Entry, Plan, Proposal, Question, with_ops
+from graftax.ops import CONDITIONS, Cast, Fill, Same, apply_chain, infer_chain
+from graftax.plans import End, Entry, Plan, Proposal, with_ops
 from graftax.rules import RuleOutcome, apply_rules, load_rules
 from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, match_paths, nearest
 
 MISSING = ("error", "keep", "zeros")
 UNUSED = ("error", "drop")
 OVERFLOW = ("error", "saturate")
-
-COUNTER = "num_batches_tracked"
-"""A torch BatchNorm's count of batches: it changes nothing but the momentum=None average."""
 
 DtypePolicy = str | Mapping[str, str] | None
 
@@ -83,11 +79,8 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         refuse_unmerged(source, like, (name for e in spoken.entries for name in (*e.sources, *e.targets)))
         found = tabled.joined(infer(source, like, source_side, like_side, spoken, named=ruled.named))
     proposal = merged(ruled.proposal, found, ruled.named)
-    proposal = _settle_buffers(proposal, source, like, like_side, options.missing == "keep")
-    proposal = _settle_tied_targets(proposal, like)
-    proposal = unpaired(proposal, source, like, source_side, like_side)
-    proposal = _settle_unused(proposal, source, options.unused)
-    proposal = _settle_missing(proposal, like, ruled.missing, options.missing)
+    sides = source_side, like_side
+    proposal = settle_leftovers(proposal, source, like, sides, ruled.missing, options.missing, options.unused)
     proposal, specs = _settle_dtypes(proposal, source, like, options)
     ends = End.of(source, source_side), replace(End.of(like, like_side), specs=specs)
     plan = Plan.build(*ends, proposal)
@@ -130,131 +123,6 @@ def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkp
     if not ruled.targets and not ruled.proposal.failures:
         raise UsageError("nothing says what to produce: give --like, --plan, or rules that name the targets")
     return Checkpoint(label="the rules", side=side, specs=dict(ruled.targets), format="rules")
-
-
-# ---------------------------------------------------------------- leftovers
-
-
-def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, like_side: Side, keep: bool) -> Proposal:
-    """Known buffers that like has too. One that the source holds under the same name (a wrapper's prefix aside) comes
-    from it and is not dropped; else a live torch module (or any like, with `keep`) keeps its own, and a batch counter
-    starts at zero."""
-    entries = list(proposal.entries)
-    filled = {name for entry in entries for name in entry.targets}
-    wanted = {name: words for name in like if name not in filled and (words := _parts(name))[-1] in BUFFERS}
-    if not wanted:
-        return proposal
-    dropped = {entry.sources[0]: i for i, entry in enumerate(entries) if entry.dropped and entry.sources}
-    twins = {name: _parts(name) for name in dropped}
-    settled: set[str] = set()
-    for name, words in wanted.items():
-        spec, last = like[name], words[-1]
-        same = [t for t, other in twins.items() if _ends_alike(words, other) and source[t].shape == spec.shape]
-        if len(same) == 1 and sum(_ends_alike(twins[same[0]], w) for w in wanted.values()) == 1:
-            entries[dropped[same[0]]] = Entry(tuple(same), (name,), (), ("a known buffer that both sides have",))
-        elif any(twins[t][-1] == last for t in twins):
-            continue  # the source has buffers of this name: which one is asked
-        elif like_side == "torch" and like.has_values and (keep or like.format == "live"):
-            entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"a known buffer: {BUFFERS[last]}",)))
-        elif last == COUNTER:
-            entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, BUFFERS[last]),), ("a known buffer",)))
-        else:
-            continue
-        settled.add(name)
-    return replace(proposal, entries=tuple(entries), questions=_still_open(proposal.questions, settled))
-
-
-def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
-    """Names that a live torch module ties to a leaf that is filled: they take its tensor too."""
-    entries = list(proposal.entries)
-    filled = {name: i for i, entry in enumerate(entries) for name in entry.targets}
-    settled: set[str] = set()
-    for name, first in like.aliases.items():
-        i = filled.get(first)
-        if name in filled or name not in like or i is None or len(entries[i].targets) > 1:
-            continue
-        names = [first, *(n for n, f in like.aliases.items() if f == first and n not in filled and n in like)]
-        why = (*entries[i].evidence, "tied in the module")
-        entries[i] = Entry(entries[i].sources, tuple(names), (*entries[i].ops, Copy(len(names))), why)
-        filled.update(dict.fromkeys(names, i))
-        settled.update(names[1:])
-    if not settled:
-        return proposal
-    return replace(proposal, entries=tuple(entries), questions=_still_open(proposal.questions, settled))
-
-
-def _parts(path: str) -> tuple[str, ...]:
-    """The parts of a path of either side, collections aside."""
-    parts = path.replace("/", ".").split(".")
-    return tuple(parts[1:] if parts[0] in ("params", "batch_stats", "buffers") else parts)
-
-
-def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """One is the other with a prefix before it."""
-    shorter = min(len(a), len(b))
-    return a[-shorter:] == b[-shorter:]
-
-
-def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Proposal:
-    """Source tensors that go nowhere: dropped where the user said so, else questions. A tensor that some question with
-    candidates waits for is not a leftover."""
-    if policy != "drop":
-        return proposal
-    used = {name for entry in proposal.entries for name in entry.sources}
-    waiting = {
-        name
-        for question in proposal.questions
-        if question.targets and _waits(question)
-        for name in (*question.sources, *(n for c in question.candidates for n in c.sources))
-    }
-    left = [name for name in source if name not in used and name not in waiting]
-    dropped = set(left)
-    questions = tuple(q for q in proposal.questions if q.targets or not dropped.issuperset(q.sources))
-    entries = tuple(Entry((name,), (), (Drop("unused (--unused drop)"),), ("--unused drop",)) for name in left)
-    return replace(proposal, entries=proposal.entries + entries, questions=questions)
-
-
-def _still_open(questions: Iterable[Question], settled: Collection[str]) -> tuple[Question, ...]:
-    """The questions without the targets that are settled; one that asked for nothing else is gone."""
-    return tuple(
-        replace(question, targets=left)
-        for question in questions
-        if (left := tuple(name for name in question.targets if name not in settled)) or not question.targets
-    )
-
-
-def _waits(question: Question) -> bool:
-    """Is this an open question about a pairing, which no policy for missing or unused leaves may close?"""
-    return bool(question.candidates) or question.kind not in ("missing", "unused")
-
-
-def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, str], policy: str) -> Proposal:
-    """Leaves of like that no source fills: by the rule that names them, else by the policy. A leaf with candidates
-    stays a question: it is open, not missing."""
-    filled = {name for entry in proposal.entries for name in entry.targets}
-    waiting = {name for q in proposal.questions if _waits(q) for name in q.targets}
-    entries: list[Entry] = []
-    failures: list[Failure] = []
-    settled: set[str] = set()
-    for name, spec in like.items():
-        how = ruled.get(name, "error" if name in waiting else policy)
-        if name in filled or how == "error":
-            continue
-        why = "rules" if name in ruled else f"--missing {policy}"
-        settled.add(name)
-        if how == "zeros":
-            entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, why),), (why,)))
-        elif like.has_values:
-            entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (why,)))
-        else:
-            text = f"cannot be kept: {escape(like.label)} has no values"
-            failures.append(Failure(text, like.label, name, next="Use --missing zeros, or a `like` with values."))
-    return replace(
-        proposal,
-        entries=proposal.entries + tuple(entries),
-        questions=_still_open(proposal.questions, settled),
-        failures=proposal.failures + tuple(failures),
-    )
 
 
 # ---------------------------------------------------------------- dtypes
