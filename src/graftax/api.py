@@ -10,6 +10,7 @@ from typing import Any
 from graftax.adapters import open_tree, plain_tree
 from graftax.errors import GraftaxError, UsageError, escape
 from graftax.execute.eager import Receipt, stream
+from graftax.execute.streamed import Stream
 from graftax.plan_json import load_plan_file
 from graftax.planning import Options, make_plan
 from graftax.plans import Plan
@@ -152,6 +153,7 @@ def port_file(
     format: str | None = None,
     shard_size: int | str | None = None,
     clobber: bool = True,
+    max_memory: int | str = "512MiB",
 ) -> Receipt:
     """Port to a file or folder, entry by entry, atomically: on any failure `out` is what it was before.
 
@@ -166,7 +168,16 @@ def port_file(
     else:
         opened, opened_like = open_both(source, like)
         made = make_plan(opened, opened_like, Options(rules, missing, unused, dtype, to, overflow))
-    return write_plan(made, opened, opened_like, out, format=format, shard_size=shard_size, clobber=clobber)
+    return write_plan(
+        made,
+        opened,
+        opened_like,
+        out,
+        format=format,
+        shard_size=shard_size,
+        clobber=clobber,
+        max_memory=max_memory,
+    )
 
 
 def write_plan(
@@ -178,6 +189,7 @@ def write_plan(
     format: str | None = None,
     shard_size: int | str | None = None,
     clobber: bool = True,
+    max_memory: int | str = "512MiB",
     progress: Any = None,
 ) -> Receipt:
     """Run a plan into a file or folder. `progress`: wraps the iterator of (path, array)."""
@@ -187,6 +199,7 @@ def write_plan(
     made.require_complete()
     receipt = Receipt()
     tensors = stream(made, source, like, receipt)
+    tiles = Stream(made, source, like, receipt, parse_size(max_memory))
     output = Output(
         made.like.specs,
         progress(tensors, made) if progress else tensors,
@@ -194,9 +207,11 @@ def write_plan(
         made.like.real_keys,
         made.like.containers,
         None if shard_size is None else parse_size(shard_size),
+        tiles=tiles,
     )
     inputs = (source,) if like is None else (source, like)
     receipt.notes = save(str(out), output, format=format, clobber=clobber, inputs=inputs).notes
+    tiles.close()
     return receipt
 
 

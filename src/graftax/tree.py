@@ -183,6 +183,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     side      "torch" or "flax"; None where the names do not tell
     reader    path -> array (NumPy; ml_dtypes for bf16 and f8; packed types as their bytes), or None: no values
+    span      (path, start, buffer): fills the buffer from byte `start` of a tensor's values (C order, little end
+              first), where they can be read by position
     modules   module path -> Module, where the source is live
     aliases   path -> the path it shares storage with, where the source is live
     config    config.json beside the checkpoint
@@ -207,6 +209,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
     native: Any = None
     rebuild: Callable[..., Any] | None = None
+    span: Callable[[str, int, memoryview], None] | None = None
 
     def __getitem__(self, path: str) -> TensorSpec:
         return self.specs[path]

@@ -18,19 +18,8 @@ from graftax.ops.rearrange import Rearrange
 from graftax.ops.value_ops import Cast, Scale, Sum
 from graftax.tree import TensorSpec
 
-_KINDS = ["rearrange"] * 5 + [
-    "split",
-    "concat",
-    "stack",
-    "unstack",
-    "flip",
-    "repeat",
-    "pad",
-    "crop",
-    "scale",
-    "cast",
-    "sum",
-]
+_KINDS = ["rearrange"] * 5
+_KINDS += ["split", "concat", "stack", "unstack", "flip", "repeat", "pad", "crop", "scale", "cast", "sum"]
 
 
 def sources(rng: random.Random) -> tuple[np.ndarray[Any, Any], ...]:

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from graftax.errors import PlanError
 from graftax.execute.pushdown import NotLocal, push
 from graftax.ops import apply_chain
 from graftax.ops.index_ops import Concat, Split
@@ -28,8 +29,7 @@ def compare(seed: int, count: int) -> int:
         ops, specs = chains.bound(ops, given)
         try:
             whole = apply_chain(ops, given)
-        except Exception as error:  # a crop of rows that are not zero
-            assert "drop rows" in str(error)
+        except PlanError:  # a crop of rows that are not zero
             continue
         for _ in range(3):
             target = rng.randrange(len(specs))

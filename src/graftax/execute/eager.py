@@ -102,7 +102,7 @@ def stream(plan: Plan, source: Checkpoint, like: Checkpoint | None, receipt: Rec
     Raises PlanError where the plan is incomplete, `source` is not what was planned for, or an op's condition fails.
     """
     plan.require_complete()
-    _check_source(plan, source)
+    check_source(plan, source)
     for entry in plan.entries:
         if entry.dropped is not None:
             receipt.dropped.update(dict.fromkeys(entry.sources, entry.dropped))
@@ -111,13 +111,14 @@ def stream(plan: Plan, source: Checkpoint, like: Checkpoint | None, receipt: Rec
             receipt.filled.update(
                 dict.fromkeys(entry.targets, f"{chain_text(entry.ops)} ({', '.join(entry.evidence)})")
             )
-        for name, array in zip(entry.targets, _run_entry(entry, source, like, receipt), strict=True):
+        for name, array in zip(entry.targets, run_entry(entry, source, like, receipt), strict=True):
             receipt.leaves += 1
             receipt.nbytes += array.nbytes
             yield name, array
 
 
-def _check_source(plan: Plan, source: Checkpoint) -> None:
+def check_source(plan: Plan, source: Checkpoint) -> None:
+    """PlanError unless `source` has, with values, every tensor that was planned for."""
     failures: list[Failure] = []
     for entry in plan.entries:
         for name in entry.sources:
@@ -130,7 +131,8 @@ def _check_source(plan: Plan, source: Checkpoint) -> None:
         raise PlanError(f"{escape(source.label)} has names, shapes and dtypes, but no values to port")
 
 
-def _run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None, receipt: Receipt) -> tuple[Array, ...]:
+def run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None, receipt: Receipt) -> tuple[Array, ...]:
+    """All targets of one entry, whole."""
     if entry.ops and isinstance(entry.ops[0], Keep):
         if like is None:
             entry.ops[0].apply(())

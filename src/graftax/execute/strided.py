@@ -46,7 +46,7 @@ def _bits(array: Array) -> Array:
 
 
 def _ordered(dst: Array, src: Array) -> tuple[Array, Array]:
-    """Both with the destination's axes outermost first, without axes of one, and axes that continue each other joined."""
+    """Both with the destination's axes outermost first, none of one, those that continue each other joined."""
     order = sorted((a for a in range(dst.ndim) if dst.shape[a] > 1), key=lambda a: -abs(dst.strides[a]))
     loops: list[tuple[int, int, int]] = []
     for axis in order:

@@ -11,10 +11,10 @@ A format module has three functions and nothing else that others call:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from graftax.tree import Key, Side, TensorSpec
 
@@ -42,10 +42,31 @@ class Format:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Tile:
+    """A part of a tensor's bytes: `data` is (rows, run) of uint8, row i at byte `start` + i x `step`. Good until the
+    next tile is asked for: its memory is used again."""
+
+    start: int
+    data: np.ndarray[Any, Any]
+    step: int
+
+
+class Tiles(Protocol):
+    """Tensors on demand: what a writer asks in its own order, each path once."""
+
+    def tiles(self, target: str, contiguous: bool = False) -> Iterator[Tile]:
+        """Tiles that cover the tensor's bytes once; `contiguous`: in order, each of one row."""
+        ...
+
+    def done(self, target: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Output:
     """What to write: `specs` in the order of the file, `tensors` once each in any order (C-contiguous or not: the
     writer makes them so), and what a tree needs to come back as it was. Paths are flat; `container` is the name of
-    the nested dict that a .pt file holds them in (`out.pt::model`)."""
+    the nested dict that a .pt file holds them in (`out.pt::model`). A writer that can takes the tensors from `tiles`
+    instead, where that is given, in the order of its file."""
 
     specs: Mapping[str, TensorSpec]
     tensors: Iterable[tuple[str, np.ndarray[Any, Any]]]
@@ -54,3 +75,4 @@ class Output:
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
     shard_size: int | None = None
     container: str | None = None
+    tiles: Tiles | None = None

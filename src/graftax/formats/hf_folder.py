@@ -100,6 +100,11 @@ def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
     def read(path: str) -> np.ndarray[Any, Any]:
         return shards[weight_map[path]].read(path)
 
+    def span(path: str, start: int, buffer: memoryview) -> None:
+        by_position = shards[weight_map[path]].span
+        assert by_position is not None
+        by_position(path, start, buffer)
+
     sides: set[Side] = {shard.side for shard in shards.values() if shard.side}
     return Checkpoint(
         label=str(folder),
@@ -112,6 +117,7 @@ def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
         real_keys=real_keys,
         containers=containers,
         native={name: shard.native for name, shard in shards.items()},
+        span=span if all(shard.span for shard in shards.values()) else None,
     )
 
 

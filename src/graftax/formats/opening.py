@@ -185,7 +185,7 @@ def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
         return {path[cut:]: value for path, value in mapping.items() if path.startswith(prefix)}
 
     specs = within(checkpoint.specs)
-    reader = checkpoint.reader
+    reader, span = checkpoint.reader, checkpoint.span
     containers = within(checkpoint.containers)
     if (root := checkpoint.containers.get(prefix[:-1])) is not None:
         containers[""] = root
@@ -195,6 +195,7 @@ def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
         side=checkpoint.side or detect_side(specs),
         specs=specs,
         reader=None if reader is None else lambda path: reader(prefix + path),
+        span=None if span is None else lambda path, start, buffer: span(prefix + path, start, buffer),
         format=checkpoint.format,
         files=checkpoint.files,
         metadata=checkpoint.metadata,

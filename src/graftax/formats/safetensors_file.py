@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.errors import FormatError, escape
 from graftax.formats import files, strict_json, tree_meta
-from graftax.formats.base import Output
+from graftax.formats.base import Output, Tiles
+from graftax.formats.direct import DirectFile
 from graftax.formats.safetensors_header import PREFIX, Range, build_header, header_length, parse_header, storage_fault
 from graftax.formats.writing import tensor_bytes
 from graftax.tree import Checkpoint, Key, Side, TensorSpec, detect_side
@@ -45,6 +46,13 @@ class TensorFile:
         raw = np.empty(end - begin, np.uint8)
         files.read_into(self.path, self.stamp, begin, memoryview(raw))  # pyright: ignore[reportArgumentType]
         return from_storage(raw, self.specs[name])
+
+    def span(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fills `buffer` from byte `start` of a tensor on."""
+        begin, end = self.ranges[name]
+        if not 0 <= start <= start + len(buffer) <= end - begin:
+            raise IndexError(f"{name}: bytes {start} to {start + len(buffer)} of {end - begin}")
+        files.read_into(self.path, self.stamp, begin + start, buffer)
 
     def read_bytes(self, name: str, start: int, stop: int) -> bytearray:
         """Bytes `start` to `stop` of a tensor, for reading it in pieces."""
@@ -80,6 +88,7 @@ def open(path: Path) -> Checkpoint:
         real_keys=real_keys,
         containers=containers,
         native=native,
+        span=native.span,
     )
 
 
@@ -114,7 +123,9 @@ def write(path: Path, output: Output) -> None:
 
 
 def write_files(shards: Mapping[Path, Mapping[str, TensorSpec]], output: Output) -> None:
-    """Several files at once, each with the tensors it is to hold: headers first, then every tensor as it comes."""
+    """Several files at once, each with the tensors it is to hold: headers first, then every tensor as it comes, or in
+    the order of the files where they are made on demand."""
+    heads: dict[Path, bytes] = {}
     place: dict[str, tuple[Path, Range]] = {}
     for path, specs in shards.items():
         metadata = own_metadata(
@@ -122,14 +133,38 @@ def write_files(shards: Mapping[Path, Mapping[str, TensorSpec]], output: Output)
             tree_meta.below(output.real_keys, specs),
             tree_meta.below(output.containers, specs),
         )
-        head, ranges = build_header(specs, metadata, path.name)
+        heads[path], ranges = build_header(specs, metadata, path.name)
+        place.update({name: (path, range) for name, range in ranges.items()})
+    if output.tiles is not None:
+        for path, specs in shards.items():
+            _write_tiles(path, heads[path], {name: place[name][1] for name in specs}, output.tiles)
+    else:
+        _write_arrays(heads, place, output)
+
+
+def _write_tiles(path: Path, head: bytes, ranges: Mapping[str, Range], tiles: Tiles) -> None:
+    size = max((end for _, end in ranges.values()), default=len(head))
+    with DirectFile(path, size) as file:
+        file.append(head)
+        for name, (begin, _) in sorted(ranges.items(), key=lambda item: item[1]):
+            for tile in tiles.tiles(name):
+                if len(tile.data) == 1:
+                    file.skip(begin + tile.start)
+                    file.append(tile.data[0])
+                else:
+                    for i, row in enumerate(tile.data):
+                        file.write_at(begin + tile.start + i * tile.step, row)
+            tiles.done(name)
+
+
+def _write_arrays(heads: Mapping[Path, bytes], place: Mapping[str, tuple[Path, Range]], output: Output) -> None:
+    for path, head in heads.items():
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             files.write_at(fd, 0, memoryview(head))
-            os.ftruncate(fd, max((end for _, end in ranges.values()), default=len(head)))
+            os.ftruncate(fd, max((end for at, (_, end) in place.values() if at == path), default=len(head)))
         finally:
             os.close(fd)
-        place.update({name: (path, range) for name, range in ranges.items()})
     current: Path | None = None
     fd = -1
     try:

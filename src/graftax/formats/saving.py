@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from graftax.errors import Failure, GraftaxError, PlanError, StorageError, UsageError, escape
 from graftax.formats import files
-from graftax.formats.base import Format, Output
+from graftax.formats.base import Format, Output, Tile, Tiles
 from graftax.formats.commit import clear_stale, staged
 from graftax.formats.table import FORMATS, NO_ENDING, by_ending, by_name, holders
 from graftax.tree import Checkpoint, Side
@@ -143,7 +143,22 @@ def _nested(output: Output, name: str, row: Format) -> Output:
         tensors=((prefix + path, array) for path, array in output.tensors),
         real_keys=below(output.real_keys),
         containers=below(output.containers),
+        tiles=None if output.tiles is None else _Below(output.tiles, len(prefix)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """Tiles of a tree that stands below a name: `skip` characters come before the target's own."""
+
+    under: Tiles
+    skip: int
+
+    def tiles(self, target: str, contiguous: bool = False) -> Iterator[Tile]:
+        return self.under.tiles(target[self.skip :], contiguous)
+
+    def done(self, target: str) -> None:
+        self.under.done(target[self.skip :])
 
 
 def _check_fits(row: Format, output: Output) -> None:

@@ -1,0 +1,167 @@
+"""Fill a tile from its pieces: read what they need of each source, in as few and long reads as memory allows, and copy.
+
+Sources are arrays in memory, or bytes that are read by position; a scratch bounds how much is read at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from graftax.dtypes import numpy_dtype
+from graftax.execute import strided
+from graftax.execute.meter import evaluate
+from graftax.execute.pushdown import Apply, Leaf, Piece, Value
+from graftax.tree import TensorSpec
+
+Array = np.ndarray[Any, Any]
+
+DENSE = 3
+"""A span is read whole if at least one of DENSE of its elements is wanted, or if it is short."""
+SHORT = 128 << 10
+"""Bytes that cost less to read and skip than a second read does."""
+
+
+class Values(Protocol):
+    """A source tensor: its spec, and its elements start..stop in C order as a flat array."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+    def span(self, start: int, stop: int, scratch: Array | None) -> Array: ...
+    @property
+    def in_memory(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """An array in memory."""
+
+    spec: TensorSpec
+    flat: Array
+    in_memory = True
+
+    def span(self, start: int, stop: int, scratch: Array | None) -> Array:
+        return self.flat[start:stop]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A tensor in a file. `read(start, buffer)` fills the buffer from byte `start` of its values (C order, little
+    end first)."""
+
+    spec: TensorSpec
+    read: Callable[[int, memoryview], None]
+    in_memory = False
+
+    def span(self, start: int, stop: int, scratch: Array | None) -> Array:
+        dtype = numpy_dtype(self.spec.dtype)
+        nbytes = (stop - start) * dtype.itemsize
+        raw = np.empty(nbytes, np.uint8) if scratch is None else scratch[:nbytes]
+        self.read(start * dtype.itemsize, memoryview(raw))  # pyright: ignore[reportArgumentType]
+        return raw.view(dtype)
+
+
+def held(array: Array, spec: TensorSpec) -> Held:
+    return Held(spec, np.ascontiguousarray(array).reshape(-1))
+
+
+Evaluate = Callable[[Value, tuple[int, ...], Callable[[Leaf], Array]], Array]
+"""(value, extents, leaf -> its strided view) -> the array of a piece."""
+
+
+def fill(
+    out: Array, pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array, evaluate: Evaluate = evaluate
+) -> int:
+    """Write all pieces into `out`, a flat tile; gives the bytes that were read from files. `scratch` is what may be
+    used for reading, as bytes; a piece that needs more at a time is done in parts."""
+    return sum(_fill(out, piece, sources, scratch, evaluate) for piece in pieces)
+
+
+def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> int:
+    leaves = [leaf for leaf in piece.leaves() if not sources[leaf.source].in_memory]
+    if isinstance(piece.value, Leaf) and leaves and _straight(piece):
+        values = sources[piece.value.source]
+        target = out[piece.offset : piece.offset + piece.count]
+        raw = target.view(np.uint8)
+        assert isinstance(values, Stored)
+        values.read(piece.value.offset * target.itemsize, memoryview(raw))  # pyright: ignore[reportArgumentType]
+        return raw.nbytes
+    room = scratch.nbytes // max(len(leaves), 1)
+    for leaf in leaves:
+        width = sources[leaf.source].spec.bits // 8
+        low, high = _reach(leaf, piece.extents)
+        span = (high - low + 1) * width
+        if span > room or (span > SHORT and span > DENSE * piece.count * width):
+            loop = max(range(len(piece.extents)), key=lambda j: abs(leaf.strides[j]) * (piece.extents[j] > 1))
+            return _parts(out, piece, loop, leaf, room // width, sources, scratch, evaluate)
+    target = _window(out, piece.offset, piece.extents, piece.strides)
+    taken = 0
+
+    def view(leaf: Leaf) -> Array:
+        nonlocal taken
+        values = sources[leaf.source]
+        low, high = _reach(leaf, piece.extents)
+        flat = values.span(low, high + 1, None if values.in_memory else scratch[taken:])
+        if not values.in_memory:
+            taken += -(-flat.nbytes // 16) * 16
+        return _window(flat, leaf.offset - low, piece.extents, leaf.strides)
+
+    value = evaluate(piece.value, piece.extents, view)
+    if value.dtype == target.dtype:
+        strided.copy(target, value)
+    else:
+        target[...] = value
+    return taken
+
+
+def _parts(
+    out: Array, piece: Piece, loop: int, leaf: Leaf, room: int, sources: Any, scratch: Array, evaluate: Evaluate
+) -> int:
+    """The piece in parts along one loop: as many iterations at a time as a dense span in the scratch allows."""
+    count = piece.extents[loop]
+    alone = replace(piece, extents=(*piece.extents[:loop], 1, *piece.extents[loop + 1 :]))
+    low, high = _reach(leaf, alone.extents)
+    inner, step = high - low + 1, abs(leaf.strides[loop])
+    dense = inner * DENSE >= step and inner <= DENSE * alone.count
+    at_once = max(1, min(count // 2, (room - inner) // max(step, 1) + 1)) if dense else 1
+    read = 0
+    for start in range(0, count, at_once):
+        n = min(at_once, count - start)
+        extents = (*piece.extents[:loop], n, *piece.extents[loop + 1 :])
+        part = Piece(
+            extents,
+            piece.offset + start * piece.strides[loop],
+            piece.strides,
+            _moved(piece.value, loop, start),
+        )
+        read += _fill(out, part, sources, scratch, evaluate)
+    return read
+
+
+def _moved(value: Value, loop: int, by: int) -> Value:
+    if isinstance(value, Leaf):
+        return replace(value, offset=value.offset + by * value.strides[loop])
+    if isinstance(value, Apply):
+        return replace(value, args=tuple(_moved(arg, loop, by) for arg in value.args))
+    return value
+
+
+def _straight(piece: Piece) -> bool:
+    """A run of the source that is a run of the tile."""
+    assert isinstance(piece.value, Leaf)
+    return not piece.extents or (len(piece.extents) == 1 and piece.strides == piece.value.strides == (1,))
+
+
+def _reach(leaf: Leaf, extents: tuple[int, ...]) -> tuple[int, int]:
+    """The first and the last element that a leaf touches."""
+    ends = [s * (n - 1) for s, n in zip(leaf.strides, extents, strict=True)]
+    return leaf.offset + sum(e for e in ends if e < 0), leaf.offset + sum(e for e in ends if e > 0)
+
+
+def _window(flat: Array, offset: int, extents: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    """A strided view; NumPy checks that it stays inside `flat`."""
+    width = flat.itemsize
+    return np.ndarray(extents, flat.dtype, flat.data, offset * width, [s * width for s in strides])

@@ -1,0 +1,239 @@
+"""Run a plan tile by tile: a target is made in pieces that fit a budget, from just the bytes that each needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from graftax.dtypes import numpy_dtype, storage_bytes
+from graftax.errors import PlanError, escape
+from graftax.execute.eager import Measured, Receipt, check_source, run_entry
+from graftax.execute.gather import Stored, Values, fill, held
+from graftax.execute.memory import allocate
+from graftax.execute.meter import Meter
+from graftax.execute.pushdown import Box, NotLocal, Piece, push
+from graftax.formats.base import Tile
+from graftax.formats.sizes import size_text
+from graftax.ops import Cast, Keep, Op, chain_text
+from graftax.plans import Entry, Plan
+from graftax.tree import Checkpoint, TensorSpec
+
+Array = np.ndarray[Any, Any]
+
+_TILE_SHARE, _SCRATCH_SHARE = 4, 4
+"""A tile and the reading scratch may each take this part of the budget; the writer's buffers take the rest."""
+_LEAST = 1 << 20
+
+
+class Stream:
+    """The targets of a plan, each as tiles on demand, in any order. `receipt` is filled as they are made.
+
+    budget   bytes of memory to work in; None: a tensor at a time
+    Raises PlanError where the plan is incomplete, `source` is not what was planned for, an op's condition fails, or an
+    entry needs more memory than the budget.
+    """
+
+    def __init__(
+        self, plan: Plan, source: Checkpoint, like: Checkpoint | None, receipt: Receipt, budget: int | None
+    ) -> None:
+        plan.require_complete()
+        check_source(plan, source)
+        self._plan, self._source, self._like, self._receipt = plan, source, like, receipt
+        self._budget = budget
+        self._tile = max(_LEAST, budget // _TILE_SHARE) if budget is not None else 1 << 62
+        self._room = allocate(_LEAST)
+        self._scratch = allocate(max(_LEAST, budget // _SCRATCH_SHARE) if budget is not None else 64 << 20)
+        self._home = {name: (entry, i) for entry in plan.entries for i, name in enumerate(entry.targets)}
+        self._whole: dict[int, dict[str, Array]] = {}
+        self._meters: dict[int, Meter] = {}
+        for entry in plan.entries:
+            if entry.dropped is not None:
+                receipt.dropped.update(dict.fromkeys(entry.sources, entry.dropped))
+            elif entry.unfilled:
+                why = f"{chain_text(entry.ops)} ({', '.join(entry.evidence)})"
+                receipt.filled.update(dict.fromkeys(entry.targets, why))
+
+    def tiles(self, target: str, contiguous: bool = False) -> Iterator[Tile]:
+        """The bytes of one target in tiles that cover it once; `contiguous`: in order, without gaps."""
+        entry, index = self._home[target]
+        spec = self._plan.like.specs[target]
+        self._receipt.leaves += 1
+        self._receipt.nbytes += spec.nbytes
+        try:
+            yield from self._tiles(entry, index, target, spec, contiguous)
+        except PlanError as error:
+            raise PlanError(f"{escape(entry.text, 400)}: {error}", error.failures) from error
+
+    def _tiles(self, entry: Entry, index: int, target: str, spec: TensorSpec, contiguous: bool) -> Iterator[Tile]:
+        kept = bool(entry.ops) and isinstance(entry.ops[0], Keep)
+        if kept or spec.packed or any(self._plan.source.specs[name].packed for name in entry.sources):
+            yield from self._held_tiles(self._made(entry)[target], spec)
+            return
+        specs = tuple(self._plan.source.specs[name] for name in entry.sources)
+        try:
+            boxes = self._boxes(entry.ops, specs, index, spec, contiguous)
+        except NotLocal:
+            yield from self._held_tiles(self._made(entry)[target], spec)
+            return
+        sources = [self._values(name) for name in entry.sources]
+        dtype = numpy_dtype(spec.dtype)
+        meter = self._meter(entry)
+        for box, pieces in boxes:
+            count = math.prod(stop - start for start, stop in box)
+            out = self._buffer(count * dtype.itemsize).view(dtype)
+            fill(out, pieces, sources, self._scratch, meter)
+            yield _tile(out, box, spec)
+
+    def _boxes(
+        self, ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], index: int, spec: TensorSpec, contiguous: bool
+    ) -> Iterator[tuple[Box, list[Piece]]]:
+        """The boxes of a target that fit a tile, each with its pieces. NotLocal where there are none."""
+        steps = _box_steps(ops, specs, index, spec, self._tile, contiguous)
+        ranges = [[(i, min(i + step, n)) for i in range(0, n, step)] for n, step in zip(spec.shape, steps, strict=True)]
+        boxes = [list(box) for box in product(*ranges)] if spec.size else []
+        first = push(ops, specs, index, boxes[0]) if boxes else []  # what is not local shows at the first
+        return ((box, push(ops, specs, index, box) if i else first) for i, box in enumerate(boxes))
+
+    def _values(self, name: str) -> Values:
+        spec, span = self._plan.source.specs[name], self._source.span
+        if span is not None:
+            return Stored(spec, lambda start, buffer: span(name, start, buffer))
+        return held(self._source.read(name), spec)
+
+    def _meter(self, entry: Entry) -> Meter:
+        key = id(entry)
+        if key not in self._meters:
+            self._meters[key] = Meter(entry.exact)
+        return self._meters[key]
+
+    def _made(self, entry: Entry) -> dict[str, Array]:
+        """All targets of an entry that cannot be cut, kept until the last of them was asked for."""
+        key = id(entry)
+        if key not in self._whole:
+            specs = [self._plan.source.specs[name] for name in entry.sources]
+            needed = sum(spec.nbytes for spec in specs) + sum(self._plan.like.specs[t].nbytes for t in entry.targets)
+            if self._budget is not None and needed > max(self._budget, _LEAST):
+                raise PlanError(
+                    f"{chain_text(entry.ops)} needs its tensors whole: {size_text(needed)}, more than the "
+                    f"{size_text(self._budget)} of --max-memory",
+                    next=f"Give --max-memory {-(-needed // 2**20)}MiB or more.",
+                )
+            made = run_entry(entry, self._source, self._like, self._receipt)
+            self._whole[key] = dict(zip(entry.targets, made, strict=True))
+        return self._whole[key]
+
+    def _held_tiles(self, array: Array, spec: TensorSpec) -> Iterator[Tile]:
+        data = storage_bytes(array, spec)
+        yield Tile(0, data.reshape(1, -1), 0)
+
+    def _buffer(self, nbytes: int) -> Array:
+        """Room for a tile; used again for the next one."""
+        if self._room.nbytes < nbytes:
+            self._room = allocate(nbytes)
+        return self._room[:nbytes]
+
+    def done(self, target: str) -> None:
+        """Nobody asks for this target again: what was held for it is let go."""
+        entry, _ = self._home[target]
+        held_arrays = self._whole.get(id(entry))
+        if held_arrays is not None:
+            held_arrays.pop(target, None)
+            if not held_arrays:
+                del self._whole[id(entry)]
+
+    def close(self) -> None:
+        """Writes what was measured into the receipt."""
+        for entry in self._plan.entries:
+            meter = self._meters.get(id(entry))
+            if meter is None:
+                continue
+            if any(isinstance(op, Cast) for op in entry.ops):
+                self._receipt.cast_leaves += len(entry.targets)
+                self._receipt.casts += meter.casts
+            if not entry.exact:
+                wide = meter.equal_in_float32 if meter.narrow and meter.equal != meter.total else None
+                self._receipt.measured.append(Measured(entry.targets, meter.equal, meter.total, wide))
+
+
+def _tile(out: Array, box: Box, spec: TensorSpec) -> Tile:
+    """A box of a target as runs of its bytes."""
+    width = out.itemsize
+    steps = [width] * len(spec.shape)
+    for axis in range(len(steps) - 2, -1, -1):
+        steps[axis] = steps[axis + 1] * spec.shape[axis + 1]
+    begin = sum(start * step for (start, _), step in zip(box, steps, strict=True))
+    # The axes from `cut` on make one run; those before it must be of one index, but for one.
+    cut = len(steps)
+    run = width
+    while cut and (cut == len(steps) or box[cut] == (0, spec.shape[cut])):
+        cut -= 1
+        run *= box[cut][1] - box[cut][0]
+    raw = out.view(np.uint8)
+    rows = raw.nbytes // max(run, 1)
+    if rows <= 1:
+        return Tile(begin, raw.reshape(1, -1), 0)
+    lead = [(n, step) for (start, stop), step in zip(box[:cut], steps[:cut], strict=True) if (n := stop - start) > 1]
+    assert len(lead) == 1, "a tile has runs along one axis"
+    return Tile(begin, raw.reshape(rows, run), lead[0][1])
+
+
+def _box_steps(
+    ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], index: int, spec: TensorSpec, most: int, contiguous: bool
+) -> list[int]:
+    """How long a tile is on every axis of a target, for tiles of `most` bytes.
+
+    Halves the axis that leaves the longest runs, on disk and in the sources; `contiguous`: leading axes first.
+    """
+    width = spec.bits // 8
+    steps = list(spec.shape)
+    while math.prod(steps) * width > most and any(step > 1 for step in steps):
+        lead = next(axis for axis, step in enumerate(steps) if step > 1)
+        if contiguous:
+            steps[lead] = -(-steps[lead] // 2)
+            continue
+        best: tuple[int, int] | None = None
+        for axis in range(len(steps)):
+            tried = [*steps[:axis], -(-steps[axis] // 2), *steps[axis + 1 :]]
+            if steps[axis] == 1 or not _one_row_axis(tried, spec.shape):
+                continue
+            score = min(_target_run(tried, spec.shape), _source_run(ops, specs, index, tried)) * width
+            if best is None or score > best[0]:
+                best = (score, axis)
+        axis = lead if best is None else best[1]
+        steps[axis] = -(-steps[axis] // 2)
+    return steps
+
+
+def _target_run(steps: list[int], shape: tuple[int, ...]) -> int:
+    run = 1
+    for step, extent in zip(reversed(steps), reversed(shape), strict=True):
+        run *= step
+        if step != extent:
+            break
+    return run
+
+
+def _one_row_axis(steps: list[int], shape: tuple[int, ...]) -> bool:
+    """A tile's runs must lie at even distances: before its run, one axis at most has more than one index."""
+    axis = len(steps)
+    while axis and (axis == len(steps) or steps[axis] == shape[axis]):
+        axis -= 1
+    return sum(step > 1 for step in steps[:axis]) <= 1
+
+
+def _source_run(ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], index: int, steps: list[int]) -> int:
+    """The shortest run of source elements that a tile of these lengths at the origin needs."""
+    found = 1 << 62
+    for piece in push(ops, specs, index, [(0, step) for step in steps]):
+        for leaf in piece.leaves():
+            run, rest = 1, sorted(zip(map(abs, leaf.strides), piece.extents, strict=True))
+            for stride, extent in rest:
+                if stride != run:
+                    break
+                run *= extent
+            found = min(found, run)
+    return found
