@@ -119,7 +119,7 @@ def candidates(have: Shape, want: Shape, channels_first: bool, features: Feature
             if tuple(have[a] for a in axes) == want:
                 out.append(Turn(axes, None, scale, want))
     if math.prod(have) == math.prod(want):
-        for axes in dict.fromkeys((*priors, last, *_swaps(len(have)))):
+        for axes in dict.fromkeys((*priors, *_swaps(len(have)), last)):
             if _regroups(tuple(have[a] for a in axes), want):
                 out.append(Turn(axes, None, scale, want))
     if len(have) == len(want) or 1 in have or 1 in want:

@@ -42,8 +42,9 @@ def relative_l2(got: Any, want: Any) -> float:
 
 def _fast(a: Array, b: Array) -> float | None:
     """The same by float32 dot products, good to 1e-4 of itself; None where a sum leaves float32's range."""
-    difference = a - b
-    distance, scale = float(np.dot(difference, difference)), float(np.dot(b, b))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = a - b
+        distance, scale = float(np.dot(difference, difference)), float(np.dot(b, b))
     if math.isfinite(distance) and 1e-30 < scale < 1e30 and (distance > 1e-30 or not difference.any()):
         return math.sqrt(distance / scale)
     return None
