@@ -116,9 +116,11 @@ class LayoutError(PlanError):
 
 
 class ParityError(GraftaxError, AssertionError):
-    """Flax output and torch output differ by more than float32 explains."""
+    """Flax output and torch output differ by more than float32 explains. `report` is the whole ParityReport, of which
+    the message shows the beginning."""
 
     exit_code = 1
+    report: Any = None
 
 
 class ModelError(GraftaxError):

@@ -36,8 +36,9 @@ def golden() -> Golden:
         "fc": Module("fc", "Linear", ("torch.nn.modules.linear.Linear",), settings, {"weight": "fc.weight"}),
     }
     outputs = {"logits": y, "half": hidden.astype(ml_dtypes.bfloat16), "empty": np.zeros((0, 2), "i8"), "n": 7}
+    events = (("in", Site("fc")), ("out", Site("fc")), ("in", Site("act")), ("out", Site("act", 1)))
     return Golden(
-        Reference(modules, tuple(records), records, outputs, {"logits": y + 1}, {"drop": "never called"}),
+        Reference(modules, tuple(records), records, outputs, {"logits": y + 1}, {"drop": "never called"}, 0.0, events),
         (x, np.arange(6, dtype="i4")),
         {"train": False, "mask": mask},
         {"fc.weight": TensorSpec((5, 3), "float32"), "fc.count": TensorSpec((), "int64")},
@@ -72,6 +73,7 @@ def test_everything_comes_back(tmp_path: Path):
     assert same(old.reference.outputs_float32, new.reference.outputs_float32)
     assert new.reference.modules == old.reference.modules
     assert new.reference.order == old.reference.order
+    assert new.reference.events == old.reference.events
     for site in old.reference.order:
         a, b = old.reference.records[site], new.reference.records[site]
         assert same(a.args, b.args)
@@ -100,6 +102,7 @@ def test_layers_are_left_out_unless_asked_for(tmp_path: Path):
     new = load_golden(tmp_path / "g.safetensors")
     assert new.reference.records == {}
     assert new.reference.order == ()
+    assert new.reference.events == ()
     assert not any(name.startswith("layers/") for name in load_file(tmp_path / "g.safetensors"))
 
 
@@ -170,6 +173,8 @@ BROKEN = {
     "layer": ({"layers": [["fc", 0, {"t": []}, {"d": []}, None]]}, "a layer has 0 errors, not 3"),
     "call": ({"layers": [["fc", True, {"t": []}, {"d": []}, None, 0, 0, 0]]}, "whole number from 0, found True"),
     "errors": ({"layers": [["fc", 0, {"t": []}, {"d": []}, None, "x", 0, 0]]}, "expected a number, found 'x'"),
+    "events": ({"events": [["in", 3]]}, "malformed golden file"),
+    "event": ({"events": [["on", 0]]}, "expected one of in, out, found 'on'"),
     "text": ({"torch": 5}, "expected text, found 5"),
     "layout": ({"layout": ["N"]}, "expected text"),
     "aliases": ({"aliases": [1]}, "malformed golden file"),

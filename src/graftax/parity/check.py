@@ -120,9 +120,12 @@ def check_parity(
 
 def assert_parity(*args: Any, **kwargs: Any) -> ParityReport:
     """`check_parity` that raises ParityError, with the report as its text, where the answer is no."""
+    __tracebackhide__ = True  # pytest shows the line of the test
     report = check_parity(*args, **kwargs)
     if not report:
-        raise ParityError(str(report))
+        error = ParityError(str(report))
+        error.report = report
+        raise error
     return report
 
 

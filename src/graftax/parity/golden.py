@@ -78,7 +78,7 @@ def save_golden(path: str | PathLike[str], golden: Golden, layers: bool = False)
     out = Path(path)
     refuse_other_file(out, KEY, "a golden file")
     table = Table()
-    kept = golden if layers else replace(golden, reference=replace(golden.reference, records={}, order=()))
+    kept = golden if layers else replace(golden, reference=replace(golden.reference, records={}, order=(), events=()))
     text = json.dumps(_as_json(kept, table), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     specs = {name: spec_of(array) for name, array in table.arrays.items()}
     head, ranges = build_header(specs, {"format": "golden", KEY: text}, escape(out))
@@ -97,6 +97,8 @@ def save_golden(path: str | PathLike[str], golden: Golden, layers: bool = False)
 
 def _as_json(golden: Golden, table: Table) -> dict[str, Any]:
     reference = golden.reference
+    sites = [site for site in reference.order if site in reference.records]
+    numbers = {site: i for i, site in enumerate(sites)}
     return {
         "schema": SCHEMA,
         "torch": golden.torch_name,
@@ -116,9 +118,8 @@ def _as_json(golden: Golden, table: Table) -> dict[str, Any]:
              dict(module.leaves)]
             for module in reference.modules.values()
         ],
-        "layers": [
-            _record_json(site, reference.records[site], table) for site in reference.order if site in reference.records
-        ],
+        "layers": [_record_json(site, reference.records[site], table) for site in sites],
+        "events": [[what, numbers[site]] for what, site in reference.events if site in numbers],
     }  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def load_golden(path: str | PathLike[str]) -> Golden:
         return _golden(data, arrays, label)
     except FormatError as error:
         raise error if label in str(error) else FormatError(f"{label}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else escape(error, 200)
         raise FormatError(f"{label}: malformed golden file: {what}", next="Record it again.") from None
 
@@ -180,13 +181,16 @@ def _golden(data: Mapping[str, Any], arrays: Mapping[str, Any], label: str) -> G
         name: TensorSpec(tuple(map(_whole, shape)), _text(dtype))
         for name, (shape, dtype) in _typed(data, "specs", dict).items()
     }
+    sites = tuple(records)
+    events = tuple((_choice(what, ("in", "out")), sites[_whole(i)]) for what, i in _typed(data, "events", list))
     reference = Reference(
         modules=modules,
-        order=tuple(records),
+        order=sites,
         records=records,
         outputs=decode(data["outputs"], arrays, label),
         outputs_float32=decode(data["outputs_float32"], arrays, label),
         not_traced=_texts(data["not_traced"]),
+        events=events,
     )
     return Golden(
         reference=reference,
@@ -218,6 +222,12 @@ def _decoded(data: Any, arrays: Mapping[str, Any], label: str, kind: type) -> An
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, found {escape(repr(value), 60)}")
+    return value
+
+
+def _choice(value: Any, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"expected one of {', '.join(known)}, found {escape(repr(value), 60)}")
     return value
 
 

@@ -203,7 +203,7 @@ class SettingRow:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ParityReport:
     """The answer of `gx.check_parity`: truthy when the port is proved, text that names the first layer and the cause.
 
@@ -240,6 +240,12 @@ class ParityReport:
         from graftax.report.parity_text import parity_text
 
         return parity_text(self)
+
+    def __repr__(self) -> str:
+        """A line: what pytest shows for `assert gx.check_parity(...)`."""
+        from graftax.report.parity_words import one_line
+
+        return f"<ParityReport: {one_line(self)}>"
 
     def save_html(self, path: str | PathLike[str]) -> None:
         """Write the report as one self-contained page. StorageError where that fails."""

@@ -119,6 +119,17 @@ def headline(report: ParityReport) -> str:
     return f"Parity fails: {torch} (torch) and {flax} (Flax) {_why(report)}."
 
 
+def one_line(report: ParityReport) -> str:
+    """The answer in a few words: 'parity fails at embeddings/LayerNorm (epsilon)'."""
+    if report.ok:
+        return "parity holds"
+    if report.first is None:
+        return f"parity fails: {summary(report)}"
+    cause = f" ({escape(report.causes[0].name)})" if report.causes else ""
+    before = "the code before " if report.where == "in" else ""
+    return f"parity fails at {before}{site_name(report.first.site_flax)}{cause}"
+
+
 def _why(report: ParityReport) -> str:
     if report.first is not None:
         return "diverge"

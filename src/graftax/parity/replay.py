@@ -1,0 +1,221 @@
+"""Golden runs: record what a torch module does, and judge a Flax model against it where no torch is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+from graftax.errors import ParityError, PlanError, ReplayError, escape
+from graftax.parity.golden import Golden, load_golden, save_golden
+from graftax.parity.records import THRESHOLD
+from graftax.parity.report_model import ParityReport
+from graftax.plans import Plan
+from graftax.tree import Checkpoint, Module
+
+Pathlike = str | PathLike[str]
+
+
+def record_golden(
+    torch_module: Any,
+    flax_model: Any,
+    inputs: Any,
+    path: Pathlike | None = None,
+    *,
+    source: Any = None,
+    rules: Any = None,
+    plan: Plan | None = None,
+    layout: Any = None,
+    out_layout: str | None = None,
+    layers: bool = False,
+) -> Golden:
+    """Run the torch module, in float64 and float32, and keep what a replay needs; written to `path` if one is given.
+
+    torch_module, inputs, source, layout, rules, plan   as for gx.check_parity
+    flax_model   says which layers have a counterpart, and which flags its call takes; None: every layer with weights
+                 is kept
+    layers       keep the inputs and outputs of the layers too: a replay then names the layer that diverges
+
+    Raises what gx.check_parity raises of the torch side, UsageError for inputs that a file cannot hold, StorageError.
+    """
+    from graftax.adapters import open_tree
+    from graftax.parity import sides
+    from graftax.parity.check import _require_deterministic
+    from graftax.parity.inputs import Inputs
+    from graftax.parity.reference import make_reference
+    from graftax.parity.torch_runner import runners
+
+    tree = open_tree(torch_module)
+    values_of = None if source is None else open_tree(source)
+    torch64, torch32 = runners(torch_module, values_of, inputs.torch_call if isinstance(inputs, Inputs) else None)
+    torch_call, flax_call = sides.calls_of(inputs, layout, flax_model)
+    watch = _watched(tree, flax_model, flax_call, rules, plan) if layers else []
+    reference = make_reference(torch64, torch32, *torch_call, watch)
+    _require_deterministic(torch64, reference)
+    golden = Golden(
+        replace(reference, modules=tree.modules),
+        *flax_call,
+        specs=tree.specs,
+        buffers=tree.buffers,
+        aliases=tree.aliases,
+        torch_name=type(torch_module).__name__,
+        layout=layout if isinstance(layout, str) else None,
+        out_layout=out_layout,
+        versions=_versions(),
+    )
+    if path is not None:
+        save_golden(path, golden, layers=layers)
+    return golden
+
+
+def check_golden(
+    golden: Golden | Pathlike,
+    flax_model: Any,
+    weights: Any = None,
+    *,
+    source: Any = None,
+    rules: Any = None,
+    plan: Plan | None = None,
+    out_layout: Any = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    layers: bool = True,
+    causes: bool = True,
+    threshold: float = THRESHOLD,
+    rngs: Any = None,
+    seed: int = 0,
+    flax_call: Any = None,
+) -> ParityReport:
+    """Does the Flax model do what the torch module did when the golden file was recorded? torch is not needed.
+
+    weights    the Flax weights, as for gx.check_parity; None: the values that flax_model holds
+    source     torch's checkpoint: the weights are audited against it, and ported where the Flax side has none
+    flax_call  as in gx.Inputs; the rest as for gx.check_parity
+
+    Layers are judged where they were recorded. Raises what gx.check_parity raises of the Flax side, FormatError for a
+    malformed golden file.
+    """
+    from graftax.adapters import open_tree
+    from graftax.parity import check, passes, sides
+    from graftax.parity.align import declared
+    from graftax.parity.audit import Expected, audit
+    from graftax.parity.pairing import find_pairs
+
+    clock = check._Clock()
+    kept = golden if isinstance(golden, Golden) else load_golden(golden)
+    torch = kept.checkpoint()
+    values_of = torch if source is None else open_tree(source)
+    call = sides.with_example((kept.flax_args, dict(kept.flax_kwargs)), flax_model)
+    like = sides.flax_like(flax_model, call)
+    with check._layout_hint(kept.layout, call):
+        tree = open_tree(like)
+    if weights is None and not tree.has_values and not values_of.has_values:
+        raise PlanError(
+            f"{escape(tree.label)} holds no weights, and neither does a golden file",
+            next="Pass the Flax weights (weights=, --weights), or torch's checkpoint (source=, --source).",
+        )
+    made, notes = check._planned(torch, tree, rules, plan, needed=weights is None and not tree.has_values)
+    with check._layout_hint(kept.layout, call):
+        flax = sides.flax_side(like, tree, weights, made, values_of, rngs, seed, flax_call)
+        clock.lap("prepare")
+        pairs = find_pairs(made.entries, torch.modules, tree.modules, torch.aliases, tree.aliases)
+        traced = layers and bool(kept.reference.records)
+        reference = kept.reference if traced else replace(kept.reference, records={}, order=(), events=())
+        judged = passes.judge_flax(
+            reference,
+            flax.runner,
+            *call,
+            pairs if traced else [],
+            torch.specs,
+            threshold=threshold,
+            atol=atol,
+            rtol=rtol,
+            out_layout=declared(out_layout if out_layout is not None else kept.out_layout),
+        )
+    clock.lap("Flax")
+    expected: Mapping[str, Any] = Expected(made, values_of) if values_of.has_values else {}
+    rows = audit(expected, flax.weights) if values_of.has_values else ()  # pyright: ignore[reportArgumentType]
+    clock.lap("audit")
+    report = check.assemble(
+        judged,
+        rows,
+        check._settings(pairs, torch.modules, tree.modules),
+        pairs,
+        reference,
+        threshold,
+        notes=(*notes, *check._notes(flax, tree), *_notes(kept, layers, values_of)),
+        torch_modules=torch.modules,
+        names=(kept.torch_name, flax.name),
+    )
+    if causes and not report.ok and report.first is not None:
+        absent = NoTorch(reference.modules)
+        values = values_of if values_of.has_values else Checkpoint("no weights", "torch", {})
+        sought = check._Search(
+            reference, judged, report, (absent, absent, flax.runner), made, values, flax, expected
+        )  # fmt: skip
+        report = replace(report, causes=sought.causes())
+        clock.lap("causes")
+    return replace(report, seconds=clock.seconds(judged.seconds))
+
+
+def assert_golden(*args: Any, **kwargs: Any) -> ParityReport:
+    """`check_golden` that raises ParityError, with the report as its text, where the answer is no."""
+    __tracebackhide__ = True
+    report = check_golden(*args, **kwargs)
+    if not report:
+        error = ParityError(str(report))
+        error.report = report
+        raise error
+    return report
+
+
+class NoTorch:
+    """Stands for the torch side in a replay: nothing can be run, only the recorded modules are known."""
+
+    def __init__(self, modules: Mapping[str, Module]) -> None:
+        self.modules = modules
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        raise ReplayError("the torch side was recorded in a golden file and cannot be run")
+
+    replay = run
+
+    def not_traced(self) -> Mapping[str, str]:
+        return {}
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _watched(tree: Checkpoint, flax_model: Any, call: Any, rules: Any, plan: Plan | None) -> list[str]:
+    """The torch modules that have a counterpart; all that hold weights where Flax is not there."""
+    from graftax.adapters import open_tree
+    from graftax.parity import check, sides
+    from graftax.parity.pairing import find_pairs
+
+    if flax_model is None:
+        return [path for path, module in tree.modules.items() if module.leaves]
+    like = open_tree(sides.flax_like(flax_model, call))
+    made, _ = check._planned(tree, like, rules, plan, needed=False)
+    pairs = find_pairs(made.entries, tree.modules, like.modules, tree.aliases, like.aliases)
+    return list(dict.fromkeys(pair.torch for pair in pairs))
+
+
+def _notes(golden: Golden, layers: bool, source: Checkpoint) -> tuple[str, ...]:
+    notes: list[str] = []
+    if layers and not golden.reference.records:
+        notes.append(
+            "the golden file holds outputs only: recorded with its layers, it would name the one that diverges"
+        )
+    if not source.has_values:
+        notes.append("the weights were not audited: a golden file holds none (source= gives torch's)")
+    return tuple(notes)
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    import graftax
+
+    return {"torch": str(torch.__version__), "graftax": graftax.__version__}
