@@ -15,6 +15,7 @@ from graftax.match.kinds import Kinds
 from graftax.match.named import read_named, unsaid_questions
 from graftax.match.names import Lexicon, lexicon
 from graftax.match.pairs import Link, Pair, Scope
+from graftax.match.partial import consistent, ruled_chains
 from graftax.match.questions import questions
 from graftax.match.recurrent import Recurrent, recurrent
 from graftax.match.ties import find_ties, tied_to
@@ -68,6 +69,8 @@ def _infer(
     torch, flax = (like, source) if turned else (source, like)
     cells = recurrent(torch, flax, taken | filled, turned, lex) if source_side != like_side else Recurrent()
     t_skip, f_skip = t_skip | cells.torch, f_skip | cells.flax
+    silent = [item.entry for item in named]
+    spoken = [entry for entry in settled.entries if not any(entry is other for other in silent)]
     ends = Ends(
         torch.specs,
         flax.specs,
@@ -81,11 +84,11 @@ def _infer(
         ties,
         Kinds.of(torch, flax),
         read_named(named, turned),
+        ruled=ruled_chains(spoken, hints.anchors, turned),
     )
     result = match(ends, lex)
     entries = list(cells.entries)
-    filled -= {name for item in named for name in item.entry.targets}
-    entries += [e for e in _entries(result, ties, turned) if not filled.intersection(e.targets)]
+    entries += consistent(_entries(result, ties, turned), settled.entries, silent)
     used = {name for entry in entries for name in entry.sources}
     if source_side == "torch":
         entries += _tied_leftovers(source, free, used, ties, entries, reads)

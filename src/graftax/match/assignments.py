@@ -78,7 +78,7 @@ def _pairings(clusters: Sequence[Cluster], taken: _Agreement) -> list[Found] | N
         if found is None or len(found) > MOST:
             return None
         if found:
-            return found
+            return sorted(found, key=lambda pairing: -sum(pair.total for pair in pairing))
     return None
 
 
@@ -86,7 +86,8 @@ def _rows(cluster: Cluster) -> list[list[Pair]] | None:
     """For each module of the smaller side its pairs, the likeliest first: those that names forbid only where nothing
     else is left. None where some module has no pair."""
     few, torch = (cluster.torch, True) if len(cluster.torch) < len(cluster.flax) else (cluster.flax, False)
-    for allowed in (lambda pair: not pair.blocked or pair.soft, lambda _: True):
+    said = any(pair.bonus > 1 for pair in cluster.pairs)  # by a rule for another instance: names are not to be trusted
+    for allowed in (lambda pair: said or not pair.blocked or pair.soft, lambda _: True):
         rows: dict[int, list[Pair]] = {id(module): [] for module in few}
         for pair in cluster.pairs:
             if allowed(pair):

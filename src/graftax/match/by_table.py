@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graftax.errors import Failure, LayoutError, escape
 from graftax.layers import Connection, Part, connect, known_kind
@@ -82,7 +82,7 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
             return _refused(found, whole, whole_flax, turned)
         if found is not None and not _open_layout(found, whole, whole_flax, torch, flax):
             return _proposal([found], turned)
-    found = _composites(torch, flax, free_torch, free_flax, turned)
+    found = _composites(torch, flax, free_torch, free_flax, known, turned)
     spoken = {n for e in (*found.entries, *found.broken) for n in (*e.sources, *e.targets)}
     left_torch, left_flax = ([n for n in names if n not in spoken] for names in (free_torch, free_flax))
     return found.joined(_lone_biases(torch, flax, left_torch, left_flax, turned))
@@ -168,11 +168,20 @@ def _ancestors(path: str) -> list[str]:
 
 
 def _composites(
-    torch: Checkpoint, flax: Checkpoint, free_torch: list[str], free_flax: list[str], turned: bool
+    torch: Checkpoint,
+    flax: Checkpoint,
+    free_torch: list[str],
+    free_flax: list[str],
+    ruled: Iterable[Entry],
+    turned: bool,
 ) -> Proposal:
     """Recurrent layers against the cells below some Flax module, and reparametrised layers against theirs: taken where
-    the pairing is the only one on both sides, or the only one with equal names."""
-    owners = _torch_owners(free_torch, _RECURRENT, torch) + _torch_owners(free_torch, _REPARAMETRISED, torch)
+    the pairing is the only one on both sides, or the only one with equal names. Where rules have settled a part of a
+    layer (`ruled`) and pair what the table pairs, the rest of it is taken."""
+    if len(free_torch) < len(torch):
+        free_torch, free_flax = _with_siblings(free_torch, torch, "torch"), _with_siblings(free_flax, flax, "flax")
+    patterns = (_RECURRENT, _REPARAMETRISED)
+    owners = [owner for pattern in patterns for owner in _torch_owners(free_torch, pattern, torch)]
     if not owners:
         return Proposal()
     cells = _flax_cells(free_flax)
@@ -195,11 +204,38 @@ def _composites(
             elif found is not None:
                 fits.append((owner, group, found))
     taken = _pairs(fits)
-    proposal = _proposal([connection for _, _, connection in taken], turned)
+    rest = [_unruled(connection, ruled) for _, _, connection in taken]
+    proposal = _proposal([connection for connection in rest if connection is not None], turned)
     if not fits and len(owners) == 1 and refusals:
         refused = _refused(*refusals[0], turned)
         return Proposal(proposal.entries, (), proposal.assumptions, refused.failures, (), refused.broken)
     return proposal
+
+
+def _with_siblings(free: list[str], end: Checkpoint, side: Side) -> list[str]:
+    """The free leaves, and the settled ones of modules (of cells) that have free ones, in the end's order."""
+    if len(free) == len(end):
+        return free
+    depth = 1 if side == "torch" else 2
+
+    def home(name: str) -> str:
+        return (name if side == "torch" else _plain(name)).rsplit("." if side == "torch" else "/", depth)[0]
+
+    kept, homes = set(free), {home(name) for name in free}
+    return [name for name in end if name in kept or home(name) in homes]
+
+
+def _unruled(connection: Connection, ruled: Iterable[Entry]) -> Connection | None:
+    """The connection without what rules settle as it does; None where they settle a leaf of it otherwise."""
+    pairings = {frozenset((frozenset(entry.sources), frozenset(entry.targets))) for entry in ruled}
+    spoken = {name for pairing in pairings for names in pairing for name in names}
+    left: list[Entry] = []
+    for entry in connection.entries:
+        if spoken.isdisjoint((*entry.sources, *entry.targets)):
+            left.append(entry)
+        elif frozenset((frozenset(entry.sources), frozenset(entry.targets))) not in pairings:
+            return None
+    return replace(connection, entries=tuple(left))
 
 
 def _scaled(names: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from graftax.match.kinds import Kinds
 from graftax.match.named import Said
+from graftax.ops import Op
 from graftax.tree import Side, TensorSpec
 
 
@@ -15,7 +16,7 @@ class Ends:
     """Both sides' specs, their names' syntax, and the leaves that rules have settled in groups.
 
     anchors: torch leaf -> Flax leaf, one to one, from rules; named: those of which the rules say no more than that;
-    styles: torch module -> block or interleaved, from rules;
+    ruled: torch leaf -> the ops of its rule, torch -> Flax; styles: torch module -> block or interleaved, from rules;
     heads: from config.json; aliases: first name -> all names of a tied tensor.
     """
 
@@ -32,3 +33,4 @@ class Ends:
     kinds: Kinds = field(default_factory=Kinds)
     named: Mapping[str, Said] = field(default_factory=dict[str, Said])
     renames: Mapping[str, str] = field(default_factory=dict[str, str])
+    ruled: Mapping[str, tuple[Op, ...]] = field(default_factory=dict[str, "tuple[Op, ...]"])

@@ -17,6 +17,7 @@ from graftax.match.named import Unsaid
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order
 from graftax.match.pairs import Pair, Scope
+from graftax.match.partial import as_ruled
 from graftax.match.settle import Settled, open_leaves, settle_apart, settle_kinds, take_groups
 from graftax.match.sides import Module, Token, view
 
@@ -110,6 +111,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
             for link in pair.links:
                 known = ends.kinds.reading(pair, link) if ends.kinds else None
                 choice = Choice(*known) if known is not None else choose(link, pair, item.scope, habits)
+                choice = as_ruled(link, choice, ends.ruled) if ends.ruled else choice
                 trap = traps.get(id(pair.torch))
                 item.choices[id(link)] = trapped(link, choice, trap) if trap is not None else choice
             if call_order(pair):

@@ -14,6 +14,7 @@ from graftax.match.leftovers import by_kind, single_out
 from graftax.match.named import Said, left_open
 from graftax.match.orders import RULED, in_order, out_of_order
 from graftax.match.pairs import Link, Pair, Scope
+from graftax.match.partial import anchored, reopened
 from graftax.match.sides import Module
 
 
@@ -37,6 +38,8 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
         pair.blocked = pair.blocked or ends.kinds.clash(pair)
     forced = _forced(scope, pairs, ends.anchors, ends.named) if ends.anchors else []
     taken, board = decide(pairs, scope.root, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
+    if ends.anchors:
+        taken, board = reopened(taken, board, pairs, dict(scope.keys), ends.anchors, forced)
     return Settled(scope, taken, board)
 
 
@@ -108,7 +111,7 @@ def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str], named: 
     seen: set[int] = set()
     for module in scope.torch:
         for column in module.roles.values():
-            path = next((p for paths in column.paths.values() for p in paths if p in anchors), None)
+            path = anchored(column, flax, anchors)
             other = flax.get(anchors[path]) if path is not None else None
             if other is None or id(module) in seen or id(other) in seen:
                 continue
