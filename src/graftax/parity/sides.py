@@ -189,7 +189,7 @@ def flax_side(
         from graftax.parity.linen_runner import LinenRunner
 
         variables = tree.rebuild(dict(arrays)) if tree.rebuild else arrays
-        runner: Runner = LinenRunner(like, variables, rngs=rngs, seed=seed, call=call)
+        runner: Runner = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.modules)
         return FlaxSide(tree, arrays, runner, ported, type(like.module).__name__)
     from graftax.parity.nnx_runner import NnxRunner
 
