@@ -1,0 +1,157 @@
+"""What a suspect holds, as the fits want it: sources, leaves, what is known about heads and maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from graftax.parity.causes.numbers import Array, arrays, is_number
+from graftax.parity.causes.recipes import Source
+from graftax.parity.causes.reorder import Known
+from graftax.parity.causes.weights import Leaf, slices
+from graftax.parity.suspect import Suspect
+from graftax.plans import Entry
+
+_SOURCES = 28
+_TABLES = ("Embedding", "Embed")
+
+
+def sources(suspect: Suspect) -> list[Source]:
+    """Reference arrays that code before this call may have used, the nearest first: outputs of the modules before, and
+    what went into them. Inside a container that is to blame, its own input counts too."""
+    found: list[Source] = []
+    for row, output in suspect.before:
+        table = any(name in _TABLES for name in row.kind.replace("/", " ").split())
+        for _, array in arrays(output):
+            found.append(Source(row.site_flax.path or str(row.site_flax), array, table))
+    if suspect.where == "out":
+        for _, array in arrays((suspect.want_args, dict(suspect.want_kwargs))):
+            found.append(Source(f"the input of {suspect.row.site_flax}", array))
+    for row, _ in suspect.before[:_SOURCES]:
+        record = suspect.reference.records.get(row.site_torch)
+        for _, array in arrays((record.args, dict(record.kwargs)) if record is not None else ()):
+            for other in _layouts(array):
+                found.append(Source(f"the input of {row.site_flax}", other))
+    return _distinct(found)
+
+
+def _layouts(array: Array) -> Iterator[Array]:
+    """As torch has it; a map with the channels last."""
+    if array.ndim >= 4:
+        yield np.moveaxis(array, 1, -1)
+    else:
+        yield array
+
+
+def _distinct(found: list[Source]) -> list[Source]:
+    out: list[Source] = []
+    seen: set[tuple[Any, ...]] = set()
+    for source in found:
+        array = source.array
+        if not is_number(array) or array.size < 2:
+            continue
+        probe = array.reshape(-1)[:: max(1, array.size // 32)]
+        key = (array.size, probe.astype(np.float32).tobytes())
+        if key not in seen:
+            seen.add(key)
+            out.append(source)
+        if len(out) == _SOURCES:
+            break
+    return out
+
+
+def halves(found: list[Source], width: int) -> list[Source]:
+    """The sources, and the parts of those that are two or three times as wide: a fused projection."""
+    out = list(found)
+    for source in found[:8]:
+        wide = source.array.shape[-1]
+        for parts in (2, 3):
+            if wide == parts * width:
+                for index in range(parts):
+                    part = source.array[..., index * width : (index + 1) * width]
+                    out.append(Source(source.name, part, source.table, f"[..., {index * width}:{(index + 1) * width}]"))
+                if parts == 2:
+                    out += [
+                        Source(source.name, source.array[..., i::2], source.table, f"[..., {i}::2]") for i in (0, 1)
+                    ]
+    return out
+
+
+def known(suspect: Suspect) -> Known:
+    """Numbers of heads from settings and shapes, and maps that may have been flattened."""
+    heads: set[int] = set()
+    for modules in (suspect.reference.modules, suspect.flax.modules):
+        for module in modules.values():
+            for name in ("num_heads", "n_heads", "num_attention_heads", "heads", "num_key_value_heads", "kv_heads"):
+                value = module.settings.get(name)
+                if type(value) is int and value > 1:
+                    heads.add(value)
+    for entry in suspect.pair.entries:
+        rank = np.asarray(suspect.torch_weights.get(next(iter(entry.sources), ""))).ndim
+        for path in entry.targets:
+            shape = np.asarray(suspect.expected.get(path)).shape
+            if len(shape) == rank + 1 and rank in (1, 2):  # an axis was cut into heads and values
+                heads |= set(shape[:2])
+    maps: set[tuple[int, ...]] = set()
+    for _, output in suspect.before:
+        for _, array in arrays(output):
+            if array.ndim >= 4:
+                maps.add((array.shape[-1], *array.shape[1:-1]))
+    return Known(frozenset(heads), frozenset(maps | _halved(maps)))
+
+
+def _halved(maps: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """A pool may have stood between: the channels are the same, the sides a half or a third."""
+    out: set[tuple[int, ...]] = set()
+    for channels, *sides in maps:
+        for step in (2, 3, 4):
+            out.add((channels, *(side // step for side in sides)))
+            out.add((channels, *(-(-side // step) for side in sides)))
+    return {sizes for sizes in out if all(sizes)}
+
+
+def leaf(suspect: Suspect, path: str, entry: Entry | None, shared: Known) -> Leaf:
+    """A Flax leaf with everything that its diagnosis needs."""
+    have, want = np.asarray(suspect.flax_weights[path]), np.asarray(suspect.expected[path])
+    torch = {} if entry is None else {name: suspect.torch_weights.get(name) for name in entry.sources}
+    alike = {other: np.asarray(value) for other, value in suspect.expected.items() if np.shape(value) == have.shape}
+    theirs = {other: np.asarray(suspect.flax_weights[other]) for other in alike if other in suspect.flax_weights}
+    initial = None if suspect.initial is None else suspect.initial.get(path)
+    stacked = next((axis for axis, size in enumerate(have.shape) if size == suspect.pair.steps), None)
+    return Leaf(
+        path,
+        have,
+        want,
+        {name: np.asarray(value) for name, value in torch.items() if value is not None},
+        alike,
+        theirs,
+        None if initial is None else np.asarray(initial),
+        shared,
+        stacked if suspect.pair.steps > 1 else None,
+    )
+
+
+def step_of(suspect: Suspect, whole: Leaf) -> Leaf | None:
+    """The layer of a stacked leaf that this call uses."""
+    if whole.stacked is None:
+        return None
+    return slices(whole, whole.stacked, suspect.pair.step)
+
+
+def module_leaves(suspect: Suspect) -> Mapping[str, Array]:
+    """The Flax module's leaves as they should be, by what is below the module: 'scale', 'query/kernel'."""
+    out: dict[str, Array] = {}
+    prefix = f"{suspect.pair.flax}/" if suspect.pair.flax else ""
+    for entry in suspect.pair.entries:
+        for path in entry.targets:
+            if path not in suspect.expected:
+                continue
+            found = path.find(prefix) if prefix else 0
+            value = np.asarray(suspect.expected[path])
+            if suspect.pair.steps > 1 and suspect.pair.steps in value.shape:
+                value = np.take(value, suspect.pair.step, value.shape.index(suspect.pair.steps))
+            role = path[found + len(prefix) :] if found >= 0 else path.rpartition("/")[2]
+            out[role.removeprefix("params/")] = value
+    return out

@@ -1,0 +1,48 @@
+"""The words for causes: what a report, a fault suite and a fix are filed under."""
+
+CAUSES: tuple[str, ...] = (
+    # weights
+    "kernel not transposed",
+    "kernel flipped",
+    "kernel axes swapped",
+    "head order",
+    "reshape before transpose",
+    "flatten order",
+    "rotary interleave",
+    "swapped layers",
+    "initial value",
+    "bfloat16 weights",
+    "zero-centred norm",
+    "embedding scale",
+    "scale factor",
+    "lstm gate order",
+    "lstm bias",
+    "weights differ",
+    # settings of a layer
+    "epsilon",
+    "momentum",
+    "train or eval statistics",
+    "padding",
+    "stride alignment",
+    "dilation",
+    "groups",
+    "activation",
+    "fast variance",
+    "bfloat16 accumulation",
+    "norm statistics",
+    # code between the layers
+    "attention scale",
+    "attention mask",
+    "rotary theta",
+    "rotary offset",
+    "rotary part",
+    "rotary missing",
+    "key-value heads",
+    "logit softcap",
+    "sliding window",
+    "position ids",
+    "position embedding resize",
+    "missing residual",
+    "pooling",
+)
+"""Every name that a `Cause` may have."""

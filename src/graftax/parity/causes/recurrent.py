@@ -1,0 +1,78 @@
+"""From the entries of a recurrent module to its gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from graftax.ops import Sum
+from graftax.parity.causes.gates import Cell, diagnose_cell, diagnose_gru_bias
+from graftax.parity.causes.weights import Found
+from graftax.plans import Entry
+
+Tensors = Mapping[str, Any]
+
+
+def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, expected: Tensors) -> list[Found]:
+    """What is off about the gates of the cells that these entries fill; [] where they fill none, or nothing is off."""
+    found: list[Found] = []
+    for entry in entries:
+        if not _of_gates(entry, torch, flax, expected):
+            continue
+        cell = _gru_biases(entry, torch, flax) if _splits_gru(entry) else _cell(entry, torch, flax, expected)
+        if cell is not None:
+            found.append(cell)
+    return found
+
+
+def _of_gates(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> bool:
+    """torch's weight_ih, weight_hh (3H or 4H, I) or its two biases."""
+    names = {name.rpartition(".")[2].partition("_l")[0] for name in entry.sources}
+    known = names <= {"weight_ih", "weight_hh"} or names == {"bias_ih", "bias_hh"}
+    held = all(name in torch for name in entry.sources)
+    return bool(names) and known and held and all(name in flax and name in expected for name in entry.targets)
+
+
+def _gate_count(entry: Entry, torch: Tensors, expected: Tensors) -> int:
+    """How many gates: the number of targets; of one fused target, what its hidden size tells."""
+    if len(entry.targets) > 1:
+        return len(entry.targets)
+    first = hidden = next(iter(entry.sources), "")
+    for name in ("bias_ih", "bias_hh", "weight_ih"):
+        hidden = hidden.replace(name, "weight_hh")
+    return torch[first].shape[0] // torch[hidden].shape[1] if hidden in torch else 0
+
+
+def _blocks(entry: Entry, values: Tensors, count: int) -> tuple[Any, ...]:
+    """A block for each gate, (I, H) or (H), in torch's order."""
+    if len(entry.targets) > 1:
+        return tuple(np.asarray(values[name]) for name in entry.targets)
+    return tuple(np.split(np.asarray(values[entry.targets[0]]), count, axis=-1))
+
+
+def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> Found | None:
+    count = _gate_count(entry, torch, expected)
+    if count not in (3, 4) or any(np.asarray(flax[name]).shape != expected[name].shape for name in entry.targets):
+        return None
+    have, want = _blocks(entry, flax, count), _blocks(entry, expected, count)
+    biases: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
+    if len(entry.sources) == 2:
+        first, second = (tuple(np.split(np.asarray(torch[name]), count)) for name in entry.sources)
+        biases = (first, second)
+    what = "biases" if biases else "kernels of the input" if "_ih" in entry.sources[0] else "kernels of the state"
+    return diagnose_cell(Cell(f"the {what} ({', '.join(entry.targets)})", have, want, biases))
+
+
+def _splits_gru(entry: Entry) -> bool:
+    """Linen's GRU: r and z share a bias, n keeps two."""
+    groups = next((op.groups for op in entry.ops if isinstance(op, Sum)), ())
+    return len(entry.targets) == 4 and [len(group) for group in groups] == [2, 2, 1, 1]
+
+
+def _gru_biases(entry: Entry, torch: Tensors, flax: Tensors) -> Found | None:
+    names: tuple[str, ...] = ("ir", "iz", "in", "hn")
+    have = {name: np.asarray(flax[path]) for name, path in zip(names, entry.targets, strict=True)}
+    first, second = (np.asarray(torch[name]) for name in entry.sources)
+    return diagnose_gru_bias(have, first, second)
