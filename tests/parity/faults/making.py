@@ -66,7 +66,8 @@ class Making:
         also = changes.pop("also", ())
         loud = changes.pop("loud", False)
         right = changes.pop("right", self.settings)
+        beside = changes.pop("text", "")
         said = ", ".join(f"{name}={value}" for name, value in changes.items())
         for i in over:
-            text = f"{said} in block {i}"
+            text = f"{said} in block {i}{beside}"
             self.wrong(kind, text, layers(i), right.but_block(i, **changes), right, also=also, loud=loud)

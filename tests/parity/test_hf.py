@@ -1,0 +1,72 @@
+"""Pairs of transformers 4.57, in the environment of scripts/hf_env.py: parity passes, the trace pairs what has
+parameters, and three injected faults of each pair are found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = Path(__file__).with_name("hf_child.py")
+NAMES = ("bert", "gpt2", "llama", "t5", "vit", "wav2vec2", "clip")
+PAIRED = 0.98
+
+
+def hf_env() -> Any:
+    """scripts/hf_env.py as a module."""
+    spec = importlib.util.spec_from_file_location("hf_env", ROOT / "scripts" / "hf_env.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The environment's Python: cached in the folder of GRAFTAX_HF_ENV, else made for this run."""
+    script = hf_env()
+    cached = os.environ.get(script.VARIABLE)
+    folder = Path(cached) if cached else tmp_path_factory.mktemp("hf") / "env"
+    try:
+        return script.make(folder.absolute())
+    except script.OutOfReach as error:
+        pytest.skip(f"{error} (an environment in the folder ${script.VARIABLE} needs no registry)")
+
+
+@pytest.fixture(scope="module")
+def findings(python: Path) -> dict[str, Any]:
+    done = subprocess.run([python, CHILD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parity_passes(findings: dict[str, Any], name: str) -> None:
+    found = findings[name]
+    assert found["ok"], found
+    assert found["weights"] == []
+    assert found["settings"] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_has_parameters_is_paired(findings: dict[str, Any], name: str) -> None:
+    found = findings[name]
+    assert len(found["unpaired"]) <= (1 - PAIRED) * found["parametrised"], found["unpaired"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_injected_faults_are_found(findings: dict[str, Any], name: str) -> None:
+    faults = findings[name]["faults"]
+    assert len(faults) == 3
+    assert [fault for fault in faults if not fault["found"]] == []
