@@ -9,7 +9,7 @@ from typing import Any
 
 from graftax.adapters import open_tree, plain_tree
 from graftax.errors import GraftaxError, UsageError, escape
-from graftax.execute.eager import Receipt, stream
+from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
 from graftax.plan_json import load_plan_file
 from graftax.planning import Options, make_plan
@@ -93,8 +93,10 @@ def _runnable(made: Plan, like: Checkpoint | None) -> Plan:
 def host_arrays(made: Plan, source: Checkpoint, like: Checkpoint | None) -> tuple[dict[str, Any], Receipt]:
     """Every leaf of the plan's target as a NumPy array, in like's order, and the receipt."""
     receipt = Receipt()
-    arrays = dict(stream(made, source, like, receipt))
-    return {name: arrays[name] for name in made.like.specs}, receipt
+    run = Stream(made, source, like, receipt, None)
+    arrays = dict(run.arrays())
+    run.close()
+    return arrays, receipt
 
 
 def _rebuild(
@@ -198,8 +200,8 @@ def write_plan(
 
     made.require_complete()
     receipt = Receipt()
-    tensors = stream(made, source, like, receipt)
     tiles = Stream(made, source, like, receipt, parse_size(max_memory))
+    tensors = tiles.arrays()
     output = Output(
         made.like.specs,
         progress(tensors, made) if progress else tensors,

@@ -1,6 +1,6 @@
 """The public classes: what functions take and return."""
 
-from graftax.execute.eager import Measured, Receipt
+from graftax.execute.receipt import Measured, Receipt
 from graftax.ops import Op
 from graftax.parity.report_model import Cause, LayerRow, OutputRow, ParityReport, SettingRow, WeightRow
 from graftax.plans import Assumption, Candidate, End, Entry, Plan, Question

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftax.execute import strided
@@ -15,6 +15,7 @@ from graftax.execute import strided
 DTYPES = [np.uint8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.complex128]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_like_numpy(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 17, 40]), min_size=1, max_size=5)))

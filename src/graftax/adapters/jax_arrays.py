@@ -67,9 +67,7 @@ def _alone(array: np.ndarray[Any, Any]) -> bool:
     base: Any = array
     while isinstance(base, np.ndarray) and base.base is not None:
         base = base.base
-    held = (
-        base.nbytes if isinstance(base, (np.ndarray, memoryview)) else len(base) if isinstance(base, bytearray) else -1
-    )
+    held = len(base) if isinstance(base, bytearray) else getattr(base, "nbytes", -1)
     return held == array.nbytes
 
 

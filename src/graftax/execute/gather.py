@@ -164,4 +164,5 @@ def _reach(leaf: Leaf, extents: tuple[int, ...]) -> tuple[int, int]:
 def _window(flat: Array, offset: int, extents: tuple[int, ...], strides: tuple[int, ...]) -> Array:
     """A strided view; NumPy checks that it stays inside `flat`."""
     width = flat.itemsize
-    return np.ndarray(extents, flat.dtype, flat.data, offset * width, [s * width for s in strides])
+    raw = flat.view(np.uint8).data  # the buffer protocol knows no bfloat16
+    return np.ndarray(extents, flat.dtype, raw, offset * width, [s * width for s in strides])

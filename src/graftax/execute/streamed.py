@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -11,11 +11,12 @@ import numpy as np
 
 from graftax.dtypes import numpy_dtype, storage_bytes
 from graftax.errors import PlanError, escape
-from graftax.execute.eager import Measured, Receipt, check_source, run_entry
 from graftax.execute.gather import Stored, Values, fill, held
 from graftax.execute.memory import allocate
-from graftax.execute.meter import Meter
+from graftax.execute.meter import Meter, evaluate
 from graftax.execute.pushdown import Box, NotLocal, Piece, push
+from graftax.execute.receipt import Measured, Receipt
+from graftax.execute.whole import check_source, run_entry
 from graftax.formats.base import Tile
 from graftax.formats.sizes import size_text
 from graftax.ops import Cast, Keep, Op, chain_text
@@ -27,6 +28,8 @@ Array = np.ndarray[Any, Any]
 _TILE_SHARE, _SCRATCH_SHARE = 4, 4
 """A tile and the reading scratch may each take this part of the budget; the writer's buffers take the rest."""
 _LEAST = 1 << 20
+_SCRATCH = 32 << 20
+"""For reading, where there is no budget."""
 
 
 class Stream:
@@ -46,7 +49,7 @@ class Stream:
         self._budget = budget
         self._tile = max(_LEAST, budget // _TILE_SHARE) if budget is not None else 1 << 62
         self._room = allocate(_LEAST)
-        self._scratch = allocate(max(_LEAST, budget // _SCRATCH_SHARE) if budget is not None else 64 << 20)
+        self._scratch = allocate(max(_LEAST, budget // _SCRATCH_SHARE) if budget is not None else _SCRATCH)
         self._home = {name: (entry, i) for entry in plan.entries for i, name in enumerate(entry.targets)}
         self._whole: dict[int, dict[str, Array]] = {}
         self._meters: dict[int, Meter] = {}
@@ -61,41 +64,79 @@ class Stream:
         """The bytes of one target in tiles that cover it once; `contiguous`: in order, without gaps."""
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
+        self._count(spec)
+        try:
+            boxes = self._boxes(entry, index, spec, contiguous)
+            if boxes is None:
+                yield Tile(0, storage_bytes(self._made(entry)[target], spec).reshape(1, -1), 0)
+                return
+            for box, pieces in boxes:
+                count = math.prod(stop - start for start, stop in box)
+                yield _tile(self._filled(entry, pieces, count, spec, self._buffer), box, spec)
+        except PlanError as error:
+            raise _named(entry, error) from error
+
+    def arrays(self) -> Iterator[tuple[str, Array]]:
+        """(target, array) of every leaf in like's order, each in aligned memory of its own that may be given away."""
+        for name in self._plan.like.specs:
+            yield name, self.array(name)
+            self.done(name)
+
+    def array(self, target: str) -> Array:
+        """One target whole, in aligned memory of its own; a packed one's bytes."""
+        entry, index = self._home[target]
+        spec = self._plan.like.specs[target]
+        self._count(spec)
+        try:
+            if self._whole_only(entry, spec):
+                return self._made(entry)[target]
+            specs = tuple(self._plan.source.specs[name] for name in entry.sources)
+            try:
+                pieces = push(entry.ops, specs, index, [(0, n) for n in spec.shape])
+            except NotLocal:
+                return self._made(entry)[target]
+            return self._filled(entry, pieces, spec.size, spec, allocate).reshape(spec.shape)
+        except PlanError as error:
+            raise _named(entry, error) from error
+
+    def _count(self, spec: TensorSpec) -> None:
         self._receipt.leaves += 1
         self._receipt.nbytes += spec.nbytes
-        try:
-            yield from self._tiles(entry, index, target, spec, contiguous)
-        except PlanError as error:
-            raise PlanError(f"{escape(entry.text, 400)}: {error}", error.failures) from error
 
-    def _tiles(self, entry: Entry, index: int, target: str, spec: TensorSpec, contiguous: bool) -> Iterator[Tile]:
+    def _whole_only(self, entry: Entry, spec: TensorSpec) -> bool:
+        """Kept leaves come from like, packed ones are moved as their bytes."""
         kept = bool(entry.ops) and isinstance(entry.ops[0], Keep)
-        if kept or spec.packed or any(self._plan.source.specs[name].packed for name in entry.sources):
-            yield from self._held_tiles(self._made(entry)[target], spec)
-            return
-        specs = tuple(self._plan.source.specs[name] for name in entry.sources)
-        try:
-            boxes = self._boxes(entry.ops, specs, index, spec, contiguous)
-        except NotLocal:
-            yield from self._held_tiles(self._made(entry)[target], spec)
-            return
-        sources = [self._values(name) for name in entry.sources]
+        return kept or spec.packed or any(self._plan.source.specs[name].packed for name in entry.sources)
+
+    def _filled(
+        self, entry: Entry, pieces: list[Piece], count: int, spec: TensorSpec, room: Callable[[int], Array]
+    ) -> Array:
         dtype = numpy_dtype(spec.dtype)
-        meter = self._meter(entry)
-        for box, pieces in boxes:
-            count = math.prod(stop - start for start, stop in box)
-            out = self._buffer(count * dtype.itemsize).view(dtype)
-            fill(out, pieces, sources, self._scratch, meter)
-            yield _tile(out, box, spec)
+        out = room(count * dtype.itemsize).view(dtype)
+        sources = [self._values(name) for name in entry.sources]
+        fill(out, pieces, sources, self._scratch, evaluate if self._plain(entry) else self._meter(entry))
+        return out
+
+    def _plain(self, entry: Entry) -> bool:
+        """Nothing to measure and no casts to count."""
+        return entry.exact and not any(isinstance(op, Cast) for op in entry.ops)
 
     def _boxes(
-        self, ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], index: int, spec: TensorSpec, contiguous: bool
-    ) -> Iterator[tuple[Box, list[Piece]]]:
-        """The boxes of a target that fit a tile, each with its pieces. NotLocal where there are none."""
-        steps = _box_steps(ops, specs, index, spec, self._tile, contiguous)
-        ranges = [[(i, min(i + step, n)) for i in range(0, n, step)] for n, step in zip(spec.shape, steps, strict=True)]
-        boxes = [list(box) for box in product(*ranges)] if spec.size else []
-        first = push(ops, specs, index, boxes[0]) if boxes else []  # what is not local shows at the first
+        self, entry: Entry, index: int, spec: TensorSpec, contiguous: bool
+    ) -> Iterator[tuple[Box, list[Piece]]] | None:
+        """The boxes of a target that fit a tile, each with its pieces; None where it cannot be cut."""
+        if self._whole_only(entry, spec):
+            return None
+        ops, specs = entry.ops, tuple(self._plan.source.specs[name] for name in entry.sources)
+        try:
+            steps = _box_steps(ops, specs, index, spec, self._tile, contiguous)
+            ranges = [
+                [(i, min(i + step, n)) for i in range(0, n, step)] for n, step in zip(spec.shape, steps, strict=True)
+            ]
+            boxes = [list(box) for box in product(*ranges)] if spec.size else []
+            first = push(ops, specs, index, boxes[0]) if boxes else []  # what is not local shows at the first
+        except NotLocal:
+            return None
         return ((box, push(ops, specs, index, box) if i else first) for i, box in enumerate(boxes))
 
     def _values(self, name: str) -> Values:
@@ -126,10 +167,6 @@ class Stream:
             self._whole[key] = dict(zip(entry.targets, made, strict=True))
         return self._whole[key]
 
-    def _held_tiles(self, array: Array, spec: TensorSpec) -> Iterator[Tile]:
-        data = storage_bytes(array, spec)
-        yield Tile(0, data.reshape(1, -1), 0)
-
     def _buffer(self, nbytes: int) -> Array:
         """Room for a tile; used again for the next one."""
         if self._room.nbytes < nbytes:
@@ -157,6 +194,10 @@ class Stream:
             if not entry.exact:
                 wide = meter.equal_in_float32 if meter.narrow and meter.equal != meter.total else None
                 self._receipt.measured.append(Measured(entry.targets, meter.equal, meter.total, wide))
+
+
+def _named(entry: Entry, error: PlanError) -> PlanError:
+    return PlanError(f"{escape(entry.text, 400)}: {error}", error.failures)
 
 
 def _tile(out: Array, box: Box, spec: TensorSpec) -> Tile:

@@ -1,0 +1,87 @@
+"""What a run did: the receipt, and how much of what it changed comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftax.errors import escape
+from graftax.ops.casting import CastCount
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How much of an inexact entry comes back bit for bit: `equal` of `total` source values."""
+
+    targets: tuple[str, ...]
+    equal: int
+    total: int
+    equal_in_float32: int | None = None
+
+    @property
+    def lossless(self) -> bool:
+        return self.equal == self.total
+
+    def __str__(self) -> str:
+        share = 100.0 * self.equal / max(self.total, 1)
+        text = f"{', '.join(escape(t) for t in self.targets)}: {share:.1f} % of its values come back"
+        if self.equal_in_float32 is not None and self.equal_in_float32 > self.equal:
+            share32 = 100.0 * self.equal_in_float32 / max(self.total, 1)
+            text += f"; hold it in float32 and {share32:.1f} % do"
+        return text
+
+
+@dataclass(slots=True)
+class Receipt:
+    """What a run did: leaves and bytes written, exactness as measured, casts as counted, what was dropped and why, what
+    no source filled and how it was, and what the writer has to say."""
+
+    leaves: int = 0
+    nbytes: int = 0
+    measured: list[Measured] = field(default_factory=list[Measured])
+    casts: CastCount = field(default_factory=CastCount)
+    cast_leaves: int = 0
+    dropped: dict[str, str] = field(default_factory=dict[str, str])
+    filled: dict[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lossless(self) -> bool:
+        return all(entry.lossless for entry in self.measured)
+
+    @property
+    def text(self) -> str:
+        """`lossless: yes`, or how much of which entries comes back."""
+        lossy = [entry for entry in self.measured if not entry.lossless]
+        lines = ["lossless: yes" if not lossy else f"lossless: but for {len(lossy)} entries"]
+        lines += [f"  {entry}" for entry in lossy[:8]]
+        if len(lossy) > 8:
+            lines.append(f"  ... and {len(lossy) - 8} more (--json has all)")
+        if self.cast_leaves:
+            c = self.casts
+            lines.append(
+                f"cast: {self.cast_leaves} leaves, {c.total} values, {c.rounded} rounded, {c.flushed} flushed to zero, "
+                f"{c.overflowed} saturated"
+            )
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "leaves": self.leaves,
+            "bytes": self.nbytes,
+            "lossless": self.lossless,
+            "measured": [
+                {"targets": list(m.targets), "equal": m.equal, "total": m.total, "float32": m.equal_in_float32}
+                for m in self.measured
+            ],
+            "casts": {
+                "leaves": self.cast_leaves,
+                "values": self.casts.total,
+                "rounded": self.casts.rounded,
+                "flushed": self.casts.flushed,
+                "saturated": self.casts.overflowed,
+            },
+            "dropped": dict(self.dropped),
+            "filled": dict(self.filled),
+            "notes": list(self.notes),
+        }
