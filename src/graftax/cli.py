@@ -13,6 +13,7 @@ from cyclopts import App
 from graftax import cli_run
 from graftax.cli_common import DEFAULTS, Flag, Json, MaybeOut, Out, Outcome, Planning, no_of, open_source, planned
 from graftax.cli_replace import replace_command
+from graftax.cli_verify import verify_command
 from graftax.errors import UsageError, escape
 
 app = App(
@@ -224,6 +225,7 @@ def layers_command(*, json: Json = False) -> Outcome:
 
 
 app.command(replace_command, name="replace")
+app.command(verify_command, name="verify")
 
 
 # ---------------------------------------------------------------- helpers
