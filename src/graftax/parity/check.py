@@ -323,13 +323,14 @@ class _Search:
         return tuple(find_causes(suspect))
 
     def _before(self, row: LayerRow, count: int = 8) -> tuple[tuple[LayerRow, Any], ...]:
-        """The layers whose calls ended before this one began, nearest first, with their outputs in Flax's layout."""
+        """The layers whose calls ended before this one began (for a container whose own code is to blame: ended),
+        nearest first, with their outputs in Flax's layout."""
         from graftax.parity import values
 
         rows = {other.site_torch: other for other in self.report.layers}
         out: list[tuple[LayerRow, Any]] = []
         for what, site in self.reference.events:
-            if what == "in" and site == row.site_torch:
+            if what == self.report.where and site == row.site_torch:
                 break
             other = rows.get(site)
             met = None if other is None else self.judged.met.get(other.site_flax)

@@ -10,7 +10,7 @@ import numpy as np
 from graftax.errors import GraftaxError
 from graftax.layers.connect import known_kind
 from graftax.parity.causes import between
-from graftax.parity.causes.gathering import known, leaf, module_leaves, sources, step_of
+from graftax.parity.causes.gathering import known, leaf, module_leaves, sources, step_of, unrounded
 from graftax.parity.causes.norms import norm_difference
 from graftax.parity.causes.numbers import Array, Bar, Budget, arrays, in_bfloat16, is_number, relative
 from graftax.parity.causes.recipes import Difference
@@ -31,6 +31,7 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
     either the Flax module, run again with the fix, is below the alarm, or torch's array and Flax's are both worked out
     from the reference inputs and differ in what is named. Never raises for what it cannot try."""
     budget = Budget(budget_seconds)
+    suspect = unrounded(suspect)
     steps = (_weights, _settings, _formulas) if suspect.where == "out" else (_bare_weights, _between)
     for step in steps:
         found = tuple(_ranked(step(suspect, budget)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from graftax.parity.causes.recipes import Source
 from graftax.parity.causes.reorder import Known
 from graftax.parity.causes.weights import Leaf, slices
 from graftax.parity.suspect import Suspect
+from graftax.parity.values import mapped
 from graftax.plans import Entry
 
 _SOURCES = 28
@@ -138,6 +141,33 @@ def step_of(suspect: Suspect, whole: Leaf) -> Leaf | None:
     if whole.stacked is None:
         return None
     return slices(whole, whole.stacked, suspect.pair.step)
+
+
+def unrounded(suspect: Suspect) -> Suspect:
+    """The reference as it was before it was handed to Flax: a module that computes in bfloat16 was given it, and is
+    compared with it, in bfloat16."""
+    record = suspect.record
+    args, kwargs = _restored((suspect.want_args, dict(suspect.want_kwargs)), (record.args, dict(record.kwargs)))
+    return replace(suspect, want_args=args, want_kwargs=kwargs, want_out=_restored(suspect.want_out, record.output))
+
+
+def _restored(nest: Any, reference: Any) -> Any:
+    """The nest with the float32 values of those arrays of `reference` that round to its arrays."""
+    wide = [array for _, array in arrays(reference) if is_number(array)]
+
+    def restore(array: Array) -> Array:
+        if not is_number(array) or array.dtype.itemsize > 2:
+            return array
+        for other in wide:
+            for axes in permutations(range(other.ndim)) if other.ndim < 6 and other.size == array.size else ():
+                turned = other.transpose(axes)
+                if turned.shape == array.shape or axes == tuple(range(other.ndim)):
+                    turned = turned.reshape(array.shape)
+                    if np.array_equal(turned.astype(array.dtype), array):
+                        return turned
+        return array
+
+    return mapped(nest, lambda value: isinstance(value, np.ndarray), restore)
 
 
 def module_leaves(suspect: Suspect) -> Mapping[str, Array]:
