@@ -53,10 +53,10 @@ def test_the_order_along_the_block(pairing: Callable[..., Any]) -> None:
 def test_nothing_else_fits(pairing: Callable[..., Any]) -> None:
     rows = [
         ("layers.{i:0..2}.ln.weight", "params/layers_{i}/ln/scale", (D,)),
-        ("layers.{i:0..2}.foo.weight", "params/layers_{i}/Dense_0/kernel", (F, D), LIN),
+        ("layers.{i:0..2}.up.weight", "params/layers_{i}/Dense_0/kernel", (F, D), LIN),
     ]
     assert _evidence(pairing(rows).infer(), "params/layers_0/Dense_0/kernel")[0] == "nothing else fits"
-    two = [*rows, ("layers.{i:0..2}.bar.weight", "params/layers_{i}/Dense_1/kernel", (F, D), LIN)]
+    two = [*rows, ("layers.{i:0..2}.expand.weight", "params/layers_{i}/Dense_1/kernel", (F, D), LIN)]
     assert _open(pairing(two).infer(), "params/layers_0/Dense_0/kernel")
 
 

@@ -97,8 +97,8 @@ def _clear(board: Board) -> list[Pair]:
 
 def _backed(pair: Pair) -> bool:
     """A telling word is shared, or words for the kind (and numbers) are and neither name says more."""
-    if pair.vague and not pair.head and "head" in pair.shared:
-        return False  # some head, and one of the names says which
+    if pair.vague and not pair.head:
+        return False  # one of the names says which, and the other does not
     return pair.telling > 0 or (pair.any_shared > 0 and pair.whole and not pair.loose)
 
 
@@ -112,8 +112,7 @@ def _last(board: Board, root: bool, rivalled: set[int], taken: list[Pair]) -> li
         (pair,) = row.values()
         if not pair.whole or len(board.cols[id(pair.flax)]) != 1:
             continue
-        untold = "head" in pair.shared or (id(pair) in rivalled and not pair.bonus and not _echoes(pair, taken))
-        if pair.blocked or (pair.vague and not pair.head and untold):
+        if pair.blocked or (pair.vague and not pair.head and not _echoes(pair, taken)):
             continue
         if root and not pair.any_shared and not pair.head and pair.loose:
             continue

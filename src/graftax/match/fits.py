@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from graftax.match.idioms import refined
-from graftax.match.judge import judge, learn_common, main_column, name_final_norm, number_ranks
+from graftax.match.judge import judge, learn_common, learn_places, main_column, name_final_norm, number_ranks
 from graftax.match.layouts import Facts, Readings, axis_choices, readings, stacked
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.sides import Column, Key, Module
@@ -24,10 +24,11 @@ def candidates(scope: Scope, numbers: bool = True) -> list[Pair]:
     to_flax = dict(scope.keys)
     out: list[Pair] = []
     learn_common(scope)
-    refined(scope.torch, scope.torch_names, scope.lex, scope.experts[0])
-    refined(scope.flax, scope.flax_names, scope.lex, scope.experts[1])
+    refined(scope.torch, scope.torch_names, scope.lex, scope.experts[0], scope.root)
+    refined(scope.flax, scope.flax_names, scope.lex, scope.experts[1], scope.root)
     if scope.root and scope.lex.synonyms:
         name_final_norm(scope)
+    learn_places(scope)
     ranks_t = number_ranks(scope.torch, scope) if numbers else {}
     ranks_f = number_ranks(scope.flax, scope) if numbers else {}
     for module in scope.torch:

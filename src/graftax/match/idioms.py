@@ -8,25 +8,43 @@ from dataclasses import replace
 
 from graftax.match.names import Lexicon, Name, concepts
 from graftax.match.sides import Module, Token
-from graftax.match.words import ALONE, NUMBERED
+from graftax.match.words import ALONE, FIRST_SECOND, IN_BLOCK, NUMBERED
 
 _EXPERT, _GATE, _ROUTER = "expert", "gate", "router"
 
 
-def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, experts: bool) -> None:
+_HALVES = {1: "up", 2: "down"}
+_PLAIN = frozenset(["dense", "linear", "proj", "fc"])
+
+
+def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, experts: bool, root: bool = False) -> None:
     """Change the names (by id of module) of numbered siblings that the table knows, of a feed-forward part's two
     Linears, and of a router. `experts`: this side has experts somewhere."""
     if not lex.synonyms:
         return
     groups: defaultdict[tuple[Token, ...], dict[int, Module]] = defaultdict(dict)
+    halves: defaultdict[tuple[Token, ...], list[tuple[int, Module]]] = defaultdict(list)
+    paths = {module.tokens for module in modules}
+    shared = next((n for n, level in enumerate(zip(*paths, strict=False)) if len(set(level)) > 1), -1)
+    shared = len(next(iter(paths))) - 1 if len(paths) == 1 else shared
     for module in modules:
         tokens = module.tokens
         if tokens and isinstance(tokens[-1], int):
             groups[tokens[:-1]][tokens[-1]] = module
-        elif len(tokens) == 1 and not module.outer and tokens[0] in ALONE:
-            _say(names, module, set(ALONE[str(tokens[0])].split()), set())
+        if not root or "mlp" in names[id(module)].concepts or any(c.stack for c in module.roles.values()):
+            half = tokens[:-1] if tokens and tokens[-1] in _PLAIN else tokens
+            if len(half) > 1 and half[-2] in FIRST_SECOND and isinstance(half[-1], int):
+                halves[half[:-1]].append((half[-1], module))
+        if not root and tokens in IN_BLOCK:
+            _say(names, module, {IN_BLOCK[tokens]}, set())  # type: ignore[index]
+        if tokens and len(tokens) == shared + 1 and not module.outer and tokens[-1] in ALONE:
+            _say(names, module, set(ALONE[str(tokens[-1])].split()), set())
         elif experts and tokens and tokens[-1] == _GATE and not has_experts([module], lex):
             _say(names, module, {_ROUTER}, {_GATE})
+    for members in halves.values():
+        _name_halves(members, names, lex)
+    _name_way_back(modules, names, lex)
+    _name_fourth(modules, names, lex)
     for prefix, members in groups.items():
         word = prefix[-1] if prefix else ""
         numbers = tuple(sorted(members))
@@ -39,6 +57,59 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
                 name = names[id(members[number])]
                 if not name.concepts & {"attn", "conv"}:
                     _say(names, members[number], {concept, *lex.implies.get(concept, ())}, set())
+
+
+def _name_halves(members: Sequence[tuple[int, Module]], names: dict[int, Name], lex: Lexicon) -> None:
+    """fc1 and fc2 (or one of them) of a block: the feed-forward part's way in and out, unless their shapes or another
+    word say otherwise."""
+    if any(number not in _HALVES for number, _ in members):
+        return
+    for number, module in members:
+        column = module.roles.get("weight")
+        half = _HALVES[number]
+        if column is None or column.kind == "norm" or set(module.roles) - {"weight", "bias"}:
+            continue
+        shapes = set(column.shapes.values())
+        inwards = (half == "up") == (column.kind != "kernel")
+        # A checkpoint may store (in, out): beside the word for the part the shapes need not agree.
+        sure = "mlp" in names[id(module)].concepts
+        fits = all(len(s) == 2 and (sure or (s[0] >= s[1] if inwards else s[0] <= s[1])) for s in shapes)
+        if fits and not names[id(module)].concepts & {"attn", "conv", "up", "down", "gate", "q", "k", "v", "o"}:
+            _say(names, module, {half, "in" if half == "up" else "out", *lex.implies.get(half, ())}, set())
+
+
+def _name_fourth(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon) -> None:
+    """Beside q, k and v the one other matrix, if its name says no more than that it is one, is their output."""
+    together: defaultdict[tuple[Token, ...], list[Module]] = defaultdict(list)
+    for module in modules:
+        column = module.roles.get("weight")
+        if column is not None and column.kind != "norm" and all(len(s) > 1 for s in column.shapes.values()):
+            together[module.tokens[: module.cuts[-2]] if len(module.cuts) > 1 else ()].append(module)
+    for prefix, members in together.items():
+        said = [names[id(module)].concepts for module in members]
+        rest = [n for n, found in enumerate(said) if not found & {"q", "k", "v", "qkv", "kv"}]
+        parts = {part for found in said for part in found & {"q", "k", "v", "qkv", "kv"}}
+        complete = any(needed <= parts for needed in ({"q", "k", "v"}, {"q", "kv"}, {"qkv"}))
+        if len(rest) == 1 and complete:
+            module = members[rest[0]]
+            own = set(concepts(module.tokens[len(prefix) :], lex))
+            if own <= {"linear", "proj", "out", "layer"}:
+                _say(names, module, {"o", *lex.implies.get("o", ())}, set())
+
+
+def _name_way_back(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon) -> None:
+    """The one matrix that takes what the feed-forward part's first gives, and gives what that takes, is its second, if
+    its name says that it is an output."""
+    matrices = [
+        (module, next(iter(module.roles["weight"].shapes.values())))
+        for module in modules
+        if not set(module.roles) - {"weight", "bias"} and "weight" in module.roles
+    ]
+    there = [shape for m, shape in matrices if "up" in names[id(m)].concepts and len(shape) in (2, 3)]
+    turned = (*there[0][:-2], *there[0][:-3:-1]) if len(there) == 1 else ()
+    back = [m for m, shape in matrices if shape == turned != there[0]]
+    if len(back) == 1 and "out" in names[id(back[0])].concepts and not names[id(back[0])].concepts & {"attn", "conv"}:
+        _say(names, back[0], {"down", *lex.implies.get("down", ())}, set())
 
 
 def _say(names: dict[int, Name], module: Module, new: set[str], old: set[str]) -> None:

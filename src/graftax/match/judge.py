@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from graftax.match.names import UNKNOWN, Lexicon, Name, concepts, contradicts, name_of, split_words, strip_common
 from graftax.match.pairs import Pair, Scope
+from graftax.match.places import counted_places, own_words
 from graftax.match.sides import Column, Module, Token
 
+Ranks = tuple[tuple[str, int, int], ...]
+"""The numbers of a name as (what is numbered, rank, how many)."""
 _TOWERS = frozenset(("enc", "dec", "vision", "text", "audio"))
+_PLAIN = frozenset(("norm", "layer", "stage", "model", "list", "weight", "scale"))
 
 
 def name_final_norm(scope: Scope) -> None:
@@ -18,7 +22,7 @@ def name_final_norm(scope: Scope) -> None:
         cache = scope.torch_names if torch else scope.flax_names
         bare: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
         for module in modules:
-            said = cache[id(module)].concepts - scope.common - scope.lex.little
+            said = cache[id(module)].concepts - scope.common - _PLAIN
             if "norm" in cache[id(module)].concepts and said <= _TOWERS and not _ends_in_number(module):
                 bare[said].append(cache[id(module)])
         alone = {id(names[0]) for names in bare.values() if len(names) == 1}
@@ -37,6 +41,19 @@ def learn_common(scope: Scope) -> None:
     scope.common = strip_common(names_t) | strip_common(names_f) | scope.wrappers
     counts = [Counter(concept for name in names for concept in name) for names in (names_t, names_f)]
     scope.around = frozenset(c for c, n in counts[0].items() if n >= _AROUND and counts[1][c] >= _AROUND)
+
+
+def learn_places(scope: Scope) -> None:
+    """What each module's name says of it alone, and what it says of the place it stands in."""
+    own_t, around_t = own_words(scope.torch, scope.torch_names, scope.lex)
+    own_f, around_f = own_words(scope.flax, scope.flax_names, scope.lex)
+    scope.own = {**own_t, **own_f}
+    scope.beside = {**around_t, **around_f}
+    scope.places = tuple(frozenset[str]().union(*found.values()) for found in (around_t, around_f))
+    scope.counted = (
+        counted_places(scope.torch, scope.lex),
+        counted_places(scope.flax, scope.lex),
+    )
 
 
 _AROUND = 4  # modules of both sides that hold a word from which on it names the part around them, not one of them
@@ -65,12 +82,14 @@ def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexi
         first = max(counts, key=lambda token: counts[token], default=None)
         if not isinstance(first, str) or counts[first] < 2 or 2 * counts[first] < len(modules):
             break
+        if any(4 * count > counts[first] for token, count in counts.items() if token != first):
+            break  # one of several parts, not what is around them all
         out.update(concept for concept in concepts((first,), lex) if concept not in known)
         paths = [path[1:] if path[0] == first else path for path in paths if len(path) > 1]
     return frozenset(out)
 
 
-def number_ranks(modules: Sequence[Module], scope: Scope) -> dict[int, tuple[tuple[str, int, int], ...]]:
+def number_ranks(modules: Sequence[Module], scope: Scope) -> dict[int, Ranks]:
     """For each module the numbers of its name as (what is numbered, rank, how many): the siblings at one place of the
     tree are numbered together, so that 1, 2 and 0, 1 and 0, 3 say the same."""
     groups: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
@@ -82,7 +101,7 @@ def number_ranks(modules: Sequence[Module], scope: Scope) -> dict[int, tuple[tup
                 groups[mark].add(token)
                 places.setdefault(id(module), []).append((mark, token))
     orders = {mark: sorted(values) for mark, values in groups.items() if len(values) > 1}
-    out: dict[int, tuple[tuple[str, int, int], ...]] = {}
+    out: dict[int, Ranks] = {}
     for key, found in places.items():
         ranks = [(str(mark[-1]), orders[mark].index(n), len(orders[mark])) for mark, n in found if mark in orders]
         if ranks:
@@ -101,18 +120,17 @@ def numbered_as(tokens: Sequence[Token], at: int, lex: Lexicon) -> tuple[object,
     return (*tokens[:start], " ".join(meant[:-1]), meant[-1] if meant else "")
 
 
-def judge(
-    pair: Pair, scope: Scope, ranks_t: Iterable[tuple[str, int, int]], ranks_f: Iterable[tuple[str, int, int]]
-) -> None:
+def judge(pair: Pair, scope: Scope, ranks_t: Ranks, ranks_f: Ranks) -> None:
     """Score the names of the pair, and find what forbids it. A tied tensor is judged by the best of its names."""
     flax = scope.name(pair.flax, False)
     _judge(pair, scope, scope.name(pair.torch, True), flax, ranks_t, ranks_f)
     for tokens in pair.torch.alias:
         other = Pair(pair.torch, pair.flax, pair.links, pair.whole)
-        _judge(other, scope, name_of(tokens, (), scope.lex), flax, (), ranks_f)
-        if (not other.blocked, other.score) > (not pair.blocked, pair.score):
+        _judge(other, scope, name_of(tokens, (), scope.lex), flax, (), ranks_f, aliased=True)
+        if (not other.blocked, not other.vague, other.score) > (not pair.blocked, not pair.vague, pair.score):
             pair.score, pair.shared, pair.telling = other.score, other.shared, other.telling
             pair.any_shared, pair.blocked, pair.soft = other.any_shared, other.blocked, other.soft
+            pair.vague, pair.loose, pair.head, pair.equal = other.vague, other.loose, other.head, other.equal
 
 
 def _judge(
@@ -120,10 +138,13 @@ def _judge(
     scope: Scope,
     a: Name,
     b: Name,
-    ranks_t: Iterable[tuple[str, int, int]],
-    ranks_f: Iterable[tuple[str, int, int]],
+    ranks_t: Ranks,
+    ranks_f: Ranks,
+    aliased: bool = False,
 ) -> None:
     lex, common = scope.lex, scope.common
+    own_a = a.concepts if aliased else scope.own[id(pair.torch)]
+    own_b = scope.own[id(pair.flax)]
     shared = telling = 0.0
     only_a = only_b = loose_a = loose_b = 0.0
     said: list[tuple[float, str]] = []
@@ -134,7 +155,7 @@ def _judge(
         if concept in b.concepts:
             shared += weight
             said.append((weight, concept))
-            telling += weight if weight >= 1 else 0
+            telling += weight if weight >= 1 and (concept in own_a or concept in own_b) else 0
             own += weight >= 1 and concept not in scope.around
             near += weight if weight == 0.5 else 0
         else:
@@ -157,7 +178,9 @@ def _judge(
                 else:
                     blocked = blocked or f"{what} {rank + 1} against {place + 1} of {count}"
     little = lex.little - {"norm"}
-    pair.head = ("head" in a.concepts and b.concepts <= little) or ("head" in b.concepts and a.concepts <= little)
+    pair.head = ("head" in a.concepts and b.concepts <= little) or (
+        "head" in b.concepts and a.concepts <= little and not isinstance(a.raw[-1:] and a.raw[-1], int)
+    )
     pair.loose = loose_a > 0 or loose_b > 0
     pair.lone = not matched and _numbers_differ(a, b)
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
@@ -165,7 +188,7 @@ def _judge(
     pair.equal = a.raw == b.raw and (matched or not counted)
     pair.score += 0.3 if pair.equal else 0.0
     pair.telling, pair.any_shared = telling, shared
-    pair.vague = _vague(a, b, scope)
+    pair.vague = a.raw != b.raw and _vague(pair, a, b, own_a, own_b, scope, (ranks_t, ranks_f))
     if not blocked and loose_a and loose_b and ((not own and near < 0.9) or _one_word_apart(a, b)):
         pair.soft = True
         blocked = "each name says something that the other does not"
@@ -180,23 +203,96 @@ def _judge(
 
 
 _LISTS = frozenset(("layer", "stage", "model", "list"))
+_COUNTED = frozenset(("stem", "first", "norm", "linear", "conv", "proj", "layer", "stage", "model", "list"))
+_OUTSIDE = _COUNTED | {"final", "head"}
+"""What a number in a list may stand for outside of the blocks; inside, see `_INSIDE`."""
+_INSIDE = _COUNTED | {"shortcut"}
+_PARTS = frozenset(("up", "down", "mlp", "in", "out", "expert", "patch", "embed", "deconv", "pool"))
+_KINDS = frozenset(("conv", "linear", "embed", "patch"))
 
 
-def _vague(a: Name, b: Name, scope: Scope) -> bool:
-    """Some name says what the other lacks, and they share no telling word: that nothing else fits tells nothing then.
-    `head` does not tell one head from another. A number in place of a name (`Conv_2`) lacks nothing, an embedding is
-    one of tokens unless it says more, and outside of blocks a word for the part around (attn, out) is no more said."""
+def _vague(
+    pair: Pair,
+    a: Name,
+    b: Name,
+    own_a: frozenset[str],
+    own_b: frozenset[str],
+    scope: Scope,
+    ranks: tuple[Ranks, Ranks],
+) -> bool:
+    """Some name says what the other lacks, or stands in a part that the other side has too and the other does not stand
+    in, and they share no telling word of their own: that nothing else fits tells nothing then. `head` does not tell one
+    head from another. A number in place of a name (`Conv_2`) lacks nothing that is a known word, an embedding is one of
+    tokens unless it says more (one by a convolution, of patches), number 1 may be the first, and outside of blocks a
+    word for the part around (attn, out) is no more said."""
     lex = scope.lex
+    around = scope.beside.get(id(pair.torch), frozenset()), scope.beside.get(id(pair.flax), frozenset())
     left, right = a.concepts - scope.common, b.concepts - scope.common
-    if any(lex.weight(word) >= 1 for word in left & right - {"head"}):
+    if any(lex.weight(word) >= 1 for word in (left & right & (own_a | own_b)) - {"head"}):
+        return False
+    if any(lex.weight(word) == UNKNOWN and len(word) > 1 for word in own_a & own_b):
         return False
     numbers = [name.raw[-1] if name.raw and isinstance(name.raw[-1], int) else None for name in (a, b)]
-    for number, said, plain in ((numbers[0], left - right, _LISTS), (numbers[1], right - left, lex.little)):
-        if said <= plain and number is not None:
+    is_norm = "norm" in left & right
+    for side, number, said, plain, more in (
+        (0, numbers[0], left - right, _LISTS, right - left),
+        (1, numbers[1], right - left, lex.little, left - right),
+    ):
+        other = pair.flax if side == 0 else pair.torch
+        if number is None or not said <= plain:
+            continue
+        # Where the other side counts too, or of norms (a place in the block), a number stands for few words only.
+        few = is_norm or other.tokens[: other.own] in scope.counted[1 - side]
+        few_words = (_OUTSIDE if scope.root else _INSIDE) | _place_of(number, ranks[side])
+        if more <= few_words or (not few and more <= few_words | _PARTS):
             return False
-    least = 1.0 if scope.root else UNKNOWN
-    plain = {"tok"} if "embed" in left & right else set[str]()
-    return any(lex.weight(word) >= least for word in (left ^ right) - plain)
+    somewhere = any(lex.weight(word) >= 1 for word in left & right)
+    if somewhere:  # they stand in one part of the model: what else is said of places counts no more
+        left, right = left & (own_a | right), right & (own_b | left)
+    left, right = left - _explained(left, right, lex), right - _explained(right, left, lex)
+    # Only beside a cross attention is `self` a word that tells, and the two exclude each other.
+    plain = {"self"}
+    if "embed" in left & right:
+        plain.add("patch" if any(len(shape) > 2 for shape in main_column(pair.torch).shapes.values()) else "tok")
+    if somewhere:
+        plain |= {"in", "out"}
+    if any(number in (0, 1) for number in numbers):
+        plain |= {"first", "stem"}
+    if is_norm and left & own_a & (_KINDS | lex.some) - right and right & own_b & (_KINDS | lex.some) - left:
+        return True  # norms of two places
+    if scope.root:
+        tells = {"attn", "mlp"} if is_norm else set[str]() if own_a & own_b else {"in", "out"}
+        plain |= lex.some - ((own_a | own_b) & tells)
+    if any(lex.weight(word) >= UNKNOWN for word in (left ^ right) - plain):
+        return True
+    towers = {"enc", "dec"} if "head" in left & right else set[str]()  # whose the only head is need not be said
+    only_a, only_b = around[0] - scope.common - b.concepts - towers, around[1] - scope.common - a.concepts - towers
+    return _elsewhere(only_a, scope.places[1], lex) or _elsewhere(only_b, scope.places[0], lex)
+
+
+def _explained(said: frozenset[str], other: frozenset[str], lex: Lexicon) -> frozenset[str]:
+    """`out` is another word for `o` and for `down`, where nothing says which of them: what those imply is not more."""
+    if "out" not in said & other:
+        return frozenset()
+    return frozenset(
+        word
+        for concept in ("o", "down")
+        if concept in said and not other & {"attn", "mlp", "o", "down", "up"}
+        for word in (concept, *lex.implies.get(concept, ()))
+    ) - {"out"}
+
+
+def _place_of(number: int, ranks: Ranks) -> frozenset[str]:
+    """What the number says of the place in the block: the first of several comes before, the last after."""
+    first, last = number == 0, number == 2
+    for _, rank, count in ranks[-1:]:
+        first, last = rank == 0, rank == count - 1
+    return frozenset(("pre",) if first else ("post",) if last else ())
+
+
+def _elsewhere(said: frozenset[str], places: frozenset[str], lex: Lexicon) -> bool:
+    """One side names a part of the model that the other side has too, and the other module does not stand in it."""
+    return any(lex.weight(word) >= 0.5 for word in said & places)
 
 
 def _one_word_apart(a: Name, b: Name) -> bool:

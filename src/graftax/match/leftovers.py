@@ -21,7 +21,8 @@ def single_out(module: Module) -> Module | None:
         role: replace(column, paths={(): column.paths[key]}, shapes={(): column.shapes[key]})
         for role, column in module.roles.items()
     }
-    return Module((*path, *module.tokens), (), roles, module.raw)
+    cuts = tuple(at + len(path) for at in (0, *module.cuts) if at + len(path))
+    return Module((*path, *module.tokens), (), roles, module.raw, cuts=cuts, own=len(path) + module.own)
 
 
 def by_kind(scope: Scope) -> list[Scope]:
@@ -60,5 +61,5 @@ def _cut(modules: list[Module], keys: set[Key]) -> list[Module]:
             if paths:
                 roles[role] = replace(column, paths=paths, shapes={key: column.shapes[key] for key in paths})
         if roles:
-            out.append(Module(module.tokens, module.outer, roles, module.raw, module.alias))
+            out.append(Module(module.tokens, module.outer, roles, module.raw, module.alias, module.cuts, module.own))
     return out

@@ -29,6 +29,7 @@ class Lexicon:
     little: frozenset[str]
     some: frozenset[str]
     known: frozenset[str]
+    words_of_kinds: frozenset[object]
 
     @classmethod
     def standard(cls) -> Lexicon:
@@ -43,11 +44,13 @@ class Lexicon:
             table.SAYS_LITTLE,
             table.SAYS_SOME,
             frozenset(concept for found in (*synonyms.values(), *phrases.values()) for concept in found),
+            _words_of(table.SAYS_LITTLE),
         )
 
     @classmethod
     def empty(cls) -> Lexicon:
-        return cls({}, {}, 0, (), {}, _words_of(table.SAYS_LITTLE), _words_of(table.SAYS_SOME), frozenset())
+        little = _words_of(table.SAYS_LITTLE)
+        return cls({}, {}, 0, (), {}, little, _words_of(table.SAYS_SOME), frozenset(), little)
 
     def weight(self, concept: str) -> float:
         """How much a concept says: 1 for a telling word, less for kinds of layers and wrappers."""

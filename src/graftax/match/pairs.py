@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from graftax.match.names import Lexicon, Name, name_of
-from graftax.match.sides import Column, Key, Module
+from graftax.match.sides import Column, Key, Module, Token
 from graftax.ops import Op
 
 Label = tuple[tuple[int, ...], str]
@@ -69,6 +69,10 @@ class Scope:
     numbers: bool = True
     common: frozenset[str] = frozenset()
     around: frozenset[str] = frozenset()  # words for the part of the model around a module
+    own: dict[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])  # what a name says of it alone,
+    beside: dict[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])  # and of where it stands
+    places: tuple[frozenset[str], ...] = (frozenset(), frozenset())  # those of either side
+    counted: tuple[frozenset[tuple[Token, ...]], ...] = (frozenset(), frozenset())  # where numbers tell modules apart
 
     def name(self, module: Module, torch: bool) -> Name:
         cache = self.torch_names if torch else self.flax_names

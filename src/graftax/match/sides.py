@@ -11,9 +11,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from graftax.match.names import split_words
 from graftax.match.numbers import CUT, NUMBER, twice_numbered
+from graftax.match.places import mark_own
 from graftax.match.roles import Kind, role_of
 from graftax.match.words import BUFFERS, COLLECTIONS, WRAPPERS
 from graftax.tree import Side, TensorSpec, unescape_part
@@ -49,13 +51,16 @@ class Column:
 
 @dataclass(slots=True, eq=False)
 class Module:
-    """Leaves that live together. `tokens`: the path inside the family; `outer`: the words of the family's path."""
+    """Leaves that live together. `tokens`: the path inside the family; `outer`: the words of the family's path;
+    `cuts`: after how many tokens each part of the path ends; `own`: how many tokens lead to other modules too."""
 
     tokens: tuple[Token, ...]
     outer: tuple[Token, ...]
     roles: dict[str, Column] = field(default_factory=dict[str, Column])
     raw: bool = False
     alias: list[tuple[Token, ...]] = field(default_factory=list[tuple[Token, ...]])
+    cuts: tuple[int, ...] = ()
+    own: int = 0
 
     @property
     def support(self) -> frozenset[Key]:
@@ -88,6 +93,7 @@ class _Template:
     resolved: tuple[Token, ...] = ()
     variables: tuple[int, ...] = ()
     numbers: int = 0
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -147,8 +153,10 @@ def _templates(
             buffers.update((path, reason) for _, path, _ in rows)
             continue
         role, kind, rest = role_of(parts[-1])
-        words = [word for part in (*parts[:-1], rest) if part for word in split_words(part)]
-        out.append(_Template(tuple(words), role, kind, parts[-1], bool(rest), rows))
+        split = [split_words(part) for part in (*parts[:-1], rest) if part]
+        words = tuple(word for part in split for word in part)
+        cuts = tuple(accumulate(map(len, split)))
+        out.append(_Template(words, role, kind, parts[-1], bool(rest), rows, cuts=cuts))
     return out, buffers
 
 
@@ -309,6 +317,7 @@ def _cut(templates: list[_Template], place: int, variable: list[list[int]], apar
                     (*template.resolved, token),
                     (*template.variables, place) if counts else template.variables,
                     place + 1,
+                    template.cuts,
                 )
             )
     return list(out.values())
@@ -340,6 +349,7 @@ def _families(templates: list[_Template]) -> list[Family]:
             inside = [m for m in found if not m.support.isdisjoint(keys)]
             ordered = sorted(keys)
             out.append(Family(prefix, ordered, inside, [totals[prefix][key] for key in ordered]))
+    mark_own(out)
     return out
 
 
@@ -386,7 +396,8 @@ def _modules(members: list[tuple[_Template, int]], prefix: tuple[Token, ...]) ->
         while True:
             module = out.get(mark)
             if module is None:
-                module = out[mark] = Module(tokens, prefix, raw=template.raw)
+                cuts = tuple(at - cut for at in template.cuts if at > cut)
+                module = out[mark] = Module(tokens, prefix, raw=template.raw, cuts=cuts)
             taken = module.roles.get(template.role)
             if taken is None:
                 module.roles[template.role] = column

@@ -20,7 +20,8 @@ def virtual(family: Family) -> list[Module] | None:
     inside = family.prefix[len(outer) : -1]
     out: list[Module] = []
     for module in family.modules:
-        made = Module((*inside, *module.tokens), outer, raw=module.raw)
+        cuts = tuple(at + len(inside) for at in (0, *module.cuts) if at + len(inside))
+        made = Module((*inside, *module.tokens), outer, raw=module.raw, cuts=cuts, own=len(inside) + module.own)
         for role, column in module.roles.items():
             stacked = _stack(column)
             if stacked is None:

@@ -44,7 +44,7 @@ SYNONYMS: dict[str, str] = {
     "pre": "pre before",
     "post": "post after",
     "final": "final last",
-    "first": "first",
+    "first": "first init initial",
     "enc": "encoder enc encoders",
     "dec": "decoder dec decoders",
     "vision": "vision visual image img images",
@@ -108,6 +108,10 @@ PHRASES: dict[str, str] = {
     "encdec attention": "cross attn",
     "dense relu dense": "mlp",
     "token type": "seg",
+    "type embedding": "seg embed",
+    "type embeddings": "seg embed",
+    "type embed": "seg embed",
+    "type emb": "seg embed",
     "c attn": "qkv attn",
     "query key value": "qkv",
     "key value": "kv",
@@ -176,6 +180,19 @@ NUMBERED: tuple[tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...] =
     (("w",), (1, 2, 3), ("gate", "down", "up")),
 )
 """(word, the numbers of all siblings, what they mean): a gated feed-forward part numbers its matrices."""
+
+FIRST_SECOND: frozenset[str] = frozenset(["fc", "linear", "lin", "dense", "ff", "w"])
+"""Words that, numbered 1 and 2 inside a block, name the two matrices of its feed-forward part."""
+
+IN_BLOCK: dict[tuple[str, ...], str] = {
+    ("conv", "proj"): "shortcut",
+    ("norm", "proj"): "shortcut",
+    ("proj", "conv"): "shortcut",
+    ("proj", "norm"): "shortcut",
+    ("proj", "bn"): "shortcut",
+    ("bn", "proj"): "shortcut",
+}
+"""What words mean where they are the whole path inside a block: the projection beside the convolutions."""
 
 ALONE: dict[str, str] = {"shared": "tok embed", "output": "head", "out": "head", "unembed": "head"}
 """What a word means where it is the whole path: the table that encoder and decoder share, the last projection."""
