@@ -1,0 +1,228 @@
+"""Between a traced Flax module and the tap: one Channel for each runner, used by Linen and NNX alike.
+
+In eager code the tap is called there and then. In code that jax traces (jit, scan, remat, cond) an ordered io_callback
+stands at the module's entry and exit, so that every iteration is a call of its own, in the order of the program.
+Callbacks use NumPy only, and never raise: what fails in a tap is kept and raised when the run is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from flax.core import tracers
+from jax.experimental import io_callback
+
+from graftax.parity import flax_values
+from graftax.parity.records import Site, Tap
+
+NO_CALLBACK = {
+    ("jax/_src/api.py", "vmap_f"): "inside vmap",
+    ("jax/_src/api.py", "value_and_grad_f"): "inside a gradient",
+    ("jax/_src/api.py", "vjp"): "inside a gradient",
+    ("jax/_src/api.py", "jvp"): "inside a gradient",
+    ("jax/_src/api.py", "linearize"): "inside a gradient",
+    ("jax/_src/shard_map.py", "wrapped"): "inside shard_map",
+}
+"""Functions of jax below which an ordered callback cannot stand -> what to say of a module there."""
+ELSEWHERE = "inside a jax transformation that takes no ordered callbacks"
+BRANCH = "in a branch that was not taken, or a loop of no steps"
+NEVER = "never called"
+
+
+@dataclass(slots=True)
+class Traced:
+    """What tracing a program showed; it holds for later runs of the same compiled program too.
+
+    emitted   modules with a callback in the program
+    refused   module path -> why none could stand there
+    inner     module path -> {(collection and keys): shape} of its leaves as a scan's body sees them
+    """
+
+    emitted: set[str] = field(default_factory=set[str])
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+    inner: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = field(default_factory=dict[str, Any])
+
+
+@dataclass(slots=True, eq=False)
+class Channel:
+    """The calls of a runner's watched modules on their way to the tap.
+
+    tap       who listens in this run; callbacks of compiled code find it here
+    blocked   no callbacks in traced code (the retry after a transformation refused them)
+    """
+
+    tap: Tap | None = None
+    watch: frozenset[str] = frozenset()
+    blocked: bool = False
+    traced: Traced = field(default_factory=Traced)
+    base: Any = None
+    seen: dict[str, int] = field(default_factory=dict[str, int])
+    methods: dict[Site, str] = field(default_factory=dict[Site, str])
+    failure: BaseException | None = None
+    _open: dict[str, list[Site]] = field(default_factory=dict[str, list[Site]])
+    _active: list[str] = field(default_factory=list[str])
+    _waiting: bool = False
+    _busy: int = 0
+
+    # ------------------------------------------------------------ a run
+
+    def begin(self, watch: Collection[str], tap: Tap | None, traced: Traced, blocked: bool) -> None:
+        self.tap, self.watch, self.traced, self.blocked = tap, frozenset(watch), traced, blocked
+        self.base = tracers.current_trace()
+        self.seen, self.methods, self._open, self._active = {}, {}, {}, []
+        self.failure, self._waiting, self._busy = None, False, 0
+
+    def end(self) -> None:
+        """After the run: everything has arrived; the tap's own failure is raised, before any other."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the run itself raises it
+            jax.effects_barrier()
+        self.tap = None
+        self._active, self._open = [], {}
+        if self.failure is not None:
+            raise self.failure
+
+    def not_traced(self) -> dict[str, str]:
+        """Watched module -> why the tap did not see it."""
+        out: dict[str, str] = {}
+        for path in sorted(self.watch - self.seen.keys()):
+            out[path] = self.traced.refused.get(path) or (BRANCH if path in self.traced.emitted else NEVER)
+        return out
+
+    @property
+    def tracing(self) -> bool:
+        """Is the code that runs now traced by jax, and not computed?"""
+        return tracers.current_trace() != self.base
+
+    # ------------------------------------------------------------ a call
+
+    def call(
+        self, path: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], proceed: Callable[..., Any]
+    ) -> Any:
+        """The output of a module's call, with the tap at its entry and exit. A method that the module calls on itself
+        is part of the call that is under way."""
+        if self.tap is None or path not in self.watch or path in self._active:
+            return proceed(*args, **kwargs)
+        if self._busy == threading.get_ident():  # the tap itself runs something
+            return proceed(*args, **kwargs)
+        tracing = self.tracing
+        if tracing:
+            where = _place()
+            if where == "":  # rehearsed, to be thrown away
+                return proceed(*args, **kwargs)
+            reason = where or (ELSEWHERE if self.blocked else None)
+            if reason is not None:
+                self.traced.refused.setdefault(path, reason)
+                return proceed(*args, **kwargs)
+            self.traced.emitted.add(path)
+        args, kwargs = self._pass((args, dict(kwargs)), tracing, path, method, self._entering)
+        self._active.append(path)
+        try:
+            out = proceed(*args, **kwargs)
+        finally:
+            self._active.pop()
+        return self._pass(out, tracing, path, method, self._leaving)
+
+    def _pass(self, nest: Any, tracing: bool, path: str, method: str, tell: Callable[..., Any]) -> Any:
+        """`nest`, or what the tap puts in its place."""
+        arrays, node = flax_values.spread(nest)
+        if not tracing:
+            if self._waiting:  # what traced code has to say comes first
+                jax.effects_barrier()
+                self._waiting = False
+            held = [flax_values.to_host(array) for array in arrays]
+            new = tell(path, method, node, held)
+            if self.failure is not None:
+                raise self.failure
+            if new is None:
+                return nest
+            made = [jax.numpy.asarray(item) for item in new]
+            return flax_values.refill(node, _kept(arrays, made, [n is not h for n, h in zip(new, held, strict=True)]))
+        self._waiting = True
+        if not getattr(self.tap, "replaces", True):
+
+            def listen(*given: Any) -> None:
+                tell(path, method, node, _copies(given))
+
+            io_callback(listen, None, *arrays, ordered=True)
+            return nest
+
+        def host(*given: Any) -> Any:
+            copies = _copies(given)
+            new = tell(path, method, node, copies)
+            return copies if new is None else new
+
+        shapes = [jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(a.dtype)) for a in arrays]
+        made = io_callback(host, shapes, *arrays, ordered=True)
+        return flax_values.refill(node, _kept(arrays, made, [True] * len(made)))
+
+    def _entering(self, path: str, method: str, node: flax_values.Node, held: list[Any]) -> list[Any] | None:
+        """Tells the tap of a call; the arrays that the module shall be called with, or None."""
+        site = Site(path, self.seen.get(path, 0))
+        self.seen[path] = site.call + 1
+        if method != "__call__":
+            self.methods[site] = method
+        self._open.setdefault(path, []).append(site)
+        return self._told(lambda tap, given: tap.enter(site, given[0], given[1]), site, node, held)
+
+    def _leaving(self, path: str, method: str, node: flax_values.Node, held: list[Any]) -> list[Any] | None:
+        site = self._open[path].pop()
+        return self._told(lambda tap, given: tap.leave(site, given), site, node, held)
+
+    def _told(
+        self, tell: Callable[[Tap, Any], Any], site: Site, node: flax_values.Node, held: list[Any]
+    ) -> list[Any] | None:
+        tap = self.tap
+        if tap is None or self.failure is not None:
+            return None
+        self._busy = threading.get_ident()
+        try:
+            given = flax_values.plain(node, held)
+            new = tell(tap, given)
+            return None if new is None else flax_values.replaced(given, held, new, f"Flax {site}")
+        except BaseException as failure:  # not through XLA: raised when the run is over
+            self.failure = failure
+            return None
+        finally:
+            self._busy = 0
+
+
+def _copies(given: Any) -> list[Any]:
+    """Arrays of their own: what a callback gets are XLA's buffers, which it uses again."""
+    return [np.array(item) for item in given]
+
+
+def _kept(arrays: list[Any], made: list[Any], changed: list[bool]) -> list[Any]:
+    """`made` where it changed, else the arrays themselves; also where a weak type would be lost, and with it the way
+    in which the model's next op promotes."""
+    return [
+        new if change and not getattr(old, "weak_type", False) else old
+        for old, new, change in zip(arrays, made, changed, strict=True)
+    ]
+
+
+def _place() -> str | None:
+    """Where traced code stands: None, a callback can stand here; '', Flax rehearses a scan's body to throw it away;
+    else why no ordered callback can. jax does not tell; the functions on the stack do."""
+    frame: FrameType | None = sys._getframe(2)
+    found: str | None = None
+    while frame is not None:
+        code = frame.f_code
+        name = code.co_name
+        if name == "body_fn" and code.co_filename.endswith("axes_scan.py") and frame.f_locals.get("init_mode"):
+            return ""
+        if found is None and name in _NAMES:
+            file = code.co_filename.replace("\\", "/")
+            found = next((why for (end, n), why in NO_CALLBACK.items() if n == name and file.endswith(end)), None)
+        frame = frame.f_back
+    return found
+
+
+_NAMES = frozenset(name for _, name in NO_CALLBACK)
