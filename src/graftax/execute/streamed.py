@@ -11,15 +11,17 @@ import numpy as np
 
 from graftax.dtypes import numpy_dtype, storage_bytes
 from graftax.errors import PlanError, escape
+from graftax.execute import tiling
 from graftax.execute.gather import Stored, Values, fill, held
 from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate
 from graftax.execute.pushdown import Box, NotLocal, Piece, push
 from graftax.execute.receipt import Measured, Receipt
+from graftax.execute.sharded import Edges, assemble, fill_boxes, sharding_boxes
 from graftax.execute.whole import check_source, run_entry
 from graftax.formats.base import Tile
 from graftax.formats.sizes import size_text
-from graftax.ops import Cast, Keep, Op, chain_text
+from graftax.ops import Cast, Keep, chain_text
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint, TensorSpec
 
@@ -99,6 +101,31 @@ class Stream:
         except PlanError as error:
             raise _named(entry, error) from error
 
+    def sharded(self, target: str, sharding: Any) -> Any:
+        """One target as a jax.Array laid out by `sharding`: only what the devices of this process hold is read. A jax
+        dtype is needed: see `adapters.to_jax` for those that jax would narrow."""
+        entry, index = self._home[target]
+        spec = self._plan.like.specs[target]
+        self._count(spec)
+        boxes = list(sharding_boxes(spec.shape, sharding))
+        try:
+            parts = None if self._whole_only(entry, spec) else self._parts(entry, index, spec, boxes)
+            if parts is None:
+                whole = self._made(entry)[target]
+                parts = {box: np.ascontiguousarray(whole[tuple(slice(*edge) for edge in box)]) for box in boxes}
+        except PlanError as error:
+            raise _named(entry, error) from error
+        return assemble(spec.shape, sharding, parts)
+
+    def _parts(self, entry: Entry, index: int, spec: TensorSpec, boxes: list[Edges]) -> dict[Edges, Array] | None:
+        specs = tuple(self._plan.source.specs[name] for name in entry.sources)
+        sources = [self._values(name) for name in entry.sources]
+        how = evaluate if self._plain(entry) else self._meter(entry)
+        try:
+            return fill_boxes(entry.ops, specs, index, spec, boxes, sources, self._scratch, how)
+        except NotLocal:
+            return None
+
     def _count(self, spec: TensorSpec) -> None:
         self._receipt.leaves += 1
         self._receipt.nbytes += spec.nbytes
@@ -129,7 +156,7 @@ class Stream:
             return None
         ops, specs = entry.ops, tuple(self._plan.source.specs[name] for name in entry.sources)
         try:
-            steps = _box_steps(ops, specs, index, spec, self._tile, contiguous)
+            steps = tiling.box_steps(ops, specs, index, spec, self._tile, contiguous)
             ranges = [
                 [(i, min(i + step, n)) for i in range(0, n, step)] for n, step in zip(spec.shape, steps, strict=True)
             ]
@@ -220,61 +247,3 @@ def _tile(out: Array, box: Box, spec: TensorSpec) -> Tile:
     lead = [(n, step) for (start, stop), step in zip(box[:cut], steps[:cut], strict=True) if (n := stop - start) > 1]
     assert len(lead) == 1, "a tile has runs along one axis"
     return Tile(begin, raw.reshape(rows, run), lead[0][1])
-
-
-def _box_steps(
-    ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], index: int, spec: TensorSpec, most: int, contiguous: bool
-) -> list[int]:
-    """How long a tile is on every axis of a target, for tiles of `most` bytes.
-
-    Halves the axis that leaves the longest runs, on disk and in the sources; `contiguous`: leading axes first.
-    """
-    width = spec.bits // 8
-    steps = list(spec.shape)
-    while math.prod(steps) * width > most and any(step > 1 for step in steps):
-        lead = next(axis for axis, step in enumerate(steps) if step > 1)
-        if contiguous:
-            steps[lead] = -(-steps[lead] // 2)
-            continue
-        best: tuple[int, int] | None = None
-        for axis in range(len(steps)):
-            tried = [*steps[:axis], -(-steps[axis] // 2), *steps[axis + 1 :]]
-            if steps[axis] == 1 or not _one_row_axis(tried, spec.shape):
-                continue
-            score = min(_target_run(tried, spec.shape), _source_run(ops, specs, index, tried)) * width
-            if best is None or score > best[0]:
-                best = (score, axis)
-        axis = lead if best is None else best[1]
-        steps[axis] = -(-steps[axis] // 2)
-    return steps
-
-
-def _target_run(steps: list[int], shape: tuple[int, ...]) -> int:
-    run = 1
-    for step, extent in zip(reversed(steps), reversed(shape), strict=True):
-        run *= step
-        if step != extent:
-            break
-    return run
-
-
-def _one_row_axis(steps: list[int], shape: tuple[int, ...]) -> bool:
-    """A tile's runs must lie at even distances: before its run, one axis at most has more than one index."""
-    axis = len(steps)
-    while axis and (axis == len(steps) or steps[axis] == shape[axis]):
-        axis -= 1
-    return sum(step > 1 for step in steps[:axis]) <= 1
-
-
-def _source_run(ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], index: int, steps: list[int]) -> int:
-    """The shortest run of source elements that a tile of these lengths at the origin needs."""
-    found = 1 << 62
-    for piece in push(ops, specs, index, [(0, step) for step in steps]):
-        for leaf in piece.leaves():
-            run, rest = 1, sorted(zip(map(abs, leaf.strides), piece.extents, strict=True))
-            for stride, extent in rest:
-                if stride != run:
-                    break
-                run *= extent
-            found = min(found, run)
-    return found

@@ -1,0 +1,80 @@
+"""How to cut a target into tiles that fit a budget, with runs on disk as long as can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from graftax.execute.pushdown import Box, push
+from graftax.ops import Op
+from graftax.tree import TensorSpec
+
+
+def box_steps(
+    ops: tuple[Op, ...],
+    specs: tuple[TensorSpec, ...],
+    index: int,
+    spec: TensorSpec,
+    most: int,
+    contiguous: bool,
+    origin: Sequence[int] | None = None,
+    rows: bool = True,
+) -> list[int]:
+    """How long a tile is on every axis of a target (or of a box of it, of the extents of `spec`, at `origin`), for
+    tiles of `most` bytes.
+
+    Halves the axis that leaves the longest runs in the sources, and in the target where the tile goes to disk (`rows`:
+    a tile is rows of one run at even distances). contiguous: leading axes first. NotLocal as `push`.
+    """
+    width = spec.bits // 8
+    steps = list(spec.shape)
+    start = [0] * len(steps) if origin is None else origin
+    while math.prod(steps) * width > most and any(step > 1 for step in steps):
+        lead = next(axis for axis, step in enumerate(steps) if step > 1)
+        if contiguous:
+            steps[lead] = -(-steps[lead] // 2)
+            continue
+        best: tuple[int, int] | None = None
+        for axis in range(len(steps)):
+            tried = [*steps[:axis], -(-steps[axis] // 2), *steps[axis + 1 :]]
+            if steps[axis] == 1 or (rows and not _even_rows(tried, spec.shape)):
+                continue
+            score = source_run(ops, specs, index, [(s, s + step) for s, step in zip(start, tried, strict=True)])
+            if rows:
+                score = min(score, _target_run(tried, spec.shape))
+            if best is None or score > best[0]:
+                best = (score, axis)
+        axis = lead if best is None else best[1]
+        steps[axis] = -(-steps[axis] // 2)
+    return steps
+
+
+def source_run(ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], index: int, box: Box) -> int:
+    """The shortest run of source elements that a box of a target needs."""
+    found = 1 << 62
+    for piece in push(ops, specs, index, box):
+        for leaf in piece.leaves():
+            run = 1
+            for stride, extent in sorted(zip(map(abs, leaf.strides), piece.extents, strict=True)):
+                if stride != run:
+                    break
+                run *= extent
+            found = min(found, run)
+    return found
+
+
+def _target_run(steps: list[int], shape: tuple[int, ...]) -> int:
+    run = 1
+    for step, extent in zip(reversed(steps), reversed(shape), strict=True):
+        run *= step
+        if step != extent:
+            break
+    return run
+
+
+def _even_rows(steps: list[int], shape: tuple[int, ...]) -> bool:
+    """Before a tile's run, one axis at most has more than one index."""
+    axis = len(steps)
+    while axis and (axis == len(steps) or steps[axis] == shape[axis]):
+        axis -= 1
+    return sum(step > 1 for step in steps[:axis]) <= 1
