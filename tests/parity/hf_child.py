@@ -258,7 +258,7 @@ def fault(case: Case, what: str, report: Any) -> dict[str, Any]:
         and {
             "weights": path == case.square.removeprefix("params/").rpartition("/")[0],
             "norm": report.where == "out" and "orm" in first.kind,
-            "in": report.where == "in",
+            "in": report.where == "in" or not first.pair.leaf,  # behind the function, or the container it stands in
         }[what]
     )
     causes = [cause.name for cause in report.causes]

@@ -49,9 +49,15 @@ class Fault:
     def __str__(self) -> str:
         return f"{self.kind}: {self.model} {self.api}, {self.text}, seed {self.seed}"
 
-    def is_layer(self, path: str) -> bool:
-        """Whether this Flax path is the layer to be named."""
-        return any(path == layer or (layer.endswith("/**") and path.startswith(layer[:-2])) for layer in self.layers)
+    def is_layer(self, path: str, where: str = "out") -> bool:
+        """Whether this Flax path is the layer to be named. What arrives wrong ('in') at a layer arrives so at the
+        containers that begin with it: the outermost of these is called first."""
+        for layer in self.layers:
+            if path == layer or (layer.endswith("/**") and path.startswith(layer[:-2])):
+                return True
+            if where == "in" and path and layer.startswith(f"{path}/"):
+                return True
+        return False
 
 
 # ---------------------------------------------------------------- edits

@@ -91,7 +91,7 @@ def read(fault: Fault, report: Any, blank: Verdict) -> Verdict:
     return _but(
         blank,
         found=not report.ok,
-        layer=fault.is_layer(path),
+        layer=fault.is_layer(path, report.where or ""),
         first=path or "(the model)",
         where=report.where or "",
         named=named,

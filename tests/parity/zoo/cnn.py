@@ -139,7 +139,8 @@ class LinenCNN(fn.Module):
 
 
 def flatten(x: jax.Array, order: str) -> jax.Array:
-    return (x.transpose(0, 3, 1, 2) if order == "CHW" else x).reshape(x.shape[0], -1)
+    """(N, H, W, C) -> (N, H W C), in the order of the letters."""
+    return x.transpose(0, *(1 + "HWC".index(axis) for axis in order)).reshape(x.shape[0], -1)
 
 
 # ---------------------------------------------------------------- NNX
