@@ -143,11 +143,12 @@ def load_golden(path: str | PathLike[str]) -> Golden:
     from graftax.formats import files, safetensors_file, strict_json
 
     place, label = Path(path), escape(path)
-    files.refuse_impostor(files.read_head(place), label)
-    checkpoint = safetensors_file.open(place)
-    text = checkpoint.metadata.get(KEY)
-    if text is None:
-        raise FormatError(f"{label} is no golden file", next="Write one: graftax verify --record, or save_golden.")
+    head = files.read_head(place)
+    files.refuse_impostor(head, label)
+    checkpoint = safetensors_file.open(place) if safetensors_file.sniff(place, head) else None
+    text = None if checkpoint is None else checkpoint.metadata.get(KEY)
+    if checkpoint is None or text is None:
+        raise FormatError(f"{label} is no golden file", next="Write one: graftax verify --record.")
     data = strict_json.parse_object(text.encode("utf-8"), f"{label}: metadata {KEY}")
     if data.get("schema") != SCHEMA:
         raise FormatError(
