@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +70,11 @@ class ForcedTap:
     """Flax path -> how many calls no torch call answers to."""
     _open: dict[Site, Arrays] = field(default_factory=dict[Site, Arrays])
 
+    def restart(self) -> None:
+        """Forget a run that did not come to its end."""
+        for table in (self.met, self.kept, self.extra, self._open):
+            table.clear()
+
     def enter(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Args | None:
         there = self.calls.sites.get(site)
         if there is None:
@@ -121,9 +126,9 @@ class ForcedTap:
 
 @dataclass(slots=True, eq=False)
 class FreeTap:
-    """Measures the outputs of an ordinary Flax run, in the layouts that the forced pass has found."""
+    """Measures the outputs of an ordinary Flax run, in the layouts that the forced pass has found. It could listen only
+    (`replaces = False`); as it is, the forced pass's compiled program runs again and no other is compiled."""
 
-    replaces: ClassVar[bool] = False
     reference: Reference
     met: Mapping[Site, Met]
 

@@ -74,8 +74,10 @@ def find_pairs(
     aliases       other path of a leaf -> the path that the plan knows it by
     """
     rows = [entry for entry in entries if entry.sources and entry.targets]
-    theirs = _torch_side(rows, torch, torch_aliases or {})
-    ours = _flax_side(rows, flax, flax_aliases or {})
+    settled = {name for entry in entries for name in (*entry.sources, *entry.targets)}
+    torch_aliases, flax_aliases = torch_aliases or {}, flax_aliases or {}
+    theirs = _torch_side(rows, _settled(torch, settled, torch_aliases), torch_aliases)
+    ours = _flax_side(rows, _settled(flax, settled, flax_aliases), flax_aliases)
     found: dict[tuple[str, str], Pair] = {}
     for atoms, paths in theirs.groups.items():
         there, steps = ours.groups.get(atoms), 1
@@ -97,6 +99,16 @@ def find_pairs(
     holders = [path for path, module in torch.items() if OPAQUE & set(module.bases)]
     ranked = [pair for pair in ranked if not any(_below(pair.torch, path) for path in holders)]
     return tuple(_with_leaf(ranked))
+
+
+def _settled(modules: Mapping[str, Module], names: set[str], aliases: Mapping[str, str]) -> dict[str, Module]:
+    """Modules all of whose leaves the plan has settled: of the others it does not say how their weights are laid out,
+    and so not how their activations are."""
+    return {
+        path: module
+        for path, module in modules.items()
+        if all(name in names or aliases.get(name, name) in names for name in module.leaves.values())
+    }
 
 
 def _torch_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str]) -> _Side:

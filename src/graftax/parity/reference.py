@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from graftax.errors import ModelError, escape
 from graftax.parity import values
 from graftax.parity.judge import relative_l2
 from graftax.parity.records import Record, Reference, Runner, Site
@@ -27,6 +28,7 @@ def make_reference(
     not_traced = dict(torch64.not_traced())
     free = _Free(recorder.found)
     outputs_float32 = torch32.run(args, kwargs, watch=watch, tap=free)
+    _require_deterministic(torch64, torch32, args, kwargs, outputs_float32)
     forced = _Forced(recorder.found)
     if watch:
         torch32.run(args, kwargs, watch=watch, tap=forced)
@@ -45,6 +47,20 @@ def make_reference(
         time.perf_counter() - start,
         tuple(event for event in recorder.events if event[1] in records),
     )
+
+
+def _require_deterministic(torch64: Any, torch32: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+    """ModelError where random numbers were drawn and another seed gives other outputs."""
+    drawn = getattr(torch64, "drawn", {})
+    if not drawn:
+        return
+    if nest_error(torch32.run(args, kwargs, reseed=True), outputs) > 0:
+        path, op = next(iter(drawn.items()))
+        raise ModelError(
+            f"the torch model draws random numbers ({escape(op)} in {escape(path) or 'the model'}): "
+            "no two runs of it agree",
+            next="Pass what it draws as an input, on both sides.",
+        )
 
 
 class _Recorder:

@@ -69,8 +69,10 @@ class TorchRunner:
         *,
         watch: Collection[str] = (),
         tap: Tap | None = None,
+        reseed: bool = False,
     ) -> Any:
-        """See `records.Runner`. ModelError where the user's code fails or a layer was left in train mode."""
+        """See `records.Runner`. ModelError where the user's code fails or a layer was left in train mode. reseed: with
+        other random numbers than the last run's."""
         torch_state.require_eval(self.module)
         self._watched = tuple(path for path in watch if path in self._paths)
         self._seen = {}
@@ -78,6 +80,8 @@ class TorchRunner:
         self.drawn = {}
         call = self.call or (lambda module, *args, **kwargs: module(*args, **kwargs))
         with self._running() as shares:
+            if reseed:
+                torch.manual_seed(torch.initial_seed() % (1 << 62) + 1)
             given = self._tensors(tuple(args)), self._tensors(dict(kwargs))
             with contextlib.ExitStack() as stack:
                 if tap is not None:
