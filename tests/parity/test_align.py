@@ -72,6 +72,8 @@ def test_features_of_a_flattened_map():
     x = array(4, 3, 2, 2)
     turn = found.turn(x.reshape(4, 12), (4, 12), x.transpose(0, 2, 3, 1).reshape(4, 12) * 9)
     assert (turn(x.reshape(4, 12)) == x.transpose(0, 2, 3, 1).reshape(4, 12)).all()
+    wrong = x.reshape(4, 12)
+    assert (found.turn(wrong, (4, 12), wrong)(wrong) != wrong).any(), "torch's own order is a fault, not a layout"
     y = array(4, 5)
     assert (found.turn(y, (4, 5), None, outward=True)(y) == y).all()
 

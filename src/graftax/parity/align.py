@@ -111,6 +111,8 @@ def candidates(have: Shape, want: Shape, channels_first: bool, features: Feature
             there = tuple(have[a] for a in axes)
             if there and there[-1] == len(features.order) and math.prod(there) == math.prod(want):
                 out.append(Turn(axes, features.order, scale, want))
+        if out:  # the plan knows the order: features in any other are a fault
+            return out
     for axes in priors:
         if tuple(have[a] for a in axes) == want:
             out.append(Turn(axes, None, scale, want))

@@ -197,4 +197,4 @@ def flax_side(
     if weights is not None or not tree.has_values:
         assert tree.rebuild is not None
         module = tree.rebuild(dict(arrays), rngs=seed if rngs is None else rngs)
-    return FlaxSide(tree, arrays, NnxRunner(module, call=call), ported, type(like).__name__)
+    return FlaxSide(tree, arrays, NnxRunner(module, call=call, modules=tree.modules), ported, type(like).__name__)
