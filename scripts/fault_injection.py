@@ -2,7 +2,7 @@
 """Put faults into correct ports, one at a time, and count how many graftax names rightly.
 
     python scripts/fault_injection.py [--models mlp,cnn] [--apis linen] [--kinds epsilon,padding] [--seed 0]
-                                      [--per-kind 4] [--jobs 2] [--correct SEEDS] [--json out.json] [-v]
+                                      [--per-kind 2] [--jobs 2] [--correct SEEDS] [--json out.json] [-v]
 
 Prints the confusion table (kinds x what was named), the totals, and the models kept out of development apart.
 --correct 3: instead, every correct port with three seeds; a false alarm is printed. Exit status 1 if one is raised.
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--apis")
     parser.add_argument("--kinds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--per-kind", type=int, default=4)
+    parser.add_argument("--per-kind", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--correct", type=int, default=0, metavar="SEEDS")
     parser.add_argument("--json", type=Path)

@@ -17,7 +17,7 @@ TABLES: dict[str, Callable[[str], Making]] = {
 }  # fmt: skip
 HELD_OUT = (("tagger", "linen"), ("tagger", "nnx"), ("decoder", "nnx"))
 """Kept out of the development of the tracer and of the cause finder; reported apart."""
-PER_KIND = 4
+PER_KIND = 2
 """So many faults of one kind from one model and API, if the table has them; kinds that few models have get more."""
 LEAST = 8
 
