@@ -32,7 +32,8 @@ def all_families(
         for path, other in anchors.items():
             if path in left and other in right:
                 known.setdefault(id(left[path]), set()).add(id(right[other]))
-    return pair_families(torch.families[1:], flax.families[1:], lex, known)
+    roots = torch.families[0], flax.families[0]
+    return pair_families(torch.families[1:], flax.families[1:], lex, known, roots)
 
 
 def _owners(families: Iterable[Family], wanted: set[str]) -> dict[str, Family]:
@@ -108,7 +109,9 @@ def loosened(
     exact_t = (
         view(ends.torch, ends.torch_side, ends.torch_skip, renames=ends.renames, exact=loose_t) if loose_t else torch
     )
-    exact_f = view(ends.flax, ends.flax_side, ends.flax_skip, exact=loose_f) if loose_f else flax
+    exact_f = (
+        view(ends.flax, ends.flax_side, ends.flax_skip, renames=ends.calls.renames, exact=loose_f) if loose_f else flax
+    )
     apart = all_families(exact_t, exact_f, lex, ends.anchors)
     paired, apart_t, apart_f = apart
     still = _lost(apart_t, apart_f, paired, exact_t, exact_f, True) | _lost(
@@ -117,7 +120,7 @@ def loosened(
     if not still:
         return exact_t, exact_f, *apart
     torch = view(ends.torch, ends.torch_side, ends.torch_skip, renames=ends.renames, loose=loose_t)
-    flax = view(ends.flax, ends.flax_side, ends.flax_skip, loose=loose_f)
+    flax = view(ends.flax, ends.flax_side, ends.flax_skip, renames=ends.calls.renames, loose=loose_f)
     return torch, flax, *all_families(torch, flax, lex, ends.anchors)
 
 

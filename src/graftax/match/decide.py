@@ -63,7 +63,8 @@ def decide(pairs: list[Pair], root: bool, orders: Orders, forced: list[Pair]) ->
         board.take(pair)
     _couple(board, forced)
     while True:
-        fresh = _last(board, root, rivalled, taken) or _clear(board) or orders(board.pairs(), taken)
+        fresh = _last(board, root, rivalled, taken) or _clear(board)
+        fresh = fresh or [pair for pair in orders(board.pairs(), taken) if not pair.astray]
         if not fresh:
             return taken, board
         for pair in fresh:
@@ -82,7 +83,7 @@ def _clear(board: Board) -> list[Pair]:
         if pair.blocked or pair.total < ENOUGH or not _backed(pair):
             continue
         rivals = board.rivals(pair)
-        if pair.lone and rivals:
+        if pair.lone and (rivals or pair.counts):
             continue  # norm1 against norm2: their numbers may count the same thing from another start, or may not
         if all(other.total <= pair.total - MARGIN for other in rivals):
             by_name = all(other.score <= pair.score - MARGIN for other in rivals)
@@ -112,7 +113,7 @@ def _last(board: Board, root: bool, rivalled: set[int], taken: list[Pair]) -> li
         (pair,) = row.values()
         if not pair.whole or len(board.cols[id(pair.flax)]) != 1:
             continue
-        if pair.blocked or (pair.vague and not pair.head and not _echoes(pair, taken)):
+        if pair.blocked or pair.counts or (pair.vague and not pair.head and not _echoes(pair, taken)):
             continue
         if root and not pair.any_shared and not pair.head and pair.loose:
             continue
@@ -127,7 +128,10 @@ def _echoes(pair: Pair, taken: list[Pair]) -> bool:
     """A pair of the same torch parent is taken whose Flax name ends in the same word (downsample.0 with conv_proj, so
     downsample.1 with norm_proj)."""
     parent, last = pair.torch.tokens[:-1], pair.flax.tokens[-1:]
-    return bool(parent) and any(p.torch.tokens[:-1] == parent and p.flax.tokens[-1:] == last for p in taken)
+    if not parent or not isinstance(pair.torch.tokens[-1], int):
+        return False
+    beside = [p for p in taken if p.torch.tokens[:-1] == parent and isinstance(p.torch.tokens[-1], int)]
+    return any(p.flax.tokens[-1:] == last for p in beside)
 
 
 def _groups(module: Module) -> set[object]:

@@ -30,11 +30,17 @@ class _Rated:
 
 
 def pair_families(
-    torch: list[Family], flax: list[Family], lex: Lexicon, anchors: dict[int, set[int]]
+    torch: list[Family],
+    flax: list[Family],
+    lex: Lexicon,
+    anchors: dict[int, set[int]],
+    roots: tuple[Family, Family] | None = None,
 ) -> tuple[list[FamilyPair], list[Family], list[Family]]:
     """(pairs, torch families left, Flax families left). Counts must agree; sizes of the instances in order, the words
     of the paths and of what is inside decide, by mutual best with a margin. `anchors`: ids that the rules pair."""
     words = {id(f): frozenset(concepts(f.prefix, lex)) for f in (*torch, *flax)}
+    outside = [[frozenset(concepts(m.tokens, lex)) for m in root.modules] for root in roots or ()] or [[], []]
+    special = {**_special(torch, words, outside[0]), **_special(flax, words, outside[1])}
     inner = {id(f): _inner(f, lex) for f in (*torch, *flax)}
     rated: list[_Rated] = []
     by_count: dict[int, list[Family]] = {}
@@ -42,7 +48,12 @@ def pair_families(
         by_count.setdefault(len(family.keys), []).append(family)
     for family in torch:
         for other in by_count.get(len(family.keys), []):
-            rated.append(_rate(family, other, words, inner, lex, anchors))
+            item = _rate(family, other, words, inner, lex, anchors)
+            if item.why != "rules" and not item.blocked:
+                item.blocked = _apart(item, words, special, lex) or _better_named(
+                    item, torch, flax, words, special, lex
+                )
+            rated.append(item)
     out: list[FamilyPair] = []
     while True:
         best = _mutual(rated)
@@ -56,6 +67,51 @@ def pair_families(
         rated = [r for r in rated if id(r.torch) not in gone and id(r.flax) not in gone]
     used = {id(pair.torch) for pair in out} | {id(pair.flax) for pair in out}
     return out, [f for f in torch if id(f) not in used], [f for f in flax if id(f) not in used]
+
+
+def _special(
+    families: list[Family], words: dict[int, frozenset[str]], outside: list[frozenset[str]]
+) -> dict[int, frozenset[str]]:
+    """The words of each family's path, without those that all families of its side bear, and what stands outside of
+    them bears nowhere or nearly everywhere: a wrapper tells nothing."""
+    every = frozenset[str].intersection(*(words[id(f)] for f in families)) if families else frozenset[str]()
+    counts = {word: sum(word in said for said in outside) for word in every}
+    every = frozenset(word for word, count in counts.items() if not count or 4 * count >= 3 * len(outside))
+    return {id(f): words[id(f)] - every for f in families}
+
+
+def _apart(item: _Rated, words: dict[int, frozenset[str]], special: dict[int, frozenset[str]], lex: Lexicon) -> bool:
+    """Each path names a part that the other does not, and they share no telling word: two towers, not one."""
+    a, b = words[id(item.torch)], words[id(item.flax)]
+    if any(lex.weight(word) >= 1 for word in a & b):
+        return False
+    only_a, only_b = special[id(item.torch)] - b, special[id(item.flax)] - a
+    return (_more(only_a, lex) and _more(only_b, lex, 0.5)) or (_more(only_a, lex, 0.5) and _more(only_b, lex))
+
+
+def _more(words: frozenset[str], lex: Lexicon, least: float = 1.0) -> bool:
+    return any(lex.weight(word) >= least for word in words)
+
+
+def _better_named(
+    item: _Rated,
+    torch: list[Family],
+    flax: list[Family],
+    words: dict[int, frozenset[str]],
+    special: dict[int, frozenset[str]],
+    lex: Lexicon,
+) -> bool:
+    """One of the paths says more than the other, and blocks of another number bear the other's very name: what is left
+    over of them is not these."""
+    for family, other, side in ((item.torch, item.flax, torch), (item.flax, item.torch, flax)):
+        wanted = words[id(other)]
+        if not _more(special[id(family)] - wanted, lex):
+            continue
+        for rival in side:
+            others = len(rival.keys) != len(family.keys) and len(rival.keys[0]) == len(family.keys[0])
+            if others and words[id(rival)] & wanted and not _more(special[id(rival)] - wanted, lex):
+                return True
+    return False
 
 
 def _inner(family: Family, lex: Lexicon) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -48,12 +49,28 @@ def learn_places(scope: Scope) -> None:
     own_t, around_t = own_words(scope.torch, scope.torch_names, scope.lex)
     own_f, around_f = own_words(scope.flax, scope.flax_names, scope.lex)
     scope.own = {**own_t, **own_f}
+    scope.twins = _twins(scope.torch, own_t) | _twins(scope.flax, own_f)
     scope.beside = {**around_t, **around_f}
+    norms = [
+        [cache[id(module)].concepts for module in modules if "norm" in cache[id(module)].concepts]
+        for modules, cache in ((scope.torch, scope.torch_names), (scope.flax, scope.flax_names))
+    ]
+    scope.norms = frozenset(word for found in norms if found for word in frozenset[str].intersection(*found))
     scope.places = tuple(frozenset[str]().union(*found.values()) for found in (around_t, around_f))
     scope.counted = (
         counted_places(scope.torch, scope.lex),
         counted_places(scope.flax, scope.lex),
     )
+
+
+def _twins(modules: Sequence[Module], own: dict[int, frozenset[str]]) -> frozenset[int]:
+    """The modules that stand in one of several places that hold modules of the same name: two towers, two parts."""
+    heads: defaultdict[tuple[object, ...], set[tuple[Token, ...]]] = defaultdict(set)
+    for module in modules:
+        numbers = tuple(token for token in module.tokens[module.own :] if isinstance(token, int))
+        heads[(own[id(module)], numbers)].add(module.tokens[: module.own])
+    places = {head for found in heads.values() if len(found) > 1 for head in found}
+    return frozenset(id(module) for module in modules if module.tokens[: module.own] in places)
 
 
 _AROUND = 4  # modules of both sides that hold a word from which on it names the part around them, not one of them
@@ -126,7 +143,7 @@ def judge(pair: Pair, scope: Scope, ranks_t: Ranks, ranks_f: Ranks) -> None:
     _judge(pair, scope, scope.name(pair.torch, True), flax, ranks_t, ranks_f)
     for tokens in pair.torch.alias:
         other = Pair(pair.torch, pair.flax, pair.links, pair.whole)
-        _judge(other, scope, name_of(tokens, (), scope.lex), flax, (), ranks_f, aliased=True)
+        _judge(other, scope, name_of(tokens, 0, scope.lex), flax, (), ranks_f, aliased=True)
         if (not other.blocked, not other.vague, other.score) > (not pair.blocked, not pair.vague, pair.score):
             pair.score, pair.shared, pair.telling = other.score, other.shared, other.telling
             pair.any_shared, pair.blocked, pair.soft = other.any_shared, other.blocked, other.soft
@@ -177,12 +194,13 @@ def _judge(
                     said.append((0.6, f"{what} {rank + 1} of {count}".strip()))
                 else:
                     blocked = blocked or f"{what} {rank + 1} against {place + 1} of {count}"
-    little = lex.little - {"norm"}
-    pair.head = ("head" in a.concepts and b.concepts <= little) or (
-        "head" in b.concepts and a.concepts <= little and not isinstance(a.raw[-1:] and a.raw[-1], int)
+    pair.head = ("head" in a.concepts and b.concepts <= _ANY_HEAD and not _chosen_number(pair.flax, b, a)) or (
+        "head" in b.concepts and a.concepts <= _ANY_HEAD and not _chosen_number(pair.torch, a, b)
     )
     pair.loose = loose_a > 0 or loose_b > 0
     pair.lone = not matched and _numbers_differ(a, b)
+    pair.counts = not matched and _counts_differ(pair, (ranks_t, ranks_f), scope)
+    pair.astray = "norm" in a.concepts & b.concepts and _astray(own_a - b.concepts, own_b - a.concepts)
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
     counted = any(isinstance(token, int) for token in a.raw) and (ranks_t or ranks_f or not scope.numbers)
     pair.equal = a.raw == b.raw and (matched or not counted)
@@ -192,6 +210,9 @@ def _judge(
     if not blocked and loose_a and loose_b and ((not own and near < 0.9) or _one_word_apart(a, b)):
         pair.soft = True
         blocked = "each name says something that the other does not"
+    if not blocked and a.raw != b.raw and ("conv" in a.concepts) != ("conv" in b.concepts) and _only_window(pair):
+        pair.soft = True
+        blocked = "a Linear against a convolution"
     if not _deconv_named(pair, a.concepts | b.concepts):
         blocked = "only a transposed convolution fits, and neither name says so"
         pair.remote = True
@@ -200,6 +221,59 @@ def _judge(
     pair.blocked = blocked
     said.sort(reverse=True)
     pair.shared = tuple(concept for _, concept in said[:4])
+
+
+_ANY_HEAD = frozenset(("linear", "proj", "layer", "stage", "model", "list"))
+"""What the last matrix of a model may be called besides a head."""
+_COUNTED_CALL = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
+
+
+def _chosen_number(module: Module, name: Name, other: Name) -> bool:
+    """The name ends in a number that somebody gave it: fc1 has a fc2, and neither is any head."""
+    if not name.raw or not isinstance(name.raw[-1], int) or other.raw[-1:] == name.raw[-1:]:
+        return False
+    if module.tokens[module.own :] == name.raw[-1:]:
+        return False
+    path = next(iter(main_column(module).paths.values()))[0]
+    return not any(_COUNTED_CALL.fullmatch(part) for part in re.split(r"[./]", path))
+
+
+def _counts_differ(pair: Pair, ranks: tuple[Ranks, Ranks], scope: Scope) -> bool:
+    """Both names count the same thing and the places in the count differ; where no sibling shows from where it is
+    counted, 0 and 1 may be the same place."""
+    counted: list[dict[str, tuple[int, int | None]]] = []
+    for module, known in zip((pair.torch, pair.flax), ranks, strict=True):
+        places = {what: rank for what, rank, _ in known}
+        numbers = {
+            str(numbered_as(module.tokens, i, scope.lex)[-1]): token
+            for i, token in enumerate(module.tokens)
+            if isinstance(token, int)
+        }
+        counted.append({what: (number, places.get(what)) for what, number in numbers.items()})
+    for what in counted[0].keys() & counted[1].keys():
+        (number, rank), (other, place) = counted[0][what], counted[1][what]
+        if rank is not None and place is not None:
+            if rank != place:
+                return True
+        elif number != other and {number, other} != {0, 1}:
+            return True
+    return False
+
+
+_ELSEWHERE = frozenset(("q", "k", "qkv", "conv", "embed", "patch"))
+_EARLY, _LATE = frozenset(("attn", "pre", "in", "pre~attn", "pre~self", "first")), frozenset(("out", "final"))
+
+
+def _astray(only_a: frozenset[str], only_b: frozenset[str]) -> bool:
+    """One says a place off the residual stream (the norm of the queries), or one comes early and one last."""
+    if only_a & _ELSEWHERE or only_b & _ELSEWHERE:
+        return True
+    return bool((only_a & _EARLY and only_b & _LATE) or (only_b & _EARLY and only_a & _LATE))
+
+
+def _only_window(pair: Pair) -> bool:
+    """The weight fits only as a window of length 1."""
+    return any({label for _, label in link.labels} == {"conv 1x1"} for link in pair.links)
 
 
 _LISTS = frozenset(("layer", "stage", "model", "list"))
@@ -226,6 +300,13 @@ def _vague(
     tokens unless it says more (one by a convolution, of patches), number 1 may be the first, and outside of blocks a
     word for the part around (attn, out) is no more said."""
     lex = scope.lex
+    if id(pair.torch) in scope.twins and id(pair.flax) in scope.twins:
+        said = [scope.beside.get(id(module), frozenset()) - scope.common for module in (pair.torch, pair.flax)]
+        places = [
+            {word for word in mine if lex.weight(word) >= 1} for mine in (said[0] - b.concepts, said[1] - a.concepts)
+        ]
+        if places[0] and places[1] and not any(lex.weight(word) >= 1 for word in said[0] & said[1]):
+            return True  # one of several such parts on both sides, and they bear different names
     around = scope.beside.get(id(pair.torch), frozenset()), scope.beside.get(id(pair.flax), frozenset())
     left, right = a.concepts - scope.common, b.concepts - scope.common
     if any(lex.weight(word) >= 1 for word in (left & right & (own_a | own_b)) - {"head"}):
@@ -258,8 +339,12 @@ def _vague(
         plain |= {"in", "out"}
     if any(number in (0, 1) for number in numbers):
         plain |= {"first", "stem"}
-    if is_norm and left & own_a & (_KINDS | lex.some) - right and right & own_b & (_KINDS | lex.some) - left:
+    if is_norm and (left - right) & own_a & (_KINDS | lex.some) and (right - left) & own_b & (_KINDS | lex.some):
         return True  # norms of two places
+    if is_norm and (((left - right) & own_a) | ((right - left) & own_b)) & (_KINDS - scope.norms):
+        return True
+    if not is_norm and "embed" in (left & own_a) ^ (right & own_b) and pair.links[0].flax.kind == "kernel":
+        return True  # a table against a matrix
     if scope.root:
         tells = {"attn", "mlp"} if is_norm else set[str]() if own_a & own_b else {"in", "out"}
         plain |= lex.some - ((own_a | own_b) & tells)

@@ -140,21 +140,22 @@ class Name:
     raw: tuple[object, ...]
 
 
-def name_of(tokens: Tokens, outer: Tokens, lex: Lexicon) -> Name:
-    """The name of the path `tokens` inside a family whose own path is `outer` (which only gives context)."""
+def name_of(tokens: Tokens, own: int, lex: Lexicon) -> Name:
+    """The name of the path `tokens`, of which from `own` on it is the module's alone."""
     found = list(concepts(tokens, lex))
     have = set(found)
     for concept in found:
         have.update(lex.implies.get(concept, ()))
-    _resolve(have, found, lex)
+    if all(lex.weight(concept) in (0.5, 0.15) for concept in concepts(tokens[own:], lex)):
+        _resolve(have, lex)
     return Name(frozenset(have), found[-1] if found else "", tuple(tokens))
 
 
 _QUALIFIED = frozenset(("q", "k", "v", "qkv", "kv", "o", "up", "gate", "down", "in", "norm", "router", "patch"))
 
 
-def _resolve(have: set[str], found: list[str], lex: Lexicon) -> None:
-    """`in`, `out` and `proj` say which projection only beside attn or mlp."""
+def _resolve(have: set[str], lex: Lexicon) -> None:
+    """`in`, `out` and `proj` say which projection only beside attn or mlp, and if no other word does."""
     if lex.synonyms and {"mlp", "in"} <= have and not have & {"up", "gate", "norm", "down"}:
         have.add("up")
     if not lex.synonyms or have & _QUALIFIED or not have & {"out", "proj"}:

@@ -25,7 +25,8 @@ class Link:
 @dataclass(slots=True, eq=False)
 class Pair:
     """A torch module and a Flax module that fit. `score`: how alike the names are, 0..1; `blocked`: why it may not be
-    taken although it fits; `whole`: same roles, same instances."""
+    taken although it fits; `whole`: same roles, same instances; `counts`: numbers that count one thing differ;
+    `astray`: norms whose names say two places, so that no order makes them one."""
 
     torch: Module
     flax: Module
@@ -43,6 +44,8 @@ class Pair:
     vague: bool = False
     remote: bool = False
     equal: bool = False
+    counts: bool = False
+    astray: bool = False
     why: str = ""
     bonus: float = 0.0
 
@@ -71,6 +74,8 @@ class Scope:
     around: frozenset[str] = frozenset()  # words for the part of the model around a module
     own: dict[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])  # what a name says of it alone,
     beside: dict[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])  # and of where it stands
+    twins: frozenset[int] = frozenset()  # modules in one of several places that hold the same names
+    norms: frozenset[str] = frozenset()  # words that all norms of a side bear
     places: tuple[frozenset[str], ...] = (frozenset(), frozenset())  # those of either side
     counted: tuple[frozenset[tuple[Token, ...]], ...] = (frozenset(), frozenset())  # where numbers tell modules apart
 
@@ -78,5 +83,5 @@ class Scope:
         cache = self.torch_names if torch else self.flax_names
         found = cache.get(id(module))
         if found is None:
-            found = cache[id(module)] = name_of(module.tokens, module.outer, self.lex)
+            found = cache[id(module)] = name_of(module.tokens, module.own, self.lex)
         return found
