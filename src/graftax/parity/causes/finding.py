@@ -10,7 +10,7 @@ import numpy as np
 from graftax.errors import GraftaxError
 from graftax.layers.connect import known_kind
 from graftax.parity.causes import between
-from graftax.parity.causes.gathering import known, leaf, module_leaves, sources, step_of, unrounded
+from graftax.parity.causes.gathering import known, leaf, module_leaves, nearer, sources, step_of, unrounded
 from graftax.parity.causes.norms import norm_difference
 from graftax.parity.causes.numbers import Array, Bar, Budget, arrays, in_bfloat16, is_number, relative
 from graftax.parity.causes.recipes import Difference
@@ -171,6 +171,7 @@ def _formulas(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
     for right, wrong in zip(want, have, strict=True):
         if not is_number(right) or right.shape != wrong.shape:
             continue
+        right = nearer(right, wrong, suspect.record.output)
         found: list[Difference] = []
         if inputs and not kind.startswith(_NO_NORM):
             found = norm_difference(inputs[0], right, wrong, leaves, bar)
@@ -221,6 +222,7 @@ def _between(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
     shared, tables = known(suspect), _tables(suspect)
     found_sources = sources(suspect)
     for want, have in _arriving(suspect):
+        want = nearer(want, have, (suspect.record.args, dict(suspect.record.kwargs)))
         if want.dtype.kind in "iub" or have.dtype.kind in "iub":
             found = between.integers(want, have)
         else:

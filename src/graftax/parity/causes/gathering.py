@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from graftax.parity.causes.numbers import Array, arrays, is_number
+from graftax.parity.causes.numbers import Array, arrays, is_number, relative
 from graftax.parity.causes.recipes import Source
 from graftax.parity.causes.reorder import Known
 from graftax.parity.causes.weights import Leaf, slices
@@ -30,8 +30,11 @@ def sources(suspect: Suspect) -> list[Source]:
         for _, array in arrays(output):
             found.append(Source(row.site_flax.path or str(row.site_flax), array, table))
     if suspect.where == "out":
+        raw = (suspect.record.args, dict(suspect.record.kwargs))
         for _, array in arrays((suspect.want_args, dict(suspect.want_kwargs))):
             found.append(Source(f"the input of {suspect.row.site_flax}", array))
+        for _, array in arrays(raw):
+            found += [Source(f"the input of {suspect.row.site_flax}", other) for other in _layouts(array)]
     for row, _ in suspect.before[:_SOURCES]:
         record = suspect.reference.records.get(row.site_torch)
         for _, array in arrays((record.args, dict(record.kwargs)) if record is not None else ()):
@@ -168,6 +171,17 @@ def _restored(nest: Any, reference: Any) -> Any:
         return array
 
     return mapped(nest, lambda value: isinstance(value, np.ndarray), restore)
+
+
+def nearer(want: Array, have: Array, reference: Any) -> Array:
+    """`want`, or where a map of equal sides leaves the order of its axes open, the same with the channels last: of the
+    two what `have` is nearer to. reference: what torch has there."""
+    for array in (array for _, array in arrays(reference)):
+        if array.ndim >= 4 and array.size == want.size and want.ndim == array.ndim:
+            last = np.moveaxis(array, 1, -1)
+            if last.shape == want.shape and relative(have, last) < relative(have, want):
+                return last
+    return want
 
 
 def module_leaves(suspect: Suspect) -> Mapping[str, Array]:
