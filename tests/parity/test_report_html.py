@@ -155,7 +155,32 @@ def test_trees_of_unlike_depth():
     )  # fmt: skip
     [block] = view.blocks(replace(reports.passing(0), layers=(one, two, container)))
     lines = [(n.torch, n.flax, n.number) for n in block.nodes]
-    assert lines == [("fc", "Dense_0", 0), ("out", "", 2), ("proj", "Dense_1", 1)]
+    assert lines == [("fc", "Dense_0", 0), ("out", "deep/er/net", 2), ("proj", "Dense_1", 1)]
+
+
+def test_the_model_itself_is_in_the_trees_and_not_in_the_chart():
+    """Containers begin before their layers: they stand where they are entered, and break no line."""
+    rows = reports.encoder_rows(2)
+    model, block = (
+        replace(rows[0], pair=Pair(t, f, leaf=False), site_torch=Site(t), site_flax=Site(f))
+        for t, f in (("", ""), ("encoder.layer.1", "encoder/layer_1"))
+    )
+    report = replace(reports.passing(2), layers=(model, *rows[:11], block, *rows[11:]))
+    found = view.blocks(report)
+    assert [b.torch for b in found] == [
+        "",
+        "embeddings",
+        "encoder.layer.0",
+        "encoder.layer.1",
+        "pooler.dense",
+        "classifier",
+    ]
+    assert [node.number for b in found for node in b.nodes if node.row] == list(range(len(report.layers)))
+    drawn = view.chart(report)
+    assert drawn is not None
+    assert drawn.free.count("M") == 1
+    assert min(point.row for point in drawn.points) == 1
+    Page(parity_html(report))
 
 
 def test_save_replaces_only_reports(tmp_path: Path):

@@ -112,7 +112,7 @@ def test_names_from_models_cannot_reach_the_terminal():
 
 @pytest.mark.parametrize(
     ("ratio", "text"),
-    [(None, "–"), (0.0, "0.0"), (1.26, "1.3"), (9.96, "10"), (5234.0, "5,234"), (1.2e8, "1e8"), (float("inf"), "∞")],
+    [(None, "–"), (0.0, "0"), (1.26, "1.3"), (9.96, "10"), (5234.0, "5,234"), (1.2e8, "1e8"), (float("inf"), "∞")],
 )
 def test_ratios_read_well(ratio: float | None, text: str):
     assert words.times(ratio) == text

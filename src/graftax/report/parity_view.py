@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 UNIT = 2.0**-24  # the smallest error that float32 is held to
 WIDTH, HEIGHT = 1120, 340
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 36, 52
+_FEW = 16  # so many calls are named each by itself under the chart
 GAUGE = 132  # width of the small scale in a row of the tree
 _GAUGE_SPAN = (-0.7, 6.0)  # its ends, as powers of ten of a ratio
 
@@ -67,7 +68,8 @@ class Chart:
 
 def chart(report: ParityReport) -> Chart | None:
     """Error (relative L2) of every layer call on a log scale; None where no layer was compared."""
-    rows = report.layers
+    numbered = [(i, row) for i, row in enumerate(report.layers) if row.site_torch.path]  # the model itself is no layer
+    rows = [row for _, row in numbered]
     if not any(row.status != "not compared" for row in rows):
         return None
     low, high = _decades(report)
@@ -84,14 +86,14 @@ def chart(report: ParityReport) -> Chart | None:
         return round(bottom - (bottom - TOP) * (min(max(power, low), high) - low) / (high - low), 2)
 
     points: list[Point] = []
-    for i, row in enumerate(rows):
+    for i, (number, row) in enumerate(numbered):
         for shape, error, ratio in (("in", row.in_error, row.in_ratio), ("out", row.out_error, row.out_ratio)):
             if error is None or ratio is None:
                 continue
             what = "itself" if shape == "out" else "the code before it"
             title = f"{row.site_torch} ↔ {row.site_flax}, {what}: {words.small(error)}, {words.times(ratio)}x float32"
             bad = not ratio <= report.threshold
-            points.append(Point(x_of(i), y_of(error), shape, bad, i, title, not math.isfinite(error)))
+            points.append(Point(x_of(i), y_of(error), shape, bad, number, title, not math.isfinite(error)))
     points.sort(key=lambda point: point.bad)  # those that count are drawn last
     floors = [max(row.out_floor, UNIT) for row in rows]
     edge = [(LEFT, floors[0]), *((x_of(i), floor) for i, floor in enumerate(floors)), (WIDTH - RIGHT, floors[-1])]
@@ -125,9 +127,11 @@ def _decades(report: ParityReport) -> tuple[int, int]:
 
 
 def _free_path(rows: Sequence[LayerRow], x_of: Callable[[float], float], y_of: Callable[[float], float]) -> str:
-    """The error of an ordinary run as a line, broken where it was not compared."""
+    """The error of an ordinary run as a line through the layers, broken where it was not compared."""
     path, pen = "", False
     for i, row in enumerate(rows):
+        if not row.pair.leaf:  # a container's call begins before those of its layers
+            continue
         if row.free_error is None:
             pen = False
             continue
@@ -139,10 +143,13 @@ def _free_path(rows: Sequence[LayerRow], x_of: Callable[[float], float], y_of: C
 def _zones(rows: Sequence[LayerRow], step: float) -> Iterator[Zone]:
     """Blocks of layers; a label where the block is wide enough, or else every few blocks."""
     start, taken, last = 0, -1e9, ""
-    for number, (key, group) in enumerate(groupby(rows, key=lambda row: block_of(row.site_torch.path))):
+    few = len(rows) <= _FEW
+    for number, (key, group) in enumerate(groupby(rows, key=lambda row: row.site_torch if few else block_of(row))):
         size = len(list(group))
         x, width = LEFT + step * start, step * size
-        label = key.rpartition(".")[2] if key.rpartition(".")[2].isdigit() else key
+        name = key if isinstance(key, str) else key.path
+        end = name.rpartition(".")[2]
+        label = end if few or end.isdigit() else name
         label = words.escape(label if len(label) <= 24 else f"{label[:22]}…")
         room = 6.6 * len(label) + 10
         centre = x + width / 2
@@ -191,13 +198,15 @@ class Block:
     strip: tuple[tuple[float, float, bool], ...] = field(default=())
 
 
-def block_of(path: str) -> str:
-    """The block of layers of a torch path: up to its first number ('encoder.layer.3'), else its first part."""
-    parts = path.split(".")
+def block_of(row: LayerRow) -> str:
+    """The block of layers that a call lies in: its containers up to the first number ('encoder.layer.3'), else the
+    first of them; '' for what lies in none."""
+    parts = row.site_torch.path.split(".")
+    parts = parts[:-1] if row.pair.leaf else parts
     for i, part in enumerate(parts):
         if part.isdigit():
             return ".".join(parts[: i + 1])
-    return parts[0]
+    return parts[0] if parts else ""
 
 
 def gauge_x(ratio: float | None) -> float | None:
@@ -214,7 +223,7 @@ def blocks(report: ParityReport) -> list[Block]:
     indexed = list(enumerate(report.layers))
     found: list[Block] = []
     few = len(indexed) <= 24
-    for _, group in groupby(indexed, key=lambda item: block_of(item[1].site_torch.path)):
+    for _, group in groupby(indexed, key=lambda item: block_of(item[1])):
         items = list(group)
         rows = [row for _, row in items]
         bad = sum(row.status == "diverges" for row in rows)
@@ -251,11 +260,15 @@ def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[
     it where it is entered."""
     containers = {row.site_torch.path: (i, row) for i, row in items if not row.pair.leaf and row.site_torch.call == 0}
     leaves = [(i, row) for i, row in items if row.pair.leaf or row.site_torch.call]
-    used: set[int] = set()
     torch_root = _root([row.site_torch.path.split(".")[:-1] for _, row in leaves])
     flax_root = _root([row.site_flax.path.split("/")[:-1] for _, row in leaves])
     torch_at, flax_at = torch_root, flax_root  # the block's own name stands above its lines
     base, flax_base = len(torch_root), len(flax_root)
+    parents = [row.site_torch.path.split(".")[:-1] for _, row in leaves]
+    entered = {".".join(parts[:k]) for parts in parents for k in range(base + 1, len(parts) + 1)}
+    for path in [path for path in containers if path not in entered]:
+        i, row = containers.pop(path)
+        yield _node(words.site_name(row.site_torch), 0, words.site_name(row.site_flax), 0, row, i, threshold)
     for i, row in leaves:
         torch, flax = row.site_torch.path.split("."), row.site_flax.path.split("/")
         torch_from, flax_from = _shared(torch_at, torch[:-1]), _shared(flax_at, flax[:-1])
@@ -267,16 +280,13 @@ def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[
             right = flax[place] if flax_from <= place < len(flax) - 1 else ""
             if not left and not right:
                 continue
-            number, own = containers.get(".".join(torch[: depth + 1]), (-1, None)) if left else (-1, None)
-            if own is not None:
-                used.add(number)
+            number, own = containers.pop(".".join(torch[: depth + 1]), (-1, None)) if left else (-1, None)
+            if own is not None and not right:
+                right = own.site_flax.path
             yield _node(left, depth - base, right, place - flax_base, own, number, threshold)
         torch_at, flax_at = torch[:-1], flax[:-1]
         names = _last(torch, row.site_torch.call), _last(flax, row.site_flax.call)
         yield _node(names[0], len(torch) - 1 - base, names[1], len(flax) - 1 - flax_base, row, i, threshold)
-    for i, row in items:
-        if not row.pair.leaf and row.site_torch.call == 0 and i not in used:
-            yield _node(words.site_name(row.site_torch), 0, words.site_name(row.site_flax), 0, row, i, threshold)
 
 
 def _node(

@@ -39,7 +39,7 @@ def times(ratio: float | None) -> str:
     if math.isnan(ratio) or math.isinf(ratio):
         return "∞"
     if ratio < 9.95:
-        return f"{ratio:.1f}"
+        return f"{ratio:.1f}" if ratio else "0"
     return f"{ratio:,.0f}" if ratio < 1e5 else f"{ratio:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
