@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from graftax.parity.causes.attention import Form, Scene, attend, whole
+from graftax.parity.causes.attention_forms import Form, Scene, attend, whole
 from graftax.parity.causes.between import explain, module_attention
 from graftax.parity.causes.names import CAUSES
 from graftax.parity.causes.numbers import Bar, Budget, relative

@@ -237,7 +237,15 @@ def test_other_integers_are_unknown():
 
 def test_an_inverted_mask():
     assert [item.name for item in integers(MASK == 1, MASK == 0)] == ["attention mask"]
-    assert integers(MASK == 1, np.ones_like(MASK, dtype=bool)) == []
+    assert [item.name for item in integers(MASK == 1, np.ones_like(MASK, dtype=bool))] == ["attention mask"]
+    assert integers(MASK == 1, MASK == 1) == []
+
+
+def test_masks_that_arrive():
+    causal = np.tril(np.ones((2, 1, 9, 9), dtype=bool))
+    assert [item.name for item in integers(causal, np.tril(causal, -1))] == ["attention mask"]
+    assert [item.name for item in integers(causal, np.triu(causal, -3))] == ["sliding window"]
+    assert [item.name for item in integers(np.triu(causal, -3), causal)] == ["sliding window"]
 
 
 TABLE = draw(1, 31, 24)

@@ -8,8 +8,8 @@ from itertools import permutations
 import numpy as np
 
 from graftax.parity.causes.additions import added, capped, position_ids, position_tables, scaled
-from graftax.parity.causes.attention import Scene
 from graftax.parity.causes.attention import explain as explain_attention
+from graftax.parity.causes.attention_forms import Scene
 from graftax.parity.causes.gathering import halves
 from graftax.parity.causes.numbers import Array, Bar, Budget, in_bfloat16, relative
 from graftax.parity.causes.ordering import order_difference
@@ -30,7 +30,7 @@ def explain(
     budget: Budget,
 ) -> list[Difference]:
     """In what the code that made `have` differs from what made `want`; [] where no fit explains both."""
-    if want.shape != have.shape or not want.size:
+    if want.shape != have.shape or not want.size or relative(have, want) <= bar.bar:
         return []
     bar = Bar(min(bar.before, max(relative(have, want), bar.bar)), bar.bar)
     if in_bfloat16(have) and not in_bfloat16(want) and relative(have, want) < 2.0**-4:
@@ -86,10 +86,29 @@ def explain_leaf(
 
 def integers(want: Array, have: Array) -> list[Difference]:
     """Ids and masks that arrive."""
-    if want.dtype.kind == "b" and have.dtype.kind == "b" and want.shape == have.shape and bool((want != have).all()):
-        return [Difference("attention mask", "the mask is inverted: True attends in Flax", "~mask", 0.0)]
+    if want.dtype.kind == "b" and have.dtype.kind == "b":
+        return masks(want, have)
     found = position_ids(want, have)
     return [] if found is None else [found]
+
+
+def masks(want: Array, have: Array) -> list[Difference]:
+    """Masks that arrive (.., T, S), True attends: what one of them hides that the other one does not."""
+    if want.shape != have.shape or want.ndim < 2 or not bool((want != have).any()):
+        return []
+    if bool((want != have).all()):
+        return [Difference("attention mask", "the mask is inverted: True attends in Flax", "~mask", 0.0)]
+    keys = want.shape[-1]
+    back = np.arange(want.shape[-2])[:, None] - np.arange(keys)[None, :]
+    for window in range(1, keys) if want.shape[-2] == keys else ():
+        for near in (back < window, np.abs(back) < window):
+            for wide, narrow, side in ((want, have, "Flax"), (have, want, "torch")):
+                if np.array_equal(wide & near, narrow):
+                    text = f"only {side} sees no more than {window} tokens"
+                    return [Difference("sliding window", text, f"{'no' if side == 'Flax' else window} window", 0.0)]
+    hidden, seen = int((want & ~have).sum()), int((have & ~want).sum())
+    text = f"of {want.size} places Flax hides {hidden} that torch sees, and sees {seen} that torch hides"
+    return [Difference("attention mask", text, "make the mask that torch has (True attends in Flax)", 0.0)]
 
 
 def _by_ways(want: Array, have: Array, sources: list[Source], bar: Bar, budget: Budget) -> list[Difference]:

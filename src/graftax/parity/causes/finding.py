@@ -145,6 +145,9 @@ def _tried(suspect: Suspect, bar: Bar, leaves: Mapping[str, Any] | None, budget:
     torch = suspect.reference.modules.get(suspect.row.site_torch.path)
     if flax is None:
         return
+    as_it_is = replay_error(suspect, leaves=leaves)
+    if as_it_is is None or not bar.before / 2 < as_it_is < bar.before * 2:
+        return  # alone it does not do what it did in the model: nothing can be told from it
     best: tuple[float, Cause] | None = None
     for trial in trials(torch, flax):
         if best is not None and trial.name != best[1].name:
@@ -222,6 +225,8 @@ def _between(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
     shared, tables = known(suspect), _tables(suspect)
     found_sources = sources(suspect)
     for want, have in _arriving(suspect):
+        if is_number(want) and relative(have, want) <= bar.bar:
+            continue
         want = nearer(want, have, (suspect.record.args, dict(suspect.record.kwargs)))
         if want.dtype.kind in "iub" or have.dtype.kind in "iub":
             found = between.integers(want, have)

@@ -21,7 +21,7 @@ def order_difference(want: Array, have: Array, known: Known, bar: Bar, maps_befo
     a, b = (x.astype(np.float64).reshape(-1, want.shape[-1])[:_ROWS] for x in (want, have))
     if want.shape[-1] > 1 and bar.fitted(relative(np.sort(b, axis=1), np.sort(a, axis=1))):
         order = _common_order(a, b, bar)
-        if order is None:
+        if order is None or (order == np.arange(len(order))).all():
             return None
         named = name_order(order, known, reduced=True)
         name = "flatten order" if maps_before or named is None else named.name

@@ -244,9 +244,12 @@ def _differ(right: Recipe, wrong: Recipe, sources: Sequence[Source]) -> tuple[in
     error = max(right.error, wrong.error)
     if replace(right, weights=(), cap=None, error=0) == replace(wrong, weights=(), cap=None, error=0):
         return _numbers(right, wrong, sources, error)
+    if right.cap != wrong.cap:
+        return None
+    plain = set(right.weights) | set(wrong.weights) <= {1.0}
     used = {*right.terms, right.gate, right.after} - {None}
     theirs = {*wrong.terms, wrong.gate, wrong.after} - {None}
-    if right.activation != wrong.activation and used == theirs:
+    if right.activation != wrong.activation and used == theirs and (plain or right.weights == wrong.weights):
         names = right.activation, wrong.activation
         kin = KIN.get(names[0], names[0]) == KIN.get(names[1], names[1])
         text = f"torch has {_said(names[0])}, Flax {_said(names[1])}"

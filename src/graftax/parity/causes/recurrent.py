@@ -39,7 +39,7 @@ def _gate_count(entry: Entry, torch: Tensors, expected: Tensors) -> int:
     """How many gates: the number of targets; of one fused target, what its hidden size tells."""
     if len(entry.targets) > 1:
         return len(entry.targets)
-    first = hidden = next(iter(entry.sources), "")
+    first = hidden = entry.sources[0] if entry.sources else ""
     for name in ("bias_ih", "bias_hh", "weight_ih"):
         hidden = hidden.replace(name, "weight_hh")
     return torch[first].shape[0] // torch[hidden].shape[1] if hidden in torch else 0
