@@ -183,7 +183,9 @@ GOLDEN = """
     EPSILON = 1e-3
 
     def test_port(parity):
-        report = parity.golden(make_flax(EPSILON), torch=make_torch, inputs=x, rules=RULES, source="weights.pt")
+        report = parity.golden(
+            make_flax(EPSILON), torch=make_torch, inputs=x, rules=RULES, source="weights.pt", layout="N C -> N C"
+        )
         assert "torch" not in sys.modules or not ALONE
 """
 

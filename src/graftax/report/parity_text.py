@@ -176,10 +176,9 @@ def _weights(report: ParityReport) -> Table | None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for row in report.weights[:_SHOWN]:
-        ulp = "" if row.largest_ulp is None else f", by at most {row.largest_ulp:g} ulp"
-        grid.add_row(
-            escape(row.path, 400), f"{row.differing:,} of {row.total:,} values{ulp}", Text(escape(row.text, 400), "dim")
-        )
+        ulp = words.ulp_text(row.largest_ulp)
+        many = f"{row.differing:,} of {row.total:,} values" + (f", by at most {ulp}" if ulp else "")
+        grid.add_row(escape(row.path, 400), many, Text(escape(row.text, 400), "dim"))
     if len(report.weights) > _SHOWN:
         grid.add_row(Text(f"… {len(report.weights) - _SHOWN} more leaves", "dim"), "", "")
     return grid

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 METRICS = {
     "max_abs": "max |a-b| {:.2g}",
-    "top1": "top-1 agreement {:.4%}",
+    "top1": "top-1 agreement {:.2%}",
     "kl": "KL {:.2g}",
     "cosine": "cosine {:.7g}",
     "outside": "{:,.0f} values outside",
@@ -67,7 +67,14 @@ def metric_text(row: OutputRow) -> str:
 
 
 def _metric(label: str, value: float) -> str:
+    if "%" in label and math.isfinite(value):
+        value = math.floor(value * 1e4) / 1e4  # less than all is never 100%
     return re.sub(r"\.?0+%", "%", label.format(value))
+
+
+def ulp_text(largest: float | None) -> str:
+    """'3 ulp' where that says something: values that have nothing to do with each other are any distance apart."""
+    return f"{largest:g} ulp" if largest is not None and largest <= 4096 else ""
 
 
 # ---------------------------------------------------------------- names
