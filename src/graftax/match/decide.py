@@ -64,7 +64,9 @@ def decide(pairs: list[Pair], root: bool, orders: Orders, forced: list[Pair]) ->
     _couple(board, forced)
     while True:
         fresh = _last(board, root, rivalled, taken) or _clear(board)
-        fresh = fresh or [pair for pair in orders(board.pairs(), taken) if not pair.astray]
+        fresh = fresh or [
+            pair for pair in orders(board.pairs(), taken) if not (pair.astray and pair.why == "order along the block")
+        ]
         if not fresh:
             return taken, board
         for pair in fresh:

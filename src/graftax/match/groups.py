@@ -55,7 +55,8 @@ def find_groups(
             ones = [m for m in one if id(m) not in done and _is_fused(m, parts, scope, fused_torch)]
             fits: list[Group] = []
             for module in ones:
-                for members in sets:
+                order = _order(module, parts, scope)
+                for members in [tuple(found[i] for i in order) for found in sets]:
                     left, right = ((module,), members) if fused_torch else (members, (module,))
                     group = _group(scope, left, right, styles, heads)
                     if group is not None:
@@ -82,6 +83,17 @@ def _part_sets(
     return [tuple(members[p] for p in parts) for members in found.values() if set(members) == set(parts)]
 
 
+def _order(module: Module, parts: tuple[str, ...], scope: Scope) -> list[int]:
+    """The parts as the fused module's name has them, if it names every one: `up_gate` holds up first."""
+    said = [
+        next((p for p in parts if p in scope.lex.synonyms.get(token, ())), None)
+        for token in module.tokens
+        if isinstance(token, str)
+    ]
+    named = list(dict.fromkeys(p for p in said if p is not None))
+    return [parts.index(p) for p in named] if len(named) == len(parts) else list(range(len(parts)))
+
+
 def _is_fused(module: Module, parts: tuple[str, ...], scope: Scope, torch: bool) -> bool:
     concepts = scope.name(module, torch).concepts
     if any(word in concepts for word in _FUSED[parts]):
@@ -103,18 +115,22 @@ def _group(
         link = _link(role, tuple(c for c in left if c), tuple(c for c in right if c), to_flax, heads)
         if link is None:
             return None
-        _know(link, torch[0], styles)
+        _know(link, torch[0], flax[0], styles)
         group.links.append(link)
     return group if group.links else None
 
 
-def _know(link: GroupLink, module: Module, styles: Mapping[str, str]) -> None:
+_EINSUM = "einsum"
+
+
+def _know(link: GroupLink, module: Module, other: Module, styles: Mapping[str, str]) -> None:
     if len(link.variants) == 1:
         (link.known,) = link.variants
         if link.known in ("block", "interleaved"):
             link.known = ""
-    if "stack 0" in link.variants and all(label.startswith("stack ") for label in link.variants):
-        link.known = "stack 0"  # the parts lead, as their letters do
+    stacks = all(label.startswith("stack ") for label in link.variants)
+    if stacks and "stack 0" in link.variants and _EINSUM in (*module.tokens, *other.tokens):
+        link.known = "stack 0"  # an einsum over several parts has them first: `...,scd->s...d`
     first = next(iter(link.torch[0].paths.values()))[0]
     if link.torch[0].leaf.endswith(_BARE) and "block" in link.variants:
         link.known = "block"

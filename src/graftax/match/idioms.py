@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from graftax.match.names import Lexicon, Name, concepts
@@ -48,7 +48,7 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
     for prefix, members in groups.items():
         word = prefix[-1] if prefix else ""
         numbers = tuple(sorted(members))
-        meant = next((found for words, known, found in NUMBERED if word in words and numbers == known), None)
+        meant = _numbered_parts(word, members)
         if meant is not None:
             for number, concept in zip(numbers, meant, strict=True):
                 _say(names, members[number], {concept, *lex.implies.get(concept, ())}, {"up", "in"})
@@ -76,6 +76,19 @@ def _name_halves(members: Sequence[tuple[int, Module]], names: dict[int, Name], 
         fits = all(len(s) == 2 and (sure or (s[0] >= s[1] if inwards else s[0] <= s[1])) for s in shapes)
         if fits and not names[id(module)].concepts & {"attn", "conv", "up", "down", "gate", "q", "k", "v", "o"}:
             _say(names, module, {half, "in" if half == "up" else "out", *lex.implies.get(half, ())}, set())
+
+
+def _numbered_parts(word: Token, members: Mapping[int, Module]) -> tuple[str, ...] | None:
+    """What the numbered matrices of a gated part are, by the one row of the table that their shapes bear out: the way
+    out takes what the others give. Square matrices bear out every row, and so none."""
+    numbers = tuple(sorted(members))
+    rows = [found for words, known, found in NUMBERED if word in words and numbers == known]
+    if len(rows) < 2:
+        return rows[0] if rows else None
+    columns = [next(iter(members[number].roles.values())) for number in numbers]
+    shapes = [next(iter(column.shapes.values())) for column in columns]
+    fits = [row for row in rows if shapes.count(shapes[row.index("down")]) == 1 and len(set(shapes)) == 2]
+    return fits[0] if len(fits) == 1 else None
 
 
 def _name_fourth(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon) -> None:

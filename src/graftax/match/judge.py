@@ -194,13 +194,17 @@ def _judge(
                     said.append((0.6, f"{what} {rank + 1} of {count}".strip()))
                 else:
                     blocked = blocked or f"{what} {rank + 1} against {place + 1} of {count}"
-    pair.head = ("head" in a.concepts and b.concepts <= _ANY_HEAD and not _chosen_number(pair.flax, b, a)) or (
-        "head" in b.concepts and a.concepts <= _ANY_HEAD and not _chosen_number(pair.torch, a, b)
-    )
+    pair.head = (
+        b.concepts <= _ANY_HEAD and "head" in concepts(a.raw, lex) and not _chosen_number(pair.flax, b, a)
+    ) or (a.concepts <= _ANY_HEAD and "head" in concepts(b.raw, lex) and not _chosen_number(pair.torch, a, b))
     pair.loose = loose_a > 0 or loose_b > 0
     pair.lone = not matched and _numbers_differ(a, b)
     pair.counts = not matched and _counts_differ(pair, (ranks_t, ranks_f), scope)
-    pair.astray = "norm" in a.concepts & b.concepts and _astray(own_a - b.concepts, own_b - a.concepts)
+    if "norm" in a.concepts & b.concepts:
+        pair.astray = _astray(own_a - b.concepts, own_b - a.concepts)
+    else:  # what goes up and down elsewhere than in a feed-forward part may go down first
+        beside = scope.beside.get(id(pair.torch), frozenset()) | scope.beside.get(id(pair.flax), frozenset())
+        pair.astray = any(lex.weight(word) >= 1 and word != "expert" for word in beside - common)
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
     counted = any(isinstance(token, int) for token in a.raw) and (ranks_t or ranks_f or not scope.numbers)
     pair.equal = a.raw == b.raw and (matched or not counted)
@@ -283,6 +287,7 @@ _OUTSIDE = _COUNTED | {"final", "head"}
 _INSIDE = _COUNTED | {"shortcut"}
 _PARTS = frozenset(("up", "down", "mlp", "in", "out", "expert", "patch", "embed", "deconv", "pool"))
 _KINDS = frozenset(("conv", "linear", "embed", "patch"))
+_MATRIX = frozenset(("conv", "linear", "embed"))
 
 
 def _vague(
@@ -343,6 +348,8 @@ def _vague(
         return True  # norms of two places
     if is_norm and (((left - right) & own_a) | ((right - left) & own_b)) & (_KINDS - scope.norms):
         return True
+    if not is_norm and (left - right) & own_a & _MATRIX and (right - left) & own_b & _MATRIX:
+        return True  # layers of two kinds
     if not is_norm and "embed" in (left & own_a) ^ (right & own_b) and pair.links[0].flax.kind == "kernel":
         return True  # a table against a matrix
     if scope.root:

@@ -86,6 +86,10 @@ def readings(source: Shape, target: Shape, facts: Facts) -> Readings:
         return {**(out or _as_it_is(source, target)), **last}
     if len(source) == 2 and len(target) == 4 and source[1] == target[0] and 1 not in target:
         return _fused(source, target)
+    if len(source) == 2 and len(target) == 4 and source[1] == target[3] and 1 not in target:
+        found = _fused_first(target)
+        if found:
+            return found
     if out:
         return out
     return _as_it_is(source, target) if facts.flax != "kernel" or len(source) == 1 else {}
@@ -182,6 +186,18 @@ def _fused(source: Shape, target: Shape) -> Readings:
         "fused block": (Rearrange(f"(t h d){left} -> {right}t h d", sizes),),
         "fused interleaved": (Rearrange(f"(h t d){left} -> {right}t h d", sizes),),
     }
+
+
+def _fused_first(target: Shape) -> Readings:
+    """Rows that the other side keeps as (parts, heads, head_dim) or (heads, parts, head_dim) before the inputs."""
+    for order, (t, h, d) in (("t h d", (0, 1, 2)), ("h t d", (1, 0, 2))):
+        if target[t] in (2, 3):
+            sizes = (("d", target[d]), ("h", target[h]), ("t", target[t]))
+            return {
+                "fused block": (Rearrange(f"(t h d) i -> {order} i", sizes),),
+                "fused interleaved": (Rearrange(f"(h t d) i -> {order} i", sizes),),
+            }
+    return {}
 
 
 def _flat_conv(source: Shape, target: Shape) -> Readings:

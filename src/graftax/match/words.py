@@ -178,6 +178,7 @@ EXCLUSIVE: tuple[str, ...] = (
 NUMBERED: tuple[tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...] = (
     (("wi", "w"), (0, 1), ("gate", "up")),
     (("w",), (1, 2, 3), ("gate", "down", "up")),
+    (("w",), (1, 2, 3), ("gate", "up", "down")),
 )
 """(word, the numbers of all siblings, what they mean): a gated feed-forward part numbers its matrices."""
 
