@@ -536,3 +536,25 @@ def test_weights_can_be_supplied_call_by_call():
     assert jax.tree.all(jax.tree.map(lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct), hollow))
     roles = {"embed": {"embedding": arrays["params/embed/embedding"]}}
     assert close(runner.run((ids,), {}, supply=lambda path: roles.get(path) or supply(path)), want)
+
+
+class Chain(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for i in range(6):
+            x = nn.Dense(33, use_bias=False, name=f"fc{i}")(x)
+        return x
+
+
+def test_supplied_weights_are_let_go():
+    x = np.ones((2, 33), np.float32)
+    hollow = {"params": {f"fc{i}": {"kernel": jax.ShapeDtypeStruct((33, 33), np.float32)} for i in range(6)}}
+    held: list[int] = []
+
+    def supply(path: str) -> Any:
+        held.append(sum(array.shape == (33, 33) for array in jax.live_arrays()))
+        return {"kernel": np.eye(33, dtype=np.float32)}
+
+    out = LinenRunner(gx.linen(Chain(), x), hollow).run((x,), {}, supply=supply)
+    assert same(out, x)
+    assert held == [0] * 6

@@ -53,7 +53,8 @@ class Scanned(nnx.Module):
         def loop(x: Any, layer: Block) -> Any:
             return layer(x)
 
-        return self.last(loop(self.first(x), self.layers))
+        looped: Any = loop(self.first(x), self.layers)
+        return self.last(looped)
 
 
 class Tied(nnx.Module):
@@ -205,7 +206,7 @@ def test_rnn_and_its_cell(compiled: bool):
 
 @MODES
 def test_nnx_jit_that_was_traced_before(compiled: bool):
-    module = Jitted(nnx.Rngs(0))
+    module: Any = Jitted(nnx.Rngs(0))
     want = plain(module, X)
     runner = NnxRunner(module, compiled=compiled)
     for watch in (["blocks/1/fc"], ["", "attn", "attn/query"], [], ["blocks/1/fc"]):
@@ -435,3 +436,25 @@ def test_weights_can_be_supplied_call_by_call():
     with pytest.raises(ModelError, match="The supply gave none"):
         runner.run((ids,), {}, supply=lambda path: {})
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(hollow, nnx.Param)))
+
+
+class Chain(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List([nnx.Linear(33, 33, use_bias=False, rngs=rngs) for _ in range(6)])
+
+    def __call__(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_supplied_weights_are_let_go():
+    x = np.ones((2, 33), np.float32)
+    held: list[int] = []
+
+    def supply(path: str) -> Any:
+        held.append(sum(array.shape == (33, 33) for array in jax.live_arrays()))
+        return {"kernel": np.eye(33, dtype=np.float32)}
+
+    assert same(NnxRunner(nnx.eval_shape(lambda: Chain(nnx.Rngs(0)))).run((x,), {}, supply=supply), x)
+    assert held == [0] * 6

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Program:
     compiled: bool | None = None
     channel: Channel = field(default_factory=Channel)
     current: Built = field(default_factory=Built)
+    compile_seconds: float = 0.0
+    """Spent on tracing and compiling so far."""
     _built: OrderedDict[Any, Built] = field(default_factory=OrderedDict[Any, Built])
     _lock: Any = field(default_factory=threading.RLock)
     _numbers: int = 0
@@ -105,9 +108,14 @@ class Program:
         channel.begin(watch, tap, built.traced, blocked)
         try:
             if jit:
-                if built.function is None:
-                    built.function = self._compiled(built, node)
-                outs, out = built.function(weights, given), built.output
+                function = built.function
+                if function is None:
+                    start = time.perf_counter()
+                    try:
+                        function = built.function = self._compiled(built, node).lower(weights, given).compile()
+                    finally:
+                        self.compile_seconds += time.perf_counter() - start
+                outs, out = function(weights, given), built.output
             else:
                 args, kwargs = flax_values.refill(node, given)
                 outs, out = flax_values.spread(self.forward(weights, args, kwargs))
@@ -116,7 +124,7 @@ class Program:
             channel.end()
         return flax_values.plain(out, made)
 
-    def _compiled(self, built: Built, node: Any) -> Callable[..., Any]:
+    def _compiled(self, built: Built, node: Any) -> Any:
         def program(weights: Any, arrays: list[Any]) -> list[Any]:
             args, kwargs = flax_values.refill(node, arrays)
             outs, built.output = flax_values.spread(self.forward(weights, args, kwargs))

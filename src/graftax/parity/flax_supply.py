@@ -39,7 +39,9 @@ class Loans:
         out: dict[Keys, Any] = {}
         for keys, spec in wanted.items():
             full = containers.path_of(keys)
-            array = given.get(full, given.get(roles.get(full, full)))
+            array = given.get(full)
+            if array is None and full in roles:
+                array = given.get(roles[full])
             if array is None:
                 raise ModelError(
                     f"Flax: {escape(full)} has a shape and a dtype, but no values",

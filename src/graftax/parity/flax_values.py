@@ -137,6 +137,14 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
     return np.asarray(array)
 
 
+def waited(nest: Any) -> Any:
+    """The nest, when its arrays are computed: what they were computed from can then be let go."""
+    for array in spread(nest)[0]:
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+            array.block_until_ready()
+    return nest
+
+
 def to_device(nest: Any) -> Any:
     """The nest with its arrays as jax arrays (float64 and int64 narrowed as jax does it)."""
     arrays, node = spread(nest)

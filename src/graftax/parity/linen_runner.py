@@ -81,6 +81,11 @@ class LinenRunner:
         return self._modules
 
     @property
+    def compile_seconds(self) -> float:
+        """Spent on compiling in all runs so far."""
+        return self._program.compile_seconds
+
+    @property
     def methods(self) -> Mapping[Site, str]:
         """Calls of the last run that were not of `__call__` -> the method ('attend', 'decode')."""
         return dict(self._program.channel.methods)
@@ -194,8 +199,10 @@ class LinenRunner:
         try:
             with self._lender.lend(module, path, method):
                 if hasattr(kind, method) and _is_call(method, args, kwargs):  # lifted functions are no methods
-                    return self._program.channel.call(path, method, args, kwargs, proceed)
-                return proceed(*args, **kwargs)
+                    out = self._program.channel.call(path, method, args, kwargs, proceed)
+                else:
+                    out = proceed(*args, **kwargs)
+                return flax_values.waited(out) if path in self._lender.loans.owned else out
         except Exception as error:
             if error is not self._failed:
                 self._failed, self._blame = error, (path, kind.__name__)
