@@ -176,7 +176,7 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
             if turn is None:
                 continue
             want = turn(array)
-            fit = Fit(Match(i, j, turn), want, relative_l2(ours[i], want))
+            fit = Fit(Match(i, j, turn), want, beneath_mask(ours[i], want))
             first = first or (j, fit)
             if fit.error <= NEAR:
                 chosen = j, fit
@@ -190,6 +190,17 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
         elif n == 0:
             return ()
     return tuple(found)
+
+
+def beneath_mask(got: Any, want: Any) -> float:
+    """relative_l2 of what is no mask, where both hold the same mask: next to one -3e38 nothing else would count, and a
+    bias with a mask in it could not be told from the mask alone."""
+    if not (_is_mask(got) and _is_mask(want)):
+        return relative_l2(got, want)
+    masked = np.abs(got) >= MASK
+    if not np.allclose(got[masked], want[masked], rtol=1e-6):
+        return relative_l2(got, want)
+    return relative_l2(np.where(masked, 0, got), np.where(masked, 0, want))
 
 
 def _floating(array: Any) -> bool:

@@ -77,13 +77,21 @@ def judge(fault: Fault) -> Verdict:
 
 
 def read(fault: Fault, report: Any, blank: Verdict) -> Verdict:
-    """A report against a fault. A fault that no forward run can show has to stand in the settings check."""
-    if fault.by == "settings":
-        rows = [row for row in report.settings if row.setting == fault.kind]
-        right = bool(rows) and fault.is_layer(rows[0].flax)
-        first = rows[0].flax if rows else ""
-        named = fault.kind if rows else UNKNOWN
-        return _but(blank, found=bool(rows), layer=right, first=first, where="settings", named=named, right_cause=right)
+    """A report against a fault. What no forward run on these inputs shows has to stand in the settings check."""
+    wrong = [row for row in report.settings if fault.by == "settings" or row.severity == "error"]
+    if fault.by == "settings" or (report.first is None and report.ok and wrong):
+        mine = [row for row in wrong if fault.by != "settings" or row.setting == fault.kind]
+        named = mine[0].setting if mine else UNKNOWN
+        first = mine[0].flax if mine else ""
+        return _but(
+            blank,
+            found=bool(mine),
+            layer=bool(mine) and fault.is_layer(first),
+            first=first,
+            where="settings",
+            named=named,
+            right_cause=named in fault.names,
+        )
     named = report.causes[0].name if report.causes else UNKNOWN
     path = "(none)" if report.first is None else report.first.site_flax.path
     if report.first is None and not report.ok:
