@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,16 @@ from graftax.api import plan as make_plan
 from graftax.errors import PlanError, UsageError, escape
 from graftax.parity import values
 from graftax.parity.align import declared, with_layout
+from graftax.parity.audit import Expected
 from graftax.parity.inputs import Inputs, call_of
-from graftax.parity.records import Runner
+from graftax.parity.records import Runner, Tap
 from graftax.plans import Plan
 from graftax.tree import Checkpoint
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+HELD = 1 << 30
+"""Bytes of weights that are made and held for a Flax model without values. Beyond that they are read, and ported,
+module by module as they are used, in each run again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,22 +144,22 @@ def flax_like(model: Any, call: Call) -> Any:
     return model
 
 
-def weights_of(like: Any, tree: Checkpoint, weights: Any, plan: Plan | None, source: Checkpoint) -> tuple[Any, bool]:
+def weights_of(
+    like: Any, tree: Checkpoint, weights: Any, plan: Plan | None, source: Checkpoint
+) -> tuple[Mapping[str, Any], bool]:
     """(path -> array for every leaf of the Flax side, were they ported): from what `weights` is, else the model's own,
-    else torch's through the plan. PlanError where they do not fit."""
+    else torch's through the plan. Large ones are made as they are asked for. PlanError where they do not fit."""
     if weights is None:
         if tree.has_values:
             return Read(tree), False
         if plan is None:
             raise UsageError("the Flax model has no values", next="Pass weights=.")
-        plan.require_complete()
-        return host_arrays(plan, source, tree)[0], True
+        return _ported(plan, source, tree), True
     given = open_tree(weights)
     if given.side == "torch":
-        if plan is not None and all(given.get(name) == spec for name, spec in plan.source.specs.items()):
-            return host_arrays(plan, given, tree)[0], True
-        made = make_plan(given, like, dtype="like")
-        return host_arrays(made, given, tree)[0], True
+        fits = plan is not None and all(given.get(name) == spec for name, spec in plan.source.specs.items())
+        made = plan if plan is not None and fits else make_plan(given, like, dtype="like")
+        return _ported(made, given, tree), True
     missing = [name for name in tree if name not in given]
     if not missing and all(given[name].shape == tree[name].shape for name in tree):
         return Read(given), False
@@ -170,7 +174,54 @@ def weights_of(like: Any, tree: Checkpoint, weights: Any, plan: Plan | None, sou
             f"the first is {escape(missing[0] if missing else next(iter(tree)))}",
             next="Pass the variables that the model's init or gx.port gives.",
         )
-    return host_arrays(made, given, tree)[0], False
+    return _ported(made, given, tree), False
+
+
+def _ported(plan: Plan, source: Checkpoint, tree: Checkpoint) -> Mapping[str, Any]:
+    plan.require_complete()
+    if large(tree) and not any(entry.unfilled for entry in plan.entries):
+        return Expected(plan, source)
+    return host_arrays(plan, source, tree)[0]
+
+
+def large(tree: Checkpoint) -> bool:
+    """Is it a model without values, with more weights than are held?"""
+    return not tree.has_values and sum(spec.nbytes for spec in tree.specs.values()) > HELD
+
+
+class Supplied:
+    """A Flax runner whose weights are lent to its modules as they are called."""
+
+    def __init__(self, runner: Any, tree: Checkpoint, weights: Mapping[str, Any]) -> None:
+        self.runner, self.tree, self.weights = runner, tree, weights
+
+    @property
+    def modules(self) -> Mapping[str, Any]:
+        return self.tree.modules
+
+    @property
+    def compile_seconds(self) -> float:
+        return self.runner.compile_seconds
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, watch: Collection[str] = (), tap: Tap | None = None
+    ) -> Any:
+        return self.runner.run(args, kwargs, watch=watch, tap=tap, supply=lambda path: self.weights)
+
+    def replay(
+        self,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        leaves: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        own = {name: self.weights[name] for name in self.tree.modules[path].leaves.values()}
+        return self.runner.replay(path, args, kwargs, leaves={**own, **(leaves or {})}, **options)
+
+    def not_traced(self) -> Mapping[str, str]:
+        return self.runner.not_traced()
 
 
 def flax_side(
@@ -185,16 +236,24 @@ def flax_side(
 ) -> FlaxSide:
     """The Flax model with its weights, ready to run. What `weights_of` raises."""
     arrays, ported = weights_of(like, tree, weights, plan, source)
+    lent = large(tree)
+    runner: Any
     if isinstance(like, LinenModel):
+        from graftax.adapters.linen_tree import trace
         from graftax.parity.linen_runner import LinenRunner
 
-        variables = tree.rebuild(dict(arrays)) if tree.rebuild else arrays
-        runner: Runner = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.modules)
-        return FlaxSide(tree, arrays, runner, ported, type(like.module).__name__)
-    from graftax.parity.nnx_runner import NnxRunner
-
-    module = like
-    if weights is not None or not tree.has_values:
         assert tree.rebuild is not None
-        module = tree.rebuild(dict(arrays), rngs=seed if rngs is None else rngs)
-    return FlaxSide(tree, arrays, NnxRunner(module, call=call, modules=tree.modules), ported, type(like).__name__)
+        variables = trace(like)[0] if lent else tree.rebuild(dict(arrays))
+        runner = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.modules)
+        name = type(like.module).__name__
+    else:
+        from graftax.parity.nnx_runner import NnxRunner
+
+        module, name = like, type(like).__name__
+        if not lent and (weights is not None or not tree.has_values):
+            assert tree.rebuild is not None
+            module = tree.rebuild(dict(arrays), rngs=seed if rngs is None else rngs)
+        runner = NnxRunner(module, call=call, modules=tree.modules)
+    if lent:
+        runner = Supplied(runner, tree, arrays)
+    return FlaxSide(tree, arrays, runner, ported, name)
