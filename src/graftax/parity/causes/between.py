@@ -66,10 +66,10 @@ def _fits(
         right = find_recipes(a, values, seen, budget)
         wrong = find_recipes(b, values, seen, budget) if right else []
         yield compare(right, wrong, wide)
-    yield _by_ways(want, have, sources, bar, budget)
-    yield _by_attention(want, have, sources, known, bar, budget)
-    yield list(position_tables(want, have, tables, bar))[:1]
     yield added(want, have, wide, bar)
+    yield _by_ways(want, have, sources, bar, budget)
+    yield list(position_tables(want, have, tables, bar))[:1]
+    yield _by_attention(want, have, sources, known, bar, budget)
     table = any(source.table for source in sources[:3])
     yield [found for found in (capped(want, have, bar), scaled(want, have, bar, table)) if found is not None][:1]
 

@@ -14,7 +14,7 @@ from graftax.parity.causes.gathering import known, leaf, module_leaves, nearer, 
 from graftax.parity.causes.norms import norm_difference
 from graftax.parity.causes.numbers import Array, Bar, Budget, arrays, in_bfloat16, is_number, relative
 from graftax.parity.causes.recipes import Difference
-from graftax.parity.causes.recurrent import recurrent_causes
+from graftax.parity.causes.recurrent import cell_causes, recurrent_causes
 from graftax.parity.causes.settings import trials
 from graftax.parity.causes.weights import diagnose, same
 from graftax.parity.report_model import Cause
@@ -178,6 +178,9 @@ def _formulas(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
         found: list[Difference] = []
         if inputs and not kind.startswith(_NO_NORM):
             found = norm_difference(inputs[0], right, wrong, leaves, bar)
+        if not found and inputs:
+            entries, torch = suspect.pair.entries, suspect.torch_weights
+            found = cell_causes(entries, torch, inputs[0], right, wrong, bar)
         if not found and inputs:
             found = between.module_attention(inputs, leaves, right, wrong, bar, budget)
         if not found:

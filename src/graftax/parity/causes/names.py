@@ -17,6 +17,7 @@ CAUSES: tuple[str, ...] = (
     "scale factor",
     "lstm gate order",
     "lstm bias",
+    "gru reset",
     "weights differ",
     # settings of a layer
     "epsilon",

@@ -14,7 +14,7 @@ import numpy as np
 from graftax.parity.causes.activations import ACTIVATIONS, KIN, apply
 from graftax.parity.causes.numbers import SAMPLES, Array, Bar, Budget, nice, positions, relative
 
-_NEAR = 10  # sources that are tried in pairs
+_FIRST, _NEAR = 6, 10  # sources that are tried with every other one, and with each other
 _TRIPLES = 7  # sources that are tried by threes
 
 
@@ -155,8 +155,8 @@ def _products(target: Array, values: Sequence[Array | None], usable: list[int]) 
 
 def _sums(target: Array, values: Sequence[Array | None], usable: list[int]) -> Iterator[Recipe]:
     near = usable[:_NEAR]
-    for at, i in enumerate(near):
-        for j in near[at + 1 :]:
+    for at, i in enumerate(near[:_FIRST]):
+        for j in usable[at + 1 :]:  # the residual may come from far
             total = _value(values, i) + _value(values, j)
             yield from _weighted(target, values, (i, j))
             for name in ACTIVATIONS:

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from graftax.ops import Sum
+from graftax.parity.causes.cells import Weights, cell_difference
 from graftax.parity.causes.gates import Cell, diagnose_cell, diagnose_gru_bias
+from graftax.parity.causes.numbers import Array, Bar
+from graftax.parity.causes.recipes import Difference
 from graftax.parity.causes.weights import Found
 from graftax.plans import Entry
 
@@ -25,6 +28,24 @@ def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, ex
         if cell is not None:
             found.append(cell)
     return found
+
+
+def cell_causes(
+    entries: Sequence[Entry], torch: Tensors, x: Array, want: Array, have: Array, bar: Bar
+) -> list[Difference]:
+    """A recurrent layer of one layer and direction whose weights are right: how its cell differs from torch's."""
+    names = {name.rpartition(".")[2].partition("_l")[0]: name for entry in entries for name in entry.sources}
+    count = sum(len(entry.sources) for entry in entries)
+    if (
+        not {"weight_ih", "weight_hh"} <= names.keys()
+        or count != len(names)
+        or any(n not in torch for n in names.values())
+    ):
+        return []
+    given = {name: np.asarray(torch[path]).astype(np.float64) for name, path in names.items()}
+    none = np.zeros(len(given["weight_hh"]))
+    biases = given.get("bias_ih", none), given.get("bias_hh", none)
+    return cell_difference(x, want, have, Weights(given["weight_ih"], given["weight_hh"], *biases), bar)
 
 
 def _of_gates(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> bool:
@@ -61,7 +82,8 @@ def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> Fou
     if len(entry.sources) == 2:
         first, second = (tuple(np.split(np.asarray(torch[name]), count)) for name in entry.sources)
         biases = (first, second)
-    what = "biases" if biases else "kernels of the input" if "_ih" in entry.sources[0] else "kernels of the state"
+    into = any("_ih" in name for name in entry.sources)
+    what = "biases" if biases else f"kernels of the {'input' if into else 'state'}"
     return diagnose_cell(Cell(f"the {what} ({', '.join(entry.targets)})", have, want, biases))
 
 
