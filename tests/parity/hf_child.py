@@ -212,7 +212,11 @@ def findings(case: Case) -> dict[str, Any]:
     like = pair.like()
     weights = gx.port(pair.torch, like, rules=case.rules, unused="drop")
     report = pair.check(like, weights)
-    own = {name for name, module in pair.torch.named_modules() if list(module.parameters(recurse=False))}
+    own = {
+        name.partition(".parametrizations.")[0]
+        for name, module in pair.torch.named_modules()
+        if list(module.parameters(recurse=False))
+    }
     rows = {row.site_torch.path for row in report.layers if row.status != "not compared"}
     out: dict[str, Any] = {
         "ok": report.ok,

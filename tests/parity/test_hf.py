@@ -59,10 +59,11 @@ def test_parity_passes(findings: dict[str, Any], name: str) -> None:
     assert found["settings"] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_has_parameters_is_paired(findings: dict[str, Any], name: str) -> None:
-    found = findings[name]
-    assert len(found["unpaired"]) <= (1 - PAIRED) * found["parametrised"], found["unpaired"]
+def test_what_has_parameters_is_paired(findings: dict[str, Any]) -> None:
+    """Of all modules of the seven that have parameters, those with a row of their own. Tied heads count too."""
+    missing = {name: found["unpaired"] for name, found in findings.items() if found["unpaired"]}
+    everything = sum(found["parametrised"] for found in findings.values())
+    assert sum(map(len, missing.values())) <= (1 - PAIRED) * everything, missing
 
 
 @pytest.mark.parametrize("name", NAMES)

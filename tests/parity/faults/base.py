@@ -21,8 +21,9 @@ class Fault:
     kind      the name of the cause, as graftax should give it
     model, api, seed   which port: a name of KINDS, linen or nnx, and the seed of its weights and inputs
     text      which variant: with kind, model and api it tells this fault from every other
-    layers    Flax paths of the layer that is to be named first: the module that is wrong or, for functional code, the
-              one behind it or the container around it; 'a/**' stands for all below a
+    layers    Flax paths of the layer that is to be named first: the module that is wrong (of several that have the same
+              wrong setting, the first in which it shows) or, for functional code, the one behind it or the container
+              around it; 'a/**' stands for all below a
     right, wrong   settings of the torch model, and of the Flax model
     edit      what happens to the ported weights; loud: see zoo.Kind
     also      further names that are no less true of it

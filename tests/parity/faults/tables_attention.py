@@ -51,8 +51,8 @@ def encoder(api: str) -> Making:
     m.initial("words", "embedding")
     m.kernel("bfloat16 weights", "words", base.rounded, name="embedding")
     for epsilon in (1e-5, 1e-6):
-        m.blocks("epsilon", lambda i: [m.path("norm1", i)], range(s.depth), epsilon=epsilon)
-    m.wrong("epsilon", "1e-6 everywhere", [m.path("first_norm")], s.but(epsilon=1e-6))
+        m.blocks("epsilon", lambda i: [m.path("norm1", i), m.path("norm2", i)], range(s.depth), epsilon=epsilon)
+    m.wrong("epsilon", "1e-6 everywhere", [m.path("first_norm"), m.path("norm1", 0)], s.but(epsilon=1e-6))
     for right, wrong in (("gelu", "gelu_tanh"), ("gelu_tanh", "gelu"), ("gelu", "quick_gelu"), ("relu", "gelu")):
         m.blocks(
             "activation", lambda i: [m.path("fc2", i)], range(s.depth), activation=wrong, right=s.but(activation=right)
@@ -132,7 +132,7 @@ def vit(api: str) -> Making:
         m.kernel("kernel flipped", "patch", base.flipped(*axes), text=f" over {axes}")
     m.kernel("kernel axes swapped", "patch", base.spatial_swapped)
     for epsilon in (1e-5, 1e-12):
-        m.blocks("epsilon", lambda i: [m.path("norm1", i)], range(s.depth), epsilon=epsilon)
+        m.blocks("epsilon", lambda i: [m.path("norm1", i), m.path("norm2", i)], range(s.depth), epsilon=epsilon)
     for right, wrong in (("gelu", "gelu_tanh"), ("gelu", "quick_gelu"), ("relu", "gelu")):
         m.blocks(
             "activation", lambda i: [m.path("fc2", i)], range(s.depth), activation=wrong, right=s.but(activation=right)
@@ -198,7 +198,7 @@ def decoder(api: str) -> Making:
         m.initial("down", "kernel", i)
         m.initial("norm1", "scale", i)
     for epsilon in (1e-5, 1e-8, 1e-3):
-        m.blocks("epsilon", lambda i: [m.path("norm1", i)], range(s.depth), epsilon=epsilon)
+        m.blocks("epsilon", lambda i: [m.path("norm1", i), m.path("norm2", i)], range(s.depth), epsilon=epsilon)
     for right, wrong in (("silu", "gelu"), ("gelu", "gelu_tanh"), ("gelu_tanh", "gelu")):
         m.blocks(
             "activation", lambda i: [m.path("down", i)], range(s.depth), activation=wrong, right=s.but(activation=right)

@@ -51,7 +51,7 @@ def mlp(api: str) -> Making:
     m.swap(m.path("norm", 0), m.path("norm", 1))
     for epsilon in (1e-6, 1e-3, 1e-12):
         m.blocks("epsilon", lambda i: [m.path("norm", i)], range(s.depth), epsilon=epsilon)
-    m.wrong("epsilon", "1e-6 in the final norm too", [m.path("norm", 0)], s.but(epsilon=1e-6))
+    m.wrong("epsilon", "1e-6 everywhere", [m.path("norm", 0), m.path("norm", 1)], s.but(epsilon=1e-6))
     for right, wrong in (("gelu", "gelu_tanh"), ("gelu", "relu"), ("silu", "gelu"), ("gelu_tanh", "gelu")):
         m.blocks(
             "activation", lambda i: [m.path("fc2", i)], range(s.depth), activation=wrong, right=s.but(activation=right)
@@ -105,7 +105,7 @@ def cnn(api: str) -> Making:
     m.swap(m.path("norm1", 1), m.path("norm2", 1))
     m.kernel("reshape before transpose", "head", base.reshaped)
     for epsilon in (1e-3, 1e-6):
-        m.blocks("epsilon", lambda i: [m.path("norm1", i)], range(3), epsilon=epsilon)
+        m.blocks("epsilon", lambda i: [m.path("norm1", i), m.path("norm2", i)], range(3), epsilon=epsilon)
     m.wrong("epsilon", "1e-3 everywhere", [m.path("stem_norm")], s.but(epsilon=1e-3))
     for momentum in (0.1, 0.99):
         m.blocks("momentum", lambda i: [m.path("norm1", i)], range(3), momentum=momentum)
