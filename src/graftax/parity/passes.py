@@ -53,6 +53,7 @@ def judge_flax(
 ) -> Judged:
     """Run Flax forced and free on its own inputs, and compare with the reference. specs: the torch leaves'."""
     seconds: dict[str, float] = {}
+    compiled_before = _compile_seconds(flax)
     watch = list(dict.fromkeys(pair.flax for pair in pairs))
     if not reference.records:
         watch = []
@@ -63,15 +64,14 @@ def judge_flax(
     if watch:
         start = time.perf_counter()
         flax.run(args, kwargs, watch=watch, tap=tap)
-        seconds["flax compile"] = getattr(flax, "compile_seconds", 0.0)
-        seconds["flax forced"] = time.perf_counter() - start - seconds["flax compile"]
+        compiling = _compile_seconds(flax) - compiled_before
+        seconds["flax forced"] = time.perf_counter() - start - compiling
         not_traced = dict(flax.not_traced())
-    start = time.perf_counter()
+    start, before = time.perf_counter(), _compile_seconds(flax)
     free = FreeTap(reference, tap.met)
     output = flax.run(args, kwargs, watch=watch, tap=free if watch else None)
-    compiling = getattr(flax, "compile_seconds", 0.0)
-    seconds["flax"] = time.perf_counter() - start - compiling
-    seconds["flax compile"] = seconds.get("flax compile", 0.0) + compiling
+    seconds["flax"] = time.perf_counter() - start - (_compile_seconds(flax) - before)
+    seconds["flax compile"] = _compile_seconds(flax) - compiled_before
     outputs = output_rows(reference, output, threshold=threshold, atol=atol, rtol=rtol, layout=out_layout)
     rows = layer_rows(reference, calls, tap, threshold)
     first, where = first_alarm(rows, reference, threshold)
@@ -79,6 +79,11 @@ def judge_flax(
         f"{path} is called {count} time(s) more in Flax than in torch" for path, count in tap.extra.items() if path
     )
     return Judged(outputs, tuple(rows), first, where, not_traced, notes, tap.kept, tap.met, output, seconds)
+
+
+def _compile_seconds(flax: Runner) -> float:
+    """What a runner has spent on compiling so far."""
+    return getattr(flax, "compile_seconds", 0.0)
 
 
 def layer_rows(reference: Reference, calls: CallMap, tap: ForcedTap, threshold: float) -> list[LayerRow]:
