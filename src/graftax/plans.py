@@ -116,6 +116,10 @@ class Question:
         }
 
 
+PARITY = "graftax verify, or gx.check_parity: one input through both models"
+"""The check that proves what only the models' outputs show."""
+
+
 @dataclass(frozen=True, slots=True)
 class Assumption:
     """What no file can show and the plan relies on, with the check that proves it."""

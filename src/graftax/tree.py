@@ -177,6 +177,24 @@ class Module:
     leaves: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
+Axes = tuple[tuple[str, int | None], ...]
+"""The axes of a map, outermost first: c is its channels, d h w are spatial; the length where it is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a traced call of a live model shows.
+
+    order    module path -> its place in the order of first calls
+    columns  matrix -> the axes of the flattened map that it takes; one axis (c, or x for what a matrix made) for no map
+    rows     matrix -> the axes of the map that its outputs are unflattened to; vector -> those that it is applied to
+    """
+
+    order: Mapping[str, int] = field(default_factory=dict[str, int])
+    columns: Mapping[str, Axes] = field(default_factory=dict[str, Axes])
+    rows: Mapping[str, Axes] = field(default_factory=dict[str, Axes])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint(Mapping[str, TensorSpec]):
     """A file, folder or live tree of named arrays: a mapping from path to spec, and `read(path)` for the values.
@@ -190,6 +208,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     config    config.json beside the checkpoint
     real_keys path prefix -> its last key, where that is not text (`blocks/0` -> 0)
     containers path prefix -> "list", "tuple" or "FrozenDict", where a container is not a plain dict
+    trace     () -> Trace, where the source is live and can be called without data; nothing is computed
     buffers   paths that are buffers and not parameters, where the source is live
     rebuild   {path: array} -> an object of the same kind, where the source is live; sharding= and (NNX) rngs= say more
     """
@@ -208,6 +227,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     real_keys: Mapping[str, Key] = field(default_factory=dict[str, Key])
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
     native: Any = None
+    trace: Callable[[], Trace] | None = None
     rebuild: Callable[..., Any] | None = None
     span: Callable[[str, int, memoryview], None] | None = None
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers, flax_tree, settings
 from graftax.errors import GraftaxError, UsageError, escape
-from graftax.tree import Checkpoint, Module, TensorSpec, join_path
+from graftax.tree import Checkpoint, Module, TensorSpec, Trace, join_path
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -72,6 +74,7 @@ def open_linen(model: LinenModel, label: str) -> Checkpoint:
         real_keys=base.real_keys,
         containers=base.containers,
         native=model,
+        trace=lambda: maps_of(model, variables),
         rebuild=lambda arrays, sharding=None, adopt=False: flax_tree.rebuild_container(
             variables, arrays, sharding, adopt
         ),
@@ -125,6 +128,31 @@ def trace(model: LinenModel) -> tuple[Any, dict[tuple[str, ...], Seen]]:
         ) from exc
     ordered = _reorder(variables, kept[0])
     return {name: tree for name, tree in ordered.items() if name not in containers.LINEN_STATE}, seen
+
+
+def maps_of(model: LinenModel, variables: Any) -> Trace:
+    """The axes of flattened maps, by a second traced call; nothing is known where that cannot be followed."""
+    from graftax.adapters import linen_trace
+
+    dynamic, static = _split((model.args, dict(model.kwargs)))
+
+    def call(weights: Any, arrays: list[Any]) -> Any:
+        args, kwargs = _join(arrays, static)
+        options = {} if model.method is None else {"method": model.method}
+        return model.module.apply(weights, *args, rngs=_call_rngs(model.rngs), mutable=True, **options, **kwargs)
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return linen_trace.trace_call(call, variables, dynamic)
+    except Exception:  # a call that differs from init (state that only init makes): the flatten stays a question
+        return Trace()
+
+
+def _call_rngs(rngs: Any) -> Any:
+    import jax
+
+    made = jax.random.key(0) if rngs is None else _rngs(rngs)
+    return made if isinstance(made, Mapping) else {"params": made}
 
 
 def modules_of(seen: Mapping[tuple[str, ...], Seen], specs: Mapping[str, TensorSpec]) -> dict[str, Module]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers, jax_arrays, settings, torch_arrays, torch_containers
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, UsageError, escape
-from graftax.tree import Checkpoint, Module, TensorSpec, nearest
+from graftax.tree import Checkpoint, Module, TensorSpec, Trace, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
         config=_config(module),
         buffers=frozenset(state) & {name for name, _ in module.named_buffers(remove_duplicate=False)},
         native=module,
+        trace=lambda: _trace(module),
         rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
     )
 
@@ -145,6 +146,12 @@ def _module(path: str, module: torch.nn.Module, leaves: dict[str, str]) -> Modul
         for role in module.parametrizations:  # pyright: ignore
             plain.setdefault(role, True)
     return Module(path, name if isinstance(name, str) else kind.__name__, settings.bases(kind), plain, leaves)
+
+
+def _trace(module: torch.nn.Module) -> Trace:
+    from graftax.adapters import torch_trace
+
+    return torch_trace.trace_module(module)
 
 
 def _config(module: torch.nn.Module) -> Mapping[str, Any] | None:

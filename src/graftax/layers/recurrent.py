@@ -93,12 +93,17 @@ def cell_orders(prefixes: Sequence[str], layers: int, directions: int) -> list[O
     if any(key[2] for key in keys.values()):
         return [Order(ordered, "convention", "cells by number and direction")]
     said = "cells are numbered layer by layer" + (", forward before backward" if directions == 2 else "")
-    found = [Order(ordered, "convention", "cells by number", (said,))]
+    told = directions == 1 and not any(_COUNTED.search(prefix) for prefix in prefixes)  # the number is the layer's own
+    found = [Order(ordered, "convention", "cells by number", () if told else (said,))]
     if directions == 2 and layers > 1:
         turned = tuple(ordered[direction * layers + layer] for layer in range(layers) for direction in (0, 1))
         said = "cells are numbered direction by direction: all forward ones first"
         found.append(Order(turned, "shapes", "cells by number, direction by direction", (said,)))
     return found
+
+
+_COUNTED = re.compile(r"(?:^|[/.])[A-Z][A-Za-z0-9]*_\d+(?:$|[/.])")
+"""A name that Linen makes: the class and how many of it there were before."""
 
 
 def _cell_key(prefix: str) -> tuple[str, tuple[tuple[int, int | str], ...], bool]:

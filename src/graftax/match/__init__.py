@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable
 
-from graftax.match.assumptions import assumptions
+from graftax.match.assumptions import call_orders
+from graftax.match.calls import flax_calls
 from graftax.match.choose import Choice
 from graftax.match.ends import Ends
 from graftax.match.engine import Result, match
@@ -19,6 +20,7 @@ from graftax.match.partial import consistent, ruled_chains
 from graftax.match.questions import questions
 from graftax.match.recurrent import Recurrent, recurrent
 from graftax.match.ties import find_ties, tied_to
+from graftax.match.traced import Traces
 from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal
 from graftax.rules.port import Named
@@ -85,6 +87,8 @@ def _infer(
         Kinds.of(torch, flax),
         read_named(named, turned),
         ruled=ruled_chains(spoken, hints.anchors, turned),
+        traces=Traces(torch.trace, flax.trace),
+        calls=flax_calls(flax),
     )
     result = match(ends, lex)
     entries = list(cells.entries)
@@ -105,7 +109,7 @@ def _infer(
     words = (source_side, like_side) if source_side != like_side else ("source", "target")
     asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned)
     asked += [*cells.questions, *unsaid_questions(result.unsaid, turned)]
-    assumed = tuple(assumptions(result, entries))
+    assumed = tuple(call_orders(result, ends))
     return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))
 
 

@@ -2,28 +2,237 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftax.layers import known_kind
+from graftax.match.calls import torch_calls
+from graftax.match.ends import Ends
 from graftax.match.engine import Result
-from graftax.plans import Assumption, Entry
+from graftax.match.names import Lexicon, concepts, lexicon
+from graftax.match.orders import counted_blocks, counted_part, path_of
+from graftax.match.pairs import Pair
+from graftax.match.sides import tokens_of
+from graftax.ops import Offset, Rearrange
+from graftax.plan_text import fold_names
+from graftax.plans import PARITY, Assumption, Entry
+from graftax.tree import Checkpoint, Side
 
 CALL_ORDER = "call order"
+_SHOWN = 3  # names of a statement
 
 
-def assumptions(result: Result, entries: list[Entry]) -> list[Assumption]:
-    """Every assumption of the plan."""
+# ---------------------------------------------------------------- the order of calls
+
+
+def call_orders(result: Result, ends: Ends) -> list[Assumption]:
+    """What pairs rely on that go by a counter: that its order of construction is the order of calls, or, where the
+    Flax calls are traced, that torch's numbers are."""
+    constructed: list[Pair] = []
+    registered: list[Pair] = []
+    live = ends.traces.torch_trace is not None
+    calls = None
+    blocks = [pair for item in result.settled if counted_blocks(item.scope) for pair in item.taken]
+    for pair in (*result.call_order, *blocks):
+        if not ends.calls.counts(path_of(pair.flax)):
+            constructed.append(pair)
+        elif live and ends.kinds.ends is not None:
+            calls = calls or torch_calls(ends.kinds.ends[0], ends.traces.torch.order)
+            if not calls.counts(path_of(pair.torch)):
+                registered.append(pair)
     out: list[Assumption] = []
-    if result.call_order:
-        targets = tuple(
-            path
-            for pair in result.call_order
-            for link in pair.links
-            for paths in link.flax.paths.values()
-            for path in paths
+    if constructed:
+        text = (
+            f"{CALL_ORDER}: {_names(constructed)} bear a counter of construction, taken for the order of calls; "
+            "it need not be: Dense(8)(Dense(8)(x)) makes the outer layer first and calls it last"
         )
-        out.append(
-            Assumption(
-                f"{CALL_ORDER}: modules named by a counter are called in the other side's order",
-                "compare the outputs of both models on one input",
-                targets,
-            )
+        out.append(Assumption(text, f"{PARITY}; or give the live model as gx.linen(...), whose calls are traced",
+                              _targets(constructed)))  # fmt: skip
+    if registered:
+        text = (
+            f"{CALL_ORDER}: the Flax calls are traced, torch's are not: the modules for {_names(registered)} are "
+            "taken to be called in the order of their numbers"
         )
+        out.append(Assumption(text, PARITY, _targets(registered)))
     return out
+
+
+def _targets(pairs: Iterable[Pair]) -> tuple[str, ...]:
+    return tuple(path for pair in pairs for link in pair.links for paths in link.flax.paths.values() for path in paths)
+
+
+def _names(pairs: Iterable[Pair]) -> str:
+    """The modules that bear the counters."""
+    columns = [column for pair in pairs for column in pair.flax.roles.values()]
+    return _some(counted_part(paths[0]) for column in columns for paths in column.paths.values())
+
+
+def _some(names: Iterable[str]) -> str:
+    found = fold_names(list(dict.fromkeys(names)))
+    return ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+
+
+# ---------------------------------------------------------------- what values mean
+
+_NUMBER = re.compile(r"\d+")
+_FUSED = frozenset(("qkv", "kv"))
+_ROPE = re.compile(r"rope|rotary", re.IGNORECASE)
+_TABLES = re.compile(r"pos|wpe|relative|alibi", re.IGNORECASE)
+_FREQUENCIES = re.compile(r"inv_freq|rotary|rope|freqs_cis", re.IGNORECASE)
+_ATTENTION = frozenset(("MultiheadAttention", "MultiHeadDotProductAttention", "SelfAttention", "MultiHeadAttention"))
+_VECTORS = frozenset(("weight", "scale"))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The entries that a statement is about: projections to queries, tensors that are fused on both sides, norms that
+    have a scale alone."""
+
+    queries: list[Entry] = field(default_factory=list[Entry])
+    keys: bool = False
+    fused: list[Entry] = field(default_factory=list[Entry])
+    norms: list[Entry] = field(default_factory=list[Entry])
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One end: modules with a bias or statistics, and the framework kinds of the live modules that hold a leaf."""
+
+    side: Side
+    more: frozenset[str]
+    kinds: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def of(cls, end: Checkpoint, side: Side) -> _Side:
+        at = "/" if side == "flax" else "."
+        more = {_module(name, side) for name in end if name.rpartition(at)[2] in ("bias", "running_mean", "mean", "b")}
+        kinds: dict[str, set[str]] = {}
+        for module in end.modules.values():
+            kind = known_kind(module, side)
+            for leaf in module.leaves.values() if kind else ():
+                kinds.setdefault(leaf, set()).add(kind)
+        return cls(side, frozenset(more), {leaf: frozenset(found) for leaf, found in kinds.items()})
+
+    def words(self, path: str, lex: Lexicon) -> frozenset[str]:
+        return frozenset(concepts(tokens_of(path, self.side), lex))
+
+    def alone(self, path: str) -> bool:
+        return _module(path, self.side) not in self.more
+
+    def last(self, path: str) -> str:
+        return path.rpartition("/" if self.side == "flax" else ".")[2]
+
+
+def _module(path: str, side: Side) -> str:
+    """The path of the module that holds a leaf, its collection aside."""
+    if side == "torch":
+        return path.rpartition(".")[0]
+    head, _, rest = path.partition("/")
+    return (rest if head in ("params", "batch_stats") else path).rpartition("/")[0]
+
+
+def unseen(
+    entries: Iterable[Entry], source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]
+) -> tuple[Assumption, ...]:
+    """What the plan takes for granted of the meaning of values: one statement for each of rotary embeddings, scales of
+    norms, scales that are folded into weights, and the order of parts in a tensor that is fused on both sides. None
+    where both ends are of one side, or where framework modules on both say what they do."""
+    if sides[0] == sides[1]:
+        return ()
+    lex = lexicon()
+    ends = _Side.of(source, sides[0]), _Side.of(like, sides[1])
+    seen = _Seen()
+    for group in _alike(entries):
+        _look(group, source, ends, seen, lex)
+    queries = [*seen.queries, *seen.fused]
+    out: list[Assumption] = []
+    if queries and (seen.keys or seen.fused) and _rotates(source, like):
+        text = (
+            f"rotary: where positions rotate queries and keys ({_targeted(queries)}), both models turn the same "
+            "pairs of rows (i with i + half, or neighbours)"
+        )
+        out.append(Assumption(text, PARITY, _leaves(queries)))
+    if queries:
+        text = f"scales: none, such as 1 / sqrt(head_dim), is folded into {_targeted(queries)} on one side only"
+        out.append(Assumption(text, PARITY, _leaves(queries)))
+    if seen.norms:
+        text = f"norms: {_targeted(seen.norms)}: both models multiply by the scale, or both by 1 + scale"
+        out.append(Assumption(text, PARITY, _leaves(seen.norms)))
+    if seen.fused:
+        names = _targeted(seen.fused)
+        text = f"fused: {names} hold q, k, v in one order on both sides: one after the other, or head by head"
+        out.append(Assumption(text, PARITY, _leaves(seen.fused)))
+    return tuple(out)
+
+
+def _alike(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
+    """Entries whose names differ in their numbers only; they are judged once."""
+    groups: dict[tuple[str, str, int, int], list[Entry]] = {}
+    for entry in entries:
+        if entry.sources and entry.targets:
+            first = _NUMBER.sub("0", entry.sources[0]), _NUMBER.sub("0", entry.targets[0])
+            groups.setdefault((*first, len(entry.sources), len(entry.targets)), []).append(entry)
+    return groups.values()
+
+
+def _look(group: list[Entry], source: Checkpoint, ends: tuple[_Side, _Side], seen: _Seen, lex: Lexicon) -> None:
+    entry = group[0]
+    first = tuple(zip(ends, (entry.sources[0], entry.targets[0]), strict=True))
+    kinds = [end.kinds.get(path, frozenset()) for end, path in first]
+    words = [end.words(path, lex) for end, path in first]
+    rank = len(source[entry.sources[0]].shape)
+    if rank == 1 and all(end.last(path) in _VECTORS and end.alone(path) for end, path in first):
+        offset = any(isinstance(op, Offset) for op in entry.ops)
+        if "norm" in words[0] | words[1] and not all(kinds) and not offset:
+            seen.norms += group
+        return
+    if rank < 2 or all(kind & _ATTENTION for kind in kinds):
+        return
+    names = [
+        end.words(name, lex)
+        for end, paths in zip(ends, (entry.sources, entry.targets), strict=True)
+        for name in paths
+    ]  # fmt: skip
+    fused = any(map(_is_fused, words))
+    if all(map(_is_fused, words)) and len(entry.targets) == 1 and not _sorted_out(entry):
+        seen.fused += group
+    elif fused or any("q" in found for found in names):
+        seen.queries += group
+        seen.keys = seen.keys or fused or any("k" in found for found in names)
+    elif any("k" in found for found in names):
+        seen.keys = True
+
+
+def _is_fused(words: frozenset[str]) -> bool:
+    """A projection to queries, keys and values in one."""
+    return bool(words & _FUSED) or {"q", "k", "v"} <= words or {"attn", "in", "proj"} <= words
+
+
+def _sorted_out(entry: Entry) -> bool:
+    """The ops say how the parts lie (and so did whoever chose them)."""
+    return any(isinstance(op, Rearrange) and "t" in dict(op.sizes) for op in entry.ops)
+
+
+def _rotates(source: Checkpoint, like: Checkpoint) -> bool:
+    """Nothing speaks against rotary embeddings: config.json where it says what positions do, else tables of positions,
+    where no frequencies are stored."""
+    config: dict[str, Any] = {**(like.config or {}), **(source.config or {})}
+    kind = config.get("position_embedding_type")
+    if isinstance(kind, str) and kind:
+        return bool(_ROPE.search(kind))
+    if any(_ROPE.search(str(name)) and value not in (None, False) for name, value in config.items()):
+        return True
+    if config.get("alibi") is True:
+        return False
+    names = [name for end in (source, like) for name in end]
+    return any(map(_FREQUENCIES.search, names)) or not any(map(_TABLES.search, names))
+
+
+def _targeted(entries: Iterable[Entry]) -> str:
+    return _some(name for entry in entries for name in entry.targets)
+
+
+def _leaves(entries: Iterable[Entry]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for entry in entries for name in entry.targets))

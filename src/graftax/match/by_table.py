@@ -15,13 +15,12 @@ from graftax.match.choose import says_transposed
 from graftax.match.names import lexicon
 from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
-from graftax.plans import Assumption, Entry, Proposal, Question
+from graftax.plans import PARITY, Assumption, Entry, Proposal, Question
 from graftax.tree import Checkpoint, Module, Side, split_path
 
 ONE_LAYER = 64
 """A tree of at most this many leaves may be one layer (a bidirectional LSTM of four layers has 32)."""
 BARE = "Bare parameter"
-CHECK = "compare the outputs of both models on one input"
 
 _RECURRENT = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?")
 _REPARAMETRISED = re.compile(
@@ -385,7 +384,7 @@ def _proposal(found: Iterable[Connection], turned: bool) -> Proposal:
             made = Entry(entry.sources, entry.targets, entry.ops, why)
             entries.append(Entry(made.targets, made.sources, invert_chain(made.ops), made.evidence) if turned else made)
         names = tuple(name for entry in connection.entries for name in (entry.sources if turned else entry.targets))
-        assumptions += [Assumption(text, CHECK, names) for text in connection.assumes]
+        assumptions += [Assumption(text, PARITY, names) for text in connection.assumes]
     return Proposal(tuple(entries), (), tuple(assumptions))
 
 

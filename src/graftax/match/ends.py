@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from graftax.match.calls import NO_CALLS, Calls
 from graftax.match.kinds import Kinds
 from graftax.match.named import Said
+from graftax.match.traced import Traces
 from graftax.ops import Op
 from graftax.tree import Side, TensorSpec
 
@@ -17,7 +19,8 @@ class Ends:
 
     anchors: torch leaf -> Flax leaf, one to one, from rules; named: those of which the rules say no more than that;
     ruled: torch leaf -> the ops of its rule, torch -> Flax; styles: torch module -> block or interleaved, from rules;
-    heads: from config.json; aliases: first name -> all names of a tied tensor.
+    traces: of live models; calls: the order of calls on the Flax side, where it is traced; heads: from config.json;
+    aliases: first name -> all names of a tied tensor.
     """
 
     torch: Mapping[str, TensorSpec]
@@ -32,5 +35,7 @@ class Ends:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
     kinds: Kinds = field(default_factory=Kinds)
     named: Mapping[str, Said] = field(default_factory=dict[str, Said])
+    traces: Traces = field(default_factory=Traces)
+    calls: Calls = NO_CALLS
     renames: Mapping[str, str] = field(default_factory=dict[str, str])
     ruled: Mapping[str, tuple[Op, ...]] = field(default_factory=dict[str, "tuple[Op, ...]"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from graftax.match.blocks import Doubt, all_families, find_doubts, loosened, name_ties, prefixes, stack_into
+from graftax.match.calls import torch_calls
 from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
 from graftax.match.cycles import cycle_options
 from graftax.match.ends import Ends
@@ -15,11 +16,12 @@ from graftax.match.idioms import has_experts
 from graftax.match.judge import wrapper_words
 from graftax.match.named import Unsaid
 from graftax.match.names import Lexicon
-from graftax.match.orders import call_order
+from graftax.match.orders import call_order, path_of
 from graftax.match.pairs import Pair, Scope
 from graftax.match.partial import as_ruled
 from graftax.match.settle import Settled, open_leaves, settle_apart, settle_kinds, take_groups
 from graftax.match.sides import Module, Token, view
+from graftax.match.traced import Traces, by_trace, shown
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +43,9 @@ def match(ends: Ends, lex: Lexicon) -> Result:
     """Everything that names and shapes decide. Where that leaves layers over, they may be kept in cycles: taken if one
     way to read them so leaves nothing over, and only one does."""
     result = _match(ends, lex)
+    if (renames := _torch_calls(result, ends)) is not None:
+        ends = replace(ends, renames=renames)
+        result = _match(ends, lex)
     over = sum(map(open_leaves, result.settled)) + len(result.torch_left) + len(result.flax_left)
     if 4 * over < len(ends.flax) or not over:
         return result
@@ -53,21 +58,32 @@ def match(ends: Ends, lex: Lexicon) -> Result:
     return complete[0] if len(complete) == 1 else result
 
 
+def _torch_calls(result: Result, ends: Ends) -> Mapping[str, str] | None:
+    """Other names for torch leaves, where numbers on both sides stand for calls, the Flax calls are traced and torch's
+    own trace shows that its numbers are not in that order."""
+    traced = [pair for pair in result.call_order if ends.calls.counts(path_of(pair.flax))]
+    order = ends.traces.torch.order if traced and ends.kinds.ends is not None else {}
+    if not order or ends.kinds.ends is None:
+        return None
+    calls = torch_calls(ends.kinds.ends[0], order)
+    return calls.renames if any(path_of(pair.torch) in calls.renames for pair in traced) else None
+
+
 _OPTIONS = 6  # ways to read layers as cycles that are tried
 
 
 def _match(ends: Ends, lex: Lexicon) -> Result:
     torch = view(ends.torch, ends.torch_side, ends.torch_skip, renames=ends.renames)
-    flax = view(ends.flax, ends.flax_side, ends.flax_skip)
+    flax = view(ends.flax, ends.flax_side, ends.flax_skip, renames=ends.calls.renames)
     pairs, left_t, left_f = all_families(torch, flax, lex, ends.anchors)
     if left_t and left_f:
         exact_t, exact_f = prefixes(left_t), prefixes(left_f)
         torch = view(ends.torch, ends.torch_side, ends.torch_skip, renames=ends.renames, exact=exact_t)
-        flax = view(ends.flax, ends.flax_side, ends.flax_skip, exact=exact_f)
+        flax = view(ends.flax, ends.flax_side, ends.flax_skip, renames=ends.calls.renames, exact=exact_f)
         again = all_families(torch, flax, lex, ends.anchors)
         if len(again[1]) + len(again[2]) > len(left_t) + len(left_f):
             torch = view(ends.torch, ends.torch_side, ends.torch_skip, renames=ends.renames)
-            flax = view(ends.flax, ends.flax_side, ends.flax_skip)
+            flax = view(ends.flax, ends.flax_side, ends.flax_skip, renames=ends.calls.renames)
         else:
             pairs, left_t, left_f = again
     same = ends.torch_side == ends.flax_side
@@ -105,7 +121,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
         habits.learn(item.scope, item.taken)
         stack_axes(item.scope, item.taken, habits)
         take_groups(item, ends)
-    traps = result.traps = {} if same else _traps(result.settled, root, lex)
+    traps = result.traps = {} if same else _traps(result.settled, root, lex, ends.traces if habits.convs else None)
     for item in result.settled:
         for pair in item.taken:
             for link in pair.links:
@@ -113,9 +129,13 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
                 choice = Choice(*known) if known is not None else choose(link, pair, item.scope, habits)
                 choice = as_ruled(link, choice, ends.ruled) if ends.ruled else choice
                 trap = traps.get(id(pair.torch))
-                item.choices[id(link)] = trapped(link, choice, trap) if trap is not None else choice
-            if call_order(pair):
+                if trap is not None:
+                    choice = by_trace(link, item.scope, trapped(link, choice, trap), ends.traces)
+                item.choices[id(link)] = choice
+            if call_order(pair, item.scope):
                 result.call_order.append(pair)
+                if ends.calls.counts(path_of(pair.flax)):
+                    pair.why += "; call order traced"
     result.unsaid += _unsaid(result.settled, ends, traps)
     return result
 
@@ -137,8 +157,8 @@ def _unsaid(settled: list[Settled], ends: Ends, traps: Mapping[int, Suspect]) ->
     return out
 
 
-def _traps(settled: list[Settled], root: Scope, lex: Lexicon) -> Mapping[int, Suspect]:
-    """The modules that may stand behind a flattened map, or before one."""
+def _traps(settled: list[Settled], root: Scope, lex: Lexicon, traces: Traces | None) -> Mapping[int, Suspect]:
+    """The modules that may stand behind a flattened map, or before one; and those that torch's trace shows there."""
     inner = {id(m): m for item in settled for m in item.scope.torch}
     for module in root.torch:
         inner.pop(id(module), None)
@@ -148,4 +168,7 @@ def _traps(settled: list[Settled], root: Scope, lex: Lexicon) -> Mapping[int, Su
         for pair in item.taken
         if any(link.flax.kind == "embedding" for link in pair.links)
     )
-    return suspects(root.torch, inner.values(), lex, tables)
+    found = suspects(root.torch, inner.values(), lex, tables)
+    if traces is None or traces.torch_trace is None:
+        return found
+    return {**shown(traces.torch, (*root.torch, *inner.values())), **found}

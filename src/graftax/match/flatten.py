@@ -26,13 +26,14 @@ _VECTORS = ("weight", "bias", "mean", "var")
 @dataclass(frozen=True, slots=True)
 class Suspect:
     """A Linear whose inputs (or outputs, where `out`) may be `channels` x positions; or a norm (`norm`) of that width.
-    `others`: further channel counts that fit."""
+    `others`: further channel counts that fit; `seen`: channels, height and width that a trace shows (0: not known)."""
 
     channels: int
     positions: int
     out: bool
     norm: bool = False
     others: tuple[int, ...] = ()
+    seen: tuple[int, int, int] | None = None
 
     @property
     def width(self) -> int:
@@ -46,7 +47,9 @@ class Suspect:
     def maps(self) -> list[tuple[int, int, int]]:
         """(channels, height, width) for each channel count that fits: height and width where the map is square."""
         found: list[tuple[int, int, int]] = []
-        for channels in (self.channels, *self.others):
+        if self.seen is not None and self.seen[1]:
+            return [self.seen]
+        for channels in (self.channels, *self.others) if self.seen is None else self.seen[:1]:
             positions = self.width // channels
             side = math.isqrt(positions)
             found.append((channels, side, side) if side * side == positions else (channels, positions, 1))
@@ -118,12 +121,12 @@ def suspects(
         if loose and id(linear.module) not in found and linear.inp not in tables:
             _suspect(found, linear.module, linear.inp, loose, loose)
     flat = {s.width for s in found.values()}
-    for module in everything:
-        width = _vector(module)
-        if width in flat - convs.made - tables and id(module) not in found:
-            like = next(s for s in found.values() if s.width == width)
+    _unflattened(found, linears, known, convs, flat, lex)
+    wide = {s.width: s for s in reversed(found.values())}
+    for module in everything:  # norms of such a width
+        like = wide.get(_vector(module))
+        if like is not None and like.width not in convs.made | tables and id(module) not in found:
             found[id(module)] = Suspect(like.channels, like.positions, False, True, like.others)
-    _unflattened(found, linears, known, convs, flat, everything, lex)
     return found
 
 
@@ -159,12 +162,11 @@ def _unflattened(
     known: set[int],
     convs: _Convs,
     flat: set[int],
-    everything: Sequence[Module],
     lex: Lexicon,
 ) -> None:
-    """Linears whose outputs become a map: nothing takes them as they are, and a convolution takes such channels."""
+    """Linears whose outputs become a map: no other Linear takes them as they are, and a convolution takes such
+    channels. A norm between the two takes nothing away."""
     eaten = {linear.inp for linear in linears if id(linear.module) not in found}
-    eaten |= {w for m in everything if id(m) not in found and (w := _vector(m)) and "mean" not in m.roles}
     for linear in linears:
         if id(linear.module) in found or linear.out in eaten or linear.inner:
             continue

@@ -198,14 +198,49 @@ RULED = "beside a leaf that the rules settle"
 _COUNTED = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
 
 
-def call_order(pair: Pair) -> bool:
-    """The pair rests on a number that counts calls: one side is auto-named (`Dense_0`), the other is not, and it was
-    not shapes or words that decided."""
+def call_order(pair: Pair, scope: Scope) -> bool:
+    """The pair rests on a number that counts calls: one side is auto-named (`Dense_0`) and the other is not, another
+    module that is counted with it has its shapes, and it was not words that decided."""
     by_number = pair.why != RULED and (pair.why.startswith(("order", "beside")) or " of " in pair.why)
-    return by_number and _counted(pair.torch) != _counted(pair.flax)
+    counted = _counted(pair.torch), _counted(pair.flax)
+    if not by_number or counted[0] == counted[1]:
+        return False
+    mine, others = (pair.flax, scope.flax) if counted[1] else (pair.torch, scope.torch)
+    like, shapes = template(mine.tokens), _shapes(mine)
+    return any(m is not mine and template(m.tokens) == like and _shapes(m) == shapes for m in others)
+
+
+def counted_blocks(scope: Scope) -> bool:
+    """The blocks of the scope go by a number that counts calls on one side alone (`Block_0`, layers.0)."""
+    if scope.root or len(scope.keys) < 2 or not scope.torch or not scope.flax:
+        return False
+    return _numbered_by_calls(scope.torch[0]) != _numbered_by_calls(scope.flax[0])
+
+
+def _numbered_by_calls(module: Module) -> bool:
+    """What tells the instances of a block apart is an automatic name."""
+    paths = [found[0] for found in next(iter(module.roles.values())).paths.values()][:2]
+    parts = [re.split(r"[./]", path) for path in paths]
+    return len(paths) > 1 and any(a != b and bool(_COUNTED.fullmatch(a)) for a, b in zip(*parts, strict=False))
+
+
+def counted_part(path: str) -> str:
+    """The path up to the last automatic name."""
+    parts = path.split("/")
+    last = max((n for n, part in enumerate(parts) if _COUNTED.fullmatch(part)), default=len(parts) - 2)
+    return "/".join(parts[: last + 1])
 
 
 def _counted(module: Module) -> bool:
+    return any(_COUNTED.fullmatch(part) for part in re.split(r"[./]", path_of(module))[-3:-1])
+
+
+def path_of(module: Module) -> str:
+    """The path of a module's first leaf."""
     column = next(iter(module.roles.values()))
-    path = next(iter(column.paths.values()))[0]
-    return any(_COUNTED.fullmatch(part) for part in re.split(r"[./]", path)[-3:-1])
+    return next(iter(column.paths.values()))[0]
+
+
+def _shapes(module: Module) -> set[tuple[str, tuple[int, ...]]]:
+    """Every role with its shapes, transposed ones alike."""
+    return {(role, tuple(sorted(shape))) for role, c in module.roles.items() for shape in c.shapes.values()}

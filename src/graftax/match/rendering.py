@@ -127,8 +127,17 @@ def _parts(scope: Scope, left: Column, right: Column) -> list[list[tuple[Key, Ke
     """The instances of two columns as one template can name them: all, or each by itself."""
     shared = [(t, f) for t, f in scope.keys if t in left.paths and f in right.paths]
     shared = shared or [(t, f) for t, f in scope.keys if t in left.paths or f in right.paths] or scope.keys
-    simple = len(shared) < 2 or any(_indices([t for t, _ in shared], [f for _, f in shared]))
+    simple = len(shared) < 2 or (
+        any(_indices([t for t, _ in shared], [f for _, f in shared]))
+        and all(_holds(right.paths[f], f) for _, f in shared if f in right.paths)
+    )
     return [shared] if simple else [[keys] for keys in shared]
+
+
+def _holds(paths: Sequence[str], key: Key) -> bool:
+    """The numbers of the instance stand in its path: not where they count calls and the path's count constructions."""
+    numbers = iter(NUMBER.findall(paths[0]))
+    return all(any(int(number) == part for number in numbers) for part in key)
 
 
 def templates(

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 
 from graftax.errors import Failure, RulesError
 from graftax.ops import Drop, Fill
-from graftax.plans import Assumption, Entry, Proposal
+from graftax.plans import PARITY, Assumption, Entry, Proposal
 from graftax.rules.build import Builder
 from graftax.rules.grouping import Ends, find_groups, folded, no_match, resolve
 from graftax.rules.model import Rule
 from graftax.rules.port import Named, Port
 from graftax.rules.template import KeyIndex, Template, parse_template
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
-
-CHECK = "compare the outputs of both models on the same input"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +169,7 @@ def _pair(rule: Rule, ends: Port) -> None:
     for group in found.groups:
         build.add(group)
     for text, targets in build.assumed.items():
-        ends.assumptions.append(Assumption(text, CHECK, tuple(targets)))
+        ends.assumptions.append(Assumption(text, PARITY, tuple(targets)))
 
 
 def _left_is_source(rule: Rule, ends: Port) -> bool | None:

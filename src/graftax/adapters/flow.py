@@ -1,0 +1,220 @@
+"""Which axes of a map the entries of a tensor's axes run over: what the traces of both frameworks keep book of.
+
+A value is a tuple of *dims*, a dim the *atoms* that it runs over, outermost first: a flattened map of 8 channels has
+the dims (n) (c h w). A value that is None is not known. Atoms of length 1 are left out: they have no order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from graftax.tree import Axes, Trace
+
+SPATIAL = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
+"""Names of the spatial axes of a convolution, as its kernel has them."""
+BATCH = "n"
+OUT, LEAF = "out:", "leaf:"
+"""What a matrix makes (followed by its leaf), and what a leaf itself runs over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Atom:
+    """One axis: its name, its length where it is known, and which part of the whole axis it is."""
+
+    name: str
+    size: int | None = None
+    part: tuple[int, ...] = ()
+
+
+Dim = tuple[Atom, ...]
+Dims = tuple[Dim, ...]
+
+
+def channels(count: int, batch: Dim, sizes: Sequence[int | None], first: bool = True) -> Dims:
+    """The dims of a convolution's output: batch, channels and its spatial axes, channels first or last."""
+    spatial = tuple(dim(name, size) for name, size in zip(SPATIAL[len(sizes)], sizes, strict=True))
+    made = dim("c", count)
+    return (batch, made, *spatial) if first else (batch, *spatial, made)
+
+
+def dim(name: str, size: int | None) -> Dim:
+    return () if size == 1 else (Atom(name, size),)
+
+
+def resized(of: Dim, size: int | None) -> Dim | None:
+    """A dim with another length, where it is one axis; None where it is several."""
+    if size == 1 or not of:
+        return () if size == 1 or size is None else None
+    return (replace(of[0], size=size),) if len(of) == 1 else None
+
+
+def joined(a: Dims, b: Dims) -> Dims | None:
+    """The dims of an operation on two values entry by entry; axes that one lacks (length 1) are the other's."""
+    if len(a) < len(b):
+        a, b = b, a
+    out: list[Dim] = list(a[: len(a) - len(b)])
+    for one, other in zip(a[len(out) :], b, strict=True):
+        if not one or not other or _names(one) == _names(other):
+            out.append(one or other)
+        elif _named(one) == _named(other):
+            return None
+        else:
+            out.append(max(one, other, key=_named))
+    return tuple(out)
+
+
+def _names(of: Dim) -> list[tuple[str, tuple[int, ...]]]:
+    return [(atom.name, atom.part) for atom in of]
+
+
+def _named(of: Dim) -> int:
+    """0 for a leaf's own axis, which takes the axes of what it is joined with; 1 for what a matrix made, 2 for others.
+    Two of the last are not to be joined, for nothing says which of them it is."""
+    if len(of) != 1 or not of[0].name.startswith((LEAF, OUT)):
+        return 2
+    return int(of[0].name.startswith(OUT))
+
+
+Target = int | Dim
+"""The new length of an axis, -1, or the axes whose lengths it is the product of (`x.shape[0]`)."""
+
+
+def reshaped(dims: Dims, targets: Sequence[Target]) -> Dims | None:
+    """The dims after a row-major change of shape; None where some axis is cut in a way that lengths do not tell."""
+    atoms = [atom for of in dims for atom in of]
+    free = next((i for i, target in enumerate(targets) if target == -1), None)
+    left = list(targets if free is None else targets[:free])
+    right = [] if free is None else list(targets[free + 1 :])
+    head: list[Dim] = []
+    for n, target in enumerate(left):
+        last = free is None and all(other in (1, ()) for other in left[n + 1 :])
+        found = _take(atoms, target, False, last, len(atoms))
+        if found is None:
+            return None
+        head.append(found)
+    tail: list[Dim] = []
+    for n, target in enumerate(reversed(right)):
+        alone = n + 1 == len(right) and len(dims) > 1  # all but the batch, of which nothing else is left
+        found = _take(atoms, target, True, alone and bool(atoms) and atoms[0].name == BATCH, len(atoms) - 1)
+        if found is None:
+            return None
+        tail.append(found)
+    if free is None:
+        return None if atoms else tuple(map(_whole, head))
+    return tuple(map(_whole, (*head, tuple(atoms), *reversed(tail))))
+
+
+def _whole(of: Dim) -> Dim:
+    """Neighbouring parts of one axis as that axis again."""
+    out: list[Atom] = []
+    for atom in of:
+        out.append(atom)
+        while len(out) > 1 and _halves(out[-2], out[-1]):
+            two, one = out.pop(), out.pop()
+            size = None if one.size is None or two.size is None else one.size * two.size
+            out.append(Atom(one.name, size, one.part[:-1]))
+    return tuple(out)
+
+
+def _halves(a: Atom, b: Atom) -> bool:
+    return a.name == b.name and a.part[:-1] == b.part[:-1] and (a.part[-1:], b.part[-1:]) == ((0,), (1,))
+
+
+def _take(atoms: list[Atom], target: Target, back: bool, rest: bool, most: int) -> Dim | None:
+    """Take the atoms that make one axis off an end of `atoms`. rest: where lengths are not known it is `most` atoms."""
+    if target in (1, ()):
+        return ()
+    if not isinstance(target, int):
+        mine = atoms[len(atoms) - len(target) :] if back else atoms[: len(target)]
+        if sorted(map(str, _names(tuple(mine)))) != sorted(map(str, _names(target))):
+            return None
+        _drop(atoms, len(mine), back)
+        return tuple(mine)
+    mine = atoms[len(atoms) - most :] if back else atoms[:most]
+    if rest and any(atom.size is None for atom in mine):
+        if target % math.prod(atom.size for atom in mine if atom.size is not None):
+            return None
+        _drop(atoms, len(mine), back)
+        return tuple(mine)
+    taken: list[Atom] = []
+    left = target
+    while left > 1:
+        atom = atoms[-1 if back else 0] if atoms else Atom("")
+        if atom.size is None:
+            return None
+        if left % atom.size == 0:
+            taken.append(atom)
+            _drop(atoms, 1, back)
+            left //= atom.size
+        elif atom.size % left == 0:
+            outer, inner = (atom.size // left, left) if back else (left, atom.size // left)
+            one, two = replace(atom, size=outer, part=(*atom.part, 0)), replace(atom, size=inner, part=(*atom.part, 1))
+            taken.append(two if back else one)
+            atoms[-1 if back else 0] = one if back else two
+            left = 1
+        else:
+            return None
+    return tuple(reversed(taken)) if back else tuple(taken)
+
+
+def _drop(atoms: list[Atom], count: int, back: bool) -> None:
+    del atoms[len(atoms) - count if back else 0 : len(atoms) if back else count]
+
+
+# ---------------------------------------------------------------- what is noted of leaves
+
+
+@dataclass(slots=True)
+class Notes:
+    """What a trace finds of leaves; a leaf that is used in two ways that differ is known no more."""
+
+    columns: dict[str, Axes | None] = field(default_factory=dict[str, "Axes | None"])
+    rows: dict[str, Axes | None] = field(default_factory=dict[str, "Axes | None"])
+    beside: dict[str, set[str]] = field(default_factory=dict[str, "set[str]"])
+
+    def inputs(self, leaf: str, of: Dim | None) -> None:
+        """A matrix takes these."""
+        _note(self.columns, leaf, None if of is None else _axes(of))
+
+    def vector(self, leaf: str, of: Dim | None) -> None:
+        """A vector is added to these, or multiplied by them."""
+        if of is not None and len(of) == 1 and of[0].name.startswith(OUT) and not of[0].part:
+            self.beside.setdefault(of[0].name.removeprefix(OUT), set()).add(leaf)
+        else:
+            _note(self.rows, leaf, None if of is None else _axes(of))
+
+    def into_map(self, feature: Dim, spatial: Sequence[Dim]) -> None:
+        """A convolution takes a map with these axes: those that a matrix made are its rows."""
+        parts: list[tuple[tuple[int, ...], str, int | None]] = []
+        leaves: set[str] = set()
+        for name, of in (("c", feature), *zip(SPATIAL[len(spatial)], spatial, strict=True)):
+            for atom in of:
+                leaves.add(atom.name)
+                parts.append((atom.part, name, atom.size))
+        if len(leaves) != 1 or len({name for _, name, _ in parts}) < len(parts):
+            return
+        leaf = leaves.pop()
+        if leaf.startswith(OUT):
+            axes = tuple((name, size) for _, name, size in sorted(parts))
+            for one in (leaf.removeprefix(OUT), *self.beside.get(leaf.removeprefix(OUT), ())):
+                _note(self.rows, one, axes)
+
+    def trace(self, order: dict[str, int] | None = None) -> Trace:
+        known = ({leaf: axes for leaf, axes in table.items() if axes} for table in (self.columns, self.rows))
+        return Trace(order or {}, *known)
+
+
+def _note(table: dict[str, Axes | None], leaf: str, axes: Axes | None) -> None:
+    table[leaf] = axes if table.get(leaf, axes) == axes else None
+
+
+def _axes(of: Dim) -> Axes | None:
+    """The axes of a map by their names, if each is whole; what a matrix made is no map."""
+    names = [atom.name for atom in of]
+    if len(of) == 1 and names[0].startswith(OUT) and not of[0].part:
+        return (("x", of[0].size),)
+    if any(atom.part for atom in of) or len(set(names)) < len(names) or not set(names) <= {"c", "d", "h", "w"}:
+        return None
+    return tuple((atom.name, atom.size) for atom in of) if "c" in names else None

@@ -1,0 +1,105 @@
+"""The order of calls as live modules show it: what a counter in a name (`Dense_0`) counts is the order of construction.
+
+`Dense(..)(relu(Dense(..)(x)))` constructs the outer layer first and calls it last. Where the calls are traced, the
+counters are read as the order of calls, which is what the numbers of the other side are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from graftax.tree import Checkpoint, Module, Side
+
+_NUMBERED = re.compile(r"(.*?)(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """renames: leaf -> its path with the numbers in the order of calls, where they are not; traced: paths of modules
+    whose number is known to be in that order, here or in `renames`."""
+
+    renames: Mapping[str, str] = field(default_factory=dict[str, str])
+    traced: frozenset[str] = frozenset()
+    side: Side = "flax"
+
+    def counts(self, leaf: str) -> bool:
+        """The numbers in the names of the modules that hold this leaf are known to count calls."""
+        parts = leaf.split("/")[1:] if self.side == "flax" else leaf.split(".")
+        names = ["/".join(parts[:n]) if self.side == "flax" else ".".join(parts[:n]) for n in range(1, len(parts))]
+        counted = [name for name in names if _NUMBERED.fullmatch(name)]
+        return bool(counted) and all(name in self.traced for name in counted)
+
+
+NO_CALLS = Calls()
+
+
+def flax_calls(end: Checkpoint) -> Calls:
+    """What the trace of a live Linen module says of its automatic names."""
+    return _calls(end, "flax", {path: module.settings.get("order") for path, module in end.modules.items()}, _automatic)
+
+
+def torch_calls(end: Checkpoint, order: Mapping[str, int]) -> Calls:
+    """What the trace of a live torch module (`order`: path -> place in the order of first calls) says of its numbers.
+    Only modules of one kind in one place are compared."""
+    return _calls(end, "torch", order, _numbered)
+
+
+def _calls(
+    end: Checkpoint,
+    side: Side,
+    order: Mapping[str, object],
+    group_of: Callable[[Module, str], tuple[str, int] | None],
+) -> Calls:
+    separator = "/" if side == "flax" else "."
+    groups: defaultdict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+    for path, module in end.modules.items():
+        parent, _, last = path.rpartition(separator)
+        found = group_of(module, last)
+        if found is not None and module.leaves:
+            groups[(parent, found[0])].append((found[1], path))
+    fresh: dict[str, str] = {}
+    traced: set[str] = set()
+    for (_, word), members in groups.items():
+        places = {path: place for _, path in members if isinstance(place := order.get(path), int)}
+        if len(places) < len(members):
+            continue
+        traced |= places.keys()
+        called = sorted(places, key=partial(_place, places))
+        for (number, path), other in zip(sorted(members), called, strict=True):
+            if path != other:
+                fresh[other] = f"{word}{number}"
+    return Calls(_renamed(end, separator, fresh) if fresh else {}, frozenset(traced), side)
+
+
+def _place(places: Mapping[str, int], path: str) -> int:
+    return places[path]
+
+
+def _automatic(module: Module, last: str) -> tuple[str, int] | None:
+    """(what is counted, number) of a name that Linen made: the class and a counter."""
+    found = _NUMBERED.fullmatch(last)
+    return (found[1], int(found[2])) if found is not None and found[1] == f"{module.kind}_" else None
+
+
+def _numbered(module: Module, last: str) -> tuple[str, int] | None:
+    """The same of any name that ends in a number, or is one; modules of another kind count apart."""
+    found = _NUMBERED.fullmatch(last)
+    return (found[1], int(found[2])) if found is not None else None
+
+
+def _renamed(end: Iterable[str], separator: str, fresh: Mapping[str, str]) -> dict[str, str]:
+    """leaf -> its path with the last parts of the modules in `fresh` replaced."""
+    out: dict[str, str] = {}
+    for leaf in end:
+        parts = leaf.split(separator)
+        skip = 1 if separator == "/" else 0  # the collection
+        new = list(parts)
+        for i in range(skip, len(parts)):
+            new[i] = fresh.get(separator.join(parts[skip : i + 1]), parts[i])
+        if new != parts:
+            out[leaf] = separator.join(new)
+    return out

@@ -1,0 +1,159 @@
+"""What no file shows is stated, once a plan and with the check that proves it; and nothing is stated that cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graftax.planning import Options, make_plan
+from graftax.plans import Plan
+from graftax.tree import Checkpoint, TensorSpec
+
+D = 8
+ATTENTION = {f"layers.{i}.attn.{k}_proj.weight": (D, D + 2) for i in range(2) for k in "qkv"}
+NORMS = {f"layers.{i}.{k}_norm.weight": (D,) for i in range(2) for k in ("attn", "mlp")}
+OUT = {"lm_head.weight": (5, D)}
+
+
+def planned(torch: dict[str, Any], flax: dict[str, Any] | None = None, rules: Any = None, **config: Any) -> Plan:
+    flax = flax if flax is not None else {
+        name.replace(".", "/").replace("weight", "scale" if len(shape) == 1 else "kernel"): shape[::-1]
+        for name, shape in torch.items()
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    values = {name: rng.standard_normal(shape).astype("f4") for name, shape in torch.items()}
+    like = Checkpoint("like", "flax", {name: TensorSpec(shape, "float32") for name, shape in flax.items()})
+    specs = {name: TensorSpec(shape, "float32") for name, shape in torch.items()}
+    source = Checkpoint("torch", "torch", specs, values.__getitem__, config=config or None)
+    return make_plan(source, like, Options(rules=rules, unused="drop"))
+
+
+def said(plan: Plan) -> set[str]:
+    assert plan.complete, str(plan)
+    assert all("graftax verify" in a.check and "check_parity" in a.check for a in plan.assumptions)
+    assert len({a.text.partition(":")[0] for a in plan.assumptions}) == len(plan.assumptions)
+    return {a.text.partition(":")[0] for a in plan.assumptions}
+
+
+def test_a_decoder_states_what_its_files_cannot_show() -> None:
+    plan = planned({**ATTENTION, **NORMS, **OUT})
+    assert said(plan) == {"rotary", "scales", "norms"}
+    norms = next(a for a in plan.assumptions if a.text.startswith("norms"))
+    assert set(norms.targets) == {name.replace(".", "/").replace("weight", "scale") for name in NORMS}
+    rotary = next(a for a in plan.assumptions if a.text.startswith("rotary"))
+    assert all("/q_proj/" in name for name in rotary.targets)
+
+
+def test_what_has_no_attention_and_no_norms_states_nothing() -> None:
+    assert not planned({"a.weight": (D, 5), "b.weight": (3, D)}).assumptions
+
+
+POSITIONS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "a table of positions": ({"position_embeddings.weight": (9, D + 3)}, {}, False),
+    "a bare table": ({"pos_embed": (1, 9, D + 3)}, {}, False),
+    "relative ones": ({"layers.0.attn.relative_attention_bias.weight": (32, 4)}, {}, False),
+    "frequencies": ({"rotary_emb.inv_freq": (4,)}, {}, True),
+    "frequencies and a table": ({"rotary_emb.inv_freq": (4,), "pos_embed": (1, 9, D + 3)}, {}, True),
+    "config says absolute": ({}, {"position_embedding_type": "absolute"}, False),
+    "config says rotary, beside a table": ({"pos_embed": (1, 9, D + 3)}, {"position_embedding_type": "rotary"}, True),
+    "config has rope_theta": ({"pos_embed": (1, 9, D + 3)}, {"rope_theta": 1e4}, True),
+    "config has no rope scaling": ({"pos_embed": (1, 9, D + 3)}, {"rope_scaling": None}, False),
+    "config says alibi": ({}, {"alibi": True}, False),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_rotary_embeddings_are_stated_where_there_may_be_some(name: str) -> None:
+    more, config, rotates = POSITIONS[name]
+    flax = {n.replace(".", "/").replace("weight", "kernel"): s[::-1] for n, s in {**ATTENTION, **OUT}.items()}
+    flax |= {n.replace(".", "/").replace("/weight", "/embedding"): s for n, s in more.items() if "inv_freq" not in n}
+    assert ("rotary" in said(planned({**ATTENTION, **OUT, **more}, flax, **config))) is rotates
+
+
+def test_norms_with_a_bias_or_statistics_are_what_they_are() -> None:
+    torch = {"ln.weight": (D,), "ln.bias": (D,), "bn.weight": (D + 1,), "bn.running_mean": (D + 1,),
+             "bn.running_var": (D + 1,), "bn.bias": (D + 1,), "prelu.weight": (D + 2,), **OUT}  # fmt: skip
+    flax = {"ln/scale": (D,), "ln/bias": (D,), "bn/scale": (D + 1,), "bn/mean": (D + 1,), "bn/var": (D + 1,),
+            "bn/bias": (D + 1,), "prelu/weight": (D + 2,), "lm_head/kernel": (D, 5)}  # fmt: skip
+    assert not said(planned(torch, flax))
+
+
+def test_an_offset_that_a_rule_says_is_not_assumed() -> None:
+    rules = [
+        {"torch": f"layers.{{i}}.{k}_norm.weight", "flax": f"layers/{{i}}/{k}_norm/scale", "offset": 1}
+        for k in ("attn", "mlp")
+    ]
+    assert "norms" not in said(planned({**NORMS, **OUT}, rules=rules))
+    assert "norms" in said(planned({**NORMS, **OUT}))
+
+
+FUSED = {"h.0.attn.qkv.weight": (24, D), "h.1.attn.qkv.weight": (24, D), **OUT}
+
+
+def test_parts_that_are_fused_on_both_sides_are_carried_in_their_order() -> None:
+    plan = planned(FUSED)
+    assert said(plan) == {"rotary", "scales", "fused"}
+    fused = next(a for a in plan.assumptions if a.text.startswith("fused"))
+    assert set(fused.targets) == {"h/0/attn/qkv/kernel", "h/1/attn/qkv/kernel"}
+    split = {f"h/{i}/attn/{k}/kernel": (D, 8) for i in range(2) for k in ("query", "key", "value")}
+    rule = {"torch": "h.{i}.attn.qkv.weight", "flax": [f"h/{{i}}/attn/{k}/kernel" for k in ("query", "key", "value")],
+            "fused": "block"}  # fmt: skip
+    assert said(planned(FUSED, {**split, "lm_head/kernel": (D, 5)}, [rule])) == {"rotary", "scales"}
+
+
+def test_what_rules_pair_is_stated_too() -> None:
+    torch = {"x.weight": (D,), "y.weight": (5, D)}
+    flax = {"final_norm/scale": (D,), "attn/q/kernel": (D, 5)}
+    rules = [{"torch": "x.weight", "flax": "final_norm/scale"}, {"torch": "y.weight", "flax": "attn/q/kernel"}]
+    assert said(planned(torch, flax, rules)) == {"norms", "scales"}
+
+
+def test_one_side_to_itself_states_nothing() -> None:
+    specs = {name: TensorSpec(shape, "float32") for name, shape in {**ATTENTION, **NORMS}.items()}
+    source, like = Checkpoint("a", "torch", specs), Checkpoint("b", "torch", {f"m.{n}": s for n, s in specs.items()})
+    plan = make_plan(source, like, Options())
+    assert plan.complete, str(plan)
+    assert not plan.assumptions
+
+
+def test_framework_modules_say_what_they_do() -> None:
+    torch = pytest.importorskip("torch")
+    import flax.linen as nn
+    import jax
+
+    import graftax as gx
+
+    class Flax(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.MultiHeadDotProductAttention(2, name="mha")(x, x)
+            return nn.RMSNorm(name="norm")(x)
+
+    class Torch(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha, self.norm = torch.nn.MultiheadAttention(8, 2), torch.nn.RMSNorm(8)
+
+    like = gx.linen(Flax(), jax.ShapeDtypeStruct((1, 3, 8), "float32"))
+    plan = gx.plan(Torch(), like)
+    assert plan.complete, str(plan)
+    assert not plan.assumptions
+    assert {a.text.partition(":")[0] for a in gx.plan(Torch().state_dict(), like).assumptions} >= {"norms"}
+
+
+def test_cells_that_bear_their_layers_number_assume_nothing() -> None:
+    """lstm/0/cell against l0: both sides count layers. Linen's own counters are assumed to."""
+    torch: dict[str, Any] = {}
+    for layer in range(2):
+        torch |= {f"lstm.weight_{k}_l{layer}": (4 * D, D) for k in ("ih", "hh")}
+        torch |= {f"lstm.bias_{k}_l{layer}": (4 * D,) for k in ("ih", "hh")}
+
+    def cells(*names: str) -> dict[str, Any]:
+        gates = {f"{name}/{k}{g}/kernel": (D, D) for name in names for k in "ih" for g in "ifgo"}
+        return gates | {f"{name}/h{g}/bias": (D,) for name in names for g in "ifgo"}
+
+    assert not said(planned(torch, cells("lstm/0/cell", "lstm/1/cell")))
+    counted = planned(torch, cells("OptimizedLSTMCell_0", "OptimizedLSTMCell_1"))
+    assert any("layer by layer" in a.text for a in counted.assumptions)
