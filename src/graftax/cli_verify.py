@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from graftax.cli_common import Flag, Json, Outcome
-from graftax.errors import ParityError, UsageError, escape
+from graftax.errors import ParityError, PlanError, UsageError, escape
 
 if TYPE_CHECKING:
     from graftax.parity.report_model import ParityReport
@@ -26,6 +28,7 @@ def verify_command(
     out_layout: str | None = None,
     rules: str | None = None,
     plan: str | None = None,
+    suggest: str | None = None,
     atol: float | None = None,
     rtol: float | None = None,
     record: str | None = None,
@@ -58,6 +61,8 @@ def verify_command(
         A rules file for the plan that pairs the layers and ports weights.
     plan
         A finished plan instead, torch to Flax.
+    suggest
+        Write the open questions of the plan here, as a rules file to edit.
     atol
         Judge the outputs by tolerances instead of float32's own error.
     rtol
@@ -81,7 +86,8 @@ def verify_command(
     if golden is not None:
         from graftax.parity.replay import check_golden
 
-        return _outcome(check_golden(golden, model, weights, **judged), report, json)
+        with _suggesting(suggest):
+            return _outcome(check_golden(golden, model, weights, **judged), report, json)
     given, notes = _inputs(inputs, model)
     assert torch is not None
     module, shared["source"] = _with_weights(_made(torch), source)
@@ -90,7 +96,8 @@ def verify_command(
     if model is not None:
         from graftax.parity.check import check_parity
 
-        found = check_parity(module, model, given, weights, layout=layout, **judged)
+        with _suggesting(suggest):
+            found = check_parity(module, model, given, weights, layout=layout, **judged)
         found = replace(found, notes=(*found.notes, *notes))
     recorded: list[str] = []
     if record is not None and (found is None or found.ok):
@@ -106,6 +113,19 @@ def verify_command(
     if record is not None and not recorded:
         recorded.append(f"{escape(record)} was not written: parity fails (without --flax it is)")
     return _outcome(found, report, json, recorded, record if found.ok else None)
+
+
+@contextmanager
+def _suggesting(path: str | None) -> Iterator[None]:
+    """Where the plan is not complete its open questions are written, on the way out."""
+    try:
+        yield
+    except PlanError as error:
+        if path is not None and error.questions:
+            from graftax.report.suggesting import write_suggestions
+
+            write_suggestions(error, path)
+        raise
 
 
 def _check_options(

@@ -42,6 +42,14 @@ def test_the_verdict_and_the_first_layer_come_first():
     assert "nn.LayerNorm(epsilon=1e-12)   error 2.9e-05 → 9.1e-08" in head
 
 
+def test_times_add_up():
+    """Passes that are parts of another time are not listed beside it."""
+    assert (
+        words.seconds_text(reports.passing().seconds) == "7.2 s (torch 0.8, Flax 6.3 of which 4.4 compiling, audit 0.1)"
+    )
+    assert words.seconds_text({}) == ""
+
+
 def test_the_code_before_a_layer_is_told_from_the_layer():
     text = parity_text(reports.functional(), 200)
     assert "the code before it: given torch's outputs of the layers before, what arrives here is off by 1.1e-03" in text

@@ -280,6 +280,19 @@ def test_a_model_that_fails_is_named_and_exits_70(call: Any):
     assert "the factory nets:nothing failed: ValueError: no images today" in err
 
 
+def test_open_questions_are_shown_and_suggested(call: Any, folder: Path):
+    """Without rules the flatten before the Linear is open: the rules that settle it can be written."""
+    words = ["--torch", "nets:torch_net", "--flax", "nets:flax_net", *NCHW]
+    code, _, err = call(*words, "--suggest", "s.toml")
+    assert code == 1
+    assert "open question" in err
+    text = (folder / "s.toml").read_text()
+    assert "flatten" in text
+    [line] = [line for line in text.splitlines() if 'layout = "linear"' in line and "Dense_0" in line]
+    (folder / "s.toml").write_text("rules = [\n" + line.replace("# {", "{", 1) + "\n]\n")
+    assert call(*words, "--rules", "s.toml")[0] == 0
+
+
 def test_a_forgotten_layout_is_explained(call: Any):
     code, _, err = call(*BOTH[:-2], "--inputs", "nets:images")
     assert code == 70

@@ -133,7 +133,7 @@ def check_golden(
         )
     clock.lap("Flax")
     expected: Mapping[str, Any] = Expected(made, values_of) if values_of.has_values else {}
-    rows = audit(expected, flax.weights) if values_of.has_values else ()  # pyright: ignore[reportArgumentType]
+    rows = audit(expected, flax.weights) if isinstance(expected, Expected) and not flax.ported else ()
     clock.lap("audit")
     report = check.assemble(
         judged,
@@ -212,8 +212,8 @@ def _notes(golden: Golden, layers: bool, source: Checkpoint) -> tuple[str, ...]:
 
 
 def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
     import torch
 
-    import graftax
-
-    return {"torch": str(torch.__version__), "graftax": graftax.__version__}
+    return {"torch": str(torch.__version__), "graftax": version("graftax")}

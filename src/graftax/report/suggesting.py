@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from graftax.errors import StorageError, escape
+from graftax.errors import PlanError, StorageError, escape
 from graftax.plans import Plan
 
 HEADER = "# Uncomment one line for each question, then: --rules with this file."
 
 
-def suggestions(plan: Plan) -> str:
+def suggestions(plan: Plan | PlanError) -> str:
     """A rules file: uncomment one line a question. Loads as it is, with no rule."""
     lines = [HEADER, "rules = ["]
     for i, question in enumerate(plan.questions, 1):
@@ -40,7 +40,7 @@ def refuse_other_file(path: str | Path, mark: str, what: str) -> None:
         raise StorageError(f"{escape(path)} exists, and is not {what}", next="Choose another name, or remove it.")
 
 
-def write_suggestions(plan: Plan, path: str | Path) -> None:
+def write_suggestions(plan: Plan | PlanError, path: str | Path) -> None:
     """StorageError where it cannot be written, or where a file is there that is no untouched list of suggestions."""
     refuse_other_file(path, HEADER, "a list of suggestions")
     if Path(path).exists() and any(
