@@ -281,11 +281,11 @@ def _only_window(pair: Pair) -> bool:
 
 
 _LISTS = frozenset(("layer", "stage", "model", "list"))
-_COUNTED = frozenset(("stem", "first", "norm", "linear", "conv", "proj", "layer", "stage", "model", "list"))
+_COUNTED = frozenset(("stem", "first", "norm", "linear", "conv", "layer", "stage", "model", "list"))
 _OUTSIDE = _COUNTED | {"final", "head"}
 """What a number in a list may stand for outside of the blocks; inside, see `_INSIDE`."""
 _INSIDE = _COUNTED | {"shortcut"}
-_PARTS = frozenset(("up", "down", "mlp", "in", "out", "expert", "patch", "embed", "deconv", "pool"))
+_PARTS = frozenset(("expert", "patch", "embed", "deconv", "pool", "proj"))
 _KINDS = frozenset(("conv", "linear", "embed", "patch"))
 _MATRIX = frozenset(("conv", "linear", "embed"))
 
@@ -329,10 +329,12 @@ def _vague(
             continue
         # Where the other side counts too, or of norms (a place in the block), a number stands for few words only.
         few = is_norm or other.tokens[: other.own] in scope.counted[1 - side]
-        few_words = (_OUTSIDE if scope.root else _INSIDE) | _place_of(number, ranks[side])
-        if more <= few_words or (not few and more <= few_words | _PARTS):
+        few_words = (_OUTSIDE if scope.root else _INSIDE) | (_place_of(number, ranks[side]) if is_norm else _NOTHING)
+        if more <= few_words or (not few and more <= few_words | _PARTS | _half_of(number, ranks[side])):
             return False
-    somewhere = any(lex.weight(word) >= 1 for word in left & right)
+        if more and ranks[side]:
+            return True  # it is one of several that are counted, and the other is none of them
+    somewhere = any(lex.weight(word) >= 1 for word in (left & right) - {"head"})
     if somewhere:  # they stand in one part of the model: what else is said of places counts no more
         left, right = left & (own_a | right), right & (own_b | left)
     left, right = left - _explained(left, right, lex), right - _explained(right, left, lex)
@@ -380,6 +382,17 @@ def _place_of(number: int, ranks: Ranks) -> frozenset[str]:
     for _, rank, count in ranks[-1:]:
         first, last = rank == 0, rank == count - 1
     return frozenset(("pre",) if first else ("post",) if last else ())
+
+
+def _half_of(number: int, ranks: Ranks) -> frozenset[str]:
+    """What the number says of the feed-forward part's two matrices: the first goes up, the second down."""
+    first, last = number in (0, 1), number in (1, 2)
+    for _, rank, count in ranks[-1:]:
+        first, last = rank == 0, rank == count - 1
+    return frozenset((("up", "in", "mlp") if first else ()) + (("down", "out", "mlp") if last else ()))
+
+
+_NOTHING = frozenset[str]()
 
 
 def _elsewhere(said: frozenset[str], places: frozenset[str], lex: Lexicon) -> bool:
