@@ -92,10 +92,8 @@ def _gru(x: Array, state: _State, w: Weights, cell: Cell) -> _State:
     xr, xz, xn = np.split(x @ w.input.T + w.bias_i, 3, axis=1)
     hr, hz, hn = np.split(h @ w.hidden.T + w.bias_h, 3, axis=1)
     r, z = apply(cell.gate, xr + hr), apply(cell.gate, xz + hz)
-    if cell.reset == "before":
-        inner = (r * h) @ w.hidden[2 * w.size :].T + w.bias_h[2 * w.size :]
-    else:
-        inner = r * hn
+    before = (r * h) @ w.hidden[2 * w.size :].T + w.bias_h[2 * w.size :]
+    inner = before if cell.reset == "before" else r * hn
     n = apply(cell.act, xn + inner)
     return ((1 - z) * h + z * n if cell.swapped else (1 - z) * n + z * h), h
 

@@ -70,7 +70,8 @@ def _blocks(entry: Entry, values: Tensors, count: int) -> tuple[Any, ...]:
     """A block for each gate, (I, H) or (H), in torch's order."""
     if len(entry.targets) > 1:
         return tuple(np.asarray(values[name]) for name in entry.targets)
-    return tuple(np.split(np.asarray(values[entry.targets[0]]), count, axis=-1))
+    fused = next(iter(entry.targets))
+    return tuple(np.split(np.asarray(values[fused]), count, axis=-1))
 
 
 def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> Found | None:
