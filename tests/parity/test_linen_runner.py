@@ -242,6 +242,44 @@ def test_a_scan_that_is_rehearsed_counts_no_call_twice(compiled: bool):
     assert [site.call for site in tap.outputs] == [0, 1, 2]
 
 
+class Beside(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        long, _ = stack(name="layers")(jnp.tile(x, (20000, 1)), None)
+        return long[: len(x)] + nn.Dense(4, name="side")(x)
+
+
+@MODES
+def test_calls_come_in_the_order_of_the_program(compiled: bool):
+    runner = runner_of(Beside(), X, compiled=compiled)
+    tap = Listener()
+    runner.run((X,), {}, watch=["layers", "side"], tap=tap)
+    assert [path for way, path in tap.order if way == "in"] == ["layers", "layers (call 2)", "layers (call 3)", "side"]
+
+
+class Chain(nn.Module):
+    width: int = 33
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for i in range(6):
+            x = nn.Dense(self.width, use_bias=False, name=f"fc{i}")(x)
+        return x
+
+
+def test_what_a_tap_keeps_stays_as_it_was():
+    x = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    runner = runner_of(Chain(256), x)
+    first, then = Listener(), Listener()
+    runner.run((x,), {}, watch=[f"fc{i}" for i in range(6)], tap=first)
+    kept = {site: np.array(out) for site, out in first.outputs.items()}
+    runner.run((x + 1,), {}, watch=[f"fc{i}" for i in range(6)], tap=then)
+    assert all(same(first.outputs[site], out) for site, out in kept.items())
+    assert all(close(first.inputs[Site(f"fc{i + 1}")][0][0], first.outputs[Site(f"fc{i}")]) for i in range(5))
+    assert all(not np.shares_memory(first.outputs[site], then.outputs[site]) for site in kept)
+
+
 # ---------------------------------------------------------------- what is put in
 
 
@@ -536,14 +574,6 @@ def test_weights_can_be_supplied_call_by_call():
     assert jax.tree.all(jax.tree.map(lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct), hollow))
     roles = {"embed": {"embedding": arrays["params/embed/embedding"]}}
     assert close(runner.run((ids,), {}, supply=lambda path: roles.get(path) or supply(path)), want)
-
-
-class Chain(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        for i in range(6):
-            x = nn.Dense(33, use_bias=False, name=f"fc{i}")(x)
-        return x
 
 
 def test_supplied_weights_are_let_go():

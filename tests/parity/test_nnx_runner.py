@@ -53,8 +53,9 @@ class Scanned(nnx.Module):
         def loop(x: Any, layer: Block) -> Any:
             return layer(x)
 
-        looped: Any = loop(self.first(x), self.layers)
-        return self.last(looped)
+        start: Any = self.first(x)
+        looped: Any = loop(start, self.layers)
+        return self.last(looped)  # pyright: ignore[reportArgumentType]
 
 
 class Tied(nnx.Module):
