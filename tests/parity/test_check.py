@@ -471,6 +471,40 @@ def test_meta_weights_come_from_the_source(model: Model):
         gx.check_parity(empty, linen(), IDS, gx.port(model, linen()))
 
 
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_a_large_model_is_judged_block_by_block(api: str, model: Model, monkeypatch: Any):
+    """Weights are lent to modules as they are called; faults are found as in a model that is held."""
+    monkeypatch.setattr("graftax.parity.sides.HELD", 100)
+    with torch.device("meta"):
+        empty = Model().eval()
+
+    def abstract(**changes: Any) -> Any:
+        return linen(**changes) if api == "linen" else nnx.eval_shape(lambda: NnxModel(**changes, rngs=nnx.Rngs(0)))
+
+    report = gx.check_parity(empty, abstract(), IDS, source=model.state_dict())
+    assert report, str(report)
+    assert any("block by block" in note for note in report.notes)
+    assert report.paired[1:] == (8, 8)
+    wrong = gx.check_parity(empty, abstract(epsilon=1e-2), IDS, source=model.state_dict())
+    assert wrong.first is not None
+    assert wrong.first.site_flax.path == "last/norm"
+    assert wrong.causes[0].name == "epsilon"
+    other = {name: value + 1e-3 for name, value in model.state_dict().items()}
+    assert gx.check_parity(empty, abstract(), IDS, other, source=model.state_dict(), causes=False).weights
+
+
+def test_a_search_that_fails_costs_the_cause_and_not_the_report(model: Model, monkeypatch: Any):
+    def fail(suspect: Any) -> Any:
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr("graftax.parity.causes.find_causes", fail)
+    report = gx.check_parity(model, linen(epsilon=1e-2), IDS)
+    assert not report
+    assert report.first is not None
+    assert report.causes == ()
+    assert any("RuntimeError: lost" in note for note in report.notes)
+
+
 def test_an_open_plan_with_weights_at_hand_judges_what_is_settled():
     class Flat(nn.Module):
         def __init__(self) -> None:

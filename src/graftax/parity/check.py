@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from graftax.errors import GraftaxError, ModelError, ParityError
+from graftax.errors import GraftaxError, ModelError, ParityError, escape
 from graftax.parity.pairing import Pair, find_pairs
 from graftax.parity.records import THRESHOLD, Reference, Runner
 from graftax.parity.report_model import Cause, LayerRow, ParityReport, SettingRow, WeightRow
@@ -97,7 +97,7 @@ def check_parity(
         )
     clock.lap("Flax")
     expected = Expected(made, values_of)
-    same = flax.weights is expected or isinstance(flax.weights, Expected)
+    same = isinstance(flax.weights, Expected) and flax.weights.source is values_of
     rows = audit(expected, flax.weights) if values_of.has_values and not same else ()
     clock.lap("audit")
     report = assemble(
@@ -113,7 +113,7 @@ def check_parity(
     )
     if causes and not report.ok and report.first is not None:
         sought = _Search(reference, judged, report, (torch64, torch32, flax.runner), made, values_of, flax, expected)
-        report = replace(report, causes=sought.causes())
+        report = with_causes(report, sought.causes)
         clock.lap("causes")
     return replace(report, seconds=clock.seconds(judged.seconds))
 
@@ -127,6 +127,15 @@ def assert_parity(*args: Any, **kwargs: Any) -> ParityReport:
         error.report = report
         raise error
     return report
+
+
+def with_causes(report: ParityReport, search: Callable[[], tuple[Cause, ...]]) -> ParityReport:
+    """The report with what a search for causes found. A search that fails costs the cause and not the report."""
+    try:
+        return replace(report, causes=search())
+    except Exception as error:
+        note = f"the search for causes failed: {type(error).__name__}: {escape(error, 300)}"
+        return replace(report, notes=(*report.notes, note))
 
 
 def assemble(
