@@ -92,7 +92,7 @@ def measure_time(api: str) -> dict[str, Any]:
     whole, seconds = runs[-1]
     apart = sum(seconds.get(name, 0.0) for name in APART)
     diagnosis = whole - apart
-    trace = seconds.get("flax", 0.0) - seconds.get("flax compile", 0.0)
+    trace = seconds.get("flax", 0.0)
     return {
         "api": api,
         "forward_seconds": forward,
