@@ -42,6 +42,11 @@ def test_the_verdict_and_the_first_layer_come_first():
     assert "nn.LayerNorm(epsilon=1e-12)   error 2.9e-05 → 9.1e-08" in head
 
 
+def test_a_cause_is_not_named_twice():
+    cause = Cause("rotary theta", "x", "rotary theta: 10000 in torch, 500000 in Flax", "", 1.0, 1e-8)
+    assert "cause  rotary theta: 10000 in torch" in parity_text(replace(reports.epsilon(), causes=(cause,)), 120)
+
+
 def test_times_add_up():
     """Passes that are parts of another time are not listed beside it."""
     assert (

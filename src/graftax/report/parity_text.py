@@ -89,7 +89,7 @@ def _finding(report: ParityReport) -> Table:
     for i, cause in enumerate(report.causes[:_SHOWN]):
         about = "" if cause.layer in ("", row.site_flax.path) else f" (in {escape(cause.layer, 400)})"
         text = Text(f"{escape(cause.name)}{about}", "bold")
-        grid.add_row("cause" if i == 0 else "or", text.append(f": {escape(cause.detail, 400)}", "not bold"))
+        grid.add_row("cause" if i == 0 else "or", text.append(f": {words.cause_detail(cause)}", "not bold"))
         if cause.fix:
             after = f"   error {words.small(cause.error_before)} → {words.small(cause.error_after)}"
             grid.add_row("fix", Text(escape(cause.fix, 600), "green").append(after, "dim not green"))

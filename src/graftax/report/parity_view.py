@@ -149,7 +149,8 @@ def _zones(rows: Sequence[LayerRow], step: float) -> Iterator[Zone]:
         x, width = LEFT + step * start, step * size
         name = key if isinstance(key, str) else key.path
         end = name.rpartition(".")[2]
-        label = end if few or end.isdigit() else name
+        fits_whole = 6.6 * len(name) + 10 <= width
+        label = end if few or (end.isdigit() and not fits_whole) else name
         label = words.escape(label if len(label) <= 24 else f"{label[:22]}…")
         room = 6.6 * len(label) + 10
         centre = x + width / 2

@@ -13,7 +13,7 @@ from graftax.plan_text import fold_names
 
 if TYPE_CHECKING:
     from graftax.parity.records import Site
-    from graftax.parity.report_model import LayerRow, OutputRow, ParityReport, SettingRow
+    from graftax.parity.report_model import Cause, LayerRow, OutputRow, ParityReport, SettingRow
 
 METRICS = {
     "max_abs": "max |a-b| {:.2g}",
@@ -206,6 +206,11 @@ def kind_and_count(report: ParityReport) -> str:
     assert row is not None
     bad = sum(one.status == "diverges" for one in report.layers)
     return f"{kind_text(row)}, {f'the first of {bad} calls that diverge' if bad > 1 else 'the only call that diverges'}"
+
+
+def cause_detail(cause: Cause) -> str:
+    """What was found, without the cause's name, where it begins with that."""
+    return escape(cause.detail.removeprefix(f"{cause.name}: "), 400)
 
 
 def no_layer_text(report: ParityReport) -> str:
