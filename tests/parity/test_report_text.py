@@ -43,7 +43,7 @@ def test_the_verdict_and_the_first_layer_come_first():
 
 
 def test_a_cause_is_not_named_twice():
-    cause = Cause("rotary theta", "x", "rotary theta: 10000 in torch, 500000 in Flax", "", 1.0, 1e-8)
+    cause = Cause("rotary theta", "", "rotary theta: 10000 in torch, 500000 in Flax", "", 1.0, 1e-8)
     assert "cause  rotary theta: 10000 in torch" in parity_text(replace(reports.epsilon(), causes=(cause,)), 120)
 
 
