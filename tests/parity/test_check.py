@@ -313,6 +313,42 @@ def test_calls_of_their_own(model: Model):
     assert report.outputs[0].path == ""
 
 
+def test_what_torch_compile_gives_is_the_module_inside(model: Model):
+    report = gx.check_parity(torch.compile(model), linen(), IDS)
+    assert report
+    assert report.not_traced == {}
+    assert report.torch_name == "Model"
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        out, (h, c) = self.lstm(x)
+        return out, h, c
+
+
+class LinenLoop(fn.Module):
+    @fn.compact
+    def __call__(self, x):
+        (c, h), out = fn.RNN(fn.OptimizedLSTMCell(5), name="lstm", return_carry=True)(x)
+        return out, h, c
+
+
+@pytest.mark.parametrize("length", [7, 2])
+def test_a_layout_for_some_outputs(length: int):
+    """torch's recurrent modules have time first, and a layer axis in the carry; with two steps all lengths are two."""
+    torch.manual_seed(5)
+    x = np.random.default_rng(5).normal(size=(length, 2, 6)).astype(np.float32)
+    report = gx.check_parity(
+        SequenceFirst().eval(), LinenLoop(), x, layout="TBC -> BTC", out_layout={"0": "TBC -> BTC"}
+    )
+    assert report, str(report)
+    assert [row.status for row in report.layers] == ["ok", "ok"]
+
+
 def test_outputs_that_do_not_match_are_said(model: Model):
     few = gx.Inputs(torch=IDS, flax=IDS, flax_call=lambda module, ids: module(ids)["logits"])
     report = gx.check_parity(model, LinenModel(), few)

@@ -66,6 +66,7 @@ def check_parity(
     from graftax.parity.torch_runner import runners
 
     clock = _Clock()
+    torch_module = getattr(torch_module, "_orig_mod", torch_module)  # of torch.compile
     calls = inputs if isinstance(inputs, Inputs) else None
     torch_tree = open_tree(torch_module)
     values_of = torch_tree if source is None else open_tree(source)

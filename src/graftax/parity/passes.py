@@ -81,6 +81,13 @@ def judge_flax(
     return Judged(outputs, tuple(rows), first, where, not_traced, notes, tap.kept, tap.met, output, seconds)
 
 
+def _is_declared(layout: DeclaredLayout, path: str, array: Any) -> bool:
+    """Is a layout declared for this output?"""
+    if isinstance(layout, Layout):
+        return array.ndim == len(layout.axes)
+    return layout is not None and path in layout
+
+
 def _compile_seconds(flax: Runner) -> float:
     """What a runner has spent on compiling so far."""
     return getattr(flax, "compile_seconds", 0.0)
@@ -148,7 +155,7 @@ def output_rows(
 ) -> tuple[OutputRow, ...]:
     """A row for every array of the output, leaf by leaf: by its path where Flax has torch's paths, in order elsewhere.
 
-    Without a declared layout an output of another shape is taken in the order of axes that fits it, and says so."""
+    An output of another shape, for which no layout is declared, is taken in the order of axes that fits; it says so."""
     want = values.arrays(with_layout(reference.outputs, layout))
     low = [array for _, array in values.arrays(with_layout(reference.outputs_float32, layout))]
     got = values.arrays(output)
@@ -164,7 +171,8 @@ def output_rows(
             rows.append(OutputRow(path, tuple(array.shape), np.inf, 0.0, np.inf, False, {}, text))
             continue
         other, text = low[i], ""
-        turn = None if layout is not None or ours.shape == array.shape else alignment.turn(array, ours.shape, ours)
+        free = ours.shape != array.shape and not _is_declared(layout, path, array)
+        turn = alignment.turn(array, ours.shape, ours) if free else None
         if turn is not None:
             text = f"torch's shape {tuple(array.shape)} was taken as {tuple(ours.shape)}, {turn.text}"
             array, other = turn(array), turn(other)
