@@ -32,6 +32,7 @@ def settle_leftovers(
     """
     proposal = _settle_buffers(proposal, source, like, sides[1], missing == "keep")
     proposal = _settle_tied_targets(proposal, like)
+    proposal = _settle_missing(proposal, like, ruled, "error")  # a leaf that a rule calls missing waits for nothing
     proposal = unpaired(proposal, source, like, *sides)
     proposal = _settle_unused(proposal, source, unused)
     return _settle_missing(proposal, like, ruled, missing)

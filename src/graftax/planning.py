@@ -78,7 +78,7 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         known = ruled.proposal.joined(tabled)
         spoken = replace(known, entries=known.entries + known.broken)  # nothing else may take these keys
         refuse_unmerged(source, like, (name for e in spoken.entries for name in (*e.sources, *e.targets)))
-        found = tabled.joined(infer(source, like, source_side, like_side, spoken, named=ruled.named))
+        found = tabled.joined(infer(source, like, source_side, like_side, spoken, None, ruled.named, ruled.missing))
     proposal = merged(ruled.proposal, found, ruled.named)
     sides = source_side, like_side
     proposal = settle_leftovers(proposal, source, like, sides, ruled.missing, options.missing, options.unused)

@@ -25,6 +25,7 @@ Line = tuple[Any, ...]
 
 
 def _script(name: str) -> ModuleType:
+    sys.path.insert(0, str(ROOT / "scripts"))  # scripts import their own parts
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

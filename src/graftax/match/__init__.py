@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from graftax.match.assumptions import call_orders
 from graftax.match.calls import flax_calls
@@ -37,14 +37,16 @@ def infer(
     settled: Proposal,
     lex: Lexicon | None = None,
     named: Iterable[Named] = (),
+    missing: Collection[str] = (),
 ) -> Proposal:
     """Entries for every leaf of `like` that names, structure, shapes and live modules decide, and questions for the
     rest. `settled`: what the rules have decided; its keys are taken, but for those of which `named` says only which
-    leaves belong together. `lex`: the words to know (the standard ones)."""
+    leaves belong together. `lex`: the words to know (the standard ones). `missing`: leaves of like of which rules say
+    what becomes of them where no source fills them: they are not asked about."""
     paused = gc.isenabled()
     gc.disable()
     try:
-        return _infer(source, like, source_side, like_side, settled, lex or lexicon(), named)
+        return _infer(source, like, source_side, like_side, settled, lex or lexicon(), named, missing)
     finally:
         if paused:
             gc.enable()
@@ -58,6 +60,7 @@ def _infer(
     settled: Proposal,
     lex: Lexicon,
     named: Iterable[Named],
+    missing: Collection[str],
 ) -> Proposal:
     reads: list[str] = []
     turned = source_side == "flax" and like_side == "torch"
@@ -107,7 +110,7 @@ def _infer(
             if name in source.specs
         ]
     words = (source_side, like_side) if source_side != like_side else ("source", "target")
-    asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned)
+    asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned, missing)
     asked += [*cells.questions, *unsaid_questions(result.unsaid, turned)]
     assumed = tuple(call_orders(result, ends))
     return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))

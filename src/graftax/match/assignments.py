@@ -7,10 +7,12 @@ anything: it only says what is worth offering.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from graftax.match.judge import main_column
 from graftax.match.pairs import Pair, Scope
 from graftax.match.settle import Settled
 from graftax.match.sides import Module
@@ -186,9 +188,26 @@ class _Agreement:
 
 
 def _aspects(pair: Pair) -> Iterable[tuple[object, object]]:
-    """What of both names should go together: the parents, and the last words."""
-    a, b = pair.torch.tokens, pair.flax.tokens
-    if len(a) > 1 and len(b) > 1:
-        yield ("parent", *a[:-1]), ("parent", *b[:-1])
-    if a and b and isinstance(a[-1], str) and isinstance(b[-1], str):
-        yield a[-1], b[-1]
+    """What of both names should go together: the parents, and the last words (numbers aside)."""
+    (*above, last), (*other_above, other) = _parts(pair.torch), _parts(pair.flax)
+    if above and other_above:
+        yield ("parent", *above), ("parent", *other_above)
+        yield ("parents", *map(_stem, above)), ("parents", *map(_stem, other_above))
+    if _stem(last) and _stem(other):
+        yield _stem(last), _stem(other)
+
+
+_COUNTED = re.compile(r"_?\d+$")
+
+
+def _stem(part: str) -> str:
+    """The part without its number."""
+    return _COUNTED.sub("", part)
+
+
+def _parts(module: Module) -> list[str]:
+    """The parts of the path of a module's first instance."""
+    column = main_column(module)
+    path = next(iter(column.paths.values()))[0]
+    parts = path.split("/" if "/" in path else ".")
+    return parts if module.raw or len(parts) == 1 else parts[:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from graftax.match.names import Lexicon, Name, name_of
@@ -70,6 +71,7 @@ class Scope:
     wrappers: frozenset[str] = frozenset()
     experts: tuple[bool, bool] = (False, False)
     numbers: bool = True
+    crowd: Mapping[str, int] = field(default_factory=dict[str, int])  # paths, numbers left out -> how many there are
     common: frozenset[str] = frozenset()
     around: frozenset[str] = frozenset()  # words for the part of the model around a module
     own: dict[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])  # what a name says of it alone,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice, permutations, product
 
 from graftax.match.assignments import MOST, Asked, Cluster, arranged
@@ -14,21 +14,35 @@ from graftax.match.flatten import Suspect
 from graftax.match.judge import main_column
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
-from graftax.match.rendering import column_rule, flatten_rules, group_rule
+from graftax.match.rendering import column_rule, flatten_rules, group_rule, skeleton
 from graftax.match.settle import Settled, open_links
 from graftax.match.sides import Column, Family, Module
 from graftax.plan_text import fold_names
 from graftax.plans import Candidate, Question
 
 
-def questions(result: Result, sides: tuple[str, str], turned: bool) -> list[Question]:
-    """Every question of the result. `turned`: the torch end is like, so that its leaves are the targets."""
+def questions(result: Result, sides: tuple[str, str], turned: bool, missing: Collection[str] = ()) -> list[Question]:
+    """Every question of the result. `turned`: the torch end is like, so that its leaves are the targets. `missing`:
+    leaves of like that rules call missing."""
     out: list[Question] = []
+    crowd = Counter(skeleton(path) for item in result.settled for path in _all_paths(item)) if _asks(result) else {}
+    for item in result.settled:
+        item.scope.crowd = crowd
     for item in result.settled:
         out += _readings(item, sides, turned)
         out += _groups(item, sides, turned)
-    out += _matches(result, sides, turned)
+    out += _matches(result, sides, turned, missing)
     return out + [_doubt(doubt, sides, turned) for doubt in result.doubts]
+
+
+def _asks(result: Result) -> bool:
+    """Is anything open in a scope?"""
+    return any(item.board.pairs() or open_links(item) or item.groups for item in result.settled)
+
+
+def _all_paths(item: Settled) -> Iterable[str]:
+    if item.scope.root or item.scope.keys:
+        yield from _paths(_columns((*item.scope.torch, *item.scope.flax)))
 
 
 def _doubt(doubt: Doubt, sides: tuple[str, str], turned: bool) -> Question:
@@ -141,10 +155,14 @@ def _groups(item: Settled, sides: tuple[str, str], turned: bool) -> list[Questio
     return out
 
 
-def _matches(result: Result, sides: tuple[str, str], turned: bool) -> list[Question]:
+def _matches(result: Result, sides: tuple[str, str], turned: bool, missing: Collection[str]) -> list[Question]:
     clusters: list[Cluster] = []
     for item in result.settled:
-        for torch, flax, found in components(item.board.pairs()):
+        open_ = item.board.pairs()
+        if missing:
+            ends = [(pair, main_link(pair)) for pair in open_]
+            open_ = [pair for pair, link in ends if not set(missing).issuperset(_paths([_like(link, turned)]))]
+        for torch, flax, found in components(open_):
             clusters.append(Cluster(item, torch, flax, list(found.values())))
         _axes(item, result.habits)
     out: list[Question] = []
@@ -169,7 +187,7 @@ def _joint(asked: Asked, result: Result, sides: tuple[str, str], turned: bool) -
                 options[id(pair)] = _options(pair, homes[id(pair)].item, result, sides)
         where = _paths(main_link(pair).flax if turned else main_link(pair).torch for pair in pairing)
         for chosen in _ways([options[id(pair)] for pair in pairing]):
-            rule = ", ".join(rule for rule, _ in chosen)
+            rule = ", ".join(dict.fromkeys(rule for rule, _ in chosen))
             layouts = [said for _, said in chosen]
             alone = names if len(pairing) > 1 else None
             found.append(Candidate(rule, where, _says(pairing, layouts, alone)))
@@ -297,6 +315,10 @@ def _known(choice: Choice, link: Link) -> list[Label]:
         fits = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
         out += fits if label[1] or len(fits) < 2 else [min(fits, key=_usual)]
     return (out or [min(link.labels, key=_usual)])[:_WAYS]
+
+
+def _like(link: Link, turned: bool) -> Column:
+    return link.torch if turned else link.flax
 
 
 def main_link(pair: Pair) -> Link:

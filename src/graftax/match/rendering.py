@@ -131,7 +131,20 @@ def _parts(scope: Scope, left: Column, right: Column) -> list[list[tuple[Key, Ke
         any(_indices([t for t, _ in shared], [f for _, f in shared]))
         and all(_holds(right.paths[f], f) for _, f in shared if f in right.paths)
     )
-    return [shared] if simple else [[keys] for keys in shared]
+    return [shared] if simple and not _crowded(scope, left, right) else [[keys] for keys in shared]
+
+
+def skeleton(path: str) -> str:
+    """The path with its numbers left out."""
+    return NUMBER.sub("\0", path)
+
+
+def _crowded(scope: Scope, left: Column, right: Column) -> bool:
+    """A template would name other leaves, too: those of blocks of another kind."""
+    return any(
+        sum(map(len, column.paths.values())) < scope.crowd.get(skeleton(next(iter(column.paths.values()))[0]), 0)
+        for column in (left, right)
+    )
 
 
 def _holds(paths: Sequence[str], key: Key) -> bool:
@@ -146,7 +159,7 @@ def templates(
     """Both path templates, and the names of indices that stand on one side only (stacked). `shared`: the instances that
     the templates are to name; numbers stay as they are where it is one of several."""
     t_key, f_key = shared[0]
-    alone = len(shared) == 1 < len(scope.keys)
+    alone = len(shared) == 1 and (len(scope.keys) > 1 or _crowded(scope, left, right))
     t_index, f_index = ([], []) if alone else _indices([t for t, _ in shared], [f for _, f in shared])
     extra_t, extra_f = len(left.stack), len(right.stack)
     stack = tuple(_INDICES[len(t_key) + n] for n in range(extra_t or extra_f))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -75,12 +76,14 @@ def settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | N
     left: list[Module] = []
     right: list[Module] = []
     origin: dict[int, tuple[Settled, Module, bool]] = {}
+    columns = (Counter(_column(m) for item in settled for m in item.scope.torch),
+               Counter(_column(m) for item in settled for m in item.scope.flax))  # fmt: skip
     for item in settled:
         done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
         for modules, out, torch in ((item.scope.torch, left, True), (item.scope.flax, right, False)):
             for module in modules:
-                if id(module) in done:
-                    continue
+                if id(module) in done or columns[not torch][_column(module)] > 1:
+                    continue  # other blocks hold it too: this one misses its tensor, and no stray may stand in for it
                 single = module if item.scope is root else single_out(module)
                 if single is not None:
                     out.append(single)
@@ -97,6 +100,10 @@ def settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | N
             item, old, torch = origin[id(module)]
             item.board.drop([old] if torch else [], [] if torch else [old])
     return Settled(scope, crossing, Board([])) if crossing else None
+
+
+def _column(module: Module) -> tuple[object, ...]:
+    return module.outer, module.tokens, tuple(module.roles)
 
 
 def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str], named: Mapping[str, Said]) -> list[Pair]:

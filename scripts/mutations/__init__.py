@@ -1,0 +1,1 @@
+"""Mutations of solved model pairs: words, renamings, kinds, small made cases, and the judge."""
