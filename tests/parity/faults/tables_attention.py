@@ -211,7 +211,8 @@ def decoder(api: str) -> Making:
             {"window": 6}, {"grouping": "tile"},
         ):  # fmt: skip
             (name,) = wrong
-            m.blocks(MIXING[name], mixed, () if name in ("mask", "window") else range(s.depth), right=right, text=text, **wrong)
+            blocks = () if name in ("mask", "window") else range(s.depth)  # these are made once for all layers
+            m.blocks(MIXING[name], mixed, blocks, right=right, text=text, **wrong)
             value = wrong[name]
             m.wrong(MIXING[name], f"{name}={value}{text}", mixed(0), right.but(**wrong), right)
         m.wrong("attention scale", f"none{text}", mixed(0), right.but(scale=1.0), right.but(scale=0.2))
