@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from graftax.parity.causes.cells import Cell, Weights, cell_difference, run
+from graftax.parity.causes.cells import Cell, Weights, _gru, cell_difference, run
 from graftax.parity.causes.names import CAUSES
 from graftax.parity.causes.numbers import Bar, relative
 from graftax.parity.records import THRESHOLD, UNIT
@@ -37,6 +37,22 @@ def test_the_base_is_torch(gates: int, kind: str):
             getattr(layer, name).copy_(torch.from_numpy(value))
         theirs = layer(torch.from_numpy(X).double())[0].numpy()
     assert relative(run(X.astype(np.float64), w, Cell()), theirs) < 1e-12
+
+
+def test_a_reset_before_the_matrix():
+    w, h = weights(3), np.random.default_rng(8).normal(size=(B, H))
+    x = X[:, 0].astype(np.float64)
+    rows = [slice(i * H, (i + 1) * H) for i in range(3)]
+
+    def sigmoid(v: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-v))
+
+    r, z = (
+        sigmoid(x @ w.input[at].T + w.bias_i[at] + h @ w.hidden[at].T + w.bias_h[at]) for at in rows[:2]
+    )  # fmt: skip
+    n = np.tanh(x @ w.input[rows[2]].T + w.bias_i[rows[2]] + (r * h) @ w.hidden[rows[2]].T + w.bias_h[rows[2]])
+    made, _ = _gru(x, (h, h), w, Cell(reset="before"))
+    assert relative(made, (1 - z) * n + z * h) < 1e-12
 
 
 CASES = [

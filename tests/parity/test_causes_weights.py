@@ -150,9 +150,11 @@ def test_layers_of_a_stack():
 
 
 def test_what_the_initialiser_gives_is_known_by_its_bits_or_by_its_look():
-    want, fresh = values(24, 36) * np.float32(0.2), values(24, 36, key=3) * np.float32(24**-0.5)
+    want, fresh = values(24, 36) * np.float32(24**-0.5), values(24, 36, key=3) * np.float32(24**-0.5)
     assert name_of(fresh, want, initial=fresh) == "initial value"
     assert name_of(fresh, want) == "initial value"
+    kept = (0.8 * want + 0.6 * fresh).astype(np.float32)  # of the right spread, but it knows the torch tensor
+    assert name_of(kept, want) == "weights differ"
     odd = values(24, 36, key=4) * np.float32(0.6)
     assert name_of(odd, want) == "weights differ"
 
