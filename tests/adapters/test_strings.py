@@ -77,10 +77,7 @@ def test_a_failing_factory_is_the_users_failure(module):
     with pytest.raises(GraftaxError, match=rf"the factory {name}:make failed: ZeroDivisionError.*line 2") as caught:
         adapters.open_tree(f"{name}:make")
     assert caught.value.exit_code == 70
-    name = module("def make(size):\n    pass\n")
-    with pytest.raises(GraftaxError, match="size") as caught:
-        adapters.open_tree(f"{name}:make")
-    assert caught.value.exit_code == 70
+    assert f"import {name} as m; m.make()" in str(caught.value)
 
 
 def test_a_factory_that_returns_no_weights_is_a_usage_error(module):
@@ -104,3 +101,43 @@ def test_other_text_is_left_to_the_formats(text, module):
     assert not factories.is_factory(text)
     with pytest.raises(StorageError):
         adapters.open_tree(text)
+
+
+NEEDY = {
+    "def make(x, *, y, z=1): return x": ("needs arguments (x, y)", "def make(): return make(...)"),
+    "class make:\n    def __init__(self, n): self.n = n": ("the class", "def make(): return make(...)"),
+    "from flax import nnx\nclass make(nnx.Module):\n    def __init__(self, rngs): pass": (
+        "needs arguments (rngs)",
+        "nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))",
+    ),
+    "import flax.linen as nn\nclass make(nn.Module):\n    features: int": (
+        "needs arguments (features",
+        "gx.linen(make(...), example_input)",
+    ),
+}
+
+
+@pytest.mark.parametrize("code", NEEDY)
+def test_a_factory_that_needs_arguments_is_a_usage_error(module, code: str):
+    name = module(code)
+    with pytest.raises(UsageError) as caught:
+        factories.call_factory(f"{name}:make")
+    assert caught.value.exit_code == 2
+    for part in NEEDY[code]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("code", ["def make(*args, **kwargs): return {}", "make = dict", "class make(dict): pass"])
+def test_a_factory_that_can_do_without_arguments_is_called(module, code: str):
+    assert factories.call_factory(f"{module(code)}:make") == {}
+
+
+def test_what_a_factory_prints_does_not_reach_stdout(module, capfd):
+    name = module(
+        "import numpy as np\nprint('imported')\ndef make():\n    print('made')\n    return {'w/kernel': np.ones(2)}"
+    )
+    adapters.resolve(f"{name}:make")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "imported" in err
+    assert "made" in err

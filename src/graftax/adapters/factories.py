@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from graftax.errors import GraftaxError, UsageError, escape
@@ -31,7 +32,8 @@ def resolve_text(text: str) -> Checkpoint:
 
     made = call_factory(text)
     try:
-        return open_tree(made, label=text)
+        with _quiet():
+            return open_tree(made, label=text)
     except UsageError as exc:
         said = UsageError(f"{escape(text)} does not return weights: {exc}")
         said.failures = exc.failures
@@ -52,14 +54,16 @@ def _exists(text: str) -> bool:
 
 
 def call_factory(text: str) -> Any:
-    """What the function at `pkg.mod:factory` returns. The current folder is importable.
+    """What the function at `pkg.mod:factory` returns. The current folder is importable; what the code prints goes to
+    stderr, for stdout carries results.
 
-    Raises UsageError where the module or the name is not there, GraftaxError (70) where its code fails.
+    Raises UsageError where the module or the name is not there or needs arguments, GraftaxError (70) where its code
+    fails.
     """
     match = _FACTORY.fullmatch(text)
     if match is None:
         raise UsageError(f"{escape(text)} is not of the form pkg.mod:factory")
-    with _current_folder():
+    with _current_folder(), _quiet():
         return _call(_import(match["module"], text), match, text)
 
 
@@ -74,12 +78,41 @@ def _call(target: Any, match: re.Match[str], text: str) -> Any:
         target = getattr(target, part)
     if not callable(target):
         return target
+    missing = _needed(target)
+    if missing:
+        what = f"the class {escape(text)}" if isinstance(target, type) else escape(text)
+        raise UsageError(f"{what} needs arguments ({missing}); a factory is called without any", next=_wrapped(target))
     try:
         return target()
     except GraftaxError:
         raise
     except (Exception, SystemExit) as exc:
-        raise GraftaxError(f"the factory {escape(text)} failed: {_last_words(exc)}") from exc
+        run = f"`python -c 'import {match['module']} as m; m.{match['name']}()'` shows its traceback."
+        raise GraftaxError(f"the factory {escape(text)} failed: {_last_words(exc)}", next=escape(run)) from exc
+
+
+def _needed(target: Any) -> str:
+    """The arguments that a call cannot do without; '' where there are none, or nothing is known of them."""
+    try:
+        parameters = [*inspect.signature(target).parameters.values()]
+        if isinstance(target, type) and "self" in (own := inspect.signature(target.__init__).parameters):
+            parameters = [parameter for name, parameter in own.items() if name != "self"]  # NNX calls through (*args)
+    except (TypeError, ValueError):  # builtins
+        return ""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return ", ".join(escape(p.name) for p in parameters if p.default is p.empty and p.kind not in several)
+
+
+def _wrapped(target: Any) -> str:
+    """A factory around `target`, to be pasted."""
+    name = escape(target.__name__)
+    bases = {f"{cls.__module__}.{cls.__qualname__}" for cls in getattr(target, "__mro__", ())}
+    call = f"{name}(...)"
+    if any(base.startswith("flax.nnx.") for base in bases):
+        call = f"nnx.eval_shape(lambda: {name}(rngs=nnx.Rngs(0)))"
+    elif any(base.startswith("flax.linen.") for base in bases):
+        call = f"gx.linen({name}(...), example_input)"
+    return f"Write a factory around it: def make(): return {call}"
 
 
 def _import(name: str, text: str) -> Any:
@@ -92,6 +125,13 @@ def _import(name: str, text: str) -> Any:
             if isinstance(exc, ModuleNotFoundError)
             else "",
         ) from exc
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the user's code prints goes to stderr."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 @contextmanager
