@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,8 @@ def port_file(
 
     out's ending picks the format (.safetensors .msgpack .npz .pt .pth .bin; none: Orbax for Flax, a sharded folder for
     torch); `format` overrides. plan: a finished plan instead of the options. shard_size: bytes, or text such as "5GB".
+    max_memory: what safetensors (also in shards), msgpack and npz are written within, whatever the size of a tensor;
+    .pt and Orbax are handed all tensors at once.
     Raises what `port` raises, and StorageError.
     """
     if plan is not None:
@@ -192,19 +194,18 @@ def write_plan(
     shard_size: int | str | None = None,
     clobber: bool = True,
     max_memory: int | str = "512MiB",
-    progress: Any = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Receipt:
-    """Run a plan into a file or folder. `progress`: wraps the iterator of (path, array)."""
+    """Run a plan into a file or folder. `advance` is told of the bytes as they are made."""
     from graftax.formats import Output, save
     from graftax.formats.sizes import parse_size
 
     made.require_complete()
     receipt = Receipt()
-    tiles = Stream(made, source, like, receipt, parse_size(max_memory))
-    tensors = tiles.arrays()
+    tiles = Stream(made, source, like, receipt, parse_size(max_memory), advance)
     output = Output(
         made.like.specs,
-        progress(tensors, made) if progress else tensors,
+        tiles.arrays(),
         made.like.side,
         made.like.real_keys,
         made.like.containers,

@@ -99,6 +99,7 @@ def port_command(
     plan: str | None = None,
     out: Out,
     format: str | None = None,
+    max_memory: str = "512MiB",
     shard_size: str | None = None,
     no_clobber: Annotated[bool, Flag] = False,
     dry_run: Annotated[bool, Flag] = False,
@@ -117,6 +118,9 @@ def port_command(
         sharded folder for torch.
     format
         A format's name, whatever the ending.
+    max_memory
+        What .safetensors (also in shards), .msgpack and .npz are written within, however large a tensor is; .pt and
+        Orbax are handed all tensors at once.
     shard_size
         The size of a shard, such as 5GB; needs a folder.
     no_clobber
@@ -125,7 +129,7 @@ def port_command(
         Plan and check everything, write nothing.
     """
     from graftax.api import write_plan
-    from graftax.report.progress import with_progress
+    from graftax.report.progress import progress_bar
 
     made, opened, like = planned(source, planning, plan)
     no = no_of(made, planning)
@@ -140,16 +144,18 @@ def port_command(
         return Outcome(data, "", no)
     if dry_run:
         return Outcome(data | {"plan": made.as_json()}, "" if json else f"{made}\n{escape(out)}: not written (dry run)")
-    receipt = write_plan(
-        made,
-        opened,
-        like,
-        out,
-        format=format,
-        shard_size=shard_size,
-        clobber=not no_clobber,
-        progress=with_progress,
-    )
+    with progress_bar(made) as advance:
+        receipt = write_plan(
+            made,
+            opened,
+            like,
+            out,
+            format=format,
+            shard_size=shard_size,
+            clobber=not no_clobber,
+            max_memory=max_memory,
+            advance=advance,
+        )
     data |= {"written": True, "receipt": receipt.as_json()}
     lines = [_written(out, receipt.leaves, receipt.nbytes), receipt.text]
     lines += [f"dropped: {line}" for line in _by_reason(receipt.dropped)]

@@ -38,17 +38,24 @@ class Stream:
     """The targets of a plan, each as tiles on demand, in any order. `receipt` is filled as they are made.
 
     budget   bytes of memory to work in; None: a tensor at a time
+    advance  is told of the bytes of targets as they are handed out
     Raises PlanError where the plan is incomplete, `source` is not what was planned for, an op's condition fails, or an
     entry needs more memory than the budget.
     """
 
     def __init__(
-        self, plan: Plan, source: Checkpoint, like: Checkpoint | None, receipt: Receipt, budget: int | None
+        self,
+        plan: Plan,
+        source: Checkpoint,
+        like: Checkpoint | None,
+        receipt: Receipt,
+        budget: int | None,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> None:
         plan.require_complete()
         check_source(plan, source)
         self._plan, self._source, self._like, self._receipt = plan, source, like, receipt
-        self._budget = budget
+        self._budget, self._advance = budget, advance
         self._tile = max(_LEAST, budget // _TILE_SHARE) if budget is not None else 1 << 62
         self._room = allocate(_LEAST)
         self._scratch = allocate(max(_LEAST, budget // _SCRATCH_SHARE) if budget is not None else _SCRATCH)
@@ -71,10 +78,12 @@ class Stream:
             boxes = self._boxes(entry, index, spec, contiguous)
             if boxes is None:
                 yield Tile(0, storage_bytes(self._made(entry)[target], spec).reshape(1, -1), 0)
+                self._advance(spec.nbytes)
                 return
             for box, pieces in boxes:
                 count = math.prod(stop - start for start, stop in box)
                 yield _tile(self._filled(entry, pieces, count, spec, self._buffer), box, spec)
+                self._advance(count * spec.bits // 8)
         except PlanError as error:
             raise _named(entry, error) from error
 
@@ -82,6 +91,7 @@ class Stream:
         """(target, array) of every leaf in like's order, each in aligned memory of its own that may be given away."""
         for name in self._plan.like.specs:
             yield name, self.array(name)
+            self._advance(self._plan.like.specs[name].nbytes)
             self.done(name)
 
     def array(self, target: str) -> Array:
@@ -152,6 +162,8 @@ class Stream:
         self, entry: Entry, index: int, spec: TensorSpec, contiguous: bool
     ) -> Iterator[tuple[Box, list[Piece]]] | None:
         """The boxes of a target that fit a tile, each with its pieces; None where it cannot be cut."""
+        if not spec.size:
+            return iter(())
         if self._whole_only(entry, spec):
             return None
         ops, specs = entry.ops, tuple(self._plan.source.specs[name] for name in entry.sources)
@@ -160,8 +172,8 @@ class Stream:
             ranges = [
                 [(i, min(i + step, n)) for i in range(0, n, step)] for n, step in zip(spec.shape, steps, strict=True)
             ]
-            boxes = [list(box) for box in product(*ranges)] if spec.size else []
-            first = push(ops, specs, index, boxes[0]) if boxes else []  # what is not local shows at the first
+            boxes = [list(box) for box in product(*ranges)]
+            first = push(ops, specs, index, boxes[0])  # what is not local shows at the first
         except NotLocal:
             return None
         return ((box, push(ops, specs, index, box) if i else first) for i, box in enumerate(boxes))

@@ -22,7 +22,7 @@ from graftax.formats.files import storage_error, write_at
 from graftax.formats.limits import check_limit
 from graftax.formats.msgpack_walk import CHUNKED, FIXED_EXT, NDARRAY, Array, Text, itemsize, mark, parse
 from graftax.formats.source import Source, open_source
-from graftax.formats.writing import refuse, tensor_bytes
+from graftax.formats.writing import byte_runs, refuse
 from graftax.tree import Checkpoint, Key, TensorSpec, join_path, nest
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
 
 def write(path: Path, output: Output) -> None:
     """The bytes that flax.serialization.msgpack_serialize(tree, in_place=True) gives for the nested tree, in the order
-    of `output.specs`; lists and tuples are msgpack arrays. One tensor is in memory at a time, and the order in which
-    they come does not matter.
+    of `output.specs`; lists and tuples are msgpack arrays. One tensor at most is in memory at a time, and the order in
+    which they come does not matter.
 
     Raises PlanError for keys that msgpack has no place for.
     """
@@ -159,12 +159,15 @@ def write(path: Path, output: Output) -> None:
             fd = file.fileno()
             for start, piece in pieces:
                 write_at(fd, start, memoryview(piece))
-            for name, spec, data in tensor_bytes(output):
-                if spec.packed:
+            for name, spec, begin, data in byte_runs(output):
+                if spec.packed:  # comes whole
                     data = unpack(data, spec).reshape(-1).view("uint8")
                 done = 0
                 for start, size in places[name]:
-                    write_at(fd, start, memoryview(data[done : done + size]))  # pyright: ignore[reportArgumentType]
+                    low, high = max(begin, done), min(begin + data.size, done + size)
+                    if low < high:
+                        view = memoryview(data[low - begin : high - begin])  # pyright: ignore[reportArgumentType]
+                        write_at(fd, start + low - done, view)
                     done += size
     except OSError as error:
         raise storage_error(error, path) from error

@@ -22,7 +22,7 @@ from graftax.formats.base import Output
 from graftax.formats.files import storage_error, write_at
 from graftax.formats.limits import element_count
 from graftax.formats.source import Source, open_source
-from graftax.formats.writing import refuse, tensor_bytes
+from graftax.formats.writing import byte_runs, refuse
 from graftax.tree import Checkpoint, TensorSpec, detect_side
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _read(source: Source, entry: _Entry) -> np.ndarray[Any, Any]:
 
 def write(path: Path, output: Output) -> None:
     """An archive that numpy.load reads: stored, not compressed, members in the order of `output.specs`, no times of the
-    day, the data of each array at a multiple of 64 bytes. One tensor is in memory at a time.
+    day, the data of each array at a multiple of 64 bytes. One tensor at most is in memory at a time.
 
     Raises PlanError for dtypes that are not NumPy's own.
     """
@@ -209,12 +209,13 @@ def write(path: Path, output: Output) -> None:
     try:
         with builtins.open(path, "wb") as file:
             fd = file.fileno()
-            for name, _, data in tensor_bytes(output):
+            for name, spec, start, data in byte_runs(output):
                 member, view = f"{name}.npy", memoryview(cast("Any", data))
-                place = members[member]
-                crcs[member] = zlib.crc32(view, zlib.crc32(heads[name]))
-                write_at(fd, place.start, memoryview(zips.member_header(member, place, crcs[member]) + heads[name]))
-                write_at(fd, place.data + len(heads[name]), view)
+                place, head = members[member], heads[name]
+                crcs[member] = zlib.crc32(view, crcs[member] if start else zlib.crc32(head))
+                write_at(fd, place.data + len(head) + start, view)
+                if start + len(view) == spec.nbytes:
+                    write_at(fd, place.start, memoryview(zips.member_header(member, place, crcs[member]) + head))
             write_at(fd, end, memoryview(zips.directory(members, crcs, end)))
     except OSError as error:
         raise storage_error(error, path) from error

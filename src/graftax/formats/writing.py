@@ -46,3 +46,26 @@ def tensor_bytes(output: Output) -> Iterator[tuple[str, TensorSpec, np.ndarray[A
         del array, data  # before the next is made
     if due:
         raise PlanError(f"{len(due)} tensors never came", [Failure("no values", key=path) for path in due])
+
+
+def byte_runs(output: Output) -> Iterator[tuple[str, TensorSpec, int, np.ndarray[Any, Any]]]:
+    """(path, spec, start, bytes from `start` of the tensor on), every tensor from its front to its end before the next.
+    Where tensors are made on demand they come in the order of `output.specs`, a tile at a time; `bytes` is good until
+    the next one is asked for."""
+    if output.tiles is None:
+        for path, spec, data in tensor_bytes(output):
+            yield path, spec, 0, data
+        return
+    for path, spec in output.specs.items():
+        for tile in output.tiles.tiles(path, contiguous=True):
+            yield path, spec, tile.start, tile.data[0]
+        if not spec.nbytes:
+            yield path, spec, 0, storage_of_nothing()
+        output.tiles.done(path)
+
+
+def storage_of_nothing() -> np.ndarray[Any, Any]:
+    """The bytes of an empty tensor."""
+    import numpy as np
+
+    return np.empty(0, np.uint8)

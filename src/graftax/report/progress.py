@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from graftax.plans import Plan
 
 
-def with_progress(tensors: Iterator[tuple[str, Any]], plan: Plan) -> Iterator[tuple[str, Any]]:
-    """The same tensors; a bar counts their bytes."""
+@contextmanager
+def progress_bar(plan: Plan) -> Iterator[Callable[[int], None]]:
+    """What to call with the bytes that were written; a bar shows their sum, the rate and what time is left."""
     if not sys.stderr.isatty():
-        yield from tensors
+        yield lambda count: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -21,6 +22,4 @@ def with_progress(tensors: Iterator[tuple[str, Any]], plan: Plan) -> Iterator[tu
     columns = (TextColumn("porting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("porting", total=total)
-        for name, array in tensors:
-            yield name, array
-            progress.advance(task, array.nbytes)
+        yield lambda count: progress.advance(task, count)
