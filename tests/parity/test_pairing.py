@@ -230,3 +230,51 @@ def test_a_wrapper_with_the_same_leaves_pairs_inside_and_outside():
     found = pairs_of(Model(), gx.linen(Flax(), jnp.ones((2, 6))))
     assert names(found) == [("", "", False), ("body", "body", False), ("body.0", "body/inner", True),
                             ("head", "head", True)]  # fmt: skip
+
+
+class TorchHead(nn.Module):
+    """A head whose decoder shares the embedding's weight and the head's own bias."""
+
+    def __init__(self, embed: nn.Embedding) -> None:
+        super().__init__()
+        self.mid = nn.Linear(6, 6)
+        self.decoder = nn.Linear(6, 11)
+        self.decoder.weight = embed.weight
+
+
+class TiedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.head = TorchHead(self.embed)
+
+
+class FlaxHead(fn.Module):
+    @fn.compact
+    def __call__(self, x, table):
+        return fn.Dense(6, name="mid")(x) @ table.T + self.param("bias", fn.initializers.zeros, (11,))
+
+
+class FlaxTiedHead(fn.Module):
+    @fn.compact
+    def __call__(self, ids):
+        embed = fn.Embed(11, 6, name="embed")
+        return FlaxHead(name="head")(embed(ids), embed.embedding)
+
+
+def test_a_container_with_a_tied_weight_is_paired_without_it():
+    rule = 'rules = [{ torch = "head.decoder.bias", flax = "head/bias" }]'
+    found = pairs_of(TiedHead(), gx.linen(FlaxTiedHead(), jnp.ones((2, 4), jnp.int32)), rules=rule)
+    assert {("embed", "embed"), ("head", "head"), ("head.mid", "head/mid")} < {(p.torch, p.flax) for p in found}
+
+
+def test_lists_of_modules_are_no_layers():
+    found = pairs_of(TorchStack(), gx.linen(FlaxStackOfBlocks(), jnp.ones((2, 6))))
+    assert "blocks" not in {pair.torch for pair in found}
+    assert ("blocks.1.norm", "blocks/block_1/norm") in {(pair.torch, pair.flax) for pair in found}
+
+
+class FlaxStackOfBlocks(fn.Module):
+    @fn.compact
+    def __call__(self, x):
+        return FlaxStack(name="blocks")(x)

@@ -17,6 +17,10 @@ from graftax.tree import Module
 
 OPAQUE = frozenset({"torch.nn.modules.activation.MultiheadAttention", "torch.nn.modules.rnn.RNNBase"})
 """torch modules whose children are used and not called: they are layers, whatever they hold."""
+NEVER_CALLED = frozenset(
+    f"torch.nn.modules.container.{name}" for name in ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
+)
+"""torch modules that only hold others."""
 RECURRENT = frozenset({"torch.nn.modules.rnn.RNNBase"})
 WRAPPERS: Mapping[str, int] = {
     "flax.linen.recurrent.RNN": 1,
@@ -76,22 +80,21 @@ def find_pairs(
     rows = [entry for entry in entries if entry.sources and entry.targets]
     settled = {name for entry in entries for name in (*entry.sources, *entry.targets)}
     torch_aliases, flax_aliases = torch_aliases or {}, flax_aliases or {}
-    theirs = _torch_side(rows, _settled(torch, settled, torch_aliases), torch_aliases)
+    callable_ = {path: module for path, module in torch.items() if not NEVER_CALLED & set(module.bases)}
+    theirs = _torch_side(rows, _settled(callable_, settled, torch_aliases), torch_aliases)
     ours = _flax_side(rows, _settled(flax, settled, flax_aliases), flax_aliases)
     found: dict[tuple[str, str], Pair] = {}
-    for atoms, paths in theirs.groups.items():
-        there, steps = ours.groups.get(atoms), 1
-        if there is None:  # one step of a stack
-            whole = frozenset((entry, -1) for entry, _ in atoms)
-            there = ours.groups.get(whole) if len({step for _, step in atoms} - {-1}) == 1 else None
-            steps = max(_stacked(rows[entry]) for entry, _ in atoms)
-        if there is None:
-            continue
-        step = max(0, *(step for _, step in atoms))
-        used = tuple(rows[entry] for entry in sorted({entry for entry, _ in atoms}))
-        for one, other in _joined(paths, there, torch, flax):
-            kinds = (torch[one].kind, flax[other].kind)
-            found[one, other] = Pair(one, other, used, True, step, steps, kinds)
+    _add_pairs(found, theirs, ours, rows, torch, flax)
+    # What is left may hold a weight that is tied to one of another module, where Flax holds none for it.
+    paths = {one for one, _ in found}, {other for _, other in found}
+    left = _torch_side(
+        rows,
+        {path: module for path, module in _settled(callable_, settled, torch_aliases).items() if path not in paths[0]},
+        torch_aliases,
+        own=True,
+    )
+    rest = _Side({atoms: [p for p in group if p not in paths[1]] for atoms, group in ours.groups.items()})
+    _add_pairs(found, left, rest, rows, torch, flax)
     if "" in torch and "" in flax:
         found["", ""] = Pair("", "", tuple(rows), True, 0, 1, (torch[""].kind, flax[""].kind))
     order = {path: i for i, path in enumerate(torch)}
@@ -99,6 +102,32 @@ def find_pairs(
     holders = [path for path, module in torch.items() if OPAQUE & set(module.bases)]
     ranked = [pair for pair in ranked if not any(_below(pair.torch, path) for path in holders)]
     return tuple(_with_leaf(ranked))
+
+
+def _add_pairs(
+    found: dict[tuple[str, str], Pair],
+    theirs: _Side,
+    ours: _Side,
+    rows: Sequence[Entry],
+    torch: Mapping[str, Module],
+    flax: Mapping[str, Module],
+) -> None:
+    """Add the pairs of modules with the same entries."""
+    for atoms, paths in theirs.groups.items():
+        there, steps = ours.groups.get(atoms), 1
+        if there is None:  # one step of a stack
+            whole = frozenset((entry, -1) for entry, _ in atoms)
+            there = ours.groups.get(whole) if len({step for _, step in atoms} - {-1}) == 1 else None
+            steps = max(_stacked(rows[entry]) for entry, _ in atoms)
+        if not there:
+            continue
+        step = max(0, *(step for _, step in atoms))
+        used = tuple(rows[entry] for entry in sorted({entry for entry, _ in atoms}))
+        for one, other in _joined(paths, there, torch, flax):
+            if not (one and other):  # the models themselves are a pair of their own
+                continue
+            kinds = (torch[one].kind, flax[other].kind)
+            found[one, other] = Pair(one, other, used, True, step, steps, kinds)
 
 
 def _settled(modules: Mapping[str, Module], names: set[str], aliases: Mapping[str, str]) -> dict[str, Module]:
@@ -111,7 +140,10 @@ def _settled(modules: Mapping[str, Module], names: set[str], aliases: Mapping[st
     }
 
 
-def _torch_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str]) -> _Side:
+def _torch_side(
+    rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str], own: bool = False
+) -> _Side:
+    """own: without the weights that are tied to those of a module outside."""
     where: dict[str, tuple[int, int]] = {}
     sizes: dict[tuple[int, int], int] = defaultdict(int)
     for i, entry in enumerate(rows):
@@ -124,9 +156,13 @@ def _torch_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: M
     side = _Side()
     for path, module in modules.items():
         names = {aliases.get(name, name) if name not in where else name for name in module.leaves.values()}
+        if own:
+            names &= set(module.leaves.values())
         held: dict[tuple[int, int], int] = defaultdict(int)
         for name in names & where.keys():
             held[where[name]] += 1
+        if own:
+            held = {atom: count for atom, count in held.items() if sizes[atom] == count or atom[0] not in tied}
         if held and all(sizes[atom] == count or atom[0] in tied for atom, count in held.items()):
             side.groups[_folded(frozenset(held), rows)].append(path)
     return side
