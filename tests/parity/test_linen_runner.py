@@ -85,15 +85,17 @@ class Inner(nn.Module):
 
 
 def variables_of(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    made = module.init(jax.random.key(1), *args, **kwargs)
-    leaves, tree = jax.tree.flatten(made)
-    noise = [leaf + 0.1 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
-    pairs = zip(paths(made), noise, strict=True)
-    return tree.unflatten([abs(leaf) + 0.1 if "var" in str(path) else leaf for path, leaf in pairs])
+    """Variables of other values in every leaf; nothing of jax is compiled for it."""
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
+    rng = np.random.default_rng(0)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(value_of(rng, "var" in str(path[-1]), leaf)), shapes
+    )
 
 
-def paths(tree: Any) -> list[Any]:
-    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+def value_of(rng: np.random.Generator, positive: bool, leaf: Any) -> Any:
+    array = rng.normal(size=leaf.shape).astype(np.float32) * 0.5
+    return abs(array) + 0.2 if positive else array
 
 
 def runner_of(module: nn.Module, *args: Any, compiled: bool | None = None, **kwargs: Any) -> LinenRunner:
@@ -102,7 +104,7 @@ def runner_of(module: nn.Module, *args: Any, compiled: bool | None = None, **kwa
 
 def plain(runner: LinenRunner, *args: Any, **kwargs: Any) -> Any:
     with jax.default_matmul_precision("highest"):
-        return runner.module.apply(runner.variables, *args, **kwargs)
+        return jax.jit(lambda: runner.module.apply(runner.variables, *args, **kwargs))()
 
 
 # ---------------------------------------------------------------- what is seen
