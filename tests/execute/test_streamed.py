@@ -95,7 +95,10 @@ def test_files_are_the_same_whatever_the_budget(source: Path, tmp_path: Path, en
 def test_npz_is_written_in_tiles(tmp_path: Path) -> None:
     array = np.arange(900 * 1100, dtype=np.float32).reshape(900, 1100)
     save_file({"fc.weight": array, "e.weight": np.zeros((0, 4), np.float32)}, tmp_path / "s.safetensors")
-    rules = 'rules = [{ torch = "fc.weight", flax = "fc/kernel", layout = "linear" }, { torch = "e.weight", flax = "e/x", layout = "identity" }]'
+    rules = [
+        {"torch": "fc.weight", "flax": "fc/kernel", "layout": "linear"},
+        {"torch": "e.weight", "flax": "e/x", "layout": "identity"},
+    ]
     gx.port_file(tmp_path / "s.safetensors", None, tmp_path / "o.npz", rules=rules, to="flax", max_memory="1MiB")
     with np.load(tmp_path / "o.npz") as made:
         assert np.array_equal(made["fc/kernel"], array.T)
