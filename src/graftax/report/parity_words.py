@@ -126,6 +126,11 @@ def headline(report: ParityReport) -> str:
     return f"Parity fails: {torch} (torch) and {flax} (Flax) {_why(report)}."
 
 
+def _misfit(row: OutputRow) -> bool:
+    """An output that could not be compared: another shape, or missing on one side."""
+    return bool(row.text) and not row.ok and not row.metrics and not math.isfinite(row.error)
+
+
 def one_line(report: ParityReport) -> str:
     """The answer in a few words: 'parity fails at embeddings/LayerNorm (epsilon)'."""
     if report.ok:
@@ -140,7 +145,7 @@ def one_line(report: ParityReport) -> str:
 def _why(report: ParityReport) -> str:
     if report.first is not None:
         return "diverge"
-    if any(row.text and not row.ok for row in report.outputs):
+    if any(map(_misfit, report.outputs)):
         return "do not give the same outputs"
     if any(not row.ok for row in report.outputs):
         return "differ in their outputs"
@@ -156,7 +161,9 @@ def summary(report: ParityReport) -> str:
     outside = sum(not row.ok for row in report.outputs)
     parts: list[str] = []
     if compared:
-        parts.append(f"{bad} of {count(len(compared), 'layer call')} diverge" if bad else _within(compared))
+        parts.append(
+            f"{bad} of {count(len(compared), 'layer call')} diverge{'s' * (bad == 1)}" if bad else _within(compared)
+        )
     if report.outputs:
         parts.append(_of_outputs(outside, len(report.outputs)))
     if report.weights:
@@ -168,7 +175,7 @@ def summary(report: ParityReport) -> str:
 def _of_outputs(outside: int, number: int) -> str:
     if number == 1:
         return "the output differs" if outside else "the output agrees"
-    return f"{outside} of {number} outputs differ" if outside else f"{number} outputs agree"
+    return f"{outside} of {number} outputs differ{'s' * (outside == 1)}" if outside else f"{number} outputs agree"
 
 
 def _within(compared: Sequence[LayerRow]) -> str:
@@ -215,7 +222,7 @@ def cause_detail(cause: Cause) -> str:
 
 def no_layer_text(report: ParityReport) -> str:
     """What a failing report without a diverging layer says."""
-    if any(row.text and not row.ok for row in report.outputs):
+    if any(map(_misfit, report.outputs)):
         return "An output has no counterpart of its shape: gx.Inputs(torch_call=, flax_call=) picks what is compared."
     if any(not row.ok for row in report.outputs):
         if not report.layers:
