@@ -73,7 +73,7 @@ class Tagger(nnx.Module):
         self.head = nnx.Linear(4, 2, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
-        return self.head(self.rnn(x))
+        return self.head(self.rnn(x))  # pyright: ignore
 
 
 class Jitted(nnx.Module):
