@@ -47,11 +47,11 @@ def test_a_catalogue_is_made_by_its_seed() -> None:
 
 
 def sample() -> list[Fault]:
-    """One fault of each kind, of a model that was developed on, where one has the kind: models and APIs in turn."""
+    """One fault of every second kind, of a model that was developed on, where one has the kind: APIs in turn."""
     picked: dict[str, Fault] = {}
     used: Counter[tuple[str, str]] = Counter()
     pool = catalogue(0)
-    for kind in kinds(pool):
+    for kind in list(kinds(pool))[::2]:
         mine = [f for f in pool if f.kind == kind]
         mine = [f for f in mine if (f.model, f.api) not in HELD_OUT] or mine
         picked[kind] = min(mine, key=lambda f: (used[f.model, f.api], str(f)))
@@ -66,7 +66,7 @@ def test_a_fault_is_found_where_it_is(fault: Fault) -> None:
     assert not verdict.wrong_cause, str(verdict)
 
 
-@pytest.mark.parametrize("which", [(name, api, 0) for name in KINDS for api in ("linen", "nnx")], ids=str)
+@pytest.mark.parametrize("which", [(name, ("linen", "nnx")[i % 2], 0) for i, name in enumerate(KINDS)], ids=str)
 def test_a_correct_port_raises_no_alarm(which: tuple[str, str, int]) -> None:
     assert check_correct(which, seed=0) is None
 

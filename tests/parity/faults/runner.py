@@ -16,6 +16,8 @@ from .base import Fault
 from .catalogue import HELD_OUT
 
 UNKNOWN = "unknown"
+NO_MORE = "weights differ"
+"""Said where weights were changed and no transform explains how: true, and no more than the audit says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,8 @@ def read(fault: Fault, report: Any, blank: Verdict) -> Verdict:
             right_cause=named in fault.names,
         )
     named = report.causes[0].name if report.causes else UNKNOWN
+    if named == NO_MORE and fault.edit is not None and fault.kind != NO_MORE:
+        named = UNKNOWN
     path = "(none)" if report.first is None else report.first.site_flax.path
     if report.first is None and not report.ok:
         path = "(output)"

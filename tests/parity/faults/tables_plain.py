@@ -172,12 +172,15 @@ def tagger(api: str) -> Making:
         suffix = "l0_reverse" if place else "l0"
         for text in ("ih only", "hh only", "ih twice", "forget"):
             m.edited("lstm bias", f"{text} {cell}", layers, gate_bias(prefix, text, suffix))
-        if place == 0:
+        if api == "linen" and place == 0:  # NNX holds the four gates in one kernel
             for gate in "io":
-                m.edited(
-                    "kernel not transposed", f"{cell} {gate}", layers, cell_kernel(prefix, gate, base.untransposed)
-                )
-                m.edited("bfloat16 weights", f"{cell} {gate}", layers, cell_kernel(prefix, gate, base.rounded))
+                change = cell_kernel(prefix, gate, base.untransposed)
+                m.edited("kernel not transposed", f"{cell} {gate}", layers, change)
+        for leaf in ("hi/kernel", "ho/kernel") if api == "linen" else ("dense_i/kernel", "dense_h/kernel"):
+            m.edited("bfloat16 weights", f"{cell}/{leaf}", layers, base.at(prefix + leaf, base.rounded))
+            if api == "nnx":
+                change = base.at(prefix + leaf, base.reshaped)
+                m.edited("reshape before transpose", f"{cell}/{leaf}", layers, change)
     first, second = (m.path("cell", name) for name in DIRECTIONS[api])  # pyright: ignore[reportArgumentType]
     m.swap(first, second, [*lstm_layers(api, first), *lstm_layers(api, second)])
     m.kernel("kernel not transposed", "dense", base.untransposed)
