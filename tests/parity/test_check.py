@@ -529,6 +529,18 @@ def test_a_large_model_is_judged_block_by_block(api: str, model: Model, monkeypa
     assert gx.check_parity(empty, abstract(), IDS, other, source=model.state_dict(), causes=False).weights
 
 
+def test_torch_weights_without_a_place_are_noted(model: Model):
+    class Wider(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.Linear(3, 5)
+
+    wider = Wider().eval()
+    report = gx.check_parity(wider, linen(), IDS, layers=False)
+    assert report
+    assert report.notes[0] == "2 torch tensor(s) have no place in Flax and are left out: extra.weight, extra.bias"
+
+
 def test_a_search_that_fails_costs_the_cause_and_not_the_report(model: Model, monkeypatch: Any):
     def fail(suspect: Any) -> Any:
         raise RuntimeError("lost")

@@ -208,10 +208,16 @@ def _planned(
     made = plan if plan is not None else make_plan(torch, flax, rules=rules, unused="drop", dtype="like")
     if needed:
         made.require_complete()
+    unused = [name for entry in made.entries if "unused" in (entry.dropped or "") for name in entry.sources]
+    notes: tuple[str, ...] = ()
+    if unused:
+        text = ", ".join(escape(name) for name in unused[:4]) + (" ..." if len(unused) > 4 else "")
+        notes = (f"{len(unused)} torch tensor(s) have no place in Flax and are left out: {text}",)
     if made.complete:
-        return made, ()
+        return made, notes
     count = len(made.questions) + len(made.failures)
     return made, (
+        *notes,
         f"the plan leaves {count} thing(s) open, whose layers are not traced and whose weights are not audited: "
         f"{str((*made.questions, *made.failures)[0]).splitlines()[0]}",
     )
