@@ -140,11 +140,10 @@ def test_a_fused_projection():
 PLAIN_CUT = Form(H, H)
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
-def test_what_is_no_attention_is_unknown(size: float):
+def test_what_is_no_attention_is_unknown():
     it = scene()
     want = made(it, PLAIN, None)
-    have = (want * (1 + size * draw(*want.shape, key=8))).astype(np.float32)
+    have = (want * (1 + 1e-2 * draw(*want.shape, key=8))).astype(np.float32)
     sources = [Source("v", it.value), Source("k", it.key), Source("q", it.query)]
     assert explain(want, have, sources, Known(), {}, Bar(relative(have, want), BAR), Budget(60)) == []
     near = made(it, replace(PLAIN, power=0.0), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -203,7 +204,8 @@ def test_positions_that_arrive():
 def test_a_table_that_belongs_to_no_layer():
     table = np.random.default_rng(4).normal(size=(5, 12)).astype(np.float32)
     flax = Fake("Dense", {})
-    plan = type("Plan", (), {"entries": (Entry(("pos",), ("params/pos",)),)})()
+    entries = (Entry(("pos",), ("params/pos",)),)
+    plan = SimpleNamespace(entries=entries, like=SimpleNamespace(specs={}))
     zeros = np.zeros_like(table)
     it = suspect(
         "in", flax, X + table, X, LINEAR, flax_weights={"params/pos": zeros}, expected={"params/pos": table}

@@ -10,7 +10,17 @@ import numpy as np
 from graftax.errors import GraftaxError
 from graftax.layers.connect import known_kind
 from graftax.parity.causes import between
-from graftax.parity.causes.gathering import known, leaf, module_leaves, nearer, sources, step_of, unrounded
+from graftax.parity.causes.gathering import (
+    Some,
+    known,
+    leaf,
+    module_leaves,
+    nearer,
+    sources,
+    step_of,
+    tables,
+    unrounded,
+)
 from graftax.parity.causes.norms import norm_difference
 from graftax.parity.causes.numbers import Array, Bar, Budget, arrays, in_bfloat16, is_number, relative
 from graftax.parity.causes.recipes import Difference
@@ -22,6 +32,8 @@ from graftax.parity.suspect import Suspect
 from graftax.plans import Entry
 
 SECONDS = 20.0
+_CANNOT = (GraftaxError, ArithmeticError, LookupError, ValueError, MemoryError, np.linalg.LinAlgError)
+"""Arrays that a fit cannot take, a plan that has no values: that fit says nothing, and the report still comes."""
 _SHOWN = 3  # causes that a report lists
 _NO_NORM = ("Dense", "Linear", "Conv", "Embed", "Einsum")  # kinds that no norm is written as
 
@@ -34,7 +46,10 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
     suspect = unrounded(suspect)
     steps = (_weights, _settings, _formulas) if suspect.where == "out" else (_bare_weights, _between)
     for step in steps:
-        found = tuple(_ranked(step(suspect, budget)))
+        try:
+            found = tuple(_ranked(step(suspect, budget)))
+        except _CANNOT:
+            found = ()
         if found:
             return found[:_SHOWN]
         if not budget.left():
@@ -89,13 +104,10 @@ def nest_error(have: Any, want: Any) -> float:
 
 
 def _wrong_leaves(suspect: Suspect, paths: Iterable[str]) -> list[str]:
-    return [
-        path
-        for path in dict.fromkeys(paths)
-        if path in suspect.flax_weights
-        and path in suspect.expected
-        and not same(np.asarray(suspect.flax_weights[path]), np.asarray(suspect.expected[path]))
-    ]
+    known_paths = [path for path in dict.fromkeys(paths) if path in suspect.flax_weights and path in suspect.expected]
+    expected = Some(known_paths, suspect.expected)
+    made = [path for path in known_paths if np.size(expected[path])]
+    return [path for path in made if not same(np.asarray(suspect.flax_weights[path]), expected[path])]
 
 
 def _weights(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
@@ -214,7 +226,7 @@ def _bare_weights(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
     should be."""
     rows = [suspect.row, *(row for row, _ in suspect.before), *suspect.more]
     owned = {path for row in rows if row.pair.leaf for entry in row.pair.entries for path in entry.targets}
-    wrong = [path for path in _wrong_leaves(suspect, suspect.expected) if path not in owned]
+    wrong = _wrong_leaves(suspect, (path for path in suspect.expected if path not in owned))
     if not wrong or suspect.plan is None:
         return
     bar = _bar(suspect)
@@ -225,7 +237,7 @@ def _bare_weights(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
 def _between(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
     """What arrives, against what should."""
     bar = _bar(suspect)
-    shared, tables = known(suspect), _tables(suspect)
+    shared, added = known(suspect), tables(suspect)
     found_sources = sources(suspect)
     for want, have in _arriving(suspect):
         if is_number(want) and relative(have, want) <= bar.bar:
@@ -234,7 +246,7 @@ def _between(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
         if want.dtype.kind in "iub" or have.dtype.kind in "iub":
             found = between.integers(want, have)
         else:
-            found = between.explain(want, have, found_sources, shared, tables, bar, budget)
+            found = between.explain(want, have, found_sources, shared, added, bar, budget)
         if found:
             yield from _causes(suspect, found, bar)
             return
@@ -249,12 +261,3 @@ def _arriving(suspect: Suspect) -> Iterator[tuple[Array, Array]]:
     for a, b in zip(want, have, strict=False):
         if a.shape == b.shape and not same(a, b):
             yield a, b
-
-
-def _tables(suspect: Suspect) -> Mapping[str, Array]:
-    """Leaves that may be added to activations: two axes and more, no kernel."""
-    return {
-        path: np.asarray(value)
-        for path, value in suspect.expected.items()
-        if np.ndim(value) in (2, 3, 4) and path.rpartition("/")[2] != "kernel"
-    }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 
+from graftax.errors import GraftaxError
 from graftax.parity.causes.numbers import Array, arrays, is_number, relative
 from graftax.parity.causes.recipes import Source
 from graftax.parity.causes.reorder import Known
@@ -19,6 +20,7 @@ from graftax.plans import Entry
 
 _SOURCES = 28
 _TABLES = ("Embedding", "Embed")
+_TABLE = 1 << 24  # values of a table that may hold positions
 
 
 def sources(suspect: Suspect) -> list[Source]:
@@ -122,8 +124,8 @@ def leaf(suspect: Suspect, path: str, entry: Entry | None, shared: Known) -> Lea
     """A Flax leaf with everything that its diagnosis needs."""
     have, want = np.asarray(suspect.flax_weights[path]), np.asarray(suspect.expected[path])
     torch = {} if entry is None else {name: suspect.torch_weights.get(name) for name in entry.sources}
-    alike = {other: np.asarray(value) for other, value in suspect.expected.items() if np.shape(value) == have.shape}
-    theirs = {other: np.asarray(suspect.flax_weights[other]) for other in alike if other in suspect.flax_weights}
+    alike = [other for other in suspect.expected if _shape(suspect, other) == have.shape]
+    alike = [other for other in alike if other in suspect.flax_weights]
     initial = None if suspect.initial is None else suspect.initial.get(path)
     stacked = next((axis for axis, size in enumerate(have.shape) if size == suspect.pair.steps), None)
     return Leaf(
@@ -131,12 +133,49 @@ def leaf(suspect: Suspect, path: str, entry: Entry | None, shared: Known) -> Lea
         have,
         want,
         {name: np.asarray(value) for name, value in torch.items() if value is not None},
-        alike,
-        theirs,
+        Some(alike, suspect.expected),
+        Some(alike, suspect.flax_weights),
         None if initial is None else np.asarray(initial),
         shared,
         stacked if suspect.pair.steps > 1 else None,
     )
+
+
+def _shape(suspect: Suspect, path: str) -> tuple[int, ...]:
+    """Of a Flax leaf, without making its values where the plan knows it."""
+    specs = {} if suspect.plan is None else suspect.plan.like.specs
+    return specs[path].shape if path in specs else np.shape(suspect.expected[path])
+
+
+class Some(Mapping[str, Array]):
+    """Some leaves of many, each made when it is asked for; one that cannot be made is empty."""
+
+    def __init__(self, paths: Iterable[str], leaves: Mapping[str, Any]) -> None:
+        self.paths, self.leaves = tuple(paths), leaves
+
+    def __getitem__(self, path: str) -> Array:
+        if path not in self.paths:
+            raise KeyError(path)
+        try:
+            return np.asarray(self.leaves[path])
+        except GraftaxError:
+            return np.empty(0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def tables(suspect: Suspect) -> Mapping[str, Array]:
+    """Leaves that may be added to activations: two axes and more, no kernel, not the size of a vocabulary's."""
+    found = [
+        path
+        for path in suspect.expected
+        if path.rpartition("/")[2] != "kernel" and len(_shape(suspect, path)) in (2, 3, 4)
+    ]
+    return Some((path for path in found if np.prod(_shape(suspect, path)) <= _TABLE), suspect.expected)
 
 
 def step_of(suspect: Suspect, whole: Leaf) -> Leaf | None:

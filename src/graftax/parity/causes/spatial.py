@@ -13,7 +13,7 @@ from graftax.parity.causes.activations import ACTIVATIONS, apply
 from graftax.parity.causes.numbers import Array, Bar, Budget, relative
 from graftax.parity.causes.recipes import Difference, Source
 
-_BATCH, _CHANNELS = 4, 16  # what is looked at of a pooled map
+_BATCH, _CHANNELS = 2, 4  # what is looked at of a pooled map
 _ACTS = ("identity", "relu", "gelu erf", "gelu tanh", "silu", "tanh", "relu6", "leaky relu 0.01", "elu")
 _FULL = 1 << 22  # values of a map that is still taken whole
 
