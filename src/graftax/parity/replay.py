@@ -95,26 +95,26 @@ def check_golden(
     malformed golden file.
     """
     from graftax.adapters import open_tree
-    from graftax.parity import check, passes, sides
+    from graftax.parity import passes, sides, steps
     from graftax.parity.align import declared
     from graftax.parity.audit import Expected, audit
     from graftax.parity.pairing import find_pairs
 
-    clock = check._Clock()
+    clock = steps.Clock()
     kept = golden if isinstance(golden, Golden) else load_golden(golden)
     torch = kept.checkpoint()
     values_of = torch if source is None else open_tree(source)
     call = sides.with_example((kept.flax_args, dict(kept.flax_kwargs)), flax_model)
     like = sides.flax_like(flax_model, call)
-    with check._layout_hint(kept.layout, call):
+    with steps.LayoutHint(kept.layout, call):
         tree = open_tree(like)
     if weights is None and not tree.has_values and not values_of.has_values:
         raise PlanError(
             f"{escape(tree.label)} holds no weights, and neither does a golden file",
             next="Pass the Flax weights (weights=, --weights), or torch's checkpoint (source=, --source).",
         )
-    made, notes = check._planned(torch, tree, rules, plan, needed=weights is None and not tree.has_values)
-    with check._layout_hint(kept.layout, call):
+    made, notes = steps.planned(torch, tree, rules, plan, needed=weights is None and not tree.has_values)
+    with steps.LayoutHint(kept.layout, call):
         flax = sides.flax_side(like, tree, weights, made, values_of, rngs, seed, flax_call)
         clock.lap("prepare")
         pairs = find_pairs(made.entries, torch.modules, tree.modules, torch.aliases, tree.aliases)
@@ -135,24 +135,24 @@ def check_golden(
     expected: Mapping[str, Any] = Expected(made, values_of) if values_of.has_values else {}
     rows = audit(expected, flax.weights) if isinstance(expected, Expected) and not flax.ported else ()
     clock.lap("audit")
-    report = check.assemble(
+    report = steps.assemble(
         judged,
         rows,
-        check._settings(pairs, torch.modules, tree.modules),
+        steps.settings_of(pairs, torch.modules, tree.modules),
         pairs,
         reference,
         threshold,
-        notes=(*notes, *check._notes(flax, tree), *_notes(kept, layers, values_of)),
+        notes=(*notes, *steps.notes_of(flax, tree), *_notes(kept, layers, values_of)),
         torch_modules=torch.modules,
         names=(kept.torch_name, flax.name),
     )
     if causes and not report.ok and report.first is not None:
         absent = NoTorch(reference.modules)
         values = values_of if values_of.has_values else Checkpoint("no weights", "torch", {})
-        sought = check._Search(
+        sought = steps.Search(
             reference, judged, report, (absent, absent, flax.runner), made, values, flax, expected
         )  # fmt: skip
-        report = replace(report, causes=sought.causes())
+        report = steps.with_causes(report, sought.causes)
         clock.lap("causes")
     return replace(report, seconds=clock.seconds(judged.seconds))
 
@@ -189,13 +189,13 @@ class NoTorch:
 def _watched(tree: Checkpoint, flax_model: Any, call: Any, rules: Any, plan: Plan | None) -> list[str]:
     """The torch modules that have a counterpart; all that hold weights where Flax is not there."""
     from graftax.adapters import open_tree
-    from graftax.parity import check, sides
+    from graftax.parity import sides, steps
     from graftax.parity.pairing import find_pairs
 
     if flax_model is None:
         return [path for path, module in tree.modules.items() if module.leaves]
     like = open_tree(sides.flax_like(flax_model, call))
-    made, _ = check._planned(tree, like, rules, plan, needed=False)
+    made, _ = steps.planned(tree, like, rules, plan, needed=False)
     pairs = find_pairs(made.entries, tree.modules, like.modules, tree.aliases, like.aliases)
     return list(dict.fromkeys(pair.torch for pair in pairs))
 
