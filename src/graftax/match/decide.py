@@ -64,15 +64,23 @@ def decide(pairs: list[Pair], root: bool, orders: Orders, forced: list[Pair]) ->
     _couple(board, forced)
     while True:
         fresh = _last(board, root, rivalled, taken) or _clear(board)
-        fresh = fresh or [
-            pair for pair in orders(board.pairs(), taken) if not (pair.astray and pair.why == "order along the block")
-        ]
+        fresh = fresh or [pair for pair in orders(board.pairs(), taken) if not _astray(pair)]
         if not fresh:
             return taken, board
         for pair in fresh:
             board.take(pair)
         taken += fresh
         _couple(board, fresh)
+
+
+def _astray(pair: Pair) -> bool:
+    """An order that is none: along a block that neither name speaks of, or by numbers that count once here and twice
+    there, where one of the names has nothing but its number."""
+    if pair.why == "order along the block":
+        return pair.astray
+    counts = [sum(isinstance(token, int) for token in module.tokens) for module in (pair.torch, pair.flax)]
+    bare = any(all(isinstance(t, int) for t in module.tokens[module.own :]) for module in (pair.torch, pair.flax))
+    return counts[0] != counts[1] and bare
 
 
 def _clear(board: Board) -> list[Pair]:

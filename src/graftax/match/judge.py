@@ -287,6 +287,7 @@ _OUTSIDE = _COUNTED | {"final", "head"}
 _INSIDE = _COUNTED | {"shortcut"}
 _PARTS = frozenset(("expert", "patch", "embed", "deconv", "pool", "proj"))
 _KINDS = frozenset(("conv", "linear", "embed", "patch"))
+_ENDS = {"in", "out", "input", "output"}
 _MATRIX = frozenset(("conv", "linear", "embed"))
 
 
@@ -355,7 +356,7 @@ def _vague(
     if not is_norm and "embed" in (left & own_a) ^ (right & own_b) and pair.links[0].flax.kind == "kernel":
         return True  # a table against a matrix
     if scope.root:
-        tells = {"attn", "mlp"} if is_norm else set[str]() if own_a & own_b else {"in", "out"}
+        tells = {"attn", "mlp"} if is_norm else set[str]() if own_a & own_b else _ENDS
         plain |= lex.some - ((own_a | own_b) & tells)
     if any(lex.weight(word) >= UNKNOWN for word in (left ^ right) - plain):
         return True

@@ -66,7 +66,7 @@ class Lexicon:
 def _words_of(concepts: Iterable[str]) -> frozenset[str]:
     """The words for these concepts, as they are written."""
     wanted = frozenset(concepts)
-    rows = (group for concept, group in table.SYNONYMS.items() if wanted & set(concept.split()))
+    rows = (group for concept, group in table.SYNONYMS.items() if concept and wanted.issuperset(concept.split()))
     return wanted | {word for group in rows for word in group.split()}
 
 
