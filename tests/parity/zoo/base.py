@@ -90,7 +90,7 @@ class Port:
     rules: str | None
 
     def run_torch(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The torch output in float64, on the very inputs that check_parity is given."""
+        """The torch output, computed in this dtype, on the very inputs that check_parity is given."""
         old = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -203,7 +203,8 @@ def port(
     arrays = {path: array.copy() for path, array in arrays.items()}
     if edit is not None:
         arrays = edit(arrays, {key: tensor.numpy() for key, tensor in module.state_dict().items()})
-    weights = checkpoint.rebuild({path: jnp.asarray(arrays[path]) for path in checkpoint})
+    random = {"rngs": 0} if api == "nnx" else {}
+    weights = checkpoint.rebuild({path: jnp.asarray(arrays[path]) for path in checkpoint}, **random)
     if api == "linen":
         return Port(api, module, flax, like, weights, batch, rules)
     return Port(api, module, weights, weights, None, batch, rules)
