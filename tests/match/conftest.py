@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -39,6 +40,13 @@ def _script(name: str) -> ModuleType:
 def mutate() -> ModuleType:
     """scripts/mutate_names.py as a module."""
     return sys.modules.get("mutate_names") or _script("mutate_names")
+
+
+@pytest.fixture(scope="session")
+def bench() -> ModuleType:
+    """scripts/benchmarks/matching.py as a module."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    return importlib.import_module("benchmarks.matching")
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,12 @@ from graftax.tree import Checkpoint
 @dataclass(frozen=True, slots=True)
 class Unmerged:
     """Leaves of which a part (or the end) of the path fits `pattern`; `beside`: only where a leaf with this in place of
-    the last part is there as well."""
+    the last part is there as well; `marks`: texts of which such a path holds one."""
 
     name: str
     pattern: re.Pattern[str]
     next: str
+    marks: tuple[str, ...]
     beside: str = ""
 
 
@@ -33,11 +34,13 @@ SCHEMES = (
         re.compile(r"(?:^|[./])parametrizations[./][^./]+[./]original$"),
         "Make the weights plain before saving (torch.nn.utils.parametrize.remove_parametrizations with "
         "leave_parametrized=True), or write a rule for each leaf.",
+        ("parametrizations",),
     ),
     Unmerged(
         "a pruned weight",
         re.compile(r"(?:^|[./])[^./]+_mask$"),
         "Make the pruning permanent before saving (torch.nn.utils.prune.remove), or write a rule for each leaf.",
+        ("_mask",),
         beside="_orig",
     ),
     Unmerged(
@@ -45,11 +48,13 @@ SCHEMES = (
         re.compile(r"(?:^|[./])(?:lora_(?:embedding_)?[abAB]|lora_(?:down|up)|lora[./](?:down|up)|lora_magnitude_vector)"
                    r"(?:[./]|$)"),
         _ADAPTER,
+        ("lora",),
     ),
     Unmerged(
         "an adapter",
         re.compile(r"(?:^|[./])(?:ia3_l|oft_[rsR]|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|vera_lambda_[bd])(?:[./]|$)"),
         _ADAPTER,
+        ("ia3_", "oft_", "hada_", "lokr_", "vera_"),
     ),
 )  # fmt: skip
 """Names as torch.nn.utils.parametrize, torch.nn.utils.prune, peft and flax.nnx.LoRA write them."""
@@ -62,7 +67,10 @@ def refuse_unmerged(source: Checkpoint, like: Checkpoint, settled: Iterable[str]
     known = set(settled)
     failures: list[Failure] = []
     hints: dict[str, None] = {}
+    text = "\n".join((*source, *like))
     for scheme in SCHEMES:
+        if not any(mark in text for mark in scheme.marks):
+            continue
         ends = [(end, _leaves(end, scheme)) for end in (source, like)]
         if len(ends[0][1]) == len(ends[1][1]):
             continue

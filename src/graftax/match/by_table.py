@@ -27,28 +27,8 @@ _REPARAMETRISED = re.compile(
     r"(?:weight|bias)_(?:g|v|orig|u)|parametrizations[./]weight[./](?:original[01]?|0[./]_[uv])"
 )
 _GATES = frozenset(
-    [
-        "ii",
-        "if",
-        "if_",
-        "ig",
-        "io",
-        "hi",
-        "hf",
-        "hg",
-        "ho",
-        "ir",
-        "iz",
-        "in",
-        "hr",
-        "hz",
-        "hn",
-        "i",
-        "h",
-        "dense_i",
-        "dense_h",
-    ]
-)
+    ("ii", "if", "if_", "ig", "io", "hi", "hf", "hg", "ho", "ir", "iz", "in", "hr", "hz", "hn", "i", "h")
+) | {"dense_i", "dense_h"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,11 +274,14 @@ def _lone_biases(
 ) -> Proposal:
     """Modules whose names are equal word for word, of which one side has a bias and the other has none: the rest is
     settled, and the bias is asked about (missing or unused) without a candidate, for nothing else may fill it."""
+    lone = _with_bias(free_torch, "torch") ^ _with_bias(free_flax, "flax")
+    if not lone:
+        return Proposal()
     mine, theirs = _modules(free_torch, "torch"), _modules(free_flax, "flax")
     found: list[Connection] = []
     questions: list[Question] = []
     for words, (path, roles) in mine.items():
-        other = theirs.get(words)
+        other = theirs.get(words) if words in lone else None
         if other is None or ("bias" in roles) == ("bias" in other[1]):
             continue
         owners = Owner(path, roles, torch.modules.get(path)), Owner(other[0], other[1], flax.modules.get(other[0]))
@@ -320,6 +303,12 @@ def _lone_biases(
     made = _proposal(found, turned)
     held = tuple(Entry(question.sources, question.targets) for question in questions)
     return Proposal(made.entries, tuple(questions), made.assumptions, broken=held)
+
+
+def _with_bias(names: list[str], side: Side) -> set[tuple[str, ...]]:
+    """The words of the modules that have a bias."""
+    paths = [_plain(name) if side == "flax" else name for name in names if name.endswith("bias")]
+    return {tuple(_words(path[:-5], side)) for path in paths if path[:-4].endswith((".", "/"))}
 
 
 def _modules(names: list[str], side: Side) -> dict[tuple[str, ...], tuple[str, dict[str, str]]]:

@@ -17,7 +17,7 @@ def twice_numbered(paths: Iterable[str]) -> set[str]:
     """Paths with a zero before a number (`l.01`) where the number stands beside it without (`l.1`), too: there it is a
     word, for two modules cannot bear one number."""
     paths = list(paths)
-    if not any(_PADDED.search(path) for path in paths):
+    if not _PADDED.search("\n".join(paths)):
         return set()
     seen: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
     padded: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
