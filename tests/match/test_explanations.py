@@ -88,3 +88,30 @@ def test_a_rule(pairing: Callable[..., Any]) -> None:
     assert _evidence(found, "params/b/one/bias")[0] == "beside a leaf that the rules settle"
     assert _open(found, "params/b/two/kernel")
     assert _open(pairing(rows).infer(), "params/b/one/bias")
+
+
+def test_without_the_names_that_decided_an_entry_it_is_open_or_decided_otherwise(mutate: Any) -> None:
+    """Every entry of the made pairs that names decide: its module's own word is blanked in torch's names."""
+    from dataclasses import replace
+
+    from mutations.judging import solve
+
+    seen = 0
+    for case in mutate.load_cases(None):
+        plan = solve(case)
+        assert plan.complete
+        words: dict[str, tuple[str, str]] = {}
+        for entry in plan.entries:
+            if entry.sources and entry.targets and entry.evidence[0].startswith("names: "):
+                words.setdefault(entry.sources[0].split(".")[-2], (entry.targets[0], entry.evidence[0]))
+        for word, (target, why) in words.items():
+            if word.isdigit():
+                continue
+            names = {n: ".".join("zx" if part == word else part for part in n.split(".")) for n in case.torch}
+            if len(set(names.values())) < len(names):
+                continue
+            blank = solve(replace(case, torch={names[n]: array for n, array in case.torch.items()}))
+            now = [entry.evidence[0] for entry in blank.entries if target in entry.targets]
+            assert why not in now, (case.name, word, why)
+            seen += 1
+    assert seen > 12
