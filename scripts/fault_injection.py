@@ -57,8 +57,14 @@ def work_correct(options: argparse.Namespace, group: Group) -> list[Any]:
     from tests.parity.faults.runner import check_correct, correct_ports
 
     mine = [which for which in correct_ports() if which[:2] == group]
-    found = [check_correct(which, seed) for seed in range(options.correct) for which in mine]
-    return [(len(found), [alarm for alarm in found if alarm is not None])]
+    alarms: list[Any] = []
+    for seed in range(options.correct):
+        for which in mine:
+            alarm = check_correct(which, seed)
+            if alarm is not None:
+                print(f"  {alarm}", file=sys.stderr, flush=True)
+                alarms.append(alarm)
+    return [(options.correct * len(mine), alarms)]
 
 
 def over_groups(options: argparse.Namespace, groups: list[Group], task: Any) -> Iterator[Any]:
