@@ -95,6 +95,8 @@ def main() -> int:
     if options.correct:
         ports = [which for which in correct_ports() if options.models is None or which[0] in options.models.split(",")]
         ports = [which for which in ports if options.apis is None or which[1] in options.apis.split(",")]
+        if not ports:
+            parser.error("no port is chosen")
         counts = list(over_groups(options, list(dict.fromkeys(which[:2] for which in ports)), work_correct))
         alarms = [alarm for _, some in counts for alarm in some]
         for alarm in alarms:
