@@ -15,9 +15,11 @@ from safetensors.numpy import save_file
 
 import graftax
 from graftax.cli import run
-from graftax.errors import UsageError
+from graftax.cli_verify import _suggesting
+from graftax.errors import PlanError, UsageError
 from graftax.parity.input_files import example_inputs, named_inputs, read_inputs
 from graftax.parity.inputs import Inputs
+from graftax.plans import Candidate, Question
 
 FACTORIES = """
 import numpy as np
@@ -80,6 +82,10 @@ def flax_nnx():
 
 def images():
     return np.random.default_rng(1).normal(size=(2, 2, 4, 4)).astype("f4")
+
+
+instance = flax_net().module
+wrapped = flax_net()
 
 
 def nothing():
@@ -146,6 +152,15 @@ def test_a_port_that_holds(call: Any):
     assert out.startswith("Parity holds: Sequential (torch) and Net (Flax) agree.")
     assert "argument 0 was drawn from a normal distribution (seed 0)" in out
     assert call(*BOTH, "--inputs", "nets:images")[0] == 0
+
+
+def test_a_model_may_stand_in_the_module_itself(call: Any):
+    """No function around it: a live module is taken as it is, not called."""
+    words = ["--torch", "nets:torch_net", "--rules", "rules.toml", *NCHW]
+    assert call(*words, "--flax", "nets:wrapped")[0] == 0
+    code, _, err = call(*words, "--flax", "nets:instance")
+    assert code == 2
+    assert "the Flax side has no example" in err
 
 
 def test_a_port_that_fails_names_the_layer_and_writes_the_page(call: Any, folder: Path):
@@ -280,17 +295,16 @@ def test_a_model_that_fails_is_named_and_exits_70(call: Any):
     assert "the factory nets:nothing failed: ValueError: no images today" in err
 
 
-def test_open_questions_are_shown_and_suggested(call: Any, folder: Path):
-    """Without rules the flatten before the Linear is open: the rules that settle it can be written."""
-    words = ["--torch", "nets:torch_net", "--flax", "nets:flax_net", *NCHW]
-    code, _, err = call(*words, "--suggest", "s.toml")
-    assert code == 1
-    assert "open question" in err
-    text = (folder / "s.toml").read_text()
-    assert "flatten" in text
-    [line] = [line for line in text.splitlines() if 'layout = "linear"' in line and "Dense_0" in line]
-    (folder / "s.toml").write_text("rules = [\n" + line.replace("# {", "{", 1) + "\n]\n")
-    assert call(*words, "--rules", "s.toml")[0] == 0
+def test_open_questions_are_suggested(tmp_path: Path):
+    """What stops a check because the plan is open is written as a rules file; other errors write nothing."""
+    line = '{ torch = "a.weight", flax = "params/a/kernel", layout = "linear" }'
+    asked = PlanError("open", questions=[Question("layout", "which?", candidates=(Candidate(line),))])
+    for error in (asked, PlanError("does not fit"), UsageError("no such option")):
+        path = tmp_path / f"{error}.toml"
+        with pytest.raises(type(error)), _suggesting(str(path)):
+            raise error
+        assert path.exists() == (error is asked)
+    assert line in (tmp_path / "open.toml").read_text()
 
 
 def test_a_forgotten_layout_is_explained(call: Any):

@@ -76,7 +76,7 @@ def _call(target: Any, match: re.Match[str], text: str) -> Any:
                 next=f"It has: {known[:400]}" if known and hasattr(target, "__dict__") else "",
             )
         target = getattr(target, part)
-    if not callable(target):
+    if not callable(target) or _is_model(target):
         return target
     missing = _needed(target)
     if missing:
@@ -113,6 +113,12 @@ def _wrapped(target: Any) -> str:
     elif any(base.startswith("flax.linen.") for base in bases):
         call = f"gx.linen({name}(...), example_input)"
     return f"Write a factory around it: def make(): return {call}"
+
+
+def _is_model(target: Any) -> bool:
+    """A live module, which is callable, but with inputs: `pkg.mod:model` names it as it is."""
+    kinds = () if isinstance(target, type) else type(target).__mro__
+    return any(kind.__module__.partition(".")[0] in ("torch", "flax") for kind in kinds)
 
 
 def _import(name: str, text: str) -> Any:
