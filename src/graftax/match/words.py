@@ -19,7 +19,7 @@ SYNONYMS: dict[str, str] = {
     "cross attn": "crossattention crossattn ca xattn encdecattention",
     "cross": "cross encdec inter",
     # feed-forward
-    "mlp": "mlp moe ffn ff feedforward ffw fforward mlps ffns",
+    "mlp": "positionwise mlp moe ffn ff feedforward ffw fforward mlps ffns",
     "up in": "up wi intermediate fcin inner expand upproj win",
     "down out": "down downproj  contract",
     "gate": "gate gating wg gateproj gates",
@@ -28,12 +28,13 @@ SYNONYMS: dict[str, str] = {
     "expert": "expert experts",
     "router": "router routing",
     # norms
-    "norm": "norm ln layernorm layrnorm lnorm bn batchnorm gn groupnorm rmsnorm rms normalization normalisation norms"
+    "norm": "normalizer normaliser bnorm batchnormalization layernormalization"
+    " norm ln layernorm layrnorm lnorm bn batchnorm gn groupnorm rmsnorm rms normalization normalisation norms"
     " instancenorm normalize",
     # embeddings
-    "embed": "embed embedding embeddings embedder emb embeds embeder encoding encodings",
+    "embed": "embs embed embedding embeddings embedder emb embeds embeder encoding encodings",
     "tok": "tok token tokens word words vocab vocabulary tokenizer",
-    "tok embed": "wte tokenembedder",
+    "tok embed": "lookup wte tokenembedder",
     "pos embed": "wpe posembed posemb",
     "pos": "pos position positions positional posit",
     "seg": "segment seg segments",
@@ -59,13 +60,13 @@ SYNONYMS: dict[str, str] = {
     "fwd": "forward fwd",
     "bwd": "backward bwd reverse",
     # ends
-    "head": "head classifier heads logits cls_head lmhead score classify classification clf",
-    "pool": "pool pooler pooling pooled",
+    "head": "readout predictor head classifier heads logits cls_head lmhead score classify classification clf",
+    "pool": "aggregate pool pooler pooling pooled",
     "shortcut": "shortcut downsample skip residual identity",
     "stem": "stem",
     "proj": "proj projection project projector projections projected",
     "linear": "linear lin fc dense einsum densegeneral fullyconnected affine",
-    "conv": "conv convolution conv1d conv2d conv3d convolutional convs cnn",
+    "conv": "cv convolve conv convolution conv1d conv2d conv3d convolutional convs cnn",
     "deconv": "deconv convtranspose transposedconv upconv tconv convtranspose2d convtranspose1d deconvolution"
     " convtransposed",
     "depthwise": "depthwise dw dwconv",
@@ -131,6 +132,11 @@ PHRASES: dict[str, str] = {
     "h to 4h": "up in",
     "4h to h": "down out",
     "lm head": "head",
+    "vocab proj": "head",
+    "vocab projection": "head",
+    "multi head": "attn",
+    "source attn": "cross attn",
+    "memory attn": "cross attn",
     "conv transpose": "deconv",
     "transposed conv": "deconv",
     "conv transposed": "deconv",
