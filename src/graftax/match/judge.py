@@ -91,6 +91,9 @@ def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexi
     known = {concept for module in others for concept in concepts((*module.outer, *module.tokens), lex)}
     paths: list[tuple[Token, ...]] = [(*module.outer, *module.tokens) for module in modules]
     out: set[str] = set()
+    if len(modules) == len(others) == 1 and paths[0][1:] == (*others[0].outer, *others[0].tokens):
+        # One module and the same inside something whose name is no word for a part.
+        return frozenset(concept for concept in concepts(paths[0][:1], lex) if lex.weight(concept) == UNKNOWN)
     for _ in range(3):
         counts: defaultdict[Token, int] = defaultdict(int)
         for path in paths:
