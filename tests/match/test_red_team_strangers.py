@@ -167,3 +167,28 @@ def test_a_bottleneck_has_no_order_of_its_own() -> None:
     torch = {f"b.{i}.adapter.{k}.weight": (8, 8) for i in range(3) for k in ("down", "up")}
     flax = {f"b_{i}/adapter/Dense_{n}/kernel": (8, 8) for i in range(3) for n in (0, 1)}
     assert not taken(plan(torch, flax))
+
+
+FUSED_HEADS = [
+    ({"a.qkv.weight": (24, 8)}, {"a/qkv/kernel": (8, 2, 12)}),
+    (
+        {"a.qkv.weight": (24, 8), "a.out.weight": (8, 8), "b.fc.weight": (5, 8)},
+        {"a/qkv/kernel": (8, 2, 12), "a/out/kernel": (2, 4, 8), "b/fc/kernel": (8, 5)},
+    ),
+    (
+        {"a.kv.weight": (12, 8), "b.fc.weight": (5, 8)},
+        {"a/kv/kernel": (8, 3, 4), "b/fc/kernel": (8, 5)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("torch", "flax"), FUSED_HEADS)
+def test_fused_rows_split_into_heads_are_asked(torch: Shapes, flax: Shapes) -> None:
+    """(D, H, 3h): the torch rows may lie part by part, or head by head already."""
+    found = plan(torch, flax)
+    [question] = found.questions
+    assert len(question.candidates) == 2
+    answered = [plan(torch, flax, rules=f"rules = [{line.rule}]") for line in question.candidates]
+    assert all(one.complete for one in answered)
+    ops = [next(e.ops for e in one.entries if e.targets[0].endswith("v/kernel")) for one in answered]
+    assert ops[0] != ops[1]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from graftax.match.flatten import Suspect
+from graftax.match.layouts import FUSED_ROWS
 from graftax.match.names import concepts, lexicon
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.sides import Module
@@ -95,6 +96,12 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
             return axes
         if axes is not None and axes.label is not None:
             labels = frozenset(label for label in labels if label[0] == axes.label[0])
+    said = scope.name(pair.torch, True).concepts | scope.name(pair.flax, False).concepts
+    rows = {label for concept, label in FUSED_ROWS.items() if concept in said}
+    if any(word in rows for _, word in labels):
+        both = (label for label in labels if label[1] in rows or label[1].startswith("heads (h d) i"))
+        return Choice(None, "", tuple(sorted(both)), "fused")
+    labels = frozenset(label for label in labels if label[1] not in FUSED_ROWS.values())
     if len(labels) == 1:
         (label,) = labels
         return Choice(label, _ONLY.get(label[1], label[1]))

@@ -228,9 +228,26 @@ def _heads(source: Shape, target: Shape, kind: Kind) -> Readings:
             if target[h] * target[d] == whole and target[rest] == other:
                 sizes = (("d", target[d]), ("h", target[h]))
                 out[f"heads {left} -> {order}"] = (Rearrange(f"{left} -> {order}", sizes),)
+                if table is _SPLIT_OUT:
+                    out |= _fused_rows(target[h], target[d], order)
                 if target[h] == target[d] and kind != "kernel":
                     turned = order.replace("h", "x").replace("d", "h").replace("x", "d")
                     out[f"heads {left} -> {turned}"] = (Rearrange(f"{left} -> {turned}", sizes),)
+    return out
+
+
+FUSED_ROWS = {"qkv": "fused rows of 3", "kv": "fused rows of 2"}
+"""concept -> the reading of a fused tensor as heads that hold all parts; no other name has it"""
+
+
+def _fused_rows(heads: int, dim: int, order: str) -> Readings:
+    """Rows part by part that the other side keeps head by head, (heads, parts x head_dim). Rows that lie head by head
+    already are those of a plain split into heads."""
+    out: Readings = {}
+    for label, parts in zip(FUSED_ROWS.values(), (3, 2), strict=True):
+        if dim % parts == 0:
+            sizes = (("d", dim // parts), ("h", heads), ("t", parts))
+            out[label] = (Rearrange(f"(t h d) i -> {order.replace('d', '(t d)')}", sizes),)
     return out
 
 
