@@ -602,7 +602,6 @@ def test_untied_tensors_are_free() -> None:
             ["batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var"],
         ),
     ],
-    ids=str,
 )
 def test_selectors_on_linen(mlp: dict[str, Any], selector: Any, paths: list[str]) -> None:
     assert sorted(select(mlp, selector)) == paths
@@ -624,7 +623,6 @@ def test_selectors_on_linen(mlp: dict[str, Any], selector: Any, paths: list[str]
         ("blocks/*/kernel", 2),
         (nnx.Variable, 8),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("kind", ["module", "state", "split"])
 def test_nnx_filters(selector: Any, count: int, kind: str) -> None:

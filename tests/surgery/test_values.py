@@ -128,7 +128,7 @@ def test_constant_takes_framework_scalars() -> None:
     assert gx.constant(np.int64(2**63 - 1)).value == 2**63 - 1
 
 
-@pytest.mark.parametrize("number", ["0.5", None, [1.0], np.ones(1), np.ones((2, 2)), object()], ids=str)
+@pytest.mark.parametrize("number", ["0.5", None, [1.0], np.ones(1), np.ones((2, 2)), object()])
 def test_constant_takes_one_number_only(number) -> None:
     with pytest.raises(UsageError, match="one number"):
         gx.constant(number)
