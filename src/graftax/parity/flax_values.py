@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from jax.core import Tracer
 
 from graftax.adapters import containers
 from graftax.errors import GraftaxError, escape
@@ -140,7 +141,7 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
 def waited(nest: Any) -> Any:
     """The nest, when its arrays are computed: what they were computed from can then be let go."""
     for array in spread(nest)[0]:
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        if isinstance(array, jax.Array) and not isinstance(array, Tracer):
             array.block_until_ready()
     return nest
 
