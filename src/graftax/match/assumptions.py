@@ -76,7 +76,7 @@ def _some(names: Iterable[str]) -> str:
 
 # ---------------------------------------------------------------- what values mean
 
-_NUMBER = re.compile(r"\d+")
+_DIGITS = str.maketrans("", "", "0123456789")
 _FUSED = frozenset(("qkv", "kv"))
 _ROPE = re.compile(r"rope|rotary", re.IGNORECASE)
 _TABLES = re.compile(r"pos|wpe|relative|alibi", re.IGNORECASE)
@@ -172,7 +172,7 @@ def _alike(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
     groups: dict[tuple[str, str, int, int], list[Entry]] = {}
     for entry in entries:
         if entry.sources and entry.targets:
-            first = _NUMBER.sub("0", entry.sources[0]), _NUMBER.sub("0", entry.targets[0])
+            first = entry.sources[0].translate(_DIGITS), entry.targets[0].translate(_DIGITS)
             groups.setdefault((*first, len(entry.sources), len(entry.targets)), []).append(entry)
     return groups.values()
 
@@ -226,7 +226,7 @@ def _rotates(source: Checkpoint, like: Checkpoint) -> bool:
         return True
     if config.get("alibi") is True:
         return False
-    names = [name for end in (source, like) for name in end]
+    names = {name.translate(_DIGITS) for end in (source, like) for name in end}
     return any(map(_FREQUENCIES.search, names)) or not any(map(_TABLES.search, names))
 
 

@@ -122,9 +122,17 @@ def _plain(path: str) -> str:
 def _torch_owners(names: list[str], pattern: re.Pattern[str], torch: Checkpoint) -> list[Owner]:
     """Modules that own a leaf whose role the pattern names."""
     prefixes: dict[str, None] = {}
+    last: dict[str, bool] = {}  # few leaf names are of many tensors
     for name in names:
+        head, _, leaf = name.rpartition(".")
+        if leaf not in last:
+            last[leaf] = bool(pattern.fullmatch(leaf))
+        if last[leaf]:
+            prefixes[head] = None
+        if "parametrizations" not in head:
+            continue
         parts = name.split(".")
-        for cut in (1, 3, 4):  # weight_g; parametrizations.weight.original0; parametrizations.weight.0._u
+        for cut in (3, 4):  # parametrizations.weight.original0; parametrizations.weight.0._u
             if len(parts) >= cut and pattern.fullmatch(".".join(parts[-cut:])):
                 prefixes[".".join(parts[:-cut])] = None
     return [Owner(p, _below(names, p, "torch"), torch.modules.get(p)) for p in prefixes]
