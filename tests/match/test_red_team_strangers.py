@@ -192,3 +192,15 @@ def test_fused_rows_split_into_heads_are_asked(torch: Shapes, flax: Shapes) -> N
     assert all(one.complete for one in answered)
     ops = [next(e.ops for e in one.entries if e.targets[0].endswith("v/kernel")) for one in answered]
     assert ops[0] != ops[1]
+
+
+def test_a_parameter_of_its_own_name_is_no_weight_of_a_norm_by_order() -> None:
+    torch, flax = blocks(
+        {"input_layernorm.weight": (8,), "pre_mlp_norm.weight": (8,), **ATTN[0]},
+        {"input_layernorm/weight": (8,), "post_attention_layernorm/weight": (8,), **ATTN[1]},
+    )
+    del torch["h.1.pre_mlp_norm.weight"]
+    torch["h.1.pre_mlp_norm.lora_aux"] = (8,)
+    found = plan(torch, flax)
+    assert "h_1/post_attention_layernorm/weight" not in taken(found)
+    assert "h_2/post_attention_layernorm/weight" in taken(found)

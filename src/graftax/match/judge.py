@@ -223,7 +223,8 @@ def _judge(
     if not _deconv_named(pair, a.concepts | b.concepts):
         blocked = "only a transposed convolution fits, and neither name says so"
         pair.remote = True
-    if not blocked and _stray(pair, a, b, lex):
+    if (not blocked or pair.soft) and _stray(pair, a, b, lex):
+        pair.soft = False  # no order makes a parameter of its own name the weight of a norm
         blocked = "a bare parameter whose name says more"
     pair.blocked = blocked
     said.sort(reverse=True)
