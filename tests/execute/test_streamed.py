@@ -166,3 +166,18 @@ def test_memory_is_bounded_by_the_budget_not_by_the_tensor(tmp_path: Path) -> No
     assert int(tiles) > 30
     with safe_open(tmp_path / "o.safetensors", "np") as made:
         assert np.array_equal(made.get_tensor("big/kernel"), array.T)
+
+
+def test_what_a_plan_takes_for_granted_of_the_values_is_looked_at_again(tmp_path: Path) -> None:
+    table = np.arange(12, dtype=np.float32).reshape(4, 3)
+    rules = [{"torch": ["emb.weight", "head.weight"], "flax": "emb/embedding", "fused": "tied"}]
+    save_file({"emb.weight": table, "head.weight": table.copy()}, tmp_path / "tied.safetensors")
+    save_file({"emb.weight": table, "head.weight": table + 1}, tmp_path / "untied.safetensors")
+    made = gx.plan(tmp_path / "tied.safetensors", None, rules=rules, to="flax")
+    made.save(tmp_path / "plan.json")
+    loaded = gx.load_plan(tmp_path / "plan.json")
+    assert loaded.run(tmp_path / "tied.safetensors")["emb"]["embedding"].shape == (4, 3)
+    with pytest.raises(PlanError, match="tied"):
+        loaded.run(tmp_path / "untied.safetensors")
+    with pytest.raises(PlanError, match="tied"):
+        gx.port_file(tmp_path / "untied.safetensors", None, tmp_path / "o.safetensors", plan=loaded)

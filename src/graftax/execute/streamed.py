@@ -21,7 +21,7 @@ from graftax.execute.sharded import Edges, assemble, fill_boxes, sharding_boxes
 from graftax.execute.whole import check_source, run_entry
 from graftax.formats.base import Tile
 from graftax.formats.sizes import size_text
-from graftax.ops import Cast, Keep, chain_text
+from graftax.ops import CONDITIONS, Cast, Keep, chain_text
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint, TensorSpec
 
@@ -141,9 +141,11 @@ class Stream:
         self._receipt.nbytes += spec.nbytes
 
     def _whole_only(self, entry: Entry, spec: TensorSpec) -> bool:
-        """Kept leaves come from like, packed ones are moved as their bytes."""
+        """Kept leaves come from like, packed ones are moved as their bytes, and ops that hold for some values only look
+        at all of them: at rows that no target has, too."""
         kept = bool(entry.ops) and isinstance(entry.ops[0], Keep)
-        return kept or spec.packed or any(self._plan.source.specs[name].packed for name in entry.sources)
+        packed = spec.packed or any(self._plan.source.specs[name].packed for name in entry.sources)
+        return kept or packed or _checked(entry)
 
     def _filled(
         self, entry: Entry, pieces: list[Piece], count: int, spec: TensorSpec, room: Callable[[int], Array]
@@ -196,7 +198,7 @@ class Stream:
         if key not in self._whole:
             specs = [self._plan.source.specs[name] for name in entry.sources]
             needed = sum(spec.nbytes for spec in specs) + sum(self._plan.like.specs[t].nbytes for t in entry.targets)
-            if self._budget is not None and needed > max(self._budget, _LEAST):
+            if self._budget is not None and needed > max(self._budget, _LEAST) and not _checked(entry):
                 raise PlanError(
                     f"{chain_text(entry.ops)} needs its tensors whole: {size_text(needed)}, more than the "
                     f"{size_text(self._budget)} of --max-memory",
@@ -233,6 +235,10 @@ class Stream:
             if not entry.exact:
                 wide = meter.equal_in_float32 if meter.narrow and meter.equal != meter.total else None
                 self._receipt.measured.append(Measured(entry.targets, meter.equal, meter.total, wide))
+
+
+def _checked(entry: Entry) -> bool:
+    return any(isinstance(op, CONDITIONS) for op in entry.ops)
 
 
 def _named(entry: Entry, error: PlanError) -> PlanError:
