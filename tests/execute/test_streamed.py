@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from safetensors.numpy import save_file
 
 import graftax as gx
 from graftax.errors import PlanError
-from graftax.execute import streamed
-from graftax.execute.pushdown import NotLocal
+from graftax.execute import gather, streamed
+from graftax.execute.meter import Meter
+from graftax.execute.pushdown import Leaf, NotLocal, Piece
+from graftax.tree import TensorSpec
 
 RULES = """rules = [
   { torch = "wide.weight", flax = "wide/kernel", layout = "linear" },
@@ -181,3 +184,33 @@ def test_what_a_plan_takes_for_granted_of_the_values_is_looked_at_again(tmp_path
         loaded.run(tmp_path / "untied.safetensors")
     with pytest.raises(PlanError, match="tied"):
         gx.port_file(tmp_path / "untied.safetensors", None, tmp_path / "o.safetensors", plan=loaded)
+
+
+def test_sources_that_cannot_be_read_by_position_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.arange(1200 * 900, dtype=np.float32).reshape(1200, 900)
+    np.savez(tmp_path / "s.npz", **{"qkv.weight": array})
+    rules = [{"torch": "qkv.weight", "flax": ["q/kernel", "k/kernel", "v/kernel"], "fused": "block"}]
+    opened = gx.open_checkpoint(tmp_path / "s.npz")
+    assert opened.span is None
+    assert opened.reader is not None
+    reads: list[str] = []
+    reader = opened.reader
+    counted = replace(opened, reader=lambda name: (reads.append(name), reader(name))[1])
+    gx.port_file(counted, None, tmp_path / "o.safetensors", rules=rules, to="flax", max_memory="4MiB")
+    assert reads == ["qkv.weight"]
+    with safe_open(tmp_path / "o.safetensors", "np") as made:
+        assert np.array_equal(made.get_tensor("k/kernel"), array[400:800].T)
+
+
+def test_a_meter_counts_what_is_read_straight_into_its_place() -> None:
+    array = np.arange(40, dtype=np.float32)
+    raw = memoryview(array.tobytes())
+    source = gather.Stored(TensorSpec((40,), "float32"), lambda start, buffer: _copied(buffer, raw[start:]))
+    out, meter = np.zeros(30, np.float32), Meter(exact=False)
+    gather.fill(out, [Piece((30,), 0, (1,), Leaf(0, 5, (1,)))], [source], np.zeros(1 << 16, np.uint8), meter)
+    assert np.array_equal(out, array[5:35])
+    assert (meter.equal, meter.total) == (30, 30)
+
+
+def _copied(buffer: memoryview, raw: memoryview) -> None:
+    buffer[:] = raw[: len(buffer)]

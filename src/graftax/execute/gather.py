@@ -13,7 +13,7 @@ import numpy as np
 
 from graftax.dtypes import numpy_dtype
 from graftax.execute import strided
-from graftax.execute.meter import evaluate
+from graftax.execute.meter import evaluate as plain
 from graftax.execute.pushdown import Apply, Leaf, Piece, Value
 from graftax.tree import TensorSpec
 
@@ -73,22 +73,24 @@ Evaluate = Callable[[Value, tuple[int, ...], Callable[[Leaf], Array]], Array]
 
 
 def fill(
-    out: Array, pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array, evaluate: Evaluate = evaluate
-) -> int:
-    """Write all pieces into `out`, a flat tile; gives the bytes that were read from files. `scratch` is what may be
-    used for reading, as bytes; a piece that needs more at a time is done in parts."""
-    return sum(_fill(out, piece, sources, scratch, evaluate) for piece in pieces)
+    out: Array, pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array, evaluate: Evaluate = plain
+) -> None:
+    """Write all pieces into `out`, a flat tile. `scratch` is what may be used for reading, as bytes; a piece that needs
+    more at a time is done in parts."""
+    for piece in pieces:
+        _fill(out, piece, sources, scratch, evaluate)
 
 
-def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> int:
+def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> None:
     leaves = [leaf for leaf in piece.leaves() if not sources[leaf.source].in_memory]
-    if isinstance(piece.value, Leaf) and leaves and _straight(piece):
+    if evaluate is plain and leaves and _straight(piece):
+        assert isinstance(piece.value, Leaf)
         values = sources[piece.value.source]
         target = out[piece.offset : piece.offset + piece.count]
         raw = target.view(np.uint8)
         assert isinstance(values, Stored)
         values.read(piece.value.offset * target.itemsize, memoryview(raw))  # pyright: ignore[reportArgumentType]
-        return raw.nbytes
+        return
     room = scratch.nbytes // max(len(leaves), 1)
     for leaf in leaves:
         width = sources[leaf.source].spec.bits // 8
@@ -96,7 +98,8 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
         span = (high - low + 1) * width
         if span > room or (span > SHORT and span > DENSE * piece.count * width):
             loop = max(range(len(piece.extents)), key=lambda j: abs(leaf.strides[j]) * (piece.extents[j] > 1))
-            return _parts(out, piece, loop, leaf, room // width, sources, scratch, evaluate)
+            _parts(out, piece, loop, leaf, room // width, sources, scratch, evaluate)
+            return
     target = _window(out, piece.offset, piece.extents, piece.strides)
     taken = 0
 
@@ -114,12 +117,11 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
         strided.copy(target, value)
     else:
         target[...] = value
-    return taken
 
 
 def _parts(
     out: Array, piece: Piece, loop: int, leaf: Leaf, room: int, sources: Any, scratch: Array, evaluate: Evaluate
-) -> int:
+) -> None:
     """The piece in parts along one loop: as many iterations at a time as a dense span in the scratch allows."""
     count = piece.extents[loop]
     alone = replace(piece, extents=(*piece.extents[:loop], 1, *piece.extents[loop + 1 :]))
@@ -127,7 +129,6 @@ def _parts(
     inner, step = high - low + 1, abs(leaf.strides[loop])
     dense = inner * DENSE >= step and inner <= DENSE * alone.count
     at_once = max(1, min(count // 2, (room - inner) // max(step, 1) + 1)) if dense else 1
-    read = 0
     for start in range(0, count, at_once):
         n = min(at_once, count - start)
         extents = (*piece.extents[:loop], n, *piece.extents[loop + 1 :])
@@ -137,8 +138,7 @@ def _parts(
             piece.strides,
             _moved(piece.value, loop, start),
         )
-        read += _fill(out, part, sources, scratch, evaluate)
-    return read
+        _fill(out, part, sources, scratch, evaluate)
 
 
 def _moved(value: Value, loop: int, by: int) -> Value:
@@ -151,7 +151,8 @@ def _moved(value: Value, loop: int, by: int) -> Value:
 
 def _straight(piece: Piece) -> bool:
     """A run of the source that is a run of the tile."""
-    assert isinstance(piece.value, Leaf)
+    if not isinstance(piece.value, Leaf):
+        return False
     return not piece.extents or (len(piece.extents) == 1 and piece.strides == piece.value.strides == (1,))
 
 

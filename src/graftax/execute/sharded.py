@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,11 @@ from graftax.execute import strided
 from graftax.execute.gather import Evaluate, Values, fill
 from graftax.execute.memory import allocate
 from graftax.execute.pushdown import Box, push
-from graftax.execute.tiling import box_steps, source_run
+from graftax.execute.tiling import Edges, box_steps, grid, source_run
 from graftax.ops import Op
 from graftax.tree import TensorSpec
 
 Array = np.ndarray[Any, Any]
-Edges = tuple[tuple[int, int], ...]
 
 LONG_RUN = 64 << 10
 """Bytes: shorter runs of the source, wanted by several shards, are read once for all of them."""
@@ -95,11 +93,7 @@ def _scatter(
     steps = box_steps(ops, specs, index, whole, _TILE, contiguous=False, origin=origin, rows=False)
     dtype = numpy_dtype(spec.dtype)
     room = allocate(math.prod(steps) * dtype.itemsize).view(dtype)
-    ranges = [
-        [(i, min(i + step, stop)) for i in range(start, stop, step)]
-        for (start, stop), step in zip(union, steps, strict=True)
-    ]
-    for tile in product(*ranges):
+    for tile in grid(union, steps):
         wanted = [(box, common) for box in out if (common := _common(tile, box)) is not None]
         if not wanted:
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,13 @@ import numpy as np
 from graftax.dtypes import numpy_dtype, storage_bytes
 from graftax.errors import PlanError, escape
 from graftax.execute import tiling
-from graftax.execute.gather import Stored, Values, fill, held
+from graftax.execute.gather import Evaluate, Stored, Values, fill, held
 from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate
 from graftax.execute.pushdown import Box, NotLocal, Piece, push
 from graftax.execute.receipt import Measured, Receipt
-from graftax.execute.sharded import Edges, assemble, fill_boxes, sharding_boxes
+from graftax.execute.sharded import assemble, fill_boxes, sharding_boxes
+from graftax.execute.tiling import Edges
 from graftax.execute.whole import check_source, run_entry
 from graftax.formats.base import Tile
 from graftax.formats.sizes import size_text
@@ -62,6 +62,7 @@ class Stream:
         self._home = {name: (entry, i) for entry in plan.entries for i, name in enumerate(entry.targets)}
         self._whole: dict[int, dict[str, Array]] = {}
         self._meters: dict[int, Meter] = {}
+        self._last: tuple[Entry, list[Values]] | None = None
         for entry in plan.entries:
             if entry.dropped is not None:
                 receipt.dropped.update(dict.fromkeys(entry.sources, entry.dropped))
@@ -102,9 +103,8 @@ class Stream:
         try:
             if self._whole_only(entry, spec):
                 return self._made(entry)[target]
-            specs = tuple(self._plan.source.specs[name] for name in entry.sources)
             try:
-                pieces = push(entry.ops, specs, index, [(0, n) for n in spec.shape])
+                pieces = push(entry.ops, self._specs(entry), index, [(0, n) for n in spec.shape])
             except NotLocal:
                 return self._made(entry)[target]
             return self._filled(entry, pieces, spec.size, spec, allocate).reshape(spec.shape)
@@ -128,13 +128,14 @@ class Stream:
         return assemble(spec.shape, sharding, parts)
 
     def _parts(self, entry: Entry, index: int, spec: TensorSpec, boxes: list[Edges]) -> dict[Edges, Array] | None:
-        specs = tuple(self._plan.source.specs[name] for name in entry.sources)
-        sources = [self._values(name) for name in entry.sources]
-        how = evaluate if self._plain(entry) else self._meter(entry)
+        specs, sources, how = self._specs(entry), self._opened(entry), self._evaluate(entry)
         try:
             return fill_boxes(entry.ops, specs, index, spec, boxes, sources, self._scratch, how)
         except NotLocal:
             return None
+
+    def _specs(self, entry: Entry) -> tuple[TensorSpec, ...]:
+        return tuple(self._plan.source.specs[name] for name in entry.sources)
 
     def _count(self, spec: TensorSpec) -> None:
         self._receipt.leaves += 1
@@ -144,7 +145,7 @@ class Stream:
         """Kept leaves come from like, packed ones are moved as their bytes, and ops that hold for some values only look
         at all of them: at rows that no target has, too."""
         kept = bool(entry.ops) and isinstance(entry.ops[0], Keep)
-        packed = spec.packed or any(self._plan.source.specs[name].packed for name in entry.sources)
+        packed = spec.packed or any(given.packed for given in self._specs(entry))
         return kept or packed or _checked(entry)
 
     def _filled(
@@ -152,13 +153,14 @@ class Stream:
     ) -> Array:
         dtype = numpy_dtype(spec.dtype)
         out = room(count * dtype.itemsize).view(dtype)
-        sources = [self._values(name) for name in entry.sources]
-        fill(out, pieces, sources, self._scratch, evaluate if self._plain(entry) else self._meter(entry))
+        fill(out, pieces, self._opened(entry), self._scratch, self._evaluate(entry))
         return out
 
-    def _plain(self, entry: Entry) -> bool:
-        """Nothing to measure and no casts to count."""
-        return entry.exact and not any(isinstance(op, Cast) for op in entry.ops)
+    def _evaluate(self, entry: Entry) -> Evaluate:
+        """How its pieces are evaluated: by a meter, unless there is nothing to measure and no cast to count."""
+        if entry.exact and not any(isinstance(op, Cast) for op in entry.ops):
+            return evaluate
+        return self._meters.setdefault(id(entry), Meter(entry.exact))
 
     def _boxes(
         self, entry: Entry, index: int, spec: TensorSpec, contiguous: bool
@@ -168,17 +170,22 @@ class Stream:
             return iter(())
         if self._whole_only(entry, spec):
             return None
-        ops, specs = entry.ops, tuple(self._plan.source.specs[name] for name in entry.sources)
+        ops, specs = entry.ops, self._specs(entry)
         try:
             steps = tiling.box_steps(ops, specs, index, spec, self._tile, contiguous)
-            ranges = [
-                [(i, min(i + step, n)) for i in range(0, n, step)] for n, step in zip(spec.shape, steps, strict=True)
-            ]
-            boxes = [list(box) for box in product(*ranges)]
+            boxes = list(tiling.grid([(0, n) for n in spec.shape], steps))
             first = push(ops, specs, index, boxes[0])  # what is not local shows at the first
         except NotLocal:
             return None
         return ((box, push(ops, specs, index, box) if i else first) for i, box in enumerate(boxes))
+
+    def _opened(self, entry: Entry) -> list[Values]:
+        """The sources of an entry, kept until another is asked for: a file that cannot be read by position is read once
+        for all tiles and targets."""
+        if self._last is None or self._last[0] is not entry:
+            self._last = None  # what was held is let go before more is read
+            self._last = entry, [self._values(name) for name in entry.sources]
+        return self._last[1]
 
     def _values(self, name: str) -> Values:
         spec, span = self._plan.source.specs[name], self._source.span
@@ -186,18 +193,13 @@ class Stream:
             return Stored(spec, lambda start, buffer: span(name, start, buffer))
         return held(self._source.read(name), spec)
 
-    def _meter(self, entry: Entry) -> Meter:
-        key = id(entry)
-        if key not in self._meters:
-            self._meters[key] = Meter(entry.exact)
-        return self._meters[key]
-
     def _made(self, entry: Entry) -> dict[str, Array]:
         """All targets of an entry that cannot be cut, kept until the last of them was asked for."""
         key = id(entry)
         if key not in self._whole:
-            specs = [self._plan.source.specs[name] for name in entry.sources]
-            needed = sum(spec.nbytes for spec in specs) + sum(self._plan.like.specs[t].nbytes for t in entry.targets)
+            needed = sum(spec.nbytes for spec in self._specs(entry)) + sum(
+                self._plan.like.specs[t].nbytes for t in entry.targets
+            )
             if self._budget is not None and needed > max(self._budget, _LEAST) and not _checked(entry):
                 raise PlanError(
                     f"{chain_text(entry.ops)} needs its tensors whole: {size_text(needed)}, more than the "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 from graftax.execute.pushdown import Box, push
 from graftax.ops import Op
 from graftax.tree import TensorSpec
+
+Edges = tuple[tuple[int, int], ...]
 
 
 def box_steps(
@@ -47,6 +50,16 @@ def box_steps(
         axis = lead if best is None else best[1]
         steps[axis] = -(-steps[axis] // 2)
     return steps
+
+
+def grid(edges: Box, steps: Sequence[int]) -> Iterator[Edges]:
+    """The tiles of these lengths that cover a box, in C order."""
+    return product(
+        *(
+            [(i, min(i + step, stop)) for i in range(start, stop, step)]
+            for (start, stop), step in zip(edges, steps, strict=True)
+        )
+    )
 
 
 def source_run(ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], index: int, box: Box) -> int:

@@ -49,17 +49,18 @@ class TensorFile:
 
     def span(self, name: str, start: int, buffer: memoryview) -> None:
         """Fills `buffer` from byte `start` of a tensor on."""
-        begin, end = self.ranges[name]
-        if not 0 <= start <= start + len(buffer) <= end - begin:
-            raise IndexError(f"{name}: bytes {start} to {start + len(buffer)} of {end - begin}")
-        files.read_into(self.path, self.stamp, begin + start, buffer)
+        files.read_into(self.path, self.stamp, self._place(name, start, start + len(buffer)), buffer)
 
     def read_bytes(self, name: str, start: int, stop: int) -> bytearray:
         """Bytes `start` to `stop` of a tensor, for reading it in pieces."""
+        return files.read_bytes(self.path, self.stamp, self._place(name, start, stop), stop - start)
+
+    def _place(self, name: str, start: int, stop: int) -> int:
+        """Where byte `start` of a tensor is in the file. IndexError where the tensor does not reach to `stop`."""
         begin, end = self.ranges[name]
         if not 0 <= start <= stop <= end - begin:
             raise IndexError(f"{name}: bytes {start} to {stop} of {end - begin}")
-        return files.read_bytes(self.path, self.stamp, begin + start, stop - start)
+        return begin + start
 
 
 def sniff(path: Path, head: bytes) -> bool:
