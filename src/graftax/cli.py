@@ -249,17 +249,9 @@ def _written(out: str, leaves: int, nbytes: int) -> str:
 
 def _by_reason(names: Mapping[str, str]) -> list[str]:
     """`bn{1..9}.num_batches_tracked (9): why`, a line a reason."""
-    from graftax.plan_text import fold_names
+    from graftax.plan_text import by_reason
 
-    reasons: dict[str, list[str]] = {}
-    for name, reason in names.items():
-        reasons.setdefault(reason, []).append(name)
-    out: list[str] = []
-    for reason, group in reasons.items():
-        folded = fold_names(group)
-        more = f" and {len(folded) - 4} more" if len(folded) > 4 else ""
-        out.append(f"{', '.join(folded[:4])}{more} ({len(group)}): {escape(reason, 300)}")
-    return out
+    return [f"{folded} ({count}): {escape(reason, 300)}" for reason, count, folded in by_reason(names, 4)]
 
 
 # ---------------------------------------------------------------- running

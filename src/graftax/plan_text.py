@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from graftax.errors import escape
@@ -119,3 +119,16 @@ def plan_text(plan: Plan) -> str:
     lines.append(lossless_text(plan))
     lines.append("complete: yes" if plan.complete else "complete: no")
     return "\n".join(lines)
+
+
+def by_reason(reasons: Mapping[str, str], shown: int) -> list[tuple[str, int, str]]:
+    """Names that share a reason, folded: (reason, how many, 'bn{1..9}.num_batches_tracked, ... and 3 more')."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    out: list[tuple[str, int, str]] = []
+    for reason, names in groups.items():
+        folded = fold_names(names)
+        more = f" and {len(folded) - shown} more" if len(folded) > shown else ""
+        out.append((reason, len(names), ", ".join(folded[:shown]) + more))
+    return out

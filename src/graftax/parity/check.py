@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from graftax.errors import ParityError
 from graftax.parity.pairing import find_pairs
 from graftax.parity.records import THRESHOLD
 from graftax.parity.report_model import ParityReport
@@ -117,9 +116,6 @@ def check_parity(
 def assert_parity(*args: Any, **kwargs: Any) -> ParityReport:
     """`check_parity` that raises ParityError, with the report as its text, where the answer is no."""
     __tracebackhide__ = True  # pytest shows the line of the test
-    report = check_parity(*args, **kwargs)
-    if not report:
-        error = ParityError(str(report))
-        error.report = report
-        raise error
-    return report
+    from graftax.parity.steps import required
+
+    return required(check_parity(*args, **kwargs))

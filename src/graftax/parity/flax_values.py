@@ -138,6 +138,12 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
     return np.asarray(array)
 
 
+def values_of(nest: Any) -> Any:
+    """What a module gave, as Values on the host."""
+    arrays, node = spread(nest)
+    return plain(node, [to_host(array) for array in arrays])
+
+
 def waited(nest: Any) -> Any:
     """The nest, when its arrays are computed: what they were computed from can then be let go."""
     for array in spread(nest)[0]:

@@ -141,8 +141,7 @@ class LinenRunner:
                 if self._mend(error):
                     return self.replay(path, args, kwargs, settings=settings, leaves=leaves, call=call, method=method)
                 raise ReplayError(f"{escape(path)} cannot be run alone: {escape(str(error).strip(), 400)}") from error
-            arrays, node = flax_values.spread(out)
-            return flax_values.plain(node, [flax_values.to_host(array) for array in arrays])
+            return flax_values.values_of(out)
 
     # ------------------------------------------------------------ running
 

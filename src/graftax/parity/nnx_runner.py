@@ -140,8 +140,7 @@ class NnxRunner:
                 out = function(*flax_values.to_device(tuple(args)), **flax_values.to_device(dict(kwargs)))
             except Exception as error:
                 raise ReplayError(f"{escape(path)} cannot be run alone: {escape(str(error).strip(), 400)}") from error
-            arrays, node = flax_values.spread(out)
-            return flax_values.plain(node, [flax_values.to_host(array) for array in arrays])
+            return flax_values.values_of(out)
 
     def _state_of(self, path: str, leaves: dict[str, Any], call: int) -> Any:
         """The state with other leaves in one module, its stacked ones sliced."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-from graftax.errors import ParityError, PlanError, ReplayError, escape
+from graftax.errors import PlanError, ReplayError, escape
 from graftax.parity.golden import Golden, load_golden, save_golden
 from graftax.parity.records import THRESHOLD
 from graftax.parity.report_model import ParityReport
@@ -160,12 +160,9 @@ def check_golden(
 def assert_golden(*args: Any, **kwargs: Any) -> ParityReport:
     """`check_golden` that raises ParityError, with the report as its text, where the answer is no."""
     __tracebackhide__ = True
-    report = check_golden(*args, **kwargs)
-    if not report:
-        error = ParityError(str(report))
-        error.report = report
-        raise error
-    return report
+    from graftax.parity.steps import required
+
+    return required(check_golden(*args, **kwargs))
 
 
 class NoTorch:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from graftax.errors import GraftaxError, ModelError, escape
+from graftax.errors import GraftaxError, ModelError, ParityError, escape
 from graftax.parity.pairing import Pair
 from graftax.parity.records import Reference, Runner
 from graftax.parity.report_model import Cause, LayerRow, ParityReport, SettingRow, WeightRow
@@ -26,6 +26,16 @@ def with_causes(report: ParityReport, search: Callable[[], tuple[Cause, ...]]) -
     except Exception as error:
         note = f"the search for causes failed: {type(error).__name__}: {escape(error, 300)}"
         return replace(report, notes=(*report.notes, note))
+
+
+def required(report: ParityReport) -> ParityReport:
+    """The report, or ParityError with the report as its text, where the answer is no."""
+    __tracebackhide__ = True  # pytest shows the line of the test
+    if not report:
+        error = ParityError(str(report))
+        error.report = report
+        raise error
+    return report
 
 
 def assemble(
@@ -48,7 +58,7 @@ def assemble(
     modules = torch_modules or {}
     own = parametrised(modules)
     paired = {pair.torch for pair in pairs}
-    covered = {path for path in own if any(_inside(path, holder) for holder in paired - {""}) or path in paired}
+    covered = {path for path in own if path in paired or any(above in paired for above in _ancestors(path) if above)}
     for path in own - covered:
         not_traced.setdefault(f"torch:{path}", "the plan gives it no Flax module of its own")
     return ParityReport(
@@ -71,17 +81,18 @@ def assemble(
 
 def parametrised(modules: Mapping[str, Module]) -> set[str]:
     """Modules that own leaves themselves and not through a child."""
-    own: set[str] = set()
+    below: dict[str, set[str]] = {}
     for path, module in modules.items():
-        children = [child for child in modules if child != path and _inside(child, path)]
-        below = {name for child in children for name in modules[child].leaves.values()}
-        if set(module.leaves.values()) - below:
-            own.add(path)
-    return own
+        for above in _ancestors(path):
+            below.setdefault(above, set()).update(module.leaves.values())
+    return {path for path, module in modules.items() if set(module.leaves.values()) - below.get(path, set())}
 
 
-def _inside(path: str, holder: str) -> bool:
-    return path == holder or not holder or path.startswith(f"{holder}.")
+def _ancestors(path: str) -> Iterator[str]:
+    """The modules that a torch module lies in, the innermost first, the root ('') last."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def planned(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from graftax import plan_text
 from graftax.errors import escape
 from graftax.plan_text import fold_names
 
@@ -331,15 +332,7 @@ def folded_settings(settings: Iterable[SettingRow]) -> list[tuple[SettingRow, li
 
 def by_reason(names: Mapping[str, str], shown: int = 3) -> list[str]:
     """Modules that were not traced, a line a reason: 'never called (40): flax:encoder/{0..39}/dropout'."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in names.items():
-        reasons.setdefault(reason, []).append(name)
-    out: list[str] = []
-    for reason, group in reasons.items():
-        folded = fold_names(group)
-        more = f" and {len(folded) - shown} more" if len(folded) > shown else ""
-        out.append(f"{escape(reason, 200)} ({len(group)}): {', '.join(folded[:shown])}{more}")
-    return out
+    return [f"{escape(reason, 200)} ({count}): {folded}" for reason, count, folded in plan_text.by_reason(names, shown)]
 
 
 def seconds_text(seconds: Mapping[str, float]) -> str:

@@ -71,6 +71,16 @@ class Difference:
     error: float
 
 
+def cheapest(found: Sequence[tuple[int, Difference]]) -> list[Difference]:
+    """Of (cost, difference) those of the least cost, one of a name, in the order in which they were found."""
+    least = min((cost for cost, _ in found), default=0)
+    out: dict[str, Difference] = {}
+    for cost, difference in found:
+        if cost == least:
+            out.setdefault(difference.name, difference)
+    return list(out.values())
+
+
 def sampled(array: Array, sources: Sequence[Source]) -> tuple[tuple[Array, ...], list[Array | None]]:
     """Where to look in `array`, and the values of each source there: by the same index, by the same order of all
     values, or broadcast; None where a source does not fit."""
@@ -231,12 +241,7 @@ def compare(want: Sequence[Recipe], have: Sequence[Recipe], sources: Sequence[So
             found = _differ(right, wrong, sources)
             if found is not None:
                 best.append((found[0] + right.size + wrong.size, found[1]))
-    best.sort(key=lambda item: item[0])
-    out: dict[str, Difference] = {}
-    for cost, difference in best:
-        if cost == best[0][0]:
-            out.setdefault(difference.name, difference)
-    return list(out.values())
+    return cheapest(best)
 
 
 def _differ(right: Recipe, wrong: Recipe, sources: Sequence[Source]) -> tuple[int, Difference] | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from graftax.parity.causes.activations import ACTIVATIONS, apply
 from graftax.parity.causes.numbers import Array, Bar, Budget, relative
-from graftax.parity.causes.recipes import Difference, Source
+from graftax.parity.causes.recipes import Difference, Source, cheapest
 
 _BATCH, _CHANNELS = 2, 4  # what is looked at of a pooled map
 _ACTS = ("identity", "relu", "gelu erf", "gelu tanh", "silu", "tanh", "relu6", "leaky relu 0.01", "elu")
@@ -195,12 +195,7 @@ def compare_ways(want: Sequence[Way], have: Sequence[Way], sources: Sequence[Sou
         found = _differ(right, wrong, sources)
         if found is not None:
             best.append(found)
-    best.sort(key=lambda item: item[0])
-    out: dict[str, Difference] = {}
-    for cost, difference in best:
-        if cost == best[0][0]:
-            out.setdefault(difference.name, difference)
-    return list(out.values())
+    return cheapest(best)
 
 
 def _differ(right: Way, wrong: Way, sources: Sequence[Source]) -> tuple[int, Difference] | None:
