@@ -217,15 +217,16 @@ def check_nothing_is_guessed(ported: Ported) -> None:
         assert same_bits(array, truth[target]), f"{ported.case.name}: {target} is WRONG\n{free}"
     for question in free.questions:
         for candidate in question.candidates:
-            answered = gx.plan(ported.source, ported.like, rules=[_table(candidate.rule)], **ported.case.options)
+            answered = gx.plan(ported.source, ported.like, rules=_tables(candidate.rule), **ported.case.options)
             assert not answered.failures, f"{candidate.rule}: {answered.failures[0]}"
             assert question.text not in [other.text for other in answered.questions], candidate.rule
 
 
-def _table(line: str) -> dict[str, Any]:
+def _tables(line: str) -> list[dict[str, Any]]:
+    """The rules of a candidate's line: one inline table, or several."""
     import tomllib
 
-    return tomllib.loads(f"rule = {line}")["rule"]
+    return tomllib.loads(f"rules = [{line}]")["rules"]
 
 
 def carried(entries: Sequence[Entry], source: Path) -> dict[str, np.ndarray]:

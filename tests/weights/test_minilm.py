@@ -21,6 +21,7 @@ def sentences(rng: np.random.Generator) -> list[np.ndarray]:
 
 NNX = """
   { torch = "embeddings.token_type_embeddings.weight", flax = "types/embedding" },
+  { torch = "embeddings.LayerNorm.weight", flax = "norm/scale" },
   { torch = "encoder.layer.{i}.attention.output.dense.weight", flax = "blocks/{i}/out/kernel", layout = "linear" },
 """
 CASES = [
