@@ -1,0 +1,233 @@
+"""Agreement of several processes, here threads with one store between them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from graftax.errors import Failure, FormatError, GraftaxError, PlanError, StorageError, UsageError
+from graftax.execute.distributed import Peers, agree, peers, processes
+
+
+class Store:
+    """The coordinator's store in memory."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, str] = {}
+        self.changed = threading.Condition()
+
+    def put(self, key: str, text: str, again: bool = False) -> bool:
+        with self.changed:
+            if key in self.held and not again:
+                return False
+            self.held[key] = text
+            self.changed.notify_all()
+            return True
+
+    def wait(self, key: str, seconds: float) -> str | None:
+        with self.changed:
+            self.changed.wait_for(lambda: key in self.held, seconds)
+            return self.held.get(key)
+
+    def folder(self, prefix: str) -> dict[str, str]:
+        with self.changed:
+            return {key.rpartition("/")[2]: text for key, text in self.held.items() if key.startswith(prefix + "/")}
+
+
+def together(count: int, work: Callable[[Peers], Any]) -> list[Any]:
+    """What `work` gave, or raised, in each of `count` processes."""
+    store = Store()
+
+    def run(index: int) -> Any:
+        try:
+            return work(Peers(index, count, store))
+        except BaseException as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_alone_nothing_is_asked():
+    assert processes() == (0, 1)
+    assert peers() is None
+    assert agree("read", give=3) == [3]
+    with pytest.raises(FormatError, match="torn"):
+        agree("read", FormatError("torn"))
+
+
+def test_processes_are_counted_without_importing_jax():
+    code = (
+        "import sys; from graftax.execute.distributed import processes; assert processes() == (0, 1); "
+        "assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_go_on_with_what_each_gave():
+    def work(own: Peers) -> list[Any]:
+        own.agree("plan")
+        return own.agree("count", give={"bytes": own.index})
+
+    assert together(4, work) == [[{"bytes": i} for i in range(4)]] * 4
+
+
+def test_a_failure_of_one_is_raised_by_all_with_the_same_text_at_once():
+    def work(own: Peers) -> None:
+        failed = StorageError("disk full", [Failure("no room", file="a.bin", key="w")]) if own.index == 2 else None
+        own.agree("write", failed)
+
+    began = time.monotonic()
+    raised = together(4, work)
+    assert time.monotonic() - began < 1
+    assert {type(error) for error in raised} == {StorageError}
+    assert len({str(error) for error in raised}) == 1
+    assert "process 2 of 4" in str(raised[0])
+    assert "disk full" in str(raised[0])
+    assert "w: no room" in str(raised[0])
+    assert all(error.failures == (Failure("no room", file="a.bin", key="w"),) for error in raised)
+
+
+def test_several_failures_give_one_text():
+    def work(own: Peers) -> None:
+        own.agree("write", StorageError(f"own trouble {own.index}"))
+
+    assert len({str(error) for error in together(4, work)}) == 1
+
+
+def test_who_works_sees_another_fail():
+    def work(own: Peers) -> None:
+        with own.together("write"):
+            if own.index == 1:
+                raise FormatError("torn")
+            for _ in range(100):
+                time.sleep(0.02)
+                own.look()
+            raise AssertionError("nothing was seen")
+
+    began = time.monotonic()
+    raised = together(3, work)
+    assert time.monotonic() - began < 1.5
+    assert len({str(error) for error in raised}) == 1
+    assert {type(error) for error in raised} == {FormatError}
+
+
+def test_an_error_of_another_kind_is_told_and_stays_what_it_is():
+    def work(own: Peers) -> None:
+        with own.together("write"):
+            if own.index == 0:
+                raise ZeroDivisionError("a bug")
+
+    own, other = together(2, work)
+    assert isinstance(own, ZeroDivisionError)
+    assert type(other) is GraftaxError
+    assert other.exit_code == 70
+    assert "process 0 of 2" in str(other)
+    assert "ZeroDivisionError: a bug" in str(other)
+
+
+def test_an_interrupt_is_told():
+    def work(own: Peers) -> None:
+        with own.together("write"):
+            if own.index == 0:
+                raise KeyboardInterrupt
+
+    own, other = together(2, work)
+    assert isinstance(own, KeyboardInterrupt)
+    assert "process 0 of 2" in str(other)
+    assert "was interrupted" in str(other)
+
+
+def test_after_a_failure_they_agree_again():
+    def work(own: Peers) -> list[Any]:
+        with pytest.raises(StorageError):
+            own.agree("write", StorageError("full") if own.index else None)
+        return own.agree("again", give=own.index)
+
+    assert together(3, work) == [[0, 1, 2]] * 3
+
+
+def test_who_does_not_come_is_named_by_all_also_when_late():
+    late = threading.Event()
+
+    def work(own: Peers) -> None:
+        if own.index == 1:
+            late.wait(5)
+        try:
+            own.agree("plan", timeout=0.3)
+        finally:
+            late.set()
+
+    raised = together(3, work)
+    assert {type(error) for error in raised} == {StorageError}
+    assert len({str(error) for error in raised}) == 1
+    assert "1 of 3 processes (1)" in str(raised[0])
+    assert "'plan'" in str(raised[0])
+
+
+def test_who_works_long_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    from graftax.execute import distributed
+
+    for name in ("_BEAT", "_LOOK", "_WAIT"):
+        monkeypatch.setattr(distributed, name, 0.05)
+
+    def work(own: Peers) -> list[Any]:
+        for _ in range(60 if own.index else 0):
+            time.sleep(0.02)
+            own.look()
+        return own.agree("write", give=own.index, timeout=0.5)
+
+    assert together(2, work) == [[0, 1]] * 2
+
+
+def test_processes_at_different_steps_are_told_apart():
+    raised = together(2, lambda own: own.agree(f"step {own.index}"))
+    assert {type(error) for error in raised} == {UsageError}
+    assert "process 0 at 'step 0'; process 1 at 'step 1'" in str(raised[0])
+    assert str(raised[0]) == str(raised[1])
+
+
+def test_different_work_is_refused_with_the_names_of_what_differs():
+    def work(own: Peers) -> None:
+        same = {f"w{i}": "f32[2]" for i in range(9)}
+        if own.index == 2:
+            same |= {"w3": "f32[3]", "extra": "x"}
+            del same["w7"]
+        own.agree("plan", same=same)
+
+    raised = together(3, work)
+    assert {type(error) for error in raised} == {PlanError}
+    assert len({str(error) for error in raised}) == 1
+    assert {failure.key for failure in raised[0].failures} == {"w3", "w7", "extra"}
+    assert all("process 2" in failure.what for failure in raised[0].failures)
+
+
+def test_the_same_work_is_done():
+    assert together(2, lambda own: own.agree("plan", same={"a": "1"}, give=own.index)) == [[0, 1]] * 2
+
+
+def test_what_travels_is_bounded():
+    def work(own: Peers) -> None:
+        many = [Failure("x" * 10_000, key=str(i)) for i in range(1000)]
+        own.agree("read", FormatError("bad", many) if own.index else None)
+
+    raised = together(2, work)
+    assert len(str(raised[0]).encode()) <= 2000
+    assert len(raised[0].failures) == 20
+    assert len(raised[0].failures[0].what) == 400
+
+
+def test_a_store_that_has_gone_is_told():
+    class Gone(Store):
+        def put(self, key: str, text: str, again: bool = False) -> bool:
+            raise RuntimeError("UNAVAILABLE: Socket closed\nmore")
+
+    with pytest.raises(StorageError, match=r"coordinator.*UNAVAILABLE: Socket closed$|UNAVAILABLE"):
+        Peers(1, 2, Gone()).agree("plan")
