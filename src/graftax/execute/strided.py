@@ -18,8 +18,8 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 _ROWS, _RUN = {1: 512, 2: 512, 4: 256, 8: 256}, {1: 1024, 2: 512, 4: 512, 8: 256}
-"""Block of the scratch by element width: rows along the destination's axis, elements of a run along the source's. Half a
-megabyte: what a core's own cache holds; fewer rows would end NumPy's inner loop before it pays."""
+"""Block of the scratch by element width: rows along the destination's axis, elements of a run along the source's. Half
+a megabyte: what a core's own cache holds; fewer rows would end NumPy's inner loop before it pays."""
 _PAD_BYTES = 64
 _SMALL = 1 << 16
 """Bytes under which NumPy's own loop is as fast."""
