@@ -8,70 +8,72 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-import tempfile
-import venv
 from pathlib import Path
 from typing import Any
 
+from benchmarks import environments
+from benchmarks.measuring import Group, NotRun, Row, Sample
 from benchmarks.models import SIZES, decoder
+from benchmarks.settings import Settings
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-OTHER = "weightbridge==0.0.4"
 OTHER_LAYERS = (1, 2, 4, 8, 16)  # of the deep model; each in a process with a time limit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeat", type=int, default=3, help="runs of a size, of which the fastest counts")
-    parser.add_argument("--only", default="", help="sizes whose name holds this")
-    parser.add_argument("--against", action="store_true", help=f"time {OTHER} too; it is installed apart")
-    parser.add_argument("--env", type=Path, help="folder for its environment (default: a temporary one)")
-    parser.add_argument("--limit", type=float, default=60, help="seconds for each of its sizes")
+    parser.add_argument("--size", default="", help=f"sizes whose name holds this: {', '.join(SIZES)}")
+    parser.add_argument(
+        "--against", action="store_true", help=f"time {environments.WEIGHTBRIDGE} too, in --envs FOLDER"
+    )
+    parser.add_argument("--envs", type=Path, help="make the environments of other libraries here")
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which a contender is given up")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """{"graftax": rows, "weightbridge": rows}; a row: name, tensors, seconds, megabytes, complete."""
-    sizes = [name for name in SIZES if args.only in name]
-    out: dict[str, Any] = {"graftax": [_row("plan", name, str(args.repeat)) for name in sizes]}
+def run(args: argparse.Namespace, settings: Settings) -> list[Group]:
+    """A group a size; the runs of a size are of one process, and the first one's memory counts."""
+    sizes = {name: size for name, size in SIZES.items() if args.size in name}
+    if settings.smoke:
+        sizes = {"deep 46": (5, 0)}
+    groups = [_group(name, *size, settings) for name, size in sizes.items()]
     if args.against:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder: Path = args.env or Path(scratch) / "env"
-            out["weightbridge"] = _against(folder, args.limit)
-    return out
+        groups += _against(args.envs or settings.folder / "envs", args.limit, settings)
+    return groups
 
 
-def show(result: dict[str, Any]) -> None:
-    for row in result["graftax"]:
-        state = "" if row["complete"] else "   NOT complete"
-        print(f"{row['name']:22} {row['tensors']:7,} tensors {row['seconds']:8.3f} s {row['megabytes']:7.0f} MB{state}")
-    for row in result.get("weightbridge", ()):
-        took = f"{row['seconds']:8.3f} s" if "seconds" in row else ""
-        ours = f"   graftax {row['graftax_seconds']:.3f} s"
-        print(f"weightbridge           {row['tensors']:7,} tensors {took}{ours}   {row.get('failed', '')}".rstrip())
+def _group(name: str, layers: int, experts: int, settings: Settings) -> Group:
+    settings.say(f"planning: {name}")
+    found = _planned(layers, experts, settings.repeats)
+    wrong = "" if found["complete"] else "the plan is not complete"
+    row = Row("graftax", True, _samples(found), wrong=wrong)
+    return Group(f"Planning: {name}, {found['tensors']:,} tensors", "graftax", [row])
+
+
+def _samples(found: dict[str, Any]) -> list[Sample]:
+    peak = int(found["megabytes"] * 2**20)
+    return [Sample(seconds, anonymous=None if i else peak) for i, seconds in enumerate(found["seconds"])]
 
 
 # ---------------------------------------------------------------- graftax
 
 
-def _row(*command: str) -> dict[str, Any]:
-    """What this module prints when it is run with `command`."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from benchmarks import matching; matching.child(sys.argv[2:])"
-    done = subprocess.run([sys.executable, "-c", code, str(SCRIPTS), *command], capture_output=True, text=True)
+def _planned(layers: int, experts: int, repeat: int) -> dict[str, Any]:
+    """What `_measured` gives, of a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.matching", str(layers), str(experts), str(repeat)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(SCRIPTS)},
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(arguments: list[str]) -> None:
-    """Plan one size in this process, and print what it took."""
-    _, name, repeat = arguments
-    layers, experts = SIZES[name] if name in SIZES else (int(name), 0)
-    print(json.dumps({"name": name, **_measured(layers, experts, int(repeat))}))
-
-
 def _measured(layers: int, experts: int, repeat: int) -> dict[str, Any]:
-    """Seconds of the fastest run; megabytes that the first run adds to the process at its peak."""
+    """Seconds of every run; megabytes that the first run adds to the process at its peak."""
     import time
 
     from graftax.planning import Options, make_plan
@@ -89,7 +91,7 @@ def _measured(layers: int, experts: int, repeat: int) -> dict[str, Any]:
         megabytes = _peak() - before if n == 0 else megabytes
         complete = complete and plan.complete
         del plan
-    return {"tensors": len(ends[0]), "seconds": min(times), "megabytes": megabytes, "complete": complete}
+    return {"tensors": len(ends[0]), "seconds": times, "megabytes": megabytes, "complete": complete}
 
 
 def _peak() -> float:
@@ -116,27 +118,36 @@ print(json.dumps({"seconds": time.process_time() - start, **({"failed": failed} 
 """
 
 
-def _against(folder: Path, limit: float) -> list[dict[str, Any]]:
-    """Its seconds for models of a few layers, until one takes longer than the limit."""
-    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-    subprocess.run([str(python), "-m", "pip", "install", "-q", OTHER], check=True)
-    rows: list[dict[str, Any]] = []
-    for layers in OTHER_LAYERS:
+def _against(folder: Path, limit: float, settings: Settings) -> list[Group]:
+    """Models of a few layers, until it takes longer than the limit for one."""
+    try:
+        python = environments.weightbridge(folder)
+    except NotRun as error:
+        return [Group("Planning against another library", "graftax", [Row("weightbridge", False, not_run=str(error))])]
+    groups: list[Group] = []
+    for layers in OTHER_LAYERS[: 1 if settings.smoke else None]:
+        group = _group(f"{layers} layers", layers, 0, settings)
+        other = Row("weightbridge", False)
+        group.rows.append(other)
+        groups.append(group)
         ends = decoder(layers)
         sides = json.dumps([{name: spec.shape for name, spec in end.items()} for end in ends])
-        row: dict[str, Any] = {"layers": layers, "tensors": len(ends[0])}
-        rows.append(row)
-        row["graftax_seconds"] = _row("plan", str(layers), "3")["seconds"]
         try:
             done = subprocess.run(
                 [str(python), "-c", _TIMED], input=sides, capture_output=True, text=True, timeout=limit
             )
         except subprocess.TimeoutExpired:
-            row["failed"] = f"more than {limit:g} s"
+            other.not_run = f"took more than {limit:g} s"
             break
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
-        row |= json.loads(done.stdout.splitlines()[-1])
-    return rows
+        said = json.loads(done.stdout.splitlines()[-1])
+        if "failed" in said:
+            other.not_run = f"failed after {said['seconds']:.2f} s: {said['failed'][:120]}"
+        else:
+            other.samples.append(Sample(said["seconds"]))
+    return groups
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measured(*map(int, sys.argv[1:]))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -37,13 +38,15 @@ def test_a_hundred_thousand_tensors(bench: ModuleType, layers: int, experts: int
     assert _plan(*bench.decoder(layers, experts)) < 15
 
 
-def test_the_benchmark_prints_each_size(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_of_a_size(bench: ModuleType, tmp_path: Path) -> None:
     from argparse import ArgumentParser
+
+    from benchmarks.settings import Settings
 
     parser = ArgumentParser()
     bench.add_arguments(parser)
-    result = bench.run(parser.parse_args(["--only", "deep 1,000", "--repeat", "1"]))
-    bench.show(result)
-    (row,) = result["graftax"]
-    assert (row["tensors"], row["complete"]) == (1002, True)
-    assert "1,002 tensors" in capsys.readouterr().out
+    [group] = bench.run(parser.parse_args(["--size", "deep 1,000"]), Settings(tmp_path, repeats=2, quiet=True))
+    [row] = group.rows
+    assert "1,002 tensors" in group.title
+    assert row.ok
+    assert len(row.samples) == 2

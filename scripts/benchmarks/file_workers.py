@@ -1,0 +1,153 @@
+"""The contenders of `bench.py file`, each in a process of its own: torch's file in, Flax's file out, on the disk.
+
+A job: source, bin, like, truth, out, config (the folder of the model), hugging (its Flax class), max_memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks import checkpoints
+from benchmarks.measuring import NotRun
+from benchmarks.processes import Job, Made, Worker, serve
+
+
+def _sync(out: Path) -> Path:
+    """`out`, or every file in it, is on the disk."""
+    for path in [*out.rglob("*")] if out.is_dir() else [out]:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    return out
+
+
+def _checked(job: Job) -> Any:
+    return lambda made: checkpoints.check(checkpoints.read(Path(job["out"])), Path(job["truth"]))
+
+
+def _renamed(job: Job) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """torch name -> (path, axes): what a script that somebody wrote for this one model knows."""
+    leaves = checkpoints.KINDS[job["kind"]].leaves(job["scale"])
+    return {leaf.torch: (leaf.flax, leaf.axes) for leaf in leaves if leaf.flax}
+
+
+def graftax(job: Job) -> tuple[Any, Any]:
+    """The plan is inferred from names and shapes, and run."""
+    import graftax as gx
+
+    for module in ("planning", "api", "execute.streamed", "formats.safetensors_file", "formats.spec_file"):
+        importlib.import_module(f"graftax.{module}")
+    return lambda: gx.port_file(job["source"], job["like"], job["out"], max_memory=job["max_memory"]), _checked(job)
+
+
+def naive_numpy(job: Job) -> tuple[Any, Any]:
+    """Load all, transpose, save: with NumPy."""
+    import ml_dtypes  # noqa: F401
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    names = _renamed(job)
+
+    def work() -> Any:
+        out = {}
+        for name, array in load_file(job["source"]).items():
+            if name in names:
+                path, axes = names[name]
+                out[path] = array if axes is None else np.ascontiguousarray(array.transpose(axes))
+        save_file(out, job["out"])
+        return _sync(Path(job["out"]))
+
+    return work, _checked(job)
+
+
+def naive_torch(job: Job) -> tuple[Any, Any]:
+    """The same with torch's tensors, from safetensors."""
+    from safetensors.torch import load_file, save_file
+
+    return _with_torch(job, lambda: load_file(job["source"]), save_file)
+
+
+def torch_load(job: Job) -> tuple[Any, Any]:
+    """The same from what torch.save wrote."""
+    import torch
+    from safetensors.torch import save_file
+
+    return _with_torch(job, lambda: torch.load(job["bin"], map_location="cpu", weights_only=True), save_file)
+
+
+def _with_torch(job: Job, load: Any, save: Any) -> tuple[Any, Any]:
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    names = _renamed(job)
+
+    def work() -> Any:
+        out = {}
+        for name, tensor in load().items():
+            if name in names:
+                path, axes = names[name]
+                out[path] = tensor if axes is None else tensor.permute(axes).contiguous()
+        save(out, job["out"])
+        return _sync(Path(job["out"]))
+
+    return work, _checked(job)
+
+
+def transformers(job: Job) -> tuple[Any, Any]:
+    """transformers' own converter: from_pretrained(from_pt=True), save_pretrained."""
+    if not job["hugging"]:
+        raise NotRun("transformers has no Flax class for it")
+    import jax.numpy as jnp
+    import transformers as hf
+
+    hf.logging.set_verbosity_error()
+    cls = getattr(hf, job["hugging"])
+    dtype = jnp.dtype(json.loads(Path(job["config"], "config.json").read_text())["torch_dtype"])
+
+    def work() -> Any:
+        model = cls.from_pretrained(job["config"], from_pt=True, dtype=dtype)
+        model.save_pretrained(job["out"])
+        return _sync(Path(job["out"]))
+
+    return work, lambda made: checkpoints.check(_msgpack(Path(made) / "flax_model.msgpack"), Path(job["truth"]))
+
+
+def weightbridge(job: Job) -> tuple[Any, Any]:
+    """weightbridge finds the names by itself, as graftax does."""
+    import ml_dtypes  # noqa: F401
+    import numpy as np
+    import weightbridge as other
+    from safetensors.numpy import load_file, save_file
+
+    tensors = json.loads(Path(job["like"]).read_text())["tensors"]
+
+    def work() -> Any:
+        like = {name: np.empty(entry["shape"], entry["dtype"]) for name, entry in tensors.items()}
+        try:
+            made = other.adapt(load_file(job["source"]), like, "pytorch", "flax", ".", "/")
+        except Exception as error:  # its own way to say that it finds no mapping
+            raise NotRun(f"finds no mapping: {str(error).partition(chr(10))[0][:120]}") from error
+        save_file({name: np.ascontiguousarray(array) for name, array in made.items()}, job["out"])
+        return _sync(Path(job["out"]))
+
+    return work, _checked(job)
+
+
+def _msgpack(path: Path) -> dict[str, Made]:
+    from flax.serialization import msgpack_restore
+    from flax.traverse_util import flatten_dict
+
+    return flatten_dict(msgpack_restore(path.read_bytes()), sep="/")
+
+
+WORKERS: dict[str, Worker] = {
+    function.__name__: function
+    for function in (graftax, naive_numpy, naive_torch, torch_load, transformers, weightbridge)
+}
+
+if __name__ == "__main__":
+    serve(WORKERS)
