@@ -23,6 +23,10 @@ DENSE = 3
 """A span is read whole if at least one of DENSE of its elements is wanted, or if it is short."""
 SHORT = 128 << 10
 """Bytes that cost less to read and skip than a second read does."""
+_NEAR = 1 << 20
+"""Bytes that stay in a core's cache between their being read and their being written."""
+_MOST_BUFFERS = 1024
+"""Linux fills so many in one call."""
 
 
 class Values(Protocol):
@@ -50,10 +54,11 @@ class Held:
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
     """A tensor in a file. `read(start, buffer)` fills the buffer from byte `start` of its values (C order, little
-    end first)."""
+    end first); `scatter(start, buffers)`, where there is one, fills several, one after the other."""
 
     spec: TensorSpec
     read: Callable[[int, memoryview], None]
+    scatter: Callable[[int, list[memoryview]], None] | None = None
     in_memory = False
 
     def span(self, start: int, stop: int, scratch: Array | None) -> Array:
@@ -91,7 +96,7 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
         assert isinstance(values, Stored)
         values.read(piece.value.offset * target.itemsize, memoryview(raw))  # pyright: ignore[reportArgumentType]
         return
-    room = scratch.nbytes // max(len(leaves), 1)
+    room = scratch.nbytes // max(len(leaves), 1) // 16 * 16
     for leaf in leaves:
         width = sources[leaf.source].spec.bits // 8
         low, high = _reach(leaf, piece.extents)
@@ -117,6 +122,51 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
         strided.copy(target, value)
     else:
         target[...] = value
+
+
+def _by_rows(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> bool:
+    """Fill a piece that takes rows of one file that follow each other; False where it is not such a piece.
+
+    The rows are read some bytes apart, and written while they are in the cache: a column of them does not fall into one
+    cache set, as it would in most matrices, and nothing is copied between reading and writing.
+    """
+    leaves = list(piece.leaves())
+    values = sources[leaves[0].source]
+    if len(leaves) > 1 or not isinstance(values, Stored) or values.scatter is None or len(piece.extents) < 2:
+        return False
+    leaf, width = leaves[0], values.spec.bits // 8
+    *inner, outer = sorted(range(len(piece.extents)), key=lambda j: leaf.strides[j])
+    run = 1
+    for loop in inner:
+        if leaf.strides[loop] != run:
+            return False
+        run *= piece.extents[loop]
+    nbytes, count = run * width, piece.extents[outer]
+    if leaf.strides[outer] != run or nbytes * count < strided.SMALL:
+        return False
+    pitch = -(-nbytes // strided.PAD_BYTES) * strided.PAD_BYTES + strided.PAD_BYTES
+    wanted = min(max(_NEAR // pitch, strided.rows_of(width)), _MOST_BUFFERS, count)
+    at_once = min(wanted, scratch.nbytes // pitch)
+    if 4 * at_once < wanted:  # long rows in little memory: better a part of each
+        return False
+    raw = memoryview(scratch)  # pyright: ignore[reportArgumentType]
+    buffers = [raw[i * pitch : i * pitch + nbytes] for i in range(at_once)]
+    steps = [pitch if loop == outer else leaf.strides[loop] * width for loop in range(len(piece.extents))]
+    dtype = numpy_dtype(values.spec.dtype)
+    for start in range(0, count, at_once):
+        n = min(at_once, count - start)
+        extents = (*piece.extents[:outer], n, *piece.extents[outer + 1 :])
+        values.scatter((leaf.offset + start * run) * width, buffers[:n])
+        rows: Array = np.ndarray(extents, dtype, raw, 0, steps)
+        target = _window(out, piece.offset + start * piece.strides[outer], extents, piece.strides)
+        value = evaluate(piece.value, extents, lambda _, rows=rows: rows)
+        if piece.strides[outer] == 1 and value.dtype == target.dtype:
+            strided.bits(target)[...] = strided.bits(value)
+        elif value.dtype == target.dtype:
+            strided.copy(target, value)
+        else:
+            target[...] = value
+    return True
 
 
 def _parts(

@@ -20,17 +20,17 @@ Array = np.ndarray[Any, Any]
 _ROWS, _RUN = {1: 512, 2: 512, 4: 256, 8: 256}, {1: 1024, 2: 512, 4: 512, 8: 256}
 """Block of the scratch by element width: rows along the destination's axis, elements of a run along the source's. Half
 a megabyte: what a core's own cache holds; fewer rows would end NumPy's inner loop before it pays."""
-_PAD_BYTES = 64
-_SMALL = 1 << 16
+PAD_BYTES = 64
+SMALL = 1 << 16
 """Bytes under which NumPy's own loop is as fast."""
 
 
 def copy(dst: Array, src: Array) -> None:
     """dst[...] = src, bit for bit, for arrays of one shape and element width that do not overlap."""
-    dst, src = _bits(dst), _bits(src)
+    dst, src = bits(dst), bits(src)
     dst, src = _ordered(dst, src)
     rank = dst.ndim
-    if rank < 2 or dst.nbytes < _SMALL:
+    if rank < 2 or dst.nbytes < SMALL:
         dst[...] = src
         return
     inner = min(range(rank), key=lambda a: (abs(src.strides[a]), -a))  # the source runs along this axis
@@ -40,7 +40,7 @@ def copy(dst: Array, src: Array) -> None:
     _blocked(dst, src, inner)
 
 
-def _bits(array: Array) -> Array:
+def bits(array: Array) -> Array:
     """The array as unsigned integers of its width: ml_dtypes and complex copy as slowly as objects otherwise."""
     width = array.dtype.itemsize
     return array.view(f"u{width}") if width in (1, 2, 4, 8) else array
@@ -62,6 +62,11 @@ def _ordered(dst: Array, src: Array) -> tuple[Array, Array]:
     return dst, src
 
 
+def rows_of(width: int) -> int:
+    """How many rows a block has whose elements are of so many bytes."""
+    return _ROWS.get(width, 64)
+
+
 def _blocked(dst: Array, src: Array, inner: int) -> None:
     """Copy block by block. The last axis and those before it are the destination's run; `inner`, and the axes that
     continue it in the source, are the source's."""
@@ -69,13 +74,13 @@ def _blocked(dst: Array, src: Array, inner: int) -> None:
     block = [1] * rank
     free = set(range(rank - 1))
     run = _claim(block, free, dst.shape, src.strides, inner, _RUN.get(width, 256))
-    rows = _claim(block, free, dst.shape, dst.strides, rank - 1, _ROWS.get(width, 64))
+    rows = _claim(block, free, dst.shape, dst.strides, rank - 1, rows_of(width))
     order = [*reversed(rows), *reversed(run)]  # of the scratch: the source's run inside
     kept = sorted(order)
     turned = [kept.index(a) for a in order]
     heads = len(rows)
     length = math.prod(block[a] for a in run)
-    store = np.empty((math.prod(block[a] for a in rows), length + _PAD_BYTES // width), dst.dtype)
+    store = np.empty((math.prod(block[a] for a in rows), length + PAD_BYTES // width), dst.dtype)
     for place in _blocks(dst.shape, block, kept):
         d, s = dst[place].transpose(turned), src[place].transpose(turned)
         lead, tail = math.prod(d.shape[:heads]), math.prod(d.shape[heads:])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from graftax.errors import FormatError, StorageError, UnsafeInputError, escape
 from graftax.formats.limits import check_limit
 
 _CHUNK = 1 << 30  # Linux moves at most 2 GiB a call
+_BUFFERS = 1024  # and into so many buffers
+_MOST_KEPT = 64  # files that are open at once, of the 256 to 1024 that a process may have
 
 KINDS: tuple[tuple[int, str], ...] = (
     (stat.S_IFDIR, "a folder"),
@@ -80,26 +85,83 @@ def changed(path: Path) -> StorageError:
 
 def read_into(path: Path, expected: Stamp, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` from `offset` on. StorageError where the file is not the one of the stamp any more."""
+    read_apart(path, expected, offset, [buffer])
+
+
+def read_apart(path: Path, expected: Stamp, offset: int, buffers: Sequence[memoryview]) -> None:
+    """Fill several buffers, one after the other, with what follows `offset`; as `read_into`."""
     try:
-        # Not blocking: a pipe put in the file's place must not hang us.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        handle = _kept.get((path, expected)) or _open(path, expected)
+        try:
+            for start in range(0, len(buffers), _BUFFERS):
+                some = buffers[start : start + _BUFFERS]
+                wanted = sum(map(len, some))
+                if wanted > _CHUNK or os.preadv(handle.fd, some, offset) != wanted:
+                    _read_each(path, handle.fd, offset, some)  # in whatever lengths they come
+                offset += wanted
+            if _stamp(os.fstat(handle.fd)) != expected:
+                raise changed(path)
+        finally:
+            del handle  # which an error's traceback would keep open
     except OSError as exc:
         raise storage_error(exc, path) from None
-    try:
-        if _stamp(os.fstat(fd)) != expected:
-            raise changed(path)
+
+
+class _Handle:
+    """An open file, closed when nobody reads from it any more."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def _open(path: Path, expected: Stamp) -> _Handle:
+    # Not blocking: a pipe put in the file's place must not hang us.
+    handle = _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    if _stamp(os.fstat(handle.fd)) != expected:
+        raise changed(path)
+    with _keeping:
+        if _keepers and len(_kept) < _MOST_KEPT:
+            _kept[path, expected] = handle
+    return handle
+
+
+def _read_each(path: Path, fd: int, offset: int, buffers: Sequence[memoryview]) -> None:
+    for buffer in buffers:
         done = 0
         while done < len(buffer):
             count = os.preadv(fd, [buffer[done : done + _CHUNK]], offset + done)
             if count == 0:
                 raise changed(path)
             done += count
-        if _stamp(os.fstat(fd)) != expected:
-            raise changed(path)
-    except OSError as exc:
-        raise storage_error(exc, path) from None
+        offset += done
+
+
+_kept: dict[tuple[Path, Stamp], _Handle] = {}
+_keepers = 0
+_keeping = threading.Lock()
+
+
+@contextmanager
+def kept_open() -> Iterator[None]:
+    """While this lasts, files that are read stay open, in all threads: opening costs more than reading a small tensor.
+
+    What is read is what was there when the file was opened, or an error, as ever.
+    """
+    global _keepers
+    with _keeping:
+        _keepers += 1
+    try:
+        yield
     finally:
-        os.close(fd)
+        with _keeping:
+            _keepers -= 1
+            if not _keepers:
+                _kept.clear()
 
 
 def read_bytes(path: Path, expected: Stamp, offset: int, length: int) -> bytearray:
