@@ -101,6 +101,7 @@ def port_command(
     format: str | None = None,
     max_memory: str = "512MiB",
     shard_size: str | None = None,
+    resume: Annotated[bool, Flag] = False,
     no_clobber: Annotated[bool, Flag] = False,
     dry_run: Annotated[bool, Flag] = False,
     json: Json = False,
@@ -119,10 +120,13 @@ def port_command(
     format
         A format's name, whatever the ending.
     max_memory
-        What .safetensors (also in shards), .msgpack and .npz are written within, however large a tensor is; .pt and
-        Orbax are handed all tensors at once.
+        What .safetensors (also in shards), .pt, .msgpack and .npz are written within, however large a tensor is; Orbax
+        is handed all tensors at once.
     shard_size
         The size of a shard, such as 5GB; needs a folder.
+    resume
+        Keep what was made if the run is stopped, and go on from what a stopped run of the same command left. All
+        formats but Orbax, which starts anew. The source must be in files.
     no_clobber
         Refuse an OUT that exists.
     dry_run
@@ -154,6 +158,7 @@ def port_command(
             shard_size=shard_size,
             clobber=not no_clobber,
             max_memory=max_memory,
+            resume=resume,
             advance=advance,
         )
     data |= {"written": True, "receipt": receipt.as_json()}

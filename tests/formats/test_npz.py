@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from graftax.dtypes import numpy_dtype, spec_of
 from graftax.errors import FormatError, PlanError, StorageError, UnsafeInputError
-from graftax.formats import npz, zips
+from graftax.formats import npz, zip_write, zips
 from graftax.formats.base import Output
 from graftax.formats.source import open_source
 from graftax.formats.table import FORMATS
@@ -333,18 +333,18 @@ def test_written_archives(tmp_path):
         for key, array in arrays.items():
             assert loaded[key].tobytes() == array.tobytes()
             assert loaded[key].shape == array.shape
-    places, _ = zips.places({"x": 5, "long" * 50: 0})
+    places, _ = zip_write.places({"x": 5, "long" * 50: 0})
     assert all(place.data % 64 == 0 for place in places.values())
 
 
 def test_many_members(tmp_path):
     """More members than the 16-bit count of a plain zip."""
-    members, end = zips.places({f"a{i}": 0 for i in range(65_600)})
+    members, end = zip_write.places({f"a{i}": 0 for i in range(65_600)})
     with open(tmp_path / "x.zip", "wb") as file:
         for name, place in members.items():
             file.seek(place.start)
-            file.write(zips.member_header(name, place, 0))
-        file.write(zips.directory(members, dict.fromkeys(members, 0), end))
+            file.write(zip_write.member_header(name, place, 0))
+        file.write(zip_write.directory(members, dict.fromkeys(members, 0), end))
     assert list(zips.zip_members(open_source(tmp_path / "x.zip"))) == list(members)
     with zipfile.ZipFile(tmp_path / "x.zip") as archive:
         assert archive.namelist() == list(members)
@@ -353,8 +353,8 @@ def test_many_members(tmp_path):
 def test_zip64_sizes():
     """Sizes and offsets beyond 32 bits, as zipfile reads them."""
     size = 5 << 30
-    members, start = zips.places({"big": size, "next": 3})
-    table = zips.directory(members, {"big": 1, "next": 2}, start)
+    members, start = zip_write.places({"big": size, "next": 3})
+    table = zip_write.directory(members, {"big": 1, "next": 2}, start)
 
     class Sparse(io.RawIOBase):
         at = 0

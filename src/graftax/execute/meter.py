@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,24 @@ class Meter:
             if self.narrow:
                 self._back32(value, self._forward32(value, extents, once), once)
         return made
+
+    def add(self, other: Meter) -> None:
+        """Counts what another meter of the same entry has counted."""
+        self.equal += other.equal
+        self.total += other.total
+        self.equal_in_float32 += other.equal_in_float32
+        self.narrow = self.narrow and other.narrow
+        self.casts += other.casts
+
+    def as_json(self) -> list[Any]:
+        """What was counted, for `from_json`."""
+        casts = [getattr(self.casts, field.name) for field in fields(self.casts)]
+        return [self.equal, self.total, self.equal_in_float32, self.narrow, casts]
+
+    @staticmethod
+    def from_json(exact: bool, counts: list[Any]) -> Meter:
+        equal, total, wide, narrow, casts = counts
+        return Meter(exact, equal, total, wide, narrow, CastCount(*casts))
 
     def _forward(self, value: Value, extents: tuple[int, ...], view: View) -> Array:
         if not isinstance(value, Apply):

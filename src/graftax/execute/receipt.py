@@ -34,7 +34,11 @@ class Measured:
 @dataclass(slots=True)
 class Receipt:
     """What a run did: leaves and bytes written, exactness as measured, casts as counted, what was dropped and why, what
-    no source filled and how it was, and what the writer has to say."""
+    no source filled and how it was, and what the writer has to say.
+
+    Where the source's files are read by position also: the bytes that this process read of their values; of a load into
+    shards the bytes that its shards are made of, and leaf -> why, where more than twice these were read.
+    """
 
     leaves: int = 0
     nbytes: int = 0
@@ -44,6 +48,9 @@ class Receipt:
     dropped: dict[str, str] = field(default_factory=dict[str, str])
     filled: dict[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
+    bytes_read: int = 0
+    bytes_needed: int = 0
+    over_read: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def lossless(self) -> bool:
@@ -63,6 +70,11 @@ class Receipt:
                 f"cast: {self.cast_leaves} leaves, {c.total} values, {c.rounded} rounded, {c.flushed} flushed to zero, "
                 f"{c.overflowed} saturated"
             )
+        if self.bytes_needed:
+            lines.append(f"read: {self.bytes_read:,} bytes of {self.bytes_needed:,} that the shards here are made of")
+            lines += [f"  {escape(name)}: {why}" for name, why in list(self.over_read.items())[:8]]
+            if len(self.over_read) > 8:
+                lines.append(f"  ... and {len(self.over_read) - 8} more (.over_read has all)")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -84,4 +96,7 @@ class Receipt:
             "dropped": dict(self.dropped),
             "filled": dict(self.filled),
             "notes": list(self.notes),
+            "bytes_read": self.bytes_read,
+            "bytes_needed": self.bytes_needed,
+            "over_read": dict(self.over_read),
         }

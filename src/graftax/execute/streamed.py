@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from graftax.dtypes import numpy_dtype, storage_bytes
+from graftax.dtypes import numpy_dtype, storage_bytes, unpack
 from graftax.errors import PlanError, escape
 from graftax.execute import tiling
 from graftax.execute.gather import Evaluate, Stored, Values, fill, held
@@ -16,12 +17,15 @@ from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate
 from graftax.execute.pushdown import Box, NotLocal, Piece, push
 from graftax.execute.receipt import Measured, Receipt
-from graftax.execute.sharded import assemble, fill_boxes, sharding_boxes
+from graftax.execute.sharded import assemble, fill_boxes, sharding_boxes, short_runs
 from graftax.execute.tiling import Edges
 from graftax.execute.whole import check_source, run_entry
 from graftax.formats.base import Tile
 from graftax.formats.sizes import size_text
 from graftax.ops import CONDITIONS, Cast, Keep, chain_text
+from graftax.ops.index_ops import Concat, Split, Stack, Unstack
+from graftax.ops.rearrange import Rearrange
+from graftax.ops.rearrange_each import RearrangeEach
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint, TensorSpec
 
@@ -32,6 +36,21 @@ _TILE_SHARE, _SCRATCH_SHARE = 4, 4
 _LEAST = 1 << 20
 _SCRATCH = 32 << 20
 """For reading, where there is no budget."""
+OVER = 2
+"""Times as many bytes read as needed, beyond which the receipt says why."""
+
+
+_BY_SHAPE = (Rearrange, RearrangeEach, Split, Concat, Stack, Unstack, Cast)
+"""Ops that have no numbers of their own but those of shapes: equal ones make equal pieces, to the bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A target that can be made in parts: its entry, its spec, and the pieces of all of it."""
+
+    entry: Entry
+    spec: TensorSpec
+    pieces: list[Piece]
 
 
 class Stream:
@@ -63,6 +82,7 @@ class Stream:
         self._whole: dict[int, dict[str, Array]] = {}
         self._meters: dict[int, Meter] = {}
         self._last: tuple[Entry, list[Values]] | None = None
+        self._pushed: dict[Any, list[Piece]] = {}
         for entry in plan.entries:
             if entry.dropped is not None:
                 receipt.dropped.update(dict.fromkeys(entry.sources, entry.dropped))
@@ -70,23 +90,65 @@ class Stream:
                 why = f"{chain_text(entry.ops)} ({', '.join(entry.evidence)})"
                 receipt.filled.update(dict.fromkeys(entry.targets, why))
 
-    def tiles(self, target: str, contiguous: bool = False) -> Iterator[Tile]:
-        """The bytes of one target in tiles that cover it once; `contiguous`: in order, without gaps."""
+    def tiles(self, target: str, contiguous: bool = False, first: int = 0) -> Iterator[Tile]:
+        """The bytes of one target in tiles that cover it once, from number `first` on; `contiguous`: in order, without
+        gaps."""
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
         self._count(spec)
         try:
             boxes = self._boxes(entry, index, spec, contiguous)
             if boxes is None:
-                yield Tile(0, storage_bytes(self._made(entry)[target], spec).reshape(1, -1), 0)
+                if first == 0:
+                    yield Tile(0, storage_bytes(self._made(entry)[target], spec).reshape(1, -1), 0)
                 self._advance(spec.nbytes)
                 return
-            for box, pieces in boxes:
+            for number, box in enumerate(boxes):
                 count = math.prod(stop - start for start, stop in box)
-                yield _tile(self._filled(entry, pieces, count, spec, self._buffer), box, spec)
+                if number >= first:
+                    pieces = push(entry.ops, self._specs(entry), index, box)
+                    yield _tile(self._filled(entry, pieces, count, spec, self._buffer), box, spec)
                 self._advance(count * spec.bits // 8)
         except PlanError as error:
-            raise _named(entry, error) from error
+            raise named(entry, error) from error
+
+    def tile_sizes(self, target: str) -> list[int] | None:
+        """Bytes of each tile that `tiles` gives; None where the target cannot be cut, or only by reading all of its
+        sources for every part."""
+        entry, index = self._home[target]
+        spec = self._plan.like.specs[target]
+        boxes = self._boxes(entry, index, spec, False)
+        if boxes is None or (entry.sources and self._source.span is None and self._source.format != "live"):
+            return None
+        return [math.prod(stop - start for start, stop in box) * spec.bits // 8 for box in boxes]
+
+    def whole(self, target: str) -> bool:
+        """Is it made whole, with all targets of its entry?"""
+        entry, index = self._home[target]
+        return self._boxes(entry, index, self._plan.like.specs[target], False) is None
+
+    def skip(self, target: str) -> None:
+        """This target is not asked for: it was made by an earlier run."""
+        spec = self._plan.like.specs[target]
+        self._count(spec)
+        self._advance(spec.nbytes)
+
+    @property
+    def unit(self) -> int:
+        """What tells how targets are cut into tiles."""
+        return self._tile
+
+    def counts(self, target: str) -> Any:
+        """What was measured so far of the entry that makes this target, as JSON; None where nothing is."""
+        meter = self._meters.get(id(self._home[target][0]))
+        return None if meter is None else meter.as_json()
+
+    def restore(self, target: str, counts: Any) -> None:
+        """Takes what `counts` gave in an earlier run."""
+        entry = self._home[target][0]
+        self._meters.pop(id(entry), None)
+        if counts is not None:
+            self._meters[id(entry)] = Meter.from_json(entry.exact, counts)
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
         """(target, array) of every leaf in like's order, each in aligned memory of its own that may be given away."""
@@ -109,7 +171,38 @@ class Stream:
                 return self._made(entry)[target]
             return self._filled(entry, pieces, spec.size, spec, allocate).reshape(spec.shape)
         except PlanError as error:
-            raise _named(entry, error) from error
+            raise named(entry, error) from error
+
+    def local(self, target: str) -> Local | None:
+        """What makes one target whole, where its parts can be made by themselves (`eager.load` does); else None: ask
+        `array` for it."""
+        entry, index = self._home[target]
+        spec = self._plan.like.specs[target]
+        if self._whole_only(entry, spec):
+            return None
+        specs = self._specs(entry)
+        key = (entry.ops, specs, index)
+        pieces = self._pushed.get(key)
+        if pieces is None:
+            try:
+                pieces = push(entry.ops, specs, index, [(0, n) for n in spec.shape])
+            except NotLocal:
+                return None
+            if all(type(op) in _BY_SHAPE for op in entry.ops):
+                self._pushed[key] = pieces
+        self._count(spec)
+        return Local(entry, spec, pieces)
+
+    def meter(self, entry: Entry) -> Meter | None:
+        """A meter for some pieces of an entry, to be given back by `counted`; None where nothing is to be measured."""
+        return None if _nothing_to_measure(entry) else Meter(entry.exact)
+
+    def counted(self, entry: Entry, meter: Meter) -> None:
+        self._meters.setdefault(id(entry), Meter(entry.exact)).add(meter)
+
+    def was_read(self, nbytes: int) -> None:
+        """So many bytes of the source's values were read for what `local` gave."""
+        self._receipt.bytes_read += nbytes
 
     def sharded(self, target: str, sharding: Any) -> Any:
         """One target as a jax.Array laid out by `sharding`: only what the devices of this process hold is read. A jax
@@ -118,21 +211,45 @@ class Stream:
         spec = self._plan.like.specs[target]
         self._count(spec)
         boxes = list(sharding_boxes(spec.shape, sharding))
+        before = self._receipt.bytes_read
         try:
-            parts = None if self._whole_only(entry, spec) else self._parts(entry, index, spec, boxes)
+            parts = None if self._whole_only(entry, spec) else self._parts(entry, index, target, boxes)
             if parts is None:
                 whole = self._made(entry)[target]
-                parts = {box: np.ascontiguousarray(whole[tuple(slice(*edge) for edge in box)]) for box in boxes}
+                if spec.packed and whole.shape != spec.shape:
+                    whole = unpack(whole, spec)
+                parts = {box: _aligned(whole[tuple(slice(*edge) for edge in box)]) for box in boxes}
+                share = sum(part.size for part in parts.values()) / max(whole.size, 1)
+                used = sum(given.nbytes for given in self._specs(entry)) / max(len(entry.targets), 1)
+                self._needed(target, int(share * used), before, f"{chain_text(entry.ops)} is made of whole tensors")
         except PlanError as error:
-            raise _named(entry, error) from error
-        return assemble(spec.shape, sharding, parts)
+            raise named(entry, error) from error
+        return assemble(spec.shape, sharding, parts, numpy_dtype(spec.dtype))
 
-    def _parts(self, entry: Entry, index: int, spec: TensorSpec, boxes: list[Edges]) -> dict[Edges, Array] | None:
+    def _parts(self, entry: Entry, index: int, target: str, boxes: list[Edges]) -> dict[Edges, Array] | None:
+        spec, before = self._plan.like.specs[target], self._receipt.bytes_read
         specs, sources, how = self._specs(entry), self._opened(entry), self._evaluate(entry)
         try:
-            return fill_boxes(entry.ops, specs, index, spec, boxes, sources, self._scratch, how)
+            parts, needed = fill_boxes(entry.ops, specs, index, spec, boxes, sources, self._scratch, how)
         except NotLocal:
             return None
+        if self._receipt.bytes_read - before > OVER * needed:
+            pieces = [piece for box in boxes for piece in push(entry.ops, specs, index, box)]
+            by_position = self._source.span is not None
+            why = short_runs(pieces, sources) if by_position else "its file cannot be read by position"
+        else:
+            why = ""
+        self._needed(target, needed, before, why)
+        return parts
+
+    def _needed(self, target: str, needed: int, before: int, why: str) -> None:
+        """Counts what the shards of a target are made of; says why, where much more was read."""
+        if self._source.format == "live":
+            return
+        read = self._receipt.bytes_read - before
+        self._receipt.bytes_needed += needed
+        if read > OVER * needed:
+            self._receipt.over_read[target] = f"{size_text(read)} read for {size_text(needed)}: {why}"
 
     def _specs(self, entry: Entry) -> tuple[TensorSpec, ...]:
         return tuple(self._plan.source.specs[name] for name in entry.sources)
@@ -158,14 +275,12 @@ class Stream:
 
     def _evaluate(self, entry: Entry) -> Evaluate:
         """How its pieces are evaluated: by a meter, unless there is nothing to measure and no cast to count."""
-        if entry.exact and not any(isinstance(op, Cast) for op in entry.ops):
+        if _nothing_to_measure(entry):
             return evaluate
         return self._meters.setdefault(id(entry), Meter(entry.exact))
 
-    def _boxes(
-        self, entry: Entry, index: int, spec: TensorSpec, contiguous: bool
-    ) -> Iterator[tuple[Box, list[Piece]]] | None:
-        """The boxes of a target that fit a tile, each with its pieces; None where it cannot be cut."""
+    def _boxes(self, entry: Entry, index: int, spec: TensorSpec, contiguous: bool) -> Iterator[Edges] | None:
+        """The boxes of a target that fit a tile; None where it cannot be cut."""
         if not spec.size:
             return iter(())
         if self._whole_only(entry, spec):
@@ -173,11 +288,10 @@ class Stream:
         ops, specs = entry.ops, self._specs(entry)
         try:
             steps = tiling.box_steps(ops, specs, index, spec, self._tile, contiguous)
-            boxes = list(tiling.grid([(0, n) for n in spec.shape], steps))
-            first = push(ops, specs, index, boxes[0])  # what is not local shows at the first
+            push(ops, specs, index, [(0, step) for step in steps])  # what is not local shows at the first
         except NotLocal:
             return None
-        return ((box, push(ops, specs, index, box) if i else first) for i, box in enumerate(boxes))
+        return tiling.grid([(0, n) for n in spec.shape], steps)
 
     def _opened(self, entry: Entry) -> list[Values]:
         """The sources of an entry, kept until another is asked for: a file that cannot be read by position is read once
@@ -190,8 +304,14 @@ class Stream:
     def _values(self, name: str) -> Values:
         spec, span = self._plan.source.specs[name], self._source.span
         if span is not None:
-            return Stored(spec, lambda start, buffer: span(name, start, buffer))
+            return Stored(spec, lambda start, buffer: self._read(span, name, start, buffer))
+        if self._source.format != "live":
+            self._receipt.bytes_read += spec.nbytes
         return held(self._source.read(name), spec)
+
+    def _read(self, span: Callable[[str, int, memoryview], None], name: str, start: int, buffer: memoryview) -> None:
+        span(name, start, buffer)
+        self._receipt.bytes_read += len(buffer)
 
     def _made(self, entry: Entry) -> dict[str, Array]:
         """All targets of an entry that cannot be cut, kept until the last of them was asked for."""
@@ -206,8 +326,12 @@ class Stream:
                     f"{size_text(self._budget)} of --max-memory",
                     next=f"Give --max-memory {-(-needed // 2**20)}MiB or more.",
                 )
-            made = run_entry(entry, self._source, self._like, self._receipt)
+            made, meter = run_entry(entry, self._source, self._like)
+            if self._source.format != "live":
+                self._receipt.bytes_read += sum(spec.nbytes for spec in self._specs(entry))
             self._whole[key] = dict(zip(entry.targets, made, strict=True))
+            if meter is not None:
+                self._meters[key] = meter
         return self._whole[key]
 
     def _buffer(self, nbytes: int) -> Array:
@@ -239,11 +363,23 @@ class Stream:
                 self._receipt.measured.append(Measured(entry.targets, meter.equal, meter.total, wide))
 
 
+def _aligned(array: Array) -> Array:
+    """A copy in C order, in memory that jax can take over."""
+    out = allocate(array.size * array.dtype.itemsize).view(array.dtype).reshape(array.shape)
+    out[...] = array
+    return out
+
+
+def _nothing_to_measure(entry: Entry) -> bool:
+    return entry.exact and not any(isinstance(op, Cast) for op in entry.ops)
+
+
 def _checked(entry: Entry) -> bool:
     return any(isinstance(op, CONDITIONS) for op in entry.ops)
 
 
-def _named(entry: Entry, error: PlanError) -> PlanError:
+def named(entry: Entry, error: PlanError) -> PlanError:
+    """The error, with the entry that it is of."""
     return PlanError(f"{escape(entry.text, 400)}: {error}", error.failures)
 
 

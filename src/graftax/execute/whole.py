@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from graftax.errors import Failure, PlanError, escape
-from graftax.execute.receipt import Measured, Receipt
+from graftax.execute.meter import Meter
 from graftax.ops import Cast, Keep, apply_chain, invert_chain
 from graftax.ops.base import count_same_bits
 from graftax.ops.casting import cast_array
@@ -31,40 +31,38 @@ def check_source(plan: Plan, source: Checkpoint) -> None:
         raise PlanError(f"{escape(source.label)} has names, shapes and dtypes, but no values to port")
 
 
-def run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None, receipt: Receipt) -> tuple[Array, ...]:
-    """All targets of one entry, whole."""
+def run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None) -> tuple[tuple[Array, ...], Meter | None]:
+    """All targets of one entry, whole, and what was counted on the way, if there was anything to."""
     if entry.ops and isinstance(entry.ops[0], Keep):
         if like is None:
             entry.ops[0].apply(())
         assert like is not None
-        return tuple(like.read(name) for name in entry.targets)
+        return tuple(like.read(name) for name in entry.targets), None
     given = tuple(source.read(name) for name in entry.sources)
     if entry.exact and not any(isinstance(op, Cast) for op in entry.ops):
-        return apply_chain(entry.ops, given)
-    return _run_measured(entry, given, receipt)
+        return apply_chain(entry.ops, given), None
+    return _run_measured(entry, given)
 
 
-def _run_measured(entry: Entry, given: tuple[Array, ...], receipt: Receipt) -> tuple[Array, ...]:
+def _run_measured(entry: Entry, given: tuple[Array, ...]) -> tuple[tuple[Array, ...], Meter]:
     """Run the entry and its inverse; count the source values that come back, and those that would in float32."""
+    meter = Meter(entry.exact)
     arrays = given
     for op in entry.ops:
         if isinstance(op, Cast):
             done = [cast_array(array, op.target, op.overflow) for array in arrays]
             arrays = tuple(array for array, _ in done)
-            receipt.cast_leaves += len(done)
             for _, count in done:
-                receipt.casts += count
+                meter.casts += count
         else:
             arrays = op.apply(arrays)
-    if entry.exact:
-        return arrays
-    equal = _equal(given, apply_chain(invert_chain(entry.ops), arrays))
-    total = sum(array.size for array in given)
-    wide = None
-    if equal != total and all(array.dtype.itemsize == 2 for array in given):
-        wide = _equal_in_float32(entry, given)
-    receipt.measured.append(Measured(entry.targets, equal, total, wide))
-    return arrays
+    if not entry.exact:
+        meter.equal = _equal(given, apply_chain(invert_chain(entry.ops), arrays))
+        meter.total = sum(array.size for array in given)
+        meter.narrow = all(array.dtype.itemsize == 2 for array in given)
+        if meter.narrow and meter.equal != meter.total:
+            meter.equal_in_float32 = _equal_in_float32(entry, given)
+    return arrays, meter
 
 
 def _equal_in_float32(entry: Entry, given: tuple[Array, ...]) -> int:

@@ -11,8 +11,9 @@ A format module has three functions and nothing else that others call:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,7 +29,8 @@ LEFTOVER = ".graftax-old"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A row of FORMATS. `holds` names the dtypes it stores bit for bit; `module` is imported when it is used."""
+    """A row of FORMATS. `holds` names the dtypes it stores bit for bit; `module` is imported when it is used; if it
+    `resumes`, its writer goes on where a stopped run was."""
 
     name: str
     module: str
@@ -36,6 +38,7 @@ class Format:
     folder: bool
     sides: tuple[Side, ...]
     holds: frozenset[str]
+    resumes: bool = False
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)
@@ -52,13 +55,41 @@ class Tile:
 
 
 class Tiles(Protocol):
-    """Tensors on demand: what a writer asks in its own order, each path once."""
+    """Tensors on demand: what a writer asks in its own order, each path once.
 
-    def tiles(self, target: str, contiguous: bool = False) -> Iterator[Tile]:
-        """Tiles that cover the tensor's bytes once; `contiguous`: in order, each of one row."""
+    The rest is for runs that are resumed: `unit` says how tensors are cut into tiles, `counts` what was measured of a
+    tensor (and those that are made with it) so far, as JSON, which `restore` takes back in a later run.
+    """
+
+    def tiles(self, target: str, contiguous: bool = False, first: int = 0) -> Iterator[Tile]:
+        """Tiles that cover the tensor's bytes once, from number `first` on; `contiguous`: in order, each of one row."""
         ...
 
     def done(self, target: str) -> None: ...
+    def skip(self, target: str) -> None:
+        """Of this tensor no tile is asked for: it was made by an earlier run."""
+        ...
+
+    @property
+    def unit(self) -> int: ...
+    def counts(self, target: str) -> Any: ...
+    def restore(self, target: str, counts: Any) -> None: ...
+
+
+class Log(Protocol):
+    """The journal of a run that may be resumed, as a writer sees it."""
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What the writer had noted when the earlier run was stopped."""
+        ...
+
+    def written(
+        self, path: Path, flush: Callable[[], None], notes: Mapping[str, Any] | None = None, last: bool = False
+    ) -> None:
+        """All tiles handed out so far were written to `path`, and `flush` brings them to the disk. `last`: no more come
+        for this file."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +97,8 @@ class Output:
     """What to write: `specs` in the order of the file, `tensors` once each in any order (C-contiguous or not: the
     writer makes them so), and what a tree needs to come back as it was. Paths are flat; `container` is the name of
     the nested dict that a .pt file holds them in (`out.pt::model`). A writer that can takes the tensors from `tiles`
-    instead, where that is given, in the order of its file."""
+    instead, where that is given, in the order of its file. With a `log` its files may be there in part already: it
+    tells the log of what it wrote."""
 
     specs: Mapping[str, TensorSpec]
     tensors: Iterable[tuple[str, np.ndarray[Any, Any]]]
@@ -76,3 +108,4 @@ class Output:
     shard_size: int | None = None
     container: str | None = None
     tiles: Tiles | None = None
+    log: Log | None = None

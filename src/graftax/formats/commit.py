@@ -1,11 +1,13 @@
 """All or nothing: write to a staging name beside the destination, then put it in place in one step.
 
 The staging folder is `.<name>.graftax-<random>` in the destination's folder, locked (flock) while its run lives. What a
-killed run left is therefore known by its free lock, and the next run to the same destination removes it.
+killed run left is therefore known by its free lock, and the next run to the same destination removes it. A run that
+may be resumed after a stop has one of a fixed name instead, `.<name>.graftax-resume`, which stays until it succeeds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -19,31 +21,37 @@ from pathlib import Path
 from graftax.errors import StorageError, escape
 from graftax.formats.base import LEFTOVER
 
+JOURNAL = "journal"
+"""The file of a staging folder that says what of its payload is done (see `journal`)."""
 _STAGING = ".graftax-"
+_RESUME = "resume"
 _NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2, linux/fs.h
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errno.EPERM}
 
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Where to write (`payload`, of the destination's own name), and what was tidied up on the way in."""
+    """Where to write (`payload`, of the destination's own name), and what was tidied up on the way in. With `keep` a
+    run that was stopped may have left it there in part."""
 
     payload: Path
     notes: list[str] = field(default_factory=list[str])
 
 
 @contextmanager
-def staged(out: Path, *, folder: bool, clobber: bool = True) -> Iterator[Staging]:
-    """A place to write `out`; it replaces `out` when the block ends well, and vanishes when it does not.
+def staged(out: Path, *, folder: bool, clobber: bool = True, keep: bool = False) -> Iterator[Staging]:
+    """A place to write `out`; it replaces `out` when the block ends well, and vanishes when it does not, unless `keep`:
+    then it is the same place for every run, one at a time, until one ends well.
 
     The block creates `payload`: a file, or a folder if `folder`. Its files are fsynced and get mode 0666 & ~umask, or
     that of the file they replace. `out` must have been checked (`saving`); what another process puts there meanwhile
     is replaced, or kept if not `clobber`.
 
-    Raises OSError as the system gives it; StorageError where `out` came to be and must not be replaced.
+    Raises OSError as the system gives it; StorageError where `out` came to be and must not be replaced, or where
+    another run has the place to keep.
     """
-    notes = clear_stale(out)
-    place, lock = _make_staging(out)
+    notes = clear_stale(out, keep)
+    place, lock = _kept_staging(out) if keep else _make_staging(out)
     try:
         files_mode, folders_mode = _natural_modes(place)
         payload = place / out.name
@@ -51,10 +59,15 @@ def staged(out: Path, *, folder: bool, clobber: bool = True) -> Iterator[Staging
         if not os.path.lexists(payload) or os.path.isdir(payload) != folder:
             raise StorageError(f"nothing was written for {escape(out)}")
         _settle(payload, out, files_mode, folders_mode)
+        if keep:  # from here on the payload may be what was at `out` before: no journal may speak of it
+            (place / JOURNAL).unlink(missing_ok=True)
+            _sync(place)
+            keep = False
         _put(payload, out, folder, clobber)
         _sync(out.parent)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(place, ignore_errors=True)
         os.close(lock)
 
 
@@ -76,6 +89,39 @@ def _make_staging(out: Path) -> tuple[Path, int]:
         lock = _lock(place)
         if lock is not None:
             return place, lock  # else another run took it for a stale one just now
+
+
+def _kept_staging(out: Path) -> tuple[Path, int]:
+    """The staging folder for runs that may be resumed, made where there is none, and the descriptor of its lock."""
+    place = resume_place(out)
+    for _ in range(10):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place, 0o700)
+        lock = _lock(place)
+        if lock is None and os.path.isdir(place) and not os.path.islink(place):
+            raise StorageError(
+                f"another run writes {escape(out)}, to be resumed after a stop (it has {escape(place)} locked)",
+                next="Let it end, or stop it first.",
+            )
+        if lock is None:
+            continue
+        info = os.fstat(lock)
+        if info.st_uid == os.geteuid() and not info.st_mode & 0o022 and _flocks(lock):
+            return place, lock
+        locks = _flocks(lock)
+        os.close(lock)
+        if not locks:
+            raise StorageError(f"the file system of {escape(out)} has no locks, which resuming needs")
+        raise StorageError(
+            f"{escape(place)} was made by another user, or may be written by others",
+            next="Remove it, or choose a name.",
+        )
+    raise StorageError(f"{escape(place)} cannot be made: something else is there", next="Remove what is there.")
+
+
+def resume_place(out: Path) -> Path:
+    """Where a run that may be resumed stages `out`."""
+    return out.parent / f"{_prefix(out)}{_RESUME}"
 
 
 def _lock(place: Path) -> int | None:
@@ -101,12 +147,16 @@ def _lock(place: Path) -> int | None:
     return None
 
 
-def clear_stale(out: Path) -> list[str]:
-    """Removes what killed runs left for this destination, puts back what one had put aside; says so."""
+def clear_stale(out: Path, keep: bool = False) -> list[str]:
+    """Removes what killed runs left for this destination (with `keep` not what can be resumed), puts back what one had
+    put aside; says so."""
     notes: list[str] = []
     with os.scandir(out.parent) as entries:
         stale = [e.path for e in entries if e.name.startswith(_prefix(out)) and e.is_dir(follow_symlinks=False)]
+    kept = str(resume_place(out)) if keep else None
     for path in stale:
+        if path == kept:
+            continue
         lock = _lock(Path(path))
         if lock is not None:
             if _flocks(lock):
@@ -138,7 +188,7 @@ def _flocks(fd: int) -> bool:
 
 def _natural_modes(place: Path) -> tuple[int, int]:
     """Modes of a new file and a new folder here. Asked of the system: reading the umask means setting it."""
-    probe = place / "probe"
+    probe = place / f"probe-{os.urandom(4).hex()}"
     os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     file_mode = stat.S_IMODE(os.stat(probe).st_mode)
     os.unlink(probe)

@@ -25,15 +25,17 @@ _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY}
 
 
 class DirectFile:
-    """A new file of a known size, written by `append` (front to back) and `write_at` (anywhere). Leaving the `with`
-    block writes what is left; the caller syncs. Raises OSError as the system gives it, the first time it shows."""
+    """A file of a known size, written by `append` (front to back) and `write_at` (anywhere). Of one that was there
+    before, what is not written stays. Leaving the `with` block writes what is left; the caller syncs. Raises OSError as the
+    system gives it, the first time it shows."""
 
     def __init__(self, path: Path, size: int, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._size = size
-        self._plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         self._direct = -1
         try:
-            _reserve(self._plain, size)
+            if os.fstat(self._plain).st_size != size:  # else another process may be writing in it
+                _reserve(self._plain, size)
             self._direct = _open_direct(path)
         except BaseException:
             self._close()
@@ -62,8 +64,10 @@ class DirectFile:
         while len(view):
             if self._buffer is None:
                 self._buffer = self._take()
-            # A buffer ends at a block border of the file, also where it began inside a block.
-            room = self._length - self._start % BLOCK - self._used
+            # A buffer ends at a block border of the file. One that begins inside a block, which goes through the page
+            # cache, ends with that block.
+            inside = self._start % BLOCK
+            room = (BLOCK - inside if inside else self._length) - self._used
             part = view[:room]
             self._buffer[self._used : self._used + len(part)] = part
             self._used += len(part)
@@ -80,6 +84,16 @@ class DirectFile:
     def write_at(self, offset: int, data: Any) -> None:
         """Bytes anywhere that `append` does not write."""
         files.write_at(self._plain, offset, memoryview(data).cast("B"))
+
+    def flush(self) -> None:
+        """Everything written so far is on the disk when this returns."""
+        self._hand_over()
+        idle = [self._take() for _ in range(BUFFERS)]  # all are free once all is written
+        for buffer in idle:
+            self._free.put(buffer)
+        if self._failed:
+            raise self._failed[0]
+        os.fdatasync(self._plain)
 
     def __enter__(self) -> DirectFile:
         return self

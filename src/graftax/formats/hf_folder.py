@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftax.errors import SEVERITY, Failure, FormatError, GraftaxError, StorageError, UnsafeInputError, escape
 from graftax.formats import files, safetensors_file, strict_json
@@ -21,6 +21,8 @@ from graftax.tree import Checkpoint, Side, TensorSpec, detect_side
 
 if TYPE_CHECKING:
     import numpy as np
+
+Value = TypeVar("Value")
 
 storage_fault = safetensors_file.storage_fault
 INDEX = ".index.json"
@@ -85,35 +87,47 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
+    from graftax.formats.opening import open_file
+
     index = files.inside(folder, index_name, escape(folder))
     label = escape(index)
-    weight_map = _weight_map(strict_json.parse_object(files.read_whole(index), label), label)
-    shards = _open_shards(folder, dict.fromkeys(weight_map.values()), label)
-    failures = _disagreements(weight_map, shards, label)
+    shard_of = weight_map(strict_json.parse_object(files.read_whole(index), label), label)
+    names = dict.fromkeys(shard_of.values())
+    paths = gathered(names, lambda name: files.inside(folder, name, label), label)  # all names before any file
+    shards = gathered(names, lambda name: open_file(paths[name], config=False), label)
+    return joined(str(folder), shard_of, shards, (index,), label)
+
+
+def joined(
+    label: str, shard_of: Mapping[str, str], shards: Mapping[str, Checkpoint], index: tuple[Path, ...], where: str
+) -> Checkpoint:
+    """All shards as one checkpoint, `shard_of` from tensor to shard. FormatError where the index, called `where`, says
+    something else than they do."""
+    failures = _disagreements(shard_of, shards, where)
     if failures:
-        raise FormatError(f"{label}: the index and its shards disagree ({len(failures)} tensors):", failures)
+        raise FormatError(f"{where}: the index and its shards disagree ({len(failures)} tensors):", failures)
     real_keys, containers = {}, {}
     for shard in shards.values():
         real_keys.update(shard.real_keys)
         containers.update(shard.containers)
 
     def read(path: str) -> np.ndarray[Any, Any]:
-        return shards[weight_map[path]].read(path)
+        return shards[shard_of[path]].read(path)
 
     def span(path: str, start: int, buffer: memoryview) -> None:
-        by_position = shards[weight_map[path]].span
+        by_position = shards[shard_of[path]].span
         assert by_position is not None
         by_position(path, start, buffer)
 
     sides: set[Side] = {shard.side for shard in shards.values() if shard.side}
     return Checkpoint(
-        label=str(folder),
+        label=label,
         # Of one shard's few names the side may not be told, or told wrong: all of them together decide.
-        side=sides.pop() if len(sides) == 1 else detect_side(weight_map),
-        specs={name: shards[shard][name] for name, shard in weight_map.items()},
+        side=sides.pop() if len(sides) == 1 else detect_side(shard_of),
+        specs={name: shards[shard][name] for name, shard in shard_of.items()},
         reader=read,
         format="hf_folder",
-        files=(index, *(path for shard in shards.values() for path in shard.files)),
+        files=(*index, *(path for shard in shards.values() for path in shard.files)),
         real_keys=real_keys,
         containers=containers,
         native={name: shard.native for name, shard in shards.items()},
@@ -121,7 +135,8 @@ def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
     )
 
 
-def _weight_map(value: Mapping[str, Any], label: str) -> dict[str, str]:
+def weight_map(value: Mapping[str, Any], label: str) -> dict[str, str]:
+    """From tensor to shard, as an index says. FormatError, UnsafeInputError."""
     found = value.get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):  # pyright: ignore
         raise FormatError(f"{label}: expected `weight_map`, from tensor names to file names")
@@ -129,32 +144,23 @@ def _weight_map(value: Mapping[str, Any], label: str) -> dict[str, str]:
     return found  # pyright: ignore[reportUnknownVariableType]
 
 
-def _open_shards(folder: Path, names: Mapping[str, None], label: str) -> dict[str, Checkpoint]:
-    """Every shard, headers only. The failures of all of them are raised at once, with the code of the gravest."""
-    from graftax.formats.opening import open_file
-
-    shards: dict[str, Checkpoint] = {}
+def gathered(names: Iterable[str], action: Callable[[str], Value], label: str) -> dict[str, Value]:
+    """What `action` gives for every shard. The failures of all of them are raised at once, with the code of the
+    gravest."""
+    out: dict[str, Value] = {}
     errors: list[GraftaxError] = []
     failures: list[Failure] = []
-    paths: dict[str, Path] = {}
-    for name in names:  # all names before any file is touched
+    for name in names:
         try:
-            paths[name] = files.inside(folder, name, label)
-        except UnsafeInputError as exc:
+            out[name] = action(name)
+        except (FormatError, StorageError, UnsafeInputError) as exc:
             errors.append(exc)
             failures.append(Failure(str(exc), file=label, key=name))
-    if not errors:
-        for name, path in paths.items():
-            try:
-                shards[name] = open_file(path, config=False)
-            except (FormatError, StorageError, UnsafeInputError) as exc:
-                errors.append(exc)
-                failures.append(Failure(str(exc), file=str(path), key=name))
     if errors:
         codes = {exc.exit_code: type(exc) for exc in errors}
         gravest = next(codes[code] for code in SEVERITY if code in codes)
-        raise gravest(f"{label}: {len(errors)} of {len(names)} shards cannot be opened:", failures)
-    return shards
+        raise gravest(f"{label}: {len(errors)} of {len(out) + len(errors)} shards cannot be opened:", failures)
+    return out
 
 
 def _disagreements(weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint], label: str) -> list[Failure]:
@@ -179,11 +185,22 @@ def _disagreements(weight_map: Mapping[str, str], shards: Mapping[str, Checkpoin
 
 def write(path: Path, output: Output) -> None:
     """safetensors shards of at most `shard_size` bytes of data each (a larger tensor stands alone) and their index."""
+    path.mkdir(exist_ok=output.log is not None)
+    files_of = shards(path, output)
+    safetensors_file.write_files(files_of, output)
+    write_index(path, files_of, output)
+
+
+def shards(path: Path, output: Output) -> dict[Path, dict[str, TensorSpec]]:
+    """The files of the folder, each with the tensors that it is to hold."""
     groups = _split(output.specs, output.shard_size or SHARD_SIZE)
-    os.mkdir(path)
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    safetensors_file.write_files({path / name: group for name, group in zip(names, groups, strict=True)}, output)
-    shard_of = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
+    return {path / name: group for name, group in zip(names, groups, strict=True)}
+
+
+def write_index(path: Path, files_of: Mapping[Path, Mapping[str, TensorSpec]], output: Output) -> None:
+    """The index of the shards in the folder."""
+    shard_of = {tensor: file.name for file, group in files_of.items() for tensor in group}
     index = {
         "metadata": {"total_size": sum(spec.nbytes for spec in output.specs.values())},
         "weight_map": {tensor: shard_of[tensor] for tensor in output.specs},

@@ -11,14 +11,14 @@ byte an element.
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import FormatError, escape
 from graftax.formats.base import Output
-from graftax.formats.files import storage_error, write_at
+from graftax.formats.direct import DirectFile
+from graftax.formats.files import storage_error
 from graftax.formats.limits import check_limit
 from graftax.formats.msgpack_walk import CHUNKED, FIXED_EXT, NDARRAY, Array, Text, itemsize, mark, parse
 from graftax.formats.source import Source, open_source
@@ -155,10 +155,9 @@ def write(path: Path, output: Output) -> None:
             places.setdefault(piece[0], []).append((at, piece[1]))
             at += piece[1]
     try:
-        with builtins.open(path, "wb") as file:
-            fd = file.fileno()
+        with DirectFile(path, at) as file:
             for start, piece in pieces:
-                write_at(fd, start, memoryview(piece))
+                file.write_at(start, piece)
             for name, spec, begin, data in byte_runs(output):
                 if spec.packed:  # comes whole
                     data = unpack(data, spec).reshape(-1).view("uint8")
@@ -166,9 +165,13 @@ def write(path: Path, output: Output) -> None:
                 for start, size in places[name]:
                     low, high = max(begin, done), min(begin + data.size, done + size)
                     if low < high:
-                        view = memoryview(data[low - begin : high - begin])  # pyright: ignore[reportArgumentType]
-                        write_at(fd, start + low - done, view)
+                        file.skip(start + low - done)
+                        file.append(data[low - begin : high - begin])
                     done += size
+                if output.log is not None:
+                    output.log.written(path, file.flush)
+            if output.log is not None:
+                output.log.written(path, file.flush, last=True)
     except OSError as error:
         raise storage_error(error, path) from error
 

@@ -8,21 +8,20 @@ Source of the layout: NumPy's NEP 1 (.npy, versions 1.0 to 3.0).
 
 from __future__ import annotations
 
-import builtins
 import re
 import struct
-import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
 from graftax.formats import zips
 from graftax.formats.base import Output
-from graftax.formats.files import storage_error, write_at
 from graftax.formats.limits import element_count
 from graftax.formats.source import Source, open_source
 from graftax.formats.writing import byte_runs, refuse
+from graftax.formats.zip_write import write_archive
 from graftax.tree import Checkpoint, TensorSpec, detect_side
 
 if TYPE_CHECKING:
@@ -204,21 +203,15 @@ def write(path: Path, output: Output) -> None:
     long = [name for name in output.specs if len(name.encode("utf-8", "surrogateescape")) > 0xFFFB]
     refuse(output, "npz", dict.fromkeys(long, "a name of more than 65,531 bytes"))
     heads = {name: _npy_head(spec) for name, spec in output.specs.items()}
-    members, end = zips.places({f"{name}.npy": len(head) + output.specs[name].nbytes for name, head in heads.items()})
-    crcs: dict[str, int] = {}
-    try:
-        with builtins.open(path, "wb") as file:
-            fd = file.fileno()
-            for name, spec, start, data in byte_runs(output):
-                member, view = f"{name}.npy", memoryview(cast("Any", data))
-                place, head = members[member], heads[name]
-                crcs[member] = zlib.crc32(view, crcs[member] if start else zlib.crc32(head))
-                write_at(fd, place.data + len(head) + start, view)
-                if start + len(view) == spec.nbytes:
-                    write_at(fd, place.start, memoryview(zips.member_header(member, place, crcs[member]) + head))
-            write_at(fd, end, memoryview(zips.directory(members, crcs, end)))
-    except OSError as error:
-        raise storage_error(error, path) from error
+    sizes = {f"{name}.npy": len(head) + output.specs[name].nbytes for name, head in heads.items()}
+    write_archive(path, sizes, _runs(output, heads), output.log)
+
+
+def _runs(output: Output, heads: Mapping[str, bytes]) -> Iterator[tuple[str, int, tuple[Any, ...]]]:
+    """The members in parts, the first with its header."""
+    for name, _, start, data in byte_runs(output):
+        member, head = f"{name}.npy", heads[name]
+        yield (member, len(head) + start, (data,)) if start else (member, 0, (head, data))
 
 
 def _npy_head(spec: TensorSpec) -> bytes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.errors import FormatError, escape
 from graftax.formats import files, strict_json, tree_meta
-from graftax.formats.base import Output, Tiles
+from graftax.formats.base import Log, Output, Tiles
 from graftax.formats.direct import DirectFile
 from graftax.formats.safetensors_header import PREFIX, Range, build_header, header_length, parse_header, storage_fault
 from graftax.formats.writing import tensor_bytes
@@ -50,6 +50,11 @@ class TensorFile:
     def span(self, name: str, start: int, buffer: memoryview) -> None:
         """Fills `buffer` from byte `start` of a tensor on."""
         files.read_into(self.path, self.stamp, self._place(name, start, start + len(buffer)), buffer)
+
+    def scatter(self, name: str, start: int, buffers: list[memoryview]) -> None:
+        """Fills the buffers, one after the other, from byte `start` of a tensor on."""
+        place = self._place(name, start, start + sum(map(len, buffers)))
+        files.read_apart(self.path, self.stamp, place, buffers)
 
     def read_bytes(self, name: str, start: int, stop: int) -> bytearray:
         """Bytes `start` to `stop` of a tensor, for reading it in pieces."""
@@ -90,6 +95,7 @@ def open(path: Path) -> Checkpoint:
         containers=containers,
         native=native,
         span=native.span,
+        scatter=native.scatter,
     )
 
 
@@ -138,12 +144,12 @@ def write_files(shards: Mapping[Path, Mapping[str, TensorSpec]], output: Output)
         place.update({name: (path, range) for name, range in ranges.items()})
     if output.tiles is not None:
         for path, specs in shards.items():
-            _write_tiles(path, heads[path], {name: place[name][1] for name in specs}, output.tiles)
+            _write_tiles(path, heads[path], {name: place[name][1] for name in specs}, output.tiles, output.log)
     else:
         _write_arrays(heads, place, output)
 
 
-def _write_tiles(path: Path, head: bytes, ranges: Mapping[str, Range], tiles: Tiles) -> None:
+def _write_tiles(path: Path, head: bytes, ranges: Mapping[str, Range], tiles: Tiles, log: Log | None) -> None:
     size = max((end for _, end in ranges.values()), default=len(head))
     with DirectFile(path, size) as file:
         file.append(head)
@@ -155,7 +161,11 @@ def _write_tiles(path: Path, head: bytes, ranges: Mapping[str, Range], tiles: Ti
                 else:
                     for i, row in enumerate(tile.data):
                         file.write_at(begin + tile.start + i * tile.step, row)
+                if log is not None:
+                    log.written(path, file.flush)
             tiles.done(name)
+        if log is not None:
+            log.written(path, file.flush, last=True)
 
 
 def _write_arrays(heads: Mapping[Path, bytes], place: Mapping[str, tuple[Path, Range]], output: Output) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from graftax.errors import Failure, GraftaxError, PlanError, StorageError, UsageError, escape
-from graftax.formats import files
+from graftax.formats import files, tree_meta
 from graftax.formats.base import Format, Output, Tile, Tiles
 from graftax.formats.commit import clear_stale, staged
+from graftax.formats.journal import Journal
 from graftax.formats.table import FORMATS, NO_ENDING, by_ending, by_name, holders
 from graftax.tree import Checkpoint, Side
 
@@ -37,35 +41,77 @@ def save(
     format: str | None = None,
     clobber: bool = True,
     inputs: Iterable[str | Path | Checkpoint] = (),
+    origin: str | None = None,
+    write: Callable[[Path], None] | None = None,
 ) -> Saved:
     """Write `output` at `path`, or at `PATH::NAME` below NAME. The ending picks the format, `format` overrides it.
 
     Everything is checked before anything is written; what was at `path` stays until the new is complete and synced.
-    `inputs` are what the tensors are read from: never overwritten.
+    `inputs` are what the tensors are read from: never overwritten. `origin`, a digest of what the tensors of
+    `output.tiles` are made of and how, makes the run one that may be resumed: what it made stays if it is stopped, and
+    the next of the same origin, path, format and options goes on from there. `write` is called with the staging name
+    in place of the format's own writer.
 
     Raises UsageError (format), PlanError (a dtype or side the format cannot hold), StorageError (destination refused,
     disk full); whatever `output.tensors` raises.
     """
+    out, row, output = prepare(path, output, format)
+    _check_parent(out)
+    resumed = origin is not None and row.resumes
+    notes = guarded(lambda: clear_stale(out, resumed), out)
+    if origin is not None and not resumed:
+        notes.append(f"{row.name} is written as a whole: nothing of it can be resumed after a stop")
+    _check_destination(out, row, clobber)
+    _refuse_own_input(out, inputs)
+    if resumed:
+        assert origin is not None
+        return guarded(lambda: _go_on(out, row, output, clobber, notes, origin), out)
+    return guarded(lambda: _write(out, row, output, clobber, notes, write), out)
+
+
+def prepare(path: str | Path, output: Output, format: str | None) -> tuple[Path, Format, Output]:
+    """Where, as what, and the output as it goes there (below a NAME). UsageError, PlanError as `save`."""
     out, name = split_target(path)
     row = choose_format(out, output.side, format, output.shard_size)
     if name:
         output = _nested(output, name, row)
     _check_fits(row, output)
-    _check_parent(out)
-    notes = _guard(lambda: clear_stale(out), out)
-    _check_destination(out, row, clobber)
-    _refuse_own_input(out, inputs)
-    return _guard(lambda: _write(out, row, output, clobber, notes), out)
+    return out, row, output
 
 
-def _write(out: Path, row: Format, output: Output, clobber: bool, notes: list[str]) -> Saved:
+def _write(
+    out: Path, row: Format, output: Output, clobber: bool, notes: list[str], write: Callable[[Path], None] | None
+) -> Saved:
     module = row.load()
     with staged(out, folder=row.folder, clobber=clobber) as place:
-        module.write(place.payload, output)
+        if write is None:
+            module.write(place.payload, output)
+        else:
+            write(place.payload)
     return Saved(out, row.name, (*notes, *place.notes))
 
 
-def _guard(action: Any, out: Path) -> Any:
+def _go_on(out: Path, row: Format, output: Output, clobber: bool, notes: list[str], origin: str) -> Saved:
+    """As `_write`, from where a stopped run was."""
+    assert output.tiles is not None
+    with staged(out, folder=row.folder, clobber=clobber, keep=True) as place:
+        journal = Journal(place.payload.parent, place.payload, _key(out, row, output, origin), output.tiles)
+        try:
+            row.load().write(place.payload, replace(output, tiles=journal, log=journal))
+        finally:
+            journal.close()
+    return Saved(out, row.name, (*notes, *place.notes, *journal.told))
+
+
+def _key(out: Path, row: Format, output: Output, origin: str) -> str:
+    """A digest of all that the bytes of a file depend on."""
+    specs = [[name, spec.dtype, list(spec.shape)] for name, spec in output.specs.items()]
+    tree = tree_meta.encode_tree(output.real_keys, output.containers)
+    form = [version("graftax"), row.name, out.name, output.side, output.shard_size, output.container, specs, tree]
+    return hashlib.sha256(json.dumps([origin, form]).encode("ascii")).hexdigest()
+
+
+def guarded(action: Any, out: Path) -> Any:
     """What `action` gives; an OSError on the way, also one that a library wrapped, becomes a StorageError."""
     try:
         return action()
@@ -149,16 +195,29 @@ def _nested(output: Output, name: str, row: Format) -> Output:
 
 @dataclass(frozen=True, slots=True)
 class _Below:
-    """Tiles of a tree that stands below a name: `skip` characters come before the target's own."""
+    """Tiles of a tree that stands below a name: `cut` characters come before the target's own."""
 
     under: Tiles
-    skip: int
+    cut: int
 
-    def tiles(self, target: str, contiguous: bool = False) -> Iterator[Tile]:
-        return self.under.tiles(target[self.skip :], contiguous)
+    def tiles(self, target: str, contiguous: bool = False, first: int = 0) -> Iterator[Tile]:
+        return self.under.tiles(target[self.cut :], contiguous, first)
 
     def done(self, target: str) -> None:
-        self.under.done(target[self.skip :])
+        self.under.done(target[self.cut :])
+
+    def skip(self, target: str) -> None:
+        self.under.skip(target[self.cut :])
+
+    @property
+    def unit(self) -> int:
+        return self.under.unit
+
+    def counts(self, target: str) -> Any:
+        return self.under.counts(target[self.cut :])
+
+    def restore(self, target: str, counts: Any) -> None:
+        self.under.restore(target[self.cut :], counts)
 
 
 def _check_fits(row: Format, output: Output) -> None:

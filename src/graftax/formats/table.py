@@ -16,14 +16,14 @@ _BOTH: tuple[Side, ...] = ("torch", "flax")
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
-        Format("safetensors", "graftax.formats.safetensors_file", (".safetensors",), False, _BOTH, _SAFETENSORS),
-        Format("torch", "graftax.formats.torch_pt", (".pt", ".pth", ".bin"), False, ("torch",), _COMMON),
-        Format("npz", "graftax.formats.npz", (".npz",), False, _BOTH, NUMPY_OWN),
+        Format("safetensors", "graftax.formats.safetensors_file", (".safetensors",), False, _BOTH, _SAFETENSORS, True),
+        Format("torch", "graftax.formats.torch_pt", (".pt", ".pth", ".bin"), False, ("torch",), _COMMON, True),
+        Format("npz", "graftax.formats.npz", (".npz",), False, _BOTH, NUMPY_OWN, True),
         Format("spec", "graftax.formats.spec_file", (".json",), False, _BOTH, _ALL),
         Format("orbax", "graftax.formats.orbax_folder", (), True, ("flax",), _COMMON),
-        Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS),
+        Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS, True),
         # Last: most bytes are the start of some msgpack value.
-        Format("msgpack", "graftax.formats.msgpack_file", (".msgpack",), False, ("flax",), _COMMON),
+        Format("msgpack", "graftax.formats.msgpack_file", (".msgpack",), False, ("flax",), _COMMON, True),
     )
 }
 """name -> row. `holds` names what a format brings back bit for bit."""

@@ -1,8 +1,8 @@
 """torch .pt, .pth and .bin files: the zip archives and the older plain pickles that torch.save writes.
 
 They are read without torch and without running anything of them: `pickles` reads the structure as inert values,
-`torch_tree` finds the weights in it, and the bytes of a tensor are read by position when they are asked for. Writing
-takes torch.
+`torch_tree` finds the weights in it, and the bytes of a tensor are read by position when they are asked for.
+`torch_write` writes them, without torch as well.
 
 Formats: zip: NAME/data.pkl, NAME/data/KEY, NAME/byteorder. Legacy: five pickles (magic number, protocol, system, the
 object, the keys of its storages), then for each key its element count (int64) and its bytes.
@@ -10,18 +10,15 @@ object, the keys of its storages), then for each key its element count (int64) a
 
 from __future__ import annotations
 
-import builtins
 import io
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftax.errors import Failure, FormatError, PlanError, UnsafeInputError, UsageError, escape
-from graftax.formats import pickles, zips
-from graftax.formats.base import Output
+from graftax.errors import Failure, FormatError, UnsafeInputError, escape
+from graftax.formats import pickles, torch_write, zips
 from graftax.formats.limits import beyond, check_limit, element_count, limit
 from graftax.formats.pickles import Storage, Tensor
 from graftax.formats.source import Source, check_ratio, open_source
@@ -31,6 +28,7 @@ from graftax.tree import Checkpoint, TensorSpec
 if TYPE_CHECKING:
     import numpy as np
 
+write = torch_write.write
 ENDINGS = (".pt", ".pth", ".bin")
 MAGIC = 0x1950A86A20F9469CFC6C
 _ZIP_NAMES = ("data.pkl", "constants.pkl", "version", "byteorder", ".format_version", ".storage_alignment")
@@ -309,47 +307,3 @@ def _aliases(tensors: dict[str, Tensor]) -> dict[str, str]:
         if (known := first.setdefault(view, name)) != name:
             out[name] = known
     return out
-
-
-# ---------------------------------------------------------------- writing
-
-
-def write(path: Path, output: Output) -> None:
-    """An OrderedDict of tensors, in the order of `output.specs`, as torch.save writes it (zip archive); in the nested
-    dicts that `output.container` ('a/b') names. The same input gives the same bytes.
-
-    Raises UsageError without torch, PlanError for a dtype that torch does not have.
-    """
-    torch = _torch()
-    import numpy as np
-
-    from graftax.dtypes import storage_bytes
-
-    lacking = [
-        Failure(f"torch {torch.__version__} has no tensors of this kind", key=name, found=str(spec))
-        for name, spec in output.specs.items()
-        if spec.dtype not in pickles.DTYPES or not hasattr(torch, spec.dtype)
-    ]
-    if lacking:
-        raise PlanError("a .pt file cannot hold this", lacking, next="Write .safetensors, or cast with --dtype.")
-    made: dict[str, Any] = {}
-    for name, array in output.tensors:
-        spec = output.specs[name]
-        raw = np.array(storage_bytes(array, spec), copy=True)  # torch wants memory that it may write to
-        dtype = getattr(torch, spec.dtype)
-        made[name] = torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)
-        made[name] = made[name].reshape(spec.shape)
-    tree: Any = OrderedDict((name, made[name]) for name in output.specs)
-    for part in reversed(output.container.split("/") if output.container else []):
-        tree = {part: tree}
-    # torch.save(path) would put the file's stem into the archive, and with it a staging name into the bytes
-    with builtins.open(path, "wb") as file:
-        torch.save(tree, file)
-
-
-def _torch() -> Any:
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UsageError("writing a .pt file takes torch", next='pip install "graftax[torch]"') from error
-    return torch
