@@ -1,4 +1,4 @@
-"""Agreement of several processes, here threads with one store between them."""
+"""Agreement of several processes, here threads with one store between them; how work is divided."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, StorageError, UsageError
+from graftax.execute import shares
 from graftax.execute.distributed import Peers, agree, peers, processes
+from graftax.formats import orbax_write
+from graftax.tree import TensorSpec
 
 
 class Store:
@@ -231,3 +237,80 @@ def test_a_store_that_has_gone_is_told():
 
     with pytest.raises(StorageError, match=r"coordinator.*UNAVAILABLE: Socket closed$|UNAVAILABLE"):
         Peers(1, 2, Gone()).agree("plan")
+
+
+# ---------------------------------------------------------------- dividing
+
+GROUPS = st.lists(st.lists(st.lists(st.integers(1, 1000), min_size=1, max_size=9), min_size=1, max_size=3), max_size=12)
+
+
+@given(GROUPS, st.integers(1, 9))
+def test_every_tile_is_made_once_and_shares_are_even(sizes: list[list[list[int]]], count: int):
+    groups = [{f"{i}.{j}": tiles for j, tiles in enumerate(group)} for i, group in enumerate(sizes)]
+    divided = shares.divide_tiles(groups, count)
+    made = [(name, number) for part in divided for name, (start, stop) in part.items() for number in range(start, stop)]
+    assert sorted(made) == sorted((n, i) for group in groups for n, tiles in group.items() for i in range(len(tiles)))
+    for group in groups:
+        if len(group) > 1:
+            assert len({i for i, part in enumerate(divided) for name in group if name in part}) == 1
+    load = [sum(sum(dict(_flat(groups))[name][a:b]) for name, (a, b) in part.items()) for part in divided]
+    largest = max((sum(map(sum, g)) if len(g) > 1 else max(map(max, g)) for g in sizes), default=0)
+    assert max(load) <= sum(load) / count + largest
+
+
+def _flat(groups: list[dict[str, list[int]]]) -> list[tuple[str, list[int]]]:
+    return [item for group in groups for item in group.items()]
+
+
+@given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 9))
+def test_every_file_has_one_writer_and_shares_are_even(sizes: list[int], count: int):
+    owners = shares.divide_whole(sizes, count)
+    load = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == i) for i in range(count)]
+    assert max(load) - min(load) <= max(sizes, default=0)
+
+
+@given(st.lists(st.integers(0, 100), max_size=4), st.integers(1, 64))
+def test_axes_are_cut_evenly(shape: list[int], count: int):
+    parts = shares.cuts(tuple(shape), count)
+    assert all(extent % part == 0 for extent, part in zip(shape, parts, strict=True))
+    assert count % int(np.prod(parts, dtype=np.int64)) == 0
+
+
+def test_axes_are_cut_as_far_as_they_can_be():
+    assert shares.cuts((6, 32), 16) == [2, 8]
+    assert shares.cuts((7,), 4) == [1]
+
+
+def test_counts_are_added_and_taken_apart():
+    assert shares.added([[1, True, [2]], [3, False, [4]]]) == [4, False, [6]]
+    assert shares.subtracted([4, True, [6]], [3, True, [4]]) == [1, True, [2]]
+    assert shares.subtracted([4], None) == [4]
+
+
+def test_a_leaf_written_in_parts_is_checked_part_by_part():
+    import hashlib
+
+    spec = TensorSpec((4, 6), "float32")
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    pieces = {f"{r}:{r + 2},0:6": hashlib.sha256(array[r : r + 2].tobytes()).hexdigest() for r in (0, 2)}
+    assert orbax_write.is_digest(pieces, spec)
+    assert orbax_write.intact(array, spec, pieces)
+    assert orbax_write.intact(array, spec, hashlib.sha256(array.tobytes()).hexdigest())
+    array[3, 5] = 7
+    assert not orbax_write.intact(array, spec, pieces)
+    assert not orbax_write.intact(array, spec, {"0:2,0:6": pieces["0:2,0:6"]}), "a part without a digest"
+
+
+def test_a_leaf_without_axes_has_one_part():
+    spec = TensorSpec((), "float32")
+    _, pieces = orbax_write.host_leaf(np.asarray(2, np.float32), spec)
+    assert orbax_write.is_digest(pieces, spec)
+    assert orbax_write.intact(np.asarray(2, np.float32), spec, pieces)
+    assert not orbax_write.intact(np.asarray(3, np.float32), spec, pieces)
+
+
+@pytest.mark.parametrize(
+    "odd", [3, None, ["0:4,0:6"], {"0:4": "x"}, {"0:4,0:7": "x"}, {"0:4,0:6": 3}, {"-1:4,0:6": "x"}]
+)
+def test_what_is_no_digest_is_refused(odd: Any):
+    assert not orbax_write.is_digest(odd, TensorSpec((4, 6), "float32"))

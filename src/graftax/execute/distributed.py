@@ -144,6 +144,7 @@ class Peers:
     _turn: int = 0
     _looked: float = 0.0
     _beat: float = 0.0
+    _failed: GraftaxError | None = None  # what was raised last by all
 
     def agree(
         self,
@@ -162,7 +163,9 @@ class Peers:
         turn, self._turn = self._turn, self._turn + 1
         if error is not None:
             self._decide(turn, _told(self._name(), error))
-            raise _raised(self._verdict(turn, stage, timeout)) from error
+            self._failed = _raised(self._verdict(turn, stage, timeout))
+            self._failed.questions = error.questions
+            raise self._failed from error
         digest = "" if same is None else _digest("\n".join(f"{name}\t{text}" for name, text in sorted(same.items())))
         record = json.dumps({"stage": stage, "same": digest, "give": give})
         self._put(turn, "here", str(self.index), record)
@@ -171,7 +174,8 @@ class Peers:
             self._decide(turn, _judged([json.loads(here[str(i)]) for i in range(self.count)]))
         verdict = self._verdict(turn, stage, timeout)
         if "text" in verdict:
-            raise _raised(verdict)
+            self._failed = _raised(verdict)
+            raise self._failed
         if verdict["differ"]:
             self._tell_difference(same or {}, timeout)
         if not verdict["gave"]:
@@ -196,11 +200,13 @@ class Peers:
 
     @contextmanager
     def together(self, stage: str, timeout: float = TIMEOUT) -> Iterator[None]:
-        """`agree` at the end of the block, with what it raised. An error that is no GraftaxError is told to the others
-        and raised here as it is."""
+        """`agree` at the end of the block, with what it raised; what all have raised already passes. An error that is
+        no GraftaxError is told to the others and raised here as it is."""
         try:
             yield
         except GraftaxError as error:
+            if error is self._failed:
+                raise
             self.agree(stage, error, timeout=timeout)
         except BaseException as error:
             turn, self._turn = self._turn, self._turn + 1
@@ -255,7 +261,7 @@ class Peers:
         names = [*first, *(name for name in same if name not in first)]
         mine = [name for name in names if first.get(name) != same.get(name)]
         told = self.agree("what differs", give=[len(mine), mine[:_SHOWN]], timeout=timeout)
-        raise PlanError(
+        self._failed = PlanError(
             f"the {self.count} processes were given different work; nothing was written",
             [
                 Failure(f"is not the same in process {i} as in process 0 ({count} such)", key=name)
@@ -264,6 +270,7 @@ class Peers:
             ],
             next="Give every process the same source, like, rules and options, and the same files.",
         )
+        raise self._failed
 
 
 @contextmanager

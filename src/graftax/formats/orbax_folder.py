@@ -88,7 +88,7 @@ def open(path: Path) -> Checkpoint:
             if files.stamp(item / file) != stamp:
                 raise files.changed(item / file)
         array = _read(item, plain, names[name], specs[name])
-        if manifest is not None and orbax_write.digest(array, specs[name]) != manifest.digests[name]:
+        if manifest is not None and not orbax_write.intact(array, specs[name], manifest.digests[name]):
             raise FormatError(f"{label}: {escape(name)} is damaged: it is not what graftax.json says was written")
         return array
 
@@ -195,7 +195,7 @@ def _own_files(item: Path, path: Path, tree: Tree) -> tuple[list[Path], int]:
 
 @dataclass(frozen=True, slots=True)
 class _Manifest:
-    digests: dict[str, str]
+    digests: dict[str, Any]
     real_keys: dict[str, Key]
     containers: dict[str, str]
 
@@ -211,7 +211,10 @@ def _manifest(item: Path, specs: Mapping[str, TensorSpec]) -> _Manifest:
         odd = sorted(set(digests) ^ set(specs))
         raise FormatError(f"{label} does not list the {len(specs)} leaves beside it", [Failure("differs", key=odd[0])])
     real_keys, containers = tree_meta.decode_tree(found, label)
-    return _Manifest({name: str(digest) for name, digest in digests.items()}, real_keys, containers)
+    wrong = [name for name, digest in digests.items() if not orbax_write.is_digest(digest, specs[name])]
+    if wrong:
+        raise FormatError(f"{label}: {len(wrong)} digests are of no form", [Failure("no digest", key=wrong[0])])
+    return _Manifest(digests, real_keys, containers)
 
 
 # ---------------------------------------------------------------- tensorstore

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.formats import files, tree_meta
 from graftax.formats.base import Output
+from graftax.formats.orbax_tree import TREE
 from graftax.formats.writing import refuse, tensor_bytes
 from graftax.tree import Key, TensorSpec, escape_part, nest, unescape_part
 
@@ -41,29 +43,46 @@ def write(path: Path, output: Output) -> None:
     Raises PlanError, before anything is written, for what Orbax would refuse midway or store wrongly: keys with '.'
     in them, numbers and text as keys of one dict, keys that are tuples or no text, arrays of size zero.
     """
+    check(output)
+    arrays: dict[str, Any] = {}
+    digests: dict[str, Pieces] = {}
+    for name, spec, data in tensor_bytes(output):
+        digests[name] = {_whole(spec): _sha256(data)}
+        arrays[name] = _leaf(data, spec)
+    save_tree(path, output, arrays)
+    finish(path, output, digests)
+
+
+def check(output: Output) -> None:
+    """PlanError for what Orbax would refuse midway or store wrongly."""
     refuse(output, "orbax", _faults(output))
+
+
+def save_tree(path: Path, output: Output, arrays: Mapping[str, Any]) -> None:
+    """Orbax's own part of the checkpoint. Of arrays that are spread over the devices of several processes each process
+    writes its part, and all of them have to call this."""
     import orbax.checkpoint as ocp
 
-    from graftax.dtypes import from_storage, unpack
-
-    arrays: dict[str, Any] = {}
-    digests: dict[str, str] = {}
-    for name, spec, data in tensor_bytes(output):
-        digests[name] = hashlib.sha256(data).hexdigest()  # pyright: ignore[reportArgumentType]
-        arrays[name] = unpack(data, spec) if spec.packed else from_storage(data, spec)
     tree = _contained(nest({name: arrays[name] for name in output.specs}, output.real_keys), "", output.containers)
     with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(os.path.abspath(path), args=ocp.args.StandardSave(tree))
+
+
+def finish(path: Path, output: Output, digests: Mapping[str, Pieces], as_host: bool = False) -> None:
+    """graftax.json beside what Orbax wrote. as_host: the leaves are described as NumPy arrays, as they are where one
+    process writes: Orbax could restore them without a target only on as many devices as wrote them."""
     done = path / "commit_success.txt"
     if done.exists():  # its presence counts; Orbax writes the staging path into it
         done.write_text("Checkpoint commit was successful\n", encoding="utf-8")
     about = {
         "schema": 1,
         "format": "orbax",
-        "sha256": {name: digests[name] for name in output.specs},
+        "sha256": {name: _told(digests[name], spec) for name, spec in output.specs.items()},
         **tree_meta.encode_tree(output.real_keys, output.containers),
     }
     try:
+        if as_host:
+            _describe_as_host(path)
         with builtins.open(path / MANIFEST, "x", encoding="utf-8") as file:
             json.dump(about, file, indent=1, ensure_ascii=True)
             file.write("\n")
@@ -71,11 +90,102 @@ def write(path: Path, output: Output) -> None:
         raise files.storage_error(error, path) from error
 
 
-def digest(array: np.ndarray[Any, Any], spec: TensorSpec) -> str:
-    """SHA-256 of a leaf's values: C order, little end first; of packed types their bytes."""
+def _describe_as_host(path: Path) -> None:
+    tree = json.loads((path / TREE).read_bytes())
+    for entry in tree["tree_metadata"].values():
+        entry["value_metadata"]["value_type"] = "np.ndarray"
+        entry["value_metadata"].pop("write_shape", None)
+    (path / TREE).write_text(json.dumps(tree), encoding="utf-8")
+    (path / "_sharding").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- leaves and their digests
+
+Pieces = dict[str, str]
+"""SHA-256 of the parts of a leaf by their places, as `0:4,0:8`: rows 0 to 3, columns 0 to 7."""
+
+
+def host_leaf(array: np.ndarray[Any, Any], spec: TensorSpec) -> tuple[Any, Pieces]:
+    """A leaf as Orbax takes it from the host, and its digest."""
     from graftax.dtypes import storage_bytes
 
-    return hashlib.sha256(storage_bytes(array, spec)).hexdigest()  # pyright: ignore[reportArgumentType]
+    data = storage_bytes(array, spec)
+    return _leaf(data, spec), {_whole(spec): _sha256(data)}
+
+
+def piece_digests(array: Any, spec: TensorSpec) -> Pieces:
+    """The digests of the parts of a jax.Array that this process writes: of copies the first counts."""
+    import numpy as np
+
+    from graftax.dtypes import storage_bytes
+
+    pieces: Pieces = {}
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            edges = [
+                (s.start or 0, n if s.stop is None else s.stop) for s, n in zip(shard.index, spec.shape, strict=True)
+            ]
+            part = TensorSpec(tuple(stop - start for start, stop in edges), spec.dtype)
+            place = ",".join(f"{start}:{stop}" for start, stop in edges)
+            pieces[place] = _sha256(storage_bytes(np.asarray(shard.data), part))
+    return pieces
+
+
+def intact(array: np.ndarray[Any, Any], spec: TensorSpec, digests: Any) -> bool:
+    """Is a leaf what graftax.json says was written? `digests`: one SHA-256 of its values (C order, little end first; of
+    packed types their bytes), or those of its parts."""
+    from graftax.dtypes import storage_bytes
+
+    if isinstance(digests, str):
+        return _sha256(storage_bytes(array, spec)) == digests
+    seen = 0
+    for place, digest in digests.items():
+        piece = array[tuple(slice(*edge) for edge in _edges(place))]
+        seen += piece.size
+        if _sha256(storage_bytes(piece, TensorSpec(piece.shape, spec.dtype))) != digest:
+            return False
+    return seen == spec.size
+
+
+def is_digest(value: Any, spec: TensorSpec) -> bool:
+    """Is it what a manifest may hold for such a leaf: a digest, or digests of parts of it?"""
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, dict) or spec.packed:
+        return False
+    pattern = ",".join(r"\d{1,18}:\d{1,18}" for _ in spec.shape)
+    return all(
+        isinstance(digest, str)
+        and re.fullmatch(pattern, place, re.ASCII) is not None
+        and all(start <= stop <= n for (start, stop), n in zip(_edges(place), spec.shape, strict=True))
+        for place, digest in value.items()
+    )
+
+
+def _edges(place: str) -> list[tuple[int, int]]:
+    return [(int(start), int(stop)) for start, _, stop in (edge.partition(":") for edge in place.split(",") if edge)]
+
+
+def _told(pieces: Pieces, spec: TensorSpec) -> str | Pieces:
+    """One digest where there is one of the whole."""
+    return pieces.get(_whole(spec)) or pieces
+
+
+def _whole(spec: TensorSpec) -> str:
+    return ",".join(f"0:{extent}" for extent in spec.shape)
+
+
+def _sha256(data: np.ndarray[Any, Any]) -> str:
+    return hashlib.sha256(data).hexdigest()  # pyright: ignore[reportArgumentType]
+
+
+def _leaf(data: np.ndarray[Any, Any], spec: TensorSpec) -> Any:
+    from graftax.dtypes import from_storage, unpack
+
+    return unpack(data, spec) if spec.packed else from_storage(data, spec)
+
+
+# ---------------------------------------------------------------- what Orbax cannot hold
 
 
 def _faults(output: Output) -> dict[str, str]:
