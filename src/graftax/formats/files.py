@@ -13,6 +13,7 @@ from pathlib import Path
 
 from graftax.errors import FormatError, StorageError, UnsafeInputError, escape
 from graftax.formats.limits import check_limit
+from graftax.formats.remote_file import RemoteFile
 
 _CHUNK = 1 << 30  # Linux moves at most 2 GiB a call
 _BUFFERS = 1024  # and into so many buffers
@@ -65,8 +66,10 @@ def kind_of(mode: int) -> str:
     return next((words for kind, words in KINDS if stat.S_IFMT(mode) == kind), "not a regular file")
 
 
-def stamp(path: Path) -> Stamp:
+def stamp(path: Path | RemoteFile) -> Stamp:
     """The stamp of a regular file. StorageError where there is none, or it is a pipe, device, socket or folder."""
+    if isinstance(path, RemoteFile):
+        return path.stamp()
     try:
         info = os.stat(path)
     except OSError as exc:
@@ -83,13 +86,16 @@ def changed(path: Path) -> StorageError:
     return StorageError(f"{escape(path)} changed while it was read", next="Read it again once its writer is done.")
 
 
-def read_into(path: Path, expected: Stamp, offset: int, buffer: memoryview) -> None:
+def read_into(path: Path | RemoteFile, expected: Stamp, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` from `offset` on. StorageError where the file is not the one of the stamp any more."""
     read_apart(path, expected, offset, [buffer])
 
 
-def read_apart(path: Path, expected: Stamp, offset: int, buffers: Sequence[memoryview]) -> None:
+def read_apart(path: Path | RemoteFile, expected: Stamp, offset: int, buffers: Sequence[memoryview]) -> None:
     """Fill several buffers, one after the other, with what follows `offset`; as `read_into`."""
+    if isinstance(path, RemoteFile):
+        path.read_into(offset, buffers)
+        return
     try:
         handle = _kept.get((path, expected)) or _open(path, expected)
         try:
@@ -164,20 +170,20 @@ def kept_open() -> Iterator[None]:
                 _kept.clear()
 
 
-def read_bytes(path: Path, expected: Stamp, offset: int, length: int) -> bytearray:
+def read_bytes(path: Path | RemoteFile, expected: Stamp, offset: int, length: int) -> bytearray:
     """`length` bytes from `offset` on; as `read_into`."""
     out = bytearray(length)
     read_into(path, expected, offset, memoryview(out))
     return out
 
 
-def read_head(path: Path, length: int = 512) -> bytes:
+def read_head(path: Path | RemoteFile, length: int = 512) -> bytes:
     """The first bytes of a regular file, fewer where it is shorter."""
     found = stamp(path)
     return bytes(read_bytes(path, found, 0, min(length, found.size)))
 
 
-def read_whole(path: Path, limit: str = "header") -> bytes:
+def read_whole(path: Path | RemoteFile, limit: str = "header") -> bytes:
     """A small file whole. UnsafeInputError where it passes the limit of that name."""
     found = stamp(path)
     check_limit(limit, found.size, escape(path))

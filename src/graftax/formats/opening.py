@@ -12,6 +12,7 @@ from typing import Any
 from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, UsageError, escape
 from graftax.formats import files, hub, strict_json
 from graftax.formats.base import LEFTOVER, Format
+from graftax.formats.remote_url import is_url
 from graftax.formats.table import FORMATS, by_ending
 from graftax.tree import Checkpoint, Side, detect_side, nearest
 
@@ -19,7 +20,8 @@ _HEAD = 512
 
 
 def open_path(path: str | Path) -> Checkpoint:
-    """A checkpoint from a file, a folder, `PATH::NAME` (a container or sub-tree inside) or a hub id in the local cache.
+    """A checkpoint from a file, a folder, `PATH::NAME` (a container or sub-tree inside), a hub id in the local cache or
+    a URL.
 
     A path that exists wins over every other reading. Only names, shapes and dtypes are read now.
 
@@ -29,6 +31,10 @@ def open_path(path: str | Path) -> Checkpoint:
     text = str(path)
     if os.path.lexists(text) if "\0" not in text else False:
         return _open_existing(Path(text), text)
+    if is_url(text):
+        from graftax.formats.remote import open_url
+
+        return open_url(text)
     head, sep, name = text.rpartition("::")
     tail = name
     while sep:  # from the right: the longest path that exists
@@ -185,7 +191,7 @@ def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
         return {path[cut:]: value for path, value in mapping.items() if path.startswith(prefix)}
 
     specs = within(checkpoint.specs)
-    reader, span = checkpoint.reader, checkpoint.span
+    reader, span, scatter = checkpoint.reader, checkpoint.span, checkpoint.scatter
     containers = within(checkpoint.containers)
     if (root := checkpoint.containers.get(prefix[:-1])) is not None:
         containers[""] = root
@@ -196,6 +202,7 @@ def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
         specs=specs,
         reader=None if reader is None else lambda path: reader(prefix + path),
         span=None if span is None else lambda path, start, buffer: span(prefix + path, start, buffer),
+        scatter=None if scatter is None else lambda path, start, buffers: scatter(prefix + path, start, buffers),
         format=checkpoint.format,
         files=checkpoint.files,
         metadata=checkpoint.metadata,

@@ -36,7 +36,7 @@ class Source:
 
 def open_source(path: Path) -> Source:
     """`path` as a Source. StorageError where it is missing, unreadable or not a regular file."""
-    return Source(Path(path), files.stamp(Path(path)))
+    return Source(path, files.stamp(path))
 
 
 def check_ratio(name: str, large: int, small: int, what: str) -> None:
