@@ -203,6 +203,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     reader    path -> array (NumPy; ml_dtypes for bf16 and f8; packed types as their bytes), or None: no values
     span      (path, start, buffer): fills the buffer from byte `start` of a tensor's values (C order, little end
               first), where they can be read by position
+    scatter   (path, start, buffers): as span, several buffers one after the other, where that is one call
     modules   module path -> Module, where the source is live
     aliases   path -> the path it shares storage with, where the source is live
     config    config.json beside the checkpoint
@@ -211,6 +212,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     trace     () -> Trace, where the source is live and can be called without data; nothing is computed
     buffers   paths that are buffers and not parameters, where the source is live
     rebuild   {path: array} -> an object of the same kind, where the source is live; sharding= and (NNX) rngs= say more
+    placed    () -> path -> what the tree says of where a leaf lies (adapters.notes.Note), where it is a Flax tree
     """
 
     label: str
@@ -230,6 +232,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
     trace: Callable[[], Trace] | None = None
     rebuild: Callable[..., Any] | None = None
     span: Callable[[str, int, memoryview], None] | None = None
+    scatter: Callable[[str, int, list[memoryview]], None] | None = None
+    placed: Callable[[], Mapping[str, Any]] | None = None
 
     def __getitem__(self, path: str) -> TensorSpec:
         return self.specs[path]

@@ -5,7 +5,7 @@ Sources are arrays in memory, or bytes that are read by position; a scratch boun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -180,15 +180,32 @@ def _parts(
     dense = inner * DENSE >= step and inner <= DENSE * alone.count
     at_once = max(1, min(count // 2, (room - inner) // max(step, 1) + 1)) if dense else 1
     for start in range(0, count, at_once):
-        n = min(at_once, count - start)
-        extents = (*piece.extents[:loop], n, *piece.extents[loop + 1 :])
-        part = Piece(
-            extents,
-            piece.offset + start * piece.strides[loop],
-            piece.strides,
-            _moved(piece.value, loop, start),
-        )
+        part = _iterations(piece, loop, start, min(at_once, count - start))
         _fill(out, part, sources, scratch, evaluate)
+
+
+def cut(piece: Piece, most: int) -> Iterator[Piece]:
+    """The piece in parts of about `most` elements: along one loop, so that each takes a stretch of its source."""
+    if piece.count <= most:
+        yield piece
+        return
+    leaf = next(piece.leaves(), None)
+    strides = piece.strides if leaf is None else leaf.strides
+    loop = max(range(len(piece.extents)), key=lambda j: abs(strides[j]) * (piece.extents[j] > 1))
+    count = piece.extents[loop]
+    step = max(1, most * count // piece.count)
+    for start in range(0, count, step):
+        yield _iterations(piece, loop, start, min(step, count - start))
+
+
+def _iterations(piece: Piece, loop: int, start: int, count: int) -> Piece:
+    """`count` iterations of one loop, from `start` on."""
+    return Piece(
+        (*piece.extents[:loop], count, *piece.extents[loop + 1 :]),
+        piece.offset + start * piece.strides[loop],
+        piece.strides,
+        _moved(piece.value, loop, start),
+    )
 
 
 def _moved(value: Value, loop: int, by: int) -> Value:

@@ -1,0 +1,244 @@
+"""Many targets at once, whole and in memory: what loading is.
+
+Large targets are made in parts by several threads (reading and copying let go of Python's lock), small ones share
+memory. What comes out, and which error, does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from graftax.dtypes import numpy_dtype
+from graftax.errors import PlanError
+from graftax.execute.gather import Stored, Values, cut, fill, held
+from graftax.execute.memory import allocate, allocate_all
+from graftax.execute.pushdown import Piece
+from graftax.execute.streamed import Stream, named
+from graftax.formats.files import kept_open
+from graftax.plans import Entry
+from graftax.tree import Checkpoint
+
+Array = np.ndarray[Any, Any]
+Job = TypeVar("Job")
+
+_JOB = 8 << 20
+"""Bytes of targets that a thread makes before it asks for more."""
+_ALONE = 32 << 20
+"""Bytes in all under which one thread is as fast."""
+_MOST_WORKERS = 8
+"""Beyond these the memory is what they wait for."""
+_SCRATCH = 32 << 20
+"""For reading, of each thread; only what is used of it is taken from the system."""
+_VALUES = 1 << 20
+"""Elements that value ops work on at a time: they make arrays of several times their size."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """Some of the pieces of one target. `pieces` is None where it is made of whole tensors, by the stream."""
+
+    entry: Entry | None
+    name: str
+    out: Array | None = None
+    pieces: Sequence[Piece] | None = None
+
+
+def load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | None = None) -> dict[str, Array]:
+    """target -> its array, in the order of `names`, each in aligned memory that may be given away (one that is kept
+    from like, or that its source holds as it is, may be read-only: not anybody's to give). A packed one's bytes.
+
+    workers: threads; None: as many as there are processors, 8 at most. Raises what `Stream.array` raises, for the first
+    of the targets that fail.
+    """
+    out: dict[str, Array] = {}
+    found = {name: run.local(name) for name in names}
+    sizes = {name: local.spec.nbytes for name, local in found.items() if local is not None}
+    rooms = dict(zip(sizes, allocate_all(list(sizes.values())), strict=True))
+    tasks: dict[Any, list[_Task]] = {}  # by entry: its sources are opened once
+    for name, local in found.items():
+        if local is None:
+            out[name] = np.empty(0)  # keeps the order
+            tasks[name] = [_Task(None, name)]
+            continue
+        flat = rooms[name].view(numpy_dtype(local.spec.dtype))
+        out[name] = flat.reshape(local.spec.shape)
+        tasks.setdefault(id(local.entry), []).append(_Task(local.entry, name, flat, local.pieces))
+    jobs = list(_jobs(tasks.values(), source.span is not None))
+    if workers is None:
+        workers = min(_processors(), _MOST_WORKERS) if sum(sizes.values()) >= _ALONE else 1
+    shared = _Shared(run, source, out, threading.Lock())
+    with kept_open():
+        in_order(jobs, lambda: _Worker(shared), workers)
+    return out
+
+
+def _jobs(groups: Iterable[Sequence[_Task]], by_position: bool) -> Iterable[list[_Task]]:
+    """The tasks in portions of about _JOB bytes; those of an entry whose sources are read whole stay together."""
+    job: list[_Task] = []
+    nbytes = 0
+    for group in groups:
+        for task in group:
+            if task.out is None or task.pieces is None or not by_position:
+                job.append(task)
+                nbytes += _JOB if task.out is None else task.out.nbytes
+                continue
+            width = task.out.itemsize
+            for piece in task.pieces:
+                for part in cut(piece, 2 * _JOB // width):
+                    if job and job[-1].out is task.out:
+                        job[-1] = _Task(task.entry, task.name, task.out, (*(job[-1].pieces or ()), part))
+                    else:
+                        job.append(_Task(task.entry, task.name, task.out, (part,)))
+                    nbytes += part.count * width
+                    if nbytes >= _JOB:
+                        yield job
+                        job, nbytes = [], 0
+        if nbytes >= _JOB:
+            yield job
+            job, nbytes = [], 0
+    if job:
+        yield job
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shared:
+    """What all workers use; the stream, the readers of whole tensors and the counts one at a time."""
+
+    run: Stream
+    source: Checkpoint
+    out: dict[str, Array]
+    lock: threading.Lock
+
+
+class _Worker:
+    """One thread's: its scratch, and the sources of the entry that it works on."""
+
+    __slots__ = ("_entry", "_read", "_scratch", "_shared", "_sources")
+
+    def __init__(self, shared: _Shared) -> None:
+        self._shared = shared
+        self._scratch = allocate(_SCRATCH)
+        self._entry: Entry | None = None
+        self._sources: list[Values] = []
+        self._read = 0
+
+    def __call__(self, job: list[_Task]) -> None:
+        shared = self._shared
+        try:
+            for task in job:
+                if task.entry is None:
+                    with shared.lock:
+                        shared.out[task.name] = shared.run.array(task.name)
+                        shared.run.done(task.name)
+                else:
+                    self._fill(task)
+        finally:
+            with shared.lock:
+                shared.run.was_read(self._read)
+            self._read = 0
+            self._entry, self._sources = None, []
+
+    def _fill(self, task: _Task) -> None:
+        assert task.entry is not None
+        assert task.out is not None
+        assert task.pieces is not None
+        if self._entry is not task.entry:
+            self._entry, self._sources = None, []  # what was held is let go before more is read
+            self._entry, self._sources = task.entry, [self._values(name) for name in task.entry.sources]
+        run = self._shared.run
+        meter = run.meter(task.entry)
+        try:
+            if meter is None:
+                fill(task.out, task.pieces, self._sources, self._scratch)
+                return
+            for piece in task.pieces:
+                fill(task.out, list(cut(piece, _VALUES)), self._sources, self._scratch, meter)
+        except PlanError as error:
+            raise named(task.entry, error) from error
+        with self._shared.lock:
+            run.counted(task.entry, meter)
+
+    def _values(self, name: str) -> Values:
+        source = self._shared.source
+        spec, span, scatter = source.specs[name], source.span, source.scatter
+        if span is None:
+            with self._shared.lock:  # not every reader can be used by two threads
+                array = source.read(name)
+            self._read += 0 if source.format == "live" else spec.nbytes
+            return held(array, spec)
+
+        def read(start: int, buffer: memoryview) -> None:
+            span(name, start, buffer)
+            self._read += len(buffer)
+
+        def read_apart(start: int, buffers: list[memoryview]) -> None:
+            assert scatter is not None
+            scatter(name, start, buffers)
+            self._read += sum(map(len, buffers))
+
+        return Stored(spec, read, None if scatter is None else read_apart)
+
+
+# ---------------------------------------------------------------- threads
+
+
+def in_order(jobs: Sequence[Job], worker: Callable[[], Callable[[Job], None]], workers: int) -> None:
+    """Do the jobs, begun in their order, by as many threads as `workers` says, this one among them; each thread makes
+    one `worker()`.
+
+    Raises what the first of the jobs that fail raises: all before it were begun, and are finished; none is begun after.
+    """
+    turn = threading.Lock()
+    waiting = iter(enumerate(jobs))
+    failed: dict[int, BaseException] = {}
+
+    def take() -> tuple[int, Job] | None:
+        with turn:
+            return None if failed else next(waiting, None)
+
+    def work() -> None:
+        place = -1
+        try:
+            do = worker()
+            while (given := take()) is not None:
+                place, job = given
+                do(job)
+        except BaseException as error:  # raised below, where the jobs were asked for
+            failed[place] = error
+
+    others = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(jobs)) - 1)]
+    begun: list[threading.Thread] = []
+    try:
+        with contextlib.suppress(RuntimeError):  # no more threads are to be had
+            for thread in others:
+                thread.start()
+                begun.append(thread)
+        work()
+    finally:
+        _join(begun, failed)
+    if failed:
+        raise failed[min(failed)]
+
+
+def _join(threads: Sequence[threading.Thread], failed: dict[int, BaseException]) -> None:
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # interrupted: they finish what they have begun
+        failed.setdefault(-1, error)
+        for thread in threads:
+            thread.join()
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
