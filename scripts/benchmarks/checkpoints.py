@@ -311,10 +311,20 @@ def read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     return out
 
 
-def check(found: Mapping[str, Any], truth: Path) -> int:
-    """How many values were compared with the truth, all of them equal bit for bit. `found`: path -> a NumPy array.
-    Raises Wrong."""
-    wanted = read(truth)
+def flat(tree: Any, prefix: str = "") -> dict[str, np.ndarray[Any, Any]]:
+    """path -> NumPy array, of nested dicts of jax arrays, or of one that is flat already."""
+    out: dict[str, np.ndarray[Any, Any]] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{path}/")
+        else:
+            out[path] = np.asarray(value)
+    return out
+
+
+def check(found: Mapping[str, Any], wanted: Mapping[str, np.ndarray[Any, Any]]) -> int:
+    """How many values were compared with those that are wanted, all of them equal bit for bit. Raises Wrong."""
     if set(found) != set(wanted):
         missing, more = sorted(set(wanted) - set(found))[:2], sorted(set(found) - set(wanted))[:2]
         raise Wrong(f"other names: {len(found)} found, {len(wanted)} wanted; lacks {missing}, adds {more}")

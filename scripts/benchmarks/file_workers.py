@@ -26,7 +26,7 @@ def _sync(out: Path) -> Path:
 
 
 def _checked(job: Job) -> Any:
-    return lambda made: checkpoints.check(checkpoints.read(Path(job["out"])), Path(job["truth"]))
+    return lambda made: checkpoints.check(checkpoints.read(Path(job["out"])), checkpoints.read(Path(job["truth"])))
 
 
 def _renamed(job: Job) -> dict[str, tuple[str, tuple[int, ...] | None]]:
@@ -113,7 +113,10 @@ def transformers(job: Job) -> tuple[Any, Any]:
         model.save_pretrained(job["out"])
         return _sync(Path(job["out"]))
 
-    return work, lambda made: checkpoints.check(_msgpack(Path(made) / "flax_model.msgpack"), Path(job["truth"]))
+    def check(made: Made) -> int:
+        return checkpoints.check(_msgpack(made / "flax_model.msgpack"), checkpoints.read(Path(job["truth"])))
+
+    return work, check
 
 
 def weightbridge(job: Job) -> tuple[Any, Any]:
