@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graftax import errors, examples, types
     from graftax.adapters import linen
+    from graftax.adapters.shardings import on_mesh
     from graftax.api import load_into, load_plan, open_checkpoint, plan, port, port_file
     from graftax.parity.check import assert_parity, check_parity
     from graftax.parity.inputs import Inputs
@@ -29,6 +30,7 @@ _HOMES = {
     "load_into": "api",
     "open_checkpoint": "api",
     "linen": "adapters",
+    "on_mesh": "adapters.shardings",
     "check_parity": "parity.check",
     "assert_parity": "parity.check",
     "Inputs": "parity.inputs",
@@ -56,6 +58,7 @@ __all__ = [
     "load_into",
     "load_plan",
     "normal",
+    "on_mesh",
     "open_checkpoint",
     "plan",
     "port",

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from graftax.adapters import open_tree, plain_tree
-from graftax.errors import GraftaxError, UsageError, escape
+from graftax.adapters.shardings import HOST, Place, places, spans_processes
+from graftax.errors import GraftaxError, UsageError
+from graftax.execute.distributed import peers
+from graftax.execute.placing import place_leaves, same_work, together
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
 from graftax.plan_json import load_plan_file
@@ -83,32 +86,75 @@ def load_plan(path: str | PathLike[str]) -> Plan:
 
 def _runnable(made: Plan, like: Checkpoint | None) -> Plan:
     """The plan with a `run` that gives like's own kind of container."""
-    made.runner = lambda plan, source: _rebuild(plan, like, host_arrays(plan, open_tree(source), like)[0])
+
+    def run(plan: Plan, source: Any, sharding: Any = None, rngs: Any = None, receipt: Receipt | None = None) -> Any:
+        if sharding is None and peers() is not None:
+            spans = spans_processes(None, like)
+        else:
+            spans = spans_processes(sharding, None)
+        with together("planning", spans):
+            opened = open_tree(source)
+            where = _places(plan, like, sharding)
+        return _made(plan, opened, like, where, spans, rngs, receipt)
+
+    made.runner = run
     replanner = made.replanner
     if replanner is not None:
         made.replanner = lambda plan, line: _runnable(replanner(plan, line), like)
     return made
 
 
-def host_arrays(made: Plan, source: Checkpoint, like: Checkpoint | None) -> tuple[dict[str, Any], Receipt]:
+def _places(made: Plan, like: Checkpoint | None, sharding: Any) -> dict[str, Place] | None:
+    """path -> where its leaf goes; None for NumPy arrays in a plain container."""
+    if isinstance(sharding, str) and sharding == HOST:
+        return None
+    return places(sharding, made.like.specs, made.like.side, made.like.label, like)
+
+
+def _leaves(
+    made: Plan, source: Checkpoint, like: Checkpoint | None, where: dict[str, Place], spans: bool, receipt: Receipt
+) -> dict[str, Any]:
+    """path -> leaf of the Flax tree that the plan makes; where it `spans` processes, in all of them or in none."""
+    same_work(made, where, spans)
+    with together("loading", spans):
+        return place_leaves(made, source, like, where, receipt, spans)
+
+
+def _made(
+    made: Plan,
+    source: Checkpoint,
+    like: Checkpoint | None,
+    where: dict[str, Place] | None,
+    spans: bool,
+    rngs: Any,
+    receipt: Receipt | None,
+) -> Any:
+    """What a plan makes, in like's own kind of container; a nested dict (Flax) or an OrderedDict (torch) where like is
+    a file, and for NumPy arrays.
+
+    A plan that runs backwards, or on a file of its own, has no live `like`: it gives the plain container of its side.
+    """
+    receipt = Receipt() if receipt is None else receipt
+    final = where if made.like.side == "flax" else None
+    if final is not None:
+        arrays = _leaves(made, source, like, final, spans, receipt)
+    else:
+        arrays, _ = host_arrays(made, source, like, receipt)
+    if where is None or like is None or like.rebuild is None or set(like) != set(arrays):
+        return plain_tree(made.like, arrays, host=where is None, adopt=True, final=final is not None)
+    options = {} if rngs is None else {"rngs": rngs}
+    return like.rebuild(arrays, adopt=True, sharding=None if final is None else "given", **options)
+
+
+def host_arrays(
+    made: Plan, source: Checkpoint, like: Checkpoint | None, receipt: Receipt | None = None
+) -> tuple[dict[str, Any], Receipt]:
     """Every leaf of the plan's target as a NumPy array, in like's order, and the receipt."""
-    receipt = Receipt()
+    receipt = Receipt() if receipt is None else receipt
     run = Stream(made, source, like, receipt, None)
     arrays = dict(run.arrays())
     run.close()
     return arrays, receipt
-
-
-def _rebuild(
-    made: Plan, like: Checkpoint | None, arrays: Mapping[str, Any], sharding: Any = None, rngs: Any = None
-) -> Any:
-    """`arrays` in like's own kind of container; a nested dict (Flax) or an OrderedDict (torch) where like is a file.
-
-    A plan that runs backwards, or on a file of its own, has no live `like`: it gives the plain container of its side.
-    """
-    if like is not None and like.rebuild is not None and sharding is None and set(like) == set(arrays):
-        return like.rebuild(arrays, adopt=True, **({} if rngs is None else {"rngs": rngs}))
-    return plain_tree(made.like, arrays, host=sharding == "host", adopt=True)
 
 
 def port(
@@ -120,24 +166,46 @@ def port(
     dtype: str | Mapping[str, str] | None = None,
     to: Side | None = None,
     overflow: str = "error",
-    sharding: str | None = None,
+    sharding: Any = None,
     rngs: Any = None,
+    receipt: Receipt | None = None,
 ) -> Any:
     """The weights of `source` as a new tree like `like`; neither is changed. Options as in `plan`.
 
     Gives: for a torch Module or state_dict an OrderedDict of tensors; for a Linen wrapper or variables, variables; for
     an nnx.Module a new Module; for State or (GraphDef, State) a State; for a path or an abstract tree a nested dict
-    (Flax) or an OrderedDict (torch). sharding=None follows like; "host" gives NumPy arrays in a nested dict. rngs:
-    nnx.Rngs or a seed, for the random state of a Module from nnx.eval_shape.
+    (Flax) or an OrderedDict (torch).
 
-    Raises PlanError where the plan is incomplete: its questions and misfits are on the exception.
+    sharding  None: as like's leaves are laid out, or as their boxes and metadata say; "host": NumPy arrays in a nested
+              dict; a jax Sharding, a Mesh (with like's axis names), gx.on_mesh(mesh, specs, rules), a tree or prefix
+              tree of Shardings, or {selector: one}. Each process reads only what its own devices hold; where a
+              sharding spans processes, all of them must call, and all fail together.
+    rngs      nnx.Rngs or a seed, for the random state of a Module from nnx.eval_shape
+    receipt   a types.Receipt to be filled with what was done and read
+
+    Raises PlanError where the plan is incomplete: its questions and misfits are on the exception; and where a leaf
+    cannot be laid out as asked.
     """
-    if sharding not in (None, "host"):
-        raise UsageError(f"sharding={escape(sharding)!r} is not None (as like) or 'host' (NumPy)")
     options = Options(rules, missing, unused, dtype, to, overflow)
-    opened, opened_like = open_both(source, like)
-    made = make_plan(opened, opened_like, options)
-    return _rebuild(made, opened_like, host_arrays(made, opened, opened_like)[0], sharding, rngs)
+    made, opened, opened_like, where, spans = _planned(source, like, options, sharding)
+    return _made(made, opened, opened_like, where, spans, rngs, receipt)
+
+
+def _planned(
+    source: Tree, like: Tree, options: Options, sharding: Any
+) -> tuple[Plan, Checkpoint, Checkpoint | None, dict[str, Place] | None, bool]:
+    """The complete plan, both ends opened, where the leaves go, and whether that spans several processes."""
+    if sharding is None and like is not None and peers() is not None:
+        like = open_tree(like)
+        spans = spans_processes(None, like)
+    else:
+        spans = spans_processes(sharding, None)
+    with together("planning", spans):
+        opened, opened_like = open_both(source, like)
+        made = make_plan(opened, opened_like, options)
+        made.require_complete()
+        where = _places(made, opened_like, sharding)
+    return made, opened, opened_like, where, spans
 
 
 def port_file(
@@ -227,15 +295,24 @@ def load_into(
     dtype: str | Mapping[str, str] | None = None,
     to: Side | None = None,
     overflow: str = "error",
+    sharding: Any = None,
+    receipt: Receipt | None = None,
 ) -> Any:
     """Load `source` into a live torch Module or nnx.Module in place, all of it or nothing; gives the module back.
 
-    Options as in `plan`. Everything is planned, read and checked first; then every leaf is assigned.
+    Options as in `plan`, sharding and receipt as in `port` (sharding=None: each leaf stays where the module has it).
+    Everything is planned, read and checked first; then every leaf is assigned.
     """
     from graftax.loading import load_arrays, require_module
 
     require_module(module)
-    opened, like = open_both(source, module)
-    made = make_plan(opened, like, Options(rules, missing, unused, dtype, to, overflow))
-    arrays, _ = host_arrays(made, opened, like)
-    return load_arrays(module, arrays)
+    options = Options(rules, missing, unused, dtype, to, overflow)
+    made, opened, like, where, spans = _planned(source, module, options, sharding)
+    receipt = Receipt() if receipt is None else receipt
+    if made.like.side == "torch":
+        if where is None:
+            raise UsageError("a torch Module holds tensors: sharding='host' is for gx.port")
+        return load_arrays(module, host_arrays(made, opened, like, receipt)[0])
+    where = dict.fromkeys(made.like.specs, HOST) if where is None else where
+    arrays = _leaves(made, opened, like, where, spans, receipt)
+    return load_arrays(module, arrays, given=True)

@@ -33,12 +33,12 @@ def require_module(module: Any) -> None:
     )
 
 
-def load_arrays(module: Any, arrays: Mapping[str, Any]) -> Any:
+def load_arrays(module: Any, arrays: Mapping[str, Any], given: bool = False) -> Any:
     """Set every weight of a live torch Module or nnx.Module from `arrays` (path -> array), in place; gives the module.
 
     `arrays` must name every weight and no other, each of its own shape and dtype; tensors that the module ties must get
     equal values. All of it is checked, and every new leaf made, before the first is assigned: on an error nothing has
-    changed. Random state and caches stay theirs.
+    changed. Random state and caches stay theirs. given: an nnx.Module takes the arrays themselves, wherever they lie.
 
     Raises PlanError with everything that does not fit, UsageError for what is not changed in place.
     """
@@ -49,7 +49,7 @@ def load_arrays(module: Any, arrays: Mapping[str, Any]) -> Any:
     failures = _failures(opened, arrays)
     if failures:
         raise PlanError(f"nothing was loaded into {escape(opened.label)}:", failures)
-    assign(module, arrays)
+    assign(module, arrays, given)
     return module
 
 

@@ -164,7 +164,7 @@ def _bound(ops: tuple[Op, ...], specs: Specs) -> tuple[tuple[Op, ...], Specs]:
     return bind_chain(ops, specs)
 
 
-Runner = Callable[["Plan", Any], Any]
+Runner = Callable[..., Any]
 Replanner = Callable[["Plan", str], "Plan"]
 
 
@@ -222,12 +222,15 @@ class Plan:
 
     # ------------------------------------------------------------ doing
 
-    def run(self, source: Any) -> Any:
-        """The tree that this plan makes of `source`, in like's own kind of container. PlanError if incomplete."""
+    def run(self, source: Any, **options: Any) -> Any:
+        """The tree that this plan makes of `source`, in like's own kind of container. PlanError if incomplete.
+
+        options: sharding, rngs and receipt, as in `graftax.port`.
+        """
         self.require_complete()
         if self.runner is None:
             raise UsageError("this plan has no runner; use gx.plan, gx.load_plan or execute.run_plan")
-        return self.runner(self, source)
+        return self.runner(self, source, **options)
 
     def answer(self, question: Question | int, choice: Candidate | int | str) -> Plan:
         """Settle a question by one of its candidates (the object, its index, or a rule line) and plan again: answering

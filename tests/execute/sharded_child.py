@@ -20,13 +20,16 @@ from graftax.execute.memory import allocate
 from graftax.execute.meter import evaluate
 from graftax.execute.pushdown import NotLocal
 from graftax.ops import apply_chain
+from graftax.ops.checked_ops import Repeat
 from graftax.tree import TensorSpec
 
 MESHES = [
     Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b")),
     Mesh(np.array(jax.devices()), ("a",)),
     Mesh(np.array(jax.devices()[:6]).reshape(2, 3), ("b", "a")),
+    Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("a", "b", "c")),
 ]
+MESHES_A_CHAIN = 3
 
 
 def a_sharding(rng: random.Random, shape: tuple[int, ...]) -> Any:
@@ -41,21 +44,20 @@ def a_sharding(rng: random.Random, shape: tuple[int, ...]) -> Any:
     return NamedSharding(mesh, P(*parts))
 
 
-def stored(array: np.ndarray[Any, Any]) -> gather.Stored:
+def stored(array: np.ndarray[Any, Any], read_bytes: list[int]) -> gather.Stored:
     raw = array.reshape(-1).view(np.uint8)
 
     def read(start: int, buffer: memoryview) -> None:
         buffer[:] = raw[start : start + len(buffer)].data
+        read_bytes[0] += len(buffer)
 
     return gather.Stored(TensorSpec(array.shape, "float32"), read)
 
 
 def main(seed: int, count: int) -> None:
     rng = random.Random(seed)
-    compared = cut = 0
-    scratch = allocate(1 << 20)
-    sharded.LONG_RUN = 64  # the tensors are small: some are read tile by tile for all shards, some are not
-    for _ in range(count):
+    chained = compared = cut = part = 0
+    for number in range(count):
         given = chains.sources(rng)
         specs = tuple(TensorSpec(a.shape, "float32") for a in given)
         ops, _ = chains.chain(rng, specs)
@@ -64,22 +66,36 @@ def main(seed: int, count: int) -> None:
             whole = apply_chain(ops, given)
         except PlanError:
             continue
-        target = rng.randrange(len(made))
-        spec = made[target]
-        if spec.dtype != "float32":
-            continue
-        sharding = a_sharding(rng, spec.shape)
-        boxes = list(sharded.sharding_boxes(spec.shape, sharding))
-        try:
-            parts = sharded.fill_boxes(ops, specs, target, spec, boxes, [stored(a) for a in given], scratch, evaluate)
-        except NotLocal:
-            continue
-        array = sharded.assemble(spec.shape, sharding, parts)
-        assert array.sharding == sharding
-        assert np.array_equal(np.asarray(array), whole[target]), (ops, spec, sharding)
-        compared += 1
-        cut += len(boxes) > 1
-    print(f"compared {compared} cut {cut}")
+        chained += 1
+        # The tensors are small: with these some are read run by run, some in windows, some in several windows.
+        gather.SHORT = sharded.SHORT = rng.choice([8, 64, 128 << 10])
+        scratch = allocate(sharded.SHORT + rng.choice([256, 4096, 1 << 20]))
+        for _ in range(MESHES_A_CHAIN):
+            target = rng.randrange(len(made))
+            spec = made[target]
+            sharding = a_sharding(rng, spec.shape)
+            boxes = list(sharded.sharding_boxes(spec.shape, sharding))
+            mine = rng.sample(boxes, rng.randrange(1, len(boxes) + 1))  # what one of several processes holds
+            read = [0]
+            sources = [stored(a, read) for a in given]
+            try:
+                parts, needed = sharded.fill_boxes(ops, specs, target, spec, mine, sources, scratch, evaluate)
+            except NotLocal:
+                continue
+            for box in mine:
+                want = whole[target][tuple(slice(*edge) for edge in box)]
+                assert np.array_equal(parts[box], want), (ops, spec, sharding, box)
+                assert parts[box].dtype == want.dtype
+            repeats = any(isinstance(op, Repeat) for op in ops)  # a row that two shards take counts twice
+            assert repeats or read[0] >= needed, (ops, spec, sharding, read, needed)
+            if len(mine) == len(boxes) and number % 50 == 0 and spec.dtype == "float32":
+                array = sharded.assemble(spec.shape, sharding, parts, np.float32)
+                assert array.sharding == sharding
+                assert np.array_equal(np.asarray(array), whole[target])
+            compared += 1
+            cut += len(boxes) > 1
+            part += len(mine) < len(boxes)
+    print(f"chains {chained} compared {compared} cut {cut} part {part}")
 
 
 if __name__ == "__main__":

@@ -132,8 +132,9 @@ def linen(module: Any, *example_args: Any, rngs: Any = None, method: Any = None,
     return linen_tree.linen(module, *example_args, rngs=rngs, method=method, **kwargs)
 
 
-def assign(obj: Any, arrays: Mapping[str, Any]) -> None:
-    """Set the weights at the paths of `arrays` in a live torch Module or nnx.Module, in place: all or none.
+def assign(obj: Any, arrays: Mapping[str, Any], given: bool = False) -> None:
+    """Set the weights at the paths of `arrays` in a live torch Module or nnx.Module, in place: all or none. given: an
+    nnx.Module takes the arrays as they are, else in memory of its own, placed as its leaves are.
 
     Everything is checked first. Raises PlanError for what does not fit, UsageError for an object that is immutable.
     """
@@ -145,7 +146,7 @@ def assign(obj: Any, arrays: Mapping[str, Any]) -> None:
     if kind == "nnx module":
         from graftax.adapters import nnx_tree
 
-        return nnx_tree.assign_module(obj, arrays)
+        return nnx_tree.assign_module(obj, arrays, given)
     raise UsageError(
         f"{_LABELS.get(kind, 'a Linen module')} is not changed in place; that is for a torch Module or an nnx.Module",
         next="gx.port(source, like) gives a new tree.",
@@ -224,16 +225,18 @@ def _like_old(path: str, old: Any, new: Any) -> Any:
     return jax_arrays.to_jax(plain, old)
 
 
-def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool = False, adopt: bool = False) -> Any:
+def plain_tree(
+    end: Any, arrays: Mapping[str, Any], host: bool = False, adopt: bool = False, final: bool = False
+) -> Any:
     """`arrays` in the plain container of a side: an OrderedDict of tensors (torch), a nested dict of jax arrays (Flax,
     with the keys and lists of `end.real_keys` and `end.containers`). host=True gives NumPy arrays; adopt=True
-    that `arrays` may become part of the result (see `jax_arrays`).
+    that `arrays` may become part of the result (see `jax_arrays`); final=True that they are the leaves (Flax).
 
     end: anything with `side`, `specs`, `real_keys` and `containers`: a Checkpoint, or the end of a plan.
     """
     from graftax.adapters import plain
 
-    return plain.plain_tree(end, arrays, host, adopt)
+    return plain.plain_tree(end, arrays, host, adopt, final)
 
 
 def to_jax(array: Any, like_leaf: Any = None) -> Any:

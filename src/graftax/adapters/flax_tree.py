@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftax import dtypes
-from graftax.adapters import containers, jax_arrays
+from graftax.adapters import containers, jax_arrays, notes
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
 from graftax.tree import Checkpoint, Side, TensorSpec, detect_side, nearest
 
@@ -37,6 +37,7 @@ def open_container(tree: Any, label: str) -> Checkpoint:
         containers=kinds,
         native=tree,
         rebuild=lambda arrays, sharding=None, adopt=False: rebuild_container(tree, arrays, sharding, adopt),
+        placed=lambda: notes.notes_of(tree),
     )
 
 
@@ -81,8 +82,8 @@ def reader_of(found: Mapping[str, Any]) -> Callable[[str], np.ndarray[Any, Any]]
 
 def rebuild_container(tree: Any, arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False) -> Any:
     """A container like `tree` with `arrays` as its leaves: jax arrays placed as the old leaves are; NumPy arrays with
-    sharding="host"; placed by `sharding`, a jax Sharding, otherwise. Their dtypes are those of `arrays`, as a plan has
-    settled them. adopt: see `jax_arrays`."""
+    sharding="host"; as they are with sharding="given"; placed by `sharding`, a jax Sharding, otherwise. Their dtypes
+    are those of `arrays`, as a plan has settled them. adopt: see `jax_arrays`."""
     return make_container(tree, arrays, maker(sharding, adopt), any_dtype=True)
 
 
@@ -91,6 +92,8 @@ def maker(sharding: Any = None, adopt: bool = False) -> Make:
     given = jax_arrays.once(adopt)
 
     def make(path: str, old: Any, new: Any) -> Any:
+        if sharding == "given":
+            return new
         plain = jax_arrays.from_storage(new, dtypes.spec_of(old))
         if sharding == "host":
             return jax_arrays.own(plain, given(plain))
@@ -193,4 +196,5 @@ def _open_flat(tree: Mapping[str, Any], label: str) -> Checkpoint:
         containers=containers.shape_of_tree(tree)[1],
         native=tree,
         rebuild=rebuild,
+        placed=lambda: {path: notes.note_of_leaf(leaf) for path, leaf in found.items()},
     )

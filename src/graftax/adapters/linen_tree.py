@@ -78,6 +78,7 @@ def open_linen(model: LinenModel, label: str) -> Checkpoint:
         rebuild=lambda arrays, sharding=None, adopt=False: flax_tree.rebuild_container(
             variables, arrays, sharding, adopt
         ),
+        placed=base.placed,
     )
 
 

@@ -44,6 +44,7 @@ def open_nnx(node: Any, label: str) -> Checkpoint:
         rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: join_module(
             parts, with_random_state(flax_tree.rebuild_container(parts.state, arrays, sharding, adopt), rngs)
         ),
+        placed=base.placed,
     )
 
 
@@ -62,6 +63,7 @@ def _open_state(state: Any, native: Any, module: Any, label: str) -> Checkpoint:
         rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: with_random_state(
             flax_tree.rebuild_container(state, arrays, sharding, adopt), rngs
         ),
+        placed=base.placed,
     )
 
 
@@ -252,9 +254,9 @@ def map_module(module: Any, arrays: Mapping[str, Any], make: flax_tree.Make) -> 
     return join_module(parts, flax_tree.make_container(parts.state, arrays, make))
 
 
-def assign_module(module: Any, arrays: Mapping[str, Any]) -> None:
+def assign_module(module: Any, arrays: Mapping[str, Any], given: bool = False) -> None:
     """Set the values of a Module's weights in place. Everything is checked and every array made before the first is
-    set. PlanError lists what does not fit."""
+    set. `given`: the arrays become the leaves as they are. PlanError lists what does not fit."""
     from flax import nnx
 
     state = split_module(module).state
@@ -266,6 +268,6 @@ def assign_module(module: Any, arrays: Mapping[str, Any]) -> None:
             f"{len(abstract)} leaves have no values to be set in place, the first is {escape(abstract[0])}",
             next="gx.port(source, module) gives a new Module.",
         )
-    make = flax_tree.maker()
+    make = flax_tree.maker("given" if given else None)
     new = {path: make(path, found[path], array) for path, array in arrays.items()}
     nnx.update(module, containers.remade(state, lambda path, old: new.get(path, old)))

@@ -11,8 +11,10 @@ from graftax.errors import UsageError
 from graftax.tree import Key, nest
 
 
-def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool, adopt: bool) -> Any:
+def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool, adopt: bool, final: bool) -> Any:
     """See `adapters.plain_tree`."""
+    if final:
+        return with_lists(nest(arrays, end.real_keys), end.containers)
     given = jax_arrays.once(adopt)
     plain = {path: jax_arrays.from_storage(array, end.specs[path]) for path, array in arrays.items()}
     if end.side == "torch":

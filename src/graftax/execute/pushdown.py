@@ -159,24 +159,32 @@ def _active(nest: _Nest, by: Sequence[int]) -> list[int]:
 
 
 def push(
-    ops: Sequence[Op], sources: Sequence[TensorSpec], target: int, box: Box, most: int = MOST_PIECES
+    ops: Sequence[Op],
+    sources: Sequence[TensorSpec],
+    target: int,
+    box: Box,
+    most: int = MOST_PIECES,
+    within: Box | None = None,
 ) -> list[Piece]:
-    """The pieces that make `box` of the chain's output `target`, as a C-contiguous tile of the box's extents.
+    """The pieces that make `box` of the chain's output `target`, as a C-contiguous tile of the box's extents; or at its
+    place in a tile of the larger box `within`.
 
     Conditions of checked ops (repeated rows, dropped padding, ties) are not looked at here. Raises NotLocal where an
     op needs whole tensors (norms), or the slice falls into more than `most` pieces.
     """
     extents = tuple(stop - start for start, stop in box)
+    outer = box if within is None else within
     strides = [1] * len(extents)
     for i in range(len(extents) - 2, -1, -1):
-        strides[i] = strides[i + 1] * extents[i + 1]
+        strides[i] = strides[i + 1] * (outer[i + 1][1] - outer[i + 1][0])
+    offset = sum((start - first) * step for (start, _), (first, _), step in zip(box, outer, strides, strict=True))
     axes = tuple(
         _Affine(start, tuple(int(i == axis) for i in range(len(extents)))) for axis, (start, _) in enumerate(box)
     )
     if 0 in extents:
         return []
     walk = _Walk(tuple(ops), tuple(sources), most)
-    return [_coalesced(piece) for piece in walk.back(len(ops), target, _Nest(extents, 0, tuple(strides), axes))]
+    return [_coalesced(piece) for piece in walk.back(len(ops), target, _Nest(extents, offset, tuple(strides), axes))]
 
 
 class _Walk:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from graftax.dtypes import numpy_dtype
-from graftax.execute import strided
-from graftax.execute.gather import Evaluate, Values, fill
+from graftax.execute.gather import DENSE, SHORT, Evaluate, Stored, Values, fill
 from graftax.execute.memory import allocate
-from graftax.execute.pushdown import Box, push
-from graftax.execute.tiling import Edges, box_steps, grid, source_run
+from graftax.execute.pushdown import Box, Leaf, Piece, push
+from graftax.execute.tiling import Edges, box_steps, grid
 from graftax.ops import Op
 from graftax.tree import TensorSpec
 
 Array = np.ndarray[Any, Any]
-
-LONG_RUN = 64 << 10
-"""Bytes: shorter runs of the source, wanted by several shards, are read once for all of them."""
-_TILE = 32 << 20
 
 
 def sharding_boxes(shape: tuple[int, ...], sharding: Any) -> dict[Edges, list[Any]]:
@@ -38,14 +35,16 @@ def sharding_boxes(shape: tuple[int, ...], sharding: Any) -> dict[Edges, list[An
     return out
 
 
-def assemble(shape: tuple[int, ...], sharding: Any, parts: dict[Edges, Array]) -> Any:
+def assemble(shape: tuple[int, ...], sharding: Any, parts: dict[Edges, Array], dtype: Any) -> Any:
     """The jax.Array whose local shards are `parts`. Their memory may become the array's: it is not written again."""
     import jax
 
     shards: list[Any] = []
+    kind = sharding.memory_kind
     for edges, devices in sharding_boxes(shape, sharding).items():
-        shards += jax.device_put([parts[edges]] * len(devices), devices)
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        homes = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in devices]
+        shards += jax.device_put([parts[edges]] * len(devices), homes)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)
 
 
 def fill_boxes(
@@ -53,65 +52,154 @@ def fill_boxes(
     specs: tuple[TensorSpec, ...],
     index: int,
     spec: TensorSpec,
-    boxes: list[Edges],
-    sources: list[Values],
+    boxes: Sequence[Edges],
+    sources: Sequence[Values],
     scratch: Array,
     evaluate: Evaluate,
-) -> dict[Edges, Array]:
-    """Every box of a target, each in aligned memory of its own. NotLocal where an op needs whole tensors."""
+) -> tuple[dict[Edges, Array], int]:
+    """Every box of a target, each in aligned memory of its own, and how many bytes of the sources they are made of.
+    NotLocal where an op needs whole tensors."""
+    made = {box: push(ops, specs, index, box) for box in boxes}
+    needed = needed_bytes([piece for pieces in made.values() for piece in pieces], sources)
     dtype = numpy_dtype(spec.dtype)
     out = {box: allocate(_count(box) * dtype.itemsize).view(dtype) for box in boxes}
-    stored = any(not values.in_memory for values in sources)
-    torn = (
-        stored
-        and len(boxes) > 1
-        and spec.size > 0
-        and any(source_run(ops, specs, index, box) * dtype.itemsize < min(LONG_RUN, spec.nbytes) for box in boxes)
-    )
-    if torn:
-        _scatter(ops, specs, index, spec, out, sources, scratch, evaluate)
-    else:
+    leaves = [(piece, leaf) for pieces in made.values() for piece in pieces for leaf in piece.leaves()]
+    if all(sources[leaf.source].in_memory or _solid(piece, leaf) for piece, leaf in leaves):
         for box, flat in out.items():
-            fill(flat, push(ops, specs, index, box), sources, scratch, evaluate)
-    return {box: flat.reshape([stop - start for start, stop in box]) for box, flat in out.items()}
+            fill(flat, made[box], sources, scratch, evaluate)
+    else:
+        _by_windows(ops, specs, index, spec, out, sources, scratch, evaluate)
+    return {box: flat.reshape([stop - start for start, stop in box]) for box, flat in out.items()}, needed
 
 
-def _scatter(
+def needed_bytes(pieces: Sequence[Piece], sources: Sequence[Values]) -> int:
+    """Bytes of the sources that the pieces are made of; a row that a piece repeats counts once."""
+    count = [0] * len(sources)
+    for piece in pieces:
+        for leaf in piece.leaves():
+            count[leaf.source] += math.prod(n for n, s in zip(piece.extents, leaf.strides, strict=True) if s)
+    return sum(min(n, values.spec.size) * values.spec.bits // 8 for n, values in zip(count, sources, strict=True))
+
+
+def short_runs(pieces: Sequence[Piece], sources: Sequence[Values]) -> str:
+    """The shortest run of stored values that the pieces take, in words: why more is read than is needed."""
+    runs = [
+        run_of(piece, leaf) * sources[leaf.source].spec.bits // 8
+        for piece in pieces
+        for leaf in piece.leaves()
+        if not sources[leaf.source].in_memory
+    ]
+    return f"its shards take runs of {min(runs, default=0):,} bytes: what lies between costs less to read than to skip"
+
+
+def _solid(piece: Piece, leaf: Leaf) -> bool:
+    """Are the elements that a leaf touches one run?"""
+    return run_of(piece, leaf) == math.prod(n for n, s in zip(piece.extents, leaf.strides, strict=True) if s)
+
+
+def run_of(piece: Piece, leaf: Leaf) -> int:
+    """Elements of the source in one run, without a gap."""
+    run = 1
+    for stride, extent in sorted(zip(map(abs, leaf.strides), piece.extents, strict=True)):
+        if stride == 0:
+            continue
+        if stride != run:
+            break
+        run *= extent
+    return run
+
+
+# ---------------------------------------------------------------- short runs, wanted by several boxes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """Elements `first` and on of a stored tensor, in memory for a while."""
+
+    spec: TensorSpec
+    first: int
+    flat: Array
+    in_memory = True
+
+    def span(self, start: int, stop: int, scratch: Array | None) -> Array:
+        return self.flat[start - self.first : stop - self.first]
+
+
+def _by_windows(
     ops: tuple[Op, ...],
     specs: tuple[TensorSpec, ...],
     index: int,
     spec: TensorSpec,
     out: dict[Edges, Array],
-    sources: list[Values],
+    sources: Sequence[Values],
     scratch: Array,
     evaluate: Evaluate,
 ) -> None:
-    """Tiles with long runs in the source, each cut up into the boxes that want a part of it."""
+    """Tiles with long runs in the source: what each spans there is read once, and cut up into the boxes that want a
+    part of it."""
     union = [(min(box[a][0] for box in out), max(box[a][1] for box in out)) for a in range(len(spec.shape))]
     whole = TensorSpec(tuple(stop - start for start, stop in union), spec.dtype)
     origin = [start for start, _ in union]
-    steps = box_steps(ops, specs, index, whole, _TILE, contiguous=False, origin=origin, rows=False)
-    dtype = numpy_dtype(spec.dtype)
-    room = allocate(math.prod(steps) * dtype.itemsize).view(dtype)
+    most = scratch.nbytes
+    while True:
+        steps = box_steps(ops, specs, index, whole, most, contiguous=False, origin=origin, rows=False)
+        first = push(ops, specs, index, [(start, start + step) for start, step in zip(origin, steps, strict=True)])
+        spans = _spans(first, sources)
+        if sum(high - low for low, high, _, _ in spans.values()) <= scratch.nbytes or max(steps, default=1) == 1:
+            break
+        most = math.prod(steps) * spec.bits // 16  # half of what did not fit
     for tile in grid(union, steps):
-        wanted = [(box, common) for box in out if (common := _common(tile, box)) is not None]
-        if not wanted:
+        parts = [(box, common) for box in out if (common := _common(tile, box)) is not None]
+        if not parts:
             continue
-        flat = room[: _count(tile)]
-        fill(flat, push(ops, specs, index, tile), sources, scratch, evaluate)
-        made = flat.reshape([stop - start for start, stop in tile])
-        for box, common in wanted:
-            shaped = out[box].reshape([stop - start for start, stop in box])
-            strided.copy(shaped[_within(common, box)], made[_within(common, tile)])
+        hull = [
+            (min(common[a][0] for _, common in parts), max(common[a][1] for _, common in parts))
+            for a in range(len(tile))
+        ]
+        opened = _opened(push(ops, specs, index, hull), sources, scratch)
+        rest = scratch[sum(-(-w.flat.nbytes // 16) * 16 for w in opened if isinstance(w, _Window)) :]
+        for box, common in parts:
+            fill(out[box], push(ops, specs, index, common, within=box), opened, rest, evaluate)
+
+
+def _opened(pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array) -> list[Values]:
+    """The sources, what the pieces span of each in memory where reading it at once is the cheaper way and it fits."""
+    opened = list(sources)
+    taken = 0
+    for place, (low, high, needed, runs) in _spans(pieces, sources).items():
+        values = sources[place]
+        apart = (high - low - needed) // max(runs - 1, 1)  # bytes between two runs
+        cheaper = high - low <= SHORT or high - low <= DENSE * needed or apart <= SHORT
+        if cheaper and taken + high - low <= scratch.nbytes - SHORT:
+            width = values.spec.bits // 8
+            flat = values.span(low // width, high // width, scratch[taken:])
+            opened[place] = _Window(values.spec, low // width, flat)
+            taken += -(-(high - low) // 16) * 16
+    return opened
+
+
+def _spans(pieces: Sequence[Piece], sources: Sequence[Values]) -> dict[int, tuple[int, int, int, int]]:
+    """stored source -> (first byte, last byte + 1, bytes needed of it, runs of these) of what the pieces take."""
+    out: dict[int, tuple[int, int, int, int]] = {}
+    for piece in pieces:
+        for leaf in piece.leaves():
+            values = sources[leaf.source]
+            if not isinstance(values, Stored):
+                continue
+            width = values.spec.bits // 8
+            ends = [s * (n - 1) for s, n in zip(leaf.strides, piece.extents, strict=True)]
+            low = (leaf.offset + sum(e for e in ends if e < 0)) * width
+            high = (leaf.offset + sum(e for e in ends if e > 0) + 1) * width
+            count = math.prod(n for n, s in zip(piece.extents, leaf.strides, strict=True) if s)
+            was = out.get(leaf.source, (low, high, 0, 0))
+            runs = was[3] + count // run_of(piece, leaf)
+            out[leaf.source] = min(was[0], low), max(was[1], high), was[2] + count * width, runs
+    return out
 
 
 def _common(a: Box, b: Box) -> Edges | None:
     both = tuple((max(x, u), min(y, v)) for (x, y), (u, v) in zip(a, b, strict=True))
     return both if all(start < stop for start, stop in both) else None
-
-
-def _within(inner: Box, outer: Box) -> tuple[slice, ...]:
-    return tuple(slice(x - u, y - u) for (x, y), (u, _) in zip(inner, outer, strict=True))
 
 
 def _count(box: Box) -> int:

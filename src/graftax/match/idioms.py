@@ -120,7 +120,7 @@ def _name_way_back(modules: Sequence[Module], names: dict[int, Name], lex: Lexic
     ]
     there = [shape for m, shape in matrices if "up" in names[id(m)].concepts and len(shape) in (2, 3)]
     turned = (*there[0][:-2], *there[0][:-3:-1]) if len(there) == 1 else ()
-    back = [m for m, shape in matrices if shape == turned != there[0]]
+    back = [m for m, shape in matrices if len(there) == 1 and shape == turned != there[0]]
     if len(back) == 1 and "out" in names[id(back[0])].concepts and not names[id(back[0])].concepts & {"attn", "conv"}:
         _say(names, back[0], {"down", *lex.implies.get("down", ())}, set())
 

@@ -1,0 +1,429 @@
+"""`sharding=`: where each leaf of a tree goes, from what the user gives and from what like carries.
+
+Nothing is replicated silently: an axis name that neither the mesh nor the rules know, a leaf that nothing covers, and a
+shape that cannot be cut as asked are errors, all of them at once.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftax.adapters import containers
+from graftax.adapters.notes import Note, Rules, is_sharding
+from graftax.dtypes import numpy_dtype
+from graftax.errors import Failure, PlanError, UsageError, escape
+from graftax.tree import Checkpoint, Side, TensorSpec, is_glob, match_paths, nearest, subtree
+
+HOST = "host"
+Place = Any
+"""Where one leaf goes: a jax Sharding; None for jax's default device; "host" for a NumPy array."""
+_ACCEPTED = (
+    "Accepted: None (as like), 'host' (NumPy), a jax Sharding, a Mesh (with like's own axis names), "
+    "gx.on_mesh(mesh, specs, rules), a tree of Shardings or PartitionSpecs, or {selector: one of these}."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OnMesh:
+    """What `on_mesh` gives: a mesh, and how the leaves lie on it."""
+
+    mesh: Any
+    specs: Any = None
+    rules: Rules = ()
+
+
+def on_mesh(mesh: Any, specs: Any = None, rules: Any = None) -> OnMesh:
+    """How the leaves of a tree lie on `mesh`, for `sharding=`.
+
+    specs  a PartitionSpec for all leaves, a tree of them, or {selector: PartitionSpec}; None: the names that like
+           carries (Linen's Partitioned and LogicallyPartitioned boxes, NNX's out_sharding)
+    rules  {axis name: mesh axis} or pairs of them, for names that are no mesh axes; a mesh axis may be a tuple of
+           several, and None says that the axis is not cut. Of pairs with one name the first whose mesh axes the leaf
+           does not use yet holds, as in Linen.
+
+    Raises UsageError where `mesh` is no jax.sharding.Mesh or the rules are malformed.
+    """
+    if type(mesh).__name__ != "Mesh" or not hasattr(mesh, "devices"):
+        raise UsageError(
+            f"on_mesh takes a jax.sharding.Mesh, not {type(mesh).__name__}", next="jax.make_mesh makes one."
+        )
+    pairs = rules.items() if isinstance(rules, Mapping) else () if rules is None else rules
+    try:
+        listed = tuple((name, axis) for name, axis in pairs)
+    except (TypeError, ValueError):
+        raise UsageError("rules are {axis name: mesh axis}, or pairs of these") from None
+    failures = [
+        Failure(
+            "a rule for a mesh axis that is not there", key=str(name), expected=_axes_text(mesh), found=escape(part)
+        )
+        for name, axis in listed
+        for part in _axes(axis)
+        if part not in mesh.axis_names
+    ]
+    if failures:
+        raise UsageError(f"{len(failures)} rules do not fit the mesh", failures)
+    return OnMesh(mesh, specs, listed)
+
+
+def places(
+    sharding: Any, specs: Mapping[str, TensorSpec], side: Side, label: str, like: Checkpoint | None
+) -> dict[str, Place]:
+    """path -> Place of every leaf of `specs`, the tree that comes out (its `side`, its `label` for messages).
+
+    sharding=None follows `like`. Raises UsageError for what is no sharding, PlanError with every leaf that cannot lie
+    as asked.
+    """
+    notes = _notes(like)
+    if sharding is None and not notes:
+        return dict.fromkeys(specs)
+    if sharding is not None and side == "torch":
+        raise UsageError(
+            "torch tensors are not laid out by sharding=",
+            next="Leave it out; sharding='host' gives NumPy arrays where that is wanted.",
+        )
+    wanted = _Wanted(specs, side, notes, [])
+    found = wanted.of(sharding)
+    for path, place in found.items():
+        wanted.check(path, place, followed=sharding is None)
+    if wanted.failures:
+        raise PlanError(
+            f"{len(wanted.failures)} of {len(specs)} leaves of {escape(label)} cannot be laid out as asked:",
+            wanted.failures,
+        )
+    return found
+
+
+def spans_processes(sharding: Any, like: Checkpoint | None) -> bool:
+    """Does `sharding` (None: what `like` carries) name devices of several processes? Then all of them load together."""
+    if sharding is None:
+        notes = _notes(like)
+        ambient = _ambient_mesh() if notes else None
+        return _spans(ambient) or any(_spans(note.sharding) or _spans(note.mesh) for note in notes.values())
+    if isinstance(sharding, OnMesh):
+        return _spans(sharding.mesh)
+    node = containers.variable_value(sharding) if containers.is_variable(sharding) else sharding
+    if _is_spec(node):
+        return _spans(_ambient_mesh())
+    children = containers.children_of(node)
+    if children is None:
+        return _spans(node)
+    return any(spans_processes(child, None) for _, child in children if child is not None)
+
+
+def _spans(obj: Any) -> bool:
+    """A Sharding or a Mesh with devices of several processes."""
+    devices = obj.devices.flat if _is_mesh(obj) else obj.device_set if _is_real(obj) else ()
+    return len({device.process_index for device in devices}) > 1
+
+
+def _notes(like: Checkpoint | None) -> Mapping[str, Note]:
+    return like.placed() if like is not None and like.placed is not None else {}
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """One look at what is asked of the leaves `specs`, with what goes wrong."""
+
+    specs: Mapping[str, TensorSpec]
+    side: Side
+    notes: Mapping[str, Note]
+    failures: list[Failure]
+
+    def of(self, sharding: Any) -> dict[str, Place]:
+        if sharding is None:
+            return {path: self._as_like(path) for path in self.specs}
+        if sharding == HOST:
+            return dict.fromkeys(self.specs, HOST)
+        if _is_mesh(sharding):
+            sharding = on_mesh(sharding)
+        mesh, rules, given = None, (), sharding
+        if isinstance(sharding, OnMesh):
+            mesh, rules, given = sharding.mesh, sharding.rules, sharding.specs
+            if given is None:
+                return self._by_names(mesh, rules)
+        out: dict[str, Place] = {}
+        for path, place in self._spread(given).items():
+            made = self._made(path, place, mesh, rules)
+            if made is not None:
+                out[path] = made
+        return out
+
+    # ------------------------------------------------------------ from like
+
+    def _as_like(self, path: str) -> Place:
+        note = self.notes.get(path, Note())
+        own = note.sharding
+        if _is_real(own):
+            return None if note.free else own
+        mesh = note.mesh if _is_mesh(note.mesh) else _ambient_mesh()
+        if own is None and note.names is None:
+            return None
+        if mesh is None:
+            if own is None and not _many_processes():
+                return None  # names without a mesh: there is nothing to cut for
+            self._fail(path, "like names axes, and there is no mesh", next="Give sharding=mesh, or use jax.set_mesh.")
+            return None
+        if own is not None and not own.mesh.empty and dict(own.mesh.shape) != dict(mesh.shape):
+            self._fail(path, "like is laid out for another mesh", _axes_text(own.mesh), _axes_text(mesh))
+            return None
+        return self._noted(path, note, mesh, ())
+
+    def _by_names(self, mesh: Any, rules: Rules) -> dict[str, Place]:
+        known = {path: note for path, note in self.notes.items() if path in self.specs}
+        if not any(note.names is not None or _spec_of(note.sharding) is not None for note in known.values()):
+            raise UsageError(
+                "a mesh is given, and like carries no axis names or specs to lay its leaves out by",
+                next="Say how: sharding=gx.on_mesh(mesh, {'**/kernel': PartitionSpec(...), '**': PartitionSpec()}).",
+            )
+        out = {path: self._noted(path, known.get(path, Note()), mesh, rules) for path in self.specs}
+        return {path: place for path, place in out.items() if place is not None}
+
+    def _noted(self, path: str, note: Note, mesh: Any, rules: Rules) -> Place:
+        """What a note says, on `mesh`: with rules of the user's own its names count first, else a spec that jax or
+        Flax has worked out already."""
+        spec = _spec_of(note.sharding)
+        settled = spec is not None and any(part is not None for part in spec)
+        if note.names is not None and (rules or not settled):
+            return self._translated(path, note.names, mesh, (*rules, *note.rules, *_context_rules()), note.linen)
+        return self._named(path, spec if spec is not None else (), mesh)
+
+    # ------------------------------------------------------------ from the user
+
+    def _spread(self, given: Any) -> dict[str, Any]:
+        """path -> what `given` says of it, a Sharding, a PartitionSpec or "host"."""
+        if _is_place(given):
+            return dict.fromkeys(self.specs, given)
+        wanted = _selectors(given)
+        paths = list(self.specs)
+        out: dict[str, Any] = {}
+        for _, hits, place in sorted((self._hits(paths, *item) for item in wanted), key=lambda hit: hit[0]):
+            out.update(dict.fromkeys(hits, place))
+        for path in paths:
+            if path not in out:
+                self._fail(path, "nothing says where it goes", next="Add it, or '**' for all that is left.")
+        return {path: out[path] for path in paths if path in out}
+
+    def _hits(self, paths: list[str], raw: str, text: str, place: Any) -> tuple[tuple[int, int], list[str], Any]:
+        """(rank, paths, place) of a selector: '**', then other globs, then a subtree, the longer the later, then a leaf
+        by name. What comes later wins."""
+        for name in dict.fromkeys((raw, text)):
+            if name in self.specs:
+                return (2, 0), [name], place
+            found = match_paths(paths, name, self.side)
+            if found:
+                return ((-1 if name == "**" else 0, 0) if is_glob(name) else (2, 0)), found, place
+            below = subtree(paths, name, self.side) or subtree(paths, f"params/{name}", self.side)
+            if below:
+                return (1, len(name)), below, place
+        near = nearest(raw, paths)
+        raise PlanError(f"sharding selector {escape(raw)!r} matches nothing", next=f"Near: {near}" if near else "")
+
+    def _made(self, path: str, place: Any, mesh: Any, rules: Rules) -> Place:
+        if not _is_spec(place):
+            if mesh is not None and place != HOST:
+                raise UsageError("on_mesh takes PartitionSpecs; a Sharding brings its own mesh: give it as sharding=")
+            return place
+        on = mesh if mesh is not None else _ambient_mesh()
+        if on is None:
+            raise UsageError(
+                "PartitionSpecs are given, and no mesh",
+                next="sharding=gx.on_mesh(mesh, specs), or call inside jax.set_mesh(mesh).",
+            )
+        return self._translated(path, tuple(place), on, (*rules, *_context_rules()), True)
+
+    # ------------------------------------------------------------ names -> mesh axes
+
+    def _translated(self, path: str, names: tuple[Any, ...], mesh: Any, rules: Rules, ordered: bool) -> Place:
+        """A sharding of axis names that rules may translate. A mesh axis that no rule names stands for itself."""
+        ruled = {name for name, _ in rules}
+        twice = sorted({name for name in names if isinstance(name, str) and name in ruled and names.count(name) > 1})
+        if twice:
+            self._fail(path, f"axis {', '.join(map(escape, twice))} is named twice in {_spec_text(names)}")
+            return None
+        parts: list[Any] = [None if isinstance(name, str) and name in ruled else name for name in names]
+        used = {axis for part in parts for axis in _axes(part)}
+        settled: set[int] = set()
+        for name, axis in rules:
+            place = names.index(name) if name in names else None
+            if place is None or place in settled or (ordered and used & set(_axes(axis))):
+                continue
+            settled.add(place)
+            parts[place] = axis
+            used |= set(_axes(axis))
+        return self._named(path, parts, mesh)
+
+    def _named(self, path: str, parts: Sequence[Any], mesh: Any) -> Place:
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        spec = self.specs[path]
+        text = f"{_spec_text(parts)} for {spec}"
+        unknown = sorted({str(axis) for part in parts for axis in _axes(part) if axis not in mesh.axis_names})
+        if unknown:
+            self._fail(
+                path,
+                f"axis {', '.join(map(escape, unknown))} is neither a mesh axis nor in the rules ({text})",
+                expected=_axes_text(mesh),
+                next="Add a rule: gx.on_mesh(mesh, specs, rules={name: mesh axis, or None not to cut it}).",
+            )
+            return None
+        try:
+            return NamedSharding(mesh, PartitionSpec(*parts))
+        except Exception as error:  # jax has classes of its own for an axis that stands twice and the like
+            self._fail(path, f"{text}: {escape(error, 300)}")
+            return None
+
+    # ------------------------------------------------------------ does it fit
+
+    def check(self, path: str, place: Place, followed: bool) -> None:
+        """A failure where the leaf cannot be cut so, or jax would narrow its dtype."""
+        if place is None or place == HOST:
+            return
+        if _is_abstract(place):
+            self._fail(path, "its sharding is on an AbstractMesh, without devices", next="Give sharding=mesh.")
+            return
+        spec, parts = self.specs[path], _spec_of(place)
+        how = f"{_spec_text(parts)} on {_axes_text(place.mesh)}" if parts is not None else escape(place)
+        if parts is not None and len(parts) > len(spec.shape):
+            self._fail(path, f"{how} has more axes than {spec}")
+        elif parts is not None and any(_is_open(part) for part in parts):
+            self._fail(path, f"{how} leaves an axis open", next="Name a mesh axis, or None.")
+        elif (why := _uneven(spec.shape, parts, place)) is not None:
+            self._fail(path, f"{spec} cannot be cut by {how}: {why}", next="Shards of one leaf are equal.")
+        elif jax_narrows(spec) and not (followed and len(place.device_set) == 1):
+            self._fail(
+                path,
+                f"jax holds no {spec.dtype} without jax_enable_x64",
+                next="jax.config.update('jax_enable_x64', True), dtype= another, or 'host' for this leaf.",
+            )
+
+    def _fail(self, path: str, what: str, expected: str = "", found: str = "", next: str = "") -> None:
+        self.failures.append(Failure(what, key=path, expected=expected, found=found, next=next))
+
+
+def jax_narrows(spec: TensorSpec) -> bool:
+    """Would jax, as it is configured, hold the leaf in a narrower dtype?"""
+    import jax
+
+    dtype = numpy_dtype(spec.dtype)
+    return jax.dtypes.canonicalize_dtype(dtype) != dtype
+
+
+# ---------------------------------------------------------------- what the user gives
+
+
+def _selectors(given: Any) -> list[tuple[str, str, Any]]:
+    """(selector as it stands, the same as a path, place) of a tree of places or a flat map of selectors."""
+    out: list[tuple[str, str, Any]] = []
+
+    linen = containers.is_variables(given)
+
+    def visit(node: Any, keys: tuple[Any, ...]) -> None:
+        aside = linen and keys and keys[0] in containers.LINEN_STATE
+        if aside or (containers.is_variable(node) and not containers.is_weight(node)):
+            return  # random state, caches: they are not loaded
+        inner = containers.variable_value(node) if containers.is_variable(node) else node
+        inner = containers.axis_value(inner) if containers.is_axis_box(inner) else inner
+        where = containers.path_of(keys)
+        if _is_place(inner):
+            raw = str(keys[0]) if len(keys) == 1 and isinstance(keys[0], str) else where
+            out.append((raw, where, inner))
+            return
+        children = containers.children_of(inner)
+        if children is None:
+            at = f" at {escape(where)}" if where else ""
+            raise UsageError(f"sharding={escape(inner)!r}{at} ({type(inner).__name__}) is no sharding", next=_ACCEPTED)
+        for key, child in children:
+            visit(child, (*keys, key))
+
+    visit(given, ())
+    if not out:
+        raise UsageError("an empty tree of shardings says nothing", next=_ACCEPTED)
+    return out
+
+
+def _is_place(obj: Any) -> bool:
+    return _is_spec(obj) or is_sharding(obj) or (isinstance(obj, str) and obj == HOST)
+
+
+def _is_spec(obj: Any) -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(obj, jax.sharding.PartitionSpec)
+
+
+def _is_mesh(obj: Any) -> bool:
+    return type(obj).__name__ == "Mesh" and hasattr(obj, "devices") and not obj.empty
+
+
+def _is_real(obj: Any) -> bool:
+    """A Sharding over devices."""
+    return is_sharding(obj) and not _is_abstract(obj)
+
+
+def _is_abstract(sharding: Any) -> bool:
+    return type(getattr(sharding, "mesh", None)).__name__ == "AbstractMesh"
+
+
+def _spec_of(sharding: Any) -> tuple[Any, ...] | None:
+    spec = getattr(sharding, "spec", None)
+    return None if spec is None else tuple(spec)
+
+
+def _axes(part: Any) -> tuple[Any, ...]:
+    """The mesh axes that one axis of a leaf is cut by."""
+    if part is None or _is_open(part):
+        return ()
+    return tuple(part) if isinstance(part, (tuple, list)) else (part,)
+
+
+def _is_open(part: Any) -> bool:
+    """PartitionSpec.UNCONSTRAINED."""
+    return type(part).__name__ == "UnconstrainedSingleton"
+
+
+def _uneven(shape: tuple[int, ...], parts: tuple[Any, ...] | None, sharding: Any) -> str | None:
+    """Why a shape cannot be cut so; None where it can."""
+    try:
+        sharding.shard_shape(shape)
+    except (ValueError, IndexError) as error:
+        for axis, part in enumerate(parts or ()):
+            count = math.prod(sharding.mesh.shape[name] for name in _axes(part))
+            if shape[axis] % count:
+                return f"axis {axis} has {shape[axis]} rows, and {count} do not divide it"
+        return escape(error, 300)
+    return None
+
+
+def _spec_text(parts: Sequence[Any]) -> str:
+    return f"PartitionSpec({', '.join(repr(part) for part in parts)})"
+
+
+def _axes_text(mesh: Any) -> str:
+    return "mesh axes " + ", ".join(f"{escape(name)}={count}" for name, count in mesh.shape.items())
+
+
+# ---------------------------------------------------------------- what is set around the call
+
+
+def _ambient_mesh() -> Any:
+    """The mesh of jax.set_mesh; None where none is set."""
+    import jax
+
+    get = getattr(jax.sharding, "get_mesh", None)
+    mesh = None if get is None else get()
+    return mesh if _is_mesh(mesh) else None
+
+
+def _context_rules() -> Rules:
+    """The rules of nn.logical_axis_rules and nnx.logical_axis_rules."""
+    spmd = sys.modules.get("flax.core.spmd")
+    return () if spmd is None else tuple(spmd.get_logical_axis_rules() or ())
+
+
+def _many_processes() -> bool:
+    import jax
+
+    return jax.process_count() > 1

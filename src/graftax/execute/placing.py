@@ -1,0 +1,120 @@
+"""Run a plan into the leaves that come out: shards where a sharding is given, jax's default device, or NumPy."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from graftax.adapters import live_leaves
+from graftax.adapters.jax_arrays import from_storage, once, own, to_jax
+from graftax.adapters.shardings import HOST, Place, jax_narrows
+from graftax.errors import UsageError, escape
+from graftax.execute import distributed
+from graftax.execute.receipt import Receipt
+from graftax.execute.streamed import Stream
+from graftax.ops import Keep
+from graftax.plans import Plan
+from graftax.tree import Checkpoint
+
+IN_FLIGHT = 256 << 20
+"""Bytes of shards on their way to devices with memory of their own, beyond which the host waits."""
+
+
+@contextmanager
+def together(stage: str, spans: bool) -> Iterator[None]:
+    """Where a load `spans` several processes, all of them end the block, or all raise what failed in one of them."""
+    peers = distributed.peers() if spans else None
+    if peers is None:
+        yield
+        return
+    with peers.together(stage):
+        yield
+
+
+def same_work(plan: Plan, places: Mapping[str, Place], spans: bool) -> None:
+    """Where a load spans several processes: PlanError in all of them unless all are to make the same leaves the same
+    way, of the same tensors."""
+    if not spans:
+        return
+    work = {f"leaf {name}": f"{spec} {places.get(name)}" for name, spec in plan.like.specs.items()}
+    work |= {f"tensor {name}": str(plan.source.specs[name]) for entry in plan.entries for name in entry.sources}
+    work |= {entry.text: "" for entry in plan.entries}
+    distributed.agree("planning", same=work)
+
+
+def place_leaves(
+    plan: Plan, source: Checkpoint, like: Checkpoint | None, places: Mapping[str, Place], receipt: Receipt, spans: bool
+) -> dict[str, Any]:
+    """path -> leaf, as `places` say, in like's order; each in memory of its own. Each process reads what its own
+    devices hold. A dtype that jax would narrow stays a NumPy array where no sharding is asked for.
+
+    Raises what `Stream` raises, UsageError for a kept leaf whose values other processes hold.
+    """
+    run = Stream(plan, source, like, receipt, None)
+    peers = distributed.peers() if spans else None
+    kept = [name for e in plan.entries if e.ops and isinstance(e.ops[0], Keep) for name in e.targets]
+    remote = _remote(like, kept)
+    flight = _Flight()
+    given = once(adopt=True)
+    out: dict[str, Any] = {}
+    for name, spec in plan.like.specs.items():
+        if peers is not None:
+            peers.look()
+        place = places.get(name)
+        if name in remote:
+            out[name] = _kept(name, remote[name], place)
+        elif place is None or place == HOST or jax_narrows(spec):
+            array = from_storage(run.array(name), spec)
+            adopt = given(array)
+            out[name] = own(array, adopt) if place == HOST else to_jax(array, adopt=adopt)
+        else:
+            out[name] = run.sharded(name, place)
+            flight.add(out[name])
+        run.done(name)
+    run.close()
+    return out
+
+
+class _Flight:
+    """Arrays on their way to devices: the host waits where that is more than IN_FLIGHT."""
+
+    __slots__ = ("_arrays", "_nbytes")
+
+    def __init__(self) -> None:
+        self._arrays: deque[tuple[Any, int]] = deque()
+        self._nbytes = 0
+
+    def add(self, array: Any) -> None:
+        nbytes = sum(shard.data.nbytes for shard in array.addressable_shards)
+        self._arrays.append((array, nbytes))
+        self._nbytes += nbytes
+        while self._nbytes > IN_FLIGHT:
+            oldest, nbytes = self._arrays.popleft()
+            oldest.block_until_ready()
+            self._nbytes -= nbytes
+
+
+# ---------------------------------------------------------------- leaves kept from like
+
+
+def _remote(like: Checkpoint | None, kept: list[str]) -> dict[str, Any]:
+    """The kept leaves whose values this process holds a part of only."""
+    if like is None or not kept:
+        return {}
+    leaves = live_leaves(like)
+    return {name: leaves[name] for name in kept if not getattr(leaves[name], "is_fully_addressable", True)}
+
+
+def _kept(name: str, leaf: Any, place: Place) -> Any:
+    """A leaf that lies on several processes, copied where it is."""
+    import jax
+
+    if place == HOST or place is None or not leaf.sharding.is_equivalent_to(place, leaf.ndim):
+        raise UsageError(
+            f"{escape(name)} is kept from like, where it lies on several processes as {escape(leaf.sharding)}",
+            next="Give it that sharding, or gather it first.",
+        )
+    shards = [jax.numpy.copy(shard.data) for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, place, shards, dtype=leaf.dtype)
