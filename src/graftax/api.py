@@ -11,6 +11,8 @@ from graftax.adapters import open_tree, plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
 from graftax.errors import GraftaxError, UsageError
 from graftax.execute.distributed import peers
+from graftax.execute.eager import load
+from graftax.execute.origin import fingerprint
 from graftax.execute.placing import place_leaves, same_work, together
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
@@ -152,7 +154,7 @@ def host_arrays(
     """Every leaf of the plan's target as a NumPy array, in like's order, and the receipt."""
     receipt = Receipt() if receipt is None else receipt
     run = Stream(made, source, like, receipt, None)
-    arrays = dict(run.arrays())
+    arrays = load(run, source, made.like.specs)
     run.close()
     return arrays, receipt
 
@@ -224,22 +226,27 @@ def port_file(
     shard_size: int | str | None = None,
     clobber: bool = True,
     max_memory: int | str = "512MiB",
+    resume: bool = False,
 ) -> Receipt:
     """Port to a file or folder, entry by entry, atomically: on any failure `out` is what it was before.
 
     out's ending picks the format (.safetensors .msgpack .npz .pt .pth .bin; none: Orbax for Flax, a sharded folder for
     torch); `format` overrides. plan: a finished plan instead of the options. shard_size: bytes, or text such as "5GB".
-    max_memory: what safetensors (also in shards), msgpack and npz are written within, whatever the size of a tensor;
-    .pt and Orbax are handed all tensors at once.
-    Raises what `port` raises, and StorageError.
+    max_memory: what safetensors (also in shards), .pt, msgpack and npz are written within, whatever the size of a
+    tensor; Orbax is handed all tensors at once. resume: keep what was made if the run is stopped (a kill, a full disk),
+    beside `out`, and go on from what an earlier run of the same source, plan and options left; not for Orbax.
+    Under an initialised jax.distributed all processes call it alike, each writes a part, and all raise alike; resume is
+    for one process.
+    Raises what `port` raises, StorageError, and UsageError to resume from what is not in files.
     """
-    if plan is not None:
-        opened = open_tree(source)
-        opened_like = None if like is None else open_tree(like)
-        made = plan
-    else:
-        opened, opened_like = open_both(source, like)
-        made = make_plan(opened, opened_like, Options(rules, missing, unused, dtype, to, overflow))
+    with together("planning", spans=True):
+        if plan is not None:
+            opened = open_tree(source)
+            opened_like = None if like is None else open_tree(like)
+            made = plan
+        else:
+            opened, opened_like = open_both(source, like)
+            made = make_plan(opened, opened_like, Options(rules, missing, unused, dtype, to, overflow))
     return write_plan(
         made,
         opened,
@@ -249,6 +256,7 @@ def port_file(
         shard_size=shard_size,
         clobber=clobber,
         max_memory=max_memory,
+        resume=resume,
     )
 
 
@@ -262,12 +270,19 @@ def write_plan(
     shard_size: int | str | None = None,
     clobber: bool = True,
     max_memory: int | str = "512MiB",
+    resume: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Receipt:
-    """Run a plan into a file or folder. `advance` is told of the bytes as they are made."""
+    """Run a plan into a file or folder. `advance` is told of the bytes as they are made. Options as in `port_file`."""
     from graftax.formats import Output, save
     from graftax.formats.sizes import parse_size
 
+    joined = peers()
+    if joined is not None:
+        from graftax.execute.together import Wanted, write_together
+
+        wanted = Wanted(str(out), format, shard_size, clobber, max_memory, resume)
+        return write_together(joined, made, source, like, wanted, advance)
     made.require_complete()
     receipt = Receipt()
     tiles = Stream(made, source, like, receipt, parse_size(max_memory), advance)
@@ -281,7 +296,8 @@ def write_plan(
         tiles=tiles,
     )
     inputs = (source,) if like is None else (source, like)
-    receipt.notes = save(str(out), output, format=format, clobber=clobber, inputs=inputs).notes
+    origin = fingerprint(made, source, like) if resume else None
+    receipt.notes = save(str(out), output, format=format, clobber=clobber, inputs=inputs, origin=origin).notes
     tiles.close()
     return receipt
 

@@ -203,6 +203,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     reader    path -> array (NumPy; ml_dtypes for bf16 and f8; packed types as their bytes), or None: no values
     span      (path, start, buffer): fills the buffer from byte `start` of a tensor's values (C order, little end
               first), where they can be read by position
+    whole     paths that `span` cannot read: packed, compressed or lying otherwise in their file
     scatter   (path, start, buffers): as span, several buffers one after the other, where that is one call
     modules   module path -> Module, where the source is live
     aliases   path -> the path it shares storage with, where the source is live
@@ -232,6 +233,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     trace: Callable[[], Trace] | None = None
     rebuild: Callable[..., Any] | None = None
     span: Callable[[str, int, memoryview], None] | None = None
+    whole: frozenset[str] = frozenset()
     scatter: Callable[[str, int, list[memoryview]], None] | None = None
     placed: Callable[[], Mapping[str, Any]] | None = None
 
@@ -256,6 +258,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @property
     def has_values(self) -> bool:
         return self.reader is not None
+
+    def by_position(self, path: str) -> bool:
+        """Can `span` read this leaf?"""
+        return self.span is not None and path not in self.whole
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.label!r}, side={self.side}, {len(self.specs)} leaves)"

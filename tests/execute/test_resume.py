@@ -365,7 +365,7 @@ sys.exit(cli.run(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kills"), [("out.safetensors", 20), ("out", 6), ("out.npz", 6), ("out.msgpack", 6)])
+@pytest.mark.parametrize(("name", "kills"), [("out.safetensors", 20), ("out", 4), ("out.npz", 4), ("out.msgpack", 4)])
 def test_killed_at_random_moments_and_resumed(tmp_path: Path, name: str, kills: int) -> None:
     (tmp_path / "in").mkdir()
     source = make_source(tmp_path / "in" / "source.safetensors", 12)
@@ -379,12 +379,12 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path, name: str, kills: 
     lasts = time.monotonic() - begin
     out, rng, resumed = tmp_path / name, random.Random(0), 0
     for _ in range(kills):
-        killed = 0
+        killed, most = 0, rng.choice([1, 1, 2])
         while True:  # killed as often as it takes to be killed at least once
             child = subprocess.Popen([*line, "-o", str(out), "--resume"], stdout=subprocess.PIPE)
             assert child.stdout is not None
             child.stdout.readline()
-            if killed < 2:
+            if killed < most:
                 time.sleep(rng.random() * lasts * 0.7)
                 child.send_signal(signal.SIGKILL)
             text = child.stdout.read()

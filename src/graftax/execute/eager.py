@@ -7,9 +7,10 @@ memory. What comes out, and which error, does not depend on the number of thread
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,8 +31,8 @@ Job = TypeVar("Job")
 
 _JOB = 8 << 20
 """Bytes of targets that a thread makes before it asks for more."""
-_ALONE = 32 << 20
-"""Bytes in all under which one thread is as fast."""
+_LARGE, _ALONE = 1 << 20, 32 << 20
+"""Bytes of a large target, and bytes of large targets in all under which one thread is as fast."""
 _MOST_WORKERS = 8
 """Beyond these the memory is what they wait for."""
 _SCRATCH = 32 << 20
@@ -57,6 +58,11 @@ def load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | N
     workers: threads; None: as many as there are processors, 8 at most. Raises what `Stream.array` raises, for the first
     of the targets that fail.
     """
+    with nothing_collected(), kept_open():
+        return _load(run, source, names, workers)
+
+
+def _load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | None) -> dict[str, Array]:
     out: dict[str, Array] = {}
     found = {name: run.local(name) for name in names}
     sizes = {name: local.spec.nbytes for name, local in found.items() if local is not None}
@@ -71,12 +77,24 @@ def load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | N
         out[name] = flat.reshape(local.spec.shape)
         tasks.setdefault(id(local.entry), []).append(_Task(local.entry, name, flat, local.pieces))
     jobs = list(_jobs(tasks.values(), source.span is not None))
-    if workers is None:
-        workers = min(_processors(), _MOST_WORKERS) if sum(sizes.values()) >= _ALONE else 1
+    if workers is None:  # small tensors are made with Python's lock held, mostly
+        large = sum(nbytes for nbytes in sizes.values() if nbytes >= _LARGE)
+        workers = min(_processors(), _MOST_WORKERS) if large >= _ALONE else 1
     shared = _Shared(run, source, out, threading.Lock())
-    with kept_open():
-        in_order(jobs, lambda: _Worker(shared), workers)
+    in_order(jobs, lambda: _Worker(shared), workers)
     return out
+
+
+@contextlib.contextmanager
+def nothing_collected() -> Iterator[None]:
+    """No garbage collection: thousands of arrays are made, and none of them is garbage."""
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.enable()
 
 
 def _jobs(groups: Iterable[Sequence[_Task]], by_position: bool) -> Iterable[list[_Task]]:
@@ -85,9 +103,12 @@ def _jobs(groups: Iterable[Sequence[_Task]], by_position: bool) -> Iterable[list
     nbytes = 0
     for group in groups:
         for task in group:
-            if task.out is None or task.pieces is None or not by_position:
+            if task.out is None or task.pieces is None or task.out.nbytes <= _JOB or not by_position:
                 job.append(task)
                 nbytes += _JOB if task.out is None else task.out.nbytes
+                if nbytes >= _JOB and by_position:
+                    yield job
+                    job, nbytes = [], 0
                 continue
             width = task.out.itemsize
             for piece in task.pieces:
@@ -168,7 +189,7 @@ class _Worker:
     def _values(self, name: str) -> Values:
         source = self._shared.source
         spec, span, scatter = source.specs[name], source.span, source.scatter
-        if span is None:
+        if span is None or name in source.whole:
             with self._shared.lock:  # not every reader can be used by two threads
                 array = source.read(name)
             self._read += 0 if source.format == "live" else spec.nbytes

@@ -118,7 +118,7 @@ class Stream:
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
         boxes = self._boxes(entry, index, spec, False)
-        if boxes is None or (entry.sources and self._source.span is None and self._source.format != "live"):
+        if boxes is None or (self._source.format != "live" and not all(map(self._source.by_position, entry.sources))):
             return None
         return [math.prod(stop - start for start, stop in box) * spec.bits // 8 for box in boxes]
 
@@ -178,12 +178,12 @@ class Stream:
         `array` for it."""
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
-        if self._whole_only(entry, spec):
-            return None
         specs = self._specs(entry)
         key = (entry.ops, specs, index)
         pieces = self._pushed.get(key)
         if pieces is None:
+            if self._whole_only(entry, spec):
+                return None
             try:
                 pieces = push(entry.ops, specs, index, [(0, n) for n in spec.shape])
             except NotLocal:
@@ -235,7 +235,7 @@ class Stream:
             return None
         if self._receipt.bytes_read - before > OVER * needed:
             pieces = [piece for box in boxes for piece in push(entry.ops, specs, index, box)]
-            by_position = self._source.span is not None
+            by_position = all(map(self._source.by_position, entry.sources))
             why = short_runs(pieces, sources) if by_position else "its file cannot be read by position"
         else:
             why = ""
@@ -303,7 +303,7 @@ class Stream:
 
     def _values(self, name: str) -> Values:
         spec, span = self._plan.source.specs[name], self._source.span
-        if span is not None:
+        if span is not None and self._source.by_position(name):
             return Stored(spec, lambda start, buffer: self._read(span, name, start, buffer))
         if self._source.format != "live":
             self._receipt.bytes_read += spec.nbytes

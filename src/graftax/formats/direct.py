@@ -26,8 +26,8 @@ _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY}
 
 class DirectFile:
     """A file of a known size, written by `append` (front to back) and `write_at` (anywhere). Of one that was there
-    before, what is not written stays. Leaving the `with` block writes what is left; the caller syncs. Raises OSError as the
-    system gives it, the first time it shows."""
+    before, what is not written stays. Leaving the `with` block writes what is left; the caller syncs. Raises OSError as
+    the system gives it, the first time it shows."""
 
     def __init__(self, path: Path, size: int, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._size = size

@@ -132,6 +132,7 @@ def joined(
         containers=containers,
         native={name: shard.native for name, shard in shards.items()},
         span=span if all(shard.span for shard in shards.values()) else None,
+        whole=frozenset(path for shard in shards.values() for path in shard.whole),
     )
 
 

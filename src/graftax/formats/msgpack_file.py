@@ -70,6 +70,9 @@ def open(path: Path) -> Checkpoint:
     def reader(name: str) -> np.ndarray[Any, Any]:
         return _read(source, arrays[name], f"{label}: {escape(name)}")
 
+    def span(name: str, start: int, buffer: memoryview) -> None:
+        _read_parts(source, arrays[name], start, buffer)
+
     return Checkpoint(
         label=str(path),
         side="flax",
@@ -77,6 +80,8 @@ def open(path: Path) -> Checkpoint:
         reader=reader,
         format="msgpack",
         files=(path,),
+        span=span,
+        whole=frozenset(name for name, array in arrays.items() if array.spec.packed or array.value is not None),
         metadata=metadata,
         real_keys=real_keys,
         containers=containers,
@@ -111,14 +116,8 @@ def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
 
     if array.value is not None:
         return np.array(array.value, numpy_dtype(array.spec.dtype))
-    if len(array.parts) == 1:
-        data = source.read(*array.parts[0])
-    else:
-        data = bytearray(sum(size for _, size in array.parts))
-        done = 0
-        for at, size in array.parts:
-            data[done : done + size] = source.read(at, size)
-            done += size
+    data = bytearray(sum(size for _, size in array.parts))
+    _read_parts(source, array, 0, memoryview(data))
     if not array.spec.packed:
         return from_storage(data, array.spec)
     codes = np.frombuffer(data, np.uint8)
@@ -126,6 +125,20 @@ def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
     if not np.array_equal(unpack(packed, array.spec).reshape(-1).view(np.uint8), codes):
         raise FormatError(f"{where}: a byte that is no code of {array.spec.dtype}")
     return packed
+
+
+def _read_parts(source: Source, array: Array, start: int, buffer: memoryview) -> None:
+    """Fills `buffer` from byte `start` of the elements on, which lie in several stretches of the file."""
+    done = passed = 0
+    for at, size in array.parts:
+        skip = start + done - passed
+        if skip < size and done < len(buffer):
+            count = min(size - skip, len(buffer) - done)
+            source.read_into(at + skip, buffer[done : done + count])
+            done += count
+        passed += size
+    if done < len(buffer):
+        raise IndexError(f"bytes {start} to {start + len(buffer)} of {passed}")
 
 
 # ---------------------------------------------------------------- writing

@@ -91,8 +91,13 @@ def open(path: Path) -> Checkpoint:
     if wrong:
         raise FormatError(f"{label}: {len(wrong)} of its members cannot be read", wrong)
 
+    positions = zips.Positions(source)
+
     def reader(name: str) -> np.ndarray[Any, Any]:
         return _read(source, entries[name])
+
+    def span(name: str, start: int, buffer: memoryview) -> None:
+        positions.read_into(entries[name].member, entries[name].start + start, buffer)
 
     return Checkpoint(
         label=str(path),
@@ -101,6 +106,8 @@ def open(path: Path) -> Checkpoint:
         reader=reader,
         format="npz",
         files=(path,),
+        span=span,
+        whole=frozenset(name for name, entry in entries.items() if not _as_it_is(entry)),
     )
 
 
@@ -129,6 +136,12 @@ def _entry(source: Source, member: zips.Member) -> _Entry:
         need, found_bytes = count * spec.bits // 8, member.size - at - length
         raise _Bad(f"{spec} takes {need:,} bytes, found {found_bytes:,}")
     return _Entry(member, at + length, spec, fortran, descr[0] == ">")
+
+
+def _as_it_is(entry: _Entry) -> bool:
+    """Do the bytes lie in the file as its values in C order, little end first?"""
+    rows = not entry.fortran or len(entry.spec.shape) < 2
+    return entry.member.method == zips.STORED and rows and not (entry.swapped and entry.spec.bits > 8)
 
 
 def _fields(text: str) -> tuple[Any, bool, tuple[Any, ...]]:

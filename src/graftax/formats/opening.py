@@ -203,6 +203,7 @@ def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
         reader=None if reader is None else lambda path: reader(prefix + path),
         span=None if span is None else lambda path, start, buffer: span(prefix + path, start, buffer),
         scatter=None if scatter is None else lambda path, start, buffers: scatter(prefix + path, start, buffers),
+        whole=frozenset(path[cut:] for path in checkpoint.whole if path.startswith(prefix)),
         format=checkpoint.format,
         files=checkpoint.files,
         metadata=checkpoint.metadata,

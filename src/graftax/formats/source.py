@@ -26,12 +26,20 @@ class Source:
 
         Raises FormatError where the file is too short for that, StorageError where it changed or cannot be read.
         """
+        self._check(offset, length)
+        return files.read_bytes(self.path, self.stamp, offset, length)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` from `offset` on; raises as `read`."""
+        self._check(offset, len(buffer))
+        files.read_into(self.path, self.stamp, offset, buffer)
+
+    def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise FormatError(
                 f"{escape(self.path)} is truncated: bytes {offset:,} to {offset + length:,} are missing",
                 next=f"It has {self.size:,} bytes. Fetch or write it again.",
             )
-        return files.read_bytes(self.path, self.stamp, offset, length)
 
 
 def open_source(path: Path) -> Source:

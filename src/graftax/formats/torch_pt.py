@@ -11,7 +11,6 @@ object, the keys of its storages), then for each key its element count (int64) a
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +35,14 @@ _ZIP_NAMES = ("data.pkl", "constants.pkl", "version", "byteorder", ".format_vers
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What a file holds: the unpickled value, the bytes that are stored for each storage, and how to get `length` of
-    them from `start` on."""
+    """What a file holds: the unpickled value, the bytes that are stored for each storage, how to get `length` of them
+    from `start` on, and how to fill a buffer with them, where they are not compressed (`stored`)."""
 
     root: Any
     records: dict[str, int]
     fetch: Callable[[Storage, int, int], bytearray]
+    fill: Callable[[Storage, int, memoryview], None]
+    stored: Callable[[Storage], bool] = lambda storage: True
     swapped: bool = False  # the bytes are big-endian
 
 
@@ -78,6 +79,12 @@ def _checkpoint(path: Path, name: str | None) -> Checkpoint:
     def reader(key: str) -> np.ndarray[Any, Any]:
         return _array(chosen.tensors[key], specs[key], content)
 
+    def span(key: str, start: int, buffer: memoryview) -> None:
+        tensor = chosen.tensors[key]
+        if not 0 <= start <= start + len(buffer) <= specs[key].nbytes:
+            raise IndexError(f"{key}: bytes {start} to {start + len(buffer)} of {specs[key].nbytes}")
+        content.fill(tensor.storage, tensor.storage.start + tensor.offset * tensor.itemsize + start, buffer)
+
     return Checkpoint(
         label=f"{path}::{name}" if name else str(path),
         side="torch",
@@ -85,6 +92,8 @@ def _checkpoint(path: Path, name: str | None) -> Checkpoint:
         reader=reader,
         format="torch",
         files=(path,),
+        span=span,
+        whole=frozenset(key for key, tensor in chosen.tensors.items() if not _as_it_is(tensor, content)),
         metadata=_metadata(chosen),
         aliases=_aliases(chosen.tensors),
         real_keys=chosen.real_keys,
@@ -132,24 +141,30 @@ def _read_zip(source: Source, label: str) -> _Content:
     if order_text not in (b"little", b"big"):
         raise FormatError(f"{label} does not say its byte order")
     root = pickles.load(io.BytesIO(zips.read_member(source, pickle_member, checked)), label)
-    sound: set[str] = set()
+    positions = zips.Positions(source, checked)
+
+    def record(storage: Storage) -> zips.Member:
+        return members[f"{prefix}data/{storage.key}"]
 
     def fetch(storage: Storage, start: int, length: int) -> bytearray:
-        member = members[f"{prefix}data/{storage.key}"]
+        member = record(storage)
         if member.method != zips.STORED:
             return zips.read_member(source, member, checked)[start : start + length]
-        data = source.read(zips.data_offset(source, member) + start, length)
-        if checked and member.name not in sound:
-            if length < member.size:
-                zips.check_crc(source, member)
-            elif zlib.crc32(data) != member.crc:
-                raise FormatError(f"{label}: the record of storage {escape(storage.key)} is damaged (CRC)")
-            sound.add(member.name)
+        if length == member.size and member.name not in positions.starts:  # one pass will do
+            return zips.read_member(source, member, checked)
+        data = bytearray(length)
+        positions.read_into(member, start, memoryview(data))
         return data
+
+    def fill(storage: Storage, start: int, buffer: memoryview) -> None:
+        positions.read_into(record(storage), start, buffer)
+
+    def stored(storage: Storage) -> bool:
+        return record(storage).method == zips.STORED
 
     data = f"{prefix}data/"
     records = {name.removeprefix(data): member.size for name, member in members.items() if name.startswith(data)}
-    return _Content(root, records, fetch, order_text == b"big")
+    return _Content(root, records, fetch, fill, stored, order_text == b"big")
 
 
 def _read_legacy(source: Source, label: str) -> _Content:
@@ -188,7 +203,10 @@ def _read_legacy(source: Source, label: str) -> _Content:
     def fetch(storage: Storage, start: int, length: int) -> bytearray:
         return source.read(places[storage.key] + start, length)
 
-    return _Content(root, {key: storages[key].total for key in places}, fetch)
+    def fill(storage: Storage, start: int, buffer: memoryview) -> None:
+        source.read_into(places[storage.key] + start, buffer)
+
+    return _Content(root, {key: storages[key].total for key in places}, fetch, fill)
 
 
 def _legacy_pickle(stream: io.BytesIO, source: Source, label: str) -> Any:
@@ -267,6 +285,13 @@ def _contiguous(tensor: Tensor) -> bool:
             return False
         expected *= extent
     return True
+
+
+def _as_it_is(tensor: Tensor, content: _Content) -> bool:
+    """Do the bytes lie in the file as its values in C order, little end first?"""
+    if not content.stored(tensor.storage) or tensor.conj or tensor.neg:
+        return False
+    return _contiguous(tensor) and not (content.swapped and tensor.itemsize > 1)
 
 
 def _array(tensor: Tensor, spec: TensorSpec, content: _Content) -> np.ndarray[Any, Any]:

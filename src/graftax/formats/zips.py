@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from graftax.errors import FormatError, UnsafeInputError, escape
@@ -25,7 +25,7 @@ END = struct.Struct("<4s4H2IH")
 END64 = struct.Struct("<4sQ2H2I4Q")
 LOCATOR64 = struct.Struct("<4sIQI")
 STORED, DEFLATED = 0, 8
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
 _FULL = 0xFFFFFFFF
 
 
@@ -113,10 +113,34 @@ def read_start(source: Source, member: Member, length: int) -> bytearray:
 def check_crc(source: Source, member: Member) -> None:
     """FormatError where the bytes of a stored member do not have its CRC."""
     offset, crc = data_offset(source, member), 0
+    room = memoryview(bytearray(min(_CHUNK, member.size)))
     for done in range(0, member.size, _CHUNK):
-        crc = zlib.crc32(source.read(offset + done, min(_CHUNK, member.size - done)), crc)
+        part = room[: min(_CHUNK, member.size - done)]
+        source.read_into(offset + done, part)
+        crc = zlib.crc32(part, crc)
     if crc != member.crc:
         raise _broken(source, f"member {escape(member.name)} is damaged (CRC)")
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Stored members read by position, each checked by its CRC before the first of it is given out."""
+
+    source: Source
+    checked: bool = True
+    starts: dict[str, int] = field(default_factory=dict[str, int])
+
+    def read_into(self, member: Member, start: int, buffer: memoryview) -> None:
+        """Fills `buffer` from byte `start` of a stored member on. FormatError where the member is damaged, or does not
+        reach so far."""
+        if start < 0 or start + len(buffer) > member.size:
+            raise _broken(self.source, f"member {escape(member.name)} is too short")
+        begin = self.starts.get(member.name)
+        if begin is None:
+            if self.checked:
+                check_crc(self.source, member)
+            begin = self.starts[member.name] = data_offset(self.source, member)
+        self.source.read_into(begin + start, buffer)
 
 
 def first_member_name(head: bytes) -> str | None:
