@@ -42,6 +42,43 @@ def fused(t: str, woven: bool) -> Case:
     return [([t], keys, [(3 * D, D)], parts), *square(("mlp.fc", "params/mlp/fc"))]
 
 
+def grouped(woven: bool) -> Case:
+    """A fused projection with a bias, of more heads of queries than of keys and values, against q, k and v."""
+    heads, groups, h = 4, 2, 5
+    sizes = (heads, groups, groups)
+
+    def parts(w: Any) -> Any:
+        if woven:  # every group: its heads of queries, then one of keys and one of values
+            rows = w.reshape(groups, heads // groups + 2, h, -1)
+            cut = (rows[:, :-2], rows[:, -2:-1], rows[:, -1:])
+        else:
+            cut = np.split(w.reshape(sum(sizes), h, -1), np.cumsum(sizes)[:-1])
+        return tuple(part.reshape(n, h, -1) for part, n in zip(cut, sizes, strict=True))
+
+    def kernels(w: Any) -> Any:
+        return tuple(part.transpose(2, 0, 1) for part in parts(w))
+
+    def biases(b: Any) -> Any:
+        return tuple(part[:, :, 0] for part in parts(b))
+
+    return [
+        ([f"attn.qkv.{t}"], [f"params/attn/{r}/{f}" for r in ("query", "key", "value")], [shape], how)
+        for t, f, shape, how in (
+            ("weight", "kernel", (sum(sizes) * h, D), kernels),
+            ("bias", "bias", (sum(sizes) * h,), biases),
+        )
+    ]
+
+
+def stacked_heads(axis: int) -> Case:
+    """q, k and v, each split into heads, in one bare tensor; there are as many heads as parts."""
+
+    def one(*w: Any) -> Any:
+        return (np.stack([x.reshape(3, 3, 9).transpose(0, 2, 1) for x in w], axis),)
+
+    return [([f"attn.{role}_proj.weight" for role in "qkv"], ["params/attn/qkv/w"], (9, 9), one)]
+
+
 def joined(woven: bool) -> Case:
     """q, k and v against one fused kernel of unnamed order."""
 
@@ -86,6 +123,10 @@ ASKED: dict[str, Case] = {
     ],
     "fused in blocks": fused("attn.qkv.weight", False),
     "fused head by head": fused("attn.qkv.weight", True),
+    "fused in blocks, grouped heads": grouped(False),
+    "fused group by group": grouped(True),
+    "stacked heads, axis 0": stacked_heads(0),
+    "stacked heads, axis 1": stacked_heads(1),
     "joined in blocks": joined(False),
     "fused in one leaf, in blocks": [
         ("attn.qkv.weight", "params/attn/qkv/kernel", (3 * D, D), "(t h d) i -> i t h d|t=3 d=8")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+
+import graftax as gx
 
 D, F, N = 16, 24, 5
 LIN = "o i -> i o"
@@ -85,10 +88,6 @@ def test_an_answer_covers_the_whole_column(pairing: Callable[..., Any]) -> None:
 
 
 def test_a_rule_for_one_leaf_of_a_recurrent_layer_leaves_the_rest_to_the_layer_table() -> None:
-    import numpy as np
-
-    import graftax as gx
-
     gates = "ifgo"
     torch = {
         "rnn.weight_ih_l0": np.zeros((32, 6), "f4"),
@@ -111,3 +110,35 @@ def test_a_rule_for_one_leaf_of_a_recurrent_layer_leaves_the_rest_to_the_layer_t
         torch, flax, rules=[{**rule, "flax": [t.replace("/i", "/h") for t in targets], "torch": "rnn.weight_hh_l0"}]
     )
     assert crossed.complete, str(crossed)
+
+
+def _same_rows(fused: dict[str, Any], parts: dict[str, Any], sizes: dict[str, int]) -> bool:
+    """The bias of every part is made of the rows of which its kernel is made."""
+    for x, n in sizes.items():
+        columns = parts[x]["kernel"].T
+        rows = [np.flatnonzero((fused["a.qkv.weight"] == columns[c]).all(1))[0] for c in range(n)]
+        if not (parts[x]["bias"] == fused["a.qkv.bias"][rows]).all():
+            return False
+    return True
+
+
+@pytest.mark.parametrize("more", [{"fused": "block"}, {"fused": "interleaved", "heads": 2}], ids=["block", "woven"])
+def test_a_bias_lies_as_the_rule_for_its_weight_says(more: dict[str, Any]) -> None:
+    """The parts in the order of the rule, whatever their names, and in its form."""
+    rng = np.random.default_rng(0)
+    fused = {"a.qkv.weight": rng.standard_normal((24, 6), "f4"), "a.qkv.bias": rng.standard_normal(24, "f4")}
+    flax = {"a": {x: {"kernel": np.zeros((6, 8), "f4"), "bias": np.zeros(8, "f4")} for x in "qkv"}}
+    rule = {"torch": "a.qkv.weight", "flax": [f"a/{x}/kernel" for x in "kqv"], **more}
+    found = gx.port(fused, flax, rules=[rule])["a"]
+    assert _same_rows(fused, found, dict.fromkeys("qkv", 8))
+
+
+def test_a_bias_of_grouped_heads_lies_as_the_rule_for_its_weight_says() -> None:
+    rng = np.random.default_rng(0)
+    fused = {"a.qkv.weight": rng.standard_normal((16, 6), "f4"), "a.qkv.bias": rng.standard_normal(16, "f4")}
+    sizes = {"q": 8, "k": 4, "v": 4}
+    flax = {"a": {x: {"kernel": np.zeros((6, n), "f4"), "bias": np.zeros(n, "f4")} for x, n in sizes.items()}}
+    rule = {"torch": "a.qkv.weight", "flax": [f"a/{x}/kernel" for x in "qkv"], "fused": "interleaved", "heads": 4}
+    found = gx.port(fused, flax, rules=[rule])["a"]
+    assert _same_rows(fused, found, sizes)
+    assert not (found["q"]["bias"] == fused["a.qkv.bias"][:8]).all()

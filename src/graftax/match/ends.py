@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from graftax.match.calls import NO_CALLS, Calls
+from graftax.match.groups import Style
 from graftax.match.kinds import Kinds
 from graftax.match.named import Said
 from graftax.match.traced import Traces
@@ -18,7 +19,7 @@ class Ends:
     """Both sides' specs, their names' syntax, and the leaves that rules have settled in groups.
 
     anchors: torch leaf -> Flax leaf, one to one, from rules; named: those of which the rules say no more than that;
-    ruled: torch leaf -> the ops of its rule, torch -> Flax; styles: torch module -> block or interleaved, from rules;
+    ruled: torch leaf -> the ops of its rule, torch -> Flax; styles: torch module -> how a rule says its parts lie;
     traces: of live models; calls: the order of calls on the Flax side, where it is traced; heads: from config.json;
     aliases: first name -> all names of a tied tensor.
     """
@@ -30,7 +31,7 @@ class Ends:
     torch_skip: frozenset[str] = frozenset()
     flax_skip: frozenset[str] = frozenset()
     anchors: Mapping[str, str] = field(default_factory=dict[str, str])
-    styles: Mapping[str, str] = field(default_factory=dict[str, str])
+    styles: Mapping[str, Style] = field(default_factory=dict[str, Style])
     heads: int | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
     kinds: Kinds = field(default_factory=Kinds)

@@ -11,6 +11,7 @@ from graftax.match.layouts import Facts, readings
 from graftax.match.pairs import Scope
 from graftax.match.sides import Column, Key, Module, Shape
 from graftax.ops import Concat, Op, Rearrange, Split, Stack
+from graftax.rules.fuse import join_groups, split_groups
 
 PARTS: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("k", "v"), ("gate", "up"))
 """Parts in the order in which their letters stand in the fused module's name."""
@@ -30,6 +31,16 @@ class GroupLink:
     known: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a rule says that parts lie in a fused tensor: `block` or `interleaved`, the heads of the first part where
+    they are interleaved, and the modules of the parts in their order."""
+
+    form: str
+    heads: int | None
+    parts: tuple[str, ...]
+
+
 @dataclass(slots=True, eq=False)
 class Group:
     """A fused module and its parts."""
@@ -40,10 +51,10 @@ class Group:
 
 
 def find_groups(
-    scope: Scope, torch: Sequence[Module], flax: Sequence[Module], styles: Mapping[str, str], heads: int | None
+    scope: Scope, torch: Sequence[Module], flax: Sequence[Module], styles: Mapping[str, Style], heads: int | None
 ) -> list[Group]:
-    """Groups among modules that found no partner. `styles`: torch module path -> block or interleaved, where a rule has
-    said so for another leaf of it; `heads`: the head count, where config.json says it."""
+    """Groups among modules that found no partner. `styles`: of torch modules for another leaf of which a rule has said
+    how its parts lie; `heads`: the head count, where config.json says it."""
     out: list[Group] = []
     if scope.same:
         return out
@@ -56,7 +67,8 @@ def find_groups(
             fits: list[Group] = []
             for module in ones:
                 order = _order(module, parts, scope)
-                for members in [tuple(found[i] for i in order) for found in sets]:
+                for found in sets:
+                    members = _as_ruled(tuple(found[i] for i in order), module, styles, fused_torch)
                     left, right = ((module,), members) if fused_torch else (members, (module,))
                     group = _group(scope, left, right, styles, heads)
                     if group is not None:
@@ -94,6 +106,26 @@ def _order(module: Module, parts: tuple[str, ...], scope: Scope) -> list[int]:
     return [parts.index(p) for p in named] if len(named) == len(parts) else list(range(len(parts)))
 
 
+def _as_ruled(
+    members: tuple[Module, ...], module: Module, styles: Mapping[str, Style], fused_torch: bool
+) -> tuple[Module, ...]:
+    """The parts in the order in which a rule has put those of another leaf."""
+    style = next(
+        (styles[o] for m in ((module,) if fused_torch else members) if (o := owner(_first(m))) in styles), None
+    )
+    if style is None:
+        return members
+    by_owner = {owner(_first(member)): member for member in members}
+    if by_owner.keys() != set(style.parts):
+        return members
+    return tuple(by_owner[name] for name in style.parts)
+
+
+def _first(module: Module) -> str:
+    column = next(iter(module.roles.values()))
+    return next(iter(column.paths.values()))[0]
+
+
 def _is_fused(module: Module, parts: tuple[str, ...], scope: Scope, torch: bool) -> bool:
     concepts = scope.name(module, torch).concepts
     if any(word in concepts for word in _FUSED[parts]):
@@ -102,10 +134,12 @@ def _is_fused(module: Module, parts: tuple[str, ...], scope: Scope, torch: bool)
 
 
 def _group(
-    scope: Scope, torch: tuple[Module, ...], flax: tuple[Module, ...], styles: Mapping[str, str], heads: int | None
+    scope: Scope, torch: tuple[Module, ...], flax: tuple[Module, ...], styles: Mapping[str, Style], heads: int | None
 ) -> Group | None:
     group = Group(torch, flax)
     to_flax = dict(scope.keys)
+    style = styles.get(owner(_first(torch[0])))
+    heads = (style.heads if style is not None else None) or _shown_heads(torch, flax) or heads
     roles = [role for role in torch[0].roles if role in ("weight", "bias", "value")]
     for role in roles:
         left = [m.roles.get(role) for m in torch]
@@ -115,15 +149,27 @@ def _group(
         link = _link(role, tuple(c for c in left if c), tuple(c for c in right if c), to_flax, heads)
         if link is None:
             return None
-        _know(link, torch[0], flax[0], styles)
+        _know(link, torch[0], flax[0], style)
         group.links.append(link)
     return group if group.links else None
+
+
+def _shown_heads(torch: tuple[Module, ...], flax: tuple[Module, ...]) -> int | None:
+    """The heads of the first part (of the queries, where keys have fewer), if a part that is split into heads shows
+    them: the axes are those that `_part_ops` takes."""
+    if len(torch) != 1 or "weight" not in torch[0].roles or "weight" not in flax[0].roles:
+        return None
+    source = next(iter(torch[0].roles["weight"].shapes.values()))
+    shape = next(iter(flax[0].roles["weight"].shapes.values()))
+    split = len(source) == 2 and len(shape) == 3
+    places = [h for i, h in ((0, 1), (2, 0), (1, 0)) if split and shape[i] == source[-1]]
+    return shape[places[0]] if places else None
 
 
 _EINSUM = "einsum"
 
 
-def _know(link: GroupLink, module: Module, other: Module, styles: Mapping[str, str]) -> None:
+def _know(link: GroupLink, module: Module, other: Module, style: Style | None) -> None:
     if len(link.variants) == 1:
         (link.known,) = link.variants
         if link.known in ("block", "interleaved"):
@@ -131,17 +177,32 @@ def _know(link: GroupLink, module: Module, other: Module, styles: Mapping[str, s
     stacks = all(label.startswith("stack ") for label in link.variants)
     if stacks and "stack 0" in link.variants and _EINSUM in (*module.tokens, *other.tokens):
         link.known = "stack 0"  # an einsum over several parts has them first: `...,scd->s...d`
-    first = next(iter(link.torch[0].paths.values()))[0]
     if link.torch[0].leaf.endswith(_BARE) and "block" in link.variants:
         link.known = "block"
-    style = styles.get(owner(first))
-    if style in link.variants:
-        link.known = style
+    if style is not None:
+        link.known = style.form if style.form in link.variants else ""
+
+
+_LEAVES = ("weight", "kernel", "bias")
 
 
 def owner(path: str) -> str:
-    """What a torch leaf belongs to, bare parameters such as in_proj_weight included."""
-    return path.removesuffix("weight").removesuffix("bias").rstrip("._")
+    """What a leaf belongs to, bare parameters such as in_proj_weight included."""
+    for leaf in _LEAVES:
+        path = path.removesuffix(leaf)
+    return path.rstrip("._/")
+
+
+def heads_of(ops: Sequence[Op]) -> int | None:
+    """The heads of the first part in ops that interleave: (h t d), or groups of heads (g s d)."""
+    for op in ops:
+        sizes = dict(op.sizes) if isinstance(op, Rearrange) else {}
+        if {"h", "t"} <= sizes.keys():
+            return sizes["h"]
+        if "g" in sizes:
+            parts = next(step.sizes for step in ops if isinstance(step, (Split, Concat)))
+            return sizes["g"] * parts[0]
+    return None
 
 
 def _link(
@@ -221,22 +282,15 @@ def _split(source: Shape, targets: Sequence[Shape], facts: Facts, heads: int | N
         if axis == 1 and inner != ():
             continue
         out["block"] = (Split(axis, rows), *inner)
-        found = _head_count(targets, heads, rows)
-        if found and len(set(rows)) == 1:
-            out["interleaved"] = (
-                _weave(len(source), axis, found, len(targets), rows[0] // found),
-                Split(axis, rows),
-                *inner,
-            )
+        if heads and rows[0] % heads == 0:
+            dim = rows[0] // heads
+            if len(set(rows)) == 1:
+                out["interleaved"] = (_weave(len(source), axis, heads, len(targets), dim), Split(axis, rows), *inner)
+            elif rows[1] == rows[-1] and rows[1] % dim == 0 and heads % (rows[1] // dim) == 0:
+                parts = (heads * dim // rows[1], *(1,) * (len(rows) - 1))
+                out["interleaved"] = (*split_groups(axis, len(source), rows[1] // dim, parts, dim), *inner)
         return out
     return out
-
-
-def _head_count(shapes: Sequence[Shape], heads: int | None, rows: tuple[int, ...]) -> int | None:
-    if len(shapes[0]) == 3:
-        found = shapes[0][1]
-        return found if rows[0] % found == 0 else None
-    return heads if heads and rows[0] % heads == 0 else None
 
 
 def _weave(rank: int, axis: int, heads: int, parts: int, dim: int) -> Rearrange:
@@ -265,7 +319,12 @@ def _join(sources: Sequence[Shape], target: Shape, facts: Facts, heads: int | No
             order: tuple[Op, ...] = (Rearrange("o i -> i o"),) if rest else ()
             axis = len(rest)
             out["block"] = (*order, Concat(axis, rows))
-            if heads and len(set(rows)) == 1 and rows[0] % heads == 0:
-                weave = _weave(len(target), axis, heads, count, rows[0] // heads)
-                out["interleaved"] = (*order, Concat(axis, rows), weave.inverse)
+            if heads and rows[0] % heads == 0:
+                dim = rows[0] // heads
+                if len(set(rows)) == 1:
+                    weave = _weave(len(target), axis, heads, count, dim)
+                    out["interleaved"] = (*order, Concat(axis, rows), weave.inverse)
+                elif rows[1] == rows[-1] and rows[1] % dim == 0 and heads % (rows[1] // dim) == 0:
+                    parts = (heads * dim // rows[1], *(1,) * (count - 1))
+                    out["interleaved"] = (*order, *join_groups(axis, len(target), rows[1] // dim, parts, dim))
     return out

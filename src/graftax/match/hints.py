@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftax.match.groups import owner
-from graftax.ops import Concat, Rearrange, Split
+from graftax.match.groups import Style, heads_of, owner
+from graftax.ops import Concat, Op, Rearrange, Split
+from graftax.ops.rearrange import parse_pattern
 from graftax.plans import Entry
 
 
 @dataclass(slots=True)
 class Hints:
     """anchors: torch leaf -> Flax leaf where rules pair them one to one (stacked ones each to the stack);
-    styles: torch module -> `block` or `interleaved` where a rule has said how a fused tensor lies."""
+    styles: module of a fused torch or Flax leaf -> how a rule has said that its parts lie."""
 
     anchors: dict[str, str] = field(default_factory=dict[str, str])
-    styles: dict[str, str] = field(default_factory=dict[str, str])
+    styles: dict[str, Style] = field(default_factory=dict[str, Style])
 
 
 def read_hints(entries: Iterable[Entry], turned: bool) -> Hints:
@@ -28,21 +29,30 @@ def read_hints(entries: Iterable[Entry], turned: bool) -> Hints:
         if len(flax) == 1 and torch and not any(isinstance(op, (Concat, Split)) for op in entry.ops):
             out.anchors |= dict.fromkeys(torch, flax[0])
         elif (len(torch) == 1 and flax) or (len(flax) == 1 and torch):
-            woven = any(isinstance(op, Rearrange) and "(h t d)" in op.pattern for op in entry.ops)
-            woven = woven or _woven(entry)
+            at = next((i for i, op in enumerate(entry.ops) if isinstance(op, (Concat, Split))), None)
+            woven = at is not None and _woven(entry.ops, at)
+            heads = heads_of(entry.ops) if woven else None
+            form = "interleaved" if woven else "block"
+            parts = tuple(owner(name) for name in (flax if len(torch) == 1 else torch))
             for name in torch:
-                out.styles[owner(name)] = "interleaved" if woven else "block"
+                out.styles[owner(name)] = Style(form, heads, parts)
     return out
 
 
-def _woven(entry: Entry) -> bool:
-    """A Rearrange stands where the fused tensor is: it undoes (or makes) the interleaving."""
-    places = [i for i, op in enumerate(entry.ops) if isinstance(op, (Split, Concat))]
-    if not places:
-        return False
-    at = places[0]
-    near = entry.ops[:at] if isinstance(entry.ops[at], Split) else entry.ops[at + 1 :]
-    return any(isinstance(op, Rearrange) and op.pattern.count("(") >= 2 for op in near)
+def _woven(ops: Sequence[Op], at: int) -> bool:
+    """The parts lie within another axis of the fused tensor: (h t d), (g s d), which a Rearrange takes apart before the
+    Split at `at`, or makes after the Concat there."""
+    op = ops[at]
+    assert isinstance(op, (Concat, Split))
+    near = ops[:at] if isinstance(op, Split) else ops[at + 1 :]
+    for step in near:
+        if isinstance(step, Rearrange):
+            left, right = parse_pattern(step.pattern)
+            cut, fused = (right, left) if isinstance(op, Split) else (left, right)
+            name = cut[op.axis][0] if op.axis < len(cut) else None
+            if any(name in group and group[0] != name for group in fused):
+                return True
+    return False
 
 
 def head_count(config: Mapping[str, Any] | None) -> int | None:

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 
 from graftax.match.flatten import Suspect
-from graftax.match.groups import Group, GroupLink
+from graftax.match.groups import Group, GroupLink, heads_of
 from graftax.match.numbers import NUMBER
 from graftax.match.pairs import Label, Link, Scope
 from graftax.match.sides import Column, Key, Module, Token
-from graftax.ops import Rearrange
+from graftax.ops import Op, Rearrange
 from graftax.rules.template import escape_key
 from graftax.rules.text import rule_line
 
@@ -88,12 +88,13 @@ def _group_rule(
     }
     if variant.startswith("stack "):
         keys["stack"] = {"list": int(variant.removeprefix("stack "))}
+        inner = next(iter(link.variants[variant].values()))[:-1]
+        if any("(" in op.pattern for op in inner if isinstance(op, Rearrange)):
+            keys |= _ops_keys(inner[0])
     else:
         keys["fused"] = variant
-        heads = next((dict(op.sizes).get("h") for c in link.variants[variant].values() for op in c
-                      if isinstance(op, Rearrange) and "t" in dict(op.sizes)), None)  # fmt: skip
-        if heads:
-            keys["heads"] = heads
+        if variant == "interleaved":
+            keys["heads"] = heads_of(next(iter(link.variants[variant].values())))
     return rule_line(**keys)
 
 
@@ -114,13 +115,15 @@ def _reading_keys(reading: str, link: Link, open_: bool, asked: bool) -> dict[st
         target = next(chain[0] for (label, _, _), chain in link.chains.items() if label[1] == reading)
         return {"ops": reading.removeprefix("heads "), **dict(getattr(target, "sizes", ()))}
     chain = next(chain for (label, _, _), chain in link.chains.items() if label[1] == reading)
-    first = chain[0] if chain else None
-    if isinstance(first, Rearrange):
-        if first.sizes and not re.search(r"\(", first.pattern):
-            return {"ops": first.pattern}
-        grouped = {name for name in re.findall(r"\(([^)]*)\)", first.pattern) for name in name.split()}
-        return {"ops": first.pattern, **{name: size for name, size in first.sizes if name in grouped}}
-    return {}
+    return _ops_keys(chain[0]) if chain else {}
+
+
+def _ops_keys(op: Op) -> dict[str, object]:
+    """`ops` for one Rearrange, with the sizes that its groups need."""
+    if not isinstance(op, Rearrange):
+        return {}
+    grouped = {name for group in re.findall(r"\(([^)]*)\)", op.pattern) for name in group.split()}
+    return {"ops": op.pattern, **{name: size for name, size in op.sizes if name in grouped}}
 
 
 def _parts(scope: Scope, left: Column, right: Column) -> list[list[tuple[Key, Key]]]:

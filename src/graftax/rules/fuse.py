@@ -92,7 +92,18 @@ def take_apart(
     """One tensor -> its parts of `sizes` rows, each with its rows in order."""
     if rule.fused != "interleaved":
         return (Split(axis, sizes),)
-    groups, parts, dim = _interleaved(rule, sizes, rights)
+    return split_groups(axis, rank, *_interleaved(rule, sizes, rights))
+
+
+def join(rule: Rule, axis: int, rank: int, sizes: tuple[int, ...]) -> tuple[Op, ...]:
+    """Parts -> one tensor; the way back of `take_apart`."""
+    if rule.fused != "interleaved":
+        return (Concat(axis, sizes),)
+    return join_groups(axis, rank, *_interleaved(rule, sizes, None))
+
+
+def split_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: int) -> tuple[Op, ...]:
+    """One tensor whose axis holds `groups` of `parts` heads of `dim` rows -> its parts, each with its rows in order."""
     apart, together = _patterns(axis, rank)
     return (
         Rearrange(apart.replace("r", "s"), (("d", dim), ("g", groups))),
@@ -101,11 +112,8 @@ def take_apart(
     )
 
 
-def join(rule: Rule, axis: int, rank: int, sizes: tuple[int, ...]) -> tuple[Op, ...]:
-    """Parts -> one tensor; the way back of `take_apart`."""
-    if rule.fused != "interleaved":
-        return (Concat(axis, sizes),)
-    groups, parts, dim = _interleaved(rule, sizes, None)
+def join_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: int) -> tuple[Op, ...]:
+    """The way back of `split_groups`."""
     apart, together = _patterns(axis, rank)
     return (
         Rearrange(apart, (("d", dim), ("g", groups))),
