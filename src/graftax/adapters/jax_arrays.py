@@ -7,7 +7,7 @@ live objects hand out read-only views, which are copied even then.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftax import dtypes
@@ -35,6 +35,29 @@ def to_jax(array: Any, like: Any = None, *, adopt: bool = False) -> Any:
         return host
     host.flags.writeable = False  # jax may keep it as it is
     return _placed(host, like)
+
+
+def all_to_jax(arrays: Mapping[str, Any], shardings: Mapping[str, Any], given: Callable[[Any], bool]) -> dict[str, Any]:
+    """As `to_jax` for each of `arrays`, with as few calls of jax: on the device of the sharding of its name, or on
+    jax's default device. given: which of them are given away (see `once`)."""
+    import jax
+    import numpy as np
+
+    out: dict[str, Any] = {}
+    wide: dict[Any, bool] = {}
+    loose: list[str] = []
+    bound: list[str] = []
+    for name, array in arrays.items():
+        out[name] = host = own(np.asarray(array), given(array))
+        if host.dtype not in wide:
+            wide[host.dtype] = jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype
+        if not wide[host.dtype]:
+            host.flags.writeable = False  # jax may keep it as it is
+            (loose if shardings.get(name) is None else bound).append(name)
+    out.update(zip(loose, jax.device_put([out[name] for name in loose]), strict=True))
+    homes = [shardings[name] for name in bound]
+    out.update(zip(bound, jax.device_put([out[name] for name in bound], homes), strict=True))
+    return out
 
 
 def once(adopt: bool) -> Callable[[Any], bool]:

@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from graftax.adapters import live_leaves
-from graftax.adapters.jax_arrays import from_storage, once, own, to_jax
+from graftax.adapters.jax_arrays import all_to_jax, from_storage, once, own
 from graftax.adapters.shardings import HOST, Place, jax_narrows
 from graftax.errors import UsageError, escape
 from graftax.execute import distributed
+from graftax.execute.eager import load
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
+from graftax.formats.files import kept_open
 from graftax.ops import Keep
 from graftax.plans import Plan
-from graftax.tree import Checkpoint
+from graftax.tree import Checkpoint, TensorSpec
 
 IN_FLIGHT = 256 << 20
 """Bytes of shards on their way to devices with memory of their own, beyond which the host waits."""
@@ -56,25 +58,41 @@ def place_leaves(
     peers = distributed.peers() if spans else None
     kept = [name for e in plan.entries if e.ops and isinstance(e.ops[0], Keep) for name in e.targets]
     remote = _remote(like, kept)
-    flight = _Flight()
+    specs = plan.like.specs
+    whole = [name for name in specs if name not in remote and _on_one_device(places.get(name), specs[name])]
+    out: dict[str, Any] = dict.fromkeys(specs)
+    before = receipt.bytes_read
+    arrays = {name: from_storage(array, specs[name]) for name, array in load(run, source, whole).items()}
+    receipt.bytes_needed += receipt.bytes_read - before
     given = once(adopt=True)
-    out: dict[str, Any] = {}
-    for name, spec in plan.like.specs.items():
-        if peers is not None:
-            peers.look()
-        place = places.get(name)
-        if name in remote:
-            out[name] = _kept(name, remote[name], place)
-        elif place is None or place == HOST or jax_narrows(spec):
-            array = from_storage(run.array(name), spec)
-            adopt = given(array)
-            out[name] = own(array, adopt) if place == HOST else to_jax(array, adopt=adopt)
-        else:
-            out[name] = run.sharded(name, place)
-            flight.add(out[name])
-        run.done(name)
+    for name in whole:
+        if places.get(name) == HOST:
+            array = arrays.pop(name)
+            out[name] = own(array, given(array))
+    out.update(all_to_jax(arrays, places, given))
+    flight = _Flight()
+    with kept_open():
+        for name in specs:
+            if out[name] is not None:
+                continue
+            if peers is not None:
+                peers.look()
+            place = places.get(name)
+            if name in remote:
+                out[name] = _kept(name, remote[name], place)
+            else:
+                out[name] = run.sharded(name, place)
+                flight.add(out[name])
+            run.done(name)
     run.close()
     return out
+
+
+def _on_one_device(place: Place, spec: TensorSpec) -> bool:
+    """Is the leaf made whole in this process, for the host or for one device?"""
+    if place is None or place == HOST or jax_narrows(spec):
+        return True
+    return len(place.device_set) == 1 and len(place.addressable_devices) == 1
 
 
 class _Flight:
