@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -41,8 +41,7 @@ _VALUES = 1 << 20
 """Elements that value ops work on at a time: they make arrays of several times their size."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Task:
+class _Task(NamedTuple):
     """Some of the pieces of one target. `pieces` is None where it is made of whole tensors, by the stream."""
 
     entry: Entry | None

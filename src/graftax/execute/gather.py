@@ -88,15 +88,18 @@ def fill(
 
 def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> None:
     leaves = [leaf for leaf in piece.leaves() if not sources[leaf.source].in_memory]
-    if evaluate is plain and leaves and _straight(piece):
-        assert isinstance(piece.value, Leaf)
-        values = sources[piece.value.source]
-        target = out[piece.offset : piece.offset + piece.count]
-        raw = target.view(np.uint8)
-        assert isinstance(values, Stored)
-        values.read(piece.value.offset * target.itemsize, memoryview(raw))  # pyright: ignore[reportArgumentType]
-        return
+    if leaves:
+        if evaluate is plain and _straight(piece):
+            values = sources[leaves[0].source]
+            assert isinstance(values, Stored)
+            raw = out[piece.offset : piece.offset + piece.count].view(np.uint8)
+            values.read(leaves[0].offset * out.itemsize, memoryview(raw))  # pyright: ignore[reportArgumentType]
+            return
+        if piece.count * out.itemsize > strided.SMALL and _by_rows(out, piece, sources, scratch, evaluate):
+            return
     room = scratch.nbytes // max(len(leaves), 1) // 16 * 16
+    if not isinstance(piece.value, Leaf):
+        room = min(room, 4 * _NEAR)  # value ops make arrays of several times this
     for leaf in leaves:
         width = sources[leaf.source].spec.bits // 8
         low, high = _reach(leaf, piece.extents)
@@ -111,10 +114,11 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
     def view(leaf: Leaf) -> Array:
         nonlocal taken
         values = sources[leaf.source]
+        if values.in_memory:
+            return _window(values.span(0, values.spec.size, None), leaf.offset, piece.extents, leaf.strides)
         low, high = _reach(leaf, piece.extents)
-        flat = values.span(low, high + 1, None if values.in_memory else scratch[taken:])
-        if not values.in_memory:
-            taken += -(-flat.nbytes // 16) * 16
+        flat = values.span(low, high + 1, scratch[taken:])
+        taken += -(-flat.nbytes // 16) * 16
         return _window(flat, leaf.offset - low, piece.extents, leaf.strides)
 
     value = evaluate(piece.value, piece.extents, view)
@@ -142,7 +146,7 @@ def _by_rows(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array
             return False
         run *= piece.extents[loop]
     nbytes, count = run * width, piece.extents[outer]
-    if leaf.strides[outer] != run or nbytes * count < strided.SMALL:
+    if leaf.strides[outer] != run:
         return False
     pitch = -(-nbytes // strided.PAD_BYTES) * strided.PAD_BYTES + strided.PAD_BYTES
     wanted = min(max(_NEAR // pitch, strided.rows_of(width)), _MOST_BUFFERS, count)

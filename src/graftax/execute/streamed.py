@@ -12,6 +12,7 @@ import numpy as np
 from graftax.dtypes import numpy_dtype, storage_bytes, unpack
 from graftax.errors import PlanError, escape
 from graftax.execute import tiling
+from graftax.execute.conditions import check_conditions
 from graftax.execute.gather import Evaluate, Stored, Values, fill, held
 from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate
@@ -81,6 +82,7 @@ class Stream:
         self._home = {name: (entry, i) for entry in plan.entries for i, name in enumerate(entry.targets)}
         self._whole: dict[int, dict[str, Array]] = {}
         self._meters: dict[int, Meter] = {}
+        self._conditions: dict[int, bool] = {}  # entry -> they were looked at, and hold
         self._last: tuple[Entry, list[Values]] | None = None
         self._pushed: dict[Any, list[Piece]] = {}
         for entry in plan.entries:
@@ -100,7 +102,7 @@ class Stream:
             boxes = self._boxes(entry, index, spec, contiguous)
             if boxes is None:
                 if first == 0:
-                    yield Tile(0, storage_bytes(self._made(entry)[target], spec).reshape(1, -1), 0)
+                    yield Tile(0, storage_bytes(self._made(entry, True)[target], spec).reshape(1, -1), 0)
                 self._advance(spec.nbytes)
                 return
             for number, box in enumerate(boxes):
@@ -260,7 +262,7 @@ class Stream:
 
     def _whole_only(self, entry: Entry, spec: TensorSpec) -> bool:
         """Kept leaves come from like, packed ones are moved as their bytes, and ops that hold for some values only look
-        at all of them: at rows that no target has, too."""
+        at all of them: at rows that no target has, too (but see `_looked_at`)."""
         kept = bool(entry.ops) and isinstance(entry.ops[0], Keep)
         packed = spec.packed or any(given.packed for given in self._specs(entry))
         return kept or packed or _checked(entry)
@@ -281,9 +283,10 @@ class Stream:
 
     def _boxes(self, entry: Entry, index: int, spec: TensorSpec, contiguous: bool) -> Iterator[Edges] | None:
         """The boxes of a target that fit a tile; None where it cannot be cut."""
-        if not spec.size:
+        checked = _checked(entry)
+        if not spec.size and not checked:
             return iter(())
-        if self._whole_only(entry, spec):
+        if self._whole_only(entry, spec) and not (checked and self._looked_at(entry)):
             return None
         ops, specs = entry.ops, self._specs(entry)
         try:
@@ -292,6 +295,27 @@ class Stream:
         except NotLocal:
             return None
         return tiling.grid([(0, n) for n in spec.shape], steps)
+
+    def _looked_at(self, entry: Entry) -> bool:
+        """Were the values that the ops have conditions on seen to hold, tile by tile? Not where that is no gain, or the
+        tensors have to be whole anyhow. PlanError where they do not hold."""
+        key = id(entry)
+        if key not in self._conditions:
+            large = self._budget is not None and self._needed_whole(entry) > self._tile
+            if not large or any(spec.packed for spec in self._specs(entry)):
+                self._conditions[key] = False
+            else:
+                try:
+                    check_conditions(entry.ops, self._specs(entry), self._opened(entry), self._scratch, self._tile)
+                    self._conditions[key] = True
+                except NotLocal:
+                    self._conditions[key] = False
+        return self._conditions[key]
+
+    def _needed_whole(self, entry: Entry) -> int:
+        """Bytes of all tensors of an entry."""
+        made = sum(self._plan.like.specs[target].nbytes for target in entry.targets)
+        return made + sum(spec.nbytes for spec in self._specs(entry))
 
     def _opened(self, entry: Entry) -> list[Values]:
         """The sources of an entry, kept until another is asked for: a file that cannot be read by position is read once
@@ -313,14 +337,13 @@ class Stream:
         span(name, start, buffer)
         self._receipt.bytes_read += len(buffer)
 
-    def _made(self, entry: Entry) -> dict[str, Array]:
-        """All targets of an entry that cannot be cut, kept until the last of them was asked for."""
+    def _made(self, entry: Entry, bounded: bool = False) -> dict[str, Array]:
+        """All targets of an entry that cannot be cut, kept until the last of them was asked for. `bounded`: PlanError
+        where that takes more than the budget."""
         key = id(entry)
         if key not in self._whole:
-            needed = sum(spec.nbytes for spec in self._specs(entry)) + sum(
-                self._plan.like.specs[t].nbytes for t in entry.targets
-            )
-            if self._budget is not None and needed > max(self._budget, _LEAST) and not _checked(entry):
+            needed = self._needed_whole(entry)
+            if bounded and self._budget is not None and needed > max(self._budget, _LEAST):
                 raise PlanError(
                     f"{chain_text(entry.ops)} needs its tensors whole: {size_text(needed)}, more than the "
                     f"{size_text(self._budget)} of --max-memory",

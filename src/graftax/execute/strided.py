@@ -21,16 +21,20 @@ _ROWS, _RUN = {1: 512, 2: 512, 4: 256, 8: 256}, {1: 1024, 2: 512, 4: 512, 8: 256
 """Block of the scratch by element width: rows along the destination's axis, elements of a run along the source's. Half
 a megabyte: what a core's own cache holds; fewer rows would end NumPy's inner loop before it pays."""
 PAD_BYTES = 64
-SMALL = 1 << 16
-"""Bytes under which NumPy's own loop is as fast."""
+_BITS = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
+SMALL = 1 << 19
+"""Bytes up to which NumPy's own loop is as fast: all of it stays in a core's cache."""
 
 
 def copy(dst: Array, src: Array) -> None:
     """dst[...] = src, bit for bit, for arrays of one shape and element width that do not overlap."""
     dst, src = bits(dst), bits(src)
+    if dst.nbytes <= SMALL:
+        dst[...] = src
+        return
     dst, src = _ordered(dst, src)
     rank = dst.ndim
-    if rank < 2 or dst.nbytes < SMALL:
+    if rank < 2:
         dst[...] = src
         return
     inner = min(range(rank), key=lambda a: (abs(src.strides[a]), -a))  # the source runs along this axis
@@ -42,8 +46,8 @@ def copy(dst: Array, src: Array) -> None:
 
 def bits(array: Array) -> Array:
     """The array as unsigned integers of its width: ml_dtypes and complex copy as slowly as objects otherwise."""
-    width = array.dtype.itemsize
-    return array.view(f"u{width}") if width in (1, 2, 4, 8) else array
+    plain = _BITS.get(array.dtype.itemsize)
+    return array if plain is None else array.view(plain)
 
 
 def _ordered(dst: Array, src: Array) -> tuple[Array, Array]:

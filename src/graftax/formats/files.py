@@ -61,6 +61,15 @@ def _stamp(info: os.stat_result) -> Stamp:
     return Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
 
 
+def _is(info: os.stat_result, expected: Stamp) -> bool:
+    return (
+        info.st_mtime_ns == expected.mtime_ns
+        and info.st_size == expected.size
+        and info.st_ino == expected.inode
+        and info.st_dev == expected.device
+    )
+
+
 def kind_of(mode: int) -> str:
     """What a path is, in words, where it is not a regular file."""
     return next((words for kind, words in KINDS if stat.S_IFMT(mode) == kind), "not a regular file")
@@ -105,7 +114,7 @@ def read_apart(path: Path | RemoteFile, expected: Stamp, offset: int, buffers: S
                 if wanted > _CHUNK or os.preadv(handle.fd, some, offset) != wanted:
                     _read_each(path, handle.fd, offset, some)  # in whatever lengths they come
                 offset += wanted
-            if _stamp(os.fstat(handle.fd)) != expected:
+            if not _is(os.fstat(handle.fd), expected):
                 raise changed(path)
         finally:
             del handle  # which an error's traceback would keep open
@@ -128,7 +137,7 @@ class _Handle:
 def _open(path: Path, expected: Stamp) -> _Handle:
     # Not blocking: a pipe put in the file's place must not hang us.
     handle = _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-    if _stamp(os.fstat(handle.fd)) != expected:
+    if not _is(os.fstat(handle.fd), expected):
         raise changed(path)
     with _keeping:
         if _keepers and len(_kept) < _MOST_KEPT:
