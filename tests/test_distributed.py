@@ -139,6 +139,27 @@ def test_an_error_of_another_kind_is_told_and_stays_what_it_is():
     assert "ZeroDivisionError: a bug" in str(other)
 
 
+def test_what_all_know_of_is_not_told_again():
+    def inner(own: Peers) -> None:
+        try:
+            with own.together("inner"):
+                if own.index == 0:
+                    raise OSError(28, "full")
+        except OSError as error:
+            raise StorageError("wrapped") from error
+
+    def outer(own: Peers) -> None:
+        with own.together("outer"):
+            inner(own)
+
+    def work(own: Peers) -> Any:
+        with pytest.raises(GraftaxError, match="full" if own.index else "wrapped"):
+            outer(own)
+        return own.agree("again", give=own.index, timeout=2)
+
+    assert together(2, work) == [[0, 1]] * 2
+
+
 def test_an_interrupt_is_told():
     def work(own: Peers) -> None:
         with own.together("write"):

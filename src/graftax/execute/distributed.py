@@ -144,7 +144,7 @@ class Peers:
     _turn: int = 0
     _looked: float = 0.0
     _beat: float = 0.0
-    _failed: GraftaxError | None = None  # what was raised last by all
+    _failed: BaseException | None = None  # what was raised last, and all know of
 
     def agree(
         self,
@@ -163,9 +163,9 @@ class Peers:
         turn, self._turn = self._turn, self._turn + 1
         if error is not None:
             self._decide(turn, _told(self._name(), error))
-            self._failed = _raised(self._verdict(turn, stage, timeout))
-            self._failed.questions = error.questions
-            raise self._failed from error
+            raised = self._failed = _raised(self._verdict(turn, stage, timeout))
+            raised.questions = error.questions
+            raise raised from error
         digest = "" if same is None else _digest("\n".join(f"{name}\t{text}" for name, text in sorted(same.items())))
         record = json.dumps({"stage": stage, "same": digest, "give": give})
         self._put(turn, "here", str(self.index), record)
@@ -205,13 +205,16 @@ class Peers:
         try:
             yield
         except GraftaxError as error:
-            if error is self._failed:
+            if self._failed is not None and self._failed in (error, error.__cause__):
                 raise
             self.agree(stage, error, timeout=timeout)
         except BaseException as error:
+            if error is self._failed:
+                raise
             turn, self._turn = self._turn, self._turn + 1
             what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
             self._decide(turn, _told(self._name(), GraftaxError(what)))
+            self._failed = error
             raise
         else:
             self.agree(stage, timeout=timeout)

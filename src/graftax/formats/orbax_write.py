@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,13 +59,47 @@ def check(output: Output) -> None:
 
 
 def save_tree(path: Path, output: Output, arrays: Mapping[str, Any]) -> None:
-    """Orbax's own part of the checkpoint. Of arrays that are spread over the devices of several processes each process
-    writes its part, and all of them have to call this."""
+    """Orbax's own part of the checkpoint."""
     import orbax.checkpoint as ocp
 
-    tree = _contained(nest({name: arrays[name] for name in output.specs}, output.real_keys), "", output.containers)
     with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(os.path.abspath(path), args=ocp.args.StandardSave(tree))
+        checkpointer.save(os.path.abspath(path), args=ocp.args.StandardSave(_tree(output, arrays)))
+
+
+def save_shared(
+    path: Path,
+    output: Output,
+    arrays: Mapping[str, Any],
+    processes: int,
+    together: Callable[[Callable[[], None]], None],
+) -> Callable[[], None]:
+    """As `save_tree`, called by all `processes` of a job, over whose devices the arrays are spread: each writes its
+    parts in what `together` runs: all end it, or none. Gives what the first process has to do then, to join the parts.
+
+    Orbax waits for all processes before and after it writes, for many minutes if need be: what fails in one has to be
+    told to the others before they wait. So its last step, which only the first process does, is left to the caller.
+    """
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    shared = ocp.options.MultiprocessingOptions(
+        active_processes=set(range(processes)), barrier_sync_key_prefix=path.parent.name
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=shared)
+    save, finalize = handler.save, handler.finalize
+
+    def save_together(*args: Any, **more: Any) -> None:
+        together(lambda: save(*args, **more))
+
+    handler.save = save_together
+    handler.finalize = lambda directory: None
+    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=shared) as checkpointer:
+        checkpointer.save(os.path.abspath(path), args=ocp.args.StandardSave(_tree(output, arrays)))
+    return lambda: finalize(epath.Path(os.path.abspath(path)))
+
+
+def _tree(output: Output, arrays: Mapping[str, Any]) -> Any:
+    return _contained(nest({name: arrays[name] for name in output.specs}, output.real_keys), "", output.containers)
 
 
 def finish(path: Path, output: Output, digests: Mapping[str, Pieces], as_host: bool = False) -> None:
