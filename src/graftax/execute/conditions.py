@@ -1,0 +1,137 @@
+"""What an entry takes for granted of its values, looked at tile by tile: also of rows that no target has.
+
+An op that holds for some values only (`ops.CONDITIONS`) judges whole tensors when it is applied. Here its own judgement
+is asked for tiles of the tensors that come to it, made of just the bytes of the sources that they need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from graftax.dtypes import numpy_dtype
+from graftax.errors import PlanError
+from graftax.execute.gather import Values, fill
+from graftax.execute.memory import allocate
+from graftax.execute.pushdown import push
+from graftax.execute.tiling import Edges, box_steps, grid
+from graftax.ops import CONDITIONS, Op, infer_chain
+from graftax.ops.checked_ops import Crop, RequireZero, Same, Unrepeat
+from graftax.tree import TensorSpec
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """A box of the tensors that come to an op, which stand beside each other in its judgement: `judge` gives the op
+    that judges tiles of these extents. On `axis` tiles have a multiple of `grain` rows."""
+
+    tensors: tuple[int, ...]
+    box: Edges
+    judge: Callable[[tuple[int, ...]], Op]
+    axis: int = 0
+    grain: int = 1
+
+
+def check_conditions(
+    ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], sources: Sequence[Values], scratch: Array, most: int
+) -> None:
+    """Look at the values that the ops have conditions on, with tiles of `most` bytes in all.
+
+    PlanError where a condition does not hold; NotLocal where tensors have to be whole for it.
+    """
+    for place, op in enumerate(ops):
+        if isinstance(op, CONDITIONS):
+            for region in _regions(op, infer_chain(ops[:place], specs)):
+                _check(op, region, ops[:place], specs, sources, scratch, most)
+
+
+def _check(
+    op: Op,
+    region: _Region,
+    before: tuple[Op, ...],
+    specs: tuple[TensorSpec, ...],
+    sources: Sequence[Values],
+    scratch: Array,
+    most: int,
+) -> None:
+    extents = [stop - start for start, stop in region.box]
+    if 0 in extents:
+        return
+    spec = infer_chain(before, specs)[region.tensors[0]]
+    dtype = numpy_dtype(spec.dtype)
+    extents[region.axis : region.axis + 1] = [n // region.grain for n in extents[region.axis : region.axis + 1]]
+    share = most // len(region.tensors) // region.grain
+    origin = [start for start, _ in region.box]
+    cut = TensorSpec(tuple(extents), spec.dtype)
+    steps = box_steps(before, specs, region.tensors[0], cut, share, contiguous=False, origin=origin, rows=False)
+    steps[region.axis : region.axis + 1] = [n * region.grain for n in steps[region.axis : region.axis + 1]]
+    rooms = [allocate(math.prod(steps) * dtype.itemsize).view(dtype) for _ in region.tensors]
+    for tile in grid(region.box, steps):
+        shape = tuple(stop - start for start, stop in tile)
+        made: list[Array] = []
+        for tensor, room in zip(region.tensors, rooms, strict=True):
+            flat = room[: math.prod(shape)]
+            fill(flat, push(before, specs, tensor, tile), sources, scratch)
+            made.append(flat.reshape(shape))
+        judge = region.judge(shape)
+        try:
+            judge.apply(tuple(made))
+        except PlanError as error:
+            raise PlanError(str(error).replace(judge.text, op.text), error.failures) from None
+
+
+# ---------------------------------------------------------------- what each op has to see
+
+
+def _regions(op: Op, specs: tuple[TensorSpec, ...]) -> Iterator[_Region]:
+    yield from _TABLE[type(op)](op, specs)
+
+
+def _whole(spec: TensorSpec) -> Edges:
+    return tuple((0, n) for n in spec.shape)
+
+
+def _rows(spec: TensorSpec, axis: int, start: int, stop: int) -> Edges:
+    return tuple((start, stop) if a == axis else (0, n) for a, n in enumerate(spec.shape))
+
+
+def _same(op: Same, specs: tuple[TensorSpec, ...]) -> Iterator[_Region]:
+    for other in range(1, op.count):
+        yield _Region((0, other), _whole(specs[0]), lambda shape: Same(2))
+
+
+def _unrepeat(op: Unrepeat, specs: tuple[TensorSpec, ...]) -> Iterator[_Region]:
+    for i, spec in enumerate(specs):
+        yield _Region((i,), _whole(spec), lambda shape: op, op.axis, op.count)
+
+
+def _crop(op: Crop, specs: tuple[TensorSpec, ...]) -> Iterator[_Region]:
+    for i, spec in enumerate(specs):
+        end = spec.shape[op.axis]
+        for start, stop in ((0, op.before), (end - op.after, end)):
+            yield _Region(
+                (i,),
+                _rows(spec, op.axis, start, stop),
+                lambda shape: Crop(op.axis, shape[op.axis], 0, op.fill),
+            )
+
+
+def _require_zero(op: RequireZero, specs: tuple[TensorSpec, ...]) -> Iterator[_Region]:
+    box = _rows(specs[op.index], op.axis, op.start, op.stop)
+    yield _Region((op.index,), box, lambda shape: replace(op, index=0, start=0, stop=shape[op.axis]))
+
+
+_TABLE: dict[type[Any], Callable[[Any, tuple[TensorSpec, ...]], Iterator[_Region]]] = {
+    Same: _same,
+    Unrepeat: _unrepeat,
+    Crop: _crop,
+    RequireZero: _require_zero,
+}
+"""op -> the regions of the tensors that come to it which it judges"""
+assert set(_TABLE) == set(CONDITIONS)
