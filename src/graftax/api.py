@@ -11,7 +11,7 @@ from graftax.adapters import open_tree, plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
 from graftax.errors import GraftaxError, UsageError
 from graftax.execute.distributed import peers
-from graftax.execute.eager import load
+from graftax.execute.eager import load, nothing_collected
 from graftax.execute.origin import fingerprint
 from graftax.execute.placing import place_leaves, same_work, together
 from graftax.execute.receipt import Receipt
@@ -136,7 +136,19 @@ def _made(
 
     A plan that runs backwards, or on a file of its own, has no live `like`: it gives the plain container of its side.
     """
-    receipt = Receipt() if receipt is None else receipt
+    with nothing_collected():
+        return _made_now(made, source, like, where, spans, rngs, Receipt() if receipt is None else receipt)
+
+
+def _made_now(
+    made: Plan,
+    source: Checkpoint,
+    like: Checkpoint | None,
+    where: dict[str, Place] | None,
+    spans: bool,
+    rngs: Any,
+    receipt: Receipt,
+) -> Any:
     final = where if made.like.side == "flax" else None
     if final is not None:
         arrays = _leaves(made, source, like, final, spans, receipt)

@@ -97,7 +97,7 @@ def _remade(node: Any, keys: tuple[Key, ...], visit: Visit, aside: Callable[[tup
 
 
 def path_of(keys: tuple[Key, ...]) -> str:
-    return "/".join(escape_part(key) for key in keys)
+    return "/".join(map(escape_part, keys))
 
 
 def shape_of_tree(tree: Any) -> tuple[dict[str, Key], dict[str, str]]:

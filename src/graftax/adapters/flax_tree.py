@@ -126,6 +126,8 @@ def make_container(tree: Any, arrays: Mapping[str, Any], make: Make, any_dtype: 
         if path in found:
             raise FormatError(f"two leaves have the path {escape(path)!r}", next="Rename a key.")
         found[path] = old
+        if any_dtype and type(old.shape) is tuple and getattr(arrays[path], "shape", None) == old.shape:
+            return make(path, old, arrays[path])
         if _misfit(path, found, arrays[path], any_dtype):
             misfits.append(path)
             return old

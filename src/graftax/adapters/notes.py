@@ -42,9 +42,9 @@ def notes_of(tree: Any) -> dict[str, Note]:
 def note_of_leaf(leaf: Any, box: Note | None = None) -> Note:
     """The Note of a bare leaf, inside what is known from its box."""
     own = getattr(leaf, "sharding", None)
-    committed = getattr(leaf, "committed", True)
-    if not is_sharding(own):
+    if own is None or not is_sharding(own):
         return box or Note()
+    committed = getattr(leaf, "committed", True)
     return replace(box or Note(), sharding=own, free=not committed)
 
 

@@ -159,9 +159,9 @@ class _Wanted:
         own = note.sharding
         if _is_real(own):
             return None if note.free else own
-        mesh = note.mesh if _is_mesh(note.mesh) else _ambient_mesh()
         if own is None and note.names is None:
             return None
+        mesh = note.mesh if _is_mesh(note.mesh) else _ambient_mesh()
         if mesh is None:
             if own is None and not _many_processes():
                 return None  # names without a mesh: there is nothing to cut for
