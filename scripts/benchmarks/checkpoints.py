@@ -27,7 +27,7 @@ DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "i
 KERNEL: Axes = (1, 0)
 CONV: Axes = (2, 3, 1, 0)
 _BLOCK = 1 << 24  # bytes compared at a time
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ def make(name: str, folder: Path, scale: float = 1.0, seed: int = 0) -> Made:
     made.like.write_text(json.dumps(_spec(made.leaves)) + "\n")
     torch_side = {leaf.torch: (leaf.dtype, leaf.shape) for leaf in made.leaves}
     flax_side = {leaf.flax: (leaf.dtype, leaf.flax_shape) for leaf in made.leaves if leaf.flax}
-    with _Writer(made.source, torch_side) as source, _Writer(made.truth, flax_side) as truth:
+    with _Writer(made.source, "pt", torch_side) as source, _Writer(made.truth, "flax", flax_side) as truth:
         for leaf, array in zip(made.leaves, _values(made.leaves, seed), strict=True):
             source.write(array)
             if leaf.flax:
@@ -246,8 +246,9 @@ def _values(leaves: Sequence[Leaf], seed: int) -> Iterator[np.ndarray[Any, Any]]
 class _Writer:
     """A safetensors file, written tensor by tensor in order."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        at, header = 0, {}
+    def __init__(self, path: Path, side: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        at = 0
+        header: dict[str, Any] = {"__metadata__": {"format": side}}
         for name, (dtype, shape) in tensors.items():
             end = at + int(np.prod(shape, dtype=np.int64)) * WIDTHS[dtype]
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +66,7 @@ def _contender(
     args: argparse.Namespace,
     settings: Settings,
 ) -> Contender:
-    out = settings.folder / "out" / ("folder" if work == "transformers" else "out.safetensors")
+    out = settings.folder / "out" / ("out.msgpack" if work == "transformers" else "out.safetensors")
     job = {
         "source": str(made.source),
         "bin": str(made.bin),
@@ -89,7 +88,7 @@ def _contender(
         try:
             return Child(command, prepare=lambda: _prepare(out, made), limit=args.limit)()
         finally:
-            _remove(out)
+            out.unlink(missing_ok=True)
 
     return Contender(title, once, required=work == "graftax")
 
@@ -111,7 +110,7 @@ def _copy(made: checkpoints.Made, folder: Path) -> Contender:
         try:
             return Child(command, spoken=False, prepare=lambda: _prepare(out, made), check=check)()
         finally:
-            _remove(out)
+            out.unlink(missing_ok=True)
 
     return Contender(BASELINE, once, required=True)
 
@@ -119,7 +118,7 @@ def _copy(made: checkpoints.Made, folder: Path) -> Contender:
 def _prepare(out: Path, made: checkpoints.Made) -> None:
     """The same for everybody: nothing there, nothing to be written back, the sources in the page cache."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove(out)
+    out.unlink(missing_ok=True)
     for path in (made.source, made.bin):
         if path.exists():
             with path.open("rb", buffering=0) as file:
@@ -127,10 +126,3 @@ def _prepare(out: Path, made: checkpoints.Made) -> None:
                 while file.readinto(room):
                     pass
     os.sync()
-
-
-def _remove(out: Path) -> None:
-    if out.is_dir():
-        shutil.rmtree(out)
-    else:
-        out.unlink(missing_ok=True)
