@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from graftax.dtypes import numpy_dtype
-from graftax.execute.gather import DENSE, SHORT, Evaluate, Stored, Values, fill
+from graftax.execute.gather import DENSE, SHORT, Evaluate, Held, Stored, Values, fill
 from graftax.execute.memory import allocate
-from graftax.execute.pushdown import Box, Leaf, Piece, push
+from graftax.execute.pushdown import Apply, Box, Leaf, Piece, Value, push
 from graftax.execute.tiling import Edges, box_steps, grid
 from graftax.ops import Op
 from graftax.tree import TensorSpec
@@ -112,19 +112,6 @@ def run_of(piece: Piece, leaf: Leaf) -> int:
 # ---------------------------------------------------------------- short runs, wanted by several boxes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Window:
-    """Elements `first` and on of a stored tensor, in memory for a while."""
-
-    spec: TensorSpec
-    first: int
-    flat: Array
-    in_memory = True
-
-    def span(self, start: int, stop: int, scratch: Array | None) -> Array:
-        return self.flat[start - self.first : stop - self.first]
-
-
 def _by_windows(
     ops: tuple[Op, ...],
     specs: tuple[TensorSpec, ...],
@@ -156,16 +143,16 @@ def _by_windows(
             (min(common[a][0] for _, common in parts), max(common[a][1] for _, common in parts))
             for a in range(len(tile))
         ]
-        opened = _opened(push(ops, specs, index, hull), sources, scratch)
-        rest = scratch[sum(-(-w.flat.nbytes // 16) * 16 for w in opened if isinstance(w, _Window)) :]
+        opened, firsts, taken = _opened(push(ops, specs, index, hull), sources, scratch)
         for box, common in parts:
-            fill(out[box], push(ops, specs, index, common, within=box), opened, rest, evaluate)
+            pieces = push(ops, specs, index, common, within=box)
+            fill(out[box], [_rebased(piece, firsts) for piece in pieces], opened, scratch[taken:], evaluate)
 
 
-def _opened(pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array) -> list[Values]:
-    """The sources, what the pieces span of each in memory where reading it at once is the cheaper way and it fits."""
-    opened = list(sources)
-    taken = 0
+def _opened(pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array) -> tuple[list[Values], list[int], int]:
+    """(the sources, the element that each begins with, bytes taken of the scratch): what the pieces span of a stored
+    one is in memory, where reading it at once is the cheaper way and it fits."""
+    opened, firsts, taken = list(sources), [0] * len(sources), 0
     for place, (low, high, needed, runs) in _spans(pieces, sources).items():
         values = sources[place]
         apart = (high - low - needed) // max(runs - 1, 1)  # bytes between two runs
@@ -173,9 +160,21 @@ def _opened(pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array) 
         if cheaper and taken + high - low <= scratch.nbytes - SHORT:
             width = values.spec.bits // 8
             flat = values.span(low // width, high // width, scratch[taken:])
-            opened[place] = _Window(values.spec, low // width, flat)
+            opened[place] = Held(TensorSpec(flat.shape, values.spec.dtype), flat)
+            firsts[place] = low // width
             taken += -(-(high - low) // 16) * 16
-    return opened
+    return opened, firsts, taken
+
+
+def _rebased(piece: Piece, firsts: Sequence[int]) -> Piece:
+    """The piece for sources of which the first elements are left out."""
+
+    def moved(value: Value) -> Value:
+        if isinstance(value, Leaf):
+            return replace(value, offset=value.offset - firsts[value.source])
+        return replace(value, args=tuple(map(moved, value.args))) if isinstance(value, Apply) else value
+
+    return replace(piece, value=moved(piece.value))
 
 
 def _spans(pieces: Sequence[Piece], sources: Sequence[Values]) -> dict[int, tuple[int, int, int, int]]:
