@@ -69,6 +69,8 @@ def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, li
 
 def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
     """Names that a live torch module ties to a leaf that is filled: they take its tensor too."""
+    if not like.aliases:
+        return proposal
     entries = list(proposal.entries)
     filled = {name: i for i, entry in enumerate(entries) for name in entry.targets}
     settled: set[str] = set()
@@ -134,6 +136,8 @@ def _waits(question: Question) -> bool:
 def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, str], policy: str) -> Proposal:
     """Leaves of like that no source fills: by the rule that names them, else by the policy. A leaf with candidates
     stays a question: it is open, not missing."""
+    if policy == "error" and not ruled:
+        return proposal
     filled = {name for entry in proposal.entries for name in entry.targets}
     waiting = {name for q in proposal.questions if _waits(q) for name in q.targets}
     entries: list[Entry] = []

@@ -163,6 +163,8 @@ def _settle_dtypes(
             if name not in specs:
                 continue  # Plan.build names the key that like does not have
             policy, spec = policies.get(name), specs[name]
+            if have == spec.dtype and policy is None:
+                continue
             want = _wanted(policy, have, spec)
             if want != spec.dtype:
                 specs[name] = TensorSpec(spec.shape, want)
@@ -225,7 +227,7 @@ def _dtypes_out(entry: Entry, source: Checkpoint) -> list[str]:
     """The dtype each target comes in; the first source's where the ops do not fit (Plan.build says why)."""
     given = [source.specs[name] for name in entry.sources if name in source.specs]
     first = given[0].dtype if given else "float32"
-    if len({spec.dtype for spec in given}) <= 1:
+    if len(given) < 2 or len({spec.dtype for spec in given}) == 1:
         return [first] * len(entry.targets)
     try:
         return [spec.dtype for spec in infer_chain(entry.ops, tuple(given))]

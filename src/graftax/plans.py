@@ -340,17 +340,21 @@ class Plan:
 
 def _fit(entry: Entry, source: End, like: End) -> Entry | Failure:
     """The entry with bound ops, or why it does not fit."""
-    text = f"{', '.join(entry.sources) or '()'} -> {', '.join(entry.targets) or '()'}"
-    for name, end in [(n, source) for n in entry.sources] + [(n, like) for n in entry.targets]:
-        if name not in end.specs:
-            return Failure(f"{escape(end.label)} has no such key", key=name, next="Check the spelling in the rule.")
-    given = tuple(source.specs[name] for name in entry.sources)
-    wanted = tuple(like.specs[name] for name in entry.targets)
+    try:
+        given = tuple([source.specs[name] for name in entry.sources])
+        wanted = tuple([like.specs[name] for name in entry.targets])
+    except KeyError as error:
+        (name,) = error.args
+        end = source if name in entry.sources and name not in source.specs else like
+        return Failure(f"{escape(end.label)} has no such key", key=name, next="Check the spelling in the rule.")
     try:
         ops, found = _bound(entry.ops, given)
+        if found == wanted:
+            return entry if ops is entry.ops else Entry(entry.sources, entry.targets, ops, entry.evidence)
     except GraftaxError as error:
         why = f"It was decided by: {', '.join(entry.evidence)}." if entry.evidence else ""
-        return Failure(str(error), file=source.label, key=text, next=why)
+        return Failure(str(error), file=source.label, key=_ends_text(entry), next=why)
+    text = _ends_text(entry)
     if len(found) != len(wanted):
         return Failure("the ops give another number of tensors", "", text, str(len(wanted)), str(len(found)))
     for name, want, have in zip(entry.targets, wanted, found, strict=True):
@@ -360,6 +364,10 @@ def _fit(entry: Entry, source: End, like: End) -> Entry | Failure:
         if want.dtype != have.dtype:
             return Failure(f"the dtype of {escape(name)} differs", source.label, text, want.dtype, have.dtype)
     return Entry(entry.sources, entry.targets, ops, entry.evidence)
+
+
+def _ends_text(entry: Entry) -> str:
+    return f"{', '.join(entry.sources) or '()'} -> {', '.join(entry.targets) or '()'}"
 
 
 def _counted(entries: Iterable[Entry], source: End, like: End) -> list[Failure]:

@@ -76,7 +76,7 @@ def _some(names: Iterable[str]) -> str:
 
 # ---------------------------------------------------------------- what values mean
 
-_DIGITS = str.maketrans("", "", "0123456789")
+_DIGITS = re.compile(r"[0-9]+")
 _FUSED = frozenset(("qkv", "kv"))
 _ROPE = re.compile(r"rope|rotary", re.IGNORECASE)
 _TABLES = re.compile(r"pos|wpe|relative|alibi", re.IGNORECASE)
@@ -170,9 +170,10 @@ def unseen(
 def _alike(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
     """Entries whose names differ in their numbers only; they are judged once."""
     groups: dict[tuple[str, str, int, int], list[Entry]] = {}
+    strip = _DIGITS.sub
     for entry in entries:
         if entry.sources and entry.targets:
-            first = entry.sources[0].translate(_DIGITS), entry.targets[0].translate(_DIGITS)
+            first = strip("", entry.sources[0]), strip("", entry.targets[0])
             groups.setdefault((*first, len(entry.sources), len(entry.targets)), []).append(entry)
     return groups.values()
 
@@ -226,7 +227,7 @@ def _rotates(source: Checkpoint, like: Checkpoint) -> bool:
         return True
     if config.get("alibi") is True:
         return False
-    names = {name.translate(_DIGITS) for end in (source, like) for name in end}
+    names = {_DIGITS.sub("", name) for end in (source, like) for name in end}
     return any(map(_FREQUENCIES.search, names)) or not any(map(_TABLES.search, names))
 
 

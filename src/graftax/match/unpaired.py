@@ -66,6 +66,8 @@ def unpaired(proposal: Proposal, source: Checkpoint, like: Checkpoint, source_si
     nowhere. Such leaves are neither missing nor unused: they wait for an answer."""
     spoken = (*proposal.entries, *proposal.broken)
     used, filled = {n for e in spoken for n in e.sources}, {n for e in spoken for n in e.targets}
+    if filled.issuperset(like):
+        return proposal
     asked = {n for q in proposal.questions if q.candidates for n in q.targets}
     offered = {n for q in proposal.questions if q.candidates for n in q.sources}
     homes = {_module(n, like_side) for n in filled}

@@ -32,6 +32,9 @@ def apply_rules(
     rules: Iterable[Rule], source: Checkpoint, like: Checkpoint | None, source_side: Side, like_side: Side
 ) -> RuleOutcome:
     """What `rules` say about `source` -> `like`. Nothing is raised: what does not fit is a failure of the proposal."""
+    rules = list(rules)
+    if not rules:
+        return RuleOutcome(Proposal())  # no keys need to be looked up
     ends = Port(
         source,
         like,
@@ -40,7 +43,6 @@ def apply_rules(
         KeyIndex(like) if like is not None else None,
         (_holders(source), _holders(like)),
     )
-    rules = list(rules)
     ends.order |= {id(rule): place for place, rule in enumerate(rules)}
     for rule in sorted(rules, key=lambda rule: rule.silent):  # one that says more answers for one that says less
         before = len(ends.failures)
