@@ -35,9 +35,9 @@ REASONS: dict[int, tuple[str, str]] = {
     errno.EROFS: ("is on a read-only file system", ""),
     errno.ELOOP: ("is a loop of links", ""),
     errno.ENAMETOOLONG: ("has a name that is too long", ""),
-    errno.ENOSPC: ("could not be written: the disk is full", "Nothing was left behind; free some space."),
-    errno.EDQUOT: ("could not be written: the quota is used up", "Nothing was left behind; free some space."),
-    errno.EFBIG: ("could not be written: larger than a file may be here", "Nothing was left behind; see `ulimit -f`."),
+    errno.ENOSPC: ("could not be written: the disk is full", "Free some space, then run it again."),
+    errno.EDQUOT: ("could not be written: the quota is used up", "Free some space, then run it again."),
+    errno.EFBIG: ("could not be written: larger than a file may be here", "See `ulimit -f`."),
 }
 
 

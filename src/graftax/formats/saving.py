@@ -63,10 +63,11 @@ def save(
         notes.append(f"{row.name} is written as a whole: nothing of it can be resumed after a stop")
     _check_destination(out, row, clobber)
     _refuse_own_input(out, inputs)
-    if resumed:
-        assert origin is not None
-        return guarded(lambda: _go_on(out, row, output, clobber, notes, origin), out)
-    return guarded(lambda: _write(out, row, output, clobber, notes, write), out)
+    with files.kept_open():
+        if resumed:
+            assert origin is not None
+            return guarded(lambda: _go_on(out, row, output, clobber, notes, origin), out)
+        return guarded(lambda: _write(out, row, output, clobber, notes, write), out)
 
 
 def prepare(path: str | Path, output: Output, format: str | None) -> tuple[Path, Format, Output]:
