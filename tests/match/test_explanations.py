@@ -115,3 +115,40 @@ def test_without_the_names_that_decided_an_entry_it_is_open_or_decided_otherwise
             assert why not in now, (case.name, word, why)
             seen += 1
     assert seen > 12
+
+
+def test_the_kinds_of_live_modules() -> None:
+    """A square transposed convolution: the live kinds settle it, the same names and shapes alone do not."""
+    torch = pytest.importorskip("torch")
+    import flax.linen as nn
+    import jax
+
+    import graftax as gx
+
+    class Up(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.ConvTranspose(4, (2, 2), transpose_kernel=True, name="up")(x)
+
+    module = torch.nn.Module()
+    module.up = torch.nn.ConvTranspose2d(4, 4, 2)
+    like = gx.linen(Up(), jax.ShapeDtypeStruct((1, 4, 4, 4), "float32"))
+    live = gx.plan(module, like)
+    why = _evidence(live, "params/up/kernel")
+    assert any(text.startswith("module kinds: ") or "ConvTranspose" in text for text in why), why
+    shapes = {"params": {"up": {"kernel": (2, 2, 4, 4), "bias": (4,)}}}
+    bare = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, "float32"), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    assert _open(gx.plan(module.state_dict(), bare), "params/up/kernel")
+
+
+def test_the_heads_of_a_config(pairing: Callable[..., Any]) -> None:
+    """Head by head is offered where config.json says how many heads there are, and not without."""
+    import numpy as np
+
+    keys = [f"params/attn/{role}/kernel" for role in ("query", "key", "value")]
+    pair = pairing([(["attn.qkv.weight"], keys, [(3 * D, D)], lambda w: tuple(x.T for x in np.split(w, 3)))])
+    offered = {
+        known: [c.evidence for q in pair.infer(config=config).questions for c in q.candidates]
+        for known, config in ((True, {"num_attention_heads": 4}), (False, None))
+    }
+    assert [len(offered[True]), len(offered[False])] == [2, 1], offered
