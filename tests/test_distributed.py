@@ -19,6 +19,8 @@ from graftax.errors import Failure, FormatError, GraftaxError, PlanError, Storag
 from graftax.execute import shares
 from graftax.execute.distributed import Peers, agree, peers, processes
 from graftax.formats import orbax_write
+from graftax.ops import Rearrange
+from graftax.plans import Entry
 from graftax.tree import TensorSpec
 
 
@@ -292,14 +294,22 @@ def test_every_file_has_one_writer_and_shares_are_even(sizes: list[int], count: 
 
 @given(st.lists(st.integers(0, 100), max_size=4), st.integers(1, 64))
 def test_axes_are_cut_evenly(shape: list[int], count: int):
-    parts = shares.cuts(tuple(shape), count)
+    parts = shares.cuts(tuple(shape), count, range(len(shape)))
     assert all(extent % part == 0 for extent, part in zip(shape, parts, strict=True))
     assert count % int(np.prod(parts, dtype=np.int64)) == 0
 
 
 def test_axes_are_cut_as_far_as_they_can_be():
-    assert shares.cuts((6, 32), 16) == [2, 8]
-    assert shares.cuts((7,), 4) == [1]
+    assert shares.cuts((6, 32), 16, [0, 1]) == [2, 8]
+    assert shares.cuts((6, 32), 16, [1, 0]) == [1, 16]
+    assert shares.cuts((7,), 4, [0]) == [1]
+
+
+def test_a_transposed_kernel_is_cut_where_its_source_is():
+    entry = Entry(("w",), ("kernel",), (Rearrange("a b -> b a"),))
+    assert shares.best_order(entry, "kernel", (8, 64), {"w": TensorSpec((64, 8), "float32")}) == [1, 0]
+    plain = Entry(("w",), ("kernel",))
+    assert shares.best_order(plain, "kernel", (64, 8), {"w": TensorSpec((64, 8), "float32")}) == [0, 1]
 
 
 def test_counts_are_added_and_taken_apart():

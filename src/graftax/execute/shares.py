@@ -6,6 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from graftax.execute.pushdown import NotLocal
+from graftax.execute.tiling import source_run
+from graftax.plans import Entry
+from graftax.tree import TensorSpec
+
 Part = tuple[int, int]
 """Tiles `start` to `stop` of a target."""
 
@@ -47,24 +52,39 @@ def _owner(done: int, nbytes: int, total: int, count: int) -> int:
     return min(count - 1, (2 * done + nbytes) * count // max(2 * total, 1))
 
 
-def cuts(shape: tuple[int, ...], count: int) -> list[int]:
-    """Into how many equal parts to cut each axis, `count` parts in all at most and as many as can be, the first axes
-    first: these leave the longest runs."""
+def cuts(shape: tuple[int, ...], count: int, order: Sequence[int]) -> list[int]:
+    """Into how many equal parts to cut each axis, `count` parts in all at most: of the axes of `order` the first as
+    often as it can be."""
     out = [1] * len(shape)
     left = count
-    for axis, extent in enumerate(shape):
-        out[axis] = math.gcd(extent, left) if extent else 1
+    for axis in order:
+        out[axis] = math.gcd(shape[axis], left) if shape[axis] else 1
         left //= out[axis]
     return out
 
 
-def spread(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
-    """A sharding of an array of this shape over all devices: as many parts as its axes can be cut into, the rest of
-    the devices hold copies."""
+def best_order(entry: Entry, target: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> list[int]:
+    """The axes of a target, that one first which, cut in two, leaves the longest runs in the sources of its entry."""
+    sources = tuple(specs[name] for name in entry.sources)
+    index = entry.targets.index(target)
+
+    def run(axis: int) -> int:
+        box = [(0, -(-n // 2) if i == axis else n) for i, n in enumerate(shape)]
+        try:
+            return source_run(entry.ops, sources, index, box)
+        except NotLocal:
+            return 0
+
+    return sorted(range(len(shape)), key=run, reverse=True) if all(shape) else list(range(len(shape)))
+
+
+def spread(shape: tuple[int, ...], devices: Sequence[Any], order: Sequence[int]) -> Any:
+    """A sharding of an array of this shape over all devices: as many parts as its axes can be cut into, in `order`; the
+    rest of the devices hold copies."""
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    parts = cuts(shape, len(devices))
+    parts = cuts(shape, len(devices), order)
     names = [f"axis_{axis}" for axis in range(len(shape))]
     grid = np.asarray(devices, dtype=object).reshape(*parts, len(devices) // math.prod(parts))
     return NamedSharding(Mesh(grid, (*names, "copies")), PartitionSpec(*names))

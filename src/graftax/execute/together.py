@@ -288,7 +288,8 @@ def _orbax(payload: Path, output: Output, work: _Work) -> None:
         if spec.packed or jax_narrows(spec):
             arrays[name], digests[name] = _by_one(target, spec, work)
         else:
-            arrays[name] = work.stream.sharded(target, shares.spread(spec.shape, devices))
+            order = shares.best_order(work.home[target][1], target, spec.shape, work.plan.source.specs)
+            arrays[name] = work.stream.sharded(target, shares.spread(spec.shape, devices, order))
             digests[name] = orbax_write.piece_digests(arrays[name], spec)
         work.stream.done(target)
         if digests[name]:  # else others hold the same values, and count them
