@@ -18,7 +18,7 @@ import numpy as np
 
 from graftax.dtypes import numpy_dtype
 from graftax.errors import PlanError
-from graftax.execute.gather import Stored, Values, cut, fill, held
+from graftax.execute.gather import Simple, Stored, Values, cut, fill, held, simple
 from graftax.execute.memory import allocate, allocate_all
 from graftax.execute.pushdown import Piece
 from graftax.execute.streamed import Stream, named
@@ -28,6 +28,7 @@ from graftax.tree import Checkpoint
 
 Array = np.ndarray[Any, Any]
 Job = TypeVar("Job")
+Span = Callable[[str, int, memoryview], None]
 
 _JOB = 8 << 20
 """Bytes of targets that a thread makes before it asks for more."""
@@ -138,13 +139,15 @@ class _Shared:
 
 
 class _Worker:
-    """One thread's: its scratch, and the sources of the entry that it works on."""
+    """One thread's: its scratch, the sources of the entry that it works on, and what it knows of pieces it has met."""
 
-    __slots__ = ("_entry", "_read", "_scratch", "_shared", "_sources")
+    __slots__ = ("_entry", "_known", "_read", "_room", "_scratch", "_shared", "_sources")
 
     def __init__(self, shared: _Shared) -> None:
         self._shared = shared
         self._scratch = allocate(_SCRATCH)
+        self._room = self._scratch.data
+        self._known: dict[int, Simple | None] = {}
         self._entry: Entry | None = None
         self._sources: list[Values] = []
         self._read = 0
@@ -158,37 +161,53 @@ class _Worker:
                         shared.out[task.name] = shared.run.array(task.name)
                         shared.run.done(task.name)
                 else:
-                    self._fill(task)
+                    self._make(task.entry, task)
         finally:
             with shared.lock:
                 shared.run.was_read(self._read)
             self._read = 0
             self._entry, self._sources = None, []
 
-    def _fill(self, task: _Task) -> None:
-        assert task.entry is not None
+    def _make(self, entry: Entry, task: _Task) -> None:
         assert task.out is not None
         assert task.pieces is not None
-        if self._entry is not task.entry:
+        run, span = self._shared.run, self._shared.source.span
+        meter = run.meter(entry)
+        if meter is None and span is not None:
+            rest = [piece for piece in task.pieces if not self._simply(entry, task.out, piece, span)]
+        else:
+            rest = task.pieces
+        if not rest:
+            return
+        if self._entry is not entry:
             self._entry, self._sources = None, []  # what was held is let go before more is read
-            self._entry, self._sources = task.entry, [self._values(name) for name in task.entry.sources]
-        run = self._shared.run
-        meter = run.meter(task.entry)
+            self._entry, self._sources = entry, [self._values(name) for name in entry.sources]
         try:
             if meter is None:
-                fill(task.out, task.pieces, self._sources, self._scratch)
+                fill(task.out, rest, self._sources, self._scratch)
                 return
-            for piece in task.pieces:
+            for piece in rest:
                 fill(task.out, list(cut(piece, _VALUES)), self._sources, self._scratch, meter)
         except PlanError as error:
-            raise named(task.entry, error) from error
+            raise named(entry, error) from error
         with self._shared.lock:
-            run.counted(task.entry, meter)
+            run.counted(entry, meter)
+
+    def _simply(self, entry: Entry, out: Array, piece: Piece, span: Span) -> bool:
+        """Fills a small piece; False for one that is not."""
+        known = self._known
+        found = known[id(piece)] if id(piece) in known else known.setdefault(id(piece), simple(piece, out.itemsize))
+        if found is None:
+            return False
+        name = entry.sources[found.source]
+        found.fill(out.view(np.uint8).data, lambda start, buffer: span(name, start, buffer), self._room)
+        self._read += found.nbytes
+        return True
 
     def _values(self, name: str) -> Values:
         source = self._shared.source
         spec, span, scatter = source.specs[name], source.span, source.scatter
-        if span is None or name in source.whole:
+        if span is None:
             with self._shared.lock:  # not every reader can be used by two threads
                 array = source.read(name)
             self._read += 0 if source.format == "live" else spec.nbytes

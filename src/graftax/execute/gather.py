@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -186,6 +186,47 @@ def _parts(
     for start in range(0, count, at_once):
         part = _iterations(piece, loop, start, min(at_once, count - start))
         _fill(out, part, sources, scratch, evaluate)
+
+
+class Simple(NamedTuple):
+    """A piece that takes a small part of one file as it is, or a run of it, in bytes: worked out once for all tensors
+    of one shape. `inner`: where its values are in what is read, and their strides; None: read straight to its place."""
+
+    source: int
+    start: int
+    nbytes: int
+    dtype: np.dtype[Any]
+    extents: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...]
+    inner: tuple[int, tuple[int, ...]] | None
+
+    def fill(self, out: memoryview, read: Callable[[int, memoryview], None], scratch: memoryview) -> None:
+        """Into the bytes of a tile; `read` reads from the piece's source."""
+        if self.inner is None:
+            read(self.start, out[self.offset : self.offset + self.nbytes])
+            return
+        read(self.start, scratch[: self.nbytes])
+        offset, strides = self.inner
+        target: Array = np.ndarray(self.extents, self.dtype, out, self.offset, self.strides)
+        target[...] = np.ndarray(self.extents, self.dtype, scratch, offset, strides)
+
+
+def simple(piece: Piece, width: int) -> Simple | None:
+    """The piece as a Simple, where it is one, for elements of `width` bytes that come from a file."""
+    leaf, dtype = piece.value, strided.BITS.get(width)
+    if not isinstance(leaf, Leaf) or dtype is None:
+        return None
+    offset = piece.offset * width
+    if _straight(piece):
+        return Simple(leaf.source, leaf.offset * width, piece.count * width, dtype, (), offset, (), None)
+    low, high = _reach(leaf, piece.extents)
+    nbytes = (high - low + 1) * width
+    if nbytes > strided.SMALL or (nbytes > SHORT and nbytes > DENSE * piece.count * width):
+        return None
+    inner = (leaf.offset - low) * width, tuple(s * width for s in leaf.strides)
+    strides = tuple(s * width for s in piece.strides)
+    return Simple(leaf.source, low * width, nbytes, dtype, piece.extents, offset, strides, inner)
 
 
 def cut(piece: Piece, most: int) -> Iterator[Piece]:

@@ -21,7 +21,7 @@ _ROWS, _RUN = {1: 512, 2: 512, 4: 256, 8: 256}, {1: 1024, 2: 512, 4: 512, 8: 256
 """Block of the scratch by element width: rows along the destination's axis, elements of a run along the source's. Half
 a megabyte: what a core's own cache holds; fewer rows would end NumPy's inner loop before it pays."""
 PAD_BYTES = 64
-_BITS = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
+BITS = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
 SMALL = 1 << 19
 """Bytes up to which NumPy's own loop is as fast: all of it stays in a core's cache."""
 
@@ -46,7 +46,7 @@ def copy(dst: Array, src: Array) -> None:
 
 def bits(array: Array) -> Array:
     """The array as unsigned integers of its width: ml_dtypes and complex copy as slowly as objects otherwise."""
-    plain = _BITS.get(array.dtype.itemsize)
+    plain = BITS.get(array.dtype.itemsize)
     return array if plain is None else array.view(plain)
 
 
