@@ -548,8 +548,11 @@ def test_a_path_that_exists_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_output_is_no_address(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     like, _ = like_of(tmp_path)
-    assert run(["port", site.url("model.safetensors"), "--like", str(like), "-o", site.url("out.safetensors")]) != 0
-    assert capsys.readouterr().err
+    out = site.url("out.safetensors?token=s3cret")
+    assert run(["port", site.url("model.safetensors"), "--like", str(like), "-o", out]) == 2
+    said = capsys.readouterr().err
+    assert "is a URL; the output is a path" in said
+    assert "s3cret" not in said
 
 
 def test_inspecting_an_address_loads_nothing_heavy(site: Site):

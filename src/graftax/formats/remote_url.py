@@ -91,27 +91,27 @@ def parse(text: str) -> Address:
     """The parts of a URL. Raises UsageError where its scheme is not known, or it names nothing."""
     if any(ord(char) <= 32 or ord(char) == 127 for char in text):
         raise UsageError(
-            f"{_shown(text)} has a blank or a control character in it", next="Write it as %20 and the like."
+            f"{shown(text)} has a blank or a control character in it", next="Write it as %20 and the like."
         )
     try:
         found = urlsplit(text)
         host, port = (found.hostname or ""), found.port
     except ValueError:
-        raise UsageError(f"{_shown(text)} is not a URL: its host or port is malformed") from None
+        raise UsageError(f"{shown(text)} is not a URL: its host or port is malformed") from None
     scheme = found.scheme.lower()
     if scheme not in HTTP and scheme not in STORES:
         hint = "Name the path itself." if scheme == "file" else f"Known: {', '.join((*HTTP, *STORES))}."
-        raise UsageError(f"{_shown(text)}: unknown scheme {escape(scheme)!r}", next=hint)
-    user, _, place = found.netloc.rpartition("@")
+        raise UsageError(f"{shown(text)}: unknown scheme {escape(scheme)!r}", next=hint)
+    user = found.netloc.rpartition("@")[0]
     if scheme not in HTTP:  # the name of a bucket: as it is, and '?' or '#' may be in a key
         rest = text.partition("://")[2]
         authority, slash, path = rest.partition("/")
         user, _, place = authority.rpartition("@")
         return Address(scheme, user, place, slash + path, "")
     if not host:
-        raise UsageError(f"{_shown(text)} names no host")
-    shown = f"[{host}]" if ":" in host else host
-    return Address(scheme, user, shown if port is None else f"{shown}:{port}", found.path or "/", found.query)
+        raise UsageError(f"{shown(text)} names no host")
+    place = f"[{host}]" if ":" in host else host
+    return Address(scheme, user, place if port is None else f"{place}:{port}", found.path or "/", found.query)
 
 
 def split_part(text: str) -> tuple[str, str]:
@@ -122,12 +122,12 @@ def split_part(text: str) -> tuple[str, str]:
     if slash < 0 or at < slash:
         return text, ""
     if at + 2 == len(text):
-        raise UsageError(f"{_shown(text)} names nothing; URL::NAME needs a name")
+        raise UsageError(f"{shown(text)} names nothing; URL::NAME needs a name")
     return text[:at], text[at + 2 :]
 
 
-def _shown(text: str) -> str:
-    """A URL that could not be taken apart: whatever could be a secret is left out."""
+def shown(text: str) -> str:
+    """A URL as text, of which nothing need be sound, without what could be a secret in it."""
     scheme, _, rest = text.partition("://")
     authority, slash, path = rest.partition("?")[0].partition("/")
     _, at, host = authority.rpartition("@")

@@ -18,6 +18,7 @@ from graftax.formats import files, tree_meta
 from graftax.formats.base import Format, Output, Tile, Tiles
 from graftax.formats.commit import clear_stale, staged
 from graftax.formats.journal import Journal
+from graftax.formats.remote_url import is_url, shown
 from graftax.formats.table import FORMATS, NO_ENDING, by_ending, by_name, holders
 from graftax.tree import Checkpoint, Side
 
@@ -140,6 +141,8 @@ def split_target(path: str | Path) -> tuple[Path, str]:
     text = str(path)
     if "\0" in text or not text:
         raise StorageError(f"{escape(text) or repr(text)} cannot be the name of a file")
+    if is_url(text) and not os.path.lexists(Path(text).parent):
+        raise UsageError(f"{shown(text)} is a URL; the output is a path", next="Write a file, then copy it there.")
     head, sep, name = text.rpartition("::")
     if not sep or os.path.lexists(text):
         return Path(text), ""
