@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -58,8 +59,12 @@ def inspect_command(
 
         text = dump_spec(checkpoint)
         return Outcome(_json(text), text.rstrip("\n"))
-    data = inspection(checkpoint, stats=stats, hashes=hashes)
-    return Outcome(data, "" if json else inspection_text(data))
+    gc.disable()  # a hundred thousand rows, none of them garbage: a third of the time
+    try:
+        data = inspection(checkpoint, stats=stats, hashes=hashes)
+        return Outcome(data, "" if json else inspection_text(data))
+    finally:
+        gc.enable()
 
 
 @app.command(name="plan")

@@ -145,10 +145,14 @@ def nest(flat: Mapping[str, Any], keys: Mapping[str, Key] | None = None) -> dict
     return out
 
 
-def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
+_NUMBER = re.compile(r"([0-9]{1,18})")
+
+
+def natural_key(path: str) -> tuple[int | str, ...]:
     """Sort key in which layers.2 comes before layers.10."""
-    parts = re.split(r"([0-9]{1,18})", path)  # text and numbers in turn
-    return tuple((0, int(p)) if place % 2 else (1, p) for place, p in enumerate(parts) if p)
+    parts: list[int | str] = list(_NUMBER.split(path))  # text and numbers in turn
+    parts[1::2] = map(int, parts[1::2])
+    return tuple(parts)
 
 
 def detect_side(names: Iterable[str]) -> Side | None:

@@ -106,7 +106,7 @@ _COUNTED = re.compile(r"(?:^|[/.])[A-Z][A-Za-z0-9]*_\d+(?:$|[/.])")
 """A name that Linen makes: the class and how many of it there were before."""
 
 
-def _cell_key(prefix: str) -> tuple[str, tuple[tuple[int, int | str], ...], bool]:
+def _cell_key(prefix: str) -> tuple[str, tuple[int | str, ...], bool]:
     """(the name without numbers and direction, its numbers, backward)."""
     words = [word for word in re.split(r"[/_.]+|(?<=[a-z])(?=[A-Z])|(\d+)", prefix) if word]
     backward = any(word.lower() in _BACKWARD for word in words)

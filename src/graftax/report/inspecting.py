@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from graftax.errors import escape
@@ -13,7 +13,13 @@ from graftax.tree import Checkpoint, TensorSpec, natural_key
 def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = False) -> dict[str, Any]:
     """The checkpoint as JSON data. Statistics and hashes read one leaf at a time."""
     tensors: dict[str, dict[str, Any]] = {}
-    for path, spec in checkpoint.items():
+    dtypes: dict[str, int] = {}
+    parameters = nbytes = 0
+    for path, spec in checkpoint.specs.items():
+        size = spec.size
+        parameters += size
+        nbytes += (size * spec.bits + 7) // 8
+        dtypes[spec.dtype] = dtypes.get(spec.dtype, 0) + 1
         row: dict[str, Any] = {"shape": list(spec.shape), "dtype": spec.dtype}
         if stats or hashes:
             array = checkpoint.read(path)
@@ -27,20 +33,13 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
         "format": checkpoint.format,
         "side": checkpoint.side,
         "leaves": len(checkpoint),
-        "parameters": sum(spec.size for spec in checkpoint.values()),
-        "bytes": sum(spec.nbytes for spec in checkpoint.values()),
-        "dtypes": _count(checkpoint, lambda spec: spec.dtype),
+        "parameters": parameters,
+        "bytes": nbytes,
+        "dtypes": dtypes,
         "aliases": dict(checkpoint.aliases),
         "metadata": dict(checkpoint.metadata),
         "tensors": tensors,
     }
-
-
-def _count(checkpoint: Checkpoint, of: Callable[[TensorSpec], str]) -> dict[str, int]:
-    out: dict[str, int] = {}
-    for spec in checkpoint.values():
-        out[of(spec)] = out.get(of(spec), 0) + 1
-    return out
 
 
 def leaf_hash(array: Any, spec: TensorSpec) -> str:
@@ -109,10 +108,6 @@ def _stats_text(stats: Mapping[str, Any] | None) -> str:
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows as text columns."""
-    widths: list[int] = []
-    for row in rows:
-        for i, cell in enumerate(row):
-            if i == len(widths):
-                widths.append(0)
-            widths[i] = max(widths[i], len(cell))
-    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows]
+    cells = max(map(len, rows), default=0)
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(cells)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
