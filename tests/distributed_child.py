@@ -49,10 +49,12 @@ def injured(kind: str, at: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise FormatError("the tensor is torn")
 
-    if kind == "full":  # the disk, inside Orbax
+    if kind in ("full", "kill-orbax"):  # the disk is full, or a kill, inside Orbax
 
         async def serialize(*args: Any, **more: Any) -> Any:
             print(json.dumps({"struck": time.time()}), flush=True)
+            if kind == "kill-orbax":
+                os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         type_handlers.ArrayHandler.serialize = serialize

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, StorageError, UsageError
 from graftax.execute import shares
+from graftax.execute import together as together_
 from graftax.execute.distributed import Peers, agree, peers, processes
 from graftax.formats import orbax_write
 from graftax.ops import Rearrange
@@ -162,6 +164,44 @@ def test_what_all_know_of_is_not_told_again():
     assert together(2, work) == [[0, 1]] * 2
 
 
+def test_what_must_end_ends_everywhere_before_any_raises():
+    ended: list[int] = []
+
+    def work(own: Peers) -> Any:
+        def action() -> None:
+            if own.index == 1:
+                raise OSError(28, "full")
+            time.sleep(0.3)
+            ended.append(own.index)
+
+        try:
+            own.finish("write", action)
+        finally:
+            assert sorted(ended) == [0, 2]
+
+    raised = together(3, work)
+    assert {type(error) for error in raised} == {GraftaxError}
+    assert len({str(error) for error in raised}) == 1
+    assert "process 1 of 3" in str(raised[0])
+    assert "full" in str(raised[0])
+
+
+def test_what_ends_well_everywhere_raises_nothing():
+    assert together(2, lambda own: own.finish("write", lambda: None)) == [None, None]
+
+
+def test_who_finishes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    from graftax.execute import distributed
+
+    for name in ("_BEAT", "_WAIT"):
+        monkeypatch.setattr(distributed, name, 0.05)
+
+    def work(own: Peers) -> None:
+        own.finish("write", lambda: time.sleep(1.2 * own.index), timeout=0.4)
+
+    assert together(2, work) == [None, None]
+
+
 def test_an_interrupt_is_told():
     def work(own: Peers) -> None:
         with own.together("write"):
@@ -260,6 +300,28 @@ def test_a_store_that_has_gone_is_told():
 
     with pytest.raises(StorageError, match=r"coordinator.*UNAVAILABLE: Socket closed$|UNAVAILABLE"):
         Peers(1, 2, Gone()).agree("plan")
+
+
+def test_a_file_system_that_is_not_shared_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(together_, "_SEEN", 0.1)
+    (tmp_path / "job").write_text("mine")
+    together_._find(tmp_path / "job", "mine")
+    with pytest.raises(StorageError, match="share no file system"):
+        together_._find(tmp_path / "job", "another's")
+    with pytest.raises(StorageError, match="share no file system"):
+        together_._find(tmp_path / "absent" / "job", "mine")
+
+
+def test_files_that_differ_anywhere_much_are_told_apart(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(rng.bytes(300_000))
+    (tmp_path / "c").write_bytes((tmp_path / "a").read_bytes())
+    (tmp_path / "d").write_bytes((tmp_path / "a").read_bytes() + b"x")
+    assert together_._sample(tmp_path / "a") == together_._sample(tmp_path / "c")
+    assert len({together_._sample(tmp_path / name) for name in "abd"}) == 3
+    with pytest.raises(StorageError, match="does not exist"):
+        together_._sample(tmp_path / "absent")
 
 
 # ---------------------------------------------------------------- dividing

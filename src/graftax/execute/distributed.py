@@ -11,8 +11,9 @@ import hashlib
 import json
 import platform
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -212,12 +213,40 @@ class Peers:
             if error is self._failed:
                 raise
             turn, self._turn = self._turn, self._turn + 1
-            what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            what = "was interrupted" if isinstance(error, KeyboardInterrupt) else _line(error)
             self._decide(turn, _told(self._name(), GraftaxError(what)))
             self._failed = error
             raise
         else:
             self.agree(stage, timeout=timeout)
+
+    def finish(self, stage: str, action: Callable[[], None], timeout: float = TIMEOUT) -> None:
+        """Runs what must not be cut short: all processes end it, however it ends, before any raises what failed in one.
+        Shows that this process lives meanwhile."""
+        ended = threading.Event()
+        threading.Thread(target=self._beats, args=(self._turn, ended), name="graftax-alive", daemon=True).start()
+        failed: Exception | None = None
+        try:
+            action()
+        except Exception as error:
+            failed = error
+        finally:
+            ended.set()
+        what = failed if failed is None or isinstance(failed, GraftaxError) else GraftaxError(_line(failed))
+        told = self.agree(stage, give=None if what is None else _told(self._name(), what), timeout=timeout)
+        first = next((verdict for verdict in told if verdict is not None), None)
+        if first is not None:
+            self._failed = _raised(first)
+            raise self._failed from failed
+
+    def _beats(self, turn: int, ended: threading.Event) -> None:
+        number = 0
+        while not ended.wait(_BEAT):
+            number += 1
+            try:
+                self._put(turn, "alive", str(self.index), f"beat {number}", again=True)
+            except GraftaxError:  # the coordinator has gone; JAX ends this process
+                return
 
     # ------------------------------------------------------------ the store
 
@@ -310,6 +339,10 @@ def _judged(records: list[dict[str, Any]]) -> dict[str, Any]:
 def _told(name: str, error: GraftaxError) -> dict[str, Any]:
     failures = [{k: v[:_TEXT] for k, v in asdict(failure).items()} for failure in error.failures[:_FAILURES]]
     return {"kind": type(error).__name__, "text": f"{name} failed: {error}", "failures": failures}
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _missing(gone: list[int], count: int, stage: str, timeout: float) -> dict[str, Any]:

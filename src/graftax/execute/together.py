@@ -81,7 +81,7 @@ def write_together(
     stream = Stream(made, source, like, receipt, budget, advance)
     output = Output(made.like.specs, (), made.like.side, made.like.real_keys, made.like.containers, shard_bytes)
     path, row, output = saving.prepare(wanted.out, output, wanted.format)
-    work = _Work.of(joined, made, stream, output)
+    work = _Work.of(joined, made, stream, path, output)
     writer = _WRITERS.get(row.name) or _alone(row)
 
     def part(payload: Path) -> None:
@@ -123,6 +123,7 @@ class _Work:
     joined: Peers
     plan: Plan
     stream: Stream
+    out: Path
     names: Mapping[str, str]
     parts: Mapping[str, shares.Part]
     home: Mapping[str, tuple[int, Entry]]
@@ -130,11 +131,11 @@ class _Work:
     notes: Mapping[str, Any]
 
     @classmethod
-    def of(cls, joined: Peers, plan: Plan, stream: Stream, output: Output) -> _Work:
+    def of(cls, joined: Peers, plan: Plan, stream: Stream, out: Path, output: Output) -> _Work:
         """`output` has the targets of the plan in their order, some below a name."""
         names = dict(zip(output.specs, plan.like.specs, strict=True))
         home = {name: (i, entry) for i, entry in enumerate(plan.entries) for name in entry.targets}
-        return cls(joined, plan, stream, names, {}, home, {}, {})
+        return cls(joined, plan, stream, out, names, {}, home, {}, {})
 
     def everything(self) -> dict[str, shares.Part]:
         return dict.fromkeys(self.plan.like.specs, _ALL)
@@ -298,8 +299,8 @@ def _orbax(payload: Path, output: Output, work: _Work) -> None:
     joined.agree("making the arrays")
 
     def part(action: Callable[[], None]) -> None:
-        with joined.together("writing the arrays"):
-            saving.guarded(action, payload)
+        # To the end: what tensorstore writes into a folder that another process has removed never ends.
+        joined.finish("writing the arrays", lambda: saving.guarded(action, work.out))
 
     join = orbax_write.save_shared(payload, output, arrays, joined.count, part)
     if joined.index == 0:

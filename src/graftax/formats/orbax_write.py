@@ -74,7 +74,8 @@ def save_shared(
     together: Callable[[Callable[[], None]], None],
 ) -> Callable[[], None]:
     """As `save_tree`, called by all `processes` of a job, over whose devices the arrays are spread: each writes its
-    parts in what `together` runs: all end it, or none. Gives what the first process has to do then, to join the parts.
+    parts, in what `together` runs: where it fails in one it raises in all. Gives what the first process has to do then,
+    to join the parts.
 
     Orbax waits for all processes before and after it writes, for many minutes if need be: what fails in one has to be
     told to the others before they wait. So its last step, which only the first process does, is left to the caller.
