@@ -83,6 +83,7 @@ class Stream:
         self._whole: dict[int, dict[str, Array]] = {}
         self._meters: dict[int, Meter] = {}
         self._conditions: dict[int, bool] = {}  # entry -> they were looked at, and hold
+        self._skipped: set[str] = set()
         self._last: tuple[Entry, list[Values]] | None = None
         self._pushed: dict[Any, list[Piece]] = {}
         for entry in plan.entries:
@@ -108,7 +109,7 @@ class Stream:
             for number, box in enumerate(boxes):
                 count = math.prod(stop - start for start, stop in box)
                 if number >= first:
-                    pieces = push(entry.ops, self._specs(entry), index, box)
+                    pieces = self._pieces(entry, index, spec, box)
                     yield _tile(self._filled(entry, pieces, count, spec, self._buffer), box, spec)
                 self._advance(count * spec.bits // 8)
         except PlanError as error:
@@ -132,6 +133,7 @@ class Stream:
     def skip(self, target: str) -> None:
         """This target is not asked for: it was made by an earlier run."""
         spec = self._plan.like.specs[target]
+        self._skipped.add(target)
         self._count(spec)
         self._advance(spec.nbytes)
 
@@ -180,18 +182,12 @@ class Stream:
         `array` for it."""
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
-        specs = self._specs(entry)
-        key = (entry.ops, specs, index)
-        pieces = self._pushed.get(key)
-        if pieces is None:
-            if self._whole_only(entry, spec):
-                return None
-            try:
-                pieces = push(entry.ops, specs, index, [(0, n) for n in spec.shape])
-            except NotLocal:
-                return None
-            if all(type(op) in _BY_SHAPE for op in entry.ops):
-                self._pushed[key] = pieces
+        if self._whole_only(entry, spec):
+            return None
+        try:
+            pieces = self._pieces(entry, index, spec, tuple((0, n) for n in spec.shape))
+        except NotLocal:
+            return None
         self._count(spec)
         return Local(entry, spec, pieces)
 
@@ -291,10 +287,24 @@ class Stream:
         ops, specs = entry.ops, self._specs(entry)
         try:
             steps = tiling.box_steps(ops, specs, index, spec, self._tile, contiguous)
-            push(ops, specs, index, [(0, step) for step in steps])  # what is not local shows at the first
+            # What is not local shows at the first.
+            self._pieces(entry, index, spec, tuple((0, step) for step in steps))
         except NotLocal:
             return None
         return tiling.grid([(0, n) for n in spec.shape], steps)
+
+    def _pieces(self, entry: Entry, index: int, spec: TensorSpec, box: Edges) -> list[Piece]:
+        """The pieces of a box of a target. Those of a whole one are kept: of many layers they are the same."""
+        specs = self._specs(entry)
+        if any(edge != (0, n) for edge, n in zip(box, spec.shape, strict=True)):
+            return push(entry.ops, specs, index, box)
+        key = (entry.ops, specs, index)
+        pieces = self._pushed.get(key)
+        if pieces is None:
+            pieces = push(entry.ops, specs, index, box)
+            if all(type(op) in _BY_SHAPE for op in entry.ops):
+                self._pushed[key] = pieces
+        return pieces
 
     def _looked_at(self, entry: Entry) -> bool:
         """Were the values that the ops have conditions on seen to hold, tile by tile? Not where that is no gain, or the
@@ -352,7 +362,8 @@ class Stream:
             made, meter = run_entry(entry, self._source, self._like)
             if self._source.format != "live":
                 self._receipt.bytes_read += sum(spec.nbytes for spec in self._specs(entry))
-            self._whole[key] = dict(zip(entry.targets, made, strict=True))
+            named_made = zip(entry.targets, made, strict=True)
+            self._whole[key] = {name: array for name, array in named_made if name not in self._skipped}
             if meter is not None:
                 self._meters[key] = meter
         return self._whole[key]
