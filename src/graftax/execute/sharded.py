@@ -127,12 +127,12 @@ def _by_windows(
     union = [(min(box[a][0] for box in out), max(box[a][1] for box in out)) for a in range(len(spec.shape))]
     whole = TensorSpec(tuple(stop - start for start, stop in union), spec.dtype)
     origin = [start for start, _ in union]
-    most = scratch.nbytes
+    most = room = scratch.nbytes - SHORT  # the rest is for sources that are not read at once
     while True:
         steps = box_steps(ops, specs, index, whole, most, contiguous=False, origin=origin, rows=False)
         first = push(ops, specs, index, [(start, start + step) for start, step in zip(origin, steps, strict=True)])
         spans = _spans(first, sources)
-        if sum(high - low for low, high, _, _ in spans.values()) <= scratch.nbytes or max(steps, default=1) == 1:
+        if sum(high - low for low, high, _, _ in spans.values()) <= room or max(steps, default=1) == 1:
             break
         most = math.prod(steps) * spec.bits // 16  # half of what did not fit
     for tile in grid(union, steps):
