@@ -232,7 +232,7 @@ def test_what_is_not_the_same_starts_anew(
     with monkeypatch.context() as patch:
         stopped_run(patch, source, out, 12)
     place = commit.resume_place(out)
-    assert (place / commit.JOURNAL).read_bytes().count(b"\n") > 2
+    assert commit.journal_path(place / out.name).read_bytes().count(b"\n") > 2
     more: dict[str, Any] = {}
     if what == "source":  # as large as before, and of the same time
         stat = os.stat(source)
@@ -247,7 +247,7 @@ def test_what_is_not_the_same_starts_anew(
     elif what == "option":
         more["dtype"] = "source"
     elif what == "torn":
-        journal_file = place / commit.JOURNAL
+        journal_file = commit.journal_path(place / out.name)
         journal_file.write_bytes(b"x" + journal_file.read_bytes())
     elif what == "lost":
         (place / out.name).unlink()
@@ -266,7 +266,7 @@ def test_a_torn_line_counts_for_nothing(source: Path, tmp_path: Path, monkeypatc
     out = tmp_path / "out.safetensors"
     with monkeypatch.context() as patch:
         stopped_run(patch, source, out, 12)
-    path = commit.resume_place(out) / commit.JOURNAL
+    path = commit.journal_path(commit.resume_place(out) / out.name)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:-5])
     receipt = port(source, out)
@@ -287,6 +287,15 @@ def test_another_budget_goes_on_from_the_last_whole_tensor(
         receipt = port(source, out, max_memory="2MiB")
         assert told(receipt) == told(whole)
         assert out.read_bytes() == (tmp_path / "in" / name).read_bytes()
+
+
+def test_an_output_called_journal(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "journal"
+    with monkeypatch.context() as patch:
+        stopped_run(patch, source, out, 12)
+    assert any("resumed" in note for note in port(source, out).notes)
+    port(source, tmp_path / "in" / "journal", resume=False)
+    assert content(out) == content(tmp_path / "in" / "journal")
 
 
 def test_two_runs_do_not_resume_the_same(source: Path, tmp_path: Path) -> None:

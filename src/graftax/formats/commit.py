@@ -21,8 +21,6 @@ from pathlib import Path
 from graftax.errors import StorageError, escape
 from graftax.formats.base import LEFTOVER
 
-JOURNAL = "journal"
-"""The file of a staging folder that says what of its payload is done (see `journal`)."""
 _STAGING = ".graftax-"
 _RESUME = "resume"
 _NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2, linux/fs.h
@@ -60,7 +58,7 @@ def staged(out: Path, *, folder: bool, clobber: bool = True, keep: bool = False)
             raise StorageError(f"nothing was written for {escape(out)}")
         _settle(payload, out, files_mode, folders_mode)
         if keep:  # from here on the payload may be what was at `out` before: no journal may speak of it
-            (place / JOURNAL).unlink(missing_ok=True)
+            journal_path(payload).unlink(missing_ok=True)
             _sync(place)
             keep = False
         _put(payload, out, folder, clobber)
@@ -122,6 +120,11 @@ def _kept_staging(out: Path) -> tuple[Path, int]:
 def resume_place(out: Path) -> Path:
     """Where a run that may be resumed stages `out`."""
     return out.parent / f"{_prefix(out)}{_RESUME}"
+
+
+def journal_path(payload: Path) -> Path:
+    """The file beside a payload that says what of it is done (see `journal`); never of the payload's own name."""
+    return payload.with_name("journal" if payload.name != "journal" else "journal-of-it")
 
 
 def _lock(place: Path) -> int | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from graftax.errors import escape
 from graftax.formats.base import Tile, Tiles
-from graftax.formats.commit import JOURNAL
+from graftax.formats.commit import journal_path
 
 SCHEMA = 1
 SYNC_BYTES = 128 << 20
@@ -30,16 +30,16 @@ SYNC_SECONDS = 2.0
 class Journal:
     """Tiles that leave out what an earlier run has made, and the log of what this one makes (`base.Tiles`, `base.Log`).
 
-    place    the staging folder, held by this run alone
-    payload  what is written in it
+    payload  what is written, in a staging folder that is held by this run alone
     key      what is made, and of what: with another key nothing of an earlier run is used
     """
 
-    def __init__(self, place: Path, payload: Path, key: str, under: Tiles) -> None:
+    def __init__(self, payload: Path, key: str, under: Tiles) -> None:
+        place = payload.parent
         self._under, self._place = under, place
-        self._path = place / JOURNAL
         self.told: list[str] = []
-        records, length = _records(self._path)
+        path = journal_path(payload)
+        records, length = _records(path)
         if records and (records[0] != _head(key) or not _all_there(place, records)):
             self.told.append(
                 f"started anew: what {escape(place)} held was made from another source or plan, in another form, or is "
@@ -66,7 +66,7 @@ class Journal:
             under.restore(target, counted)
         if self._finished or self._tile:
             self.told.append(f"resumed after {self._finished} leaves, which a stopped run had made")
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, length)
         os.lseek(self._fd, length, os.SEEK_SET)
         self._asked = 0
@@ -132,7 +132,8 @@ class Journal:
         flush()
         name = os.path.relpath(path, self._place)
         if name not in self._files:
-            _sync_folder(path.parent)  # the file's name has to be on the disk as well
+            for folder in {path.parent, self._place}:  # the names have to be on the disk as well
+                _sync_folder(folder)
             info = os.stat(path)
             self._files[name] = [info.st_ino, info.st_size]
         counts = {target: self._under.counts(target) for target in dict.fromkeys(self._touched)}

@@ -97,7 +97,7 @@ def _go_on(out: Path, row: Format, output: Output, clobber: bool, notes: list[st
     """As `_write`, from where a stopped run was."""
     assert output.tiles is not None
     with staged(out, folder=row.folder, clobber=clobber, keep=True) as place:
-        journal = Journal(place.payload.parent, place.payload, _key(out, row, output, origin), output.tiles)
+        journal = Journal(place.payload, _key(out, row, output, origin), output.tiles)
         try:
             row.load().write(place.payload, replace(output, tiles=journal, log=journal))
         finally:
