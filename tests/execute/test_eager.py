@@ -274,3 +274,34 @@ def test_collection_is_paused_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match=r"^$"):
         next(steps)
     assert gc.isenabled()
+
+
+# ---------------------------------------------------------------- handed over
+
+
+def test_torch_and_jax_take_over_what_was_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy on the way: the tensors and arrays lie where the loader wrote them."""
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    save_file(tensors(), tmp_path / "s.safetensors", {"format": "pt"})
+    places: set[int] = set()
+    allocate_all = eager.allocate_all
+
+    def watched(sizes: list[int]) -> list[Array]:
+        made = allocate_all(sizes)
+        places.update(array.__array_interface__["data"][0] for array in made)
+        return made
+
+    monkeypatch.setattr(eager, "allocate_all", watched)
+    flax = gx.plan(tmp_path / "s.safetensors", None, rules=RULES[:4] + RULES[5:], to="flax", unused="drop")
+    tree = flax.run(tmp_path / "s.safetensors")
+    wide = tree["wide"]["kernel"]
+    assert wide.unsafe_buffer_pointer() in places
+    assert tree["long"]["kernel"].unsafe_buffer_pointer() in places
+    assert np.array_equal(wide, tensors()["wide.weight"].T)
+    rules = [rule for rule in RULES if isinstance(rule["torch"], str)]
+    back = gx.port(tree, None, rules=rules, to="torch")
+    assert back["wide.weight"].data_ptr() in places
+    assert back["long.weight"].data_ptr() in places
+    back["wide.weight"].zero_()
+    assert np.array_equal(wide, tensors()["wide.weight"].T), "nothing is shared with the source"
