@@ -14,7 +14,7 @@ same run; the values that each makes are compared with the truth. Exit status 1 
 any contender's values are wrong.
 
 A command is a module of scripts/benchmarks: add_arguments(parser) for options of its own, and
-run(args, settings) -> list[Group].
+run(args, settings) -> Groups, one after the other.
 """
 
 from __future__ import annotations
@@ -41,26 +41,35 @@ def modules() -> dict[str, ModuleType]:
 
 
 def main() -> int:
-    from benchmarks import plot, showing
+    from benchmarks import showing
 
     args, chosen = _arguments()
     groups: dict[str, list[Any]] = {}
-    load = [os.getloadavg()]
+    load: list[tuple[float, ...]] = [os.getloadavg()]
     with tempfile.TemporaryDirectory(prefix="graftax-bench-") as scratch:
         settings = _settings(args, Path(scratch))
         for name, module in chosen.items():
-            groups[name] = module.run(args, settings)
-            showing.show(groups[name])
-    load.append(os.getloadavg())
-    print(f"load {load[0][0]:.1f} before, {load[1][0]:.1f} after, {os.cpu_count()} cores")
+            groups[name] = []
+            for group in module.run(args, settings):
+                groups[name].append(group)
+                load.append(os.getloadavg())
+                showing.show([group])
+                _write(args, groups, load)  # a run that is stopped has told what it found
+    print(f"load {load[0][0]:.1f} before, {load[-1][0]:.1f} after, {os.cpu_count()} cores")
+    every = [group for made in groups.values() for group in made]
+    return 0 if all(row.ok for group in every for row in group.rows) else 1
+
+
+def _write(args: argparse.Namespace, groups: dict[str, list[Any]], load: list[tuple[float, ...]]) -> None:
+    """The files that --json and --svg ask for."""
+    from benchmarks import plot, showing
+
     if args.json:
         found = {name: [showing.as_json(group) for group in made] for name, made in groups.items()}
         about = {"schema": 1, "smoke": args.smoke, "seed": args.seed, **showing.about(load)}
         args.json.write_text(json.dumps({**about, "commands": found}, indent=1) + "\n", encoding="utf-8")
-    every = [group for made in groups.values() for group in made]
     if args.svg:
-        args.svg.write_text(plot.svg(every), encoding="utf-8")
-    return 0 if all(row.ok for group in every for row in group.rows) else 1
+        args.svg.write_text(plot.svg([group for made in groups.values() for group in made]), encoding="utf-8")
 
 
 def _arguments() -> tuple[argparse.Namespace, dict[str, ModuleType]]:

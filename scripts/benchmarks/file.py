@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import checkpoints, environments
@@ -39,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a contender is given up")
 
 
-def run(args: argparse.Namespace, settings: Settings) -> list[Group]:
-    names = [name for name in checkpoints.KINDS if not args.only or name == args.only]
-    return [_group(name, args, settings) for name in names]
+def run(args: argparse.Namespace, settings: Settings) -> Iterator[Group]:
+    for name in checkpoints.KINDS:
+        if not args.only or name == args.only:
+            yield _group(name, args, settings)
 
 
 def _group(name: str, args: argparse.Namespace, settings: Settings) -> Group:

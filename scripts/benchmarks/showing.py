@@ -68,7 +68,7 @@ def state(row: Row) -> str:
 
 
 def about(load: Sequence[Any]) -> dict[str, Any]:
-    """The machine, the versions, and how busy it was before and after."""
+    """The machine, the versions, and how busy it was before and after each group."""
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
