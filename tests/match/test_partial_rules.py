@@ -142,3 +142,17 @@ def test_a_bias_of_grouped_heads_lies_as_the_rule_for_its_weight_says() -> None:
     found = gx.port(fused, flax, rules=[rule])["a"]
     assert _same_rows(fused, found, sizes)
     assert not (found["q"]["bias"] == fused["a.qkv.bias"][:8]).all()
+
+
+def test_gates_in_an_order_of_their_own_say_nothing_of_the_others() -> None:
+    """A rule that lists the gates otherwise than the layer table contradicts it: the rest of the layer is asked."""
+    gates = "igfo"
+    torch = {"x.weight_ih_l0": np.zeros((32, 8), "f4"), "x.weight_hh_l0": np.zeros((32, 8), "f4")}
+    torch |= {f"x.bias_{end}_l0": np.zeros(32, "f4") for end in ("ih", "hh")}
+    cell = {f"i{g}": {"kernel": np.zeros((8, 8), "f4")} for g in gates}
+    cell |= {f"h{g}": {"kernel": np.zeros((8, 8), "f4"), "bias": np.zeros(8, "f4")} for g in gates}
+    targets = [f"params/x/i{g}/kernel" for g in gates]
+    rule = {"torch": "x.weight_ih_l0", "flax": targets, "fused": "block", "layout": "linear"}
+    assert not gx.plan(torch, {"params": {"x": cell}}, rules=[rule]).complete
+    rule["flax"] = [f"params/x/i{g}/kernel" for g in "ifgo"]
+    assert gx.plan(torch, {"params": {"x": cell}}, rules=[rule]).complete

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from graftax.match.assumptions import call_orders
 from graftax.match.calls import flax_calls
+from graftax.match.cells import fused_cells
 from graftax.match.choose import Choice
 from graftax.match.ends import Ends
 from graftax.match.engine import Result, match
@@ -72,7 +73,11 @@ def _infer(
     hidden = {name for names in ties.values() for name in names[1:]}
     t_skip, f_skip = (filled, taken) if turned else (taken, filled)
     torch, flax = (like, source) if turned else (source, like)
-    cells = recurrent(torch, flax, taken | filled, turned, lex) if source_side != like_side else Recurrent()
+    cells = Recurrent()
+    if source_side != like_side:
+        cells = recurrent(torch, flax, settled.entries, turned, lex)
+    elif like_side == "flax":
+        cells = fused_cells(source, like, taken | filled, lex)
     t_skip, f_skip = t_skip | cells.torch, f_skip | cells.flax
     silent = [item.entry for item in named]
     spoken = [entry for entry in settled.entries if not any(entry is other for other in silent)]

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from graftax.errors import Failure, LayoutError, escape
 from graftax.layers import Connection, Part, connect, known_kind
 from graftax.layers import settled as settled_connection
 from graftax.match.choose import says_transposed
 from graftax.match.names import concepts, lexicon
+from graftax.match.recurrent import unruled
 from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
 from graftax.plans import PARITY, Assumption, Entry, Proposal, Question
@@ -194,7 +195,7 @@ def _composites(
             elif found is not None:
                 fits.append((owner, group, found))
     taken = _pairs(fits)
-    rest = [_unruled(connection, ruled) for _, _, connection in taken]
+    rest = [unruled(connection, ruled) for _, _, connection in taken]
     proposal = _proposal([connection for connection in rest if connection is not None], turned)
     if not fits and len(owners) == 1 and refusals:
         refused = _refused(*refusals[0], turned)
@@ -213,19 +214,6 @@ def _with_siblings(free: list[str], end: Checkpoint, side: Side) -> list[str]:
 
     kept, homes = set(free), {home(name) for name in free}
     return [name for name in end if name in kept or home(name) in homes]
-
-
-def _unruled(connection: Connection, ruled: Iterable[Entry]) -> Connection | None:
-    """The connection without what rules settle as it does; None where they settle a leaf of it otherwise."""
-    pairings = {frozenset((frozenset(entry.sources), frozenset(entry.targets))) for entry in ruled}
-    spoken = {name for pairing in pairings for names in pairing for name in names}
-    left: list[Entry] = []
-    for entry in connection.entries:
-        if spoken.isdisjoint((*entry.sources, *entry.targets)):
-            left.append(entry)
-        elif frozenset((frozenset(entry.sources), frozenset(entry.targets))) not in pairings:
-            return None
-    return replace(connection, entries=tuple(left))
 
 
 def _scaled(names: list[str]) -> list[str]:

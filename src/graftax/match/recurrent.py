@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from graftax.errors import Failure, LayoutError
 from graftax.layers.base import Connection, Part
@@ -14,7 +14,8 @@ from graftax.match.names import Lexicon, concepts
 from graftax.match.sides import tokens_of
 from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
-from graftax.plans import Entry, Question
+from graftax.plans import Candidate, Entry, Question
+from graftax.rules.text import rule_line
 from graftax.tree import Checkpoint
 
 _TORCH = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?")
@@ -35,79 +36,147 @@ class Recurrent:
     flax: set[str] = field(default_factory=set[str])
 
 
-def recurrent(torch: Checkpoint, flax: Checkpoint, skip: set[str], turned: bool, lex: Lexicon) -> Recurrent:
-    """Connect the recurrent layers of both sides. `skip`: settled leaves; `turned`: the torch end is like."""
+Fit = tuple[Part, Part, Connection]
+
+
+def recurrent(torch: Checkpoint, flax: Checkpoint, ruled: Iterable[Entry], turned: bool, lex: Lexicon) -> Recurrent:
+    """Connect the recurrent layers of both sides. `ruled`: settled entries; `turned`: the torch end is like."""
     out = Recurrent()
+    ruled = list(ruled)
+    said = {name for entry in ruled for name in (*entry.sources, *entry.targets)}
+    for fit in _as_ruled(torch, flax, ruled, said) if said else ():
+        _take(out, fit, turned)
+    skip = {*said, *out.torch, *out.flax}
     left = _torch_parts(torch, skip)
-    right = _flax_parts(flax, skip) if left else []
+    right = flax_parts(flax, skip) if left else []
     if not left or not right:
         return out
-    fits: list[tuple[Part, Part, Connection]] = []
-    for part in left:
-        for other in right:
-            try:
-                found = settled(connect(part, other))
-            except LayoutError as error:
-                out.failures.append(Failure(str(error), torch.label, part.path))
-                continue
-            if found is not None:
-                fits.append((part, other, found))
+    fits = _fits(left, right, torch.label, out.failures)
+    fitting = list(fits)
     while fits:
         best = [fit for fit in fits if _clear(fit, fits, lex)]
         if not best:
             break
-        part, other, found = best[0]
-        for entry in found.entries:
-            out.entries.append(
-                _turned(entry, found) if turned else Entry(entry.sources, entry.targets, entry.ops, found.evidence)
-            )
-        out.torch |= set(part.leaves.values())
-        out.flax |= set(other.leaves.values())
+        _take(out, best[0], turned)
         fits = [
             f for f in fits if not out.torch & set(f[0].leaves.values()) and not out.flax & set(f[1].leaves.values())
         ]
     out.failures = [
         f for f in out.failures if not any(p.path == f.key and out.torch & set(p.leaves.values()) for p in left)
     ]
+    waiting: tuple[set[str], set[str]] = set(), set()
     for part in left:
         if not out.torch & set(part.leaves.values()):
-            out.torch |= set(part.leaves.values())
-            _ask(out, part, right, turned)
+            waiting[0].update(part.leaves.values())
+            waiting[1].update(_ask(out, part, right, [fit for fit in fitting if fit[0] is part], turned))
+    out.torch |= waiting[0]
+    out.flax |= waiting[1]
     return out
 
 
-def _turned(entry: Entry, found: Connection) -> Entry:
-    return Entry(entry.targets, entry.sources, invert_chain(entry.ops), found.evidence)
+def _fits(left: Iterable[Part], right: Iterable[Part], label: str, failures: list[Failure]) -> list[Fit]:
+    """Every pair that the layer table connects; what it refuses is a failure."""
+    out: list[Fit] = []
+    right = list(right)
+    for part in left:
+        for other in right:
+            try:
+                found = settled(connect(part, other))
+            except LayoutError as error:
+                failures.append(Failure(str(error), label, part.path))
+                continue
+            if found is not None:
+                out.append((part, other, found))
+    return out
 
 
-def _ask(out: Recurrent, part: Part, right: list[Part], turned: bool) -> None:
-    others = tuple(path for other in right for path in other.leaves.values() if path not in out.flax)
+def _take(out: Recurrent, fit: Fit, turned: bool) -> None:
+    part, other, found = fit
+    for entry in found.entries:
+        ends = (entry.targets, entry.sources) if turned else (entry.sources, entry.targets)
+        ops = invert_chain(entry.ops) if turned else entry.ops
+        out.entries.append(Entry(*ends, ops, found.evidence))
+    out.torch |= set(part.leaves.values())
+    out.flax |= set(other.leaves.values())
+
+
+def _as_ruled(torch: Checkpoint, flax: Checkpoint, ruled: Iterable[Entry], said: Collection[str]) -> list[Fit]:
+    """The pairs of which rules have settled a part just as the layer table has it, with the rest of them. `said`: the
+    leaves that rules have settled."""
+    sides = _torch_parts(torch, ()), flax_parts(flax, ())
+    begun = [[part for part in parts if _begun(part, said)] for parts in sides]
+    found = _fits(begun[0], begun[1], torch.label, [])
+    rest = [(a, b, left) for a, b, fit in found if (left := unruled(fit, ruled)) is not None]
+    return [fit for fit in rest if not any(other is not fit and _meet(other, fit) for other in rest)]
+
+
+def _begun(part: Part, said: Collection[str]) -> bool:
+    """Some leaves are settled, not all."""
+    return 0 < sum(path in said for path in part.leaves.values()) < len(part.leaves)
+
+
+def unruled(connection: Connection, ruled: Iterable[Entry]) -> Connection | None:
+    """The connection without what rules settle as it does, name for name; None where they settle a leaf of it otherwise
+    (gates in another order)."""
+    pairings = {frozenset((entry.sources, entry.targets)) for entry in ruled}
+    spoken = {name for pairing in pairings for names in pairing for name in names}
+    left: list[Entry] = []
+    for entry in connection.entries:
+        if spoken.isdisjoint((*entry.sources, *entry.targets)):
+            left.append(entry)
+        elif frozenset((entry.sources, entry.targets)) not in pairings:
+            return None
+    return replace(connection, entries=tuple(left))
+
+
+def _meet(a: Fit, b: Fit) -> bool:
+    return a[0] is b[0] or not set(a[1].leaves.values()).isdisjoint(b[1].leaves.values())
+
+
+def _ask(out: Recurrent, part: Part, right: list[Part], fits: Iterable[Fit], turned: bool) -> set[str]:
+    """Ask which cells hold a layer: a candidate for each that fits and is still free. Gives
+    the Flax leaves that wait for an answer."""
+    others = tuple(dict.fromkeys(p for other in right for p in other.leaves.values() if p not in out.flax))
     mine = tuple(part.leaves.values())
-    text = f"{part.path}: the cells that hold this recurrent layer are not clear; write a rule for each leaf"
-    out.questions.append(Question("match", text, mine if turned else others, others if turned else mine))
-    out.flax |= set(others)
+    found = [
+        Candidate(", ".join(lines), tuple(other.leaves.values()) if turned else mine, f"{part.path} = {other.path}")
+        for _, other, connection in fits
+        if not out.flax & set(other.leaves.values()) and (lines := _lines(connection))
+    ]
+    text = f"{part.path}: the cells that hold this recurrent layer are not clear"
+    text += "" if found else "; write a rule for each leaf"
+    targets, sources = (mine, others) if turned else (others, mine)
+    out.questions.append(Question("match", text, targets, sources, tuple(found)))
+    return set(others)
 
 
-def _clear(fit: tuple[Part, Part, Connection], fits: list[tuple[Part, Part, Connection]], lex: Lexicon) -> bool:
+def _lines(connection: Connection) -> list[str]:
+    """The rules that say where the weights of the inputs are: what belongs to them follows."""
+    out: list[str] = []
+    for entry in connection.entries:
+        name, flax = entry.sources[0], list(entry.targets)
+        if "weight_ih" in name.rpartition(".")[2]:
+            several = {"fused": "block"} if len(flax) > 1 else {}
+            out.append(rule_line(torch=name, flax=flax if several else flax[0], **several, layout="linear"))
+    return out
+
+
+def _clear(fit: Fit, fits: list[Fit], lex: Lexicon) -> bool:
     """The names do not speak against the pair, and no other part fits either end, or none has names as alike."""
     if unlike(fit[0].path, fit[1].path, lex):
         return False
-    rivals = [
-        other
-        for other in fits
-        if other is not fit and (other[0] is fit[0] or set(other[1].leaves.values()) & set(fit[1].leaves.values()))
-    ]
+    rivals = [other for other in fits if other is not fit and _meet(other, fit)]
     own = _likeness(fit, lex)
     return all(_likeness(other, lex) < own - 0.12 for other in rivals)
 
 
-def _likeness(fit: tuple[Part, Part, Connection], lex: Lexicon) -> float:
+def _likeness(fit: Fit, lex: Lexicon) -> float:
     a = set(concepts(tokens_of(f"{fit[0].path}.weight", "torch"), lex))
     b = set(concepts(tokens_of(f"{fit[1].path}/kernel", "flax"), lex))
     return len(a & b) / max(len(a | b), 1)
 
 
-def _torch_parts(side: Checkpoint, skip: set[str]) -> list[Part]:
+def _torch_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
     groups: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for path in side.specs:
         owner, _, role = path.rpartition(".")
@@ -116,7 +185,7 @@ def _torch_parts(side: Checkpoint, skip: set[str]) -> list[Part]:
     return [Part(path, "torch", leaves, side.specs, side.modules.get(path)) for path, leaves in groups.items()]
 
 
-def _flax_parts(side: Checkpoint, skip: set[str]) -> list[Part]:
+def flax_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
     """A part for every cell, and one for all numbered cells that stand together."""
     cells: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for path in side.specs:

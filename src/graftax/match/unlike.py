@@ -7,16 +7,17 @@ import re
 from graftax.match.names import Lexicon, concepts, contradicts
 from graftax.match.sides import tokens_of
 
-_KINDS = frozenset(
+KINDS = frozenset(
     ["lstm", "gru", "rnn", "cell", "cells", "recurrent", "optimized", "simple", "bi", "bidirectional", "bilstm"]
 )
 """Words for recurrent layers: on both sides they say what the shapes say."""
 
 
-def unlike(torch: str, flax: str, lex: Lexicon) -> bool:
+def unlike(path: str, flax: str, lex: Lexicon, torch: bool = True) -> bool:
     """Two paths of modules name parts that exclude each other (encoder and decoder), or each says something that the
     other does not and they share no telling word."""
-    a, b = _said(f"{torch}.weight", True, lex), _said(f"{flax}/kernel", False, lex)
+    a = _said(f"{path}.weight" if torch else f"{path}/kernel", torch, lex)
+    b = _said(f"{flax}/kernel", False, lex)
     if contradicts(a, b, lex):
         return True
     telling = [{word for word in words if lex.weight(word) >= 1} for words in (a, b)]
@@ -25,4 +26,4 @@ def unlike(torch: str, flax: str, lex: Lexicon) -> bool:
 
 def _said(path: str, torch: bool, lex: Lexicon) -> frozenset[str]:
     found = concepts(tokens_of(path, "torch" if torch else "flax"), lex)
-    return frozenset(word for word in found if re.sub(r"\d+$", "", word) not in _KINDS)
+    return frozenset(word for word in found if re.sub(r"\d+$", "", word) not in KINDS)
