@@ -20,6 +20,7 @@ from graftax.errors import Failure, FormatError, GraftaxError, PlanError, Storag
 from graftax.execute import shares
 from graftax.execute import together as together_
 from graftax.execute.distributed import Peers, agree, peers, processes
+from graftax.execute.same_work import sample
 from graftax.formats import orbax_write
 from graftax.ops import Rearrange
 from graftax.plans import Entry
@@ -244,14 +245,16 @@ def test_who_does_not_come_is_named_by_all_also_when_late():
 def test_who_works_long_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     from graftax.execute import distributed
 
-    for name in ("_BEAT", "_LOOK", "_WAIT"):
+    for name in ("_BEAT", "_WAIT"):
         monkeypatch.setattr(distributed, name, 0.05)
 
     def work(own: Peers) -> list[Any]:
-        for _ in range(60 if own.index else 0):
-            time.sleep(0.02)
-            own.look()
-        return own.agree("write", give=own.index, timeout=0.5)
+        with own.together("outer", timeout=0.5):
+            own.agree("first")
+            time.sleep(1.2 * own.index)
+            own.agree("second", timeout=0.5)
+            time.sleep(1.2 * own.index)
+        return own.agree("after", give=own.index)
 
     assert together(2, work) == [[0, 1]] * 2
 
@@ -318,10 +321,10 @@ def test_files_that_differ_anywhere_much_are_told_apart(tmp_path: Path):
         (tmp_path / name).write_bytes(rng.bytes(300_000))
     (tmp_path / "c").write_bytes((tmp_path / "a").read_bytes())
     (tmp_path / "d").write_bytes((tmp_path / "a").read_bytes() + b"x")
-    assert together_._sample(tmp_path / "a") == together_._sample(tmp_path / "c")
-    assert len({together_._sample(tmp_path / name) for name in "abd"}) == 3
+    assert sample(tmp_path / "a") == sample(tmp_path / "c")
+    assert len({sample(tmp_path / name) for name in "abd"}) == 3
     with pytest.raises(StorageError, match="does not exist"):
-        together_._sample(tmp_path / "absent")
+        sample(tmp_path / "absent")
 
 
 # ---------------------------------------------------------------- dividing

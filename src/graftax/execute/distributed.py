@@ -24,7 +24,7 @@ from graftax.errors import Failure, GraftaxError, PlanError, StorageError, escap
 TIMEOUT = 300.0
 """Seconds without a sign of life after which a process counts as missing."""
 _LOOK = 0.25  # seconds between two looks for a peer's failure while working
-_BEAT = 5.0  # seconds between two signs of life
+_BEAT = 5.0  # seconds between two signs of life, which a thread gives while a process works
 _WAIT = 1.0  # seconds of one wait, after which signals are served
 _SHOWN = 5  # names of what differs
 _FAILURES = 20  # failures that travel with an error
@@ -144,7 +144,6 @@ class Peers:
     store: Store
     _turn: int = 0
     _looked: float = 0.0
-    _beat: float = 0.0
     _failed: BaseException | None = None  # what was raised last, and all know of
 
     def agree(
@@ -185,15 +184,11 @@ class Peers:
         return [json.loads(here[str(i)])["give"] for i in range(self.count)]
 
     def look(self) -> None:
-        """While working: raises what another process failed with meanwhile, and shows that this one lives. Cheap: asks
-        a few times a second at most."""
+        """While working: raises what another process failed with meanwhile. Asks a few times a second at most."""
         now = time.monotonic()
         if now - self._looked < _LOOK:
             return
         self._looked = now
-        if now - self._beat >= _BEAT:
-            self._beat = now
-            self._put(self._turn, "alive", str(self.index), str(now), again=True)
         for text in self._folder(self._turn, "verdict").values():
             verdict = json.loads(text)
             if "text" in verdict:
@@ -202,9 +197,10 @@ class Peers:
     @contextmanager
     def together(self, stage: str, timeout: float = TIMEOUT) -> Iterator[None]:
         """`agree` at the end of the block, with what it raised; what all have raised already passes. An error that is
-        no GraftaxError is told to the others and raised here as it is."""
+        no GraftaxError is told to the others and raised here as it is. Until then this process counts as alive."""
         try:
-            yield
+            with self._alive():
+                yield
         except GraftaxError as error:
             if self._failed is not None and self._failed in (error, error.__cause__):
                 raise
@@ -222,16 +218,13 @@ class Peers:
 
     def finish(self, stage: str, action: Callable[[], None], timeout: float = TIMEOUT) -> None:
         """Runs what must not be cut short: all processes end it, however it ends, before any raises what failed in one.
-        Shows that this process lives meanwhile."""
-        ended = threading.Event()
-        threading.Thread(target=self._beats, args=(self._turn, ended), name="graftax-alive", daemon=True).start()
+        Until then this process counts as alive."""
         failed: Exception | None = None
         try:
-            action()
+            with self._alive():
+                action()
         except Exception as error:
             failed = error
-        finally:
-            ended.set()
         what = failed if failed is None or isinstance(failed, GraftaxError) else GraftaxError(_line(failed))
         told = self.agree(stage, give=None if what is None else _told(self._name(), what), timeout=timeout)
         first = next((verdict for verdict in told if verdict is not None), None)
@@ -239,14 +232,25 @@ class Peers:
             self._failed = _raised(first)
             raise self._failed from failed
 
-    def _beats(self, turn: int, ended: threading.Event) -> None:
-        number = 0
-        while not ended.wait(_BEAT):
-            number += 1
-            try:
-                self._put(turn, "alive", str(self.index), f"beat {number}", again=True)
-            except GraftaxError:  # the coordinator has gone; JAX ends this process
-                return
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Signs of life while the block runs: who waits for this process goes on waiting."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            number = 0
+            while not ended.wait(_BEAT):
+                number += 1
+                try:
+                    self._put(self._turn, "alive", str(self.index), str(number), again=True)
+                except GraftaxError:  # the coordinator has gone: JAX ends this process
+                    return
+
+        threading.Thread(target=beat, name="graftax-alive", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     # ------------------------------------------------------------ the store
 

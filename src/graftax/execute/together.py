@@ -8,13 +8,11 @@ made front to back by process 0 alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,11 @@ from graftax.errors import StorageError, UsageError, escape
 from graftax.execute import shares
 from graftax.execute.distributed import Peers
 from graftax.execute.receipt import Receipt
+from graftax.execute.same_work import same_work
 from graftax.execute.streamed import Stream
-from graftax.formats import Output, files, hf_folder, orbax_write, safetensors_file, saving
+from graftax.formats import Output, hf_folder, orbax_write, safetensors_file, saving
 from graftax.formats.base import Format, Tile
 from graftax.formats.sizes import parse_size
-from graftax.ops import Op, op_to_json
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint, TensorSpec
 
@@ -39,8 +37,6 @@ _MARK = "job"
 """A file of the staging folder with a number that every process must find there."""
 _SEEN = 10.0  # seconds in which a network file system shows what another host has made
 _LEAST = 32 << 20  # bytes of a stream's budget: smaller tiles would cost more than even shares give
-_SAMPLES, _SAMPLE = 16, 4096  # places in a file that are compared between processes, and their bytes
-_FILES = 1000  # files of which so much is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,10 @@ def write_together(
         total = sum(spec.nbytes for spec in made.like.specs.values())
         budget = min(parse_size(wanted.max_memory), max(_LEAST, total // (2 * joined.count)))
         shard_bytes = None if wanted.shard_size is None else parse_size(wanted.shard_size)
-        same = _same_work(made, source) | {"out": os.path.abspath(wanted.out), "options": repr(replace(wanted, out=""))}
+        same = same_work(made, source, like) | {
+            "out": os.path.abspath(wanted.out),
+            "options": repr(replace(wanted, out="")),
+        }
     joined.agree("planning", same=same)
     receipt = Receipt()
     stream = Stream(made, source, like, receipt, budget, advance)
@@ -303,7 +302,7 @@ def _orbax(payload: Path, output: Output, work: _Work) -> None:
         joined.finish("writing the arrays", lambda: saving.guarded(action, work.out))
 
     join = orbax_write.save_shared(payload, output, arrays, joined.count, part)
-    if joined.index == 0:
+    if joined.index == 0:  # the others wait, as for all of `write`
         join()
         for index in range(1, joined.count):
             found = json.loads((payload.parent / f"digests-{index}").read_text(encoding="utf-8"))
@@ -340,43 +339,6 @@ _WRITERS = {
     "hf_folder": _Writer(_begin_folder, _shards),
     "orbax": _Writer(_nothing, _orbax),
 }
-
-
-# ---------------------------------------------------------------- is it the same work, in the same place?
-
-
-def _same_work(made: Plan, source: Checkpoint) -> dict[str, str]:
-    """name -> what must not differ between processes: the plan, and samples of the source's files."""
-    same = {"graftax": version("graftax"), "side": made.like.side}
-    same["keys"] = _digest(repr((sorted(made.like.real_keys.items()), sorted(made.like.containers.items()))))
-    for end, specs in (("source", made.source.specs), ("like", made.like.specs)):
-        same |= {f"{end} {name}": str(spec) for name, spec in specs.items()}
-    for entry in made.entries:
-        name = f"{entry.targets[0]}, how it is made" if entry.targets else f"{entry.sources[0]}, what becomes of it"
-        same[name] = _digest(repr((entry.sources, entry.targets, [_plain(op) for op in entry.ops])))
-    listed = source.files[:: max(1, len(source.files) // _FILES)]
-    return same | {str(path): _sample(path) for path in listed}
-
-
-def _plain(op: Op) -> str:
-    """An op as text, without what only its process knows it by."""
-    return json.dumps(op_to_json(op), sort_keys=True, default=lambda value: type(value).__name__)
-
-
-def _sample(path: Path) -> str:
-    """A digest of a file's size and of what is in a few places of it."""
-    try:
-        stamp = files.stamp(path)
-        places = sorted({max(0, stamp.size - _SAMPLE) * i // (_SAMPLES - 1) for i in range(_SAMPLES)})
-        taken = [files.read_bytes(path, stamp, place, min(_SAMPLE, stamp.size - place)) for place in places]
-    except OSError as error:
-        raise files.storage_error(error, path) from error
-    return _digest(str(stamp.size).encode() + b"".join(taken))
-
-
-def _digest(text: str | bytes) -> str:
-    raw = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
-    return hashlib.sha256(raw).hexdigest()[:32]
 
 
 def _find(path: Path, mark: str) -> None:
