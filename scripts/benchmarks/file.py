@@ -35,6 +35,7 @@ WORKERS: dict[str, tuple[str, Callable[[Path | None], Path] | None]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help=f"one of {', '.join(checkpoints.KINDS)}")
+    parser.add_argument("--peers", help="of the others only those whose name holds one of these, with commas between")
     parser.add_argument("--envs", type=Path, help="make the environments of transformers and weightbridge here")
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a contender is given up")
 
@@ -51,7 +52,10 @@ def _group(name: str, args: argparse.Namespace, settings: Settings) -> Group:
     settings.say(f"making {checkpoints.KINDS[name].title}")
     made = checkpoints.make(name, settings.folder, scale, settings.seed)
     contenders = [_copy(made, settings.folder)]
+    peers = None if args.peers is None else [part.strip() for part in args.peers.split(",") if part.strip()]
     for title, (work, python) in WORKERS.items():
+        if work != "graftax" and peers is not None and not any(part in title for part in peers):
+            continue
         contenders.append(_contender(title, work, python, made, scale, args, settings))
     group = measure(made.title, contenders, BASELINE, settings.repeats, settings.seed, made.nbytes, say=settings.say)
     group.facts |= {"scale": scale, "max_memory": MAX_MEMORY}
