@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from graftax.execute import strided
@@ -56,3 +56,44 @@ def test_into_a_part_of_a_larger_array() -> None:
     assert (out[405:] == -1).all()
     assert (out[:, :3] == -1).all()
     assert (out[:, 303:] == -1).all()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_parts_of_rows_are_read_in_one_go(data: st.DataObject) -> None:
+    """A window of a transposed matrix in a file: the parts of its rows that are wanted, what lies between skipped."""
+    from graftax.execute import gather
+    from graftax.execute.pushdown import push
+    from graftax.ops import Rearrange
+    from graftax.tree import TensorSpec
+
+    rows, columns = data.draw(st.integers(2, 300)), data.draw(st.integers(2, 300))
+    dtype = data.draw(st.sampled_from(["uint8", "uint16", "uint32", "uint64"]))
+    source = np.arange(rows * columns).reshape(rows, columns).astype(dtype)
+    raw, calls = source.tobytes(), []
+
+    def read(start: int, buffer: memoryview) -> None:
+        buffer[:] = raw[start : start + len(buffer)]
+
+    def scatter(start: int, buffers: list[memoryview]) -> None:
+        calls.append(len(buffers))
+        for buffer in buffers:
+            read(start, buffer)
+            start += len(buffer)
+
+    edges = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in (columns, rows)]
+    (left, right), (top, bottom) = edges
+    assume(left < right and top < bottom)
+    spec = TensorSpec((rows, columns), dtype)
+    pieces = push((Rearrange("a b -> b a"),), (spec,), 0, [(left, right), (top, bottom)])
+    out = np.zeros((right - left) * (bottom - top), dtype)
+    small, strided.SMALL = strided.SMALL, 0  # small pieces are done otherwise
+    try:
+        scratch = np.full(data.draw(st.integers(1 << 12, 1 << 20)), 255, np.uint8)
+        gather.fill(out, pieces, [gather.Stored(spec, read, scatter)], scratch)
+    finally:
+        strided.SMALL = small
+    assert (out.reshape(right - left, bottom - top) == source.T[left:right, top:bottom]).all()
+    wide = right - left
+    if bottom - top > 1 and wide < columns <= 3 * wide and scratch.nbytes == 1 << 20:
+        assert calls, "rows with gaps"

@@ -129,10 +129,11 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
 
 
 def _by_rows(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> bool:
-    """Fill a piece that takes rows of one file that follow each other; False where it is not such a piece.
+    """Fill a piece that takes rows, or the same part of rows, of one file; False where it is not such a piece.
 
     The rows are read some bytes apart, and written while they are in the cache: a column of them does not fall into one
-    cache set, as it would in most matrices, and nothing is copied between reading and writing.
+    cache set, as it would in most matrices, and nothing is copied between reading and writing. What lies between parts
+    of rows is read over one short piece of memory, that stays in the cache.
     """
     leaves = list(piece.leaves())
     values = sources[leaves[0].source]
@@ -146,21 +147,25 @@ def _by_rows(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array
             return False
         run *= piece.extents[loop]
     nbytes, count = run * width, piece.extents[outer]
-    if leaf.strides[outer] != run:
+    gap = leaf.strides[outer] * width - nbytes
+    if gap < 0 or gap > min((DENSE - 1) * nbytes, SHORT):
         return False
     pitch = -(-nbytes // strided.PAD_BYTES) * strided.PAD_BYTES + strided.PAD_BYTES
-    wanted = min(max(_NEAR // pitch, strided.rows_of(width)), _MOST_BUFFERS, count)
-    at_once = min(wanted, scratch.nbytes // pitch)
+    wanted = min(max(_NEAR // pitch, strided.rows_of(width)), _MOST_BUFFERS // (2 if gap else 1), count)
+    at_once = min(wanted, (scratch.nbytes - gap) // pitch)
     if 4 * at_once < wanted:  # long rows in little memory: better a part of each
         return False
     raw = memoryview(scratch)  # pyright: ignore[reportArgumentType]
     buffers = [raw[i * pitch : i * pitch + nbytes] for i in range(at_once)]
+    if gap:
+        between = raw[at_once * pitch : at_once * pitch + gap]
+        buffers = [buffer for row in buffers for buffer in (row, between)]
     steps = [pitch if loop == outer else leaf.strides[loop] * width for loop in range(len(piece.extents))]
     dtype = numpy_dtype(values.spec.dtype)
     for start in range(0, count, at_once):
         n = min(at_once, count - start)
         extents = (*piece.extents[:outer], n, *piece.extents[outer + 1 :])
-        values.scatter((leaf.offset + start * run) * width, buffers[:n])
+        values.scatter((leaf.offset + start * leaf.strides[outer]) * width, buffers[: 2 * n - 1 if gap else n])
         rows: Array = np.ndarray(extents, dtype, raw, 0, steps)
         target = _window(out, piece.offset + start * piece.strides[outer], extents, piece.strides)
         value = evaluate(piece.value, extents, lambda _, rows=rows: rows)

@@ -338,7 +338,9 @@ class Stream:
     def _values(self, name: str) -> Values:
         spec, span = self._plan.source.specs[name], self._source.span
         if span is not None and self._source.by_position(name):
-            return Stored(spec, lambda start, buffer: self._read(span, name, start, buffer))
+            scatter = self._source.scatter
+            apart = None if scatter is None else lambda start, buffers: self._read_apart(scatter, name, start, buffers)
+            return Stored(spec, lambda start, buffer: self._read(span, name, start, buffer), apart)
         if self._source.format != "live":
             self._receipt.bytes_read += spec.nbytes
         return held(self._source.read(name), spec)
@@ -346,6 +348,16 @@ class Stream:
     def _read(self, span: Callable[[str, int, memoryview], None], name: str, start: int, buffer: memoryview) -> None:
         span(name, start, buffer)
         self._receipt.bytes_read += len(buffer)
+
+    def _read_apart(
+        self,
+        scatter: Callable[[str, int, list[memoryview]], None],
+        name: str,
+        start: int,
+        buffers: list[memoryview],
+    ) -> None:
+        scatter(name, start, buffers)
+        self._receipt.bytes_read += sum(map(len, buffers))
 
     def _made(self, entry: Entry, bounded: bool = False) -> dict[str, Array]:
         """All targets of an entry that cannot be cut, kept until the last of them was asked for. `bounded`: PlanError

@@ -10,6 +10,10 @@ from graftax.execute.pushdown import Box, push
 from graftax.ops import Op
 from graftax.tree import TensorSpec
 
+SHORT = 2 << 10
+"""Bytes: a tile that is one run of the target is written past the page cache, which outweighs runs of the source that
+are no shorter than this: they come from the cache after the first tile."""
+
 Edges = tuple[tuple[int, int], ...]
 
 
@@ -27,7 +31,8 @@ def box_steps(
     tiles of `most` bytes.
 
     Halves the axis that leaves the longest runs in the sources, and in the target where the tile goes to disk (`rows`:
-    a tile is rows of one run at even distances). contiguous: leading axes first. NotLocal as `push`.
+    a tile is rows of one run at even distances, best of all a single one). contiguous: leading axes first. NotLocal as
+    `push`.
     """
     width = spec.bits // 8
     steps = list(spec.shape)
@@ -37,17 +42,20 @@ def box_steps(
         if contiguous:
             steps[lead] = -(-steps[lead] // 2)
             continue
-        best: tuple[int, int] | None = None
+        best: tuple[bool, int, int] | None = None
         for axis in range(len(steps)):
             tried = [*steps[:axis], -(-steps[axis] // 2), *steps[axis + 1 :]]
             if steps[axis] == 1 or (rows and not _even_rows(tried, spec.shape)):
                 continue
             score = source_run(ops, specs, index, [(s, s + step) for s, step in zip(start, tried, strict=True)])
+            straight = False
             if rows:
-                score = min(score, _target_run(tried, spec.shape))
-            if best is None or score > best[0]:
-                best = (score, axis)
-        axis = lead if best is None else best[1]
+                target = _target_run(tried, spec.shape)
+                straight = target == math.prod(tried) and score * width >= SHORT
+                score = min(score, target)
+            if best is None or (straight, score) > best[:2]:
+                best = (straight, score, axis)
+        axis = lead if best is None else best[2]
         steps[axis] = -(-steps[axis] // 2)
     return steps
 
