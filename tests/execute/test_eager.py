@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -305,3 +306,33 @@ def test_torch_and_jax_take_over_what_was_loaded(tmp_path: Path, monkeypatch: py
     assert back["long.weight"].data_ptr() in places
     back["wide.weight"].zero_()
     assert np.array_equal(wide, tensors()["wide.weight"].T), "nothing is shared with the source"
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "npz"])
+def test_what_does_not_lie_in_order_is_read_whole(tmp_path: Path, kind: str, large: bool) -> None:
+    """A transposed view in torch's files, Fortran order and big-endian values in npz."""
+
+    shape = (2100, 2100) if large else (6, 4)
+    values = np.arange(np.prod(shape), dtype="float32").reshape(shape)
+    if kind == "npz":
+        path = tmp_path / "a.npz"
+        np.savez(
+            path, **{"x.weight": np.asfortranarray(values), "y.weight": values[:5].astype(">f4"), "z.bias": values[0]}
+        )
+    else:
+        torch = pytest.importorskip("torch")
+        path = tmp_path / "a.pt"
+        tensors = {
+            "x.weight": torch.tensor(values.T.copy()).T,
+            "y.weight": torch.tensor(values)[:5],
+            "z.bias": torch.tensor(values[0]),
+        }
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
+    shapes = {"x": {"kernel": shape[::-1]}, "y": {"kernel": (shape[1], 5)}, "z": {"bias": (shape[1],)}}
+    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, "float32"), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    linear = [{"torch": f"{name}.weight", "flax": f"{name}/kernel", "layout": "linear"} for name in "xy"]
+    made = gx.port(path, like, rules=linear)
+    assert (np.asarray(made["x"]["kernel"]) == values.T).all()
+    assert (np.asarray(made["y"]["kernel"]) == values[:5].T).all()
+    assert (np.asarray(made["z"]["bias"]) == values[0]).all()

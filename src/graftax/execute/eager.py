@@ -76,7 +76,7 @@ def _load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | 
         flat = rooms[name].view(numpy_dtype(local.spec.dtype))
         out[name] = flat.reshape(local.spec.shape)
         tasks.setdefault(id(local.entry), []).append(_Task(local.entry, name, flat, local.pieces))
-    jobs = list(_jobs(tasks.values(), source.span is not None))
+    jobs = list(_jobs(tasks.values(), source))
     if workers is None:  # small tensors are made with Python's lock held, mostly
         large = sum(nbytes for nbytes in sizes.values() if nbytes >= _LARGE)
         workers = min(_processors(), _MOST_WORKERS) if large >= _ALONE else 1
@@ -97,11 +97,14 @@ def nothing_collected() -> Iterator[None]:
             gc.enable()
 
 
-def _jobs(groups: Iterable[Sequence[_Task]], by_position: bool) -> Iterable[list[_Task]]:
+def _jobs(groups: Iterable[Sequence[_Task]], source: Checkpoint) -> Iterable[list[_Task]]:
     """The tasks in portions of about _JOB bytes; those of an entry whose sources are read whole stay together."""
+    everything = source.span is not None and not source.whole
     job: list[_Task] = []
     nbytes = 0
     for group in groups:
+        entry = group[0].entry
+        by_position = everything or (entry is not None and all(map(source.by_position, entry.sources)))
         for task in group:
             if task.out is None or task.pieces is None or task.out.nbytes <= _JOB or not by_position:
                 job.append(task)
@@ -171,9 +174,10 @@ class _Worker:
     def _make(self, entry: Entry, task: _Task) -> None:
         assert task.out is not None
         assert task.pieces is not None
-        run, span = self._shared.run, self._shared.source.span
+        run, source = self._shared.run, self._shared.source
+        span = source.span
         meter = run.meter(entry)
-        if meter is None and span is not None:
+        if meter is None and span is not None and not (source.whole and source.whole.intersection(entry.sources)):
             rest = [piece for piece in task.pieces if not self._simply(entry, task.out, piece, span)]
         else:
             rest = task.pieces
@@ -207,7 +211,7 @@ class _Worker:
     def _values(self, name: str) -> Values:
         source = self._shared.source
         spec, span, scatter = source.specs[name], source.span, source.scatter
-        if span is None:
+        if span is None or not source.by_position(name):
             with self._shared.lock:  # not every reader can be used by two threads
                 array = source.read(name)
             self._read += 0 if source.format == "live" else spec.nbytes

@@ -70,7 +70,11 @@ def open(path: Path) -> Checkpoint:
     def reader(name: str) -> np.ndarray[Any, Any]:
         return _read(source, arrays[name], f"{label}: {escape(name)}")
 
+    whole = frozenset(name for name, array in arrays.items() if array.spec.packed or array.value is not None)
+
     def span(name: str, start: int, buffer: memoryview) -> None:
+        if name in whole:
+            raise LookupError(f"{name} cannot be read by position")
         _read_parts(source, arrays[name], start, buffer)
 
     return Checkpoint(
@@ -81,7 +85,7 @@ def open(path: Path) -> Checkpoint:
         format="msgpack",
         files=(path,),
         span=span,
-        whole=frozenset(name for name, array in arrays.items() if array.spec.packed or array.value is not None),
+        whole=whole,
         metadata=metadata,
         real_keys=real_keys,
         containers=containers,

@@ -96,7 +96,11 @@ def open(path: Path) -> Checkpoint:
     def reader(name: str) -> np.ndarray[Any, Any]:
         return _read(source, entries[name])
 
+    whole = frozenset(name for name, entry in entries.items() if not _as_it_is(entry))
+
     def span(name: str, start: int, buffer: memoryview) -> None:
+        if name in whole:
+            raise LookupError(f"{name} does not lie in order")
         positions.read_into(entries[name].member, entries[name].start + start, buffer)
 
     return Checkpoint(
@@ -107,7 +111,7 @@ def open(path: Path) -> Checkpoint:
         format="npz",
         files=(path,),
         span=span,
-        whole=frozenset(name for name, entry in entries.items() if not _as_it_is(entry)),
+        whole=whole,
     )
 
 

@@ -79,8 +79,12 @@ def _checkpoint(path: Path, name: str | None) -> Checkpoint:
     def reader(key: str) -> np.ndarray[Any, Any]:
         return _array(chosen.tensors[key], specs[key], content)
 
+    whole = frozenset(key for key, tensor in chosen.tensors.items() if not _as_it_is(tensor, content))
+
     def span(key: str, start: int, buffer: memoryview) -> None:
         tensor = chosen.tensors[key]
+        if key in whole:
+            raise LookupError(f"{key} does not lie in order")
         if not 0 <= start <= start + len(buffer) <= specs[key].nbytes:
             raise IndexError(f"{key}: bytes {start} to {start + len(buffer)} of {specs[key].nbytes}")
         content.fill(tensor.storage, tensor.storage.start + tensor.offset * tensor.itemsize + start, buffer)
@@ -93,7 +97,7 @@ def _checkpoint(path: Path, name: str | None) -> Checkpoint:
         format="torch",
         files=(path,),
         span=span,
-        whole=frozenset(key for key, tensor in chosen.tensors.items() if not _as_it_is(tensor, content)),
+        whole=whole,
         metadata=_metadata(chosen),
         aliases=_aliases(chosen.tensors),
         real_keys=chosen.real_keys,
