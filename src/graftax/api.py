@@ -117,7 +117,7 @@ def _leaves(
     made: Plan, source: Checkpoint, like: Checkpoint | None, where: dict[str, Place], spans: bool, receipt: Receipt
 ) -> dict[str, Any]:
     """path -> leaf of the Flax tree that the plan makes; where it `spans` processes, in all of them or in none."""
-    same_work(made, where, spans)
+    same_work(made, source, like, where, spans)
     with together("loading", spans):
         return place_leaves(made, source, like, where, receipt, spans)
 

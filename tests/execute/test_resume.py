@@ -224,6 +224,51 @@ def test_stopped_while_it_is_put_in_place(
     assert not commit.resume_place(out).exists()
 
 
+@pytest.mark.parametrize("form", ["out.safetensors", "./out.safetensors"])
+def test_an_output_in_the_current_folder_is_resumed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stopped_run(patch, source, Path(form), 12)
+    assert any("resumed after" in note for note in port(source, Path(form)).notes)
+
+
+def test_a_run_that_is_refused_removes_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what can be resumed, nor folders whose names only look like ours."""
+    out = tmp_path / "out.safetensors"
+    mine = [tmp_path / ".out.safetensors.graftax-notes", tmp_path / "out.safetensors.graftax-old"]
+    with monkeypatch.context() as patch:
+        stopped_run(patch, source, out, 12)
+    out.write_bytes(b"here")
+    for folder in mine:
+        folder.mkdir()
+    with pytest.raises(StorageError, match="no-clobber"):
+        port(source, out, resume=False, clobber=False)
+    assert commit.resume_place(out).is_dir()
+    assert all(folder.is_dir() for folder in mine)
+    out.unlink()
+    mine[1].rmdir()
+    assert any("resumed after" in note for note in port(source, out).notes)
+    assert mine[0].is_dir()
+
+
+def test_what_cannot_be_put_in_place_is_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.safetensors"
+
+    def fail(*args: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "_put", fail)
+        with pytest.raises(StorageError):
+            port(source, out)
+    made: list[int] = []
+    monkeypatch.setattr(Stream, "tiles", counting(made))
+    assert any("resumed after" in note for note in port(source, out).notes)
+    assert not made, "all of it was there"
+
+
 @pytest.mark.parametrize("what", ["source", "touched", "plan", "option", "torn", "lost", "version"])
 def test_what_is_not_the_same_starts_anew(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

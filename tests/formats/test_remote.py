@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import graftax as gx
 from graftax.cli import run
 from graftax.dtypes import spec_of
-from graftax.errors import FormatError, PlanError, StorageError, UnsafeInputError, UsageError
+from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, UnsafeInputError, UsageError
 from graftax.formats import Output, open_path, remote_file, remote_http, remote_retry, save
 from graftax.formats.remote_file import RemoteFile
 from graftax.formats.remote_url import parse, split_part
@@ -355,7 +356,7 @@ def test_chunked_answers_are_read(site: Site):
     same(open_path(site.url("model.safetensors")))
 
 
-@pytest.mark.parametrize("how", ["etag", "size", "date", "gone", "shorter"])
+@pytest.mark.parametrize("how", ["etag", "no etag any more", "size", "date", "gone", "shorter"])
 def test_a_file_that_changes_while_it_is_read(site: Site, how: str):
     path = "/model.safetensors"
     if how == "date":
@@ -366,7 +367,11 @@ def test_a_file_that_changes_while_it_is_read(site: Site, how: str):
             is None
         )
     found = open_path(site.url("model.safetensors"))
-    if how == "etag":
+    if how == "no etag any more":
+        site.answer = lambda handler, asked, count: (
+            handler.send_part(asked, *site.log[-1][1:], headers={"ETag": None, "Last-Modified": None}) is None
+        )
+    elif how == "etag":
         site.etags[path] = '"2"'
     elif how == "size":
         site.files[path] += b"more"
@@ -510,6 +515,33 @@ def test_a_proxy_is_asked_where_the_environment_names_one(site: Site, monkeypatc
 )
 def test_the_name_behind_an_address(text: str, url: str, name: str):
     assert split_part(text) == (url, name)
+
+
+def test_a_password_that_nobody_quoted_is_shown_to_nobody(monkeypatch: pytest.MonkeyPatch):
+    for url in ("http://me:s3cret/x@127.0.0.1:1/m", "http://me:s3cret?x@127.0.0.1:1/m", "http://me:s3#cret@127.0.0.1:1/m"):
+        with pytest.raises((StorageError, UsageError)) as caught:
+            open_path(url)
+        assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in repr(parse("http://me:s3cret@host/m?token=s3cret"))
+    monkeypatch.setenv("http_proxy", "http://me:s3cret/x@127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises((StorageError, UsageError)) as caught:
+        open_path("http://example.invalid/m.safetensors")
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_size_that_cannot_be_costs_nothing(site: Site):
+    def lie(handler: Any, path: str, count: int) -> bool:
+        if path != "/model.safetensors":
+            return False
+        head = site.files[path][: site.log[-1][2] + 1]
+        told = f"bytes 0-{len(head) - 1}/{10**17}"
+        handler.send_part(path, 0, len(head) - 1, headers={"Content-Range": told}, body=head)
+        return True
+
+    site.answer = lie
+    with pytest.raises(GraftaxError):
+        open_path(site.url("model.safetensors"))
 
 
 def test_parts_of_an_address():

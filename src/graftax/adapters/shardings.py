@@ -47,7 +47,7 @@ def on_mesh(mesh: Any, specs: Any = None, rules: Any = None) -> OnMesh:
 
     Raises UsageError where `mesh` is no jax.sharding.Mesh or the rules are malformed.
     """
-    if type(mesh).__name__ != "Mesh" or not hasattr(mesh, "devices"):
+    if not _is_mesh(mesh):
         raise UsageError(
             f"on_mesh takes a jax.sharding.Mesh, not {type(mesh).__name__}", next="jax.make_mesh makes one."
         )
@@ -157,8 +157,10 @@ class _Wanted:
     def _as_like(self, path: str) -> Place:
         note = self.notes.get(path, Note())
         own = note.sharding
+        if _is_real(own) and note.free:
+            own = None  # it binds nobody: what its box says counts
         if _is_real(own):
-            return None if note.free else own
+            return own
         if own is None and note.names is None:
             return None
         mesh = note.mesh if _is_mesh(note.mesh) else _ambient_mesh()
@@ -218,7 +220,7 @@ class _Wanted:
                 return ((-1 if name == "**" else 0, 0) if is_glob(name) else (2, 0)), found, place
             below = subtree(paths, name, self.side) or subtree(paths, f"params/{name}", self.side)
             if below:
-                return (1, len(name)), below, place
+                return (1, -len(below)), below, place
         near = nearest(raw, paths)
         raise PlanError(f"sharding selector {escape(raw)!r} matches nothing", next=f"Near: {near}" if near else "")
 
@@ -369,7 +371,7 @@ def _is_abstract(sharding: Any) -> bool:
 
 def _spec_of(sharding: Any) -> tuple[Any, ...] | None:
     spec = getattr(sharding, "spec", None)
-    return None if spec is None else tuple(spec)
+    return None if spec is None else tuple(getattr(spec, "partitions", spec))
 
 
 def _axes(part: Any) -> tuple[Any, ...]:

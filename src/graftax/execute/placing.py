@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from graftax.errors import UsageError, escape
 from graftax.execute import distributed
 from graftax.execute.eager import load
 from graftax.execute.receipt import Receipt
+from graftax.execute.same_work import same_work as same_work_of
 from graftax.execute.streamed import Stream
 from graftax.formats.files import kept_open
 from graftax.ops import Keep
@@ -35,14 +37,21 @@ def together(stage: str, spans: bool) -> Iterator[None]:
         yield
 
 
-def same_work(plan: Plan, places: Mapping[str, Place], spans: bool) -> None:
+def same_work(
+    plan: Plan, source: Checkpoint, like: Checkpoint | None, places: Mapping[str, Place], spans: bool
+) -> None:
     """Where a load spans several processes: PlanError in all of them unless all are to make the same leaves the same
     way, of the same tensors."""
     if not spans:
         return
-    work = {f"leaf {name}": f"{spec} {places.get(name)}" for name, spec in plan.like.specs.items()}
-    work |= {f"tensor {name}": str(plan.source.specs[name]) for entry in plan.entries for name in entry.sources}
-    work |= {entry.text: "" for entry in plan.entries}
+    with together("reading the source", spans):
+        work = same_work_of(plan, source, like)
+        meshes = {id(mesh): mesh for place in places.values() if (mesh := getattr(place, "mesh", None)) is not None}
+        devices = {key: hashlib.sha256(mesh.device_ids.tobytes()).hexdigest()[:16] for key, mesh in meshes.items()}
+        work |= {
+            f"place of {name}": f"{place} {devices.get(id(getattr(place, 'mesh', None)), '')}"
+            for name, place in places.items()
+        }
     distributed.agree("planning", same=work)
 
 

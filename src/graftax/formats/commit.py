@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -57,16 +58,28 @@ def staged(out: Path, *, folder: bool, clobber: bool = True, keep: bool = False)
         if not os.path.lexists(payload) or os.path.isdir(payload) != folder:
             raise StorageError(f"nothing was written for {escape(out)}")
         _settle(payload, out, files_mode, folders_mode)
-        if keep:  # from here on the payload may be what was at `out` before: no journal may speak of it
+        if keep and folder and os.path.lexists(out):
+            # They are exchanged, and then the payload is what was at `out` before: no journal may speak of it.
             journal_path(payload).unlink(missing_ok=True)
             _sync(place)
-            keep = False
         _put(payload, out, folder, clobber)
+        keep = False
         _sync(out.parent)
     finally:
-        if not keep:
-            shutil.rmtree(place, ignore_errors=True)
-        os.close(lock)
+        try:
+            if not keep:
+                _remove(place)
+        finally:
+            os.close(lock)
+
+
+def _remove(place: Path) -> None:
+    """Removes a folder, also where Ctrl-C comes meanwhile."""
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
 
 
 # ---------------------------------------------------------------- the staging folder
@@ -83,8 +96,12 @@ def _make_staging(out: Path) -> tuple[Path, int]:
     """A new, locked staging folder and the descriptor that holds the lock."""
     while True:
         place = out.parent / f"{_prefix(out)}{os.urandom(4).hex()}"
-        os.mkdir(place, 0o700)
-        lock = _lock(place)
+        try:
+            os.mkdir(place, 0o700)
+            lock = _lock(place)
+        except KeyboardInterrupt:
+            _remove(place)
+            raise
         if lock is not None:
             return place, lock  # else another run took it for a stale one just now
 
@@ -153,28 +170,37 @@ def _lock(place: Path) -> int | None:
 def clear_stale(out: Path, keep: bool = False) -> list[str]:
     """Removes what killed runs left for this destination (with `keep` not what can be resumed), puts back what one had
     put aside; says so."""
-    notes: list[str] = []
+    notes = put_back(out)
+    ours = re.compile(re.escape(_prefix(out)) + ("[0-9a-f]{8}" if keep else f"([0-9a-f]{{8}}|{_RESUME})"))
     with os.scandir(out.parent) as entries:
-        stale = [e.path for e in entries if e.name.startswith(_prefix(out)) and e.is_dir(follow_symlinks=False)]
-    kept = str(resume_place(out)) if keep else None
+        stale = [e.path for e in entries if ours.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
     for path in stale:
-        if path == kept:
-            continue
         lock = _lock(Path(path))
         if lock is not None:
             if _flocks(lock):
                 shutil.rmtree(path, ignore_errors=True)
                 notes.append(f"removed {escape(path)}, which a stopped run left")
             os.close(lock)
-    old = out.with_name(out.name + LEFTOVER)
-    if os.path.lexists(old):
-        if os.path.lexists(out):
-            shutil.rmtree(old, ignore_errors=True)
-            notes.append(f"removed {escape(old)}, which a stopped run had replaced")
-        else:
-            os.rename(old, out)
-            notes.append(f"restored {escape(out)} from {escape(old)}, which a stopped run had put aside")
+    old = _put_aside(out)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+        notes.append(f"removed {escape(old)}, which a stopped run had replaced")
     return notes
+
+
+def put_back(out: Path) -> list[str]:
+    """Puts back what a stopped run had put aside, where nothing took its place; says so."""
+    old = _put_aside(out)
+    if old is None or os.path.lexists(out):
+        return []
+    os.rename(old, out)
+    return [f"restored {escape(out)} from {escape(old)}, which a stopped run had put aside"]
+
+
+def _put_aside(out: Path) -> Path | None:
+    """The folder that a run had put aside, to put another in its place."""
+    old = out.with_name(out.name + LEFTOVER)
+    return old if os.path.isdir(old) and not os.path.islink(old) else None
 
 
 def _flocks(fd: int) -> bool:

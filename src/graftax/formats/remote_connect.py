@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from graftax.errors import UsageError
 from graftax.formats.remote_url import Address
 
 TIMEOUT = 30.0
@@ -69,6 +70,10 @@ def _proxy(address: Address) -> Address | None:
         return None
     found = urlsplit(text if "://" in text else f"http://{text}")
     user, _, place = found.netloc.rpartition("@")
+    try:
+        _ = urlsplit(f"//{place}").port
+    except ValueError:
+        raise UsageError(f"the proxy that {address.scheme}_proxy names is malformed") from None
     return Address("http", user, place, "/", "")
 
 

@@ -51,7 +51,7 @@ class RemoteFile:
         self.address = address
         self._transport = transport
         self.size, self._head = transport.start(HEAD)
-        self._bounds = [*range(0, self.size, BLOCK), self.size]
+        self._bounds: Sequence[int] = range(0, self.size + BLOCK, BLOCK)  # the last may lie behind the end
         self._held: OrderedDict[int, bytearray] = OrderedDict()
         self._spools: OrderedDict[int, _Spool] = OrderedDict()
         self._lock = threading.RLock()
@@ -103,7 +103,7 @@ class RemoteFile:
         if at < len(self._head):
             return _copy(self._head, at, min(end, len(self._head)), buffer)
         unit = bisect.bisect_right(self._bounds, at) - 1
-        low, high = self._bounds[unit], self._bounds[unit + 1]
+        low, high = self._bounds[unit], min(self._bounds[unit + 1], self.size)
         if unit not in self._held and unit not in self._spools:
             if at == low and high <= end:
                 return self._straight(unit, end, buffer)
@@ -126,9 +126,10 @@ class RemoteFile:
     def _straight(self, unit: int, end: int, buffer: memoryview) -> int:
         """Units that are wanted whole go where they are wanted, all in one."""
         low, after = self._bounds[unit], unit + 1
-        while after + 1 < len(self._bounds) and self._bounds[after + 1] <= end and after not in self._held:
+        last = len(self._bounds) - 1
+        while after < last and min(self._bounds[after + 1], self.size) <= end and after not in self._held:
             after += 1
-        count = self._bounds[after] - low
+        count = min(self._bounds[after], self.size) - low
         self._fetch(low, buffer[:count])
         return count
 

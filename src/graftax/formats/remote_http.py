@@ -194,7 +194,7 @@ class HttpFile:
         told = {name: value for name in _VALIDATORS if (value := answer.getheader(name))} | {"size": str(size)}
         if self._seen is None:
             self._seen = told
-        elif any(self._seen[name] != value for name, value in told.items() if name in self._seen):
+        elif any(told.get(name) != value for name, value in self._seen.items()):
             answer.close()
             raise _changed(str(self._asked))
 

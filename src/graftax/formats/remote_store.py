@@ -74,8 +74,8 @@ class StoreFile:
         except Exception as error:
             name = escape(type(error).__name__)
             if isinstance(error, _FINAL) or "Credential" in name:
-                raise StorageError(f"{self._address} cannot be read: {name} of its store") from error
-            raise Again(f"{name} of its store") from error
+                raise StorageError(f"{self._address} cannot be read: {name} of its store") from None
+            raise Again(f"{name} of its store") from None
 
 
 def filesystem(address: Address) -> Any:
@@ -91,7 +91,7 @@ def filesystem(address: Address) -> Any:
     except ImportError:
         raise _absent(address, package) from None
     except Exception as error:
-        raise StorageError(f"{address} cannot be opened: {escape(type(error).__name__)} of its store") from error
+        raise StorageError(f"{address} cannot be opened: {escape(type(error).__name__)} of its store") from None
 
 
 def _absent(address: Address, package: str) -> UsageError:

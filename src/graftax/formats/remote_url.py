@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote, urljoin, urlsplit
 
 from graftax.errors import UnsafeInputError, UsageError, escape
@@ -29,13 +29,13 @@ STORES: dict[str, str] = {
 @dataclass(frozen=True, slots=True)
 class Address:
     """The parts of a URL. `host` is lower case, with its port; `user` is what stands before '@', `query` what follows
-    '?'. str() hides both: they may be credentials."""
+    '?'. str() and repr() hide both: they may be credentials."""
 
     scheme: str
-    user: str
+    user: str = field(repr=False)
     host: str
     path: str
-    query: str
+    query: str = field(repr=False)
 
     def __str__(self) -> str:
         user = "***@" if self.user else ""
@@ -79,7 +79,11 @@ class Address:
 
     def moved(self, location: str) -> Address:
         """Where a server's `Location` leads from here. Raises UsageError where it is no URL of the web."""
-        return parse(urljoin(replace(self, user="").url, location))
+        try:
+            joined = urljoin(replace(self, user="").url, location)
+        except ValueError:
+            raise UsageError(f"{shown(location)} is not a URL") from None
+        return parse(joined)
 
 
 def is_url(text: str) -> bool:
@@ -129,6 +133,5 @@ def split_part(text: str) -> tuple[str, str]:
 def shown(text: str) -> str:
     """A URL as text, of which nothing need be sound, without what could be a secret in it."""
     scheme, _, rest = text.partition("://")
-    authority, slash, path = rest.partition("?")[0].partition("/")
-    _, at, host = authority.rpartition("@")
-    return escape(f"{scheme}://{'***@' if at else ''}{host}{slash}{path}")
+    _, at, place = rest.rpartition("@")  # a password may hold '/', '?' and '#' that nobody has quoted
+    return escape(f"{scheme}://{'***@' if at else ''}{place.partition('?')[0]}")

@@ -16,7 +16,7 @@ from typing import Any
 from graftax.errors import Failure, GraftaxError, PlanError, StorageError, UsageError, escape
 from graftax.formats import files, tree_meta
 from graftax.formats.base import Format, Output, Tile, Tiles
-from graftax.formats.commit import clear_stale, staged
+from graftax.formats.commit import put_back, staged
 from graftax.formats.journal import Journal
 from graftax.formats.remote_url import is_url, shown
 from graftax.formats.table import FORMATS, NO_ENDING, by_ending, by_name, holders
@@ -59,7 +59,7 @@ def save(
     out, row, output = prepare(path, output, format)
     _check_parent(out)
     resumed = origin is not None and row.resumes
-    notes = guarded(lambda: clear_stale(out, resumed), out)
+    notes = guarded(lambda: put_back(out), out)  # what else is stale goes when all is checked
     if origin is not None and not resumed:
         notes.append(f"{row.name} is written as a whole: nothing of it can be resumed after a stop")
     _check_destination(out, row, clobber)
