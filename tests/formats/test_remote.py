@@ -518,7 +518,11 @@ def test_the_name_behind_an_address(text: str, url: str, name: str):
 
 
 def test_a_password_that_nobody_quoted_is_shown_to_nobody(monkeypatch: pytest.MonkeyPatch):
-    for url in ("http://me:s3cret/x@127.0.0.1:1/m", "http://me:s3cret?x@127.0.0.1:1/m", "http://me:s3#cret@127.0.0.1:1/m"):
+    for url in (
+        "http://me:s3cret/x@127.0.0.1:1/m",
+        "http://me:s3cret?x@127.0.0.1:1/m",
+        "http://me:s3#cret@127.0.0.1:1/m",
+    ):
         with pytest.raises((StorageError, UsageError)) as caught:
             open_path(url)
         assert "s3cret" not in str(caught.value)
