@@ -362,3 +362,26 @@ def test_a_map_that_a_matrix_makes_is_traced_too() -> None:
     plan = gx.plan(module, like)
     assert plan.complete, str(plan)
     _same_outputs(module, like, 2, 20)
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "in a model"])
+def test_no_kind_of_module_says_how_fused_parts_lie(around: bool) -> None:
+    """A live Linear of queries, keys and values against a live DenseGeneral of (heads, 3 x head_dim)."""
+    import flax.linen as nn
+    import jax
+
+    import graftax as gx
+
+    class Flax(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.DenseGeneral((2, 12), use_bias=False, name="qkv")(x)
+            return nn.Dense(5, use_bias=False, name="out")(x.reshape(*x.shape[:-2], 24)) if around else x
+
+    module = torch.nn.Module()
+    module.qkv = torch.nn.Linear(8, 24, bias=False)
+    if around:
+        module.out = torch.nn.Linear(24, 5, bias=False)
+    plan = gx.plan(module, gx.linen(Flax(), jax.ShapeDtypeStruct((1, 8), "float32")))
+    assert [question.targets for question in plan.questions] == [("params/qkv/kernel",)]
+    assert len(plan.questions[0].candidates) > 1

@@ -71,14 +71,14 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
 def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> bool:
     """Another reading of the one layer fits as well, which is to be asked: a square convolution whose name says that it
     may be transposed, a norm over a map, fused rows that are split into heads."""
-    if found.by == "modules":
-        return False
     shapes = [torch_end[name].shape for name in torch.roles.values()]
     square = any(len(shape) > 2 and shape[0] == shape[1] for shape in shapes)
     words = [*_words(torch.path, "torch")], [*_words(flax.path, "flax")]
     fused = {"qkv", "kv"} & {concept for side in words for concept in concepts(side, lexicon())}
     if fused and any(len(flax_end[name].shape) > 2 for name in flax.roles.values()):
-        return True  # rows part by part, or head by head
+        return True  # rows part by part, or head by head: no kind of module says which
+    if found.by == "modules":
+        return False
     if square and any(says_transposed([w for w in side if not w.isdigit()]) for side in words):
         return True
     return any(role.endswith("scale") and len(flax_end[name].shape) > 1 for role, name in flax.roles.items())

@@ -126,7 +126,9 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
         for pair in item.taken:
             for link in pair.links:
                 known = ends.kinds.reading(pair, link) if ends.kinds else None
-                choice = Choice(*known) if known is not None else choose(link, pair, item.scope, habits)
+                choice = choose(link, pair, item.scope, habits)
+                if known is not None and choice.kind != "fused":  # no kind says how fused parts lie
+                    choice = Choice(*known)
                 choice = as_ruled(link, choice, ends.ruled) if ends.ruled else choice
                 trap = traps.get(id(pair.torch))
                 if trap is not None:
