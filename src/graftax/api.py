@@ -90,10 +90,7 @@ def _runnable(made: Plan, like: Checkpoint | None) -> Plan:
     """The plan with a `run` that gives like's own kind of container."""
 
     def run(plan: Plan, source: Any, sharding: Any = None, rngs: Any = None, receipt: Receipt | None = None) -> Any:
-        if sharding is None and peers() is not None:
-            spans = spans_processes(None, like)
-        else:
-            spans = spans_processes(sharding, None)
+        spans = spans_processes(sharding, like if sharding is None and peers() is not None else None)
         with together("planning", spans):
             opened = open_tree(source)
             where = _places(plan, like, sharding)
@@ -122,6 +119,7 @@ def _leaves(
         return place_leaves(made, source, like, where, receipt, spans)
 
 
+@nothing_collected()
 def _made(
     made: Plan,
     source: Checkpoint,
@@ -136,19 +134,7 @@ def _made(
 
     A plan that runs backwards, or on a file of its own, has no live `like`: it gives the plain container of its side.
     """
-    with nothing_collected():
-        return _made_now(made, source, like, where, spans, rngs, Receipt() if receipt is None else receipt)
-
-
-def _made_now(
-    made: Plan,
-    source: Checkpoint,
-    like: Checkpoint | None,
-    where: dict[str, Place] | None,
-    spans: bool,
-    rngs: Any,
-    receipt: Receipt,
-) -> Any:
+    receipt = Receipt() if receipt is None else receipt
     final = where if made.like.side == "flax" else None
     if final is not None:
         arrays = _leaves(made, source, like, final, spans, receipt)

@@ -18,7 +18,7 @@ import numpy as np
 
 from graftax.dtypes import numpy_dtype
 from graftax.errors import PlanError
-from graftax.execute.gather import Simple, Stored, Values, cut, fill, held, simple
+from graftax.execute.gather import Simple, Values, cut, fill, opened, simple
 from graftax.execute.memory import allocate, allocate_all
 from graftax.execute.pushdown import Piece
 from graftax.execute.streamed import Stream, named
@@ -209,24 +209,14 @@ class _Worker:
         return True
 
     def _values(self, name: str) -> Values:
-        source = self._shared.source
-        spec, span, scatter = source.specs[name], source.span, source.scatter
-        if span is None or not source.by_position(name):
-            with self._shared.lock:  # not every reader can be used by two threads
-                array = source.read(name)
-            self._read += 0 if source.format == "live" else spec.nbytes
-            return held(array, spec)
+        return opened(self._shared.source, name, self._was_read, self._read_whole)
 
-        def read(start: int, buffer: memoryview) -> None:
-            span(name, start, buffer)
-            self._read += len(buffer)
+    def _was_read(self, nbytes: int) -> None:
+        self._read += nbytes
 
-        def read_apart(start: int, buffers: list[memoryview]) -> None:
-            assert scatter is not None
-            scatter(name, start, buffers)
-            self._read += sum(map(len, buffers))
-
-        return Stored(spec, read, None if scatter is None else read_apart)
+    def _read_whole(self, name: str) -> Array:
+        with self._shared.lock:  # not every reader can be used by two threads
+            return self._shared.source.read(name)
 
 
 # ---------------------------------------------------------------- threads

@@ -15,7 +15,7 @@ from graftax.dtypes import numpy_dtype
 from graftax.execute import strided
 from graftax.execute.meter import evaluate as plain
 from graftax.execute.pushdown import Apply, Leaf, Piece, Value
-from graftax.tree import TensorSpec
+from graftax.tree import Checkpoint, TensorSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -71,6 +71,30 @@ class Stored:
 
 def held(array: Array, spec: TensorSpec) -> Held:
     return Held(spec, np.ascontiguousarray(array).reshape(-1))
+
+
+def opened(
+    source: Checkpoint, name: str, count: Callable[[int], None], whole: Callable[[str], Array] | None = None
+) -> Values:
+    """A tensor of a checkpoint: read by position where that can be done, else read now, by `whole` or as the checkpoint
+    reads it. `count` is told of the bytes that are read, unless the checkpoint is a live tree."""
+    spec, span, scatter = source.specs[name], source.span, source.scatter
+    if span is None or not source.by_position(name):
+        array = source.read(name) if whole is None else whole(name)
+        if source.format != "live":
+            count(spec.nbytes)
+        return held(array, spec)
+
+    def read(start: int, buffer: memoryview) -> None:
+        span(name, start, buffer)
+        count(len(buffer))
+
+    def read_apart(start: int, buffers: list[memoryview]) -> None:
+        assert scatter is not None
+        scatter(name, start, buffers)
+        count(sum(map(len, buffers)))
+
+    return Stored(spec, read, None if scatter is None else read_apart)
 
 
 Evaluate = Callable[[Value, tuple[int, ...], Callable[[Leaf], Array]], Array]

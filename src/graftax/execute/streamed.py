@@ -13,7 +13,7 @@ from graftax.dtypes import numpy_dtype, storage_bytes, unpack
 from graftax.errors import PlanError, escape
 from graftax.execute import tiling
 from graftax.execute.conditions import check_conditions
-from graftax.execute.gather import Evaluate, Stored, Values, fill, held
+from graftax.execute.gather import Evaluate, Values, fill, opened
 from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate
 from graftax.execute.pushdown import Box, NotLocal, Piece, push
@@ -332,32 +332,8 @@ class Stream:
         for all tiles and targets."""
         if self._last is None or self._last[0] is not entry:
             self._last = None  # what was held is let go before more is read
-            self._last = entry, [self._values(name) for name in entry.sources]
+            self._last = entry, [opened(self._source, name, self.was_read) for name in entry.sources]
         return self._last[1]
-
-    def _values(self, name: str) -> Values:
-        spec, span = self._plan.source.specs[name], self._source.span
-        if span is not None and self._source.by_position(name):
-            scatter = self._source.scatter
-            apart = None if scatter is None else lambda start, buffers: self._read_apart(scatter, name, start, buffers)
-            return Stored(spec, lambda start, buffer: self._read(span, name, start, buffer), apart)
-        if self._source.format != "live":
-            self._receipt.bytes_read += spec.nbytes
-        return held(self._source.read(name), spec)
-
-    def _read(self, span: Callable[[str, int, memoryview], None], name: str, start: int, buffer: memoryview) -> None:
-        span(name, start, buffer)
-        self._receipt.bytes_read += len(buffer)
-
-    def _read_apart(
-        self,
-        scatter: Callable[[str, int, list[memoryview]], None],
-        name: str,
-        start: int,
-        buffers: list[memoryview],
-    ) -> None:
-        scatter(name, start, buffers)
-        self._receipt.bytes_read += sum(map(len, buffers))
 
     def _made(self, entry: Entry, bounded: bool = False) -> dict[str, Array]:
         """All targets of an entry that cannot be cut, kept until the last of them was asked for. `bounded`: PlanError
