@@ -11,7 +11,7 @@ from graftax.adapters import open_tree, plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
 from graftax.errors import GraftaxError, UsageError
 from graftax.execute.distributed import peers
-from graftax.execute.eager import load, nothing_collected
+from graftax.execute.eager import load
 from graftax.execute.origin import fingerprint
 from graftax.execute.placing import place_leaves, same_work, together
 from graftax.execute.receipt import Receipt
@@ -20,6 +20,7 @@ from graftax.plan_json import load_plan_file
 from graftax.planning import Options, make_plan
 from graftax.plans import Plan
 from graftax.tree import Checkpoint, Side
+from graftax.uncollected import nothing_collected
 
 Tree = Any
 """A checkpoint (path, hub id, `pkg.mod:factory`) or a live tree: state_dict, torch Module, Linen variables,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from graftax.cli_common import DEFAULTS, Flag, Json, MaybeOut, Out, Outcome, Pla
 from graftax.cli_replace import replace_command
 from graftax.cli_verify import verify_command
 from graftax.errors import UsageError, escape
+from graftax.uncollected import nothing_collected
 
 app = App(
     name="graftax",
@@ -59,12 +59,9 @@ def inspect_command(
 
         text = dump_spec(checkpoint)
         return Outcome(_json(text), text.rstrip("\n"))
-    gc.disable()  # a hundred thousand rows, none of them garbage: a third of the time
-    try:
+    with nothing_collected():  # a hundred thousand rows: a third of the time
         data = inspection(checkpoint, stats=stats, hashes=hashes)
         return Outcome(data, "" if json else inspection_text(data))
-    finally:
-        gc.enable()
 
 
 @app.command(name="plan")

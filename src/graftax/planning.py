@@ -5,7 +5,6 @@ Producers propose entries; this module settles the sides, the leftovers and the 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from graftax.ops import CONDITIONS, Cast, Fill, Same, apply_chain, infer_chain
 from graftax.plans import End, Entry, Plan, Proposal, with_ops
 from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
 from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, match_paths, nearest
+from graftax.uncollected import nothing_collected
 
 MISSING = ("error", "keep", "zeros")
 UNUSED = ("error", "drop")
@@ -69,13 +69,8 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
     options.check()
     refuse_quantized(source)
     rules = load_rules(options.rules)
-    paused = gc.isenabled()
-    gc.disable()  # a hundred thousand entries and none of them garbage: a quarter of the time
-    try:
+    with nothing_collected():  # a hundred thousand entries: a quarter of the time
         return _make_plan(source, like, options, rules)
-    finally:
-        if paused:
-            gc.enable()
 
 
 def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, rules: Rules) -> Plan:

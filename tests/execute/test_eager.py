@@ -27,6 +27,7 @@ from graftax.ops import apply_chain, invert_chain
 from graftax.ops.rearrange import Rearrange
 from graftax.plans import End, Entry, Plan
 from graftax.tree import Checkpoint, TensorSpec
+from graftax.uncollected import nothing_collected
 
 from . import chains
 
@@ -265,7 +266,7 @@ def test_collection_is_paused_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
     import gc
 
     def fail() -> Iterator[None]:
-        with eager.nothing_collected():
+        with nothing_collected():
             assert not gc.isenabled()
             yield
             raise ValueError

@@ -7,10 +7,9 @@ memory. What comes out, and which error, does not depend on the number of thread
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +24,7 @@ from graftax.execute.streamed import Stream, named
 from graftax.formats.files import kept_open
 from graftax.plans import Entry
 from graftax.tree import Checkpoint
+from graftax.uncollected import nothing_collected
 
 Array = np.ndarray[Any, Any]
 Job = TypeVar("Job")
@@ -83,18 +83,6 @@ def _load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | 
     shared = _Shared(run, source, out, threading.Lock())
     in_order(jobs, lambda: _Worker(shared), workers)
     return out
-
-
-@contextlib.contextmanager
-def nothing_collected() -> Iterator[None]:
-    """No garbage collection: thousands of arrays are made, and none of them is garbage."""
-    paused = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if paused:
-            gc.enable()
 
 
 def _jobs(groups: Iterable[Sequence[_Task]], source: Checkpoint) -> Iterable[list[_Task]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Collection, Iterable
 
 from graftax.match.assumptions import call_orders
@@ -26,6 +25,7 @@ from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal
 from graftax.rules.port import Named
 from graftax.tree import Checkpoint, Side
+from graftax.uncollected import nothing_collected
 
 __all__ = ["infer"]
 
@@ -44,13 +44,8 @@ def infer(
     rest. `settled`: what the rules have decided; its keys are taken, but for those of which `named` says only which
     leaves belong together. `lex`: the words to know (the standard ones). `missing`: leaves of like of which rules say
     what becomes of them where no source fills them: they are not asked about."""
-    paused = gc.isenabled()
-    gc.disable()
-    try:
+    with nothing_collected():
         return _infer(source, like, source_side, like_side, settled, lex or lexicon(), named, missing)
-    finally:
-        if paused:
-            gc.enable()
 
 
 def _infer(
