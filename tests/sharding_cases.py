@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 import graftax as gx
-from graftax.errors import GraftaxError, PlanError, UsageError
-from graftax.execute import streamed
+from graftax.errors import GraftaxError, PlanError, StorageError, UsageError
+from graftax.execute import placing, streamed
 from graftax.types import Receipt
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="test_sharding.py runs this with eight devices")
@@ -478,6 +478,41 @@ def test_bytes_read_are_those_needed(tmp_path: Path, mesh: Any) -> None:
         assert not receipt.over_read
     assert f"read: {total:,} bytes" in receipt.text
     assert receipt.as_json()["bytes_read"] == total
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_threads_make_what_one_makes(source: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves in like's order, what was measured, counted and read; and the first error."""
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    opened = gx.open_checkpoint(source)
+
+    def port(given: Any, count: int) -> tuple[Any, Receipt]:
+        monkeypatch.setattr(placing, "workers_for", lambda sizes: count)
+        receipt = Receipt()
+        ruled = RULES.replace('layout = "linear" },', 'layout = "linear", scale = 0.3 },', 1)
+        return gx.port(
+            given, abstract(), rules=ruled, dtype="bfloat16", sharding=gx.on_mesh(mesh, SPECS), receipt=receipt
+        ), receipt
+
+    for given in (opened, replace(opened, span=None)):
+        (one, counted), (several, found) = port(given, 1), port(given, workers)
+        same(several, one)
+        assert list(several) == list(one)
+        assert found == counted
+        assert found.casts.total
+        assert not found.lossless
+
+    def broken(name: str) -> Any:
+        if name in ("layers.2.w.weight", "qkv.weight"):
+            raise StorageError(f"{name} is gone")
+        return opened.read(name)
+
+    texts = []
+    for count in (1, workers):
+        with pytest.raises(StorageError) as error:
+            port(replace(opened, span=None, reader=broken), count)
+        texts.append(str(error.value))
+    assert texts[0] == texts[1]
 
 
 def test_over_read_is_reported_with_its_reason(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     span      (path, start, buffer): fills the buffer from byte `start` of a tensor's values (C order, little end
               first), where they can be read by position
     whole     paths that `span` cannot read: packed, compressed or lying otherwise in their file
-    scatter   (path, start, buffers): as span, several buffers one after the other, where that is one call
+    scatter   (path, start, buffers): as span, several buffers in a row, where that is one call; gives their bytes
     modules   module path -> Module, where the source is live
     aliases   path -> the path it shares storage with, where the source is live
     config    config.json beside the checkpoint
@@ -238,7 +238,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     rebuild: Callable[..., Any] | None = None
     span: Callable[[str, int, memoryview], None] | None = None
     whole: frozenset[str] = frozenset()
-    scatter: Callable[[str, int, list[memoryview]], None] | None = None
+    scatter: Callable[[str, int, list[memoryview]], int] | None = None
     placed: Callable[[], Mapping[str, Any]] | None = None
 
     def __getitem__(self, path: str) -> TensorSpec:

@@ -18,7 +18,7 @@ from graftax.errors import PlanError
 from graftax.execute import gather, sharded
 from graftax.execute.memory import allocate
 from graftax.execute.meter import evaluate
-from graftax.execute.pushdown import NotLocal
+from graftax.execute.pushdown import NotLocal, push
 from graftax.ops import apply_chain
 from graftax.ops.checked_ops import Repeat
 from graftax.tree import TensorSpec
@@ -44,19 +44,34 @@ def a_sharding(rng: random.Random, shape: tuple[int, ...]) -> Any:
     return NamedSharding(mesh, P(*parts))
 
 
-def stored(array: np.ndarray[Any, Any], read_bytes: list[int]) -> gather.Stored:
+def stored(array: np.ndarray[Any, Any], read_bytes: list[int], apart: bool) -> gather.Stored:
     raw = array.reshape(-1).view(np.uint8)
 
     def read(start: int, buffer: memoryview) -> None:
         buffer[:] = raw[start : start + len(buffer)].data
         read_bytes[0] += len(buffer)
 
-    return gather.Stored(TensorSpec(array.shape, "float32"), read)
+    def scatter(start: int, buffers: list[memoryview]) -> None:
+        for buffer in buffers:
+            read(start, buffer)
+            start += len(buffer)
+
+    return gather.Stored(TensorSpec(array.shape, "float32"), read, scatter if apart else None)
 
 
 def main(seed: int, count: int) -> None:
     rng = random.Random(seed)
-    chained = compared = cut = part = 0
+    chained = compared = cut = part = rows = 0
+    by_rows = sharded.by_rows
+
+    def counted(wanted: Any, *rest: Any) -> bool:
+        nonlocal rows
+        wanted = list(wanted)
+        done = by_rows(wanted, *rest)
+        rows += done and len(wanted) > 1
+        return done
+
+    sharded.by_rows = counted
     for number in range(count):
         given = chains.sources(rng)
         specs = tuple(TensorSpec(a.shape, "float32") for a in given)
@@ -69,6 +84,7 @@ def main(seed: int, count: int) -> None:
         chained += 1
         # The tensors are small: with these some are read run by run, some in windows, some in several windows.
         gather.SHORT = sharded.SHORT = rng.choice([8, 64, 128 << 10])
+        gather._SKIPPED = rng.choice([8, 64, 16 << 10])
         scratch = allocate(sharded.SHORT + rng.choice([256, 4096, 1 << 20]))
         for _ in range(MESHES_A_CHAIN):
             target = rng.randrange(len(made))
@@ -77,9 +93,11 @@ def main(seed: int, count: int) -> None:
             boxes = list(sharded.sharding_boxes(spec.shape, sharding))
             mine = rng.sample(boxes, rng.randrange(1, len(boxes) + 1))  # what one of several processes holds
             read = [0]
-            sources = [stored(a, read) for a in given]
+            apart = rng.random() < 0.5
+            sources = [stored(a, read, apart) for a in given]
             try:
-                parts, needed = sharded.fill_boxes(ops, specs, target, spec, mine, sources, scratch, evaluate)
+                pieces = {box: push(ops, specs, target, box) for box in mine}
+                parts, needed = sharded.fill_boxes(ops, specs, target, spec, pieces, sources, scratch, evaluate)
             except NotLocal:
                 continue
             for box in mine:
@@ -95,7 +113,7 @@ def main(seed: int, count: int) -> None:
             compared += 1
             cut += len(boxes) > 1
             part += len(mine) < len(boxes)
-    print(f"chains {chained} compared {compared} cut {cut} part {part}")
+    print(f"chains {chained} compared {compared} cut {cut} part {part} rows {rows}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is cut as large tensors are."""
     monkeypatch.setattr(eager, "_JOB", 1 << 10)
     monkeypatch.setattr(eager, "_VALUES", 100)
-    monkeypatch.setattr(eager, "_SCRATCH", 1 << 16)
+    monkeypatch.setattr(eager, "SCRATCH", 1 << 16)
     monkeypatch.setattr(strided, "SMALL", 64)
     monkeypatch.setattr(gather, "_NEAR", 1 << 8)
     monkeypatch.setattr(gather, "SHORT", 64)
@@ -53,10 +53,11 @@ def checkpoint(arrays: dict[str, Array], by_position: str) -> Checkpoint:
     def span(name: str, start: int, buffer: memoryview) -> None:
         buffer[:] = raw[name].data[start : start + len(buffer)]
 
-    def scatter(name: str, start: int, buffers: list[memoryview]) -> None:
+    def scatter(name: str, start: int, buffers: list[memoryview]) -> int:
         for buffer in buffers:
             span(name, start, buffer)
             start += len(buffer)
+        return sum(map(len, buffers))
 
     specs = {name: TensorSpec(array.shape, array.dtype.name) for name, array in arrays.items()}
     return Checkpoint(

@@ -11,7 +11,8 @@ import pytest
 
 
 def child(seed: int, count: int) -> dict[str, int]:
-    """What was counted: chains, shardings compared, those with several boxes, those of which only a part was asked."""
+    """What was counted: chains, shardings compared, those with several boxes, those of which only a part was asked,
+    those whose boxes share the rows that are read."""
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     script = Path(__file__).with_name("sharded_child.py")
     done = subprocess.run(
@@ -27,9 +28,12 @@ def test_random_chains_on_random_meshes() -> None:
     assert counted["compared"] > 700
     assert counted["cut"] > 300
     assert counted["part"] > 200
+    assert counted["rows"] > 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_many_chains_on_random_meshes(seed: int) -> None:
-    assert child(seed, 9000)["compared"] > 20000
+    counted = child(seed, 25000)
+    assert counted["chains"] > 20000
+    assert counted["compared"] > 55000

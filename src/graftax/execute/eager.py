@@ -17,10 +17,11 @@ import numpy as np
 
 from graftax.dtypes import numpy_dtype
 from graftax.errors import PlanError
-from graftax.execute.gather import Simple, Values, cut, fill, opened, simple
-from graftax.execute.memory import allocate, allocate_all
+from graftax.execute.gather import Simple, cut, fill, simple
+from graftax.execute.memory import allocate_all
 from graftax.execute.pushdown import Piece
-from graftax.execute.streamed import Stream, named
+from graftax.execute.reading import Reader
+from graftax.execute.streamed import SCRATCH, Stream, named
 from graftax.formats.files import kept_open
 from graftax.plans import Entry
 from graftax.tree import Checkpoint
@@ -36,8 +37,6 @@ _LARGE, _ALONE = 1 << 20, 32 << 20
 """Bytes of a large target, and bytes of large targets in all under which one thread is as fast."""
 _MOST_WORKERS = 8
 """Beyond these the memory is what they wait for."""
-_SCRATCH = 32 << 20
-"""For reading, of each thread; only what is used of it is taken from the system."""
 _VALUES = 1 << 20
 """Elements that value ops work on at a time: they make arrays of several times their size."""
 
@@ -77,9 +76,8 @@ def _load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | 
         out[name] = flat.reshape(local.spec.shape)
         tasks.setdefault(id(local.entry), []).append(_Task(local.entry, name, flat, local.pieces))
     jobs = list(_jobs(tasks.values(), source))
-    if workers is None:  # small tensors are made with Python's lock held, mostly
-        large = sum(nbytes for nbytes in sizes.values() if nbytes >= _LARGE)
-        workers = min(_processors(), _MOST_WORKERS) if large >= _ALONE else 1
+    if workers is None:
+        workers = workers_for(sizes.values())
     shared = _Shared(run, source, out, threading.Lock())
     in_order(jobs, lambda: _Worker(shared), workers)
     return out
@@ -130,18 +128,15 @@ class _Shared:
 
 
 class _Worker:
-    """One thread's: its scratch, the sources of the entry that it works on, and what it knows of pieces it has met."""
+    """One thread's: its reader, and what it knows of pieces it has met."""
 
-    __slots__ = ("_entry", "_known", "_read", "_room", "_scratch", "_shared", "_sources")
+    __slots__ = ("_known", "_reader", "_room", "_shared")
 
     def __init__(self, shared: _Shared) -> None:
         self._shared = shared
-        self._scratch = allocate(_SCRATCH)
-        self._room = self._scratch.data
+        self._reader = Reader(shared.source, SCRATCH, shared.lock)
+        self._room = self._reader.scratch.data
         self._known: dict[int, Simple | None] = {}
-        self._entry: Entry | None = None
-        self._sources: list[Values] = []
-        self._read = 0
 
     def __call__(self, job: list[_Task]) -> None:
         shared = self._shared
@@ -155,9 +150,8 @@ class _Worker:
                     self._make(task.entry, task)
         finally:
             with shared.lock:
-                shared.run.was_read(self._read)
-            self._read = 0
-            self._entry, self._sources = None, []
+                shared.run.was_read(self._reader.noted())
+            self._reader.let_go()
 
     def _make(self, entry: Entry, task: _Task) -> None:
         assert task.out is not None
@@ -171,15 +165,13 @@ class _Worker:
             rest = task.pieces
         if not rest:
             return
-        if self._entry is not entry:
-            self._entry, self._sources = None, []  # what was held is let go before more is read
-            self._entry, self._sources = entry, [self._values(name) for name in entry.sources]
+        sources, scratch = self._reader.opened(entry), self._reader.scratch
         try:
             if meter is None:
-                fill(task.out, rest, self._sources, self._scratch)
+                fill(task.out, rest, sources, scratch)
                 return
             for piece in rest:
-                fill(task.out, list(cut(piece, _VALUES)), self._sources, self._scratch, meter)
+                fill(task.out, list(cut(piece, _VALUES)), sources, scratch, meter)
         except PlanError as error:
             raise named(entry, error) from error
         with self._shared.lock:
@@ -193,21 +185,18 @@ class _Worker:
             return False
         name = entry.sources[found.source]
         found.fill(out.view(np.uint8).data, lambda start, buffer: span(name, start, buffer), self._room)
-        self._read += found.nbytes
+        self._reader.nbytes += found.nbytes
         return True
-
-    def _values(self, name: str) -> Values:
-        return opened(self._shared.source, name, self._was_read, self._read_whole)
-
-    def _was_read(self, nbytes: int) -> None:
-        self._read += nbytes
-
-    def _read_whole(self, name: str) -> Array:
-        with self._shared.lock:  # not every reader can be used by two threads
-            return self._shared.source.read(name)
 
 
 # ---------------------------------------------------------------- threads
+
+
+def workers_for(sizes: Iterable[int]) -> int:
+    """How many threads make targets of so many bytes. One makes small ones: that is done with Python's lock held, most
+    of the time."""
+    large = sum(nbytes for nbytes in sizes if nbytes >= _LARGE)
+    return min(_processors(), _MOST_WORKERS) if large >= _ALONE else 1
 
 
 def in_order(jobs: Sequence[Job], worker: Callable[[], Callable[[Job], None]], workers: int) -> None:

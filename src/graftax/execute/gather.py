@@ -5,7 +5,7 @@ Sources are arrays in memory, or bytes that are read by position; a scratch boun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +23,8 @@ DENSE = 3
 """A span is read whole if at least one of DENSE of its elements is wanted, or if it is short."""
 SHORT = 128 << 10
 """Bytes that cost less to read and skip than a second read does."""
+_SKIPPED = 16 << 10
+"""Bytes between two parts of rows that are always read over: from the page cache they cost what one more call does."""
 _NEAR = 1 << 20
 """Bytes that stay in a core's cache between their being read and their being written."""
 _MOST_BUFFERS = 1024
@@ -91,8 +93,7 @@ def opened(
 
     def read_apart(start: int, buffers: list[memoryview]) -> None:
         assert scatter is not None
-        scatter(name, start, buffers)
-        count(sum(map(len, buffers)))
+        count(scatter(name, start, buffers))
 
     return Stored(spec, read, None if scatter is None else read_apart)
 
@@ -119,7 +120,7 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
             raw = out[piece.offset : piece.offset + piece.count].view(np.uint8)
             values.read(leaves[0].offset * out.itemsize, memoryview(raw))  # pyright: ignore[reportArgumentType]
             return
-        if piece.count * out.itemsize > strided.SMALL and _by_rows(out, piece, sources, scratch, evaluate):
+        if piece.count * out.itemsize > strided.SMALL and by_rows([(out, piece)], sources, scratch, evaluate):
             return
     room = scratch.nbytes // max(len(leaves), 1) // 16 * 16
     if not isinstance(piece.value, Leaf):
@@ -152,54 +153,124 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
         target[...] = value
 
 
-def _by_rows(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> bool:
-    """Fill a piece that takes rows, or the same part of rows, of one file; False where it is not such a piece.
+class _Rows(NamedTuple):
+    """Rows of a stored source, or the same part of rows: `count` times `run` elements, the first at `start`, each a
+    `step` after the one before. `outer`: the loop of the piece that goes from row to row."""
+
+    source: int
+    start: int
+    run: int
+    count: int
+    step: int
+    outer: int
+
+
+def _rows(piece: Piece, sources: Sequence[Values]) -> _Rows | None:
+    """The rows that a piece is made of; None where it is not made of rows of one file that are read at a time."""
+    leaves = list(piece.leaves())
+    if len(leaves) != 1 or len(piece.extents) < 2:
+        return None
+    (leaf,) = leaves
+    values = sources[leaf.source]
+    if not isinstance(values, Stored) or values.scatter is None:
+        return None
+    *inner, outer = sorted(range(len(piece.extents)), key=lambda j: leaf.strides[j])
+    run = 1
+    for loop in inner:
+        if leaf.strides[loop] != run:
+            return None
+        run *= piece.extents[loop]
+    if leaf.strides[outer] < run:
+        return None
+    return _Rows(leaf.source, leaf.offset, run, piece.extents[outer], leaf.strides[outer], outer)
+
+
+def by_rows(wanted: Iterable[tuple[Array, Piece]], sources: Sequence[Values], scratch: Array, how: Evaluate) -> bool:
+    """Fill tiles from pieces that take rows, or parts of rows, each row read once for all of them; False, and nothing
+    done, where they are not such pieces.
 
     The rows are read some bytes apart, and written while they are in the cache: a column of them does not fall into one
     cache set, as it would in most matrices, and nothing is copied between reading and writing. What lies between parts
     of rows is read over one short piece of memory, that stays in the cache.
     """
-    leaves = list(piece.leaves())
-    values = sources[leaves[0].source]
-    if len(leaves) > 1 or not isinstance(values, Stored) or values.scatter is None or len(piece.extents) < 2:
-        return False
-    leaf, width = leaves[0], values.spec.bits // 8
-    *inner, outer = sorted(range(len(piece.extents)), key=lambda j: leaf.strides[j])
-    run = 1
-    for loop in inner:
-        if leaf.strides[loop] != run:
+    groups: dict[tuple[int, ...], list[tuple[Array, Piece, _Rows]]] = {}
+    for out, piece in wanted:
+        rows = _rows(piece, sources)
+        if rows is None:
             return False
-        run *= piece.extents[loop]
-    nbytes, count = run * width, piece.extents[outer]
-    gap = leaf.strides[outer] * width - nbytes
-    if gap < 0 or gap > min((DENSE - 1) * nbytes, SHORT):
+        groups.setdefault((rows.source, rows.step, rows.count, rows.start // rows.step), []).append((out, piece, rows))
+    reads = [_RowReader.plan(group, sources, scratch) for group in groups.values()]
+    if None in reads:
         return False
-    pitch = -(-nbytes // strided.PAD_BYTES) * strided.PAD_BYTES + strided.PAD_BYTES
-    wanted = min(max(_NEAR // pitch, strided.rows_of(width)), _MOST_BUFFERS // (2 if gap else 1), count)
-    at_once = min(wanted, (scratch.nbytes - gap) // pitch)
-    if 4 * at_once < wanted:  # long rows in little memory: better a part of each
-        return False
-    raw = memoryview(scratch)  # pyright: ignore[reportArgumentType]
-    buffers = [raw[i * pitch : i * pitch + nbytes] for i in range(at_once)]
-    if gap:
-        between = raw[at_once * pitch : at_once * pitch + gap]
-        buffers = [buffer for row in buffers for buffer in (row, between)]
-    steps = [pitch if loop == outer else leaf.strides[loop] * width for loop in range(len(piece.extents))]
-    dtype = numpy_dtype(values.spec.dtype)
-    for start in range(0, count, at_once):
-        n = min(at_once, count - start)
+    for reader in reads:
+        assert reader is not None
+        reader.run(scratch, how)
+    return True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _RowReader:
+    """Pieces that take parts of the same rows, and how these are read: `nbytes` of a row from byte `first` on, `gap`
+    bytes after which the next one begins, `pitch` bytes apart in the scratch, `at_once` of them."""
+
+    group: Sequence[tuple[Array, Piece, _Rows]]
+    values: Stored
+    first: int
+    nbytes: int
+    gap: int
+    pitch: int
+    at_once: int
+
+    @staticmethod
+    def plan(
+        group: Sequence[tuple[Array, Piece, _Rows]], sources: Sequence[Values], scratch: Array
+    ) -> _RowReader | None:
+        """None where that is not the way to read them."""
+        rows = [one for _, _, one in group]
+        values = sources[rows[0].source]
+        assert isinstance(values, Stored)
+        width = values.spec.bits // 8
+        first, end = min(one.start for one in rows), max(one.start + one.run for one in rows)
+        nbytes, needed = (end - first) * width, sum({one.start: one.run for one in rows}.values()) * width
+        gap = rows[0].step * width - nbytes
+        if gap < 0 or nbytes + gap - needed > min(max((DENSE - 1) * needed, _SKIPPED), SHORT):
+            return None
+        pitch = -(-nbytes // strided.PAD_BYTES) * strided.PAD_BYTES + strided.PAD_BYTES
+        wanted = min(max(_NEAR // pitch, strided.rows_of(width)), _MOST_BUFFERS // (2 if gap else 1), rows[0].count)
+        at_once = min(wanted, (scratch.nbytes - gap) // pitch)
+        if 4 * at_once < wanted:  # long rows in little memory: better a part of each
+            return None
+        return _RowReader(group, values, first * width, nbytes, gap, pitch, at_once)
+
+    def run(self, scratch: Array, how: Evaluate) -> None:
+        raw = memoryview(scratch)  # pyright: ignore[reportArgumentType]
+        buffers = [raw[i * self.pitch : i * self.pitch + self.nbytes] for i in range(self.at_once)]
+        if self.gap:
+            between = raw[self.at_once * self.pitch : self.at_once * self.pitch + self.gap]
+            buffers = [buffer for row in buffers for buffer in (row, between)]
+        _, _, rows = self.group[0]
+        assert self.values.scatter is not None
+        for start in range(0, rows.count, self.at_once):
+            n = min(self.at_once, rows.count - start)
+            self.values.scatter(self.first + start * (self.nbytes + self.gap), buffers[: 2 * n - 1 if self.gap else n])
+            for out, piece, own in self.group:
+                self._write(out, piece, own, start, n, raw, how)
+
+    def _write(self, out: Array, piece: Piece, rows: _Rows, start: int, n: int, raw: memoryview, how: Evaluate) -> None:
+        """Rows start..start + n of a piece, from the scratch."""
+        dtype = numpy_dtype(self.values.spec.dtype)
+        outer, leaf = rows.outer, next(piece.leaves())
         extents = (*piece.extents[:outer], n, *piece.extents[outer + 1 :])
-        values.scatter((leaf.offset + start * leaf.strides[outer]) * width, buffers[: 2 * n - 1 if gap else n])
-        rows: Array = np.ndarray(extents, dtype, raw, 0, steps)
+        steps = [self.pitch if j == outer else s * dtype.itemsize for j, s in enumerate(leaf.strides)]
+        read: Array = np.ndarray(extents, dtype, raw, rows.start * dtype.itemsize - self.first, steps)
         target = _window(out, piece.offset + start * piece.strides[outer], extents, piece.strides)
-        value = evaluate(piece.value, extents, lambda _, rows=rows: rows)
+        value = how(piece.value, extents, lambda _: read)
         if piece.strides[outer] == 1 and value.dtype == target.dtype:
             strided.bits(target)[...] = strided.bits(value)
         elif value.dtype == target.dtype:
             strided.copy(target, value)
         else:
             target[...] = value
-    return True
 
 
 def _parts(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +14,16 @@ from graftax.adapters.jax_arrays import all_to_jax, from_storage, once, own
 from graftax.adapters.shardings import HOST, Place, jax_narrows
 from graftax.errors import UsageError, escape
 from graftax.execute import distributed
-from graftax.execute.eager import load
+from graftax.execute.eager import in_order, load, workers_for
 from graftax.execute.receipt import Receipt
 from graftax.execute.same_work import same_work as same_work_of
-from graftax.execute.streamed import Stream
+from graftax.execute.sharded import local_bytes
+from graftax.execute.streamed import SCRATCH, Stream
 from graftax.formats.files import kept_open
 from graftax.ops import Keep
 from graftax.plans import Plan
 from graftax.tree import Checkpoint, TensorSpec
+from graftax.uncollected import nothing_collected
 
 IN_FLIGHT = 256 << 20
 """Bytes of shards on their way to devices with memory of their own, beyond which the host waits."""
@@ -79,22 +82,40 @@ def place_leaves(
             array = arrays.pop(name)
             out[name] = own(array, given(array))
     out.update(all_to_jax(arrays, places, given))
-    flight = _Flight()
-    with kept_open():
-        for name in specs:
-            if out[name] is not None:
-                continue
-            if peers is not None:
-                peers.look()
-            place = places.get(name)
-            if name in remote:
-                out[name] = _kept(name, remote[name], place)
-            else:
-                out[name] = run.sharded(name, place)
-                flight.add(out[name])
-            run.done(name)
+    for name, leaf in remote.items():
+        out[name] = _kept(name, leaf, places.get(name))
+    _place_shards(run, plan, {name: places[name] for name in specs if out[name] is None}, peers, out)
     run.close()
     return out
+
+
+def _place_shards(
+    run: Stream, plan: Plan, places: Mapping[str, Any], peers: distributed.Peers | None, out: dict[str, Any]
+) -> None:
+    """Makes the leaves of these shardings, put into `out`; those of one entry by one thread, one after the other."""
+    entries = [[name for name in entry.targets if name in places] for entry in plan.entries]
+    jobs = [names for names in entries if names]
+    workers = workers_for(local_bytes(plan.like.specs[name], place) for name, place in places.items())
+    lock, flight = threading.Lock(), _Flight()
+
+    def worker() -> Callable[[list[str]], None]:
+        reader = run.reader(SCRATCH // workers)
+
+        def make(names: list[str]) -> None:
+            for name in names:
+                array = run.sharded(name, places[name], reader)
+                run.done(name)
+                with lock:
+                    out[name] = array
+                    flight.add(array)
+                    if peers is not None:
+                        peers.look()
+            reader.let_go()
+
+        return make
+
+    with nothing_collected(), kept_open():
+        in_order(jobs, worker, workers)
 
 
 def _on_one_device(place: Place, spec: TensorSpec) -> bool:

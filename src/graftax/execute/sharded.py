@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from graftax.dtypes import numpy_dtype
-from graftax.execute.gather import DENSE, SHORT, Evaluate, Held, Stored, Values, fill
-from graftax.execute.memory import allocate
+from graftax.execute.gather import DENSE, SHORT, Evaluate, Held, Stored, Values, by_rows, fill
+from graftax.execute.memory import allocate_all
 from graftax.execute.pushdown import Apply, Box, Leaf, Piece, Value, push
 from graftax.execute.tiling import Edges, box_steps, grid
 from graftax.ops import Op
@@ -35,15 +36,22 @@ def sharding_boxes(shape: tuple[int, ...], sharding: Any) -> dict[Edges, list[An
     return out
 
 
+def local_bytes(spec: TensorSpec, sharding: Any) -> int:
+    """What the devices of this process hold of a tensor, each part once."""
+    return sum(map(_count, sharding_boxes(spec.shape, sharding))) * spec.bits // 8
+
+
 def assemble(shape: tuple[int, ...], sharding: Any, parts: dict[Edges, Array], dtype: Any) -> Any:
     """The jax.Array whose local shards are `parts`. Their memory may become the array's: it is not written again."""
     import jax
 
-    shards: list[Any] = []
     kind = sharding.memory_kind
-    for edges, devices in sharding_boxes(shape, sharding).items():
-        homes = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in devices]
-        shards += jax.device_put([parts[edges]] * len(devices), homes)
+    homes = {
+        edges: [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in devices]
+        for edges, devices in sharding_boxes(shape, sharding).items()
+    }
+    given = [parts[edges] for edges, devices in homes.items() for _ in devices]
+    shards = jax.device_put(given, [home for devices in homes.values() for home in devices])
     return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)
 
 
@@ -52,22 +60,23 @@ def fill_boxes(
     specs: tuple[TensorSpec, ...],
     index: int,
     spec: TensorSpec,
-    boxes: Sequence[Edges],
+    made: Mapping[Edges, Sequence[Piece]],
     sources: Sequence[Values],
     scratch: Array,
     evaluate: Evaluate,
 ) -> tuple[dict[Edges, Array], int]:
-    """Every box of a target, each in aligned memory of its own, and how many bytes of the sources they are made of.
-    NotLocal where an op needs whole tensors."""
-    made = {box: push(ops, specs, index, box) for box in boxes}
+    """Every box of a target, given with its pieces, in aligned memory that jax can take over, and how many bytes of the
+    sources they are made of. NotLocal where a part of a box falls into too many pieces."""
     needed = needed_bytes([piece for pieces in made.values() for piece in pieces], sources)
     dtype = numpy_dtype(spec.dtype)
-    out = {box: allocate(_count(box) * dtype.itemsize).view(dtype) for box in boxes}
-    leaves = [(piece, leaf) for pieces in made.values() for piece in pieces for leaf in piece.leaves()]
-    if all(sources[leaf.source].in_memory or _solid(piece, leaf) for piece, leaf in leaves):
+    rooms = allocate_all([_count(box) * dtype.itemsize for box in made])
+    out = {box: room.view(dtype) for box, room in zip(made, rooms, strict=True)}
+    if _apart(made.values(), sources):
         for box, flat in out.items():
             fill(flat, made[box], sources, scratch, evaluate)
-    else:
+    elif not by_rows(
+        [(out[box], piece) for box, pieces in made.items() for piece in pieces], sources, scratch, evaluate
+    ):
         _by_windows(ops, specs, index, spec, out, sources, scratch, evaluate)
     return {box: flat.reshape([stop - start for start, stop in box]) for box, flat in out.items()}, needed
 
@@ -92,9 +101,12 @@ def short_runs(pieces: Sequence[Piece], sources: Sequence[Values]) -> str:
     return f"its shards take runs of {min(runs, default=0):,} bytes: what lies between costs less to read than to skip"
 
 
-def _solid(piece: Piece, leaf: Leaf) -> bool:
-    """Are the elements that a leaf touches one run?"""
-    return run_of(piece, leaf) == math.prod(n for n, s in zip(piece.extents, leaf.strides, strict=True) if s)
+def _apart(boxes: Iterable[Sequence[Piece]], sources: Sequence[Values]) -> bool:
+    """Do the boxes take their values from stretches of the stored sources that do not overlap?"""
+    taken = sorted(
+        (source, low, high) for pieces in boxes for source, (low, high, _, _) in _spans(pieces, sources).items()
+    )
+    return all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(taken))
 
 
 def run_of(piece: Piece, leaf: Leaf) -> int:

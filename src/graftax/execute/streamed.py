@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ from graftax.dtypes import numpy_dtype, storage_bytes, unpack
 from graftax.errors import PlanError, escape
 from graftax.execute import tiling
 from graftax.execute.conditions import check_conditions
-from graftax.execute.gather import Evaluate, Values, fill, opened
+from graftax.execute.gather import Evaluate, fill
 from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate
 from graftax.execute.pushdown import Box, NotLocal, Piece, push
+from graftax.execute.reading import Reader
 from graftax.execute.receipt import Measured, Receipt
 from graftax.execute.sharded import assemble, fill_boxes, sharding_boxes, short_runs
 from graftax.execute.tiling import Edges
@@ -35,8 +37,10 @@ Array = np.ndarray[Any, Any]
 _TILE_SHARE, _SCRATCH_SHARE = 4, 4
 """A tile and the reading scratch may each take this part of the budget; the writer's buffers take the rest."""
 _LEAST = 1 << 20
-_SCRATCH = 32 << 20
+SCRATCH = 32 << 20
 """For reading, where there is no budget."""
+_MOST_KEPT = 1 << 16
+"""Pieces that are kept for targets of the same shape."""
 OVER = 2
 """Times as many bytes read as needed, beyond which the receipt says why."""
 
@@ -78,14 +82,16 @@ class Stream:
         self._budget, self._advance = budget, advance
         self._tile = max(_LEAST, budget // _TILE_SHARE) if budget is not None else 1 << 62
         self._room = allocate(_LEAST)
-        self._scratch = allocate(max(_LEAST, budget // _SCRATCH_SHARE) if budget is not None else _SCRATCH)
+        self._lock = threading.RLock()  # of what is counted, and of what is made whole
+        scratch = max(_LEAST, budget // _SCRATCH_SHARE) if budget is not None else SCRATCH
+        self._reader = Reader(source, scratch)
         self._home = {name: (entry, i) for entry in plan.entries for i, name in enumerate(entry.targets)}
         self._whole: dict[int, dict[str, Array]] = {}
         self._meters: dict[int, Meter] = {}
         self._conditions: dict[int, bool] = {}  # entry -> they were looked at, and hold
         self._skipped: set[str] = set()
-        self._last: tuple[Entry, list[Values]] | None = None
         self._pushed: dict[Any, list[Piece]] = {}
+        self._kept = 0  # pieces in all of these
         for entry in plan.entries:
             if entry.dropped is not None:
                 receipt.dropped.update(dict.fromkeys(entry.sources, entry.dropped))
@@ -202,52 +208,82 @@ class Stream:
         """So many bytes of the source's values were read for what `local` gave."""
         self._receipt.bytes_read += nbytes
 
-    def sharded(self, target: str, sharding: Any) -> Any:
+    def reader(self, nbytes: int) -> Reader:
+        """For one more thread."""
+        return Reader(self._source, nbytes, self._lock)
+
+    def sharded(self, target: str, sharding: Any, reader: Reader | None = None) -> Any:
         """One target as a jax.Array laid out by `sharding`: only what the devices of this process hold is read. A jax
-        dtype is needed: see `adapters.to_jax` for those that jax would narrow."""
-        entry, index = self._home[target]
+        dtype is needed: see `adapters.to_jax` for those that jax would narrow.
+
+        May be called by several threads, each with a reader of its own, for targets of different entries.
+        """
+        entry, _ = self._home[target]
         spec = self._plan.like.specs[target]
-        self._count(spec)
         boxes = list(sharding_boxes(spec.shape, sharding))
-        before = self._receipt.bytes_read
         try:
-            parts = None if self._whole_only(entry, spec) else self._parts(entry, index, target, boxes)
+            parts = None if self._whole_only(entry, spec) else self._parts(target, boxes, reader or self._reader)
             if parts is None:
-                whole = self._made(entry)[target]
-                if spec.packed and whole.shape != spec.shape:
-                    whole = unpack(whole, spec)
-                parts = {box: _aligned(whole[tuple(slice(*edge) for edge in box)]) for box in boxes}
-                share = sum(part.size for part in parts.values()) / max(whole.size, 1)
-                used = sum(given.nbytes for given in self._specs(entry)) / max(len(entry.targets), 1)
-                self._needed(target, int(share * used), before, f"{chain_text(entry.ops)} is made of whole tensors")
+                parts = self._cut(entry, target, boxes)
         except PlanError as error:
             raise named(entry, error) from error
+        with self._lock:
+            self._count(spec)
         return assemble(spec.shape, sharding, parts, numpy_dtype(spec.dtype))
 
-    def _parts(self, entry: Entry, index: int, target: str, boxes: list[Edges]) -> dict[Edges, Array] | None:
-        spec, before = self._plan.like.specs[target], self._receipt.bytes_read
-        specs, sources, how = self._specs(entry), self._opened(entry), self._evaluate(entry)
+    def _parts(self, target: str, boxes: Sequence[Edges], reader: Reader) -> dict[Edges, Array] | None:
+        """The boxes of a target; None where they cannot be made by themselves."""
+        entry, index = self._home[target]
+        spec, specs, meter = self._plan.like.specs[target], self._specs(entry), self.meter(entry)
+        sources = reader.opened(entry)
         try:
-            parts, needed = fill_boxes(entry.ops, specs, index, spec, boxes, sources, self._scratch, how)
+            pieces = {box: self._pieces(entry, index, spec, box) for box in boxes}
+            how = evaluate if meter is None else meter
+            parts, needed = fill_boxes(entry.ops, specs, index, spec, pieces, sources, reader.scratch, how)
         except NotLocal:
             return None
-        if self._receipt.bytes_read - before > OVER * needed:
-            pieces = [piece for box in boxes for piece in push(entry.ops, specs, index, box)]
+        finally:
+            with self._lock:
+                read = self._note(reader)
+        why = ""
+        if read > OVER * needed:
             by_position = all(map(self._source.by_position, entry.sources))
-            why = short_runs(pieces, sources) if by_position else "its file cannot be read by position"
-        else:
-            why = ""
-        self._needed(target, needed, before, why)
+            found = [piece for some in pieces.values() for piece in some]
+            why = short_runs(found, sources) if by_position else "its file cannot be read by position"
+        with self._lock:
+            if meter is not None:
+                self.counted(entry, meter)
+            self._needed(target, needed, read, why)
         return parts
 
-    def _needed(self, target: str, needed: int, before: int, why: str) -> None:
+    def _cut(self, entry: Entry, target: str, boxes: Sequence[Edges]) -> dict[Edges, Array]:
+        """The boxes of a target that is made whole."""
+        spec = self._plan.like.specs[target]
+        with self._lock:
+            before = self._receipt.bytes_read
+            whole = self._made(entry)[target]
+            if spec.packed and whole.shape != spec.shape:
+                whole = unpack(whole, spec)
+            parts = {box: _aligned(whole[tuple(slice(*edge) for edge in box)]) for box in boxes}
+            share = sum(part.size for part in parts.values()) / max(whole.size, 1)
+            used = sum(given.nbytes for given in self._specs(entry)) / max(len(entry.targets), 1)
+            read = self._receipt.bytes_read - before
+            self._needed(target, int(share * used), read, f"{chain_text(entry.ops)} is made of whole tensors")
+        return parts
+
+    def _needed(self, target: str, needed: int, read: int, why: str) -> None:
         """Counts what the shards of a target are made of; says why, where much more was read."""
         if self._source.format == "live":
             return
-        read = self._receipt.bytes_read - before
         self._receipt.bytes_needed += needed
         if read > OVER * needed:
             self._receipt.over_read[target] = f"{size_text(read)} read for {size_text(needed)}: {why}"
+
+    def _note(self, reader: Reader) -> int:
+        """Puts what was read into the receipt; gives it."""
+        read = reader.noted()
+        self._receipt.bytes_read += read
+        return read
 
     def _specs(self, entry: Entry) -> tuple[TensorSpec, ...]:
         return tuple(self._plan.source.specs[name] for name in entry.sources)
@@ -268,7 +304,8 @@ class Stream:
     ) -> Array:
         dtype = numpy_dtype(spec.dtype)
         out = room(count * dtype.itemsize).view(dtype)
-        fill(out, pieces, self._opened(entry), self._scratch, self._evaluate(entry))
+        fill(out, pieces, self._reader.opened(entry), self._reader.scratch, self._evaluate(entry))
+        self._note(self._reader)
         return out
 
     def _evaluate(self, entry: Entry) -> Evaluate:
@@ -294,16 +331,18 @@ class Stream:
         return tiling.grid([(0, n) for n in spec.shape], steps)
 
     def _pieces(self, entry: Entry, index: int, spec: TensorSpec, box: Edges) -> list[Piece]:
-        """The pieces of a box of a target. Those of a whole one are kept: of many layers they are the same."""
+        """The pieces of a box of a target. Those of a box that comes again are kept: of many layers they are the
+        same."""
         specs = self._specs(entry)
-        if any(edge != (0, n) for edge, n in zip(box, spec.shape, strict=True)):
-            return push(entry.ops, specs, index, box)
-        key = (entry.ops, specs, index)
+        key = (entry.ops, specs, index, box)
         pieces = self._pushed.get(key)
         if pieces is None:
             pieces = push(entry.ops, specs, index, box)
             if all(type(op) in _BY_SHAPE for op in entry.ops):
-                self._pushed[key] = pieces
+                with self._lock:
+                    self._kept += len(pieces)
+                    if self._kept <= _MOST_KEPT:
+                        self._pushed[key] = pieces
         return pieces
 
     def _looked_at(self, entry: Entry) -> bool:
@@ -316,7 +355,8 @@ class Stream:
                 self._conditions[key] = False
             else:
                 try:
-                    check_conditions(entry.ops, self._specs(entry), self._opened(entry), self._scratch, self._tile)
+                    reader = self._reader
+                    check_conditions(entry.ops, self._specs(entry), reader.opened(entry), reader.scratch, self._tile)
                     self._conditions[key] = True
                 except NotLocal:
                     self._conditions[key] = False
@@ -326,14 +366,6 @@ class Stream:
         """Bytes of all tensors of an entry."""
         made = sum(self._plan.like.specs[target].nbytes for target in entry.targets)
         return made + sum(spec.nbytes for spec in self._specs(entry))
-
-    def _opened(self, entry: Entry) -> list[Values]:
-        """The sources of an entry, kept until another is asked for: a file that cannot be read by position is read once
-        for all tiles and targets."""
-        if self._last is None or self._last[0] is not entry:
-            self._last = None  # what was held is let go before more is read
-            self._last = entry, [opened(self._source, name, self.was_read) for name in entry.sources]
-        return self._last[1]
 
     def _made(self, entry: Entry, bounded: bool = False) -> dict[str, Array]:
         """All targets of an entry that cannot be cut, kept until the last of them was asked for. `bounded`: PlanError
@@ -365,11 +397,12 @@ class Stream:
     def done(self, target: str) -> None:
         """Nobody asks for this target again: what was held for it is let go."""
         entry, _ = self._home[target]
-        held_arrays = self._whole.get(id(entry))
-        if held_arrays is not None:
-            held_arrays.pop(target, None)
-            if not held_arrays:
-                del self._whole[id(entry)]
+        with self._lock:
+            held_arrays = self._whole.get(id(entry))
+            if held_arrays is not None:
+                held_arrays.pop(target, None)
+                if not held_arrays:
+                    del self._whole[id(entry)]
 
     def close(self) -> None:
         """Writes what was measured into the receipt."""

@@ -100,12 +100,13 @@ def read_into(path: Path | RemoteFile, expected: Stamp, offset: int, buffer: mem
     read_apart(path, expected, offset, [buffer])
 
 
-def read_apart(path: Path | RemoteFile, expected: Stamp, offset: int, buffers: Sequence[memoryview]) -> None:
-    """Fill several buffers, one after the other, with what follows `offset`; as `read_into`."""
+def read_apart(path: Path | RemoteFile, expected: Stamp, offset: int, buffers: Sequence[memoryview]) -> int:
+    """Fill several buffers, one after the other, with what follows `offset`; as `read_into`. Gives their bytes."""
     if isinstance(path, RemoteFile):
         path.read_into(offset, buffers)
-        return
+        return sum(map(len, buffers))
     try:
+        begun = offset
         handle = _kept.get((path, expected)) or _open(path, expected)
         try:
             for start in range(0, len(buffers), _BUFFERS):
@@ -116,6 +117,7 @@ def read_apart(path: Path | RemoteFile, expected: Stamp, offset: int, buffers: S
                 offset += wanted
             if not _is(os.fstat(handle.fd), expected):
                 raise changed(path)
+            return offset - begun
         finally:
             del handle  # which an error's traceback would keep open
     except OSError as exc:

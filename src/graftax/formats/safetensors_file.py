@@ -51,10 +51,11 @@ class TensorFile:
         """Fills `buffer` from byte `start` of a tensor on."""
         files.read_into(self.path, self.stamp, self._place(name, start, start + len(buffer)), buffer)
 
-    def scatter(self, name: str, start: int, buffers: list[memoryview]) -> None:
-        """Fills the buffers, one after the other, from byte `start` of a tensor on."""
-        place = self._place(name, start, start + sum(map(len, buffers)))
-        files.read_apart(self.path, self.stamp, place, buffers)
+    def scatter(self, name: str, start: int, buffers: list[memoryview]) -> int:
+        """Fills the buffers, one after the other, from byte `start` of a tensor on. How many bytes that were."""
+        nbytes = files.read_apart(self.path, self.stamp, self._place(name, start, start), buffers)
+        self._place(name, start, start + nbytes)  # thousands of buffers: their lengths are summed once
+        return nbytes
 
     def read_bytes(self, name: str, start: int, stop: int) -> bytearray:
         """Bytes `start` to `stop` of a tensor, for reading it in pieces."""

@@ -1,0 +1,68 @@
+"""What one thread reads a checkpoint with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from graftax.execute.gather import Values, opened
+from graftax.execute.memory import allocate
+from graftax.plans import Entry
+from graftax.tree import Checkpoint
+
+Array = np.ndarray[Any, Any]
+Lock = AbstractContextManager[Any]
+
+
+class Reader:
+    """Memory to read into, and the sources of the entry that is worked on, kept until another is asked for: a file that
+    cannot be read by position is read once for all tiles and targets.
+
+    source  the checkpoint
+    nbytes  of the scratch; only what is used of it is taken from the system
+    lock    held while the checkpoint reads a tensor whole, which not every one can do for two threads at once
+    """
+
+    __slots__ = ("_entry", "_lock", "_source", "_values", "nbytes", "scratch")
+
+    def __init__(self, source: Checkpoint, nbytes: int, lock: Lock | None = None) -> None:
+        self._source, self._lock = source, lock
+        self.scratch = allocate(nbytes)
+        self.nbytes = 0
+        """Bytes that were read of the source's values, since somebody took note of them."""
+        self._entry: Entry | None = None
+        self._values: list[Values] = []
+
+    def opened(self, entry: Entry) -> list[Values]:
+        """The entry's sources."""
+        if self._entry is not entry:
+            self.let_go()  # what was held, before more is read
+            self._values = [opened(self._source, name, self._count, self._whole) for name in entry.sources]
+            self._entry = entry
+        return self._values
+
+    def let_go(self) -> None:
+        self._entry, self._values = None, []
+
+    def noted(self) -> int:
+        """`nbytes`, which begin again at 0."""
+        nbytes, self.nbytes = self.nbytes, 0
+        return nbytes
+
+    def _count(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+
+    @property
+    def _whole(self) -> Callable[[str], Array]:
+        if self._lock is None:
+            return self._source.read
+        lock = self._lock
+
+        def whole(name: str) -> Array:
+            with lock:
+                return self._source.read(name)
+
+        return whole
