@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -35,7 +36,7 @@ def ratio_text(value: float | None) -> str:
 
 def show(groups: Sequence[Group]) -> None:
     """A table for each group, fastest first, and below it what did not run."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for group in groups:
         table = Table(title=group.title, title_justify="left", box=None, pad_edge=False)
         memory = any(row.median("anonymous") is not None for row in group.rows)

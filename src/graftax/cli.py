@@ -53,13 +53,13 @@ def inspect_command(
     """
     from graftax.report.inspecting import inspection, inspection_text
 
-    checkpoint = open_source(ckpt)
-    if spec:
-        from graftax.formats.spec_file import dump_spec
-
-        text = dump_spec(checkpoint)
-        return Outcome(_json(text), text.rstrip("\n"))
     with nothing_collected():  # a hundred thousand rows: a third of the time
+        checkpoint = open_source(ckpt)
+        if spec:
+            from graftax.formats.spec_file import dump_spec
+
+            text = dump_spec(checkpoint)
+            return Outcome(_json(text), text.rstrip("\n"))
         data = inspection(checkpoint, stats=stats, hashes=hashes)
         return Outcome(data, "" if json else inspection_text(data))
 

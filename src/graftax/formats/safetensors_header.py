@@ -73,12 +73,17 @@ def _parse(
     check_limit("leaves", len(entries), label)
     specs: dict[str, TensorSpec] = {}
     ranges: dict[str, Range] = {}
+    known: dict[tuple[Any, ...], TensorSpec] = {}  # a hundred thousand tensors have some dozens of shapes
     failures: list[Failure] = []
     for name, entry in entries.items():
         fault = _entry_fault(entry)
         if fault is None:
             begin, end = entry["data_offsets"]
-            specs[name] = TensorSpec(tuple(entry["shape"]), NAMES[entry["dtype"]])
+            key = (entry["dtype"], *entry["shape"])
+            spec = known.get(key)
+            if spec is None:
+                spec = known[key] = TensorSpec(key[1:], NAMES[key[0]])
+            specs[name] = spec
             ranges[name] = (start + begin, start + end)
         else:
             failures.append(Failure(fault, file=label, key=name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from graftax.errors import escape
@@ -108,6 +109,5 @@ def _stats_text(stats: Mapping[str, Any] | None) -> str:
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows as text columns."""
-    cells = max(map(len, rows), default=0)
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(cells)]
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
