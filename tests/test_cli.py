@@ -435,3 +435,20 @@ def test_a_folder_with_a_file_of_the_users_is_not_replaced(linear: Path, capsys)
     args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "-o", folder)
     assert call(capsys, *args)[0] == 5
     assert (folder / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["", "inspect", "plan", "port", "replace", "verify", "diff", "layers"])
+def test_help_is_wrapped_once(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "[default: False]" not in text
+    lists = [block.splitlines() for block in text.split("\n\n") if ":\n" in block]
+    assert lists
+    for lines in lists:
+        assert all(line.startswith("  ") for line in lines[1:])
+        assert max(map(len, lines)) <= 80
+        for line in lines[1:]:
+            assert line.startswith("      ") or ":" in line, line

@@ -274,7 +274,7 @@ def write_plan(
 ) -> Receipt:
     """Run a plan into a file or folder. `advance` is told of the bytes as they are made. Options as in `port_file`."""
     from graftax.formats import Output, save
-    from graftax.formats.sizes import parse_size
+    from graftax.formats.sizes import parse_size, size_text
 
     joined = peers()
     if joined is not None:
@@ -284,7 +284,8 @@ def write_plan(
         return write_together(joined, made, source, like, wanted, advance)
     made.require_complete()
     receipt = Receipt()
-    tiles = Stream(made, source, like, receipt, parse_size(max_memory), advance)
+    budget = parse_size(max_memory)
+    tiles = Stream(made, source, like, receipt, budget, advance)
     output = Output(
         made.like.specs,
         tiles.arrays(),
@@ -296,7 +297,14 @@ def write_plan(
     )
     inputs = (source,) if like is None else (source, like)
     origin = fingerprint(made, source, like) if resume else None
-    receipt.notes = save(str(out), output, format=format, clobber=clobber, inputs=inputs, origin=origin).notes
+    saved = save(str(out), output, format=format, clobber=clobber, inputs=inputs, origin=origin)
+    receipt.notes = saved.notes
+    nbytes = sum(spec.nbytes for spec in made.like.specs.values())
+    if saved.format == "orbax" and nbytes > budget:
+        held = (
+            f"orbax is handed all tensors at once: {size_text(nbytes)}, beyond the {size_text(budget)} of --max-memory"
+        )
+        receipt.notes = (*receipt.notes, held)
     tiles.close()
     return receipt
 

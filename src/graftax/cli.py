@@ -12,6 +12,7 @@ from cyclopts import App
 
 from graftax import cli_run
 from graftax.cli_common import DEFAULTS, Flag, Json, MaybeOut, Out, Outcome, Planning, no_of, open_source, planned
+from graftax.cli_help import HelpText
 from graftax.cli_replace import replace_command
 from graftax.cli_verify import verify_command
 from graftax.errors import UsageError, escape
@@ -21,7 +22,7 @@ app = App(
     name="graftax",
     help="Port weights between PyTorch and Flax, operate on them, and prove the result.",
     help_format="plaintext",
-    help_formatter="plain",
+    help_formatter=HelpText(),
     version="0.1.0",
     result_action="return_value",
     suppress_keyboard_interrupt=False,

@@ -19,7 +19,7 @@ class Outcome:
     error: GraftaxError | None = None
 
 
-Json = Annotated[bool, Parameter(name="--json", negative="")]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print the result as one JSON object.")]
 Out = Annotated[str, Parameter(name=["--out", "-o"])]
 MaybeOut = Annotated[str | None, Parameter(name=["--out", "-o"])]
 Flag = Parameter(negative="")

@@ -388,6 +388,17 @@ def test_orbax_says_that_it_starts_anew(source: Path, tmp_path: Path) -> None:
     assert any("orbax is written as a whole" in note for note in receipt.notes)
 
 
+def test_orbax_says_that_it_holds_more_than_the_budget(tmp_path: Path) -> None:
+    tree = {"a": np.zeros((1024, 600), np.float32)}
+    for budget, told in (
+        ("1MiB", ["orbax is handed all tensors at once: 2.46 MB, beyond the 1.05 MB of"]),
+        ("4MiB", []),
+    ):
+        receipt = gx.port_file(tree, tree, tmp_path / budget, to="flax", max_memory=budget)
+        assert len(receipt.notes) == len(told)
+        assert all(text in note for text, note in zip(told, receipt.notes, strict=True))
+
+
 def test_the_command_line_resumes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,7 @@ class DirectFile:
         for _ in range(BUFFERS):
             self._free.put(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._full: queue.SimpleQueue[tuple[mmap.mmap, int, int] | None] = queue.SimpleQueue()
-        self._failed: list[OSError] = []
+        self._failed: list[BaseException] = []
         self._length = length
         self._buffer: mmap.mmap | None = None
         self._used = 0  # bytes of the buffer that are filled
@@ -132,7 +132,7 @@ class DirectFile:
             if not self._failed:
                 try:
                     self._write_one(memoryview(buffer)[:length], start)
-                except OSError as exc:
+                except BaseException as exc:  # raised by whoever waits for a buffer
                     self._failed.append(exc)
             self._free.put(buffer)
 

@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from graftax.errors import GraftaxError, StorageError
+from graftax.errors import FormatError, StorageError
 from graftax.formats import files, hf_folder, opening, safetensors_file, strict_json
 from graftax.formats.remote_file import RemoteFile
-from graftax.formats.remote_retry import Missing
+from graftax.formats.remote_retry import NotFoundError
 from graftax.formats.remote_url import HTTP, Address, parse, split_part
 from graftax.tree import Checkpoint
 
 Opener = Callable[[Address], RemoteFile]
-"""Opens a file: one request, for its size and its first bytes. Raises Missing, StorageError."""
+"""Opens a file: one request, for its size and its first bytes. Raises NotFoundError, StorageError."""
 AT_ONCE = 8
 """Shards whose headers are asked for at the same time."""
 
@@ -63,7 +63,7 @@ def _inside(folder: Address, opener: Opener) -> RemoteFile:
         for candidate in (name, name + hf_folder.INDEX):
             try:
                 return opener(folder.beside(candidate))
-            except Missing:
+            except NotFoundError:
                 continue
     names = ", ".join(hf_folder.WEIGHTS[:3])
     raise StorageError(f"{folder} holds no weights under a usual name ({names}, ...)", next="Name the file itself.")
@@ -96,13 +96,14 @@ def _sharded(index: RemoteFile, opener: Opener, part: str) -> Checkpoint:
 
 
 def _config(weights: Address, opener: Opener, strict: bool) -> dict[str, Any] | None:
-    """config.json in the same folder."""
+    """config.json in the same folder. One that cannot be read fails as the weights would; one that is not JSON only if
+    `strict`."""
     try:
         file = opener(weights.beside("config.json"))
         return strict_json.parse_object(files.read_whole(_as_path(file)), str(file))
-    except Missing:
+    except NotFoundError:
         return None
-    except GraftaxError:
+    except FormatError:
         if strict:
             raise
         return None

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from graftax.errors import StorageError, UsageError, escape
 from graftax.formats.remote_connect import Connections, extra_headers, login, target_of
-from graftax.formats.remote_retry import Again, Missing, retried
+from graftax.formats.remote_retry import Again, NotFoundError, retried
 from graftax.formats.remote_url import HTTP, Address
 
 LONGEST = 300.0
@@ -48,7 +48,7 @@ class HttpFile:
         self._seen: dict[str, str] | None = None
 
     def start(self, length: int) -> tuple[int, bytes]:
-        """(size of the file, its first `length` bytes or fewer). Raises Missing, StorageError."""
+        """(size of the file, its first `length` bytes or fewer). Raises NotFoundError, StorageError."""
         return retried(str(self._asked), lambda: self._begin(length))
 
     def fetch(self, offset: int, buffer: memoryview) -> None:
@@ -156,7 +156,7 @@ class HttpFile:
     # ------------------------------------------------------------ what an answer must say
 
     def _length(self, answer: http.client.HTTPResponse, first: int, wanted: int) -> int:
-        """How many bytes the answer carries; 0 of an empty file. Raises Again, Missing, StorageError."""
+        """How many bytes the answer carries; 0 of an empty file. Raises Again, NotFoundError, StorageError."""
         label, status = str(self._asked), answer.status
         if status in _PASSING:
             raise Again(f"the server answers {status}", _pause(answer.getheader("Retry-After")))
@@ -169,7 +169,9 @@ class HttpFile:
             raise StorageError(f"{label}: the server knows no ranges, it sends the file whole", next=_DOWNLOAD)
         if status != 206:
             what, then = WHY.get(status, (f"cannot be read: the server answers {status}", _DOWNLOAD))
-            raise (Missing if status in (403, 404, 410) else StorageError)(f"{label} {what} ({status})", next=then)
+            raise (NotFoundError if status in (403, 404, 410) else StorageError)(
+                f"{label} {what} ({status})", next=then
+            )
         given = answer.getheader("Content-Range") or ""
         found = _RANGE.fullmatch(given.strip())
         if found is None or answer.getheader("Content-Encoding", "identity").lower() != "identity":

@@ -24,7 +24,7 @@ class Again(Exception):
         self.pause = pause
 
 
-class Missing(StorageError):
+class NotFoundError(StorageError):
     """Nothing is at the address, or nothing that we may see."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftax.errors import StorageError, UsageError, escape
-from graftax.formats.remote_retry import Again, Missing, retried
+from graftax.formats.remote_retry import Again, NotFoundError, retried
 from graftax.formats.remote_url import STORES, Address
 
 _VALIDATORS = (
@@ -26,7 +26,7 @@ class StoreFile:
         self._seen: Mapping[str, str] | None = None
 
     def start(self, length: int) -> tuple[int, bytes]:
-        """(size of the file, its first `length` bytes or fewer). Raises Missing, StorageError."""
+        """(size of the file, its first `length` bytes or fewer). Raises NotFoundError, StorageError."""
         label = str(self._address)
         self._seen = retried(label, self._told)
         size = int(self._seen["size"])
@@ -56,7 +56,7 @@ class StoreFile:
     def _told(self) -> dict[str, str]:
         info = self._called(self._store.info)
         if info.get("type") == "directory":
-            raise Missing(f"{self._address} is a folder", next="Its URL ends in '/', or names a file in it.")
+            raise NotFoundError(f"{self._address} is a folder", next="Its URL ends in '/', or names a file in it.")
         if not isinstance(info.get("size"), int):
             raise StorageError(f"{self._address}: the store does not tell its size", next="Download it and name that.")
         return {"size": str(info["size"])} | {name: str(info[name]) for name in _VALIDATORS if info.get(name)}
@@ -66,11 +66,13 @@ class StoreFile:
         try:
             return function(self._path, **options)
         except FileNotFoundError:
-            raise Missing(f"{self._address} does not exist") from None
+            raise NotFoundError(f"{self._address} does not exist") from None
         except IsADirectoryError:
-            raise Missing(f"{self._address} is a folder", next="Its URL ends in '/', or names a file in it.") from None
+            raise NotFoundError(
+                f"{self._address} is a folder", next="Its URL ends in '/', or names a file in it."
+            ) from None
         except PermissionError:
-            raise Missing(f"{self._address} may not be read: permission denied") from None
+            raise NotFoundError(f"{self._address} may not be read: permission denied") from None
         except Exception as error:
             name = escape(type(error).__name__)
             if isinstance(error, _FINAL) or "Credential" in name:
