@@ -18,7 +18,8 @@ from graftax.errors import PlanError
 from graftax.execute import gather, sharded
 from graftax.execute.memory import allocate
 from graftax.execute.meter import evaluate
-from graftax.execute.pushdown import NotLocal, push
+from graftax.execute.nests import NotLocal
+from graftax.execute.pushdown import push
 from graftax.ops import apply_chain
 from graftax.ops.checked_ops import Repeat
 from graftax.tree import TensorSpec

@@ -14,7 +14,7 @@ from graftax.errors import PlanError
 from graftax.execute import streamed
 from graftax.execute.conditions import check_conditions
 from graftax.execute.gather import held
-from graftax.execute.pushdown import NotLocal
+from graftax.execute.nests import NotLocal
 from graftax.ops import CONDITIONS, Concat, Op, Rearrange, Split, apply_chain
 from graftax.ops.chains import bind_chain
 from graftax.ops.checked_ops import Crop, RequireZero, Same, Unrepeat

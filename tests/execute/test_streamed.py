@@ -18,7 +18,8 @@ import graftax as gx
 from graftax.errors import PlanError
 from graftax.execute import gather, streamed
 from graftax.execute.meter import Meter
-from graftax.execute.pushdown import Leaf, NotLocal, Piece
+from graftax.execute.nests import NotLocal
+from graftax.execute.pushdown import Leaf, Piece
 from graftax.tree import TensorSpec
 
 RULES = """rules = [

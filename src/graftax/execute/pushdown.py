@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from graftax.execute.nests import MOST_PIECES, Affine, Nest, NotLocal, active, divided, plus, times, zones
 from graftax.ops import Op, infer_chain
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
 from graftax.ops.edge_ops import Fill
@@ -24,11 +25,6 @@ from graftax.tree import TensorSpec
 
 Box = Sequence[tuple[int, int]]
 """[start, stop) on every axis of a tensor."""
-MOST_PIECES = 1 << 16
-
-
-class NotLocal(Exception):
-    """The slice cannot be made from a bounded part of the sources: run the whole entry and cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,77 +80,6 @@ def _leaves(value: Value) -> Iterator[Leaf]:
             yield from _leaves(arg)
 
 
-# ---------------------------------------------------------------- selections
-
-
-@dataclass(frozen=True, slots=True)
-class _Affine:
-    """base + coefficients . loop counters."""
-
-    base: int
-    by: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Nest:
-    """Loops (extents, strides in the output, output offset) and one expression for each axis of the current tensor."""
-
-    extents: tuple[int, ...]
-    offset: int
-    strides: tuple[int, ...]
-    axes: tuple[_Affine, ...]
-
-    def with_axes(self, axes: Sequence[_Affine]) -> _Nest:
-        return replace(self, axes=tuple(axes))
-
-    def with_axis(self, axis: int, expression: _Affine) -> _Nest:
-        return self.with_axes((*self.axes[:axis], expression, *self.axes[axis + 1 :]))
-
-    def last(self, axis: int) -> int:
-        """The largest value of an axis whose coefficients are not negative."""
-        e = self.axes[axis]
-        return e.base + sum(c * (n - 1) for c, n in zip(e.by, self.extents, strict=True))
-
-    def mapped(self, change: Callable[[_Affine], _Affine]) -> tuple[_Affine, ...]:
-        return tuple(change(e) for e in self.axes)
-
-    def reversed(self, loop: int) -> _Nest:
-        """The same with one loop running backwards."""
-        n = self.extents[loop] - 1
-        axes = self.mapped(lambda e: _Affine(e.base + n * e.by[loop], _with(e.by, loop, -e.by[loop])))
-        offset = self.offset + n * self.strides[loop]
-        return _Nest(self.extents, offset, _with(self.strides, loop, -self.strides[loop]), axes)
-
-    def positive(self, axis: int) -> _Nest:
-        """The same with no negative coefficient on `axis`."""
-        out = self
-        for loop, c in enumerate(self.axes[axis].by):
-            if c < 0:
-                out = out.reversed(loop)
-        return out
-
-    def cut(self, loop: int, start: int, stop: int) -> _Nest:
-        """Iterations start..stop of one loop; a loop of one iteration stays, as a constant."""
-        axes = self.mapped(lambda e: _Affine(e.base + start * e.by[loop], e.by))
-        offset = self.offset + start * self.strides[loop]
-        return _Nest(_with(self.extents, loop, stop - start), offset, self.strides, axes)
-
-    def nested(self, loop: int, inner: int) -> _Nest:
-        """One loop as two: the old one steps by `inner`, a new last loop runs inside it."""
-        axes = self.mapped(lambda e: _Affine(e.base, (*_with(e.by, loop, e.by[loop] * inner), e.by[loop])))
-        extents = (*_with(self.extents, loop, self.extents[loop] // inner), inner)
-        strides = (*_with(self.strides, loop, self.strides[loop] * inner), self.strides[loop])
-        return _Nest(extents, self.offset, strides, axes)
-
-
-def _with(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
-    return (*values[:place], value, *values[place + 1 :])
-
-
-def _active(nest: _Nest, by: Sequence[int]) -> list[int]:
-    return [loop for loop, c in enumerate(by) if c and nest.extents[loop] > 1]
-
-
 # ---------------------------------------------------------------- the walk
 
 
@@ -179,12 +104,12 @@ def push(
         strides[i] = strides[i + 1] * (outer[i + 1][1] - outer[i + 1][0])
     offset = sum((start - first) * step for (start, _), (first, _), step in zip(box, outer, strides, strict=True))
     axes = tuple(
-        _Affine(start, tuple(int(i == axis) for i in range(len(extents)))) for axis, (start, _) in enumerate(box)
+        Affine(start, tuple(int(i == axis) for i in range(len(extents)))) for axis, (start, _) in enumerate(box)
     )
     if 0 in extents:
         return []
     walk = _Walk(tuple(ops), tuple(sources), most)
-    return [_coalesced(piece) for piece in walk.back(len(ops), target, _Nest(extents, offset, tuple(strides), axes))]
+    return [_coalesced(piece) for piece in walk.back(len(ops), target, Nest(extents, offset, tuple(strides), axes))]
 
 
 class _Walk:
@@ -199,7 +124,7 @@ class _Walk:
             self.specs.append(infer_chain((op,), self.specs[-1]))
         self.left = most
 
-    def back(self, place: int, tensor: int, nest: _Nest) -> Iterator[Piece]:
+    def back(self, place: int, tensor: int, nest: Nest) -> Iterator[Piece]:
         """The pieces of `nest`, a selection of output `tensor` of the first `place` ops."""
         if place == 0:
             self.left -= 1
@@ -224,7 +149,7 @@ class _Walk:
         else:
             raise NotLocal(f"{op.text} needs whole tensors")
 
-    def _sum(self, op: Sum, place: int, tensor: int, nest: _Nest) -> Piece:
+    def _sum(self, op: Sum, place: int, tensor: int, nest: Nest) -> Piece:
         found = [list(self.back(place - 1, term, nest)) for term in op.groups[tensor]]
         first = found[0][0]
         layouts = {(p.extents, p.offset, p.strides) for pieces in found for p in pieces}
@@ -235,17 +160,17 @@ class _Walk:
         alone = Sum((tuple(range(len(found))),))
         return replace(first, value=Apply(alone, tuple(pieces[0].value for pieces in found)))
 
-    def _pad(self, op: Pad, place: int, tensor: int, nest: _Nest) -> Iterator[Piece]:
+    def _pad(self, op: Pad, place: int, tensor: int, nest: Nest) -> Iterator[Piece]:
         spec = self.specs[place - 1][tensor]
-        for zone, part in _zones(nest, op.axis, (op.before, spec.shape[op.axis], op.after)):
+        for zone, part in zones(nest, op.axis, (op.before, spec.shape[op.axis], op.after)):
             if zone == 1:
                 e = part.axes[op.axis]
-                yield from self.back(place - 1, tensor, part.with_axis(op.axis, _Affine(e.base - op.before, e.by)))
+                yield from self.back(place - 1, tensor, part.with_axis(op.axis, Affine(e.base - op.before, e.by)))
             else:
                 yield Piece(part.extents, part.offset, part.strides, Const(op.fill, spec.dtype))
 
 
-def _at_source(tensor: int, spec: TensorSpec, nest: _Nest) -> Piece:
+def _at_source(tensor: int, spec: TensorSpec, nest: Nest) -> Piece:
     step, offset = 1, 0
     strides = [0] * len(nest.extents)
     for e, extent in zip(reversed(nest.axes), reversed(spec.shape), strict=True):
@@ -256,7 +181,7 @@ def _at_source(tensor: int, spec: TensorSpec, nest: _Nest) -> Piece:
     return Piece(nest.extents, nest.offset, nest.strides, Leaf(tensor, offset, tuple(strides)))
 
 
-Back = Iterator[tuple[int, _Nest]]
+Back = Iterator[tuple[int, Nest]]
 """(input tensor, selection of it), parts of one selection of an output."""
 
 
@@ -265,35 +190,35 @@ def _term(op: Unsum, tensor: int) -> tuple[int, int]:
     return next((g, group.index(tensor)) for g, group in enumerate(op.groups) if tensor in group)
 
 
-def _rearrange(op: Rearrange, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _rearrange(op: Rearrange, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     left, right = parse_pattern(op.pattern)
     sizes = op.extents(before[tensor].shape)
     for found, part in _split_groups(nest, right, sizes):
-        zero = _Affine(0, (0,) * len(part.extents))
-        axes: list[_Affine] = []
+        zero = Affine(0, (0,) * len(part.extents))
+        axes: list[Affine] = []
         for group in left:
             e = zero
             for name in group:
                 if name != "1":
-                    e = _plus(_times(e, sizes[name]), found[name])
+                    e = plus(times(e, sizes[name]), found[name])
             axes.append(e)
         yield tensor, part.with_axes(axes)
 
 
 def _split_groups(
-    nest: _Nest, groups: Sequence[Sequence[str]], sizes: dict[str, int]
-) -> Iterator[tuple[dict[str, _Affine], _Nest]]:
+    nest: Nest, groups: Sequence[Sequence[str]], sizes: dict[str, int]
+) -> Iterator[tuple[dict[str, Affine], Nest]]:
     """The index of every named axis, for a tensor whose axes are merged `groups` of them.
 
     The expressions of named axes found so far ride along as further axes of the nest, so that splitting a loop keeps
     them right.
     """
     names: list[str] = []
-    todo: list[_Nest] = [nest]
+    todo: list[Nest] = [nest]
     for axis, group in enumerate(groups):
         inner = [name for name in group if name != "1"]
         for name in reversed(inner[1:]):
-            parts = [part for one in todo for part in _divided(one, axis, sizes[name])]
+            parts = [part for one in todo for part in divided(one, axis, sizes[name])]
             names.append(name)
             todo = parts
         if inner:
@@ -303,124 +228,60 @@ def _split_groups(
         yield dict(zip(names, one.axes[len(groups) :], strict=True)), one
 
 
-def _plus(a: _Affine, b: _Affine) -> _Affine:
-    return _Affine(a.base + b.base, tuple(x + y for x, y in zip(a.by, b.by, strict=True)))
-
-
-def _times(a: _Affine, factor: int) -> _Affine:
-    return _Affine(a.base * factor, tuple(c * factor for c in a.by))
-
-
-def _divided(nest: _Nest, axis: int, size: int) -> Iterator[_Nest]:
-    """Parts in which `axis` is its quotient by `size`, and its remainder is a further last axis."""
-    todo = [nest]
-    while todo:
-        one = todo.pop().positive(axis)
-        e = one.axes[axis]
-        rest = tuple(c % size for c in e.by)
-        base = e.base % size
-        if base + sum(r * (n - 1) for r, n in zip(rest, one.extents, strict=True)) < size:
-            quotient = _Affine(e.base // size, tuple(c // size for c in e.by))
-            part = one.with_axis(axis, quotient)
-            yield part.with_axes((*part.axes, _Affine(base, rest)))
-            continue
-        loops = _active(one, rest)
-        loop = max(loops, key=lambda j: rest[j])
-        step, count = rest[loop], one.extents[loop]
-        until = -(-(size - base) // step)  # iterations until this loop alone wraps
-        period = size // step
-        if size % step == 0 and base < step and 1 < period < count:
-            full = count // period * period
-            if full < count:
-                todo.append(one.cut(loop, full, count))
-            todo.append(one.cut(loop, 0, full).nested(loop, period))
-        elif 0 < until < count:
-            todo += [one.cut(loop, until, count), one.cut(loop, 0, until)]
-        else:
-            todo += [one.cut(loop, i, i + 1) for i in range(count)]
-        if len(todo) > MOST_PIECES:
-            raise NotLocal("too many pieces")
-
-
-def _zones(nest: _Nest, axis: int, sizes: Sequence[int]) -> Iterator[tuple[int, _Nest]]:
-    """(zone, part): the parts of a selection that lie in one of the consecutive zones of an axis."""
-    todo = [nest]
-    while todo:
-        one = todo.pop().positive(axis)
-        e = one.axes[axis]
-        end, zone = 0, -1
-        while end <= e.base:
-            zone += 1
-            end += sizes[zone]
-        if one.last(axis) < end:
-            yield zone, one
-            continue
-        loop = max(_active(one, e.by), key=lambda j: e.by[j])
-        step, count = e.by[loop], one.extents[loop]
-        inner = one.last(axis) - e.base - step * (count - 1)
-        below = max(0, min(count, -(-(end - e.base - inner) // step)))  # iterations that lie before the border whole
-        begun = max(0, min(count, -(-(end - e.base) // step)))  # iterations that begin before it
-        if begun < count:
-            todo.append(one.cut(loop, begun, count))
-        todo += [one.cut(loop, i, i + 1) for i in range(below, begun)]
-        if below:
-            todo.append(one.cut(loop, 0, below))
-
-
-def _concat(op: Concat, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _concat(op: Concat, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     width = len(op.sizes)
-    for zone, part in _zones(nest, op.axis, op.sizes):
+    for zone, part in zones(nest, op.axis, op.sizes):
         e = part.axes[op.axis]
-        yield tensor * width + zone, part.with_axis(op.axis, _Affine(e.base - sum(op.sizes[:zone]), e.by))
+        yield tensor * width + zone, part.with_axis(op.axis, Affine(e.base - sum(op.sizes[:zone]), e.by))
 
 
-def _split(op: Split, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _split(op: Split, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     at, piece = divmod(tensor, len(op.sizes))
     e = nest.axes[op.axis]
-    yield at, nest.with_axis(op.axis, _Affine(e.base + sum(op.sizes[:piece]), e.by))
+    yield at, nest.with_axis(op.axis, Affine(e.base + sum(op.sizes[:piece]), e.by))
 
 
-def _stack(op: Stack, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _stack(op: Stack, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     inner = len(before) // op.count
     todo = [nest]
     while todo:
         one = todo.pop()
         e = one.axes[op.axis]
-        loops = _active(one, e.by)
+        loops = active(one, e.by)
         if loops:
             todo += [one.cut(loops[0], i, i + 1) for i in range(one.extents[loops[0]])]
         else:
             yield e.base * inner + tensor, one.with_axes((*one.axes[: op.axis], *one.axes[op.axis + 1 :]))
 
 
-def _unstack(op: Unstack, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _unstack(op: Unstack, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     instance, at = divmod(tensor, len(before))
-    constant = _Affine(instance, (0,) * len(nest.extents))
+    constant = Affine(instance, (0,) * len(nest.extents))
     yield at, nest.with_axes((*nest.axes[: op.axis], constant, *nest.axes[op.axis :]))
 
 
-def _flip(op: Flip, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _flip(op: Flip, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     for axis in op.axes:
         e = nest.axes[axis]
-        nest = nest.with_axis(axis, _plus(_Affine(before[tensor].shape[axis] - 1, (0,) * len(e.by)), _times(e, -1)))
+        nest = nest.with_axis(axis, plus(Affine(before[tensor].shape[axis] - 1, (0,) * len(e.by)), times(e, -1)))
     yield tensor, nest
 
 
-def _repeat(op: Repeat, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
-    for part in _divided(nest, op.axis, op.count):
+def _repeat(op: Repeat, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
+    for part in divided(nest, op.axis, op.count):
         yield tensor, part.with_axes(part.axes[:-1])
 
 
-def _unrepeat(op: Unrepeat, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
-    yield tensor, nest.with_axis(op.axis, _times(nest.axes[op.axis], op.count))
+def _unrepeat(op: Unrepeat, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
+    yield tensor, nest.with_axis(op.axis, times(nest.axes[op.axis], op.count))
 
 
-def _crop(op: Crop, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _crop(op: Crop, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     e = nest.axes[op.axis]
-    yield tensor, nest.with_axis(op.axis, _Affine(e.base + op.before, e.by))
+    yield tensor, nest.with_axis(op.axis, Affine(e.base + op.before, e.by))
 
 
-def _each(op: RearrangeEach, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _each(op: RearrangeEach, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     sizes = op.sizes[tensor] if op.sizes else ()
     if not op.patterns[tensor]:
         yield tensor, nest
@@ -428,19 +289,19 @@ def _each(op: RearrangeEach, before: Sequence[TensorSpec], tensor: int, nest: _N
         yield from _rearrange(Rearrange(op.patterns[tensor], sizes), before, tensor, nest)
 
 
-def _first(op: Any, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _first(op: Any, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     yield 0, nest
 
 
-def _same(op: Any, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _same(op: Any, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     yield tensor, nest
 
 
-def _unsum(op: Unsum, before: Sequence[TensorSpec], tensor: int, nest: _Nest) -> Back:
+def _unsum(op: Unsum, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     yield _term(op, tensor)[0], nest
 
 
-_STEPS: dict[type[Any], Callable[[Any, Sequence[TensorSpec], int, _Nest], Back]] = {
+_STEPS: dict[type[Any], Callable[[Any, Sequence[TensorSpec], int, Nest], Back]] = {
     Rearrange: _rearrange,
     RearrangeEach: _each,
     Concat: _concat,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from graftax.execute.pushdown import NotLocal
+from graftax.execute.nests import NotLocal
 from graftax.execute.tiling import source_run
 from graftax.plans import Entry
 from graftax.tree import TensorSpec

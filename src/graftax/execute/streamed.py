@@ -17,7 +17,8 @@ from graftax.execute.conditions import check_conditions
 from graftax.execute.gather import Evaluate, fill
 from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate
-from graftax.execute.pushdown import Box, NotLocal, Piece, push
+from graftax.execute.nests import NotLocal
+from graftax.execute.pushdown import Box, Piece, push
 from graftax.execute.reading import Reader
 from graftax.execute.receipt import Measured, Receipt
 from graftax.execute.sharded import assemble, fill_boxes, sharding_boxes, short_runs
