@@ -132,7 +132,9 @@ def nest(flat: Mapping[str, Any], keys: Mapping[str, Key] | None = None) -> dict
         pieces = path.split("/")
         for i, piece in enumerate(pieces):
             prefix = piece if i == 0 else f"{prefix}/{piece}"
-            key = known.get(prefix, unescape_part(piece))
+            key: Key = unescape_part(piece) if "~" in piece else piece
+            if known:
+                key = known.get(prefix, key)
             if i + 1 == len(pieces):
                 if key in node:
                     raise FormatError(f"{escape(path)} is both a leaf and a subtree")

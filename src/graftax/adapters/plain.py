@@ -41,6 +41,8 @@ def with_lists(tree: dict[Key, Any], kinds: Mapping[str, str], prefix: str = "")
     """Nested dicts with the lists and tuples that `kinds` names; a FrozenDict comes back as a plain dict."""
     from graftax.tree import escape_part
 
+    if not kinds:
+        return tree
     children: dict[Key, Any] = {}
     for key, child in tree.items():
         path = f"{prefix}/{escape_part(key)}" if prefix else escape_part(key)
