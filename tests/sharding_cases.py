@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 
 import graftax as gx
 from graftax.errors import GraftaxError, PlanError, StorageError, UsageError
-from graftax.execute import placing, streamed
+from graftax.execute import placing, reading, sharded, streamed
 from graftax.types import Receipt
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="test_sharding.py runs this with eight devices")
@@ -513,6 +514,61 @@ def test_threads_make_what_one_makes(source: Path, workers: int, monkeypatch: py
             port(replace(opened, span=None, reader=broken), count)
         texts.append(str(error.value))
     assert texts[0] == texts[1]
+
+
+def test_what_several_boxes_take_is_needed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that are repeated, in a process that holds one part of the inputs."""
+    array = np.arange(64 * 4096, dtype=np.float32).reshape(64, 4096)
+    save_file({"k.weight": array}, tmp_path / "m.safetensors")
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("r", "c"))
+    inner = streamed.sharding_boxes
+    mine = {box for box in inner((4096, 8, 32), NamedSharding(mesh, P("c", "r"))) if box[0][0] == 0}
+    monkeypatch.setattr(streamed, "sharding_boxes", lambda *a: {b: d for b, d in inner(*a).items() if b in mine})
+    monkeypatch.setattr(streamed, "assemble", lambda shape, sharding, parts, dtype: jnp.zeros(shape))
+    receipt = Receipt()
+    rule = {"torch": "k.weight", "flax": "k/kernel", "ops": "(h d) i -> i h d", "repeat": {"h": 4}}
+    like = {"k": {"kernel": jax.ShapeDtypeStruct((4096, 8, 32), "float32")}}
+    sharding = {"k": {"kernel": NamedSharding(mesh, P("c", "r"))}}
+    gx.port(tmp_path / "m.safetensors", like, rules=[rule], sharding=sharding, receipt=receipt)
+    assert receipt.bytes_needed == array.nbytes // 4
+    assert (receipt.bytes_read > 2 * receipt.bytes_needed) == bool(receipt.over_read)
+
+
+def test_a_sharded_folder_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    given = {f"l{i}.weight": rng.random((512, 768), np.float32) for i in range(3)}
+    gx.port_file(given, given, tmp_path / "m", to="torch", shard_size="2MB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    rows: list[bool] = []
+    inner = sharded.by_rows
+    monkeypatch.setattr(sharded, "by_rows", lambda *a: (rows.append(inner(*a)), rows[-1])[1])
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    like = {f"l{i}": {"kernel": jax.ShapeDtypeStruct((768, 512), "float32")} for i in range(3)}
+    receipt = Receipt()
+    made = gx.port(tmp_path / "m", like, sharding=gx.on_mesh(mesh, P("data", "model")), receipt=receipt)
+    assert rows == [True] * 3
+    for i in range(3):
+        assert np.array_equal(made[f"l{i}"]["kernel"], given[f"l{i}.weight"].T)
+    assert receipt.bytes_read == receipt.bytes_needed == 3 * 512 * 768 * 4
+
+
+def test_tensors_that_are_held_whole_are_held_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {f"l{i}.weight": np.full((64, 48), i, np.float32) for i in range(6)}
+    np.savez_compressed(tmp_path / "m.npz", **given)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(placing, "workers_for", lambda sizes: 4)
+    opened: list[int] = []
+    inner = reading.Reader.opened
+    monkeypatch.setattr(
+        reading.Reader, "opened", lambda self, entry: (opened.append(threading.get_ident()), inner(self, entry))[1]
+    )
+    mesh = Mesh(np.array(jax.devices()), ("a",))
+    like = {f"l{i}": {"kernel": jax.ShapeDtypeStruct((48, 64), "float32")} for i in range(6)}
+    made = gx.port(tmp_path / "m.npz", like, sharding=gx.on_mesh(mesh, P("a")))
+    assert all(np.array_equal(made[f"l{i}"]["kernel"], given[f"l{i}.weight"].T) for i in range(6))
+    assert len(opened) == 6
+    assert len(set(opened)) == 1
 
 
 def test_over_read_is_reported_with_its_reason(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def strike(kind: str) -> None:
     """From the third leaf on, what is loaded here fails or ends the process."""
     inner, count = Stream.sharded, 0
 
-    def sharded(self: Stream, target: str, sharding: Any) -> Any:
+    def sharded(self: Stream, target: str, sharding: Any, reader: Any = None) -> Any:
         nonlocal count
         count += 1
         if count == 3:
@@ -86,7 +86,7 @@ def strike(kind: str) -> None:
             if kind == "bug":
                 raise ZeroDivisionError("in the user's own code")
             raise FormatError("the tensor is torn")
-        return inner(self, target, sharding)
+        return inner(self, target, sharding, reader)
 
     Stream.sharded = sharded
 

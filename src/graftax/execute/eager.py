@@ -228,8 +228,8 @@ def in_order(jobs: Sequence[Job], worker: Callable[[], Callable[[Job], None]], w
     try:
         with contextlib.suppress(RuntimeError):  # no more threads are to be had
             for thread in others:
-                thread.start()
                 begun.append(thread)
+                thread.start()
         work()
     finally:
         _join(begun, failed)
@@ -238,6 +238,7 @@ def in_order(jobs: Sequence[Job], worker: Callable[[], Callable[[Job], None]], w
 
 
 def _join(threads: Sequence[threading.Thread], failed: dict[int, BaseException]) -> None:
+    threads = [thread for thread in threads if thread.ident is not None]  # those that could be started
     try:
         for thread in threads:
             thread.join()

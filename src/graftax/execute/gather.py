@@ -208,6 +208,15 @@ def by_rows(wanted: Iterable[tuple[Array, Piece]], sources: Sequence[Values], sc
     return True
 
 
+def _covered(spans: Iterable[tuple[int, int]]) -> int:
+    """How much spans cover together."""
+    count, until = 0, 0
+    for start, stop in sorted(spans):
+        count += max(0, stop - max(start, until))
+        until = max(until, stop)
+    return count
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _RowReader:
     """Pieces that take parts of the same rows, and how these are read: `nbytes` of a row from byte `first` on, `gap`
@@ -231,12 +240,14 @@ class _RowReader:
         assert isinstance(values, Stored)
         width = values.spec.bits // 8
         first, end = min(one.start for one in rows), max(one.start + one.run for one in rows)
-        nbytes, needed = (end - first) * width, sum({one.start: one.run for one in rows}.values()) * width
+        nbytes, needed = (end - first) * width, _covered((one.start, one.start + one.run) for one in rows) * width
         gap = rows[0].step * width - nbytes
         if gap < 0 or nbytes + gap - needed > min(max((DENSE - 1) * needed, _SKIPPED), SHORT):
             return None
         pitch = -(-nbytes // strided.PAD_BYTES) * strided.PAD_BYTES + strided.PAD_BYTES
         wanted = min(max(_NEAR // pitch, strided.rows_of(width)), _MOST_BUFFERS // (2 if gap else 1), rows[0].count)
+        if any(not isinstance(piece.value, Leaf) for _, piece, _ in group):
+            wanted = max(1, min(wanted, _NEAR // pitch))  # value ops make arrays of several times this
         at_once = min(wanted, (scratch.nbytes - gap) // pitch)
         if 4 * at_once < wanted:  # long rows in little memory: better a part of each
             return None

@@ -85,6 +85,7 @@ def place_leaves(
     for name, leaf in remote.items():
         out[name] = _kept(name, leaf, places.get(name))
     _place_shards(run, plan, {name: places[name] for name in specs if out[name] is None}, peers, out)
+    receipt.over_read = {name: receipt.over_read[name] for name in specs if name in receipt.over_read}
     run.close()
     return out
 
@@ -92,25 +93,35 @@ def place_leaves(
 def _place_shards(
     run: Stream, plan: Plan, places: Mapping[str, Any], peers: distributed.Peers | None, out: dict[str, Any]
 ) -> None:
-    """Makes the leaves of these shardings, put into `out`; those of one entry by one thread, one after the other."""
-    entries = [[name for name in entry.targets if name in places] for entry in plan.entries]
-    jobs = [names for names in entries if names]
+    """Makes the leaves of these shardings, put into `out`; those of one entry by one thread, one after the other, and
+    so all that are made of tensors that are held whole."""
+    jobs: list[list[list[str]]] = []
+    whole: list[list[str]] = []
+    for entry in plan.entries:
+        if names := [name for name in entry.targets if name in places]:
+            if run.apart(entry):
+                jobs.append([names])
+            else:
+                whole.append(names)
+    if whole:
+        jobs.insert(0, whole)
     workers = workers_for(local_bytes(plan.like.specs[name], place) for name, place in places.items())
     lock, flight = threading.Lock(), _Flight()
 
-    def worker() -> Callable[[list[str]], None]:
+    def worker() -> Callable[[list[list[str]]], None]:
         reader = run.reader(SCRATCH // workers)
 
-        def make(names: list[str]) -> None:
-            for name in names:
-                array = run.sharded(name, places[name], reader)
-                run.done(name)
-                with lock:
-                    out[name] = array
-                    flight.add(array)
-                    if peers is not None:
-                        peers.look()
-            reader.let_go()
+        def make(entries: list[list[str]]) -> None:
+            for names in entries:
+                for name in names:
+                    array = run.sharded(name, places[name], reader)
+                    run.done(name)
+                    with lock:
+                        out[name] = array
+                        flight.add(array)
+                        if peers is not None:
+                            peers.look()
+                reader.let_go()
 
         return make
 

@@ -82,11 +82,16 @@ def fill_boxes(
 
 
 def needed_bytes(pieces: Sequence[Piece], sources: Sequence[Values]) -> int:
-    """Bytes of the sources that the pieces are made of; a row that a piece repeats counts once."""
+    """Bytes of the sources that the pieces are made of; what a piece repeats, or several take, counts once (where they
+    take the same part of a source: parts that overlap otherwise count for each)."""
+    taken = {
+        (leaf.source, leaf.offset, tuple(sorted((s, n) for n, s in zip(piece.extents, leaf.strides, strict=True) if s)))
+        for piece in pieces
+        for leaf in piece.leaves()
+    }
     count = [0] * len(sources)
-    for piece in pieces:
-        for leaf in piece.leaves():
-            count[leaf.source] += math.prod(n for n, s in zip(piece.extents, leaf.strides, strict=True) if s)
+    for source, _, loops in taken:
+        count[source] += math.prod(n for _, n in loops)
     return sum(min(n, values.spec.size) * values.spec.bits // 8 for n, values in zip(count, sources, strict=True))
 
 

@@ -40,7 +40,7 @@ _TILE_SHARE, _SCRATCH_SHARE = 4, 4
 _LEAST = 1 << 20
 SCRATCH = 32 << 20
 """For reading, where there is no budget."""
-_MOST_KEPT = 1 << 16
+_MOST_KEPT = 1 << 14
 """Pieces that are kept for targets of the same shape."""
 OVER = 2
 """Times as many bytes read as needed, beyond which the receipt says why."""
@@ -209,6 +209,11 @@ class Stream:
         """So many bytes of the source's values were read for what `local` gave."""
         self._receipt.bytes_read += nbytes
 
+    def apart(self, entry: Entry) -> bool:
+        """May several threads make the targets of such entries at once? Not where each would hold tensors whole."""
+        by_position = self._source.format == "live" or all(map(self._source.by_position, entry.sources))
+        return by_position and not any(self._whole_only(entry, self._plan.like.specs[name]) for name in entry.targets)
+
     def reader(self, nbytes: int) -> Reader:
         """For one more thread."""
         return Reader(self._source, nbytes, self._lock)
@@ -236,12 +241,13 @@ class Stream:
         """The boxes of a target; None where they cannot be made by themselves."""
         entry, index = self._home[target]
         spec, specs, meter = self._plan.like.specs[target], self._specs(entry), self.meter(entry)
-        sources = reader.opened(entry)
+        how = evaluate if meter is None else meter
         try:
-            pieces = {box: self._pieces(entry, index, spec, box) for box in boxes}
-            how = evaluate if meter is None else meter
+            pieces = {box: self._pieces(entry, index, spec, box) for box in boxes}  # before anything is read
+            sources = reader.opened(entry)
             parts, needed = fill_boxes(entry.ops, specs, index, spec, pieces, sources, reader.scratch, how)
         except NotLocal:
+            reader.let_go()
             return None
         finally:
             with self._lock:

@@ -119,6 +119,11 @@ def joined(
         assert by_position is not None
         by_position(path, start, buffer)
 
+    def scatter(path: str, start: int, buffers: list[memoryview]) -> int:
+        in_a_row = shards[shard_of[path]].scatter
+        assert in_a_row is not None
+        return in_a_row(path, start, buffers)
+
     sides: set[Side] = {shard.side for shard in shards.values() if shard.side}
     return Checkpoint(
         label=label,
@@ -133,6 +138,7 @@ def joined(
         native={name: shard.native for name, shard in shards.items()},
         span=span if all(shard.span for shard in shards.values()) else None,
         whole=frozenset(path for shard in shards.values() for path in shard.whole),
+        scatter=scatter if all(shard.scatter for shard in shards.values()) else None,
     )
 
 

@@ -31,8 +31,9 @@ HELD = 1 << 25
 """Bytes kept in memory."""
 PART, AT_ONCE = 1 << 22, 4
 """A long read is made in parts of this size, so many at a time."""
-SPOOLS, STEP = 4, 1 << 21
-"""Temporary files, one for each large tensor that is read in pieces, and the unit in which they are filled."""
+SPOOLS, STEP = 12, 1 << 21
+"""Temporary files, one for each large tensor that is read in pieces (by several threads: a file each, at least), and
+the unit in which they are filled."""
 
 
 class Transport(Protocol):
