@@ -287,6 +287,41 @@ def test_live_and_filed_containers_are_chosen_alike(tmp_path):
         assert dict(adapters.open_tree(tree)) == dict(adapters.open_tree(path))
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"upscaler": {"w": torch.ones(5, 3)}},
+        {"optimizer_head": {"w": torch.ones(5, 3)}},
+        {"logit_scale": torch.tensor(2.5)},
+        {"logit_scale": torch.ones(1, 1)},
+        {"heads": [torch.ones(2)]},
+        {"epoch": torch.tensor(3), "note": 2.5},
+        {"optimizers": [{"state": {0: {"m": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}], "epoch": 3},
+    ],
+)
+@pytest.mark.parametrize("name", ["model", "generator"])
+def test_nothing_beside_a_container_is_dropped_unsaid(tmp_path, name, extra):
+    tree = {name: nn.Linear(2, 3).state_dict(), **extra}
+    torch.save(tree, tmp_path / "x.pt")
+    if name == "model" and isinstance(next(iter(extra.values())), dict):
+        for form in (tree, tmp_path / "x.pt"):
+            with pytest.raises(PlanError) as caught:
+                adapters.open_tree(form)
+            assert [failure.key.rpartition("::")[2] for failure in caught.value.failures] == [name, *extra]
+        return
+    filed = adapters.open_tree(tmp_path / "x.pt")
+    live = adapters.open_tree(tree)
+    assert dict(live) == dict(filed)
+    assert dict(live.metadata) == dict(filed.metadata)
+    said = {key.partition(".")[0] for key in live} | set(live.metadata)
+    assert said >= set(extra)
+
+
+def test_a_number_in_a_state_dict_is_listed():
+    checkpoint = adapters.open_tree({**nn.Linear(2, 3).state_dict(), "alpha": 3.0})
+    assert dict(checkpoint.metadata) == {"alpha": "float 3.0"}
+
+
 def test_tensors_beside_other_arrays_are_refused():
     with pytest.raises(UsageError, match="side by side"):
         adapters.open_tree({"fc.weight": torch.ones(2, 2), "fc.bias": np.ones(2)})

@@ -133,6 +133,19 @@ def test_steps_and_items(theirs):
     assert list(orbax_folder.open(root / "items" / "3" / "opt_state")) == ["mu"]
 
 
+@pytest.mark.parametrize(("name", "items"), [("upscaler", 2), ("optics", 2), ("optimizer_head", 2), ("opt_state", 1)])
+def test_an_item_is_not_an_optimizers_for_a_part_of_its_name(theirs, tmp_path, name, items):
+    shutil.copytree(theirs[0] / "two_items", tmp_path / "x")
+    (step,) = (path.parent for path in (tmp_path / "x").rglob("encoder"))
+    for old, new in (("encoder", "generator"), ("decoder", name)):
+        (step / old).rename(step / new)
+    if items == 1:
+        assert len(orbax_folder.open(tmp_path / "x"))
+        return
+    with pytest.raises(PlanError, match="holds 2 items"):
+        orbax_folder.open(tmp_path / "x")
+
+
 def test_text_digits_that_are_no_indices(tmp_path):
     """Digits stay text below `params`, and where they do not count from 0."""
     checkpointer = ocp.StandardCheckpointer()

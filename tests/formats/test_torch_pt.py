@@ -302,6 +302,107 @@ def test_no_tensors(tmp_path, content):
         torch_pt.open(save(tmp_path / "x.pt", content))
 
 
+@pytest.mark.parametrize(
+    "name", ["upscaler", "strng", "loops2d_head", "optimizer_head", "optics", "schedulerNet", "scaler"]
+)
+def test_a_name_that_holds_a_word_of_training_says_nothing(tmp_path, name):
+    content = {"generator": WEIGHTS, name: {"w.weight": torch.ones(5, 3)}}
+    got = torch_pt.open(save(tmp_path / "x.pt", content))
+    assert set(got) == {"generator.fc.weight", "generator.fc.bias", f"{name}.w.weight"}
+    with pytest.raises(PlanError, match="2 containers") as info:
+        torch_pt.open(save(tmp_path / "y.pt", {"model": WEIGHTS, name: {"w.weight": torch.ones(5, 3)}}))
+    assert [failure.key.rpartition("::")[2] for failure in info.value.failures] == ["model", name]
+
+
+ONE = torch.ones(())
+GRAD_SCALER = {"scale": ONE, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9, "_growth_tracker": ONE}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer", {"exp_avg": torch.ones(2, 3)}),
+        ("optimizer_states", [OPTIMIZER]),
+        ("optimizers", {"a": OPTIMIZER, "b": OPTIMIZER}),
+        ("lastOptimizerState", {"m": torch.ones(2)}),
+        ("optim_g_1", OPTIMIZER),
+        ("anything", OPTIMIZER),
+        ("anything", {"a": OPTIMIZER, "b": [OPTIMIZER]}),
+        ("lr_scheduler", {"base": torch.ones(3)}),
+        ("LRScheduler", {"base": torch.ones(3)}),
+        ("scheduler", {"lr": torch.ones(1)}),
+        ("grad_scaler", GRAD_SCALER),
+        ("amp_scaler", {"scale": ONE}),
+        ("native", GRAD_SCALER),
+        ("rng_state", [torch.get_rng_state()]),
+        ("rng", {"cpu": torch.get_rng_state(), "cuda": [torch.get_rng_state()]}),
+        ("random_states", {"torch": torch.get_rng_state()}),
+        ("cuda_rng_state_all", [torch.get_rng_state()]),
+        ("rng_state", torch.get_rng_state()),
+        ("callbacks", {"EarlyStopping": {"best_score": ONE}}),
+        ("loops", {"fit_loop": {"total": ONE}}),
+        ("hyper_parameters", {"class_weights": torch.ones(3)}),
+        ("hparams", {"class_weights": torch.ones(3)}),
+        ("losses", [ONE, ONE]),
+    ],
+)
+def test_what_training_saves_beside_weights(tmp_path, name, value):
+    got = torch_pt.open(save(tmp_path / "x.pt", {"model": WEIGHTS, name: value}))
+    assert list(got) == list(WEIGHTS)
+    assert list(got.metadata) == ["container", name]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (0,), (2,)])
+@pytest.mark.parametrize("name", ["logit_scale", "alpha", "best", "step_size", "loss_weight", "optimizer", "rng"])
+def test_no_tensor_beside_a_container_is_dropped(tmp_path, name, shape):
+    content = {"model": WEIGHTS, name: torch.full(shape, 2.5), "optim": OPTIMIZER, "epoch": 3}
+    got = torch_pt.open(save(tmp_path / "x.pt", content))
+    assert set(got) == {"model.fc.weight", "model.fc.bias", name}
+    assert list(got.metadata) == ["optim", "epoch"]
+
+
+@pytest.mark.parametrize(
+    "name", ["epoch", "global_step", "iteration", "best_acc1", "best_loss", "bestScore", "lr", "learning_rate", "seed"]
+)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_count_of_training_is_no_weight(tmp_path, name, shape):
+    got = torch_pt.open(save(tmp_path / "x.pt", {"model": WEIGHTS, name: torch.full(shape, 2.5)}))
+    assert list(got) == list(WEIGHTS)
+    assert list(got.metadata) == ["container", name]
+    got = torch_pt.open(save(tmp_path / "x.pt", {"model": WEIGHTS, name: torch.ones(2)}))
+    assert len(got) == 3
+
+
+def test_a_list_of_weights_beside_a_container_is_not_dropped(tmp_path):
+    path = save(tmp_path / "x.pt", {"model": WEIGHTS, "heads": [{"weight": torch.ones(2)}, torch.ones(())]})
+    assert set(torch_pt.open(path)) == {"model.fc.weight", "model.fc.bias", "heads.0.weight", "heads.1"}
+
+
+def test_optimizers_beside_parts_are_left_out_and_listed(tmp_path):
+    path = save(tmp_path / "x.pt", {"generator": WEIGHTS, "upscaler": OTHER, "opt": {"g": OPTIMIZER, "d": OPTIMIZER}})
+    got = torch_pt.open(path)
+    assert {key.partition(".")[0] for key in got} == {"generator", "upscaler"}
+    assert got.metadata == {"opt": "mapping of 2, 4 tensors, not read"}
+    assert len(torch_pt.open_container(path, ".")) == 8
+    assert len(torch_pt.open(save(tmp_path / "y.pt", {"opt": OPTIMIZER}))) == 2
+
+
+def test_inspect_says_what_was_not_read(tmp_path):
+    from graftax.report.inspecting import inspection, inspection_text
+
+    content = {"model": {**WEIGHTS, "alpha": 3.0}, "optimizer": OPTIMIZER, "epoch": 3, "container": "a"}
+    got = torch_pt.open(save(tmp_path / "x.pt", content))
+    assert got.metadata["container"] == "model"
+    assert got.metadata["alpha"] == "float 3.0"
+    last = inspection_text(inspection(got)).splitlines()[-1]
+    assert last == "beside the weights, not read: optimizer, epoch, ./container, alpha"
+    got = torch_pt.open(save(tmp_path / "x.pt", WEIGHTS | {f"a\x1b{i}": i for i in range(20)}))
+    last = inspection_text(inspection(got)).splitlines()[-1]
+    assert last.endswith("a\\x1b11 and 8 more (--json)")
+    got = torch_pt.open(save(tmp_path / "x.pt", WEIGHTS))
+    assert "not read" not in inspection_text(inspection(got))
+
+
 # ---------------------------------------------------------------- tensors that are refused
 
 

@@ -20,12 +20,14 @@ _NOWHERE = pickles.Storage("", "", 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The weights of a nest: name -> tensor, name -> its keys from the top, and what stands where in it."""
+    """The weights of a nest: name -> tensor, name -> its keys from the top, what stands where in it, and what was left
+    out (name -> what it is)."""
 
     tensors: dict[str, torch.Tensor]
     places: dict[str, tuple[Any, ...]]
     container: str
     real_keys: dict[str, Key]
+    left: dict[str, str]
 
 
 def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
@@ -80,6 +82,7 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
         {name: keys for name, (_, keys) in pairs.items()},
         chosen.container,
         chosen.real_keys,
+        chosen.left,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers, jax_arrays, settings, torch_arrays, torch_containers
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, UsageError, escape
+from graftax.formats.torch_tree import metadata
 from graftax.tree import Checkpoint, Module, TensorSpec, Trace, nearest
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
 
 
 def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
-    """A state_dict, or the one that a training checkpoint holds. What is no tensor is left out.
+    """A state_dict, or the one that a training checkpoint holds. What is left out is in its metadata.
 
     PlanError where several containers could be meant; FormatError for tensors that are not plain dense ones.
     """
@@ -49,6 +50,7 @@ def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
         reader=_reader(state),
         aliases=aliases_of(state),
         real_keys=chosen.real_keys,
+        metadata=metadata(chosen.container, chosen.left),
         native=tree,
         rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
     )

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, PlanError, UnsafeInputError, UsageError, escape
-from graftax.formats import files, orbax_write, strict_json, tree_meta
+from graftax.formats import beside, files, orbax_write, strict_json, tree_meta
 from graftax.formats.limits import check_limit
 from graftax.formats.orbax_tree import OCDBT, TREE, Tree, read_tree, real_keys, unfinished, unwrapped, without_random
 from graftax.formats.source import check_ratio
-from graftax.formats.torch_tree import BESIDE
 from graftax.tree import DTYPES, Checkpoint, Key, TensorSpec, join_path, natural_key
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ def _locate(path: Path) -> Path:
 
 
 def _beside(name: str) -> bool:
-    return name.lower().startswith("opt") or any(word in name.lower() for word in BESIDE)
+    return name.lower() == "opt" or bool(beside.family(name))
 
 
 def _check_committed(path: Path) -> None:

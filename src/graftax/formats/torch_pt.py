@@ -21,7 +21,7 @@ from graftax.formats import pickles, torch_write, zips
 from graftax.formats.limits import beyond, check_limit, element_count, limit
 from graftax.formats.pickles import Storage, Tensor
 from graftax.formats.source import Source, check_ratio, open_source
-from graftax.formats.torch_tree import Chosen, choose
+from graftax.formats.torch_tree import choose, metadata
 from graftax.tree import Checkpoint, TensorSpec
 
 if TYPE_CHECKING:
@@ -98,15 +98,10 @@ def _checkpoint(path: Path, name: str | None) -> Checkpoint:
         files=(path,),
         span=span,
         whole=whole,
-        metadata=_metadata(chosen),
+        metadata=metadata(chosen.container, chosen.left),
         aliases=_aliases(chosen.tensors),
         real_keys=chosen.real_keys,
     )
-
-
-def _metadata(chosen: Chosen) -> dict[str, str]:
-    """What is in the file beside the weights, and under `container` where the weights were found."""
-    return ({"container": chosen.container} if chosen.container else {}) | chosen.left
 
 
 # ---------------------------------------------------------------- the two kinds of file

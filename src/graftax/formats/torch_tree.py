@@ -1,7 +1,8 @@
 """Which part of what a .pt file holds are the weights, and the flat names in it.
 
 A file made by torch.save holds whatever its author put in it: a state_dict, or a dict with the state_dict, optimizer
-states, counters and settings. `choose` finds the state_dict where only one reading is possible.
+states, counters and settings. `choose` finds the state_dict where only one reading is possible: what may be a weight
+beside it is read with it, so that it is asked for. The module `beside` knows what is none.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graftax.errors import Failure, FormatError, PlanError, escape
+from graftax.formats.beside import is_beside, is_counter, is_optimizer, is_random_bytes
 from graftax.formats.limits import check_limit, limit
 from graftax.formats.pickles import Global, Opaque, Refused, Storage, Tensor
 from graftax.tree import Key, nearest
@@ -21,8 +23,6 @@ USUAL = frozenset(
     | {"ema_params", "params_ema", "g_ema", "teacher", "student"}
 )
 """Names that training scripts give the container of a model's weights."""
-BESIDE = ("optim", "sched", "scaler", "rng", "random_state", "callbacks", "loops", "grad_", "hyper_param", "hparams")
-"""What stands beside weights: a container with one of these in its name is never taken for them."""
 WHOLE = "."
 """`PATH::.` is the whole content, all containers flattened into one tree."""
 
@@ -87,12 +87,25 @@ def choose(root: Any, name: str | None, label: str) -> Chosen:
         left |= {_text(other, label): describe(value, census) for other, value in node.items() if other != key}
         node = node[key]
         path.append(_text(key, label))
+    if name != WHOLE and isinstance(node, dict):
+        aside = {key: value for key, value in node.items() if is_optimizer(value)}
+        if aside and any(census.tensors(value) for key, value in node.items() if key not in aside):
+            left |= {_text(key, label): describe(value, census) for key, value in aside.items()}
+            node = {key: value for key, value in node.items() if key not in aside}
     if not isinstance(node, (dict, list, tuple)) or not census.tensors(node):
         raise FormatError(
             f"{label} holds no tensors" + (f" in {escape(name)!r}" if name else ""),
             next=f"It holds: {describe(node, census)}",
         )
     return _flatten(node, "/".join(path), label, left, census)
+
+
+def metadata(container: str, left: dict[str, str]) -> dict[str, str]:
+    """A checkpoint's metadata: what is beside the weights, and under `container` where the weights were found. What is
+    itself called so is `./container`."""
+    return ({"container": container} if container else {}) | {
+        "./container" if name == "container" else name: what for name, what in left.items()
+    }
 
 
 def describe(value: Any, census: _Census) -> str:
@@ -114,17 +127,23 @@ def describe(value: Any, census: _Census) -> str:
 
 def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) -> Any:
     """The key of the one container in `node` that holds the weights; None where `node` itself is that container."""
-    found = [
-        key
-        for key, value in node.items()
-        if isinstance(value, dict) and census.tensors(value) and not _beside(key, value)
-    ]
-    direct = [value for key, value in node.items() if isinstance(value, (Tensor, Refused)) and not _random(key, value)]
+    filled = {key: value for key, value in node.items() if census.tensors(value)}
+    nested = {
+        key: value
+        for key, value in filled.items()
+        if isinstance(value, (dict, list, tuple)) and not is_beside(key, value)
+    }
+    direct = {
+        key: value
+        for key, value in filled.items()
+        if isinstance(value, (Tensor, Refused)) and not is_random_bytes(key, value)
+    }
+    found = [key for key, value in nested.items() if isinstance(value, dict)]
     usual = [key for key in found if isinstance(key, str) and key.lower() in USUAL]
     if not found or (len(found) > 1 and not usual):
         return None
-    if any(isinstance(value, Refused) or any(n > 1 for n in value.shape) for value in direct):
-        return None  # weights stand here already: what is nested below belongs to them
+    if len(nested) > len(found) or any(not is_counter(key, value) for key, value in direct.items()):
+        return None  # what may be weights stands here already: what is nested below belongs to them
     if len(found) == 1:
         return found[0] if usual or not direct else None
     prefix = "/".join(path)
@@ -137,15 +156,6 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
         ],
         next=f"Choose one with PATH::NAME, for example {label}::{escape(names[0])}; PATH::. takes all of them.",
     )
-
-
-def _beside(key: Any, value: dict[Any, Any]) -> bool:
-    return "param_groups" in value or (isinstance(key, str) and any(word in key.lower() for word in BESIDE))
-
-
-def _random(key: Any, value: Tensor | Refused) -> bool:
-    """The bytes of a random generator, as torch.get_rng_state gives them."""
-    return isinstance(value, Tensor) and value.dtype == "uint8" and _beside(key, {})
 
 
 def _resolve(root: Any, name: str, label: str, census: _Census) -> Any:

@@ -10,6 +10,9 @@ from graftax.errors import escape
 from graftax.formats.sizes import size_text
 from graftax.tree import Checkpoint, TensorSpec, natural_key
 
+_SHOWN = 12
+"""Names of what stands beside the weights that a person is shown."""
+
 
 def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = False) -> dict[str, Any]:
     """The checkpoint as JSON data. Statistics and hashes read one leaf at a time."""
@@ -96,7 +99,19 @@ def inspection_text(data: Mapping[str, Any]) -> str:
             extra.append(f"= {escape(alias)}")
         rows.append((escape(path), row["dtype"], "x".join(map(str, row["shape"])) or "scalar", *extra))
     lines += aligned(rows)
+    beside = _beside(data)
+    if beside:
+        shown = ", ".join(map(escape, beside[:_SHOWN]))
+        more = f" and {len(beside) - _SHOWN} more (--json)" if len(beside) > _SHOWN else ""
+        lines.append(f"beside the weights, not read: {shown}{more}")
     return "\n".join(lines)
+
+
+def _beside(data: Mapping[str, Any]) -> list[str]:
+    """Names of what a torch.save file or a live dict of tensors holds that is no weight."""
+    if data["format"] != "torch" and (data["format"], data["side"]) != ("live", "torch"):
+        return []  # there metadata are the file's own
+    return [name for name in data["metadata"] if name != "container"]
 
 
 def _stats_text(stats: Mapping[str, Any] | None) -> str:

@@ -1,0 +1,139 @@
+"""What a training run saves beside its weights, told from a name's whole words and from what stands under it.
+
+A name that merely holds such a word (`upscaler`, `optimizer_head`, `strng`) says nothing: only names all of whose words
+are known are believed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from graftax.formats.pickles import Refused, Tensor
+
+_STATES = frozenset({"state", "states", "dict", "dicts"})
+_QUALIFIERS = _STATES | {"lr", "grad", "amp", "loss", "native", "last", "history", "all", "tracker", "random"}
+_QUALIFIERS |= {"cpu", "cuda", "gpu", "xla", "mps", "torch", "np", "numpy", "python"}
+"""Words that may stand with a family's own: `lr_scheduler`, `last_optimizer_state`, `cuda_rng_state_all`."""
+_FAMILIES = {
+    "optimizer": frozenset({"optim", "optims", "optimizer", "optimizers", "optimiser", "optimisers"}),
+    "scheduler": frozenset({"sched", "scheds", "scheduler", "schedulers"}),
+    "scaler": frozenset({"scaler", "scalers"}),
+    "rng": frozenset({"rng", "rngs"}),
+    "callbacks": frozenset({"callback", "callbacks"}),
+    "loops": frozenset({"loops"}),
+}
+_SETTINGS = frozenset({"hparams", "hyperparams", "hyperparameters"})
+_SMALL = frozenset({"scheduler", "scaler", "loops"})
+"""Families whose states are numbers: larger tensors under such a name are something else (a scaler of features)."""
+
+_COUNTS = frozenset({"epoch", "epochs", "step", "steps", "iteration", "iterations", "iter", "iters", "seed"})
+_COUNTS |= {"loss", "losses", "acc", "accuracy", "lr"}
+_OF_COUNTS = frozenset({"global", "best", "current", "last", "val", "valid", "validation", "train", "training", "test"})
+_OF_COUNTS |= {"eval", "num", "n", "count", "total", "start", "min", "max", "avg", "average"}
+_BEST = frozenset({"score", "metric", "fitness", "prec", "precision", "recall", "auc", "f", "map", "iou", "miou"})
+_BEST |= {"psnr", "ssim", "ppl", "perplexity", "error", "err", "wer", "bleu", "val"}
+"""What a run keeps the best of. Without `best` in front these are names that a model may use."""
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^A-Za-z0-9]+")
+
+
+def family(name: Any) -> str:
+    """What of a training run goes by this name: "optimizer", "scheduler", "scaler", "rng", "callbacks", "loops" or
+    "settings"; "" for a name that says nothing."""
+    words = _words(name)
+    rest = words - _QUALIFIERS
+    if "".join(_in_order(name)) in _SETTINGS:
+        return "settings"
+    if words >= {"opt"} and words <= {"opt"} | _STATES and len(words) > 1:
+        return "optimizer"
+    if not rest and "random" in words and words & {"state", "states"}:
+        return "rng"
+    return next((kind for kind, own in _FAMILIES.items() if rest and rest <= own), "")
+
+
+def is_count(name: Any) -> bool:
+    """Is this what training calls a number of its own: an epoch, a step, a loss, the best accuracy?"""
+    words = _words(name)
+    if words & _COUNTS and words <= _COUNTS | _OF_COUNTS:
+        return True
+    return "".join(_in_order(name)) == "learningrate" or ("best" in words and bool(words & _BEST) and _best(words))
+
+
+def _best(words: frozenset[str]) -> bool:
+    return words <= _BEST | _OF_COUNTS
+
+
+def is_beside(name: Any, value: Any) -> bool:
+    """Is a dict or list with tensors something other than weights? By its own structure, or by its name where its
+    tensors are of the kind that such a thing has."""
+    if is_optimizer(value) or _is_grad_scaler(value):
+        return True
+    kind = family(name)
+    if kind in _SMALL:
+        return "lr" in _words(name) or all(_is_small(tensor) for tensor in tensors_in(value))
+    if kind == "rng":
+        return all(isinstance(item, Tensor) and "int" in item.dtype for item in tensors_in(value))
+    return bool(kind) or (
+        isinstance(value, (list, tuple)) and is_count(name) and all(map(_is_small, tensors_in(value)))
+    )
+
+
+def is_optimizer(value: Any) -> bool:
+    """The state of a torch optimizer, or nothing but such states."""
+    if isinstance(value, dict) and "param_groups" in value:
+        groups = value["param_groups"]
+        return isinstance(groups, (list, tuple)) and all(isinstance(group, dict) for group in groups)
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    children = [child for child in _children(value) if next(tensors_in(child), None) is not None]
+    return bool(children) and all(map(is_optimizer, children))
+
+
+def is_random_bytes(name: Any, tensor: Tensor | Refused) -> bool:
+    """The bytes of a random generator, as torch.get_rng_state gives them."""
+    return isinstance(tensor, Tensor) and tensor.dtype == "uint8" and family(name) == "rng"
+
+
+def is_counter(name: Any, tensor: Tensor | Refused) -> bool:
+    """A number of the training run that is a tensor of one element."""
+    return _is_small(tensor) and is_count(name)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor | Refused]:
+    """Every tensor in an inert value. What holds too many, or itself, must have been refused before."""
+    if isinstance(value, (Tensor, Refused)):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for child in _children(value):
+            yield from tensors_in(child)
+
+
+def _children(value: Any) -> list[Any]:
+    return list(value.values() if isinstance(value, dict) else value)
+
+
+def _is_grad_scaler(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"scale", "growth_factor"} <= value.keys()
+        and all(map(_is_small, tensors_in(value)))
+    )
+
+
+def _is_small(tensor: Tensor | Refused) -> bool:
+    return isinstance(tensor, Tensor) and all(n <= 1 for n in tensor.shape)
+
+
+def _in_order(name: Any) -> list[str]:
+    """The words of a name in lower case: split at signs, at digits and at capitals."""
+    if not isinstance(name, str):
+        return []
+    parts = re.split(r"[_.\-/: ]+", name)
+    return [word.lower() for part in parts for word in _WORD.findall(part)]
+
+
+def _words(name: Any) -> frozenset[str]:
+    """The words of a name without its numbers (`optimizer_0`, `best_acc1`)."""
+    return frozenset(word for word in _in_order(name) if not word.isdigit())
