@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import graftax as gx
 from graftax.dtypes import spec_of
 from graftax.errors import GraftaxError, PlanError, RulesError, StorageError, UsageError
 from graftax.ops import (
@@ -466,3 +467,68 @@ def test_nothing_of_a_file_reaches_the_terminal_as_it_is():
     for text in (str(plan), str(plan.failures[0])):
         assert "\x1b" not in text
         assert "\u202e" not in text
+
+
+# ---------------------------------------------------------------- a source that it was not made for
+
+
+def _net() -> dict[str, Any]:
+    rng = np.random.default_rng(3)
+    shapes = {"fc.weight": (5, 3), "fc.bias": (5,), "bn.weight": (5,), "bn.bias": (5,)}
+    arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    arrays |= {"bn.running_mean": arrays["bn.bias"] + 1, "bn.running_var": np.square(arrays["bn.weight"])}
+    return arrays | {"bn.num_batches_tracked": np.array(4)}
+
+
+def _variables() -> dict[str, Any]:
+    five = np.zeros(5, "f4")
+    params = {"fc": {"kernel": np.zeros((3, 5), "f4"), "bias": five}, "bn": {"scale": five + 1, "bias": five}}
+    return {"params": params, "batch_stats": {"bn": {"mean": five, "var": five + 1}}}
+
+
+def test_additional_tensors_are_refused_all_at_once(tmp_path):
+    source = _net()
+    plan = gx.plan(source, _variables())
+    plan.save(tmp_path / "p.json")
+    extra = {"extra.weight": np.ones((2, 3), "f4"), "bn2.num_batches_tracked": np.array(4)}
+    for made in (plan, gx.load_plan(tmp_path / "p.json")):
+        assert made.run(source)["params"]["fc"]["kernel"].shape == (3, 5)
+        with pytest.raises(PlanError, match="without what the plan was not made for") as error:
+            made.run(source | extra)
+        assert [failure.key for failure in error.value.failures] == list(extra)
+        assert all("not made for it" in failure.what for failure in error.value.failures)
+    variables = plan.run(source)
+    more = {**variables, "params": {**variables["params"], "Dense_9": {"kernel": np.ones((2, 2), "f4")}}}
+    with pytest.raises(PlanError, match="params/Dense_9/kernel"):
+        plan.inverse.run(more)
+    del source["fc.bias"]
+    with pytest.raises(PlanError) as error:
+        plan.run(source | extra)
+    assert [failure.key for failure in error.value.failures] == ["fc.bias", *extra]
+
+
+def test_what_an_inverse_left_out_may_be_there_when_it_is_turned_again():
+    source = _net() | {"aux.weight": np.ones((2, 7), "f4")}
+    plan = gx.plan(source, _variables(), unused="drop")
+    back = plan.inverse
+    state = back.run(plan.run(source))
+    assert "aux.weight" not in state
+    again = back.inverse
+    assert same_bits(*(np.asarray(made.run(source)["params"]["fc"]["kernel"]) for made in (plan, again)))
+    with pytest.raises(PlanError, match=r"other\.weight") as error:
+        again.run(source | {"other.weight": np.ones(3, "f4")})
+    assert len(error.value.failures) == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "leaf", "shape"), [("emb.weight", "embedding", (5, 3)), ("head.weight", "kernel", (3, 5))]
+)
+def test_another_name_of_a_known_tensor_is_not_additional(kept, leaf, shape):
+    torch = pytest.importorskip("torch")
+    shared = torch.arange(15.0).reshape(5, 3)
+    module = kept.partition(".")[0]
+    plan = gx.plan({kept: shared}, {"params": {module: {leaf: np.zeros(shape, "f4")}}})
+    both = {"emb.weight": shared, "head.weight": shared}
+    assert plan.run(both)["params"][module][leaf].shape == shape
+    with pytest.raises(PlanError, match=r"weight: the plan was not made for it"):
+        plan.run({name: tensor.clone() for name, tensor in both.items()})

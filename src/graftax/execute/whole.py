@@ -18,17 +18,38 @@ Array = np.ndarray[Any, Any]
 
 
 def check_source(plan: Plan, source: Checkpoint) -> None:
-    """PlanError unless `source` has, with values, every tensor that was planned for."""
+    """PlanError unless `source` has, with values, every tensor that was planned for, and no other."""
     failures: list[Failure] = []
     for entry in plan.entries:
         for name in entry.sources:
             want, have = plan.source.specs[name], source.get(name)
             if have != want:
                 failures.append(Failure("not what was planned for", source.label, name, str(want), str(have or "none")))
+    additional = _additional(plan, source)
+    for name in additional:
+        failures.append(Failure("the plan was not made for it", source.label, name, "none", str(source[name])))
     if failures:
-        raise PlanError(f"the plan does not fit {escape(source.label)}", failures, next="Plan again for this source.")
+        way_out = ", or give a source without what the plan was not made for." if additional else "."
+        raise PlanError(
+            f"the plan does not fit {escape(source.label)}", failures, next=f"Plan again for this source{way_out}"
+        )
     if any(entry.sources for entry in plan.entries) and not source.has_values:
         raise PlanError(f"{escape(source.label)} has names, shapes and dtypes, but no values to port")
+
+
+def _additional(plan: Plan, source: Checkpoint) -> list[str]:
+    """The tensors of `source` that the plan does not know: it would skip them without a word.
+
+    Not among them: another name of a tensor that it knows, and what `Plan.inverse` left out and named in an assumption
+    (the inverse of an inverse runs on the first source again).
+    """
+    known = plan.source.specs
+    unknown = [name for name in source if name not in known]
+    if not unknown:
+        return []
+    stored = {source.aliases.get(name, name) for name in known}
+    left_out = {name for assumption in plan.assumptions for name in assumption.targets if name not in plan.like.specs}
+    return [name for name in unknown if source.aliases.get(name, name) not in stored and name not in left_out]
 
 
 def run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None) -> tuple[tuple[Array, ...], Meter | None]:
