@@ -18,6 +18,7 @@ from flax import nnx
 
 import graftax as gx
 from graftax.errors import FormatError, PlanError, StorageError, UsageError
+from graftax.surgery import replace_checkpoint
 
 RNG = np.random.default_rng(0)
 
@@ -335,3 +336,58 @@ def test_the_donor_is_not_changed(donor: Path) -> None:
     assert torch.equal(source, torch.from_numpy(LINEAR))
     put((3, 5), donor, "fc1.weight")
     assert donor.read_bytes() == before
+
+
+# ---------------------------------------------------------------- tensors that are handed over by themselves
+
+
+@pytest.mark.parametrize("kind", ["tensor", "parameter"])
+@pytest.mark.parametrize(("shape", "layouts"), [((4, 4), {"linear", "identity"}), ((3, 3, 3, 3), {"conv", "identity"})])
+def test_a_torch_tensor_with_two_readings_is_asked(kind, shape, layouts):
+    array = normal(*shape)
+    tensor = torch.nn.Parameter(torch.from_numpy(array)) if kind == "parameter" else torch.from_numpy(array)
+    tree = {"params": {"layer": {"kernel": np.zeros(shape, "f4")}, "other": {"kernel": np.zeros((2, 3), "f4")}}}
+    path = "params/layer/kernel"
+    with pytest.raises(PlanError, match="more than one way") as error:
+        gx.replace(tree, {path: tensor, "params/other/kernel": torch.zeros(3, 2)})
+    assert [failure.key for failure in error.value.failures] == [path, "params/other/kernel"]
+    assert 'gx.from_checkpoint({"weight": tensor}, layout=...)' in error.value.failures[0].next
+    made = {}
+    for layout in layouts:
+        assert f'layout="{layout}"' in error.value.failures[0].next
+        new = gx.replace(tree, {path: gx.from_checkpoint({"weight": tensor}, layout=layout)})
+        made[layout] = np.asarray(new["params"]["layer"]["kernel"])
+    np.testing.assert_array_equal(made.pop("identity"), array)
+    turned = array.T if len(shape) == 2 else array.transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(next(iter(made.values())), turned)
+    for given in (array, jnp.asarray(array)):
+        np.testing.assert_array_equal(gx.replace(tree, {path: given})["params"]["layer"]["kernel"], array)
+
+
+def test_a_square_tensor_into_a_module_and_a_file_is_asked(tmp_path):
+    module = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(PlanError, match="more than one way"):
+        gx.replace(module, "kernel", torch.zeros(4, 4))
+    safetensors.numpy.save_file({"params/fc/kernel": np.zeros((4, 4), "f4")}, tmp_path / "f.safetensors")
+    checkpoint = gx.open_checkpoint(tmp_path / "f.safetensors")
+    _, tensors, _ = replace_checkpoint(checkpoint, {"params/fc/kernel": torch.zeros(4, 4)})
+    with pytest.raises(PlanError, match="more than one way"):
+        list(tensors)
+
+
+def test_a_torch_tensor_with_one_reading_goes_in():
+    square, wide = torch.from_numpy(normal(4, 4)), torch.from_numpy(normal(2, 3))
+    params = {
+        "fc": {"kernel": np.zeros((2, 3), "f4"), "bias": np.zeros(4, "f4")},
+        "e": {"embedding": np.zeros((4, 4), "f4")},
+    }
+    edits = {"params/fc/kernel": wide, "params/fc/bias": square[0], "params/e/embedding": square}
+    new = gx.replace({"params": params}, edits)["params"]
+    np.testing.assert_array_equal(new["fc"]["kernel"], wide.numpy())
+    np.testing.assert_array_equal(new["e"]["embedding"], square.numpy())
+    state = gx.replace({"fc.weight": torch.zeros(4, 4)}, "fc.weight", square)
+    assert torch.equal(state["fc.weight"], square)
+    state = gx.replace({"fc.weight": np.zeros((4, 4), "f4")}, "fc.weight", square)
+    np.testing.assert_array_equal(state["fc.weight"], square.numpy())
+    again = gx.replace({"params": {"fc": {"kernel": jnp.zeros((4, 4))}}}, "**/kernel", lambda old: square)
+    np.testing.assert_array_equal(again["params"]["fc"]["kernel"], square.numpy())

@@ -257,6 +257,17 @@ def _misfit(donor: Checkpoint, key: str, spec: TensorSpec, layout: str | None) -
 
 def _needs_layout(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, why: str) -> PlanError:
     """The error that shows every reading, and how to say it."""
+    readings = readings_of(donor, key, path, spec, target)
+    return PlanError(
+        f"the layout of the donor {escape(key)} {donor[key]} of {escape(donor.label)} is not known: {why}",
+        next=f"Say {' or '.join(readings)} (on the command line: --layout NAME)."
+        if readings
+        else "Lay it out, and give the array.",
+    )
+
+
+def readings_of(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target) -> list[str]:
+    """The layouts in which the donor's tensor has the shape of the leaf, as `layout=` takes them, and what they do."""
     readings: list[str] = []
     for name in LAYOUTS:
         if name == "identity":
@@ -268,10 +279,7 @@ def _needs_layout(donor: Checkpoint, key: str, path: str, spec: TensorSpec, targ
             how = chain_text(ways[0].entries[0].ops) if fits else ""
         if fits:
             readings.append(f'layout="{name}" ({how})')
-    return PlanError(
-        f"the layout of the donor {escape(key)} {donor[key]} of {escape(donor.label)} is not known: {why}",
-        next=f"Say {' or '.join(readings)}." if readings else "Lay it out, and give the array.",
-    )
+    return readings
 
 
 def misfit_hint(have: Sequence[int], want: Sequence[int], layout: str | None) -> str:

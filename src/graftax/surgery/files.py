@@ -12,6 +12,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, GraftaxError, PlanError, escape
+from graftax.surgery.donors import FromCheckpoint
 from graftax.surgery.leaves import failures_of, new_leaf, prepared
 from graftax.surgery.selecting import Edit, Tree, choose, edits_of, selector_text
 from graftax.tree import Checkpoint, TensorSpec
@@ -212,6 +213,10 @@ def write_replacement(
 
     Gives the report as JSON data. Raises what `replace_checkpoint` and `formats.save` raise.
     """
+    inputs = [checkpoint]
+    if isinstance(value, FromCheckpoint):
+        value = value.opened()
+        inputs.append(value.source)
     specs, tensors, report = replace_checkpoint(checkpoint, {selector: value}, expect, selected_only=out is None)
     if out is None:
         for _ in tensors:
@@ -223,5 +228,5 @@ def write_replacement(
 
     side = checkpoint.side or detect_side(specs) or "torch"
     output = Output(specs, tensors, side, checkpoint.real_keys, checkpoint.containers)
-    save(fspath(out), output, format=format, clobber=clobber, inputs=(checkpoint,))
+    save(fspath(out), output, format=format, clobber=clobber, inputs=inputs)
     return report.as_json()

@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any
 
 from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape
-from graftax.surgery.donors import FromCheckpoint, Target, misfit_hint, owner
+from graftax.surgery.donors import FromCheckpoint, Target, misfit_hint, owner, readings_of
 from graftax.surgery.live import spec_of_leaf
 from graftax.surgery.selecting import Edit
 from graftax.surgery_values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros
@@ -83,13 +83,36 @@ def new_leaf(
 
     Raises Misfit and other GraftaxErrors; what a user's function raises, with the path as a note.
     """
+    from graftax.adapters.containers import is_tensor
+
     if isinstance(value, FromCheckpoint):
         value = replace(value, target=target_of(home(), path))
     if isinstance(value, VALUES):
         return value.apply(path, spec, host() if value.reads else None)
     if callable(value) and not is_arraylike(value):
         return given(path, spec, _called(value, path, leaf()), "the function gave")
-    return given(path, spec, value)
+    new = given(path, spec, value)
+    if len(spec.shape) > 1 and is_tensor(value):
+        _refuse_two_readings(path, spec, value, home)
+    return new
+
+
+def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callable[[], Checkpoint]) -> None:
+    """Misfit for a torch tensor that would fit a Flax leaf as it is and as torch lays it out: a square weight. An array
+    of NumPy or jax is taken as it is."""
+    from graftax.adapters import open_tree
+
+    target = target_of(home(), path)
+    if target.side == "flax":
+        readings = readings_of(open_tree({"weight": tensor}), "weight", path, spec, target)
+        if len(readings) > 1:
+            raise Misfit(
+                Failure(
+                    "a torch tensor of this shape fits in more than one way",
+                    key=path,
+                    next=f'Say gx.from_checkpoint({{"weight": tensor}}, layout=...): {" or ".join(readings)}.',
+                )
+            )
 
 
 def target_of(tree: Checkpoint, path: str) -> Target:
