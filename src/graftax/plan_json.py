@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,10 @@ from graftax.plans import Assumption, Candidate, End, Entry, Plan, Proposal, Que
 from graftax.tree import Key, TensorSpec
 
 SCHEMA = 1
+_RULES = re.compile(
+    r"^[ \t]*(?:rules[ \t]*=|\[\[[ \t]*rules\b|\{[ \t]*(?:torch|flax|source|target)[ \t]*=)", re.MULTILINE
+)
+"""What a rules file has and JSON has not."""
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -108,6 +113,10 @@ def load_plan_file(path: str | Path) -> Plan:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if str(path).endswith(".toml") or _RULES.search(text):
+            raise RulesError(
+                f"{escape(path)} is a rules file, not a plan", next="Give it as --rules (rules=)."
+            ) from error
         raise RulesError(f"{escape(path)} is not JSON: {escape(error)}") from error
     return plan_from_json(data, str(path))
 

@@ -266,3 +266,20 @@ def test_importing_rules_imports_no_framework():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
     )
     assert out.stdout.strip() == ""
+
+
+def test_a_plan_is_no_rules_file(tmp_path):
+    (tmp_path / "p.json").write_text('{\n "graftax_plan": 1,\n "complete": true\n}\n')
+    with pytest.raises(RulesError, match=r"p\.json is a plan"):
+        load_rules(tmp_path / "p.json")
+
+
+def test_lines_of_a_file_name_no_other_file(tmp_path):
+    other, file = tmp_path / "other.toml", tmp_path / "r.toml"
+    other.write_text('rules = [\n  { torch = "a", drop = "b" },\n]\n')
+    file.write_text(f'{{ torch = "c", drop = "d" }},\n# more\n{other}\n')
+    with pytest.raises(RulesError) as error:
+        load_rules(file)
+    assert [failure.key for failure in error.value.failures] == ["r.toml, line 3"]
+    file.write_text('{ torch = "c", drop = "d" },\n\n# more\n{ torch = "e", drop = "f" }\n')
+    assert len(load_rules(file)) == 2
