@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -364,10 +365,30 @@ def test_names_from_files_are_escaped(linear: Path, capsys):
     assert "\u202e" not in text
 
 
-def test_a_closed_pipe_is_no_error(linear: Path):
-    command = f"{sys.executable} -m graftax.cli inspect {linear / 'm.safetensors'} | head -0"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("reader", ["true", "head -1"])
+@pytest.mark.parametrize(
+    ("words", "code"), [("inspect a", 0), ("diff a b", 1), ("diff a b --json", 1), ("inspect c", 5), ("--help", 0)]
+)
+def test_a_closed_pipe_changes_no_answer(tmp_path: Path, words: str, code: int, reader: str):
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        leaves = {f"h.{i}.weight": np.full(2, value, "f4") for i in range(2000)}  # more than a pipe holds
+        save_file(leaves, tmp_path / f"{name}.safetensors")
+    words = " ".join(f"{word}.safetensors" if len(word) == 1 else word for word in words.split())
+    command = f"{sys.executable} -m graftax.cli {words} | {reader}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == code
     assert "Traceback" not in done.stderr
+    assert "roken pipe" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize(("file", "code"), [("/dev/full", 5), ("&-", 0)])
+def test_a_stdout_that_takes_nothing(linear: Path, file: str, code: int):
+    command = f"{sys.executable} -m graftax.cli inspect {linear / 'm.safetensors'} >{file}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert ("No space left" in done.stderr) is (code == 5)
 
 
 @pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("-2", -2), ("1e-3", 1e-3)])
@@ -452,3 +473,156 @@ def test_help_is_wrapped_once(
         assert max(map(len, lines)) <= 80
         for line in lines[1:]:
             assert line.startswith("      ") or ":" in line, line
+
+
+# ---------------------------------------------------------------- finished plans
+
+
+def test_1_a_plan_does_not_skip_what_it_was_not_made_for(linear: Path, capsys):
+    m, plan, out = linear / "m.safetensors", linear / "p.json", linear / "o.safetensors"
+    assert call(capsys, "plan", m, "--like", linear / "like.safetensors", "-o", plan)[0] == 0
+    assert call(capsys, "port", m, "--plan", plan, "-o", out)[0] == 0
+    before = out.read_bytes()
+    extra = linear / "extra.safetensors"
+    save_file(load_file(m) | {"extra.weight": np.ones(3, "f4"), "more.weight": np.ones(3, "f4")}, extra)
+    code, _, err = call(capsys, "port", extra, "--plan", plan, "-o", out)
+    assert code == 1
+    assert "extra.weight" in err
+    assert "more.weight" in err
+    assert "Plan again" in err
+    assert out.read_bytes() == before
+    code, _, err = call(capsys, "diff", extra, out, "--plan", plan)
+    assert code == 1
+    assert "extra.weight" in err
+    assert call(capsys, "diff", m, out, "--plan", plan)[0] == 0
+
+
+@pytest.mark.parametrize(("option", "value"), [("--unused", "error"), ("--unused", "drop"), ("--missing", "zeros")])
+def test_2_a_finished_plan_takes_no_policies(linear: Path, capsys, option, value):
+    m, plan, out = linear / "m.safetensors", linear / "p.json", linear / "o.safetensors"
+    assert call(capsys, "plan", m, "--like", linear / "like.safetensors", "-o", plan)[0] == 0
+    code, _, err = call(capsys, "port", m, "--plan", plan, option, value, "-o", out)
+    assert code == 2
+    assert option in err
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------- what was meant
+
+
+def test_2_a_plan_and_a_rules_file_are_told_apart(linear: Path, capsys):
+    m, like, out = linear / "m.safetensors", linear / "like.safetensors", linear / "o.safetensors"
+    plan, rules, text = linear / "p.json", linear / "r.toml", linear / "rules"
+    assert call(capsys, "plan", m, "--like", like, "-o", plan)[0] == 0
+    rules.write_text("# to be edited")
+    text.write_text('# mine\n{ torch = "fc.weight", flax = "params/fc/kernel" }\n')
+    code, _, err = call(capsys, "port", m, "--like", like, "--rules", plan, "-o", out)
+    assert code == 2
+    assert "p.json is a plan" in err
+    assert "--plan" in err
+    for file in (rules, text):
+        code, _, err = call(capsys, "port", m, "--plan", file, "-o", out)
+        assert code == 2
+        assert f"{file.name} is a rules file" in err
+        assert "--rules" in err
+    (linear / "broken.json").write_text('{"graftax_plan": 1,')
+    code, _, err = call(capsys, "port", m, "--plan", linear / "broken.json", "-o", out)
+    assert code == 2
+    assert "is not JSON" in err
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_5_rules_and_plans_are_not_written_over(linear: Path, capsys, linked):
+    m, like, plan, rules = (linear / name for name in ("m.safetensors", "like.safetensors", "p.json", "r.toml"))
+    assert call(capsys, "plan", m, "--like", like, "-o", plan)[0] == 0
+    rules.write_text('rules = [\n  { torch = "fc.weight", flax = "params/fc/kernel" },\n]\n')
+    for words in (("--like", like, "--rules", rules), ("--plan", plan)):
+        own = words[-1]
+        before, out = own.read_bytes(), own
+        if linked:
+            out = linear / "link"
+            out.unlink(missing_ok=True)
+            out.symlink_to(own)
+        for target in (out, f"{out}::model"):
+            code, _, err = call(capsys, "port", m, *words, "-o", target, "--format", "safetensors")
+            assert code == 5
+            assert "is also an input" in err
+            assert own.read_bytes() == before
+
+
+def test_5_the_donor_is_not_the_output(linear: Path, capsys):
+    donor = linear / "donor.safetensors"
+    save_file({"fc.bias": np.ones(5, "f4")}, donor)
+    before = donor.read_bytes()
+    code, _, err = call(capsys, "replace", linear / "m.safetensors", "fc.bias", "--from", donor, "-o", donor)
+    assert code == 5
+    assert "is also an input" in err
+    assert donor.read_bytes() == before
+
+
+def test_diff_names_its_own_way_out(linear: Path, capsys):
+    m, like, rules = linear / "m.safetensors", linear / "like.safetensors", linear / "r.toml"
+    save_file({**load_file(like), "params/head/kernel": np.zeros((7, 2), "f4")}, like)
+    code, _, err = call(capsys, "diff", m, like, "--like", like)
+    assert code == 1
+    assert "params/head/kernel" in err
+    assert f"graftax plan {m} --like {like} --rules R.toml -o plan.json" in err
+    assert f"graftax diff {m} {like} --plan plan.json" in err
+    assert "--rules R.toml);" not in err
+    document = result(capsys, "diff", m, like, "--like", like)
+    assert "params/head/kernel" in document["errors"][0]["what"]
+    rules.write_text('rules = [\n  { flax = "params/head/kernel", missing = "zeros" },\n]\n')
+    plan = linear / "plan.json"
+    assert call(capsys, "plan", m, "--like", like, "--rules", rules, "-o", plan)[0] == 0
+    assert call(capsys, "diff", m, like, "--plan", plan)[0] == 1
+
+
+def test_replace_takes_every_layout_that_its_message_offers(linear: Path, capsys):
+    torch, like, out = linear / "t.safetensors", linear / "f.safetensors", linear / "o.safetensors"
+    kernel = np.arange(81, dtype="f4").reshape(3, 3, 3, 3)
+    save_file({"up.weight": kernel}, torch)
+    save_file({"params/up/kernel": np.zeros_like(kernel)}, like)
+    words = ("replace", like, "**/kernel", "--from", torch, "-o", out)
+    code, _, err = call(capsys, *words)
+    assert code == 1
+    assert "--layout NAME" in err
+    offered = re.findall(r'layout="([^"]+)"', err)
+    assert "conv_transpose default" in offered
+    made = {}
+    for layout in offered:
+        assert call(capsys, *words, "--layout", layout)[0] == 0
+        made[layout] = load_file(out)["params/up/kernel"]
+    np.testing.assert_array_equal(made["identity"], kernel)
+    np.testing.assert_array_equal(made["conv"], kernel.transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(made["conv_transpose default"], kernel.transpose(2, 3, 0, 1)[::-1, ::-1])
+    code, _, err = call(capsys, *words, "--layout", "sideways")
+    assert code == 2
+    assert "conv_transpose default" in err
+
+
+def test_2_replace_takes_one_selector(linear: Path, capsys):
+    out = linear / "o.safetensors"
+    words = ("replace", linear / "m.safetensors", "fc.bias", "fc.weight", "--zeros", "-o", out)
+    code, _, err = call(capsys, *words)
+    assert code == 2
+    assert "fc.weight" in err
+    assert "one SELECT" in err
+    assert "glob" in err
+    assert "Unused Tokens" not in err
+    assert "one SELECT" in result(capsys, *words)["errors"][0]["what"]
+    code, _, err = call(capsys, "inspect", linear / "m.safetensors", "more")
+    assert code == 2
+    assert "more" in err
+    assert "SELECT" not in err
+
+
+def test_5_verify_writes_over_none_of_its_inputs(linear: Path, capsys):
+    rules, source = linear / "r.toml", linear / "m.safetensors"
+    rules.write_text("rules = []\n")
+    words = ("verify", "--torch", "no_such:one", "--flax", "no_such:two", "--source", source, "--rules", rules)
+    for option, own in (("--report", rules), ("--record", source)):
+        before = own.read_bytes()
+        code, _, err = call(capsys, *words, option, own)
+        assert code == 5
+        assert "is also an input" in err
+        assert own.read_bytes() == before

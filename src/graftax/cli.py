@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -11,11 +10,23 @@ from typing import Annotated, Any
 from cyclopts import App
 
 from graftax import cli_run
-from graftax.cli_common import DEFAULTS, Flag, Json, MaybeOut, Out, Outcome, Planning, no_of, open_source, planned
+from graftax.cli_common import (
+    DEFAULTS,
+    Flag,
+    Json,
+    MaybeOut,
+    Out,
+    Outcome,
+    Planning,
+    no_of,
+    open_source,
+    planned,
+    refuse_own_input,
+)
 from graftax.cli_help import HelpText
 from graftax.cli_replace import replace_command
 from graftax.cli_verify import verify_command
-from graftax.errors import UsageError, escape
+from graftax.errors import PlanError, UsageError, escape
 from graftax.uncollected import nothing_collected
 
 app = App(
@@ -138,6 +149,7 @@ def port_command(
     from graftax.api import write_plan
     from graftax.report.progress import progress_bar
 
+    refuse_own_input(out, planning.rules, plan)
     made, opened, like = planned(source, planning, plan)
     no = no_of(made, planning)
     data: dict[str, Any] = {
@@ -218,7 +230,7 @@ def diff_command(
         from graftax.api import host_arrays
 
         made, opened, opened_like = planned(a, Planning(like=like), plan)
-        made.require_complete()
+        _require_complete(made, a, b, like)
         arrays, _ = host_arrays(made, opened, opened_like)
         read, specs = arrays.__getitem__, made.like.specs
     data = comparison(specs, read, second.specs, second.read, atol, rtol)
@@ -243,6 +255,24 @@ app.command(verify_command, name="verify")
 
 
 # ---------------------------------------------------------------- helpers
+
+
+def _require_complete(made: Any, a: str, b: str, like: str | None) -> None:
+    """PlanError unless the plan is complete, with the way out of diff, which takes no rules."""
+    try:
+        made.require_complete()
+    except PlanError as error:
+        if like is None:
+            raise
+        steps = (
+            f"graftax plan {a} --like {like} --rules R.toml -o plan.json, then graftax diff {a} {b} --plan plan.json"
+        )
+        raise PlanError(
+            str(error).partition("\n")[0],
+            error.failures,
+            error.questions,
+            next=f"diff takes no rules: {escape(steps, 600)} (plan --suggest R.toml writes what is open as rules).",
+        ) from None
 
 
 def _json(text: str) -> Any:
@@ -272,13 +302,7 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """The `graftax` command."""
-    try:
-        code = run(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader went away (graftax inspect ... | head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = cli_run.OK
-    sys.exit(code)
+    sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

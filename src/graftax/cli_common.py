@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from graftax.errors import GraftaxError, UsageError
+from graftax.errors import GraftaxError, StorageError, UsageError, escape
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,10 @@ class Planning:
     """What to produce: a checkpoint, a spec file (inspect --spec), or pkg.mod:factory."""
     rules: str | None = None
     """A rules file (TOML) for what inference cannot know."""
-    missing: Literal["error", "keep", "zeros"] = "error"
-    """A leaf of LIKE that no source fills."""
-    unused: Literal["error", "drop"] = "error"
-    """A source tensor that goes nowhere."""
+    missing: Literal["error", "keep", "zeros"] | None = None
+    """A leaf of LIKE that no source fills: an error, unless this says otherwise."""
+    unused: Literal["error", "drop"] | None = None
+    """A source tensor that goes nowhere: an error, unless this says otherwise."""
     to: Literal["torch", "flax"] | None = None
     """The side that comes out, where names do not tell."""
     dtype: str | None = None
@@ -49,6 +51,9 @@ class Planning:
 
 
 DEFAULTS = Planning()
+
+_FINISHED = ("rules", "missing", "unused", "to", "dtype")
+"""What a finished plan has settled."""
 
 
 def open_source(text: str) -> Any:
@@ -65,7 +70,7 @@ def planned(source: str, planning: Planning, plan_path: str | None = None) -> tu
     from graftax.plan_json import load_plan_file
 
     if plan_path is not None:
-        clash = [f"--{name}" for name in ("rules", "to", "dtype") if getattr(planning, name) is not None]
+        clash = [f"--{name}" for name in _FINISHED if getattr(planning, name) is not None]
         if clash:
             raise UsageError(f"--plan is finished: {', '.join(clash)} cannot change it", next="Plan again with them.")
         made = load_plan_file(plan_path)
@@ -74,12 +79,25 @@ def planned(source: str, planning: Planning, plan_path: str | None = None) -> tu
     if planning.like is None and planning.rules is None:
         raise UsageError("say what to produce: --like LIKE (or --rules R.toml alone, where rules name every target)")
     opened, like = open_both(source, planning.like)
-    made = plan_trees(opened, like, planning.rules, planning.missing, planning.unused, planning.dtype, planning.to)
+    policies = planning.missing or "error", planning.unused or "error"
+    made = plan_trees(opened, like, planning.rules, *policies, planning.dtype, planning.to)
     if planning.suggest is not None:
         from graftax.report.suggesting import write_suggestions
 
         write_suggestions(made, planning.suggest)
     return made, opened, like
+
+
+def refuse_own_input(out: str, *paths: str | None) -> None:
+    """StorageError where OUT is one of the files that the command was given, also by another name or a link."""
+    place = out if os.path.lexists(out) else out.rpartition("::")[0]
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            if path is not None and os.path.samefile(place, path):
+                raise StorageError(
+                    f"the output {escape(out)} is also an input ({escape(path)})",
+                    next="Write to another name, then rename.",
+                )
 
 
 def no_of(made: Any, planning: Planning) -> GraftaxError | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -25,7 +25,7 @@ def replace_command(
     axis: int | None = None,
     from_: Annotated[str | None, Parameter(name="--from")] = None,
     key: str | None = None,
-    layout: Literal["linear", "conv", "identity"] | None = None,
+    layout: str | None = None,
     out: Out,
     expect: int | None = None,
     no_clobber: Annotated[bool, Flag] = False,
@@ -61,7 +61,7 @@ def replace_command(
     key
         The tensor in it.
     layout
-        How the donor is stored, where its shape does not tell.
+        How the donor is stored, where its shape does not tell: linear, conv, identity, or what the message offers.
     out
         Where to write; OUT may not be CKPT.
     expect

@@ -4,16 +4,17 @@ traceback. stdout carries results, stderr messages."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 from graftax.cli_common import Outcome
-from graftax.errors import GraftaxError, UsageError, clip, escape
+from graftax.errors import GraftaxError, StorageError, UsageError, clip, escape
 
 OK, INTERNAL, INTERRUPTED = 0, 70, 130
 
@@ -41,10 +42,15 @@ def run(app: App, argv: Sequence[str]) -> int:
         if result.error is not None:
             _take(answer, result.error)
     except CycloptsError as error:
-        answer.exit, answer.message = UsageError.exit_code, f"{error}\nTry: graftax {_known(app, answer.command)}--help"
-        answer.errors = [{"what": str(error)}]
+        text = _too_many(error, answer.command) if isinstance(error, UnusedCliTokensError) else str(error)
+        answer.exit, answer.message = UsageError.exit_code, f"{text}\nTry: graftax {_known(app, answer.command)}--help"
+        answer.errors = [{"what": text}]
     except GraftaxError as error:
         _take(answer, error)
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):  # rich's, where the reader of help went away
+            raise
+        return OK
     except KeyboardInterrupt:
         answer.exit, answer.message = INTERRUPTED, "interrupted"
     except OSError as error:
@@ -57,8 +63,19 @@ def run(app: App, argv: Sequence[str]) -> int:
             f"{type(error).__name__}: {escape(error, 600)}\n  in {where}\nThis is a bug, in the code named above."
         )
         answer.errors = [{"what": answer.message}]
-    _print(answer, as_json)
+    try:
+        _print(answer, as_json)
+    except OSError as error:  # a full disk behind stdout
+        answer.exit = answer.exit or StorageError.exit_code
+        _write(sys.stderr, f"cannot print the result: {error.strerror or error}")
     return answer.exit
+
+
+def _too_many(error: UnusedCliTokensError, command: str) -> str:
+    """Words that no argument takes."""
+    words = " ".join(escape(word) for word in error.unused_tokens or ())
+    hint = "; one SELECT is taken, and a glob such as '**/kernel' picks several leaves" if command == "replace" else ""
+    return f"{command} takes no more arguments: {words}{hint}"
 
 
 def _known(app: App, command: str) -> str:
@@ -99,6 +116,13 @@ def _print(answer: _Answer, as_json: bool) -> None:
 
 
 def _write(stream: Any, text: str) -> None:
-    """A line, whatever the stream's encoding can hold."""
+    """A line, whatever the stream's encoding can hold; none where the caller closed the stream. That nobody reads it to
+    the end (graftax diff ... | head) changes no answer: the rest goes nowhere."""
+    if stream is None:
+        return
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from graftax.cli_common import Flag, Json, Outcome
+from graftax.cli_common import Flag, Json, Outcome, refuse_own_input
 from graftax.errors import ParityError, PlanError, UsageError, escape
 
 if TYPE_CHECKING:
@@ -75,6 +75,9 @@ def verify_command(
         Write the whole report here, as one HTML page.
     """
     _check_options(torch, golden, flax, source, inputs, layout, record, record_layers)
+    for out in (record, report):
+        if out is not None:
+            refuse_own_input(out, golden, source, weights, inputs, rules, plan)
     model = None if flax is None else _made(flax)
     finished = None
     if plan is not None:
