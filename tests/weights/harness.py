@@ -244,10 +244,13 @@ def carried(entries: Sequence[Entry], source: Path) -> dict[str, np.ndarray]:
 
 
 def inspect(capsys: pytest.CaptureFixture[str], path: object) -> dict[str, Any]:
-    """What `graftax inspect --json` says. The plain form is printed too, a line a leaf below the first."""
+    """What `graftax inspect --json` says. The plain form is printed too: below the first a line a leaf,
+    and one that names what of a training checkpoint is not read."""
     assert run(["inspect", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert run(["inspect", str(path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["result"]
-    assert len(lines) == 1 + result["leaves"]
+    beside = result["format"] == "torch" and set(result["metadata"]) - {"container"}
+    assert len(lines) == 1 + result["leaves"] + bool(beside)
+    assert lines[-1].startswith("beside the weights, not read: ") == bool(beside)
     return result
