@@ -373,6 +373,17 @@ def test_a_count_of_training_is_no_weight(tmp_path, name, shape):
     assert len(got) == 3
 
 
+def test_only_what_may_be_a_weight_is_read_with_the_weights(tmp_path):
+    known = {"best_acc1": ONE, "rng_state": torch.get_rng_state(), "lr_scheduler": {"base": torch.ones(3)}, "epoch": 3}
+    got = torch_pt.open(
+        save(tmp_path / "x.pt", {"model": WEIGHTS, "logit_scale": ONE, "optimizer": OPTIMIZER, **known})
+    )
+    assert set(got) == {"model.fc.weight", "model.fc.bias", "logit_scale"}
+    assert set(got.metadata) == {"optimizer", *known}
+    parts = {"encoder": WEIGHTS, "decoder": OTHER, "loss": ONE, "callbacks": {"w": torch.ones(2)}}
+    assert {key.partition(".")[0] for key in torch_pt.open(save(tmp_path / "y.pt", parts))} == set(parts)
+
+
 def test_a_list_of_weights_beside_a_container_is_not_dropped(tmp_path):
     path = save(tmp_path / "x.pt", {"model": WEIGHTS, "heads": [{"weight": torch.ones(2)}, torch.ones(())]})
     assert set(torch_pt.open(path)) == {"model.fc.weight", "model.fc.bias", "heads.0.weight", "heads.1"}

@@ -88,7 +88,7 @@ def choose(root: Any, name: str | None, label: str) -> Chosen:
         node = node[key]
         path.append(_text(key, label))
     if name != WHOLE and isinstance(node, dict):
-        aside = {key: value for key, value in node.items() if is_optimizer(value)}
+        aside = _aside(node, census)
         if aside and any(census.tensors(value) for key, value in node.items() if key not in aside):
             left |= {_text(key, label): describe(value, census) for key, value in aside.items()}
             node = {key: value for key, value in node.items() if key not in aside}
@@ -128,18 +128,10 @@ def describe(value: Any, census: _Census) -> str:
 def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) -> Any:
     """The key of the one container in `node` that holds the weights; None where `node` itself is that container."""
     filled = {key: value for key, value in node.items() if census.tensors(value)}
-    nested = {
-        key: value
-        for key, value in filled.items()
-        if isinstance(value, (dict, list, tuple)) and not is_beside(key, value)
-    }
-    direct = {
-        key: value
-        for key, value in filled.items()
-        if isinstance(value, (Tensor, Refused)) and not is_random_bytes(key, value)
-    }
+    nested = {key: value for key, value in filled.items() if _is_nested(value) and not is_beside(key, value)}
+    direct = {k: v for k, v in filled.items() if not _is_nested(v) and not is_random_bytes(k, v)}
     found = [key for key, value in nested.items() if isinstance(value, dict)]
-    usual = [key for key in found if isinstance(key, str) and key.lower() in USUAL]
+    usual = [key for key in found if _is_usual(key)]
     if not found or (len(found) > 1 and not usual):
         return None
     if len(nested) > len(found) or any(not is_counter(key, value) for key, value in direct.items()):
@@ -156,6 +148,27 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
         ],
         next=f"Choose one with PATH::NAME, for example {label}::{escape(names[0])}; PATH::. takes all of them.",
     )
+
+
+def _aside(node: dict[Any, Any], census: _Census) -> dict[Any, Any]:
+    """What of `node` is read with none of the rest: the states of optimizers and, where a container with a usual name
+    shows that `node` is a training checkpoint, whatever else has the name of what training saves."""
+    run = any(_is_usual(key) and isinstance(value, dict) and census.tensors(value) for key, value in node.items())
+
+    def out(key: Any, value: Any) -> bool:
+        if not run or not census.tensors(value):
+            return is_optimizer(value)
+        return is_beside(key, value) if _is_nested(value) else is_random_bytes(key, value) or is_counter(key, value)
+
+    return {key: value for key, value in node.items() if out(key, value)}
+
+
+def _is_usual(key: Any) -> bool:
+    return isinstance(key, str) and key.lower() in USUAL
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, (dict, list, tuple))
 
 
 def _resolve(root: Any, name: str, label: str, census: _Census) -> Any:
