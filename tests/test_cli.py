@@ -626,3 +626,21 @@ def test_5_verify_writes_over_none_of_its_inputs(linear: Path, capsys):
         assert code == 5
         assert "is also an input" in err
         assert own.read_bytes() == before
+
+
+def test_the_weights_of_several_containers_can_be_operated_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))]).state_dict()
+    weights = {part: {"w.weight": torch.ones(3, 3)} for part in ("encoder", "decoder")}
+    path, out = tmp_path / "g.pt", tmp_path / "o.pt"
+    torch.save({**weights, "optimizer": optimizer}, path)
+    code, _, err = call(capsys, "replace", path, "encoder.w.weight", "--zeros", "-o", out)
+    assert code == 1
+    assert f"{path}::." in err
+    code, _, _ = call(capsys, "replace", f"{path}::.", "encoder.w.weight", "--zeros", "-o", out)
+    assert code == 0
+    found = torch.load(out)
+    assert not found["encoder.w.weight"].any()
+    assert found["decoder.w.weight"].all()

@@ -116,10 +116,10 @@ def replace_command(
     checkpoint = open_source(ckpt)
     if checkpoint.format == "torch" and checkpoint.metadata and "::" not in ckpt:
         others = ", ".join(escape(name) for name in checkpoint.metadata if name != "container") or "nothing else"
-        inside = checkpoint.metadata.get("container")
+        inside = checkpoint.metadata.get("container", ".")
         raise PlanError(
             f"{escape(ckpt)} holds more than its weights ({others}), which a replacement would leave behind",
-            next=f"To write the weights alone: {escape(ckpt)}::{escape(inside)}" if inside else "",
+            next=f"To write the weights alone: {escape(ckpt)}::{escape(inside)}",
         )
     report = write_replacement(
         checkpoint, select, value, None if dry_run else out, expect=expect, clobber=not no_clobber
