@@ -26,7 +26,7 @@ from graftax.cli_common import (
 from graftax.cli_help import HelpText
 from graftax.cli_replace import replace_command
 from graftax.cli_verify import verify_command
-from graftax.errors import PlanError, UsageError, escape
+from graftax.errors import UsageError, escape
 from graftax.uncollected import nothing_collected
 
 app = App(
@@ -230,7 +230,7 @@ def diff_command(
         from graftax.api import host_arrays
 
         made, opened, opened_like = planned(a, Planning(like=like), plan)
-        _require_complete(made, a, b, like)
+        made.require_complete(_rules_for_diff(a, b, like))
         arrays, _ = host_arrays(made, opened, opened_like)
         read, specs = arrays.__getitem__, made.like.specs
     data = comparison(specs, read, second.specs, second.read, atol, rtol)
@@ -257,22 +257,12 @@ app.command(verify_command, name="verify")
 # ---------------------------------------------------------------- helpers
 
 
-def _require_complete(made: Any, a: str, b: str, like: str | None) -> None:
-    """PlanError unless the plan is complete, with the way out of diff, which takes no rules."""
-    try:
-        made.require_complete()
-    except PlanError as error:
-        if like is None:
-            raise
-        steps = (
-            f"graftax plan {a} --like {like} --rules R.toml -o plan.json, then graftax diff {a} {b} --plan plan.json"
-        )
-        raise PlanError(
-            str(error).partition("\n")[0],
-            error.failures,
-            error.questions,
-            next=f"diff takes no rules: {escape(steps, 600)} (plan --suggest R.toml writes what is open as rules).",
-        ) from None
+def _rules_for_diff(a: str, b: str, like: str | None) -> str:
+    """The way out where the plan that diff makes is not complete: diff takes no rules."""
+    if like is None:
+        return ""
+    steps = f"graftax plan {a} --like {like} --rules R.toml -o plan.json, then graftax diff {a} {b} --plan plan.json"
+    return f"diff takes no rules: {escape(steps, 600)} (plan --suggest R.toml writes what is open as rules)."
 
 
 def _json(text: str) -> Any:

@@ -198,8 +198,9 @@ class Plan:
         """Every entry gives back every bit on the way back, whatever the values; dropped tensors apart."""
         return all(entry.exact for entry in self.entries if entry.dropped is None)
 
-    def require_complete(self) -> None:
-        """PlanError with every question and failure, unless the plan is complete."""
+    def require_complete(self, way_out: str = "") -> None:
+        """PlanError with every question and failure, unless the plan is complete. `way_out`: what to do about it, where
+        that is not to write rules."""
         if self.complete:
             return
         open_ = [
@@ -215,9 +216,12 @@ class Plan:
             f"the plan for {escape(self.source.label)} -> {escape(self.like.label)} has {' and '.join(counts)}:",
             failures=(*self.failures, *open_),
             questions=self.questions,
-            next="Put one of the lines shown into a rules file (--rules R.toml); --suggest R.toml writes them all."
-            if any(question.candidates for question in self.questions)
-            else "",
+            next=way_out
+            or (
+                "Put one of the lines shown into a rules file (--rules R.toml); --suggest R.toml writes them all."
+                if any(question.candidates for question in self.questions)
+                else ""
+            ),
         )
 
     # ------------------------------------------------------------ doing

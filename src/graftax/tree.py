@@ -92,7 +92,7 @@ def escape_part(part: Key) -> str:
 
 
 def unescape_part(text: str) -> str:
-    return text.replace("~1", "/").replace("~0", "~")
+    return text.replace("~1", "/").replace("~0", "~") if "~" in text else text
 
 
 def join_path(parts: Iterable[Key]) -> str:
@@ -104,7 +104,7 @@ def split_path(path: str, side: Side) -> tuple[str, ...]:
     """The parts of a path: at '/' and unescaped on the Flax side, at '.' on the torch side."""
     if side == "torch":
         return tuple(path.split("."))
-    return tuple(unescape_part(part) if "~" in part else part for part in path.split("/"))
+    return tuple(map(unescape_part, path.split("/")))
 
 
 def flatten(tree: Any, prefix: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key, ...], Any]]:
@@ -132,9 +132,7 @@ def nest(flat: Mapping[str, Any], keys: Mapping[str, Key] | None = None) -> dict
         pieces = path.split("/")
         for i, piece in enumerate(pieces):
             prefix = piece if i == 0 else f"{prefix}/{piece}"
-            key: Key = unescape_part(piece) if "~" in piece else piece
-            if known:
-                key = known.get(prefix, key)
+            key = known.get(prefix, unescape_part(piece))
             if i + 1 == len(pieces):
                 if key in node:
                     raise FormatError(f"{escape(path)} is both a leaf and a subtree")

@@ -19,8 +19,8 @@ from graftax.dtypes import numpy_dtype
 from graftax.errors import PlanError
 from graftax.execute.gather import Simple, cut, fill, simple
 from graftax.execute.memory import allocate_all
+from graftax.execute.meter import meter_for
 from graftax.execute.pushdown import Piece
-from graftax.execute.reading import Reader
 from graftax.execute.streamed import SCRATCH, Stream, named
 from graftax.formats.files import kept_open
 from graftax.plans import Entry
@@ -78,7 +78,7 @@ def _load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | 
     jobs = list(_jobs(tasks.values(), source))
     if workers is None:
         workers = workers_for(sizes.values())
-    shared = _Shared(run, source, out, threading.Lock())
+    shared = _Shared(run, source, out)
     in_order(jobs, lambda: _Worker(shared), workers)
     return out
 
@@ -119,12 +119,11 @@ def _jobs(groups: Iterable[Sequence[_Task]], source: Checkpoint) -> Iterable[lis
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Shared:
-    """What all workers use; the stream, the readers of whole tensors and the counts one at a time."""
+    """What all workers use."""
 
     run: Stream
     source: Checkpoint
     out: dict[str, Array]
-    lock: threading.Lock
 
 
 class _Worker:
@@ -134,7 +133,7 @@ class _Worker:
 
     def __init__(self, shared: _Shared) -> None:
         self._shared = shared
-        self._reader = Reader(shared.source, SCRATCH, shared.lock)
+        self._reader = shared.run.reader(SCRATCH)
         self._room = self._reader.scratch.data
         self._known: dict[int, Simple | None] = {}
 
@@ -143,14 +142,13 @@ class _Worker:
         try:
             for task in job:
                 if task.entry is None:
-                    with shared.lock:
+                    with shared.run.lock:
                         shared.out[task.name] = shared.run.array(task.name)
                         shared.run.done(task.name)
                 else:
                     self._make(task.entry, task)
         finally:
-            with shared.lock:
-                shared.run.was_read(self._reader.noted())
+            shared.run.note(self._reader)
             self._reader.let_go()
 
     def _make(self, entry: Entry, task: _Task) -> None:
@@ -158,7 +156,7 @@ class _Worker:
         assert task.pieces is not None
         run, source = self._shared.run, self._shared.source
         span = source.span
-        meter = run.meter(entry)
+        meter = meter_for(entry)
         if meter is None and span is not None and not (source.whole and source.whole.intersection(entry.sources)):
             rest = [piece for piece in task.pieces if not self._simply(entry, task.out, piece, span)]
         else:
@@ -174,8 +172,7 @@ class _Worker:
                 fill(task.out, list(cut(piece, _VALUES)), sources, scratch, meter)
         except PlanError as error:
             raise named(entry, error) from error
-        with self._shared.lock:
-            run.counted(entry, meter)
+        run.counted(entry, meter)
 
     def _simply(self, entry: Entry, out: Array, piece: Piece, span: Span) -> bool:
         """Fills a small piece; False for one that is not."""

@@ -75,14 +75,12 @@ def held(array: Array, spec: TensorSpec) -> Held:
     return Held(spec, np.ascontiguousarray(array).reshape(-1))
 
 
-def opened(
-    source: Checkpoint, name: str, count: Callable[[int], None], whole: Callable[[str], Array] | None = None
-) -> Values:
-    """A tensor of a checkpoint: read by position where that can be done, else read now, by `whole` or as the checkpoint
-    reads it. `count` is told of the bytes that are read, unless the checkpoint is a live tree."""
+def opened(source: Checkpoint, name: str, count: Callable[[int], None], whole: Callable[[str], Array]) -> Values:
+    """A tensor of a checkpoint: read by position where that can be done, else read now, by `whole`. `count` is told of
+    the bytes that are read, unless the checkpoint is a live tree."""
     spec, span, scatter = source.specs[name], source.span, source.scatter
     if span is None or not source.by_position(name):
-        array = source.read(name) if whole is None else whole(name)
+        array = whole(name)
         if source.format != "live":
             count(spec.nbytes)
         return held(array, spec)
@@ -146,7 +144,10 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
         taken += -(-flat.nbytes // 16) * 16
         return _window(flat, leaf.offset - low, piece.extents, leaf.strides)
 
-    value = evaluate(piece.value, piece.extents, view)
+    _put(target, evaluate(piece.value, piece.extents, view))
+
+
+def _put(target: Array, value: Array) -> None:
     if value.dtype == target.dtype:
         strided.copy(target, value)
     else:
@@ -199,11 +200,13 @@ def by_rows(wanted: Iterable[tuple[Array, Piece]], sources: Sequence[Values], sc
         if rows is None:
             return False
         groups.setdefault((rows.source, rows.step, rows.count, rows.start // rows.step), []).append((out, piece, rows))
-    reads = [_RowReader.plan(group, sources, scratch) for group in groups.values()]
-    if None in reads:
-        return False
-    for reader in reads:
-        assert reader is not None
+    readers: list[_RowReader] = []
+    for group in groups.values():
+        reader = _RowReader.plan(group, sources, scratch)
+        if reader is None:
+            return False
+        readers.append(reader)
+    for reader in readers:
         reader.run(scratch, how)
     return True
 
@@ -245,9 +248,10 @@ class _RowReader:
         if gap < 0 or nbytes + gap - needed > min(max((DENSE - 1) * needed, _SKIPPED), SHORT):
             return None
         pitch = -(-nbytes // strided.PAD_BYTES) * strided.PAD_BYTES + strided.PAD_BYTES
-        wanted = min(max(_NEAR // pitch, strided.rows_of(width)), _MOST_BUFFERS // (2 if gap else 1), rows[0].count)
-        if any(not isinstance(piece.value, Leaf) for _, piece, _ in group):
-            wanted = max(1, min(wanted, _NEAR // pitch))  # value ops make arrays of several times this
+        # Value ops make arrays of several times what they are given.
+        copied = all(isinstance(piece.value, Leaf) for _, piece, _ in group)
+        near = max(_NEAR // pitch, strided.rows_of(width) if copied else 1)
+        wanted = min(near, _MOST_BUFFERS // (2 if gap else 1), rows[0].count)
         at_once = min(wanted, (scratch.nbytes - gap) // pitch)
         if 4 * at_once < wanted:  # long rows in little memory: better a part of each
             return None
@@ -278,10 +282,8 @@ class _RowReader:
         value = how(piece.value, extents, lambda _: read)
         if piece.strides[outer] == 1 and value.dtype == target.dtype:
             strided.bits(target)[...] = strided.bits(value)
-        elif value.dtype == target.dtype:
-            strided.copy(target, value)
         else:
-            target[...] = value
+            _put(target, value)
 
 
 def _parts(

@@ -13,6 +13,7 @@ from graftax.execute.pushdown import Apply, Const, Leaf, Value
 from graftax.ops import Cast
 from graftax.ops.base import count_same_bits
 from graftax.ops.casting import CastCount, cast_array
+from graftax.plans import Entry
 
 Array = np.ndarray[Any, Any]
 View = Callable[[Leaf], Array]
@@ -106,6 +107,12 @@ class Meter:
             ahead = (made,) if isinstance(value.op, Cast) else value.op.inverse.apply((made,))
             for arg, array in zip(value.args, ahead, strict=True):
                 self._back32(arg, array, view)
+
+
+def meter_for(entry: Entry) -> Meter | None:
+    """A meter for pieces of an entry, or for all of it; None where there is nothing to measure and no cast to count."""
+    casts = any(isinstance(op, Cast) for op in entry.ops)
+    return None if entry.exact and not casts else Meter(entry.exact)
 
 
 def _constant(value: Const, extents: tuple[int, ...]) -> Array:

@@ -95,38 +95,36 @@ def _place_shards(
 ) -> None:
     """Makes the leaves of these shardings, put into `out`; those of one entry by one thread, one after the other, and
     so all that are made of tensors that are held whole."""
-    jobs: list[list[list[str]]] = []
-    whole: list[list[str]] = []
+    if not places:
+        return
+    jobs: list[list[str]] = [[]]  # the first: what is made of whole tensors
     for entry in plan.entries:
-        if names := [name for name in entry.targets if name in places]:
-            if run.apart(entry):
-                jobs.append([names])
-            else:
-                whole.append(names)
-    if whole:
-        jobs.insert(0, whole)
+        names = [name for name in entry.targets if name in places]
+        if run.apart(entry):
+            jobs.append(names)
+        else:
+            jobs[0] += names
     workers = workers_for(local_bytes(plan.like.specs[name], place) for name, place in places.items())
     lock, flight = threading.Lock(), _Flight()
 
-    def worker() -> Callable[[list[list[str]]], None]:
+    def worker() -> Callable[[list[str]], None]:
         reader = run.reader(SCRATCH // workers)
 
-        def make(entries: list[list[str]]) -> None:
-            for names in entries:
-                for name in names:
-                    array = run.sharded(name, places[name], reader)
-                    run.done(name)
-                    with lock:
-                        out[name] = array
-                        flight.add(array)
-                        if peers is not None:
-                            peers.look()
-                reader.let_go()
+        def make(names: list[str]) -> None:
+            for name in names:
+                array = run.sharded(name, places[name], reader)
+                run.done(name)
+                with lock:
+                    out[name] = array
+                    flight.add(array)
+                    if peers is not None:
+                        peers.look()
+            reader.let_go()
 
         return make
 
     with nothing_collected(), kept_open():
-        in_order(jobs, worker, workers)
+        in_order([names for names in jobs if names], worker, workers)
 
 
 def _on_one_device(place: Place, spec: TensorSpec) -> bool:

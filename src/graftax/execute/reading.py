@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,7 +27,7 @@ class Reader:
 
     __slots__ = ("_entry", "_lock", "_source", "_values", "nbytes", "scratch")
 
-    def __init__(self, source: Checkpoint, nbytes: int, lock: Lock | None = None) -> None:
+    def __init__(self, source: Checkpoint, nbytes: int, lock: Lock) -> None:
         self._source, self._lock = source, lock
         self.scratch = allocate(nbytes)
         self.nbytes = 0
@@ -55,14 +54,6 @@ class Reader:
     def _count(self, nbytes: int) -> None:
         self.nbytes += nbytes
 
-    @property
-    def _whole(self) -> Callable[[str], Array]:
-        if self._lock is None:
-            return self._source.read
-        lock = self._lock
-
-        def whole(name: str) -> Array:
-            with lock:
-                return self._source.read(name)
-
-        return whole
+    def _whole(self, name: str) -> Array:
+        with self._lock:
+            return self._source.read(name)

@@ -14,9 +14,9 @@ from graftax.dtypes import numpy_dtype, storage_bytes, unpack
 from graftax.errors import PlanError, escape
 from graftax.execute import tiling
 from graftax.execute.conditions import check_conditions
-from graftax.execute.gather import Evaluate, fill
+from graftax.execute.gather import fill
 from graftax.execute.memory import allocate
-from graftax.execute.meter import Meter, evaluate
+from graftax.execute.meter import Meter, evaluate, meter_for
 from graftax.execute.nests import NotLocal
 from graftax.execute.pushdown import Box, Piece, push
 from graftax.execute.reading import Reader
@@ -83,9 +83,9 @@ class Stream:
         self._budget, self._advance = budget, advance
         self._tile = max(_LEAST, budget // _TILE_SHARE) if budget is not None else 1 << 62
         self._room = allocate(_LEAST)
-        self._lock = threading.RLock()  # of what is counted, and of what is made whole
-        scratch = max(_LEAST, budget // _SCRATCH_SHARE) if budget is not None else SCRATCH
-        self._reader = Reader(source, scratch)
+        self.lock = threading.RLock()
+        """Of what is counted, read whole and made whole."""
+        self._reader = self.reader(max(_LEAST, budget // _SCRATCH_SHARE) if budget is not None else SCRATCH)
         self._home = {name: (entry, i) for entry in plan.entries for i, name in enumerate(entry.targets)}
         self._whole: dict[int, dict[str, Array]] = {}
         self._meters: dict[int, Meter] = {}
@@ -198,16 +198,17 @@ class Stream:
         self._count(spec)
         return Local(entry, spec, pieces)
 
-    def meter(self, entry: Entry) -> Meter | None:
-        """A meter for some pieces of an entry, to be given back by `counted`; None where nothing is to be measured."""
-        return None if _nothing_to_measure(entry) else Meter(entry.exact)
+    def counted(self, entry: Entry, meter: Meter | None) -> None:
+        if meter is not None:
+            with self.lock:
+                self._meters.setdefault(id(entry), Meter(entry.exact)).add(meter)
 
-    def counted(self, entry: Entry, meter: Meter) -> None:
-        self._meters.setdefault(id(entry), Meter(entry.exact)).add(meter)
-
-    def was_read(self, nbytes: int) -> None:
-        """So many bytes of the source's values were read for what `local` gave."""
-        self._receipt.bytes_read += nbytes
+    def note(self, reader: Reader) -> int:
+        """Puts what was read by now into the receipt; gives it."""
+        read = reader.noted()
+        with self.lock:
+            self._receipt.bytes_read += read
+        return read
 
     def apart(self, entry: Entry) -> bool:
         """May several threads make the targets of such entries at once? Not where each would hold tensors whole."""
@@ -216,7 +217,7 @@ class Stream:
 
     def reader(self, nbytes: int) -> Reader:
         """For one more thread."""
-        return Reader(self._source, nbytes, self._lock)
+        return Reader(self._source, nbytes, self.lock)
 
     def sharded(self, target: str, sharding: Any, reader: Reader | None = None) -> Any:
         """One target as a jax.Array laid out by `sharding`: only what the devices of this process hold is read. A jax
@@ -226,47 +227,46 @@ class Stream:
         """
         entry, _ = self._home[target]
         spec = self._plan.like.specs[target]
+        reader = reader or self._reader
         boxes = list(sharding_boxes(spec.shape, sharding))
         try:
-            parts = None if self._whole_only(entry, spec) else self._parts(target, boxes, reader or self._reader)
+            parts = None if self._whole_only(entry, spec) else self._parts(target, boxes, reader)
             if parts is None:
+                reader.let_go()  # what it holds, before tensors are made whole
                 parts = self._cut(entry, target, boxes)
         except PlanError as error:
             raise named(entry, error) from error
-        with self._lock:
+        with self.lock:
             self._count(spec)
         return assemble(spec.shape, sharding, parts, numpy_dtype(spec.dtype))
 
     def _parts(self, target: str, boxes: Sequence[Edges], reader: Reader) -> dict[Edges, Array] | None:
         """The boxes of a target; None where they cannot be made by themselves."""
         entry, index = self._home[target]
-        spec, specs, meter = self._plan.like.specs[target], self._specs(entry), self.meter(entry)
-        how = evaluate if meter is None else meter
+        spec, specs, meter = self._plan.like.specs[target], self._specs(entry), meter_for(entry)
+        how = meter or evaluate
         try:
             pieces = {box: self._pieces(entry, index, spec, box) for box in boxes}  # before anything is read
             sources = reader.opened(entry)
             parts, needed = fill_boxes(entry.ops, specs, index, spec, pieces, sources, reader.scratch, how)
         except NotLocal:
-            reader.let_go()
             return None
         finally:
-            with self._lock:
-                read = self._note(reader)
+            read = self.note(reader)
         why = ""
         if read > OVER * needed:
             by_position = all(map(self._source.by_position, entry.sources))
             found = [piece for some in pieces.values() for piece in some]
             why = short_runs(found, sources) if by_position else "its file cannot be read by position"
-        with self._lock:
-            if meter is not None:
-                self.counted(entry, meter)
+        self.counted(entry, meter)
+        with self.lock:
             self._needed(target, needed, read, why)
         return parts
 
     def _cut(self, entry: Entry, target: str, boxes: Sequence[Edges]) -> dict[Edges, Array]:
         """The boxes of a target that is made whole."""
         spec = self._plan.like.specs[target]
-        with self._lock:
+        with self.lock:
             before = self._receipt.bytes_read
             whole = self._made(entry)[target]
             if spec.packed and whole.shape != spec.shape:
@@ -285,12 +285,6 @@ class Stream:
         self._receipt.bytes_needed += needed
         if read > OVER * needed:
             self._receipt.over_read[target] = f"{size_text(read)} read for {size_text(needed)}: {why}"
-
-    def _note(self, reader: Reader) -> int:
-        """Puts what was read into the receipt; gives it."""
-        read = reader.noted()
-        self._receipt.bytes_read += read
-        return read
 
     def _specs(self, entry: Entry) -> tuple[TensorSpec, ...]:
         return tuple(self._plan.source.specs[name] for name in entry.sources)
@@ -311,15 +305,11 @@ class Stream:
     ) -> Array:
         dtype = numpy_dtype(spec.dtype)
         out = room(count * dtype.itemsize).view(dtype)
-        fill(out, pieces, self._reader.opened(entry), self._reader.scratch, self._evaluate(entry))
-        self._note(self._reader)
+        meter = meter_for(entry)
+        fill(out, pieces, self._reader.opened(entry), self._reader.scratch, meter or evaluate)
+        self.counted(entry, meter)
+        self.note(self._reader)
         return out
-
-    def _evaluate(self, entry: Entry) -> Evaluate:
-        """How its pieces are evaluated: by a meter, unless there is nothing to measure and no cast to count."""
-        if _nothing_to_measure(entry):
-            return evaluate
-        return self._meters.setdefault(id(entry), Meter(entry.exact))
 
     def _boxes(self, entry: Entry, index: int, spec: TensorSpec, contiguous: bool) -> Iterator[Edges] | None:
         """The boxes of a target that fit a tile; None where it cannot be cut."""
@@ -346,9 +336,9 @@ class Stream:
         if pieces is None:
             pieces = push(entry.ops, specs, index, box)
             if all(type(op) in _BY_SHAPE for op in entry.ops):
-                with self._lock:
-                    self._kept += len(pieces)
-                    if self._kept <= _MOST_KEPT:
+                with self.lock:
+                    if self._kept + len(pieces) <= _MOST_KEPT:
+                        self._kept += len(pieces)
                         self._pushed[key] = pieces
         return pieces
 
@@ -404,7 +394,7 @@ class Stream:
     def done(self, target: str) -> None:
         """Nobody asks for this target again: what was held for it is let go."""
         entry, _ = self._home[target]
-        with self._lock:
+        with self.lock:
             held_arrays = self._whole.get(id(entry))
             if held_arrays is not None:
                 held_arrays.pop(target, None)
@@ -430,10 +420,6 @@ def _aligned(array: Array) -> Array:
     out = allocate(array.size * array.dtype.itemsize).view(array.dtype).reshape(array.shape)
     out[...] = array
     return out
-
-
-def _nothing_to_measure(entry: Entry) -> bool:
-    return entry.exact and not any(isinstance(op, Cast) for op in entry.ops)
 
 
 def _checked(entry: Entry) -> bool:

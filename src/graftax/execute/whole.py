@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from graftax.errors import Failure, PlanError, escape
-from graftax.execute.meter import Meter
+from graftax.execute.meter import Meter, meter_for
 from graftax.ops import Cast, Keep, apply_chain, invert_chain
 from graftax.ops.base import count_same_bits
 from graftax.ops.casting import cast_array
@@ -60,14 +60,14 @@ def run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None) -> tupl
         assert like is not None
         return tuple(like.read(name) for name in entry.targets), None
     given = tuple(source.read(name) for name in entry.sources)
-    if entry.exact and not any(isinstance(op, Cast) for op in entry.ops):
+    meter = meter_for(entry)
+    if meter is None:
         return apply_chain(entry.ops, given), None
-    return _run_measured(entry, given)
+    return _run_measured(entry, given, meter), meter
 
 
-def _run_measured(entry: Entry, given: tuple[Array, ...]) -> tuple[tuple[Array, ...], Meter]:
+def _run_measured(entry: Entry, given: tuple[Array, ...], meter: Meter) -> tuple[Array, ...]:
     """Run the entry and its inverse; count the source values that come back, and those that would in float32."""
-    meter = Meter(entry.exact)
     arrays = given
     for op in entry.ops:
         if isinstance(op, Cast):
@@ -83,7 +83,7 @@ def _run_measured(entry: Entry, given: tuple[Array, ...]) -> tuple[tuple[Array, 
         meter.narrow = all(array.dtype.itemsize == 2 for array in given)
         if meter.narrow and meter.equal != meter.total:
             meter.equal_in_float32 = _equal_in_float32(entry, given)
-    return arrays, meter
+    return arrays
 
 
 def _equal_in_float32(entry: Entry, given: tuple[Array, ...]) -> int:

@@ -58,11 +58,8 @@ def is_count(name: Any) -> bool:
     words = _words(name)
     if words & _COUNTS and words <= _COUNTS | _OF_COUNTS:
         return True
-    return "".join(_in_order(name)) == "learningrate" or ("best" in words and bool(words & _BEST) and _best(words))
-
-
-def _best(words: frozenset[str]) -> bool:
-    return words <= _BEST | _OF_COUNTS
+    best = "best" in words and bool(words & _BEST) and words <= _BEST | _OF_COUNTS
+    return best or "".join(_in_order(name)) == "learningrate"
 
 
 def is_beside(name: Any, value: Any) -> bool:

@@ -51,7 +51,7 @@ def load_rules(rules: Any, label: str = "rules") -> Rules:
     if isinstance(rules, Rules):
         return rules
     if isinstance(rules, Path) or (isinstance(rules, str) and not _TEXT.search(rules)):
-        return _from_file(_read(Path(rules)), Path(rules).name)
+        return _from_text(_read(Path(rules)), Path(rules).name)
     if isinstance(rules, str):
         return _from_text(rules, label)
     if isinstance(rules, Mapping):
@@ -115,28 +115,22 @@ def _read(path: Path) -> str:
         raise RulesError(f"{escape(path.name)}, line {line}: not UTF-8") from error
 
 
-def _from_file(text: str, label: str) -> Rules:
-    """RulesError for a plan, and for lines that are no tables: they name no other file."""
+def _from_text(text: str, label: str) -> Rules:
     if text.lstrip().startswith("{"):
         if '"graftax_plan"' in text[:4096]:
             raise RulesError(f"{escape(label)} is a plan, not rules", next="Give it as --plan (gx.load_plan reads it).")
         rows = [(n, row.strip()) for n, row in enumerate(text.splitlines(), 1)]
-        strange = [(n, row) for n, row in rows if row and row[0] not in "{#"]
-        if strange:
-            failures = [
-                Failure("is no inline table", label, f"{label}, line {n}", "{ ... }", escape(row, 40))
-                for n, row in strange
-            ]
+        rows = [(n, row) for n, row in rows if row and not row.startswith("#")]
+        failures = [
+            Failure("is no inline table", label, f"{label}, line {n}", "{ ... }", escape(row, 40))
+            for n, row in rows
+            if not row.startswith("{")  # as an item of a list it would name another file
+        ]
+        if failures:
             raise RulesError(
                 f"{escape(label)} is no rules file:", failures, next="One inline table a line stands in it."
             )
-    return _from_text(text, label)
-
-
-def _from_text(text: str, label: str) -> Rules:
-    if text.lstrip().startswith("{"):
-        lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-        return _from_list(lines, label)
+        return _from_list([row for _, row in rows], label)
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
