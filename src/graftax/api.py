@@ -9,7 +9,7 @@ from typing import Any
 
 from graftax.adapters import open_tree, plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
-from graftax.errors import GraftaxError, UsageError
+from graftax.errors import GraftaxError, UsageError, worded
 from graftax.execute.distributed import peers
 from graftax.execute.eager import load
 from graftax.execute.origin import fingerprint
@@ -50,8 +50,8 @@ def plan(
     """What goes where, and how, from `source` to the tree `like`. Nothing is moved; look at it, answer its questions.
 
     rules      a rules file, TOML text, or a list of rule tables
-    missing    a leaf of like that no source fills: "error", "keep" (like's own value), "zeros"
-    unused     a source tensor that goes nowhere: "error" or "drop"
+    missing    a missing key, a leaf of like that no source tensor fills: "error", "keep" (like's own value), "zeros"
+    unused     an unexpected key, a source tensor that no leaf of like takes: "error" or "drop"
     dtype      None (a floating dtype that differs is a misfit), "source", "like", a dtype's name, or {selector: one}
     to         the side that comes out, where names do not tell
     overflow   of a cast: "error" or "saturate"
@@ -301,9 +301,8 @@ def write_plan(
     receipt.notes = saved.notes
     nbytes = sum(spec.nbytes for spec in made.like.specs.values())
     if saved.format == "orbax" and nbytes > budget:
-        held = (
-            f"orbax is handed all tensors at once: {size_text(nbytes)}, beyond the {size_text(budget)} of --max-memory"
-        )
+        allowed = f"{size_text(budget)} of {worded('--max-memory', 'max_memory')}"
+        held = f"orbax is handed all tensors at once: {size_text(nbytes)}, beyond the {allowed}"
         receipt.notes = (*receipt.notes, held)
     tiles.close()
     return receipt

@@ -26,7 +26,7 @@ from graftax.cli_common import (
 from graftax.cli_help import HelpText
 from graftax.cli_replace import replace_command
 from graftax.cli_verify import verify_command
-from graftax.errors import UsageError, escape
+from graftax.errors import UsageError, command_line_words, escape
 from graftax.uncollected import nothing_collected
 
 app = App(
@@ -287,7 +287,8 @@ def _by_reason(names: Mapping[str, str]) -> list[str]:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command; prints the result and the message, gives the exit code."""
-    return cli_run.run(app, argv)
+    with command_line_words():
+        return cli_run.run(app, argv)
 
 
 def main() -> None:

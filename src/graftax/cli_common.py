@@ -37,9 +37,9 @@ class Planning:
     rules: str | None = None
     """A rules file (TOML) for what inference cannot know."""
     missing: Literal["error", "keep", "zeros"] | None = None
-    """A leaf of LIKE that no source fills: an error, unless this says otherwise."""
+    """A missing key, a leaf of LIKE that no source tensor fills: an error, unless this says otherwise."""
     unused: Literal["error", "drop"] | None = None
-    """A source tensor that goes nowhere: an error, unless this says otherwise."""
+    """An unexpected key, which no leaf of LIKE takes: an error, unless this says otherwise."""
     to: Literal["torch", "flax"] | None = None
     """The side that comes out, where names do not tell."""
     dtype: str | None = None
@@ -102,7 +102,7 @@ def refuse_own_input(out: str, *paths: str | None) -> None:
 
 def no_of(made: Any, planning: Planning) -> GraftaxError | None:
     """Why the answer is no, if it is."""
-    from graftax.errors import Failure, PlanError
+    from graftax.errors import Failure, PlanError, counted
 
     try:
         made.require_complete()
@@ -110,5 +110,5 @@ def no_of(made: Any, planning: Planning) -> GraftaxError | None:
         return error
     if planning.strict_assumptions and made.assumptions:
         failures = [Failure(str(assumption)) for assumption in made.assumptions]
-        return PlanError(f"the plan rests on {len(failures)} assumption(s) (--strict-assumptions):", failures)
+        return PlanError(f"the plan rests on {counted(len(failures), 'assumption')} (--strict-assumptions):", failures)
     return None

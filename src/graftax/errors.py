@@ -7,7 +7,9 @@ collected in `.failures` and raised once; the printed message shows the first fe
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +34,38 @@ def escape(text: object, limit: int = _NAME_LIMIT) -> str:
         else:
             out.append(char)
     return "".join(out)
+
+
+# ---------------------------------------------------------------- the caller's words
+
+_command_line: ContextVar[bool] = ContextVar("graftax_command_line", default=False)
+
+
+@contextmanager
+def command_line_words() -> Iterator[None]:
+    """Inside, messages name the command line's options; elsewhere the library's."""
+    token = _command_line.set(True)
+    try:
+        yield
+    finally:
+        _command_line.reset(token)
+
+
+def worded(command: str, library: str) -> str:
+    """The text for who calls: the command line's or the library's."""
+    return command if _command_line.get() else library
+
+
+def option(name: str, value: str = "") -> str:
+    """An option as the caller writes it: `--max-memory 64MiB`, or `max_memory="64MiB"`; without a value `--rules`, or
+    `rules=`. `name` is the library's."""
+    flag = f"--{name.replace('_', '-')}"
+    return worded(f"{flag} {value}" if value else flag, f'{name}="{value}"' if value else f"{name}=")
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 misfit`, `3 misfits`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +131,7 @@ class GraftaxError(Exception):
         lines += [f"  {failure}" for failure in self.failures[:_SHOWN]]
         if len(self.failures) > _SHOWN:
             rest = len(self.failures) - _SHOWN
-            lines.append(f"  ... and {rest} more (all of them: --json, or the exception's .failures)")
+            lines.append(f"  ... and {rest} more (all of them: {worded('--json', '.failures of the exception')})")
         if next:
             lines.append(next)
         super().__init__(clip("\n".join(lines)))

@@ -1,17 +1,19 @@
-"""What no rule and no inference settled: known buffers, names that a module ties, leaves that nothing fills and tensors
-that go nowhere. In this order: each step may settle what the next would ask about."""
+"""What no rule and no inference settled: known buffers, names that a module ties, missing keys, unexpected keys, and
+keys of one name whose shapes do not match. In this order: each step may settle what the next would ask about."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
-from graftax.errors import Failure, escape
+from graftax.errors import Failure, escape, option
+from graftax.match.names import split_words
+from graftax.match.roles import role_of
 from graftax.match.unpaired import unpaired
 from graftax.match.words import BUFFERS
 from graftax.ops import Copy, Drop, Fill, Keep
 from graftax.plans import Entry, Proposal, Question
-from graftax.tree import Checkpoint, Side
+from graftax.tree import Checkpoint, Side, split_path
 
 COUNTER = "num_batches_tracked"
 """A torch BatchNorm's count of batches: it changes nothing but the momentum=None average."""
@@ -35,7 +37,8 @@ def settle_leftovers(
     proposal = _settle_missing(proposal, like, ruled, "error")  # a leaf that a rule calls missing waits for nothing
     proposal = unpaired(proposal, source, like, *sides)
     proposal = _settle_unused(proposal, source, unused)
-    return _settle_missing(proposal, like, ruled, missing)
+    proposal = _settle_missing(proposal, like, ruled, missing)
+    return _with_misshapen(proposal, source, like, sides)
 
 
 def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, like_side: Side, keep: bool) -> Proposal:
@@ -88,6 +91,38 @@ def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
     return replace(proposal, entries=tuple(entries), questions=_still_open(proposal.questions, settled))
 
 
+def _with_misshapen(proposal: Proposal, source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]) -> Proposal:
+    """A missing and an unexpected key of one name are one question, which shows both ends and both shapes."""
+    known = {n for e in (*proposal.entries, *proposal.broken) for n in (*e.sources, *e.targets)}
+    known |= {n for q in proposal.questions if _waits(q) for n in (*q.sources, *q.targets)}
+    ends: list[dict[tuple[object, ...], list[str]]] = []
+    for end, side in zip((source, like), sides, strict=True):
+        names: dict[tuple[object, ...], list[str]] = {}
+        for name in end:
+            if name not in known:
+                names.setdefault(_words(name, side), []).append(name)
+        ends.append(names)
+    pairs = [(a[0], b[0]) for words, a in ends[0].items() if len(a) == len(b := ends[1].get(words, [])) == 1]
+    if not pairs:
+        return proposal
+    told = {name for pair in pairs for name in pair}
+    kept = [q for q in proposal.questions if not told.issuperset((*q.sources, *q.targets))]
+    found = [
+        Question("shape", f"shape mismatch: {a} {source[a]} -> {b} {like[b]}", targets=(b,), sources=(a,))
+        for a, b in pairs
+    ]
+    return replace(proposal, questions=(*kept, *found))
+
+
+def _words(path: str, side: Side) -> tuple[object, ...]:
+    """What a path says on either side: the words of its module, and the role of its leaf."""
+    *module, last = split_path(path, side)
+    if side == "flax" and len(module) > 1 and module[0] in ("params", "batch_stats"):
+        module = module[1:]
+    role, _, rest = role_of(last)
+    return (*(word for part in (*module, rest) if part for word in split_words(part)), role)
+
+
 def _parts(path: str) -> tuple[str, ...]:
     """The parts of a path of either side, collections aside."""
     parts = path.replace("/", ".").split(".")
@@ -101,8 +136,8 @@ def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
 
 
 def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Proposal:
-    """Source tensors that go nowhere: dropped where the user said so, else questions. A tensor that some question with
-    candidates waits for is not a leftover."""
+    """Unexpected keys: dropped where the user said so, else questions. Tensors that are candidates of an open question
+    are not dropped."""
     if policy != "drop":
         return proposal
     used = {name for entry in proposal.entries for name in entry.sources}
@@ -115,7 +150,8 @@ def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Propo
     left = [name for name in source if name not in used and name not in waiting]
     dropped = set(left)
     questions = tuple(q for q in proposal.questions if q.targets or not dropped.issuperset(q.sources))
-    entries = tuple(Entry((name,), (), (Drop("unused (--unused drop)"),), ("--unused drop",)) for name in left)
+    why = option("unused", policy)
+    entries = tuple(Entry((name,), (), (Drop(f"unused ({why})"),), (why,)) for name in left)
     return replace(proposal, entries=proposal.entries + entries, questions=questions)
 
 
@@ -134,8 +170,8 @@ def _waits(question: Question) -> bool:
 
 
 def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, str], policy: str) -> Proposal:
-    """Leaves of like that no source fills: by the rule that names them, else by the policy. A leaf with candidates
-    stays a question: it is open, not missing."""
+    """Missing keys: by the rule that names them, else by the policy. A leaf with candidates stays a question: it is
+    open, not missing."""
     if policy == "error" and not ruled:
         return proposal
     filled = {name for entry in proposal.entries for name in entry.targets}
@@ -147,7 +183,7 @@ def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, st
         how = ruled.get(name, "error" if name in waiting else policy)
         if name in filled or how == "error":
             continue
-        why = "rules" if name in ruled else f"--missing {policy}"
+        why = "rules" if name in ruled else option("missing", policy)
         settled.add(name)
         if how == "zeros":
             entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, why),), (why,)))
@@ -155,7 +191,9 @@ def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, st
             entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (why,)))
         else:
             text = f"cannot be kept: {escape(like.label)} has no values"
-            failures.append(Failure(text, like.label, name, next="Use --missing zeros, or a `like` with values."))
+            failures.append(
+                Failure(text, like.label, name, next=f"Use {option('missing', 'zeros')}, or a `like` with values.")
+            )
     return replace(
         proposal,
         entries=proposal.entries + tuple(entries),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from graftax.errors import Failure, GraftaxError, RulesError, StorageError, escape
+from graftax.errors import Failure, GraftaxError, RulesError, StorageError, escape, option
 from graftax.ops import op_from_json, op_to_json
 from graftax.plans import Assumption, Candidate, End, Entry, Plan, Proposal, Question
 from graftax.tree import Key, TensorSpec
@@ -115,7 +115,7 @@ def load_plan_file(path: str | Path) -> Plan:
     except (ValueError, RecursionError) as error:
         if str(path).endswith(".toml") or _RULES.search(text):
             raise RulesError(
-                f"{escape(path)} is a rules file, not a plan", next="Give it as --rules (rules=)."
+                f"{escape(path)} is a rules file, not a plan", next=f"Give it as {option('rules')}."
             ) from error
         raise RulesError(f"{escape(path)} is not JSON: {escape(error)}") from error
     return plan_from_json(data, str(path))

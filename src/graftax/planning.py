@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graftax.errors import Failure, PlanError, UsageError, escape
+from graftax.errors import Failure, PlanError, UsageError, escape, option
 from graftax.formats.quantized import refuse_quantized
 from graftax.formats.unmerged import refuse_unmerged
 from graftax.leftovers import settle_leftovers
@@ -233,11 +233,13 @@ def _dtypes_out(entry: Entry, source: Checkpoint) -> list[str]:
 def _dtype_failure(entry: Entry, name: str, have: str, want: str, policy: str | None, source: Checkpoint) -> Failure:
     floats = DTYPES[have][1] == "f" and DTYPES[want][1] == "f"
     ways = (
-        "--dtype like casts to like's dtype, --dtype source keeps the source's (in the library: dtype='like')."
+        f"{option('dtype', 'like')} casts to like's dtype, {option('dtype', 'source')} keeps the source's."
         if floats
-        else "A cast touches floating leaves only: --dtype source keeps it, or change the dtype in like."
+        else f"A cast touches floating leaves only: {option('dtype', 'source')} keeps it, or change the dtype in like."
     )
-    text = "the dtype differs" if policy is None else f"the dtype differs, and --dtype {policy} does not cover it"
+    text = (
+        "the dtype differs" if policy is None else f"the dtype differs, and {option('dtype', policy)} does not cover it"
+    )
     return Failure(text, source.label, f"{', '.join(entry.sources)} -> {name}", want, have, ways)
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape
+from graftax.errors import Failure, GraftaxError, PlanError, UsageError, counted, escape, option, worded
 from graftax.ops import Drop, Fill, Keep, Op, Specs, bind_chain, chain_text, invert_chain
 from graftax.tree import Checkpoint, Key, Side, TensorSpec
 
@@ -84,8 +84,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What inference cannot know. `kind` is a word (match, layout, flatten, fused, stack, missing, unused); `targets`
-    and `sources` are the leaves that wait for the answer; each candidate carries the rule line that settles it."""
+    """What inference cannot know. `kind` is a word (match, layout, flatten, fused, stack, shape, missing, unused);
+    `targets` and `sources` are the leaves that wait for the answer; each candidate carries the rule line that settles
+    it."""
 
     kind: str
     text: str
@@ -203,22 +204,20 @@ class Plan:
         that is not to write rules."""
         if self.complete:
             return
-        open_ = [
-            Failure(
-                str(question),
-                next="" if question.candidates else "No candidate: write a rule, or see --missing / --unused.",
-            )
-            for question in self.questions
-        ]
-        counts = [f"{len(self.questions)} open question(s)"] if self.questions else []
-        counts += [f"{len(self.failures)} misfit(s)"] if self.failures else []
+        open_ = [Failure(str(question), next=_without_candidates(question)) for question in self.questions]
+        counts = [counted(len(self.questions), "open question")] if self.questions else []
+        counts += [counted(len(self.failures), "misfit")] if self.failures else []
         raise PlanError(
             f"the plan for {escape(self.source.label)} -> {escape(self.like.label)} has {' and '.join(counts)}:",
             failures=(*self.failures, *open_),
             questions=self.questions,
             next=way_out
             or (
-                "Put one of the lines shown into a rules file (--rules R.toml); --suggest R.toml writes them all."
+                worded(
+                    "Put one of the lines shown into a rules file (--rules R.toml); --suggest R.toml writes them all.",
+                    "Put one of the lines shown into rules=, or answer: plan = gx.plan(...).answer(0, 0) takes the "
+                    "first line of the first question.",
+                )
                 if any(question.candidates for question in self.questions)
                 else ""
             ),
@@ -390,18 +389,30 @@ def _counted(entries: Iterable[Entry], source: End, like: End) -> list[Failure]:
     return out
 
 
+def _without_candidates(question: Question) -> str:
+    """What to do about a question that offers no answer."""
+    if question.candidates:
+        return ""
+    policies = {
+        "missing": f"{option('missing', 'zeros')} or {option('missing', 'keep')}",
+        "unused": option("unused", "drop"),
+        "shape": f"{option('missing', 'keep')} with {option('unused', 'drop')}, which leaves like's own values",
+    }
+    return f"Write a rule, or give {policies.get(question.kind, ' or '.join(map(option, ('missing', 'unused'))))}."
+
+
 def _leftover(entries: Iterable[Entry], questions: Iterable[Question], source: End, like: End) -> list[Question]:
     """A question for every key of either side that nothing mentions."""
     entries, questions = tuple(entries), tuple(questions)
     filled = {n for e in entries for n in e.targets} | {n for q in questions for n in q.targets}
     used = {n for e in entries for n in e.sources} | {n for q in questions for n in q.sources}
     out = [
-        Question("missing", f"{name} {spec} is filled by no source", targets=(name,))
+        Question("missing", f"missing key: {name} {spec}: no source tensor fills it", targets=(name,))
         for name, spec in like.specs.items()
         if name not in filled
     ]
     return out + [
-        Question("unused", f"{name} {spec} goes nowhere", sources=(name,))
+        Question("unused", f"unexpected key: {name} {spec}: no leaf of like takes it", sources=(name,))
         for name, spec in source.specs.items()
         if name not in used
     ]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 
-from graftax.errors import UsageError, escape
+from graftax.errors import UsageError, escape, worded
 from graftax.ops import Keep
 from graftax.plans import Plan
 from graftax.tree import Checkpoint
@@ -28,7 +28,7 @@ def _files(end: Checkpoint) -> list[list[int]]:
     if not end.files:
         raise UsageError(
             f"{escape(end.label)} is not in files, so that nothing shows whether it is still the same",
-            next="Port it without --resume (resume=), or save it first.",
+            next=f"Port it without {worded('--resume', 'resume=True')}, or save it first.",
         )
     stats = [os.stat(path) for path in end.files]
     return [[info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns] for info in stats]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftax.errors import escape
+from graftax.errors import escape, worded
 from graftax.ops.casting import CastCount
 
 
@@ -63,7 +63,7 @@ class Receipt:
         lines = ["lossless: yes" if not lossy else f"lossless: but for {len(lossy)} entries"]
         lines += [f"  {entry}" for entry in lossy[:8]]
         if len(lossy) > 8:
-            lines.append(f"  ... and {len(lossy) - 8} more (--json has all)")
+            lines.append(f"  ... and {len(lossy) - 8} more ({worded('--json', '.measured')} has all)")
         if self.cast_leaves:
             c = self.casts
             lines.append(

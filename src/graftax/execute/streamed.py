@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from graftax.dtypes import numpy_dtype, storage_bytes, unpack
-from graftax.errors import PlanError, escape
+from graftax.errors import PlanError, escape, option, worded
 from graftax.execute import tiling
 from graftax.execute.conditions import check_conditions
 from graftax.execute.gather import fill
@@ -373,8 +373,8 @@ class Stream:
             if bounded and self._budget is not None and needed > max(self._budget, _LEAST):
                 raise PlanError(
                     f"{chain_text(entry.ops)} needs its tensors whole: {size_text(needed)}, more than the "
-                    f"{size_text(self._budget)} of --max-memory",
-                    next=f"Give --max-memory {-(-needed // 2**20)}MiB or more.",
+                    f"{size_text(self._budget)} of {worded('--max-memory', 'max_memory')}",
+                    next=f"Give {option('max_memory', f'{-(-needed // 2**20)}MiB')} or more.",
                 )
             made, meter = run_entry(entry, self._source, self._like)
             if self._source.format != "live":

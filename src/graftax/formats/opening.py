@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, UsageError, escape
+from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, UsageError, escape, option
 from graftax.formats import files, hub, strict_json
 from graftax.formats.base import LEFTOVER, Format
 from graftax.formats.remote_url import is_url
@@ -235,7 +235,7 @@ def _no_such_part(checkpoint: Checkpoint, name: str) -> PlanError:
     if name in checkpoint:
         return PlanError(
             f"{label}::{escape(name)} is one tensor, expected a container or sub-tree",
-            next="Name a tensor with --key (key= in the library).",
+            next=f"Name a tensor with {option('key')}.",
         )
     sep = "." if checkpoint.side == "torch" else "/"
     tops = [top for top in dict.fromkeys(path.partition(sep)[0] for path in checkpoint) if top not in checkpoint]

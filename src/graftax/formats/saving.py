@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from graftax.errors import Failure, GraftaxError, PlanError, StorageError, UsageError, escape
+from graftax.errors import Failure, GraftaxError, PlanError, StorageError, UsageError, escape, option, worded
 from graftax.formats import files, tree_meta
 from graftax.formats.base import Format, Output, Tile, Tiles
 from graftax.formats.commit import put_back, staged
@@ -162,7 +162,9 @@ def choose_format(out: Path, side: Side, format: str | None, shard_size: int | N
     if row is None or row.name == "spec":
         known = ", ".join(ending for r in FORMATS.values() for ending in r.endings if r.name != "spec")
         what = "a spec file holds no values" if row else f"no format has the ending {escape(out.suffix)!r}"
-        raise UsageError(f"{escape(out)}: {what}", next=f"Use one of {known}, none for a folder, or --format.")
+        raise UsageError(
+            f"{escape(out)}: {what}", next=f"Use one of {known}, none for a folder, or {option('format')}."
+        )
     if side not in row.sides:
         raise PlanError(
             f"{escape(out)}: {row.name} holds {' and '.join(row.sides)} trees, this is a {side} tree",
@@ -171,7 +173,7 @@ def choose_format(out: Path, side: Side, format: str | None, shard_size: int | N
     if shard_size is not None and row.name != "hf_folder":
         raise UsageError(
             f"{escape(out)}: a shard size needs a folder of shards, {row.name} is none",
-            next="Give a folder's name and --format hf_folder.",
+            next=f"Give a folder's name and {option('format', 'hf_folder')}.",
         )
     return row
 
@@ -259,7 +261,9 @@ def _check_destination(out: Path, row: Format, clobber: bool) -> None:
     except OSError as exc:
         raise files.storage_error(exc, out) from None
     if not clobber:
-        raise StorageError(f"{escape(out)} exists, and is not to be replaced (--no-clobber)")
+        raise StorageError(
+            f"{escape(out)} exists, and is not to be replaced ({worded('--no-clobber', 'clobber=False')})"
+        )
     if stat.S_ISLNK(mode):
         # The link itself is replaced, never what it leads to: that may be a blob of the hub cache.
         if os.path.isdir(out):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from graftax.errors import Failure, PlanError
+from graftax.errors import Failure, PlanError, option
 from graftax.formats import pickles
 from graftax.formats.base import Output
 from graftax.formats.writing import byte_runs
@@ -41,7 +41,9 @@ def write(path: Path, output: Output) -> None:
         if spec.dtype not in pickles.DTYPES
     ]
     if lacking:
-        raise PlanError("a .pt file cannot hold this", lacking, next="Write .safetensors, or cast with --dtype.")
+        raise PlanError(
+            "a .pt file cannot hold this", lacking, next=f"Write .safetensors, or cast with {option('dtype')}."
+        )
     before = {
         f"{_TOP}/data.pkl": _pickled(output.specs, output.container),
         f"{_TOP}/.format_version": b"1",

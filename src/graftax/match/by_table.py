@@ -294,10 +294,10 @@ def _lone_biases(
         on_torch = "bias" in roles
         name = roles["bias"] if on_torch else other[1]["bias"]
         if on_torch != turned:
-            text = f"{name} goes nowhere: its module has no bias on the other side"
+            text = f"unexpected key: {name}: its module has no bias on the other side"
             questions.append(Question("unused", text, sources=(name,)))
         else:
-            text = f"{name} is filled by no source: its module has no bias on the other side"
+            text = f"missing key: {name}: its module has no bias on the other side"
             questions.append(Question("missing", text, targets=(name,)))
     made = _proposal(found, turned)
     held = tuple(Entry(question.sources, question.targets) for question in questions)

@@ -8,7 +8,7 @@ from typing import Any
 
 from graftax.adapters import factories
 from graftax.adapters.linen_tree import LinenModel
-from graftax.errors import Failure, UsageError, escape
+from graftax.errors import Failure, UsageError, escape, option
 from graftax.parity.inputs import Inputs
 
 _POSITION = re.compile(r"(?:arg|arr_)(0|[1-9][0-9]{0,3})")
@@ -91,7 +91,7 @@ def example_inputs(model: Any) -> tuple[Inputs, tuple[str, ...]]:
         what = "gx.linen(...) was given no example" if isinstance(model, LinenModel) else "the Flax side has no example"
         raise UsageError(
             f"{what} to run both models on",
-            next="Give --inputs: a file of arrays (.npz, .safetensors) or pkg.mod:factory.",
+            next=f"Give {option('inputs')}: a file of arrays (.npz, .safetensors) or pkg.mod:factory.",
         )
     import numpy as np
 
@@ -117,7 +117,7 @@ def _filled(value: Any, name: str, draw: Any, notes: list[str]) -> Any:
         if not floating:
             raise UsageError(
                 f"gx.linen(...) was given only the shape of {name}, whose values are {np.dtype(value.dtype)}",
-                next="Give --inputs with real ones.",
+                next=f"Give {option('inputs')} with real ones.",
             )
         array = None
     else:
@@ -127,7 +127,7 @@ def _filled(value: Any, name: str, draw: Any, notes: list[str]) -> Any:
             return array
         if not floating:
             if array.size > 1:
-                notes.append(f"{name} is the same integer everywhere, as in the example: --inputs proves more")
+                notes.append(f"{name} is one integer everywhere, as in the example: {option('inputs')} proves more")
             return array
     notes.append(f"{name} was drawn from a normal distribution (seed 0): the example gave its shape")
     return draw.standard_normal(tuple(value.shape)).astype(np.dtype(value.dtype))

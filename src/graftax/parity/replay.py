@@ -7,7 +7,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-from graftax.errors import PlanError, ReplayError, escape
+from graftax.errors import PlanError, ReplayError, escape, option
 from graftax.parity.golden import Golden, load_golden, save_golden
 from graftax.parity.records import THRESHOLD
 from graftax.parity.report_model import ParityReport
@@ -111,7 +111,7 @@ def check_golden(
     if weights is None and not tree.has_values and not values_of.has_values:
         raise PlanError(
             f"{escape(tree.label)} holds no weights, and neither does a golden file",
-            next="Pass the Flax weights (weights=, --weights), or torch's checkpoint (source=, --source).",
+            next=f"Pass the Flax weights ({option('weights')}), or torch's checkpoint ({option('source')}).",
         )
     made, notes = steps.planned(torch, tree, rules, plan, needed=weights is None and not tree.has_values)
     with steps.LayoutHint(kept.layout, call):

@@ -19,7 +19,7 @@ def suggestions(plan: Plan | PlanError) -> str:
             why = f"   # {_one_line(candidate.evidence)}" if candidate.evidence else ""
             lines.append(f"  # {candidate.rule},{why}")
         if not question.candidates:
-            lines.append("  # (no candidate: write a rule, or see --missing and --unused)")
+            lines.append("  # (no candidate: write a rule, or see the options missing and unused)")
     return "\n".join([*lines, "]", ""])
 
 
@@ -46,7 +46,7 @@ def write_suggestions(plan: Plan | PlanError, path: str | Path) -> None:
     if Path(path).exists() and any(
         line.lstrip().startswith("{") for line in Path(path).read_text("utf-8").splitlines()
     ):
-        raise StorageError(f"{escape(path)} has rules that are in use", next="Choose another name for --suggest.")
+        raise StorageError(f"{escape(path)} has rules that are in use", next="Choose another name for the suggestions.")
     try:
         Path(path).write_text(suggestions(plan), encoding="utf-8")
     except OSError as error:

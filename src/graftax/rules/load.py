@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from graftax.errors import Failure, RulesError, StorageError, escape
+from graftax.errors import Failure, RulesError, StorageError, escape, worded
 from graftax.rules.model import Rule
 from graftax.rules.text import rule_lines
 from graftax.rules.validate import make_rule
@@ -118,7 +118,9 @@ def _read(path: Path) -> str:
 def _from_text(text: str, label: str) -> Rules:
     if text.lstrip().startswith("{"):
         if '"graftax_plan"' in text[:4096]:
-            raise RulesError(f"{escape(label)} is a plan, not rules", next="Give it as --plan (gx.load_plan reads it).")
+            raise RulesError(
+                f"{escape(label)} is a plan, not rules", next=worded("Give it as --plan.", "gx.load_plan reads it.")
+            )
         rows = [(n, row.strip()) for n, row in enumerate(text.splitlines(), 1)]
         rows = [(n, row) for n, row in rows if row and not row.startswith("#")]
         failures = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, ClassVar
 
-from graftax.errors import LayoutError, PlanError, UsageError, escape
+from graftax.errors import LayoutError, PlanError, UsageError, escape, option
 from graftax.layers import Connection, layouts, leaf_connections
 from graftax.ops import Op, apply_chain, chain_text, invert_chain
 from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
@@ -93,7 +93,7 @@ def _donor_key(donor: Checkpoint, key: str | None, path: str) -> str:
     near = nearest(path, donor)
     raise PlanError(
         f"{escape(donor.label)} has {len(donor)} tensors, none of them named {escape(path)!r}",
-        next="Name one with key= (--key)." + (f" Near: {near}" if near else ""),
+        next=f"Name one with {option('key')}." + (f" Near: {near}" if near else ""),
     )
 
 
@@ -260,9 +260,7 @@ def _needs_layout(donor: Checkpoint, key: str, path: str, spec: TensorSpec, targ
     readings = readings_of(donor, key, path, spec, target)
     return PlanError(
         f"the layout of the donor {escape(key)} {donor[key]} of {escape(donor.label)} is not known: {why}",
-        next=f"Say {' or '.join(readings)} (on the command line: --layout NAME)."
-        if readings
-        else "Lay it out, and give the array.",
+        next=f"Say {' or '.join(readings)}." if readings else "Lay it out, and give the array.",
     )
 
 
