@@ -151,7 +151,7 @@ def test_what_nothing_mentions_is_a_question():
     assert missing == ["q", "k", "v", "h/w", "new", "n"]
     assert unused == ["qkv", "h.0.w", "h.1.w", "buf", "n"]
     assert Plan.build(TORCH, FLAX, Proposal(ENTRIES[:1]), partial=True).complete
-    with pytest.raises(PlanError, match=r"11 open question\(s\)") as error:
+    with pytest.raises(PlanError, match="has 11 open questions:") as error:
         plan.require_complete()
     assert error.value.questions == plan.questions
 
@@ -161,7 +161,7 @@ def test_keys_that_a_question_or_a_failure_has_are_not_asked_about_again():
     broken = Entry(("h.0.w", "h.1.w"), ("h/w",))
     plan = built(*ENTRIES[:1], *ENTRIES[3:], questions=(asked,), broken=(broken,))
     assert plan.questions == (asked,)
-    with pytest.raises(PlanError, match="--suggest"):
+    with pytest.raises(PlanError, match=r"lines shown into rules=, or answer"):
         plan.require_complete()
 
 

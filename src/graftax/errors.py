@@ -6,6 +6,7 @@ collected in `.failures` and raised once; the printed message shows the first fe
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def option(name: str, value: str = "") -> str:
     """An option as the caller writes it: `--max-memory 64MiB`, or `max_memory="64MiB"`; without a value `--rules`, or
     `rules=`. `name` is the library's."""
     flag = f"--{name.replace('_', '-')}"
-    return worded(f"{flag} {value}" if value else flag, f'{name}="{value}"' if value else f"{name}=")
+    return worded(f"{flag} {shlex.quote(value)}" if value else flag, f'{name}="{value}"' if value else f"{name}=")
 
 
 def counted(number: int, noun: str) -> str:

@@ -169,7 +169,7 @@ def test_modes_follow_the_umask_or_what_is_replaced(tmp_path: Path, umask: int):
 def test_no_clobber(tmp_path: Path, name: str):
     save(tmp_path / name, output_of(OLD), clobber=False)
     before = everything(tmp_path)
-    with pytest.raises(StorageError, match="--no-clobber"):
+    with pytest.raises(StorageError, match="clobber=False"):
         save(tmp_path / name, output_of(NEW), clobber=False)
     assert everything(tmp_path) == before
 
@@ -460,7 +460,7 @@ def test_the_next_run_restores_what_was_put_aside(tmp_path: Path):
     os.rename(out, old)
     with pytest.raises(StorageError, match=r"folder\.graftax-old is what a stopped run put aside"):
         open_path(out)
-    with pytest.raises(StorageError, match="--no-clobber"):
+    with pytest.raises(StorageError, match="clobber=False"):
         save(out, output_of(NEW), clobber=False)
     assert len(open_path(out)) == 1
     os.rename(out, old)

@@ -123,7 +123,7 @@ def test_the_message_of_the_design():
     with pytest.raises(Exception, match="misfit") as error:
         plan.require_complete()
     assert str(error.value) == (
-        "the plan for model.safetensors -> like has 1 misfit(s):\n"
+        "the plan for model.safetensors -> like has 1 misfit:\n"
         "  attn.qkv.weight -> attn/query/kernel, attn/key/kernel, attn/value/kernel: "
         "axis 0 has 117 rows; 3 x heads=10 x head_dim=4 needs 120\n"
         "    Check `heads` in rules, item 1."

@@ -125,18 +125,18 @@ def layout_ops(
     is open."""
     have = donor[key]
     if layout == "identity":
-        return _identity(donor, key, spec, "layout='identity' takes it as it is")
+        return _identity(donor, key, spec, f"{option('layout', 'identity')} takes it as it is")
     side = donor.side
     if layout is not None and side is not None and side == target.side:
         raise UsageError(
-            f"layout={layout!r}: the donor {escape(donor.label)} and the tree are both {side}",
+            f"{option('layout', layout)}: the donor {escape(donor.label)} and the tree are both {side}",
             next="Nothing is to be laid out: leave layout out, or say 'identity'.",
         )
     if side == target.side:
         return _identity(donor, key, spec, f"both are {side}, so it goes in as it is")
     if have.packed:
         raise PlanError(
-            f"{escape(key)} is {have.dtype}: packed types move only as they are, and need layout='identity'"
+            f"{escape(key)} is {have.dtype}: packed types move as they are, and need {option('layout', 'identity')}"
         )
     ways = _connections(donor, key, path, spec, target, layout)
     if side is None and layout is None:  # names that do not tell: it may also be of the leaf's own side
@@ -276,7 +276,7 @@ def readings_of(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target
             fits = bool(ways) and not _doubt(donor, key, path, spec, target, ways, name)
             how = chain_text(ways[0].entries[0].ops) if fits else ""
         if fits:
-            readings.append(f'layout="{name}" ({how})')
+            readings.append(f"{option('layout', name)} ({how})")
     return readings
 
 
@@ -290,7 +290,7 @@ def misfit_hint(have: Sequence[int], want: Sequence[int], layout: str | None) ->
     if len(have) > 2 and (have[-1], have[-2], *have[:-2]) == want:
         return "Laid out from Flax's convolution (k.. i o -> o i k..) it would fit."
     if have == want and layout not in (None, "identity"):
-        return 'As it is (layout="identity") it would fit.'
+        return f"As it is ({option('layout', 'identity')}) it would fit."
     if sorted(have) == sorted(want) and have != want:
         return "The same extents in another order: check the layout."
     return ""
