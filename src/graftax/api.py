@@ -323,7 +323,8 @@ def load_into(
     """Load `source` into a live torch Module or nnx.Module in place, all of it or nothing; gives the module back.
 
     Options as in `plan`, sharding and receipt as in `port` (sharding=None: each leaf stays where the module has it).
-    Everything is planned, read and checked first; then every leaf is assigned.
+    Everything is planned, read and checked first; then every leaf is assigned (a torch Module's own load_state_dict
+    with its hooks) and read back. PlanError where a module does not hold what it was given: then it has its old values.
     """
     from graftax.loading import load_arrays, require_module
 
@@ -334,7 +335,7 @@ def load_into(
     if made.like.side == "torch":
         if where is None:
             raise UsageError("a torch Module holds tensors: sharding='host' is for gx.port")
-        return load_arrays(module, host_arrays(made, opened, like, receipt)[0])
+        return load_arrays(module, host_arrays(made, opened, like, receipt)[0], given=True)
     where = dict.fromkeys(made.like.specs, HOST) if where is None else where
     arrays = _leaves(made, opened, like, where, spans, receipt)
     return load_arrays(module, arrays, given=True)

@@ -38,7 +38,9 @@ def load_arrays(module: Any, arrays: Mapping[str, Any], given: bool = False) -> 
 
     `arrays` must name every weight and no other, each of its own shape and dtype; tensors that the module ties must get
     equal values. All of it is checked, and every new leaf made, before the first is assigned: on an error nothing has
-    changed. Random state and caches stay theirs. given: an nnx.Module takes the arrays themselves, wherever they lie.
+    changed. Then the module is read back: where it does not hold what it was given (its hooks change values, or its
+    state_dict gives copies that it does not take back), it gets its old values again. Random state and caches stay
+    theirs. given: the arrays are given away; an nnx.Module takes them as its leaves, wherever they lie.
 
     Raises PlanError with everything that does not fit, UsageError for what is not changed in place.
     """

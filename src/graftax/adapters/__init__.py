@@ -133,16 +133,17 @@ def linen(module: Any, *example_args: Any, rngs: Any = None, method: Any = None,
 
 
 def assign(obj: Any, arrays: Mapping[str, Any], given: bool = False) -> None:
-    """Set the weights at the paths of `arrays` in a live torch Module or nnx.Module, in place: all or none. given: an
-    nnx.Module takes the arrays as they are, else in memory of its own, placed as its leaves are.
+    """Set the weights at the paths of `arrays` in a live torch Module or nnx.Module, in place: all or none. given: the
+    arrays may be used as they are; an nnx.Module then takes them as its leaves, else in memory of its own, placed as
+    its leaves are. What was assigned is read back.
 
     Everything is checked first. Raises PlanError for what does not fit, UsageError for an object that is immutable.
     """
     kind = kind_of(obj)
     if kind == "torch module":
-        from graftax.adapters import torch_tree
+        from graftax.adapters import torch_load
 
-        return torch_tree.assign_module(obj, arrays)
+        return torch_load.assign_module(obj, arrays, given)
     if kind == "nnx module":
         from graftax.adapters import nnx_tree
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -19,17 +20,19 @@ if TYPE_CHECKING:
 def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
     """A torch Module: the keys of its state_dict, and the kind and settings of every module. FormatError for tensors
     that are not plain dense ones."""
-    state = _tensors(module.state_dict(keep_vars=True))
+    state = tensors_of(module)
     specs = _specs(state, label)
+    names = own_names(module, state)
+    own = {key: names[key][0] for key in names}
     return Checkpoint(
         label=label,
         side="torch",
         specs=specs,
         reader=_reader(state),
-        modules=modules_of(module, specs),
+        modules=modules_of(module, specs, own),
         aliases=aliases_of(state),
         config=_config(module),
-        buffers=frozenset(state) & {name for name, _ in module.named_buffers(remove_duplicate=False)},
+        buffers=_buffers(module, state, own),
         native=module,
         trace=lambda: _trace(module),
         rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
@@ -71,9 +74,56 @@ def _holds(node: Any, kind: type, depth: int) -> bool:
     )
 
 
+def state_of(module: torch.nn.Module, keep_vars: bool = False) -> Mapping[str, Any]:
+    """The state_dict, from overrides that know no `keep_vars` too."""
+    return module.state_dict(**taken(module.state_dict, keep_vars=keep_vars))
+
+
+def taken(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of `options` that an override of torch's method takes."""
+    known = inspect.signature(function).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    return {name: value for name, value in options.items() if anything or name in known}
+
+
+def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a Module's state_dict, its own Parameters where it gives them; see `_tensors`."""
+    return _tensors(state_of(module, keep_vars=True))
+
+
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Without `_extra_state`, counters and settings."""
+    """Without `_extra_state`, counters and settings. FormatError for quantized weights packed into a tuple."""
+    packed = [key for key, value in state.items() if _holds_quantized(value)]
+    if packed:
+        failures = [
+            Failure("holds quantized weights", key=key, next="Port the model before it is quantized.") for key in packed
+        ]
+        raise FormatError(f"{len(packed)} entries of the state_dict are no plain tensors", failures)
     return {key: value for key, value in state.items() if containers.is_tensor(value)}
+
+
+def _holds_quantized(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and any(containers.is_tensor(item) and item.is_quantized for item in value)
+
+
+def own_names(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
+    """key of the state_dict -> the names of the Parameters and buffers that are this very tensor, its own name first.
+    A key whose tensor is a copy, or another view, is left out."""
+    import torch
+
+    places: dict[Any, list[str]] = {}
+    own: list[tuple[str, torch.Tensor]] = [*module.named_parameters(remove_duplicate=False)]
+    own += module.named_buffers(remove_duplicate=False)
+    for name, tensor in own:
+        if not torch.nn.parameter.is_lazy(tensor):
+            places.setdefault(_place(tensor), []).append(name)
+    found = {key: places.get(_place(tensor), []) for key, tensor in state.items()}
+    return {key: tuple(sorted(names, key=lambda name: name != key)) for key, names in found.items() if names}
+
+
+def _buffers(module: torch.nn.Module, state: Mapping[str, torch.Tensor], own: Mapping[str, str]) -> frozenset[str]:
+    names = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return frozenset(key for key in state if own.get(key, key) in names)
 
 
 def _specs(state: Mapping[str, torch.Tensor], label: str) -> dict[str, TensorSpec]:
@@ -102,12 +152,26 @@ def aliases_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     for key, tensor in state.items():
         if not tensor.numel():
             continue
-        place = (_address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = _place(tensor)
         if place in first:
             aliases[key] = first[place]
         else:
             first[place] = key
     return aliases
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    """Where a tensor's values are, and how they are read; an empty tensor's is its own."""
+    if not tensor.numel():
+        return "empty", id(tensor)
+    return _address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def span_of(tensor: torch.Tensor) -> tuple[str, int, int]:
+    """(storage, first byte, byte after the last) of a tensor that has values."""
+    last = sum((extent - 1) * step for extent, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = tensor.storage_offset() * tensor.element_size(), tensor.element_size()
+    return str(_address(tensor)), start, start + last * size + size
 
 
 def _address(tensor: torch.Tensor) -> Any:
@@ -123,12 +187,15 @@ def _address(tensor: torch.Tensor) -> Any:
 # ---------------------------------------------------------------- modules
 
 
-def modules_of(module: torch.nn.Module, specs: Iterable[str]) -> dict[str, Module]:
-    """Every module with its class, bases, settings and the leaves below it, in the order of registration."""
+def modules_of(
+    module: torch.nn.Module, specs: Iterable[str], own: Mapping[str, str] | None = None
+) -> dict[str, Module]:
+    """Every module with its class, bases, settings and the leaves below it, in the order of registration. own: key ->
+    the name that the module has for the tensor, where a hook saves it under another."""
     found = dict(module.named_modules(remove_duplicate=False))
     below: dict[str, dict[str, str]] = {path: {} for path in found}
     for key in specs:
-        parts = key.split(".")
+        parts = (own or {}).get(key, key).split(".")
         for i in range(len(parts)):
             leaves = below.get(".".join(parts[:i]))
             if leaves is not None:
@@ -184,14 +251,14 @@ def rebuild_state(
         if key not in arrays:
             continue
         first = shared.get(key)
-        if first in out and _same(arrays[first], arrays[key]):
+        if first in out and same_values(arrays[first], arrays[key]):
             out[key] = out[first]
         else:
             out[key] = make(key, old, arrays[key])
     return out
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_values(a: Any, b: Any) -> bool:
     """Bit for bit, NaN and all."""
     import numpy as np
 
@@ -246,7 +313,7 @@ def map_state(tree: Mapping[Any, Any], arrays: Mapping[str, Any]) -> Any:
 
 def map_module(module: torch.nn.Module, arrays: Mapping[str, Any]) -> Any:
     """The state_dict of a Module with other tensors at the keys of `arrays`; the Module is not changed."""
-    state = module.state_dict()
+    state = state_of(module)
     check_fit(_tensors(state), arrays)
     return torch_containers.replaced(state, {(key,): _like_old(state[key], array) for key, array in arrays.items()})
 
@@ -256,7 +323,7 @@ def leaf_table(tree: Any) -> dict[str, torch.Tensor]:
     import torch
 
     if isinstance(tree, torch.nn.Module):
-        return _tensors(tree.state_dict(keep_vars=True))
+        return tensors_of(tree)
     return torch_containers.choose(tree, "the state_dict").tensors
 
 
@@ -267,52 +334,3 @@ def _like_old(old: torch.Tensor, new: Any) -> torch.Tensor:
     spec = torch_arrays.spec_of_tensor(old)
     made = torch_arrays.from_packed(new, spec, old) if spec.packed else torch_arrays.to_torch(new, old)
     return torch.nn.Parameter(made, old.requires_grad) if isinstance(old, torch.nn.Parameter) else made
-
-
-def assign_module(module: torch.nn.Module, arrays: Mapping[str, Any]) -> None:
-    """Copy `arrays` into a Module's parameters and buffers in place; tensors, optimizers and hooks stay theirs.
-
-    Everything is checked and every tensor made before the first is written; an interrupt waits for the last.
-    """
-    import torch
-
-    state = _tensors(module.state_dict(keep_vars=True))
-    check_fit(state, arrays)
-    stuck = [Failure(why, key=key) for key in arrays if (why := _not_writable(state[key]))]
-    if stuck:
-        raise UsageError(
-            f"{len(stuck)} tensors cannot be written in place",
-            stuck,
-            next="gx.port(source, module) gives a state_dict.",
-        )
-    differ = [
-        Failure(f"is the same memory as {escape(first)}, and is given other values", key=key)
-        for key, first in aliases_of(state).items()
-        if key in arrays and first in arrays and not _same(arrays[key], arrays[first])
-    ]
-    if differ:
-        raise PlanError(f"{len(differ)} tied tensors would take two values", differ)
-    make = maker()
-    jobs = [(state[key], make(key, state[key], array)) for key, array in arrays.items()]
-    interrupted: KeyboardInterrupt | None = None
-    with torch.no_grad():
-        for target, new in jobs:
-            try:
-                target.copy_(new)
-            except KeyboardInterrupt as exc:
-                interrupted = exc
-                target.copy_(new)
-    if interrupted is not None:
-        raise interrupted
-
-
-def _not_writable(tensor: torch.Tensor) -> str:
-    import torch
-
-    if not torch_arrays.has_values(tensor):
-        return "has no values (device meta): use module.to_empty(device='cpu') first"
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return "was made under torch.inference_mode"
-    if any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True)):
-        return "is expanded: several elements are one place in memory"
-    return ""
