@@ -111,9 +111,11 @@ class Cached(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.fused = self.out.weight.detach() * 2
-        self.register_load_state_dict_post_hook(
-            lambda module, _: setattr(module, "fused", module.out.weight.detach() * 2)
-        )
+        self.register_load_state_dict_post_hook(self.fuse)
+
+    @staticmethod
+    def fuse(module: Any, keys: Any) -> None:
+        module.fused = module.out.weight.detach() * 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(torch.relu(self.norm(self.fc(x))), self.fused, self.out.bias)
@@ -247,7 +249,6 @@ RIGHT = {
     "DataParallel": lambda: nn.DataParallel(Plain()),
     "AveragedModel": lambda: torch.optim.swa_utils.AveragedModel(Plain()),
     "scripted": lambda: torch.jit.script(Plain()),
-    "channels last": lambda: Plain().to(memory_format=torch.preserve_format),
     "no gradients": lambda: Plain().requires_grad_(False),
 }
 WRONG = {
@@ -281,28 +282,22 @@ def test_the_output_is_the_right_one(name: str) -> None:
     """The weights of a twin, filled by hand, arrive: the same output."""
     torch.manual_seed(0)
     net, twin = RIGHT[name]().eval(), RIGHT[name]().eval()
+    kept = "norm." if name == "a part is left out" else "offset"  # what is not saved stays
+    own, other = [[*m.named_parameters(), *m.named_buffers()] for m in (net, twin)]
     with torch.no_grad():
-        for (own, value), (_, other) in zip(net.named_parameters(), twin.named_parameters(), strict=True):
-            saved = name == "a part is left out" and "norm." in own  # what is not saved stays
-            value.copy_(other) if saved else other.copy_(torch.rand_like(other) + 0.5)
-        for (own, value), (_, other) in zip(net.named_buffers(), twin.named_buffers(), strict=True):
-            if (
-                other.is_floating_point()
-                and "offset" not in own
-                and not (name == "a part is left out" and "norm." in own)
-            ):
-                other.copy_(torch.rand_like(other) + 0.5)
+        for (path, value), (_, new) in zip(own, other, strict=True):
+            if kept in path:
+                value.copy_(new)
+            elif new.is_floating_point():
+                new.copy_(torch.rand_like(new) + 0.5)
     if name == "derived values":
         twin.fused = twin.out.weight.detach() * 2
-    source = {
-        key: value.detach().clone() for key, value in twin.state_dict().items() if isinstance(value, torch.Tensor)
-    }
+    source = {key: value.clone() for key, value in twin.state_dict().items() if isinstance(value, torch.Tensor)}
     held = list(net.parameters())
     assert gx.load_into(net, OrderedDict(source)) is net
     if name not in ("assign=True", "scripted"):
         assert all(a is b for a, b in zip(held, net.parameters(), strict=True))
-    wanted = {key: value for key, value in everything(twin).items()}
-    assert everything(net) == wanted
+    assert everything(net) == everything(twin)
     if name != "torch.compile":  # compiles for minutes
         with torch.no_grad():
             assert torch.equal(net(X), twin(X))
@@ -321,7 +316,7 @@ def test_what_is_not_taken_back_is_refused_and_nothing_changes(name: str) -> Non
 def test_the_reason_is_said() -> None:
     with pytest.raises(PlanError, match="a checkpoint of another version"):
         gx.load_into(Breaks(), drawn(Breaks(), 1))
-    with pytest.raises(PlanError, match="fc.weight: does not read back"):
+    with pytest.raises(PlanError, match=r"fc\.weight: does not read back"):
         gx.load_into(Deaf(), drawn(Deaf(), 1))
 
 
@@ -390,7 +385,7 @@ def test_extra_state_stays() -> None:
 
 
 def test_loading_does_not_share_memory_with_its_source() -> None:
-    net, source = Assigned(), {key: torch.from_numpy(value) for key, value in drawn(Plain(), 3).items()}
+    net, source = Assigned(), {key: torch.tensor(value) for key, value in drawn(Plain(), 3).items()}
     before = copy.deepcopy(source)
     gx.load_into(net, source)
     with torch.no_grad():
@@ -399,6 +394,7 @@ def test_loading_does_not_share_memory_with_its_source() -> None:
     assert all(torch.equal(before[key], source[key]) for key in source)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_weights_packed_into_a_tuple_are_refused() -> None:
     """torch.ao's quantized Linear: its weight is no tensor of the state_dict."""
 
@@ -407,5 +403,5 @@ def test_weights_packed_into_a_tuple_are_refused() -> None:
             weight = torch.quantize_per_tensor(self.weight.detach(), 0.1, 0, torch.qint8)
             return OrderedDict(packed=(weight, self.bias), scale=torch.ones(()))
 
-    with pytest.warns(UserWarning), pytest.raises(GraftaxError, match="packed: holds quantized weights"):
+    with pytest.raises(GraftaxError, match="packed: holds quantized weights"):
         gx.load_into(Packed(2, 2), {"scale": torch.ones(())})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import torch_arrays, torch_tree
@@ -144,7 +145,7 @@ def _overlaps(state: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]
         (*torch_tree.span_of(state[key]), key) for key in new if state[key].numel() and not state[key].is_meta
     )
     out: list[Failure] = []
-    for (store, _, end, first), (other, start, _, key) in zip(spans, spans[1:], strict=False):
+    for (store, _, end, first), (other, start, _, key) in pairwise(spans):
         if store == other and start < end:
             text = f"overlaps in memory with {escape(first)}, and their new values do not agree there"
             out.append(Failure(text, key=key, next="Give each of them memory of its own: p.data = p.data.clone()."))

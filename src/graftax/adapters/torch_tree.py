@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers, jax_arrays, settings, torch_arrays, torch_containers
-from graftax.errors import Failure, FormatError, GraftaxError, PlanError, UsageError, escape
+from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
 from graftax.formats.torch_tree import metadata
 from graftax.tree import Checkpoint, Module, TensorSpec, Trace, nearest
 
