@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from graftax.adapters import containers, flax_tree, jax_arrays, settings
-from graftax.errors import UsageError, escape
+from graftax.errors import Failure, PlanError, UsageError, escape
+from graftax.ops import same_bits
 from graftax.tree import Checkpoint, Key, Module
 
 
@@ -36,13 +37,13 @@ def open_nnx(node: Any, label: str) -> Checkpoint:
         label=label,
         side="flax",
         specs=base.specs,
-        reader=base.reader,
+        reader=_shown(parts.state, base),
         modules=modules_of(node, base, aliases),
         aliases=aliases,
         real_keys=base.real_keys,
         native=node,
         rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: join_module(
-            parts, with_random_state(flax_tree.rebuild_container(parts.state, arrays, sharding, adopt), rngs)
+            parts, with_random_state(_rebuilt(parts.state, arrays, sharding, adopt), rngs)
         ),
         placed=base.placed,
     )
@@ -55,16 +56,41 @@ def _open_state(state: Any, native: Any, module: Any, label: str) -> Checkpoint:
         label=label,
         side="flax",
         specs=base.specs,
-        reader=base.reader,
+        reader=_shown(state, base),
         modules={} if module is None else modules_of(module, base, aliases),
         aliases=aliases,
         real_keys=base.real_keys,
         native=native,
         rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: with_random_state(
-            flax_tree.rebuild_container(state, arrays, sharding, adopt), rngs
+            _rebuilt(state, arrays, sharding, adopt), rngs
         ),
         placed=base.placed,
     )
+
+
+def _rebuilt(state: Any, arrays: Mapping[str, Any], sharding: Any, adopt: bool) -> Any:
+    """The State with other leaves. PlanError where the model would get other values from it."""
+    made = flax_tree.rebuild_container(state, arrays, sharding, adopt)
+    failures = _shown_otherwise(made, arrays)
+    if failures:
+        raise PlanError("these Variables do not give back what they are given:", failures)
+    return made
+
+
+def _shown(state: Any, base: Checkpoint) -> Callable[[str], Any] | None:
+    """A reader that refuses leaves of which the model gets another value than the one that is stored."""
+    read = base.reader
+    own = {path for path, leaf in _variables(state) if containers.is_variable(leaf) and _overrides(leaf, "get_value")}
+    if read is None or not own:
+        return read
+
+    def reader(path: str) -> Any:
+        failures = _shown_otherwise(state, {path}) if path in own else []
+        if failures:
+            raise PlanError("a Variable cannot be read:", failures)
+        return read(path)
+
+    return reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +282,8 @@ def map_module(module: Any, arrays: Mapping[str, Any], make: flax_tree.Make) -> 
 
 def assign_module(module: Any, arrays: Mapping[str, Any], given: bool = False) -> None:
     """Set the values of a Module's weights in place. Everything is checked and every array made before the first is
-    set. `given`: the arrays become the leaves as they are. PlanError lists what does not fit."""
-    from flax import nnx
-
+    set; then it is read back, and on a failure gets its old values. `given`: the arrays become the leaves as they are.
+    PlanError lists what does not fit or is not held."""
     state = split_module(module).state
     found = flax_tree.leaf_table(state, "the module")
     flax_tree.check_fit(found, arrays, "the module")
@@ -270,4 +295,95 @@ def assign_module(module: Any, arrays: Mapping[str, Any], given: bool = False) -
         )
     make = flax_tree.maker("given" if given else None)
     new = {path: make(path, found[path], array) for path, array in arrays.items()}
-    nnx.update(module, containers.remade(state, lambda path, old: new.get(path, old)))
+    old = {path: found[path] for path in arrays}
+    try:
+        _set(module, state, new)
+        failures = _not_held(module, new)
+    except BaseException:
+        _set(module, state, old, hooks=False)
+        raise
+    if failures:
+        _set(module, state, old, hooks=False)
+        raise PlanError(
+            f"nothing was assigned to the {escape(type(module).__name__)}: it does not hold what it was given", failures
+        )
+
+
+def _set(module: Any, state: Any, new: Mapping[str, Any], hooks: bool = True) -> None:
+    """Store `new` (path -> leaf) in the Variables of a Module, through a set_value of their own; and in its raw arrays.
+    state: the Module's, for its paths."""
+    from flax import nnx
+
+    raw: dict[Any, Any] = {}
+    for keys, leaf in cast("Any", nnx.to_flat_state(state)):
+        prefix = containers.path_of(tuple(keys))
+        if not containers.is_variable(leaf):
+            if prefix in new:
+                raw[tuple(keys)] = new[prefix]
+            continue
+        if not any(path == prefix or path.startswith(f"{prefix}/") for path in new):
+            continue
+        variable = _at(module, keys)
+
+        def visit(path: str, old: Any, prefix: str = prefix) -> Any:
+            return new.get(f"{prefix}/{path}" if path else prefix, old)
+
+        value = containers.remade(containers.variable_value(variable), visit)
+        if hooks and _overrides(variable, "set_value"):
+            variable.set_value(value)
+        else:
+            containers.set_variable(variable, value)
+    if raw:
+        nnx.update(module, nnx.from_flat_state(raw))
+
+
+def _at(module: Any, keys: Iterable[Key]) -> Any:
+    """What a Module holds at a path."""
+    for key in keys:
+        named = isinstance(key, str) and not isinstance(module, Mapping)
+        module = getattr(module, key) if named else module[key]
+    return module
+
+
+def _not_held(module: Any, new: Mapping[str, Any]) -> list[Failure]:
+    """The paths at which a Module does not hold the new leaf, bit for bit (two Variables over one array reference), and
+    those of which its code gets another value."""
+    state = split_module(module).state
+    now = flax_tree.leaf_table(state, "the module")
+    failures = [
+        Failure("does not read back as it was assigned", key=path)
+        for path, leaf in new.items()
+        if path not in now or not (now[path] is leaf or _same(now[path], leaf))
+    ]
+    return [*failures, *_shown_otherwise(state, new)]
+
+
+def _shown_otherwise(state: Any, paths: Collection[str]) -> list[Failure]:
+    """The Variables of a State at `paths` that give the model another value than the one they store: a get_value of
+    their own, or on_get_value."""
+    out: list[Failure] = []
+    for path, variable in _variables(state):
+        if path not in paths or not containers.is_variable(variable) or not _overrides(variable, "get_value"):
+            continue
+        stored = containers.variable_value(variable)
+        if not jax_arrays.is_abstract(stored) and not _same(variable.get_value(), stored):
+            text = f"the model gets another value than is stored: {type(variable).__name__} has a get_value of its own"
+            out.append(Failure(text, key=path, next="Port with plain Variables, and set the values afterwards."))
+    return out
+
+
+def _overrides(variable: Any, name: str) -> bool:
+    """Has a Variable a `get_value` or `set_value` of its own, or hooks (deprecated) that do the same?"""
+    from flax import nnx
+
+    own = getattr(type(variable), name, None) is not getattr(nnx.Variable, name, None)
+    return own or bool(variable.get_metadata().get(f"on_{name}"))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Bit for bit. Arrays of which a part lies with other processes are not looked at."""
+    import numpy as np
+
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in (a, b)):
+        return getattr(a, "shape", None) == b.shape and a.dtype == b.dtype
+    return same_bits(np.asarray(a), np.asarray(b))
