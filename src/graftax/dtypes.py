@@ -125,3 +125,25 @@ def from_storage(storage: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
     dtype = numpy_dtype(spec.dtype)
     array = raw.view(dtype.newbyteorder("<")) if dtype.itemsize > 1 else raw.view(dtype)
     return array.astype(dtype, copy=False).reshape(spec.shape)
+
+
+def same_bits(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    """Equal in shape, dtype and every bit (NaN payloads and -0.0 count)."""
+    import numpy as np
+
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    whole = (
+        np.dtype(f"V{a.dtype.itemsize}") if a.dtype.itemsize not in (1, 2, 4, 8) else np.dtype(f"u{a.dtype.itemsize}")
+    )
+    if whole.kind == "V":
+        return np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
+    return bool(np.array_equal(_as_bits(a, whole), _as_bits(b, whole)))
+
+
+def _as_bits(array: np.ndarray[Any, Any], whole: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    if array.ndim == 0 or not array.flags.c_contiguous:
+        array = np.array(array, order="C", copy=True).reshape(array.shape)
+    return array.view(whole)

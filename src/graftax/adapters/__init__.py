@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 ACCEPTED = (
     "a path, a hub id in the local cache or 'pkg.mod:factory'; a torch Module or state_dict; Linen variables or "
-    "gx.linen(module, example); an nnx.Module, nnx.State or (GraphDef, State); a nest of arrays or ShapeDtypeStruct"
+    "gx.linen(module, example); an nnx.Module, nnx.State or (GraphDef, State); a nest of arrays or ShapeDtypeStruct, "
+    "also in dataclasses that are registered with jax"
 )
 
 
@@ -84,12 +85,32 @@ def kind_of(obj: Any) -> str:
     return "torch state_dict" if torch_tree.is_torch_tree(obj) else "container"
 
 
+def optimizer_paths(obj: Any) -> dict[str, int]:
+    """path -> how many of its parts are an optimizer's own (3 of opt_state/0/mu/Dense_0/kernel), for each leaf of
+    `live_leaves` that is no weight but what an optimizer keeps. Told by types: an nnx.Optimizer, a state of optax, the
+    `opt_state` of a class."""
+    obj = _live(obj)
+    kind = kind_of(obj)
+    if kind not in {"nnx module", "nnx state", "nnx split", "container"}:
+        return {}
+    from graftax.adapters import containers
+
+    if kind == "nnx module":
+        from graftax.adapters import nnx_tree
+
+        obj = nnx_tree.split_module(obj).state
+    tree = obj[1] if kind == "nnx split" else obj
+    return {containers.path_of(keys): own for keys, _, own in containers.found_in(tree).optimizer}
+
+
 def _refuse(obj: Any, nnx: Any) -> None:
     """UsageError for what is no tree of arrays, with the way to one where it is known."""
     if isinstance(obj, (Mapping, list)) or (isinstance(obj, tuple) and not _is_graphdef(obj, nnx)):
         if obj:
             return
         raise UsageError(f"an empty {type(obj).__name__} holds no weights")
+    if _is_tree_class(obj, nnx):
+        return
     linen = sys.modules.get("flax.linen")
     name = obj.__name__ if isinstance(obj, type) else type(obj).__name__
     hint = f"Accepted: {ACCEPTED}."
@@ -99,9 +120,17 @@ def _refuse(obj: Any, nnx: Any) -> None:
         hint = f"{escape(name)} is a class: pass an instance of it."
     elif _is_graphdef(obj, nnx):
         hint = "Pass (GraphDef, State) with one State: nnx.merge_state joins several."
-    elif hasattr(obj, "apply_fn") and hasattr(obj, "params"):
-        hint = "Pass its .params (with the other collections, if there are any, as {'params': ...})."
     raise UsageError(f"{type(obj).__module__}.{escape(name)} is no tree of weights", next=hint)
+
+
+def _is_tree_class(obj: Any, nnx: Any) -> bool:
+    """An object of a class that jax knows as a tree, with arrays in it."""
+    from graftax.adapters import containers
+
+    if _is_graphdef(obj, nnx) or containers.is_variable(obj) or containers.children_of(obj) is None:
+        return False
+    found = containers.found_in(obj)
+    return bool(found.weights or found.optimizer)
 
 
 def _is_graphdef(obj: Any, nnx: Any) -> bool:
@@ -181,7 +210,8 @@ def map_leaves(obj: Any, new: Mapping[str, Any]) -> Any:
 
 
 def live_leaves(obj: Any) -> dict[str, Any]:
-    """path -> the leaf itself as the object holds it (a tensor, a jax or NumPy array, a ShapeDtypeStruct).
+    """path -> the leaf itself as the object holds it (a tensor, a jax or NumPy array, a ShapeDtypeStruct), also of what
+    an optimizer keeps (`optimizer_paths`).
 
     UsageError for gx.linen(...), which has none.
     """
@@ -198,9 +228,9 @@ def live_leaves(obj: Any) -> dict[str, Any]:
     if kind == "nnx module":
         from graftax.adapters import nnx_tree
 
-        return flax_tree.leaf_table(nnx_tree.split_module(obj).state, "the module")
+        return flax_tree.leaf_table(nnx_tree.split_module(obj).state, "the module", optimizer=True)
     tree = obj[1] if kind == "nnx split" else obj
-    return dict(tree) if flax_tree.is_flat(tree) else flax_tree.leaf_table(tree, "the tree")
+    return dict(tree) if flax_tree.is_flat(tree) else flax_tree.leaf_table(tree, "the tree", optimizer=True)
 
 
 def _live(obj: Any) -> Any:

@@ -1,8 +1,9 @@
 """Nested containers of arrays: their leaves as flat paths, and the same containers with other leaves.
 
-Works on dicts (also OrderedDict and other subclasses), FrozenDict, nnx.State, lists, tuples, named tuples, and on the
-boxes around a leaf: `flax.core.meta.AxisMetadata` (Linen `Partitioned`) and `nnx.Variable`. A box adds no part to a
-path. Nothing here imports a framework: a box can only be met where its framework is loaded.
+Works on dicts (also OrderedDict and other subclasses), FrozenDict, nnx.State, lists, tuples, named tuples, the classes
+that jax knows (`pytrees`), and on the boxes around a leaf: `flax.core.meta.AxisMetadata` (Linen `Partitioned`) and
+`nnx.Variable`. A box adds no part to a path. Nothing here imports a framework: a box can only be met where its
+framework is loaded.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
+from graftax.adapters import pytrees
 from graftax.errors import FormatError, UsageError, escape
 from graftax.tree import Key, escape_part
 
@@ -26,51 +29,111 @@ Leaf = Any
 Visit = Callable[[str, Leaf], Leaf]
 
 
-def leaves(tree: Any) -> Iterator[tuple[tuple[Key, ...], Leaf]]:
-    """(keys, leaf) of every weight in `tree`, in the tree's own order, out of their boxes.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a tree holds, each with its keys.
 
-    Variables that are no weights, random keys and None are passed over. Raises UsageError for a leaf that is no array
-    and for a key that no path can hold.
+    weights    arrays that are weights
+    optimizer  arrays that an optimizer keeps, and how many of the keys are its own: 3 of opt_state/0/mu/Dense_0/kernel
+    """
+
+    weights: list[tuple[tuple[Key, ...], Leaf]]
+    optimizer: list[tuple[tuple[Key, ...], Leaf, int]]
+
+
+def found_in(tree: Any) -> Found:
+    """The arrays of `tree`, in the tree's own order, out of their boxes.
+
+    Variables that are no weights, random keys and None are passed over; in the classes that jax knows, what is no array
+    too. Raises UsageError for another leaf that is no array and for a key that no path can hold.
     """
     linen = is_variables(tree)
-    found: list[tuple[tuple[Key, ...], Leaf]] = []
-    _leaves(tree, (), lambda keys: linen and keys[0] in LINEN_STATE, found)
-    return iter(found)
+    found = Found([], [])
+    _Walk(found, lambda keys: linen and keys[0] in LINEN_STATE).visit(tree, (), False, None)
+    return found
 
 
-def _leaves(node: Any, keys: tuple[Key, ...], aside: Callable[[tuple[Key, ...]], bool], found: list[Any]) -> None:
-    if len(keys) > DEPTH:
-        raise FormatError(f"nested deeper than {DEPTH} levels at {escape(path_of(keys[:4]))}/...")
-    if keys and aside(keys):
-        return
-    if is_plain_array(type(node)):
-        found.append((keys, node))
-        return
-    children = children_of(node)
-    if children is not None:
+def leaves(tree: Any) -> Iterator[tuple[tuple[Key, ...], Leaf]]:
+    """(keys, leaf) of every weight in `tree`; see `found_in`."""
+    return iter(found_in(tree).weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Inside the state of an optimizer: how many keys are known to be its own; `field`: the last names a field of one
+    of its states (mu), behind which a weight's path begins."""
+
+    count: int
+    field: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    found: Found
+    aside: Callable[[tuple[Key, ...]], bool]
+
+    def visit(self, node: Any, keys: tuple[Key, ...], loose: bool, kept: Kept | None) -> None:
+        """loose: inside a class of jax's. kept: how many keys are known to be an optimizer's own, where this is its
+        state."""
+        if len(keys) > DEPTH:
+            raise FormatError(f"nested deeper than {DEPTH} levels at {escape(path_of(keys[:4]))}/...")
+        if keys and self.aside(keys):
+            return
+        if is_plain_array(type(node)):
+            self._take(keys, node, kept)
+            return
+        children = children_of(node)
+        if children is not None:
+            self._children(node, children, keys, loose, kept)
+        elif is_variable(node):
+            self._variable(node, keys, loose, kept)
+        elif is_axis_box(node):
+            self.visit(axis_value(node), keys, loose, kept)
+        elif is_array(node):
+            if not is_random_key(node):
+                self._take(keys, node, kept)
+        elif node is not None and not loose:
+            raise UsageError(
+                f"{escape(path_of(keys)) or 'the tree'} is a {_type_name(node)}, not an array",
+                next="Leaves are NumPy or jax arrays, or jax.ShapeDtypeStruct"
+                + ("; make a number an array with numpy.asarray." if isinstance(node, (int, float, complex)) else "."),
+            )
+
+    def _children(
+        self, node: Any, children: list[tuple[Key, Any]], keys: tuple[Key, ...], loose: bool, kept: Kept | None
+    ) -> None:
+        loose = loose or not isinstance(node, (Mapping, list, tuple))
+        state = pytrees.is_optimizer_state(node)
+        trained = kept is None and pytrees.holds_optimizer(node, children)
         for key, child in children:
-            _leaves(child, (*keys, _checked(key, keys)), aside, found)
-    elif is_variable(node):
+            below = kept
+            if state or (trained and (key in pytrees.OPTIMIZER or key == "step")):
+                below = Kept(len(keys) + 1, field=state)
+            self.visit(child, (*keys, _checked(key, keys)), loose, below)
+
+    def _variable(self, node: Any, keys: tuple[Key, ...], loose: bool, kept: Kept | None) -> None:
         inner = variable_value(node)
-        if is_weight(node) and (is_array(inner) or children_of(inner) is not None or _must_hold_array(node)):
-            _leaves(inner, keys, aside, found)
-    elif is_axis_box(node):
-        _leaves(axis_value(node), keys, aside, found)
-    elif is_array(node):
-        if not is_random_key(node):
-            found.append((keys, node))
-    elif node is not None:
-        raise UsageError(
-            f"{escape(path_of(keys)) or 'the tree'} is a {_type_name(node)}, not an array",
-            next="Leaves are NumPy or jax arrays, or jax.ShapeDtypeStruct"
-            + ("; make a number an array with numpy.asarray." if isinstance(node, (int, float, complex)) else "."),
-        )
+        if not (is_array(inner) or children_of(inner) is not None or _must_hold_array(node)):
+            return
+        if is_optimizer_variable(node) and kept is None:
+            start = next((i for i, key in enumerate(keys) if key in pytrees.OPTIMIZER), len(keys) - 1)
+            kept = Kept(start + 1, field=False)
+        if kept is not None or is_weight(node):
+            self.visit(inner, keys, loose, kept)
+
+    def _take(self, keys: tuple[Key, ...], leaf: Leaf, kept: Kept | None) -> None:
+        if kept is None:
+            self.found.weights.append((keys, leaf))
+        else:
+            own = kept.count if kept.field else pytrees.own_parts(keys, kept.count)
+            self.found.optimizer.append((keys, leaf, own))
 
 
 def remade(tree: Any, visit: Visit) -> Any:
-    """`tree` again: containers, boxes and key order of the same kind, every weight replaced by `visit(path, leaf)`.
+    """`tree` again: containers, boxes and key order of the same kind, every array replaced by `visit(path, leaf)`.
 
-    What is no weight stays the same object; boxes are new ones, so that neither tree changes with the other.
+    What is neither a weight nor an optimizer's stays the same object; boxes are new ones, so that neither tree changes
+    with the other.
     """
     linen = is_variables(tree)
     return _remade(tree, (), visit, lambda keys: linen and keys[0] in LINEN_STATE)
@@ -86,7 +149,8 @@ def _remade(node: Any, keys: tuple[Key, ...], visit: Visit, aside: Callable[[tup
         return with_children(node, {key: _remade(child, (*keys, key), visit, aside) for key, child in children})
     if is_variable(node):
         inner = variable_value(node)
-        if not is_weight(node) or not (is_array(inner) or children_of(inner) is not None):
+        kept = is_weight(node) or is_optimizer_variable(node)
+        if not kept or not (is_array(inner) or children_of(inner) is not None):
             return node.copy() if hasattr(node, "copy") else copy.copy(node)
         return variable_with(node, _remade(inner, keys, visit, aside))
     if is_axis_box(node):
@@ -113,7 +177,7 @@ def shape_of_tree(tree: Any) -> tuple[dict[str, Key], dict[str, str]]:
         prefix = path_of(keys)
         if isinstance(node, list):
             kinds[prefix] = "list"
-        elif isinstance(node, tuple):
+        elif isinstance(node, tuple) and not pytrees.is_named_tuple(node):
             kinds[prefix] = "tuple"
         elif type(node).__name__ == "FrozenDict" and not kinds_above(prefix, kinds):
             kinds[prefix] = "FrozenDict"
@@ -153,8 +217,12 @@ def children_of(node: Any) -> list[tuple[Key, Any]] | None:
     if isinstance(node, Mapping):
         mapping = cast("Mapping[Any, Any]", _raw(node))
         return list(mapping.items())
+    if pytrees.is_named_tuple(node):
+        return list(zip(node._fields, node, strict=True))
     if isinstance(node, (list, tuple)) and not _is_partition_spec(node):
         return list(enumerate(cast("list[Any]", node)))
+    if not (is_variable(node) or is_axis_box(node) or _is_module(node)) and pytrees.is_class_node(node):
+        return pytrees.children_of(node)
     return None
 
 
@@ -170,9 +238,11 @@ def with_children(node: Any, children: dict[Key, Any]) -> Any:
         return new
     if isinstance(node, Mapping):
         return kind(children)
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
+    if pytrees.is_named_tuple(node):
         return kind(*children.values())
-    return kind(children.values())
+    if isinstance(node, (list, tuple)):
+        return kind(children.values())
+    return pytrees.with_children(node, list(children.values()))
 
 
 def _raw(node: Any) -> Any:
@@ -243,8 +313,19 @@ def is_weight(variable: Any) -> bool:
     nnx = _nnx()
     if isinstance(variable, tuple(getattr(nnx, name) for name in NOT_WEIGHTS)):
         return False
+    return not is_optimizer_variable(variable)
+
+
+def is_optimizer_variable(variable: Any) -> bool:
+    """The moments and the step that an nnx.Optimizer keeps."""
     optimizer = sys.modules.get("flax.nnx.training.optimizer")
-    return optimizer is None or not isinstance(variable, optimizer.OptState)
+    return optimizer is not None and isinstance(variable, optimizer.OptState)
+
+
+def _is_module(node: Any) -> bool:
+    """An nnx.Module, which jax knows as a tree too: it is taken whole, for it may share Variables with others."""
+    nnx = _nnx()
+    return nnx is not None and isinstance(node, getattr(nnx, "Pytree", nnx.Module))
 
 
 def _must_hold_array(variable: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftax import dtypes
 from graftax.adapters import containers, jax_arrays, notes
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
-from graftax.tree import Checkpoint, Side, TensorSpec, detect_side, nearest
+from graftax.tree import Checkpoint, Key, Side, TensorSpec, detect_side, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,8 @@ def open_container(tree: Any, label: str) -> Checkpoint:
     """
     if is_flat(tree):
         return _open_flat(tree, label)
-    found = leaf_table(tree, label)
+    arrays = containers.found_in(tree)
+    found = _table(arrays.weights, label)
     real_keys, kinds = containers.shape_of_tree(tree)
     leading = {path[:i] for path in found for i in (*_slashes(path), len(path))}
     return Checkpoint(
@@ -35,6 +37,7 @@ def open_container(tree: Any, label: str) -> Checkpoint:
         reader=reader_of(found),
         real_keys={path: key for path, key in real_keys.items() if path in leading},
         containers=kinds,
+        metadata=_left_out(arrays),
         native=tree,
         rebuild=lambda arrays, sharding=None, adopt=False: rebuild_container(tree, arrays, sharding, adopt),
         placed=lambda: notes.notes_of(tree),
@@ -45,15 +48,28 @@ def _slashes(path: str) -> list[int]:
     return [i for i, char in enumerate(path) if char == "/"]
 
 
-def leaf_table(tree: Any, label: str) -> dict[str, Any]:
-    """path -> leaf. FormatError where two keys give one path ('1' and 1)."""
+def leaf_table(tree: Any, label: str, optimizer: bool = False) -> dict[str, Any]:
+    """path -> leaf of every weight, with `optimizer` also of what an optimizer keeps. FormatError where two keys give
+    one path ('1' and 1)."""
+    arrays = containers.found_in(tree)
+    kept = [(keys, leaf) for keys, leaf, _ in arrays.optimizer] if optimizer else []
+    return _table([*arrays.weights, *kept], label)
+
+
+def _table(pairs: Iterable[tuple[tuple[Key, ...], Any]], label: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for keys, leaf in containers.leaves(tree):
+    for keys, leaf in pairs:
         path = containers.path_of(keys)
         if path in found:
             raise FormatError(f"{escape(label)}: two leaves have the path {escape(path)!r}", next="Rename a key.")
         found[path] = leaf
     return found
+
+
+def _left_out(arrays: containers.Found) -> dict[str, str]:
+    """Where an optimizer's state lies -> what it is."""
+    counts = Counter(containers.path_of(keys[:1] if keys else ()) for keys, _, _ in arrays.optimizer)
+    return {name: f"what an optimizer keeps: {count} leaves" for name, count in counts.items()}
 
 
 def specs_of(found: Mapping[str, Any], label: str) -> dict[str, TensorSpec]:
@@ -138,7 +154,8 @@ def make_container(tree: Any, arrays: Mapping[str, Any], make: Make, any_dtype: 
     else:
         new = containers.remade(tree, visit)
     if misfits or len(found) != len(arrays):  # look at the whole tree only to say what is near
-        check_fit(dict(tree) if is_flat(tree) else leaf_table(tree, "the tree"), arrays, "the tree", any_dtype)
+        whole = dict(tree) if is_flat(tree) else leaf_table(tree, "the tree", optimizer=True)
+        check_fit(whole, arrays, "the tree", any_dtype)
     return new
 
 

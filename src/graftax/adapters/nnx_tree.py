@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from graftax.adapters import containers, flax_tree, jax_arrays, settings
+from graftax.dtypes import same_bits
 from graftax.errors import Failure, PlanError, UsageError, escape
-from graftax.ops import same_bits
 from graftax.tree import Checkpoint, Key, Module
 
 
@@ -41,6 +41,7 @@ def open_nnx(node: Any, label: str) -> Checkpoint:
         modules=modules_of(node, base, aliases),
         aliases=aliases,
         real_keys=base.real_keys,
+        metadata=base.metadata,
         native=node,
         rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: join_module(
             parts, with_random_state(_rebuilt(parts.state, arrays, sharding, adopt), rngs)
@@ -60,6 +61,7 @@ def _open_state(state: Any, native: Any, module: Any, label: str) -> Checkpoint:
         modules={} if module is None else modules_of(module, base, aliases),
         aliases=aliases,
         real_keys=base.real_keys,
+        metadata=base.metadata,
         native=native,
         rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: with_random_state(
             _rebuilt(state, arrays, sharding, adopt), rngs
@@ -340,7 +342,7 @@ def _set(module: Any, state: Any, new: Mapping[str, Any], hooks: bool = True) ->
 def _at(module: Any, keys: Iterable[Key]) -> Any:
     """What a Module holds at a path."""
     for key in keys:
-        named = isinstance(key, str) and not isinstance(module, Mapping)
+        named = isinstance(key, str) and not isinstance(module, Mapping)  # attributes, also of named tuples
         module = getattr(module, key) if named else module[key]
     return module
 

@@ -262,8 +262,9 @@ def same_values(a: Any, b: Any) -> bool:
     """Bit for bit, NaN and all."""
     import numpy as np
 
-    first, second = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    return a is b or (first.dtype == second.dtype and first.tobytes() == second.tobytes())
+    from graftax.dtypes import same_bits
+
+    return a is b or same_bits(np.asarray(a), np.asarray(b))
 
 
 def maker(sharding: Any = None, adopt: bool = False) -> Callable[[str, Any, Any], Any]:

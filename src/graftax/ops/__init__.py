@@ -11,7 +11,8 @@ An op that takes one tensor is mapped over all tensors of the tuple. `bind_chain
 needs: only bound ops are kept in a plan.
 """
 
-from graftax.ops.base import Array, Arrays, Op, Specs, same_bits
+from graftax.dtypes import same_bits
+from graftax.ops.base import Array, Arrays, Op, Specs
 from graftax.ops.chains import (
     CONDITIONS,
     OPS,

@@ -81,28 +81,6 @@ def count_groups(count: int, size: int, op: str) -> int:
     return count // size
 
 
-def same_bits(a: Array, b: Array) -> bool:
-    """Equal in shape, dtype and every bit (NaN payloads and -0.0 count)."""
-    import numpy as np
-
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    whole = (
-        np.dtype(f"V{a.dtype.itemsize}") if a.dtype.itemsize not in (1, 2, 4, 8) else np.dtype(f"u{a.dtype.itemsize}")
-    )
-    if whole.kind == "V":
-        return np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
-    return bool(np.array_equal(_as_bits(a, whole), _as_bits(b, whole)))
-
-
-def _as_bits(array: Array, whole: Array) -> Array:
-    import numpy as np
-
-    if array.ndim == 0 or not array.flags.c_contiguous:
-        array = np.array(array, order="C", copy=True).reshape(array.shape)
-    return array.view(whole)
-
-
 def count_same_bits(a: Array, b: Array) -> int:
     """How many values of two arrays of one shape and dtype have the same bits."""
     import numpy as np

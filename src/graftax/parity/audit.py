@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from graftax.dtypes import same_bits
 from graftax.errors import GraftaxError, escape
 from graftax.ops import Cast
-from graftax.ops.base import count_same_bits, same_bits
+from graftax.ops.base import count_same_bits
 from graftax.ops.casting import cast_array
 from graftax.parity.report_model import WeightRow
 from graftax.plans import Entry, Plan

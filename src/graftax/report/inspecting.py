@@ -108,8 +108,8 @@ def inspection_text(data: Mapping[str, Any]) -> str:
 
 
 def _beside(data: Mapping[str, Any]) -> list[str]:
-    """Names of what a torch.save file or a live dict of tensors holds that is no weight."""
-    if data["format"] != "torch" and (data["format"], data["side"]) != ("live", "torch"):
+    """Names of what a torch.save file or a live tree holds that is no weight."""
+    if data["format"] not in ("torch", "live"):
         return []  # there metadata are the file's own
     return [name for name in data["metadata"] if name != "container"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from graftax.adapters import kind_of, live_leaves
+from graftax.adapters import kind_of, live_leaves, optimizer_paths
 from graftax.errors import PlanError, UsageError, escape
 from graftax.surgery.selecting import Tree
 from graftax.tree import Checkpoint, TensorSpec
@@ -17,12 +17,14 @@ from graftax.tree import Checkpoint, TensorSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveTree:
-    """`leaves`: path -> leaf, out of boxes and Variables; `kind` as `adapters.kind_of` says it."""
+    """`leaves`: path -> leaf, out of boxes and Variables; `kind` as `adapters.kind_of` says it; `optimizer` as
+    `adapters.optimizer_paths` does."""
 
     native: Any
     kind: str
     label: str
     leaves: Mapping[str, Any]
+    optimizer: Mapping[str, int]
 
     @property
     def torch(self) -> bool:
@@ -75,6 +77,7 @@ class LiveTree:
             if self.kind.startswith("nnx")
             else None,
             self.other_names,
+            self.optimizer,
         )
 
     def other_names(self) -> Mapping[str, str]:
@@ -121,17 +124,22 @@ def live_tree(obj: Any) -> LiveTree:
     if kind == "linen model":
         raise UsageError("gx.linen(...) has shapes and no values", next="Pass the variables that module.init gave.")
     label = {"nnx module": type(obj).__name__, "torch state_dict": "the state_dict", "container": "the tree"}
-    return LiveTree(obj, kind, label.get(kind, "the State"), live_leaves(obj))
+    return LiveTree(obj, kind, label.get(kind, "the State"), live_leaves(obj), optimizer_paths(obj))
 
 
 def _filtered(obj: Any, kind: str, leaves: Mapping[str, Any], wanted: Any) -> list[str]:
-    """The paths of the Variables that an nnx filter passes; what is no weight is never among them."""
-    from graftax.adapters.containers import path_of
+    """The paths of the Variables that an nnx filter passes; random state and caches are never among them, and what an
+    optimizer keeps only where the filter passes nothing else of that kind: a plain Variable at another path."""
+    from graftax.adapters.containers import is_optimizer_variable, path_of
 
     nnx = sys.modules["flax.nnx"]
     state = nnx.state(obj) if kind == "nnx module" else obj[1] if kind == "nnx split" else obj
     passes = nnx.filterlib.to_predicate(wanted)
-    held = {path_of(tuple(keys)) for keys, leaf in nnx.to_flat_state(state) if passes(tuple(keys), leaf)}
+
+    def chosen(keys: tuple[Any, ...], leaf: Any) -> bool:
+        return passes(keys, leaf) and not (is_optimizer_variable(leaf) and passes(("",), nnx.Variable(0)))
+
+    held = {path_of(tuple(keys)) for keys, leaf in nnx.to_flat_state(state) if chosen(tuple(keys), leaf)}
     if all(path in leaves for path in held):
         return [path for path in leaves if path in held]
     return [path for path in leaves if any(path == one or path.startswith(f"{one}/") for one in held)]

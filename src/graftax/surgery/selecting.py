@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from graftax.errors import Failure, PlanError, UsageError, escape
-from graftax.tree import Side, is_glob, match_paths, nearest, subtree
+from graftax.tree import Side, glob_pattern, is_glob, match_paths, nearest, subtree
 
 Selector = Any
 LeafOf = Callable[[str], Any]
@@ -32,7 +32,9 @@ class Edit:
 @dataclass(frozen=True, slots=True)
 class Tree:
     """What selectors look at: paths, a leaf by its path, the paths that an nnx filter passes (None where the tree has
-    no Variables), and other name of a shared leaf -> the one that is listed."""
+    no Variables), other name of a shared leaf -> the one that is listed, and the paths of what an optimizer keeps, with
+    how many of their parts are its own (3 of opt_state/0/mu/Dense_0/kernel): a selector reaches these only where it
+    names one of those parts."""
 
     label: str
     side: Side
@@ -40,6 +42,14 @@ class Tree:
     leaf_of: LeafOf
     filter_paths: FilterPaths | None = None
     other_names: Callable[[], Mapping[str, str]] = dict
+    optimizer: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def unnamed(self, path: str) -> str:
+        """A path of an optimizer's state with other names for the parts that are the optimizer's own: what a selector
+        passes that speaks of the weights only."""
+        parts = path.split("/")
+        own = self.optimizer[path]
+        return "/".join(["\x1a"] * own + parts[own:])
 
 
 def edits_of(selector: Selector, value: Any) -> tuple[Edit, ...]:
@@ -117,10 +127,17 @@ def pick(tree: Tree, selector: Selector) -> tuple[list[str], list[Failure]]:
             )
         paths = tree.filter_paths(selector)
     else:
-        paths = [path for path in tree.paths if selector(path, tree.leaf_of(path))]
+        paths = [path for path in tree.paths if _passes(tree, selector, path)]
     if paths:
         return paths, []
     return [], [Failure(f"{selector_text(selector)} selects none of {len(tree.paths)} leaves")]
+
+
+def _passes(tree: Tree, predicate: Callable[[str, Any], Any], path: str) -> bool:
+    leaf = tree.leaf_of(path)
+    if not predicate(path, leaf):
+        return False
+    return path not in tree.optimizer or not predicate(tree.unnamed(path), leaf)
 
 
 def _is_filter(selector: Any) -> bool:
@@ -137,12 +154,23 @@ def _pick_text(tree: Tree, selector: str) -> tuple[list[str], list[Failure]]:
         return [selector], []
     paths = list(tree.paths)
     try:
-        found = match_paths(paths, selector, side)
+        found = _reached(tree, selector)
     except PlanError as error:  # the collection was left out, and several have a match
         return [], [Failure(str(error).partition("\n")[0], next=str(error).partition("\n")[2])]
     if found:
         return found, []
     return [], [_nothing(tree, paths, selector, side)]
+
+
+def _reached(tree: Tree, selector: str) -> list[str]:
+    """The weights that a text matches, and what an optimizer keeps where it names a part of that."""
+    if not tree.optimizer:
+        return match_paths(list(tree.paths), selector, tree.side)
+    found = set(match_paths([path for path in tree.paths if path not in tree.optimizer], selector, tree.side))
+    if is_glob(selector):
+        whole = glob_pattern(selector, "/").fullmatch
+        found |= {path for path in tree.optimizer if whole(path) and not whole(tree.unnamed(path))}
+    return [path for path in tree.paths if path in found]
 
 
 def _nothing(tree: Tree, paths: list[str], selector: str, side: Side) -> Failure:
@@ -158,6 +186,10 @@ def _nothing(tree: Tree, paths: list[str], selector: str, side: Side) -> Failure
     shared = tree.other_names().get(selector)
     if shared is not None and shared in tree.paths:
         return Failure(f"{shown} is another name of a shared leaf", next=f"Select {escape(shared)!r}.")
+    kept = [path for path in _matched(paths, selector, side) if path in tree.optimizer]
+    if kept:
+        what = f"{shown} matches what an optimizer keeps only: {listed(kept)}"
+        return Failure(what, next="Name a part of it, as in 'opt_state/**' or '**/mu/**'.")
     if is_glob(selector):
         below = _matched(paths, f"{inside}{sep}**", side)
         if below:
