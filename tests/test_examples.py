@@ -53,6 +53,25 @@ def test_kernel_replace_makes_an_int_of_the_seed(seed: object) -> None:
     np.testing.assert_array_equal(examples.kernel_replace(seed, x, 4, 0.5), examples.kernel_replace(7, x, 4, 0.5))
 
 
+@pytest.mark.parametrize("features", [5.0, np.float32(5), np.int64(5), jnp.asarray(5), jnp.asarray(5.0)])
+def test_kernel_replace_makes_an_int_of_features(features: object) -> None:
+    x = np.ones((2, 3), np.float32)
+    given = examples.kernel_replace(0.0, x, features, 0.5)
+    np.testing.assert_array_equal(given, examples.kernel_replace(0, x, 5, 0.5))
+
+
+@pytest.mark.parametrize(("seed", "features"), [(0, 5.5), (0.5, 5), (0, float("nan")), (float("inf"), 5), (0, "five")])
+def test_kernel_replace_refuses_a_fraction(seed: object, features: object) -> None:
+    with pytest.raises(ValueError, match="must be a whole number, not"):
+        examples.kernel_replace(seed, np.ones((2, 3), np.float32), features, 0.5)
+
+
+def test_kernel_replace_works_inside_jit() -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    y = jax.jit(lambda x: examples.kernel_replace(0, x, 5, 0.5))(x)
+    np.testing.assert_allclose(y, examples.kernel_replace(0, x, 5, 0.5), rtol=1e-6)
+
+
 def test_kernel_replace_leaves_the_bias_as_initialised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense starts with a zero bias, so a lost bias would not show: give it one that depends on the seed."""
     dense = nn.Dense

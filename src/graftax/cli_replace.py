@@ -55,7 +55,7 @@ def replace_command(
     quantized
         Rounded to this many bits, symmetric per channel; the dtype stays.
     axis
-        The channel axis of --quantized (default: the last).
+        The channel axis of --quantized (default: the last of a matrix; other leaves need it said).
     from_
         Another checkpoint to take the values from.
     key
@@ -108,7 +108,7 @@ def replace_command(
     elif scaled is not None:
         value = values.scaled(scaled)
     elif quantized is not None:
-        value = values.quantized(quantized, -1 if axis is None else axis)
+        value = values.quantized(quantized, axis)
     elif from_ is not None:
         value = values.from_checkpoint(from_, key, layout)
     else:

@@ -144,6 +144,12 @@ class PlanError(GraftaxError):
     exit_code = 1
 
 
+class MissingKeyError(PlanError, KeyError):
+    """A checkpoint has no tensor of that name; a KeyError too, as of any mapping."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message quoted
+
+
 class DifferenceError(PlanError):
     """Two checkpoints differ."""
 

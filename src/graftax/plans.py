@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -237,10 +237,10 @@ class Plan:
 
     def answer(self, question: Question | int, choice: Candidate | int | str) -> Plan:
         """Settle a question by one of its candidates (the object, its index, or a rule line) and plan again: answering
-        one narrows the others. Changes this plan in place and returns it."""
-        asked = self.questions[question] if isinstance(question, int) else question
-        if isinstance(choice, int):
-            choice = asked.candidates[choice]
+        one narrows the others. Changes this plan in place and returns it. UsageError for an index that is not there."""
+        asked = self._asked(question)
+        if not isinstance(choice, (str, Candidate)):
+            choice = _item(asked.candidates, choice, "candidate")
         rule = choice.rule if isinstance(choice, Candidate) else choice
         if self.replanner is None:
             raise UsageError("a plan read from a file cannot be answered; plan again with the rule", next=rule)
@@ -248,6 +248,9 @@ class Plan:
         for name in ("entries", "questions", "assumptions", "failures", "reads", "replanner", "runner"):
             setattr(self, name, getattr(new, name))
         return self
+
+    def _asked(self, question: Question | int) -> Question:
+        return question if isinstance(question, Question) else _item(self.questions, question, "question")
 
     @property
     def inverse(self) -> Plan:
@@ -339,6 +342,19 @@ class Plan:
 
 
 # ---------------------------------------------------------------- checks
+
+
+def _item(items: Sequence[Any], index: Any, what: str) -> Any:
+    """items[index]. UsageError that lists what there is."""
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise UsageError(f"{escape(repr(index), 60)} ({type(index).__name__}) is no {what} and no index of one")
+    if -len(items) <= index < len(items):
+        return items[index]
+    shown = [f"{i}: {str(item).splitlines()[0]}" for i, item in enumerate(items[:5])]
+    shown += [f"... and {len(items) - 5} more"] * (len(items) > 5)
+    raise UsageError(
+        f"there is no {what} {index}: there are {len(items)}" if items else f"there is no {what}", next="\n".join(shown)
+    )
 
 
 def _fit(entry: Entry, source: End, like: End) -> Entry | Failure:

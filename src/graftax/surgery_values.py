@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -206,12 +206,14 @@ class Quantized:
     """Symmetric fake quantization, a scale per index of `axis`: with m the largest magnitude over the other axes and
     n = 2^(bits-1) - 1, w becomes round(w n / m) m / n, halves to even. The dtype stays; a channel of zeros stays zero.
 
-    A leaf with NaN or infinity is refused: it has no scale. So is one of rank 0, and one that is not floating.
+    A leaf with NaN or infinity is refused: it has no scale. So is one of rank 0, and one that is not floating. Where
+    `axis` is not `stated` it is the last, and only a matrix is taken: elsewhere the output channels may lie anywhere.
     """
 
     reads: ClassVar[bool] = True
     bits: int
     axis: int = -1
+    stated: bool = field(default=True, compare=False)
 
     @property
     def text(self) -> str:
@@ -222,10 +224,12 @@ class Quantized:
 
         from graftax.ops.casting import cast_array
 
-        _floating_leaf(spec, self.text)
+        require_floating(spec, self.text)
         rank = len(spec.shape)
         if not -rank <= self.axis < rank:
             raise PlanError(f"{self.text}: {spec} has no axis {self.axis}")
+        if not self.stated and rank != 2 and spec.size:
+            raise _no_axis(self.bits, spec) if np.isfinite(old).all() else self._not_finite()
         out = np.empty(spec.shape, old.dtype)
         channels, result = np.moveaxis(old, self.axis, 0), np.moveaxis(out, self.axis, 0)
         step = max(1, _PIECE // max(1, spec.size // max(1, channels.shape[0])))
@@ -238,19 +242,39 @@ class Quantized:
         _refuse_overflow(overflowed, spec, self.text)
         return out
 
+    def _not_finite(self) -> PlanError:
+        return PlanError(f"{self.text}: NaN or infinity in the leaf, which then has no scale")
+
     def _channels(self, wide: Array) -> Array:
         """Channels first, float64. A power of two is taken out first, so that nothing overflows and every product but
         the last quotient is exact."""
         import numpy as np
 
         if not np.isfinite(wide).all():
-            raise PlanError(f"{self.text}: NaN or infinity in the leaf, which then has no scale")
+            raise self._not_finite()
         levels = float(2 ** (self.bits - 1) - 1)
         most = np.abs(wide).max(axis=tuple(range(1, wide.ndim)), keepdims=True, initial=0.0)
         most, exponent = np.frexp(most)
         unit = np.where(most > 0, most, 1.0)
         codes = np.rint(np.ldexp(wide, -exponent) * levels / unit)
         return np.ldexp(codes * unit / levels, exponent)
+
+
+def _no_axis(bits: int, spec: TensorSpec) -> PlanError:
+    """The error that shows both readings of a leaf that is no matrix."""
+    first, last = spec.shape[0], spec.shape[-1]
+    if len(spec.shape) == 1:
+        ways = f"axis=0 is a scale for each of its {first} values, which changes nothing: select matrices only."
+    else:
+        ways = (
+            f"Say axis=0, {_scales(first)} (a torch weight: its output channels come first; a stack of layers), or "
+            f"axis=-1, {_scales(last)} (a Flax kernel: they come last). On the command line: --axis 0 or --axis=-1."
+        )
+    return PlanError(f"quantized({bits}): {spec} is no matrix, and the axis of its channels is not stated", next=ways)
+
+
+def _scales(count: int) -> str:
+    return "1 scale" if count == 1 else f"{count} scales"
 
 
 # ---------------------------------------------------------------- shared
@@ -267,7 +291,8 @@ def _refuse_packed(spec: TensorSpec, text: str) -> None:
         raise PlanError(f"{text}: the leaf is {spec.dtype}, several codes to a byte, which move only as they are")
 
 
-def _floating_leaf(spec: TensorSpec, text: str) -> None:
+def require_floating(spec: TensorSpec, text: str) -> None:
+    """PlanError for a leaf whose dtype no arithmetic is for."""
     _refuse_packed(spec, text)
     if not spec.floating:
         raise PlanError(f"{text}: the leaf is {spec.dtype}, not floating", next="Select floating leaves only.")
@@ -280,7 +305,7 @@ def _in_pieces(spec: TensorSpec, text: str, old: Any, step: Callable[[int, Any],
 
     from graftax.ops.casting import cast_array
 
-    _floating_leaf(spec, text)
+    require_floating(spec, text)
     out = np.empty(spec.shape, _dtype(spec))
     flat = out.reshape(-1)
     before = None if old is None else np.ascontiguousarray(old).reshape(-1)
@@ -344,17 +369,18 @@ def scaled(factor: float) -> Scaled:
     return Scaled(number)
 
 
-def quantized(bits: int, axis: int = -1) -> Quantized:
+def quantized(bits: int, axis: int | None = None) -> Quantized:
     """Symmetric per-channel fake quantization to `bits` (2 to 16), a scale per index of `axis`; the dtype stays.
 
-    `axis` is the one that is kept apart, the output channels: -1 for a Flax kernel, 0 for a torch weight.
+    `axis` is the one that is kept apart, the output channels: -1 for a Flax kernel, 0 for a torch weight. None: -1 for
+    a matrix; any other leaf is a PlanError of `replace`.
     """
-    for name, number in (("bits", bits), ("axis", axis)):
+    for name, number in (("bits", bits), ("axis", -1 if axis is None else axis)):
         if isinstance(number, bool) or not hasattr(number, "__index__"):
             raise UsageError(f"quantized: {name} must be a whole number, not {number!r}")
     if not BITS[0] <= bits <= BITS[1]:
         raise UsageError(f"quantized({bits}): bits must be {BITS[0]} to {BITS[1]}")
-    return Quantized(int(bits), int(axis))
+    return Quantized(int(bits), -1 if axis is None else int(axis), stated=axis is not None)
 
 
 def from_checkpoint(
@@ -385,7 +411,13 @@ def _number(value: Any, name: str) -> Number:
     if shape is None:
         found: Any = value
     elif tuple(shape) == () and hasattr(value, "item"):
-        found = value.item()
+        try:
+            found = value.item()
+        except TypeError as error:  # jax's, of a traced number
+            raise UsageError(
+                f"{name}: the number is traced ({type(value).__name__}), and has no value yet",
+                next="Give a function of the old leaf: lambda leaf: jnp.full_like(leaf, number).",
+            ) from error
         found = float(found) if hasattr(found, "dtype") and hasattr(found, "__float__") else found  # ml_dtypes' scalars
     else:
         raise UsageError(

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from graftax.errors import FormatError, PlanError, escape
+from graftax.errors import FormatError, MissingKeyError, PlanError, escape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -242,7 +242,12 @@ class Checkpoint(Mapping[str, TensorSpec]):
     placed: Callable[[], Mapping[str, Any]] | None = None
 
     def __getitem__(self, path: str) -> TensorSpec:
-        return self.specs[path]
+        if path in self.specs:
+            return self.specs[path]
+        raise self._missing(path)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.specs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -253,11 +258,18 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def read(self, path: str) -> np.ndarray[Any, Any]:
         """The values of one leaf."""
         if path not in self.specs:
-            near = nearest(path, self.specs)
-            raise PlanError(f"{escape(self.label)} has no {escape(path)!r}", next=f"Near: {near}" if near else "")
+            raise self._missing(path)
         if self.reader is None:
             raise PlanError(f"{escape(self.label)} has names, shapes and dtypes, but no values")
         return self.reader(path)
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """The spec of one leaf, or `default`: nobody asks what is near."""
+        return self.specs.get(path, default)
+
+    def _missing(self, path: object) -> MissingKeyError:
+        near = nearest(str(path), self.specs)
+        return MissingKeyError(f"{escape(self.label)} has no {escape(path)!r}", next=f"Near: {near}" if near else "")
 
     @property
     def has_values(self) -> bool:

@@ -78,7 +78,7 @@ TREES = {
     "numpy": (lambda: {"b": np.ones(3), "a": {"kernel": np.ones((2, 3), np.float16)}}, "a/kernel"),
     "lists and tuples": (
         lambda: {"layers": [{"w": jnp.ones((2, 2))}, (jnp.zeros(3), Pair(np.ones(2), jnp.ones(1)))]},
-        "layers/1/1/0",
+        "layers/1/1/left",
     ),
     "flat paths": (lambda: {"a/b": jnp.ones(2), "a/c": jnp.ones(3)}, "a/c"),
     "odd keys": (lambda: {"a/b": {"~": {3: jnp.ones(2), "x": jnp.zeros(2)}}}, "a~1b/~0/3"),
@@ -494,8 +494,6 @@ def test_abstract_trees_are_refused(mlp: dict[str, Any]) -> None:
         gx.replace(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), "**/kernel", gx.constant(1))
     with pytest.raises(PlanError, match="no values"):
         gx.replace(torch.nn.Linear(2, 3, device="meta").state_dict(), "weight", gx.zeros())
-    with pytest.raises(PlanError, match=r"(?s)no values.*outside of jit"):
-        jax.jit(lambda tree: gx.replace(tree, "**/kernel", gx.constant(1)))(mlp)
     with pytest.raises(PlanError, match="no values"):
         gx.replace(mlp, "params/Dense_1/kernel", jax.ShapeDtypeStruct((3, 5), jnp.float32))
 

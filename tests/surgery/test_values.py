@@ -335,6 +335,25 @@ def test_quantized_takes_an_empty_leaf() -> None:
         assert put(gx.quantized(8), np.zeros(shape, np.float32)).shape == shape
 
 
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((4, 3, 2), r"axis=0, 4 scales .*axis=-1, 2 scales"),  # a torch Conv1d, a stack of layers
+        ((1, 3, 3, 7), r"axis=0, 1 scale .*axis=-1, 7 scales"),
+        ((5,), "each of its 5 values, which changes nothing"),
+    ],
+)
+def test_quantized_asks_for_the_axis_of_what_is_no_matrix(shape: tuple[int, ...], words: str) -> None:
+    old = array(shape, "float32")
+    with pytest.raises(PlanError, match=words):
+        put(gx.quantized(4), old)
+    assert same_bits(
+        put(gx.quantized(4), old.reshape(-1, shape[-1])), put(gx.quantized(4, -1), old).reshape(-1, shape[-1])
+    )
+    for axis in range(len(shape)):
+        assert put(gx.quantized(4, axis=axis), old).shape == shape
+
+
 @pytest.mark.parametrize("dtype", [*INTS, "bool", "complex64"])
 @pytest.mark.parametrize("value", [gx.normal(1, 0), gx.add_normal(1, 0), gx.scaled(2), gx.quantized(8)], ids=str)
 def test_arithmetic_is_for_floating_leaves(value, dtype: str) -> None:

@@ -250,7 +250,7 @@ def _like_old(path: str, old: Any, new: Any) -> Any:
     from graftax.adapters import jax_arrays
 
     plain = jax_arrays.from_storage(new, dtypes.spec_of(old))
-    if isinstance(old, (np.ndarray, np.generic)):
+    if isinstance(old, (np.ndarray, np.generic)) and not jax_arrays.is_tracer(plain):
         made = jax_arrays.own(np.asarray(plain))
         return made[()] if isinstance(old, np.generic) else made
     return jax_arrays.to_jax(plain, old)

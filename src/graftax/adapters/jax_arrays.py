@@ -7,6 +7,7 @@ live objects hand out read-only views, which are copied even then.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ def to_jax(array: Any, like: Any = None, *, adopt: bool = False) -> Any:
     import jax
     import numpy as np
 
+    if is_tracer(array):
+        return array
     if isinstance(array, jax.Array):
         return _placed(array, like)
     host = own(np.asarray(array), adopt)
@@ -97,7 +100,7 @@ def _alone(array: np.ndarray[Any, Any]) -> bool:
 def _placed(array: Any, like: Any) -> Any:
     import jax
 
-    sharding = getattr(like, "sharding", None)
+    sharding = None if is_tracer(like) else getattr(like, "sharding", None)
     if sharding is None or not isinstance(sharding, jax.sharding.Sharding):
         return jax.device_put(array)
     if isinstance(like, jax.Array) and not getattr(like, "committed", True):
@@ -134,11 +137,32 @@ def from_storage(array: Any, spec: TensorSpec) -> Any:
 
 def is_abstract(leaf: Any) -> bool:
     """A shape and a dtype without values: jax.ShapeDtypeStruct, a tracer, or anything else that is no array."""
-    import sys
-
     import numpy as np
 
     if isinstance(leaf, (np.ndarray, np.generic)):
         return False
     jax = sys.modules.get("jax")
-    return jax is None or not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer)
+    return jax is None or not isinstance(leaf, jax.Array) or is_tracer(leaf)
+
+
+def is_tracer(leaf: Any) -> bool:
+    """An array inside jit, grad or vmap, whose values are not known yet."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(leaf, jax.core.Tracer)
+
+
+def traced_product(leaf: Any, factor: float) -> Any:
+    """leaf * factor, in float32 where the leaf is narrower, in the leaf's dtype."""
+    return (_widened(leaf) * factor).astype(leaf.dtype)
+
+
+def traced_sum(leaf: Any, added: np.ndarray[Any, Any]) -> Any:
+    """leaf + added, in float32 where the leaf is narrower, in the leaf's dtype."""
+    wide = _widened(leaf)
+    return (wide + added.astype(wide.dtype)).astype(leaf.dtype)
+
+
+def _widened(leaf: Any) -> Any:
+    import jax.numpy as jnp
+
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))

@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     import jax
 
 
-def kernel_replace(seed: Any, x: Any, features: int, replacement_value: Any) -> jax.Array:
+def kernel_replace(seed: Any, x: Any, features: Any, replacement_value: Any) -> jax.Array:
     """The output (N, features) of `nn.Dense(features)` on `x` (N, in_dim) once its kernel is full of one value.
 
-    The layer is initialised from `int(seed)` and `x`; its kernel (in_dim, features) becomes
-    `full_like(kernel, replacement_value)`, its bias (features,) stays as initialised. In closed form:
-    `y[n, j] = replacement_value * x[n, :].sum() + bias[j]`.
+    The layer is initialised from `seed` and `x`; seed and features are whole numbers of any type (5, 5.0). Its kernel
+    (in_dim, features) becomes `full_like(kernel, replacement_value)`, its bias (features,) stays as initialised. In
+    closed form: `y[n, j] = replacement_value * x[n, :].sum() + bias[j]`.
 
-    Raises ValueError if `x` is not (N, in_dim).
+    Raises ValueError if `x` is not (N, in_dim), if seed or features is no whole number.
     """
     import jax
     import jax.numpy as jnp
@@ -26,9 +26,21 @@ def kernel_replace(seed: Any, x: Any, features: int, replacement_value: Any) -> 
     x = jnp.asarray(x)
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; it must be (N, in_dim)")
-    dense = nn.Dense(features)
-    variables = dense.init(jax.random.key(int(seed)), x)
+    dense = nn.Dense(_whole(features, "features"))
+    variables = dense.init(jax.random.key(_whole(seed, "seed")), x)
     # A Dense that is the whole model has no `Dense_0` level: its leaves are params/kernel and params/bias.
     variables = gx.replace(variables, "params/kernel", gx.constant(replacement_value), expect=1)
     with jax.default_matmul_precision("highest"):
         return jnp.asarray(dense.apply(variables, x))
+
+
+def _whole(value: Any, name: str) -> int:
+    """The whole number that `value` is: 5, 5.0, or a NumPy or jax scalar."""
+    try:
+        number = int(value)
+        whole = isinstance(value, str) or bool(number == value)
+    except (TypeError, ValueError, OverflowError) as exc:  # text, arrays, NaN, infinity
+        raise ValueError(f"{name} must be a whole number, not {value!r}") from exc
+    if not whole:
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    return number

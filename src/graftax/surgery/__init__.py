@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from graftax.adapters.jax_arrays import is_tracer
 from graftax.errors import Failure, GraftaxError, PlanError, escape
 from graftax.surgery.files import Change, Report, checkpoint_tree, replace_checkpoint, write_replacement
-from graftax.surgery.leaves import failures_of, new_leaf, own_copy, prepared
+from graftax.surgery.leaves import VALUES, failures_of, new_leaf, own_copy, prepared, traced_leaf
 from graftax.surgery.live import LiveTree, live_tree
 from graftax.surgery.selecting import check_selector, choose, edits_of, pick
 from graftax.tree import Checkpoint
@@ -26,12 +27,17 @@ def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None =
     selector  a path; a glob ('*' stays in a part, '**' spans parts; a collection may be left out where only `params`
               matches); a predicate (path, leaf) -> bool; an nnx filter such as nnx.Param; a list of these; or a dict
               {selector: value}, in which an exact path wins over the others
-    value     constant(v) zeros() normal(stddev, seed) add_normal(stddev, seed) scaled(f) quantized(bits, axis=-1)
+    value     constant(v) zeros() normal(stddev, seed) add_normal(stddev, seed) scaled(f) quantized(bits, axis)
               from_checkpoint(path, key, layout=None); an array; or a function of the old leaf
     expect    how many leaves must be selected
 
     The same: the types of containers and the order of keys, the dtype and sharding of every leaf, and every leaf that
-    was not selected is the same object. An array is never broadcast and never cast.
+    was not selected is the same object. An array is never broadcast and never cast. What an optimizer keeps is selected
+    only by a selector that names a part of it: `**/mu/kernel` or `opt_state/**`, not `**/kernel`.
+
+    Inside jit, grad and vmap: constant, zeros, normal, from_checkpoint, arrays (traced ones too) and functions of the
+    old leaf work as elsewhere; scaled and add_normal are computed as jax does, in float32 or the leaf's wider dtype,
+    and gradients flow through them; quantized needs values, and is refused.
 
     Raises PlanError with everything that does not hold: a selector that matches nothing or names a subtree, another
     count than `expect`, a bare number, another shape or dtype. UsageError for arguments that make no sense.
@@ -53,12 +59,20 @@ def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None =
             live.require_values(path)
             leaf = live.leaves[path]
             spec = live.spec(path)
+            if live.traced(path) and isinstance(item, VALUES) and item.reads:
+                new[path] = traced_leaf(path, spec, item, leaf)
+                continue
             new[path] = new_leaf(path, spec, item, lambda: own_copy(leaf), lambda: live.host(path), home)  # noqa: B023
         except GraftaxError as error:
             if error.exit_code != PlanError.exit_code:
                 raise
             failures += failures_of(path, error)
-    failures += _torn(live, values, new)
+    failures += [
+        Failure("a torch tensor cannot take a traced value", key=path)
+        for path, made in new.items()
+        if live.torch and is_tracer(made)
+    ]
+    failures += _torn(live, values, new) if not failures else []
     if failures:
         raise PlanError(f"nothing was replaced in {escape(live.label)}:", failures)
     from graftax.adapters import map_leaves

@@ -11,7 +11,7 @@ from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape
 from graftax.surgery.donors import FromCheckpoint, Target, misfit_hint, owner, readings_of
 from graftax.surgery.live import spec_of_leaf
 from graftax.surgery.selecting import Edit
-from graftax.surgery_values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros
+from graftax.surgery_values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros, require_floating
 from graftax.tree import Checkpoint, TensorSpec
 
 VALUES = (Constant, Zeros, Normal, AddNormal, Scaled, Quantized, FromCheckpoint)
@@ -97,6 +97,22 @@ def new_leaf(
     return new
 
 
+def traced_leaf(path: str, spec: TensorSpec, value: Any, leaf: Any) -> Any:
+    """What a leaf inside jit, grad or vmap becomes by a value that reads it. PlanError for one that needs to look at
+    the values."""
+    from graftax.adapters.jax_arrays import traced_product, traced_sum
+
+    if not isinstance(value, (Scaled, AddNormal)):
+        raise PlanError(
+            f"{value.text} needs the leaf's values, and it is traced ({type(leaf).__name__})",
+            next="Call replace outside of jit, grad and vmap.",
+        )
+    require_floating(spec, value.text)
+    if isinstance(value, Scaled):
+        return traced_product(leaf, value.factor)
+    return traced_sum(leaf, Normal(value.stddev, value.seed).apply(path, replace(spec, dtype="float32"), None))
+
+
 def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callable[[], Checkpoint]) -> None:
     """Misfit for a torch tensor that would fit a Flax leaf as it is and as torch lays it out: a square weight. An array
     of NumPy or jax is taken as it is."""
@@ -136,17 +152,22 @@ def _called(function: Callable[[Any], Any], path: str, leaf: Any) -> Any:
 
 def given(path: str, spec: TensorSpec, value: Any, who: str = "") -> Any:
     """An array that the user gave, if it is one of `spec`: never broadcast, never cast."""
+    from graftax.adapters.jax_arrays import is_tracer
+
     shape = getattr(value, "shape", None)
     number = isinstance(value, (bool, int, float, complex))
     if number or (shape is not None and tuple(shape) == () and spec.shape != ()):
         shown = f"{escape(value, 40)}" if number else f"{escape(value, 40)} of shape ()"
+        fill = (
+            f"constant({escape(_plain(value), 40)})" if not is_tracer(value) else "a function: jnp.full_like(leaf, x)"
+        )
         raise Misfit(
             Failure(
                 f"{who or 'got'} a bare number where an array belongs",
                 key=path,
                 expected=str(spec),
                 found=shown,
-                next=f"To fill the leaf with it, write constant({escape(_plain(value), 40)}).",
+                next=f"To fill the leaf with it, write {fill}.",
             )
         )
     if not is_arraylike(value):
@@ -191,9 +212,9 @@ def _readable(value: Any, path: str) -> Any:
         from graftax.adapters.torch_arrays import to_numpy
 
         return to_numpy(value, escape(path))
-    from graftax.adapters.jax_arrays import is_abstract
+    from graftax.adapters.jax_arrays import is_abstract, is_tracer
 
-    if is_abstract(value):
+    if is_abstract(value) and not is_tracer(value):
         raise PlanError(f"got {type(value).__name__}, which has a shape and a dtype, but no values")
     return value
 

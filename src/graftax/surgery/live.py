@@ -45,9 +45,17 @@ class LiveTree:
 
         return to_host(leaf, self.spec(path), escape(path))
 
+    def traced(self, path: str) -> bool:
+        """Is the leaf inside jit, grad or vmap?"""
+        from graftax.adapters.jax_arrays import is_tracer
+
+        return is_tracer(self.leaves[path])
+
     def require_values(self, path: str) -> None:
-        """PlanError for an abstract leaf."""
+        """PlanError for an abstract leaf. A traced one will have its values."""
         leaf = self.leaves[path]
+        if self.traced(path):
+            return
         if self.torch:
             from graftax.adapters.torch_arrays import has_values
 
@@ -57,12 +65,9 @@ class LiveTree:
 
             abstract = is_abstract(leaf)
         if abstract:
-            traced = "Tracer" in type(leaf).__name__
             raise PlanError(
                 f"is abstract ({type(leaf).__name__}): it has a shape and a dtype, but no values",
-                next="Call replace outside of jit, grad and vmap."
-                if traced
-                else "Port or initialise the tree first, then replace.",
+                next="Port or initialise the tree first, then replace.",
             )
 
     def selectable(self) -> Tree:
