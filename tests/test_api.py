@@ -219,6 +219,21 @@ def test_int64_beyond_int32_keeps_its_value(tmp_path):
     assert int(np.asarray(tree["a"]["steps"])[0]) == 2**40
 
 
+def test_a_checkpoint_is_a_mapping_whose_key_errors_say_what_is_near(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"fc/kernel": np.ones((2, 2), np.float32), "fc/bias": np.ones(2, np.float32)})
+    checkpoint = gx.open_checkpoint(tmp_path / "a.npz")
+    for ask in (checkpoint.__getitem__, checkpoint.read):
+        with pytest.raises(KeyError, match=r"has no 'fc/kernal'\nNear: fc/kernel"):
+            ask("fc/kernal")
+        with pytest.raises(PlanError, match="fc/kernel"):
+            ask("fc/kernal")
+    assert "fc/kernal" not in checkpoint
+    assert 3 not in checkpoint
+    assert checkpoint.get("fc/kernal") is None
+    assert checkpoint.get("fc/kernal", 7) == 7
+    assert checkpoint.get("fc/bias") == checkpoint["fc/bias"]
+
+
 def test_port_file_and_open_checkpoint(net, tmp_path):
     receipt = gx.port_file(net, gx.linen(LinenNet(), X), tmp_path / "o.safetensors")
     assert receipt.lossless

@@ -232,6 +232,24 @@ def test_an_answer_plans_again():
     assert lines == ["rule b", "rule a", "my own rule"]
 
 
+def test_an_answer_that_is_not_there_names_the_choices():
+    asked = built(*ENTRIES, questions=(Question("match", "which?", (), (), (Candidate("rule a"),)),))
+    asked.replanner = lambda plan, line: built(*ENTRIES)
+    assert len(asked.questions) == 1
+    for question, choice, words in (
+        (5, 0, "no question 5: there are 1\n0: which"),
+        (-2, 0, "no question -2"),
+        (0, 9, "no candidate 9: there are 1\n0: rule a"),
+        (0, None, "no candidate"),
+        (True, 0, "True .bool. is no question"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            asked.answer(question, choice)
+    with pytest.raises(UsageError, match="there is no question$"):
+        built(*ENTRIES).answer(0, 0)
+    assert asked.answer(-1, -1) is asked
+
+
 def test_ops_behind_an_entry():
     entry = with_ops(ENTRIES[0], Cast("float32", "float16"))
     assert entry.ops == (*ENTRIES[0].ops, Cast("float32", "float16"))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graftax.errors import Failure, GraftaxError, PlanError, UsageError, counted, escape, option, worded
 from graftax.ops import Drop, Fill, Keep, Op, Specs, bind_chain, chain_text, invert_chain
@@ -240,7 +240,7 @@ class Plan:
         one narrows the others. Changes this plan in place and returns it. UsageError for an index that is not there."""
         asked = self._asked(question)
         if not isinstance(choice, (str, Candidate)):
-            choice = _item(asked.candidates, choice, "candidate")
+            choice = cast("Candidate", _item(asked.candidates, choice, "candidate"))
         rule = choice.rule if isinstance(choice, Candidate) else choice
         if self.replanner is None:
             raise UsageError("a plan read from a file cannot be answered; plan again with the rule", next=rule)

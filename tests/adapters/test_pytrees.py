@@ -170,9 +170,9 @@ def test_an_optimizer_is_reached_by_a_part_of_its_own_only(name: str) -> None:
     make, count = TX[name]
     state = train_state(make())
     assert len(optimizer_paths(state)) == count
-    assert list(open_tree(state)) == ["params/Dense_0/bias", "params/Dense_0/kernel"]
+    assert list(open_tree(state)) == ["params/Dense_0/kernel", "params/Dense_0/bias"]
     assert select(state, "**/kernel") == ("params/Dense_0/kernel",)
-    assert select(state, "**") == ("params/Dense_0/bias", "params/Dense_0/kernel")
+    assert select(state, "**") == ("params/Dense_0/kernel", "params/Dense_0/bias")
     assert select(state, "Dense_0/kernel") == ("params/Dense_0/kernel",)
     assert select(state, lambda path, leaf: leaf.ndim == 2) == ("params/Dense_0/kernel",)
     moment = "trace" if name == "momentum" else "mu"

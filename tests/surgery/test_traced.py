@@ -35,7 +35,7 @@ def kernel(tree: Any) -> Any:
         np.ones((2, 3), np.float32),
         lambda leaf: leaf * 2,
     ],
-    ids=str,
+    ids=["constant", "zeros", "normal", "add_normal", "scaled", "jax array", "array", "function"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_jit_gives_what_is_given_outside(value: Any, dtype: str) -> None:

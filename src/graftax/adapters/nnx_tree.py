@@ -342,8 +342,10 @@ def _set(module: Any, state: Any, new: Mapping[str, Any], hooks: bool = True) ->
 def _at(module: Any, keys: Iterable[Key]) -> Any:
     """What a Module holds at a path."""
     for key in keys:
-        named = isinstance(key, str) and not isinstance(module, Mapping)  # attributes, also of named tuples
-        module = getattr(module, key) if named else module[key]
+        if isinstance(key, str) and not isinstance(module, Mapping):
+            module = getattr(module, key)  # of named tuples too
+        else:
+            module = cast("Any", module)[key]
     return module
 
 

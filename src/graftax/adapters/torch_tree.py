@@ -171,7 +171,7 @@ def span_of(tensor: torch.Tensor) -> tuple[str, int, int]:
     """(storage, first byte, byte after the last) of a tensor that has values."""
     last = sum((extent - 1) * step for extent, step in zip(tensor.shape, tensor.stride(), strict=True))
     start, size = tensor.storage_offset() * tensor.element_size(), tensor.element_size()
-    return str(_address(tensor)), start, start + last * size + size
+    return str(_address(tensor)), int(start), int(start + last * size + size)
 
 
 def _address(tensor: torch.Tensor) -> Any:

@@ -70,8 +70,8 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
 
 def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> bool:
     """Another reading of the one layer fits as well, which is to be asked: a square convolution whose name says that it
-    may be transposed, a norm over a map, which may be the matrix of a class that nobody knows, fused rows that are split
-    into heads."""
+    may be transposed, a norm over a map, which may be the matrix of an unknown class, fused rows that are split into
+    heads."""
     shapes = [torch_end[name].shape for name in torch.roles.values()]
     square = any(len(shape) > 2 and shape[0] == shape[1] for shape in shapes)
     words = [*_words(torch.path, "torch")], [*_words(flax.path, "flax")]
