@@ -245,7 +245,7 @@ def test_an_answer_that_is_not_there_names_the_choices():
     ):
         with pytest.raises(UsageError, match=words):
             asked.answer(question, choice)
-    with pytest.raises(UsageError, match="there is no question$"):
+    with pytest.raises(UsageError, match=r"there is no question$"):
         built(*ENTRIES).answer(0, 0)
     assert asked.answer(-1, -1) is asked
 

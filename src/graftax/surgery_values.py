@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from graftax.errors import PlanError, UsageError, escape
+from graftax.errors import PlanError, UsageError, escape, worded
 from graftax.tree import TensorSpec
 
 if TYPE_CHECKING:
@@ -262,13 +262,13 @@ class Quantized:
 
 def _no_axis(bits: int, spec: TensorSpec) -> PlanError:
     """The error that shows both readings of a leaf that is no matrix."""
-    first, last = spec.shape[0], spec.shape[-1]
+    first, last = worded("--axis=0", "axis=0"), worded("--axis=-1", "axis=-1")
     if len(spec.shape) == 1:
-        ways = f"axis=0 is a scale for each of its {first} values, which changes nothing: select matrices only."
+        ways = f"{first} is a scale for each of its {spec.size} values, which changes nothing: select matrices only."
     else:
         ways = (
-            f"Say axis=0, {_scales(first)} (a torch weight: its output channels come first; a stack of layers), or "
-            f"axis=-1, {_scales(last)} (a Flax kernel: they come last). On the command line: --axis 0 or --axis=-1."
+            f"Say {first}, {_scales(spec.shape[0])} (a torch weight: its output channels come first; a stack of "
+            f"layers), or {last}, {_scales(spec.shape[-1])} (a Flax kernel: they come last)."
         )
     return PlanError(f"quantized({bits}): {spec} is no matrix, and the axis of its channels is not stated", next=ways)
 
