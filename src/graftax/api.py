@@ -236,6 +236,8 @@ def port_file(
     beside `out`, and go on from what an earlier run of the same source, plan and options left; not for Orbax.
     Under an initialised jax.distributed all processes call it alike, each writes a part, and all raise alike; resume is
     for one process.
+    Into a folder what stands beside the weights in like's folder (config, tokenizer) is copied unchanged; where like is
+    no folder, and the leaves are the source's own, from the source's.
     Raises what `port` raises, StorageError, and UsageError to resume from what is not in files.
     """
     with together("planning", spans=True):
@@ -274,6 +276,7 @@ def write_plan(
 ) -> Receipt:
     """Run a plan into a file or folder. `advance` is told of the bytes as they are made. Options as in `port_file`."""
     from graftax.formats import Output, save
+    from graftax.formats.sidecars import for_port
     from graftax.formats.sizes import parse_size, size_text
 
     joined = peers()
@@ -297,7 +300,8 @@ def write_plan(
     )
     inputs = (source,) if like is None else (source, like)
     origin = fingerprint(made, source, like) if resume else None
-    saved = save(str(out), output, format=format, clobber=clobber, inputs=inputs, origin=origin)
+    sidecars = for_port(source, like, made.like.specs)
+    saved = save(str(out), output, format=format, clobber=clobber, inputs=inputs, origin=origin, sidecars=sidecars)
     receipt.notes = saved.notes
     nbytes = sum(spec.nbytes for spec in made.like.specs.values())
     if saved.format == "orbax" and nbytes > budget:

@@ -81,11 +81,21 @@ def unpack(storage: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[Any, A
 
     spread = np.unpackbits(np.asarray(storage, np.uint8), bitorder="little")[: spec.size * spec.bits]
     spread = spread.reshape(spec.size, spec.bits)
-    if spec.kind == "i":  # int4 in NumPy is sign-extended to its byte
-        fill = np.repeat(spread[:, -1:], 8 - spec.bits, axis=1)
-        spread = np.concatenate([spread, fill], axis=1)
     codes = np.packbits(spread, axis=1, bitorder="little").reshape(-1)
     return codes.view(numpy_dtype(spec.dtype)).reshape(spec.shape)
+
+
+def codes_of(raw: np.ndarray[Any, np.dtype[np.uint8]], spec: TensorSpec) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+    """The codes of a packed dtype that was written one byte an element, with the upper bits zero or, of signed
+    integers, filled with the sign: ml_dtypes has kept int4 both ways. None where a byte is no such code."""
+    import numpy as np
+
+    low = np.bitwise_and(raw, np.uint8((1 << spec.bits) - 1))
+    plain = raw == low
+    if spec.kind == "i":
+        negative = low >> np.uint8(spec.bits - 1) == 1
+        plain |= negative & (raw == np.bitwise_or(low, np.uint8(256 - (1 << spec.bits))))
+    return low if bool(plain.all()) else None
 
 
 def storage_bytes(array: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -23,7 +23,10 @@ def escape(text: object, limit: int = _NAME_LIMIT) -> str:
     """A name from a file, safe for a terminal: control, bidirectional and surrogate characters as `\\x..`, long text
     cut in the middle."""
     out: list[str] = []
-    raw = str(text)
+    try:
+        raw = str(text)
+    except RecursionError:  # a value nested too deeply to be shown
+        raw = type(text).__name__
     if len(raw) > limit:
         raw = f"{raw[: limit // 2]}...{raw[-(limit // 2 - 3) :]}"
     if raw.isprintable():  # then it has none of the categories below, told a hundred times as fast

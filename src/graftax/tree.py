@@ -212,6 +212,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     modules   module path -> Module, where the source is live
     aliases   path -> the path it shares storage with, where the source is live
     config    config.json beside the checkpoint
+    folder    the model folder that was opened, where other files of the model stand beside its weights
     real_keys path prefix -> its last key, where that is not text (`blocks/0` -> 0)
     containers path prefix -> "list", "tuple" or "FrozenDict", where a container is not a plain dict
     trace     () -> Trace, where the source is live and can be called without data; nothing is computed
@@ -240,6 +241,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     whole: frozenset[str] = frozenset()
     scatter: Callable[[str, int, list[memoryview]], int] | None = None
     placed: Callable[[], Mapping[str, Any]] | None = None
+    folder: Path | None = None
 
     def __getitem__(self, path: str) -> TensorSpec:
         if path in self.specs:

@@ -17,10 +17,11 @@ from hypothesis.extra import numpy as hnp
 
 from graftax.dtypes import numpy_dtype, spec_of
 from graftax.errors import FormatError, PlanError, StorageError, UnsafeInputError
-from graftax.formats import npz, zip_write, zips
+from graftax.formats import npz, open_path, zip_write, zips
 from graftax.formats.base import Output
 from graftax.formats.source import open_source
 from graftax.formats.table import FORMATS
+from graftax.report.inspecting import inspection, inspection_text
 from graftax.tree import TensorSpec
 
 HELD = sorted(FORMATS["npz"].holds)
@@ -154,7 +155,7 @@ def test_void_bytes_are_explained(tmp_path, name):
 
 @pytest.mark.parametrize(
     "array",
-    [np.array(["a"]), np.array([b"a"]), np.zeros(2, "f4,i4"), np.zeros(2, "M8[s]"), np.zeros(2, np.longdouble)],
+    [np.zeros(2, "f4,i4"), np.zeros(2, "M8[s]"), np.zeros(2, np.longdouble)],
     ids=lambda array: str(array.dtype),
 )
 def test_other_dtypes(tmp_path, array):
@@ -392,3 +393,20 @@ def test_dtypes_that_numpy_does_not_own(tmp_path, dtype):
     assert not (tmp_path / "x.npz").exists()
     if dtype != "int4":
         assert "safetensors" in str(info.value)
+
+
+def test_text_beside_weights_is_left_out(tmp_path):
+    np.savez(
+        tmp_path / "a.npz",
+        **{"fc.weight": np.ones((2, 3)), "names": np.array(["a", "bb"]), "raw": np.array([b"x"])},
+    )
+    found = npz.open(tmp_path / "a.npz")
+    assert list(found) == ["fc.weight"]
+    assert found.metadata == {"names": "text (<U2), not read", "raw": "text (|S1), not read"}
+    assert inspection_text(inspection(found)).endswith("beside the weights, not read: names, raw")
+    np.savez(tmp_path / "a.npz", names=np.array(["a"]))
+    with pytest.raises(FormatError, match="no tensors"):
+        open_path(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", a=np.ones(2), names=np.array(["a", None]))
+    with pytest.raises(UnsafeInputError, match="Python objects"):
+        open_path(tmp_path / "a.npz")

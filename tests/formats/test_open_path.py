@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from graftax.dtypes import spec_of
 from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, UnsafeInputError, UsageError
-from graftax.formats import FORMATS, Output, open_path, save, sub_checkpoint
+from graftax.formats import FORMATS, Output, open_path, save, strict_json, sub_checkpoint
 from graftax.formats.spec_file import dump_spec
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
@@ -605,3 +605,86 @@ def test_no_bytes_make_it_fail_otherwise(tmp_path: Path):
                 found.read(name)
         except GraftaxError:
             pass
+
+
+# ---------------------------------------------------------------- what would never end
+
+
+@pytest.mark.parametrize(
+    "maps",
+    [
+        {"model.safetensors": "model.safetensors.index.json"},
+        {"model.safetensors": "b.safetensors.index.json", "b.safetensors": "model.safetensors.index.json"},
+        {"model.safetensors": "s/m.safetensors.index.json", "s/m.safetensors": "m.safetensors.index.json"},
+        {"odd": "odd.index.json"},
+    ],
+)
+def test_an_index_is_no_shard(tmp_path: Path, maps: dict[str, str]):
+    for file, target in maps.items():
+        (tmp_path / f"{file}.index.json").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.index.json").write_text(json.dumps({"weight_map": {"a": target}}))
+    for path in (tmp_path, *tmp_path.glob("*.index.json")):
+        with pytest.raises((FormatError, UnsafeInputError)):
+            open_path(path)
+
+
+def header(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode() + bytes(4)
+
+
+DEEP = {
+    "a.safetensors": (
+        lambda v: header(f'{{"x":{{"dtype":"F32","shape":{v},"data_offsets":[0,4]}}}}'),
+        lambda v: header(f'{{"x":{{"dtype":{v},"shape":[1],"data_offsets":[0,4]}}}}'),
+        lambda v: header(f'{{"__metadata__":{{"a":{v}}},"x":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}'),
+    ),
+    "spec.json": (
+        str.encode,
+        lambda v: f'{{"graftax_spec":{v}}}'.encode(),
+        lambda v: f'{{"graftax_spec":1,"side":null,"tensors":{{"x":{{"shape":{v},"dtype":{v}}}}}}}'.encode(),
+    ),
+    "model.safetensors.index.json": (
+        lambda v: f'{{"weight_map":{v}}}'.encode(),
+        lambda v: f'{{"weight_map":{{"a":{v}}}}}'.encode(),
+    ),
+    "_METADATA": (
+        lambda v: f'{{"tree_metadata":{v}}}'.encode(),
+        lambda v: f'{{"tree_metadata":{{"a":{{"key_metadata":[{{"key":{v},"key_type":{v}}}]}}}}}}'.encode(),
+    ),
+    "a.msgpack": (lambda v: b"\x81\xa1a" + b"\x91" * v.count("[") + b"\x01",),
+    "a.pt": (lambda v: b"\x80\x02)" + b"\x85" * v.count("[") + b".",),
+}
+
+
+@pytest.mark.parametrize("depth", [65, 950, 100_000])
+@pytest.mark.parametrize("name", DEEP)
+def test_nothing_nests_without_end(tmp_path: Path, name: str, depth: int):
+    """Near Python's own limit a value may be parsed and not be shown, or be walked from a deeper place."""
+    for make in DEEP[name]:
+        for value in ("[" * depth + "1" + "]" * depth, '{"[":' * depth + "1" + "}" * depth):
+            (tmp_path / name).write_bytes(make(value))
+            with pytest.raises((FormatError, UnsafeInputError)):
+                open_path(tmp_path if name == "_METADATA" else tmp_path / name)
+
+
+def test_json_is_no_deeper_than_trees():
+    assert strict_json.parse(b"[" * 64 + b"]" * 64, "x")
+    for text in (b"[" * 66 + b"]" * 66, b'{"a":[' * 40 + b"]}" * 40):
+        with pytest.raises(FormatError, match="nested too deeply"):
+            strict_json.parse(text, "x")
+    assert strict_json.parse(b'"' + b"[" * 100 + b'"', "x") == "[" * 100
+    assert len(strict_json.parse(b"[" + b",".join([b"[[1]]"] * 100) + b"]", "x")) == 100
+
+
+@pytest.mark.parametrize("separator", "/.")
+def test_names_are_no_deeper_than_trees(tmp_path: Path, separator: str):
+    for depth in (64, 66, 5000):
+        name = separator.join(["a"] * depth)
+        (tmp_path / "a.safetensors").write_bytes(
+            header(f'{{"{name}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}')
+        )
+        if depth == 64:
+            assert list(open_path(tmp_path / "a.safetensors")) == [name]
+        else:
+            with pytest.raises(UnsafeInputError, match="levels of nesting"):
+                open_path(tmp_path / "a.safetensors")

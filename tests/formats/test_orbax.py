@@ -472,3 +472,38 @@ def test_other_folders(tmp_path):
     assert not orbax_folder.sniff(tmp_path, b"")
     assert not orbax_folder.sniff(tmp_path / "absent", b"")
     assert not orbax_folder.sniff(tmp_path / "file", b"x")
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from graftax.dtypes import spec_of
+from graftax.formats import Output, save
+arrays = {f"l{i}/kernel": np.random.default_rng(i).standard_normal((512, 1024), "float32") for i in range(12)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+save(sys.argv[1], Output({k: spec_of(v) for k, v in arrays.items()}, arrays.items(), "flax"))
+"""
+
+
+@pytest.mark.parametrize("mebibytes", [1, 3])
+def test_a_full_disk_leaves_nothing(tmp_path, mebibytes):
+    """What Orbax had begun has ended before its folder is removed: nothing is made anew, and nothing is said."""
+    command = [sys.executable, "-c", FULL, str(tmp_path / "out"), str(mebibytes << 20)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "StorageError" in done.stderr.splitlines()[-2], done.stderr
+    assert os.listdir(tmp_path) == []
+    assert "Event loop is closed" not in done.stderr
+
+
+def test_saving_where_an_event_loop_runs(tmp_path):
+    """As in a notebook."""
+    import asyncio
+
+    policy = asyncio.get_event_loop_policy()
+
+    async def cell():
+        saved(tmp_path / "x", {"a": np.ones(3)})
+
+    asyncio.run(cell())
+    assert orbax_folder.open(tmp_path / "x").read("a").tolist() == [1, 1, 1]
+    assert asyncio.get_event_loop_policy() is policy

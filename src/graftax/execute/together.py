@@ -29,6 +29,7 @@ from graftax.execute.same_work import same_work
 from graftax.execute.streamed import Stream
 from graftax.formats import Output, hf_folder, orbax_write, safetensors_file, saving
 from graftax.formats.base import Format, Tile
+from graftax.formats.sidecars import for_port
 from graftax.formats.sizes import parse_size
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint, TensorSpec
@@ -99,7 +100,13 @@ def write_together(
         inputs = (source,) if like is None else (source, like)
         with joined.together("putting it in place"):
             receipt.notes = saving.save(
-                wanted.out, output, format=wanted.format, clobber=wanted.clobber, inputs=inputs, write=lead
+                wanted.out,
+                output,
+                format=wanted.format,
+                clobber=wanted.clobber,
+                inputs=inputs,
+                write=lead,
+                sidecars=for_port(source, like, made.like.specs),
             ).notes
     else:
         payload, mark = joined.agree("staging")[0]

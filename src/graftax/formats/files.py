@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftax.errors import FormatError, StorageError, UnsafeInputError, escape
+from graftax.errors import StorageError, UnsafeInputError, escape
 from graftax.formats.limits import check_limit
 from graftax.formats.remote_file import RemoteFile
 
@@ -206,37 +206,6 @@ def write_at(fd: int, offset: int, data: memoryview) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done : done + _CHUNK], offset + done)
-
-
-# ---------------------------------------------------------------- what a download can be instead of a checkpoint
-
-_ELSEWHERE = "Save the weights as .safetensors with the library that wrote it."
-IMPOSTORS: tuple[tuple[bytes, str, str], ...] = (
-    (
-        b"version https://git-lfs",
-        "a Git LFS pointer, not the file it stands for",
-        "Fetch the file itself: git lfs pull",
-    ),
-    (b"<!doctype html", "an HTML page saved in a checkpoint's place", "Download it again: this is what a site shows."),
-    (b"<html", "an HTML page saved in a checkpoint's place", "Download it again: this is what a site shows."),
-    (b"<?xml", "an XML document (often a storage service's error)", "Download it again, and look at what it says."),
-    (b"\x89hdf\r\n", "an HDF5 file (as Keras writes), of no format that graftax knows", _ELSEWHERE),
-    (b"gguf", "a GGUF file, of no format that graftax knows: its weights are quantized", _ELSEWHERE),
-    (b"\x93numpy", "one NumPy array (.npy), without a name", "Save it with numpy.savez under its name."),
-    (b"\x1f\x8b", "compressed by gzip", "Unpack it first."),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "Unpack it first."),
-)
-"""first bytes in lower case, after white space -> what it is, what to do"""
-
-
-def refuse_impostor(head: bytes, label: str) -> None:
-    """FormatError where the first bytes are of an empty file, a Git LFS pointer, a web page and the like."""
-    if not head:
-        raise FormatError(f"{label} is empty (0 bytes)", next="Download or write it again.")
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:32].lower()
-    for begin, what, then in IMPOSTORS:
-        if start.startswith(begin):
-            raise FormatError(f"{label} is {what}", next=then)
 
 
 # ---------------------------------------------------------------- staying inside a folder

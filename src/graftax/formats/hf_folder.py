@@ -76,7 +76,7 @@ def open(path: Path) -> Checkpoint:
         from graftax.formats.opening import open_file
 
         found = open_file(files.inside(folder, name, escape(folder)), config=False)
-    return replace(found, label=str(path), config=config)
+    return replace(found, label=str(path), config=config, folder=folder)
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
@@ -94,7 +94,7 @@ def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
     shard_of = weight_map(strict_json.parse_object(files.read_whole(index), label), label)
     names = dict.fromkeys(shard_of.values())
     paths = gathered(names, lambda name: files.inside(folder, name, label), label)  # all names before any file
-    shards = gathered(names, lambda name: open_file(paths[name], config=False), label)
+    shards = gathered(names, lambda name: open_file(paths[name], config=False, shard=True), label)
     return joined(str(folder), shard_of, shards, (index,), label)
 
 

@@ -11,7 +11,7 @@ byte an element.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,15 @@ from graftax.formats.base import Output
 from graftax.formats.direct import DirectFile
 from graftax.formats.files import storage_error
 from graftax.formats.limits import check_limit
-from graftax.formats.msgpack_walk import CHUNKED, FIXED_EXT, NDARRAY, Array, Text, itemsize, mark, parse
+from graftax.formats.msgpack_walk import CHUNKED, FIXED_EXT, NDARRAY, Array, Aside, Text, itemsize, mark, parse
 from graftax.formats.source import Source, open_source
 from graftax.formats.writing import byte_runs, refuse
 from graftax.tree import Checkpoint, Key, TensorSpec, join_path, nest
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from graftax.formats.aside import StoredAside
 
 CHUNK = 1 << 30
 """Bytes above which flax splits an array."""
@@ -44,7 +46,8 @@ def sniff(path: Path, head: bytes) -> bool:
 
 def open(path: Path) -> Checkpoint:
     """The tree in the file. Python numbers are 0-d leaves (int64, uint64, float64, bool, complex128), so that none is
-    lost; text, bytes, None and empty containers are listed in the metadata.
+    lost; text, bytes, None and empty containers are listed in the metadata. Arrays that stand in folders beside the
+    file are read from there (see `aside`).
 
     Raises FormatError where it is malformed or holds what no checkpoint does, UnsafeInputError beyond a limit.
     """
@@ -52,6 +55,8 @@ def open(path: Path) -> Checkpoint:
     label = escape(path)
     root = parse(source, label)
     arrays: dict[str, Array] = {}
+    asides: dict[str, Aside] = {}
+    names: dict[str, None] = {}
     metadata: dict[str, str] = {}
     real_keys: dict[str, Key] = {}
     containers: dict[str, str] = {}
@@ -59,18 +64,29 @@ def open(path: Path) -> Checkpoint:
         name = join_path(keys)
         if isinstance(leaf, Text):
             metadata[name] = leaf.text
-        elif name in arrays:
+            continue
+        if name in names:
             raise FormatError(f"{label} holds two leaves that are both called {escape(name)}")
-        else:
-            arrays[name] = leaf
-            if leaf.value is not None:
-                metadata[name] = f"a Python {type(leaf.value).__name__}"
-    check_limit("leaves", len(arrays), label)
+        names[name] = None
+        if isinstance(leaf, Aside):
+            asides[name] = leaf
+            continue
+        arrays[name] = leaf
+        if leaf.value is not None:
+            metadata[name] = f"a Python {type(leaf.value).__name__}"
+    check_limit("leaves", len(names), label)
+    specs = {name: array.spec for name, array in arrays.items()}
+    stores = _stores_aside(path, asides, label)
+    specs |= {name: spec for store in stores for name, spec in store.specs.items()}
 
     def reader(name: str) -> np.ndarray[Any, Any]:
-        return _read(source, arrays[name], f"{label}: {escape(name)}")
+        if name in arrays:
+            return _read(source, arrays[name], f"{label}: {escape(name)}")
+        return next(store for store in stores if name in store.specs).read(name)
 
-    whole = frozenset(name for name, array in arrays.items() if array.spec.packed or array.value is not None)
+    whole = frozenset(
+        {name for name, array in arrays.items() if array.spec.packed or array.value is not None} | asides.keys()
+    )
 
     def span(name: str, start: int, buffer: memoryview) -> None:
         if name in whole:
@@ -80,10 +96,10 @@ def open(path: Path) -> Checkpoint:
     return Checkpoint(
         label=str(path),
         side="flax",
-        specs={name: array.spec for name, array in arrays.items()},
+        specs={name: specs[name] for name in names},
         reader=reader,
         format="msgpack",
-        files=(path,),
+        files=(path, *(file for store in stores for file in store.files)),
         span=span,
         whole=whole,
         metadata=metadata,
@@ -92,13 +108,21 @@ def open(path: Path) -> Checkpoint:
     )
 
 
+def _stores_aside(path: Path, asides: Mapping[str, Aside], label: str) -> tuple[StoredAside, ...]:
+    if not asides:
+        return ()
+    from graftax.formats.aside import open_aside
+
+    return open_aside(path, asides, label)
+
+
 def _leaves(
     node: Any, keys: tuple[Key, ...], real_keys: dict[str, Key], containers: dict[str, str]
-) -> Iterator[tuple[tuple[Key, ...], Array | Text]]:
+) -> Iterator[tuple[tuple[Key, ...], Array | Text | Aside]]:
     """(keys, leaf), and on the way what flat names do not say."""
     if keys and type(keys[-1]) is int:
         real_keys[join_path(keys)] = keys[-1]
-    if isinstance(node, (Array, Text)):
+    if isinstance(node, (Array, Text, Aside)):
         yield keys, node
         return
     if not node:
@@ -116,7 +140,7 @@ def _leaves(
 def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
     import numpy as np
 
-    from graftax.dtypes import from_storage, numpy_dtype, pack, unpack
+    from graftax.dtypes import codes_of, from_storage, numpy_dtype, pack
 
     if array.value is not None:
         return np.array(array.value, numpy_dtype(array.spec.dtype))
@@ -124,11 +148,10 @@ def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
     _read_parts(source, array, 0, memoryview(data))
     if not array.spec.packed:
         return from_storage(data, array.spec)
-    codes = np.frombuffer(data, np.uint8)
-    packed = pack(codes, array.spec.bits)
-    if not np.array_equal(unpack(packed, array.spec).reshape(-1).view(np.uint8), codes):
+    codes = codes_of(np.frombuffer(data, np.uint8), array.spec)
+    if codes is None:
         raise FormatError(f"{where}: a byte that is no code of {array.spec.dtype}")
-    return packed
+    return pack(codes, array.spec.bits)
 
 
 def _read_parts(source: Source, array: Array, start: int, buffer: memoryview) -> None:

@@ -41,9 +41,24 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A leaf that is no array and no number, in words."""
+    """A leaf that is no array and no number, in words; of text the first 4,096 bytes as they are."""
 
     text: str
+    raw: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A leaf whose array stands elsewhere: what the file says of it, by whom it was written, and where that is."""
+
+    said: str
+    writer: str
+    place: str
+
+
+PLACEHOLDERS = {b"PLACEHOLDER://": "Orbax before 0.5", b"//GDAPlaceholder:": "flax.training.checkpoints"}
+"""Texts that stand for an array and end in its name -> who writes them."""
+_LONGEST_NAME = 4096
 
 
 @dataclass(slots=True)
@@ -114,7 +129,7 @@ NONE = Text("None")
 
 
 def parse(source: Source, label: str) -> dict[Key, Any] | list[Any]:
-    """The tree in the file: dicts and lists with Array and Text at the leaves.
+    """The tree in the file: dicts and lists with Array, Text and Aside at the leaves.
 
     Raises FormatError where it is malformed or no tree, UnsafeInputError beyond a limit.
     """
@@ -133,7 +148,7 @@ def itemsize(spec: TensorSpec) -> int:
 
 
 def _value(walk: _Walk, where: str, depth: int) -> Any:
-    """The value that comes next: dict, list, Array or Text."""
+    """The value that comes next: dict, list, Array, Text or Aside."""
     walk.values += 1
     if depth > walk.deepest or walk.values > walk.most:
         check_limit("depth", depth, walk.label)
@@ -148,8 +163,12 @@ def _value(walk: _Walk, where: str, depth: int) -> Any:
     if kind in ("str", "bin"):
         length = value
         at = walk.skip(length)
-        shown = bytes(walk.source.read(at, min(length, 80))).decode("utf-8", "replace")
-        return Text(f"{kind} {escape(shown)}" if kind == "str" else f"{length} bytes")
+        raw = bytes(walk.source.read(at, min(length, _LONGEST_NAME))) if kind == "str" else b""
+        text = raw.decode("utf-8", "replace")
+        writer = next((name for begin, name in PLACEHOLDERS.items() if raw.startswith(begin)), None)
+        if writer is not None:
+            return Aside(text, writer, text.partition(":")[2].removeprefix("//"))
+        return Text(f"str {escape(text[:80])}", text) if kind == "str" else Text(f"{length} bytes")
     return NONE if kind == "none" else _number(value)
 
 
@@ -180,7 +199,21 @@ def _map(walk: _Walk, count: int, where: str, depth: int) -> Any:
         if key in out:
             raise FormatError(f"{walk.label} holds the key {escape(key)} twice below {escape(where or '/')}")
         out[key] = _value(walk, f"{where}/{key}", depth + 1)
-    return _joined(out, f"{walk.label}: {escape(where)}") if CHUNKED in out else out
+    if CHUNKED in out:
+        return _joined(out, f"{walk.label}: {escape(where)}")
+    return _stored_aside(out) or out
+
+
+def _stored_aside(node: dict[Key, Any]) -> Aside | None:
+    """The array that a tensorstore spec stands for, as T5X writes it in its place."""
+    driver, store = node.get("driver"), node.get("kvstore")
+    if not isinstance(driver, Text) or not isinstance(store, dict):
+        return None
+    place, base = store.get("path"), store.get("base")
+    if isinstance(base, dict) and not isinstance(place, Text):
+        place = base.get("path")
+    said = f"a tensorstore spec of driver {escape(driver.raw, 20)}"
+    return Aside(said, "T5X", place.raw if isinstance(place, Text) else "")
 
 
 def _joined(chunked: dict[Key, Any], where: str) -> Array:

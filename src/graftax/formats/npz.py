@@ -37,6 +37,8 @@ _CODES = {
     "float16": "<f2", "float32": "<f4", "float64": "<f8", "complex64": "<c8", "complex128": "<c16",
 }  # fmt: skip
 """Our dtype name -> NumPy's `descr`, which is also all that is read (and its big-endian form)."""
+_TEXT = ("U", "S", "a")
+"""First letters of the `descr` of text: no weight, but it may stand beside weights."""
 _NAMES = {code[1:]: name for name, code in _CODES.items()}
 
 
@@ -55,6 +57,10 @@ class _Bad(Exception):
     """A header that is not understood; `open` collects these."""
 
 
+class _Left(Exception):
+    """An array that is no weight and is left out, in words."""
+
+
 def sniff(path: Path, head: bytes) -> bool:
     """A zip whose first member is a .npy file, or an empty one or any other with npz's ending."""
     name = zips.first_member_name(head)
@@ -64,7 +70,8 @@ def sniff(path: Path, head: bytes) -> bool:
 
 
 def open(path: Path) -> Checkpoint:
-    """The arrays of the archive under their names (without `.npy`), in the archive's order.
+    """The arrays of numbers in the archive under their names (without `.npy`), in the archive's order; text is left
+    out, and listed in the metadata.
 
     Raises FormatError where it is malformed or holds what is no array of numbers, UnsafeInputError for object arrays
     and beyond a limit.
@@ -74,12 +81,15 @@ def open(path: Path) -> Checkpoint:
     entries: dict[str, _Entry] = {}
     wrong: list[Failure] = []
     code: list[Failure] = []
+    left: dict[str, str] = {}
     for name, member in zips.zip_members(source).items():
         if not name.endswith(".npy"):
             wrong.append(Failure("it is not a .npy file", label, name))
             continue
         try:
             entries[name.removesuffix(".npy")] = _entry(source, member)
+        except _Left as what:
+            left[name.removesuffix(".npy")] = str(what)
         except UnsafeInputError:
             code.append(Failure("an object array: reading it would run code", label, name.removesuffix(".npy")))
         except (_Bad, FormatError) as error:
@@ -112,6 +122,7 @@ def open(path: Path) -> Checkpoint:
         files=(path,),
         span=span,
         whole=whole,
+        metadata=left,
     )
 
 
@@ -176,6 +187,8 @@ def _dtype(descr: Any) -> str:
         raise _Bad("a record of several fields; only arrays of numbers are read")
     if descr.lstrip("<>|=")[:1] == "O":
         raise UnsafeInputError("object array")
+    if descr.lstrip("<>|=")[:1] in _TEXT:
+        raise _Left(f"text ({escape(descr, 20)}), not read")
     if descr.lstrip("<>|=")[:1] == "V":
         raise _Bad(
             f"bytes without a type ({escape(descr)}): NumPy writes bfloat16 (V2), float8 and int4 (V1) so, and nothing "

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, UsageError, escape, option
-from graftax.formats import files, hub, strict_json
+from graftax.errors import Failure, FormatError, GraftaxError, PlanError, StorageError, UsageError, escape, option
+from graftax.formats import files, foreign, hub, safetensors_file, strict_json
 from graftax.formats.base import LEFTOVER, Format
+from graftax.formats.limits import beyond, limit
 from graftax.formats.remote_url import is_url
 from graftax.formats.table import FORMATS, by_ending
-from graftax.tree import Checkpoint, Side, detect_side, nearest
+from graftax.tree import Checkpoint, Side, detect_side, natural_key, nearest
 
 _HEAD = 512
 
@@ -72,10 +74,11 @@ def _open_inside(head: str, name: str) -> Checkpoint:
 
 
 def _missing(text: str) -> StorageError:
-    """Nothing is at `text`: what is near, and where else was looked."""
+    """Nothing is at `text`: what is near, and where else was looked. FormatError for a TensorFlow checkpoint."""
     path = Path(text)
     if "\0" in text:
         return StorageError(f"{escape(text)} cannot be the name of a file")
+    foreign.refuse_prefix(text)
     hints: list[str] = []
     old = path.with_name(path.name + LEFTOVER) if path.name else path
     if path.name and os.path.lexists(old):
@@ -110,13 +113,16 @@ def _open_existing(path: Path, label: str) -> Checkpoint:
     return open_folder(path) if folder else open_file(path)
 
 
-def open_file(path: Path, config: bool = True, part: str = "") -> Checkpoint:
-    """The checkpoint in one file, or the `part` of it that was named, with the config.json beside it. Raises as
-    `open_path`."""
+def open_file(path: Path, config: bool = True, part: str = "", shard: bool = False) -> Checkpoint:
+    """The checkpoint in one file, or the `part` of it that was named, with the config.json beside it. A `shard` that an
+    index names is a file of tensors, never another index. Raises as `open_path`."""
     head = files.read_head(path, _HEAD)
     label = escape(path)
-    files.refuse_impostor(head, label)
-    row = identify(path, head)
+    if not safetensors_file.sniff(path, head):  # its first bytes, a length, may be anything's
+        foreign.refuse_foreign(path, head, label)
+    if not shard:
+        foreign.refuse_slice(path, label)
+    row = identify(path, head, index=not shard)
     if row is None:
         hinted = by_ending(path.suffix)
         claim = f", though it ends in {path.suffix}" if hinted else ""
@@ -131,21 +137,26 @@ def open_file(path: Path, config: bool = True, part: str = "") -> Checkpoint:
         found = module.open(path)
         if part:
             found = sub_checkpoint(found, part)
-    if config and found.config is None and (beside := _config_beside(path)) is not None:
+    if config and found.config is None and (beside := config_of(path.parent)) is not None:
         found = replace(found, config=beside)
-    return found
+    return checked(found, label)
 
 
 def open_folder(path: Path) -> Checkpoint:
     """The checkpoint that a folder is. Raises as `open_path`."""
     row = identify(path, b"")
     if row is not None:
-        return row.load().open(path)
+        return checked(row.load().open(path), escape(path))
     try:
         names = sorted(os.listdir(path))
     except OSError as exc:
         raise files.storage_error(exc, path) from None
+    foreign.refuse_foreign_folder(path, names)
+    if (saved := _saved(path, names)) is not None:
+        return saved
     weights = [name for name in names if (row := by_ending(Path(name).suffix)) and row.name != "spec"]
+    if not weights:
+        foreign.refuse_foreign_inside(path, names)
     inside = (weights or [name for name in names if os.path.isdir(path / name)])[:5]
     then = "Inside, to be named one by one: " + ", ".join(escape(path / name) for name in inside) if inside else ""
     raise FormatError(
@@ -155,17 +166,55 @@ def open_folder(path: Path) -> Checkpoint:
     )
 
 
-def identify(path: Path, head: bytes) -> Format | None:
-    """The format whose signs the content shows. The one its ending names is asked first, which saves imports."""
-    rows = [row for row in FORMATS.values() if row.folder == (head == b"") or row.name == "hf_folder"]
+_SAVED = re.compile(r"checkpoint_?\d+(?:\.\d+)?", re.ASCII)
+
+
+def _saved(path: Path, names: list[str]) -> Checkpoint | None:
+    """The one that flax.training.checkpoints saved in a folder, a file without an ending each. PlanError where there
+    are several."""
+    steps = sorted((name for name in names if _SAVED.fullmatch(name) and os.path.isfile(path / name)), key=natural_key)
+    if not steps:
+        return None
+    if len(steps) == 1:
+        return replace(open_file(path / steps[0]), label=str(path))
+    raise PlanError(
+        f"{escape(path)} holds {len(steps)} steps",
+        [Failure("a step", file=str(path / name), key=str(path / name)) for name in steps],
+        next=f"Name one; the latest is {escape(path / steps[-1])}",
+    )
+
+
+def checked(found: Checkpoint, label: str) -> Checkpoint:
+    """`found`, which must hold tensors (a header or a spec may say that there are none), under names that are no deeper
+    than trees may be. FormatError, UnsafeInputError."""
+    if not found.specs and found.format not in ("safetensors", "spec"):
+        raise FormatError(f"{label} holds no tensors", next=_other(found.metadata))
+    deepest = limit("depth")
+    for name in found.specs:
+        if (depth := max(name.count("/"), name.count("."))) > deepest:
+            raise beyond("depth", f"{label}: {escape(name, 60)} has {depth + 1:,} parts")
+    if found.metadata.get("format") == "mlx":
+        foreign.refuse_mlx({name: spec.shape for name, spec in found.specs.items()}, label)
+    return found
+
+
+def _other(metadata: Mapping[str, str]) -> str:
+    some = ", ".join(f"{escape(name, 40)} ({escape(what, 40)})" for name, what in list(metadata.items())[:5])
+    return f"It holds: {some}" if some else ""
+
+
+def identify(path: Path, head: bytes, index: bool = True) -> Format | None:
+    """The format whose signs the content shows; the `index` of a set is none where it is not asked for. The one its
+    ending names is asked first, which saves imports."""
+    rows = [row for row in FORMATS.values() if row.folder == (head == b"") or (row.name == "hf_folder" and index)]
     rows.sort(key=lambda row: path.suffix.lower() not in row.endings)
     return next((row for row in rows if row.load().sniff(path, head)), None)
 
 
-def _config_beside(path: Path) -> Mapping[str, Any] | None:
-    """config.json in a file's folder. Nothing is promised about a folder that was not named: what is not a JSON object
+def config_of(folder: Path) -> Mapping[str, Any] | None:
+    """config.json in a folder. Nothing is promised about a folder that was not named: what is not a JSON object
     there is not a model's settings."""
-    beside = path.parent / "config.json"
+    beside = folder / "config.json"
     if not os.path.isfile(beside):
         return None
     try:

@@ -6,7 +6,8 @@ without the devices or sharding that they were saved with. Names come from the `
 Layouts (orbax-checkpoint 0.5 to 0.12): ITEM/_METADATA describes the tree; the arrays are zarr (version 2 or 3), named
 by their keys joined by '.', in an OCDBT database (manifest.ocdbt) or in folders of their own. STEP/_CHECKPOINT_METADATA
 stands beside its items' folders, ROOT holds the steps' folders. A folder that is being written has
-`.orbax-checkpoint-tmp` in its name.
+`.orbax-checkpoint-tmp` in its name. Before 0.5 (and in T5X) an item has a msgpack file `checkpoint` instead of
+_METADATA, and a folder for each array that is not in it: see `aside`.
 
 What graftax wrote has graftax.json in it: the order and SHA-256 of every leaf, and the keys and containers that Orbax
 forgets. Orbax itself keeps no checksum of values: a flipped bit in another checkpoint is not noticed.
@@ -16,23 +17,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftax.errors import Failure, FormatError, PlanError, UnsafeInputError, UsageError, escape
-from graftax.formats import beside, files, orbax_write, strict_json, tree_meta
+from graftax.errors import Failure, FormatError, PlanError, StorageError, UnsafeInputError, escape
+from graftax.formats import array_store, beside, files, msgpack_file, orbax_write, strict_json, tree_meta
 from graftax.formats.limits import check_limit
 from graftax.formats.orbax_tree import OCDBT, TREE, Tree, read_tree, real_keys, unfinished, unwrapped, without_random
 from graftax.formats.source import check_ratio
-from graftax.tree import DTYPES, Checkpoint, Key, TensorSpec, join_path, natural_key
+from graftax.tree import Checkpoint, Key, TensorSpec, join_path, natural_key
 
 if TYPE_CHECKING:
     import numpy as np
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-STEP, OURS = "_CHECKPOINT_METADATA", orbax_write.MANIFEST
+STEP, OURS, OLD = "_CHECKPOINT_METADATA", orbax_write.MANIFEST, "checkpoint"
 _STEP_NAME = re.compile(r"(?:.*_)?(\d+)")
 _OWN_FILES = {TREE, STEP, OCDBT, OURS, "_sharding", "_strings.json", "commit_success.txt", "descriptor.pbtxt"}
 _OWN_FOLDERS = re.compile(r"d|ocdbt\.process_.*|ocdbt_(data|meta)|array_metadatas|descriptor")
@@ -50,7 +51,7 @@ def sniff(path: Path, head: bytes) -> bool:
         return False
     if TEMPORARY in path.name or _marked(path) or os.path.exists(path / OCDBT):
         return True
-    return any(TEMPORARY in child.name or _marked(child) for child in _folders(path))
+    return any(TEMPORARY in child.name or _marked(child) or _is_step(child) for child in _folders(path))
 
 
 def open(path: Path) -> Checkpoint:
@@ -61,6 +62,8 @@ def open(path: Path) -> Checkpoint:
     UnsafeInputError where it leads out of its folder or passes a limit.
     """
     item = _locate(path)
+    if _old(item):
+        return replace(msgpack_file.open(item / OLD), label=str(path), format="orbax")
     label = escape(item)
     tree = read_tree(item)
     stamps = {name: files.stamp(item / name) for name in (TREE, OCDBT) if os.path.exists(item / name)}
@@ -68,7 +71,7 @@ def open(path: Path) -> Checkpoint:
     ours = os.path.exists(item / OURS)  # then nothing is to be told from the look of the tree
     weights, notes = (tree, {}) if ours else without_random(item, tree)
     plain = tree if ours else unwrapped(weights)
-    stores = _stores(item, plain)
+    stores = array_store.stores(item, plain)
     specs = {join_path(keys): spec for keys, (spec, _) in stores.items()}
     if len(specs) != len(stores):
         raise FormatError(f"{label} holds two leaves of one name")
@@ -86,10 +89,12 @@ def open(path: Path) -> Checkpoint:
         for file, stamp in stamps.items():
             if files.stamp(item / file) != stamp:
                 raise files.changed(item / file)
-        array = _read(item, plain, names[name], specs[name])
+        array = array_store.read(item, plain, names[name], specs[name])
         if manifest is not None and not orbax_write.intact(array, specs[name], manifest.digests[name]):
             raise FormatError(f"{label}: {escape(name)} is damaged: it is not what graftax.json says was written")
         return array
+
+    from graftax.formats.opening import config_of
 
     scalars = {join_path(leaf.keys): "a Python number" for leaf in plain.leaves if leaf.kind == "scalar"}
     return Checkpoint(
@@ -102,11 +107,26 @@ def open(path: Path) -> Checkpoint:
         metadata=tree.left | notes | scalars,
         real_keys=keys,
         containers=containers,
+        config=(config := config_of(path)),
+        folder=None if config is None else path,
     )
 
 
 def _marked(path: Path) -> bool:
-    return any(os.path.isfile(path / name) for name in (TREE, STEP))
+    return any(os.path.isfile(path / name) for name in (TREE, STEP)) or _old(path)
+
+
+def _old(path: Path) -> bool:
+    """Is it an item of Orbax before 0.5, or of T5X?"""
+    try:
+        return not os.path.isfile(path / TREE) and msgpack_file.sniff(path / OLD, files.read_head(path / OLD))
+    except StorageError:
+        return False
+
+
+def _is_step(path: Path) -> bool:
+    """Is it a step of a manager? Old ones have nothing but their items' folders."""
+    return bool(_STEP_NAME.fullmatch(path.name)) and (_marked(path) or any(map(_old, _folders(path))))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -125,10 +145,10 @@ def _locate(path: Path) -> Path:
         raise unfinished(path, "its name says so")
     if os.path.isfile(path / STEP):
         _check_committed(path)
-    if os.path.isfile(path / TREE):
+    if os.path.isfile(path / TREE) or _old(path):
         return path
     folders = [child for child in _folders(path) if TEMPORARY not in child.name]
-    steps = [child for child in folders if _STEP_NAME.fullmatch(child.name) and _marked(child)]
+    steps = [child for child in folders if _is_step(child)]
     if steps and not os.path.isfile(path / STEP):
         if len(steps) == 1:
             return _locate(steps[0])
@@ -138,7 +158,7 @@ def _locate(path: Path) -> Path:
             [Failure("a step", file=str(child), key=str(child)) for child in steps],
             next=f"Name one; the latest is {escape(latest)}",
         )
-    items = [child for child in folders if os.path.isfile(child / TREE)]
+    items = [child for child in folders if os.path.isfile(child / TREE) or _old(child)]
     weights = [child for child in items if not _beside(child.name)]
     if len(weights) == 1:
         return weights[0]
@@ -147,11 +167,6 @@ def _locate(path: Path) -> Path:
             f"{escape(path)} holds {len(items)} items",
             [Failure("an item", file=str(child), key=str(child)) for child in weights or items],
             next=f"Name one, for example {escape((weights or items)[0])}",
-        )
-    if os.path.exists(path / "checkpoint"):
-        raise FormatError(
-            f"{escape(path)} is of Orbax before 0.5, whose arrays are in one file",
-            next="Open that file: its name is 'checkpoint', and it is msgpack.",
         )
     raise unfinished(path, f"it has no {TREE}")
 
@@ -214,82 +229,3 @@ def _manifest(item: Path, specs: Mapping[str, TensorSpec]) -> _Manifest:
     if wrong:
         raise FormatError(f"{label}: {len(wrong)} digests are of no form", [Failure("no digest", key=wrong[0])])
     return _Manifest(digests, real_keys, containers)
-
-
-# ---------------------------------------------------------------- tensorstore
-
-
-def _tensorstore() -> Any:
-    try:
-        import tensorstore
-    except ImportError as error:
-        raise UsageError(
-            "reading an Orbax checkpoint takes tensorstore", next="pip install orbax-checkpoint"
-        ) from error
-    return tensorstore
-
-
-def _spec(item: Path, tree: Tree, name: str) -> dict[str, Any]:
-    """The tensorstore spec of an array."""
-    folder = os.path.abspath(item)
-    if tree.ocdbt:
-        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
-    else:
-        if "\0" in name or "\\" in name or any(part in {"", ".", ".."} for part in name.split("/")):
-            raise UnsafeInputError(f"{escape(item)} names the folder {escape(name)!r}")
-        store = {"driver": "file", "path": f"{folder}/{name}/"}
-    driver = "zarr3" if tree.zarr3 else "zarr"
-    return {"driver": driver, "kvstore": store, "fill_missing_data_reads": not tree.complete}
-
-
-def _opened(item: Path, tree: Tree, names: list[str]) -> Iterator[Any]:
-    """The stores of these arrays; FormatError for one that is not there or damaged."""
-    ts = _tensorstore()
-    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
-    specs = [_spec(item, tree, name) for name in names]
-    pending = [ts.open(ts.Spec(spec), open=True, read=True, context=context) for spec in specs]
-    for name, future in zip(names, pending, strict=True):
-        try:
-            yield future.result()
-        except (ValueError, OSError, RuntimeError) as error:
-            raise _damaged(item, name, error) from error
-
-
-def _damaged(item: Path, name: str, error: Exception) -> FormatError:
-    text = str(error).partition(" [")[0]
-    return FormatError(f"{escape(item)}: the array {escape(name)} is missing or damaged", next=escape(text, 300))
-
-
-def _stores(item: Path, tree: Tree) -> dict[tuple[Key, ...], tuple[TensorSpec, int]]:
-    """keys -> (spec, bytes that reading it takes) of every leaf."""
-    out: dict[tuple[Key, ...], tuple[TensorSpec, int]] = {}
-    wrong: list[Failure] = []
-    for leaf, store in zip(tree.leaves, _opened(item, tree, [leaf.name for leaf in tree.leaves]), strict=True):
-        dtype = str(store.dtype.name)
-        if dtype not in DTYPES:
-            wrong.append(Failure(f"dtype {escape(dtype)} is none that a checkpoint holds", key=join_path(leaf.keys)))
-            continue
-        spec = TensorSpec(tuple(int(n) for n in store.shape), dtype)
-        layout = store.chunk_layout
-        need = spec.nbytes
-        for chunk in (layout.read_chunk.shape, layout.write_chunk.shape):
-            need = max(need, TensorSpec(tuple(int(n) for n in chunk), dtype).nbytes if chunk else 0)
-        out[leaf.keys] = spec, need
-    if wrong:
-        raise FormatError(f"{escape(item)}: {len(wrong)} arrays cannot be read", wrong)
-    return out
-
-
-def _read(item: Path, tree: Tree, name: str, spec: TensorSpec) -> np.ndarray[Any, Any]:
-    import numpy as np
-
-    from graftax.dtypes import spec_of, storage_bytes
-
-    (store,) = _opened(item, tree, [name])
-    try:
-        array = np.ascontiguousarray(store.read().result()).reshape(spec.shape)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        raise _damaged(item, name, error) from error
-    if spec_of(array) != spec:
-        raise files.changed(item)
-    return storage_bytes(array, spec) if spec.packed else array

@@ -10,16 +10,15 @@ from __future__ import annotations
 import builtins
 import hashlib
 import json
-import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.formats import files, tree_meta
 from graftax.formats.base import Output
+from graftax.formats.orbax_quiet import finished
 from graftax.formats.orbax_tree import TREE
 from graftax.formats.writing import refuse, tensor_bytes
 from graftax.tree import Key, TensorSpec, escape_part, nest, unescape_part
@@ -62,8 +61,11 @@ def save_tree(path: Path, output: Output, arrays: Mapping[str, Any]) -> None:
     """Orbax's own part of the checkpoint."""
     import orbax.checkpoint as ocp
 
-    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(os.path.abspath(path), args=ocp.args.StandardSave(_tree(output, arrays)))
+    def save() -> None:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(os.path.abspath(path), args=ocp.args.StandardSave(_tree(output, arrays)))
+
+    finished(save)
 
 
 def save_shared(
@@ -94,8 +96,12 @@ def save_shared(
 
     handler.save = save_together
     handler.finalize = lambda directory: None
-    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=shared) as checkpointer:
-        checkpointer.save(os.path.abspath(path), args=ocp.args.StandardSave(_tree(output, arrays)))
+
+    def write_shared() -> None:
+        with ocp.Checkpointer(handler, multiprocessing_options=shared) as checkpointer:
+            checkpointer.save(os.path.abspath(path), args=ocp.args.StandardSave(_tree(output, arrays)))
+
+    finished(write_shared)
     return lambda: finalize(epath.Path(os.path.abspath(path)))
 
 
@@ -277,15 +283,3 @@ def _contained(node: Any, prefix: str, containers: Mapping[str, str]) -> Any:
         return below
     items = [below[key] for key in sorted(below, key=int)]
     return items if kind == "list" else tuple(items)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that Orbax logs of its own settings; errors are raised, and are told by their exception."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

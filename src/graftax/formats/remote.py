@@ -74,11 +74,11 @@ def _as_path(file: RemoteFile) -> Path:
     return cast("Path", file)
 
 
-def _single(file: RemoteFile, part: str) -> Checkpoint:
+def _single(file: RemoteFile, part: str, shard: bool = False) -> Checkpoint:
     path = _as_path(file)
     if not safetensors_file.sniff(path, files.read_head(path)):
-        return opening.open_file(path, config=False, part=part)
-    found = opening.open_file(path, config=False)
+        return opening.open_file(path, config=False, part=part, shard=shard)
+    found = opening.open_file(path, config=False, shard=shard)
     file.lay_out(found.native.ranges.values())
     return opening.sub_checkpoint(found, part) if part else found
 
@@ -89,7 +89,10 @@ def _sharded(index: RemoteFile, opener: Opener, part: str) -> Checkpoint:
     names = dict.fromkeys(weight_map.values())
     places = hf_folder.gathered(names, index.address.beside, label)  # all names before any file is asked for
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        asked = {name: pool.submit(lambda place: _single(opener(place), ""), place) for name, place in places.items()}
+        asked = {
+            name: pool.submit(lambda place: _single(opener(place), "", shard=True), place)
+            for name, place in places.items()
+        }
         shards = hf_folder.gathered(names, lambda name: asked[name].result(), label)
     found = hf_folder.joined(label, weight_map, shards, (), label)
     return opening.sub_checkpoint(found, part) if part else found

@@ -63,7 +63,7 @@ def parse_header(
         raise FormatError(f"{label}: the header must begin with '{{', found {raw[:1]!r}")
     _look_through(raw, label)
     with nothing_collected():  # a hundred thousand small objects: half of the time
-        return _parse(strict_json.parse_object(raw, f"{label}: header"), PREFIX + len(raw), file_size, label)
+        return _parse(strict_json.parse_object(raw, f"{label}: header", flat=True), PREFIX + len(raw), file_size, label)
 
 
 def _parse(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, GraftaxError, PlanError, StorageError, UsageError, escape, option, worded
 from graftax.formats import files, tree_meta
@@ -21,6 +21,9 @@ from graftax.formats.journal import Journal
 from graftax.formats.remote_url import is_url, shown
 from graftax.formats.table import FORMATS, NO_ENDING, by_ending, by_name, holders
 from graftax.tree import Checkpoint, Side
+
+if TYPE_CHECKING:
+    from graftax.formats.sidecars import Sidecars
 
 _DISK_FULL = {"no space left on device": errno.ENOSPC, "file too large": errno.EFBIG, "quota exceeded": errno.EDQUOT}
 """What libraries that write by themselves make of a full disk -> the errno it was."""
@@ -44,6 +47,7 @@ def save(
     inputs: Iterable[str | Path | Checkpoint] = (),
     origin: str | None = None,
     write: Callable[[Path], None] | None = None,
+    sidecars: Sidecars | None = None,
 ) -> Saved:
     """Write `output` at `path`, or at `PATH::NAME` below NAME. The ending picks the format, `format` overrides it.
 
@@ -51,7 +55,7 @@ def save(
     `inputs` are what the tensors are read from: never overwritten. `origin`, a digest of what the tensors of
     `output.tiles` are made of and how, makes the run one that may be resumed: what it made stays if it is stopped, and
     the next of the same origin, path, format and options goes on from there. `write` is called with the staging name
-    in place of the format's own writer.
+    in place of the format's own writer. `sidecars` are copied into a folder, after its weights.
 
     Raises UsageError (format), PlanError (a dtype or side the format cannot hold), StorageError (destination refused,
     disk full); whatever `output.tensors` raises.
@@ -62,13 +66,15 @@ def save(
     notes = guarded(lambda: put_back(out), out)  # what else is stale goes when all is checked
     if origin is not None and not resumed:
         notes.append(f"{row.name} is written as a whole: nothing of it can be resumed after a stop")
-    _check_destination(out, row, clobber)
+    if not row.folder:
+        sidecars = None
+    _check_destination(out, row, clobber, sidecars)
     _refuse_own_input(out, inputs)
     with files.kept_open():
         if resumed:
             assert origin is not None
-            return guarded(lambda: _go_on(out, row, output, clobber, notes, origin), out)
-        return guarded(lambda: _write(out, row, output, clobber, notes, write), out)
+            return guarded(lambda: _go_on(out, row, output, clobber, notes, origin, sidecars), out)
+        return guarded(lambda: _write(out, row, output, clobber, notes, write, sidecars), out)
 
 
 def prepare(path: str | Path, output: Output, format: str | None) -> tuple[Path, Format, Output]:
@@ -82,7 +88,13 @@ def prepare(path: str | Path, output: Output, format: str | None) -> tuple[Path,
 
 
 def _write(
-    out: Path, row: Format, output: Output, clobber: bool, notes: list[str], write: Callable[[Path], None] | None
+    out: Path,
+    row: Format,
+    output: Output,
+    clobber: bool,
+    notes: list[str],
+    write: Callable[[Path], None] | None,
+    sidecars: Sidecars | None,
 ) -> Saved:
     module = row.load()
     with staged(out, folder=row.folder, clobber=clobber) as place:
@@ -90,10 +102,26 @@ def _write(
             module.write(place.payload, output)
         else:
             write(place.payload)
-    return Saved(out, row.name, (*notes, *place.notes))
+        told = _copied(sidecars, place.payload)
+    return Saved(out, row.name, (*notes, *place.notes, *told))
 
 
-def _go_on(out: Path, row: Format, output: Output, clobber: bool, notes: list[str], origin: str) -> Saved:
+def _copied(sidecars: Sidecars | None, folder: Path) -> list[str]:
+    if sidecars is None:
+        return []
+    sidecars.copy(folder)
+    return sidecars.notes
+
+
+def _go_on(
+    out: Path,
+    row: Format,
+    output: Output,
+    clobber: bool,
+    notes: list[str],
+    origin: str,
+    sidecars: Sidecars | None,
+) -> Saved:
     """As `_write`, from where a stopped run was."""
     assert output.tiles is not None
     with staged(out, folder=row.folder, clobber=clobber, keep=True) as place:
@@ -102,7 +130,8 @@ def _go_on(out: Path, row: Format, output: Output, clobber: bool, notes: list[st
             row.load().write(place.payload, replace(output, tiles=journal, log=journal))
         finally:
             journal.close()
-    return Saved(out, row.name, (*notes, *place.notes, *journal.told))
+        told = _copied(sidecars, place.payload)
+    return Saved(out, row.name, (*notes, *place.notes, *journal.told, *told))
 
 
 def _key(out: Path, row: Format, output: Output, origin: str) -> str:
@@ -252,7 +281,7 @@ def _check_parent(out: Path) -> None:
         raise StorageError(f"the folder {escape(parent)} {what}", next=f"Make it first: mkdir -p {escape(parent)}")
 
 
-def _check_destination(out: Path, row: Format, clobber: bool) -> None:
+def _check_destination(out: Path, row: Format, clobber: bool, sidecars: Sidecars | None) -> None:
     """StorageError where what is at `out` must not be replaced."""
     try:
         mode = os.lstat(out).st_mode
@@ -274,15 +303,15 @@ def _check_destination(out: Path, row: Format, clobber: bool) -> None:
         found = "a file" if stat.S_ISREG(mode) else files.kind_of(mode)
         raise StorageError(f"{escape(out)} is {found}; {row.name} writes {wanted}", next="Choose another name.")
     if row.folder and any(os.scandir(out)):
-        _refuse_foreign_files(out)
+        _refuse_foreign_files(out, sidecars)
 
 
 _LONE = frozenset({"model.safetensors", "pytorch_model.bin"})
 """Names under which a folder's only checkpoint file is the checkpoint itself."""
 
 
-def _refuse_foreign_files(out: Path) -> None:
-    """StorageError where the folder holds anything but the checkpoint in it."""
+def _refuse_foreign_files(out: Path, sidecars: Sidecars | None) -> None:
+    """StorageError where the folder holds anything but the checkpoint in it, and copies of the same sidecars."""
     from graftax.formats.opening import open_folder
 
     try:
@@ -300,6 +329,7 @@ def _refuse_foreign_files(out: Path) -> None:
         for here, folders, names in os.walk(out)
         for path in (os.path.abspath(os.path.join(here, name)) for name in [*names, *_links(here, folders)])
         if path not in own
+        and not (sidecars is not None and sidecars.holds(os.path.relpath(path, os.path.abspath(out)), Path(path)))
     ]
     if foreign:
         raise StorageError(

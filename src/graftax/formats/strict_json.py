@@ -1,4 +1,7 @@
-"""JSON from a file nobody vouches for: no duplicate keys, no NaN, no broken text, no endless nesting."""
+"""JSON from a file nobody vouches for: no duplicate keys, no NaN, no broken text, no endless nesting.
+
+Nothing that is handed out is nested deeper than the limit: whoever walks it, or writes it into a message, may do so by
+recursion."""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 from typing import Any, NoReturn
 
 from graftax.errors import FormatError, escape
+from graftax.formats.limits import limit
 
 
 class _Refused(ValueError):
@@ -30,8 +34,9 @@ def _constant(text: str) -> NoReturn:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def parse(raw: bytes, label: str) -> Any:
-    """The value that the JSON text `raw` holds. FormatError says where it is broken; `label` names the file."""
+def parse(raw: bytes, label: str, flat: bool = False) -> Any:
+    """The value that the JSON text `raw` holds; `label` names the file. FormatError says where it is broken, or
+    that it is nested beyond the limit."""
     try:
         text = raw.decode("utf-8")
         value = _DECODER.decode(text)
@@ -45,12 +50,33 @@ def parse(raw: bytes, label: str) -> Any:
         raise FormatError(f"{label}: JSON nested too deeply") from None
     except ValueError as exc:  # _Refused, or an integer of thousands of digits
         raise FormatError(f"{label}: {escape(exc)}") from None
+    if not flat:
+        _check_depth(value, text, label)
     return value
 
 
-def parse_object(raw: bytes, label: str) -> dict[str, Any]:
-    """As `parse`, where an object is expected."""
-    value = parse(raw, label)
+def _check_depth(value: Any, text: str, label: str) -> None:
+    """FormatError where the value is nested beyond the limit."""
+    deepest = limit("depth")
+    if text.count("[") + text.count("{") <= deepest:
+        return
+    level: list[Any] = [value]
+    for _ in range(deepest + 1):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if type(node) is dict else node)  # pyright: ignore
+            if type(child) is dict or type(child) is list
+        ]
+        if not level:
+            return
+    raise FormatError(f"{label}: JSON nested too deeply", next=f"The limit is {deepest} levels.")
+
+
+def parse_object(raw: bytes, label: str, flat: bool = False) -> dict[str, Any]:
+    """As `parse`, where an object is expected. flat: the caller looks at everything in it and takes nothing nested, so
+    that its depth is not measured."""
+    value = parse(raw, label, flat)
     if not isinstance(value, dict):
         raise FormatError(f"{label}: expected a JSON object, found {type(value).__name__}")
     return value  # pyright: ignore[reportUnknownVariableType]

@@ -11,6 +11,7 @@ _ALL = frozenset(DTYPES)
 _FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})
 _COMMON = NUMPY_OWN | {"bfloat16"} | _FLOAT8
 _SAFETENSORS = _ALL - {"int4", "uint4", "complex128"}
+_MSGPACK = _COMMON | {"int4", "uint4"}
 _BOTH: tuple[Side, ...] = ("torch", "flax")
 
 FORMATS: dict[str, Format] = {
@@ -23,7 +24,7 @@ FORMATS: dict[str, Format] = {
         Format("orbax", "graftax.formats.orbax_folder", (), True, ("flax",), _COMMON),
         Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS, True),
         # Last: most bytes are the start of some msgpack value.
-        Format("msgpack", "graftax.formats.msgpack_file", (".msgpack",), False, ("flax",), _COMMON, True),
+        Format("msgpack", "graftax.formats.msgpack_file", (".msgpack",), False, ("flax",), _MSGPACK, True),
     )
 }
 """name -> row. `holds` names what a format brings back bit for bit."""

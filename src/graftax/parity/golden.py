@@ -140,12 +140,13 @@ def _record_json(site: Site, record: Record, table: Table) -> list[Any]:
 
 def load_golden(path: str | PathLike[str]) -> Golden:
     """What `save_golden` wrote. FormatError for a malformed file or another kind, StorageError, UnsafeInputError."""
-    from graftax.formats import files, safetensors_file, strict_json
+    from graftax.formats import files, foreign, safetensors_file, strict_json
 
     place, label = Path(path), escape(path)
     head = files.read_head(place)
-    files.refuse_impostor(head, label)
     checkpoint = safetensors_file.open(place) if safetensors_file.sniff(place, head) else None
+    if checkpoint is None:
+        foreign.refuse_foreign(place, head, label)
     text = None if checkpoint is None else checkpoint.metadata.get(KEY)
     if checkpoint is None or text is None:
         raise FormatError(f"{label} is no golden file", next="Write one: graftax verify --record.")

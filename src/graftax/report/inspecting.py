@@ -107,11 +107,15 @@ def inspection_text(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_OF_LEAVES = frozenset({"torch", "live", "npz", "msgpack", "orbax"})
+"""Formats whose metadata tell of what stands beside the weights; in others they are the file's own."""
+
+
 def _beside(data: Mapping[str, Any]) -> list[str]:
-    """Names of what a torch.save file or a live tree holds that is no weight."""
-    if data["format"] not in ("torch", "live"):
-        return []  # there metadata are the file's own
-    return [name for name in data["metadata"] if name != "container"]
+    """Names of what a checkpoint or a live tree holds that is no weight."""
+    if data["format"] not in _OF_LEAVES:
+        return []
+    return [name for name in data["metadata"] if name != "container" and name not in data["tensors"]]
 
 
 def _stats_text(stats: Mapping[str, Any] | None) -> str:

@@ -31,4 +31,5 @@ def replacement_text(report: Mapping[str, Any], out: str, dry_run: bool) -> str:
         return "\n".join([*lines, f"{values}: {count} of {report['leaves']} leaves would change; nothing written"])
     same = len(report["untouched"])
     counts = f"{count} of {report['leaves']} leaves replaced, {same} untouched bit for bit"
-    return "\n".join([*lines, f"{values}: {counts}; wrote {escape(out)}"])
+    notes = [f"note: {escape(note, 400)}" for note in report.get("notes", ())]
+    return "\n".join([*lines, f"{values}: {counts}; wrote {escape(out)}", *notes])

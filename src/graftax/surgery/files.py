@@ -199,6 +199,10 @@ def _difference(old: Array, new: Array, kind: str) -> tuple[int, float | None]:
 # ---------------------------------------------------------------- for the command line
 
 
+_LEAVES = frozenset({"npz", "msgpack", "orbax"})
+"""Formats whose metadata name the leaves that are no weights."""
+
+
 def write_replacement(
     checkpoint: Checkpoint,
     selector: Any,
@@ -224,9 +228,12 @@ def write_replacement(
         return report.as_json()
     from graftax.formats.base import Output
     from graftax.formats.saving import save
+    from graftax.formats.sidecars import beside
     from graftax.tree import detect_side
 
     side = checkpoint.side or detect_side(specs) or "torch"
     output = Output(specs, tensors, side, checkpoint.real_keys, checkpoint.containers)
-    save(fspath(out), output, format=format, clobber=clobber, inputs=inputs)
-    return report.as_json()
+    saved = save(fspath(out), output, format=format, clobber=clobber, inputs=inputs, sidecars=beside(checkpoint))
+    left = [name for name in checkpoint.metadata if name not in specs] if checkpoint.format in _LEAVES else []
+    notes = [*saved.notes, *([f"not copied, no weights: {', '.join(map(escape, left[:8]))}"] if left else [])]
+    return report.as_json() | {"notes": notes}

@@ -1,0 +1,117 @@
+"""Arrays that a msgpack file names and does not hold: they stand in folders beside it, a zarr array each.
+
+Orbax before 0.5: ITEM/checkpoint holds `PLACEHOLDER://params.a.kernel`, and ITEM/params.a.kernel, or an OCDBT database
+in ITEM, the array. T5X: checkpoint_N/checkpoint holds a tensorstore spec, whose path is a folder beside it.
+flax.training.checkpoints, of arrays that several processes share: checkpoint_N holds
+`//GDAPlaceholder:params/a/kernel`, and checkpoint_N_gda/params/a/kernel the array.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import Failure, FormatError, UnsafeInputError, escape
+from graftax.formats import array_store, files
+from graftax.formats.msgpack_walk import Aside
+from graftax.formats.orbax_tree import OCDBT, Leaf, Tree
+from graftax.formats.source import check_ratio
+from graftax.tree import TensorSpec, unescape_part
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_ZARR = (".zarray", "zarr.json")  # of version 2, of version 3
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAside:
+    """Some arrays beside a file: of one folder and one version of zarr. `stores`: leaf -> its name in the folder."""
+
+    item: Path
+    tree: Tree
+    specs: Mapping[str, TensorSpec]
+    stores: Mapping[str, str]
+    files: tuple[Path, ...]
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        return array_store.read(self.item, self.tree, self.stores[name], self.specs[name])
+
+
+def open_aside(path: Path, asides: Mapping[str, Aside], label: str) -> tuple[StoredAside, ...]:
+    """The arrays that the file at `path` names by `asides` (leaf -> what it says).
+
+    Raises FormatError, naming them, where they are not beside it; UnsafeInputError where one leads out of its folder.
+    """
+    at_hand = isinstance(path, Path)  # else it is a file at a URL, whose folder cannot be looked into
+    groups: dict[tuple[Path, bool, bool], dict[str, str]] = {}
+    lost: list[Failure] = []
+    for name, aside in asides.items():
+        found = _found(path, aside) if at_hand else None
+        if found is None:
+            what = f"its array stands elsewhere: {escape(aside.said, 100)}"
+            lost.append(Failure(what, label, name, next=f"Not there: {escape(_place(aside)[1])}" if at_hand else ""))
+        else:
+            groups.setdefault(found[:3], {})[name] = found[3]
+    if lost:
+        writers = ", ".join(sorted({aside.writer for aside in asides.values()}))
+        raise FormatError(
+            f"{label} was written by {writers}; {len(lost)} of its arrays are not in this file, and not beside it:",
+            lost,
+            next="Fetch the whole folder that it stood in; or restore it with what wrote it, and save it again as "
+            "msgpack (flax.serialization.msgpack_serialize) or with today's Orbax.",
+        )
+    return tuple(_stored(*key, names, label) for key, names in groups.items())
+
+
+def _place(aside: Aside) -> tuple[str, str]:
+    """(ending of the file's name that makes the folder's, the array's place in it)."""
+    if aside.writer == "flax.training.checkpoints":
+        return "_gda", aside.place
+    if aside.writer == "T5X":  # the path may be that on the machine that wrote it
+        return "", os.path.basename(aside.place.rstrip("/"))
+    return "", aside.place
+
+
+def _found(path: Path, aside: Aside) -> tuple[Path, bool, bool, str] | None:
+    """(folder, is it an OCDBT database, zarr version 3, the array's name in it); None where it is not there."""
+    ending, name = _place(aside)
+    folder = path.parent if not ending else path.with_name(path.name + ending)
+    if not name:
+        return None
+    if not ending and os.path.isfile(folder / OCDBT):
+        return folder, True, False, name
+    here = files.inside(folder, name, escape(path))
+    for mark in _ZARR:
+        if os.path.isfile(here / mark):
+            return folder, False, mark == "zarr.json", name
+    return None
+
+
+def _stored(item: Path, ocdbt: bool, zarr3: bool, names: Mapping[str, str], label: str) -> StoredAside:
+    keys = {name: tuple(map(unescape_part, name.split("/"))) for name in names}
+    leaves = [Leaf(keys[name], stored, "np.ndarray") for name, stored in names.items()]
+    tree = Tree(leaves, {}, {}, ocdbt, zarr3, complete=False)
+    found = array_store.stores(item, tree)
+    own = _files(item, ocdbt, names.values())
+    need = sum(nbytes for _, nbytes in found.values())
+    check_ratio("dense", need, sum(map(os.path.getsize, own)), f"the arrays of {label} ask for too much")
+    return StoredAside(item, tree, {name: found[keys[name]][0] for name in names}, names, tuple(own))
+
+
+def _files(item: Path, ocdbt: bool, names: Any) -> list[Path]:
+    """The files of these arrays. UnsafeInputError where a link leads out of the folder."""
+    own: list[Path] = []
+    tops = [item / OCDBT, item / "d"] if ocdbt else [item / name for name in names]
+    for top in tops:
+        own += [top] if os.path.isfile(top) else []
+        for here, folders, found in os.walk(top):
+            own += [Path(here, name) for name in (*found, *(f for f in folders if os.path.islink(Path(here, f))))]
+    root = os.path.realpath(item)
+    for file in own:
+        if not os.path.realpath(file).startswith(root + os.sep):
+            raise UnsafeInputError(f"{escape(item)} leads out of itself: {escape(file)} is a link out of it")
+    return own
