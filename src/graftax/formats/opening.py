@@ -191,7 +191,7 @@ def checked(found: Checkpoint, label: str) -> Checkpoint:
         raise FormatError(f"{label} holds no tensors", next=_other(found.metadata))
     deepest = limit("depth")
     for name in found.specs:
-        if (depth := max(name.count("/"), name.count("."))) > deepest:
+        if len(name) > deepest and (depth := max(name.count("/"), name.count("."))) > deepest:
             raise beyond("depth", f"{label}: {escape(name, 60)} has {depth + 1:,} parts")
     if found.metadata.get("format") == "mlx":
         foreign.refuse_mlx({name: spec.shape for name, spec in found.specs.items()}, label)
