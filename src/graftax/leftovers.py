@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from graftax.errors import Failure, escape, option
-from graftax.match.names import split_words
+from graftax.match.buffers import buffer_name, known_buffers
 from graftax.match.roles import role_of
+from graftax.match.ties import tied_to
 from graftax.match.unpaired import unpaired
-from graftax.match.words import BUFFERS
+from graftax.match.words import COLLECTIONS
 from graftax.ops import Copy, Drop, Fill, Keep
 from graftax.plans import Entry, Proposal, Question
-from graftax.tree import Checkpoint, Side, split_path
+from graftax.tree import Checkpoint, Side, split_path, split_words
 
 COUNTER = "num_batches_tracked"
 """A torch BatchNorm's count of batches: it changes nothing but the momentum=None average."""
@@ -42,32 +43,59 @@ def settle_leftovers(
 
 
 def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, like_side: Side, keep: bool) -> Proposal:
-    """Known buffers that like has too. One that the source holds under the same name (a wrapper's prefix aside) comes
-    from it and is not dropped; else a live torch module (or any like, with `keep`) keeps its own, and a batch counter
-    starts at zero."""
+    """Known buffers that like has too. One that the source holds under the same name (a wrapper's prefix aside), or of
+    that name and of the same bits in every place, comes from it and is not dropped; else a live torch module (or any
+    like, with `keep`) keeps its own, and a batch counter starts at zero."""
     entries = list(proposal.entries)
     filled = {name for entry in entries for name in entry.targets}
-    wanted = {name: words for name in like if name not in filled and (words := _parts(name))[-1] in BUFFERS}
+    wanted = _known(like, like_side, filled)
     if not wanted:
         return proposal
     dropped = {entry.sources[0]: i for i, entry in enumerate(entries) if entry.dropped and entry.sources}
     twins = {name: _parts(name) for name in dropped}
     settled: set[str] = set()
-    for name, words in wanted.items():
-        spec, last = like[name], words[-1]
+    reads: list[str] = []
+    for name, why in wanted.items():
+        spec, words = like[name], _parts(name)
         same = [t for t, other in twins.items() if _ends_alike(words, other) and source[t].shape == spec.shape]
-        if len(same) == 1 and sum(_ends_alike(twins[same[0]], w) for w in wanted.values()) == 1:
-            entries[dropped[same[0]]] = Entry(tuple(same), (name,), (), ("a known buffer that both sides have",))
-        elif any(twins[t][-1] == last for t in twins):
+        alone = len(same) == 1 and sum(_ends_alike(twins[same[0]], _parts(w)) for w in wanted) == 1
+        alike = [t for t, other in twins.items() if other[-1] == words[-1]]
+        if not alone and alike and (twin := _one_value(alike, name, source, like, wanted, reads)):
+            same, alone = [twin], True
+        if alone and same[0] in dropped:
+            entries[dropped.pop(same[0])] = Entry((same[0],), (name,), (), ("a known buffer that both sides have",))
+        elif alike:
             continue  # the source has buffers of this name: which one is asked
         elif like_side == "torch" and like.has_values and (keep or like.format == "live"):
-            entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"a known buffer: {BUFFERS[last]}",)))
-        elif last == COUNTER:
-            entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, BUFFERS[last]),), ("a known buffer",)))
+            entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"a known buffer: {why}",)))
+        elif words[-1] == COUNTER:
+            entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, why),), ("a known buffer",)))
         else:
             continue
         settled.add(name)
-    return replace(proposal, entries=tuple(entries), questions=_still_open(proposal.questions, settled))
+    questions = _still_open(proposal.questions, settled)
+    return replace(proposal, entries=tuple(entries), questions=questions, reads=(*proposal.reads, *reads))
+
+
+def _known(like: Checkpoint, side: Side, filled: Collection[str]) -> dict[str, str]:
+    """The known buffers of like that nothing fills, and why each is one."""
+    left = [name for name in like if name not in filled]
+    if side == "torch":
+        return known_buffers(like, left, None)
+    return {name: why for name in left if (why := buffer_name(name, like[name]))}
+
+
+def _one_value(alike: list[str], name: str, source: Checkpoint, like: Checkpoint, wanted: Collection[str],
+               reads: list[str]) -> str:  # fmt: skip
+    """The buffer for `name` where the source has as many of its name as like, all of one shape and of the same bits:
+    whichever of them it takes, in order, it is the right one. '' where they are not."""
+    places = [other for other in wanted if _parts(other)[-1] == _parts(name)[-1]]
+    specs = {source[t] for t in alike}
+    if len(places) != len(alike) or len(specs) > 1 or {like[p].shape for p in places} != {s.shape for s in specs}:
+        return ""
+    if not source.has_values or any(tied_to(source, t, alike[:1], reads) is None for t in alike[1:]):
+        return ""
+    return alike[places.index(name)]
 
 
 def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
@@ -124,9 +152,12 @@ def _words(path: str, side: Side) -> tuple[object, ...]:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """The parts of a path of either side, collections aside."""
-    parts = path.replace("/", ".").split(".")
-    return tuple(parts[1:] if parts[0] in ("params", "batch_stats", "buffers") else parts)
+    """The words and numbers of a path of either side, and its last part, collections aside: `blocks_0/attn/index` and
+    `blocks.0.attn.index` are alike."""
+    *above, last = path.replace("/", ".").split(".")
+    if above and above[0] in COLLECTIONS:
+        above = above[1:]
+    return (*(word for part in above for word in split_words(part)), last)
 
 
 def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:

@@ -95,6 +95,26 @@ def unescape_part(text: str) -> str:
     return text.replace("~1", "/").replace("~0", "~") if "~" in text else text
 
 
+_WORDS = re.compile(r"\0|[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z0-9]+|[^\W_\0A-Za-z0-9]+")
+_DIGITS = re.compile(r"[0-9]+")
+_LETTERS = re.compile(r"[^\W_]+")
+
+
+@lru_cache(maxsize=65536)
+def split_words(part: str) -> tuple[str, ...]:
+    """`DenseReluDense` -> dense, relu, dense; `conv_0` -> conv, 0. A NUL, which stands for a number, is a word."""
+    found = _WORDS.findall(part)
+    return tuple(word if word == "\0" else word.lower() for word in found) or (part.lower() or "_",)
+
+
+@lru_cache(maxsize=65536)
+def whole_words(name: str) -> frozenset[str]:
+    """The words of a name without its numbers, cut at signs and capitals, and cut at signs alone: `RoPE_0` is ro, pe
+    and rope. A name says only what one of its whole words says: `post_norm` does not hold `pos`."""
+    plain = _DIGITS.sub(" ", name)
+    return frozenset(split_words(plain)) | frozenset(_LETTERS.findall(plain.lower()))
+
+
 def join_path(parts: Iterable[Key]) -> str:
     """A Flax path from the keys of a nested tree."""
     return "/".join(escape_part(part) for part in parts)

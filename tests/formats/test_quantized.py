@@ -12,7 +12,7 @@ import pytest
 from graftax.dtypes import spec_of
 from graftax.errors import PlanError
 from graftax.formats import Output, open_path, save
-from graftax.formats.quantized import SCHEMES, find_quantized, refuse_quantized
+from graftax.formats.quantized import MARKED, SCALED, SCHEMES, find_quantized, refuse_quantized
 from graftax.tree import Checkpoint, TensorSpec
 
 F8 = "float8_e4m3fn"
@@ -67,6 +67,19 @@ QUANTIZED: list[tuple[str, dict[str, str], list[str]]] = [
     ("codes with scales", {"params/l/kernel": "int8", "params/l/scale": "float32"}, ["params/l/kernel"]),
     ("codes with scales", {"params/l/kernel": "int4", "params/l/kernel_scale": "float32"}, ["params/l/kernel"]),
     ("codes with scales", {"params/e/embedding": "int8", "params/e/scale": "float32"}, ["params/e/embedding"]),
+    ("codes with scales", {"l.weight": F8, "l.scale_weight": "float32", "l.scale_input": "float32"}, ["l.weight"]),
+    ("codes with scales", {"l.weight": F8, "l.scale_input": "float32"}, ["l.weight"]),
+    ("codes with scales", {"l.weight": F8, "l.w_scale": "float32"}, ["l.weight"]),
+    ("codes with scales", {"l.weight": F8, "l.dequantScale": "bfloat16"}, ["l.weight"]),
+    ("codes with scales", {"l.weight": F8, "l.weight.scale": "float32"}, ["l.weight"]),
+    ("codes with scales", {"l.weight": F8, "l.weight_quantizer._scale": "float32"}, ["l.weight"]),
+    ("codes with scales", {"l.weight": F8, "l.weights_scaling_factor": "float32"}, ["l.weight"]),
+    ("codes with scales", {"l.weight": F8, "l.scale_0": "float8_e8m0fnu"}, ["l.weight"]),
+    ("codes with scales", {"a.in_proj_weight": F8, "a.in_proj_weight_scale": "float32"}, ["a.in_proj_weight"]),
+    ("codes with scales", {"e.gate_up_proj": F8, "e.gate_up_proj_scale": "float32"}, ["e.gate_up_proj"]),
+    ("codes with scales", {"params/l/kernel": F8, "params/l/kernel/scale": "float32"}, ["params/l/kernel"]),
+    ("codes with scales", {"params/l/kernel": F8, "params/l/scale_kernel": "float32"}, ["params/l/kernel"]),
+    ("scaled fp8", {"m.l.weight": F8, "m.scaled_fp8": F8}, ["m.l.weight"]),
     ("HQQ", {"l.W_q": "uint8", "l.scale": "float16", "l.zero": "float16"}, ["l.W_q"]),
     ("HQQ", {"l.W_q": "float16", "l.meta.scale": "float16"}, ["l.W_q"]),
     ("AQLM", {"l.codes": "int16", "l.codebooks": "float16", "l.scales": "float16"}, ["l.codes"]),
@@ -93,7 +106,7 @@ def test_a_quantized_source_is_refused_by_scheme(scheme: str, tensors: dict[str,
 
 
 def test_every_row_has_a_case():
-    assert {row.name for row in SCHEMES} == {scheme for scheme, *_ in QUANTIZED}
+    assert {SCALED, MARKED, *(row.name for row in SCHEMES)} == {scheme for scheme, *_ in QUANTIZED}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +128,15 @@ def test_every_row_has_a_case():
         {"mask": "bool", "mask_scale": "float32"},
         {"rows.scales": "float32", "rows.weight": "float64"},
         {"codes": "int32", "scale": "float32"},
+        {"text_projection": F8, "logit_scale": "float32"},
+        {"attn.in_proj_weight": F8, "attn.scale": "float32"},
+        {"attn.weight": F8, "attn.norm.scale": "float32", "attn.0.scale": "float32"},
+        {"attn.qkv.weight": F8, "attn.logit_scale": "float32", "attn.relative_position_index": "int32"},
+        {"ln/scale": "float32", "ln/bias": F8, "dense/kernel": F8},
+        {"ln/scale": F8, "ln/bias": F8, "dense/kernel": F8},
+        {"l.weight": F8, "l.upscale": "float32", "l.scaler": "float32"},
+        {"attn.mask": "uint8", "attn.scale": "float32"},
+        {"unscaled_fp8": F8, "l.weight": F8},
     ],
 )
 def test_no_false_alarm(tensors: dict[str, str]):

@@ -6,12 +6,12 @@ A scale alone proves nothing (`logit_scale`, the scale of a norm, layer scale): 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from graftax.errors import Failure, PlanError, escape
-from graftax.tree import Checkpoint
+from graftax.tree import Checkpoint, TensorSpec, split_path, split_words, whole_words
 
 CODES = frozenset(
     {"int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32"}
@@ -54,14 +54,21 @@ SCHEMES = (
     Scheme("Qwix", ".scale", ".qvalue", any_dtype=True),
     Scheme("torch.ao, affine", ".zero_point", ".scale", any_dtype=True),
     Scheme("affine codes with zero points", "_zero_point", ""),
-    Scheme("codes with scales", "_scale", ""),
-    Scheme("codes with scales", "_scales", ""),
-    Scheme("codes with scales", ".scale", ".weight"),
-    Scheme("codes with scales", ".scales", ".weight"),
-    Scheme("codes with scales", ".scale", ".kernel"),
-    Scheme("codes with scales", ".scale", ".embedding"),
 )
 """The more telling rows first: a tensor is reported by the first that fits."""
+
+SCALED = "codes with scales"
+"""Whatever no row names, told by structure: see `_is_scale`."""
+MARKED = "scaled fp8"
+_MARK = "scaled_fp8"  # an empty tensor of this name says that every float8 weight beside and below it has a scale
+
+_SCALES = frozenset(("scale", "scales", "scaling", "absmax"))
+_PLAIN = frozenset(("weight", "weights", "kernel", "embedding", "w"))
+_OF_SCALES = _PLAIN | {"input", "inputs", "in", "output", "out", "x", "a", "act", "activation", "activations", "bias"}
+_OF_SCALES |= {"quant", "quantized", "quantizer", "quantization", "dequant", "dequantize", "dequantization", "scaled"}
+_OF_SCALES |= {"inv", "inverse", "block", "channel", "group", "row", "column", "tensor", "global", "per", "factor"}
+_OF_SCALES |= {"factors", "fp", "int", "param", "params"}
+"""Words that may stand beside `scale` in the name of what scales codes: not `logit`, not `norm`, not `layer`."""
 
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -92,7 +99,55 @@ def find_quantized(checkpoint: Checkpoint) -> tuple[Found, ...]:
             if codes in specs and (row.any_dtype or specs[codes].dtype in CODES):
                 found.setdefault(codes, Found(row.name, codes, path))
                 break
+    for item in (*_scaled(specs), *_marked(specs)):
+        found.setdefault(item.codes, item)
     return (*_from_config(checkpoint.config), *found.values())
+
+
+def _scaled(specs: Mapping[str, TensorSpec]) -> Iterator[Found]:
+    """Codes of any name with a scale of any name in the same module, or below them."""
+    homes: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for path, spec in specs.items():
+        if spec.dtype in CODES and len(spec.shape) > 1:
+            *module, leaf = split_path(path, "flax" if "/" in path else "torch")
+            if not whole_words(leaf) & _SCALES:
+                homes.setdefault(tuple(module), []).append((path, leaf))
+    for path, spec in specs.items() if homes else ():
+        if not whole_words(path) & _SCALES:
+            continue
+        parts = split_path(path, "flax" if "/" in path else "torch")
+        for cut in (1, 2):
+            for codes, leaf in homes.get(parts[:-cut], ()) if len(parts) >= cut else ():
+                if _is_scale(parts[-cut:], spec, leaf, specs[codes]):
+                    yield Found(SCALED, codes, path)
+
+
+def _is_scale(parts: tuple[str, ...], scale: TensorSpec, leaf: str, codes: TensorSpec) -> bool:
+    """Does the name `parts`, beside the codes `leaf`, say that it scales them? It holds the whole word `scale`, and
+    what else it says names these codes, or is about codes. A bare `scale` scales a plain weight only; integers are
+    codes only where they are called a weight or the scale is named after them, for index tables and masks are too."""
+    named = frozenset(split_words(leaf))
+    words = frozenset(split_words("_".join(parts)))
+    if named == {"bias"} or not whole_words(parts[-1]) & _SCALES:
+        return False
+    if len(parts) > 1 and not whole_words(parts[0]) & (named | {"quantizer", "quant"}):
+        return False  # another module's
+    if named <= words:
+        return True
+    rest = {word for word in words if not word.isdigit()} - _SCALES
+    about = rest <= _OF_SCALES and (named <= _PLAIN or (codes.floating and bool(rest)))
+    return about and scale.floating and scale.dtype != codes.dtype
+
+
+def _marked(specs: Mapping[str, TensorSpec]) -> Iterator[Found]:
+    """Every float8 weight of a checkpoint that says that it is scaled."""
+    for mark in (path for path in specs if path.endswith(_MARK)):
+        above = mark[: -len(_MARK)]
+        if above and above[-1] not in "./":
+            continue
+        for path, spec in specs.items():
+            if path.startswith(above) and path != mark and len(spec.shape) > 1 and spec.dtype.startswith("float8"):
+                yield Found(MARKED, path, mark)
 
 
 def _from_config(config: Mapping[str, Any] | None) -> list[Found]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from graftax.match.assumptions import call_orders
+from graftax.match.buffers import known_buffers
 from graftax.match.calls import flax_calls
 from graftax.match.cells import fused_cells
 from graftax.match.choose import Choice
@@ -64,9 +65,12 @@ def _infer(
     taken = {name for entry in settled.entries for name in entry.sources}
     filled = {name for entry in settled.entries for name in entry.targets}
     free = [name for name in source if name not in taken]
-    ties = find_ties(source, free, like.specs, reads) if source_side == "torch" else {}
+    buffers = known_buffers(source, free, reads) if source_side == "torch" else {}
+    theirs = known_buffers(like, (name for name in like if name not in filled), None) if like_side == "torch" else {}
+    plain = [name for name in free if name not in buffers]
+    ties = find_ties(source, plain, like.specs, reads) if source_side == "torch" else {}
     hidden = {name for names in ties.values() for name in names[1:]}
-    t_skip, f_skip = (filled, taken) if turned else (taken, filled)
+    t_skip, f_skip = (filled | theirs.keys(), taken) if turned else (taken | buffers.keys(), filled | theirs.keys())
     torch, flax = (like, source) if turned else (source, like)
     cells = Recurrent()
     if source_side != like_side:
@@ -98,16 +102,16 @@ def _infer(
     entries += consistent(_entries(result, ties, turned), settled.entries, silent)
     used = {name for entry in entries for name in entry.sources}
     if source_side == "torch":
-        entries += _tied_leftovers(source, free, used, ties, entries, reads)
+        entries += _tied_leftovers(source, plain, used, ties, entries, reads)
         entries += [
             Entry(
                 (name,),
                 (),
-                (Drop(reason, fill=0.0 if name.endswith("num_batches_tracked") else None),),
+                (Drop(reason, fill=0.0 if name.rpartition(".")[2] == "num_batches_tracked" else None),),
                 ("a known buffer",),
             )
-            for name, reason in result.buffers.items()
-            if name in source.specs
+            for name, reason in buffers.items()
+            if name not in used
         ]
     words = (source_side, like_side) if source_side != like_side else ("source", "target")
     asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned, missing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from graftax.layers import known_kind
@@ -15,10 +16,11 @@ from graftax.match.names import Lexicon, concepts, lexicon
 from graftax.match.orders import counted_blocks, counted_part, path_of
 from graftax.match.pairs import Pair
 from graftax.match.sides import tokens_of
+from graftax.match.words import COLLECTIONS
 from graftax.ops import Offset, Rearrange
 from graftax.plan_text import fold_names
 from graftax.plans import PARITY, Assumption, Entry
-from graftax.tree import Checkpoint, Side
+from graftax.tree import Checkpoint, Side, split_path, whole_words
 
 CALL_ORDER = "call order"
 _SHOWN = 3  # names of a statement
@@ -78,9 +80,9 @@ def _some(names: Iterable[str]) -> str:
 
 _DIGITS = re.compile(r"[0-9]+")
 _FUSED = frozenset(("qkv", "kv"))
-_ROPE = re.compile(r"rope|rotary", re.IGNORECASE)
-_TABLES = re.compile(r"pos|wpe|relative|alibi", re.IGNORECASE)
-_FREQUENCIES = re.compile(r"inv_freq|rotary|rope|freqs_cis", re.IGNORECASE)
+_ROPE = frozenset(("rope", "rotary"))
+_FREQUENCIES = (frozenset(("rope",)), frozenset(("rotary",)), frozenset(("inv", "freq")), frozenset(("freqs", "cis")))
+_POSITIONS = frozenset(("pos", "rel"))
 _ATTENTION = frozenset(("MultiheadAttention", "MultiHeadDotProductAttention", "SelfAttention", "MultiHeadAttention"))
 _VECTORS = frozenset(("weight", "scale"))
 
@@ -148,12 +150,13 @@ def unseen(
         _look(group, source, ends, seen, lex)
     queries = [*seen.queries, *seen.fused]
     out: list[Assumption] = []
-    if queries and (seen.keys or seen.fused) and _rotates(source, like):
+    rotating = _rotating(queries, source, like, ends, lex) if queries and (seen.keys or seen.fused) else []
+    if rotating:
         text = (
-            f"rotary: where positions rotate queries and keys ({_targeted(queries)}), both models turn the same "
+            f"rotary: where positions rotate queries and keys ({_targeted(rotating)}), both models turn the same "
             "pairs of rows (i with i + half, or neighbours)"
         )
-        out.append(Assumption(text, PARITY, _leaves(queries)))
+        out.append(Assumption(text, PARITY, _leaves(rotating)))
     if queries:
         text = f"scales: none, such as 1 / sqrt(head_dim), is folded into {_targeted(queries)} on one side only"
         out.append(Assumption(text, PARITY, _leaves(queries)))
@@ -216,19 +219,56 @@ def _sorted_out(entry: Entry) -> bool:
     return any(isinstance(op, Rearrange) and "t" in dict(op.sizes) for op in entry.ops)
 
 
-def _rotates(source: Checkpoint, like: Checkpoint) -> bool:
-    """Nothing speaks against rotary embeddings: config.json where it says what positions do, else tables of positions,
-    where no frequencies are stored."""
+def _rotating(queries: list[Entry], source: Checkpoint, like: Checkpoint, ends: tuple[_Side, _Side], lex: Lexicon
+              ) -> list[Entry]:  # fmt: skip
+    """The projections to queries against whose rotation nothing speaks: config.json where it says what positions do,
+    else a table of positions in their part of the model, where no frequencies are stored beside it."""
     config: dict[str, Any] = {**(like.config or {}), **(source.config or {})}
     kind = config.get("position_embedding_type")
     if isinstance(kind, str) and kind:
-        return bool(_ROPE.search(kind))
-    if any(_ROPE.search(str(name)) and value not in (None, False) for name, value in config.items()):
-        return True
+        return queries if whole_words(kind) & _ROPE else []
+    if any(whole_words(str(name)) & _ROPE and value not in (None, False) for name, value in config.items()):
+        return queries
     if config.get("alibi") is True:
-        return False
-    names = {_DIGITS.sub("", name) for end in (source, like) for name in end}
-    return any(map(_FREQUENCIES.search, names)) or not any(map(_TABLES.search, names))
+        return []
+    still: set[int] = set()
+    turned: set[int] = set()
+    for n, (end, checkpoint) in enumerate(zip(ends, (source, like), strict=True)):
+        paths = [(id(entry), _parts(path, end.side)) for entry in queries
+                 for path in (entry.targets if n else entry.sources)]  # fmt: skip
+        names = {_DIGITS.sub("", name): name for name in checkpoint}
+        for name in names.values():
+            words = whole_words(name)
+            frequencies = any(some <= words for some in _FREQUENCIES)
+            if frequencies or _is_table(name, checkpoint, end.words(name, lex), words):
+                (turned if frequencies else still).update(_around(_parts(name, end.side), paths))
+    return [entry for entry in queries if id(entry) in turned or id(entry) not in still]
+
+
+def _is_table(name: str, end: Checkpoint, concepts_: frozenset[str], words: frozenset[str]) -> bool:
+    """Something that is learned for each position, or for each distance of two: not their numbers, nor a head."""
+    if "alibi" in words:
+        return True
+    spec = end[name]
+    return bool(concepts_ & _POSITIONS) and "head" not in concepts_ and len(spec.shape) > 1 and spec.floating
+
+
+def _around(table: tuple[str, ...], paths: Iterable[tuple[int, tuple[str, ...]]]) -> set[int]:
+    """Those of `paths` that lie in the innermost part of the model that holds the table and any of them. The layers of
+    a list are one part: the first may hold the table of all."""
+    paths = list(paths)
+    inner = list(takewhile(lambda part: not _DIGITS.search(part), table[:-1]))
+    for depth in range(len(inner), -1, -1):
+        found = {key for key, path in paths if list(path[:depth]) == inner[:depth]}
+        if found:
+            return found
+    return set()
+
+
+def _parts(path: str, side: Side) -> tuple[str, ...]:
+    """The parts of a path, its collection aside."""
+    parts = split_path(path, side)
+    return parts[1:] if side == "flax" and parts[0] in COLLECTIONS else parts
 
 
 def _targeted(entries: Iterable[Entry]) -> str:

@@ -26,12 +26,11 @@ from graftax.match.traced import Traces, by_trace, shown
 
 @dataclass(slots=True, eq=False)
 class Result:
-    """All scopes, the modules that found no scope, and the known buffers of the torch side."""
+    """All scopes, and the modules that found no scope."""
 
     settled: list[Settled]
     torch_left: list[Module]
     flax_left: list[Module]
-    buffers: dict[str, str]
     call_order: list[Pair] = field(default_factory=list[Pair])
     unsaid: list[Unsaid] = field(default_factory=list[Unsaid])
     habits: Habits = field(default_factory=Habits)
@@ -109,7 +108,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
         by_f.setdefault(pair.flax.prefix, scope)
     lost_t = stack_into(left_t, by_t, True, left_f, scopes)
     lost_f = stack_into(left_f, by_f, False, left_t, scopes)
-    result = Result([], lost_t, lost_f, torch.buffers, doubts=doubts)
+    result = Result([], lost_t, lost_f, doubts=doubts)
     habits = result.habits
     for scope in scopes:
         scope.wrappers, scope.experts = wrappers, experts

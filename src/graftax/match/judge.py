@@ -6,10 +6,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from graftax.match.names import UNKNOWN, Lexicon, Name, concepts, contradicts, name_of, split_words, strip_common
+from graftax.match.names import UNKNOWN, Lexicon, Name, concepts, contradicts, name_of, strip_common
 from graftax.match.pairs import Pair, Scope
 from graftax.match.places import counted_places, own_words
 from graftax.match.sides import Column, Module, Token
+from graftax.tree import split_words
 
 Ranks = tuple[tuple[str, int, int], ...]
 """The numbers of a name as (what is numbered, rank, how many)."""

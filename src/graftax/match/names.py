@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from graftax.match import words as table
-
-_WORDS = re.compile(r"\0|[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z0-9]+|[^\W_\0A-Za-z0-9]+")
 
 Tokens = Sequence[object]
 UNKNOWN = 0.3
@@ -68,13 +65,6 @@ def _words_of(concepts: Iterable[str]) -> frozenset[str]:
     wanted = frozenset(concepts)
     rows = (group for concept, group in table.SYNONYMS.items() if concept and wanted.issuperset(concept.split()))
     return wanted | {word for group in rows for word in group.split()}
-
-
-@lru_cache(maxsize=65536)
-def split_words(part: str) -> tuple[str, ...]:
-    """`DenseReluDense` -> dense, relu, dense; `conv_0` -> conv, 0. Numbers come as the mark that stands for them."""
-    found = _WORDS.findall(part)
-    return tuple(word if word == "\0" else word.lower() for word in found) or (part.lower() or "_",)
 
 
 @lru_cache(maxsize=16)

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from graftax.match.names import split_words
 from graftax.match.numbers import CUT, NUMBER, twice_numbered
 from graftax.match.places import mark_own
 from graftax.match.roles import Kind, role_of
-from graftax.match.words import BUFFERS, COLLECTIONS, WRAPPERS
-from graftax.tree import Side, TensorSpec, unescape_part
+from graftax.match.words import COLLECTIONS, WRAPPERS
+from graftax.tree import Side, TensorSpec, split_words, unescape_part
 
 Key = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -98,10 +97,9 @@ class _Template:
 
 @dataclass(slots=True)
 class SideView:
-    """All families of one side, the root first, and the leaves set aside as known buffers (path -> reason)."""
+    """All families of one side, the root first."""
 
     families: list[Family]
-    buffers: dict[str, str]
     count: int
 
 
@@ -117,15 +115,15 @@ def view(
     of exactly the same leaves; those in `loose` are dissolved: their numbers become part of the names. `renames`: what
     to read in place of a path."""
     left = set(skip)
-    templates, buffers = _templates(specs, side, left, renames or {})
+    templates = _templates(specs, side, left, renames or {})
     out: list[_Template] = []
     _walk(templates, 0, out, exact, loose)
-    return SideView(_families(out), buffers, len(specs))
+    return SideView(_families(out), len(specs))
 
 
 def _templates(
     specs: Mapping[str, TensorSpec], side: Side, skip: set[str], renames: Mapping[str, str]
-) -> tuple[list[_Template], dict[str, str]]:
+) -> list[_Template]:
     grouped: dict[str, list[tuple[Key, str, Shape]]] = {}
     cut = CUT.split
     twice = twice_numbered(specs)
@@ -145,19 +143,14 @@ def _templates(
             rows = grouped[skeleton] = []
         rows.append((numbers, path, spec.shape))
     out: list[_Template] = []
-    buffers: dict[str, str] = {}
     for skeleton, rows in grouped.items():
         parts = _parts(skeleton, side)
-        reason = _buffer(parts, rows, specs) if side == "torch" else None
-        if reason is not None:
-            buffers.update((path, reason) for _, path, _ in rows)
-            continue
         role, kind, rest = role_of(parts[-1])
         split = [split_words(part) for part in (*parts[:-1], rest) if part]
         words = tuple(word for part in split for word in part)
         cuts = tuple(accumulate(map(len, split)))
         out.append(_Template(words, role, kind, parts[-1], bool(rest), rows, cuts=cuts))
-    return out, buffers
+    return out
 
 
 def tokens_of(path: str, side: Side) -> tuple[Token, ...]:
@@ -197,15 +190,6 @@ def _parts(skeleton: str, side: Side) -> list[str]:
     if len(parts) > 1 and parts[0] == "module" and side == "torch":
         parts = parts[1:]
     return parts
-
-
-def _buffer(parts: list[str], rows: list[tuple[Key, str, Shape]], specs: Mapping[str, TensorSpec]) -> str | None:
-    reason = BUFFERS.get(parts[-1])
-    if reason is not None:
-        return reason
-    if parts[-1] == "bias" and all(len(s) == 4 and s[:2] == (1, 1) and s[2] == s[3] for _, _, s in rows):
-        return "causal mask, recomputed"
-    return None
 
 
 # ---------------------------------------------------------------- which numbers count blocks

@@ -41,7 +41,7 @@ def find_ties(
     groups: defaultdict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
     for path in paths:
         spec = specs[path]
-        if len(spec.shape) >= 2 and not spec.packed:
+        if len(spec.shape) >= 2 and spec.kind in "fc" and not spec.packed:  # no parameter is made of whole numbers
             groups[(spec.shape, spec.dtype)].append(path)
     out: dict[str, tuple[str, ...]] = {}
     for (shape, _), names in groups.items():

@@ -12,9 +12,9 @@ from itertools import islice
 
 from graftax.errors import GraftaxError
 from graftax.layers import leaf_connections
+from graftax.match.buffers import buffer_name
 from graftax.match.names import concepts, lexicon
 from graftax.match.sides import tokens_of
-from graftax.match.words import BUFFERS
 from graftax.plan_text import fold_names
 from graftax.plans import Candidate, Proposal, Question
 from graftax.rules import escape_key, rule_line
@@ -74,7 +74,7 @@ def unpaired(proposal: Proposal, source: Checkpoint, like: Checkpoint, source_si
     starts = {_module(n, source_side) for n in used}
     targets = [n for n in like if n not in filled and n not in asked and _module(n, like_side) not in homes]
     free = [n for n in source if n not in used and _module(n, source_side) not in starts]
-    free = [n for n in free if re.split(r"[./]", n)[-1] not in BUFFERS]
+    free = [n for n in free if not buffer_name(n, source[n])]
     sources = [c for c in _columns(free, source) if not offered.issuperset(c.names)] if targets else []
     wanted = [c for c in _columns(targets, like) if _varied(c.spec.shape)] if sources else []
     sides: tuple[Side, Side] = (source_side, like_side)
