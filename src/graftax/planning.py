@@ -14,7 +14,7 @@ from graftax.formats.quantized import refuse_quantized
 from graftax.formats.unmerged import refuse_unmerged
 from graftax.leftovers import settle_leftovers
 from graftax.match import infer
-from graftax.match.assumptions import unseen
+from graftax.match.assumptions import overridden, unseen
 from graftax.match.by_table import by_table
 from graftax.match.named import merged
 from graftax.ops import CONDITIONS, Cast, Fill, Same, apply_chain, infer_chain
@@ -89,6 +89,7 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, ru
     sides = source_side, like_side
     proposal = settle_leftovers(proposal, source, like, sides, ruled.missing, options.missing, options.unused)
     assumed = *proposal.assumptions, *unseen(proposal.entries, source, like, sides)
+    assumed += overridden(proposal.entries, source, like, sides)
     proposal = replace(proposal, assumptions=assumed)
     proposal, specs = _settle_dtypes(proposal, source, like, options)
     ends = End.of(source, source_side), replace(End.of(like, like_side), specs=specs)

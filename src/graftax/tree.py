@@ -191,14 +191,22 @@ def detect_side(names: Iterable[str]) -> Side | None:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A live module: evidence of the highest rank. `kind` is its class name, `bases` the qualified names along the
-    method resolution order, `leaves` maps role ('weight', 'kernel', 'query/kernel') to the full path of the leaf."""
+    """A live module: evidence of the highest rank.
+
+    kind      its class name
+    bases     the qualified names along the method resolution order
+    leaves    role ('weight', 'kernel', 'query/kernel') -> the full path of the leaf
+    calls     those of `bases` that define what its call runs (forward, __call__), the one that runs first
+    own_math  that one overrides another and does not hand its weights on to the base's call or function
+    """
 
     path: str
     kind: str
     bases: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     leaves: Mapping[str, str] = field(default_factory=dict[str, str])
+    calls: tuple[str, ...] = ()
+    own_math: bool = False
 
 
 Axes = tuple[tuple[str, int | None], ...]

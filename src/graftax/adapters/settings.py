@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import sys
 from collections.abc import Iterable
+from functools import cache
+from types import CodeType
 from typing import Any
+
+from graftax.tree import whole_words
 
 SKIP = object()
 """What is no setting."""
@@ -65,4 +70,50 @@ def collect(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def bases(kind: type) -> tuple[str, ...]:
     """The qualified names of a class and its bases, in method resolution order."""
-    return tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in kind.__mro__ if cls is not object)
+    return tuple(map(_qualified, kind.__mro__[:-1]))
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+# ---------------------------------------------------------------- what a call runs
+
+_FUNCTIONS = frozenset(("linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d", "_conv_forward"))
+_FUNCTIONS |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+_FUNCTIONS |= {"layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"}
+"""What the framework's layers hand their weights to, laid out as the layer keeps them."""
+_MOVES = frozenset(("t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"))
+_MOVES |= {"einsum", "matmul", "mm", "addmm", "bmm", "dot", "tensordot", "dot_general", "inner"}
+
+
+@cache
+def calls(kind: type) -> tuple[tuple[str, ...], bool]:
+    """The classes that define what a call of the class runs, the one that runs first; and whether that one overrides
+    another without handing its weights on to it, or to its function: then they may lie otherwise than the base's."""
+    mro = kind.__mro__[:-1]
+    found: list[tuple[type, list[Any]]] = []
+    for place, cls in enumerate(mro):
+        own = {name: value for name, value in vars(cls).items() if whole_words(name) & {"forward", "call"}}
+        held = [value for name, value in own.items() if name in ("forward", "__call__")
+                or any(name in vars(base) for base in mro[place + 1 :])]  # fmt: skip
+        if held:
+            found.append((cls, held))
+    if not found:
+        return (), False
+    own_math = len(found) > 1 and not all(map(_hands_on, found[0][1]))
+    return tuple(_qualified(cls) for cls, _ in found), own_math
+
+
+def _hands_on(method: Any) -> bool:
+    """Does a method call the one it overrides, or the layer's function, and move no axes itself?"""
+    code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+    if code is None:
+        return True  # an attribute, or a compiled function: nothing to read
+    names = _names_of(code)
+    return not names & _MOVES and bool(names & _FUNCTIONS or "__class__" in names)
+
+
+def _names_of(code: CodeType) -> set[str]:
+    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return {*code.co_names, *code.co_freevars}.union(*map(_names_of, inner))

@@ -214,7 +214,8 @@ def _module(path: str, module: torch.nn.Module, leaves: dict[str, str]) -> Modul
     if hasattr(module, "parametrizations"):
         for role in module.parametrizations:  # pyright: ignore
             plain.setdefault(role, True)
-    return Module(path, name if isinstance(name, str) else kind.__name__, settings.bases(kind), plain, leaves)
+    name = name if isinstance(name, str) else kind.__name__
+    return Module(path, name, settings.bases(kind), plain, leaves, *settings.calls(kind))
 
 
 def _trace(module: torch.nn.Module) -> Trace:

@@ -15,7 +15,7 @@ from graftax.layers.base import (
     Setting,
     Step,
 )
-from graftax.layers.connect import connect, known_kind, layouts, leaf_connections, settled
+from graftax.layers.connect import connect, known_kind, layouts, leaf_connections, overriding, own_layout, settled
 from graftax.layers.conv import block_diagonal_ops
 from graftax.layers.settings import Difference, settings_differ
 from graftax.layers.table import LAYERS
@@ -42,6 +42,8 @@ __all__ = [
     "layers_text",
     "layouts",
     "leaf_connections",
+    "overriding",
+    "own_layout",
     "rotary_ops",
     "settings_differ",
     "settled",

@@ -31,11 +31,47 @@ def known_kind(module: Module | None, side: Side) -> str:
     if module is None:
         return ""
     kinds = _known_kinds()[side]
-    names = [base.rpartition(".")[2] for base in module.bases if base.partition(".")[0] in _FRAMEWORKS]
+    names = [base.rpartition(".")[2] for base in module.bases if _of_framework(base)]
     for name in names if module.bases else [module.kind]:
         if name in kinds:
             return name
     return ""
+
+
+_LAYERS_OF: Mapping[Side, tuple[str, ...]] = {
+    "torch": ("torch.nn.modules.", "torch.ao.nn."),
+    "flax": ("flax.linen.", "flax.nnx."),
+}
+_HOLDERS = frozenset(("Module", "Sequential"))
+
+
+def unlisted_kind(module: Module | None, side: Side) -> str:
+    """The class name of a live framework layer that no row of the table lists: what is known of others of its leaf
+    names says nothing of it."""
+    if module is None or known_kind(module, side):
+        return ""
+    names = [call.rpartition(".")[2] for call in module.calls if call.startswith(_LAYERS_OF[side])]
+    return next((name for name in names if name not in _HOLDERS), "")
+
+
+def overriding(module: Module | None, side: Side) -> tuple[str, str] | None:
+    """(the class whose own call runs, the listed kind whose call it overrides)."""
+    known = known_kind(module, side)
+    if module is None or not known or not module.calls:
+        return None
+    base = next(name for name in module.bases if name.rpartition(".")[2] == known and _of_framework(name))
+    first = module.calls[0]
+    return (first, known) if module.bases.index(first) < module.bases.index(base) else None
+
+
+def own_layout(module: Module | None, side: Side) -> bool:
+    """May a live module keep its weights otherwise than the table, or the field, says? A framework layer that no row
+    lists may, and a subclass that computes with them itself."""
+    return bool(unlisted_kind(module, side)) or bool(module and module.own_math and overriding(module, side))
+
+
+def _of_framework(name: str) -> bool:
+    return name.partition(".")[0] in _FRAMEWORKS
 
 
 def rows_for(torch_kind: str, flax_kind: str) -> list[Layer]:
@@ -62,6 +98,8 @@ def connect(
     Raises LayoutError with the reason, and the rewrite where one exists, for what the table refuses.
     """
     facts = _facts(torch, flax, hints or {})
+    if not hints and _unknown_layout(torch, flax):
+        return []
     rows = rows_for(facts.torch_kind, facts.flax_kind)
     refuse(rows, facts, torch, flax)
     found: list[Connection] = []
@@ -74,6 +112,12 @@ def connect(
         least = min(len(connection.left) for connection in found)
         found = [connection for connection in found if len(connection.left) == least]
     return _ranked(found, facts)
+
+
+def _unknown_layout(torch: Part, flax: Part) -> bool:
+    """Is a side a module that may lay out a matrix in its own way?"""
+    matrices = any(len(shape) > 1 for part in (torch, flax) for shape in part.shapes().values())
+    return matrices and any(own_layout(part.module, part.side) for part in (torch, flax))
 
 
 def settled(found: Sequence[Connection]) -> Connection | None:

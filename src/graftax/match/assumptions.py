@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from graftax.layers import known_kind
+from graftax.layers import known_kind, overriding
 from graftax.match.calls import torch_calls
 from graftax.match.ends import Ends
 from graftax.match.engine import Result
@@ -168,6 +168,36 @@ def unseen(
         text = f"fused: {names} hold q, k, v in one order on both sides: one after the other, or head by head"
         out.append(Assumption(text, PARITY, _leaves(seen.fused)))
     return tuple(out)
+
+
+def overridden(
+    entries: Iterable[Entry], source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]
+) -> tuple[Assumption, ...]:
+    """One statement for each class of a live module that overrides the call of a layer: that it uses its weights as the
+    layer does. None where both ends run the same class."""
+    ends = [_overrides(end, side) for end, side in zip((source, like), sides, strict=True)]
+    found: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries if any(ends) else ():
+        here, there = ({end[name] for name in names if name in end}
+                       for end, names in zip(ends, (entry.sources, entry.targets), strict=True))  # fmt: skip
+        for item in here | there if entry.targets and here != there else ():
+            found.setdefault(item, []).append(entry)
+    out: list[Assumption] = []
+    for (own, kind), some in found.items():
+        text = (
+            f"forward: {own} overrides that of {kind}, and is taken to use {_targeted(some)} as {kind} does: it may "
+            "normalise, scale or shift them first"
+        )
+        out.append(Assumption(text, PARITY, _leaves(some)))
+    return tuple(out)
+
+
+def _overrides(end: Checkpoint, side: Side) -> dict[str, tuple[str, str]]:
+    """leaf -> (the class whose call runs, the layer that it overrides) of the innermost live module that holds it."""
+    out: dict[str, tuple[str, str] | None] = {}
+    for module in sorted(end.modules.values(), key=lambda module: len(module.leaves), reverse=True):
+        out |= dict.fromkeys(module.leaves.values(), overriding(module, side))
+    return {leaf: item for leaf, item in out.items() if item is not None}
 
 
 def _alike(entries: Iterable[Entry]) -> Iterable[list[Entry]]:

@@ -61,7 +61,7 @@ def _mask(path: str, end: Checkpoint, live: bool, reads: list[str] | None) -> st
     """A causal mask that is kept as floats: one value up to the diagonal and another one above it."""
     shape, last = end.specs[path].shape, path.rpartition(".")[2]
     square = len(shape) > 1 and shape[-1] == shape[-2] > 1 and end.specs[path].size == shape[-1] ** 2
-    if not square or not (last == "bias" and len(shape) == 4 or set(split_words(last)) & _MASK):
+    if not square or not ((last == "bias" and len(shape) == 4) or set(split_words(last)) & _MASK):
         return ""
     if reads is None or (live and last == "bias"):
         return BUFFERS["causal_mask"] if last == "bias" else ""
@@ -76,7 +76,7 @@ def _is_causal(array: Any) -> bool:
 
     square = np.asarray(array).reshape(array.shape[-2:])
     seen, hidden = square[0, 0], square[0, -1]
-    if not seen != hidden:
+    if seen == hidden:
         return False
     lower = np.tri(len(square), dtype=bool)
     return bool((square[lower] == seen).all() and (square[~lower] == hidden).all())

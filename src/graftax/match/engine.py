@@ -124,8 +124,9 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
     for item in result.settled:
         for pair in item.taken:
             for link in pair.links:
-                known = ends.kinds.reading(pair, link) if ends.kinds else None
-                choice = choose(link, pair, item.scope, habits)
+                own = ends.kinds.own_order(pair, link) if ends.kinds and not same else None
+                known = ends.kinds.reading(pair, link) if ends.kinds and own is None else None
+                choice = own or choose(link, pair, item.scope, habits)
                 if known is not None and choice.kind != "fused":  # no kind says how fused parts lie
                     choice = Choice(*known)
                 choice = as_ruled(link, choice, ends.ruled) if ends.ruled else choice

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import permutations
 
 from graftax.errors import LayoutError
 from graftax.layers.base import Part
-from graftax.layers.connect import connect, known_kind, rows_for, settled
+from graftax.layers.connect import connect, known_kind, own_layout, rows_for, settled
+from graftax.match.choose import Choice
 from graftax.match.pairs import Label, Link, Pair
 from graftax.match.sides import Module
+from graftax.ops import Rearrange
 from graftax.tree import Checkpoint, Side
 from graftax.tree import Module as Live
 
@@ -70,9 +73,60 @@ class Kinds:
                     return label, f"module kinds: {found.evidence[0]}"
         return None
 
+    def own_order(self, pair: Pair, link: Link) -> Choice | None:
+        """The order of a matrix's axes where one of the live modules may have its own: settled if only one fits every
+        instance, else all that do are open."""
+        ends = self._live(pair.torch, True), self._live(pair.flax, False)
+        shapes = {(source, target) for _, source, target in link.chains}
+        if link.torch.role not in ("weight", "value") or not any(map(own_layout, ends, ("torch", "flax"))):
+            return None
+        if link.torch.stack or link.flax.stack:  # the axis of stacking is not the only question
+            return Choice(None, "", tuple(sorted(link.labels))) if max(len(s) for s, _ in shapes) > 1 else None
+        orders = _orders(shapes)
+        if not orders:
+            return None
+        made = {((), _order_label(order)): order for order in orders}
+        for label, order in made.items():
+            chain = (Rearrange(_order_text(order)),) if order != tuple(range(len(order))) else ()
+            link.chains.update({(label, source, target): chain for source, target in shapes})
+        link.labels = frozenset(made)
+        if len(made) == 1:
+            return Choice(next(iter(made)), "the one order of axes that fits")
+        return Choice(None, "", tuple(made))
+
     def _live(self, module: Module, torch: bool) -> Live | None:
         table = self.torch if torch else self.flax
         return table.get(_first(module)) if table else None
+
+
+_AXES = "abcde"
+
+
+def _orders(shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[int, ...]]:
+    """Every order of axes that turns the one shape into the other, of all pairs; one of those that differ in axes of
+    length 1 alone. The usual ones first: reversed, and the first axis last."""
+    shapes = list(shapes)
+    rank = len(shapes[0][0])
+    if not 2 <= rank <= len(_AXES) or any(len(shape) != rank for pair in shapes for shape in pair):
+        return []
+    found: dict[tuple[int, ...], tuple[int, ...]] = {}
+    usual = [(*range(1, rank), 0), tuple(range(rank))[::-1]]
+    for order in (*usual, *permutations(range(rank))):
+        if all(target == tuple(source[axis] for axis in order) for source, target in shapes):
+            moved = tuple(axis for axis in order if any(source[axis] > 1 for source, _ in shapes))
+            found.setdefault(moved, order)
+    return list(found.values())
+
+
+def _order_label(order: tuple[int, ...]) -> str:
+    if order == tuple(range(len(order))):
+        return "identity"
+    return "linear" if len(order) == 2 else f"axes {_order_text(order)}"
+
+
+def _order_text(order: tuple[int, ...]) -> str:
+    names = _AXES[: len(order)]
+    return f"{' '.join(names)} -> {' '.join(names[axis] for axis in order)}"
 
 
 def _by_leaf(side: Checkpoint) -> dict[str, Live]:

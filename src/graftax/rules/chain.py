@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from graftax.errors import LayoutError
 from graftax.ops import Copy, Flip, Op, Rearrange, Same, Stack, Sum, Unstack, infer_chain, invert_chain
 from graftax.rules.flatten import NO_TAIL, Shape, Tail
-from graftax.rules.fuse import fused_axis, head_counts, join, part_sizes, take_apart
+from graftax.rules.fuse import check_heads, fused_axis, head_counts, join, part_sizes, shown_heads, take_apart
 from graftax.rules.layout import Laid, Piece, lay, left_shape
 from graftax.rules.model import LIST, Rule
 from graftax.rules.rows import row_ops
@@ -134,7 +134,7 @@ def _core(
     many = (1, 1) if LIST in case.counts else (len(rule.left), len(rule.right))
     if many == (1, 1):
         laid = _piece(rule, case, _first(lefts), _first(rights))
-        _heads_agree(rule, rights)
+        _heads_agree(rule, rights, laid.ops)
         return rows + laid.ops, laid
     if rule.fused == "tied":
         return _tied(rule, case, lefts, rights, many, rows)
@@ -186,7 +186,7 @@ def _split(
     if rule.heads is not None and rights is None and rule.ops is None:
         raise LayoutError("`heads` without a `like` leaves open whether a kernel is (i, o) or (i, h, d); write ops")
     if left is not None:
-        axis = fused_axis(rule, len(left))
+        axis = fused_axis(rule, len(left), case.sides[0], case.left_roles[0])
         rest = left[:axis] + left[axis + 1 :]
         sizes = part_sizes(rule, left[axis], axis, rest, rights)
         pieces = [(*left[:axis], size, *left[axis + 1 :]) for size in sizes]
@@ -194,11 +194,13 @@ def _split(
         assert rights is not None
         laid = [_piece(rule, case, None, right, k) for k, right in enumerate(rights)]
         pieces = [left_shape(one.ops, right) for one, right in zip(laid, rights, strict=True)]
-        axis = fused_axis(rule, len(pieces[0]))
+        axis = fused_axis(rule, len(pieces[0]), case.sides[0], case.left_roles[0])
         sizes = tuple(piece[axis] for piece in pieces)
     each = [_piece(rule, case, piece, None if rights is None else rights[k], k) for k, piece in enumerate(pieces)]
+    shown = [shown_heads(one.ops, axis) for one in each] if rights is not None else []
+    check_heads(rule, sizes, shown)
     merged = _merge(each)
-    return rows + take_apart(rule, axis, len(pieces[0]), sizes, rights) + merged.ops, merged
+    return rows + take_apart(rule, axis, len(pieces[0]), sizes, shown) + merged.ops, merged
 
 
 def _joined(
@@ -208,7 +210,7 @@ def _joined(
     if rule.heads is not None and right is None and rule.ops is None:
         raise LayoutError("`heads` without a `like` leaves open whether a kernel is (i, o) or (i, h, d); write ops")
     if lefts is not None:
-        axis = fused_axis(rule, len(lefts[0]))
+        axis = fused_axis(rule, len(lefts[0]), case.sides[0], case.left_roles[0])
         if any(len(s) != len(lefts[0]) for s in lefts):
             raise LayoutError(f"tensors of different ranks do not join: {' and '.join(map(str, lefts))}")
         sizes = tuple(shape[axis] for shape in lefts)
@@ -216,7 +218,7 @@ def _joined(
     else:
         assert right is not None
         whole = left_shape(_piece(rule, case, None, right).ops, right)
-        axis = fused_axis(rule, len(whole))
+        axis = fused_axis(rule, len(whole), case.sides[0], case.left_roles[0])
         sizes = part_sizes(rule, whole[axis], axis, whole[:axis] + whole[axis + 1 :], None, len(rule.left))
     laid = _piece(rule, case, whole, right)
     return rows + join(rule, axis, len(whole), sizes) + laid.ops, laid
@@ -244,13 +246,15 @@ def _merge(each: Sequence[Laid]) -> Laid:
     return Laid(tuple(ops), first.evidence, assumes)
 
 
-def _heads_agree(rule: Rule, rights: Sequence[Shape] | None) -> None:
-    """`heads` of a rule for one tensor must be an axis of the target."""
+def _heads_agree(rule: Rule, rights: Sequence[Shape] | None, ops: Sequence[Op]) -> None:
+    """`heads` of a rule for one tensor must be an axis of the target that the layout makes, or leaves as it is."""
     if rule.heads is None or rule.ops is not None:
         return
     if rights is None:
         raise LayoutError("`heads` without a `like` leaves open where the heads go; write ops")
     if len(rights[0]) > 2 and rule.heads not in rights[0] and (rule.kv_heads or 0) not in rights[0]:
         raise LayoutError(f"no axis of {rights[0]} has heads={rule.heads} entries")
+    if len(rights[0]) > 2 and ops and not any(isinstance(op, Rearrange) and "(" in op.pattern for op in ops):
+        raise LayoutError(f"heads={rule.heads}, and the layout splits no axis into heads")
     if len(rights[0]) <= 2 and all(extent % rule.heads for extent in rights[0]):
         raise LayoutError(f"no axis of {rights[0]} is a multiple of heads={rule.heads}")

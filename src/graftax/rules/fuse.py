@@ -4,23 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from graftax.errors import LayoutError
-from graftax.ops import Concat, Op, Rearrange, Split
+from graftax.ops import Concat, Op, Rearrange, Split, parse_pattern
 from graftax.rules.flatten import Shape
 from graftax.rules.model import Rule
+from graftax.tree import Side
 
 
-def fused_axis(rule: Rule, rank: int) -> int:
-    """The axis of the torch tensor along which the parts lie: the outputs. The first, unless the rule says that the
-    weight is stored (in, out), or its `ops` names the outputs (o, or h d) elsewhere."""
+def fused_axis(rule: Rule, rank: int, side: Side, role: str) -> int:
+    """The axis of the left tensor along which the parts lie: the outputs. Where `ops` names them (o, or h d), there;
+    else by the layout and the role: last in a Flax kernel and in a weight that is stored as one, second in a transposed
+    convolution of torch, first in every other weight of torch."""
     if rule.ops is not None and rule.ops.left is not None:
         for axis, group in enumerate(rule.ops.left):
             if {"o", "h", "d"} & set(group):
                 return axis
-    if rank == 2 and rule.layout == "identity":
-        return 1
-    return 0
+    if rule.layout == "identity" or (side == "flax" and role == "kernel"):
+        return rank - 1
+    return 1 if rank > 2 and (rule.layout or "").startswith("conv_transpose") else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How a part's rows are split on the other side: into `count` heads of `dim` rows."""
+
+    count: int
+    dim: int
+
+
+def shown_heads(ops: Sequence[Op], axis: int) -> Heads | None:
+    """The heads that the layout of a part splits its rows into, which lie on `axis`; None where it does not. The rank
+    shows none: a convolution and the weights of experts have three axes as well."""
+    op = ops[0] if ops else None
+    if not isinstance(op, Rearrange):
+        return None
+    group, sizes = parse_pattern(op.pattern)[0][axis], dict(op.sizes)
+    if len(group) < 2 or any(name not in sizes for name in group):
+        return None
+    return Heads(math.prod(sizes[name] for name in group[:-1]), sizes[group[-1]])
 
 
 def part_sizes(
@@ -35,7 +58,6 @@ def part_sizes(
         sizes = tuple(_rows_of(right, rest) for right in rights)
         if sum(sizes) != rows:
             raise LayoutError(f"axis {axis} has {rows} rows; {_needs(sizes, rights, rest)}")
-        _check_heads(rule, sizes, rights)
         return sizes
     heads = head_counts(rule, count)
     if heads is None:
@@ -69,37 +91,37 @@ def _needs(sizes: Sequence[int], rights: Sequence[Shape], rest: Shape) -> str:
     return f"the targets need {' + '.join(map(str, sizes))} = {sum(sizes)}"
 
 
-def _check_heads(rule: Rule, sizes: Sequence[int], rights: Sequence[Shape]) -> None:
-    """`heads` and `kv_heads` must agree with the shapes, where the shapes show heads."""
+def check_heads(rule: Rule, sizes: Sequence[int], shown: Sequence[Heads | None]) -> None:
+    """LayoutError where `heads` and `kv_heads` do not agree with the rows, or with the heads that the layouts show."""
     if rule.heads is None:
         return
-    largest = max(range(len(sizes)), key=lambda k: sizes[k])
-    shown = {right[-2] for right in rights if len(right) > 2}
-    if shown and max(shown) != rule.heads:
-        raise LayoutError(f"the targets have {max(shown)} heads, the rule says heads={rule.heads}")
-    if shown and rule.kv_heads is not None and min(shown) != rule.kv_heads:
-        raise LayoutError(f"the targets have {min(shown)} heads at least, the rule says kv_heads={rule.kv_heads}")
-    if sizes[largest] % rule.heads:
-        raise LayoutError(f"{sizes[largest]} rows are no multiple of heads={rule.heads}")
+    largest = max(sizes)
+    counts = {heads.count for heads in shown if heads is not None}
+    if counts and max(counts) != rule.heads:
+        raise LayoutError(f"the targets have {max(counts)} heads, the rule says heads={rule.heads}")
+    if counts and rule.kv_heads is not None and min(counts) != rule.kv_heads:
+        raise LayoutError(f"the targets have {min(counts)} heads at least, the rule says kv_heads={rule.kv_heads}")
+    if largest % rule.heads:
+        raise LayoutError(f"{largest} rows are no multiple of heads={rule.heads}")
 
 
 # ---------------------------------------------------------------- ops
 
 
 def take_apart(
-    rule: Rule, axis: int, rank: int, sizes: tuple[int, ...], rights: Sequence[Shape] | None
+    rule: Rule, axis: int, rank: int, sizes: tuple[int, ...], shown: Sequence[Heads | None]
 ) -> tuple[Op, ...]:
-    """One tensor -> its parts of `sizes` rows, each with its rows in order."""
+    """One tensor -> its parts of `sizes` rows, each with its rows in order. `shown`: the heads of each part."""
     if rule.fused != "interleaved":
         return (Split(axis, sizes),)
-    return split_groups(axis, rank, *_interleaved(rule, sizes, rights))
+    return split_groups(axis, rank, *_interleaved(rule, sizes, shown))
 
 
 def join(rule: Rule, axis: int, rank: int, sizes: tuple[int, ...]) -> tuple[Op, ...]:
     """Parts -> one tensor; the way back of `take_apart`."""
     if rule.fused != "interleaved":
         return (Concat(axis, sizes),)
-    return join_groups(axis, rank, *_interleaved(rule, sizes, None))
+    return join_groups(axis, rank, *_interleaved(rule, sizes, ()))
 
 
 def split_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: int) -> tuple[Op, ...]:
@@ -130,20 +152,24 @@ def _patterns(axis: int, rank: int) -> tuple[str, str]:
     return f"{' '.join(flat)} -> {' '.join(wide)}", f"{' '.join(wide)} -> {' '.join(flat)}"
 
 
-def _interleaved(
-    rule: Rule, sizes: tuple[int, ...], rights: Sequence[Shape] | None
-) -> tuple[int, tuple[int, ...], int]:
+def _interleaved(rule: Rule, sizes: tuple[int, ...], shown: Sequence[Heads | None]) -> tuple[int, tuple[int, ...], int]:
     """Groups, heads of each part in a group, head dim: (h 3 d) has h groups of 1 + 1 + 1; with grouped heads every
     group holds heads / kv_heads heads of q, one of k and one of v."""
     dim = 0
+    dims = {heads.dim if heads is not None else 0 for heads in shown}
     if rule.heads is not None:
         dim, odd = divmod(max(sizes), rule.heads)
         if odd:
             raise LayoutError(f"{max(sizes)} rows are no multiple of heads={rule.heads}")
-    elif rights is not None and all(len(r) > 2 for r in rights) and len({r[-1] for r in rights}) == 1:
-        dim = rights[0][-1]
-    if not dim or any(size % dim for size in sizes):
-        raise LayoutError("fused = 'interleaved' needs `heads`" if not dim else f"{sizes} rows are no heads of {dim}")
+    elif len(dims) == 1:
+        (dim,) = dims
+    if not dim:
+        raise LayoutError(
+            "fused = 'interleaved' needs `heads`: in how many runs the rows of a part lie, "
+            f"such as heads = {max(sizes)} where the parts take turns row by row"
+        )
+    if any(size % dim for size in sizes):
+        raise LayoutError(f"{sizes} rows are no heads of {dim}")
     heads = [size // dim for size in sizes]
     groups = min(heads)
     if not groups or any(n % groups for n in heads):

@@ -110,11 +110,14 @@ def role_of(key: str, side: Side) -> str:
 
 
 def _by_table(rule: Rule, left: Shape, right: Shape, piece: Piece) -> Laid:
-    from graftax.layers import leaf_connections
+    from graftax.layers import leaf_connections, own_layout
 
     specs = TensorSpec(left, "float32"), TensorSpec(right, "float32")
     roles, modules = piece.roles, piece.modules
     found = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1], rule.layout or None)
+    if not found and not rule.layout and max(len(left), len(right)) > 1 and any(map(own_layout, modules, piece.sides)):
+        names = " and ".join(m.kind for m, side in zip(modules, piece.sides, strict=True) if m and own_layout(m, side))
+        raise LayoutError(f"no convention says how {names} keeps {left}; write layout, or ops such as 'a b c -> b c a'")
     if not found and any(modules):
         live = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1]) if all(modules) else []
         if live and live[0].by == "modules":  # live modules outrank rules
