@@ -54,6 +54,22 @@ POSITIONS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "a table of positions": ({"position_embeddings.weight": (9, D + 3)}, {}, False),
     "a bare table": ({"pos_embed": (1, 9, D + 3)}, {}, False),
     "relative ones": ({"layers.0.attn.relative_attention_bias.weight": (32, 4)}, {}, False),
+    "norms after attention": ({f"layers.{i}.post_attention_layernorm.weight": (D,) for i in range(2)}, {}, True),
+    "words that hold the word": ({"composer.weight": (9, D + 3), "purpose.weight": (9, D + 4)}, {}, True),
+    "weights of positives": ({"pos_weight": (5,)}, {}, True),
+    "a head of parts of speech": ({"pos_head.weight": (9, D + 3)}, {}, True),
+    "a table of another tower": (
+        {
+            "vision.position_embedding.weight": (9, D + 3),
+            "vision.layers.0.attn.q_proj.weight": (D, D + 3),
+            "vision.layers.0.attn.k_proj.weight": (D, D + 3),
+        },
+        {},
+        True,
+    ),
+    "camel case": ({"PosEmbed.weight": (9, D + 3)}, {}, False),
+    "config says rope": ({"pos_embed": (1, 9, D + 3)}, {"rope_theta": 1e4}, True),
+    "config holds the word only": ({"pos_embed": (1, 9, D + 3)}, {"european": True}, False),
     "frequencies": ({"rotary_emb.inv_freq": (4,)}, {}, True),
     "frequencies and a table": ({"rotary_emb.inv_freq": (4,), "pos_embed": (1, 9, D + 3)}, {}, True),
     "config says absolute": ({}, {"position_embedding_type": "absolute"}, False),
@@ -157,3 +173,11 @@ def test_cells_that_bear_their_layers_number_assume_nothing() -> None:
     assert not said(planned(torch, cells("lstm/0/cell", "lstm/1/cell")))
     counted = planned(torch, cells("OptimizedLSTMCell_0", "OptimizedLSTMCell_1"))
     assert any("layer by layer" in a.text for a in counted.assumptions)
+
+
+def test_a_table_of_positions_speaks_for_its_own_tower_alone() -> None:
+    tower = {name.replace("layers", "vision.layers"): shape for name, shape in ATTENTION.items()}
+    plan = planned({**tower, "vision.position_embedding.weight": (9, D + 3), **ATTENTION, **OUT})
+    rotary = next(a for a in plan.assumptions if a.text.startswith("rotary"))
+    assert rotary.targets
+    assert not any("vision" in name for name in rotary.targets)

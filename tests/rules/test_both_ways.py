@@ -287,6 +287,47 @@ def test_fused_and_interleaved(split, kv):
     both_ways(rules, {"a.qkv.weight": (shape, 7), "a.qkv.bias": (shape,)}, wanted)
 
 
+PARTS = ["a/q/kernel", "a/k/kernel", "a/v/kernel"]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("fused", ["block", "interleaved"])
+def test_a_fused_convolution_has_no_axis_of_heads(rank, fused):
+    """A kernel of three axes is no (in, heads, head_dim): `heads` counts the runs of rows."""
+    ones = (1,) * rank
+
+    def wanted(t):
+        w = t["qkv.weight"].reshape(*((2, 3, 4) if fused == "interleaved" else (3, 2, 4)), 7)
+        parts = w.swapaxes(0, 1) if fused == "interleaved" else w
+        return {name: part.reshape(8, 7).T.reshape(*ones, 7, 8) for name, part in zip(PARTS, parts, strict=True)}
+
+    rule = {"torch": "qkv.weight", "flax": PARTS, "fused": fused, "heads": 2}
+    both_ways([rule], {"qkv.weight": (24, 7, *ones)}, wanted)
+
+
+@pytest.mark.parametrize(("ops", "axis"), [("e i o -> e i o", 2), ("e o i -> e i o", 1)])
+def test_parts_of_experts_that_take_turns(ops, axis):
+    rule = {"torch": "m.gate_up", "flax": ["m/wi_0", "m/wi_1"], "fused": "interleaved", "heads": 4, "ops": ops}
+
+    def wanted(t):
+        w = t["m.gate_up"] if axis == 2 else t["m.gate_up"].swapaxes(1, 2)
+        return {"m/wi_0": w[..., ::2], "m/wi_1": w[..., 1::2]}
+
+    both_ways([rule], {"m.gate_up": (2, 6, 8) if axis == 2 else (2, 8, 6)}, wanted)
+
+
+@pytest.mark.parametrize("order", ["i h d", "h i d", "h d i"])
+def test_heads_that_the_layout_shows_need_not_be_said(order):
+    rule = {"torch": "a.qkv.weight", "flax": PARTS, "fused": "interleaved", "ops": f"(h d) i -> {order}", "d": 3}
+
+    def wanted(t):
+        w = t["a.qkv.weight"].reshape(4, 3, 3, 7)
+        axes = tuple({"h": 0, "d": 1, "i": 2}[name] for name in order.split())
+        return {name: w[:, n].transpose(axes) for n, name in enumerate(PARTS)}
+
+    both_ways([rule], {"a.qkv.weight": (36, 7)}, wanted)
+
+
 def test_heads_of_a_fused_weight_that_is_stored_in_out():
     rules = [
         {"torch": "c.weight", "flax": qkv(), "fused": "block", "layout": "identity"},

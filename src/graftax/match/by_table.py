@@ -17,7 +17,7 @@ from graftax.match.recurrent import unruled
 from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
 from graftax.plans import PARITY, Assumption, Entry, Proposal, Question
-from graftax.tree import Checkpoint, Module, Side, split_path
+from graftax.tree import Checkpoint, Module, Side, split_path, whole_words
 
 ONE_LAYER = 64
 """A tree of at most this many leaves may be one layer (a bidirectional LSTM of four layers has 32)."""
@@ -82,7 +82,7 @@ def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkp
         return False
     if square and any(says_transposed([w for w in side if not w.isdigit()]) for side in words):
         return True
-    norms = [name for role, name in flax.roles.items() if role.endswith(("scale", "weight"))]
+    norms = [name for role, name in flax.roles.items() if {"scale", "weight"} & whole_words(role.rpartition("/")[2])]
     return any(len(flax_end[name].shape) > 1 for name in norms)
 
 

@@ -14,7 +14,7 @@ from graftax.match.unlike import KINDS, unlike
 from graftax.ops import Concat, Split
 from graftax.plans import Candidate, Entry, Question
 from graftax.rules.text import rule_line
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, TensorSpec, whole_words
 
 _HALVES = ("input", "dense_i"), ("hidden", "dense_h")
 _MARGIN = 0.12
@@ -121,6 +121,6 @@ def _ask(out: Recurrent, fits: Sequence[_Fit], ours: set[int]) -> None:
 
 
 def _rule(gates: tuple[str, ...], whole: str, turned: bool) -> str:
-    layout = {"layout": "identity"} if whole.endswith("kernel") else {}
+    layout = {"layout": "identity"} if "kernel" in whole_words(whole.rpartition("/")[2]) else {}
     ends = {"source": whole, "target": list(gates)} if turned else {"source": list(gates), "target": whole}
     return rule_line(**ends, fused="block", **layout)

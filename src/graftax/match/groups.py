@@ -12,11 +12,12 @@ from graftax.match.pairs import Scope
 from graftax.match.sides import Column, Key, Module, Shape
 from graftax.ops import Concat, Op, Rearrange, Split, Stack
 from graftax.rules.fuse import join_groups, split_groups
+from graftax.tree import split_words
 
 PARTS: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("k", "v"), ("gate", "up"))
 """Parts in the order in which their letters stand in the fused module's name."""
 _FUSED = {("q", "k", "v"): ("qkv",), ("k", "v"): ("kv",), ("gate", "up"): ("gate",)}
-_BARE = ("in_proj_weight", "in_proj_bias")
+_BARE = (("in", "proj", "weight"), ("in", "proj", "bias"))
 
 Variants = dict[str, tuple[Op, ...]]
 
@@ -177,7 +178,7 @@ def _know(link: GroupLink, module: Module, other: Module, style: Style | None) -
     stacks = all(label.startswith("stack ") for label in link.variants)
     if stacks and "stack 0" in link.variants and _EINSUM in (*module.tokens, *other.tokens):
         link.known = "stack 0"  # an einsum over several parts has them first: `...,scd->s...d`
-    if link.torch[0].leaf.endswith(_BARE) and "block" in link.variants:
+    if split_words(link.torch[0].leaf)[-3:] in _BARE and "block" in link.variants:
         link.known = "block"
     if style is not None:
         link.known = style.form if style.form in link.variants else ""

@@ -14,6 +14,7 @@ from graftax.parity.causes.numbers import Array, Bar
 from graftax.parity.causes.recipes import Difference
 from graftax.parity.causes.weights import Found
 from graftax.plans import Entry
+from graftax.tree import whole_words
 
 Tensors = Mapping[str, Any]
 
@@ -83,7 +84,7 @@ def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> Fou
     if len(entry.sources) == 2:
         first, second = (tuple(np.split(np.asarray(torch[name]), count)) for name in entry.sources)
         biases = (first, second)
-    into = any("_ih" in name for name in entry.sources)
+    into = any("ih" in whole_words(name.rpartition(".")[2]) for name in entry.sources)
     what = "biases" if biases else f"kernels of the {'input' if into else 'state'}"
     return diagnose_cell(Cell(f"the {what} ({', '.join(entry.targets)})", have, want, biases))
 
