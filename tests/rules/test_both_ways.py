@@ -410,6 +410,16 @@ def test_fused_and_stacked():
     )
 
 
+@pytest.mark.parametrize("width", [4, 9])
+def test_one_tensor_is_a_table_and_a_head_each_in_its_layout(width):
+    rule = {"torch": "wte.weight", "flax": ["wte/embedding", "head/kernel"], "fused": "tied"}
+    both_ways(
+        [rule],
+        {"wte.weight": (9, width)},
+        lambda t: {"wte/embedding": t["wte.weight"], "head/kernel": t["wte.weight"].T},
+    )
+
+
 def test_tied_names():
     arrays = tensors({"wte.weight": (5, 4)})
     arrays["head.weight"] = arrays["wte.weight"].copy()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from graftax.errors import LayoutError
-from graftax.ops import Copy, Flip, Op, Rearrange, Same, Stack, Sum, Unstack, infer_chain, invert_chain
+from graftax.ops import Copy, Flip, Op, Rearrange, RearrangeEach, Same, Stack, Sum, Unstack, infer_chain, invert_chain
 from graftax.rules.flatten import NO_TAIL, Shape, Tail
 from graftax.rules.fuse import check_heads, fused_axis, head_counts, join, part_sizes, shown_heads, take_apart
 from graftax.rules.layout import Laid, Piece, lay, left_shape
@@ -170,13 +170,22 @@ def _tied(
 ) -> tuple[tuple[Op, ...], Laid]:  # fmt: skip
     if case.counts:
         raise LayoutError("fused = 'tied' does not go with a stacked index; write a rule for each")
-    for shapes in (lefts, rights):
-        if shapes is not None and len(set(shapes)) > 1:
-            raise LayoutError(f"fused = 'tied' is for tensors of one shape, not {' and '.join(map(str, shapes))}")
-    laid = _piece(rule, case, _first(lefts), _first(rights))
+    if lefts is not None and len(set(lefts)) > 1:
+        raise LayoutError(f"fused = 'tied' is for tensors of one shape, not {' and '.join(map(str, lefts))}")
     if many[0] > 1:
+        laid = _piece(rule, case, _first(lefts), _first(rights))
         return (Same(many[0]), *rows, *laid.ops), laid
-    return (*rows, *laid.ops, Copy(many[1])), laid
+    each = [_piece(rule, case, _first(lefts), None if rights is None else rights[k], k) for k in range(many[1])]
+    if all(laid.ops == each[0].ops for laid in each):
+        return (*rows, *each[0].ops, Copy(many[1])), each[0]
+    steps = [laid.ops[0] if laid.ops else None for laid in each]  # a table and a head: each in its own layout
+    moves = [step for step in steps if isinstance(step, Rearrange)]
+    if any(len(laid.ops) > 1 for laid in each) or len(moves) < sum(step is not None for step in steps):
+        raise LayoutError("fused = 'tied' cannot flip one tensor and not another; write a rule for each")
+    patterns = tuple(step.pattern if isinstance(step, Rearrange) else "" for step in steps)
+    sizes = tuple(step.sizes if isinstance(step, Rearrange) else () for step in steps)
+    evidence = tuple(dict.fromkeys(text for laid in each for text in laid.evidence))
+    return (*rows, Copy(many[1]), RearrangeEach(patterns, sizes)), replace(each[0], evidence=evidence)
 
 
 def _split(
