@@ -159,6 +159,18 @@ def test_a_rule_that_says_no_layout_leaves_it_open() -> None:
     assert len(plan.questions[0].candidates) == 2
 
 
+def test_a_pairing_that_is_asked_about_offers_every_order_of_axes() -> None:
+    source = torch.nn.Module()
+    source.left_one, source.right_one = torch.nn.Bilinear(8, 8, 6), torch.nn.Bilinear(8, 8, 6)
+    shapes = {f"params/{name}/{leaf}": shape for name in ("x", "y")
+              for leaf, shape in (("kernel", (8, 8, 6)), ("bias", (6,)))}  # fmt: skip
+    plan = planned(source, Checkpoint("like", "flax", {k: TensorSpec(s, "float32") for k, s in shapes.items()}))
+    rules = [candidate.rule for question in plan.questions for candidate in question.candidates]
+    assert rules
+    assert not any("conv" in rule for rule in rules)
+    assert {"a b c -> b c a" in rule for rule in rules} == {True, False}
+
+
 def test_one_framework_layer_alone_is_asked_about() -> None:
     target = Checkpoint("like", "flax", {"params/kernel": TensorSpec((8, 8, 6), "float32"),
                                          "params/bias": TensorSpec((6,), "float32")})  # fmt: skip

@@ -14,10 +14,11 @@ from graftax.match.ends import Ends
 from graftax.match.flatten import Suspect, suspects
 from graftax.match.idioms import has_experts
 from graftax.match.judge import wrapper_words
+from graftax.match.kinds import Kinds
 from graftax.match.named import Unsaid
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, path_of
-from graftax.match.pairs import Pair, Scope
+from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.partial import as_ruled
 from graftax.match.settle import Settled, open_leaves, settle_apart, settle_kinds, take_groups
 from graftax.match.sides import Module, Token, view
@@ -36,6 +37,11 @@ class Result:
     habits: Habits = field(default_factory=Habits)
     traps: Mapping[int, Suspect] = field(default_factory=dict[int, Suspect])
     doubts: list[Doubt] = field(default_factory=list["Doubt"])
+    kinds: Kinds = field(default_factory=Kinds)
+
+    def own_order(self, pair: Pair, link: Link, scope: Scope) -> Choice | None:
+        """The order of a matrix's axes where a live module may have its own; see `Kinds.own_order`."""
+        return self.kinds.own_order(pair, link) if self.kinds and not scope.same else None
 
 
 def match(ends: Ends, lex: Lexicon) -> Result:
@@ -108,7 +114,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
         by_f.setdefault(pair.flax.prefix, scope)
     lost_t = stack_into(left_t, by_t, True, left_f, scopes)
     lost_f = stack_into(left_f, by_f, False, left_t, scopes)
-    result = Result([], lost_t, lost_f, doubts=doubts)
+    result = Result([], lost_t, lost_f, doubts=doubts, kinds=ends.kinds)
     habits = result.habits
     for scope in scopes:
         scope.wrappers, scope.experts = wrappers, experts
@@ -124,7 +130,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
     for item in result.settled:
         for pair in item.taken:
             for link in pair.links:
-                own = ends.kinds.own_order(pair, link) if ends.kinds and not same else None
+                own = result.own_order(pair, link, item.scope)
                 known = ends.kinds.reading(pair, link) if ends.kinds and own is None else None
                 choice = own or choose(link, pair, item.scope, habits)
                 if known is not None and choice.kind != "fused":  # no kind says how fused parts lie

@@ -104,7 +104,8 @@ _AXES = "abcde"
 
 def _orders(shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[int, ...]]:
     """Every order of axes that turns the one shape into the other, of all pairs; one of those that differ in axes of
-    length 1 alone. The usual ones first: reversed, and the first axis last."""
+    length 1 alone. The usual ones first: the first axis last, and
+    reversed."""
     shapes = list(shapes)
     rank = len(shapes[0][0])
     if not 2 <= rank <= len(_AXES) or any(len(shape) != rank for pair in shapes for shape in pair):

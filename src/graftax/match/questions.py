@@ -294,7 +294,7 @@ def _axes(item: Settled, habits: Habits) -> None:
 def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) -> list[tuple[str, str]]:
     """(rule line, which layout it says) for every reading that a pair in doubt may have; one reading says nothing."""
     link, scope = main_link(pair), item.scope
-    choice = choose(link, pair, scope, result.habits)
+    choice = result.own_order(pair, link, scope) or choose(link, pair, scope, result.habits)
     trap = result.traps.get(id(pair.torch))
     if trap is not None:
         choice = trapped(link, choice, trap)
