@@ -24,9 +24,9 @@ def known_buffers(end: Checkpoint, paths: Iterable[str], reads: list[str] | None
 
     reads: what was read to tell (values of floats that may be a mask); None: the values are no evidence, and the name
     and the shape are believed."""
-    live = bool(end.modules)
     out: dict[str, str] = {}
     for path in paths:
+        live = path.rpartition(".")[0] in end.modules  # hooks may save it under a name that no module has
         if live and path not in end.buffers:
             continue
         reason = buffer_name(path, end.specs[path]) or _mask(path, end, live, reads)
