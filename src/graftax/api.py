@@ -46,6 +46,7 @@ def plan(
     dtype: str | Mapping[str, str] | None = None,
     to: Side | None = None,
     overflow: str = "error",
+    source_side: Side | None = None,
 ) -> Plan:
     """What goes where, and how, from `source` to the tree `like`. Nothing is moved; look at it, answer its questions.
 
@@ -53,25 +54,29 @@ def plan(
     missing    a missing key, a leaf of like that no source tensor fills: "error", "keep" (like's own value), "zeros"
     unused     an unexpected key, a source tensor that no leaf of like takes: "error" or "drop"
     dtype      None (a floating dtype that differs is a misfit), "source", "like", a dtype's name, or {selector: one}
-    to         the side that comes out, where names do not tell
+    to         the side that comes out, where like does not declare it
     overflow   of a cast: "error" or "saturate"
+    source_side  the side of source, where it does not declare it; what names alone decide is an assumption
 
     An incomplete plan is returned, not raised: see `.complete`, `.questions`, `.failures`.
     """
-    options = Options(rules, missing, unused, dtype, to, overflow)
-    opened, opened_like = open_both(source, like)
+    options = Options(rules, missing, unused, dtype, to, overflow, source_side)
+    opened, opened_like = open_both(source, like, source_side, to)
     return _runnable(make_plan(opened, opened_like, options), opened_like)
 
 
-def open_both(source: Tree, like: Tree) -> tuple[Checkpoint, Checkpoint | None]:
-    """Both ends opened; where both fail, the graver error (unsafe input, then bad input, then missing)."""
+def open_both(
+    source: Tree, like: Tree, source_side: Side | None = None, to: Side | None = None
+) -> tuple[Checkpoint, Checkpoint | None]:
+    """Both ends opened, as what they are said to be where they do not declare it; where both fail, the graver error
+    (unsafe input, then bad input, then missing)."""
     from graftax.errors import SEVERITY
 
     found: list[Checkpoint | None] = []
     errors: list[GraftaxError] = []
-    for end in (source, like):
+    for end, side in ((source, source_side), (like, to)):
         try:
-            found.append(None if end is None else open_tree(end))
+            found.append(None if end is None else open_tree(end, side=side))
         except GraftaxError as error:
             errors.append(error)
     if errors:
@@ -93,7 +98,7 @@ def _runnable(made: Plan, like: Checkpoint | None) -> Plan:
     def run(plan: Plan, source: Any, sharding: Any = None, rngs: Any = None, receipt: Receipt | None = None) -> Any:
         spans = spans_processes(sharding, like if sharding is None and peers() is not None else None)
         with together("planning", spans):
-            opened = open_tree(source)
+            opened = open_tree(source, side=plan.source.side)
             where = _places(plan, like, sharding)
         return _made(plan, opened, like, where, spans, rngs, receipt)
 
@@ -170,6 +175,7 @@ def port(
     sharding: Any = None,
     rngs: Any = None,
     receipt: Receipt | None = None,
+    source_side: Side | None = None,
 ) -> Any:
     """The weights of `source` as a new tree like `like`; neither is changed. Options as in `plan`.
 
@@ -187,7 +193,7 @@ def port(
     Raises PlanError where the plan is incomplete: its questions and misfits are on the exception; and where a leaf
     cannot be laid out as asked.
     """
-    options = Options(rules, missing, unused, dtype, to, overflow)
+    options = Options(rules, missing, unused, dtype, to, overflow, source_side)
     made, opened, opened_like, where, spans = _planned(source, like, options, sharding)
     return _made(made, opened, opened_like, where, spans, rngs, receipt)
 
@@ -197,12 +203,12 @@ def _planned(
 ) -> tuple[Plan, Checkpoint, Checkpoint | None, dict[str, Place] | None, bool]:
     """The complete plan, both ends opened, where the leaves go, and whether that spans several processes."""
     if sharding is None and like is not None and peers() is not None:
-        like = open_tree(like)
+        like = open_tree(like, side=options.to)
         spans = spans_processes(None, like)
     else:
         spans = spans_processes(sharding, None)
     with together("planning", spans):
-        opened, opened_like = open_both(source, like)
+        opened, opened_like = open_both(source, like, options.source_side, options.to)
         made = make_plan(opened, opened_like, options)
         made.require_complete()
         where = _places(made, opened_like, sharding)
@@ -226,6 +232,7 @@ def port_file(
     clobber: bool = True,
     max_memory: int | str = "512MiB",
     resume: bool = False,
+    source_side: Side | None = None,
 ) -> Receipt:
     """Port to a file or folder, entry by entry, atomically: on any failure `out` is what it was before.
 
@@ -242,12 +249,12 @@ def port_file(
     """
     with together("planning", spans=True):
         if plan is not None:
-            opened = open_tree(source)
-            opened_like = None if like is None else open_tree(like)
+            opened = open_tree(source, side=plan.source.side)
+            opened_like = None if like is None else open_tree(like, side=plan.like.side)
             made = plan
         else:
-            opened, opened_like = open_both(source, like)
-            made = make_plan(opened, opened_like, Options(rules, missing, unused, dtype, to, overflow))
+            opened, opened_like = open_both(source, like, source_side, to)
+            made = make_plan(opened, opened_like, Options(rules, missing, unused, dtype, to, overflow, source_side))
     return write_plan(
         made,
         opened,
@@ -323,6 +330,7 @@ def load_into(
     overflow: str = "error",
     sharding: Any = None,
     receipt: Receipt | None = None,
+    source_side: Side | None = None,
 ) -> Any:
     """Load `source` into a live torch Module or nnx.Module in place, all of it or nothing; gives the module back.
 
@@ -333,7 +341,7 @@ def load_into(
     from graftax.loading import load_arrays, require_module
 
     require_module(module)
-    options = Options(rules, missing, unused, dtype, to, overflow)
+    options = Options(rules, missing, unused, dtype, to, overflow, source_side)
     made, opened, like, where, spans = _planned(source, module, options, sharding)
     receipt = Receipt() if receipt is None else receipt
     if made.like.side == "torch":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from graftax import cli_run
 from graftax.cli_common import (
@@ -94,14 +94,14 @@ def plan_command(
     out
         Write the plan here (JSON), for port --plan.
     """
-    made, _, _ = planned(source, planning)
+    made, opened, like = planned(source, planning)
     no = no_of(made, planning)
     if out is not None and no is None:
         from graftax.report.suggesting import refuse_other_file
 
         refuse_other_file(out, "graftax_plan", "a plan")
         made.save(out)
-    return Outcome(made.as_json(), "" if json else str(made), no)
+    return Outcome(made.as_json(), "" if json else _opened(str(made), opened, like), no)
 
 
 @app.command(name="port")
@@ -177,7 +177,7 @@ def port_command(
             advance=advance,
         )
     data |= {"written": True, "receipt": receipt.as_json()}
-    lines = [_written(out, receipt.leaves, receipt.nbytes), receipt.text]
+    lines = [_opened(_written(out, receipt.leaves, receipt.nbytes), opened, like), receipt.text]
     lines += [f"dropped: {line}" for line in _by_reason(receipt.dropped)]
     lines += [f"not from the source: {line}" for line in _by_reason(receipt.filled)]
     lines += [f"note: {escape(note, 400)}" for note in receipt.notes]
@@ -193,6 +193,8 @@ def diff_command(
     *,
     plan: str | None = None,
     like: str | None = None,
+    from_: Annotated[Literal["torch", "flax"] | None, Parameter(name="--from")] = None,
+    to: Literal["torch", "flax"] | None = None,
     atol: float | None = None,
     rtol: float | None = None,
     json: Json = False,
@@ -209,6 +211,10 @@ def diff_command(
         The plan that ports A.
     like
         The tree that A is ported to.
+    from_
+        The side of A, where it does not declare it.
+    to
+        The side of LIKE and of B, where they do not declare it.
     atol
         Absolute tolerance; without atol and rtol every bit counts.
     rtol
@@ -218,7 +224,7 @@ def diff_command(
     from graftax.errors import DifferenceError
     from graftax.report.comparing import comparison, comparison_text
 
-    first, second = open_both(a, b)
+    first, second = open_both(a, b, from_, to)
     assert second is not None
     if plan is not None and like is not None:
         raise UsageError("give --plan or --like, not both")
@@ -229,7 +235,7 @@ def diff_command(
     if plan is not None or like is not None:
         from graftax.api import host_arrays
 
-        made, opened, opened_like = planned(a, Planning(like=like), plan)
+        made, opened, opened_like = planned(a, Planning(like=like, from_=from_, to=to), plan)
         made.require_complete(_rules_for_diff(a, b, like))
         arrays, _ = host_arrays(made, opened, opened_like)
         read, specs = arrays.__getitem__, made.like.specs
@@ -267,6 +273,14 @@ def _rules_for_diff(a: str, b: str, like: str | None) -> str:
 
 def _json(text: str) -> Any:
     return json.loads(text)
+
+
+def _opened(text: str, *ends: Any) -> str:
+    """`text` below the files that were opened, where a folder or a hub id was named."""
+    from graftax.report.inspecting import opened_file
+
+    found = [(end, path) for end in ends if end is not None and (path := opened_file(end))]
+    return "\n".join([*(f"opened: {escape(end.label)}: {escape(path, 400)}" for end, path in found), text])
 
 
 def _written(out: str, leaves: int, nbytes: int) -> str:

@@ -40,8 +40,10 @@ class Planning:
     """A missing key, a leaf of LIKE that no source tensor fills: an error, unless this says otherwise."""
     unused: Literal["error", "drop"] | None = None
     """An unexpected key, which no leaf of LIKE takes: an error, unless this says otherwise."""
+    from_: Annotated[Literal["torch", "flax"] | None, Parameter(name="--from")] = None
+    """The side of SOURCE, where it does not declare it: names alone are an assumption."""
     to: Literal["torch", "flax"] | None = None
-    """The side that comes out, where names do not tell."""
+    """The side that comes out, where LIKE does not declare it."""
     dtype: str | None = None
     """source, like, or a dtype's name. Without it a floating dtype that differs is an error."""
     suggest: str | None = None
@@ -52,7 +54,7 @@ class Planning:
 
 DEFAULTS = Planning()
 
-_FINISHED = ("rules", "missing", "unused", "to", "dtype")
+_FINISHED = ("rules", "missing", "unused", "from_", "to", "dtype")
 """What a finished plan has settled."""
 
 
@@ -70,17 +72,17 @@ def planned(source: str, planning: Planning, plan_path: str | None = None) -> tu
     from graftax.plan_json import load_plan_file
 
     if plan_path is not None:
-        clash = [f"--{name}" for name in _FINISHED if getattr(planning, name) is not None]
+        clash = [f"--{name.rstrip('_')}" for name in _FINISHED if getattr(planning, name) is not None]
         if clash:
             raise UsageError(f"--plan is finished: {', '.join(clash)} cannot change it", next="Plan again with them.")
         made = load_plan_file(plan_path)
-        opened, like = open_both(source, planning.like)
+        opened, like = open_both(source, planning.like, made.source.side, made.like.side)
         return made, opened, like
     if planning.like is None and planning.rules is None:
         raise UsageError("say what to produce: --like LIKE (or --rules R.toml alone, where rules name every target)")
-    opened, like = open_both(source, planning.like)
+    opened, like = open_both(source, planning.like, planning.from_, planning.to)
     policies = planning.missing or "error", planning.unused or "error"
-    made = plan_trees(opened, like, planning.rules, *policies, planning.dtype, planning.to)
+    made = plan_trees(opened, like, planning.rules, *policies, planning.dtype, planning.to, source_side=planning.from_)
     if planning.suggest is not None:
         from graftax.report.suggesting import write_suggestions
 

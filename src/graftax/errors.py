@@ -63,7 +63,7 @@ def worded(command: str, library: str) -> str:
 def option(name: str, value: str = "") -> str:
     """An option as the caller writes it: `--max-memory 64MiB`, or `max_memory="64MiB"`; without a value `--rules`, or
     `rules=`. `name` is the library's."""
-    flag = f"--{name.replace('_', '-')}"
+    flag = "--from" if name == "source_side" else f"--{name.replace('_', '-')}"
     return worded(f"{flag} {shlex.quote(value)}" if value else flag, f'{name}="{value}"' if value else f"{name}=")
 
 

@@ -18,8 +18,9 @@ from graftax.match.assumptions import overridden, unseen
 from graftax.match.by_table import by_table
 from graftax.match.named import merged
 from graftax.ops import CONDITIONS, Cast, Fill, Same, apply_chain, infer_chain
-from graftax.plans import End, Entry, Plan, Proposal, with_ops
+from graftax.plans import Assumption, End, Entry, Plan, Proposal, with_ops
 from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
+from graftax.sides import OTHER, Signs
 from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, match_paths, nearest
 from graftax.uncollected import nothing_collected
 
@@ -40,6 +41,7 @@ class Options:
     dtype: DtypePolicy = None
     to: Side | None = None
     overflow: str = "error"
+    source_side: Side | None = None
 
     def check(self) -> None:
         """UsageError where a value is not one of its choices."""
@@ -48,6 +50,7 @@ class Options:
             ("unused", self.unused, UNUSED),
             ("overflow", self.overflow, OVERFLOW),
             ("to", self.to, (None, "torch", "flax")),
+            ("source_side", self.source_side, (None, "torch", "flax")),
         ):
             if value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice)
@@ -74,7 +77,7 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
 
 
 def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, rules: Rules) -> Plan:
-    source_side, like_side = _sides(source, like, options.to)
+    source_side, like_side = _sides(source, like, options, bool(rules.rules))
     ruled = apply_rules(rules, source, like, source_side, like_side)
     if like is None:
         like = _like_of_rules(source, ruled, like_side)
@@ -88,7 +91,7 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, ru
     proposal = merged(ruled.proposal, found, ruled.named)
     sides = source_side, like_side
     proposal = settle_leftovers(proposal, source, like, sides, ruled.missing, options.missing, options.unused)
-    assumed = *proposal.assumptions, *unseen(proposal.entries, source, like, sides)
+    assumed = *_by_names(source, like), *proposal.assumptions, *unseen(proposal.entries, source, like, sides)
     assumed += overridden(proposal.entries, source, like, sides)
     proposal = replace(proposal, assumptions=assumed)
     proposal, specs = _settle_dtypes(proposal, source, like, options)
@@ -102,30 +105,53 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, ru
 # ---------------------------------------------------------------- sides
 
 
-def _sides(source: Checkpoint, like: Checkpoint | None, to: Side | None) -> tuple[Side, Side]:
-    like_side = like.side if like is not None else None
-    if to is not None and like_side is not None and to != like_side:
-        raise UsageError(
-            f"--to {to}, but {escape(like.label if like else '')} is a {like_side} tree",
-            next="Leave --to out, or give a `like` of that side.",
-        )
-    like_side = like_side or to
-    if like_side is None and like is None and source.side is not None:
-        like_side = "flax" if source.side == "torch" else "torch"
-    source_side = source.side
-    if source_side is None and to is not None:
-        source_side = "torch" if to == "flax" else "flax"
-    for side, end, flag in ((source_side, source, "source"), (like_side, like, "like")):
-        if side is None:
-            label = escape(end.label) if end is not None else "the rules"
-            names = ", ".join(escape(n) for n in list(end or ())[:4])
+def _sides(source: Checkpoint, like: Checkpoint | None, options: Options, ruled: bool) -> tuple[Side, Side]:
+    """The side of both ends: what is stated, declared, or told by all names. UsageError where nothing tells one, or
+    what is stated is not what is declared. Where rules alone describe what comes out, the source is the other side."""
+    found: list[Side | None] = []
+    said: tuple[tuple[Checkpoint | None, Side | None, str], ...]
+    said = (source, options.source_side, "source_side"), (like, options.to, "to")
+    for end, stated, name in said:
+        if end is not None and stated is not None and end.side is not None and stated != end.side:
             raise UsageError(
-                f"the names of {label} ({flag}) do not tell torch from Flax: {names}",
-                next="Say which side comes out: --to flax or --to torch (in the library: to='flax').",
+                f"{option(name, stated)}, but {escape(end.label)} is a {end.side} tree",
+                next=f"Leave it out, or give {'a like' if end is like else 'a source'} of that side.",
             )
-    assert source_side is not None
-    assert like_side is not None
+        found.append(stated or (end.side if end is not None else None))
+    source_side, like_side = found
+    if like is None and ruled:
+        source_side = source_side or (OTHER[like_side] if like_side else None)
+    if like is None:
+        like_side = like_side or (OTHER[source_side] if source_side else None)
+    if source_side is None:
+        raise _undecided(source, "source_side")
+    if like_side is None:
+        raise _undecided(like or source, "to")
     return source_side, like_side
+
+
+def _undecided(end: Checkpoint, name: str) -> UsageError:
+    """Nothing tells the side of an end: what was found, and the option `name` that says it."""
+    names = ", ".join(escape(name) for name in list(end)[:4]) + (", ..." if len(end) > 4 else "")
+    signs = Signs.of(end).text
+    if end.side_by == "metadata":
+        declared = end.metadata.get("format")
+        says = f"its metadata say format={escape(declared)}" if declared else "its arrays are jax's"
+        what = f"contradicts itself: {says}, its names are the other side's: {names} ({signs})"
+    else:
+        what = f"declares no side, and its names do not tell torch from Flax: {names} ({signs})"
+    ways = f"{option(name, 'torch')} or {option(name, 'flax')}"
+    return UsageError(f"{escape(end.label)} {what}", next=f"Say what it is: {ways}.")
+
+
+def _by_names(source: Checkpoint, like: Checkpoint | None) -> list[Assumption]:
+    """The ends whose side names alone decided."""
+    out: list[Assumption] = []
+    for end, name in ((source, "source_side"), (like, "to")):
+        if end is not None and end.side is not None and end.side_by == "names":
+            text = f"side: {escape(end.label)} declares none and is taken for {end.side} by its {Signs.of(end).text}"
+            out.append(Assumption(text, f"{option(name, end.side)} says so"))
+    return out
 
 
 def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkpoint:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 Side = Literal["torch", "flax"]
+SideBy = Literal["kind", "metadata", "names", "stated"]
+"""What told a side: the kind of the file or object, a file's metadata, names alone, or the user."""
 Key = str | int | tuple[Any, ...]
 """One part of a path as the live tree holds it: text, a list index, or (NNX weight norm) a tuple."""
 
@@ -175,17 +177,6 @@ def natural_key(path: str) -> tuple[int | str, ...]:
     return tuple(parts)
 
 
-def detect_side(names: Iterable[str]) -> Side | None:
-    """The side that flat names show: any '/' or a last part in {kernel, scale, embedding} is Flax, else '.' is torch,
-    else None."""
-    dotted = False
-    for name in names:
-        if "/" in name or name.rpartition(".")[2] in {"kernel", "scale", "embedding"}:
-            return "flax"
-        dotted = dotted or "." in name
-    return "torch" if dotted else None
-
-
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -231,7 +222,8 @@ class Trace:
 class Checkpoint(Mapping[str, TensorSpec]):
     """A file, folder or live tree of named arrays: a mapping from path to spec, and `read(path)` for the values.
 
-    side      "torch" or "flax"; None where the names do not tell
+    side      "torch" or "flax"; None where nothing tells
+    side_by   what told it (`sides`): where that was names alone it is an assumption
     reader    path -> array (NumPy; ml_dtypes for bf16 and f8; packed types as their bytes), or None: no values
     span      (path, start, buffer): fills the buffer from byte `start` of a tensor's values (C order, little end
               first), where they can be read by position
@@ -246,6 +238,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     trace     () -> Trace, where the source is live and can be called without data; nothing is computed
     buffers   paths that are buffers and not parameters, where the source is live
     rebuild   {path: array} -> an object of the same kind, where the source is live; sharding= and (NNX) rngs= say more
+    stored    path -> the name in the file, where the paths are not those of the file
     placed    () -> path -> what the tree says of where a leaf lies (adapters.notes.Note), where it is a Flax tree
     """
 
@@ -270,6 +263,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
     scatter: Callable[[str, int, list[memoryview]], int] | None = None
     placed: Callable[[], Mapping[str, Any]] | None = None
     folder: Path | None = None
+    side_by: SideBy = "kind"
+    stored: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __getitem__(self, path: str) -> TensorSpec:
         if path in self.specs:

@@ -201,6 +201,55 @@ def test_a_part_on_the_torch_side(tmp_path: Path):
         assert list(open_path(f"{tmp_path}/x.safetensors::{name}")) == ["fc.weight"]
 
 
+@pytest.mark.parametrize("form", ["pt", "legacy", "safetensors", "npz"])
+def test_a_prefix_of_keys_picks_them_in_every_format(tmp_path: Path, form: str):
+    torch = pytest.importorskip("torch")
+    arrays = {f"module.enc.{key}": value for key, value in TORCH.items()}
+    tensors = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
+    path = tmp_path / f"x.{'pt' if form == 'legacy' else form}"
+    if form in ("pt", "legacy"):
+        torch.save(tensors, path, _use_new_zipfile_serialization=form == "pt")
+    elif form == "npz":
+        np.savez(path, **arrays)
+    else:
+        safetensors.numpy.save_file(arrays, path)
+    for name in ("module.enc", "module/enc", "module.enc."):
+        found = open_path(f"{path}::{name}")
+        assert sorted(found) == sorted(TORCH)
+        assert found.side == "torch"
+    with pytest.raises(PlanError):
+        open_path(f"{path}::module.en")
+
+
+def test_a_prefix_inside_a_container(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    tensors = {f"module.{key}": torch.from_numpy(value.copy()) for key, value in TORCH.items()}
+    torch.save({"state_dict": tensors, "epoch": 1}, tmp_path / "last.ckpt")
+    for name in ("state_dict.module", "state_dict/module", "module"):
+        assert sorted(open_path(f"{tmp_path}/last.ckpt::{name}")) == sorted(TORCH)
+    save(tmp_path / "x.msgpack", output_of(FLAX, "flax"))
+    assert list(open_path(f"{tmp_path}/x.msgpack::params.fc")) == ["kernel", "bias"]
+
+
+def test_a_folder_of_several_lists_them_all(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    names = [f"run{i}.safetensors" for i in range(8)]
+    for name in names:
+        save(tmp_path / name, output_of(TORCH))
+    torch.save({"w": torch.ones(1)}, tmp_path / "last.ckpt")
+    save(tmp_path / "step", output_of(FLAX, "flax"))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FormatError, match="holds 10 of them") as caught:
+        open_path(tmp_path)
+    assert all(name in str(caught.value) for name in (*names, "last.ckpt", "step"))
+
+
+def test_the_file_of_a_folder_that_was_opened_is_said(tmp_path: Path):
+    for name in ("model.safetensors", "other.safetensors"):
+        save(tmp_path / name, output_of(TORCH))
+    assert open_path(tmp_path).label == str(tmp_path / "model.safetensors")
+
+
 def test_no_such_part(model: Path):
     with pytest.raises(PlanError, match=r"nothing below 'fx'\nIt has: fc"):
         open_path(f"{model}::fx")

@@ -224,10 +224,13 @@ def test_the_side_of_our_own_files_is_kept(tmp_path: Path, side: Side):
     assert open_path(tmp_path / "y.safetensors").side == side
 
 
-def test_the_side_of_others_files_is_told_by_the_names(tmp_path: Path):
+def test_the_side_of_others_files_is_what_they_declare_or_all_names_tell(tmp_path: Path):
     cases: list[tuple[str, dict[str, str], Side | None]] = [
-        ("a/kernel", {"format": "pt"}, "flax"),
+        ("a/kernel", {"format": "pt"}, None),  # one of the two is a mistake
+        ("a.kernel", {"format": "pt"}, "torch"),
+        ("a.weight", {"format": "flax"}, "flax"),
         ("a.weight", {"format": "np"}, "torch"),
+        ("a.kernel", {"format": "tf"}, None),
         ("bias", {"format": "pt"}, "torch"),
         ("bias", {"format": "np"}, None),
         ("bias", {}, None),

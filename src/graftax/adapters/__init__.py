@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import UsageError, escape
-from graftax.tree import Checkpoint
+from graftax.sides import read_as
+from graftax.tree import Checkpoint, Side
 
 if TYPE_CHECKING:
     import torch
@@ -22,15 +23,16 @@ ACCEPTED = (
 )
 
 
-def open_tree(obj: Any, label: str | None = None) -> Checkpoint:
+def open_tree(obj: Any, label: str | None = None, side: Side | None = None) -> Checkpoint:
     """Whatever the library takes as a source or a like, as a Checkpoint. Nothing is computed and no values are read.
+    `side` says what it is where it declares no side itself.
 
     Raises UsageError for what it does not take, and what reading raises for paths.
     """
     if isinstance(obj, Checkpoint):
-        return obj
+        return read_as(obj, side)
     if isinstance(obj, (str, os.PathLike)):
-        return resolve(os.fspath(obj))  # pyright: ignore
+        return read_as(resolve(os.fspath(obj), side), side)  # pyright: ignore
     kind = kind_of(obj)
     name = label or _LABELS.get(kind, type(obj).__name__)
     if kind == "torch module":
@@ -51,7 +53,7 @@ def open_tree(obj: Any, label: str | None = None) -> Checkpoint:
         return nnx_tree.open_nnx(obj, label or (type(obj).__name__ if kind == "nnx module" else name))
     from graftax.adapters import flax_tree
 
-    return flax_tree.open_container(obj, name)
+    return flax_tree.open_container(obj, name, side)
 
 
 _LABELS = {
@@ -139,11 +141,11 @@ def _is_graphdef(obj: Any, nnx: Any) -> bool:
     return isinstance(obj, nnx.GraphDef) or (isinstance(obj, tuple) and bool(obj) and isinstance(obj[0], nnx.GraphDef))
 
 
-def resolve(text: str) -> Checkpoint:
+def resolve(text: str, side: Side | None = None) -> Checkpoint:
     """The checkpoint that `text` names: an existing path, or `pkg.mod:factory`; else what `formats.open_path` finds."""
     from graftax.adapters import factories
 
-    return factories.resolve_text(text)
+    return factories.resolve_text(text, side)
 
 
 def linen(module: Any, *example_args: Any, rngs: Any = None, method: Any = None, **kwargs: Any) -> LinenModel:

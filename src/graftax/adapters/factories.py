@@ -13,12 +13,12 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from graftax.errors import GraftaxError, UsageError, escape
-from graftax.tree import Checkpoint
+from graftax.tree import Checkpoint, Side
 
 _FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 
 
-def resolve_text(text: str) -> Checkpoint:
+def resolve_text(text: str, side: Side | None = None) -> Checkpoint:
     """See `adapters.resolve`.
 
     Raises UsageError (exit code 2) where a factory cannot be imported, GraftaxError (70) where it fails itself.
@@ -33,7 +33,7 @@ def resolve_text(text: str) -> Checkpoint:
     made = call_factory(text)
     try:
         with _quiet():
-            return open_tree(made, label=text)
+            return open_tree(made, label=text, side=side)
     except UsageError as exc:
         said = UsageError(f"{escape(text)} does not return weights: {exc}")
         said.failures = exc.failures

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from graftax import dtypes
 from graftax.adapters import containers, jax_arrays, notes
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
-from graftax.tree import Checkpoint, Key, Side, TensorSpec, detect_side, nearest
+from graftax.sides import Signs, renamed, split_at_dots
+from graftax.tree import Checkpoint, Key, Side, SideBy, TensorSpec, nearest, unescape_part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,30 +20,79 @@ Make = Callable[[str, Any, Any], Any]
 """(path, the leaf that was there, the new array) -> the new leaf"""
 
 
-def open_container(tree: Any, label: str) -> Checkpoint:
+def open_container(tree: Any, label: str, side: Side | None = None) -> Checkpoint:
     """The weights of a nested container as a Checkpoint.
 
-    A flat dict of arrays is taken as it is named: its names are paths, or torch keys where they say so and no leaf is
-    jax's (`tree.detect_side`). Raises UsageError for what is no array, FormatError for dtypes that are no weights'.
+    A flat dict of arrays is taken as it is named: its names are paths, or torch keys. jax arrays, Variables and boxes
+    are Flax's; dicts and lists of NumPy arrays declare nothing: `side` says it, else all names do (`sides`).
+    Raises UsageError for what is no array, FormatError for dtypes that are no weights'.
     """
     if is_flat(tree):
-        return _open_flat(tree, label)
+        return _open_flat(tree, label, side)
     arrays = containers.found_in(tree)
     found = _table(arrays.weights, label)
     real_keys, kinds = containers.shape_of_tree(tree)
     leading = {path[:i] for path in found for i in (*_slashes(path), len(path))}
-    return Checkpoint(
+    told, side_by = _side_of(found, _is_plain(tree), side)
+    opened = Checkpoint(
         label=label,
-        side="flax",
+        side=told,
+        side_by=side_by,
         specs=specs_of(found, label),
         reader=reader_of(found),
         real_keys={path: key for path, key in real_keys.items() if path in leading},
         containers=kinds,
         metadata=_left_out(arrays),
         native=tree,
-        rebuild=lambda arrays, sharding=None, adopt=False: rebuild_container(tree, arrays, sharding, adopt),
+        rebuild=_rebuilder(tree, found, told),
         placed=lambda: notes.notes_of(tree),
     )
+    return _keyed(opened) if told == "torch" else opened
+
+
+def _rebuilder(tree: Any, found: Mapping[str, Any], side: Side | None) -> Callable[..., Any]:
+    """How a tree like this is made of new arrays: of NumPy arrays where it is a torch tree of these."""
+    host = side == "torch" and _all_numpy(found)
+
+    def rebuild(arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False) -> Any:
+        return rebuild_container(tree, arrays, "host" if host else sharding, adopt)
+
+    return rebuild
+
+
+def _all_numpy(found: Mapping[str, Any]) -> bool:
+    return all(type(leaf).__module__.partition(".")[0] == "numpy" for leaf in found.values())
+
+
+def _side_of(found: Mapping[str, Any], plain: bool, stated: Side | None) -> tuple[Side | None, SideBy]:
+    """(side, what told it). Of jax's leaves and Flax's containers it is Flax, but where names are plainly torch's:
+    `safetensors.flax.load_file` gives jax arrays of a torch file, too."""
+    signs = Signs.of(found)
+    if plain and _all_numpy(found):
+        if stated is None or (signs.side and signs.contradicts(stated) and stated == "torch"):
+            return signs.side, "names"
+        return stated, "stated"
+    if signs.torch and signs.side == "torch":
+        return (stated, "stated") if stated else (None, "metadata")
+    return "flax", "kind"
+
+
+def _is_plain(tree: Any) -> bool:
+    """Is it made of dicts, lists and tuples alone, and no container or box of Flax's?"""
+    if containers.is_plain_array(type(tree)) or containers.is_array(tree):
+        return not containers.is_variable(tree)
+    if type(tree).__module__ not in ("builtins", "collections"):
+        return False
+    return all(_is_plain(child) for _, child in containers.children_of(tree) or ())
+
+
+def _keyed(opened: Checkpoint) -> Checkpoint:
+    """A nested torch tree by its keys: what a nest adds to a key is joined by '.', as in a .pt file."""
+    keys = {".".join(map(unescape_part, path.split("/"))): path for path in opened}
+    if len(keys) < len(opened):
+        raise FormatError(f"{escape(opened.label)}: two leaves have the same key", next="Rename one.")
+    real_keys = {".".join(map(unescape_part, path.split("/"))): key for path, key in opened.real_keys.items()}
+    return replace(renamed(opened, keys), real_keys=real_keys, containers={}, stored={})
 
 
 def _slashes(path: str) -> list[int]:
@@ -199,21 +250,18 @@ def is_flat(tree: Any) -> bool:
     )
 
 
-def _open_flat(tree: Mapping[str, Any], label: str) -> Checkpoint:
+def _open_flat(tree: Mapping[str, Any], label: str, stated: Side | None) -> Checkpoint:
     found = dict(tree)
-    numpy_only = all(type(leaf).__module__.split(".")[0] == "numpy" for leaf in found.values())
-    side: Side | None = detect_side(found) if numpy_only else "flax"
-
-    def rebuild(arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False) -> Any:
-        return rebuild_container(tree, arrays, "host" if side == "torch" else sharding, adopt)
-
-    return Checkpoint(
+    side, side_by = _side_of(found, _is_plain(tree), stated)
+    opened = Checkpoint(
         label=label,
         side=side,
+        side_by=side_by,
         specs=specs_of(found, label),
         reader=reader_of(found),
         containers=containers.shape_of_tree(tree)[1],
         native=tree,
-        rebuild=rebuild,
+        rebuild=_rebuilder(tree, found, side),
         placed=lambda: {path: notes.note_of_leaf(leaf) for path, leaf in found.items()},
     )
+    return split_at_dots(opened) if side == "flax" else opened

@@ -97,7 +97,8 @@ class Output:
     """What to write: `specs` in the order of the file, `tensors` once each in any order (C-contiguous or not: the
     writer makes them so), and what a tree needs to come back as it was. Paths are flat; `container` is the name of
     the nested dict that a .pt file holds them in (`out.pt::model`). A writer that can takes the tensors from `tiles`
-    instead, where that is given, in the order of its file. With a `log` its files may be there in part already: it
+    instead, where that is given, in the order of its file. `metadata` go into safetensors in place of graftax's own:
+    surgery leaves a file's as they are. With a `log` its files may be there in part already: it
     tells the log of what it wrote."""
 
     specs: Mapping[str, TensorSpec]
@@ -109,3 +110,4 @@ class Output:
     container: str | None = None
     tiles: Tiles | None = None
     log: Log | None = None
+    metadata: Mapping[str, str] | None = None

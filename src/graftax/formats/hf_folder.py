@@ -17,7 +17,8 @@ from graftax.formats import files, safetensors_file, strict_json
 from graftax.formats.base import Output
 from graftax.formats.limits import check_limit
 from graftax.formats.table import by_ending
-from graftax.tree import Checkpoint, Side, TensorSpec, detect_side
+from graftax.sides import declared_by, settled
+from graftax.tree import Checkpoint, Side, SideBy, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +77,7 @@ def open(path: Path) -> Checkpoint:
         from graftax.formats.opening import open_file
 
         found = open_file(files.inside(folder, name, escape(folder)), config=False)
-    return replace(found, label=str(path), config=config, folder=folder)
+    return replace(found, label=str(folder / name), config=config, folder=folder)
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
@@ -124,15 +125,16 @@ def joined(
         assert in_a_row is not None
         return in_a_row(path, start, buffers)
 
-    sides: set[Side] = {shard.side for shard in shards.values() if shard.side}
+    side, side_by = _side(shard_of, shards, where)
     return Checkpoint(
         label=label,
-        # Of one shard's few names the side may not be told, or told wrong: all of them together decide.
-        side=sides.pop() if len(sides) == 1 else detect_side(shard_of),
+        side=side,
+        side_by=side_by,
         specs={name: shards[shard][name] for name, shard in shard_of.items()},
         reader=read,
         format="hf_folder",
         files=(*index, *(path for shard in shards.values() for path in shard.files)),
+        metadata=_shared_metadata(shards.values()),
         real_keys=real_keys,
         containers=containers,
         native={name: shard.native for name, shard in shards.items()},
@@ -140,6 +142,33 @@ def joined(
         whole=frozenset(path for shard in shards.values() for path in shard.whole),
         scatter=scatter if all(shard.scatter for shard in shards.values()) else None,
     )
+
+
+def _side(names: Iterable[str], shards: Mapping[str, Checkpoint], where: str) -> tuple[Side | None, SideBy]:
+    """(side, what told it) of a set: what its shards declare, else all of their names. FormatError where they declare
+    both sides."""
+    kinds: dict[str, Side] = {}
+    kinds |= {name: shard.side for name, shard in shards.items() if shard.side is not None and shard.side_by == "kind"}
+    declared = dict(kinds)
+    declared |= {name: side for name, shard in shards.items() if (side := declared_by(shard)) is not None}
+    sides = set(declared.values())
+    if len(sides) > 1:
+        failures = [Failure(f"declares itself {side}", file=where, key=name) for name, side in declared.items()]
+        raise FormatError(
+            f"{where}: some shards declare torch, others Flax",
+            failures,
+            next="They are no one checkpoint: fetch or write the set again.",
+        )
+    side: Side | None = sides.pop() if sides else None
+    return (side, "kind") if kinds else settled(side, names)
+
+
+def _shared_metadata(shards: Iterable[Checkpoint]) -> dict[str, str]:
+    """What the metadata of all shards say alike; nothing where graftax wrote them, for that is of each shard alone."""
+    found = [shard.metadata for shard in shards if shard.format == "safetensors"]
+    if not found or any("graftax" in metadata for metadata in found):
+        return {}
+    return {key: value for key, value in found[0].items() if all(m.get(key) == value for m in found)}
 
 
 def weight_map(value: Mapping[str, Any], label: str) -> dict[str, str]:

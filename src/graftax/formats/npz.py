@@ -22,7 +22,8 @@ from graftax.formats.limits import element_count
 from graftax.formats.source import Source, open_source
 from graftax.formats.writing import byte_runs, refuse
 from graftax.formats.zip_write import write_archive
-from graftax.tree import Checkpoint, TensorSpec, detect_side
+from graftax.sides import side_of_names
+from graftax.tree import Checkpoint, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +116,8 @@ def open(path: Path) -> Checkpoint:
 
     return Checkpoint(
         label=str(path),
-        side=detect_side(entries),
+        side=side_of_names(entries),
+        side_by="names",
         specs={name: entry.spec for name, entry in entries.items()},
         reader=reader,
         format="npz",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,13 @@ from graftax.formats.base import LEFTOVER, Format
 from graftax.formats.limits import beyond, limit
 from graftax.formats.remote_url import is_url
 from graftax.formats.table import FORMATS, by_ending
-from graftax.tree import Checkpoint, Side, detect_side, natural_key, nearest
+from graftax.sides import in_own_names, side_of_names
+from graftax.tree import Checkpoint, Side, natural_key, nearest
 
 _HEAD = 512
+_SHARD = re.compile(r"-[0-9]+-of-[0-9]+\.\w+$")
+_BY_CONTENT = ("safetensors", "torch", "npz")  # which no other file is taken for
+_LISTED = 1200  # bytes of the names in a folder that a message lists
 
 
 def open_path(path: str | Path) -> Checkpoint:
@@ -30,7 +34,11 @@ def open_path(path: str | Path) -> Checkpoint:
     Raises StorageError (missing, unreadable), FormatError (malformed, unknown), UnsafeInputError, PlanError (no such
     NAME inside).
     """
-    text = str(path)
+    return in_own_names(_found(str(path)))
+
+
+def _found(text: str) -> Checkpoint:
+    """As `open_path`, with the names that the file has."""
     if os.path.lexists(text) if "\0" not in text else False:
         return _open_existing(Path(text), text)
     if is_url(text):
@@ -57,7 +65,7 @@ def _open_inside(head: str, name: str) -> Checkpoint:
     try:
         if os.path.isfile(head):
             return open_file(Path(head), part=name)
-        return sub_checkpoint(open_path(head), name)
+        return sub_checkpoint(_found(head), name)
     except (FormatError, PlanError) as exc:
         parts = name.split("/")
         if not os.path.isdir(head) or any(part in {"", ".", ".."} for part in parts):
@@ -66,7 +74,7 @@ def _open_inside(head: str, name: str) -> Checkpoint:
             below = Path(head, *parts[:count])
             if os.path.exists(below):
                 try:
-                    found = open_path(below)
+                    found = _found(str(below))
                 except GraftaxError:
                     continue
                 return sub_checkpoint(found, "/".join(parts[count:])) if count < len(parts) else found
@@ -145,24 +153,30 @@ def open_file(path: Path, config: bool = True, part: str = "", shard: bool = Fal
 def open_folder(path: Path) -> Checkpoint:
     """The checkpoint that a folder is. Raises as `open_path`."""
     row = identify(path, b"")
-    if row is not None:
-        return checked(row.load().open(path), escape(path))
     try:
         names = sorted(os.listdir(path))
     except OSError as exc:
         raise files.storage_error(exc, path) from None
+    # An Orbax checkpoint may be told by a folder below; the files of others are never part of one.
+    others = row is not None and row.name == "orbax" and any(_is_file_of_weights(path / name) for name in names)
+    if row is not None and not others:
+        return checked(row.load().open(path), escape(path))
     foreign.refuse_foreign_folder(path, names)
     if (saved := _saved(path, names)) is not None:
         return saved
-    weights = [name for name in names if (row := by_ending(Path(name).suffix)) and row.name != "spec"]
-    if not weights:
+    inside = _checkpoints(path, names)
+    if len(inside) > 1:
+        raise FormatError(
+            f"{escape(path)} is a folder, but no checkpoint: it holds {len(inside)} of them",
+            next=f"Inside, to be named one by one: {_listed(path, inside)}",
+        )
+    if not inside:
         foreign.refuse_foreign_inside(path, names)
-    inside = (weights or [name for name in names if os.path.isdir(path / name)])[:5]
-    then = "Inside, to be named one by one: " + ", ".join(escape(path / name) for name in inside) if inside else ""
+    inside = inside or [name for name in names if os.path.isdir(path / name)]
     raise FormatError(
         f"{escape(path)} is a folder, but no checkpoint: expected a sharded set with its index.json, one "
         "checkpoint file, or what Orbax writes",
-        next=then,
+        next=f"Inside, to be named one by one: {_listed(path, inside)}" if inside else "",
     )
 
 
@@ -201,6 +215,42 @@ def checked(found: Checkpoint, label: str) -> Checkpoint:
 def _other(metadata: Mapping[str, str]) -> str:
     some = ", ".join(f"{escape(name, 40)} ({escape(what, 40)})" for name, what in list(metadata.items())[:5])
     return f"It holds: {some}" if some else ""
+
+
+def _checkpoints(folder: Path, names: Sequence[str]) -> list[str]:
+    """What in a folder looks like a checkpoint: by the ending or, as of `last.ckpt`, by the content. The shards of a
+    set are one, named by its index."""
+    sets = [name for name in names if name.endswith(".index.json")]
+    single = [name for name in names if name not in sets and not (sets and _SHARD.search(name))]
+    return [*sets, *(name for name in single if _is_checkpoint(folder / name))]
+
+
+def _is_file_of_weights(path: Path) -> bool:
+    row = by_ending(path.suffix)
+    return row is not None and row.name != "spec" and os.path.isfile(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        if os.path.isdir(path):
+            return identify(path, b"") is not None
+        if by_ending(path.suffix) is None and os.path.isfile(path):
+            row = identify(path, files.read_head(path, _HEAD))
+            return row is not None and row.name in _BY_CONTENT
+    except GraftaxError:
+        return False
+    return _is_file_of_weights(path)
+
+
+def _listed(path: Path, names: Sequence[str]) -> str:
+    """The names below a folder, as many as a message holds."""
+    shown: list[str] = []
+    for name in names:
+        text = escape(path / name)
+        if len("".join(shown).encode()) + len(text.encode()) > _LISTED:
+            return ", ".join(shown) + f" and {len(names) - len(shown)} more"
+        shown.append(text)
+    return ", ".join(shown)
 
 
 def identify(path: Path, head: bytes, index: bool = True) -> Format | None:
@@ -247,7 +297,8 @@ def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
     aliases = {path: to[cut:] for path, to in within(checkpoint.aliases).items() if to.startswith(prefix)}
     return Checkpoint(
         label=f"{checkpoint.label}::{name}",
-        side=checkpoint.side or detect_side(specs),
+        side=checkpoint.side or (side_of_names(specs) if checkpoint.side_by == "names" else None),
+        side_by=checkpoint.side_by,
         specs=specs,
         reader=None if reader is None else lambda path: reader(prefix + path),
         span=None if span is None else lambda path, start, buffer: span(prefix + path, start, buffer),
@@ -269,14 +320,13 @@ def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
 
 
 def _prefixes(name: str, side: Side | None) -> list[str]:
-    """How `name` can stand before a path. The side's own separator comes first."""
+    """How `name` can stand before a path: as it is, or with '.' and '/' for each other. The side's own separator comes
+    first."""
     name = name.rstrip("/.")
     if not name:
         return []
-    separators = "./" if side == "torch" else "/."
-    return (
-        [f"{form}{sep}" for sep in separators for form in dict.fromkeys((name, name.replace("/", sep)))] if name else []
-    )
+    forms = [(name, re.sub("[./]", sep, name), sep) for sep in ("./" if side == "torch" else "/.")]
+    return [f"{form}{sep}" for *written, sep in forms for form in dict.fromkeys(written)]
 
 
 def _no_such_part(checkpoint: Checkpoint, name: str) -> PlanError:

@@ -15,7 +15,8 @@ from graftax.formats.base import Log, Output, Tiles
 from graftax.formats.direct import DirectFile
 from graftax.formats.safetensors_header import PREFIX, Range, build_header, header_length, parse_header, storage_fault
 from graftax.formats.writing import tensor_bytes
-from graftax.tree import Checkpoint, Key, Side, TensorSpec, detect_side
+from graftax.sides import SIDE_OF_FORMAT, settled
+from graftax.tree import Checkpoint, Key, Side, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,6 @@ __all__ = ["TensorFile", "open", "own_metadata", "sniff", "storage_fault", "writ
 
 SCHEMA = 1
 _FORMAT_OF: dict[Side, str] = {"torch": "pt", "flax": "flax"}
-_SIDE_OF: dict[str, Side] = {"pt": "torch", "flax": "flax"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,14 @@ def open(path: Path) -> Checkpoint:
     length = header_length(prefix, stamp.size, label)
     raw = bytes(files.read_bytes(path, stamp, PREFIX, length))
     specs, ranges, metadata = parse_header(raw, stamp.size, label)
-    real_keys, containers, side = _own_metadata(metadata, label)
+    real_keys, containers, own = _own_metadata(metadata, label)
+    declared = SIDE_OF_FORMAT.get(metadata.get("format", ""))
+    side, side_by = (declared, "kind") if own and declared else settled(declared, specs)
     native = TensorFile(path, stamp, specs, ranges)
     return Checkpoint(
         label=str(path),
-        side=side or detect_side(specs) or _SIDE_OF.get(metadata.get("format", "")),
+        side=side,
+        side_by=side_by,
         specs=specs,
         reader=native.read,
         format="safetensors",
@@ -100,17 +103,17 @@ def open(path: Path) -> Checkpoint:
     )
 
 
-def _own_metadata(metadata: Mapping[str, str], label: str) -> tuple[dict[str, Key], dict[str, str], Side | None]:
-    """(real_keys, containers, side) as graftax wrote them; nothing where it did not write the file."""
+def _own_metadata(metadata: Mapping[str, str], label: str) -> tuple[dict[str, Key], dict[str, str], bool]:
+    """(real_keys, containers, True) as graftax wrote them; nothing where it did not write the file."""
     text = metadata.get("graftax")
     if text is None:
-        return {}, {}, None
+        return {}, {}, False
     where = f"{label}: metadata `graftax`"
     value = strict_json.parse_object(text.encode("utf-8"), where)
     if value.get("schema") != SCHEMA:
         raise FormatError(f"{where} has schema {escape(value.get('schema'))}; this graftax knows {SCHEMA}")
     keys, containers = tree_meta.decode_tree(value, where)
-    return keys, containers, _SIDE_OF.get(metadata.get("format", ""))
+    return keys, containers, True
 
 
 def own_metadata(side: Side, real_keys: Mapping[str, Key], containers: Mapping[str, str]) -> dict[str, str]:
@@ -136,11 +139,13 @@ def write_files(shards: Mapping[Path, Mapping[str, TensorSpec]], output: Output)
     heads: dict[Path, bytes] = {}
     place: dict[str, tuple[Path, Range]] = {}
     for path, specs in shards.items():
-        metadata = own_metadata(
-            output.side,
-            tree_meta.below(output.real_keys, specs),
-            tree_meta.below(output.containers, specs),
-        )
+        metadata = output.metadata
+        if metadata is None:
+            metadata = own_metadata(
+                output.side,
+                tree_meta.below(output.real_keys, specs),
+                tree_meta.below(output.containers, specs),
+            )
         heads[path], ranges = build_header(specs, metadata, path.name)
         place.update({name: (path, range) for name, range in ranges.items()})
     if output.tiles is not None:

@@ -10,21 +10,24 @@ from graftax.errors import Failure, FormatError, UsageError, escape
 from graftax.formats import files, strict_json, tree_meta
 from graftax.formats.base import Output
 from graftax.formats.limits import check_limit
-from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, detect_side
+from graftax.sides import side_of_names
+from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec
 
 VERSION = 1
 
 
 def dump_spec(checkpoint: Checkpoint) -> str:
-    """The spec of a checkpoint, a line a tensor; the same text for the same tree."""
+    """The spec of a checkpoint, a line a tensor; the same text for the same tree. Its side is declared only where the
+    checkpoint does: what names told, they tell again."""
     tensors = [
         f"  {_text(path)}: {_text({'shape': list(spec.shape), 'dtype': spec.dtype})}"
         for path, spec in checkpoint.specs.items()
     ]
     tree = tree_meta.encode_tree(checkpoint.real_keys, checkpoint.containers)
+    side = None if checkpoint.side_by == "names" else checkpoint.side
     body = ",\n".join(tensors)
     return (
-        f'{{"graftax_spec": {VERSION}, "side": {_text(checkpoint.side)},\n'
+        f'{{"graftax_spec": {VERSION}, "side": {_text(side)},\n'
         f' "tensors": {{\n{body}\n }},\n'
         f' "keys": {_text(tree["keys"])},\n "containers": {_text(tree["containers"])}}}\n'
     )
@@ -54,7 +57,8 @@ def open(path: Path) -> Checkpoint:
     real_keys, containers = tree_meta.decode_tree(value, label)
     return Checkpoint(
         label=str(path),
-        side=_side(side) or detect_side(specs),
+        side=_side(side) or side_of_names(specs),
+        side_by="kind" if side else "names",
         specs=specs,
         format="spec",
         files=(path,),

@@ -172,10 +172,14 @@ def _is_nested(value: Any) -> bool:
 
 
 def _resolve(root: Any, name: str, label: str, census: _Census) -> Any:
-    """What `name` picks: a key as it is, else the longest key that it starts with, then the rest below that."""
-    found = list(_ways(root, name, 0))
-    if found:
-        return found[0]
+    """What `name` picks: a key as it is, else the longest key that it starts with, then the rest below that, else what
+    bears it as a prefix of its keys ("module." of DataParallel); in the whole file, else in the container of weights
+    that is read where none is named."""
+    found = next(_ways(root, name, 0), None)
+    if found is None:
+        found = next(_ways(_default(root, label, census), name, 0), None)
+    if found is not None:
+        return found
     keys = [_text(key, label) for key, value in root.items() if census.tensors(value)] if isinstance(root, dict) else []
     near = nearest(name, keys) or ", ".join(escape(key) for key in keys[:10])
     raise PlanError(f"{label} has no container {escape(name)!r}", next=f"Near: {near}" if near else "")
@@ -191,6 +195,20 @@ def _ways(node: Any, name: str, depth: int) -> Iterator[Any]:
     for at in sorted((i for i, char in enumerate(name) if char in "/."), reverse=True):
         if name[:at] in named:
             yield from _ways(named[name[:at]], name[at + 1 :], depth + 1)
+    for start in dict.fromkeys((f"{name.rstrip('/.')}.", f"{name.rstrip('/.').replace('/', '.')}.")):
+        below = {key[len(start) :]: value for key, value in named.items() if key.startswith(start)}
+        if below:
+            yield below
+
+
+def _default(node: Any, label: str, census: _Census) -> Any:
+    """The container of weights that is read where none is named, as far as there is one."""
+    try:
+        while isinstance(node, dict) and (key := _only(node, [], label, census)) is not None:
+            node = node[key]
+    except PlanError:  # several
+        pass
+    return node
 
 
 def _text(key: Any, label: str) -> str:

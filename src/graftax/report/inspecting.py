@@ -36,6 +36,8 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
         "label": checkpoint.label,
         "format": checkpoint.format,
         "side": checkpoint.side,
+        "side_by": checkpoint.side_by,
+        "opened": opened_file(checkpoint),
         "leaves": len(checkpoint),
         "parameters": parameters,
         "bytes": nbytes,
@@ -44,6 +46,15 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
         "metadata": dict(checkpoint.metadata),
         "tensors": tensors,
     }
+
+
+def opened_file(checkpoint: Checkpoint) -> str | None:
+    """The file that was opened, where the label names a folder or a hub id: the weights, or the index of their shards.
+    None where the label says it."""
+    path = str(checkpoint.files[0]) if checkpoint.files else None
+    if path is None or checkpoint.format == "orbax" or checkpoint.label.startswith(path):
+        return None
+    return path
 
 
 def leaf_hash(array: Any, spec: TensorSpec) -> str:
@@ -82,10 +93,13 @@ def leaf_stats(array: Any, spec: TensorSpec) -> dict[str, Any] | None:
 def inspection_text(data: Mapping[str, Any]) -> str:
     """The same for a person: a head line and a row a leaf, in natural order (layers.2 before layers.10)."""
     dtypes = ", ".join(f"{count} {name}" for name, count in data["dtypes"].items())
+    side = f"{data['side']} by its names" if data["side"] and data["side_by"] == "names" else data["side"]
     lines = [
-        f"{escape(data['label'])}: {data['format']}, {data['side'] or 'side unknown'}, {data['leaves']} leaves, "
+        f"{escape(data['label'])}: {data['format']}, {side or 'side unknown'}, {data['leaves']} leaves, "
         f"{data['parameters']:,} parameters, {size_text(data['bytes'])} ({dtypes or 'empty'})"
     ]
+    if data["opened"]:
+        lines.append(f"opened: {escape(data['opened'], 400)}")
     rows: list[tuple[str, ...]] = []
     for path in sorted(data["tensors"], key=natural_key):
         row = data["tensors"][path]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from graftax.errors import LayoutError, PlanError, UsageError, escape, option
 from graftax.layers import Connection, layouts, leaf_connections
 from graftax.ops import Op, apply_chain, chain_text, invert_chain
+from graftax.sides import side_of_names
 from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
 
 LAYOUTS: tuple[str, ...] = layouts()
@@ -22,9 +23,10 @@ LAYOUTS: tuple[str, ...] = layouts()
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The leaf that a donor goes into: its side, and the live module that it belongs to, if there is one."""
+    """The leaf that a donor goes into: its side (None where nothing tells), and the live module that it belongs to, if
+    there is one."""
 
-    side: Side
+    side: Side | None
     module: Module | None = None
     role: str = ""
 
@@ -33,8 +35,7 @@ class Target:
 class FromCheckpoint:
     """Tensor `key` of the checkpoint or live tree `source`; see `surgery_values.from_checkpoint`.
 
-    `target` is filled in by surgery for each leaf; without it a leaf is taken for a Flax one where its path has a '/'
-    or ends as Flax names do.
+    `target` is filled in by surgery for each leaf; without it the leaf's own name is all that tells its side.
     """
 
     reads: ClassVar[bool] = False
@@ -67,10 +68,8 @@ class FromCheckpoint:
         return replace(self, source=donor)
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
-        from graftax.tree import detect_side
-
         donor: Any = self.opened().source
-        target = self.target or Target(detect_side((path,)) or "flax")
+        target = self.target or Target(side_of_names((path,)))
         key = _donor_key(donor, self.key, path)
         ops = layout_ops(donor, key, path, spec, target, self.layout)
         array = donor.read(key)
@@ -132,14 +131,17 @@ def layout_ops(
             f"{option('layout', layout)}: the donor {escape(donor.label)} and the tree are both {side}",
             next="Nothing is to be laid out: leave layout out, or say 'identity'.",
         )
-    if side == target.side:
+    if side is not None and side == target.side:
         return _identity(donor, key, spec, f"both are {side}, so it goes in as it is")
     if have.packed:
         raise PlanError(
             f"{escape(key)} is {have.dtype}: packed types move as they are, and need {option('layout', 'identity')}"
         )
+    sure = side is not None and target.side is not None
+    if target.side is None:  # of the other side, or (below) of the leaf's own
+        target = replace(target, side="torch" if side == "flax" else "flax")
     ways = _connections(donor, key, path, spec, target, layout)
-    if side is None and layout is None:  # names that do not tell: it may also be of the leaf's own side
+    if not sure and layout is None:
         return _sideless(donor, key, path, spec, target, ways)
     if not ways:
         raise _misfit(donor, key, spec, layout)
@@ -214,10 +216,12 @@ def owner(checkpoint: Checkpoint, path: str) -> tuple[Module | None, str]:
 
 def _role(path: str, side: Side | None) -> str:
     """The last part of a name: what the field's conventions go by."""
+    if side is None:
+        return path[max(path.rfind("/"), path.rfind(".")) + 1 :]
     return path.rpartition("." if side == "torch" else "/")[2]
 
 
-def _ops_of(way: Connection, side: Side) -> tuple[Op, ...]:
+def _ops_of(way: Connection, side: Side | None) -> tuple[Op, ...]:
     ops = way.entries[0].ops
     return ops if side == "flax" else invert_chain(ops)
 
@@ -225,7 +229,8 @@ def _ops_of(way: Connection, side: Side) -> tuple[Op, ...]:
 def _sideless(
     donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, ways: Sequence[Connection]
 ) -> tuple[Op, ...]:
-    """For a donor whose names do not tell its side: as it is, or as the other side stores it, if only one fits."""
+    """Where the side of the donor or of the leaf is not known: as it is, or as the other side stores it, if only one
+    fits."""
     moved = [way for way in ways if way.entries[0].ops]
     as_it_is = donor[key].shape == spec.shape
     if as_it_is and (len(spec.shape) < 2 or not moved):

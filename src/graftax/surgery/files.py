@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from graftax.errors import Failure, GraftaxError, PlanError, escape
+from graftax.errors import Failure, GraftaxError, PlanError, escape, option
+from graftax.sides import Signs, separator_of
 from graftax.surgery.donors import FromCheckpoint
 from graftax.surgery.leaves import failures_of, new_leaf, prepared
 from graftax.surgery.selecting import Edit, Tree, choose, edits_of, selector_text
@@ -19,6 +20,8 @@ from graftax.tree import Checkpoint, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from graftax.formats.base import Output
 
     Array = np.ndarray[Any, Any]
 
@@ -87,7 +90,7 @@ def checkpoint_tree(checkpoint: Checkpoint) -> Tree:
     """An opened checkpoint as selectors see it: a predicate is given the spec of a leaf, not its values."""
     return Tree(
         checkpoint.label,
-        checkpoint.side or "flax",  # names without separators: either reading is the same
+        checkpoint.side or separator_of(checkpoint),
         checkpoint.specs,
         checkpoint.specs.__getitem__,
         other_names=lambda: checkpoint.aliases,
@@ -226,14 +229,44 @@ def write_replacement(
         for _ in tensors:
             pass
         return report.as_json()
-    from graftax.formats.base import Output
     from graftax.formats.saving import save
     from graftax.formats.sidecars import beside
-    from graftax.tree import detect_side
 
-    side = checkpoint.side or detect_side(specs) or "torch"
-    output = Output(specs, tensors, side, checkpoint.real_keys, checkpoint.containers)
+    output = _output(checkpoint, specs, tensors, out, format)
     saved = save(fspath(out), output, format=format, clobber=clobber, inputs=inputs, sidecars=beside(checkpoint))
     left = [name for name in checkpoint.metadata if name not in specs] if checkpoint.format in _LEAVES else []
     notes = [*saved.notes, *([f"not copied, no weights: {', '.join(map(escape, left[:8]))}"] if left else [])]
     return report.as_json() | {"notes": notes}
+
+
+_UNDECLARED = ("safetensors", "hf_folder", "npz")
+"""Formats that hold a tree without saying its side."""
+
+
+def _output(
+    checkpoint: Checkpoint,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterator[tuple[str, Array]],
+    out: str | PathLike[str],
+    format: str | None,
+) -> Output:
+    """What is written. A safetensors file keeps its own names and metadata; nothing declares a side that the checkpoint
+    does not. PlanError where the format of `out` would."""
+    from graftax.formats.base import Output
+    from graftax.formats.saving import choose_format, split_target
+
+    side = checkpoint.side or ("flax" if any("/" in path for path in specs) else "torch")
+    row = choose_format(split_target(fspath(out))[0], side, format)
+    if checkpoint.side is None and row.name not in _UNDECLARED:
+        raise PlanError(
+            f"{escape(checkpoint.label)} may be torch or Flax: its {Signs.of(specs).text}; {row.name} would say {side}",
+            next=f"Write {' or '.join(_UNDECLARED)}, or port it first, with {option('source_side')}.",
+        )
+    metadata = None
+    if checkpoint.side_by != "kind":
+        metadata = dict(checkpoint.metadata) if checkpoint.format in ("safetensors", "hf_folder") else {}
+        if checkpoint.stored and row.name in ("safetensors", "hf_folder"):
+            name_of = checkpoint.stored
+            specs = {name_of[path]: spec for path, spec in specs.items()}
+            tensors = ((name_of[path], array) for path, array in tensors)
+    return Output(specs, tensors, side, checkpoint.real_keys, checkpoint.containers, metadata=metadata)

@@ -119,7 +119,8 @@ def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callabl
     from graftax.adapters import open_tree
 
     target = target_of(home(), path)
-    if target.side == "flax":
+    if target.side != "torch":
+        target = replace(target, side="flax")
         readings = readings_of(open_tree({"weight": tensor}), "weight", path, spec, target)
         if len(readings) > 1:
             raise Misfit(
@@ -133,10 +134,8 @@ def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callabl
 
 def target_of(tree: Checkpoint, path: str) -> Target:
     """A leaf as a donor sees it: its side and the live module that holds it."""
-    from graftax.tree import detect_side
-
     module, role = owner(tree, path)
-    return Target(tree.side or detect_side((path,)) or "flax", module, role)
+    return Target(tree.side, module, role)
 
 
 def _called(function: Callable[[Any], Any], path: str, leaf: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from graftax.adapters import kind_of, live_leaves, optimizer_paths
 from graftax.errors import PlanError, UsageError, escape
+from graftax.sides import separator_of
 from graftax.surgery.selecting import Tree
 from graftax.tree import Checkpoint, TensorSpec
 
@@ -72,10 +73,11 @@ class LiveTree:
 
     def selectable(self) -> Tree:
         flat = self.kind == "container" and "/" not in "".join(self.leaves)  # its names may be torch keys
-        side = "torch" if self.torch else self.opened().side if flat else "flax"
+        flat = flat and all(type(leaf).__module__.partition(".")[0] == "numpy" for leaf in self.leaves.values())
+        side = "torch" if self.torch else separator_of(self.leaves) if flat else "flax"
         return Tree(
             self.label,
-            side or "flax",  # names without separators: either reading is the same
+            side,
             self.leaves,
             self.leaves.__getitem__,
             (lambda wanted: _filtered(self.native, self.kind, self.leaves, wanted))

@@ -1,0 +1,188 @@
+"""torch or Flax: what a checkpoint declares counts first; where it declares nothing, all its names speak together.
+
+A declaration is the kind of the thing (a .pt file, a msgpack or Orbax tree, a live module, torch tensors), or the
+metadata of a safetensors file. Names are an assumption at best: '/' between their parts is how Flax trees are
+flattened, '.' is how torch writes keys, and `kernel` and `embedding` are Flax's leaves, `weight` is torch's. Where
+these signs disagree nothing is decided, and the user says it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from graftax.tree import Checkpoint, Side, SideBy, escape_part
+
+Value = TypeVar("Value")
+
+OTHER: dict[Side, Side] = {"torch": "flax", "flax": "torch"}
+_FLAX = frozenset({"kernel", "embedding"})
+_FLAX_TOO = frozenset({"scale", "bias", "mean", "var"})
+"""Leaves of Flax's own modules that torch code names so as well: RMSNorm's `scale`."""
+_TORCH = re.compile(
+    r"weight(?:_(?:g|v|orig|u|[ih]h_l[0-9]+\w*|hr_l[0-9]+\w*))?|[qkv]_proj_weight|in_proj_(?:weight|bias)"
+    r"|running_(?:mean|var)|num_batches_tracked|bias_[ih]h_l[0-9]+\w*"
+)
+_TORCH_ALONE = re.compile(
+    r"in_proj_(?:weight|bias)|running_(?:mean|var)|num_batches_tracked|(?:weight|bias)_[ih]h_l[0-9]+\w*"
+)
+"""What no Flax module calls a leaf."""
+_COLLECTIONS = frozenset({"params", "batch_stats"})
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """What names say, counted: names whose last separator is '/' and '.', and modules (what stands before it) that have
+    a leaf called as only Flax does, as Flax and others do, and as torch does."""
+
+    slashed: int
+    dotted: int
+    modules: int
+    flax: int
+    scale: int
+    torch: int
+    torch_alone: int
+    collections: bool
+    bare_flax: bool
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Signs:
+        slashed = dotted = 0
+        alone = False
+        collections = True
+        leaves: dict[str, list[str]] = {}
+        for name in names:
+            at = max(name.rfind("/"), name.rfind("."))
+            if at >= 0:
+                slashed += name[at] == "/"
+                dotted += name[at] == "."
+            collections = collections and name.partition("/")[0] in _COLLECTIONS
+            leaves.setdefault(name[: at + 1], []).append(name[at + 1 :])
+        flax = scale = torch = alone = 0
+        for found in leaves.values():
+            told = any(leaf in _FLAX for leaf in found)
+            flax += told
+            torch += any(_TORCH.fullmatch(leaf) is not None for leaf in found)
+            alone += any(_TORCH_ALONE.fullmatch(leaf) is not None for leaf in found)
+            scale += "scale" in found and not told
+        own = [leaf for found in leaves.values() for leaf in found]
+        bare_flax = (
+            bool(own) and all(leaf in _FLAX | _FLAX_TOO for leaf in own) and bool(_FLAX.union(["scale"]) & {*own})
+        )
+        return cls(slashed, dotted, len(leaves), flax, scale, torch, alone, collections and bool(own), bare_flax)
+
+    @property
+    def side(self) -> Side | None:
+        """The side that all names together show; None where they show none, or disagree."""
+        if self.slashed and self.dotted:
+            return None
+        if self.slashed:
+            return "flax" if self.collections or self.torch <= self.flax else None
+        if self.dotted:
+            if self.torch:
+                return "torch" if self.torch >= 2 * self.flax else None
+            return None if self.flax or 2 * self.scale > self.modules else "torch"
+        return "flax" if self.bare_flax else None
+
+    def contradicts(self, side: Side) -> bool:
+        """Do the names speak so plainly against `side` that a declaration of it must be a mistake?"""
+        if side == "torch":
+            return bool(self.slashed and not self.dotted and self.flax > self.torch)
+        return bool(self.dotted and not self.slashed and self.torch_alone and not self.flax)
+
+    @property
+    def text(self) -> str:
+        """What the names show, for a message."""
+        seps = [f"{count} with '{sep}'" for sep, count in (("/", self.slashed), (".", self.dotted)) if count]
+        kinds = (("kernel or embedding", self.flax), ("scale", self.scale), ("weight or the like", self.torch))
+        modules = [f"{count} with {what}" for what, count in kinds if count]
+        names = f"names: {', '.join(seps) or 'neither / nor .'}"
+        return f"{names}; modules: {', '.join(modules)}" if modules else names
+
+
+def side_of_names(names: Iterable[str]) -> Side | None:
+    """The side that names alone show, all of them together; None where they show none, or disagree."""
+    return Signs.of(names).side
+
+
+def separator_of(names: Iterable[str]) -> Side:
+    """The side whose separator the names bear: how selectors read them where the side itself is not known."""
+    signs = Signs.of(names)
+    return "torch" if signs.dotted and not signs.slashed else "flax"
+
+
+def settled(declared: Side | None, names: Iterable[str]) -> tuple[Side | None, SideBy]:
+    """(side, what told it) for metadata that declare a side, or None, and all names. No side where the names contradict
+    the metadata flatly: one of the two is a mistake."""
+    signs = Signs.of(names)
+    if declared is None:
+        return signs.side, "names"
+    return (None if signs.contradicts(declared) else declared), "metadata"
+
+
+def declared_by(checkpoint: Checkpoint) -> Side | None:
+    """The side that a checkpoint's metadata declare, whatever its names say."""
+    return SIDE_OF_FORMAT.get(checkpoint.metadata.get("format", "")) if checkpoint.side_by == "metadata" else None
+
+
+SIDE_OF_FORMAT: dict[str, Side] = {"pt": "torch", "flax": "flax"}
+"""`format` in the metadata of safetensors; np, tf, mlx and others declare neither."""
+
+
+# ---------------------------------------------------------------- the names in a checkpoint
+
+
+def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """The same leaves, as far as `names` lists them (new name -> old one), under their new names."""
+    new_of = {old: new for new, old in names.items()}
+    reader, span, scatter = checkpoint.reader, checkpoint.span, checkpoint.scatter
+    rebuild, placed = checkpoint.rebuild, checkpoint.placed
+
+    def rebuilt(arrays: Mapping[str, Any], **options: Any) -> Any:
+        assert rebuild is not None
+        return rebuild({names[path]: array for path, array in arrays.items()}, **options)
+
+    def notes() -> dict[str, Any]:
+        assert placed is not None
+        return turned(placed())
+
+    def turned(mapping: Mapping[str, Value]) -> dict[str, Value]:
+        return {new_of[path]: value for path, value in mapping.items() if path in new_of}
+
+    return replace(
+        checkpoint,
+        specs={new: checkpoint.specs[old] for new, old in names.items()},
+        reader=None if reader is None else lambda path: reader(names[path]),
+        span=None if span is None else lambda path, start, buffer: span(names[path], start, buffer),
+        scatter=None if scatter is None else lambda path, start, buffers: scatter(names[path], start, buffers),
+        whole=frozenset(new_of[path] for path in checkpoint.whole if path in new_of),
+        aliases={new: new_of[to] for new, to in turned(checkpoint.aliases).items() if to in new_of},
+        buffers=frozenset(new_of[path] for path in checkpoint.buffers if path in new_of),
+        stored={new: checkpoint.stored.get(old, old) for new, old in names.items()},
+        rebuild=None if rebuild is None else rebuilt,
+        placed=None if placed is None else notes,
+    )
+
+
+def split_at_dots(checkpoint: Checkpoint) -> Checkpoint:
+    """A Flax tree whose names are joined by '.', as transformers writes them, with paths instead."""
+    if not all("/" not in name for name in checkpoint) or not any("." in name for name in checkpoint):
+        return checkpoint
+    return renamed(checkpoint, {"/".join(map(escape_part, name.split("."))): name for name in checkpoint})
+
+
+def in_own_names(checkpoint: Checkpoint) -> Checkpoint:
+    """A file's names as its side writes them: those that metadata call Flax's are split at their dots."""
+    return split_at_dots(checkpoint) if checkpoint.side == "flax" and checkpoint.side_by == "metadata" else checkpoint
+
+
+def read_as(checkpoint: Checkpoint, side: Side | None) -> Checkpoint:
+    """The checkpoint as one of `side`, where it does not declare one itself. Names that are plainly Flax's stay so."""
+    if side is None or (checkpoint.side is not None and checkpoint.side_by != "names"):
+        return checkpoint
+    if checkpoint.side is not None and side == "torch" and Signs.of(checkpoint).contradicts(side):
+        return checkpoint
+    stated = replace(checkpoint, side=side, side_by="stated")
+    return split_at_dots(stated) if side == "flax" else stated
