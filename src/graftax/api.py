@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from graftax.adapters import open_tree, plain_tree
+from graftax.adapters import open_weights, plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
 from graftax.errors import GraftaxError, UsageError, worded
 from graftax.execute.distributed import peers
@@ -63,15 +63,18 @@ def plan(
     return _runnable(make_plan(opened, opened_like, options), opened_like)
 
 
-def open_both(source: Tree, like: Tree) -> tuple[Checkpoint, Checkpoint | None]:
-    """Both ends opened; where both fail, the graver error (unsafe input, then bad input, then missing)."""
+def open_both(
+    source: Tree, like: Tree, opener: Callable[[Any], Checkpoint] = open_weights
+) -> tuple[Checkpoint, Checkpoint | None]:
+    """Both ends opened, their weights alone; `open_tree` opens all of them. Where both fail, the graver error (unsafe
+    input, then bad input, then missing)."""
     from graftax.errors import SEVERITY
 
     found: list[Checkpoint | None] = []
     errors: list[GraftaxError] = []
     for end in (source, like):
         try:
-            found.append(None if end is None else open_tree(end))
+            found.append(None if end is None else opener(end))
         except GraftaxError as error:
             errors.append(error)
     if errors:
@@ -93,7 +96,7 @@ def _runnable(made: Plan, like: Checkpoint | None) -> Plan:
     def run(plan: Plan, source: Any, sharding: Any = None, rngs: Any = None, receipt: Receipt | None = None) -> Any:
         spans = spans_processes(sharding, like if sharding is None and peers() is not None else None)
         with together("planning", spans):
-            opened = open_tree(source)
+            opened = open_weights(source)
             where = _places(plan, like, sharding)
         return _made(plan, opened, like, where, spans, rngs, receipt)
 
@@ -197,7 +200,7 @@ def _planned(
 ) -> tuple[Plan, Checkpoint, Checkpoint | None, dict[str, Place] | None, bool]:
     """The complete plan, both ends opened, where the leaves go, and whether that spans several processes."""
     if sharding is None and like is not None and peers() is not None:
-        like = open_tree(like)
+        like = open_weights(like)
         spans = spans_processes(None, like)
     else:
         spans = spans_processes(sharding, None)
@@ -242,8 +245,8 @@ def port_file(
     """
     with together("planning", spans=True):
         if plan is not None:
-            opened = open_tree(source)
-            opened_like = None if like is None else open_tree(like)
+            opened = open_weights(source)
+            opened_like = None if like is None else open_weights(like)
             made = plan
         else:
             opened, opened_like = open_both(source, like)

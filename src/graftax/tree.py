@@ -218,6 +218,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
     trace     () -> Trace, where the source is live and can be called without data; nothing is computed
     buffers   paths that are buffers and not parameters, where the source is live
     rebuild   {path: array} -> an object of the same kind, where the source is live; sharding= and (NNX) rngs= say more
+    left      name -> what it is, of what stands beside the weights and was left out
+    chosen    whether training state was looked for: what is in the tree counts as weights
     placed    () -> path -> what the tree says of where a leaf lies (adapters.notes.Note), where it is a Flax tree
     """
 
@@ -242,6 +244,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
     scatter: Callable[[str, int, list[memoryview]], int] | None = None
     placed: Callable[[], Mapping[str, Any]] | None = None
     folder: Path | None = None
+    left: Mapping[str, str] = field(default_factory=dict[str, str])
+    chosen: bool = False
 
     def __getitem__(self, path: str) -> TensorSpec:
         if path in self.specs:

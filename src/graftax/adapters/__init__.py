@@ -54,6 +54,13 @@ def open_tree(obj: Any, label: str | None = None) -> Checkpoint:
     return flax_tree.open_container(obj, name)
 
 
+def open_weights(obj: Any) -> Checkpoint:
+    """As `open_tree`, without what a training run keeps beside its weights; PlanError where that is not certain."""
+    from graftax.formats.weights import weights_of
+
+    return weights_of(open_tree(obj))
+
+
 _LABELS = {
     "torch state_dict": "the state_dict",
     "nnx state": "the State",

@@ -38,6 +38,7 @@ def open_container(tree: Any, label: str) -> Checkpoint:
         real_keys={path: key for path, key in real_keys.items() if path in leading},
         containers=kinds,
         metadata=_left_out(arrays),
+        left=_left_out(arrays),
         native=tree,
         rebuild=lambda arrays, sharding=None, adopt=False: rebuild_container(tree, arrays, sharding, adopt),
         placed=lambda: notes.notes_of(tree),

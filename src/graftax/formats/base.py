@@ -98,7 +98,8 @@ class Output:
     writer makes them so), and what a tree needs to come back as it was. Paths are flat; `container` is the name of
     the nested dict that a .pt file holds them in (`out.pt::model`). A writer that can takes the tensors from `tiles`
     instead, where that is given, in the order of its file. With a `log` its files may be there in part already: it
-    tells the log of what it wrote."""
+    tells the log of what it wrote. `leaves`, where it is given, is every leaf in the order of a msgpack file; one with
+    bytes goes there as it is (a Python number, None, an empty map) in place of a tensor."""
 
     specs: Mapping[str, TensorSpec]
     tensors: Iterable[tuple[str, np.ndarray[Any, Any]]]
@@ -109,3 +110,4 @@ class Output:
     container: str | None = None
     tiles: Tiles | None = None
     log: Log | None = None
+    leaves: Mapping[str, bytes | None] | None = None
