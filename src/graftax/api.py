@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from graftax.adapters import open_tree, plain_tree
+from graftax.adapters import open_weights, plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
 from graftax.errors import GraftaxError, UsageError, worded
 from graftax.execute.distributed import peers
@@ -66,17 +66,21 @@ def plan(
 
 
 def open_both(
-    source: Tree, like: Tree, source_side: Side | None = None, to: Side | None = None
+    source: Tree,
+    like: Tree,
+    source_side: Side | None = None,
+    to: Side | None = None,
+    opener: Callable[..., Checkpoint] = open_weights,
 ) -> tuple[Checkpoint, Checkpoint | None]:
-    """Both ends opened, as what they are said to be where they do not declare it; where both fail, the graver error
-    (unsafe input, then bad input, then missing)."""
+    """Both ends opened, as what they are said to be where they do not declare it, their weights alone; `open_tree` as
+    the opener opens all of them. Where both fail, the graver error (unsafe input, then bad input, then missing)."""
     from graftax.errors import SEVERITY
 
     found: list[Checkpoint | None] = []
     errors: list[GraftaxError] = []
     for end, side in ((source, source_side), (like, to)):
         try:
-            found.append(None if end is None else open_tree(end, side=side))
+            found.append(None if end is None else opener(end, side=side))
         except GraftaxError as error:
             errors.append(error)
     if errors:
@@ -98,7 +102,7 @@ def _runnable(made: Plan, like: Checkpoint | None) -> Plan:
     def run(plan: Plan, source: Any, sharding: Any = None, rngs: Any = None, receipt: Receipt | None = None) -> Any:
         spans = spans_processes(sharding, like if sharding is None and peers() is not None else None)
         with together("planning", spans):
-            opened = open_tree(source, side=plan.source.side)
+            opened = open_weights(source, side=plan.source.side)
             where = _places(plan, like, sharding)
         return _made(plan, opened, like, where, spans, rngs, receipt)
 
@@ -203,7 +207,7 @@ def _planned(
 ) -> tuple[Plan, Checkpoint, Checkpoint | None, dict[str, Place] | None, bool]:
     """The complete plan, both ends opened, where the leaves go, and whether that spans several processes."""
     if sharding is None and like is not None and peers() is not None:
-        like = open_tree(like, side=options.to)
+        like = open_weights(like, side=options.to)
         spans = spans_processes(None, like)
     else:
         spans = spans_processes(sharding, None)
@@ -249,8 +253,8 @@ def port_file(
     """
     with together("planning", spans=True):
         if plan is not None:
-            opened = open_tree(source, side=plan.source.side)
-            opened_like = None if like is None else open_tree(like, side=plan.like.side)
+            opened = open_weights(source, side=plan.source.side)
+            opened_like = None if like is None else open_weights(like, side=plan.like.side)
             made = plan
         else:
             opened, opened_like = open_both(source, like, source_side, to)

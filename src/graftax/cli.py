@@ -147,6 +147,7 @@ def port_command(
         Plan and check everything, write nothing.
     """
     from graftax.api import write_plan
+    from graftax.plan_text import left_out_lines
     from graftax.report.progress import progress_bar
 
     refuse_own_input(out, planning.rules, plan)
@@ -178,6 +179,7 @@ def port_command(
         )
     data |= {"written": True, "receipt": receipt.as_json()}
     lines = [_opened(_written(out, receipt.leaves, receipt.nbytes), opened, like), receipt.text]
+    lines += left_out_lines(made)
     lines += [f"dropped: {line}" for line in _by_reason(receipt.dropped)]
     lines += [f"not from the source: {line}" for line in _by_reason(receipt.filled)]
     lines += [f"note: {escape(note, 400)}" for note in receipt.notes]
@@ -220,11 +222,12 @@ def diff_command(
     rtol
         Relative tolerance.
     """
+    from graftax.adapters import open_tree
     from graftax.api import open_both
     from graftax.errors import DifferenceError
     from graftax.report.comparing import comparison, comparison_text
 
-    first, second = open_both(a, b, from_, to)
+    first, second = open_both(a, b, from_, to, open_tree)
     assert second is not None
     if plan is not None and like is not None:
         raise UsageError("give --plan or --like, not both")

@@ -145,6 +145,7 @@ def _end_json(end: End) -> dict[str, Any]:
         "tensors": {name: {"shape": list(spec.shape), "dtype": spec.dtype} for name, spec in end.specs.items()},
         "keys": {k: list(v) if isinstance(v, tuple) else v for k, v in end.real_keys.items()},
         "containers": dict(end.containers),
+        "left": dict(end.left),
     }
 
 
@@ -162,7 +163,8 @@ def _end_from_json(data: Mapping[str, Any]) -> End:
         if isinstance(key, bool) or not isinstance(key, (str, int, list)):
             raise RulesError(f"{escape(name)} has the key {escape(repr(key), 80)}")
         keys[str(name)] = tuple(cast("list[Any]", key)) if isinstance(key, list) else key
-    return End(str(data["label"]), data["side"], specs, keys, dict(data.get("containers", {})))
+    left = {str(name): str(what) for name, what in data.get("left", {}).items()}
+    return End(str(data["label"]), data["side"], specs, keys, dict(data.get("containers", {})), left)
 
 
 def _names(items: Any) -> tuple[str, ...]:

@@ -97,8 +97,21 @@ def lossless_text(plan: Plan) -> str:
     return f"lossless: but for {len(lossy)} of {len(plan.entries)} entries, measured when run: {shown}{aside}"
 
 
+def left_out(left: Mapping[str, str], shown: int = 12) -> str:
+    """What stands beside the weights, in one line: `opt_state (an optimizer's state, 9 leaves), step`."""
+    names = [f"{escape(name)} ({escape(what, 60)})" for name, what in list(left.items())[:shown]]
+    return ", ".join(names) + (f" and {len(left) - shown} more" if len(left) > shown else "")
+
+
+def left_out_lines(plan: Plan) -> list[str]:
+    """A line for each end of a plan that has more than its weights."""
+    ends = (plan.source, plan.like)
+    return [f"beside the weights of {escape(end.label)}, left out: {left_out(end.left)}" for end in ends if end.left]
+
+
 def plan_text(plan: Plan) -> str:
-    """The whole plan: columns, what was read, questions, assumptions, misfits, and whether it is lossless."""
+    """The whole plan: columns, what was left out and what was read, questions, assumptions, misfits, and whether it is
+    lossless."""
     lines = [
         f"{escape(plan.source.label)} ({plan.source.side}, {len(plan.source.specs)} tensors)"
         f" -> {escape(plan.like.label)} ({plan.like.side}, {len(plan.like.specs)} leaves)"
@@ -108,6 +121,7 @@ def plan_text(plan: Plan) -> str:
         many = f"   x{row['count']}" if row["count"] != 1 else ""
         why = f"   {row['evidence']}" if row["evidence"] else ""
         lines.append(f"  {row['sources']} -> {row['targets']}   {row['ops']}{many}{why}")
+    lines += left_out_lines(plan)
     if plan.reads:
         lines += ["read while planning:", *(f"  {escape(read, 300)}" for read in plan.reads)]
     if plan.assumptions:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftax.errors import Failure, PlanError, UsageError, escape, option
+from graftax.formats.placeholders import refuse_placeholders
 from graftax.formats.quantized import refuse_quantized
 from graftax.formats.unmerged import refuse_unmerged
 from graftax.leftovers import settle_leftovers
@@ -71,6 +72,7 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
     """
     options.check()
     refuse_quantized(source)
+    refuse_placeholders(source.specs, escape(source.label))
     rules = load_rules(options.rules)
     with nothing_collected():  # a hundred thousand entries: a quarter of the time
         return _make_plan(source, like, options, rules)

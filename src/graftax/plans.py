@@ -21,17 +21,20 @@ from graftax.tree import Checkpoint, Key, Side, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One side of a plan: what it is called, its names and specs, and what its containers need to come back."""
+    """One side of a plan: what it is called, its names and specs, what its containers need to come back, and what
+    stands beside the weights and takes no part (name -> what it is)."""
 
     label: str
     side: Side
     specs: Mapping[str, TensorSpec]
     real_keys: Mapping[str, Key] = field(default_factory=dict[str, Key])
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
+    left: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, side: Side) -> End:
-        return cls(checkpoint.label, side, checkpoint.specs, checkpoint.real_keys, checkpoint.containers)
+        specs, keys, containers = checkpoint.specs, checkpoint.real_keys, checkpoint.containers
+        return cls(checkpoint.label, side, specs, keys, containers, checkpoint.left)
 
 
 @dataclass(frozen=True, slots=True)

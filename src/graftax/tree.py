@@ -239,6 +239,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
     buffers   paths that are buffers and not parameters, where the source is live
     rebuild   {path: array} -> an object of the same kind, where the source is live; sharding= and (NNX) rngs= say more
     stored    path -> the name in the file, where the paths are not those of the file
+    left      name -> what it is, of what stands beside the weights and was left out
+    chosen    whether training state was looked for: what is in the tree counts as weights
     placed    () -> path -> what the tree says of where a leaf lies (adapters.notes.Note), where it is a Flax tree
     """
 
@@ -265,6 +267,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
     folder: Path | None = None
     side_by: SideBy = "kind"
     stored: Mapping[str, str] = field(default_factory=dict[str, str])
+    left: Mapping[str, str] = field(default_factory=dict[str, str])
+    chosen: bool = False
 
     def __getitem__(self, path: str) -> TensorSpec:
         if path in self.specs:

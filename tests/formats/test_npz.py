@@ -111,6 +111,49 @@ def test_versions_of_the_header(tmp_path):
     assert [got.read(key).tolist() for key in got] == [[0, 1]] * 3
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(12.0).reshape(3, 4),
+        np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4)),
+        np.arange(4, dtype=">i4"),
+        np.float32(3),
+        np.zeros((0, 3)),
+        np.array([1 + 2j]),
+        np.array([True, False]),
+    ],
+)
+def test_a_lone_npy_is_one_leaf(tmp_path, array):
+    np.save(tmp_path / "x.npy", array)
+    got = npz.open(tmp_path / "x.npy")
+    assert list(got) == ["array"]
+    assert got.side is None
+    expected = np.load(tmp_path / "x.npy")
+    value = got.read("array")
+    assert np.array_equal(value, expected)
+    assert value.dtype == expected.dtype.newbyteorder("=")
+    if got.by_position("array"):
+        buffer = bytearray(got["array"].nbytes)
+        got.span("array", 0, memoryview(buffer))
+        assert bytes(buffer) == value.tobytes()
+
+
+def test_a_lone_npy_that_is_malformed(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(6.0))
+    data = (tmp_path / "x.npy").read_bytes()
+    path = tmp_path / "y.npy"
+    for length in range(6, len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(FormatError, match="one NumPy array"):
+            npz.open(path)
+    path.write_bytes(data + b"0")
+    with pytest.raises(FormatError):
+        npz.open(path)
+    np.save(path, np.array([{}], dtype=object))
+    with pytest.raises(UnsafeInputError, match="would run code"):
+        npz.open(path)
+
+
 def test_sides_and_empty_archives(tmp_path):
     np.savez(tmp_path / "t.npz", **{"fc.weight": np.ones(2), "fc.bias": np.ones(1)})
     assert npz.open(tmp_path / "t.npz").side == "torch"
@@ -120,7 +163,7 @@ def test_sides_and_empty_archives(tmp_path):
     assert len(npz.open(tmp_path / "e.npz")) == 0
     for name in "tne":
         assert npz.sniff(tmp_path / f"{name}.npz", (tmp_path / f"{name}.npz").read_bytes()[:512])
-    assert not npz.sniff(tmp_path / "x.npz", b"\x93NUMPY\x01\x00")
+    assert npz.sniff(tmp_path / "x.npy", b"\x93NUMPY\x01\x00")
     assert not npz.sniff(tmp_path / "x", b"PK\x03\x04")
 
 

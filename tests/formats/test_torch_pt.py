@@ -1,11 +1,22 @@
 """graftax.formats.torch_pt: every file is read as torch.load(weights_only=True) reads it, hostile ones are refused, and
 what is written comes back bit for bit."""
 
+import argparse
+import collections
+import dataclasses
+import datetime
+import decimal
+import enum
+import functools
 import hashlib
 import io
+import operator
 import os
+import pathlib
 import pickle
+import runpy
 import struct
+import subprocess
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -412,6 +423,234 @@ def test_inspect_says_what_was_not_read(tmp_path):
     assert last.endswith("a\\x1b11 and 8 more (--json)")
     got = torch_pt.open(save(tmp_path / "x.pt", WEIGHTS))
     assert "not read" not in inspection_text(inspection(got))
+
+
+# ---------------------------------------------------------------- objects beside the weights
+
+
+class Mode(enum.Enum):
+    A = 1
+
+
+@dataclasses.dataclass
+class Settings:
+    rate: float = 0.1
+    tensor: object = None
+
+
+class Attributes(dict):
+    pass
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(2, 2)
+
+
+def activation(x):
+    return x
+
+
+OBJECTS = {
+    "a NumPy scalar": np.float64(0.5),
+    "numpy.ndarray": np.ones(3),
+    "numpy.dtype": np.dtype("f4"),
+    "numpy.random.Generator": np.random.default_rng(0),
+    "argparse.Namespace": argparse.Namespace(lr=0.1),
+    "pathlib.PurePosixPath": pathlib.PurePosixPath("/x"),
+    "datetime.datetime": datetime.datetime(2020, 1, 1),
+    "_io.BytesIO": io.BytesIO(b"a"),
+    "decimal.Decimal": decimal.Decimal(1),
+    "builtins.slice": slice(1),
+    "builtins.frozenset": frozenset({1}),
+    "Mode": Mode.A,
+    "Settings": Settings(),
+    "Settings, 1 tensors, not read": Settings(tensor=torch.ones(2)),
+    "Attributes": Attributes(a=1),
+    "activation": activation,
+    "torch.nn.modules.loss.CrossEntropyLoss": torch.nn.CrossEntropyLoss(),
+    "torch._C._VariableFunctionsClass.relu": torch.relu,
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", OBJECTS)
+@pytest.mark.filterwarnings("ignore")
+def test_an_object_beside_the_weights_is_a_name(tmp_path, name, legacy, protocol):
+    options = {"_use_new_zipfile_serialization": not legacy, "pickle_protocol": protocol}
+    path = save(tmp_path / "x.pt", {"state_dict": WEIGHTS, "extra": OBJECTS[name]}, **options)
+    got = check_same(path, WEIGHTS)
+    assert got.metadata["extra"].removeprefix("object ").endswith(name)
+    assert got.left == {"extra": got.metadata["extra"]}
+    assert list(torch_pt.open_container(path, "state_dict")) == list(WEIGHTS)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", OBJECTS)
+@pytest.mark.filterwarnings("ignore")
+def test_an_object_among_the_weights_is_refused(tmp_path, name, legacy):
+    content = {"state_dict": {**WEIGHTS, "fc.extra": OBJECTS[name]}}
+    path = save(tmp_path / "x.pt", content, _use_new_zipfile_serialization=not legacy)
+    for way in (torch_pt.open, lambda path: torch_pt.open_container(path, "state_dict")):
+        with pytest.raises(UnsafeInputError, match=r"fc\.extra: an object of"):
+            way(path)
+
+
+def test_keys_and_containers_of_objects(tmp_path):
+    content = {
+        "state_dict": collections.defaultdict(dict, WEIGHTS),
+        "callbacks": {pathlib.PurePosixPath("/a"): {"best": Mode.A}, Net: 1, ("a", 1): 2, None: 3},
+        pathlib.PurePosixPath("/b"): 1,
+        "hyper_parameters": Attributes(lr=0.1),
+        "args": [argparse.Namespace(a=Settings())],
+    }
+    got = check_same(save(tmp_path / "x.pt", content), WEIGHTS)
+    assert set(got.left) == {"callbacks", "pathlib.PurePosixPath", "hyper_parameters", "args"}
+
+
+def test_notes_of_a_run_beside_bare_weights(tmp_path):
+    notes = {"args": argparse.Namespace(a=1), "epoch": np.int64(3), "fc._extra_state": io.BytesIO(b"a")}
+    got = check_same(save(tmp_path / "x.pt", {**WEIGHTS, **notes}), WEIGHTS)
+    assert set(got.left) == set(notes)
+    with pytest.raises(UnsafeInputError, match="weird: an object of"):
+        torch_pt.open(save(tmp_path / "y.pt", {**WEIGHTS, "weird": Settings()}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        Net(),
+        {"model": Net(), "epoch": 3},
+        {"model": Net(), "optimizer": OPTIMIZER},
+        {"encoder": WEIGHTS, "decoder": Net()},
+        {"model": Attributes(WEIGHTS)},
+        [Net()],
+        {"a": np.ones(3)},
+    ],
+)
+def test_weights_that_are_objects_are_refused(tmp_path, content):
+    path = save(tmp_path / "x.pt", content)
+    with pytest.raises(UnsafeInputError) as info:
+        torch_pt.open(path)
+    assert info.value.exit_code == 4
+    if isinstance(content, dict) and "model" in content:
+        with pytest.raises(UnsafeInputError):
+            torch_pt.open_container(path, "model")
+
+
+def test_a_module_beside_a_state_dict_is_a_question(tmp_path):
+    path = save(tmp_path / "x.pt", {"state_dict": WEIGHTS, "ema": Net()})
+    with pytest.raises(PlanError, match="2 containers"):
+        torch_pt.open(path)
+    assert list(torch_pt.open_container(path, "state_dict")) == list(WEIGHTS)
+
+
+def test_arguments_alone_are_no_weights(tmp_path):
+    with pytest.raises(FormatError, match=r"no tensors.*\nIt holds: object .*Settings"):
+        torch_pt.open(save(tmp_path / "training_args.bin", Settings()))
+
+
+class Call:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+    def __call__(self):
+        raise AssertionError("called")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call(os.system, "touch gotcha"),
+        Call(exec, "1"),
+        Call(__import__, "os"),
+        Call(getattr, 1, "real"),
+        Call(getattr, Call(getattr, Settings, "__init__"), "__globals__"),
+        Call(Call(getattr, Net(), "forward"), 1),
+        Call(subprocess.Popen, "true"),
+        Call(pickle.loads, b"N."),
+        Call(runpy.run_path, "x"),
+        Call(functools.partial, os.system, "x"),
+        Call(operator.methodcaller, "x"),
+        Call(torch.load, "x"),
+        Call(np.load, "x"),
+        Call(activation, 1),
+        os.system,
+        eval,
+    ],
+)
+def test_a_call_of_a_function_beside_the_weights_is_refused(tmp_path, monkeypatch, call, legacy):
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path / "x.pt", {"state_dict": WEIGHTS, "extra": call}, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UnsafeInputError):
+        torch_pt.open_container(path, "state_dict")
+    assert not (tmp_path / "gotcha").exists()
+
+
+def test_objects_that_hold_each_other(tmp_path):
+    """A cycle of objects beside the weights, and one shared a thousand times."""
+    first, second = Settings(), Settings()
+    first.tensor, second.tensor = [second] * 1000, first
+    got = check_same(save(tmp_path / "x.pt", {"state_dict": WEIGHTS, "extra": first}), WEIGHTS)
+    assert got.left["extra"].endswith("Settings")
+
+
+def test_protocol_0_and_1_objects(tmp_path):
+    """INST, OBJ and NEWOBJ_EX make names, too; a number of thousands of digits is no crash."""
+    path = save(tmp_path / "x.pt", {"a": torch.ones(4)})
+    for made in (b"(imine\nThing\n", b"(cmine\nThing\no", b"cmine\nThing\n)}\x92", b"cmine\nthing\n)\x81"):
+        tail = b"X\x04\0\0\0args" + made + b"s"
+        change_pickle(path, lambda data, tail=tail: tensor_pickle((4,), (1,), tail=tail))
+        assert torch_pt.open(path).left["args"].startswith("object mine.")
+    chained = b"cmine\nsubprocess.Run\n)R", b"cmine\nPopen\n)R", b"cmine\nA.__init__\n"
+    for made in (b"(ios\nsystem\n", b"(cos\nsystem\no", b"cos\nsystem\n)\x81", b"cmine\nthing\n)R", *chained):
+        tail = b"X\x04\0\0\0args" + made + b"s"
+        change_pickle(path, lambda data, tail=tail: tensor_pickle((4,), (1,), tail=tail))
+        with pytest.raises(UnsafeInputError):
+            torch_pt.open(path)
+    change_pickle(path, lambda data: tensor_pickle((4,), (1,), tail=b"X\x01\0\0\0nI" + b"9" * 5000 + b"\ns"))
+    with pytest.raises(FormatError):
+        torch_pt.open(path)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3, 4), torch.nn.Parameter(torch.ones(2))])
+def test_a_bare_tensor_is_one_leaf(tmp_path, tensor):
+    got = check_same(save(tmp_path / "x.pt", tensor), {"tensor": tensor})
+    assert got.side == "torch"
+
+
+SHAPES = [OrderedDict((key, torch.Size(tensor.shape)) for key, tensor in WEIGHTS.items())]
+EMPTY = {key: torch.empty(0, dtype=torch.float16) for key in WEIGHTS}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"module": EMPTY, "param_shapes": SHAPES, "ds_version": "0.14"},
+        {"module": {**EMPTY, "bn.running_mean": torch.ones(2)}, "ds_version": "0.14"},
+        {"module": {**EMPTY, "bn.num_batches_tracked": torch.tensor(3)}},
+        EMPTY,
+    ],
+)
+def test_zero3_placeholders_are_refused_by_name(tmp_path, content):
+    path = save(tmp_path / "mp_rank_00_model_states.pt", content)
+    with pytest.raises(FormatError, match=r"empty tensors.*DeepSpeed ZeRO(.|\n)*zero_to_fp32"):
+        torch_pt.open(path)
+    if "module" in content:
+        with pytest.raises(FormatError, match="DeepSpeed ZeRO"):
+            torch_pt.open_container(path, "module")
+
+
+def test_some_empty_tensors_are_no_placeholders(tmp_path):
+    tensors = {**WEIGHTS, "empty": torch.empty(0), "rows": torch.empty(0, 3)}
+    check_same(save(tmp_path / "x.pt", tensors), tensors)
+    check_same(save(tmp_path / "y.pt", {"rows": torch.empty(0, 3)}), {"rows": torch.empty(0, 3)})
 
 
 # ---------------------------------------------------------------- tensors that are refused

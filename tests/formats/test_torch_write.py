@@ -18,7 +18,7 @@ import torch
 import graftax as gx
 from graftax.formats import torch_pt
 from graftax.formats.base import Output
-from graftax.formats.pickles import DTYPES
+from graftax.formats.pickle_values import DTYPES
 from graftax.tree import TensorSpec
 
 SHAPES = [(), (0,), (0, 3), (2, 0), (1,), (5,), (2, 3), (3, 1, 2), (300, 70)]

@@ -244,3 +244,82 @@ def test_the_difference_counts_bits_and_measures_values() -> None:
     assert _difference(np.ones(1, np.float32), np.full(1, np.inf, np.float32), "f") == (1, 0.0)
     assert _difference(np.array([1, 2]), np.array([1, 9]), "i") == (1, 7.0)
     assert _difference(np.array([1j]), np.array([2j]), "c") == (1, None)
+
+
+ADAM = {
+    "step": 3,
+    "params": {"fc": {"kernel": np.ones((2, 3), np.float32), "bias": np.ones(3, np.float32)}},
+    "opt_state": {
+        "0": {
+            "count": np.array(3),
+            "mu": {"fc": {"kernel": np.ones((2, 3), np.float32), "bias": np.ones(3, np.float32)}},
+        },
+        "1": {},
+    },
+    "note": "hi",
+    "none": None,
+    "empty": [],
+    "raw": b"abc",
+}
+
+
+@pytest.mark.parametrize(
+    ("selector", "picked"),
+    [
+        ("**/kernel", ("params/fc/kernel",)),
+        ("**/k*", ("params/fc/kernel",)),
+        ("**", ("params/fc/bias", "params/fc/kernel")),
+        ("**/mu/**/kernel", ("opt_state/0/mu/fc/kernel",)),
+        ("opt_state/**/bias", ("opt_state/0/mu/fc/bias",)),
+        ("**/count", ("opt_state/0/count",)),
+        ("step", ("step",)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "live"])
+def test_training_state_is_picked_by_selectors_that_name_it(
+    tmp_path: Path, selector: str, picked: tuple[str, ...], kind: str
+) -> None:
+    import flax.serialization
+
+    arrays = {"step": np.array(3), "params": ADAM["params"], "opt_state": ADAM["opt_state"]}
+    tree: Any = arrays
+    if kind == "file":
+        path = tmp_path / "run.msgpack"
+        path.write_bytes(flax.serialization.msgpack_serialize(arrays))
+        tree = gx.open_checkpoint(path)
+    assert tuple(sorted(select(tree, selector))) == picked
+
+
+def test_a_glob_that_finds_training_state_only_says_so() -> None:
+    with pytest.raises(PlanError, match=r"what an optimizer keeps only"):
+        select(
+            {"params": ADAM["params"], "opt_state": {"mu": ADAM["params"], "trace": ADAM["params"]}}, "*/*/fc/kernel"
+        )
+
+
+def test_a_training_checkpoint_keeps_all_but_the_selected_leaf(tmp_path: Path) -> None:
+    """Python numbers, text, None, bytes and empty containers included: the file is what flax would write."""
+    import copy
+
+    import flax.serialization
+
+    path, out = tmp_path / "run.msgpack", tmp_path / "out.msgpack"
+    path.write_bytes(flax.serialization.msgpack_serialize(copy.deepcopy(ADAM)))
+    write_replacement(gx.open_checkpoint(path), "**/kernel", gx.zeros(), out, expect=1)
+    expected = flax.serialization.msgpack_restore(path.read_bytes())
+    expected["params"]["fc"]["kernel"] = np.zeros((2, 3), np.float32)
+    assert out.read_bytes() == flax.serialization.msgpack_serialize(expected)
+    write_replacement(gx.open_checkpoint(path), "step", gx.constant(7), out)
+    assert flax.serialization.msgpack_restore(out.read_bytes())["step"] == 7
+
+
+@pytest.mark.parametrize("kind", ["pt", "npy"])
+def test_a_file_of_one_array_is_a_donor(tmp_path: Path, kind: str) -> None:
+    values = np.arange(3, dtype=np.float32)
+    path = tmp_path / f"bias.{kind}"
+    if kind == "pt":
+        torch.save(torch.from_numpy(values), path)
+    else:
+        np.save(path, values)
+    out = gx.replace(ADAM["params"], "fc/bias", gx.from_checkpoint(path))
+    assert np.array_equal(out["fc"]["bias"], values)

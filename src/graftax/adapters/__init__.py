@@ -56,6 +56,13 @@ def open_tree(obj: Any, label: str | None = None, side: Side | None = None) -> C
     return flax_tree.open_container(obj, name, side)
 
 
+def open_weights(obj: Any, side: Side | None = None) -> Checkpoint:
+    """As `open_tree`, without what a training run keeps beside its weights; PlanError where that is not certain."""
+    from graftax.formats.weights import weights_of
+
+    return weights_of(open_tree(obj, side=side))
+
+
 _LABELS = {
     "torch state_dict": "the state_dict",
     "nnx state": "the State",

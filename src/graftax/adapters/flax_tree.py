@@ -43,6 +43,7 @@ def open_container(tree: Any, label: str, side: Side | None = None) -> Checkpoin
         real_keys={path: key for path, key in real_keys.items() if path in leading},
         containers=kinds,
         metadata=_left_out(arrays),
+        left=_left_out(arrays),
         native=tree,
         rebuild=_rebuilder(tree, found, told),
         placed=lambda: notes.notes_of(tree),

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers
 from graftax.errors import FormatError, PlanError, UsageError, escape
-from graftax.formats import pickles, torch_tree
+from graftax.formats import pickle_values, torch_tree
 from graftax.tree import Key
 
 if TYPE_CHECKING:
     import torch
 
 
-_NOWHERE = pickles.Storage("", "", 0, 0, 0)
+_NOWHERE = pickle_values.Storage("", "", 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,9 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
         if containers.is_array(node) and node.shape:
             others.append(keys)
         return (
-            node if node is None or isinstance(node, (bool, int, float, str)) else pickles.Opaque(type(node).__name__)
+            node
+            if node is None or isinstance(node, (bool, int, float, str))
+            else pickle_values.Opaque(type(node).__name__)
         )
 
     root = proxy(tree, ())
@@ -86,18 +88,18 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
     )
 
 
-def _proxy_of(tensor: torch.Tensor) -> pickles.Tensor | pickles.Refused:
+def _proxy_of(tensor: torch.Tensor) -> pickle_values.Tensor | pickle_values.Refused:
     """What the .pt reader has for a tensor. Where its values are does not matter for the choice."""
     import torch
 
     if tensor.is_quantized:
-        return pickles.Refused("quantized", str(tensor.dtype))
+        return pickle_values.Refused("quantized", str(tensor.dtype))
     if tensor.layout is not torch.strided:
-        return pickles.Refused("sparse", str(tensor.layout))
+        return pickle_values.Refused("sparse", str(tensor.layout))
     if tensor.is_nested:
-        return pickles.Refused("nested")
+        return pickle_values.Refused("nested")
     shape = (1,) if torch.nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
-    return pickles.Tensor(_NOWHERE, str(tensor.dtype).removeprefix("torch."), 1, 0, shape, shape)
+    return pickle_values.Tensor(_NOWHERE, str(tensor.dtype).removeprefix("torch."), 1, 0, shape, shape)
 
 
 def replaced(tree: Any, new: Mapping[tuple[Any, ...], Any]) -> Any:

@@ -54,6 +54,8 @@ def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
         aliases=aliases_of(state),
         real_keys=chosen.real_keys,
         metadata=metadata(chosen.container, chosen.left),
+        left=chosen.left,
+        chosen=True,
         native=tree,
         rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
     )

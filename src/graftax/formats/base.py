@@ -98,8 +98,9 @@ class Output:
     writer makes them so), and what a tree needs to come back as it was. Paths are flat; `container` is the name of
     the nested dict that a .pt file holds them in (`out.pt::model`). A writer that can takes the tensors from `tiles`
     instead, where that is given, in the order of its file. `metadata` go into safetensors in place of graftax's own:
-    surgery leaves a file's as they are. With a `log` its files may be there in part already: it
-    tells the log of what it wrote."""
+    surgery leaves a file's as they are. With a `log` its files may be there in part already: it tells the log of what
+    it wrote. `leaves`, where it is given, is every leaf in the order of a msgpack file; one with bytes goes there as it
+    is (a Python number, None, an empty map) in place of a tensor."""
 
     specs: Mapping[str, TensorSpec]
     tensors: Iterable[tuple[str, np.ndarray[Any, Any]]]
@@ -111,3 +112,4 @@ class Output:
     tiles: Tiles | None = None
     log: Log | None = None
     metadata: Mapping[str, str] | None = None
+    leaves: Mapping[str, bytes | None] | None = None

@@ -137,7 +137,6 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign("a pickle of JAX arrays", _PICKLE, _PICKLES, contains=b"jax", unsafe=True),
     Foreign("a pickle of Haiku parameters", _PICKLE, _PICKLES, contains=b"haiku", unsafe=True),
     Foreign("a pickle of Flax objects", _PICKLE, _PICKLES, contains=b"flax.", unsafe=True),
-    Foreign("one NumPy array (.npy), without a name", "Save it with numpy.savez under its name.", (b"\x93numpy",)),
     Foreign("a MATLAB file", "Save its arrays with numpy.savez.", (b"matlab 5.0",)),
     Foreign("a NeMo archive", f"{_UNPACK} Its weights are model_weights.ckpt.", (b"ustar",), 257, names=("*.nemo",)),
     # torch.distributed.checkpoint, DeepSpeed, Megatron

@@ -58,10 +58,14 @@ def open(path: Path) -> Checkpoint:
     asides: dict[str, Aside] = {}
     names: dict[str, None] = {}
     metadata: dict[str, str] = {}
+    others: dict[str, tuple[int, int] | None] = {}
     real_keys: dict[str, Key] = {}
     containers: dict[str, str] = {}
     for keys, leaf in _leaves(root, (), real_keys, containers):
         name = join_path(keys)
+        others[name] = None
+        if isinstance(leaf, Text) or (isinstance(leaf, Array) and leaf.value is not None):
+            others[name] = leaf.place
         if isinstance(leaf, Text):
             metadata[name] = leaf.text
             continue
@@ -105,6 +109,7 @@ def open(path: Path) -> Checkpoint:
         metadata=metadata,
         real_keys=real_keys,
         containers=containers,
+        native=lambda: {name: None if place is None else bytes(source.read(*place)) for name, place in others.items()},
     )
 
 
@@ -125,7 +130,7 @@ def _leaves(
     if isinstance(node, (Array, Text, Aside)):
         yield keys, node
         return
-    if not node:
+    if not node:  # the root: others are leaves
         yield keys, Text("an empty list" if isinstance(node, list) else "an empty map")
         return
     if isinstance(node, list):
@@ -183,7 +188,7 @@ def write(path: Path, output: Output) -> None:
     tuples = [f"{prefix}/" for prefix, key in output.real_keys.items() if isinstance(key, tuple)]
     below = [path for path in output.specs if any(f"{path}/".startswith(prefix) for prefix in tuples)]
     refuse(output, "msgpack", dict.fromkeys(below, "a key that is a tuple"))
-    tree = nest({path: path for path in output.specs}, output.real_keys)
+    tree = nest({path: path for path in output.leaves or output.specs}, output.real_keys)
     pieces: list[tuple[int, bytes]] = []
     places: dict[str, list[tuple[int, int]]] = {}
     at = 0
@@ -202,7 +207,7 @@ def write(path: Path, output: Output) -> None:
                 if spec.packed:  # comes whole
                     data = unpack(data, spec).reshape(-1).view("uint8")
                 done = 0
-                for start, size in places[name]:
+                for start, size in places.get(name, ()):
                     low, high = max(begin, done), min(begin + data.size, done + size)
                     if low < high:
                         file.skip(start + low - done)
@@ -221,6 +226,9 @@ def _layout(node: Any, prefix: str, output: Output) -> Iterator[bytes | tuple[st
     import msgpack
 
     if isinstance(node, str):
+        if output.leaves and (raw := output.leaves[node]) is not None:
+            yield raw
+            return
         yield from _array_layout(node, output.specs[node])
         return
     packer = msgpack.Packer()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graftax.errors import FormatError, escape
@@ -32,19 +32,22 @@ FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 @dataclass(frozen=True, slots=True, eq=False)
 class Array:
     """A leaf: its spec and the stretches of the file that hold its elements; a Python number has no stretch but
-    `value`."""
+    `value`, and `place`, the stretch of the whole."""
 
     spec: TensorSpec
     parts: tuple[tuple[int, int], ...]
     value: Any = None
+    place: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A leaf that is no array and no number, in words; of text the first 4,096 bytes as they are."""
+    """A leaf that is no array and no number, in words, and the stretch of the file that holds it; of text the first
+    4,096 bytes as they are."""
 
     text: str
     raw: str = ""
+    place: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +128,13 @@ def mark(first: int) -> tuple[str, str]:
     return ("str", str(first & 0x1F)) if first < 0xC0 else ("bad", "0")
 
 
-NONE = Text("None")
-
-
 def parse(source: Source, label: str) -> dict[Key, Any] | list[Any]:
     """The tree in the file: dicts and lists with Array, Text and Aside at the leaves.
 
     Raises FormatError where it is malformed or no tree, UnsafeInputError beyond a limit.
     """
     walk = _Walk(source, label, most=2 * limit("leaves"), deepest=limit("depth"), longest=limit("header"))
-    root = _value(walk, "", 0)
+    root = _found(walk, "", 0)
     if walk.at != source.size:
         raise FormatError(f"{label} has {source.size - walk.at:,} bytes behind its end")
     if not isinstance(root, (dict, list)):
@@ -148,7 +148,17 @@ def itemsize(spec: TensorSpec) -> int:
 
 
 def _value(walk: _Walk, where: str, depth: int) -> Any:
-    """The value that comes next: dict, list, Array, Text or Aside."""
+    """The value that comes next: dict, list, Array, Text or Aside. An empty container is a leaf in words."""
+    start = walk.at
+    found = _found(walk, where, depth)
+    if isinstance(found, Text) or (isinstance(found, Array) and found.value is not None):
+        return replace(found, place=(start, walk.at - start))
+    if not found and isinstance(found, (dict, list)):
+        return Text("an empty list" if isinstance(found, list) else "an empty map", place=(start, walk.at - start))
+    return found
+
+
+def _found(walk: _Walk, where: str, depth: int) -> Any:
     walk.values += 1
     if depth > walk.deepest or walk.values > walk.most:
         check_limit("depth", depth, walk.label)
@@ -169,7 +179,7 @@ def _value(walk: _Walk, where: str, depth: int) -> Any:
         if writer is not None:
             return Aside(text, writer, text.partition(":")[2].removeprefix("//"))
         return Text(f"str {escape(text[:80])}", text) if kind == "str" else Text(f"{length} bytes")
-    return NONE if kind == "none" else _number(value)
+    return Text("None") if kind == "none" else _number(value)
 
 
 def _number(value: bool | int | float | complex) -> Array:
@@ -218,7 +228,7 @@ def _stored_aside(node: dict[Key, Any]) -> Aside | None:
 
 def _joined(chunked: dict[Key, Any], where: str) -> Array:
     """The array whose chunks a map holds."""
-    shape, chunks = chunked.get("shape"), chunked.get("chunks")
+    shape, chunks = ({} if isinstance(part, Text) else part for part in map(chunked.get, ("shape", "chunks")))
     if set(chunked) != {CHUNKED, "shape", "chunks"} or not isinstance(shape, dict) or not isinstance(chunks, dict):
         raise FormatError(f"{where}: a chunked array without shape and chunks")
     for numbered in (shape, chunks):

@@ -1,4 +1,5 @@
-"""npz archives: a zip of .npy files, one array each. Names, shapes and dtypes are read without NumPy.
+"""npz archives: a zip of .npy files, one array each; and a lone .npy file, which is read, not written. Names, shapes
+and dtypes are read without NumPy.
 
 They hold NumPy's own dtypes only: NumPy writes bfloat16, float8 and int4 arrays as bytes without a type, so those are
 refused on both ways. Object arrays are pickles, which run code, and are refused.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,14 +45,25 @@ _NAMES = {code[1:]: name for name, code in _CODES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """One array: its member, where its data starts in it, and how the data lies."""
+class _Layout:
+    """How an array lies in its .npy file: where its data starts, its spec, the order of axes and of bytes."""
 
-    member: zips.Member
     start: int
     spec: TensorSpec
     fortran: bool
     swapped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One array of an archive: its member, and how it lies there."""
+
+    member: zips.Member
+    layout: _Layout
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.layout.spec
 
 
 class _Bad(Exception):
@@ -63,7 +75,9 @@ class _Left(Exception):
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """A zip whose first member is a .npy file, or an empty one or any other with npz's ending."""
+    """A zip whose first member is a .npy file, or an empty one or any other with npz's ending; a .npy file."""
+    if head[:6] == MAGIC:
+        return True
     name = zips.first_member_name(head)
     if name is not None and name.endswith(".npy"):
         return True
@@ -72,13 +86,15 @@ def sniff(path: Path, head: bytes) -> bool:
 
 def open(path: Path) -> Checkpoint:
     """The arrays of numbers in the archive under their names (without `.npy`), in the archive's order; text is left
-    out, and listed in the metadata.
+    out, and listed in the metadata. Of a lone .npy file its array, called `array`, whose side nothing tells.
 
     Raises FormatError where it is malformed or holds what is no array of numbers, UnsafeInputError for object arrays
     and beyond a limit.
     """
     source = open_source(path)
     label = escape(path)
+    if bytes(source.read(0, min(source.size, 6))) == MAGIC:
+        return _open_lone(path, source, label)
     entries: dict[str, _Entry] = {}
     wrong: list[Failure] = []
     code: list[Failure] = []
@@ -107,12 +123,14 @@ def open(path: Path) -> Checkpoint:
     def reader(name: str) -> np.ndarray[Any, Any]:
         return _read(source, entries[name])
 
-    whole = frozenset(name for name, entry in entries.items() if not _as_it_is(entry))
+    whole = frozenset(
+        name for name, entry in entries.items() if not _as_it_is(entry.layout) or entry.member.method != zips.STORED
+    )
 
     def span(name: str, start: int, buffer: memoryview) -> None:
         if name in whole:
             raise LookupError(f"{name} does not lie in order")
-        positions.read_into(entries[name].member, entries[name].start + start, buffer)
+        positions.read_into(entries[name].member, entries[name].layout.start + start, buffer)
 
     return Checkpoint(
         label=str(path),
@@ -128,8 +146,44 @@ def open(path: Path) -> Checkpoint:
     )
 
 
+LONE = "array"
+"""The name of the one leaf of a .npy file."""
+
+
+def _open_lone(path: Path, source: Source, label: str) -> Checkpoint:
+    try:
+        layout = _layout(lambda count: bytes(source.read(0, min(source.size, count))), source.size)
+    except UnsafeInputError:
+        raise UnsafeInputError(
+            f"{label} is one array of Python objects: reading it would run code", next="Save it as numbers."
+        ) from None
+    except (_Bad, FormatError) as error:
+        raise FormatError(f"{label} is one NumPy array (.npy) that cannot be read: {error}") from None
+
+    def span(name: str, start: int, buffer: memoryview) -> None:
+        if not _as_it_is(layout):
+            raise LookupError(f"{name} does not lie in order")
+        source.read_into(layout.start + start, buffer)
+
+    return Checkpoint(
+        label=str(path),
+        side=None,
+        specs={LONE: layout.spec},
+        reader=lambda name: _array(source.read(layout.start, source.size - layout.start), layout),
+        format="npy",
+        files=(path,),
+        span=span,
+        whole=frozenset() if _as_it_is(layout) else frozenset({LONE}),
+    )
+
+
 def _entry(source: Source, member: zips.Member) -> _Entry:
-    head = bytes(zips.read_start(source, member, _FIRST))
+    return _Entry(member, _layout(lambda count: bytes(zips.read_start(source, member, count)), member.size))
+
+
+def _layout(read_start: Callable[[int], bytes], size: int) -> _Layout:
+    """What the header of a .npy file of `size` bytes says; `read_start` gives so many of its first bytes."""
+    head = read_start(_FIRST)
     if head[:6] != MAGIC or len(head) < 12:
         raise _Bad("it does not begin like a .npy file")
     version = (head[6], head[7])
@@ -138,7 +192,7 @@ def _entry(source: Source, member: zips.Member) -> _Entry:
     form, at = ("<H", 10) if version == (1, 0) else ("<I", 12)
     (length,) = struct.unpack_from(form, head, 8)
     if at + length > len(head):
-        head = bytes(zips.read_start(source, member, _HEADER))
+        head = read_start(_HEADER)
     if at + length > len(head):
         raise _Bad("its header is truncated or longer than any")
     try:
@@ -149,16 +203,16 @@ def _entry(source: Source, member: zips.Member) -> _Entry:
     name = _dtype(descr)
     count = element_count(shape, "its header")
     spec = TensorSpec(shape, name)
-    if at + length + count * spec.bits // 8 != member.size:
-        need, found_bytes = count * spec.bits // 8, member.size - at - length
+    if at + length + count * spec.bits // 8 != size:
+        need, found_bytes = count * spec.bits // 8, size - at - length
         raise _Bad(f"{spec} takes {need:,} bytes, found {found_bytes:,}")
-    return _Entry(member, at + length, spec, fortran, descr[0] == ">")
+    return _Layout(at + length, spec, fortran, descr[0] == ">")
 
 
-def _as_it_is(entry: _Entry) -> bool:
+def _as_it_is(layout: _Layout) -> bool:
     """Do the bytes lie in the file as its values in C order, little end first?"""
-    rows = not entry.fortran or len(entry.spec.shape) < 2
-    return entry.member.method == zips.STORED and rows and not (entry.swapped and entry.spec.bits > 8)
+    rows = not layout.fortran or len(layout.spec.shape) < 2
+    return rows and not (layout.swapped and layout.spec.bits > 8)
 
 
 def _fields(text: str) -> tuple[Any, bool, tuple[Any, ...]]:
@@ -203,18 +257,25 @@ def _dtype(descr: Any) -> str:
 
 
 def _read(source: Source, entry: _Entry) -> np.ndarray[Any, Any]:
+    data = zips.read_member(source, entry.member)
+    return _array(memoryview(data)[entry.layout.start :], entry.layout)
+
+
+def _array(buffer: bytearray | memoryview, layout: _Layout) -> np.ndarray[Any, Any]:
+    """The values of an array from its bytes as they lie in the file."""
     import numpy as np
 
     from graftax.dtypes import numpy_dtype
 
-    data = np.frombuffer(zips.read_member(source, entry.member), np.uint8)[entry.start :]
-    dtype = numpy_dtype(entry.spec.dtype)
-    array = data.view(dtype) if data.size % dtype.itemsize == 0 and entry.start % 16 == 0 else data.copy().view(dtype)
-    if entry.swapped == (np.little_endian is True):
+    data = np.frombuffer(buffer, np.uint8)
+    dtype = numpy_dtype(layout.spec.dtype)
+    aligned = data.ctypes.data % max(dtype.alignment, 1) == 0
+    array = data.view(dtype) if aligned else data.copy().view(dtype)
+    if layout.swapped == (np.little_endian is True):
         array = array.byteswap()
-    if entry.fortran:
-        return np.ascontiguousarray(array.reshape(entry.spec.shape[::-1]).T).reshape(entry.spec.shape)
-    return array.reshape(entry.spec.shape)
+    if layout.fortran:
+        return np.ascontiguousarray(array.reshape(layout.spec.shape[::-1]).T).reshape(layout.spec.shape)
+    return array.reshape(layout.spec.shape)
 
 
 # ---------------------------------------------------------------- writing

@@ -71,7 +71,7 @@ def _open_inside(head: str, name: str) -> Checkpoint:
         if not os.path.isdir(head) or any(part in {"", ".", ".."} for part in parts):
             raise
         for count in range(len(parts), 0, -1):
-            below = Path(head, *parts[:count])
+            below = Path(_only_step(head) or head, *parts[:count])
             if os.path.exists(below):
                 try:
                     found = _found(str(below))
@@ -79,6 +79,14 @@ def _open_inside(head: str, name: str) -> Checkpoint:
                     continue
                 return sub_checkpoint(found, "/".join(parts[count:])) if count < len(parts) else found
         raise exc from None
+
+
+def _only_step(folder: str) -> Path | None:
+    """The one step of an Orbax CheckpointManager's folder, below which its items are."""
+    from graftax.formats.orbax_folder import steps_in
+
+    steps = steps_in(Path(folder))
+    return steps[0] if len(steps) == 1 else None
 
 
 def _missing(text: str) -> StorageError:
@@ -279,8 +287,10 @@ def config_of(folder: Path) -> Mapping[str, Any] | None:
 def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
     """The leaves below `name` ('model', 'items/params', 'state_dict.encoder'), which is stripped from their paths.
 
-    Raises PlanError where nothing is below it.
+    '.' is all of it, training state and all. Raises PlanError where nothing is below `name`.
     """
+    if name == ".":
+        return replace(checkpoint, left={}, chosen=True)
     prefix = next((p for p in _prefixes(name, checkpoint.side) if any(path.startswith(p) for path in checkpoint)), "")
     if not prefix:
         raise _no_such_part(checkpoint, name)

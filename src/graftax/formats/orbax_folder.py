@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, PlanError, StorageError, UnsafeInputError, escape
-from graftax.formats import array_store, beside, files, msgpack_file, orbax_write, strict_json, tree_meta
+from graftax.formats import array_store, files, msgpack_file, orbax_write, strict_json, tree_meta
 from graftax.formats.limits import check_limit
 from graftax.formats.orbax_tree import OCDBT, TREE, Tree, read_tree, real_keys, unfinished, unwrapped, without_random
 from graftax.formats.source import check_ratio
+from graftax.training_state import family
+from graftax.training_tree import is_optimizer_name
 from graftax.tree import Checkpoint, Key, TensorSpec, join_path, natural_key
 
 if TYPE_CHECKING:
@@ -105,6 +107,7 @@ def open(path: Path) -> Checkpoint:
         format="orbax",
         files=tuple(own),
         metadata=tree.left | notes | scalars,
+        left=notes | _other_items(item, path),
         real_keys=keys,
         containers=containers,
         config=(config := config_of(path)),
@@ -148,8 +151,8 @@ def _locate(path: Path) -> Path:
     if os.path.isfile(path / TREE) or _old(path):
         return path
     folders = [child for child in _folders(path) if TEMPORARY not in child.name]
-    steps = [child for child in folders if _is_step(child)]
-    if steps and not os.path.isfile(path / STEP):
+    steps = steps_in(path)
+    if steps:
         if len(steps) == 1:
             return _locate(steps[0])
         latest = max(steps, key=lambda child: int(_STEP_NAME.fullmatch(child.name)[1]))  # pyright: ignore
@@ -159,7 +162,7 @@ def _locate(path: Path) -> Path:
             next=f"Name one; the latest is {escape(latest)}",
         )
     items = [child for child in folders if os.path.isfile(child / TREE) or _old(child)]
-    weights = [child for child in items if not _beside(child.name)]
+    weights = [child for child in items if not _is_state(child.name)]
     if len(weights) == 1:
         return weights[0]
     if items:
@@ -171,8 +174,25 @@ def _locate(path: Path) -> Path:
     raise unfinished(path, f"it has no {TREE}")
 
 
-def _beside(name: str) -> bool:
-    return name.lower() == "opt" or bool(beside.family(name))
+def steps_in(path: Path) -> list[Path]:
+    """The folders of a CheckpointManager's steps; none in a step itself."""
+    if os.path.isfile(path / STEP):
+        return []
+    folders = [child for child in _folders(path) if TEMPORARY not in child.name]
+    return [child for child in folders if _is_step(child)]
+
+
+def _is_state(name: str) -> bool:
+    """Is an item of this name what a run keeps beside its weights?"""
+    return is_optimizer_name(name) or bool(family(name))
+
+
+def _other_items(item: Path, path: Path) -> dict[str, str]:
+    """The items with trees beside the one that is read, where that was not named itself."""
+    if item == path:
+        return {}
+    beside = [child.name for child in _folders(item.parent) if child != item and os.path.isfile(child / TREE)]
+    return {name: "an item of the checkpoint" for name in beside if _is_state(name)}
 
 
 def _check_committed(path: Path) -> None:

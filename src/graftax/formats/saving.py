@@ -224,6 +224,7 @@ def _nested(output: Output, name: str, row: Format) -> Output:
         tensors=((prefix + path, array) for path, array in output.tensors),
         real_keys=below(output.real_keys),
         containers=below(output.containers),
+        leaves=None if output.leaves is None else below(output.leaves),
         tiles=None if output.tiles is None else _Below(output.tiles, len(prefix)),
     )
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
 from graftax.formats import pickles, torch_write, zips
 from graftax.formats.limits import beyond, check_limit, element_count, limit
-from graftax.formats.pickles import Storage, Tensor
+from graftax.formats.pickle_values import STORAGES, Storage, Tensor
 from graftax.formats.source import Source, check_ratio, open_source
 from graftax.formats.torch_tree import choose, metadata
 from graftax.tree import Checkpoint, TensorSpec
@@ -101,6 +101,8 @@ def _checkpoint(path: Path, name: str | None) -> Checkpoint:
         metadata=metadata(chosen.container, chosen.left),
         aliases=_aliases(chosen.tensors),
         real_keys=chosen.real_keys,
+        left=chosen.left,
+        chosen=True,
     )
 
 
@@ -176,18 +178,18 @@ def _read_legacy(source: Source, label: str) -> _Content:
     if _legacy_pickle(stream, source, label) != 1001:
         raise FormatError(f"{label} has an unknown version of torch's legacy format")
     _legacy_pickle(stream, source, label)  # the sizes of C types on the machine that wrote it
-    root = _legacy_pickle(stream, source, label)
+    storages: dict[str, Storage] = {}
+    root = _legacy_pickle(stream, source, label, storages)
     keys = _legacy_pickle(stream, source, label)
     if not isinstance(keys, list) or any(type(key) not in (str, int, bytes) for key in keys):
         raise FormatError(f"{label} does not list its storages")
-    storages = {storage.key: storage for storage in _storages(root)}
     places: dict[str, int] = {}
     at = stream.tell()
     for key in (key.decode("latin1") if isinstance(key, bytes) else str(key) for key in keys):
         if key in places or key not in storages:
             raise FormatError(f"{label} lists storage {escape(key)} twice, or one that nothing uses")
         storage = storages[key]
-        itemsize = pickles.STORAGES[storage.kind][1]
+        itemsize = STORAGES[storage.kind][1]
         raw = block[at : at + 8] if at + 8 <= len(block) else source.read(at, 8)
         count = int.from_bytes(raw, "little", signed=True)
         if count * itemsize != storage.total:
@@ -208,31 +210,14 @@ def _read_legacy(source: Source, label: str) -> _Content:
     return _Content(root, {key: storages[key].total for key in places}, fetch, fill)
 
 
-def _legacy_pickle(stream: io.BytesIO, source: Source, label: str) -> Any:
+def _legacy_pickle(stream: io.BytesIO, source: Source, label: str, storages: dict[str, Storage] | None = None) -> Any:
     """The next of the pickles that a legacy file begins with."""
     try:
-        return pickles.load(stream, label)
+        return pickles.load(stream, label, storages)
     except FormatError:
         if source.size > limit("header") and stream.tell() >= limit("header"):
             raise beyond("header", f"{label}: a pickle that does not end in {limit('header'):,}") from None
         raise
-
-
-def _storages(root: Any) -> list[Storage]:
-    """Every storage in an inert value, each container visited once."""
-    found: list[Storage] = []
-    seen: set[int] = set()
-    todo: list[Any] = [root]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, Tensor):
-            found.append(value.storage)
-        elif isinstance(value, Storage):
-            found.append(value)
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            todo.extend(value.values() if isinstance(value, dict) else value)
-    return found
 
 
 # ---------------------------------------------------------------- tensors

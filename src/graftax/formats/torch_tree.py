@@ -2,7 +2,10 @@
 
 A file made by torch.save holds whatever its author put in it: a state_dict, or a dict with the state_dict, optimizer
 states, counters and settings. `choose` finds the state_dict where only one reading is possible: what may be a weight
-beside it is read with it, so that it is asked for. The module `beside` knows what is none.
+beside it is read with it, so that it is asked for. `training_state` knows what is none.
+
+Objects of other classes (`pickle_values.Object`) are listed where they stand beside the weights. Among the weights, or
+where nothing but an object holds tensors, they refuse the file as unsafe: those weights need the class.
 """
 
 from __future__ import annotations
@@ -11,18 +14,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftax.errors import Failure, FormatError, PlanError, escape
-from graftax.formats.beside import is_beside, is_counter, is_optimizer, is_random_bytes
+from graftax.errors import Failure, FormatError, PlanError, UnsafeInputError, escape
 from graftax.formats.limits import check_limit, limit
-from graftax.formats.pickles import Global, Opaque, Refused, Storage, Tensor
+from graftax.formats.pickle_values import (
+    ALLOWED,
+    Global,
+    Object,
+    Opaque,
+    Refused,
+    Storage,
+    Tensor,
+    objects_in,
+)
+from graftax.formats.pickles import unsafe
+from graftax.formats.placeholders import refuse_placeholders
+from graftax.training_state import is_beside, is_count, is_counter, is_note, is_optimizer, is_random_bytes, is_usual
 from graftax.tree import Key, nearest
 
-USUAL = frozenset(
-    {"state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "state", "variables"}
-    | {"params", "parameters", "weights", "ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema"}
-    | {"ema_params", "params_ema", "g_ema", "teacher", "student"}
-)
-"""Names that training scripts give the container of a model's weights."""
+LONE = "tensor"
+"""The name of the one leaf of a file that holds a bare tensor."""
 WHOLE = "."
 """`PATH::.` is the whole content, all containers flattened into one tree."""
 
@@ -78,26 +88,45 @@ def choose(root: Any, name: str | None, label: str) -> Chosen:
     census = _Census(label)
     census.count(root)
     path: list[str] = []
-    node = root
+    node: Any = root
     if name is not None and name != WHOLE:
         node = _resolve(root, name, label, census)
         path = [name]
     left: dict[str, str] = {}
     while name != WHOLE and isinstance(node, dict) and (key := _only(node, path, label, census)) is not None:
-        left |= {_text(other, label): describe(value, census) for other, value in node.items() if other != key}
+        left |= {_shown(other): describe(value, census) for other, value in node.items() if other != key}
         node = node[key]
         path.append(_text(key, label))
     if name != WHOLE and isinstance(node, dict):
         aside = _aside(node, census)
         if aside and any(census.tensors(value) for key, value in node.items() if key not in aside):
-            left |= {_text(key, label): describe(value, census) for key, value in aside.items()}
+            left |= {_shown(key): describe(value, census) for key, value in aside.items()}
             node = {key: value for key, value in node.items() if key not in aside}
+    if isinstance(node, (Tensor, Refused)):
+        node = {LONE: node}
     if not isinstance(node, (dict, list, tuple)) or not census.tensors(node):
-        raise FormatError(
-            f"{label} holds no tensors" + (f" in {escape(name)!r}" if name else ""),
-            next=f"It holds: {describe(node, census)}",
-        )
-    return _flatten(node, "/".join(path), label, left, census)
+        raise _nothing(node, name, label, census)
+    chosen = _flatten(node, "/".join(path), label, left, census, objects_are_beside=name == WHOLE)
+    run = root if isinstance(root, dict) else {}
+    refuse_placeholders(chosen.tensors, label, sharded=not _SHARDED.isdisjoint(k for k in run if isinstance(k, str)))
+    return chosen
+
+
+_SHARDED = frozenset({"param_shapes", "ds_config", "ds_version", "zero_stage"})
+"""What DeepSpeed writes beside a module whose parameters may lie in other files."""
+
+
+def _nothing(node: Any, name: str | None, label: str, census: _Census) -> FormatError | UnsafeInputError:
+    """The error for a node without tensors of its own: an object may hold some."""
+    classes, tensors = objects_in(node)
+    if "numpy.ndarray" in classes and not tensors:
+        return _among_weights({escape(name or "the file"): classes}, label)
+    if classes and (tensors or (isinstance(node, Object) and node.name.startswith("torch.nn.modules."))):
+        return unsafe(label, classes)
+    return FormatError(
+        f"{label} holds no tensors" + (f" in {escape(name)!r}" if name else "") + ", so there are no weights to read",
+        next=f"It holds: {describe(node, census)}",
+    )
 
 
 def metadata(container: str, left: dict[str, str]) -> dict[str, str]:
@@ -120,6 +149,9 @@ def describe(value: Any, census: _Census) -> str:
         return f"{value.kind} tensor"
     if isinstance(value, Storage):
         return f"storage of {value.nbytes} bytes"
+    if isinstance(value, Object):
+        count = objects_in(value)[1]
+        return f"object {escape(value.name)}" + (f", {count} tensors, not read" if count else "")
     if isinstance(value, (Opaque, Global)):
         return escape(value.text if isinstance(value, Opaque) else value.name)
     return f"{type(value).__name__} {escape(value)}"
@@ -131,13 +163,17 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
     nested = {key: value for key, value in filled.items() if _is_nested(value) and not is_beside(key, value)}
     direct = {k: v for k, v in filled.items() if not _is_nested(v) and not is_random_bytes(k, v)}
     found = [key for key, value in nested.items() if isinstance(value, dict)]
-    usual = [key for key in found if _is_usual(key)]
+    # an object with tensors, under the name of a model, may be the one that is meant
+    found += [key for key in _holding(node) if is_usual(key)]
+    usual = [key for key in found if is_usual(key)]
     if not found or (len(found) > 1 and not usual):
         return None
-    if len(nested) > len(found) or any(not is_counter(key, value) for key, value in direct.items()):
+    if any(not isinstance(value, dict) for value in nested.values()) or any(
+        not is_counter(key, value) for key, value in direct.items()
+    ):
         return None  # what may be weights stands here already: what is nested below belongs to them
     if len(found) == 1:
-        return found[0] if usual or not direct else None
+        return found[0] if usual or not (direct or _holding(node)) else None
     prefix = "/".join(path)
     names = ["/".join([*path, _text(key, label)]) for key in found]
     raise PlanError(
@@ -150,10 +186,15 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
     )
 
 
+def _holding(node: dict[Any, Any]) -> list[Any]:
+    """The keys of objects that hold tensors, and are not of those that a run notes: modules, for one."""
+    return [k for k, value in node.items() if isinstance(value, Object) and not is_note(k) and objects_in(value)[1]]
+
+
 def _aside(node: dict[Any, Any], census: _Census) -> dict[Any, Any]:
     """What of `node` is read with none of the rest: the states of optimizers and, where a container with a usual name
     shows that `node` is a training checkpoint, whatever else has the name of what training saves."""
-    run = any(_is_usual(key) and isinstance(value, dict) and census.tensors(value) for key, value in node.items())
+    run = any(is_usual(key) and isinstance(value, dict) and census.tensors(value) for key, value in node.items())
 
     def out(key: Any, value: Any) -> bool:
         if not run or not census.tensors(value):
@@ -161,10 +202,6 @@ def _aside(node: dict[Any, Any], census: _Census) -> dict[Any, Any]:
         return is_beside(key, value) if _is_nested(value) else is_random_bytes(key, value) or is_counter(key, value)
 
     return {key: value for key, value in node.items() if out(key, value)}
-
-
-def _is_usual(key: Any) -> bool:
-    return isinstance(key, str) and key.lower() in USUAL
 
 
 def _is_nested(value: Any) -> bool:
@@ -190,7 +227,7 @@ def _ways(node: Any, name: str, depth: int) -> Iterator[Any]:
         return
     children = node if isinstance(node, dict) else dict(enumerate(node)) if isinstance(node, (list, tuple)) else {}
     named = {str(key): value for key, value in children.items() if isinstance(key, (str, int))}
-    if name in named and isinstance(named[name], (dict, list, tuple)):
+    if name in named and isinstance(named[name], (dict, list, tuple, Object)):
         yield named[name]
     for at in sorted((i for i, char in enumerate(name) if char in "/."), reverse=True):
         if name[:at] in named:
@@ -211,6 +248,13 @@ def _default(node: Any, label: str, census: _Census) -> Any:
     return node
 
 
+def _shown(key: Any) -> str:
+    """A key as a list of what was left out shows it."""
+    if isinstance(key, (Object, Global, Opaque)):
+        return escape(key.text if isinstance(key, Opaque) else key.name)
+    return _text(key, "") if isinstance(key, (bytes, str)) else escape(str(key))
+
+
 def _text(key: Any, label: str) -> str:
     """A key as text. FormatError for one that no name can be made of."""
     if isinstance(key, bytes):
@@ -220,37 +264,68 @@ def _text(key: Any, label: str) -> str:
     raise FormatError(f"{label} holds a dict with a key of type {type(key).__name__}; names are text or whole numbers")
 
 
-def _flatten(node: Any, container: str, label: str, left: dict[str, str], census: _Census) -> Chosen:
+def _flatten(
+    node: Any, container: str, label: str, left: dict[str, str], census: _Census, objects_are_beside: bool = False
+) -> Chosen:
     tensors: dict[str, Tensor] = {}
     real_keys: dict[str, Key] = {}
     refused: list[tuple[str, Refused]] = []
+    objects: dict[str, list[str]] = {}
 
     def visit(value: Any, prefix: str, depth: int) -> None:
         check_limit("depth", depth, label)
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, child in pairs:
-            text = _text(key, label)
+            holds = isinstance(child, (Tensor, Refused)) or census.tensors(child)
+            text = _text(key, label) if holds else _shown(key)
             name = f"{prefix}.{text}" if prefix else text
             if type(key) is int:
                 real_keys[name] = key
-            if isinstance(child, (dict, list, tuple)) and census.tensors(child):
-                visit(child, name, depth + 1)
-            elif isinstance(child, Refused):
+            if isinstance(child, Refused):
                 refused.append((name, child))
             elif not isinstance(child, Tensor):
+                if holds:
+                    visit(child, name, depth + 1)
+                    continue
                 left[name] = describe(child, census)
+                if (classes := objects_in(child)[0]) and not _is_aside(key, depth):
+                    objects[name] = classes
             elif name in tensors:
                 raise FormatError(f"{label} holds two tensors that are both called {escape(name)}")
             else:
                 tensors[name] = child
 
     visit(node, "", 0)
+    if objects and not objects_are_beside:
+        raise _among_weights(objects, label)
     if refused:
         raise _refusal(refused, label)
     return Chosen(tensors, container, left, {key: real_keys[key] for key in real_keys if key not in left})
 
 
-def _refusal(refused: list[tuple[str, Refused]], label: str) -> FormatError | PlanError:
+def _is_aside(key: Any, depth: int) -> bool:
+    """May an object of any class go by this name among weights? Where torch keeps what is no weight of a module, and at
+    the top what training calls its own."""
+    name = key if isinstance(key, str) else ""
+    return name.rpartition(".")[2] == "_extra_state" or (depth == 0 and (is_count(name) or is_note(name)))
+
+
+def _among_weights(objects: dict[str, list[str]], label: str) -> UnsafeInputError:
+    names = list(dict.fromkeys(name for classes in objects.values() for name in classes))
+    failures = [Failure(f"an object of {escape(classes[0])}", label, key) for key, classes in objects.items()]
+    if all(name.startswith(("numpy.", "a NumPy")) for name in names):
+        return UnsafeInputError(
+            f"{label} holds NumPy objects where weights are expected, and they are pickled",
+            failures,
+            next="Where the file was made: torch.from_numpy(array) for each, or numpy.savez(path, **arrays).",
+        )
+    return unsafe(label, names, failures)
+
+
+def _refusal(refused: list[tuple[str, Refused]], label: str) -> FormatError | PlanError | UnsafeInputError:
+    foreign = [item.detail for _, item in refused if item.kind == "subclass" and _is_class(item.detail)]
+    if foreign:
+        return unsafe(label, list(dict.fromkeys(foreign)))
     other = [(name, item) for name, item in refused if item.kind != "quantized"]
     failures = [
         Failure(f"{item.kind} tensor" + (f", {escape(item.detail)}" if item.detail else ""), file=label, key=name)
@@ -268,3 +343,8 @@ def _refusal(refused: list[tuple[str, Refused]], label: str) -> FormatError | Pl
         failures,
         next="Dequantize where the file was made: tensor.dequantize().",
     )
+
+
+def _is_class(name: str) -> bool:
+    """The name of a class that torch's own reader does not know."""
+    return "." in name and name not in ALLOWED

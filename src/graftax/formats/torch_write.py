@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from graftax.errors import Failure, PlanError, option
-from graftax.formats import pickles
 from graftax.formats.base import Output
+from graftax.formats.pickle_values import DTYPES, STORAGES
 from graftax.formats.writing import byte_runs
 from graftax.formats.zip_write import write_archive
 from graftax.tree import TensorSpec
 
 _TOP = "archive"
-_STORAGES = {name: kind for kind, (name, _) in pickles.STORAGES.items() if name is not None}
+_STORAGES = {name: kind for kind, (name, _) in STORAGES.items() if name is not None}
 """Our dtype name -> the class of its storages, for those that have one."""
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
@@ -38,7 +38,7 @@ def write(path: Path, output: Output) -> None:
     lacking = [
         Failure("torch has no tensors of this kind", key=name, found=str(spec))
         for name, spec in output.specs.items()
-        if spec.dtype not in pickles.DTYPES
+        if spec.dtype not in DTYPES
     ]
     if lacking:
         raise PlanError(

@@ -49,7 +49,7 @@ def check_parity(
     model is changed. Raises PlanError where the weights cannot be planned, ModelError where a model's own code fails
     or was left in train mode, UsageError.
     """
-    from graftax.adapters import open_tree
+    from graftax.adapters import open_tree, open_weights
     from graftax.parity import passes, sides, steps
     from graftax.parity.align import declared
     from graftax.parity.audit import Expected, audit
@@ -61,7 +61,7 @@ def check_parity(
     torch_module = getattr(torch_module, "_orig_mod", torch_module)  # of torch.compile
     calls = inputs if isinstance(inputs, Inputs) else None
     torch_tree = open_tree(torch_module)
-    values_of = torch_tree if source is None else open_tree(source)
+    values_of = torch_tree if source is None else open_weights(source)
     torch64, torch32 = runners(torch_module, None if source is None else values_of, calls and calls.torch_call)
     torch_call, flax_call = sides.calls_of(inputs, layout, flax_model)
     like = sides.flax_like(flax_model, flax_call)

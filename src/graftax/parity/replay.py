@@ -39,14 +39,14 @@ def record_golden(
 
     Raises what gx.check_parity raises of the torch side, UsageError for inputs that a file cannot hold, StorageError.
     """
-    from graftax.adapters import open_tree
+    from graftax.adapters import open_tree, open_weights
     from graftax.parity import sides
     from graftax.parity.inputs import Inputs
     from graftax.parity.reference import make_reference
     from graftax.parity.torch_runner import runners
 
     tree = open_tree(torch_module)
-    values_of = None if source is None else open_tree(source)
+    values_of = None if source is None else open_weights(source)
     torch64, torch32 = runners(torch_module, values_of, inputs.torch_call if isinstance(inputs, Inputs) else None)
     torch_call, flax_call = sides.calls_of(inputs, layout, flax_model)
     watch = _watched(tree, flax_model, flax_call, rules, plan) if layers else []
@@ -94,7 +94,7 @@ def check_golden(
     Layers are judged where they were recorded. Raises what gx.check_parity raises of the Flax side, FormatError for a
     malformed golden file.
     """
-    from graftax.adapters import open_tree
+    from graftax.adapters import open_tree, open_weights
     from graftax.parity import passes, sides, steps
     from graftax.parity.align import declared
     from graftax.parity.audit import Expected, audit
@@ -103,7 +103,7 @@ def check_golden(
     clock = steps.Clock()
     kept = golden if isinstance(golden, Golden) else load_golden(golden)
     torch = kept.checkpoint()
-    values_of = torch if source is None else open_tree(source)
+    values_of = torch if source is None else open_weights(source)
     call = sides.with_example((kept.flax_args, dict(kept.flax_kwargs)), flax_model)
     like = sides.flax_like(flax_model, call)
     with steps.LayoutHint(kept.layout, call):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graftax.adapters import kind_of, open_tree
+from graftax.adapters import kind_of, open_weights
 from graftax.adapters.linen_tree import LinenModel
 from graftax.api import host_arrays
 from graftax.api import plan as make_plan
@@ -155,7 +155,7 @@ def weights_of(
         if plan is None:
             raise UsageError("the Flax model has no values", next="Pass weights=.")
         return _ported(plan, source, tree), True
-    given = open_tree(weights)
+    given = open_weights(weights)
     if given.side == "torch":
         fits = plan is not None and all(given.get(name) == spec for name, spec in plan.source.specs.items())
         made = plan if plan is not None and fits else make_plan(given, like, dtype="like")

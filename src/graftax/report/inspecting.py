@@ -8,6 +8,7 @@ from typing import Any
 
 from graftax.errors import escape
 from graftax.formats.sizes import size_text
+from graftax.training_tree import split
 from graftax.tree import Checkpoint, TensorSpec, natural_key
 
 _SHOWN = 12
@@ -44,6 +45,7 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
         "dtypes": dtypes,
         "aliases": dict(checkpoint.aliases),
         "metadata": dict(checkpoint.metadata),
+        "left": {**checkpoint.left, **({} if checkpoint.chosen else split(checkpoint.specs).left)},
         "tensors": tensors,
     }
 
@@ -113,11 +115,13 @@ def inspection_text(data: Mapping[str, Any]) -> str:
             extra.append(f"= {escape(alias)}")
         rows.append((escape(path), row["dtype"], "x".join(map(str, row["shape"])) or "scalar", *extra))
     lines += aligned(rows)
-    beside = _beside(data)
-    if beside:
-        shown = ", ".join(map(escape, beside[:_SHOWN]))
-        more = f" and {len(beside) - _SHOWN} more (--json)" if len(beside) > _SHOWN else ""
-        lines.append(f"beside the weights, not read: {shown}{more}")
+    not_read = _not_read(data)
+    left = [name for name in data["left"] if name not in data["metadata"]]
+    for how, names in (("not read", not_read), ("which a port leaves out", left)):
+        if names:
+            shown = ", ".join(map(escape, names[:_SHOWN]))
+            more = f" and {len(names) - _SHOWN} more (--json)" if len(names) > _SHOWN else ""
+            lines.append(f"beside the weights, {how}: {shown}{more}")
     return "\n".join(lines)
 
 
@@ -125,7 +129,7 @@ _OF_LEAVES = frozenset({"torch", "live", "npz", "msgpack", "orbax"})
 """Formats whose metadata tell of what stands beside the weights; in others they are the file's own."""
 
 
-def _beside(data: Mapping[str, Any]) -> list[str]:
+def _not_read(data: Mapping[str, Any]) -> list[str]:
     """Names of what a checkpoint or a live tree holds that is no weight."""
     if data["format"] not in _OF_LEAVES:
         return []

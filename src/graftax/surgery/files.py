@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from graftax.sides import Signs, separator_of
 from graftax.surgery.donors import FromCheckpoint
 from graftax.surgery.leaves import failures_of, new_leaf, prepared
 from graftax.surgery.selecting import Edit, Tree, choose, edits_of, selector_text
+from graftax.training_tree import own_parts
 from graftax.tree import Checkpoint, TensorSpec
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def checkpoint_tree(checkpoint: Checkpoint) -> Tree:
         checkpoint.specs,
         checkpoint.specs.__getitem__,
         other_names=lambda: checkpoint.aliases,
+        optimizer={} if checkpoint.chosen or checkpoint.side == "torch" else own_parts(checkpoint.specs),
     )
 
 
@@ -233,8 +235,13 @@ def write_replacement(
     from graftax.formats.sidecars import beside
 
     output = _output(checkpoint, specs, tensors, out, format)
+    is_msgpack = format == "msgpack" if format else fspath(out).endswith(".msgpack")
+    verbatim = _verbatim(checkpoint, set(report.selected)) if is_msgpack else {}
+    if verbatim:
+        output = replace(output, leaves=verbatim)
     saved = save(fspath(out), output, format=format, clobber=clobber, inputs=inputs, sidecars=beside(checkpoint))
-    left = [name for name in checkpoint.metadata if name not in specs] if checkpoint.format in _LEAVES else []
+    gone = [name for name in checkpoint.metadata if name not in specs and name not in verbatim]
+    left = gone if checkpoint.format in _LEAVES else []
     notes = [*saved.notes, *([f"not copied, no weights: {', '.join(map(escape, left[:8]))}"] if left else [])]
     return report.as_json() | {"notes": notes}
 
@@ -270,3 +277,15 @@ def _output(
             specs = {name_of[path]: spec for path, spec in specs.items()}
             tensors = ((name_of[path], array) for path, array in tensors)
     return Output(specs, tensors, side, checkpoint.real_keys, checkpoint.containers, metadata=metadata)
+
+
+def _verbatim(checkpoint: Checkpoint, selected: set[str]) -> dict[str, bytes | None]:
+    """Every leaf of a msgpack file in its order; with the bytes of those that are no arrays, which stay as they are."""
+    if checkpoint.format != "msgpack" or checkpoint.native is None:
+        return {}
+    every: dict[str, bytes | None] = checkpoint.native()
+    return {
+        path: None if path in selected else raw
+        for path, raw in every.items()
+        if raw is not None or path in checkpoint.specs
+    }

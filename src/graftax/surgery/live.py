@@ -13,6 +13,7 @@ from graftax.adapters import kind_of, live_leaves, optimizer_paths
 from graftax.errors import PlanError, UsageError, escape
 from graftax.sides import separator_of
 from graftax.surgery.selecting import Tree
+from graftax.training_tree import may_hold_state, own_parts
 from graftax.tree import Checkpoint, TensorSpec
 
 
@@ -84,8 +85,14 @@ class LiveTree:
             if self.kind.startswith("nnx")
             else None,
             self.other_names,
-            self.optimizer,
+            self.state(),
         )
+
+    def state(self) -> Mapping[str, int]:
+        """What types and names say that an optimizer keeps. In NNX objects the types say all."""
+        if self.kind != "container" or not may_hold_state(self.leaves):
+            return self.optimizer
+        return {**own_parts({path: spec_of_leaf(leaf) for path, leaf in self.leaves.items()}), **self.optimizer}
 
     def other_names(self) -> Mapping[str, str]:
         """Other name of a shared leaf -> the name that counts. torch lists both, NNX one."""

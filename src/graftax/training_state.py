@@ -1,7 +1,7 @@
 """What a training run saves beside its weights, told from a name's whole words and from what stands under it.
 
 A name that merely holds such a word (`upscaler`, `optimizer_head`, `strng`) says nothing: only names all of whose words
-are known are believed.
+are known are believed. This module knows names, and nests of torch tensors; `training_tree` reads trees of paths.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Any
-
-from graftax.formats.pickles import Refused, Tensor
 
 _STATES = frozenset({"state", "states", "dict", "dicts"})
 _QUALIFIERS = _STATES | {"lr", "grad", "amp", "loss", "native", "last", "history", "all", "tracker", "random"}
@@ -20,10 +18,19 @@ _FAMILIES = {
     "optimizer": frozenset({"optim", "optims", "optimizer", "optimizers", "optimiser", "optimisers"}),
     "scheduler": frozenset({"sched", "scheds", "scheduler", "schedulers"}),
     "scaler": frozenset({"scaler", "scalers"}),
-    "rng": frozenset({"rng", "rngs"}),
+    "rng": frozenset({"rng", "rngs", "prng"}),
     "callbacks": frozenset({"callback", "callbacks"}),
     "loops": frozenset({"loops"}),
 }
+USUAL = frozenset(
+    {"state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "state", "variables"}
+    | {"params", "parameters", "weights", "ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema"}
+    | {"ema_params", "params_ema", "g_ema", "teacher", "student"}
+)
+"""Names that training scripts give the container of a model's weights."""
+_NOTES = frozenset({"args", "arguments", "config", "configs", "cfg", "conf", "settings", "options", "opts", "meta"})
+_NOTES |= {"metadata", "info", "version", "date", "time", "timestamp", "path", "git", "metrics", "metric", "results"}
+"""Words for what a run notes of itself. They say nothing of tensors: a model may have its `options`."""
 _SETTINGS = frozenset({"hparams", "hyperparams", "hyperparameters"})
 _SMALL = frozenset({"scheduler", "scaler", "loops"})
 """Families whose states are numbers: larger tensors under such a name are something else (a scaler of features)."""
@@ -42,7 +49,7 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^A-Za-z0-9]+")
 def family(name: Any) -> str:
     """What of a training run goes by this name: "optimizer", "scheduler", "scaler", "rng", "callbacks", "loops" or
     "settings"; "" for a name that says nothing."""
-    words = _words(name)
+    words = words_of(name)
     rest = words - _QUALIFIERS
     if "".join(_in_order(name)) in _SETTINGS:
         return "settings"
@@ -55,11 +62,22 @@ def family(name: Any) -> str:
 
 def is_count(name: Any) -> bool:
     """Is this what training calls a number of its own: an epoch, a step, a loss, the best accuracy?"""
-    words = _words(name)
+    words = words_of(name)
     if words & _COUNTS and words <= _COUNTS | _OF_COUNTS:
         return True
     best = "best" in words and bool(words & _BEST) and words <= _BEST | _OF_COUNTS
     return best or "".join(_in_order(name)) == "learningrate"
+
+
+def is_usual(name: Any) -> bool:
+    """Does a container of a model's weights go by this name?"""
+    return isinstance(name, str) and name.lower() in USUAL
+
+
+def is_note(name: Any) -> bool:
+    """Is this what a run notes of itself or of its training: its arguments, a date, an optimizer?"""
+    words = words_of(name)
+    return bool(family(name)) or bool(words & _NOTES and words <= _NOTES | _OF_COUNTS | _QUALIFIERS | {"hyper", "run"})
 
 
 def is_beside(name: Any, value: Any) -> bool:
@@ -69,9 +87,9 @@ def is_beside(name: Any, value: Any) -> bool:
         return True
     kind = family(name)
     if kind in _SMALL:
-        return "lr" in _words(name) or all(_is_small(tensor) for tensor in tensors_in(value))
+        return "lr" in words_of(name) or all(_is_small(tensor) for tensor in tensors_in(value))
     if kind == "rng":
-        return all(isinstance(item, Tensor) and "int" in item.dtype for item in tensors_in(value))
+        return all("int" in _dtype(item) for item in tensors_in(value))
     return bool(kind) or (
         isinstance(value, (list, tuple)) and is_count(name) and all(map(_is_small, tensors_in(value)))
     )
@@ -88,23 +106,27 @@ def is_optimizer(value: Any) -> bool:
     return bool(children) and all(map(is_optimizer, children))
 
 
-def is_random_bytes(name: Any, tensor: Tensor | Refused) -> bool:
+def is_random_bytes(name: Any, tensor: Any) -> bool:
     """The bytes of a random generator, as torch.get_rng_state gives them."""
-    return isinstance(tensor, Tensor) and tensor.dtype == "uint8" and family(name) == "rng"
+    return _dtype(tensor) == "uint8" and family(name) == "rng"
 
 
-def is_counter(name: Any, tensor: Tensor | Refused) -> bool:
+def is_counter(name: Any, tensor: Any) -> bool:
     """A number of the training run that is a tensor of one element."""
     return _is_small(tensor) and is_count(name)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor | Refused]:
-    """Every tensor in an inert value. What holds too many, or itself, must have been refused before."""
-    if isinstance(value, (Tensor, Refused)):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
+def tensors_in(value: Any) -> Iterator[Any]:
+    """Every tensor in a nest: whatever has a dtype. What holds too many, or itself, must have been refused before."""
+    if isinstance(value, (dict, list, tuple)):
         for child in _children(value):
             yield from tensors_in(child)
+    elif hasattr(value, "dtype"):
+        yield value
+
+
+def _dtype(value: Any) -> str:
+    return str(getattr(value, "dtype", ""))
 
 
 def _children(value: Any) -> list[Any]:
@@ -119,8 +141,9 @@ def _is_grad_scaler(value: Any) -> bool:
     )
 
 
-def _is_small(tensor: Tensor | Refused) -> bool:
-    return isinstance(tensor, Tensor) and all(n <= 1 for n in tensor.shape)
+def _is_small(tensor: Any) -> bool:
+    shape = getattr(tensor, "shape", None)
+    return shape is not None and all(n <= 1 for n in shape)
 
 
 def _in_order(name: Any) -> list[str]:
@@ -131,6 +154,6 @@ def _in_order(name: Any) -> list[str]:
     return [word.lower() for part in parts for word in _WORD.findall(part)]
 
 
-def _words(name: Any) -> frozenset[str]:
+def words_of(name: Any) -> frozenset[str]:
     """The words of a name without its numbers (`optimizer_0`, `best_acc1`)."""
     return frozenset(word for word in _in_order(name) if not word.isdigit())

@@ -1,0 +1,354 @@
+"""Training state in a tree of paths: what a TrainState, an nnx.Optimizer or an optax chain puts beside the parameters.
+
+A name alone leaves nothing out, for a model may have a submodule `optimizer` or a parameter `step`. Structure confirms
+it: the moments of an optimizer mirror the weights beside it, path by path, and the rest of it are single numbers. What
+has the name of an optimizer's state and another structure is `doubtful`, and asked about.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftax.training_state import family, is_count, is_usual, words_of
+from graftax.tree import TensorSpec
+
+Parts = tuple[str, ...]
+Node = dict[str, Any]
+"""name -> Node or TensorSpec"""
+
+_NUMBER = re.compile("[0-9]+")
+_DEPTH = 4
+"""Levels of containers around a training state (`{"model": {"state": {"params": ...}}}`)."""
+_MOMENTS = frozenset(
+    {"mu", "nu", "mu_hat", "nu_hat", "trace", "momentum", "momentum_buffer", "velocity", "sum_of_squares", "acc_grads"}
+    | {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "v_row", "v_col", "grad_ema", "grad_sq_ema", "param_states"}
+    | {"inner_state", "inner_states", "inner_opt_state", "opt_state", "hyperparams", "hyperparams_states"}
+    | {"mini_step", "gradient_step", "notfinite_count", "ns_coeffs"}
+    | {"diff_params_memory", "diff_updates_memory", "weights_memory"}
+)
+"""Fields of optax's states, flax.optim's and torch's. Alone they say nothing: a VAE has a layer `mu`."""
+_COEFFICIENTS = frozenset({"ns_coeffs", "weights_memory"})
+"""Fields that hold a few numbers of the optimizer's own: Muon's polynomial, L-BFGS's weights."""
+_OPTIMIZER = frozenset({"opt", "optax", "tx", "state", "states", "dict", "dicts"})
+_COPY = frozenset({"ema", "avg", "average", "averaged", "polyak", "shadow", "swa", "target"})
+_OF_COPY = frozenset({"params", "parameters", "weights", "model", "variables", "net", "network", "state", "dict"})
+_STREAMS = frozenset({"rng", "rngs", "prng", "key", "keys", "dropout", "random", "noise", "seed"})
+_RANDOM = _STREAMS | {
+    "default",
+    "sample",
+    "params",
+    "state",
+    "stream",
+    "jax",
+    "train",
+    "eval",
+    "init",
+    "data",
+    "count",
+    "counts",
+}
+_SCALES = frozenset({"loss", "grad", "dynamic", "scale", "scaler", "scaling", "amp"})
+_SMALL = frozenset({"scheduler", "scaler", "loops"})
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What of a tree are no weights.
+
+    prefix    the container that holds all of the weights, as a path; "" where there is none
+    left      path of a part -> what it is
+    copies    paths of containers each of which holds all of the weights: one has to be named
+    doubtful  path of a part with the name of an optimizer's state -> the leaves in it that are none of one
+    """
+
+    prefix: str = ""
+    left: Mapping[str, str] = field(default_factory=dict[str, str])
+    copies: tuple[str, ...] = ()
+    doubtful: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+
+    def leaves_out(self, path: str) -> bool:
+        """Is this leaf, or a container that it is in, left out?"""
+        at = -1
+        while (at := path.find("/", at + 1)) >= 0:
+            if path[:at] in self.left:
+                return True
+        return path in self.left
+
+
+@dataclass(slots=True)
+class _Found:
+    left: dict[Parts, str] = field(default_factory=dict[Parts, str])
+    copies: list[Parts] = field(default_factory=list[Parts])
+    doubtful: dict[Parts, list[Parts]] = field(default_factory=dict[Parts, "list[Parts]"])
+    rooted: set[Parts] = field(default_factory=set[Parts])  # where the moments mirror the names of all containers
+
+
+def may_hold_state(paths: Iterable[str]) -> bool:
+    """Does any name say that there may be something for `split`?"""
+    parts = {part for path in paths for part in path.split("/")}
+    parts = {_NUMBER.sub("", part) for part in parts}  # layers_0 to layers_9999 say the same
+    return any(
+        part in _MOMENTS or is_optimizer_name(part) or _is_count(part) or _is_copy(part) or words_of(part) & _STREAMS
+        for part in parts
+    )
+
+
+def split(specs: Mapping[str, TensorSpec]) -> Split:
+    """What of a tree with '/'-joined paths are no weights; an empty Split for the weights alone, and for a tree that
+    has only training state (it was named)."""
+    if not may_hold_state(specs):
+        return Split()
+    root: Node = {}
+    for path, spec in specs.items():
+        node = root
+        *above, last = path.split("/")
+        for part in above:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                return Split()  # a flat dict whose names are no paths
+            node = child
+        if isinstance(node.get(last), dict):
+            return Split()
+        node[last] = spec
+    found = _Found()
+    _search(root, (), found)
+    if not (found.left or found.copies or found.doubtful):
+        return Split()
+    return Split(
+        "/".join(_prefix(root, found)),
+        {"/".join(path): what for path, what in found.left.items()},
+        tuple("/".join(path) for path in found.copies),
+        {"/".join(path): tuple("/".join(leaf) for leaf in odd) for path, odd in found.doubtful.items()},
+    )
+
+
+def own_parts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """path -> how many of its parts are an optimizer's own (3 of opt_state/0/mu/Dense_0/kernel), for each leaf that
+    `split` leaves out: the rest is the path of the weight that it mirrors."""
+    found = split(specs)
+    aside = [path for path in specs if found.leaves_out(path)] if found.left else []
+    weights = {path for path in specs if not found.leaves_out(path)}
+    tails = {path[at:] for path in weights for at in _starts(path)[:3]}
+    out: dict[str, int] = {}
+    for path in aside:
+        starts = _starts(path)[1:]
+        out[path] = next((i for i, at in enumerate(starts, 1) if path[at:] in tails), len(starts) + 1)
+    return out
+
+
+def _starts(path: str) -> list[int]:
+    """Where the parts of a path begin."""
+    return [0, *(i + 1 for i, char in enumerate(path) if char == "/")]
+
+
+def _search(node: Node, at: Parts, found: _Found) -> None:
+    sure: dict[str, str] = {}
+    named = [name for name, value in node.items() if isinstance(value, dict) and is_optimizer_name(name)]
+    others = {name: value for name, value in node.items() if name not in named}
+    for name, state in node.items():
+        if not isinstance(state, dict) or name == "params" or not (name in named or _has_moments(state)):
+            continue
+        weights = {key: value for key, value in others.items() if key != name and key not in sure}
+        if not any(isinstance(value, dict) for value in weights.values()):
+            continue
+        mirror = _Mirror.of(weights)
+        odd = _none_of_an_optimizer(state, mirror)
+        shown = any(part in _MOMENTS or _is_count(part) for leaf, _ in _leaves(state) for part in leaf)
+        if not odd and shown and (name in named or (_is_counted(state) and (mirror.inner or mirror.rooted))):
+            sure[name] = f"an optimizer's state, {_count(state)}"
+            if mirror.rooted and not mirror.inner:
+                found.rooted.add(at)
+        elif odd and name in named and (shown or len(words_of(name)) > 1):
+            found.doubtful[*at, name] = [(*at, name, *leaf) for leaf in odd]
+    sure |= _other_state(node, sure)
+    if len(sure) < len(node):
+        found.left |= {(*at, name): what for name, what in sure.items()}
+    kept = {name: value for name, value in node.items() if name not in sure and (*at, name) not in found.doubtful}
+    found.copies += [(*at, name) for name in _copies(kept, bool(sure))]
+    if len(at) < _DEPTH:
+        for name, value in kept.items():
+            if isinstance(value, dict) and name != "params":  # which is the model itself
+                _search(value, (*at, name), found)
+    if not sure and any(path[: len(at)] == at for path in found.left):  # a run with its counters around it
+        found.left |= {(*at, name): what for name, what in _other_state(node, {"": ""}).items()}
+
+
+# ---------------------------------------------------------------- an optimizer
+
+
+def is_optimizer_name(name: str) -> bool:
+    words = words_of(name)
+    return family(name) == "optimizer" or bool(words & {"opt", "optax", "tx"} and words <= _OPTIMIZER)
+
+
+def _has_moments(node: Node) -> bool:
+    return any(name in _MOMENTS or (isinstance(child, dict) and _has_moments(child)) for name, child in node.items())
+
+
+def _is_counted(node: Node) -> bool:
+    """Does a counter stand in it, as in most optimizers' states? A model's copy (`momentum/encoder`) has none."""
+    return any(_is_small(spec) and spec.kind in "iu" and _is_count(leaf[-1]) for leaf, spec in _leaves(node))
+
+
+@dataclass(slots=True)
+class _Mirror:
+    """The weights that a state may mirror: their paths, from the containers' names on (`full`) or below these."""
+
+    full: dict[Parts, set[tuple[int, ...]]]
+    below: dict[Parts, set[tuple[int, ...]]]
+    totals: set[int]
+    rooted: int = 0  # leaves that were found by their full paths
+    inner: int = 0
+
+    @classmethod
+    def of(cls, containers: Node) -> _Mirror:
+        full: dict[Parts, set[tuple[int, ...]]] = {}
+        below: dict[Parts, set[tuple[int, ...]]] = {}
+        parts = [value for value in containers.values() if isinstance(value, dict)]
+        sizes = [sum(spec.size for _, spec in _leaves(part)) for part in parts]
+        for path, spec in _leaves(containers):
+            full.setdefault(path, set()).add(spec.shape)
+            for start in (1, 2):  # {"params": ...}, and {"model": {"params": ...}}
+                if len(path) > start:
+                    below.setdefault(path[start:], set()).add(spec.shape)
+        return cls(full, below, {sum(sizes), *sizes})
+
+    def holds(self, leaf: Parts, spec: TensorSpec) -> bool:
+        """Does the leaf of a state mirror a weight? By its name and its shape; by its name alone where a field of an
+        optimizer's state stands before it (factored and stacked moments have other shapes) or behind it."""
+        for stop in (len(leaf), len(leaf) - 1):
+            for start in range(stop):
+                tail = leaf[start:stop]
+                for known, kind in ((self.full, "rooted"), (self.below, "inner")):
+                    if tail not in known:
+                        continue
+                    if stop < len(leaf) or spec.shape in known[tail] or not _MOMENTS.isdisjoint(leaf[:start]):
+                        setattr(self, kind, getattr(self, kind) + 1)
+                        return True
+        # optax.flatten: all weights as one vector
+        return len(spec.shape) == 1 and not _MOMENTS.isdisjoint(leaf) and spec.size in self.totals
+
+
+def _none_of_an_optimizer(state: Node, mirror: _Mirror) -> list[Parts]:
+    """The leaves of a state that are neither numbers nor random keys nor mirror a weight."""
+    mirror.rooted = mirror.inner = 0
+    return [
+        leaf
+        for leaf, spec in _leaves(state)
+        if not mirror.holds(leaf, spec)
+        and not _is_small(spec)
+        and not _is_key(leaf[-1], spec)
+        and not (leaf[-1] in _COEFFICIENTS and spec.size <= 64)
+    ]
+
+
+# ---------------------------------------------------------------- what else a run keeps
+
+
+def _other_state(node: Node, optimizers: Mapping[str, str]) -> dict[str, str]:
+    """Counters, random keys, loss scales and the like beside weights. They are believed beside an optimizer's state;
+    beside `params`, where Linen keeps collections and no single arrays, whole numbers and random keys are as well."""
+    variables = isinstance(node.get("params"), dict)
+    if not variables and not optimizers:
+        return {}
+    out: dict[str, str] = {}
+    for name, value in node.items():
+        if name in optimizers or name == "params":
+            continue
+        every = [value] if not isinstance(value, dict) else [spec for _, spec in _leaves(value)]
+        if _is_random(name, value):
+            out[name] = f"random state, {_count(value)}"
+        elif not all(map(_is_small, every)) or not every:
+            continue
+        elif not isinstance(value, dict) and _is_count(name) and (optimizers or value.kind in "iu"):
+            out[name] = f"a number of the run, {value}"
+        elif optimizers and (family(name) in _SMALL or _is_scale(name) or name in ("metrics", "metric")):
+            out[name] = f"numbers of the run, {_count(value)}"
+    return out
+
+
+def _is_count(name: str) -> bool:
+    return is_count(name) or name in ("count", "version")
+
+
+def _is_scale(name: str) -> bool:
+    words = words_of(name)
+    return len(words) > 1 and words <= _SCALES
+
+
+def _is_random(name: str, value: Any) -> bool:
+    words = words_of(name)
+    if not words & _STREAMS or not words <= _RANDOM:
+        return False
+    if not isinstance(value, dict):
+        return _is_key(name, value)
+    leaves = list(_leaves(value))
+    keys = [leaf for leaf, spec in leaves if spec.kind == "u" and not _is_small(spec)]
+    return bool(keys) and all(
+        _is_key(leaf[-1], spec) or (_is_small(spec) and spec.kind in "iu") for leaf, spec in leaves
+    )
+
+
+def _is_key(name: str, spec: TensorSpec) -> bool:
+    """The data of a jax random key: uint32[2], or [4], or many of them."""
+    return spec.dtype == "uint32" and bool(spec.shape) and spec.shape[-1] in (2, 4) and words_of(name) <= _RANDOM
+
+
+def _is_small(spec: TensorSpec) -> bool:
+    return all(n <= 1 for n in spec.shape)
+
+
+# ---------------------------------------------------------------- containers
+
+
+def _is_copy(name: str) -> bool:
+    words = words_of(name)
+    return bool(words & _COPY) and words <= _COPY | _OF_COPY
+
+
+def _copies(kept: Node, run: bool) -> list[str]:
+    """The containers that hold the same weights: the one in training, and averages of it."""
+    named = [k for k, v in kept.items() if isinstance(v, dict) and _is_copy(k)]
+    if not named or not (run or "params" in kept):
+        return []
+    first = next((k for k, v in kept.items() if isinstance(v, dict) and k not in named and is_usual(k)), None)
+    if first is None:
+        return []
+    sets = {k: {(_bare(leaf), spec.shape) for leaf, spec in _leaves(kept[k])} for k in (first, *named)}
+    same = [k for k in named if len(sets[k] & sets[first]) * 2 > len(sets[k] | sets[first])]
+    return [first, *same] if same else []
+
+
+def _bare(leaf: Parts) -> Parts:
+    return leaf[1:] if leaf[0] == "params" else leaf
+
+
+def _prefix(root: Node, found: _Found) -> Parts:
+    """The container of all weights, looked for as far down as something was left out."""
+    at: Parts = ()
+    node = root
+    while any(path[: len(at)] == at for path in found.left):
+        kept = [name for name, value in node.items() if (*at, name) not in found.left and value != {}]
+        child = node[kept[0]] if len(kept) == 1 else None
+        if not isinstance(child, dict) or (kept[0] == "params" and not isinstance(child.get("params"), dict)):
+            break
+        if at in found.rooted and not is_usual(kept[0]):
+            break
+        at, node = (*at, kept[0]), child
+    return at
+
+
+def _leaves(node: Node, above: Parts = ()) -> Iterator[tuple[Parts, TensorSpec]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*above, name))
+        else:
+            yield (*above, name), value
+
+
+def _count(value: Any) -> str:
+    count = sum(1 for _ in _leaves(value)) if isinstance(value, dict) else 1
+    return f"{count} leaves" if count != 1 else "1 leaf"
