@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from graftax.errors import Failure, FormatError, UnsafeInputError, escape
+from graftax.errors import Failure, FormatError, UnsafeInputError, escape, with_article
 from graftax.formats.limits import check_limit, limit
 
 # torch storage class -> (dtype, bytes of an element). None: a type that no flat tree holds.
@@ -259,7 +259,7 @@ def _set(target: Any, key: Any, value: Any) -> None:
     ):
         target[key] = value
     else:  # nested tuples can take exponential time to hash
-        raise _Malformed(f"a {type(key).__name__.lower()} as a key")
+        raise _Malformed(f"{with_article(type(key).__name__.lower())} as a key")
 
 
 def _push(state: _State, value: Any) -> None:
