@@ -335,3 +335,8 @@ def test_crossed_pairs_are_printed_one_by_one():
     text = str(gx.plan(source, like, rules=rules))
     assert "fc1.weight -> Dense_1/kernel" in text
     assert "fc2.weight -> Dense_0/kernel" in text
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert [name for name in dir(gx) if not name.startswith("__")] == sorted(gx.__all__)
+    assert "__version__" in dir(gx)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -177,6 +178,47 @@ def test_1_an_overflowing_cast_is_an_error(linear: Path, capsys):
     assert code == 1
     assert "float16" in err
     assert not out.exists()
+
+
+def test_overflow_saturates_where_it_is_asked_to(linear: Path, capsys):
+    big = load_file(linear / "m.safetensors")
+    big["fc.bias"][:2] = 1e30, -1e30
+    save_file(big, linear / "m.safetensors")
+    args = (linear / "m.safetensors", "--like", linear / "like.safetensors", "--dtype", "float16")
+    out = linear / "o.safetensors"
+    code, _, err = call(capsys, "port", *args, "-o", out)
+    assert (code, "--overflow saturate" in err) == (1, True)
+    assert call(capsys, "port", *args, "-o", out, "--overflow", "error")[0] == 1
+    assert not out.exists()
+    code, text, _ = call(capsys, "port", *args, "-o", out, "--overflow", "saturate")
+    assert (code, "2 saturated" in text) == (0, True)
+    assert load_file(out)["params/fc/bias"][:2].tolist() == [65504, -65504]
+    plan = linear / "plan.json"
+    assert call(capsys, "plan", *args, "--overflow", "saturate", "-o", plan)[0] == 0
+    planned = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "--plan", plan, "-o", out)
+    assert call(capsys, *planned)[0] == 0
+    assert load_file(out)["params/fc/bias"][:2].tolist() == [65504, -65504]
+    code, _, err = call(capsys, *planned, "--overflow", "error")
+    assert (code, "--overflow cannot change it" in err) == (2, True)
+    assert call(capsys, "plan", *args, "--overflow", "propagate")[0] == 2
+
+
+def test_a_cast_says_how_far_it_moves_values(linear: Path, capsys):
+    given = load_file(linear / "m.safetensors")
+    given["fc.bias"][0] = 1 + 2**-9  # lies between two neighbours of bfloat16, 1 and 1 + 2**-7
+    save_file(given, linear / "m.safetensors")
+    args = ("port", linear / "m.safetensors", "--like", linear / "like.safetensors", "--dtype", "bfloat16")
+    code, text, _ = call(capsys, *args, "-o", linear / "o.safetensors")
+    assert code == 0
+    assert "params/fc/bias: the cast changes values by up to 0." in text
+    assert "come back" not in text
+    code, text, _ = call(capsys, *args, "-o", linear / "o.safetensors", "--json")
+    receipt = json.loads(text)["result"]["receipt"]
+    bias = given["fc.bias"].astype("f8")
+    made = bias.astype("f4").astype(ml_dtypes.bfloat16).astype("f8")
+    changes = {tuple(m["targets"]): m["change"] for m in receipt["measured"]}
+    assert changes["params/fc/bias",] == pytest.approx(np.max(np.abs(made - bias) / np.abs(bias)))
+    assert receipt["casts"]["change"] == max(changes.values())
 
 
 def test_1_int64_never_becomes_int32(linear: Path, capsys):

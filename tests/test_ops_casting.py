@@ -214,12 +214,27 @@ def test_overflow_is_an_error_unless_it_is_to_saturate():
     out, count = cast_array(array, "float8_e4m3fn", "saturate")
     assert wide(out)[:6].tolist() == [1, 448, -448, 448, 448, 448]
     assert np.isnan(wide(out)[6])
-    assert count == CastCount(total=8, rounded=1, flushed=1, overflowed=3)
+    assert count == CastCount(total=8, rounded=1, flushed=1, overflowed=3, change=1.0)
     out, count = cast_array(array, "float8_e4m3fn", "propagate")
     assert np.isnan(wide(out)[[1, 2, 5]]).all()
     out, count = cast_array(array[:6], "float16")
     assert np.isinf(out[5])
     assert count.overflowed == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("float32", "bfloat16"), ("float16", "float8_e5m2"), ("float64", "float16")]
+)
+@given(values=st.lists(st.floats(-60_000, 60_000, allow_subnormal=True), max_size=40))
+def test_the_largest_change_is_relative_to_each_value(source, target, values):
+    array = np.array([*values, 0.0, -0.0, np.nan, 1.25], source)
+    out, count = cast_array(array, target, "saturate")
+    old, new = wide(array), wide(out)
+    told = [abs(b - a) / abs(a) for a, b in zip(old, new, strict=True) if a != 0 and np.isfinite(a)]
+    assert count.change == pytest.approx(max(told), rel=1e-5)
+    assert (count.change == 0) == (count.rounded == count.flushed == count.overflowed == 0)
+    assert (cast_array(array, source)[1] + count).change == count.change
+    assert cast_array(array[:0], target)[1].change == 0
 
 
 def test_a_zero_that_loses_its_sign_counts():

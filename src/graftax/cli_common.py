@@ -46,6 +46,8 @@ class Planning:
     """The side that comes out, where LIKE does not declare it."""
     dtype: str | None = None
     """source, like, or a dtype's name. Without it a floating dtype that differs is an error."""
+    overflow: Literal["error", "saturate"] | None = None
+    """A value that the dtype of --dtype cannot hold: an error, or its largest finite value."""
     suggest: str | None = None
     """Write the open questions here, as a rules file to edit."""
     strict_assumptions: Annotated[bool, Flag] = False
@@ -54,7 +56,7 @@ class Planning:
 
 DEFAULTS = Planning()
 
-_FINISHED = ("rules", "missing", "unused", "from_", "to", "dtype")
+_FINISHED = ("rules", "missing", "unused", "from_", "to", "dtype", "overflow")
 """What a finished plan has settled."""
 
 
@@ -81,8 +83,17 @@ def planned(source: str, planning: Planning, plan_path: str | None = None) -> tu
     if planning.like is None and planning.rules is None:
         raise UsageError("say what to produce: --like LIKE (or --rules R.toml alone, where rules name every target)")
     opened, like = open_both(source, planning.like, planning.from_, planning.to)
-    policies = planning.missing or "error", planning.unused or "error"
-    made = plan_trees(opened, like, planning.rules, *policies, planning.dtype, planning.to, source_side=planning.from_)
+    made = plan_trees(
+        opened,
+        like,
+        planning.rules,
+        planning.missing or "error",
+        planning.unused or "error",
+        planning.dtype,
+        planning.to,
+        planning.overflow or "error",
+        planning.from_,
+    )
     if planning.suggest is not None:
         from graftax.report.suggesting import write_suggestions
 

@@ -72,6 +72,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def with_article(word: str) -> str:
+    """`word` with its article: 'a float', 'an int', 'an nnx module'."""
+    spoken = word.lower()
+    return f"{'an' if spoken.startswith((*'aeio', 'un', 'nnx', 'nd')) else 'a'} {word}"
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """One thing that does not hold: where (file, key), expected, found, and the next step."""

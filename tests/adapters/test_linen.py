@@ -320,7 +320,7 @@ def test_a_slash_in_a_key_is_escaped():
 
 @pytest.mark.parametrize(
     ("leaf", "words"),
-    [(3.0, "params/a is a float, not an array"), ("x", "is a str"), (object(), "is a object")],
+    [(3.0, "params/a is a float, not an array"), ("x", "is a str"), (object(), "is an object")],
 )
 def test_leaves_that_are_no_arrays_are_refused(leaf, words):
     with pytest.raises(UsageError, match=words):

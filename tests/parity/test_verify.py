@@ -313,6 +313,20 @@ def test_a_forgotten_layout_is_explained(call: Any):
     assert "NCHW -> NHWC" in err
 
 
+def test_a_forgotten_layout_is_explained_where_torch_fails(call: Any):
+    """Without --inputs both models get the example of gx.linen(...), in Flax's order."""
+    words = ["--torch", "nets:torch_net", "--rules", "rules.toml"]
+    code, _, err = call(*words, "--flax", "nets:flax_net")
+    assert code == 70
+    assert "Inputs of shape (2, 4, 4, 2) were passed to torch as they are; if that is Flax's NHWC" in err
+    assert "--layout" in err
+    assert call(*words, "--flax", "nets:flax_net", *NCHW)[0] == 0
+    code, _, err = call(*words, "--flax", "nets:flax_net", "--record", "never.safetensors")
+    assert "--layout" in err
+    code, _, err = call("--torch", "nets:torch_fails", "--flax", "nets:flax_net", "--record", "no.safetensors", *NCHW)
+    assert "were passed to torch" not in err, "a layout was given"
+
+
 def test_a_report_does_not_replace_another_file(call: Any, folder: Path):
     (folder / "thesis.html").write_text("my thesis")
     code, _, err = call(*WRONG, "--report", "thesis.html")

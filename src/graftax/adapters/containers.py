@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 from graftax.adapters import pytrees
-from graftax.errors import FormatError, UsageError, escape
+from graftax.errors import FormatError, UsageError, escape, with_article
 from graftax.tree import Key, escape_part
 
 DEPTH = 64
@@ -94,7 +94,7 @@ class _Walk:
                 self._take(keys, node, kept)
         elif node is not None and not loose:
             raise UsageError(
-                f"{escape(path_of(keys)) or 'the tree'} is a {_type_name(node)}, not an array",
+                f"{escape(path_of(keys)) or 'the tree'} is {with_article(_type_name(node))}, not an array",
                 next="Leaves are NumPy or jax arrays, or jax.ShapeDtypeStruct"
                 + ("; make a number an array with numpy.asarray." if isinstance(node, (int, float, complex)) else "."),
             )

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from graftax.adapters import containers, flax_tree, jax_arrays, settings
 from graftax.dtypes import same_bits
-from graftax.errors import Failure, PlanError, UsageError, escape
+from graftax.errors import Failure, PlanError, UsageError, escape, with_article
 from graftax.tree import Checkpoint, Key, Module
 
 
@@ -179,7 +179,7 @@ def with_random_state(state: Any, rngs: Any) -> Any:
             key = getattr(made, tag)() if tag in made else made()
             value = jax.random.split(key, spec.shape) if spec.shape else key
             if value.dtype != spec.dtype:
-                raise UsageError(f"{escape(path)} is a {spec.dtype}, rngs gives {value.dtype}")
+                raise UsageError(f"{escape(path)} is {with_article(str(spec.dtype))}, rngs gives {value.dtype}")
         else:
             value = jnp.zeros(spec.shape, spec.dtype)
         containers.set_variable(variable, value)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax import dtypes
 from graftax.adapters.jax_arrays import own
-from graftax.errors import FormatError, PlanError, UsageError, escape
+from graftax.errors import FormatError, PlanError, UsageError, escape, with_article
 from graftax.tree import TensorSpec
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def to_numpy(tensor: torch.Tensor, name: str = "") -> np.ndarray[Any, Any]:
         return _view(plain, spec)
     except (RuntimeError, NotImplementedError) as exc:  # a subclass that holds no plain memory
         raise FormatError(
-            f"{name or 'the tensor'}, a {type(tensor).__name__}, cannot be read: {escape(exc, 300)}"
+            f"{name or 'the tensor'}, {with_article(type(tensor).__name__)}, cannot be read: {escape(exc, 300)}"
         ) from exc
 
 

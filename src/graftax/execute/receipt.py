@@ -11,20 +11,28 @@ from graftax.ops.casting import CastCount
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """How much of an inexact entry comes back bit for bit: `equal` of `total` source values."""
+    """How much of an inexact entry comes back bit for bit: `equal` of `total` source values. `change`: the largest
+    relative change by its cast, None where it has none; `cast_alone`: nothing else of it is inexact."""
 
     targets: tuple[str, ...]
     equal: int
     total: int
     equal_in_float32: int | None = None
+    change: float | None = None
+    cast_alone: bool = False
 
     @property
     def lossless(self) -> bool:
         return self.equal == self.total
 
     def __str__(self) -> str:
+        text = ", ".join(escape(target) for target in self.targets)
+        if self.change is not None:
+            text += f": the cast changes values by up to {_percent(self.change)} of themselves"
+            if self.cast_alone:
+                return text
         share = 100.0 * self.equal / max(self.total, 1)
-        text = f"{', '.join(escape(t) for t in self.targets)}: {share:.1f} % of its values come back"
+        text += f"{':' if self.change is None else ';'} {share:.1f} % of its values come back"
         if self.equal_in_float32 is not None and self.equal_in_float32 > self.equal:
             share32 = 100.0 * self.equal_in_float32 / max(self.total, 1)
             text += f"; hold it in float32 and {share32:.1f} % do"
@@ -68,7 +76,7 @@ class Receipt:
             c = self.casts
             lines.append(
                 f"cast: {self.cast_leaves} leaves, {c.total} values, {c.rounded} rounded, {c.flushed} flushed to zero, "
-                f"{c.overflowed} saturated"
+                f"{c.overflowed} saturated, by up to {_percent(c.change)} of themselves"
             )
         if self.bytes_needed:
             lines.append(f"read: {self.bytes_read:,} bytes of {self.bytes_needed:,} that the shards here are made of")
@@ -83,7 +91,13 @@ class Receipt:
             "bytes": self.nbytes,
             "lossless": self.lossless,
             "measured": [
-                {"targets": list(m.targets), "equal": m.equal, "total": m.total, "float32": m.equal_in_float32}
+                {
+                    "targets": list(m.targets),
+                    "equal": m.equal,
+                    "total": m.total,
+                    "float32": m.equal_in_float32,
+                    "change": m.change,
+                }
                 for m in self.measured
             ],
             "casts": {
@@ -92,6 +106,7 @@ class Receipt:
                 "rounded": self.casts.rounded,
                 "flushed": self.casts.flushed,
                 "saturated": self.casts.overflowed,
+                "change": self.casts.change,
             },
             "dropped": dict(self.dropped),
             "filled": dict(self.filled),
@@ -100,3 +115,7 @@ class Receipt:
             "bytes_needed": self.bytes_needed,
             "over_read": dict(self.over_read),
         }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"

@@ -91,7 +91,8 @@ def spread(shape: tuple[int, ...], devices: Sequence[Any], order: Sequence[int])
 
 
 def added(counts: Iterable[Any]) -> Any:
-    """The sum of counts of one form: numbers are added, truths hold if all do, lists item by item."""
+    """The sum of counts of one form: whole numbers are added, of others the largest counts, truths hold if all do,
+    lists item by item."""
     return _joined(list(counts), sum)
 
 
@@ -103,4 +104,6 @@ def subtracted(after: Any, before: Any) -> Any:
 def _joined(items: list[Any], number: Any) -> Any:
     if isinstance(items[0], list):
         return [_joined(list(parts), number) for parts in zip(*items, strict=True)]
-    return all(items) if isinstance(items[0], bool) else number(items)
+    if isinstance(items[0], bool):
+        return all(items)
+    return max(items) if isinstance(items[0], float) else number(items)

@@ -407,12 +407,15 @@ class Stream:
             meter = self._meters.get(id(entry))
             if meter is None:
                 continue
-            if any(isinstance(op, Cast) for op in entry.ops):
+            casts = any(isinstance(op, Cast) for op in entry.ops)
+            if casts:
                 self._receipt.cast_leaves += len(entry.targets)
                 self._receipt.casts += meter.casts
             if not entry.exact:
                 wide = meter.equal_in_float32 if meter.narrow and meter.equal != meter.total else None
-                self._receipt.measured.append(Measured(entry.targets, meter.equal, meter.total, wide))
+                alone = casts and all(op.exact or isinstance(op, Cast) for op in entry.ops)
+                change = meter.casts.change if casts else None
+                self._receipt.measured.append(Measured(entry.targets, meter.equal, meter.total, wide, change, alone))
 
 
 def _aligned(array: Array) -> Array:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from graftax.errors import escape
+from graftax.errors import escape, with_article
 
 # torch storage class -> (dtype, bytes of an element). None: a type that no flat tree holds.
 STORAGES: dict[str, tuple[str | None, int]] = {
@@ -232,7 +232,7 @@ def set_item(target: Any, key: Any, value: Any) -> None:
     ):
         target[key] = value
     else:  # nested tuples can take exponential time to hash
-        raise Malformed(f"a {type(key).__name__.lower()} as a key")
+        raise Malformed(f"{with_article(type(key).__name__.lower())} as a key")
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:

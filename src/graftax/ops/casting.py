@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from graftax.dtypes import dtype_name, numpy_dtype
-from graftax.errors import PlanError
+from graftax.errors import PlanError, option
 from graftax.ops.floats import FLOATS, widens
 
 Array = np.ndarray[Any, Any]
@@ -22,12 +22,14 @@ _POWERS = "float8_e8m0fnu"
 
 @dataclass(frozen=True, slots=True)
 class CastCount:
-    """What a cast did to `total` values: rounded to a neighbour, flushed to zero, overflowed (then saturated)."""
+    """What a cast did to `total` values: rounded to a neighbour, flushed to zero, overflowed (then saturated).
+    `change`: the largest relative change of a value, 1.0 for one that was flushed."""
 
     total: int = 0
     rounded: int = 0
     flushed: int = 0
     overflowed: int = 0
+    change: float = 0.0
 
     def __add__(self, other: CastCount) -> CastCount:
         return CastCount(
@@ -35,6 +37,7 @@ class CastCount:
             self.rounded + other.rounded,
             self.flushed + other.flushed,
             self.overflowed + other.overflowed,
+            max(self.change, other.change),
         )
 
 
@@ -64,7 +67,7 @@ def cast_array(array: Array, target: str, overflow: str = "error") -> tuple[Arra
             worst = float(np.max(np.abs(wide[lost])))
             raise PlanError(
                 f"{overflowed} of {array.size} values do not fit {target} (largest magnitude {worst:g})",
-                next="Choose a wider dtype, or overflow='saturate' to clip them.",
+                next=f"Choose a wider dtype, or {option('overflow', 'saturate')} to clip them.",
             )
         if overflowed and overflow == "saturate":
             import ml_dtypes
@@ -75,7 +78,8 @@ def cast_array(array: Array, target: str, overflow: str = "error") -> tuple[Arra
         flushed = int(np.count_nonzero((back == 0) & (wide != 0)))
         changed = (back != wide) & ~np.isnan(wide) | (np.signbit(back) != np.signbit(wide)) & (wide == 0)
         rounded = int(np.count_nonzero(changed)) - flushed - overflowed
-    return out, CastCount(array.size, max(rounded, 0), flushed, overflowed)
+        change = _largest(np.asarray(back - wide), wide)
+    return out, CastCount(array.size, max(rounded, 0), flushed, overflowed, change)
 
 
 def _count_finite(array: Array, out: Array, source: str, target: str) -> CastCount | None:
@@ -88,7 +92,16 @@ def _count_finite(array: Array, out: Array, source: str, target: str) -> CastCou
     if not np.isfinite(back).all():
         return None
     flushed = int(np.count_nonzero(back == 0)) - int(np.count_nonzero(wide == 0))
-    return CastCount(array.size, int(np.count_nonzero(back != wide)) - flushed, flushed)
+    off = np.asarray(back - wide)
+    changed = int(np.count_nonzero(off))
+    return CastCount(array.size, changed - flushed, flushed, change=_largest(off, wide) if changed else 0.0)
+
+
+def _largest(off: Array, wide: Array) -> float:
+    """The largest of the changes `off`, which it overwrites, relative to what was there. Zeros, NaNs and infinities do
+    not count."""
+    np.divide(off, wide, out=off)
+    return float(np.fmax.reduce(np.abs(off, out=off), axis=None, initial=0.0))
 
 
 def _nearest(array: Array, dtype: np.dtype[Any]) -> Array:

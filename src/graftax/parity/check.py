@@ -74,7 +74,8 @@ def check_parity(
 
     pairs = find_pairs(made.entries, torch_tree.modules, flax_tree.modules, torch_tree.aliases, flax_tree.aliases)
     watch = list(dict.fromkeys(pair.torch for pair in pairs)) if layers else []
-    reference = make_reference(torch64, torch32, *torch_call, watch)
+    with steps.LayoutHint(layout, torch_call, "torch"):
+        reference = make_reference(torch64, torch32, *torch_call, watch)
     clock.lap("torch")
     with steps.LayoutHint(layout, flax_call):
         judged = passes.judge_flax(

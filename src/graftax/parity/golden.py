@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from graftax.errors import FormatError, escape
+from graftax.errors import FormatError, escape, with_article
 from graftax.parity.golden_values import Table, decode, encode
 from graftax.parity.records import Record, Reference, Site
 from graftax.tree import Checkpoint, Module, TensorSpec
@@ -210,14 +210,14 @@ def _golden(data: Mapping[str, Any], arrays: Mapping[str, Any], label: str) -> G
 
 def _typed(data: Mapping[str, Any], key: str, kind: type) -> Any:
     if not isinstance(data[key], kind):
-        raise TypeError(f"{key!r} must be a {kind.__name__}")
+        raise TypeError(f"{key!r} must be {with_article(kind.__name__)}")
     return data[key]
 
 
 def _decoded(data: Any, arrays: Mapping[str, Any], label: str, kind: type) -> Any:
     value = decode(data, arrays, label)
     if not isinstance(value, kind):
-        raise TypeError(f"expected a {kind.__name__}, found {type(value).__name__}")
+        raise TypeError(f"expected {with_article(kind.__name__)}, found {type(value).__name__}")
     return value
 
 

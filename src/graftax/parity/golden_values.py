@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graftax.errors import FormatError, UsageError, escape
+from graftax.errors import FormatError, UsageError, escape, with_article
 from graftax.parity.values import children
 from graftax.tree import escape_part
 
@@ -68,7 +68,7 @@ def encode(value: Any, table: Table, place: str, strict: bool = False, depth: in
         if strict:
             kind = f"{type(value).__module__}.{type(value).__name__}"
             raise UsageError(
-                f"{escape(place)} is a {kind}, which a golden file cannot hold",
+                f"{escape(place)} is {with_article(kind)}, which a golden file cannot hold",
                 next="Arrays, numbers, text, None and nests of them can be recorded.",
             )
         return {"o": escape(repr(value), 200)}

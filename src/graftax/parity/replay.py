@@ -40,7 +40,7 @@ def record_golden(
     Raises what gx.check_parity raises of the torch side, UsageError for inputs that a file cannot hold, StorageError.
     """
     from graftax.adapters import open_tree, open_weights
-    from graftax.parity import sides
+    from graftax.parity import sides, steps
     from graftax.parity.inputs import Inputs
     from graftax.parity.reference import make_reference
     from graftax.parity.torch_runner import runners
@@ -50,7 +50,8 @@ def record_golden(
     torch64, torch32 = runners(torch_module, values_of, inputs.torch_call if isinstance(inputs, Inputs) else None)
     torch_call, flax_call = sides.calls_of(inputs, layout, flax_model)
     watch = _watched(tree, flax_model, flax_call, rules, plan) if layers else []
-    reference = make_reference(torch64, torch32, *torch_call, watch)
+    with steps.LayoutHint(layout, torch_call, "torch"):
+        reference = make_reference(torch64, torch32, *torch_call, watch)
     golden = Golden(
         replace(reference, modules=tree.modules),
         *flax_call,

@@ -10,7 +10,7 @@ from graftax.adapters import kind_of, open_weights
 from graftax.adapters.linen_tree import LinenModel
 from graftax.api import host_arrays
 from graftax.api import plan as make_plan
-from graftax.errors import PlanError, UsageError, escape
+from graftax.errors import PlanError, UsageError, escape, with_article
 from graftax.parity import values
 from graftax.parity.align import declared, with_layout
 from graftax.parity.audit import Expected
@@ -134,7 +134,7 @@ def flax_like(model: Any, call: Call) -> Any:
     kind = kind_of(model)
     if kind not in {"nnx module", "nnx split"}:
         raise UsageError(
-            f"the Flax side is a {kind}, which cannot be run",
+            f"the Flax side is {with_article(kind)}, which cannot be run",
             next="Pass gx.linen(module, *example) with weights=, a Linen module, or an nnx.Module.",
         )
     if kind == "nnx split":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from graftax.errors import GraftaxError, ModelError, ParityError, escape
+from graftax.errors import GraftaxError, ModelError, ParityError, escape, worded
 from graftax.parity.pairing import Pair
 from graftax.parity.records import Reference, Runner
 from graftax.parity.report_model import Cause, LayerRow, ParityReport, SettingRow, WeightRow
@@ -142,12 +142,16 @@ def notes_of(flax: FlaxSide, tree: Checkpoint) -> tuple[str, ...]:
     return tuple(notes)
 
 
-class LayoutHint:
-    """Adds to an error of the Flax model that images may want another layout."""
+_HINTS = "--layout 'NCHW -> NHWC' (and --out-layout", "layout='NCHW -> NHWC' (and out_layout="
 
-    def __init__(self, layout: Any, call: Any) -> None:
+
+class LayoutHint:
+    """Adds to an error of a model that images may want another layout. `call`: what the model of `side` is given."""
+
+    def __init__(self, layout: Any, call: Any, side: str = "Flax") -> None:
         from graftax.parity import values
 
+        self.side = side
         shapes = [array.shape for _, array in values.arrays(call) if array.dtype.kind == "f" and array.ndim > 3]
         self.shapes = [] if layout is not None else shapes
 
@@ -155,12 +159,13 @@ class LayoutHint:
         return None
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self.shapes and isinstance(error, GraftaxError) and "layout=" not in str(error):
+        if self.shapes and isinstance(error, GraftaxError) and not any(hint in str(error) for hint in _HINTS):
             raise ModelError(
                 str(error),
                 error.failures,
-                next=f"Inputs of shape {tuple(self.shapes[0])} were passed to Flax as they are; if that is torch's "
-                "NCHW, pass layout='NCHW -> NHWC' (and out_layout= for such outputs).",
+                next=f"Inputs of shape {tuple(self.shapes[0])} were passed to {self.side} as they are; if that is "
+                f"{'Flax' if self.side == 'torch' else 'torch'}'s {'NHWC' if self.side == 'torch' else 'NCHW'}, "
+                f"pass {worded(*_HINTS)} for such outputs).",
             ) from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape
+from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape, with_article
 from graftax.surgery.donors import FromCheckpoint, Target, misfit_hint, owner, readings_of
 from graftax.surgery.live import spec_of_leaf
 from graftax.surgery.selecting import Edit
@@ -44,7 +44,7 @@ def _prepared(value: Any) -> Any:
     if isinstance(value, VALUES) or is_arraylike(value) or isinstance(value, (bool, int, float, complex)):
         return value
     if isinstance(value, (type, Mapping)):
-        what = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        what = f"the class {value.__name__}" if isinstance(value, type) else with_article(type(value).__name__)
         raise UsageError(
             f"{escape(what)} is no value for a leaf",
             next="Select leaves and give an array, gx.constant(v) or another value, or a function of the old leaf.",
