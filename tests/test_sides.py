@@ -378,3 +378,16 @@ def test_a_dict_that_safetensors_flax_loads_is_a_tree():
     back = gx.port(out, loaded)
     assert list(back) == list(loaded)
     np.testing.assert_array_equal(back["a~b.embedding"], DOTTED["a~b.embedding"])
+
+
+def test_a_source_whose_names_show_nothing_is_the_other_side_of_a_stated_to_and_the_plan_says_so():
+    trees = {"a": np.ones((4, 3), "f4")}, {"a": np.zeros((4, 3), "f4")}
+    with pytest.raises(UsageError, match="declares no side"):
+        gx.plan(*trees)
+    plan = gx.plan(*trees, to="flax")
+    assert (plan.source.side, plan.like.side) == ("torch", "flax")
+    (said,) = (str(assumption) for assumption in plan.assumptions if assumption.text.startswith("side:"))
+    assert 'source_side="torch"' in said
+    assert not [a for a in gx.plan(*trees, to="flax", source_side="torch").assumptions if a.text.startswith("side:")]
+    with pytest.raises(UsageError, match="do not tell"):
+        gx.plan({"a/kernel": np.ones(3, "f4"), "b.weight": np.ones(3, "f4")}, trees[1], to="flax")

@@ -93,7 +93,7 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, ru
     proposal = merged(ruled.proposal, found, ruled.named)
     sides = source_side, like_side
     proposal = settle_leftovers(proposal, source, like, sides, ruled.missing, options.missing, options.unused)
-    assumed = *_by_names(source, like), *proposal.assumptions, *unseen(proposal.entries, source, like, sides)
+    assumed = *_by_names(source, like, options), *proposal.assumptions, *unseen(proposal.entries, source, like, sides)
     assumed += overridden(proposal.entries, source, like, sides)
     proposal = replace(proposal, assumptions=assumed)
     proposal, specs = _settle_dtypes(proposal, source, like, options)
@@ -109,7 +109,8 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, ru
 
 def _sides(source: Checkpoint, like: Checkpoint | None, options: Options, ruled: bool) -> tuple[Side, Side]:
     """The side of both ends: what is stated, declared, or told by all names. UsageError where nothing tells one, or
-    what is stated is not what is declared. Where rules alone describe what comes out, the source is the other side."""
+    what is stated is not what is declared. A source whose names show nothing is the other side of a stated `to`, which
+    `_by_names` says, and of what rules alone describe."""
     found: list[Side | None] = []
     said: tuple[tuple[Checkpoint | None, Side | None, str], ...]
     said = (source, options.source_side, "source_side"), (like, options.to, "to")
@@ -121,8 +122,8 @@ def _sides(source: Checkpoint, like: Checkpoint | None, options: Options, ruled:
             )
         found.append(stated or (end.side if end is not None else None))
     source_side, like_side = found
-    if like is None and ruled:
-        source_side = source_side or (OTHER[like_side] if like_side else None)
+    if source_side is None and like_side is not None and ((like is None and ruled) or _silent(source, options)):
+        source_side = OTHER[like_side]
     if like is None:
         like_side = like_side or (OTHER[source_side] if source_side else None)
     if source_side is None:
@@ -130,6 +131,11 @@ def _sides(source: Checkpoint, like: Checkpoint | None, options: Options, ruled:
     if like_side is None:
         raise _undecided(like or source, "to")
     return source_side, like_side
+
+
+def _silent(source: Checkpoint, options: Options) -> bool:
+    """Does nothing in the source speak for a side, so that a stated `to` is all there is?"""
+    return options.to is not None and source.side_by == "names" and Signs.of(source).silent
 
 
 def _undecided(end: Checkpoint, name: str) -> UsageError:
@@ -146,9 +152,15 @@ def _undecided(end: Checkpoint, name: str) -> UsageError:
     return UsageError(f"{escape(end.label)} {what}", next=f"Say what it is: {ways}.")
 
 
-def _by_names(source: Checkpoint, like: Checkpoint | None) -> list[Assumption]:
-    """The ends whose side names alone decided."""
+def _by_names(source: Checkpoint, like: Checkpoint | None, options: Options) -> list[Assumption]:
+    """The ends whose side names alone decided, and a source that is the other side of `to`."""
     out: list[Assumption] = []
+    if source.side is None and options.source_side is None and options.to is not None and _silent(source, options):
+        other, named = OTHER[options.to], option("to", options.to)
+        text = (
+            f"side: {escape(source.label)} declares none and its names show none: with {named} it is taken for {other}"
+        )
+        out.append(Assumption(text, f"{option('source_side', other)} says so"))
     for end, name in ((source, "source_side"), (like, "to")):
         if end is not None and end.side is not None and end.side_by == "names":
             text = f"side: {escape(end.label)} declares none and is taken for {end.side} by its {Signs.of(end).text}"

@@ -86,6 +86,11 @@ class Signs:
             return None if self.flax or 2 * self.scale > self.modules else "torch"
         return "flax" if self.bare_flax else None
 
+    @property
+    def silent(self) -> bool:
+        """Do the names say nothing at all, for neither side?"""
+        return not (self.slashed or self.dotted or self.flax or self.scale or self.torch)
+
     def contradicts(self, side: Side) -> bool:
         """Do the names speak so plainly against `side` that a declaration of it must be a mistake?"""
         if side == "torch":
