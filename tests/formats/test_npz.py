@@ -150,7 +150,7 @@ def test_a_lone_npy_that_is_malformed(tmp_path):
     with pytest.raises(FormatError):
         npz.open(path)
     np.save(path, np.array(["a"]))
-    with pytest.raises(FormatError, match="one NumPy array.*text"):
+    with pytest.raises(FormatError, match=r"one NumPy array.*text"):
         npz.open(path)
     np.save(path, np.array([{}], dtype=object))
     with pytest.raises(UnsafeInputError, match="would run code"):
