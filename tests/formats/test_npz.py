@@ -149,6 +149,9 @@ def test_a_lone_npy_that_is_malformed(tmp_path):
     path.write_bytes(data + b"0")
     with pytest.raises(FormatError):
         npz.open(path)
+    np.save(path, np.array(["a"]))
+    with pytest.raises(FormatError, match=r"one NumPy array.*text"):
+        npz.open(path)
     np.save(path, np.array([{}], dtype=object))
     with pytest.raises(UnsafeInputError, match="would run code"):
         npz.open(path)

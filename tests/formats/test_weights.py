@@ -134,12 +134,12 @@ def test_like_keeps_its_training_state():
 def test_inspect_sees_all_and_says_what_is_left_out(tmp_path):
     from graftax.report.inspecting import inspection, inspection_text
 
-    data = inspection(gx.open_checkpoint(stored("msgpack", STATE, tmp_path)))
+    data = inspection(gx.open_checkpoint(stored("msgpack", STATE | {"step": 3}, tmp_path)))
     assert set(data["tensors"]) == set(flat(STATE))
     assert set(data["left"]) == {"opt_state", "rng", "step"}
     last = inspection_text(data).splitlines()[-1]
     assert last.startswith("beside the weights, which a port leaves out: ")
-    assert "opt_state" in last
+    assert {"opt_state", "rng", "step"} == set(last.partition(": ")[2].split(", "))
 
 
 def test_items_of_an_orbax_step(tmp_path):

@@ -157,7 +157,7 @@ def _open_lone(path: Path, source: Source, label: str) -> Checkpoint:
         raise UnsafeInputError(
             f"{label} is one array of Python objects: reading it would run code", next="Save it as numbers."
         ) from None
-    except (_Bad, FormatError) as error:
+    except (_Bad, _Left, FormatError) as error:
         raise FormatError(f"{label} is one NumPy array (.npy) that cannot be read: {error}") from None
 
     def span(name: str, start: int, buffer: memoryview) -> None:

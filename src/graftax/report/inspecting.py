@@ -116,7 +116,7 @@ def inspection_text(data: Mapping[str, Any]) -> str:
         rows.append((escape(path), row["dtype"], "x".join(map(str, row["shape"])) or "scalar", *extra))
     lines += aligned(rows)
     not_read = _not_read(data)
-    left = [name for name in data["left"] if name not in data["metadata"]]
+    left = [name for name in data["left"] if not {name, f"./{name}"}.intersection(not_read)]
     for how, names in (("not read", not_read), ("which a port leaves out", left)):
         if names:
             shown = ", ".join(map(escape, names[:_SHOWN]))
