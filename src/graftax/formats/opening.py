@@ -172,14 +172,14 @@ def open_folder(path: Path) -> Checkpoint:
     foreign.refuse_foreign_folder(path, names)
     if (saved := _saved(path, names)) is not None:
         return saved
+    if not any(_is_file_of_weights(path / name) for name in names):
+        foreign.refuse_foreign_inside(path, names)
     inside = _checkpoints(path, names)
     if len(inside) > 1:
         raise FormatError(
             f"{escape(path)} is a folder, but no checkpoint: it holds {len(inside)} of them",
             next=f"Inside, to be named one by one: {_listed(path, inside)}",
         )
-    if not inside:
-        foreign.refuse_foreign_inside(path, names)
     inside = inside or [name for name in names if os.path.isdir(path / name)]
     raise FormatError(
         f"{escape(path)} is a folder, but no checkpoint: expected a sharded set with its index.json, one "
