@@ -79,7 +79,7 @@ def column_rows(plan: Plan) -> list[dict[str, str | int]]:
                 "targets": ", ".join(fold_names(n for entry in group for n in entry.targets)) or "()",
                 "ops": chain_text(first.ops),
                 "count": len(group),
-                "evidence": escape(", ".join(first.evidence), 200),
+                "evidence": escape("; ".join(first.evidence), 200),
             }
         )
     return rows

@@ -374,7 +374,7 @@ def _fit(entry: Entry, source: End, like: End) -> Entry | Failure:
         if found == wanted:
             return entry if ops is entry.ops else Entry(entry.sources, entry.targets, ops, entry.evidence)
     except GraftaxError as error:
-        why = f"It was decided by: {', '.join(entry.evidence)}." if entry.evidence else ""
+        why = f"It was decided by: {'; '.join(entry.evidence)}." if entry.evidence else ""
         return Failure(str(error), file=source.label, key=_ends_text(entry), next=why)
     text = _ends_text(entry)
     if len(found) != len(wanted):

@@ -25,7 +25,7 @@ def test_names(pairing: Callable[..., Any]) -> None:
         ("b.q_proj.weight", "params/b/query/kernel", (D, D), LIN),
         ("b.k_proj.weight", "params/b/key/kernel", (D, D), LIN),
     ]
-    assert _evidence(pairing(rows).infer(), "params/b/query/kernel")[0].startswith("names: q")
+    assert _evidence(pairing(rows).infer(), "params/b/query/kernel")[0].startswith("the names share q")
     blank = [(a.replace("q_proj", "foo").replace("k_proj", "bar"), *rest) for a, *rest in rows]
     assert _open(pairing(blank).infer(), "params/b/query/kernel")
 
@@ -35,7 +35,10 @@ def test_the_order_of_numbers(pairing: Callable[..., Any]) -> None:
         (f"b.conv{n + 1}.weight", f"params/b/Conv_{n}/kernel", (8, 8, 3, 3), "o i a b -> a b i o") for n in range(2)
     ]
     found = pairing(rows).infer()
-    assert _evidence(found, "params/b/Conv_0/kernel")[0] in ("order of the numbers", "names: conv 1 of 2, b, conv")
+    assert _evidence(found, "params/b/Conv_0/kernel")[0] in (
+        "order of the numbers",
+        "the names share conv 1 of 2, b, conv",
+    )
     torn = [(a.replace("conv2", "conv"), *rest) for a, *rest in rows]
     assert _open(pairing(torn).infer(), "params/b/Conv_0/kernel")
 
@@ -55,7 +58,7 @@ def test_nothing_else_fits(pairing: Callable[..., Any]) -> None:
         ("layers.{i:0..2}.ln.weight", "params/layers_{i}/ln/scale", (D,)),
         ("layers.{i:0..2}.up.weight", "params/layers_{i}/Dense_0/kernel", (F, D), LIN),
     ]
-    assert _evidence(pairing(rows).infer(), "params/layers_0/Dense_0/kernel")[0] == "nothing else fits"
+    assert _evidence(pairing(rows).infer(), "params/layers_0/Dense_0/kernel")[0] == "no other pair fits"
     two = [*rows, ("layers.{i:0..2}.expand.weight", "params/layers_{i}/Dense_1/kernel", (F, D), LIN)]
     assert _open(pairing(two).infer(), "params/layers_0/Dense_0/kernel")
 
@@ -102,7 +105,7 @@ def test_without_the_names_that_decided_an_entry_it_is_open_or_decided_otherwise
         assert plan.complete
         words: dict[str, tuple[str, str]] = {}
         for entry in plan.entries:
-            if entry.sources and entry.targets and entry.evidence[0].startswith("names: "):
+            if entry.sources and entry.targets and entry.evidence[0].startswith("the names share "):
                 words.setdefault(entry.sources[0].split(".")[-2], (entry.targets[0], entry.evidence[0]))
         for word, (target, why) in words.items():
             if word.isdigit():

@@ -97,7 +97,7 @@ class Stream:
             if entry.dropped is not None:
                 receipt.dropped.update(dict.fromkeys(entry.sources, entry.dropped))
             elif entry.unfilled:
-                why = f"{chain_text(entry.ops)} ({', '.join(entry.evidence)})"
+                why = f"{chain_text(entry.ops)} ({'; '.join(entry.evidence)})"
                 receipt.filled.update(dict.fromkeys(entry.targets, why))
 
     def tiles(self, target: str, contiguous: bool = False, first: int = 0) -> Iterator[Tile]:

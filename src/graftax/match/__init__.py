@@ -163,7 +163,7 @@ def _column(
 
 
 def _grouped(scope: Scope, link: GroupLink, turned: bool) -> Iterable[Entry]:
-    evidence = ("names: parts of one fused module", link.known)
+    evidence = ("the names are of parts of one fused module", link.known)
     for key, chain in link.variants[link.known].items():
         sources = tuple(path for column in link.torch for path in column.paths[key])
         other = dict(scope.keys)[key]

@@ -11,14 +11,16 @@ from graftax.match.names import concepts, lexicon
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.sides import Module
 
+_LINEAR = "a 2-D weight that becomes a kernel is a Linear"
+
 # reading: why it is taken where it is the only one
 _ONLY = {
-    "identity": "as it is",
-    "linear": "2-D weight to kernel: Linear",
-    "conv": "convolution",
-    "conv_transpose default": "transposed convolution",
-    "reshape": "same values, other axes",
-    "channels last": "a map: channels last",
+    "identity": "it fits as it is",
+    "linear": _LINEAR,
+    "conv": "it fits as a convolution",
+    "conv_transpose default": "it fits as a transposed convolution",
+    "reshape": "it fits with its axes cut otherwise",
+    "channels last": "a map, which Flax keeps channels last",
 }
 
 
@@ -161,7 +163,7 @@ def _square(link: Link, by_reading: dict[str, Label], pair: Pair, scope: Scope, 
     if len(near) > 1 or (torch.kind == "raw" and "linear" not in far):
         return Choice(None, "", tuple(sorted(by_reading.values())))
     if flax.kind == "kernel" and torch.kind != "raw":
-        return Choice(by_reading["linear"], "2-D weight to kernel: Linear")
+        return Choice(by_reading["linear"], _LINEAR)
     if len(far) == 1:
         (word,) = far
         return Choice(by_reading[word], f"square; the rectangular ones of this checkpoint: {_SAYS[word]}")

@@ -99,9 +99,9 @@ def _clear(board: Board) -> list[Pair]:
             by_name = all(other.score <= pair.score - MARGIN for other in rivals)
             shared = ", ".join(pair.shared)
             if by_name:
-                pair.why = f"names: {shared}" if shared else "names"
+                pair.why = f"the names share {shared}" if shared else "the names agree"
             else:
-                pair.why = "beside a settled sibling" + (f"; names: {shared}" if shared else "")
+                pair.why = "a sibling is settled" + (f", and the names share {shared}" if shared else "")
             out.append(pair)
     return out
 
@@ -127,9 +127,9 @@ def _last(board: Board, root: bool, rivalled: set[int], taken: list[Pair]) -> li
             continue
         if root and not pair.any_shared and not pair.head and pair.loose:
             continue
-        pair.why = "nothing else fits"
+        pair.why = "no other pair fits"
         if root and pair.any_shared:
-            pair.why += f" and shares names: {', '.join(pair.shared)}"
+            pair.why += f", and the names share {', '.join(pair.shared)}"
         out.append(pair)
     return out
 
