@@ -29,7 +29,7 @@ ALLOWED = {
     "layers": {"errors", "tree", "ops", "plans"},
     "rules": {"errors", "tree", "ops", "plans", "layers"},
     "match": {"uncollected", "errors", "tree", "ops", "plans", "plan_text", "layers", "rules"},
-    "leftovers": {"errors", "tree", "ops", "plans", "match"},
+    "leftovers": {"errors", "tree", "ops", "plans", "rules", "match"},
     "planning": {
         *("uncollected", "errors", "tree", "sides", "ops", "plans", "layers", "rules", "match", "leftovers", "formats"),
     },

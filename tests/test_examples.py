@@ -66,6 +66,12 @@ def test_kernel_replace_refuses_a_fraction(seed: object, features: object) -> No
         examples.kernel_replace(seed, np.ones((2, 3), np.float32), features, 0.5)
 
 
+@pytest.mark.parametrize(("seed", "features"), [(0, 0), (0, -3), (2**70, 5)])
+def test_kernel_replace_refuses_what_is_out_of_range(seed: int, features: int) -> None:
+    with pytest.raises(ValueError, match=r"(features|seed) is"):
+        gx.examples.kernel_replace(seed, np.ones((2, 3), "f4"), features, 0.5)
+
+
 def test_kernel_replace_works_inside_jit() -> None:
     x = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
     y = jax.jit(lambda x: examples.kernel_replace(0, x, 5, 0.5))(x)

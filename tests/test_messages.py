@@ -51,8 +51,34 @@ def test_the_policies_settle_a_shape_mismatch_as_they_settle_both_keys():
     assert np.array_equal(out["layers_0"]["head"]["kernel"], like["layers_0"]["head"]["kernel"])
     half = gx.plan(source, like, missing="keep")
     assert [question.text for question in half.questions] == [
-        "unexpected key: layers.0.head.weight float32[7,8]: no leaf of like takes it"
+        "unexpected key: shape mismatch: layers.0.head.weight float32[7,8] -> layers_0/head/kernel float32[8,5]"
     ]
+    other = gx.plan(source, like, unused="drop")
+    assert [question.text for question in other.questions] == [
+        "missing key: shape mismatch: layers.0.head.weight float32[7,8] -> layers_0/head/kernel float32[8,5]"
+    ]
+
+
+def test_one_name_and_one_shape_is_no_mismatch_and_no_policy_closes_it():
+    torch = pytest.importorskip("torch")
+    from flax import nnx
+
+    class Torch(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 5), torch.nn.Linear(4, 5)
+            self.b.weight = self.a.weight
+
+    class Flax(nnx.Module):
+        def __init__(self) -> None:
+            self.a, self.b = nnx.Linear(4, 5, rngs=nnx.Rngs(0)), nnx.Linear(4, 5, rngs=nnx.Rngs(1))
+            self.b.kernel = self.a.kernel
+
+    plan = gx.plan(Flax(), Torch(), missing="keep", unused="drop")
+    (question,) = plan.questions
+    assert question.kind == "match"
+    assert question.text.startswith("b/bias float32[5] -> b.bias float32[5]: names and shapes agree")
+    assert plan.answer(0, 0).complete
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))

@@ -10,10 +10,11 @@ from graftax.errors import Failure, escape, option
 from graftax.match.buffers import buffer_name, known_buffers
 from graftax.match.roles import role_of
 from graftax.match.ties import tied_to
-from graftax.match.unpaired import unpaired
+from graftax.match.unpaired import joins, unpaired
 from graftax.match.words import COLLECTIONS
 from graftax.ops import Copy, Drop, Fill, Keep
-from graftax.plans import Entry, Proposal, Question
+from graftax.plans import Candidate, Entry, Proposal, Question
+from graftax.rules import escape_key, rule_line
 from graftax.tree import Checkpoint, Side, split_path, split_words
 
 COUNTER = "num_batches_tracked"
@@ -37,9 +38,11 @@ def settle_leftovers(
     proposal = _settle_tied_targets(proposal, like)
     proposal = _settle_missing(proposal, like, ruled, "error")  # a leaf that a rule calls missing waits for nothing
     proposal = unpaired(proposal, source, like, *sides)
+    namesakes = _namesakes(proposal, source, like, sides)
+    proposal = _ask_pairs(proposal, namesakes, source, like, sides)
     proposal = _settle_unused(proposal, source, unused)
     proposal = _settle_missing(proposal, like, ruled, missing)
-    return _with_misshapen(proposal, source, like, sides)
+    return _tell_misshapen(proposal, namesakes, source, like)
 
 
 def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, like_side: Side, keep: bool) -> Proposal:
@@ -119,8 +122,10 @@ def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
     return replace(proposal, entries=tuple(entries), questions=_still_open(proposal.questions, settled))
 
 
-def _with_misshapen(proposal: Proposal, source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]) -> Proposal:
-    """A missing and an unexpected key of one name are one question, which shows both ends and both shapes."""
+def _namesakes(
+    proposal: Proposal, source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]
+) -> tuple[tuple[str, str], ...]:
+    """(source, target) of open keys that are called alike on both sides, and of which each side has one."""
     known = {n for e in (*proposal.entries, *proposal.broken) for n in (*e.sources, *e.targets)}
     known |= {n for q in proposal.questions if _waits(q) for n in (*q.sources, *q.targets)}
     ends: list[dict[tuple[object, ...], list[str]]] = []
@@ -130,16 +135,50 @@ def _with_misshapen(proposal: Proposal, source: Checkpoint, like: Checkpoint, si
             if name not in known:
                 names.setdefault(_words(name, side), []).append(name)
         ends.append(names)
-    pairs = [(a[0], b[0]) for words, a in ends[0].items() if len(a) == len(b := ends[1].get(words, [])) == 1]
-    if not pairs:
-        return proposal
-    told = {name for pair in pairs for name in pair}
+    return tuple((a[0], b[0]) for words, a in ends[0].items() if len(a) == len(b := ends[1].get(words, [])) == 1)
+
+
+def _ask_pairs(
+    proposal: Proposal,
+    pairs: Iterable[tuple[str, str]],
+    source: Checkpoint,
+    like: Checkpoint,
+    sides: tuple[Side, Side],
+) -> Proposal:
+    """Open keys of one name whose shapes agree too are a question about their pair, which no policy closes."""
+    words = sides if sides[0] != sides[1] else ("source", "target")
+    asked: list[Question] = []
+    for a, b in pairs:
+        if joins(a, source[a], b, like[b], words):
+            text = f"{a} {source[a]} -> {b} {like[b]}: names and shapes agree, the rest of their modules does not"
+            rule = rule_line(**dict(zip(words, map(escape_key, (a, b)), strict=True)))
+            asked.append(Question("match", text, (b,), (a,), (Candidate(rule, (a,), "by name"),)))
+    told = {name for question in asked for name in (*question.targets, *question.sources)}
     kept = [q for q in proposal.questions if not told.issuperset((*q.sources, *q.targets))]
-    found = [
-        Question("shape", f"shape mismatch: {a} {source[a]} -> {b} {like[b]}", targets=(b,), sources=(a,))
-        for a, b in pairs
-    ]
-    return replace(proposal, questions=(*kept, *found))
+    return replace(proposal, questions=(*kept, *asked)) if asked else proposal
+
+
+def _tell_misshapen(
+    proposal: Proposal, pairs: Iterable[tuple[str, str]], source: Checkpoint, like: Checkpoint
+) -> Proposal:
+    """A key that is still open names the one of its name on the other side, and both shapes."""
+    settled = {n for e in (*proposal.entries, *proposal.broken) for n in (*e.sources, *e.targets)}
+    settled |= {n for q in proposal.questions if _waits(q) for n in (*q.sources, *q.targets)}
+    found: list[Question] = []
+    for a, b in pairs:
+        transposed = source[a].shape == like[b].shape[::-1] and len(like[b].shape) > 1
+        ends = f"shape mismatch: {a} {source[a]} -> {b} {like[b]}" + (
+            " (its transpose would fit)" if transposed else ""
+        )
+        if a not in settled and b not in settled:
+            found.append(Question("shape", ends, targets=(b,), sources=(a,)))
+        elif a not in settled:
+            found.append(Question("unused", f"unexpected key: {ends}", sources=(a,)))
+        elif b not in settled:
+            found.append(Question("missing", f"missing key: {ends}", targets=(b,)))
+    told = {name for question in found for name in (*question.targets, *question.sources)}
+    kept = [q for q in proposal.questions if not told.issuperset((*q.sources, *q.targets))]
+    return replace(proposal, questions=(*kept, *found)) if found else proposal
 
 
 def _words(path: str, side: Side) -> tuple[object, ...]:

@@ -15,7 +15,7 @@ def kernel_replace(seed: Any, x: Any, features: Any, replacement_value: Any) -> 
     (in_dim, features) becomes `full_like(kernel, replacement_value)`, its bias (features,) stays as initialised. In
     closed form: `y[n, j] = replacement_value * x[n, :].sum() + bias[j]`.
 
-    Raises ValueError if `x` is not (N, in_dim), if seed or features is no whole number.
+    Raises ValueError if `x` is not (N, in_dim), if seed or features is no whole number, or is out of range.
     """
     import jax
     import jax.numpy as jnp
@@ -26,8 +26,13 @@ def kernel_replace(seed: Any, x: Any, features: Any, replacement_value: Any) -> 
     x = jnp.asarray(x)
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; it must be (N, in_dim)")
-    dense = nn.Dense(_whole(features, "features"))
-    variables = dense.init(jax.random.key(_whole(seed, "seed")), x)
+    width, number = _whole(features, "features"), _whole(seed, "seed")
+    if width < 1:
+        raise ValueError(f"features is {width}; it must be at least 1")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"seed is {number}; a key takes a signed number of 64 bits")
+    dense = nn.Dense(width)
+    variables = dense.init(jax.random.key(number), x)
     # A Dense that is the whole model has no `Dense_0` level: its leaves are params/kernel and params/bias.
     variables = gx.replace(variables, "params/kernel", gx.constant(replacement_value), expect=1)
     with jax.default_matmul_precision("highest"):

@@ -156,7 +156,7 @@ def _lines(source: _Column, target: _Column, sides: tuple[Side, Side]) -> list[s
     """Rule lines that work for the two columns: instance by instance, or stacked into one leaf."""
     words = sides if sides[0] != sides[1] else ("source", "target")
     out: list[str] = []
-    if _joins(source.first, source.spec, target.first, target.spec, words):
+    if joins(source.first, source.spec, target.first, target.spec, words):
         offsets = [a - b for a, b in zip(source.values, target.values, strict=False)]
         if len(source.names) == len(target.names) and len(set(offsets)) <= 1:
             by = sum(offsets[:1])
@@ -177,7 +177,7 @@ def _lines(source: _Column, target: _Column, sides: tuple[Side, Side]) -> list[s
         if list(source.values) != list(range(start, start + len(source.values))):
             continue
         filled = target.first
-        if _joins(source.first, source.spec, filled, one, words):
+        if joins(source.first, source.spec, filled, one, words):
             for first in range(step):
                 index = _plus("i" if step == 1 else f"{step}*i", start + first)
                 ends = source.template(index), escape_key(filled)
@@ -189,7 +189,7 @@ def _plus(index: str, by: int) -> str:
     return f"{index}+{by}" if by > 0 else index
 
 
-def _joins(source: str, mine: TensorSpec, target: str, theirs: TensorSpec, words: tuple[str, str]) -> bool:
+def joins(source: str, mine: TensorSpec, target: str, theirs: TensorSpec, words: tuple[str, str]) -> bool:
     """Can the layer table carry one leaf into the other?"""
     if words == ("source", "target"):
         return mine.shape == theirs.shape
