@@ -74,7 +74,8 @@ def check_parity(
 
     pairs = find_pairs(made.entries, torch_tree.modules, flax_tree.modules, torch_tree.aliases, flax_tree.aliases)
     watch = list(dict.fromkeys(pair.torch for pair in pairs)) if layers else []
-    reference = make_reference(torch64, torch32, *torch_call, watch)
+    alone = steps.unpaired(torch_tree.modules, watch) if layers else []
+    reference = make_reference(torch64, torch32, *torch_call, watch, alone)
     clock.lap("torch")
     with steps.LayoutHint(layout, flax_call):
         judged = passes.judge_flax(
@@ -106,7 +107,7 @@ def check_parity(
     )
     if causes and not report.ok and report.first is not None:
         sought = steps.Search(
-            reference, judged, report, (torch64, torch32, flax.runner), made, values_of, flax, expected
+            reference, judged, report, (torch64, torch32, flax.runner), made, values_of, flax, expected, flax_call, pairs
         )
         report = steps.with_causes(report, sought.causes)
         clock.lap("causes")

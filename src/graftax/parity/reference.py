@@ -25,15 +25,17 @@ def make_reference(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     watch: Collection[str],
+    also: Collection[str] = (),
 ) -> Reference:
     """Run torch in float64 (kept, as float32), then in float32, free and forced: as it is, and ORDERS times with its
     contractions as far off as sums in a row are. Of these only errors are kept, the largest at each place, and of each
-    output the one that is furthest off. ModelError where the user's code fails, draws random numbers or was left in
+    output the one that is furthest off. also: modules that have no counterpart, and are recorded for the causes.
+    ModelError where the user's code fails, draws random numbers or was left in
     train mode."""
     start = time.perf_counter()
     recorder = _Recorder()
-    outputs = torch64.run(args, kwargs, watch=watch, tap=recorder)
-    not_traced = dict(torch64.not_traced())
+    outputs = torch64.run(args, kwargs, watch=[*watch, *also], tap=recorder)
+    not_traced = {path: why for path, why in torch64.not_traced().items() if path in watch}
     free = _Free(recorder.found)
     outputs_float32 = torch32.run(args, kwargs, watch=watch, tap=free)
     _require_deterministic(torch64, torch32, args, kwargs, outputs_float32)

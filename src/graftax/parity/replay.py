@@ -150,7 +150,7 @@ def check_golden(
         absent = NoTorch(reference.modules)
         values = values_of if values_of.has_values else Checkpoint("no weights", "torch", {})
         sought = steps.Search(
-            reference, judged, report, (absent, absent, flax.runner), made, values, flax, expected
+            reference, judged, report, (absent, absent, flax.runner), made, values, flax, expected, call, pairs
         )  # fmt: skip
         report = steps.with_causes(report, sought.causes)
         clock.lap("causes")

@@ -21,6 +21,8 @@ from graftax.parity.causes.gathering import (
     tables,
     unrounded,
 )
+from graftax.parity.causes.fused import fused_causes
+from graftax.parity.causes.misplaced import misplaced
 from graftax.parity.causes.norms import norm_difference
 from graftax.parity.causes.numbers import Array, Bar, Budget, arrays, in_bfloat16, is_number, relative
 from graftax.parity.causes.recipes import Difference
@@ -44,7 +46,10 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
     from the reference inputs and differ in what is named. Never raises for what it cannot try."""
     budget = Budget(budget_seconds)
     suspect = unrounded(suspect)
-    steps = (_weights, _settings, _formulas) if suspect.where == "out" else (_bare_weights, _between)
+    if suspect.where == "out":
+        steps = (_weights, _fused, _settings, _formulas)
+    else:
+        steps = (_bare_weights, _fused, _between)
     for step in steps:
         try:
             found = tuple(_ranked(step(suspect, budget)))
@@ -198,6 +203,8 @@ def _formulas(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
         if not found:
             found = _out_in_bfloat16(right, wrong, bar)
         if not found and not suspect.pair.leaf:
+            found = misplaced(suspect, right, wrong, bar)
+        if not found and not suspect.pair.leaf:
             found = between.explain(right, wrong, sources(suspect), known(suspect), {}, bar, budget)
         if not found and suspect.pair.leaf:
             found = between.explain_leaf(right, wrong, sources(suspect), known(suspect), bar, budget)
@@ -216,6 +223,12 @@ def _out_in_bfloat16(want: Array, have: Array, bar: Bar) -> list[Difference]:
 def _causes(suspect: Suspect, found: Iterable[Difference], bar: Bar) -> Iterator[Cause]:
     for item in found:
         yield Cause(item.name, suspect.row.site_flax.path, item.text, item.fix, bar.before, item.error)
+
+
+def _fused(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
+    """Fused tensors, which were taken apart in another order than torch's: not a layer that is one with torch's."""
+    if suspect.where == "in" or not suspect.pair.leaf:
+        yield from fused_causes(suspect, known(suspect).heads, _bar(suspect), budget)
 
 
 # ---------------------------------------------------------------- the code before it
@@ -246,7 +259,8 @@ def _between(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
         if want.dtype.kind in "iub" or have.dtype.kind in "iub":
             found = between.integers(want, have)
         else:
-            found = between.explain(want, have, found_sources, shared, added, bar, budget)
+            found = misplaced(suspect, want, have, bar)
+            found = found or between.explain(want, have, found_sources, shared, added, bar, budget)
         if found:
             yield from _causes(suspect, found, bar)
             return

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from graftax.errors import GraftaxError
+from graftax.parity.causes.fused import fused_entry
 from graftax.parity.causes.numbers import Array, arrays, is_number, relative
 from graftax.parity.causes.recipes import Source
 from graftax.parity.causes.reorder import Known
@@ -126,6 +127,8 @@ def leaf(suspect: Suspect, path: str, entry: Entry | None, shared: Known) -> Lea
     torch = {} if entry is None else {name: suspect.torch_weights.get(name) for name in entry.sources}
     alike = [other for other in suspect.expected if _shape(suspect, other) == have.shape]
     alike = [other for other in alike if other in suspect.flax_weights]
+    plan = suspect.plan
+    fused = None if entry is None or plan is None else fused_entry(entry, plan.source.specs, plan.like.specs, shared.heads)
     initial = None if suspect.initial is None else suspect.initial.get(path)
     stacked = next((axis for axis, size in enumerate(have.shape) if size == suspect.pair.steps), None)
     return Leaf(
@@ -138,6 +141,7 @@ def leaf(suspect: Suspect, path: str, entry: Entry | None, shared: Known) -> Lea
         None if initial is None else np.asarray(initial),
         shared,
         stacked if suspect.pair.steps > 1 else None,
+        fused,
     )
 
 
