@@ -107,7 +107,16 @@ def check_parity(
     )
     if causes and not report.ok and report.first is not None:
         sought = steps.Search(
-            reference, judged, report, (torch64, torch32, flax.runner), made, values_of, flax, expected, flax_call, pairs
+            reference,
+            judged,
+            report,
+            (torch64, torch32, flax.runner),
+            made,
+            values_of,
+            flax,
+            expected,
+            flax_call,
+            pairs,
         )
         report = steps.with_causes(report, sought.causes)
         clock.lap("causes")

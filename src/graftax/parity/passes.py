@@ -75,7 +75,9 @@ def judge_flax(
     outputs = output_rows(reference, output, threshold=threshold, atol=atol, rtol=rtol, layout=out_layout)
     rows = layer_rows(reference, calls, tap, threshold)
     first, where = first_alarm(rows, reference, threshold)
-    notes = [f"{path} is called {count} time(s) more in Flax than in torch" for path, count in tap.extra.items() if path]
+    notes = [
+        f"{path} is called {count} time(s) more in Flax than in torch" for path, count in tap.extra.items() if path
+    ]
     notes += _length_one(tap.met)
     return Judged(outputs, tuple(rows), first, where, not_traced, tuple(notes), tap.kept, tap.met, output, seconds)
 

@@ -10,6 +10,7 @@ import numpy as np
 from graftax.errors import GraftaxError
 from graftax.layers.connect import known_kind
 from graftax.parity.causes import between
+from graftax.parity.causes.fused import fused_causes
 from graftax.parity.causes.gathering import (
     Some,
     known,
@@ -21,7 +22,6 @@ from graftax.parity.causes.gathering import (
     tables,
     unrounded,
 )
-from graftax.parity.causes.fused import fused_causes
 from graftax.parity.causes.misplaced import misplaced
 from graftax.parity.causes.norms import norm_difference
 from graftax.parity.causes.numbers import Array, Bar, Budget, arrays, in_bfloat16, is_number, relative
@@ -203,9 +203,11 @@ def _formulas(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
         if not found:
             found = _out_in_bfloat16(right, wrong, bar)
         if not found and not suspect.pair.leaf:
-            found = misplaced(suspect, right, wrong, bar)
+            found = misplaced(suspect, right, wrong, bar, sure=True)
         if not found and not suspect.pair.leaf:
             found = between.explain(right, wrong, sources(suspect), known(suspect), {}, bar, budget)
+        if not found and not suspect.pair.leaf:
+            found = misplaced(suspect, right, wrong, bar, sure=False)
         if not found and suspect.pair.leaf:
             found = between.explain_leaf(right, wrong, sources(suspect), known(suspect), bar, budget)
         if found:
@@ -259,8 +261,9 @@ def _between(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
         if want.dtype.kind in "iub" or have.dtype.kind in "iub":
             found = between.integers(want, have)
         else:
-            found = misplaced(suspect, want, have, bar)
+            found = misplaced(suspect, want, have, bar, sure=True)
             found = found or between.explain(want, have, found_sources, shared, added, bar, budget)
+            found = found or misplaced(suspect, want, have, bar, sure=False)
         if found:
             yield from _causes(suspect, found, bar)
             return

@@ -114,7 +114,9 @@ def _alike(one: Sequence[Array], other: Sequence[Array]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def fused_entry(entry: Entry, specs: Mapping[str, TensorSpec], like: Mapping[str, TensorSpec], heads: Iterable[int]) -> Fused | None:
+def fused_entry(
+    entry: Entry, specs: Mapping[str, TensorSpec], like: Mapping[str, TensorSpec], heads: Iterable[int]
+) -> Fused | None:
     """What an entry takes apart, found by sending the numbers of its rows through its ops; None where it takes nothing
     apart. heads: how many there may be, where the targets' shapes do not tell."""
     if len(entry.targets) < 2 or not entry.sources or not all(name in specs for name in entry.sources):
@@ -198,9 +200,7 @@ def _leaves(suspect: Suspect, group: Sequence[Fused], order: Order) -> dict[str,
     return out
 
 
-def _cause(
-    suspect: Suspect, group: Sequence[Fused], order: Order, before: float, error: float, ratio: float
-) -> Cause:
+def _cause(suspect: Suspect, group: Sequence[Fused], order: Order, before: float, error: float, ratio: float) -> Cause:
     first = next((found for found in group if found.by_rule), group[0])
     now, name = first.order, first.entry.sources[0]
     read = "in an order of its own" if now is None else now.text

@@ -30,12 +30,14 @@ class Place:
 
     @property
     def text(self) -> str:
-        return f"{'the input' if self.where == 'in' else 'the output'} of torch's {self.site}"
+        owner = f"torch's {self.site}" if self.site.path else "the torch model"
+        return f"{'the input' if self.where == 'in' else 'the output'} of {owner}"
 
 
-def misplaced(suspect: Suspect, want: Array, have: Array, bar: Bar) -> list[Difference]:
-    """What torch's and Flax's code took instead of each other, both found among torch's activations, behind the same
-    activation function; [] where one of them is none."""
+def misplaced(suspect: Suspect, want: Array, have: Array, bar: Bar, *, sure: bool) -> list[Difference]:
+    """What torch's and Flax's code took instead of each other, found among torch's activations, behind the same
+    activation function; [] where Flax's is none. sure: only what a norm explains that is not applied, or not in its
+    place; a sum that lacks a term may be an activation, too."""
     places, sources = _activations(suspect, want)
     at, values = sampled(want, sources)
     a, b = want[at].astype(np.float64), have[at].astype(np.float64)
@@ -45,8 +47,11 @@ def misplaced(suspect: Suspect, want: Array, have: Array, bar: Bar) -> list[Diff
         if not right and name != "identity":
             continue
         wrong = [place for place, value in zip(places, made, strict=True) if _is(value, b, bar)]
-        if wrong:
-            return [_difference(suspect, right, wrong, bar)]
+        found = _by_norm(suspect, right, wrong, bar) if wrong else None
+        if found is None and wrong and not sure:
+            found = _otherwise(suspect, right, wrong, bar)
+        if found is not None:
+            return [found]
     return []
 
 
@@ -86,34 +91,54 @@ def is_norm(kind: str, path: str) -> bool:
     return "norm" in kind.lower() or "norm" in path.rpartition(".")[2].lower()
 
 
-def _difference(suspect: Suspect, right: Sequence[Place], wrong: Sequence[Place], bar: Bar) -> Difference:
-    what = "what arrives" if suspect.where == "in" else "what it gives"
-    gives = {place.site: place for place in right if place.where == "out"}
-    takes = {place.site: place for place in right if place.where == "in"}
-    skipped = [gives[place.site] for place in wrong if place.where == "in" and place.site in gives]
-    for place in sorted(skipped, key=lambda place: not place.norm):
-        name = NOT_APPLIED if place.norm else OTHER
-        text = f"{place.site} is not applied: {what} is its input, in torch its output"
-        return Difference(name, text, f"take the output of {place.site}", bar.bar)
-    more = [place for place in wrong if place.where == "out" and place.site in takes]
-    for place in sorted(more, key=lambda place: not place.norm):
-        name = ORDER if place.norm else OTHER
-        text = f"{place.site} is applied, and in torch it is not: {what} is its output, in torch its input"
-        return Difference(name, text, f"take the input of {place.site}", bar.bar)
-    norms = [place for place in (*wrong, *right) if place.norm]
-    first, instead = _best(wrong), _best(right).text if right else "something else"
-    at = suspect.row.site_torch
-    if suspect.where == "in" and is_norm(suspect.row.kind, at.path):
-        text = f"{at} is applied in another place: it gets {first.text}, in torch {instead}"
-        return Difference(ORDER, text, f"apply {at} where torch does, to {instead}", bar.bar)
-    text = f"{what} is {first.text}, in torch it is {instead}"
-    applied = [place for place in norms if place.where == "out"]
-    if applied:
-        text += f": {applied[0].site} is {'applied too early' if applied[0] in wrong else 'not applied'}"
-        return Difference(ORDER if applied[0] in wrong else NOT_APPLIED, text, f"take {instead}", bar.bar)
+def _by_norm(suspect: Suspect, right: Sequence[Place], wrong: Sequence[Place], bar: Bar) -> Difference | None:
+    """A norm whose input was taken for its output, or the other way round, or that stands later in torch."""
+    what = _what(suspect)
+    skipped = {place.site for place in wrong if place.where == "in"} & {
+        place.site for place in right if place.norm and place.where == "out"
+    }
+    if skipped:
+        site = min(skipped)
+        text = f"{site} is not applied: {what} is its input, in torch its output"
+        return Difference(NOT_APPLIED, text, f"take the output of {site}", bar.bar)
+    more = {place.site for place in right if place.where == "in"} & {
+        place.site for place in wrong if place.norm and place.where == "out"
+    }
+    if more:
+        site = min(more)
+        text = f"{site} is applied, and in torch it is not: {what} is its output, in torch its input"
+        return Difference(ORDER, text, f"take the input of {site}", bar.bar)
+    began = _order(suspect, suspect.row.site_torch, suspect.where)
+    later = [place for place in wrong if _order(suspect, place.site, place.where) > began]
+    if not later:
+        return None
+    site, instead = suspect.row.site_torch, _best(right).text if right else "something else"
+    if suspect.where == "in" and is_norm(suspect.row.kind, site.path):
+        text = f"{site} is applied too late: it gets {_best(later).text}, in torch {instead}"
+        return Difference(ORDER, text, f"apply {site} to {instead}", bar.bar)
+    early = next((place for place in later if place.norm and place.where == "out"), None)
+    if early is None:
+        return None
+    text = f"{early.site} is applied too early: {what} is {early.text}, in torch {instead}"
+    return Difference(ORDER, text, f"take {instead}, and apply {early.site} where torch does", bar.bar)
+
+
+def _order(suspect: Suspect, site: Site, where: Where) -> int:
+    """The place of an event in torch's run."""
+    events = suspect.reference.events
+    return events.index((where, site)) if (where, site) in events else -1
+
+
+def _otherwise(suspect: Suspect, right: Sequence[Place], wrong: Sequence[Place], bar: Bar) -> Difference:
+    instead = _best(right).text if right else "something else"
+    text = f"{_what(suspect)} is {_best(wrong).text}, in torch it is {instead}"
     return Difference(OTHER, text, f"take {instead}", bar.bar)
 
 
+def _what(suspect: Suspect) -> str:
+    return "what arrives" if suspect.where == "in" else "what it gives"
+
+
 def _best(places: Sequence[Place]) -> Place:
-    """What a layer gives says more than what it gets."""
-    return min(places, key=lambda place: (place.where == "in", not place.norm))
+    """What a layer gives says more than what it gets, and either more than what the whole model does."""
+    return min(places, key=lambda place: (not place.site.path, place.where == "in", not place.norm))
