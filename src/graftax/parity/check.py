@@ -105,7 +105,7 @@ def check_parity(
         torch_modules=torch_tree.modules,
         names=(type(torch_module).__name__, flax.name),
     )
-    if causes and not report.ok and report.first is not None:
+    if causes and not report.ok and (report.first is not None or report.weights):
         sought = steps.Search(
             reference,
             judged,

@@ -204,13 +204,14 @@ class Search:
     pairs: Sequence[Pair]
 
     def causes(self) -> tuple[Cause, ...]:
-        from graftax.parity.causes import find_causes
+        from graftax.parity.causes import find_causes, weight_causes
         from graftax.parity.sides import Read
         from graftax.parity.suspect import Suspect
 
         row, where = self.report.first, self.report.where
-        assert row is not None
-        assert where is not None
+        if row is None or where is None:
+            wrong = [one.path for one in self.report.weights if all(row.ok for row in self.report.outputs)]
+            return weight_causes(self.plan, Read(self.source), self.flax.weights, wrong)
         kept = self.judged.kept.get(row.site_flax)
         record = self.reference.records[row.site_torch]
         torch64, torch32, flax = self.runners

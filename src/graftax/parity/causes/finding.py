@@ -10,7 +10,7 @@ import numpy as np
 from graftax.errors import GraftaxError
 from graftax.layers.connect import known_kind
 from graftax.parity.causes import between
-from graftax.parity.causes.fused import fused_causes
+from graftax.parity.causes.fused import fused_causes, fused_entry, other_readings, rule_line
 from graftax.parity.causes.gathering import (
     Some,
     known,
@@ -31,7 +31,7 @@ from graftax.parity.causes.settings import trials
 from graftax.parity.causes.weights import diagnose, same
 from graftax.parity.report_model import Cause
 from graftax.parity.suspect import Suspect
-from graftax.plans import Entry
+from graftax.plans import Entry, Plan
 
 SECONDS = 20.0
 _CANNOT = (GraftaxError, ArithmeticError, LookupError, ValueError, MemoryError, np.linalg.LinAlgError)
@@ -46,10 +46,7 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
     from the reference inputs and differ in what is named. Never raises for what it cannot try."""
     budget = Budget(budget_seconds)
     suspect = unrounded(suspect)
-    if suspect.where == "out":
-        steps = (_weights, _fused, _settings, _formulas)
-    else:
-        steps = (_bare_weights, _fused, _between)
+    steps = {"out": (_weights, _fused, _settings, _formulas), "in": (_bare_weights, _fused, _between)}[suspect.where]
     for step in steps:
         try:
             found = tuple(_ranked(step(suspect, budget)))
@@ -60,6 +57,31 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
         if not budget.left():
             break
     return ()
+
+
+def weight_causes(
+    plan: Plan, torch: Mapping[str, Any], flax: Mapping[str, Any], paths: Iterable[str]
+) -> tuple[Cause, ...]:
+    """Leaves that are not what the plan makes of torch's, where the models agree all the same: fused tensors that Flax
+    holds in another order than the plan reads them in."""
+    out: dict[str, Cause] = {}
+    entries = {path: entry for entry in plan.entries for path in entry.targets}
+    for path in paths:
+        entry = entries.get(path)
+        fused = None if entry is None else fused_entry(entry, plan.source.specs, plan.like.specs, ())
+        if fused is None or fused.entry.sources[0] in out:
+            continue
+        have, arrays = np.asarray(flax[path]), [np.asarray(torch[name]) for name in fused.entry.sources]
+        for order, made in other_readings(fused, path, arrays):
+            if same(have, made):
+                name = fused.entry.sources[0]
+                read = "" if fused.order is None else f" {fused.order.text}"
+                text = f"{name} is read{read}, {fused.decided}; Flax holds it read {order.text}, and agrees with torch"
+                out[name] = Cause("fused order", path, text, rule_line(fused.entry, order), 0.0, 0.0)
+                break
+        if len(out) == _SHOWN:
+            break
+    return tuple(out.values())
 
 
 def _ranked(found: Iterable[Cause]) -> list[Cause]:

@@ -5,8 +5,8 @@ again."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ from graftax.plans import Entry
 from graftax.tree import TensorSpec
 
 NAME = "fused order"
-_TRIED = 3  # orders that the model is run with
+_TRIED = 6  # orders that the model is run with
+_WIDTH = 64  # of a head, as most models have it: where nothing tells the heads, those of about this width come first
 _BY_RULE = re.compile(r" (item|line) \d+$")
 
 
@@ -65,7 +66,7 @@ class Fused:
     entry: Entry
     axis: int
     rows: tuple[Array, ...]
-    heads: frozenset[int]
+    heads: tuple[int, ...]
 
     @property
     def decided(self) -> str:
@@ -87,7 +88,7 @@ class Fused:
         sizes = [len(part) for part in self.rows]
         ends = np.cumsum(sizes)
         yield Order("block", 0, tuple(np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)))
-        for heads in sorted(self.heads):
+        for heads in self.heads:
             width, odd = divmod(max(sizes), heads)
             if odd or any(size % width for size in sizes):
                 continue
@@ -132,16 +133,23 @@ def fused_entry(
             return None
         rows = tuple(np.unique(np.asarray(part)) for part in made)
         if np.array_equal(np.sort(np.concatenate(rows)), np.arange(shapes[0][axis])):
-            return Fused(entry, axis, rows, frozenset(_heads(entry, like, rows)) | frozenset(heads))
+            return Fused(entry, axis, rows, _heads(entry, like, rows, heads))
     return None
 
 
-def _heads(entry: Entry, like: Mapping[str, TensorSpec], rows: Sequence[Array]) -> Iterator[int]:
-    """Heads of the largest part, if its target has an axis of them: (.., H, h) with H x h rows."""
+def _heads(
+    entry: Entry, like: Mapping[str, TensorSpec], rows: Sequence[Array], heads: Iterable[int]
+) -> tuple[int, ...]:
+    """How many heads the largest part may have: as many as its target has, if that has an axis of them, (.., H, h) with
+    H x h rows; else those that are known, then any that divide it."""
     largest = max(range(len(rows)), key=lambda i: len(rows[i]))
+    count = len(rows[largest])
     shape = like[entry.targets[largest]].shape if entry.targets[largest] in like else ()
-    if len(shape) > 1 and shape[-1] * shape[-2] == len(rows[largest]):
-        yield shape[-2]
+    if len(shape) > 1 and shape[-1] * shape[-2] == count:
+        return (shape[-2],)
+    known = [n for n in sorted(heads) if count % n == 0]
+    others = [n for n in range(2, count + 1) if count % n == 0 and n not in known]
+    return (*known, *sorted(others, key=lambda n: abs(math.log(count / n / _WIDTH))))
 
 
 def fused_of(suspect: Suspect, heads: Iterable[int]) -> Iterator[Fused]:
@@ -187,7 +195,9 @@ def fused_causes(suspect: Suspect, heads: Iterable[int], bar: Bar, budget: Budge
 
 
 def _shared(one: str, other: str) -> int:
-    return len(os.path.commonprefix([one.split("."), other.split(".")]))
+    """How many parts two paths begin with alike."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _leaves(suspect: Suspect, group: Sequence[Fused], order: Order) -> dict[str, Any]:
@@ -205,7 +215,8 @@ def _cause(suspect: Suspect, group: Sequence[Fused], order: Order, before: float
     now, name = first.order, first.entry.sources[0]
     read = "in an order of its own" if now is None else now.text
     more = f" (and {len(group) - 1} more)" if len(group) > 1 else ""
-    text = f"{name}{more} is read {read}, {first.decided}; read {order.text} the layer agrees ({ratio:.2g}x float32's own error)"
+    agrees = f"the layer agrees ({ratio:.2g}x float32's own error)"
+    text = f"{name}{more} is read {read}, {first.decided}; read {order.text} {agrees}"
     where = f" instead of {now.keys}" if first.by_rule and now is not None else ""
     return Cause(NAME, suspect.row.site_flax.path, text, f"{rule_line(first.entry, order)}{where}", before, error)
 

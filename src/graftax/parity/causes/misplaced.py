@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,8 @@ def _activations(suspect: Suspect, want: Array) -> tuple[list[Place], list[Sourc
     for site, record in suspect.reference.records.items():
         module = suspect.reference.modules.get(site.path)
         norm = is_norm("" if module is None else module.kind, site.path)
-        for where, nest in (("in", (record.args, dict(record.kwargs))), ("out", record.output)):
+        sides: dict[Where, Any] = {"in": (record.args, dict(record.kwargs)), "out": record.output}
+        for where, nest in sides.items():
             if site == suspect.row.site_torch and where == suspect.where:
                 continue
             for _, array in arrays(nest):
