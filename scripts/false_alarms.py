@@ -3,8 +3,8 @@
 
     python scripts/false_alarms.py [--weights 10] [--contractions 3] [--only REGEX] [--weakest 12]
 
---weights N       the real checkpoints (scripts/fetch_weights.py), N draws of inputs each; the sentence encoder also with
-                  random tokens, 1 to 16 sentences
+--weights N       the real checkpoints (scripts/fetch_weights.py), N draws of inputs each; the sentence encoder with
+                  random tokens too, 1 to 16 sentences
 --contractions N  one wide Linear or Conv, N draws of each: like signs, random signs, cancelling halves; 1 to 64 rows
 --only            names that count
 The models of tests/parity/zoo are checked by scripts/fault_injection.py --correct SEEDS. Prints the calls that came

@@ -1,4 +1,4 @@
-"""Causes that only the whole model shows: a fused tensor read in another order, a norm that is not where torch has it."""
+"""Causes that only the whole model shows: a fused tensor read in another order, a norm in another place."""
 
 from __future__ import annotations
 

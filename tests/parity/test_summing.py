@@ -73,9 +73,9 @@ def test_attention_and_lstm_are_taken_apart() -> None:
     for module in (Attend().eval(), torch.nn.LSTM(16, 16).eval()):
         x = np.random.default_rng(0).standard_normal((1, 4, 16)).astype("float32")
         plain = TorchRunner(module)
-        first = [array for array in _arrays(plain.run((x,), {}))]
-        again = [array for array in _arrays(plain.run((x,), {}))]
-        other = [array for array in _arrays(plain.run((x,), {}, in_a_row=0))]
+        first = _arrays(plain.run((x,), {}))
+        again = _arrays(plain.run((x,), {}))
+        other = _arrays(plain.run((x,), {}, in_a_row=0))
         assert all((a == b).all() for a, b in zip(first, again, strict=True))
         assert any((a != b).any() for a, b in zip(first, other, strict=True))
         assert all(np.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(first, other, strict=True))

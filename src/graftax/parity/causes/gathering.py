@@ -31,7 +31,7 @@ def sources(suspect: Suspect) -> list[Source]:
     found: list[Source] = []
     for row, output in suspect.before:
         table = any(name in _TABLES for name in row.kind.replace("/", " ").split())
-        norm = is_norm(row.kind, row.site_torch.path)
+        norm = is_norm(suspect.reference.modules, row.site_torch.path)
         for _, array in arrays(output):
             found.append(Source(row.site_flax.path or str(row.site_flax), array, table, norm=norm))
     if suspect.where == "out":

@@ -5,7 +5,7 @@ In the forced pass every layer hands on torch's output, so code that takes the w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from graftax.parity.causes.recipes import Difference, Source, sampled
 from graftax.parity.records import Site
 from graftax.parity.report_model import Where
 from graftax.parity.suspect import Suspect
+from graftax.tree import Module
 
 NOT_APPLIED, ORDER, OTHER = "norm not applied", "norm order", "other activation"
 
@@ -64,9 +65,9 @@ def _activations(suspect: Suspect, want: Array) -> tuple[list[Place], list[Sourc
     """All that went into torch's calls and came out of them, but what is compared itself."""
     places: list[Place] = []
     sources: list[Source] = []
+    modules = suspect.reference.modules
     for site, record in suspect.reference.records.items():
-        module = suspect.reference.modules.get(site.path)
-        norm = is_norm("" if module is None else module.kind, site.path)
+        norm = is_norm(modules, site.path)
         sides: dict[Where, Any] = {"in": (record.args, dict(record.kwargs)), "out": record.output}
         for where, nest in sides.items():
             if site == suspect.row.site_torch and where == suspect.where:
@@ -88,9 +89,11 @@ def _layouts(array: Array, shape: tuple[int, ...]) -> Iterator[Array]:
     yield from found or [array]
 
 
-def is_norm(kind: str, path: str) -> bool:
-    """Is a module a norm, by the name of its class or its own?"""
-    return "norm" in kind.lower() or "norm" in path.rpartition(".")[2].lower()
+def is_norm(modules: Mapping[str, Module], path: str) -> bool:
+    """Is a torch module a norm, by the name of its class or its own, and not one that holds others?"""
+    if not path or path not in modules or any(other.startswith(f"{path}.") for other in modules):
+        return False
+    return "norm" in modules[path].kind.lower() or "norm" in path.rpartition(".")[2].lower()
 
 
 def _by_norm(suspect: Suspect, right: Sequence[Place], wrong: Sequence[Place], bar: Bar) -> Difference | None:
@@ -115,7 +118,7 @@ def _by_norm(suspect: Suspect, right: Sequence[Place], wrong: Sequence[Place], b
     if not later:
         return None
     site, instead = suspect.row.site_torch, _best(right).text if right else "something else"
-    if suspect.where == "in" and is_norm(suspect.row.kind, site.path):
+    if suspect.where == "in" and is_norm(suspect.reference.modules, site.path):
         text = f"{site} is applied too late: it gets {_best(later).text}, in torch {instead}"
         return Difference(ORDER, text, f"apply {site} to {instead}", bar.bar)
     early = next((place for place in later if place.norm and place.where == "out"), None)
