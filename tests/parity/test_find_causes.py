@@ -205,7 +205,8 @@ def test_a_table_that_belongs_to_no_layer():
     table = np.random.default_rng(4).normal(size=(5, 12)).astype(np.float32)
     flax = Fake("Dense", {})
     entries = (Entry(("pos",), ("params/pos",)),)
-    plan = SimpleNamespace(entries=entries, like=SimpleNamespace(specs={}))
+    nothing = SimpleNamespace(specs={})
+    plan = SimpleNamespace(entries=entries, source=nothing, like=nothing)
     zeros = np.zeros_like(table)
     it = suspect(
         "in", flax, X + table, X, LINEAR, flax_weights={"params/pos": zeros}, expected={"params/pos": table}

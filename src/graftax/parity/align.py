@@ -99,6 +99,20 @@ class Alignment:
         return found[0]
 
 
+def reordered(array: Array, shape: Shape, actual: Any) -> Turn | None:
+    """How an output of torch is one of `shape` in another order of axes, or with axes merged or split; None where axes
+    of length one come or go, or change places in a matrix: (N, 1), (1, N) and (N,) broadcast differently."""
+    have = array.shape
+    if math.prod(have) != math.prod(shape) or not same_ones(have, shape) or (1 in have and len(have) < 3):
+        return None
+    return Alignment().turn(array, shape, actual)
+
+
+def same_ones(have: Shape, want: Shape) -> bool:
+    """As many axes of length one?"""
+    return have.count(1) == want.count(1)
+
+
 def candidates(have: Shape, want: Shape, channels_first: bool, features: Features) -> list[Turn]:
     """Turns from a torch array of shape `have` to a Flax array of shape `want`, the likeliest first."""
     plain = tuple(range(len(have)))
@@ -204,7 +218,7 @@ def _features(entry: Entry, shapes: tuple[Shape, ...], embedding: bool) -> tuple
     found: list[Features] = []
     for axis in (inner, inner if embedding else 0):
         try:
-            there = apply_chain(ops, tuple(_numbered(shape, axis) for shape in shapes))[0]
+            there = apply_chain(ops, tuple(numbered(shape, axis) for shape in shapes))[0]
         except GraftaxError:  # an op that holds for some values only
             return plain
         found.append(_order(np.asarray(there)))
@@ -212,7 +226,8 @@ def _features(entry: Entry, shapes: tuple[Shape, ...], embedding: bool) -> tuple
     return Features() if embedding else inward, Features(outward.order, outward.shape, scale)
 
 
-def _numbered(shape: Shape, axis: int) -> Array:
+def numbered(shape: Shape, axis: int) -> Array:
+    """Every place of a tensor with its number along one axis."""
     where = [1] * len(shape)
     where[axis] = shape[axis]
     return np.broadcast_to(np.arange(shape[axis], dtype=np.int32).reshape(where), shape)

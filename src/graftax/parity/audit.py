@@ -43,7 +43,11 @@ class Expected(Mapping[str, Any]):
 
 def entry_arrays(entry: Entry, source: Checkpoint) -> tuple[Any, ...]:
     """The targets of one entry. PlanError where an op's condition does not hold."""
-    arrays: tuple[Any, ...] = tuple(source.read(name) for name in entry.sources)
+    return made_of(entry, tuple(source.read(name) for name in entry.sources))
+
+
+def made_of(entry: Entry, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The targets of one entry from these sources. PlanError where an op's condition does not hold."""
     for op in entry.ops:
         if isinstance(op, Cast):
             arrays = tuple(cast_array(array, op.target, op.overflow)[0] for array in arrays)

@@ -74,8 +74,9 @@ def check_parity(
 
     pairs = find_pairs(made.entries, torch_tree.modules, flax_tree.modules, torch_tree.aliases, flax_tree.aliases)
     watch = list(dict.fromkeys(pair.torch for pair in pairs)) if layers else []
+    alone = steps.unpaired(torch_tree.modules, watch) if layers else []
     with steps.LayoutHint(layout, torch_call, "torch"):
-        reference = make_reference(torch64, torch32, *torch_call, watch)
+        reference = make_reference(torch64, torch32, *torch_call, watch, alone)
     clock.lap("torch")
     with steps.LayoutHint(layout, flax_call):
         judged = passes.judge_flax(
@@ -105,9 +106,18 @@ def check_parity(
         torch_modules=torch_tree.modules,
         names=(type(torch_module).__name__, flax.name),
     )
-    if causes and not report.ok and report.first is not None:
+    if causes and not report.ok and (report.first is not None or report.weights):
         sought = steps.Search(
-            reference, judged, report, (torch64, torch32, flax.runner), made, values_of, flax, expected
+            reference,
+            judged,
+            report,
+            (torch64, torch32, flax.runner),
+            made,
+            values_of,
+            flax,
+            expected,
+            flax_call,
+            pairs,
         )
         report = steps.with_causes(report, sought.causes)
         clock.lap("causes")

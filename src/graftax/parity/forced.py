@@ -25,11 +25,12 @@ Args = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The Flax array number `flax` is the torch array number `torch`, turned."""
+    """The Flax array number `flax` is the torch array number `torch`, whose shape is `taken`, turned."""
 
     flax: int
     torch: int
     turn: Turn
+    taken: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -176,7 +177,7 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
             if turn is None:
                 continue
             want = turn(array)
-            fit = Fit(Match(i, j, turn), want, beneath_mask(ours[i], want))
+            fit = Fit(Match(i, j, turn, tuple(array.shape)), want, beneath_mask(ours[i], want))
             first = first or (j, fit)
             if fit.error <= NEAR:
                 chosen = j, fit

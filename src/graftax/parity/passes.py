@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from graftax.parity import values
-from graftax.parity.align import Alignment, Layout, alignment_of, with_layout
+from graftax.parity.align import Layout, alignment_of, reordered, same_ones, with_layout
 from graftax.parity.forced import Arrays, ForcedTap, FreeTap, Met
 from graftax.parity.judge import alarms, output_row
 from graftax.parity.pairing import CallMap, Pair
@@ -75,10 +75,25 @@ def judge_flax(
     outputs = output_rows(reference, output, threshold=threshold, atol=atol, rtol=rtol, layout=out_layout)
     rows = layer_rows(reference, calls, tap, threshold)
     first, where = first_alarm(rows, reference, threshold)
-    notes = tuple(
+    notes = [
         f"{path} is called {count} time(s) more in Flax than in torch" for path, count in tap.extra.items() if path
-    )
-    return Judged(outputs, tuple(rows), first, where, not_traced, notes, tap.kept, tap.met, output, seconds)
+    ]
+    notes += _length_one(tap.met)
+    return Judged(outputs, tuple(rows), first, where, not_traced, tuple(notes), tap.kept, tap.met, output, seconds)
+
+
+def _length_one(met: Mapping[Site, Met]) -> list[str]:
+    """A note on layers whose outputs have axes of length one on one side only: their values agree or not without them,
+    but what is computed from them may broadcast."""
+    found = {
+        site: match for site, seen in met.items() for match in seen.outward[:1]
+        if site.path and not same_ones(match.turn.shape, match.taken)
+    }  # fmt: skip
+    if not found:
+        return []
+    site, match = next(iter(found.items()))
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    return [f"outputs with axes of length one on one side only: {site} {match.turn.shape}, torch {match.taken}{more}"]
 
 
 def _is_declared(layout: DeclaredLayout, path: str, array: Any) -> bool:
@@ -155,14 +170,14 @@ def output_rows(
 ) -> tuple[OutputRow, ...]:
     """A row for every array of the output, leaf by leaf: by its path where Flax has torch's paths, in order elsewhere.
 
-    An output of another shape, for which no layout is declared, is taken in the order of axes that fits; it says so."""
+    An output of another shape, for which no layout is declared, is taken in the order of axes that fits; it says so.
+    One with an axis of length one more or less is another output."""
     want = values.arrays(with_layout(reference.outputs, layout))
     low = [array for _, array in values.arrays(with_layout(reference.outputs_float32, layout))]
     got = values.arrays(output)
     by_path = dict(got)
     together = {path for path, _ in want} <= by_path.keys()
     rows: list[OutputRow] = []
-    alignment = Alignment()
     for i, (path, array) in enumerate(want):
         if together or i < len(got):
             ours = by_path[path] if together else got[i][1]
@@ -172,7 +187,7 @@ def output_rows(
             continue
         other, text = low[i], ""
         free = ours.shape != array.shape and not _is_declared(layout, path, array)
-        turn = alignment.turn(array, ours.shape, ours) if free else None
+        turn = reordered(array, ours.shape, ours) if free else None
         if turn is not None:
             text = f"torch's shape {tuple(array.shape)} was taken as {tuple(ours.shape)}, {turn.text}"
             array, other = turn(array), turn(other)

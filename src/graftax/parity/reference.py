@@ -5,33 +5,48 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftax.errors import ModelError, escape
 from graftax.parity import values
 from graftax.parity.judge import relative_l2
 from graftax.parity.records import Record, Reference, Runner, Site
 
+if TYPE_CHECKING:
+    from graftax.parity.torch_runner import TorchRunner
+
+ORDERS = 3
+"""Float32 runs beside the ordinary one: in each, errors travel on with other signs."""
+
 
 def make_reference(
     torch64: Runner,
-    torch32: Runner,
+    torch32: TorchRunner,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     watch: Collection[str],
+    also: Collection[str] = (),
 ) -> Reference:
-    """Run torch three times: float64 (kept, as float32), float32 as it is, and float32 forced; of the last two only
-    errors are kept. ModelError where the user's code fails, draws random numbers or was left in train mode."""
+    """Run torch in float64 (kept, as float32), then in float32, free and forced: as it is, and ORDERS times with its
+    contractions as far off as sums in a row are. Of these only errors are kept, the largest at each place, and of each
+    output the one that is furthest off. also: modules that have no counterpart, and are recorded for the causes.
+    ModelError where the user's code fails, draws random numbers or was left in
+    train mode."""
     start = time.perf_counter()
     recorder = _Recorder()
-    outputs = torch64.run(args, kwargs, watch=watch, tap=recorder)
-    not_traced = dict(torch64.not_traced())
+    outputs = torch64.run(args, kwargs, watch=[*watch, *also], tap=recorder)
+    not_traced = {path: why for path, why in torch64.not_traced().items() if path in watch}
     free = _Free(recorder.found)
     outputs_float32 = torch32.run(args, kwargs, watch=watch, tap=free)
     _require_deterministic(torch64, torch32, args, kwargs, outputs_float32)
     forced = _Forced(recorder.found)
     if watch:
         torch32.run(args, kwargs, watch=watch, tap=forced)
+    for seed in range(ORDERS):
+        other = torch32.run(args, kwargs, watch=watch, tap=free, in_a_row=seed)
+        outputs_float32 = _furthest(outputs_float32, other, outputs)
+        if watch:
+            torch32.run(args, kwargs, watch=watch, tap=forced, in_a_row=seed)
     records = {
         site: Record(one.args, one.kwargs, one.output, forced.inward[site], forced.outward[site], free.outward[site])
         for site, one in recorder.found.items()
@@ -83,7 +98,7 @@ class _Recorder:
 
 
 class _Free:
-    """Errors of an ordinary run."""
+    """Errors of ordinary runs: the largest of them."""
 
     def __init__(self, records: Mapping[Site, Record]) -> None:
         self.records = records
@@ -94,7 +109,7 @@ class _Free:
 
     def leave(self, site: Site, output: Any) -> None:
         if site in self.records:
-            self.outward[site] = nest_error(output, self.records[site].output)
+            self.outward[site] = max(self.outward[site], nest_error(output, self.records[site].output))
 
 
 class _Forced:
@@ -111,15 +126,29 @@ class _Forced:
         record = self.records.get(site)
         if record is None:
             return None
-        self.inward[site] = nest_error((args, kwargs), (record.args, record.kwargs))
+        error = nest_error((args, kwargs), (record.args, record.kwargs))
+        self.inward[site] = max(self.inward[site], error)
         return record.args, record.kwargs
 
     def leave(self, site: Site, output: Any) -> Any:
         record = self.records.get(site)
         if record is None:
             return None
-        self.outward[site] = nest_error(output, record.output)
+        self.outward[site] = max(self.outward[site], nest_error(output, record.output))
         return record.output
+
+
+def _furthest(one: Any, other: Any, want: Any) -> Any:
+    """The nest `one`, with those arrays of `other` that are further off `want`; one that is off by infinity shows no
+    rounding."""
+    found = [values.arrays(nest) for nest in (one, other, want)]
+    if len({tuple(path for path, _ in arrays) for arrays in found}) > 1:
+        return one
+    chosen: list[Any] = []
+    for (_, a), (_, b), (_, c) in zip(*found, strict=True):
+        further = relative_l2(a, c) < relative_l2(b, c) < float("inf")
+        chosen.append(b if further else a)
+    return values.rebuilt(one, lambda value: hasattr(value, "shape") and hasattr(value, "dtype"), chosen)
 
 
 def nest_error(got: Any, want: Any) -> float:

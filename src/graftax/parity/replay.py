@@ -147,11 +147,11 @@ def check_golden(
         torch_modules=torch.modules,
         names=(kept.torch_name, flax.name),
     )
-    if causes and not report.ok and report.first is not None:
+    if causes and not report.ok and (report.first is not None or report.weights):
         absent = NoTorch(reference.modules)
         values = values_of if values_of.has_values else Checkpoint("no weights", "torch", {})
         sought = steps.Search(
-            reference, judged, report, (absent, absent, flax.runner), made, values, flax, expected
+            reference, judged, report, (absent, absent, flax.runner), made, values, flax, expected, call, pairs
         )  # fmt: skip
         report = steps.with_causes(report, sought.causes)
         clock.lap("causes")

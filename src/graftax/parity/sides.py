@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class FlaxSide:
     weights   path -> array, read as they are asked for
     runner    what runs it
     ported    the weights were made from torch's by the plan
+    again     leaves -> a runner of the same model with these in the place of its own
     """
 
     tree: Checkpoint
@@ -40,6 +42,7 @@ class FlaxSide:
     runner: Runner
     ported: bool
     name: str
+    again: Callable[[Mapping[str, Any]], Runner]
 
 
 class Read(Mapping[str, Any]):
@@ -237,23 +240,27 @@ def flax_side(
     """The Flax model with its weights, ready to run. What `weights_of` raises."""
     arrays, ported = weights_of(like, tree, weights, plan, source)
     lent = large(tree)
-    runner: Any
-    if isinstance(like, LinenModel):
-        from graftax.adapters.linen_tree import trace
-        from graftax.parity.linen_runner import LinenRunner
+    own = weights is None and tree.has_values
 
-        assert tree.rebuild is not None
-        variables = trace(like)[0] if lent else tree.rebuild(dict(arrays))
-        runner = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.modules)
-        name = type(like.module).__name__
-    else:
-        from graftax.parity.nnx_runner import NnxRunner
+    def runner(leaves: Mapping[str, Any]) -> Runner:
+        values: Mapping[str, Any] = ChainMap(dict(leaves), arrays) if leaves else arrays  # pyright: ignore
+        made: Any
+        if isinstance(like, LinenModel):
+            from graftax.adapters.linen_tree import trace
+            from graftax.parity.linen_runner import LinenRunner
 
-        module, name = like, type(like).__name__
-        if not lent and (weights is not None or not tree.has_values):
             assert tree.rebuild is not None
-            module = tree.rebuild(dict(arrays), rngs=seed if rngs is None else rngs)
-        runner = NnxRunner(module, call=call, modules=tree.modules)
-    if lent:
-        runner = Supplied(runner, tree, arrays)
-    return FlaxSide(tree, arrays, runner, ported, name)
+            variables = trace(like)[0] if lent else tree.rebuild(dict(values))
+            made = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.modules)
+        else:
+            from graftax.parity.nnx_runner import NnxRunner
+
+            module = like
+            if not lent and (leaves or not own):
+                assert tree.rebuild is not None
+                module = tree.rebuild(dict(values), rngs=seed if rngs is None else rngs)
+            made = NnxRunner(module, call=call, modules=tree.modules)
+        return Supplied(made, tree, values) if lent else made
+
+    name = type(like.module if isinstance(like, LinenModel) else like).__name__
+    return FlaxSide(tree, arrays, runner({}), ported, name, runner)

@@ -88,6 +88,14 @@ def parametrised(modules: Mapping[str, Module]) -> set[str]:
     return {path for path, module in modules.items() if set(module.leaves.values()) - below.get(path, set())}
 
 
+def unpaired(modules: Mapping[str, Module], paired: Sequence[str]) -> list[str]:
+    """Modules without a counterpart whose activations may be what Flax took instead, or left out: those with leaves of
+    their own, and norms."""
+    own = parametrised(modules)
+    norms = {path for path, module in modules.items() if "Norm" in module.kind}
+    return [path for path in modules if path and path in own | norms and path not in paired]
+
+
 def _ancestors(path: str) -> Iterator[str]:
     """The modules that a torch module lies in, the innermost first, the root ('') last."""
     while path:
@@ -197,15 +205,18 @@ class Search:
     source: Checkpoint
     flax: FlaxSide
     expected: Mapping[str, Any]
+    call: tuple[tuple[Any, ...], Mapping[str, Any]]
+    pairs: Sequence[Pair]
 
     def causes(self) -> tuple[Cause, ...]:
-        from graftax.parity.causes import find_causes
+        from graftax.parity.causes import find_causes, weight_causes
         from graftax.parity.sides import Read
         from graftax.parity.suspect import Suspect
 
         row, where = self.report.first, self.report.where
-        assert row is not None
-        assert where is not None
+        if row is None or where is None:
+            wrong = [one.path for one in self.report.weights if all(row.ok for row in self.report.outputs)]
+            return weight_causes(self.plan, Read(self.source), self.flax.weights, wrong)
         kept = self.judged.kept.get(row.site_flax)
         record = self.reference.records[row.site_torch]
         torch64, torch32, flax = self.runners
@@ -230,8 +241,26 @@ class Search:
             self._before(row),
             tuple(other for other in self.report.layers if other.status == "diverges" and other is not row),
             self.report.threshold,
+            self._again,
         )
         return tuple(find_causes(suspect))
+
+    def _again(self, leaves: Mapping[str, Any]) -> float | None:
+        """See `Suspect.again`."""
+        from graftax.parity.passes import judge_flax
+
+        row = self.report.first
+        assert row is not None
+        made = judge_flax(
+            self.reference,
+            self.flax.again(leaves),
+            *self.call,
+            self.pairs,
+            self.plan.source.specs,
+            threshold=self.report.threshold,
+        )
+        same = next((other for other in made.layers if other.site_flax == row.site_flax), None)
+        return None if same is None else same.in_error if self.report.where == "in" else same.out_error
 
     def _before(self, row: LayerRow, count: int = 8) -> tuple[tuple[LayerRow, Any], ...]:
         """The layers whose calls ended before this one began (for a container whose own code is to blame: ended),

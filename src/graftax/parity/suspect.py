@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ class Suspect:
     before       rows of the pairs called before this one, the nearest first, with their reference outputs in Flax's
                  layout: where an 'in' error comes from
     more         other rows that alarm
+    again        leaves -> this call's error, on the side that alarms, with these in the place of Flax's own: the whole
+                 model runs again; None from it: not compared
     """
 
     row: LayerRow
@@ -52,6 +54,7 @@ class Suspect:
     before: tuple[tuple[LayerRow, Any], ...] = ()
     more: tuple[LayerRow, ...] = ()
     threshold: float = 5.0
+    again: Callable[[Mapping[str, Any]], float | None] | None = None
 
     @property
     def pair(self) -> Pair:

@@ -16,7 +16,7 @@ import torch
 
 from graftax.adapters import torch_arrays, torch_tree
 from graftax.errors import GraftaxError, ModelError, ReplayError, UsageError, escape
-from graftax.parity import float64, torch_state, values
+from graftax.parity import float64, summing, torch_state, values
 from graftax.parity.records import Site, Tap
 from graftax.tree import Checkpoint, Module
 
@@ -71,31 +71,34 @@ class TorchRunner:
         watch: Collection[str] = (),
         tap: Tap | None = None,
         reseed: bool = False,
+        in_a_row: int | None = None,
     ) -> Any:
         """See `records.Runner`. ModelError where the user's code fails or a layer was left in train mode. reseed: with
-        other random numbers than the last run's."""
+        other random numbers than the last run's. in_a_row: with contractions as far off as sums in a row are, by this
+        seed (`summing`)."""
         torch_state.require_eval(self.module)
         self._watched = tuple(path for path in watch if path in self._paths)
         self._seen = {}
         self._active = []
         self.drawn = {}
         call = self.call or (lambda module, *args, **kwargs: module(*args, **kwargs))
-        with self._running() as shares:
+        with self._running() as shares, contextlib.ExitStack() as stack:
+            if in_a_row is not None:
+                stack.enter_context(summing.summed_in_a_row(self.module, in_a_row))
             if reseed:
                 torch.manual_seed(torch.initial_seed() % (1 << 62) + 1)
             given = self._tensors(tuple(args)), self._tensors(dict(kwargs))
-            with contextlib.ExitStack() as stack:
-                if tap is not None:
-                    for path, item in self._to_watch():
-                        stack.enter_context(self._covered(path, item, tap, shares))
-                try:
-                    out = call(self.module, *given[0], **given[1])
-                except GraftaxError:
-                    raise
-                except Exception as error:
-                    raise torch_state.model_error(error, self._paths, self.module, (args, kwargs)) from error
-                with _unwatched():
-                    return self._values(out, shares)
+            if tap is not None:
+                for path, item in self._to_watch():
+                    stack.enter_context(self._covered(path, item, tap, shares))
+            try:
+                out = call(self.module, *given[0], **given[1])
+            except GraftaxError:
+                raise
+            except Exception as error:
+                raise torch_state.model_error(error, self._paths, self.module, (args, kwargs)) from error
+            with _unwatched():
+                return self._values(out, shares)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[Shares]:

@@ -59,6 +59,7 @@ def _parts(report: ParityReport, width: int) -> list[Any]:
         parts += ["", _finding(report)]
     elif not report.ok:
         parts += ["", Text(words.no_layer_text(report))]
+        parts += [_causes(report)] if report.causes else []
     for title, body in (
         ("outputs", _outputs(report)),
         (f"{_which_layers(report)}: error as a multiple of float32's own", _layers(report, width)),
@@ -73,25 +74,38 @@ def _parts(report: ParityReport, width: int) -> list[Any]:
     return [*parts, "", Text(tail, "dim")] if tail else parts
 
 
+def _pairs() -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
 def _finding(report: ParityReport) -> Table:
     """The first divergence: both paths, where, the causes and their fixes."""
     row = report.first
     assert row is not None
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = _pairs()
     torch, flax = words.site_name(row.site_torch), words.site_name(row.site_flax)
     grid.add_row("layer", Text(f"{torch}  ↔  {flax}", "bold"))
     grid.add_row("", Text(words.kind_and_count(report), "dim"))
     grid.add_row("where", Text(words.where_text(report)))
     if not report.causes:
         grid.add_row("cause", Text(words.unknown_text(report)))
+    return _causes(report, grid, row.site_flax.path)
+
+
+def _causes(report: ParityReport, grid: Table | None = None, here: str = "") -> Table:
+    """The causes and their fixes, below the rows that `grid` has. here: the layer that needs no mention."""
+    if grid is None:
+        grid = _pairs()
     for i, cause in enumerate(report.causes[:_SHOWN]):
-        about = "" if cause.layer in ("", row.site_flax.path) else f" (in {escape(cause.layer, 400)})"
+        about = "" if cause.layer in ("", here) else f" (in {escape(cause.layer, 400)})"
         text = Text(f"{escape(cause.name)}{about}", "bold")
         grid.add_row("cause" if i == 0 else "or", text.append(f": {words.cause_detail(cause)}", "not bold"))
         if cause.fix:
             after = f"   error {words.small(cause.error_before)} → {words.small(cause.error_after)}"
+            after = after if cause.error_before else ""
             grid.add_row("fix", Text(escape(cause.fix, 600), "green").append(after, "dim not green"))
     return grid
 

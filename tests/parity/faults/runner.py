@@ -16,13 +16,16 @@ from .base import Fault
 from .catalogue import HELD_OUT
 
 UNKNOWN = "unknown"
+SHOWN = 12
+"""Faults that are nearest to the threshold are listed: what a looser floor would lose first."""
 NO_MORE = "weights differ"
 """Said where weights were changed and no transform explains how: true, and no more than the audit says."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What graftax made of one fault. named: the cause that it puts first, 'unknown' where it names none."""
+    """What graftax made of one fault. named: the cause that it puts first, 'unknown' where it names none; ratio: the
+    error of the layer that it puts first, over float32's own."""
 
     kind: str
     model: str
@@ -37,6 +40,7 @@ class Verdict:
     right_cause: bool
     seconds: float
     error: str = ""
+    ratio: float = 0.0
 
     @property
     def wrong_cause(self) -> bool:
@@ -108,7 +112,15 @@ def read(fault: Fault, report: Any, blank: Verdict) -> Verdict:
         where=report.where or "",
         named=named,
         right_cause=named in fault.names,
+        ratio=margin(report),
     )
+
+
+def margin(report: Any) -> float:
+    """How far the first layer that diverges, or else the worst output, is above float32's own error."""
+    if report.first is None:
+        return max((row.ratio for row in report.outputs), default=0.0)
+    return (report.first.in_ratio if report.where == "in" else report.first.out_ratio) or 0.0
 
 
 def _but(verdict: Verdict, **changes: Any) -> Verdict:
@@ -218,4 +230,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     parts = [confusion(verdicts), f"all            {score(verdicts)}"]
     if seen and held:
         parts += [f"developed on   {score(seen)}", f"held out       {score(held)}"]
+    weakest = sorted((v for v in verdicts if v.found and v.where in ("in", "out")), key=lambda v: v.ratio)[:SHOWN]
+    parts += [f"the weakest of {len(verdicts)} (error over float32's own; alarm above 5):"] * bool(weakest)
+    parts += [f"  {v.ratio:8.1f}  {v.kind}: {v.model} {v.api}, {v.text}, seed {v.seed}" for v in weakest]
     return "\n".join(parts)

@@ -10,6 +10,7 @@ import numpy as np
 from graftax.errors import GraftaxError
 from graftax.layers.connect import known_kind
 from graftax.parity.causes import between
+from graftax.parity.causes.fused import fused_causes, fused_entry, other_readings, rule_line
 from graftax.parity.causes.gathering import (
     Some,
     known,
@@ -21,6 +22,7 @@ from graftax.parity.causes.gathering import (
     tables,
     unrounded,
 )
+from graftax.parity.causes.misplaced import misplaced
 from graftax.parity.causes.norms import norm_difference
 from graftax.parity.causes.numbers import Array, Bar, Budget, arrays, in_bfloat16, is_number, relative
 from graftax.parity.causes.recipes import Difference
@@ -29,7 +31,7 @@ from graftax.parity.causes.settings import trials
 from graftax.parity.causes.weights import diagnose, same
 from graftax.parity.report_model import Cause
 from graftax.parity.suspect import Suspect
-from graftax.plans import Entry
+from graftax.plans import Entry, Plan
 
 SECONDS = 20.0
 _CANNOT = (GraftaxError, ArithmeticError, LookupError, ValueError, MemoryError, np.linalg.LinAlgError)
@@ -44,7 +46,7 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
     from the reference inputs and differ in what is named. Never raises for what it cannot try."""
     budget = Budget(budget_seconds)
     suspect = unrounded(suspect)
-    steps = (_weights, _settings, _formulas) if suspect.where == "out" else (_bare_weights, _between)
+    steps = {"out": (_weights, _fused, _settings, _formulas), "in": (_bare_weights, _fused, _between)}[suspect.where]
     for step in steps:
         try:
             found = tuple(_ranked(step(suspect, budget)))
@@ -55,6 +57,31 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
         if not budget.left():
             break
     return ()
+
+
+def weight_causes(
+    plan: Plan, torch: Mapping[str, Any], flax: Mapping[str, Any], paths: Iterable[str]
+) -> tuple[Cause, ...]:
+    """Leaves that are not what the plan makes of torch's, where the models agree all the same: fused tensors that Flax
+    holds in another order than the plan reads them in."""
+    out: dict[str, Cause] = {}
+    entries = {path: entry for entry in plan.entries for path in entry.targets}
+    for path in paths:
+        entry = entries.get(path)
+        fused = None if entry is None else fused_entry(entry, plan.source.specs, plan.like.specs, ())
+        if fused is None or fused.entry.sources[0] in out:
+            continue
+        have, arrays = np.asarray(flax[path]), [np.asarray(torch[name]) for name in fused.entry.sources]
+        for order, made in other_readings(fused, path, arrays):
+            if same(have, made):
+                name = fused.entry.sources[0]
+                read = "" if fused.order is None else f" {fused.order.text}"
+                text = f"{name} is read{read}, {fused.decided}; Flax holds it read {order.text}, and agrees with torch"
+                out[name] = Cause("fused order", path, text, rule_line(fused.entry, order), 0.0, 0.0)
+                break
+        if len(out) == _SHOWN:
+            break
+    return tuple(out.values())
 
 
 def _ranked(found: Iterable[Cause]) -> list[Cause]:
@@ -198,7 +225,11 @@ def _formulas(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
         if not found:
             found = _out_in_bfloat16(right, wrong, bar)
         if not found and not suspect.pair.leaf:
+            found = misplaced(suspect, right, wrong, bar, sure=True)
+        if not found and not suspect.pair.leaf:
             found = between.explain(right, wrong, sources(suspect), known(suspect), {}, bar, budget)
+        if not found and not suspect.pair.leaf:
+            found = misplaced(suspect, right, wrong, bar, sure=False)
         if not found and suspect.pair.leaf:
             found = between.explain_leaf(right, wrong, sources(suspect), known(suspect), bar, budget)
         if found:
@@ -216,6 +247,12 @@ def _out_in_bfloat16(want: Array, have: Array, bar: Bar) -> list[Difference]:
 def _causes(suspect: Suspect, found: Iterable[Difference], bar: Bar) -> Iterator[Cause]:
     for item in found:
         yield Cause(item.name, suspect.row.site_flax.path, item.text, item.fix, bar.before, item.error)
+
+
+def _fused(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
+    """Fused tensors, which were taken apart in another order than torch's: not a layer that is one with torch's."""
+    if suspect.where == "in" or not suspect.pair.leaf:
+        yield from fused_causes(suspect, known(suspect).heads, _bar(suspect), budget)
 
 
 # ---------------------------------------------------------------- the code before it
@@ -246,7 +283,9 @@ def _between(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
         if want.dtype.kind in "iub" or have.dtype.kind in "iub":
             found = between.integers(want, have)
         else:
-            found = between.explain(want, have, found_sources, shared, added, bar, budget)
+            found = misplaced(suspect, want, have, bar, sure=True)
+            found = found or between.explain(want, have, found_sources, shared, added, bar, budget)
+            found = found or misplaced(suspect, want, have, bar, sure=False)
         if found:
             yield from _causes(suspect, found, bar)
             return

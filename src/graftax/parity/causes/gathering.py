@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from graftax.errors import GraftaxError
+from graftax.parity.causes.fused import fused_entry
+from graftax.parity.causes.misplaced import is_norm
 from graftax.parity.causes.numbers import Array, arrays, is_number, relative
 from graftax.parity.causes.recipes import Source
 from graftax.parity.causes.reorder import Known
@@ -29,8 +31,9 @@ def sources(suspect: Suspect) -> list[Source]:
     found: list[Source] = []
     for row, output in suspect.before:
         table = any(name in _TABLES for name in row.kind.replace("/", " ").split())
+        norm = is_norm(suspect.reference.modules, row.site_torch.path)
         for _, array in arrays(output):
-            found.append(Source(row.site_flax.path or str(row.site_flax), array, table))
+            found.append(Source(row.site_flax.path or str(row.site_flax), array, table, norm=norm))
     if suspect.where == "out":
         raw = (suspect.record.args, dict(suspect.record.kwargs))
         for _, array in arrays((suspect.want_args, dict(suspect.want_kwargs))):
@@ -41,7 +44,7 @@ def sources(suspect: Suspect) -> list[Source]:
         record = suspect.reference.records.get(row.site_torch)
         for _, array in arrays((record.args, dict(record.kwargs)) if record is not None else ()):
             for other in _layouts(array):
-                found.append(Source(f"the input of {row.site_flax}", other))
+                found.append(Source(f"the input of {row.site_flax}", other, into=(row.site_flax.path,)))
     return _distinct(found)
 
 
@@ -54,20 +57,18 @@ def _layouts(array: Array) -> Iterator[Array]:
 
 
 def _distinct(found: list[Source]) -> list[Source]:
-    out: list[Source] = []
-    seen: set[tuple[Any, ...]] = set()
+    out: dict[tuple[Any, ...], Source] = {}
     for source in found:
         array = source.array
         if not is_number(array) or array.size < 2:
             continue
         probe = array.reshape(-1)[:: max(1, array.size // 32)]
         key = (array.size, probe.astype(np.float32).tobytes())
-        if key not in seen:
-            seen.add(key)
-            out.append(source)
-        if len(out) == _SOURCES:
-            break
-    return out
+        if key in out:
+            out[key] = replace(out[key], into=(*out[key].into, *source.into))
+        elif len(out) < _SOURCES:
+            out[key] = source
+    return list(out.values())
 
 
 def halves(found: list[Source], width: int) -> list[Source]:
@@ -126,6 +127,10 @@ def leaf(suspect: Suspect, path: str, entry: Entry | None, shared: Known) -> Lea
     torch = {} if entry is None else {name: suspect.torch_weights.get(name) for name in entry.sources}
     alike = [other for other in suspect.expected if _shape(suspect, other) == have.shape]
     alike = [other for other in alike if other in suspect.flax_weights]
+    plan = suspect.plan
+    fused = (
+        None if entry is None or plan is None else fused_entry(entry, plan.source.specs, plan.like.specs, shared.heads)
+    )
     initial = None if suspect.initial is None else suspect.initial.get(path)
     stacked = next((axis for axis, size in enumerate(have.shape) if size == suspect.pair.steps), None)
     return Leaf(
@@ -138,6 +143,7 @@ def leaf(suspect: Suspect, path: str, entry: Entry | None, shared: Known) -> Lea
         None if initial is None else np.asarray(initial),
         shared,
         stacked if suspect.pair.steps > 1 else None,
+        fused,
     )
 
 

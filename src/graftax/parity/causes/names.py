@@ -6,6 +6,7 @@ CAUSES: tuple[str, ...] = (
     "kernel flipped",
     "kernel axes swapped",
     "head order",
+    "fused order",
     "reshape before transpose",
     "flatten order",
     "rotary interleave",
@@ -44,6 +45,9 @@ CAUSES: tuple[str, ...] = (
     "position ids",
     "position embedding resize",
     "missing residual",
+    "norm not applied",
+    "norm order",
+    "other activation",
     "pooling",
 )
 """Every name that a `Cause` may have."""

@@ -21,12 +21,14 @@ _TRIPLES = 7  # sources that are tried by threes
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
     """A reference array that the code may have used. `table`: the output of an embedding; `part`: what of it, if it
-    is half of a fused projection."""
+    is half of a fused projection; `into`: the layers whose input it is too; `norm`: the output of a norm."""
 
     name: str
     array: Array
     table: bool = False
     part: str = ""
+    into: tuple[str, ...] = ()
+    norm: bool = False
 
     @property
     def text(self) -> str:
@@ -285,8 +287,13 @@ def _other_source(
     ours, theirs = set(right.terms) - set(wrong.terms), set(wrong.terms) - set(right.terms)
     if len(right.terms) < 2 or len(ours) != 1 or len(theirs) != 1:
         return None
-    want, have = sources[ours.pop()].text, sources[theirs.pop()].text
-    return 3, Difference("missing residual", f"torch adds {want}, Flax adds {have} instead", f"add {want}", error)
+    want, have = sources[ours.pop()], sources[theirs.pop()]
+    text, fix = f"torch adds {want.text}, Flax adds {have.text} instead", f"add {want.text}"
+    if want.norm and want.name in have.into:
+        return 3, Difference("norm not applied", f"{text}: {want.name} is not applied to it", fix, error)
+    if have.norm and have.name in want.into:
+        return 3, Difference("norm order", f"{text}: {have.name} is applied where torch does not", fix, error)
+    return 3, Difference("missing residual", text, fix, error)
 
 
 def _said(name: str) -> str:

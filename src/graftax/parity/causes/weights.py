@@ -10,6 +10,7 @@ import ml_dtypes  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from graftax.parity.causes.fresh import constant, looks_fresh
+from graftax.parity.causes.fused import Fused, other_readings, rule_line
 from graftax.parity.causes.numbers import Array, is_number, nice, relative
 from graftax.parity.causes.reorder import Known, axis_order, blocks_moved, name_order
 
@@ -26,6 +27,7 @@ class Leaf:
     others    path -> what other leaves should be; theirs: path -> what they are
     initial   what Flax's initialiser gives, where that is known
     known     numbers of heads and maps that occur; stacked: the leading axis counts layers
+    fused     the entry, where it takes a fused tensor apart
     role      the last name of the path, such as 'kernel'
     """
 
@@ -38,6 +40,7 @@ class Leaf:
     initial: Array | None = None
     known: Known = field(default_factory=Known)
     stacked: int | None = None
+    fused: Fused | None = None
 
     @property
     def role(self) -> str:
@@ -234,6 +237,12 @@ def _rounded(leaf: Leaf) -> Found | None:
     return None
 
 
+def _of_torch(leaf: Leaf) -> bool:
+    """Are all values those of the torch tensors that the leaf comes from?"""
+    theirs = [tensor.reshape(-1) for tensor in leaf.torch.values() if tensor.dtype == leaf.have.dtype]
+    return bool(theirs) and bool(np.isin(leaf.have, np.concatenate(theirs)).all())
+
+
 def _scaled(leaf: Leaf) -> Found | None:
     have, want = leaf.have.astype(np.float64), leaf.want.astype(np.float64)
     size = float((want * want).sum())
@@ -261,7 +270,23 @@ def _scale_name(leaf: Leaf, factor: float) -> str:
     return "scale factor"
 
 
+def _fused(leaf: Leaf) -> Found | None:
+    """Rows of the fused tensor that the plan gives to other parts."""
+    if leaf.fused is None or leaf.path not in leaf.fused.entry.targets:
+        return None
+    now = leaf.fused.order
+    for order, made in other_readings(leaf.fused, leaf.path, list(leaf.torch.values())):
+        if _matches(leaf.have, made):
+            planned = "" if now is None else f", the plan reads it {now.text} ({leaf.fused.decided})"
+            text = f"{leaf.path} holds rows of {_sources(leaf)} read {order.text}{planned}"
+            fix = "one of the two is wrong: port again, or correct the rule that the check is given"
+            return Found("fused order", text, f"{fix}: {rule_line(leaf.fused.entry, order)}")
+    return None
+
+
 def _fresh(leaf: Leaf) -> Found | None:
+    if _of_torch(leaf):
+        return None
     name = looks_fresh(leaf.have, leaf.want, leaf.role == "embedding")
     return None if name is None else _unported(leaf, f"looks fresh from {name}")
 
@@ -271,6 +296,8 @@ def _differ(leaf: Leaf) -> Found:
     count = int(np.count_nonzero(~((have == want) | ((have != have) & (want != want)))))
     off = relative(have, want)
     text = f"{leaf.path}: {count:,} of {have.size:,} values differ"
+    if _of_torch(leaf):
+        text += f"; all of them are values of {_sources(leaf)}, but not these"
     if not np.isfinite(have.astype(np.float64)).all():
         text += "; some are not finite"
     elif _same_values(have, want):
@@ -283,7 +310,7 @@ def _differ(leaf: Leaf) -> Found:
 
 
 HYPOTHESES: tuple[Callable[[Leaf], Found | None], ...] = (
-    _initial, _axes, _reshaped, _rows, _other_layer, _rounded, _scaled, _fresh,
+    _initial, _axes, _reshaped, _rows, _fused, _other_layer, _rounded, _scaled, _fresh,
 )  # fmt: skip
 """Tried in this order. Every one needs the exact bits, but for the scaled and the fresh ones."""
 

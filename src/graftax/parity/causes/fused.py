@@ -1,0 +1,243 @@
+"""A fused tensor that the plan takes apart in another order than torch's code does: in blocks (all queries, then keys,
+then values) or head by head. Shapes cannot tell these apart, and where the user's own rule chose the wrong one, torch's
+weights and Flax's agree with the plan: only the models' outputs do not. So the other order is put in, and the model run
+again."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graftax.errors import GraftaxError
+from graftax.ops import Cast, Offset, Scale, apply_chain
+from graftax.parity.align import LARGEST, numbered
+from graftax.parity.audit import made_of
+from graftax.parity.causes.numbers import Array, Bar, Budget
+from graftax.parity.pairing import OPAQUE
+from graftax.parity.report_model import Cause, ratio_of
+from graftax.parity.suspect import Suspect
+from graftax.plans import Entry
+from graftax.tree import TensorSpec
+
+NAME = "fused order"
+_TRIED = 6  # orders that the model is run with
+_WIDTH = 64  # of a head, as most models have it: where nothing tells the heads, those of about this width come first
+_BY_RULE = re.compile(r" (item|line) \d+$")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """Which rows of a fused tensor belong to each of its parts, each part's in the order of the rows.
+
+    fused   'block' or 'interleaved', as a rule says it; heads: of the first part, where they are interleaved
+    """
+
+    fused: str
+    heads: int
+    rows: tuple[Array, ...]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Equal where two orders are read alike, whatever the sizes."""
+        return self.fused, self.heads
+
+    @property
+    def text(self) -> str:
+        if self.fused == "block":
+            return "in blocks, one part after the other"
+        return f"head by head ({self.heads} heads)"
+
+    @property
+    def keys(self) -> str:
+        """What a rule says of it."""
+        return f'fused = "{self.fused}"' + (f", heads = {self.heads}" if self.fused == "interleaved" else "")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fused:
+    """An entry that takes the rows (along `axis`) of its sources apart: which rows its targets get."""
+
+    entry: Entry
+    axis: int
+    rows: tuple[Array, ...]
+    heads: tuple[int, ...]
+
+    @property
+    def decided(self) -> str:
+        """What decided the order: a rule with its line, or other evidence."""
+        evidence = self.entry.evidence
+        return f"as {evidence[0]} says" if self.by_rule else f"by {', '.join(evidence) or 'the plan'}"
+
+    @property
+    def by_rule(self) -> bool:
+        return bool(self.entry.evidence and _BY_RULE.search(self.entry.evidence[0]))
+
+    @property
+    def order(self) -> Order | None:
+        """The order in which it reads them; None: none that has a name."""
+        return next((order for order in self.orders() if _alike(order.rows, self.rows)), None)
+
+    def orders(self) -> Iterator[Order]:
+        """The orders that its shapes allow."""
+        sizes = [len(part) for part in self.rows]
+        ends = np.cumsum(sizes)
+        yield Order("block", 0, tuple(np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)))
+        for heads in self.heads:
+            width, odd = divmod(max(sizes), heads)
+            if odd or any(size % width for size in sizes):
+                continue
+            counts = [size // width for size in sizes]
+            groups = min(counts)
+            if groups > 1 and not any(count % groups for count in counts):
+                shape = groups, sum(counts) // groups, width
+                parts = np.split(np.arange(sum(sizes)).reshape(shape), np.cumsum(counts)[:-1] // groups, axis=1)
+                yield Order("interleaved", heads, tuple(part.reshape(-1) for part in parts))
+
+    def others(self) -> Iterator[Order]:
+        """The orders that it could have been read in instead."""
+        now = self.order
+        yield from (order for order in self.orders() if now is None or order.key != now.key)
+
+    def read(self, order: Order, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """The targets, with the sources (`arrays`) read in another order."""
+        places = np.empty(sum(map(len, self.rows)), np.int64)
+        places[np.concatenate(self.rows)] = np.concatenate(order.rows)
+        return made_of(self.entry, tuple(np.take(array, places, self.axis) for array in arrays))
+
+
+def _alike(one: Sequence[Array], other: Sequence[Array]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def fused_entry(
+    entry: Entry, specs: Mapping[str, TensorSpec], like: Mapping[str, TensorSpec], heads: Iterable[int]
+) -> Fused | None:
+    """What an entry takes apart, found by sending the numbers of its rows through its ops; None where it takes nothing
+    apart. heads: how many there may be, where the targets' shapes do not tell."""
+    if len(entry.targets) < 2 or not entry.sources or not all(name in specs for name in entry.sources):
+        return None
+    shapes = [specs[name].shape for name in entry.sources]
+    if len(set(shapes)) != 1 or sum(math.prod(shape) for shape in shapes) > LARGEST:
+        return None
+    ops = tuple(op for op in entry.ops if not isinstance(op, (Scale, Cast, Offset)))
+    for axis in range(len(shapes[0])):
+        try:
+            made = apply_chain(ops, tuple(numbered(shape, axis) for shape in shapes))
+        except GraftaxError:  # an op that holds for some values only
+            return None
+        rows = tuple(np.unique(np.asarray(part)) for part in made)
+        if np.array_equal(np.sort(np.concatenate(rows)), np.arange(shapes[0][axis])):
+            return Fused(entry, axis, rows, _heads(entry, like, rows, heads))
+    return None
+
+
+def _heads(
+    entry: Entry, like: Mapping[str, TensorSpec], rows: Sequence[Array], heads: Iterable[int]
+) -> tuple[int, ...]:
+    """How many heads the largest part may have: as many as its target has, if that has an axis of them, (.., H, h) with
+    H x h rows; else those that are known, then any that divide it."""
+    largest = max(range(len(rows)), key=lambda i: len(rows[i]))
+    count = len(rows[largest])
+    shape = like[entry.targets[largest]].shape if entry.targets[largest] in like else ()
+    if len(shape) > 1 and shape[-1] * shape[-2] == count:
+        return (shape[-2],)
+    known = [n for n in sorted(heads) if count % n == 0]
+    others = [n for n in range(2, count + 1) if count % n == 0 and n not in known]
+    return (*known, *sorted(others, key=lambda n: abs(math.log(count / n / _WIDTH))))
+
+
+def fused_of(suspect: Suspect, heads: Iterable[int]) -> Iterator[Fused]:
+    """The fused entries of the plan, but those of torch's own attention, whose order is known."""
+    plan, heads = suspect.plan, tuple(heads)
+    if plan is None:
+        return
+    for entry in plan.entries:
+        holder = suspect.reference.modules.get(_holder(entry))
+        if holder is None or not OPAQUE & set(holder.bases):
+            found = fused_entry(entry, plan.source.specs, plan.like.specs, heads)
+            if found is not None:
+                yield found
+
+
+def _holder(entry: Entry) -> str:
+    return entry.sources[0].rpartition(".")[0] if entry.sources else ""
+
+
+# ---------------------------------------------------------------- the model run again
+
+
+def fused_causes(suspect: Suspect, heads: Iterable[int], bar: Bar, budget: Budget) -> Iterator[Cause]:
+    """Fused tensors that another order makes agree: weight and bias, and all layers that are numbered alike, at once;
+    those nearest to the layer that diverges first."""
+    groups: dict[str, list[Fused]] = {}
+    for found in fused_of(suspect, heads):
+        groups.setdefault(re.sub(r"\d+", "{i}", _holder(found.entry)), []).append(found)
+    here = suspect.row.site_torch.path
+    nearest = sorted(groups.values(), key=lambda group: -max(_shared(_holder(f.entry), here) for f in group))
+    trials = [(group, order) for group in nearest for order in group[0].others()]
+    for group, order in trials[:_TRIED]:
+        if suspect.again is None or not budget.left():
+            return
+        try:
+            error = suspect.again(_leaves(suspect, group, order))
+        except GraftaxError:
+            continue
+        if error is not None and bar.replayed(error):
+            floor = suspect.row.in_floor if suspect.where == "in" else suspect.row.out_floor
+            yield _cause(suspect, group, order, bar.before, error, ratio_of(error, floor) or 0.0)
+            return
+
+
+def _shared(one: str, other: str) -> int:
+    """How many parts two paths begin with alike."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _leaves(suspect: Suspect, group: Sequence[Fused], order: Order) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for found in group:
+        same = next((other for other in found.orders() if other.key == order.key), None)
+        if same is not None:
+            arrays = [np.asarray(suspect.torch_weights[name]) for name in found.entry.sources]
+            out |= zip(found.entry.targets, found.read(same, arrays), strict=True)
+    return out
+
+
+def _cause(suspect: Suspect, group: Sequence[Fused], order: Order, before: float, error: float, ratio: float) -> Cause:
+    first = next((found for found in group if found.by_rule), group[0])
+    now, name = first.order, first.entry.sources[0]
+    read = "in an order of its own" if now is None else now.text
+    more = f" (and {len(group) - 1} more)" if len(group) > 1 else ""
+    agrees = f"the layer agrees ({ratio:.2g}x float32's own error)"
+    text = f"{name}{more} is read {read}, {first.decided}; read {order.text} {agrees}"
+    where = f" instead of {now.keys}" if first.by_rule and now is not None else ""
+    return Cause(NAME, suspect.row.site_flax.path, text, f"{rule_line(first.entry, order)}{where}", before, error)
+
+
+def rule_line(entry: Entry, order: Order) -> str:
+    """The rule that reads a fused tensor in this order."""
+    torch = _listed(entry.sources)
+    return f"{{ torch = {torch}, flax = {_listed(entry.targets)}, {order.keys} }}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    quoted = ", ".join(f'"{name}"' for name in names)
+    return quoted if len(names) == 1 else f"[{quoted}]"
+
+
+# ---------------------------------------------------------------- weights read in another order than the plan's
+
+
+def other_readings(found: Fused | None, path: str, arrays: Sequence[Any]) -> Iterator[tuple[Order, Array]]:
+    """(order, the leaf `path` if its fused tensor is read in it) for every order but the plan's."""
+    if found is None or path not in found.entry.targets or len(arrays) != len(found.entry.sources):
+        return
+    for order in found.others():
+        yield order, np.asarray(found.read(order, arrays)[found.entry.targets.index(path)])
