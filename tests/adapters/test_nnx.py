@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import pytest
 from flax import nnx
 
 from graftax import adapters
+from graftax.adapters import settings
+from graftax.adapters.nnx_tree import _rank
 from graftax.errors import PlanError, UsageError
 from graftax.tree import TensorSpec
 
@@ -383,3 +386,13 @@ def test_map_of_a_raw_array_and_of_states(net):
         assert state["raw"] is net.raw
         assert state["embed"]["embedding"].get_raw_value() is net.embed.embedding.get_raw_value()
     assert net.own[...].sum() == 3
+
+
+def test_items_with_numbers_are_no_settings() -> None:
+    """nnx.List of flax 0.12.1 has its items under numbers, that of 0.12.8 under text."""
+    assert settings.collect([(0, 3), ("1", 4), ("_hidden", 5), ("size", 6)]) == {"1": 4, "size": 6}
+    inner = types.SimpleNamespace(z=1, a=2)
+    for key in (0, "0"):
+        holder = types.SimpleNamespace()
+        vars(holder)[key] = inner
+        assert [_rank(holder, (0, name)) for name in ("z", "a")] == [(0, 0), (0, 1)]

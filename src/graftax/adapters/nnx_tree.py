@@ -265,9 +265,10 @@ def _rank(node: Any, keys: tuple[Key, ...]) -> tuple[int, ...]:
         elif isinstance(current, (list, tuple)) and isinstance(key, int):
             out.append(key)
             current = current[key] if key < len(current) else None
-        elif hasattr(current, "__dict__") and str(key) in vars(current):
-            out.append(list(vars(current)).index(str(key)))
-            current = vars(current)[str(key)]
+        elif hasattr(current, "__dict__") and (key in vars(current) or str(key) in vars(current)):
+            name: Any = key if key in vars(current) else str(key)  # an nnx.List keeps its items under either
+            out.append(list(vars(current)).index(name))
+            current = vars(current)[name]
         else:
             out.append(key if isinstance(key, int) else 0)
             current = None

@@ -60,7 +60,7 @@ def collect(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs whose value is a setting; names that begin with '_' are left out."""
     out: dict[str, Any] = {}
     for name, value in pairs:
-        if name.startswith("_"):
+        if not isinstance(name, str) or name.startswith("_"):  # items of an nnx.List have numbers
             continue
         plain = simple(value)
         if plain is not SKIP:
