@@ -66,16 +66,16 @@ def _all_numpy(found: Mapping[str, Any]) -> bool:
 
 
 def _side_of(found: Mapping[str, Any], plain: bool, stated: Side | None) -> tuple[Side | None, SideBy]:
-    """(side, what told it). Of jax's leaves and Flax's containers it is Flax, but where names are plainly torch's:
-    `safetensors.flax.load_file` gives jax arrays of a torch file, too."""
+    """(side, what told it). Flax's containers and classes are Flax's. So are jax arrays in plain dicts, unless their
+    names speak for torch: `safetensors.flax.load_file` gives jax arrays of a torch file, too."""
     signs = Signs.of(found)
-    if plain and _all_numpy(found):
-        if stated is None or (signs.side and signs.contradicts(stated) and stated == "torch"):
-            return signs.side, "names"
+    if not plain and not (signs.torch and signs.side == "torch"):
+        return "flax", "kind"
+    if stated is not None and not (stated == "torch" and signs.contradicts(stated)):
         return stated, "stated"
-    if signs.torch and signs.side == "torch":
-        return (stated, "stated") if stated else (None, "metadata")
-    return "flax", "kind"
+    if _all_numpy(found):
+        return signs.side, "names"
+    return ("flax", "kind") if plain and signs.allows("flax") else (None, "metadata")
 
 
 def _is_plain(tree: Any) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from graftax.errors import Failure, FormatError, StorageError, UnsafeInputError, escape
 from graftax.formats import files
+from graftax.formats.zips import first_member_name
 
 _ELSEWHERE = "Save the weights as .safetensors with the library that wrote it."
 _AGAIN = "Download it again: this is what a site shows."
@@ -221,17 +222,25 @@ def refuse_foreign(path: Path, head: bytes, label: str) -> None:
 
 def foreign_file(name: str, head: bytes) -> Foreign | None:
     """The row that a file's name and first 512 bytes show."""
+    if _is_torch(head):
+        return None  # whatever its name
     lower = head.lower()
     text = lower.removeprefix(b"\xef\xbb\xbf").lstrip()[:32]
     return next((row for row in FOREIGN if not row.inside and _shows(row, name, head, lower, text)), None)
+
+
+def _is_torch(head: bytes) -> bool:
+    """Are these the first bytes of what torch.save writes: a zip whose first member is NAME/data.pkl, or, of old, a
+    pickle of its magic number?"""
+    if head[:2] in _PICKLES:
+        return _TORCH in head[:32]
+    return (first_member_name(head) or "").endswith("/data.pkl")
 
 
 def _shows(row: Foreign, name: str, head: bytes, lower: bytes, text: bytes) -> bool:
     if row.begins and not lower.startswith(row.begins, row.at) and (row.at or not text.startswith(row.begins)):
         return False
     if row.contains and row.contains not in head:
-        return False
-    if row.begins is _PICKLES and _TORCH in head[:32]:
         return False
     return not row.names or any(fnmatchcase(name, glob) for glob in row.names)
 
