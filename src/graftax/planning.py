@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftax.errors import Failure, PlanError, UsageError, escape, option
+from graftax.formats.foreign import perhaps_slices
 from graftax.formats.placeholders import refuse_placeholders
 from graftax.formats.quantized import refuse_quantized
 from graftax.formats.unmerged import refuse_unmerged
@@ -100,6 +101,7 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, ru
     ends = End.of(source, source_side), replace(End.of(like, like_side), specs=specs)
     plan = Plan.build(*ends, proposal)
     plan.failures += _conditions(plan.entries, source)
+    plan.failures = _hinted(plan.failures, source)
     plan.replanner = lambda _, line: make_plan(source, like, replace(options, rules=rules.extended(line)))
     return plan
 
@@ -282,6 +284,15 @@ def _dtype_failure(entry: Entry, name: str, have: str, want: str, policy: str | 
         "the dtype differs" if policy is None else f"the dtype differs, and {option('dtype', policy)} does not cover it"
     )
     return Failure(text, source.label, f"{', '.join(entry.sources)} -> {name}", want, have, ways)
+
+
+def _hinted(failures: tuple[Failure, ...], source: Checkpoint) -> tuple[Failure, ...]:
+    """The failures, with a word on slices at the first misfit where the source's files are called as those may be."""
+    at = next((i for i, failure in enumerate(failures) if failure.expected and failure.found), None)
+    if at is None or not (hint := perhaps_slices(source.files)):
+        return failures
+    first = failures[at]
+    return (*failures[:at], replace(first, next=f"{first.next} {hint}".strip()), *failures[at + 1 :])
 
 
 # ---------------------------------------------------------------- conditions

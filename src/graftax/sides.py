@@ -18,7 +18,7 @@ from graftax.tree import Checkpoint, Side, SideBy, escape_part
 Value = TypeVar("Value")
 
 OTHER: dict[Side, Side] = {"torch": "flax", "flax": "torch"}
-_FLAX = frozenset({"kernel", "embedding"})
+FLAX_LEAVES = frozenset({"kernel", "embedding"})
 _FLAX_TOO = frozenset({"scale", "bias", "mean", "var"})
 """Leaves of Flax's own modules that torch code names so as well: RMSNorm's `scale`."""
 _TORCH = re.compile(
@@ -57,14 +57,16 @@ class Signs:
             leaves.setdefault(name[: at + 1], []).append(name[at + 1 :])
         flax = scale = torch = alone = 0
         for found in leaves.values():
-            told = any(leaf in _FLAX for leaf in found)
+            told = any(leaf in FLAX_LEAVES for leaf in found)
             flax += told
             torch += any(_TORCH.fullmatch(leaf) is not None for leaf in found)
             alone += any(_TORCH_ALONE.fullmatch(leaf) is not None for leaf in found)
             scale += "scale" in found and not told
         own = [leaf for found in leaves.values() for leaf in found]
         bare_flax = (
-            bool(own) and all(leaf in _FLAX | _FLAX_TOO for leaf in own) and bool(_FLAX.union(["scale"]) & {*own})
+            bool(own)
+            and all(leaf in FLAX_LEAVES | _FLAX_TOO for leaf in own)
+            and bool(FLAX_LEAVES.union(["scale"]) & {*own})
         )
         return cls(slashed, dotted, len(leaves), flax, scale, torch, alone, bare_flax)
 

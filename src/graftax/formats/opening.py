@@ -178,7 +178,8 @@ def open_folder(path: Path) -> Checkpoint:
     if len(inside) > 1:
         raise FormatError(
             f"{escape(path)} is a folder, but no checkpoint: it holds {len(inside)} of them",
-            next=f"Inside, to be named one by one: {_listed(path, inside)}",
+            next=f"Inside, to be named one by one: {_listed(path, inside)}\n"
+            f"{foreign.perhaps_slices(path / name for name in inside)}".rstrip(),
         )
     if inside and os.path.isfile(path / inside[0]):  # by its content, as the only `last.ckpt`
         return replace(open_file(path / inside[0]), label=str(path / inside[0]), folder=path)
