@@ -56,7 +56,8 @@ class Foreign:
     """What it is (with an article) and what to do. begins: bytes from `at` on, in lower case, one of which must be
     there (of text the white space before them does not count); contains: bytes that must be among the first 512;
     names: globs of the file's name, one of which must fit; inside: globs joined by '|', each of which must fit a name
-    in the folder (folders end in '/'). weights: it holds some; a web page does not. unsafe: reading it runs code."""
+    in the folder (folders end in '/'). weights: it holds some; a web page does not. unsafe: reading it runs code. torch: torch.save writes its
+    files."""
 
     what: str
     next: str
@@ -67,6 +68,7 @@ class Foreign:
     inside: tuple[str, ...] = ()
     weights: bool = True
     unsafe: bool = False
+    torch: bool = False
 
 
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))
@@ -142,7 +144,7 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign("a MATLAB file", "Save its arrays with numpy.savez.", (b"matlab 5.0",)),
     Foreign("a NeMo archive", f"{_UNPACK} Its weights are model_weights.ckpt.", (b"ustar",), 257, names=("*.nemo",)),
     # torch.distributed.checkpoint, DeepSpeed, Megatron
-    Foreign("a part of a torch.distributed.checkpoint", _DCP, names=("*.distcp",)),
+    Foreign("a part of a torch.distributed.checkpoint", _DCP, names=("*.distcp",), torch=True),
     Foreign("the index of a torch.distributed.checkpoint", _DCP, _PICKLES, contains=b"torch.distributed.checkpoint"),
     Foreign("a torch.distributed.checkpoint (DCP, as FSDP and torchtitan write)", _DCP, inside=("*.distcp",)),
     Foreign("a DeepSpeed ZeRO checkpoint, its weights divided among processes", _ZERO, inside=("*_optim_states.pt",)),
@@ -219,11 +221,11 @@ def refuse_foreign(path: Path, head: bytes, label: str) -> None:
 
 def foreign_file(name: str, head: bytes) -> Foreign | None:
     """The row that a file's name and first 512 bytes show."""
-    if _is_torch(head):
-        return None  # whatever its name
+    ours = _is_torch(head)  # then whatever its name
     lower = head.lower()
     text = lower.removeprefix(b"\xef\xbb\xbf").lstrip()[:32]
-    return next((row for row in FOREIGN if not row.inside and _shows(row, name, head, lower, text)), None)
+    rows = (row for row in FOREIGN if not row.inside and (row.torch or not ours))
+    return next((row for row in rows if _shows(row, name, head, lower, text)), None)
 
 
 def _is_torch(head: bytes) -> bool:
