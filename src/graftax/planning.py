@@ -101,7 +101,7 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, ru
     ends = End.of(source, source_side), replace(End.of(like, like_side), specs=specs)
     plan = Plan.build(*ends, proposal)
     plan.failures += _conditions(plan.entries, source)
-    plan.failures = _hinted(plan.failures, source)
+    plan.failures += _slices(plan, source)
     plan.replanner = lambda _, line: make_plan(source, like, replace(options, rules=rules.extended(line)))
     return plan
 
@@ -286,13 +286,11 @@ def _dtype_failure(entry: Entry, name: str, have: str, want: str, policy: str | 
     return Failure(text, source.label, f"{', '.join(entry.sources)} -> {name}", want, have, ways)
 
 
-def _hinted(failures: tuple[Failure, ...], source: Checkpoint) -> tuple[Failure, ...]:
-    """The failures, with a word on slices at the first misfit where the source's files are called as those may be."""
-    at = next((i for i, failure in enumerate(failures) if failure.expected and failure.found), None)
-    if at is None or not (hint := perhaps_slices(source.files)):
-        return failures
-    first = failures[at]
-    return (*failures[:at], replace(first, next=f"{first.next} {hint}".strip()), *failures[at + 1 :])
+def _slices(plan: Plan, source: Checkpoint) -> tuple[Failure, ...]:
+    """A word on slices where tensors do not fit, and the source's files are called as slices may be."""
+    fits = not plan.failures and all(question.candidates for question in plan.questions)
+    hint = "" if fits else perhaps_slices(source.files)
+    return (Failure("its tensors may be slices of what fits", source.label, next=hint),) if hint else ()
 
 
 # ---------------------------------------------------------------- conditions

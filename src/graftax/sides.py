@@ -62,12 +62,8 @@ class Signs:
             torch += any(_TORCH.fullmatch(leaf) is not None for leaf in found)
             alone += any(_TORCH_ALONE.fullmatch(leaf) is not None for leaf in found)
             scale += "scale" in found and not told
-        own = [leaf for found in leaves.values() for leaf in found]
-        bare_flax = (
-            bool(own)
-            and all(leaf in FLAX_LEAVES | _FLAX_TOO for leaf in own)
-            and bool(FLAX_LEAVES.union(["scale"]) & {*own})
-        )
+        own = {leaf for found in leaves.values() for leaf in found}
+        bare_flax = own <= FLAX_LEAVES | _FLAX_TOO and not {"scale", *FLAX_LEAVES}.isdisjoint(own)
         return cls(slashed, dotted, len(leaves), flax, scale, torch, alone, bare_flax)
 
     @property

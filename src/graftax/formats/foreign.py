@@ -56,8 +56,8 @@ class Foreign:
     """What it is (with an article) and what to do. begins: bytes from `at` on, in lower case, one of which must be
     there (of text the white space before them does not count); contains: bytes that must be among the first 512;
     names: globs of the file's name, one of which must fit; inside: globs joined by '|', each of which must fit a name
-    in the folder (folders end in '/'). weights: it holds some; a web page does not. unsafe: reading it runs code. torch: torch.save writes its
-    files."""
+    in the folder (folders end in '/'). weights: it holds some; a web page does not. unsafe: reading it runs code.
+    torch: torch.save writes its files."""
 
     what: str
     next: str
