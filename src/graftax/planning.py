@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftax.errors import Failure, PlanError, UsageError, escape, option
+from graftax.formats.foreign import perhaps_slices
 from graftax.formats.placeholders import refuse_placeholders
 from graftax.formats.quantized import refuse_quantized
 from graftax.formats.unmerged import refuse_unmerged
@@ -100,6 +101,7 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, ru
     ends = End.of(source, source_side), replace(End.of(like, like_side), specs=specs)
     plan = Plan.build(*ends, proposal)
     plan.failures += _conditions(plan.entries, source)
+    plan.failures += _slices(plan, source)
     plan.replanner = lambda _, line: make_plan(source, like, replace(options, rules=rules.extended(line)))
     return plan
 
@@ -282,6 +284,13 @@ def _dtype_failure(entry: Entry, name: str, have: str, want: str, policy: str | 
         "the dtype differs" if policy is None else f"the dtype differs, and {option('dtype', policy)} does not cover it"
     )
     return Failure(text, source.label, f"{', '.join(entry.sources)} -> {name}", want, have, ways)
+
+
+def _slices(plan: Plan, source: Checkpoint) -> tuple[Failure, ...]:
+    """A word on slices where tensors do not fit, and the source's files are called as slices may be."""
+    fits = not plan.failures and all(question.candidates for question in plan.questions)
+    hint = "" if fits else perhaps_slices(source.files)
+    return (Failure("its tensors may be slices of what fits", source.label, next=hint),) if hint else ()
 
 
 # ---------------------------------------------------------------- conditions

@@ -3,7 +3,7 @@
 A declaration is the kind of the thing (a .pt file, a msgpack or Orbax tree, a live module, torch tensors), or the
 metadata of a safetensors file. Names are an assumption at best: '/' between their parts is how Flax trees are
 flattened, '.' is how torch writes keys, and `kernel` and `embedding` are Flax's leaves, `weight` is torch's. Where
-these signs disagree nothing is decided, and the user says it.
+these signs disagree, or '.' is the only one, nothing is decided, and the user says it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graftax.tree import Checkpoint, Side, SideBy, escape_part
 Value = TypeVar("Value")
 
 OTHER: dict[Side, Side] = {"torch": "flax", "flax": "torch"}
-_FLAX = frozenset({"kernel", "embedding"})
+FLAX_LEAVES = frozenset({"kernel", "embedding"})
 _FLAX_TOO = frozenset({"scale", "bias", "mean", "var"})
 """Leaves of Flax's own modules that torch code names so as well: RMSNorm's `scale`."""
 _TORCH = re.compile(
@@ -29,7 +29,6 @@ _TORCH_ALONE = re.compile(
     r"in_proj_(?:weight|bias)|running_(?:mean|var)|num_batches_tracked|(?:weight|bias)_[ih]h_l[0-9]+\w*"
 )
 """What no Flax module calls a leaf."""
-_COLLECTIONS = frozenset({"params", "batch_stats"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,34 +43,28 @@ class Signs:
     scale: int
     torch: int
     torch_alone: int
-    collections: bool
     bare_flax: bool
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Signs:
         slashed = dotted = 0
-        alone = False
-        collections = True
         leaves: dict[str, list[str]] = {}
         for name in names:
             at = max(name.rfind("/"), name.rfind("."))
             if at >= 0:
                 slashed += name[at] == "/"
                 dotted += name[at] == "."
-            collections = collections and name.partition("/")[0] in _COLLECTIONS
             leaves.setdefault(name[: at + 1], []).append(name[at + 1 :])
         flax = scale = torch = alone = 0
         for found in leaves.values():
-            told = any(leaf in _FLAX for leaf in found)
+            told = any(leaf in FLAX_LEAVES for leaf in found)
             flax += told
             torch += any(_TORCH.fullmatch(leaf) is not None for leaf in found)
             alone += any(_TORCH_ALONE.fullmatch(leaf) is not None for leaf in found)
             scale += "scale" in found and not told
-        own = [leaf for found in leaves.values() for leaf in found]
-        bare_flax = (
-            bool(own) and all(leaf in _FLAX | _FLAX_TOO for leaf in own) and bool(_FLAX.union(["scale"]) & {*own})
-        )
-        return cls(slashed, dotted, len(leaves), flax, scale, torch, alone, collections and bool(own), bare_flax)
+        own = {leaf for found in leaves.values() for leaf in found}
+        bare_flax = own <= FLAX_LEAVES | _FLAX_TOO and not {"scale", *FLAX_LEAVES}.isdisjoint(own)
+        return cls(slashed, dotted, len(leaves), flax, scale, torch, alone, bare_flax)
 
     @property
     def side(self) -> Side | None:
@@ -79,11 +72,9 @@ class Signs:
         if self.slashed and self.dotted:
             return None
         if self.slashed:
-            return "flax" if self.collections or self.torch <= self.flax else None
-        if self.dotted:
-            if self.torch:
-                return "torch" if self.torch >= 2 * self.flax else None
-            return None if self.flax or 2 * self.scale > self.modules else "torch"
+            return "flax" if self.torch <= self.flax else None
+        if self.dotted:  # of itself '.' is nobody's: flatten_dict(params, sep=".") writes it too
+            return "torch" if self.torch and self.torch >= 2 * self.flax else None
         return "flax" if self.bare_flax else None
 
     @property
@@ -96,6 +87,15 @@ class Signs:
         if side == "torch":
             return bool(self.slashed and not self.dotted and self.flax > self.torch)
         return bool(self.dotted and not self.slashed and self.torch_alone and not self.flax)
+
+    def allows(self, side: Side) -> bool:
+        """May these names, of jax arrays or of a part, be of `side`, if something else says so? Not where their leaves
+        rather are the other side's; under '.', which torch writes, Flax's must be the clear majority."""
+        if side == "torch":
+            return not self.flax or self.torch >= 2 * self.flax
+        if self.torch_alone or self.torch > self.flax:
+            return False
+        return self.slashed > 0 or not self.dotted or self.flax >= max(1, 2 * self.torch)
 
     @property
     def text(self) -> str:
@@ -110,6 +110,13 @@ class Signs:
 def side_of_names(names: Iterable[str]) -> Side | None:
     """The side that names alone show, all of them together; None where they show none, or disagree."""
     return Signs.of(names).side
+
+
+def side_of_part(whole: Side | None, names: Iterable[str]) -> Side | None:
+    """The side that the names of a part show; that which all names show where the part's own only allow it: `weight`
+    and `bias`, without a separator."""
+    signs = Signs.of(names)
+    return signs.side or (whole if whole is not None and signs.allows(whole) else None)
 
 
 def separator_of(names: Iterable[str]) -> Side:

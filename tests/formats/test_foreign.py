@@ -14,6 +14,7 @@ import safetensors.numpy
 import torch
 import torch.distributed.checkpoint
 
+import graftax as gx
 from graftax.errors import FormatError, StorageError, UnsafeInputError
 from graftax.formats import open_path
 from graftax.formats.foreign import FOREIGN, foreign_file
@@ -160,9 +161,6 @@ SETS = {
     "layer_00-model_{:02d}-model_states.pt": True,
     "checkpoint_last-model_part-{}.pt": True,
     "model-rank-{}-part-0.safetensors": True,
-    "model.tp{}.pt": False,
-    "model_tp_rank_{:02d}.safetensors": False,
-    "rank{}.safetensors": False,
     "shard-{:05d}-model-00001-of-00001.safetensors": False,
 }
 """name -> does it say by itself that it is a slice?"""
@@ -203,9 +201,50 @@ def test_folders_of_megatron(tmp_path: Path):
     assert list(open_path(tmp_path / "iter_0001000" / "mp_rank_00_000" / "model_optim_rng.pt")) == ["w"]
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "model.tp{}.pt",
+        "model_tp_rank_{:02d}.safetensors",
+        "rank{}.safetensors",
+        "rank{}/m.safetensors",
+        "top_rank_{}.pt",
+        "fold-shard{}.pt",
+        "camera-mp{}.pt",
+        "model_part-{}.pt",
+        "mp_rank_{}/m.pt",
+        "consolidated.{}.pth",
+    ],
+)
+def test_what_may_be_slices_or_an_ensemble_is_opened_and_hinted_at_where_it_does_not_fit(tmp_path: Path, form: str):
+    for i in (1, 2):
+        save(tmp_path / form.format(i))
+        assert list(open_path(tmp_path / form.format(i))) == ["w"]
+    source = f"{tmp_path / form.format(2)}"
+    said = {} if form.endswith((".pt", ".pth")) else {"source_side": "torch"}
+    assert gx.plan(source, {"w": np.zeros((2, 4), "float32")}, to="torch", **said).complete
+    plan = gx.plan(source, {"w": np.zeros((4, 4), "float32")}, to="torch", **said)
+    hinted = "may be tensor-parallel slices" in str(plan.failures)
+    assert not plan.complete
+    assert hinted == ("consolidated" not in form)
+    if "/" not in form:
+        with pytest.raises(FormatError, match="holds 2 of them"):
+            open_path(tmp_path)
+    (tmp_path / form.format(1)).unlink()
+    assert list(open_path(source)) == ["w"]
+
+
+@pytest.mark.parametrize("name", ["best.data-00000-of-00001.pt", "group1-shard1of1.bin", "zarr.json.pt", "m.onnx_data"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_torch_saved_is_torch_under_any_name(tmp_path: Path, name: str, zipped: bool):
+    torch.save({"w": torch.ones(2, 4)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    found = open_path(tmp_path / name)
+    assert (found.side, list(found)) == ("torch", ["w"])
+
+
 def test_other_numbers_are_no_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The rank of an adapter, states of random generators, epochs; also by a relative name."""
-    for name in ("lora_rank_4.pt", "lora_rank_8.pt", "rng_state_0.pth", "rng_state_1.pth", "epoch_0.pt", "epoch_1.pt"):
+    for name in ("lora_rank_1.pt", "lora_rank_2.pt", "rng_state_0.pth", "rng_state_1.pth", "epoch_0.pt", "epoch_1.pt"):
         save(tmp_path / name)
         assert list(open_path(tmp_path / name)) == ["w"]
     save(tmp_path / "consolidated.00.pth")

@@ -239,7 +239,7 @@ def live_leaves(obj: Any) -> dict[str, Any]:
 
         return flax_tree.leaf_table(nnx_tree.split_module(obj).state, "the module", optimizer=True)
     tree = obj[1] if kind == "nnx split" else obj
-    return dict(tree) if flax_tree.is_flat(tree) else flax_tree.leaf_table(tree, "the tree", optimizer=True)
+    return flax_tree.leaf_table(tree, "the tree", optimizer=True)
 
 
 def _live(obj: Any) -> Any:

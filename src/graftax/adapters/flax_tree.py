@@ -66,16 +66,16 @@ def _all_numpy(found: Mapping[str, Any]) -> bool:
 
 
 def _side_of(found: Mapping[str, Any], plain: bool, stated: Side | None) -> tuple[Side | None, SideBy]:
-    """(side, what told it). Of jax's leaves and Flax's containers it is Flax, but where names are plainly torch's:
-    `safetensors.flax.load_file` gives jax arrays of a torch file, too."""
+    """(side, what told it). Flax's containers and classes are Flax's. So are jax arrays in plain dicts, unless their
+    names speak for torch: `safetensors.flax.load_file` gives jax arrays of a torch file, too."""
     signs = Signs.of(found)
-    if plain and _all_numpy(found):
-        if stated is None or (signs.side and signs.contradicts(stated) and stated == "torch"):
-            return signs.side, "names"
+    if not plain and not (signs.torch and signs.side == "torch"):
+        return "flax", "kind"
+    if stated is not None and not (stated == "torch" and signs.contradicts(stated)):
         return stated, "stated"
-    if signs.torch and signs.side == "torch":
-        return (stated, "stated") if stated else (None, "metadata")
-    return "flax", "kind"
+    if _all_numpy(found):
+        return signs.side, "names"
+    return ("flax", "kind") if plain and signs.allows("flax") else (None, "metadata")
 
 
 def _is_plain(tree: Any) -> bool:
@@ -103,6 +103,8 @@ def _slashes(path: str) -> list[int]:
 def leaf_table(tree: Any, label: str, optimizer: bool = False) -> dict[str, Any]:
     """path -> leaf of every weight, with `optimizer` also of what an optimizer keeps. FormatError where two keys give
     one path ('1' and 1)."""
+    if is_flat(tree):
+        return _flat_table(tree, label)
     arrays = containers.found_in(tree)
     kept = [(keys, leaf) for keys, leaf, _ in arrays.optimizer] if optimizer else []
     return _table([*arrays.weights, *kept], label)
@@ -202,12 +204,11 @@ def make_container(tree: Any, arrays: Mapping[str, Any], make: Make, any_dtype: 
         return make(path, old, arrays[path])
 
     if is_flat(tree):
-        new = containers.with_children(tree, {path: visit(path, old) for path, old in tree.items()})
+        new = containers.with_children(tree, {key: visit(_name_of(key), old) for key, old in tree.items()})
     else:
         new = containers.remade(tree, visit)
     if misfits or len(found) != len(arrays):  # look at the whole tree only to say what is near
-        whole = dict(tree) if is_flat(tree) else leaf_table(tree, "the tree", optimizer=True)
-        check_fit(whole, arrays, "the tree", any_dtype)
+        check_fit(leaf_table(tree, "the tree", optimizer=True), arrays, "the tree", any_dtype)
     return new
 
 
@@ -240,19 +241,31 @@ def _misfit(path: str, found: Mapping[str, Any], array: Any, any_dtype: bool) ->
 
 
 def is_flat(tree: Any) -> bool:
-    """A dict of one level that holds arrays only: its names may be whole paths."""
-    return (
-        isinstance(tree, Mapping)
-        and bool(tree)
-        and all(
-            isinstance(key, str) and containers.is_array(leaf) and not containers.is_variable(leaf)
-            for key, leaf in tree.items()
-        )
+    """A dict of one level that holds arrays only: its names may be whole paths, also as the tuples that
+    `flatten_dict(params)` gives."""
+    if not isinstance(tree, Mapping) or not tree:
+        return False
+    kind = tuple if type(next(iter(tree))) is tuple else str
+    return all(
+        isinstance(key, kind) and containers.is_array(leaf) and not containers.is_variable(leaf)
+        for key, leaf in tree.items()
     )
 
 
-def _open_flat(tree: Mapping[str, Any], label: str, stated: Side | None) -> Checkpoint:
-    found = dict(tree)
+def _name_of(key: Key) -> str:
+    """A key of a flat dict as a path: a tuple's items are its parts."""
+    return containers.path_of(key) if isinstance(key, tuple) else str(key)
+
+
+def _flat_table(tree: Mapping[Any, Any], label: str) -> dict[str, Any]:
+    found = {_name_of(key): leaf for key, leaf in tree.items()}
+    if len(found) < len(tree):
+        raise FormatError(f"{escape(label)}: two leaves have the same path", next="Rename a key.")
+    return found
+
+
+def _open_flat(tree: Mapping[Any, Any], label: str, stated: Side | None) -> Checkpoint:
+    found = _flat_table(tree, label)
     side, side_by = _side_of(found, _is_plain(tree), stated)
     opened = Checkpoint(
         label=label,
@@ -265,4 +278,6 @@ def _open_flat(tree: Mapping[str, Any], label: str, stated: Side | None) -> Chec
         rebuild=_rebuilder(tree, found, side),
         placed=lambda: {path: notes.note_of_leaf(leaf) for path, leaf in found.items()},
     )
+    if side == "torch" and isinstance(next(iter(tree)), tuple):
+        return _keyed(opened)
     return split_at_dots(opened) if side == "flax" else opened

@@ -18,7 +18,13 @@ Array = np.ndarray[Any, Any]
 
 
 def check_source(plan: Plan, source: Checkpoint) -> None:
-    """PlanError unless `source` has, with values, every tensor that was planned for, and no other."""
+    """PlanError unless `source` is of the side that was planned for, where it declares one, and has, with values, every
+    tensor that was planned for, and no other."""
+    if source.side not in (None, plan.source.side):
+        raise PlanError(
+            f"the plan was made for a {plan.source.side} tree, and {escape(source.label)} is a {source.side} one",
+            next="Plan again for this source: the layouts differ.",
+        )
     failures: list[Failure] = []
     for entry in plan.entries:
         for name in entry.sources:

@@ -1,7 +1,8 @@
 """Files and folders that hold weights in ways graftax does not read: what each is, and the way out.
 
 One table, a row a kind. A row's signs are bytes at the beginning, names, or what a folder holds; all that a row gives
-must be there. Slices of tensors are told by the other numbers of their set: one file alone is nobody's slice.
+must be there. Slices of tensors are told by names that nothing else has; for other names there is a hint, where the
+tensors do not fit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from graftax.errors import Failure, FormatError, StorageError, UnsafeInputError, escape
 from graftax.formats import files
+from graftax.formats.zips import first_member_name
 
 _ELSEWHERE = "Save the weights as .safetensors with the library that wrote it."
 _AGAIN = "Download it again: this is what a site shows."
@@ -54,7 +56,8 @@ class Foreign:
     """What it is (with an article) and what to do. begins: bytes from `at` on, in lower case, one of which must be
     there (of text the white space before them does not count); contains: bytes that must be among the first 512;
     names: globs of the file's name, one of which must fit; inside: globs joined by '|', each of which must fit a name
-    in the folder (folders end in '/'). weights: it holds some; a web page does not. unsafe: reading it runs code."""
+    in the folder (folders end in '/'). weights: it holds some; a web page does not. unsafe: reading it runs code.
+    torch: torch.save writes its files."""
 
     what: str
     next: str
@@ -65,6 +68,7 @@ class Foreign:
     inside: tuple[str, ...] = ()
     weights: bool = True
     unsafe: bool = False
+    torch: bool = False
 
 
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))
@@ -140,7 +144,7 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign("a MATLAB file", "Save its arrays with numpy.savez.", (b"matlab 5.0",)),
     Foreign("a NeMo archive", f"{_UNPACK} Its weights are model_weights.ckpt.", (b"ustar",), 257, names=("*.nemo",)),
     # torch.distributed.checkpoint, DeepSpeed, Megatron
-    Foreign("a part of a torch.distributed.checkpoint", _DCP, names=("*.distcp",)),
+    Foreign("a part of a torch.distributed.checkpoint", _DCP, names=("*.distcp",), torch=True),
     Foreign("the index of a torch.distributed.checkpoint", _DCP, _PICKLES, contains=b"torch.distributed.checkpoint"),
     Foreign("a torch.distributed.checkpoint (DCP, as FSDP and torchtitan write)", _DCP, inside=("*.distcp",)),
     Foreign("a DeepSpeed ZeRO checkpoint, its weights divided among processes", _ZERO, inside=("*_optim_states.pt",)),
@@ -155,14 +159,14 @@ FOREIGN: tuple[Foreign, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """How the files (or folders) of a set are called that each hold a slice of every tensor: `pattern` with the slice's
-    numbers. sure: the name says it by itself, so that number 1 alone is a slice, too; else it takes a set that is
-    numbered from 0 or 1 without a gap (a `rank` may also be an adapter's)."""
+    """How the files (or folders) of a set are called that each hold a slice of every tensor: `pattern`, which nothing
+    else is called, with the slice's numbers. alone: all but number 0 are a slice also where the others are not beside
+    it."""
 
     what: str
     next: str
     pattern: str
-    sure: bool = True
+    alone: bool = True
 
 
 _MERGE = "Join them with the framework that wrote them, to a tensor-parallel size of 1; then open the result."
@@ -170,44 +174,40 @@ RANKED: tuple[Ranked, ...] = (
     Ranked(
         "model-parallel slices, as Meta writes (consolidated.NN.pth)",
         "Join them with transformers: convert_llama_weights_to_hf.py, then open the folder that it writes.",
-        r"consolidated\.(\d+)\.(?:pth|pt)",
+        r"consolidated\.(\d\d)\.(?:pth|pt)",
     ),
     Ranked(
         "model-parallel slices, as DeepSpeed writes",
         "Join them where DeepSpeed is: ds_to_universal.py, or zero_to_fp32.py; then open the result.",
-        r"(?:\w*zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt",
+        r"(?:\w*zero_pp_rank_\d+_)?mp_rank_(\d\d+)_model_states\.pt",
     ),
-    Ranked("slices and stages of a model, as DeepSpeed writes", _MERGE, r"layer_\d+-model_(\d+)-model_states\.pt"),
+    Ranked("slices and stages of a model, as DeepSpeed writes", _MERGE, r"layer_\d+-model_(\d\d+)-model_states\.pt"),
     Ranked(
         "model-parallel slices, as Megatron-LM writes",
         "Join them with Megatron-LM: tools/checkpoint/convert.py with --target-tensor-parallel-size 1 "
         "--target-pipeline-parallel-size 1.",
-        r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?",
+        r"mp_rank_(\d\d)(?:_(\d{3}))?(?:_(\d{3}))?",
     ),
     Ranked("tensor-parallel slices, as vLLM writes", _MERGE, r"model-rank-(\d+)-part-\d+\.safetensors"),
     Ranked(
         "slices of tensors, as torch.distributed.checkpoint writes for Hugging Face",
         "Join them with torch: consolidate_safetensors_files of torch.distributed.checkpoint.",
-        r"shard-(\d+)-model-\d+-of-\d+\.safetensors",
-        sure=False,
-    ),
-    Ranked("model-parallel slices, as fairseq writes", _MERGE, r".*model_part-(\d+)(?:-shard\d+)?\.pt"),
-    Ranked("sharded parameters, as fairseq writes", _MERGE, r".*-shard(\d+)\.pt", sure=False),
-    Ranked(
-        "tensor-parallel slices",
-        _MERGE,
-        r"(?:.*[._-])?(?:tp|mp|tensor[_-]?parallel|model[_-]?parallel)[._-]?(?:rank)?[._-]?(\d+)(?:[._-].*)?",
-        sure=False,
+        r"shard-(\d{5})-model-\d{5}-of-\d{5}\.safetensors",
+        alone=False,
     ),
     Ranked(
-        "the slices of a model, a file for each process (rank)",
+        "model-parallel slices, as fairseq writes",
         _MERGE,
-        r"(?:.*[._-])?rank[._-]?(\d+)(?:[._-].*)?",
-        sure=False,
+        r"(?:checkpoint\w*|reshard)-model_part-(\d+)(?:-shard\d+)?\.pt",
     ),
 )
-_MARKS = ("rank", "consolidated", "layer_", "part", "shard", "tp", "mp", "parallel")
+_MARKS = ("rank", "consolidated", "layer_", "part", "shard")
 """A name of RANKED has one of these."""
+_PERHAPS = re.compile(
+    r"(?:.*[._-])?(?:rank|shard|part|(?:tp|mp|tensor[_-]?parallel|model[_-]?parallel)[._-]?(?:rank)?)[._-]?(\d+)(?:[._-].*)?",
+    re.ASCII,
+)
+"""What slices are called, too, and so are the members of an ensemble, folds, or adapters of several ranks."""
 _NO_WEIGHTS = re.compile(r"(?:.*[._-])?(?:rng|random|optim\w*|scheduler|scaler)(?:[._-].*)?", re.ASCII)
 
 
@@ -221,17 +221,25 @@ def refuse_foreign(path: Path, head: bytes, label: str) -> None:
 
 def foreign_file(name: str, head: bytes) -> Foreign | None:
     """The row that a file's name and first 512 bytes show."""
+    ours = _is_torch(head)  # then whatever its name
     lower = head.lower()
     text = lower.removeprefix(b"\xef\xbb\xbf").lstrip()[:32]
-    return next((row for row in FOREIGN if not row.inside and _shows(row, name, head, lower, text)), None)
+    rows = (row for row in FOREIGN if not row.inside and (row.torch or not ours))
+    return next((row for row in rows if _shows(row, name, head, lower, text)), None)
+
+
+def _is_torch(head: bytes) -> bool:
+    """Are these the first bytes of what torch.save writes: a zip whose first member is NAME/data.pkl, or, of old, a
+    pickle of its magic number?"""
+    if head[:2] in _PICKLES:
+        return _TORCH in head[:32]
+    return (first_member_name(head) or "").endswith("/data.pkl")
 
 
 def _shows(row: Foreign, name: str, head: bytes, lower: bytes, text: bytes) -> bool:
     if row.begins and not lower.startswith(row.begins, row.at) and (row.at or not text.startswith(row.begins)):
         return False
     if row.contains and row.contains not in head:
-        return False
-    if row.begins is _PICKLES and _TORCH in head[:32]:
         return False
     return not row.names or any(fnmatchcase(name, glob) for glob in row.names)
 
@@ -298,10 +306,29 @@ def _sets(names: Iterable[str]) -> dict[Ranked, set[tuple[int, ...]]]:
 
 
 def _sliced(row: Ranked, numbers: set[tuple[int, ...]]) -> bool:
-    if row.sure:
-        return len(numbers) > 1 or any(map(any, numbers))
-    first = {number[0] for number in numbers}
-    return len(first) > 1 and first in (set(range(len(first))), set(range(1, len(first) + 1)))
+    return len(numbers) > 1 or (row.alone and any(map(any, numbers)))
+
+
+def _form(name: str) -> str | None:
+    """A name of `_PERHAPS` without its number."""
+    if (found := _PERHAPS.fullmatch(name)) is None or _NO_WEIGHTS.fullmatch(name):
+        return None
+    return f"{name[: found.start(1)]}/{name[found.end(1) :]}"
+
+
+def perhaps_slices(paths: Iterable[Path]) -> str:
+    """What to think of where tensors do not fit, and a file of theirs, or its folder, is called as slices of a set may
+    be, beside another of the set; empty where none is. Only values could tell them from an ensemble."""
+    for place in (place for path in paths if isinstance(path, Path) for place in (path, path.parent)):
+        if (form := _form(place.name)) is None:
+            continue
+        try:
+            names = os.listdir(os.path.abspath(place.parent))
+        except OSError:
+            continue
+        if other := next((name for name in sorted(names) if name != place.name and _form(name) == form), ""):
+            return f"{escape(place.name)} and {escape(other)} may be tensor-parallel slices. If they are: {_MERGE}"
+    return ""
 
 
 def refuse_foreign_folder(path: Path, names: Iterable[str]) -> None:

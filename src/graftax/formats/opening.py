@@ -16,7 +16,7 @@ from graftax.formats.base import LEFTOVER, Format
 from graftax.formats.limits import beyond, limit
 from graftax.formats.remote_url import is_url
 from graftax.formats.table import FORMATS, by_ending
-from graftax.sides import in_own_names, side_of_names
+from graftax.sides import in_own_names, side_of_part
 from graftax.tree import Checkpoint, Side, natural_key, nearest
 
 _HEAD = 512
@@ -178,8 +178,11 @@ def open_folder(path: Path) -> Checkpoint:
     if len(inside) > 1:
         raise FormatError(
             f"{escape(path)} is a folder, but no checkpoint: it holds {len(inside)} of them",
-            next=f"Inside, to be named one by one: {_listed(path, inside)}",
+            next=f"Inside, to be named one by one: {_listed(path, inside)}\n"
+            f"{foreign.perhaps_slices(path / name for name in inside)}".rstrip(),
         )
+    if inside and os.path.isfile(path / inside[0]):  # by its content, as the only `last.ckpt`
+        return replace(open_file(path / inside[0]), label=str(path / inside[0]), folder=path)
     inside = inside or [name for name in names if os.path.isdir(path / name)]
     raise FormatError(
         f"{escape(path)} is a folder, but no checkpoint: expected a sharded set with its index.json, one "
@@ -307,7 +310,7 @@ def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
     aliases = {path: to[cut:] for path, to in within(checkpoint.aliases).items() if to.startswith(prefix)}
     return Checkpoint(
         label=f"{checkpoint.label}::{name}",
-        side=checkpoint.side or (side_of_names(specs) if checkpoint.side_by == "names" else None),
+        side=side_of_part(checkpoint.side, specs) if checkpoint.side_by == "names" else checkpoint.side,
         side_by=checkpoint.side_by,
         specs=specs,
         reader=None if reader is None else lambda path: reader(prefix + path),

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from graftax.errors import LayoutError, PlanError, UsageError, escape, option
 from graftax.layers import Connection, layouts, leaf_connections
 from graftax.ops import Op, apply_chain, chain_text, invert_chain
-from graftax.sides import side_of_names
+from graftax.sides import FLAX_LEAVES, OTHER, side_of_names
 from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
 
 LAYOUTS: tuple[str, ...] = layouts()
@@ -29,6 +29,8 @@ class Target:
     side: Side | None
     module: Module | None = None
     role: str = ""
+    by_names: bool = False
+    """Did names alone tell the side?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class FromCheckpoint:
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
         donor: Any = self.opened().source
-        target = self.target or Target(side_of_names((path,)))
+        target = self.target or Target(side_of_names((path,)), by_names=True)
         key = _donor_key(donor, self.key, path)
         ops = layout_ops(donor, key, path, spec, target, self.layout)
         array = donor.read(key)
@@ -126,20 +128,27 @@ def layout_ops(
     if layout == "identity":
         return _identity(donor, key, spec, f"{option('layout', 'identity')} takes it as it is")
     side = donor.side
-    if layout is not None and side is not None and side == target.side:
-        raise UsageError(
-            f"{option('layout', layout)}: the donor {escape(donor.label)} and the tree are both {side}",
-            next="Nothing is to be laid out: leave layout out, or say 'identity'.",
-        )
-    if side is not None and side == target.side:
-        return _identity(donor, key, spec, f"both are {side}, so it goes in as it is")
+    guessed = side is not None and side == target.side and _guessed(donor, key, path, target)
+    if side is not None and side == target.side and (layout is None or not guessed):
+        if layout is not None:
+            raise UsageError(
+                f"{option('layout', layout)}: the donor {escape(donor.label)} and the tree are both {side}",
+                next="Nothing is to be laid out: leave layout out, or say 'identity'.",
+            )
+        names = " by their names" if guessed else ""
+        ops = _identity(donor, key, spec, f"both are {side}{names}, so it goes in as it is")
+        if not guessed or not _alike_moved(spec.shape):
+            return ops
     if have.packed:
         raise PlanError(
             f"{escape(key)} is {have.dtype}: packed types move as they are, and need {option('layout', 'identity')}"
         )
-    sure = side is not None and target.side is not None
+    sure = side is not None and target.side is not None and not guessed
     if target.side is None:  # of the other side, or (below) of the leaf's own
         target = replace(target, side="torch" if side == "flax" else "flax")
+    elif guessed and side is not None:  # perhaps the end that does not declare its side is of the other
+        other = side if donor.side_by == "names" else OTHER[side]
+        target = replace(target, side=other, role=target.role or _role(path, None))
     ways = _connections(donor, key, path, spec, target, layout)
     if not sure and layout is None:
         return _sideless(donor, key, path, spec, target, ways)
@@ -171,6 +180,21 @@ def _doubt(
     if ways[0].by == "shapes" and _against_convention(donor, key, path, spec, target):
         return "it fits in an unusual way only"
     return ""
+
+
+_MATRICES = frozenset({"weight", "kernel"})
+"""Leaves that one side keeps (out, in), the other (in, out)."""
+
+
+def _guessed(donor: Checkpoint, key: str, path: str, target: Target) -> bool:
+    """Do names alone say that the donor and the leaf are of one side? Flax's own leaves say it of themselves."""
+    own = _role(key, None) in FLAX_LEAVES and _role(path, None) in FLAX_LEAVES
+    return (donor.side_by == "names" or target.by_names) and not own
+
+
+def _alike_moved(shape: Sequence[int]) -> bool:
+    """Does a shape not show whether a matrix, or a convolution's weight, is laid out as torch or as Flax has it?"""
+    return len(shape) > 1 and (*shape[2:], shape[1], shape[0]) == tuple(shape)
 
 
 def _identity(donor: Checkpoint, key: str, spec: TensorSpec, why: str) -> tuple[Op, ...]:
@@ -233,7 +257,9 @@ def _sideless(
     fits."""
     moved = [way for way in ways if way.entries[0].ops]
     as_it_is = donor[key].shape == spec.shape
-    if as_it_is and (len(spec.shape) < 2 or not moved):
+    named = {_role(key, None), _role(path, None)}
+    matrix = len(named) > 1 and bool(named & _MATRICES) and "embedding" not in named
+    if as_it_is and (len(spec.shape) < 2 or not (moved or (matrix and _alike_moved(spec.shape)))):
         return ()
     if not as_it_is and not moved:
         raise _misfit(donor, key, spec, None)

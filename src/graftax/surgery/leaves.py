@@ -135,7 +135,7 @@ def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callabl
 def target_of(tree: Checkpoint, path: str) -> Target:
     """A leaf as a donor sees it: its side and the live module that holds it."""
     module, role = owner(tree, path)
-    return Target(tree.side, module, role)
+    return Target(tree.side, module, role, tree.side_by == "names")
 
 
 def _called(function: Callable[[Any], Any], path: str, leaf: Any) -> Any:
