@@ -243,7 +243,7 @@ def test_a_run_that_is_refused_removes_nothing(source: Path, tmp_path: Path, mon
     out.write_bytes(b"here")
     for folder in mine:
         folder.mkdir()
-    with pytest.raises(StorageError, match="no-clobber"):
+    with pytest.raises(StorageError, match="clobber=False"):
         port(source, out, resume=False, clobber=False)
     assert commit.resume_place(out).is_dir()
     assert all(folder.is_dir() for folder in mine)

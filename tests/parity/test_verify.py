@@ -387,7 +387,7 @@ def test_examples_that_say_nothing_are_drawn():
     assert "train" not in kwargs
     assert [note.split(":")[0] for note in notes] == [
         "argument 1 was drawn from a normal distribution (seed 0)",
-        "ids is the same integer everywhere, as in the example",
+        "ids is one integer everywhere, as in the example",
     ]
     with pytest.raises(UsageError, match="only the shape of argument 0, whose values are int32"):
         example_inputs(gx.linen(nn.Dense(2), jax.ShapeDtypeStruct((2, 3), "int32")))

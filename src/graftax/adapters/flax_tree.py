@@ -80,11 +80,12 @@ def _side_of(found: Mapping[str, Any], plain: bool, stated: Side | None) -> tupl
 
 def _is_plain(tree: Any) -> bool:
     """Is it made of dicts, lists and tuples alone, and no container or box of Flax's?"""
-    if containers.is_plain_array(type(tree)) or containers.is_array(tree):
-        return not containers.is_variable(tree)
-    if type(tree).__module__ not in ("builtins", "collections"):
-        return False
-    return all(_is_plain(child) for _, child in containers.children_of(tree) or ())
+    if containers.is_plain_array(type(tree)):
+        return True
+    children = containers.children_of(tree)
+    if children is None:
+        return not containers.is_variable(tree) and containers.is_array(tree)
+    return type(tree).__module__ in ("builtins", "collections") and all(_is_plain(child) for _, child in children)
 
 
 def _keyed(opened: Checkpoint) -> Checkpoint:
