@@ -398,3 +398,110 @@ def test_a_source_whose_names_show_nothing_is_the_other_side_of_a_stated_to_and_
     assert not [a for a in gx.plan(*trees, to="flax", source_side="torch").assumptions if a.text.startswith("side:")]
     with pytest.raises(UsageError, match="do not tell"):
         gx.plan({"a/kernel": np.ones(3, "f4"), "b.weight": np.ones(3, "f4")}, trees[1], to="flax")
+
+
+# ---------------------------------------------------------------- jax arrays, tuples, parts, plans, donors
+
+
+NETS = {
+    "bare": {"weight": (4, 4), "bias": (4,)},
+    "dotted": {"fc1.weight": (4, 4), "fc1.bias": (4,), "bn.running_mean": (4,)},
+    "slashed": {"fc1/weight": (4, 4), "fc1/bias": (4,)},
+    "a codebook": {"fc.weight": (4, 4), "fc.bias": (4,), "vq.embedding": (4, 4)},
+    "its own words": {"proj.W": (4, 4), "proj.b": (4,)},
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("form", ["flat", "nested", "tuples", "params"])
+def test_jax_arrays_under_the_names_of_torch_are_asked_about(net: str, form: str):
+    tree: dict[Any, Any] = {name: jnp.ones(shape) for name, shape in NETS[net].items()}
+    if form != "flat":
+        tree = {tuple(name.replace("/", ".").split(".")): leaf for name, leaf in tree.items()}
+    if form in ("nested", "params"):
+        tree = unflatten_dict(tree)
+    if form == "params":
+        tree = {"params": tree}
+    found = open_tree(tree)
+    if (net == "its own words" and form != "flat") or (net == "a codebook" and form != "flat"):
+        assert (found.side, found.side_by) == ("flax", "kind")
+    else:
+        assert (found.side, found.side_by) == (None, "metadata")
+    for side in ("torch", "flax"):
+        said = open_tree(tree, side=side)
+        assert (said.side, said.side_by) == (side, "stated")
+        assert len(said) == len(NETS[net])
+
+
+def test_jax_arrays_of_a_torch_linear_are_transposed_once_it_is_said():
+    state = {"weight": square("w"), "bias": square("bias")}
+    loaded = {name: jnp.asarray(value) for name, value in state.items()}
+    like = {"kernel": jnp.zeros((4, 4)), "bias": jnp.zeros(4)}
+    with pytest.raises(UsageError, match="its names may be torch's"):
+        gx.plan(loaded, like)
+    np.testing.assert_array_equal(gx.port(loaded, like, source_side="torch")["kernel"], state["weight"].T)
+    np.testing.assert_array_equal(gx.port(loaded, like, source_side="flax")["kernel"], state["weight"])
+    with pytest.raises(PlanError, match="layout of the donor"):
+        gx.replace(like, {"kernel": gx.from_checkpoint(loaded, "weight")})
+
+
+def test_tuple_keys_are_paths_and_come_back_as_they_were():
+    nested = {"l1": {"w": square("w"), "b": square("bias")}, "a/b": {"w": square("v")}}
+    flat = flatten_dict(nested)
+    found = open_tree(flat)
+    assert (found.side, list(found)) == ("flax", ["l1/w", "l1/b", "a~1b/w"])
+    out = gx.replace(flat, "l1/w", gx.constant(1))
+    assert list(out) == list(flat)
+    assert (out["l1", "w"] == 1).all()
+    back = gx.port(freeze(nested), flat)
+    assert list(back) == list(flat)
+    np.testing.assert_array_equal(back["a/b", "w"], nested["a/b"]["w"])
+    assert list(open_tree(flatten_dict({"fc": {"weight": square("w")}}), side="torch")) == ["fc.weight"]
+
+
+def test_a_part_is_asked_for_its_own_names_where_names_decide(tmp_path: Path):
+    arrays = {"net.Dense_0.kernel": square("k"), **{f"{name}.weight": square("norm.a") for name in "abc"}}
+    np.savez(tmp_path / "x.npz", **arrays)
+    for part, side in (("", "torch"), ("::a", "torch"), ("::net", None), ("::net.Dense_0", "flax")):
+        found = gx.open_checkpoint(f"{tmp_path}/x.npz{part}")
+        assert (found.side, found.side_by) == (side, "names"), part
+
+
+def test_a_plan_refuses_a_source_that_declares_the_other_side(tmp_path: Path):
+    arrays = {"weight": square("w"), "bias": square("bias")}
+    like = {"kernel": jnp.zeros((4, 4)), "bias": jnp.zeros(4)}
+    files = {"torch": tmp_path / "pt.safetensors", "flax": tmp_path / "fx.safetensors"}
+    for side, file in files.items():
+        safetensors.numpy.save_file(arrays, file, {"format": {"torch": "pt"}.get(side, side)})
+    plans = {side: gx.plan(file, like) for side, file in files.items()}
+    plans["flax"].save(tmp_path / "p.json")
+    sources = [(plans["torch"], files["flax"]), (plans["flax"], files["torch"]), (plans["flax"], torch.nn.Linear(4, 4))]
+    sources.append((gx.load_plan(tmp_path / "p.json"), files["torch"]))
+    for plan, source in sources:
+        with pytest.raises(PlanError, match="the plan was made for a"):
+            plan.run(source)
+        with pytest.raises(PlanError, match="the plan was made for a"):
+            gx.port_file(source, None, tmp_path / "o.msgpack", plan=plan)
+    np.testing.assert_array_equal(plans["torch"].run(arrays)["kernel"], arrays["weight"].T)  # it declares nothing
+    np.testing.assert_array_equal(plans["flax"].run(arrays)["kernel"], arrays["weight"])
+
+
+def test_a_side_by_names_alone_does_not_put_a_square_donor_in_as_it_is(tmp_path: Path):
+    donor = {"l1.weight": torch.from_numpy(square("d"))}
+    trees = {
+        "l1.w": {"l1.w": square("w"), "l2.w": square("v")},
+        "l2.w": {"l2.w": square("w"), "norm.weight": square("norm.a")},
+        "l3.weight": {"l3.weight": square("w")},
+    }
+    for selector, tree in trees.items():
+        for source in (donor, {"weight": square("d")}):
+            key = next(iter(source))
+            with pytest.raises(PlanError, match='layout="identity"'):
+                gx.replace(tree, {selector: gx.from_checkpoint(source, key)})
+        turned = gx.replace(tree, {selector: gx.from_checkpoint(donor, "l1.weight", layout="linear")})
+        np.testing.assert_array_equal(turned[selector], square("d").T)
+    wide = gx.replace({"a.weight": np.zeros((2, 3))}, {"a.weight": gx.from_checkpoint({"a.weight": np.ones((2, 3))})})
+    assert (wide["a.weight"] == 1).all()
+    kernels = {"a": {"kernel": square("k")}}
+    out = gx.replace(kernels, {"a/kernel": gx.from_checkpoint({"b/kernel": square("d")}, "b/kernel")})
+    np.testing.assert_array_equal(out["a"]["kernel"], square("d"))

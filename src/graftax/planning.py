@@ -147,7 +147,8 @@ def _undecided(end: Checkpoint, name: str) -> UsageError:
     if end.side_by == "metadata":
         declared = end.metadata.get("format")
         says = f"its metadata say format={escape(declared)}" if declared else "its arrays are jax's"
-        what = f"contradicts itself: {says}, its names are the other side's: {names} ({signs})"
+        whose = "are the other side's" if declared else "may be torch's"
+        what = f"contradicts itself: {says}, its names {whose}: {names} ({signs})"
     else:
         what = f"declares no side, and its names do not tell torch from Flax: {names} ({signs})"
     ways = f"{option(name, 'torch')} or {option(name, 'flax')}"

@@ -737,3 +737,15 @@ def test_names_are_no_deeper_than_trees(tmp_path: Path, separator: str):
         else:
             with pytest.raises(UnsafeInputError, match="levels of nesting"):
                 open_path(tmp_path / "a.safetensors")
+
+
+def test_a_folder_with_one_checkpoint_of_no_known_ending_is_that_one(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    torch.save({"a.weight": torch.ones(2, 2)}, tmp_path / "last.ckpt")
+    (tmp_path / "config.json").write_text('{"width": 2}')
+    found = open_path(tmp_path)
+    assert (list(found), found.side, found.config) == (["a.weight"], "torch", {"width": 2})
+    assert list(open_path(f"{tmp_path}::a")) == ["weight"]
+    torch.save({"a.weight": torch.ones(2, 2)}, tmp_path / "best.ckpt")
+    with pytest.raises(FormatError, match="holds 2 of them"):
+        open_path(tmp_path)
