@@ -217,7 +217,11 @@ def _module(path: str, module: torch.nn.Module, leaves: dict[str, str]) -> Modul
         for role in module.parametrizations:  # pyright: ignore
             plain.setdefault(role, True)
     name = name if isinstance(name, str) else kind.__name__
-    return Module(path, name, settings.bases(kind), plain, leaves, *settings.calls(kind))
+    return Module(path, name, settings.bases(kind), plain, leaves, *settings.calls_of(kind, vars(module), _hooks(module)))
+
+
+def _hooks(module: torch.nn.Module) -> list[Any]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def _trace(module: torch.nn.Module) -> Trace:
