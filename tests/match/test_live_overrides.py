@@ -294,3 +294,18 @@ def test_another_product_than_the_frameworks_is_stated() -> None:
         source = torch.nn.ModuleDict({"lay": torch.nn.Linear(8, 8)})
         plan = gx.plan(source, target)
         assert (plan.complete, len(said(plan))) == (complete, texts), product
+
+
+class SavesTurned(torch.nn.Linear):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t().contiguous()
+
+
+def test_a_state_dict_of_other_tensors_than_the_module_holds_is_asked_about() -> None:
+    source = {"lay/kernel": TensorSpec((8, 8), "float32"), "lay/bias": TensorSpec((8,), "float32")}
+    flax = Checkpoint("flax", "flax", source)
+    for kind, complete in ((SavesTurned, False), (torch.nn.Linear, True)):
+        module = torch.nn.ModuleDict({"lay": kind(8, 8)})
+        assert planned(flax, module).complete == complete
+        assert planned(module, flax).complete == complete
