@@ -187,7 +187,8 @@ class Module:
     kind      its class name
     bases     the qualified names along the method resolution order
     leaves    role ('weight', 'kernel', 'query/kernel') -> the full path of the leaf
-    calls     those of `bases` that define what its call runs (forward, __call__), the one that runs first
+    calls     what its call runs: functions set on this one module, then those of `bases` that define the call, the one
+              that runs first
     own_math  that one overrides another and does not hand its weights on to the base's call or function
     """
 

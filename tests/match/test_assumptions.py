@@ -57,6 +57,11 @@ POSITIONS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "norms after attention": ({f"layers.{i}.post_attention_layernorm.weight": (D,) for i in range(2)}, {}, True),
     "words that hold the word": ({"composer.weight": (9, D + 3), "purpose.weight": (9, D + 4)}, {}, True),
     "weights of positives": ({"pos_weight": (5,)}, {}, True),
+    "a head of relations": ({"rel.weight": (9, D + 3)}, {}, True),
+    "positives and negatives": ({"pos.weight": (9, D + 3), "neg.weight": (9, D + 4)}, {}, True),
+    "a tagger": ({"layers.pos_tagger.weight": (9, D + 3)}, {}, True),
+    "a table of a part without queries": ({"vision.pos_embed": (1, 9, D + 3)}, {}, True),
+    "a table among embeddings": ({"embeddings.position_embeddings.weight": (9, D + 3)}, {}, False),
     "a head of parts of speech": ({"pos_head.weight": (9, D + 3)}, {}, True),
     "a table of another tower": (
         {

@@ -26,6 +26,10 @@ def rotary() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((1, 1, 6, 4)).astype("f4")
 
 
+def angles() -> np.ndarray:
+    return (np.arange(6)[:, None] * 10.0 ** -np.arange(4)).astype("f4")[None, None]
+
+
 def planned(name: str, value: np.ndarray, more: dict[str, Any] | None = None, **options: Any) -> gx.Plan:
     rng = np.random.default_rng(0)
     values = {f"blocks.{i}.attn.qkv.weight": rng.standard_normal((24, D)).astype("f4") for i in range(LAYERS)}
@@ -43,7 +47,10 @@ KNOWN = {
     "attn.position_ids": table(), "attn.pos_bucket": table(), "attn.bias": causal("float32", 1, 1),
     "attn.causal_bias_mask": causal("bool", 1), "attn.mask": causal("uint8"), "attn.attention_mask": causal("bool"),
     "attn.tril": causal(), "attn.mask_buffer": causal("float32", 1, 1),
-    "attn.rotary_emb.cos_cached": rotary(), "attn.rope.sin": rotary(), "attn.freqs_cos": rotary(),
+    "attn.rotary_emb.cos_cached": np.cos(angles()), "attn.rope.sin": np.sin(angles()),
+    "attn.freqs_cos": np.cos(angles()), "attn.freqs_cis": np.exp(1j * angles()).astype("complex64"),
+    "attn.rotary_emb.inv_freq": 1e4 ** -np.linspace(0, 1, 4, dtype="f4"), "attn.masked_bias": np.float32([-1e4]),
+    "attn.attn_mask": -100 * (1 - causal()), "attn.causal_mask": np.where(causal(), 0, -np.inf).astype("f4"),
 }  # fmt: skip
 
 
@@ -59,7 +66,9 @@ LEARNED = {
     "attn.relative_position_bias_table": rotary()[0, 0], "attn.bias": np.zeros((1, 1, 6, 6), "f4"),
     "attn.mask": rotary()[0, 0, :4], "attn.relative_position_index_embed": table("float32"),
     "flow.mask": causal("bool")[::-1].copy(), "flow.permutation": table(), "attn.pos_ids_head": table(),
-    "attn.cos": rotary(), "freqs": rotary(), "made.masks": causal("int64")[::-1].copy(),
+    "attn.attn_mask": rotary()[0, 0, :4], "attn.masked_bias": np.float32([0.3]), "rotary.sin": 0.1 * rotary(),
+    "attn.rope.cos_cached": rotary(), "attn.freqs_cis": rotary()[0, 0], "attn.inv_freq": rotary()[0, 0, 0],
+    "attn.relative_position_index": rotary()[0, 0], "attn.cos": rotary(), "freqs": rotary(), "made.masks": causal("int64")[::-1].copy(),
 }  # fmt: skip
 
 

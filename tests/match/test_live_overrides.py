@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import Any
 
 import pytest
@@ -218,3 +220,92 @@ def test_flax_subclasses_are_looked_at_too() -> None:
     assert gx.plan(source, Holder(nnx.Linear)).complete
     assert not gx.plan(source, Holder(Own)).complete
     assert not gx.plan(Holder(Own), source).complete
+
+
+class Middle(InOut):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) * 2
+
+
+class ByName(Middle):
+    def forward(self, x: Any) -> Any:
+        return Middle.forward(self, x)
+
+
+class Again(InOut):
+    def forward(self, x: Any) -> Any:
+        return F.linear(x, self.weight, self.bias) * 2
+
+
+class MovesActivations(torch.nn.Linear):
+    def forward(self, x: Any) -> Any:
+        return torch.nn.Linear.forward(self, x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("kind", "open_"), [(Middle, True), (ByName, True), (Again, False), (MovesActivations, False)])
+def test_every_class_whose_call_runs_is_looked_at(kind: Any, open_: bool) -> None:
+    plan = planned(net(kind(8, 8)), like(**SQUARE))
+    assert bool(plan.questions) == open_
+    assert said(plan)
+
+
+def _turning(self: Any, x: Any) -> Any:
+    return x @ self.weight
+
+
+def _set(layer: Any, how: str) -> Any:
+    old = layer.forward
+    if how == "a method":
+        layer.forward = types.MethodType(_turning, layer)
+    elif how == "around it":
+        layer.forward = lambda x: old(x) * 2
+    elif how == "a hook":
+        layer.register_forward_hook(lambda module, args, out: out * 2)
+    elif how == "a hook before":
+        layer.register_forward_pre_hook(lambda module, args: args)
+    return layer
+
+
+@pytest.mark.parametrize("how", ["a method", "around it", "a hook", "a hook before"])
+def test_a_call_that_is_changed_on_the_module_is_stated(how: str) -> None:
+    plan = planned(net(_set(torch.nn.Linear(8, 8), how)), like(**SQUARE))
+    assert len(said(plan)) == 1
+    assert plan.complete == (how != "a method")
+
+
+def test_the_hooks_of_the_framework_are_no_override() -> None:
+    plan = planned(net(torch.nn.utils.spectral_norm(torch.nn.Linear(8, 6))), like(kernel=(8, 6), bias=(6,)))
+    assert not said(plan)
+
+
+def test_another_product_than_the_frameworks_is_stated() -> None:
+    import jax
+    from flax import nnx
+
+    def turned(x: Any, kernel: Any, dims: Any, **_: Any) -> Any:
+        return jax.lax.dot_general(x, kernel.T, dims)
+
+    def doubled(*args: Any, **named: Any) -> Any:
+        return 2 * jax.lax.dot_general(*args, **named)
+
+    same = functools.partial(jax.lax.dot_general, precision="highest")
+    for product, complete, texts in ((turned, False, 1), (doubled, True, 1), (same, True, 0)):
+        target = nnx.Dict(lay=nnx.Linear(8, 8, rngs=nnx.Rngs(0), dot_general=product))
+        source = torch.nn.ModuleDict({"lay": torch.nn.Linear(8, 8)})
+        plan = gx.plan(source, target)
+        assert (plan.complete, len(said(plan))) == (complete, texts), product
+
+
+class SavesTurned(torch.nn.Linear):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t().contiguous()
+
+
+def test_a_state_dict_of_other_tensors_than_the_module_holds_is_asked_about() -> None:
+    source = {"lay/kernel": TensorSpec((8, 8), "float32"), "lay/bias": TensorSpec((8,), "float32")}
+    flax = Checkpoint("flax", "flax", source)
+    for kind, complete in ((SavesTurned, False), (torch.nn.Linear, True)):
+        module = torch.nn.ModuleDict({"lay": kind(8, 8)})
+        assert planned(flax, module).complete == complete
+        assert planned(module, flax).complete == complete

@@ -247,7 +247,7 @@ def modules_of(node: Any, base: Checkpoint, aliases: Mapping[str, str]) -> dict[
             settings.bases(type(found[keys])),
             settings.collect(vars(found[keys]).items()),
             below[name],
-            *settings.calls(type(found[keys])),
+            *settings.calls_of(type(found[keys]), vars(found[keys])),
         )
         for name, keys in zip(below, ranked, strict=True)
     }

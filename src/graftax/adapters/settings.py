@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 import inspect
 import sys
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
 from types import CodeType
 from typing import Any
 
@@ -87,33 +87,110 @@ _MOVES = frozenset(("t", "T", "mT", "transpose", "permute", "swapaxes", "swapdim
 _MOVES |= {"einsum", "matmul", "mm", "addmm", "bmm", "dot", "tensordot", "dot_general", "inner"}
 
 
+_WEIGHTS = frozenset(("weight", "kernel", "embedding", "parameters", "_parameters", "named_parameters", "getattr"))
+_WEIGHTS |= {"state_dict", "__dict__", "vars"}
+_CALL = ("forward", "__call__")
+_TURNS = _MOVES - {"einsum", "matmul", "mm", "addmm", "bmm", "dot", "tensordot", "dot_general", "inner"}
+_SUPPLIED = frozenset(("promote_dtype", "einsum", "einsum_cls"))
+_FRAMEWORKS = ("torch", "jax", "flax", "jaxlib")
+
+
+def calls_of(kind: type, held: Mapping[str, Any], hooks: Iterable[Any] = ()) -> tuple[tuple[str, ...], bool]:
+    """`calls` of a live module of the class, which holds the attributes `held` and runs `hooks` around its call. What
+    is set on it stands first: a forward of its own, a hook, another product than the framework's."""
+    names, own_math = calls(kind)
+    base_names = frozenset(cls.__name__ for cls in kind.__mro__)
+    first: list[str] = []
+    for name, value in held.items():
+        overridden = getattr(kind, name, None) if whole_words(name) & {"forward", "call"} else None
+        if callable(value) and callable(overridden):
+            if getattr(value, "__func__", None) is not overridden:
+                first.append(_function_name(value))
+                own_math = own_math or not _hands_on(value, base_names)
+        elif name in _SUPPLIED or {"dot", "general"} <= whole_words(name) or {"conv", "general"} <= whole_words(name):
+            function = _inner(value)
+            if callable(function) and not _of_framework(function):
+                first.append(_function_name(function))
+                code = getattr(function, "__code__", None)
+                own_math = own_math or code is None or bool(_names_of(code) & _TURNS)
+    first += [_function_name(hook) for hook in map(_inner, hooks) if not _of_framework(hook)]
+    return (*first, *names), own_math
+
+
+def _inner(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.unwrap(function) if callable(function) else function
+
+
+def _of_framework(function: Any) -> bool:
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return module.partition(".")[0] in _FRAMEWORKS
+
+
+def _function_name(function: Any) -> str:
+    function = _inner(function)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 @cache
 def calls(kind: type) -> tuple[tuple[str, ...], bool]:
-    """The classes that define what a call of the class runs, the one that runs first; and whether that one overrides
-    another without handing its weights on to it, or to its function: then they may lie otherwise than the base's."""
+    """The classes that define what a call of the class runs, the one that runs first; and whether one of those that
+    run overrides another without handing its weights on to it, or to its function: then they may lie otherwise than
+    the base's."""
     mro = kind.__mro__[:-1]
     found: list[tuple[type, list[Any]]] = []
     for place, cls in enumerate(mro):
         own = {name: value for name, value in vars(cls).items() if whole_words(name) & {"forward", "call"}}
-        held = [value for name, value in own.items() if name in ("forward", "__call__")
+        held = [value for name, value in own.items() if name in _CALL
                 or any(name in vars(base) for base in mro[place + 1 :])]  # fmt: skip
         if held:
             found.append((cls, held))
     if not found:
         return (), False
-    own_math = len(found) > 1 and not all(map(_hands_on, found[0][1]))
+    base_names = frozenset(cls.__name__ for cls in mro)
+    own_math = False
+    for cls, held in found[:-1]:
+        own_math = own_math or not all(_hands_on(method, base_names - {cls.__name__}) for method in held)
+        if _of_framework(cls) or not any(_on_base(_names_in(method), base_names) for method in held):
+            break  # it calls none of those that it overrides
     return tuple(_qualified(cls) for cls, _ in found), own_math
 
 
-def _hands_on(method: Any) -> bool:
-    """Does a method call the one it overrides, or the layer's function, and move no axes itself?"""
-    code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+def _hands_on(method: Any, bases: frozenset[str]) -> bool:
+    """Does a method call the one it overrides, or the layer's function, and move no axes of the weights itself?"""
+    code = _code(method)
     if code is None:
         return True  # an attribute, or a compiled function: nothing to read
     names = _names_of(code)
-    return not names & _MOVES and bool(names & _FUNCTIONS or "__class__" in names)
+    on_base = _on_base(names, bases) or any(name in _CALL for name in _closed_over(method))
+    if on_base and code.co_name in _CALL and names & frozenset(_CALL) and not names & _WEIGHTS:
+        return True  # what it moves are the axes of activations
+    return not names & _MOVES and (on_base or bool(names & _FUNCTIONS))
+
+
+def _on_base(names: set[str], bases: frozenset[str]) -> bool:
+    """By `super()`, or as `Linear.forward(self, x)`."""
+    return "__class__" in names or bool(names & frozenset(_CALL) and names & bases)
+
+
+def _closed_over(function: Any) -> list[str]:
+    """The names of the functions that a closure holds."""
+    variables = inspect.getclosurevars(function).nonlocals if inspect.isroutine(function) else {}
+    return [getattr(value, "__name__", "") for value in variables.values() if callable(value)]
+
+
+def _code(method: Any) -> CodeType | None:
+    return getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+
+
+def _names_in(method: Any) -> set[str]:
+    code = _code(method)
+    return set() if code is None else _names_of(code)
 
 
 def _names_of(code: CodeType) -> set[str]:
     inner = [part for part in code.co_consts if isinstance(part, CodeType)]
-    return {*code.co_names, *code.co_freevars}.union(*map(_names_of, inner))
+    said = {part for part in code.co_consts if isinstance(part, str) and part.isidentifier()}
+    return {*code.co_names, *code.co_freevars}.union(said & _WEIGHTS, *map(_names_of, inner))

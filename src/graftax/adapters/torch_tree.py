@@ -202,10 +202,12 @@ def modules_of(
             leaves = below.get(".".join(parts[:i]))
             if leaves is not None:
                 leaves[".".join(parts[i:])] = key
-    return {path: _module(path, item, below[path]) for path, item in found.items()}
+    copied = {key.rpartition(".")[0] for key in specs if own is not None and key not in own}
+    return {path: _module(path, item, below[path], path in copied) for path, item in found.items()}
 
 
-def _module(path: str, module: torch.nn.Module, leaves: dict[str, str]) -> Module:
+def _module(path: str, module: torch.nn.Module, leaves: dict[str, str], copied: bool) -> Module:
+    """copied: its state_dict gives other tensors than it holds, which may lie in another way."""
     kind = type(module)
     if hasattr(module, "parametrizations"):  # torch puts a class of its own in front
         kind = kind.__mro__[1]
@@ -217,7 +219,15 @@ def _module(path: str, module: torch.nn.Module, leaves: dict[str, str]) -> Modul
         for role in module.parametrizations:  # pyright: ignore
             plain.setdefault(role, True)
     name = name if isinstance(name, str) else kind.__name__
-    return Module(path, name, settings.bases(kind), plain, leaves, *settings.calls(kind))
+    bases = settings.bases(kind)
+    calls, own_math = settings.calls_of(kind, vars(module), _hooks(module))
+    if copied:
+        calls, own_math = (f"{bases[0]}.state_dict", *calls), True
+    return Module(path, name, bases, plain, leaves, calls, own_math)
+
+
+def _hooks(module: torch.nn.Module) -> list[Any]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def _trace(module: torch.nn.Module) -> Trace:

@@ -55,13 +55,14 @@ def unlisted_kind(module: Module | None, side: Side) -> str:
 
 
 def overriding(module: Module | None, side: Side) -> tuple[str, str] | None:
-    """(the class whose own call runs, the listed kind whose call it overrides)."""
+    """(the class whose own call runs, or the function set on the module, the listed kind whose call it overrides)."""
     known = known_kind(module, side)
     if module is None or not known or not module.calls:
         return None
     base = next(name for name in module.bases if name.rpartition(".")[2] == known and _of_framework(name))
     first = module.calls[0]
-    return (first, known) if module.bases.index(first) < module.bases.index(base) else None
+    own = first not in module.bases or module.bases.index(first) < module.bases.index(base)
+    return (first, known) if own else None
 
 
 def own_layout(module: Module | None, side: Side) -> bool:

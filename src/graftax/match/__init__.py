@@ -68,7 +68,7 @@ def _infer(
     buffers = known_buffers(source, free, reads) if source_side == "torch" else {}
     theirs = known_buffers(like, (name for name in like if name not in filled), None) if like_side == "torch" else {}
     plain = [name for name in free if name not in buffers]
-    ties = find_ties(source, plain, like.specs, reads) if source_side == "torch" else {}
+    ties = find_ties(source, plain, like.specs, like_side, lex, reads) if source_side == "torch" else {}
     hidden = {name for names in ties.values() for name in names[1:]}
     t_skip, f_skip = (filled | theirs.keys(), taken) if turned else (taken | buffers.keys(), filled | theirs.keys())
     torch, flax = (like, source) if turned else (source, like)

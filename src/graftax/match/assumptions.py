@@ -20,7 +20,7 @@ from graftax.match.words import COLLECTIONS
 from graftax.ops import Offset, Rearrange
 from graftax.plan_text import fold_names
 from graftax.plans import PARITY, Assumption, Entry
-from graftax.tree import Checkpoint, Side, split_path, whole_words
+from graftax.tree import Checkpoint, Side, split_path, split_words, whole_words
 
 CALL_ORDER = "call order"
 _SHOWN = 3  # names of a statement
@@ -83,6 +83,7 @@ _FUSED = frozenset(("qkv", "kv"))
 _ROPE = frozenset(("rope", "rotary"))
 _FREQUENCIES = (frozenset(("rope",)), frozenset(("rotary",)), frozenset(("inv", "freq")), frozenset(("freqs", "cis")))
 _POSITIONS = frozenset(("pos", "rel"))
+_TABLES = frozenset(("table", "tables", "bias", "biases", "enc", "encs"))
 _ATTENTION = frozenset(("MultiheadAttention", "MultiHeadDotProductAttention", "SelfAttention", "MultiHeadAttention"))
 _VECTORS = frozenset(("weight", "scale"))
 
@@ -270,28 +271,39 @@ def _rotating(queries: list[Entry], source: Checkpoint, like: Checkpoint, ends: 
         for name in names.values():
             words = whole_words(name)
             frequencies = any(some <= words for some in _FREQUENCIES)
-            if frequencies or _is_table(name, checkpoint, end.words(name, lex), words):
-                (turned if frequencies else still).update(_around(_parts(name, end.side), paths))
+            if frequencies or _is_table(name, checkpoint, end.side, words):
+                (turned if frequencies else still).update(_around(_parts(name, end.side), paths, frequencies))
     return [entry for entry in queries if id(entry) in turned or id(entry) not in still]
 
 
-def _is_table(name: str, end: Checkpoint, concepts_: frozenset[str], words: frozenset[str]) -> bool:
-    """Something that is learned for each position, or for each distance of two: not their numbers, nor a head."""
+def _is_table(name: str, end: Checkpoint, side: Side, words: frozenset[str]) -> bool:
+    """Something that is learned for each position, or for each distance of two, and is called so in one word: a part
+    that is called `pos` or `rel` may be any head."""
     if "alibi" in words:
         return True
     spec = end[name]
-    return bool(concepts_ & _POSITIONS) and "head" not in concepts_ and len(spec.shape) > 1 and spec.floating
+    return len(spec.shape) > 1 and spec.floating and any(map(_names_table, _parts(name, side)))
 
 
-def _around(table: tuple[str, ...], paths: Iterable[tuple[int, tuple[str, ...]]]) -> set[int]:
+def _names_table(part: str) -> bool:
+    found, words = frozenset(concepts(split_words(part), lexicon())), whole_words(part)
+    told = "embed" in found or bool(words & _TABLES) or found >= _POSITIONS
+    return bool(found & _POSITIONS) and "head" not in found and told
+
+
+def _around(table: tuple[str, ...], paths: Iterable[tuple[int, tuple[str, ...]]], anywhere: bool) -> set[int]:
     """Those of `paths` that lie in the innermost part of the model that holds the table and any of them. The layers of
-    a list are one part: the first may hold the table of all."""
+    a list are one part: the first may hold the table of all. A part that is no mere holder of embeddings (another
+    tower) speaks for itself alone, if not `anywhere`."""
     paths = list(paths)
     inner = list(takewhile(lambda part: not _DIGITS.search(part), table[:-1]))
     for depth in range(len(inner), -1, -1):
         found = {key for key, path in paths if list(path[:depth]) == inner[:depth]}
         if found:
             return found
+        held = frozenset(concepts(split_words(inner[depth - 1]), lexicon()))
+        if not anywhere and not held & (_POSITIONS | {"embed"}):
+            break
     return set()
 
 

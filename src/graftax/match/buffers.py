@@ -1,5 +1,5 @@
 """Known buffers: index tables, masks and rotary tables that a model computes again, told by the whole words of their
-names, by dtypes that nothing trains, and by values where a mask is stored as floats."""
+names, by dtypes that nothing trains, and by values where floats of such a name may have been learned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def known_buffers(end: Checkpoint, paths: Iterable[str], reads: list[str] | None
         live = path.rpartition(".")[0] in end.modules  # hooks may save it under a name that no module has
         if live and path not in end.buffers:
             continue
-        reason = buffer_name(path, end.specs[path]) or _mask(path, end, live, reads)
+        reason = buffer_name(path, end.specs[path])
+        if reason and not live and reads is not None and not _holds(path, end, reason, reads):
+            continue
+        reason = reason or _mask(path, end, live, reads)
         if reason:
             out[path] = reason
     return out
@@ -55,6 +58,59 @@ def buffer_name(path: str, spec: TensorSpec) -> str:
     if last == "bias" and len(spec.shape) > 1 and spec.shape[-1] == spec.shape[-2]:
         return BUFFERS["causal_mask"]
     return ""
+
+
+def _holds(path: str, end: Checkpoint, reason: str, reads: list[str]) -> bool:
+    """Are the values what the name says? Floats of any name may have been learned; integers have not."""
+    kind, check = end.specs[path].kind, _VALUES.get(reason)
+    if check is None or kind not in "fc" or not end.has_values or end.specs[path].packed:
+        return True
+    if end.specs[path].size > _MOST:
+        return False
+    import numpy as np
+
+    reads.append(f"{path}, to tell a buffer")
+    array = np.asarray(end.read(path)).astype("c16" if kind == "c" else "f8")
+    return check(array) if array.size else True
+
+
+def _masks(array: Any) -> bool:
+    """0 and 1, or 0 and what no weight is: minus infinity, or much less than nothing."""
+    import numpy as np
+
+    values = np.unique(array)
+    others = values[values != 0]
+    return len(others) == 0 or (len(others) == 1 and bool(others[0] == 1 or others[0] <= _HIDES))
+
+
+def _frequencies(array: Any) -> bool:
+    flat = array.reshape(-1)
+    return bool((flat > 0).all() and (flat[1:] < flat[:-1]).all())
+
+
+def _turns(array: Any) -> bool:
+    """Cosines (1 at position 0), sines (0 there), or both in one table, complex too; or the angles."""
+    size = abs(array)
+    circle = size.max() <= _ROUNDED[1] and (size.max() >= _ROUNDED[0] or size.min() == 0)
+    return bool(circle or (array.dtype.kind == "f" and array.min() == 0))
+
+
+def _whole(array: Any) -> bool:
+    return bool((array == array.round()).all())
+
+
+_HIDES = -10.0  # the least that a mask adds to scores: -100, -1e4, -inf
+_ROUNDED = (0.99, 1.01)  # 1, in bfloat16 too
+_VALUES = {
+    BUFFERS["attn_mask"]: _masks,
+    BUFFERS["masked_bias"]: _masks,
+    BUFFERS["inv_freq"]: _frequencies,
+    BUFFERS["cos_cached"]: _turns,
+    BUFFERS["relative_position_index"]: _whole,
+    BUFFERS["position_ids"]: _whole,
+    BUFFERS["token_type_ids"]: _whole,
+}
+"""Why a leaf is a buffer -> what its values must be."""
 
 
 def _mask(path: str, end: Checkpoint, live: bool, reads: list[str] | None) -> str:

@@ -1,4 +1,9 @@
-"""Tied weights: one tensor under several names. Values are read only where names are left over; that is recorded."""
+"""Tied weights: one tensor under several names. Values are read only where names are left over; that is recorded.
+
+Names come before values: tensors that each have a leaf of like of their own name are not one, however equal they are
+(two tables of sines), nor are layers of a list (adapters that begin as the identity). In a live module storage says
+what is tied.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from graftax.match.names import Lexicon, concepts
+from graftax.match.numbers import NUMBER
+from graftax.match.sides import tokens_of
 from graftax.ops import same_bits
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Side, TensorSpec
 
 Reads = list[str]
+Name = tuple[tuple[str, ...], tuple[object, ...]]
+"""The concepts of a module's path, and its numbers."""
 _MANY = 64  # tensors of one shape beyond which they are layers or experts, not names of one weight
 
 
@@ -28,10 +38,16 @@ def constant(array: Any) -> bool:
 
 
 def find_ties(
-    source: Checkpoint, paths: Iterable[str], wanted: Mapping[str, TensorSpec], reads: Reads
+    source: Checkpoint,
+    paths: Iterable[str],
+    wanted: Mapping[str, TensorSpec],
+    wanted_side: Side,
+    lex: Lexicon,
+    reads: Reads,
 ) -> dict[str, tuple[str, ...]]:
     """first name -> all names, for tensors among `paths` that are bit for bit one and not constant. Only shapes of
-    which the source has more than `wanted` are looked at."""
+    which the source has more than `wanted` are looked at. Tensors with leaves of `wanted` of their own names are not
+    one; those that differ in their numbers only are where they share storage."""
     specs = source.specs
     sizes, have = _sizes(wanted), _sizes(specs)
     more = {size for size, count in have.items() if count > sizes[size] and size > 1}
@@ -47,7 +63,9 @@ def find_ties(
     for (shape, _), names in groups.items():
         if len(names) < 2 or len(names) > _MANY:
             continue
-        out |= _equal(source, names, reads, f"shape {list(shape)}")
+        theirs = {_name(path, wanted_side, lex) for path, spec in wanted.items() if sorted(spec.shape) == sorted(shape)}
+        equal = _equal(source, names, reads, f"shape {list(shape)}")
+        out |= _apart(source, names, equal, theirs, lex) if equal else {}
     return out | _beside(source, paths, out, sizes, have, reads)
 
 
@@ -76,10 +94,50 @@ def _beside(
     return out
 
 
-def _equal(source: Checkpoint, names: list[str], reads: Reads, what: str) -> dict[str, tuple[str, ...]]:
-    stored = {name: source.aliases.get(name, name) for name in names}
+def _apart(
+    source: Checkpoint, names: list[str], equal: list[list[str]], theirs: set[Name], lex: Lexicon
+) -> dict[str, tuple[str, ...]]:
+    """The equal tensors without those that names or numbers keep apart."""
+    known = {name: _name(name, "torch", lex) for name in names}
+    listed = Counter(_skeleton(name) for name in names)
+    out: dict[str, tuple[str, ...]] = {}
+    for members in equal:
+        groups: list[tuple[set[Name], list[str]]] = []
+        for name in members:
+            own = {other for other in theirs if _ends_alike(known[name], other)}
+            store = source.aliases.get(name, name)
+            for have, group in groups:
+                shared = any(source.aliases.get(other, other) == store for other in group)
+                if shared or (listed[_skeleton(name)] == 1 and all(listed[_skeleton(other)] == 1 for other in group)):
+                    if not have or own <= have:
+                        group.append(name)
+                        have |= own
+                        break
+            else:
+                groups.append((own, [name]))
+        out |= {group[0]: tuple(group) for _, group in groups if len(group) > 1}
+    return out
+
+
+def _name(path: str, side: Side, lex: Lexicon) -> Name:
+    tokens = tokens_of(path, side)
+    return concepts(tokens, lex), tuple(token for token in tokens if not isinstance(token, str))
+
+
+def _skeleton(path: str) -> str:
+    return NUMBER.sub("#", path)
+
+
+def _ends_alike(a: Name, b: Name) -> bool:
+    """One is the other with a prefix before it."""
+    short = min(len(a[0]), len(b[0]))
+    return a[1] == b[1] and bool(short or a[0] == b[0]) and a[0][len(a[0]) - short :] == b[0][len(b[0]) - short :]
+
+
+def _equal(source: Checkpoint, names: list[str], reads: Reads, what: str) -> list[list[str]]:
+    """The names of one tensor each: by storage in a live module, else by values."""
     classes: list[tuple[Any, list[str]]] = []
-    if source.has_values:
+    if source.has_values and not source.modules:
         reads.append(f"{len(names)} tensors of {what}, to tell tied ones: {', '.join(names[:4])}")
         for name in names:
             array = source.read(name)
@@ -91,19 +149,15 @@ def _equal(source: Checkpoint, names: list[str], reads: Reads, what: str) -> dic
                 classes.append((array, [name]))
     else:
         by_store: defaultdict[str, list[str]] = defaultdict(list)
-        for name, store in stored.items():
-            by_store[store].append(name)
+        for name in names:
+            by_store[source.aliases.get(name, name)].append(name)
         classes = [(None, members) for members in by_store.values()]
-    return {
-        members[0]: tuple(members)
-        for first, members in classes
-        if len(members) > 1 and (first is None or not constant(first))
-    }
+    return [members for first, members in classes if len(members) > 1 and (first is None or not constant(first))]
 
 
 def tied_to(source: Checkpoint, name: str, others: Iterable[str], reads: Reads) -> str | None:
-    """The one of `others` that `name` is bit for bit equal to."""
-    if not source.has_values:
+    """The one of `others` that `name` is bit for bit equal to; of a live module's parameters, that it is."""
+    if not source.has_values or (source.modules and name not in source.buffers):
         store = source.aliases.get(name, name)
         return next((other for other in others if source.aliases.get(other, other) == store), None)
     near = [other for other in others if source[other] == source[name]]

@@ -1,0 +1,76 @@
+"""Equal tensors are tied only where no name and no number keeps them apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import graftax as gx
+
+torch = pytest.importorskip("torch")
+
+RNG = np.random.default_rng(0)
+SINES = np.stack([np.sin(np.arange(8) * k) for k in range(4)], 1).astype("f4")
+
+
+def rnd(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype("f4")
+
+
+def tensors(**arrays: Any) -> dict[str, Any]:
+    return {name.replace("__", "."): torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def test_equal_tables_go_where_their_names_say() -> None:
+    source = tensors(enc__pos__weight=SINES, dec__pos__weight=SINES, extra__pos__weight=rnd(8, 4))
+    like = {"enc": {"pos": {"embedding": rnd(8, 4)}}, "dec": {"pos": {"embedding": rnd(8, 4)}}}
+    plan = gx.plan(source, like)
+    assert [q.sources for q in plan.questions] == [("extra.pos.weight",)]
+    out = gx.port(source, like, unused="drop")
+    assert all(np.array_equal(out[part]["pos"]["embedding"], SINES) for part in ("enc", "dec"))
+
+
+def adapters(layers: int, alike: int) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for i in range(layers):
+        out[f"layers.{i}.ad.weight"] = torch.eye(4) if i < alike else torch.from_numpy(rnd(4, 4))
+        out[f"layers.{i}.fc.weight"] = torch.from_numpy(rnd(5, 4))
+    return out
+
+
+def test_equal_layers_of_a_list_are_not_tied() -> None:
+    like = {f"layers_{i}": {"ad": {"kernel": rnd(4, 4)}, "fc": {"kernel": rnd(4, 5)}} for i in range(2)}
+    plan = gx.plan(adapters(3, 2), like, unused="drop")
+    rows = [(e.sources, e.targets) for e in plan.entries if e.targets]
+    assert all(len(a) == 1 and a[0].split(".")[1] == b[0].split("/")[0][-1] for a, b in rows)
+
+
+def test_an_equal_layer_that_like_lacks_is_unexpected() -> None:
+    source = adapters(2, 2)
+    like = {"layers_0": {"ad": {"kernel": rnd(4, 4)}, "fc": {"kernel": rnd(4, 5)}}}
+    like["layers_1"] = {"fc": {"kernel": rnd(4, 5)}}
+    plan = gx.plan(source, like, rules=[{"torch": "layers.0.ad.weight", "flax": "layers_0/ad/kernel",
+                                         "layout": "linear"}])  # fmt: skip
+    assert not any("layers.1.ad.weight" in entry.sources for entry in plan.entries)
+    assert any("layers.1.ad.weight" in question.sources for question in plan.questions)
+
+
+class Head(torch.nn.Module):
+    def __init__(self, tie: bool) -> None:
+        super().__init__()
+        self.emb, self.head = torch.nn.Embedding(6, 4), torch.nn.Linear(4, 6, bias=False)
+        if tie:
+            self.head.weight = self.emb.weight
+        else:
+            self.head.weight.data.copy_(self.emb.weight.data)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_storage_of_a_live_module_says_what_is_tied(tie: bool) -> None:
+    plan = gx.plan(Head(tie), {"emb": {"embedding": rnd(6, 4)}})
+    assert plan.complete == tie
+    saved = {name: tensor.clone() for name, tensor in Head(tie).state_dict().items()}
+    plan = gx.plan(saved, {"emb": {"embedding": rnd(6, 4)}})
+    assert plan.complete and any("tied: 2 names" in entry.evidence for entry in plan.entries)
