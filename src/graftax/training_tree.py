@@ -33,6 +33,8 @@ _MOMENTS = frozenset(
 _COEFFICIENTS = frozenset({"ns_coeffs", "weights_memory"})
 """Fields that hold a few numbers of the optimizer's own: Muon's polynomial, L-BFGS's weights."""
 _OPTIMIZER = frozenset({"opt", "optax", "tx", "state", "states", "dict", "dicts"})
+_OF_STATES = frozenset({"state", "ema"})
+"""Usual names of containers that are fields of an optimizer's state as well."""
 _COPY = frozenset({"ema", "avg", "average", "averaged", "polyak", "shadow", "swa", "target"})
 _OF_COPY = frozenset({"params", "parameters", "weights", "model", "variables", "net", "network", "state", "dict"})
 _STREAMS = frozenset({"rng", "rngs", "prng", "key", "keys", "dropout", "random", "noise", "seed"})
@@ -60,8 +62,9 @@ class Split:
 
     prefix    the container that holds all of the weights, as a path; "" where there is none
     left      path of a part -> what it is
-    copies    paths of containers each of which holds all of the weights: one has to be named
-    doubtful  path of a part with the name of an optimizer's state -> the leaves in it that are none of one
+    copies    paths of containers that hold weights each: copies of a network, or networks in training; one has to be named
+    doubtful  path of a part with the name of an optimizer's state -> the leaves in it that are none of one; none where
+              it is a copy of the weights, no more
     """
 
     prefix: str = ""
@@ -131,7 +134,8 @@ def own_parts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
     found = split(specs)
     aside = [path for path in specs if found.leaves_out(path)] if found.left else []
     weights = {path for path in specs if not found.leaves_out(path)}
-    tails = {path[at:] for path in weights for at in _starts(path)[:3]}
+    above = max((path.count("/") for path in found.left), default=0)  # containers around a run
+    tails = {path[at:] for path in weights for at in _starts(path)[: above + 3]}
     out: dict[str, int] = {}
     for path in aside:
         starts = _starts(path)[1:]
@@ -151,12 +155,21 @@ def _search(node: Node, at: Parts, found: _Found) -> None:
     for name, state in node.items():
         if not isinstance(state, dict) or name == "params" or not (name in named or _has_moments(state)):
             continue
+        if _is_run(state, name in named):
+            continue
         weights = {key: value for key, value in others.items() if key != name and key not in sure}
         if not any(isinstance(value, dict) for value in weights.values()):
             continue
         mirror = _Mirror.of(weights)
         odd = _none_of_an_optimizer(state, mirror)
         shown = any(part in _MOMENTS or _is_count(part) for leaf, _ in _leaves(state) for part in leaf)
+        if name in named and not odd and mirror.is_twin():
+            continue  # two networks of one architecture
+        copies = 0 if shown or odd or name not in named else _copies_in(state, weights)
+        if copies == 1 and "params" not in weights and not any(_is_small(spec) for _, spec in _leaves(state)):
+            found.doubtful[*at, name] = []
+            continue
+        shown = shown or copies > 0
         if not odd and shown and (name in named or (_is_counted(state) and (mirror.inner or mirror.rooted))):
             sure[name] = f"an optimizer's state, {_count(state)}"
             if mirror.rooted and not mirror.inner:
@@ -172,6 +185,7 @@ def _search(node: Node, at: Parts, found: _Found) -> None:
         for name, value in kept.items():
             if isinstance(value, dict) and name != "params":  # which is the model itself
                 _search(value, (*at, name), found)
+    _add_runs(kept, at, found)
     if not sure and any(path[: len(at)] == at for path in found.left):  # a run with its counters around it
         found.left |= {(*at, name): what for name, what in _other_state(node, {"": ""}).items()}
 
@@ -182,6 +196,38 @@ def _search(node: Node, at: Parts, found: _Found) -> None:
 def is_optimizer_name(name: str) -> bool:
     words = words_of(name)
     return family(name) == "optimizer" or bool(words & {"opt", "optax", "tx"} and words <= _OPTIMIZER)
+
+
+def _is_run(node: Node, named: bool) -> bool:
+    """Is this weights with an optimizer's state of their own, or does it hold such? Then it is no optimizer's state,
+    though all of it mirrors another network in training. named: it has the name of an optimizer's state."""
+    own = {name for name in node if is_optimizer_name(name)}
+    parts = {k: v for k, v in node.items() if isinstance(v, dict) and v and (k in own or k not in _MOMENTS)}
+    for name, child in parts.items():
+        if (is_usual(name) and name not in _OF_STATES and not _has_moments(child)) or (name == "params" and not named):
+            return True
+    if named:  # optax's own states nest, too: SAM's has `opt_state` beside `cache`
+        return False
+    weights = [child for name, child in parts.items() if name not in own]
+    return 0 < len(weights) < len(parts) or any(_is_run(child, False) for child in weights)
+
+
+def _copies_in(state: Node, weights: Node) -> int:
+    """How many whole copies of the weights stand in a state, each below a field of it, by paths and shapes."""
+    sets = [dict(_leaves(weights))]
+    for part in weights.values():
+        if isinstance(part, dict):
+            sets.append(dict(_leaves(part)))
+            if isinstance(inner := part.get("params"), dict):
+                sets.append(dict(_leaves(inner)))
+    wanted = [{(path, spec.shape) for path, spec in paths.items()} for paths in sets if paths]
+
+    def within(node: Node) -> int:
+        if {(path, spec.shape) for path, spec in _leaves(node)} in wanted:
+            return 1
+        return sum(within(child) for child in node.values() if isinstance(child, dict))
+
+    return sum(within(child) for child in state.values() if isinstance(child, dict))
 
 
 def _has_moments(node: Node) -> bool:
@@ -202,6 +248,7 @@ class _Mirror:
     totals: set[int]
     rooted: int = 0  # leaves that were found by their full paths
     inner: int = 0
+    same: int = 0  # leaves whose whole path is a weight's: no field of an optimizer stands before or behind it
 
     @classmethod
     def of(cls, containers: Node) -> _Mirror:
@@ -227,14 +274,18 @@ class _Mirror:
                         continue
                     if stop < len(leaf) or spec.shape in known[tail] or not _MOMENTS.isdisjoint(leaf[:start]):
                         setattr(self, kind, getattr(self, kind) + 1)
+                        self.same += tail == leaf
                         return True
         # optax.flatten: all weights as one vector
         return len(spec.shape) == 1 and not _MOMENTS.isdisjoint(leaf) and spec.size in self.totals
 
+    def is_twin(self) -> bool:
+        return 0 < self.same == self.rooted + self.inner
+
 
 def _none_of_an_optimizer(state: Node, mirror: _Mirror) -> list[Parts]:
     """The leaves of a state that are neither numbers nor random keys nor mirror a weight."""
-    mirror.rooted = mirror.inner = 0
+    mirror.rooted = mirror.inner = mirror.same = 0
     return [
         leaf
         for leaf, spec in _leaves(state)
@@ -320,6 +371,54 @@ def _copies(kept: Node, run: bool) -> list[str]:
     sets = {k: {(_bare(leaf), spec.shape) for leaf, spec in _leaves(kept[k])} for k in (first, *named)}
     same = [k for k in named if len(sets[k] & sets[first]) * 2 > len(sets[k] | sets[first])]
     return [first, *same] if same else []
+
+
+def _add_runs(kept: Node, at: Parts, found: _Found) -> None:
+    """Networks in training side by side (actor and critic), or one beside a copy of it: each is a container."""
+    left: dict[str, set[Parts]] = {}
+    for path in found.left:
+        if path[: len(at)] == at and len(path) > len(at) + 1:
+            left.setdefault(path[len(at)], set()).add(path)
+    runs = [name for name in kept if name in left]
+    if not runs:
+        return
+    sets = {name: _network(value, (*at, name), found) for name, value in kept.items() if isinstance(value, dict)}
+
+    def is_rival(name: str) -> bool:
+        if name in runs or is_usual(name) or _is_copy(name) or isinstance(kept[name].get("params"), dict):
+            return True
+        return any(len(sets[name] & sets[run]) * 2 > len(sets[name] | sets[run]) for run in runs)
+
+    rivals = [name for name in sets if sets[name] and is_rival(name)]
+    if len(rivals) < 2:
+        return
+    for name in rivals:
+        path = (*at, name)
+        if not any(copy[: len(path)] == path for copy in found.copies):
+            found.copies.append(_only_container(kept[name], path, found))
+
+
+def _network(node: Node, at: Parts, found: _Found) -> set[tuple[Parts, tuple[int, ...]]]:
+    """The weights below `at`, by their paths in the container that holds all of them."""
+    inside = _only_container(node, at, found)
+    return {
+        (_bare((*at, *leaf)[len(inside) :]), spec.shape)
+        for leaf, spec in _leaves(node)
+        if not any((*at, *leaf)[:stop] in found.left for stop in range(len(at), len(at) + len(leaf) + 1))
+        and not _is_small(spec)
+    }
+
+
+def _only_container(node: Node, at: Parts, found: _Found) -> Parts:
+    """The container that holds all weights below `at`, as far down as names of containers go."""
+    while True:
+        kept = [name for name, value in node.items() if (*at, name) not in found.left and value != {}]
+        child = node[kept[0]] if len(kept) == 1 else None
+        if not isinstance(child, dict) or not (is_usual(kept[0]) or any(path[: len(at)] == at for path in found.left)):
+            return at
+        at, node = (*at, kept[0]), child
+        if at[-1] == "params" and not isinstance(node.get("params"), dict):
+            return at
 
 
 def _bare(leaf: Parts) -> Parts:
