@@ -173,7 +173,9 @@ def tensors_in(value: Any) -> Iterator[Any]:
 def _is_random(tensor: Any) -> bool:
     """Bytes of a torch generator, the 624 words of a Mersenne Twister, or a number."""
     shape = tuple(getattr(tensor, "shape", ()))
-    return "int" in _dtype(tensor) and (_is_small(tensor) or shape == (624,) or (_dtype(tensor), len(shape)) == ("uint8", 1))
+    return "int" in _dtype(tensor) and (
+        _is_small(tensor) or shape == (624,) or (_dtype(tensor), len(shape)) == ("uint8", 1)
+    )
 
 
 def _dtype(value: Any) -> str:

@@ -62,7 +62,7 @@ class Split:
 
     prefix    the container that holds all of the weights, as a path; "" where there is none
     left      path of a part -> what it is
-    copies    paths of containers that hold weights each: copies of a network, or networks in training; one has to be named
+    copies    paths of containers that hold weights each, copies of a network or networks in training: one has to be named
     doubtful  path of a part with the name of an optimizer's state -> the leaves in it that are none of one; none where
               it is a copy of the weights, no more
     """

@@ -190,7 +190,9 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
     if len(found) == 1:
         return found[0] if usual or not (direct or _holding(node)) else None
     prefix = "/".join(path)
-    ends = {"/".join([*path, *way]): end for way, end in (_down(node[k], _text(k, label), label, census) for k in found)}
+    ends = {
+        "/".join([*path, *way]): end for way, end in (_down(node[k], _text(k, label), label, census) for k in found)
+    }
     names = list(ends)
     raise PlanError(
         f"{label} holds weights in {len(found)} containers" + (f" of {escape(prefix)!r}" if prefix else ""),
@@ -233,7 +235,11 @@ def _aside(node: dict[Any, Any], census: _Census) -> dict[Any, Any]:
     def out(key: Any, value: Any) -> bool:
         if not run or not census.tensors(value):
             return is_optimizer(value)
-        return is_beside(key, value, lightning) if _is_nested(value) else is_random_bytes(key, value) or is_counter(key, value)
+        return (
+            is_beside(key, value, lightning)
+            if _is_nested(value)
+            else is_random_bytes(key, value) or is_counter(key, value)
+        )
 
     return {key: value for key, value in node.items() if out(key, value)}
 
