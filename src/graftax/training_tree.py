@@ -8,16 +8,13 @@ has the name of an optimizer's state and another structure is `doubtful`, and as
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftax.training_containers import Found, Node, Parts, add_runs, copies_in, is_copy, is_small, leaves_in, prefix_of
 from graftax.training_state import family, is_count, is_usual, words_of
 from graftax.tree import TensorSpec
-
-Parts = tuple[str, ...]
-Node = dict[str, Any]
-"""name -> Node or TensorSpec"""
 
 _NUMBER = re.compile("[0-9]+")
 _DEPTH = 4
@@ -35,8 +32,6 @@ _COEFFICIENTS = frozenset({"ns_coeffs", "weights_memory"})
 _OPTIMIZER = frozenset({"opt", "optax", "tx", "state", "states", "dict", "dicts"})
 _OF_STATES = frozenset({"state", "ema"})
 """Usual names of containers that are fields of an optimizer's state as well."""
-_COPY = frozenset({"ema", "avg", "average", "averaged", "polyak", "shadow", "swa", "target"})
-_OF_COPY = frozenset({"params", "parameters", "weights", "model", "variables", "net", "network", "state", "dict"})
 _STREAMS = frozenset({"rng", "rngs", "prng", "key", "keys", "dropout", "random", "noise", "seed"})
 _RANDOM = _STREAMS | {
     "default",
@@ -62,7 +57,7 @@ class Split:
 
     prefix    the container that holds all of the weights, as a path; "" where there is none
     left      path of a part -> what it is
-    copies    paths of containers that hold weights each, copies of a network or networks in training: one has to be named
+    copies    paths of containers that hold weights each, copies of a network or several networks: one has to be named
     doubtful  path of a part with the name of an optimizer's state -> the leaves in it that are none of one; none where
               it is a copy of the weights, no more
     """
@@ -81,20 +76,12 @@ class Split:
         return path in self.left
 
 
-@dataclass(slots=True)
-class _Found:
-    left: dict[Parts, str] = field(default_factory=dict[Parts, str])
-    copies: list[Parts] = field(default_factory=list[Parts])
-    doubtful: dict[Parts, list[Parts]] = field(default_factory=dict[Parts, "list[Parts]"])
-    rooted: set[Parts] = field(default_factory=set[Parts])  # where the moments mirror the names of all containers
-
-
 def may_hold_state(paths: Iterable[str]) -> bool:
     """Does any name say that there may be something for `split`?"""
     parts = {part for path in paths for part in path.split("/")}
     parts = {_NUMBER.sub("", part) for part in parts}  # layers_0 to layers_9999 say the same
     return any(
-        part in _MOMENTS or is_optimizer_name(part) or _is_count(part) or _is_copy(part) or words_of(part) & _STREAMS
+        part in _MOMENTS or is_optimizer_name(part) or _is_count(part) or is_copy(part) or words_of(part) & _STREAMS
         for part in parts
     )
 
@@ -116,12 +103,12 @@ def split(specs: Mapping[str, TensorSpec]) -> Split:
         if isinstance(node.get(last), dict):
             return Split()
         node[last] = spec
-    found = _Found()
+    found = Found()
     _search(root, (), found)
     if not (found.left or found.copies or found.doubtful):
         return Split()
     return Split(
-        "/".join(_prefix(root, found)),
+        "/".join(prefix_of(root, found)),
         {"/".join(path): what for path, what in found.left.items()},
         tuple("/".join(path) for path in found.copies),
         {"/".join(path): tuple("/".join(leaf) for leaf in odd) for path, odd in found.doubtful.items()},
@@ -148,7 +135,7 @@ def _starts(path: str) -> list[int]:
     return [0, *(i + 1 for i, char in enumerate(path) if char == "/")]
 
 
-def _search(node: Node, at: Parts, found: _Found) -> None:
+def _search(node: Node, at: Parts, found: Found) -> None:
     sure: dict[str, str] = {}
     named = [name for name, value in node.items() if isinstance(value, dict) and is_optimizer_name(name)]
     others = {name: value for name, value in node.items() if name not in named}
@@ -162,11 +149,11 @@ def _search(node: Node, at: Parts, found: _Found) -> None:
             continue
         mirror = _Mirror.of(weights)
         odd = _none_of_an_optimizer(state, mirror)
-        shown = any(part in _MOMENTS or _is_count(part) for leaf, _ in _leaves(state) for part in leaf)
+        shown = any(part in _MOMENTS or _is_count(part) for leaf, _ in leaves_in(state) for part in leaf)
         if name in named and not odd and mirror.is_twin():
             continue  # two networks of one architecture
         copies = 0 if shown or odd or name not in named else _copies_in(state, weights)
-        if copies == 1 and "params" not in weights and not any(_is_small(spec) for _, spec in _leaves(state)):
+        if copies == 1 and "params" not in weights and not any(is_small(spec) for _, spec in leaves_in(state)):
             found.doubtful[*at, name] = []
             continue
         shown = shown or copies > 0
@@ -180,12 +167,12 @@ def _search(node: Node, at: Parts, found: _Found) -> None:
     if len(sure) < len(node):
         found.left |= {(*at, name): what for name, what in sure.items()}
     kept = {name: value for name, value in node.items() if name not in sure and (*at, name) not in found.doubtful}
-    found.copies += [(*at, name) for name in _copies(kept, bool(sure))]
+    found.copies += [(*at, name) for name in copies_in(kept, bool(sure))]
     if len(at) < _DEPTH:
         for name, value in kept.items():
             if isinstance(value, dict) and name != "params":  # which is the model itself
                 _search(value, (*at, name), found)
-    _add_runs(kept, at, found)
+    add_runs(kept, at, found)
     if not sure and any(path[: len(at)] == at for path in found.left):  # a run with its counters around it
         found.left |= {(*at, name): what for name, what in _other_state(node, {"": ""}).items()}
 
@@ -214,16 +201,16 @@ def _is_run(node: Node, named: bool) -> bool:
 
 def _copies_in(state: Node, weights: Node) -> int:
     """How many whole copies of the weights stand in a state, each below a field of it, by paths and shapes."""
-    sets = [dict(_leaves(weights))]
+    sets = [dict(leaves_in(weights))]
     for part in weights.values():
         if isinstance(part, dict):
-            sets.append(dict(_leaves(part)))
+            sets.append(dict(leaves_in(part)))
             if isinstance(inner := part.get("params"), dict):
-                sets.append(dict(_leaves(inner)))
+                sets.append(dict(leaves_in(inner)))
     wanted = [{(path, spec.shape) for path, spec in paths.items()} for paths in sets if paths]
 
     def within(node: Node) -> int:
-        if {(path, spec.shape) for path, spec in _leaves(node)} in wanted:
+        if {(path, spec.shape) for path, spec in leaves_in(node)} in wanted:
             return 1
         return sum(within(child) for child in node.values() if isinstance(child, dict))
 
@@ -236,7 +223,7 @@ def _has_moments(node: Node) -> bool:
 
 def _is_counted(node: Node) -> bool:
     """Does a counter stand in it, as in most optimizers' states? A model's copy (`momentum/encoder`) has none."""
-    return any(_is_small(spec) and spec.kind in "iu" and _is_count(leaf[-1]) for leaf, spec in _leaves(node))
+    return any(is_small(spec) and spec.kind in "iu" and _is_count(leaf[-1]) for leaf, spec in leaves_in(node))
 
 
 @dataclass(slots=True)
@@ -255,8 +242,8 @@ class _Mirror:
         full: dict[Parts, set[tuple[int, ...]]] = {}
         below: dict[Parts, set[tuple[int, ...]]] = {}
         parts = [value for value in containers.values() if isinstance(value, dict)]
-        sizes = [sum(spec.size for _, spec in _leaves(part)) for part in parts]
-        for path, spec in _leaves(containers):
+        sizes = [sum(spec.size for _, spec in leaves_in(part)) for part in parts]
+        for path, spec in leaves_in(containers):
             full.setdefault(path, set()).add(spec.shape)
             for start in (1, 2):  # {"params": ...}, and {"model": {"params": ...}}
                 if len(path) > start:
@@ -288,9 +275,9 @@ def _none_of_an_optimizer(state: Node, mirror: _Mirror) -> list[Parts]:
     mirror.rooted = mirror.inner = mirror.same = 0
     return [
         leaf
-        for leaf, spec in _leaves(state)
+        for leaf, spec in leaves_in(state)
         if not mirror.holds(leaf, spec)
-        and not _is_small(spec)
+        and not is_small(spec)
         and not _is_key(leaf[-1], spec)
         and not (leaf[-1] in _COEFFICIENTS and spec.size <= 64)
     ]
@@ -309,10 +296,10 @@ def _other_state(node: Node, optimizers: Mapping[str, str]) -> dict[str, str]:
     for name, value in node.items():
         if name in optimizers or name == "params":
             continue
-        every = [value] if not isinstance(value, dict) else [spec for _, spec in _leaves(value)]
+        every = [value] if not isinstance(value, dict) else [spec for _, spec in leaves_in(value)]
         if _is_random(name, value):
             out[name] = f"random state, {_count(value)}"
-        elif not all(map(_is_small, every)) or not every:
+        elif not all(map(is_small, every)) or not every:
             continue
         elif not isinstance(value, dict) and _is_count(name) and (optimizers or value.kind in "iu"):
             out[name] = f"a number of the run, {value}"
@@ -336,10 +323,10 @@ def _is_random(name: str, value: Any) -> bool:
         return False
     if not isinstance(value, dict):
         return _is_key(name, value)
-    leaves = list(_leaves(value))
-    keys = [leaf for leaf, spec in leaves if spec.kind == "u" and not _is_small(spec)]
+    leaves = list(leaves_in(value))
+    keys = [leaf for leaf, spec in leaves if spec.kind == "u" and not is_small(spec)]
     return bool(keys) and all(
-        _is_key(leaf[-1], spec) or (_is_small(spec) and spec.kind in "iu") for leaf, spec in leaves
+        _is_key(leaf[-1], spec) or (is_small(spec) and spec.kind in "iu") for leaf, spec in leaves
     )
 
 
@@ -348,106 +335,6 @@ def _is_key(name: str, spec: TensorSpec) -> bool:
     return spec.dtype == "uint32" and bool(spec.shape) and spec.shape[-1] in (2, 4) and words_of(name) <= _RANDOM
 
 
-def _is_small(spec: TensorSpec) -> bool:
-    return all(n <= 1 for n in spec.shape)
-
-
-# ---------------------------------------------------------------- containers
-
-
-def _is_copy(name: str) -> bool:
-    words = words_of(name)
-    return bool(words & _COPY) and words <= _COPY | _OF_COPY
-
-
-def _copies(kept: Node, run: bool) -> list[str]:
-    """The containers that hold the same weights: the one in training, and averages of it."""
-    named = [k for k, v in kept.items() if isinstance(v, dict) and _is_copy(k)]
-    if not named or not (run or "params" in kept):
-        return []
-    first = next((k for k, v in kept.items() if isinstance(v, dict) and k not in named and is_usual(k)), None)
-    if first is None:
-        return []
-    sets = {k: {(_bare(leaf), spec.shape) for leaf, spec in _leaves(kept[k])} for k in (first, *named)}
-    same = [k for k in named if len(sets[k] & sets[first]) * 2 > len(sets[k] | sets[first])]
-    return [first, *same] if same else []
-
-
-def _add_runs(kept: Node, at: Parts, found: _Found) -> None:
-    """Networks in training side by side (actor and critic), or one beside a copy of it: each is a container."""
-    left: dict[str, set[Parts]] = {}
-    for path in found.left:
-        if path[: len(at)] == at and len(path) > len(at) + 1:
-            left.setdefault(path[len(at)], set()).add(path)
-    runs = [name for name in kept if name in left]
-    if not runs:
-        return
-    sets = {name: _network(value, (*at, name), found) for name, value in kept.items() if isinstance(value, dict)}
-
-    def is_rival(name: str) -> bool:
-        if name in runs or is_usual(name) or _is_copy(name) or isinstance(kept[name].get("params"), dict):
-            return True
-        return any(len(sets[name] & sets[run]) * 2 > len(sets[name] | sets[run]) for run in runs)
-
-    rivals = [name for name in sets if sets[name] and is_rival(name)]
-    if len(rivals) < 2:
-        return
-    for name in rivals:
-        path = (*at, name)
-        if not any(copy[: len(path)] == path for copy in found.copies):
-            found.copies.append(_only_container(kept[name], path, found))
-
-
-def _network(node: Node, at: Parts, found: _Found) -> set[tuple[Parts, tuple[int, ...]]]:
-    """The weights below `at`, by their paths in the container that holds all of them."""
-    inside = _only_container(node, at, found)
-    return {
-        (_bare((*at, *leaf)[len(inside) :]), spec.shape)
-        for leaf, spec in _leaves(node)
-        if not any((*at, *leaf)[:stop] in found.left for stop in range(len(at), len(at) + len(leaf) + 1))
-        and not _is_small(spec)
-    }
-
-
-def _only_container(node: Node, at: Parts, found: _Found) -> Parts:
-    """The container that holds all weights below `at`, as far down as names of containers go."""
-    while True:
-        kept = [name for name, value in node.items() if (*at, name) not in found.left and value != {}]
-        child = node[kept[0]] if len(kept) == 1 else None
-        if not isinstance(child, dict) or not (is_usual(kept[0]) or any(path[: len(at)] == at for path in found.left)):
-            return at
-        at, node = (*at, kept[0]), child
-        if at[-1] == "params" and not isinstance(node.get("params"), dict):
-            return at
-
-
-def _bare(leaf: Parts) -> Parts:
-    return leaf[1:] if leaf[0] == "params" else leaf
-
-
-def _prefix(root: Node, found: _Found) -> Parts:
-    """The container of all weights, looked for as far down as something was left out."""
-    at: Parts = ()
-    node = root
-    while any(path[: len(at)] == at for path in found.left):
-        kept = [name for name, value in node.items() if (*at, name) not in found.left and value != {}]
-        child = node[kept[0]] if len(kept) == 1 else None
-        if not isinstance(child, dict) or (kept[0] == "params" and not isinstance(child.get("params"), dict)):
-            break
-        if at in found.rooted and not is_usual(kept[0]):
-            break
-        at, node = (*at, kept[0]), child
-    return at
-
-
-def _leaves(node: Node, above: Parts = ()) -> Iterator[tuple[Parts, TensorSpec]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*above, name))
-        else:
-            yield (*above, name), value
-
-
 def _count(value: Any) -> str:
-    count = sum(1 for _ in _leaves(value)) if isinstance(value, dict) else 1
+    count = sum(1 for _ in leaves_in(value)) if isinstance(value, dict) else 1
     return f"{count} leaves" if count != 1 else "1 leaf"
