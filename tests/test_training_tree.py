@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from graftax.training_tree import split
+from graftax.training_tree import own_parts, split
 from graftax.tree import TensorSpec
 
 WEIGHTS = {"Dense_0": {"kernel": (3, 4), "bias": (4,)}, "LayerNorm_0": {"scale": (4,), "bias": (4,)}}
@@ -87,6 +87,7 @@ def test_factored_moments_and_the_old_optimizers():
         {"params": WEIGHTS, "batch_stats": {"BatchNorm_0": {"mean": (4,), "var": (4,)}}},
         {"params": {"optimizer": WEIGHTS["Dense_0"], "step": WEIGHTS["LayerNorm_0"], "opt_state": WEIGHTS["Dense_0"]}},
         {"model": WEIGHTS, "optimizer": WEIGHTS},
+        {"model": {"mu": WEIGHTS}, "optimizer": {"mu": WEIGHTS}},
         {"optimizer": {"kernel": (3, 4)}, "step": {"kernel": (4, 4)}, "model": {"kernel": (4, 5)}},
         {"encoder": {"mu": {"kernel": (3, 4)}, "logvar": {"kernel": (3, 4)}}, "head": {"kernel": (3, 4)}},
         {"base": {"encoder": WEIGHTS}, "moco": {"momentum": {"encoder": WEIGHTS}}},
@@ -115,6 +116,66 @@ def test_batch_stats_stay_beside_params():
 def test_copies_of_the_weights_are_a_question(name):
     assert split(flat({"params": WEIGHTS, name: WEIGHTS, "opt_state": ADAM})).copies == ("params", name)
     assert split(flat({"params": WEIGHTS, name: {"Dense_9": {"kernel": (5, 5)}}, "opt_state": ADAM})).copies == ()
+
+
+RUN = {"step": COUNT, "params": WEIGHTS, "opt_state": ADAM}
+OTHER = {"Dense_7": {"kernel": (5, 6)}}
+BARE = {**WEIGHTS, "opt_state": ADAM}
+
+
+@pytest.mark.parametrize(
+    ("tree", "names"),
+    [
+        ({"actor": RUN, "critic": RUN}, ("actor/params", "critic/params")),
+        ({"0": RUN, "1": RUN, "2": RUN}, ("0/params", "1/params", "2/params")),
+        ({"state": RUN, "ema_params": WEIGHTS}, ("state/params", "ema_params")),
+        ({"student": RUN, "teacher": {"params": WEIGHTS}}, ("student/params", "teacher/params")),
+        ({"q": RUN, "target": WEIGHTS}, ("q/params", "target")),
+        ({"state": RUN, "best_params": WEIGHTS}, ("state/params", "best_params")),
+        ({"model": RUN, "optimizer": RUN}, ("model/params", "optimizer/params")),
+        ({"a": BARE, "b": BARE}, ("a", "b")),
+        ({"agents": {"a": RUN, "b": RUN}, "net": WEIGHTS}, ("agents/a/params", "agents/b/params", "net")),
+        ({"exp": {"a": {"state": RUN}, "b": {"state": RUN}}}, ("exp/a/state/params", "exp/b/state/params")),
+        ({"g": RUN, "d": {"params": OTHER, "opt_state": {"mu": OTHER}}}, ("g/params", "d/params")),
+        (
+            {
+                name: {"params": {"mu": WEIGHTS}, "opt_state": {"0": {"count": COUNT, "nu": {"mu": WEIGHTS}}}}
+                for name in "ab"
+            },
+            ("a/params", "b/params"),
+        ),
+    ],
+)
+def test_networks_in_training_side_by_side_are_a_question(tree, names):
+    found = split(flat(tree))
+    assert found.copies == names
+    kept = {path for path in flat(tree) if not found.leaves_out(path)}
+    assert all(path.startswith(tuple(f"{name}/" for name in names)) for path in kept)
+    assert not any("opt_state" in path for path in kept)
+    own = own_parts(flat(tree))
+    moments = {path: path.split("/")[count:] for path, count in own.items() if path.endswith("kernel")}
+    assert moments
+    assert all("opt_state" not in rest and rest for rest in moments.values())
+
+
+@pytest.mark.parametrize(
+    ("tree", "left"),
+    [
+        ({"params": WEIGHTS, "opt_state": {"0": {"e_g": WEIGHTS, "e_x": WEIGHTS}}}, {"opt_state"}),
+        ({"params": WEIGHTS, "opt": {"m": WEIGHTS, "v": WEIGHTS, "t": COUNT}}, {"opt"}),
+        ({"params": WEIGHTS, "opt": {"m": WEIGHTS}}, {"opt"}),
+        ({"model": WEIGHTS, "optimizer": {"m": WEIGHTS, "v": WEIGHTS}}, {"optimizer"}),
+        ({"net": {"params": WEIGHTS}, "opt": {"s": {"m": {"params": WEIGHTS}, "t": COUNT}}}, {"opt"}),
+    ],
+)
+def test_moments_need_no_known_name(tree, left):
+    found, kept = weights_in(tree)
+    assert set(found.left) == left
+    assert len(kept) == len(flat(WEIGHTS))
+
+
+def test_one_copy_under_an_optimizers_name_is_doubtful():
+    assert split(flat({"encoder": WEIGHTS, "optimizer": {"mlp": WEIGHTS}})).doubtful == {"optimizer": ()}
 
 
 def test_an_optimizer_of_another_structure_is_doubtful():

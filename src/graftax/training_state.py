@@ -35,6 +35,10 @@ _SETTINGS = frozenset({"hparams", "hyperparams", "hyperparameters"})
 _SMALL = frozenset({"scheduler", "scaler", "loops"})
 """Families whose states are numbers: larger tensors under such a name are something else (a scaler of features)."""
 
+_FIELDS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"})
+_FIELDS |= {"acc_delta", "sum", "ax", "mu", "prev", "step_size", "exp_avg_sq_row", "exp_avg_sq_col", "momentum"}
+"""Fields that torch's optimizers and common others keep for each parameter."""
+
 _COUNTS = frozenset({"epoch", "epochs", "step", "steps", "iteration", "iterations", "iter", "iters", "seed"})
 _COUNTS |= {"loss", "losses", "acc", "accuracy", "lr"}
 _OF_COUNTS = frozenset({"global", "best", "current", "last", "val", "valid", "validation", "train", "training", "test"})
@@ -80,19 +84,40 @@ def is_note(name: Any) -> bool:
     return bool(family(name)) or bool(words & _NOTES and words <= _NOTES | _OF_COUNTS | _QUALIFIERS | {"hyper", "run"})
 
 
-def is_beside(name: Any, value: Any) -> bool:
-    """Is a dict or list with tensors something other than weights? By its own structure, or by its name where its
-    tensors are of the kind that such a thing has."""
+def is_beside(name: Any, value: Any, lightning: bool = False) -> bool:
+    """Is a dict or list with tensors something other than weights? By its own structure: a name alone says nothing, and
+    needs tensors of the kind that such a thing has. In a checkpoint of Lightning (`lightning`) the names say it."""
     if is_optimizer(value) or _is_grad_scaler(value):
         return True
     kind = family(name)
-    if kind in _SMALL:
-        return "lr" in words_of(name) or all(_is_small(tensor) for tensor in tensors_in(value))
+    tensors = list(tensors_in(value))
+    if kind == "optimizer":
+        return _is_optimizer_part(value)
+    if kind == "scheduler" and "lr" in words_of(name):
+        return all(len(getattr(tensor, "shape", ())) <= 1 for tensor in tensors)
     if kind == "rng":
-        return all("int" in _dtype(item) for item in tensors_in(value))
-    return bool(kind) or (
-        isinstance(value, (list, tuple)) and is_count(name) and all(map(_is_small, tensors_in(value)))
-    )
+        return all(map(_is_random, tensors))
+    if kind:
+        return (lightning and kind in ("callbacks", "settings", "loops")) or all(map(_is_small, tensors))
+    return isinstance(value, (list, tuple)) and is_count(name) and all(map(_is_small, tensors))
+
+
+def is_called_beside(name: Any) -> bool:
+    """Does the name alone say that this is no weights? Where the structure does not (`is_beside`), it is a question."""
+    kind = family(name)
+    return bool(kind) and (kind not in _SMALL or "lr" in words_of(name) or kind == "loops")
+
+
+def is_lightning(run: Any) -> bool:
+    """Is this a checkpoint as Lightning writes it?"""
+    return isinstance(run, dict) and "pytorch-lightning_version" in run
+
+
+def holds_optimizer(value: Any) -> bool:
+    """Is an optimizer's state anywhere in it?"""
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    return is_optimizer(value) or any(map(holds_optimizer, _children(value)))
 
 
 def is_optimizer(value: Any) -> bool:
@@ -104,6 +129,26 @@ def is_optimizer(value: Any) -> bool:
         return False
     children = [child for child in _children(value) if next(tensors_in(child), None) is not None]
     return bool(children) and all(map(is_optimizer, children))
+
+
+def _is_optimizer_part(value: Any) -> bool:
+    """What has an optimizer's name: does it hold the fields of one, or wrap one, and no container of weights?"""
+    if not isinstance(value, dict):
+        return False
+    if holds_optimizer(value):
+        return not any(is_usual(key) and key != "state" and isinstance(child, dict) for key, child in value.items())
+
+    def fields(node: Any) -> list[bool]:
+        found: list[bool] = []
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(child, (dict, list, tuple)):
+                found += fields(child)
+            elif hasattr(child, "dtype") and not _is_small(child):
+                found.append(key in _FIELDS)
+        return found
+
+    known = fields(value)
+    return all(known)
 
 
 def is_random_bytes(name: Any, tensor: Any) -> bool:
@@ -123,6 +168,14 @@ def tensors_in(value: Any) -> Iterator[Any]:
             yield from tensors_in(child)
     elif hasattr(value, "dtype"):
         yield value
+
+
+def _is_random(tensor: Any) -> bool:
+    """Bytes of a torch generator, the 624 words of a Mersenne Twister, or a number."""
+    shape = tuple(getattr(tensor, "shape", ()))
+    return "int" in _dtype(tensor) and (
+        _is_small(tensor) or shape == (624,) or (_dtype(tensor), len(shape)) == ("uint8", 1)
+    )
 
 
 def _dtype(value: Any) -> str:

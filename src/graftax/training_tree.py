@@ -8,16 +8,13 @@ has the name of an optimizer's state and another structure is `doubtful`, and as
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftax.training_containers import Found, Node, Parts, add_runs, copies_in, is_copy, is_small, leaves_in, prefix_of
 from graftax.training_state import family, is_count, is_usual, words_of
 from graftax.tree import TensorSpec
-
-Parts = tuple[str, ...]
-Node = dict[str, Any]
-"""name -> Node or TensorSpec"""
 
 _NUMBER = re.compile("[0-9]+")
 _DEPTH = 4
@@ -33,8 +30,8 @@ _MOMENTS = frozenset(
 _COEFFICIENTS = frozenset({"ns_coeffs", "weights_memory"})
 """Fields that hold a few numbers of the optimizer's own: Muon's polynomial, L-BFGS's weights."""
 _OPTIMIZER = frozenset({"opt", "optax", "tx", "state", "states", "dict", "dicts"})
-_COPY = frozenset({"ema", "avg", "average", "averaged", "polyak", "shadow", "swa", "target"})
-_OF_COPY = frozenset({"params", "parameters", "weights", "model", "variables", "net", "network", "state", "dict"})
+_OF_STATES = frozenset({"state", "ema"})
+"""Usual names of containers that are fields of an optimizer's state as well."""
 _STREAMS = frozenset({"rng", "rngs", "prng", "key", "keys", "dropout", "random", "noise", "seed"})
 _RANDOM = _STREAMS | {
     "default",
@@ -60,8 +57,9 @@ class Split:
 
     prefix    the container that holds all of the weights, as a path; "" where there is none
     left      path of a part -> what it is
-    copies    paths of containers each of which holds all of the weights: one has to be named
-    doubtful  path of a part with the name of an optimizer's state -> the leaves in it that are none of one
+    copies    paths of containers that hold weights each, copies of a network or several networks: one has to be named
+    doubtful  path of a part with the name of an optimizer's state -> the leaves in it that are none of one; none where
+              it is a copy of the weights, no more
     """
 
     prefix: str = ""
@@ -78,20 +76,12 @@ class Split:
         return path in self.left
 
 
-@dataclass(slots=True)
-class _Found:
-    left: dict[Parts, str] = field(default_factory=dict[Parts, str])
-    copies: list[Parts] = field(default_factory=list[Parts])
-    doubtful: dict[Parts, list[Parts]] = field(default_factory=dict[Parts, "list[Parts]"])
-    rooted: set[Parts] = field(default_factory=set[Parts])  # where the moments mirror the names of all containers
-
-
 def may_hold_state(paths: Iterable[str]) -> bool:
     """Does any name say that there may be something for `split`?"""
     parts = {part for path in paths for part in path.split("/")}
     parts = {_NUMBER.sub("", part) for part in parts}  # layers_0 to layers_9999 say the same
     return any(
-        part in _MOMENTS or is_optimizer_name(part) or _is_count(part) or _is_copy(part) or words_of(part) & _STREAMS
+        part in _MOMENTS or is_optimizer_name(part) or _is_count(part) or is_copy(part) or words_of(part) & _STREAMS
         for part in parts
     )
 
@@ -113,12 +103,12 @@ def split(specs: Mapping[str, TensorSpec]) -> Split:
         if isinstance(node.get(last), dict):
             return Split()
         node[last] = spec
-    found = _Found()
+    found = Found()
     _search(root, (), found)
     if not (found.left or found.copies or found.doubtful):
         return Split()
     return Split(
-        "/".join(_prefix(root, found)),
+        "/".join(prefix_of(root, found)),
         {"/".join(path): what for path, what in found.left.items()},
         tuple("/".join(path) for path in found.copies),
         {"/".join(path): tuple("/".join(leaf) for leaf in odd) for path, odd in found.doubtful.items()},
@@ -131,7 +121,8 @@ def own_parts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
     found = split(specs)
     aside = [path for path in specs if found.leaves_out(path)] if found.left else []
     weights = {path for path in specs if not found.leaves_out(path)}
-    tails = {path[at:] for path in weights for at in _starts(path)[:3]}
+    above = max((path.count("/") for path in found.left), default=0)  # containers around a run
+    tails = {path[at:] for path in weights for at in _starts(path)[: above + 3]}
     out: dict[str, int] = {}
     for path in aside:
         starts = _starts(path)[1:]
@@ -144,19 +135,28 @@ def _starts(path: str) -> list[int]:
     return [0, *(i + 1 for i, char in enumerate(path) if char == "/")]
 
 
-def _search(node: Node, at: Parts, found: _Found) -> None:
+def _search(node: Node, at: Parts, found: Found) -> None:
     sure: dict[str, str] = {}
     named = [name for name, value in node.items() if isinstance(value, dict) and is_optimizer_name(name)]
     others = {name: value for name, value in node.items() if name not in named}
     for name, state in node.items():
         if not isinstance(state, dict) or name == "params" or not (name in named or _has_moments(state)):
             continue
+        if _is_run(state, name in named):
+            continue
         weights = {key: value for key, value in others.items() if key != name and key not in sure}
         if not any(isinstance(value, dict) for value in weights.values()):
             continue
         mirror = _Mirror.of(weights)
         odd = _none_of_an_optimizer(state, mirror)
-        shown = any(part in _MOMENTS or _is_count(part) for leaf, _ in _leaves(state) for part in leaf)
+        shown = any(part in _MOMENTS or _is_count(part) for leaf, _ in leaves_in(state) for part in leaf)
+        if name in named and not odd and mirror.is_twin():
+            continue  # two networks of one architecture
+        copies = 0 if shown or odd or name not in named else _copies_in(state, weights)
+        if copies == 1 and "params" not in weights and not any(is_small(spec) for _, spec in leaves_in(state)):
+            found.doubtful[*at, name] = []
+            continue
+        shown = shown or copies > 0
         if not odd and shown and (name in named or (_is_counted(state) and (mirror.inner or mirror.rooted))):
             sure[name] = f"an optimizer's state, {_count(state)}"
             if mirror.rooted and not mirror.inner:
@@ -167,11 +167,12 @@ def _search(node: Node, at: Parts, found: _Found) -> None:
     if len(sure) < len(node):
         found.left |= {(*at, name): what for name, what in sure.items()}
     kept = {name: value for name, value in node.items() if name not in sure and (*at, name) not in found.doubtful}
-    found.copies += [(*at, name) for name in _copies(kept, bool(sure))]
+    found.copies += [(*at, name) for name in copies_in(kept, bool(sure))]
     if len(at) < _DEPTH:
         for name, value in kept.items():
             if isinstance(value, dict) and name != "params":  # which is the model itself
                 _search(value, (*at, name), found)
+    add_runs(kept, at, found)
     if not sure and any(path[: len(at)] == at for path in found.left):  # a run with its counters around it
         found.left |= {(*at, name): what for name, what in _other_state(node, {"": ""}).items()}
 
@@ -184,13 +185,45 @@ def is_optimizer_name(name: str) -> bool:
     return family(name) == "optimizer" or bool(words & {"opt", "optax", "tx"} and words <= _OPTIMIZER)
 
 
+def _is_run(node: Node, named: bool) -> bool:
+    """Is this weights with an optimizer's state of their own, or does it hold such? Then it is no optimizer's state,
+    though all of it mirrors another network in training. named: it has the name of an optimizer's state."""
+    own = {name for name in node if is_optimizer_name(name)}
+    parts = {k: v for k, v in node.items() if isinstance(v, dict) and v and (k in own or k not in _MOMENTS)}
+    for name, child in parts.items():
+        if (is_usual(name) and name not in _OF_STATES and not _has_moments(child)) or (name == "params" and not named):
+            return True
+    if named:  # optax's own states nest, too: SAM's has `opt_state` beside `cache`
+        return False
+    weights = [child for name, child in parts.items() if name not in own]
+    return 0 < len(weights) < len(parts) or any(_is_run(child, False) for child in weights)
+
+
+def _copies_in(state: Node, weights: Node) -> int:
+    """How many whole copies of the weights stand in a state, each below a field of it, by paths and shapes."""
+    sets = [dict(leaves_in(weights))]
+    for part in weights.values():
+        if isinstance(part, dict):
+            sets.append(dict(leaves_in(part)))
+            if isinstance(inner := part.get("params"), dict):
+                sets.append(dict(leaves_in(inner)))
+    wanted = [{(path, spec.shape) for path, spec in paths.items()} for paths in sets if paths]
+
+    def within(node: Node) -> int:
+        if {(path, spec.shape) for path, spec in leaves_in(node)} in wanted:
+            return 1
+        return sum(within(child) for child in node.values() if isinstance(child, dict))
+
+    return sum(within(child) for child in state.values() if isinstance(child, dict))
+
+
 def _has_moments(node: Node) -> bool:
     return any(name in _MOMENTS or (isinstance(child, dict) and _has_moments(child)) for name, child in node.items())
 
 
 def _is_counted(node: Node) -> bool:
     """Does a counter stand in it, as in most optimizers' states? A model's copy (`momentum/encoder`) has none."""
-    return any(_is_small(spec) and spec.kind in "iu" and _is_count(leaf[-1]) for leaf, spec in _leaves(node))
+    return any(is_small(spec) and spec.kind in "iu" and _is_count(leaf[-1]) for leaf, spec in leaves_in(node))
 
 
 @dataclass(slots=True)
@@ -202,14 +235,15 @@ class _Mirror:
     totals: set[int]
     rooted: int = 0  # leaves that were found by their full paths
     inner: int = 0
+    same: int = 0  # leaves whose whole path is a weight's: no field of an optimizer stands before or behind it
 
     @classmethod
     def of(cls, containers: Node) -> _Mirror:
         full: dict[Parts, set[tuple[int, ...]]] = {}
         below: dict[Parts, set[tuple[int, ...]]] = {}
         parts = [value for value in containers.values() if isinstance(value, dict)]
-        sizes = [sum(spec.size for _, spec in _leaves(part)) for part in parts]
-        for path, spec in _leaves(containers):
+        sizes = [sum(spec.size for _, spec in leaves_in(part)) for part in parts]
+        for path, spec in leaves_in(containers):
             full.setdefault(path, set()).add(spec.shape)
             for start in (1, 2):  # {"params": ...}, and {"model": {"params": ...}}
                 if len(path) > start:
@@ -227,19 +261,23 @@ class _Mirror:
                         continue
                     if stop < len(leaf) or spec.shape in known[tail] or not _MOMENTS.isdisjoint(leaf[:start]):
                         setattr(self, kind, getattr(self, kind) + 1)
+                        self.same += tail == leaf
                         return True
         # optax.flatten: all weights as one vector
         return len(spec.shape) == 1 and not _MOMENTS.isdisjoint(leaf) and spec.size in self.totals
 
+    def is_twin(self) -> bool:
+        return 0 < self.same == self.rooted + self.inner
+
 
 def _none_of_an_optimizer(state: Node, mirror: _Mirror) -> list[Parts]:
     """The leaves of a state that are neither numbers nor random keys nor mirror a weight."""
-    mirror.rooted = mirror.inner = 0
+    mirror.rooted = mirror.inner = mirror.same = 0
     return [
         leaf
-        for leaf, spec in _leaves(state)
+        for leaf, spec in leaves_in(state)
         if not mirror.holds(leaf, spec)
-        and not _is_small(spec)
+        and not is_small(spec)
         and not _is_key(leaf[-1], spec)
         and not (leaf[-1] in _COEFFICIENTS and spec.size <= 64)
     ]
@@ -258,10 +296,10 @@ def _other_state(node: Node, optimizers: Mapping[str, str]) -> dict[str, str]:
     for name, value in node.items():
         if name in optimizers or name == "params":
             continue
-        every = [value] if not isinstance(value, dict) else [spec for _, spec in _leaves(value)]
+        every = [value] if not isinstance(value, dict) else [spec for _, spec in leaves_in(value)]
         if _is_random(name, value):
             out[name] = f"random state, {_count(value)}"
-        elif not all(map(_is_small, every)) or not every:
+        elif not all(map(is_small, every)) or not every:
             continue
         elif not isinstance(value, dict) and _is_count(name) and (optimizers or value.kind in "iu"):
             out[name] = f"a number of the run, {value}"
@@ -285,10 +323,10 @@ def _is_random(name: str, value: Any) -> bool:
         return False
     if not isinstance(value, dict):
         return _is_key(name, value)
-    leaves = list(_leaves(value))
-    keys = [leaf for leaf, spec in leaves if spec.kind == "u" and not _is_small(spec)]
+    leaves = list(leaves_in(value))
+    keys = [leaf for leaf, spec in leaves if spec.kind == "u" and not is_small(spec)]
     return bool(keys) and all(
-        _is_key(leaf[-1], spec) or (_is_small(spec) and spec.kind in "iu") for leaf, spec in leaves
+        _is_key(leaf[-1], spec) or (is_small(spec) and spec.kind in "iu") for leaf, spec in leaves
     )
 
 
@@ -297,58 +335,6 @@ def _is_key(name: str, spec: TensorSpec) -> bool:
     return spec.dtype == "uint32" and bool(spec.shape) and spec.shape[-1] in (2, 4) and words_of(name) <= _RANDOM
 
 
-def _is_small(spec: TensorSpec) -> bool:
-    return all(n <= 1 for n in spec.shape)
-
-
-# ---------------------------------------------------------------- containers
-
-
-def _is_copy(name: str) -> bool:
-    words = words_of(name)
-    return bool(words & _COPY) and words <= _COPY | _OF_COPY
-
-
-def _copies(kept: Node, run: bool) -> list[str]:
-    """The containers that hold the same weights: the one in training, and averages of it."""
-    named = [k for k, v in kept.items() if isinstance(v, dict) and _is_copy(k)]
-    if not named or not (run or "params" in kept):
-        return []
-    first = next((k for k, v in kept.items() if isinstance(v, dict) and k not in named and is_usual(k)), None)
-    if first is None:
-        return []
-    sets = {k: {(_bare(leaf), spec.shape) for leaf, spec in _leaves(kept[k])} for k in (first, *named)}
-    same = [k for k in named if len(sets[k] & sets[first]) * 2 > len(sets[k] | sets[first])]
-    return [first, *same] if same else []
-
-
-def _bare(leaf: Parts) -> Parts:
-    return leaf[1:] if leaf[0] == "params" else leaf
-
-
-def _prefix(root: Node, found: _Found) -> Parts:
-    """The container of all weights, looked for as far down as something was left out."""
-    at: Parts = ()
-    node = root
-    while any(path[: len(at)] == at for path in found.left):
-        kept = [name for name, value in node.items() if (*at, name) not in found.left and value != {}]
-        child = node[kept[0]] if len(kept) == 1 else None
-        if not isinstance(child, dict) or (kept[0] == "params" and not isinstance(child.get("params"), dict)):
-            break
-        if at in found.rooted and not is_usual(kept[0]):
-            break
-        at, node = (*at, kept[0]), child
-    return at
-
-
-def _leaves(node: Node, above: Parts = ()) -> Iterator[tuple[Parts, TensorSpec]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*above, name))
-        else:
-            yield (*above, name), value
-
-
 def _count(value: Any) -> str:
-    count = sum(1 for _ in _leaves(value)) if isinstance(value, dict) else 1
+    count = sum(1 for _ in leaves_in(value)) if isinstance(value, dict) else 1
     return f"{count} leaves" if count != 1 else "1 leaf"

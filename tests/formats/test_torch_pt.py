@@ -335,7 +335,7 @@ GRAD_SCALER = {"scale": ONE, "growth_factor": 2.0, "backoff_factor": 0.5, "growt
         ("optimizer", {"exp_avg": torch.ones(2, 3)}),
         ("optimizer_states", [OPTIMIZER]),
         ("optimizers", {"a": OPTIMIZER, "b": OPTIMIZER}),
-        ("lastOptimizerState", {"m": torch.ones(2)}),
+        ("lastOptimizerState", {"momentum_buffer": torch.ones(2)}),
         ("optim_g_1", OPTIMIZER),
         ("anything", OPTIMIZER),
         ("anything", {"a": OPTIMIZER, "b": [OPTIMIZER]}),
@@ -352,8 +352,8 @@ GRAD_SCALER = {"scale": ONE, "growth_factor": 2.0, "backoff_factor": 0.5, "growt
         ("rng_state", torch.get_rng_state()),
         ("callbacks", {"EarlyStopping": {"best_score": ONE}}),
         ("loops", {"fit_loop": {"total": ONE}}),
-        ("hyper_parameters", {"class_weights": torch.ones(3)}),
-        ("hparams", {"class_weights": torch.ones(3)}),
+        ("hparams", {"weight_decay": ONE}),
+        ("optimizer", {"fp32_groups": [torch.ones(6)], "base": OPTIMIZER}),
         ("losses", [ONE, ONE]),
     ],
 )
@@ -391,8 +391,50 @@ def test_only_what_may_be_a_weight_is_read_with_the_weights(tmp_path):
     )
     assert set(got) == {"model.fc.weight", "model.fc.bias", "logit_scale"}
     assert set(got.metadata) == {"optimizer", *known}
-    parts = {"encoder": WEIGHTS, "decoder": OTHER, "loss": ONE, "callbacks": {"w": torch.ones(2)}}
+    parts = {"encoder": WEIGHTS, "decoder": OTHER, "loss": ONE, "heads": {"w": torch.ones(2)}}
     assert {key.partition(".")[0] for key in torch_pt.open(save(tmp_path / "y.pt", parts))} == set(parts)
+
+
+@pytest.mark.parametrize("model", ["model", "encoder"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer", OTHER),
+        ("opt_state", {"m": OTHER, "v": OTHER}),
+        ("callbacks", OTHER),
+        ("hparams", {"class_weights": torch.ones(3)}),
+        ("lr_scheduler", {"table": torch.ones(5, 4)}),
+        ("rng", {"table": torch.ones(4, 4, dtype=torch.int64)}),
+    ],
+)
+def test_a_name_of_training_alone_is_a_question(tmp_path, model, name, value):
+    for content, above in (
+        ({model: WEIGHTS, name: value}, ""),
+        ({"state_dict": {model: WEIGHTS, name: value}}, "state_dict/"),
+    ):
+        path = save(tmp_path / "x.pt", content)
+        with pytest.raises(PlanError, match="2 containers") as info:
+            torch_pt.open(path)
+        assert [failure.key for failure in info.value.failures] == [f"{path}::{above}{part}" for part in (model, name)]
+        assert "PATH::." in str(info.value)
+        assert list(torch_pt.open_container(path, f"{above}{model}")) == list(WEIGHTS)
+
+
+def test_lightning_says_what_is_beside_its_state_dict(tmp_path):
+    run = {"state_dict": WEIGHTS, "hyper_parameters": {"w": torch.ones(3)}, "callbacks": {"EMA": OTHER}}
+    got = torch_pt.open(save(tmp_path / "x.ckpt", run | {"pytorch-lightning_version": "2.1"}))
+    assert list(got) == list(WEIGHTS)
+
+
+def test_networks_with_an_optimizer_each_are_a_question(tmp_path):
+    nets = {"G": {"state_dict": WEIGHTS, "optimizer": OPTIMIZER}, "D": {"net": OTHER, "opt": OPTIMIZER}}
+    path = save(tmp_path / "x.pt", nets | {"epoch": 3})
+    with pytest.raises(PlanError, match="2 containers") as info:
+        torch_pt.open(path)
+    assert [failure.key for failure in info.value.failures] == [f"{path}::G/state_dict", f"{path}::D/net"]
+    got = torch_pt.open(save(tmp_path / "y.pt", {"nets": list(nets.values())}))
+    assert {key.rpartition(".fc")[0] for key in got} == {"nets.0.state_dict", "nets.1.net"}
+    assert {"nets.0.optimizer", "nets.1.opt"} <= set(got.left)
 
 
 def test_a_list_of_weights_beside_a_container_is_not_dropped(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors.numpy import save_file
 
 import graftax as gx
-from graftax.errors import PlanError
+from graftax.errors import PlanError, UsageError
 from graftax.formats.weights import weights_of
 
 RNG = np.random.default_rng(0)
@@ -173,6 +173,8 @@ def test_every_optimizer_of_optax(tmp_path):
         optax.lbfgs(),
         optax.contrib.muon(0.1),
         optax.contrib.schedule_free_adamw(),
+        optax.adadelta(0.1),
+        optax.contrib.sam(optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))),
     ]
     for number, optimizer in enumerate(optimizers):
         state = flax.serialization.to_state_dict(optimizer.init(PARAMS))
@@ -181,3 +183,28 @@ def test_every_optimizer_of_optax(tmp_path):
         found = weights_of(gx.open_checkpoint(path))
         assert set(found) == set(flat({"params": PARAMS})), number
         assert "step" in found.left
+
+
+@pytest.mark.parametrize("kind", ["msgpack", "live"])
+def test_networks_in_training_are_asked_about(tmp_path, kind):
+    tree = {"actor": {k: v for k, v in STATE.items() if k != "rng"}, "critic": STATE | {"params": layers(5)}}
+    source = stored(kind, tree, tmp_path)
+    with pytest.raises(PlanError, match="2 containers") as info:
+        gx.plan(source, like())
+    assert "critic" in info.value.failures[1].key
+    chosen = tree["actor"] if kind == "live" else f"{source}::actor"
+    assert torch.equal(gx.port(chosen, like())["Dense_0.weight"], WANT["Dense_0.weight"])
+
+
+def test_replace_reaches_the_weights_of_every_network_and_no_moments():
+    runs = {"exp": {"actor": STATE, "critic": STATE}}
+    for tree in (runs, {"params": PARAMS, "opt": {"m": layers(1), "v": layers(2), "t": COUNT}}):
+        out = flat(gx.replace(tree, "**/kernel", gx.constant(0.5)))
+        changed = {path for path, value in out.items() if value.size > 1 and (value == 0.5).all()}
+        assert changed == {path for path in flat(tree) if path.endswith("kernel") and "params/" in path}
+
+
+@pytest.mark.parametrize("tree", [{}, {"a": {}}, {"a": None}, {"a": {"b": []}}])
+def test_a_tree_without_arrays_is_refused(tree):
+    with pytest.raises(UsageError, match="holds no weights"):
+        gx.plan(tree, like())

@@ -28,7 +28,18 @@ from graftax.formats.pickle_values import (
 )
 from graftax.formats.pickles import unsafe
 from graftax.formats.placeholders import refuse_placeholders
-from graftax.training_state import is_beside, is_count, is_counter, is_note, is_optimizer, is_random_bytes, is_usual
+from graftax.training_state import (
+    holds_optimizer,
+    is_beside,
+    is_called_beside,
+    is_count,
+    is_counter,
+    is_lightning,
+    is_note,
+    is_optimizer,
+    is_random_bytes,
+    is_usual,
+)
 from graftax.tree import Key, nearest
 
 LONE = "tensor"
@@ -102,6 +113,8 @@ def choose(root: Any, name: str | None, label: str) -> Chosen:
         if aside and any(census.tensors(value) for key, value in node.items() if key not in aside):
             left |= {_shown(key): describe(value, census) for key, value in aside.items()}
             node = {key: value for key, value in node.items() if key not in aside}
+        if _is_run(node):
+            node = _without_optimizers(node, "", left, census)
     if isinstance(node, (Tensor, Refused)):
         node = {LONE: node}
     if not isinstance(node, (dict, list, tuple)) or not census.tensors(node):
@@ -160,30 +173,52 @@ def describe(value: Any, census: _Census) -> str:
 def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) -> Any:
     """The key of the one container in `node` that holds the weights; None where `node` itself is that container."""
     filled = {key: value for key, value in node.items() if census.tensors(value)}
-    nested = {key: value for key, value in filled.items() if _is_nested(value) and not is_beside(key, value)}
+    lightning = is_lightning(node)
+    nested = {k: value for k, value in filled.items() if _is_nested(value) and not is_beside(k, value, lightning)}
     direct = {k: v for k, v in filled.items() if not _is_nested(v) and not is_random_bytes(k, v)}
     found = [key for key, value in nested.items() if isinstance(value, dict)]
     # an object with tensors, under the name of a model, may be the one that is meant
     found += [key for key in _holding(node) if is_usual(key)]
     usual = [key for key in found if is_usual(key)]
-    if not found or (len(found) > 1 and not usual):
+    # networks with an optimizer each are separate, and a part that may be training state is none of a network
+    apart = [key for key in found if is_called_beside(key) or _is_run(node[key])] if len(found) > 1 else []
+    if not found or (len(found) > 1 and not usual and not apart):
         return None
-    if any(not isinstance(value, dict) for value in nested.values()) or any(
-        not is_counter(key, value) for key, value in direct.items()
-    ):
+    mixed = any(not is_counter(key, value) for key, value in direct.items())
+    if not apart and (mixed or any(not isinstance(value, dict) for value in nested.values())):
         return None  # what may be weights stands here already: what is nested below belongs to them
     if len(found) == 1:
         return found[0] if usual or not (direct or _holding(node)) else None
     prefix = "/".join(path)
-    names = ["/".join([*path, _text(key, label)]) for key in found]
+    ends = {
+        "/".join([*path, *way]): end for way, end in (_down(node[k], _text(k, label), label, census) for k in found)
+    }
+    names = list(ends)
     raise PlanError(
         f"{label} holds weights in {len(found)} containers" + (f" of {escape(prefix)!r}" if prefix else ""),
         [
-            Failure(describe(node[key], census).removesuffix(", not read"), file=label, key=f"{label}::{name}")
-            for key, name in zip(found, names, strict=True)
+            Failure(describe(end, census).removesuffix(", not read"), file=label, key=f"{label}::{name}")
+            for name, end in ends.items()
         ],
         next=f"Choose one with PATH::NAME, for example {label}::{escape(names[0])}; PATH::. takes all of them.",
     )
+
+
+def _down(node: Any, name: str, label: str, census: _Census) -> tuple[list[str], Any]:
+    """From a run down to the container of its weights: the names on the way, and the container."""
+    path, end = [name], node
+    try:
+        while _is_run(end) and (key := _only(end, path, label, census)) is not None:
+            end = end[key]
+            path.append(_text(key, label))
+    except PlanError:  # several
+        return [name], node
+    return path, end
+
+
+def _is_run(value: Any) -> bool:
+    """Is this a network in training: weights and the state of their optimizer?"""
+    return isinstance(value, dict) and holds_optimizer(value) and not is_optimizer(value)
 
 
 def _holding(node: dict[Any, Any]) -> list[Any]:
@@ -195,13 +230,30 @@ def _aside(node: dict[Any, Any], census: _Census) -> dict[Any, Any]:
     """What of `node` is read with none of the rest: the states of optimizers and, where a container with a usual name
     shows that `node` is a training checkpoint, whatever else has the name of what training saves."""
     run = any(is_usual(key) and isinstance(value, dict) and census.tensors(value) for key, value in node.items())
+    lightning = is_lightning(node)
 
     def out(key: Any, value: Any) -> bool:
         if not run or not census.tensors(value):
             return is_optimizer(value)
-        return is_beside(key, value) if _is_nested(value) else is_random_bytes(key, value) or is_counter(key, value)
+        return (
+            is_beside(key, value, lightning)
+            if _is_nested(value)
+            else is_random_bytes(key, value) or is_counter(key, value)
+        )
 
     return {key: value for key, value in node.items() if out(key, value)}
+
+
+def _without_optimizers(node: Any, prefix: str, left: dict[str, str], census: _Census) -> dict[Any, Any]:
+    """A nest without the states of optimizers anywhere in it, which are listed in `left`."""
+    kept: dict[Any, Any] = {}
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        name = f"{prefix}{_shown(key)}"
+        if is_optimizer(value):
+            left[name] = describe(value, census)
+        else:
+            kept[key] = _without_optimizers(value, f"{name}.", left, census) if holds_optimizer(value) else value
+    return kept
 
 
 def _is_nested(value: Any) -> bool:

@@ -105,10 +105,15 @@ def _doubtful(checkpoint: Checkpoint, found: Split) -> PlanError:
     names = [_named(checkpoint, top) for top in tops[:3]] or ["the container of the weights"]
     live = checkpoint.format == "live"
     return PlanError(
-        f"{escape(checkpoint.label)} seems to hold an optimizer's state beside its weights, but not every leaf of it "
-        "mirrors a weight",
+        f"{escape(checkpoint.label)} seems to hold an optimizer's state beside its weights, but its structure does not "
+        "show it",
         [
-            Failure(f"{len(odd)} leaves mirror no weight, such as {escape(odd[0])}", key=path)
+            Failure(
+                f"{len(odd)} leaves mirror no weight, such as {escape(odd[0])}"
+                if odd
+                else "a copy of the weights without a number of an optimizer: moments, or another network",
+                key=path,
+            )
             for path, odd in found.doubtful.items()
         ],
         next=f"Pass the weights alone: {' or '.join(f'tree{name}' for name in names)}. "
