@@ -68,7 +68,8 @@ LEARNED = {
     "flow.mask": causal("bool")[::-1].copy(), "flow.permutation": table(), "attn.pos_ids_head": table(),
     "attn.attn_mask": rotary()[0, 0, :4], "attn.masked_bias": np.float32([0.3]), "rotary.sin": 0.1 * rotary(),
     "attn.rope.cos_cached": rotary(), "attn.freqs_cis": rotary()[0, 0], "attn.inv_freq": rotary()[0, 0, 0],
-    "attn.relative_position_index": rotary()[0, 0], "attn.cos": rotary(), "freqs": rotary(), "made.masks": causal("int64")[::-1].copy(),
+    "attn.relative_position_index": rotary()[0, 0], "attn.cos": rotary(), "freqs": rotary(),
+    "made.masks": causal("int64")[::-1].copy(),
 }  # fmt: skip
 
 

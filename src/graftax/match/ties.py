@@ -108,11 +108,11 @@ def _apart(
             store = source.aliases.get(name, name)
             for have, group in groups:
                 shared = any(source.aliases.get(other, other) == store for other in group)
-                if shared or (listed[_skeleton(name)] == 1 and all(listed[_skeleton(other)] == 1 for other in group)):
-                    if not have or own <= have:
-                        group.append(name)
-                        have |= own
-                        break
+                alone = all(listed[_skeleton(other)] == 1 for other in (name, *group))
+                if (shared or alone) and (not have or own <= have):
+                    group.append(name)
+                    have |= own
+                    break
             else:
                 groups.append((own, [name]))
         out |= {group[0]: tuple(group) for _, group in groups if len(group) > 1}
