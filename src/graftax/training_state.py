@@ -135,6 +135,9 @@ def _is_optimizer_part(value: Any) -> bool:
     """What has an optimizer's name: does it hold the fields of one, or wrap one, and no container of weights?"""
     if not isinstance(value, dict):
         return False
+    state = value.get("state")
+    if isinstance(state, dict) and state and all(type(key) is int for key in state):  # by the parameters' numbers
+        return True
     if holds_optimizer(value):
         return not any(is_usual(key) and key != "state" and isinstance(child, dict) for key, child in value.items())
 

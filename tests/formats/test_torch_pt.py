@@ -354,6 +354,7 @@ GRAD_SCALER = {"scale": ONE, "growth_factor": 2.0, "backoff_factor": 0.5, "growt
         ("loops", {"fit_loop": {"total": ONE}}),
         ("hparams", {"weight_decay": ONE}),
         ("optimizer", {"fp32_groups": [torch.ones(6)], "base": OPTIMIZER}),
+        ("optimizer", {"state": {0: torch.ones(2)}}),
         ("losses", [ONE, ONE]),
     ],
 )
