@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
-from graftax.errors import Failure, escape, option
+from graftax.errors import Failure, GraftaxError, escape, option
 from graftax.match.buffers import buffer_name, known_buffers
 from graftax.match.roles import role_of
 from graftax.match.ties import tied_to
 from graftax.match.unpaired import joins, unpaired
 from graftax.match.words import COLLECTIONS
-from graftax.ops import Copy, Drop, Fill, Keep
+from graftax.ops import Copy, Drop, Fill, Keep, apply_chain, same_bits
 from graftax.plans import Candidate, Entry, Proposal, Question
 from graftax.rules import escape_key, rule_line
 from graftax.tree import Checkpoint, Side, split_path, split_words
@@ -36,6 +36,7 @@ def settle_leftovers(
     """
     proposal = _settle_buffers(proposal, source, like, sides[1], missing == "keep")
     proposal = _settle_tied_targets(proposal, like)
+    proposal = _refuse_torn_ties(proposal, source, like)
     proposal = _settle_missing(proposal, like, ruled, "error")  # a leaf that a rule calls missing waits for nothing
     proposal = unpaired(proposal, source, like, *sides)
     namesakes = _namesakes(proposal, source, like, sides)
@@ -120,6 +121,32 @@ def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
     if not settled:
         return proposal
     return replace(proposal, entries=tuple(entries), questions=_still_open(proposal.questions, settled))
+
+
+def _refuse_torn_ties(proposal: Proposal, source: Checkpoint, like: Checkpoint) -> Proposal:
+    """A failure for names that are one tensor in like and would get different values: the last that is loaded would
+    overwrite the others."""
+    if not like.aliases or not source.has_values:
+        return proposal
+    home = {name: entry for entry in proposal.entries if len(entry.targets) == 1 for name in entry.targets}
+    failures: list[Failure] = []
+    reads: list[str] = []
+    for name, first in like.aliases.items():
+        pair = home.get(first), home.get(name)
+        if pair[0] is None or pair[1] is None or not all(entry.sources for entry in pair):
+            continue
+        reads.append(f"{', '.join((*pair[0].sources, *pair[1].sources))}: equal, as {first} and {name} are one tensor?")
+        try:
+            one, other = (apply_chain(entry.ops, tuple(map(source.read, entry.sources)))[0] for entry in pair)
+        except GraftaxError:
+            continue  # Plan.build says why an entry does not fit
+        if not same_bits(one, other):
+            text = f"is one tensor with {escape(first)} in {escape(like.label)}, and the source has different values"
+            ends = ", ".join((*pair[0].sources, *pair[1].sources))
+            failures.append(
+                Failure(text, source.label, name, next=f"Drop one of {escape(ends)}, or untie them in like.")
+            )
+    return replace(proposal, failures=(*proposal.failures, *failures), reads=(*proposal.reads, *reads))
 
 
 def _namesakes(
