@@ -224,7 +224,7 @@ def _cause(suspect: Suspect, group: Sequence[Fused], order: Order, before: float
 
 
 def rule_line(entry: Entry, order: Order, several: bool = False) -> str:
-    """The rule that reads a fused tensor in this order. several: in all layers that are numbered alike, where one number
+    """The rule that reads a fused tensor in this order. several: in all layers numbered alike, where one number
     says which layer it is."""
     sources, targets = list(entry.sources), list(entry.targets)
     numbers = {number for name in (*sources, *targets) for number in re.findall(r"\d+", name)}
