@@ -97,3 +97,39 @@ def test_other_orders_of_axes_hold_and_are_said() -> None:
 def test_a_call_settles_it() -> None:
     both = gx.Inputs(torch=((X,), {}), flax=((X,), {}), torch_call=lambda model, x: model(x)[..., 0])
     assert check(same, flat, inputs=both)
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last, self.gru = last, torch.nn.GRU(8, 5, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        steps, state = self.gru(x)
+        return state if self.last else steps
+
+
+class Loop(fn.Module):
+    last: bool
+
+    @fn.compact
+    def __call__(self, x: Any) -> Any:
+        state, steps = fn.RNN(fn.GRUCell(5, name="cell"), return_carry=True, name="gru")(x)
+        return state if self.last else steps[0]
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_torch_has_an_axis_of_layers_before_a_state(layers: bool) -> None:
+    x = np.random.default_rng(1).standard_normal((3, 4, 8)).astype("float32")
+    net = Recurrent(True).eval()
+    torch.nn.init.zeros_(net.gru.bias_hh_l0)
+    report = gx.check_parity(net, gx.linen(Loop(True), x), x, layers=layers)
+    assert report, str(report)
+    assert report.outputs[0].text.startswith("torch's shape (1, 3, 5) was taken as (3, 5)")
+
+
+def test_all_steps_of_one_sequence_are_no_state() -> None:
+    x = np.random.default_rng(1).standard_normal((1, 4, 8)).astype("float32")
+    net = Recurrent(False).eval()
+    torch.nn.init.zeros_(net.gru.bias_hh_l0)
+    assert not gx.check_parity(net, gx.linen(Loop(False), x), x)

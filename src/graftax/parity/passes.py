@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from graftax.parity import values
-from graftax.parity.align import Layout, alignment_of, reordered, same_ones, with_layout
+from graftax.parity.align import Layout, Turn, alignment_of, reordered, same_ones, with_layout
 from graftax.parity.forced import Arrays, ForcedTap, FreeTap, Met
-from graftax.parity.judge import alarms, output_row
-from graftax.parity.pairing import CallMap, Pair
-from graftax.parity.records import THRESHOLD, Reference, Runner, Site
+from graftax.parity.judge import alarms, output_row, relative_l2
+from graftax.parity.pairing import RECURRENT, CallMap, Pair
+from graftax.parity.records import THRESHOLD, UNIT, Reference, Runner, Site
 from graftax.parity.report_model import LayerRow, OutputRow, Status, Where
 from graftax.tree import TensorSpec
 
@@ -94,6 +94,27 @@ def _length_one(met: Mapping[Site, Met]) -> list[str]:
     site, match = next(iter(found.items()))
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""
     return [f"outputs with axes of length one on one side only: {site} {match.turn.shape}, torch {match.taken}{more}"]
+
+
+def _is_state(reference: Reference, array: Any) -> bool:
+    """Is an output the last state of a recurrent torch layer? torch has an axis of layers and directions before the
+    batch, of length one too; a Flax cell's carry has none. Where no calls were recorded the layer's settings tell."""
+    layers = {path: one for path, one in reference.modules.items() if RECURRENT & set(one.bases)}
+    if not layers or array.ndim not in (2, 3) or array.shape[0] != 1:
+        return False
+    if not reference.records:
+        return any(
+            array.shape[-1] in (one.settings.get("hidden_size"), one.settings.get("proj_size"))
+            for one in layers.values()
+        )
+    states = [
+        state
+        for site, record in reference.records.items()
+        if site.path in layers
+        for path, state in values.arrays(record.output)
+        if path != "0"  # all steps
+    ]
+    return any(state.shape == array.shape and relative_l2(state, array) <= UNIT for state in states)
 
 
 def _is_declared(layout: DeclaredLayout, path: str, array: Any) -> bool:
@@ -188,6 +209,8 @@ def output_rows(
         other, text = low[i], ""
         free = ours.shape != array.shape and not _is_declared(layout, path, array)
         turn = reordered(array, ours.shape, ours) if free else None
+        if free and turn is None and ours.shape == array.shape[1:] and _is_state(reference, array):
+            turn = Turn(tuple(range(array.ndim)), shape=ours.shape)
         if turn is not None:
             text = f"torch's shape {tuple(array.shape)} was taken as {tuple(ours.shape)}, {turn.text}"
             array, other = turn(array), turn(other)

@@ -30,8 +30,7 @@ def make_reference(
     """Run torch in float64 (kept, as float32), then in float32, free and forced: as it is, and ORDERS times with its
     contractions as far off as sums in a row are. Of these only errors are kept, the largest at each place, and of each
     output the one that is furthest off. also: modules that have no counterpart, and are recorded for the causes.
-    ModelError where the user's code fails, draws random numbers or was left in
-    train mode."""
+    ModelError where the user's code fails, draws random numbers or was left in train mode."""
     start = time.perf_counter()
     recorder = _Recorder()
     outputs = torch64.run(args, kwargs, watch=[*watch, *also], tap=recorder)

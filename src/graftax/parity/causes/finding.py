@@ -46,7 +46,7 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
     from the reference inputs and differ in what is named. Never raises for what it cannot try."""
     budget = Budget(budget_seconds)
     suspect = unrounded(suspect)
-    steps = {"out": (_weights, _fused, _settings, _formulas), "in": (_bare_weights, _fused, _between)}[suspect.where]
+    steps = (_weights, _settings, _formulas) if suspect.where == "out" else (_bare_weights, _between)
     for step in steps:
         try:
             found = tuple(_ranked(step(suspect, budget)))
@@ -56,7 +56,10 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
             return found[:_SHOWN]
         if not budget.left():
             break
-    return ()
+    try:
+        return tuple(_fused(suspect, Budget(budget_seconds)))
+    except _CANNOT:
+        return ()
 
 
 def weight_causes(

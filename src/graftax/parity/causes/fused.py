@@ -218,13 +218,20 @@ def _cause(suspect: Suspect, group: Sequence[Fused], order: Order, before: float
     agrees = f"the layer agrees ({ratio:.2g}x float32's own error)"
     text = f"{name}{more} is read {read}, {first.decided}; read {order.text} {agrees}"
     where = f" instead of {now.keys}" if first.by_rule and now is not None else ""
-    return Cause(NAME, suspect.row.site_flax.path, text, f"{rule_line(first.entry, order)}{where}", before, error)
+    several = sum(found.entry.sources[0].rpartition(".")[2] == name.rpartition(".")[2] for found in group) > 1
+    line = rule_line(first.entry, order, several)
+    return Cause(NAME, suspect.row.site_flax.path, text, f"{line}{where}", before, error)
 
 
-def rule_line(entry: Entry, order: Order) -> str:
-    """The rule that reads a fused tensor in this order."""
-    torch = _listed(entry.sources)
-    return f"{{ torch = {torch}, flax = {_listed(entry.targets)}, {order.keys} }}"
+def rule_line(entry: Entry, order: Order, several: bool = False) -> str:
+    """The rule that reads a fused tensor in this order. several: in all layers numbered alike, where one number
+    says which layer it is."""
+    sources, targets = list(entry.sources), list(entry.targets)
+    numbers = {number for name in (*sources, *targets) for number in re.findall(r"\d+", name)}
+    counts = {len(re.findall(r"\d+", name)) for name in (*sources, *targets)}
+    if several and len(numbers) == 1 and counts == {1}:
+        sources, targets = ([re.sub(r"\d+", "{i}", name) for name in names] for names in (sources, targets))
+    return f"{{ torch = {_listed(sources)}, flax = {_listed(targets)}, {order.keys} }}"
 
 
 def _listed(names: Sequence[str]) -> str:
