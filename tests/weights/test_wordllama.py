@@ -55,7 +55,7 @@ def test_half_precision_is_not_widened_unasked(weights: Weights) -> None:
     path, like = weights("wordllama")[FILE], models.nnx_like()
     with pytest.raises(PlanError) as caught:
         gx.port(path, like)
-    for word in ("float16", "float32", "--dtype like", "--dtype source"):
+    for word in ("float16", "float32", 'dtype="like"', 'dtype="source"'):
         assert word in str(caught.value)
     assert gx.port(path, like, dtype="like").embed.embedding.dtype == jnp.float32
     assert gx.port(path, like, dtype="source").embed.embedding.dtype == jnp.float16
