@@ -99,7 +99,10 @@ def test_a_rule_may_say_what_a_parametrised_weight_becomes() -> None:
 
 
 def test_a_text_encoder_mask_is_no_pruned_weight() -> None:
-    assert plan({"fc.weight": (8, 5), "attn_mask": (5, 5)}, {"fc/kernel": (5, 8)}).complete
+    source = {"fc.weight": np.ones((8, 5), "f4"), "attn_mask": np.triu(np.full((5, 5), -np.inf, "f4"), 1)}
+    assert gx.plan(source, {"fc": {"kernel": np.ones((5, 8), "f4")}}).complete
+    learned = source | {"attn_mask": np.random.default_rng(0).normal(size=(5, 5)).astype("f4")}
+    assert not gx.plan(learned, {"fc": {"kernel": np.ones((5, 8), "f4")}}).complete
 
 
 # ---------------------------------------------------------------- numbers

@@ -53,7 +53,10 @@ def open_tree(obj: Any, label: str | None = None, side: Side | None = None) -> C
         return nnx_tree.open_nnx(obj, label or (type(obj).__name__ if kind == "nnx module" else name))
     from graftax.adapters import flax_tree
 
-    return flax_tree.open_container(obj, name, side)
+    opened = flax_tree.open_container(obj, name, side)
+    if not opened and not opened.left:  # a live module without weights is fine
+        raise UsageError(f"{escape(name)} holds no weights: there is no array in it")
+    return opened
 
 
 def open_weights(obj: Any, side: Side | None = None) -> Checkpoint:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax import dtypes
 from graftax.adapters import containers, jax_arrays, notes
-from graftax.errors import Failure, FormatError, GraftaxError, PlanError, UsageError, escape
+from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
 from graftax.sides import Signs, renamed, split_at_dots
 from graftax.tree import Checkpoint, Key, Side, SideBy, TensorSpec, nearest, unescape_part
 
@@ -31,8 +31,6 @@ def open_container(tree: Any, label: str, side: Side | None = None) -> Checkpoin
         return _open_flat(tree, label, side)
     arrays = containers.found_in(tree)
     found = _table(arrays.weights, label)
-    if not found and not arrays.optimizer:
-        raise UsageError(f"{escape(label)} holds no weights: there is no array in it")
     real_keys, kinds = containers.shape_of_tree(tree)
     leading = {path[:i] for path in found for i in (*_slashes(path), len(path))}
     told, side_by = _side_of(found, _is_plain(tree), side)
