@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ _command_line: ContextVar[bool] = ContextVar("graftax_command_line", default=Fal
 
 
 @contextmanager
-def command_line_words() -> Iterator[None]:
+def command_line_words() -> Generator[None]:
     """Inside, messages name the command line's options; elsewhere the library's."""
     token = _command_line.set(True)
     try:

@@ -132,8 +132,8 @@ def _refuse_torn_ties(proposal: Proposal, source: Checkpoint, like: Checkpoint) 
     failures: list[Failure] = []
     reads: list[str] = []
     for name, first in like.aliases.items():
-        pair = home.get(first), home.get(name)
-        if pair[0] is None or pair[1] is None or not all(entry.sources for entry in pair):
+        pair = [home[end] for end in (first, name) if end in home]
+        if len(pair) < 2 or not all(entry.sources for entry in pair):
             continue
         reads.append(f"{', '.join((*pair[0].sources, *pair[1].sources))}: equal, as {first} and {name} are one tensor?")
         try:
