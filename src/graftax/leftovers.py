@@ -153,8 +153,7 @@ def _namesakes(
     proposal: Proposal, source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]
 ) -> tuple[tuple[str, str], ...]:
     """(source, target) of open keys that are called alike on both sides, and of which each side has one."""
-    known = {n for e in (*proposal.entries, *proposal.broken) for n in (*e.sources, *e.targets)}
-    known |= {n for q in proposal.questions if _waits(q) for n in (*q.sources, *q.targets)}
+    known = _spoken_for(proposal)
     ends: list[dict[tuple[object, ...], list[str]]] = []
     for end, side in zip((source, like), sides, strict=True):
         names: dict[tuple[object, ...], list[str]] = {}
@@ -180,17 +179,14 @@ def _ask_pairs(
             text = f"{a} {source[a]} -> {b} {like[b]}: names and shapes agree, the rest of their modules does not"
             rule = rule_line(**dict(zip(words, map(escape_key, (a, b)), strict=True)))
             asked.append(Question("match", text, (b,), (a,), (Candidate(rule, (a,), "by name"),)))
-    told = {name for question in asked for name in (*question.targets, *question.sources)}
-    kept = [q for q in proposal.questions if not told.issuperset((*q.sources, *q.targets))]
-    return replace(proposal, questions=(*kept, *asked)) if asked else proposal
+    return _asking(proposal, asked)
 
 
 def _tell_misshapen(
     proposal: Proposal, pairs: Iterable[tuple[str, str]], source: Checkpoint, like: Checkpoint
 ) -> Proposal:
     """A key that is still open names the one of its name on the other side, and both shapes."""
-    settled = {n for e in (*proposal.entries, *proposal.broken) for n in (*e.sources, *e.targets)}
-    settled |= {n for q in proposal.questions if _waits(q) for n in (*q.sources, *q.targets)}
+    settled = _spoken_for(proposal)
     found: list[Question] = []
     for a, b in pairs:
         transposed = source[a].shape == like[b].shape[::-1] and len(like[b].shape) > 1
@@ -203,9 +199,22 @@ def _tell_misshapen(
             found.append(Question("unused", f"unexpected key: {ends}", sources=(a,)))
         elif b not in settled:
             found.append(Question("missing", f"missing key: {ends}", targets=(b,)))
-    told = {name for question in found for name in (*question.targets, *question.sources)}
+    return _asking(proposal, found)
+
+
+def _spoken_for(proposal: Proposal) -> set[str]:
+    """Keys of both sides that an entry or a failure has, or that wait for an answer."""
+    known = {n for e in (*proposal.entries, *proposal.broken) for n in (*e.sources, *e.targets)}
+    return known | {n for q in proposal.questions if _waits(q) for n in (*q.sources, *q.targets)}
+
+
+def _asking(proposal: Proposal, questions: Collection[Question]) -> Proposal:
+    """The proposal with these questions, in place of those that ask about nothing else."""
+    if not questions:
+        return proposal
+    told = {name for question in questions for name in (*question.targets, *question.sources)}
     kept = [q for q in proposal.questions if not told.issuperset((*q.sources, *q.targets))]
-    return replace(proposal, questions=(*kept, *found)) if found else proposal
+    return replace(proposal, questions=(*kept, *questions))
 
 
 def _words(path: str, side: Side) -> tuple[object, ...]:
