@@ -117,10 +117,10 @@ class _Recorder:
 
     def pytest_configure(self) -> None:
         import graftax.match
-        import graftax.planning
+        import graftax.match.planning
 
         self._infer = graftax.match.infer
-        for home in (graftax.match, graftax.planning):
+        for home in (graftax.match, graftax.match.planning):
             home.infer = self._recorded  # pyright: ignore[reportPrivateImportUsage]
 
     def _recorded(self, *args: Any, **options: Any) -> Any:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 import graftax as gx
 from graftax.errors import GraftaxError, PlanError, StorageError, UsageError
-from graftax.execute import placing, reading, sharded, streamed
+from graftax.execute import device_placement, reading, sharded, streamed
 from graftax.types import Receipt
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="test_sharding.py runs this with eight devices")
@@ -488,7 +488,7 @@ def test_threads_make_what_one_makes(source: Path, workers: int, monkeypatch: py
     opened = gx.open_checkpoint(source)
 
     def port(given: Any, count: int) -> tuple[Any, Receipt]:
-        monkeypatch.setattr(placing, "workers_for", lambda sizes: count)
+        monkeypatch.setattr(device_placement, "workers_for", lambda sizes: count)
         receipt = Receipt()
         ruled = RULES.replace('layout = "linear" },', 'layout = "linear", scale = 0.3 },', 1)
         return gx.port(
@@ -557,7 +557,7 @@ def test_tensors_that_are_held_whole_are_held_one_after_the_other(
 ) -> None:
     given = {f"l{i}.weight": np.full((64, 48), i, np.float32) for i in range(6)}
     np.savez_compressed(tmp_path / "m.npz", **given)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(placing, "workers_for", lambda sizes: 4)
+    monkeypatch.setattr(device_placement, "workers_for", lambda sizes: 4)
     opened: list[int] = []
     inner = reading.Reader.opened
     monkeypatch.setattr(

@@ -1,82 +1,44 @@
-"""The two statements of the design: dependencies run one way, and frameworks are imported only where they are used."""
+"""The statements of the design: imports run one way and in no circle, and frameworks are imported only where they are
+used."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "graftax"
 
-# What each part may import from graftax, at the top of a module or inside a function.
-ALLOWED = {
-    "errors": set(),
-    "uncollected": set(),
-    "tree": {"errors"},
-    "sides": {"tree"},
-    "training_state": set(),
-    "training_containers": {"tree", "training_state"},
-    "training_tree": {"tree", "training_state", "training_containers"},
-    "dtypes": {"errors", "tree"},
-    "ops": {"errors", "tree", "dtypes"},
-    "plans": {"errors", "tree", "ops", "plan_text", "plan_json"},
-    "plan_json": {"errors", "tree", "ops", "plans"},
-    "plan_text": {"errors", "tree", "ops", "plans"},
-    "formats": {"errors", "tree", "sides", "training_state", "training_tree", "dtypes", "uncollected"},
-    "adapters": {"errors", "tree", "sides", "dtypes", "formats"},
-    "layers": {"errors", "tree", "ops", "plans"},
-    "rules": {"errors", "tree", "ops", "plans", "layers"},
-    "match": {"uncollected", "errors", "tree", "ops", "plans", "plan_text", "layers", "rules"},
-    "leftovers": {"errors", "tree", "ops", "plans", "rules", "match"},
-    "planning": {
-        *("uncollected", "errors", "tree", "sides", "ops", "plans", "layers", "rules", "match", "leftovers", "formats"),
-    },
-    "surgery": {"training_tree", "errors", "tree", "sides", "dtypes", "ops", "plans", "layers", "formats", "adapters"},
-    "execute": {"uncollected", "errors", "tree", "dtypes", "ops", "plans", "formats", "adapters"},
-    "api": {
-        "uncollected",
-        "errors",
-        "tree",
-        "ops",
-        "plans",
-        "plan_json",
-        "planning",
-        "surgery",
-        "execute",
-        "formats",
-        "adapters",
-    },
-    "types": {"errors", "tree", "ops", "plans", "execute", "adapters", "layers", "surgery", "parity"},
-    "parity": {
-        *("errors", "tree", "dtypes", "ops", "plans", "plan_text", "formats", "adapters", "layers", "rules", "match"),
-        *("planning", "surgery", "execute", "api", "report", "plan_json"),
-    },
-    "report": {
-        "training_tree",
-        "errors",
-        "tree",
-        "dtypes",
-        "ops",
-        "plans",
-        "plan_text",
-        "formats",
-        "execute",
-        "parity",
-    },
-    "examples": {"graftax", "errors"},
+# The rooms of the house, from the ground up: a room may import what stands below it.
+ORDER = (
+    *("errors", "tree", "ops", "plans", "layers", "rules", "match"),
+    *("formats", "adapters", "opening", "execute", "surgery", "api", "parity", "report", "cli"),
+)
+GROUND = {"errors", "tree"}
+NARROW = {
+    "formats": GROUND,
+    "adapters": GROUND,
+    "opening": GROUND | {"formats", "adapters"},
+    "execute": GROUND | {"ops", "plans", "formats", "adapters"},
 }
+"""Rooms that know less than all that stands below them."""
+FACADES = {"types", "examples"}
+"""What only names or shows what the rooms hold."""
+ROOMS = 18
+
 FRAMEWORKS = {"torch", "jax", "flax", "orbax", "tensorstore"}
 MAY_IMPORT_FRAMEWORKS = {"adapters", "formats", "execute", "parity", "examples"}
-LAZY_CORE = ("errors", "tree", "ops", "plans", "layers", "rules", "match", "planning", "surgery")
+LAZY_CORE = ("errors", "tree", "ops", "plans", "layers", "rules", "match", "match.planning", "surgery")
 
 
-def part_of(path: Path) -> str:
-    """The part a module belongs to: its package, or its own name; surgery_values belongs to surgery."""
-    first = path.relative_to(SRC).parts[0].removesuffix(".py")
-    return "surgery" if first.startswith(("surgery", "loading")) else first
+def room_of(path: Path) -> str:
+    """The folder or file at the top level that a module belongs to."""
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -95,28 +57,59 @@ def imports(path: Path) -> list[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             if node.module == "graftax":
                 found += [(f"graftax.{alias.name}", node.lineno) for alias in node.names]
+            elif node.module.startswith("graftax."):  # a name may be a module of that package
+                found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
             else:
                 found.append((node.module, node.lineno))
     return found
 
 
-FILES = sorted(p for p in SRC.rglob("*.py") if p.parent != SRC or not p.stem.startswith(("__init__", "cli")))
+FILES = sorted(path for path in SRC.rglob("*.py") if path != SRC / "__init__.py")
+ids = lambda path: str(path.relative_to(SRC))  # noqa: E731
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_dependencies_run_one_way(path: Path):
-    part = part_of(path)
-    allowed = ALLOWED[part] | {part}
+def test_every_room_has_its_place():
+    rooms = {room_of(path) for path in FILES}
+    assert rooms == {*ORDER, *FACADES}
+    assert len(rooms) <= ROOMS
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_a_room_imports_what_stands_below_it(path: Path):
+    room = room_of(path)
+    if room in FACADES:
+        return
+    allowed = NARROW.get(room, set(ORDER[: ORDER.index(room)])) | {room}
     for module, line in imports(path):
         if module == "graftax" or module.startswith("graftax."):
             other = module.split(".")[1] if "." in module else "graftax"
-            other = "surgery" if other.startswith(("surgery", "loading")) else other
-            assert other in allowed, f"{path.relative_to(SRC)}:{line}: {part} may not import {module}"
+            assert other in allowed, f"{path.relative_to(SRC)}:{line}: {room} may not import {module}"
+
+
+def test_no_module_imports_itself_through_others():
+    modules = {
+        ".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+    }
+    graph = {
+        name: {other for module, _ in imports(path) if (other := longest(module, modules)) not in (None, name)}
+        for name, path in modules.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def longest(name: str, modules: Mapping[str, Path]) -> str | None:
+    """The module that `name` (a module, or a name in one) belongs to."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
 def test_frameworks_stay_where_they_are_used(path: Path):
-    if part_of(path) in MAY_IMPORT_FRAMEWORKS:
+    if room_of(path) in MAY_IMPORT_FRAMEWORKS:
         return
     for module, line in imports(path):
         assert module.split(".")[0] not in FRAMEWORKS, f"{path.relative_to(SRC)}:{line} imports {module}"

@@ -17,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, StorageError, UsageError
-from graftax.execute import shares
-from graftax.execute import together as together_
+from graftax.execute import partition, shared_write
 from graftax.execute.distributed import Peers, agree, peers, processes
 from graftax.execute.same_work import sample
 from graftax.formats import orbax_write
@@ -306,13 +305,13 @@ def test_a_store_that_has_gone_is_told():
 
 
 def test_a_file_system_that_is_not_shared_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(together_, "_SEEN", 0.1)
+    monkeypatch.setattr(shared_write, "_SEEN", 0.1)
     (tmp_path / "job").write_text("mine")
-    together_._find(tmp_path / "job", "mine")
+    shared_write._find(tmp_path / "job", "mine")
     with pytest.raises(StorageError, match="share no file system"):
-        together_._find(tmp_path / "job", "another's")
+        shared_write._find(tmp_path / "job", "another's")
     with pytest.raises(StorageError, match="share no file system"):
-        together_._find(tmp_path / "absent" / "job", "mine")
+        shared_write._find(tmp_path / "absent" / "job", "mine")
 
 
 def test_files_that_differ_anywhere_much_are_told_apart(tmp_path: Path):
@@ -335,7 +334,7 @@ GROUPS = st.lists(st.lists(st.lists(st.integers(1, 1000), min_size=1, max_size=9
 @given(GROUPS, st.integers(1, 9))
 def test_every_tile_is_made_once_and_shares_are_even(sizes: list[list[list[int]]], count: int):
     groups = [{f"{i}.{j}": tiles for j, tiles in enumerate(group)} for i, group in enumerate(sizes)]
-    divided = shares.divide_tiles(groups, count)
+    divided = partition.divide_tiles(groups, count)
     made = [(name, number) for part in divided for name, (start, stop) in part.items() for number in range(start, stop)]
     assert sorted(made) == sorted((n, i) for group in groups for n, tiles in group.items() for i in range(len(tiles)))
     for group in groups:
@@ -352,35 +351,35 @@ def _flat(groups: list[dict[str, list[int]]]) -> list[tuple[str, list[int]]]:
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 9))
 def test_every_file_has_one_writer_and_shares_are_even(sizes: list[int], count: int):
-    owners = shares.divide_whole(sizes, count)
+    owners = partition.divide_whole(sizes, count)
     load = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == i) for i in range(count)]
     assert max(load) - min(load) <= max(sizes, default=0)
 
 
 @given(st.lists(st.integers(0, 100), max_size=4), st.integers(1, 64))
 def test_axes_are_cut_evenly(shape: list[int], count: int):
-    parts = shares.cuts(tuple(shape), count, range(len(shape)))
+    parts = partition.cuts(tuple(shape), count, range(len(shape)))
     assert all(extent % part == 0 for extent, part in zip(shape, parts, strict=True))
     assert count % int(np.prod(parts, dtype=np.int64)) == 0
 
 
 def test_axes_are_cut_as_far_as_they_can_be():
-    assert shares.cuts((6, 32), 16, [0, 1]) == [2, 8]
-    assert shares.cuts((6, 32), 16, [1, 0]) == [1, 16]
-    assert shares.cuts((7,), 4, [0]) == [1]
+    assert partition.cuts((6, 32), 16, [0, 1]) == [2, 8]
+    assert partition.cuts((6, 32), 16, [1, 0]) == [1, 16]
+    assert partition.cuts((7,), 4, [0]) == [1]
 
 
 def test_a_transposed_kernel_is_cut_where_its_source_is():
     entry = Entry(("w",), ("kernel",), (Rearrange("a b -> b a"),))
-    assert shares.best_order(entry, "kernel", (8, 64), {"w": TensorSpec((64, 8), "float32")}) == [1, 0]
+    assert partition.best_order(entry, "kernel", (8, 64), {"w": TensorSpec((64, 8), "float32")}) == [1, 0]
     plain = Entry(("w",), ("kernel",))
-    assert shares.best_order(plain, "kernel", (64, 8), {"w": TensorSpec((64, 8), "float32")}) == [0, 1]
+    assert partition.best_order(plain, "kernel", (64, 8), {"w": TensorSpec((64, 8), "float32")}) == [0, 1]
 
 
 def test_counts_are_added_and_taken_apart():
-    assert shares.added([[1, True, [2]], [3, False, [4]]]) == [4, False, [6]]
-    assert shares.subtracted([4, True, [6]], [3, True, [4]]) == [1, True, [2]]
-    assert shares.subtracted([4], None) == [4]
+    assert partition.added([[1, True, [2]], [3, False, [4]]]) == [4, False, [6]]
+    assert partition.subtracted([4, True, [6]], [3, True, [4]]) == [1, True, [2]]
+    assert partition.subtracted([4], None) == [4]
 
 
 def test_a_leaf_written_in_parts_is_checked_part_by_part():

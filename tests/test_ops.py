@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftax import ops
-from graftax.dtypes import numpy_dtype, spec_of
 from graftax.errors import GraftaxError, LayoutError, PlanError, RulesError
 from graftax.ops import (
     OPS,
@@ -56,6 +55,7 @@ from graftax.ops import (
     transpose,
 )
 from graftax.tree import DTYPES, TensorSpec
+from graftax.tree.dtypes import numpy_dtype, spec_of
 
 WHOLE = [name for name, (bits, _) in DTYPES.items() if bits >= 8]
 FLOATS = ["float16", "bfloat16", "float32", "float64"]

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftax.dtypes import numpy_dtype
 from graftax.errors import LayoutError, PlanError
 from graftax.ops import Cast, widens
 from graftax.ops.casting import CastCount, cast_array
 from graftax.ops.floats import FLOATS
 from graftax.tree import DTYPES, TensorSpec
+from graftax.tree.dtypes import numpy_dtype
 
 ALL = [name for name, (bits, kind) in DTYPES.items() if kind == "f" and bits >= 8]
 POWERS = "float8_e8m0fnu"

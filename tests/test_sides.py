@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import graftax as gx
-from graftax.adapters import open_tree
 from graftax.errors import FormatError, PlanError, UsageError
-from graftax.sides import Signs, separator_of, side_of_names
+from graftax.opening import open_tree
+from graftax.tree.sides import Signs, separator_of, side_of_names
 
 torch = pytest.importorskip("torch")
 

@@ -1,10 +1,10 @@
-"""graftax.training_tree: what an optimizer puts beside the weights is told by its structure, and nothing else is."""
+"""Training state: what an optimizer puts beside the weights is told by its structure, and nothing else is."""
 
 import numpy as np
 import pytest
 
-from graftax.training_tree import own_parts, split
 from graftax.tree import TensorSpec
+from graftax.tree.training_tree import own_parts, split
 
 WEIGHTS = {"Dense_0": {"kernel": (3, 4), "bias": (4,)}, "LayerNorm_0": {"scale": (4,), "bias": (4,)}}
 COUNT = "int32"

@@ -76,7 +76,7 @@ def _measured(layers: int, experts: int, repeat: int) -> dict[str, Any]:
     """Seconds of every run; megabytes that the first run adds to the process at its peak."""
     import time
 
-    from graftax.planning import Options, make_plan
+    from graftax.match.planning import Options, make_plan
 
     make_plan(*decoder(2), Options())  # imports are no part of it
     ends = decoder(layers, experts)

@@ -11,8 +11,8 @@ import numpy as np
 
 from graftax.errors import GraftaxError
 from graftax.match.names import Lexicon
+from graftax.match.planning import Options, make_plan
 from graftax.ops import apply_chain, same_bits
-from graftax.planning import Options, make_plan
 from graftax.plans import Candidate, Entry, Plan
 from graftax.rules import apply_rules, load_rules, rule_line
 from graftax.tree import Checkpoint, TensorSpec

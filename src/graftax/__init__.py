@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from graftax.parity.check import assert_parity, check_parity
     from graftax.parity.inputs import Inputs
     from graftax.surgery import replace
-    from graftax.surgery_values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
+    from graftax.surgery.values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
 
 _HOMES = {
     "plan": "api",
@@ -35,13 +35,13 @@ _HOMES = {
     "assert_parity": "parity.check",
     "Inputs": "parity.inputs",
     "replace": "surgery",
-    "constant": "surgery_values",
-    "zeros": "surgery_values",
-    "normal": "surgery_values",
-    "add_normal": "surgery_values",
-    "scaled": "surgery_values",
-    "quantized": "surgery_values",
-    "from_checkpoint": "surgery_values",
+    "constant": "surgery.values",
+    "zeros": "surgery.values",
+    "normal": "surgery.values",
+    "add_normal": "surgery.values",
+    "scaled": "surgery.values",
+    "quantized": "surgery.values",
+    "from_checkpoint": "surgery.values",
 }
 _MODULES = ("errors", "examples", "types")
 

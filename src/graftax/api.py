@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from graftax.adapters import open_weights, plain_tree
+from graftax.adapters import plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
-from graftax.errors import GraftaxError, UsageError, worded
+from graftax.errors import Failure, GraftaxError, UsageError, worded
+from graftax.execute.device_placement import place_leaves, same_work, together
 from graftax.execute.distributed import peers
 from graftax.execute.eager import load
-from graftax.execute.origin import fingerprint
-from graftax.execute.placing import place_leaves, same_work, together
+from graftax.execute.fingerprint import fingerprint
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
-from graftax.plan_json import load_plan_file
-from graftax.planning import Options, make_plan
+from graftax.formats.foreign import perhaps_slices
+from graftax.match.planning import Options
+from graftax.match.planning import make_plan as infer_plan
+from graftax.opening import open_weights
 from graftax.plans import Plan
+from graftax.plans.plan import MadeFrom
 from graftax.tree import Checkpoint, Side
-from graftax.uncollected import nothing_collected
+from graftax.tree.gc_paused import nothing_collected
 
 Tree = Any
 """A checkpoint (path, hub id, `pkg.mod:factory`) or a live tree: state_dict, torch Module, Linen variables,
@@ -62,7 +66,7 @@ def plan(
     """
     options = Options(rules, missing, unused, dtype, to, overflow, source_side)
     opened, opened_like = open_both(source, like, source_side, to)
-    return _runnable(make_plan(opened, opened_like, options), opened_like)
+    return make_plan(opened, opened_like, options)
 
 
 def open_both(
@@ -91,26 +95,36 @@ def open_both(
     return source_checkpoint, like_checkpoint
 
 
+def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> Plan:
+    """The plan for two opened ends. Where tensors do not fit, it says so too if the source's files may be slices."""
+    made = infer_plan(source, like, options)
+    fits = not made.failures and all(question.candidates for question in made.questions)
+    hint = "" if fits else perhaps_slices(source.files)
+    if not hint:
+        return made
+    slices = Failure("its tensors may be slices of what fits", source.label, next=hint)
+    return replace(made, failures=(*made.failures, slices))
+
+
+def plan_again(made_from: MadeFrom, rule: str) -> Plan:
+    """The plan that is made with one rule more."""
+    options = made_from.options
+    return make_plan(made_from.source, made_from.like, replace(options, rules=options.rules.extended(rule)))
+
+
 def load_plan(path: str | PathLike[str]) -> Plan:
     """The plan that `Plan.save` wrote, ready to run on the source it was made for. RulesError, StorageError."""
-    return _runnable(load_plan_file(Path(path)), None)
+    return Plan.load(Path(path))
 
 
-def _runnable(made: Plan, like: Checkpoint | None) -> Plan:
-    """The plan with a `run` that gives like's own kind of container."""
-
-    def run(plan: Plan, source: Any, sharding: Any = None, rngs: Any = None, receipt: Receipt | None = None) -> Any:
-        spans = spans_processes(sharding, like if sharding is None and peers() is not None else None)
-        with together("planning", spans):
-            opened = open_weights(source, side=plan.source.side)
-            where = _places(plan, like, sharding)
-        return _made(plan, opened, like, where, spans, rngs, receipt)
-
-    made.runner = run
-    replanner = made.replanner
-    if replanner is not None:
-        made.replanner = lambda plan, line: _runnable(replanner(plan, line), like)
-    return made
+def run_plan(made: Plan, source: Tree, sharding: Any = None, rngs: Any = None, receipt: Receipt | None = None) -> Any:
+    """What a plan makes of `source`: like's own kind of container where it was made from one. See `port`."""
+    like = None if made.made_from is None else made.made_from.like
+    spans = spans_processes(sharding, like if sharding is None and peers() is not None else None)
+    with together("planning", spans):
+        opened = open_weights(source, side=made.source.side)
+        where = _places(made, like, sharding)
+    return _made(made, opened, like, where, spans, rngs, receipt)
 
 
 def _places(made: Plan, like: Checkpoint | None, sharding: Any) -> dict[str, Place] | None:
@@ -287,12 +301,12 @@ def write_plan(
 ) -> Receipt:
     """Run a plan into a file or folder. `advance` is told of the bytes as they are made. Options as in `port_file`."""
     from graftax.formats import Output, save
+    from graftax.formats.io.sizes import parse_size, size_text
     from graftax.formats.sidecars import for_port
-    from graftax.formats.sizes import parse_size, size_text
 
     joined = peers()
     if joined is not None:
-        from graftax.execute.together import Wanted, write_together
+        from graftax.execute.shared_write import Wanted, write_together
 
         wanted = Wanted(str(out), format, shard_size, clobber, max_memory, resume)
         return write_together(joined, made, source, like, wanted, advance)
@@ -342,7 +356,7 @@ def load_into(
     Everything is planned, read and checked first; then every leaf is assigned (a torch Module's own load_state_dict
     with its hooks) and read back. PlanError where a module does not hold what it was given: then it has its old values.
     """
-    from graftax.loading import load_arrays, require_module
+    from graftax.surgery.loading import load_arrays, require_module
 
     require_module(module)
     options = Options(rules, missing, unused, dtype, to, overflow, source_side)

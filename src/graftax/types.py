@@ -2,7 +2,7 @@
 
 from graftax.execute.receipt import Measured, Receipt
 from graftax.ops import Op
-from graftax.parity.report_model import Cause, LayerRow, OutputRow, ParityReport, SettingRow, WeightRow
+from graftax.parity.report.model import Cause, LayerRow, OutputRow, ParityReport, SettingRow, WeightRow
 from graftax.plans import Assumption, Candidate, End, Entry, Plan, Question
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 

@@ -27,7 +27,7 @@ def test_importing_the_adapters_imports_no_framework():
     run(
         "import sys, graftax.adapters\n"
         "import graftax.adapters.torch_tree, graftax.adapters.linen_tree, graftax.adapters.nnx_tree\n"
-        "import graftax.adapters.factories, graftax.adapters.plain\n"
+        "import graftax.opening.factories, graftax.adapters.plain\n"
         "loaded = {'torch', 'jax', 'flax', 'numpy', 'orbax'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
     )
@@ -38,20 +38,20 @@ def test_linen_and_nnx_work_without_torch():
         """
 import jax, jax.numpy as jnp, numpy as np
 from flax import linen as nn, nnx
-from graftax import adapters
+from graftax import adapters, opening
 
-like = adapters.open_tree(adapters.linen(nn.Dense(3), jnp.zeros((1, 2))))
+like = opening.open_tree(adapters.linen(nn.Dense(3), jnp.zeros((1, 2))))
 arrays = {path: np.ones(spec.shape, spec.dtype) for path, spec in like.items()}
 variables = like.rebuild(arrays)
-assert adapters.open_tree(variables).read("params/kernel").sum() == 6
+assert opening.open_tree(variables).read("params/kernel").sum() == 6
 assert adapters.map_leaves(variables, {"params/bias": np.zeros(3, np.float32)})["params"]["bias"].sum() == 0
 
 module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-checkpoint = adapters.open_tree(module)
+checkpoint = opening.open_tree(module)
 adapters.assign(module, {"kernel": np.ones((2, 3), np.float32)})
 assert checkpoint.rebuild({"kernel": np.ones((2, 3), "f4"), "bias": np.ones(3, "f4")}).bias[...].sum() == 3
 for thing in (nnx.state(module), nnx.split(module)):
-    assert set(adapters.open_tree(thing)) == {"kernel", "bias"}
+    assert set(opening.open_tree(thing)) == {"kernel", "bias"}
 assert "torch" not in sys.modules
 """,
         {"torch"},
@@ -62,15 +62,15 @@ def test_torch_works_without_jax():
     run(
         """
 import torch
-from graftax import adapters
+from graftax import adapters, opening
 
 module = torch.nn.Linear(2, 3)
-checkpoint = adapters.open_tree(module)
+checkpoint = opening.open_tree(module)
 arrays = {key: checkpoint.read(key) for key in checkpoint}
 module.load_state_dict(checkpoint.rebuild(arrays))
 adapters.assign(module, arrays)
 adapters.map_leaves(module.state_dict(), arrays)
-assert set(adapters.open_tree(module.state_dict())) == {"weight", "bias"}
+assert set(opening.open_tree(module.state_dict())) == {"weight", "bias"}
 """,
         {"jax", "flax", "orbax"},
     )
@@ -83,6 +83,6 @@ def test_opening_an_object_of_one_framework_does_not_import_the_other():
     )
     run(
         "import sys, jax.numpy as jnp\nfrom graftax import adapters\n"
-        "adapters.open_tree({'params': {'w': jnp.ones(1)}})\n"
+        "opening.open_tree({'params': {'w': jnp.ones(1)}})\n"
         "assert not {'torch', 'flax'} & set(sys.modules)\n"
     )

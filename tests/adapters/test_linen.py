@@ -16,7 +16,7 @@ from flax.core import FrozenDict, freeze
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftax import adapters
+from graftax import adapters, opening
 from graftax.errors import FormatError, GraftaxError, PlanError, UsageError
 from graftax.tree import TensorSpec
 
@@ -71,12 +71,12 @@ class Many(nn.Module):
 
 @pytest.fixture(scope="module")
 def many():
-    return adapters.open_tree(adapters.linen(Many(), jax.ShapeDtypeStruct((2, 3), jnp.int32), train=True))
+    return opening.open_tree(adapters.linen(Many(), jax.ShapeDtypeStruct((2, 3), jnp.int32), train=True))
 
 
 def test_a_module_shows_the_paths_that_init_gives(many):
     variables = jax.eval_shape(lambda: Many().init(jax.random.key(0), jnp.zeros((2, 3), jnp.int32)))
-    assert dict(many) == dict(adapters.open_tree(variables))
+    assert dict(many) == dict(opening.open_tree(variables))
     assert many.side == "flax"
     assert not many.has_values
 
@@ -88,8 +88,8 @@ def test_leaves_come_in_the_order_of_init():
             return nn.BatchNorm(use_running_average=True, name="a")(nn.Dense(2, name="z")(x))
 
     variables = Late().init(jax.random.key(0), jnp.zeros((1, 2)))
-    traced = adapters.open_tree(adapters.linen(Late(), jnp.zeros((1, 2))))
-    assert list(traced) == list(adapters.open_tree(variables))
+    traced = opening.open_tree(adapters.linen(Late(), jnp.zeros((1, 2))))
+    assert list(traced) == list(opening.open_tree(variables))
     assert next(iter(traced)) == "params/z/kernel"
     rebuilt = traced.rebuild({path: np.zeros(spec.shape, spec.dtype) for path, spec in traced.items()})
     assert type(rebuilt) is dict
@@ -124,7 +124,7 @@ def test_setting_up_is_not_calling():
             assert self.late.dense is not None  # sets it up
             return self.late(self.early(x))
 
-    modules = adapters.open_tree(adapters.linen(Outer(), jnp.zeros((1, 2)))).modules
+    modules = opening.open_tree(adapters.linen(Outer(), jnp.zeros((1, 2)))).modules
     assert list(modules) == ["", "early", "early/dense", "late", "late/dense"]
 
 
@@ -152,12 +152,12 @@ def test_settings_are_plain_data(many):
     assert attention["input_shape"] == (2, 3, 4)
     assert attention["output_shape"] == (2, 3, 4)
     conv = adapters.linen(nn.Conv(6, (3, 3), padding=[(1, 1), (1, 1)], dtype=jnp.bfloat16), jnp.zeros((1, 8, 8, 2)))
-    shown = adapters.open_tree(conv).modules[""].settings
+    shown = opening.open_tree(conv).modules[""].settings
     assert shown["padding"] == ((1, 1), (1, 1))
     assert shown["kernel_size"] == (3, 3)
     assert shown["dtype"] == "bfloat16"
     half = adapters.linen(nn.Dense(6, dtype=np.dtype("float16"), param_dtype=np.float64), jnp.zeros((1, 2)))
-    shown_half = adapters.open_tree(half).modules[""].settings
+    shown_half = opening.open_tree(half).modules[""].settings
     assert (shown_half["dtype"], shown_half["param_dtype"]) == ("float16", "float64")
     assert shown["output_shape"] == (1, 8, 8, 6)
 
@@ -171,7 +171,7 @@ def test_stacked_leaves_show_the_shape_inside_their_module(many):
 
 
 def test_a_lone_layer_has_its_leaves_at_the_top():
-    checkpoint = adapters.open_tree(adapters.linen(nn.Dense(3), jnp.zeros((1, 2))))
+    checkpoint = opening.open_tree(adapters.linen(nn.Dense(3), jnp.zeros((1, 2))))
     assert dict(checkpoint) == {
         "params/kernel": TensorSpec((2, 3), "float32"),
         "params/bias": TensorSpec((3,), "float32"),
@@ -182,7 +182,7 @@ def test_a_lone_layer_has_its_leaves_at_the_top():
 def test_nothing_of_a_huge_module_is_computed():
     start = time.process_time()
     huge = adapters.linen(nn.Dense(10**6), jax.ShapeDtypeStruct((1, 10**6), jnp.float32))
-    assert adapters.open_tree(huge)["params/kernel"].size == 10**12
+    assert opening.open_tree(huge)["params/kernel"].size == 10**12
     assert time.process_time() - start < 20
 
 
@@ -199,9 +199,9 @@ def test_method_rngs_flags_and_abstract_inputs():
             return self.dec(x)
 
     example = np.zeros((1, 4), np.float32)
-    encoder = adapters.open_tree(adapters.linen(Coder(), example, train=True, method=Coder.encode, rngs=0))
+    encoder = opening.open_tree(adapters.linen(Coder(), example, train=True, method=Coder.encode, rngs=0))
     assert set(encoder) == {"params/enc/kernel", "params/enc/bias"}
-    decoder = adapters.open_tree(adapters.linen(Coder(), example, method="decode", rngs={"params": 1}))
+    decoder = opening.open_tree(adapters.linen(Coder(), example, method="decode", rngs={"params": 1}))
     assert set(decoder) == {"params/dec/kernel", "params/dec/bias"}
 
 
@@ -211,7 +211,7 @@ def test_boxes_add_no_level_and_come_back():
     module = nn.Dense(3, kernel_init=init, bias_init=logical)
     variables = module.init(jax.random.key(0), jnp.zeros((1, 2)))
     for thing in (variables, adapters.linen(module, jnp.zeros((1, 2)))):
-        checkpoint = adapters.open_tree(thing)
+        checkpoint = opening.open_tree(thing)
         assert checkpoint["params/kernel"] == TensorSpec((2, 3), "float32")
         new = checkpoint.rebuild(
             {"params/kernel": np.full((2, 3), 5, np.float32), "params/bias": np.zeros(3, np.float32)}
@@ -226,7 +226,7 @@ def test_boxes_add_no_level_and_come_back():
 def test_boxes_open_under_a_mesh_without_a_constraint():
     mesh = jax.make_mesh((1,), ("data",))
     box = nn.Partitioned(jax.ShapeDtypeStruct((2, 3), jnp.float32), ("data", None), mesh=mesh)
-    assert adapters.open_tree({"params": {"kernel": box}})["params/kernel"].shape == (2, 3)
+    assert opening.open_tree({"params": {"kernel": box}})["params/kernel"].shape == (2, 3)
 
 
 def test_weight_and_spectral_norm_keep_slashes_inside_a_key():
@@ -235,7 +235,7 @@ def test_weight_and_spectral_norm_keep_slashes_inside_a_key():
         def __call__(self, x):
             return nn.SpectralNorm(nn.Dense(4))(nn.WeightNorm(nn.Dense(4))(x), update_stats=True)
 
-    checkpoint = adapters.open_tree(adapters.linen(Normed(), jnp.zeros((1, 3))))
+    checkpoint = opening.open_tree(adapters.linen(Normed(), jnp.zeros((1, 3))))
     assert checkpoint["params/WeightNorm_0/Dense_1~1kernel~1scale"].shape == (4,)
     assert checkpoint["batch_stats/SpectralNorm_0/Dense_0~1kernel~1u"].shape == (1, 4)
     new = checkpoint.rebuild({path: np.zeros(spec.shape, spec.dtype) for path, spec in checkpoint.items()})
@@ -247,11 +247,11 @@ def test_caches_are_no_weights():
     variables = module.init(jax.random.key(0), jnp.zeros((1, 3, 4)))
     assert "cache" in variables
     for thing in (variables, freeze(variables), adapters.linen(module, jnp.zeros((1, 3, 4)))):
-        assert {path.partition("/")[0] for path in adapters.open_tree(thing)} == {"params"}
-    checkpoint = adapters.open_tree(variables)
+        assert {path.partition("/")[0] for path in opening.open_tree(thing)} == {"params"}
+    checkpoint = opening.open_tree(variables)
     new = checkpoint.rebuild({path: checkpoint.read(path) for path in checkpoint})
     assert new["cache"] is variables["cache"]
-    traced = adapters.open_tree(adapters.linen(module, jnp.zeros((1, 3, 4))))
+    traced = opening.open_tree(adapters.linen(module, jnp.zeros((1, 3, 4))))
     assert set(traced.rebuild({path: checkpoint.read(path) for path in checkpoint})) == {"params"}
 
 
@@ -261,15 +261,15 @@ def test_a_module_that_fails_is_the_users_failure():
             raise ValueError("no such head")
 
     with pytest.raises(GraftaxError, match=r"Broken failed.*ValueError: no such head") as caught:
-        adapters.open_tree(adapters.linen(Broken(), 1))
+        opening.open_tree(adapters.linen(Broken(), 1))
     assert caught.value.exit_code == 70
 
 
 def test_a_bare_module_says_what_to_write():
     with pytest.raises(UsageError, match=r"gx\.linen\(Dense\(\.\.\.\), example_input\)"):
-        adapters.open_tree(nn.Dense(3))
+        opening.open_tree(nn.Dense(3))
     with pytest.raises(UsageError, match="is a class"):
-        adapters.open_tree(nn.Dense)
+        opening.open_tree(nn.Dense)
     with pytest.raises(UsageError, match="the class Dense"):
         adapters.linen(nn.Dense, jnp.zeros(3))
 
@@ -279,10 +279,10 @@ def test_a_bare_module_says_what_to_write():
 
 def test_collections_bare_params_and_frozen_dicts():
     variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 3))}}, "batch_stats": {"n": {"mean": np.ones(3)}}}
-    assert set(adapters.open_tree(variables)) == {"params/Dense_0/kernel", "batch_stats/n/mean"}
-    assert set(adapters.open_tree(variables["params"])) == {"Dense_0/kernel"}
-    frozen = adapters.open_tree(freeze(variables))
-    assert set(frozen) == set(adapters.open_tree(variables))
+    assert set(opening.open_tree(variables)) == {"params/Dense_0/kernel", "batch_stats/n/mean"}
+    assert set(opening.open_tree(variables["params"])) == {"Dense_0/kernel"}
+    frozen = opening.open_tree(freeze(variables))
+    assert set(frozen) == set(opening.open_tree(variables))
     assert frozen.containers == {"": "FrozenDict"}
     new = frozen.rebuild({path: frozen.read(path) for path in frozen})
     assert isinstance(new, FrozenDict)
@@ -292,7 +292,7 @@ def test_containers_keep_type_and_key_order():
     tree = OrderedDict(
         z={"b": jnp.ones(2), "a": [jnp.zeros(1), (np.ones(3, np.float32),)]}, y={3: jnp.ones(4), "k": None}
     )
-    checkpoint = adapters.open_tree(tree)
+    checkpoint = opening.open_tree(tree)
     assert list(checkpoint) == ["z/b", "z/a/0", "z/a/1/0", "y/3"]
     assert checkpoint.real_keys == {"z/a/0": 0, "z/a/1": 1, "z/a/1/0": 0, "y/3": 3}
     assert checkpoint.containers == {"z/a": "list", "z/a/1": "tuple"}
@@ -310,11 +310,11 @@ def test_containers_keep_type_and_key_order():
 
 def test_two_keys_of_one_path_are_refused():
     with pytest.raises(FormatError, match="two leaves have the path 'blocks/1'"):
-        adapters.open_tree({"blocks": {"1": jnp.ones(1), 1: jnp.ones(1)}})
+        opening.open_tree({"blocks": {"1": jnp.ones(1), 1: jnp.ones(1)}})
 
 
 def test_a_slash_in_a_key_is_escaped():
-    checkpoint = adapters.open_tree({"params": {"a/b": jnp.ones(1), "a": {"b": jnp.ones(2)}, "t~": jnp.ones(3)}})
+    checkpoint = opening.open_tree({"params": {"a/b": jnp.ones(1), "a": {"b": jnp.ones(2)}, "t~": jnp.ones(3)}})
     assert list(checkpoint) == ["params/a~1b", "params/a/b", "params/t~0"]
 
 
@@ -324,24 +324,24 @@ def test_a_slash_in_a_key_is_escaped():
 )
 def test_leaves_that_are_no_arrays_are_refused(leaf, words):
     with pytest.raises(UsageError, match=words):
-        adapters.open_tree({"params": {"a": leaf}})
+        opening.open_tree({"params": {"a": leaf}})
 
 
 def test_dtypes_that_no_checkpoint_holds_are_all_listed():
     with pytest.raises(FormatError, match="2 leaves") as caught:
-        adapters.open_tree({"params": {"a": np.array(["x"]), "b": np.array([None]), "c": np.ones(1)}})
+        opening.open_tree({"params": {"a": np.array(["x"]), "b": np.array([None]), "c": np.ones(1)}})
     assert [failure.key for failure in caught.value.failures] == ["params/a", "params/b"]
 
 
 @pytest.mark.parametrize("key", [None, 1.5, True, b"x"])
 def test_keys_that_no_path_can_hold_are_refused(key):
     with pytest.raises(UsageError, match="a key of type"):
-        adapters.open_tree({"params": {key: jnp.ones(1)}})
+        opening.open_tree({"params": {key: jnp.ones(1)}})
 
 
 def test_random_keys_are_left_alone():
     tree = {"params": {"w": jnp.ones(1)}, "rng": {"key": jax.random.key(0)}}
-    checkpoint = adapters.open_tree(tree)
+    checkpoint = opening.open_tree(tree)
     assert list(checkpoint) == ["params/w"]
     assert checkpoint.rebuild({"params/w": np.zeros(1, np.float32)})["rng"]["key"] is tree["rng"]["key"]
 
@@ -349,33 +349,33 @@ def test_random_keys_are_left_alone():
 def test_other_objects_say_what_is_accepted():
     for thing in (3, None, jnp.ones(3), object(), set()):
         with pytest.raises(UsageError, match="no tree of weights"):
-            adapters.open_tree(thing)
+            opening.open_tree(thing)
     with pytest.raises(UsageError, match="empty dict"):
-        adapters.open_tree({})
+        opening.open_tree({})
 
 
 def test_flat_names_tell_the_side_unless_leaves_are_jaxs():
     one = np.ones((2, 2), np.float32)
-    assert adapters.open_tree({"params/fc/kernel": one}).side == "flax"
-    assert list(adapters.open_tree({"params/fc/kernel": one})) == ["params/fc/kernel"]
-    assert adapters.open_tree({"fc.weight": one, "fc.bias": one}).side == "torch"
-    assert adapters.open_tree({"kernel": one}).side == "flax"
-    assert adapters.open_tree({"w": one}).side is None
-    assert adapters.open_tree({"w": jnp.ones(2)}).side == "flax"
-    new = adapters.open_tree({"fc.weight": one, "fc.bias": one}).rebuild({"fc.weight": one, "fc.bias": one})
+    assert opening.open_tree({"params/fc/kernel": one}).side == "flax"
+    assert list(opening.open_tree({"params/fc/kernel": one})) == ["params/fc/kernel"]
+    assert opening.open_tree({"fc.weight": one, "fc.bias": one}).side == "torch"
+    assert opening.open_tree({"kernel": one}).side == "flax"
+    assert opening.open_tree({"w": one}).side is None
+    assert opening.open_tree({"w": jnp.ones(2)}).side == "flax"
+    new = opening.open_tree({"fc.weight": one, "fc.bias": one}).rebuild({"fc.weight": one, "fc.bias": one})
     assert isinstance(new["fc.weight"], np.ndarray)
     assert new["fc.weight"] is not one
 
 
 def test_abstract_trees_have_no_values_and_rebuild_as_arrays():
     tree = jax.eval_shape(lambda: freeze({"params": {"w": jnp.ones((2, 3), jnp.bfloat16)}}))
-    checkpoint = adapters.open_tree(tree)
+    checkpoint = opening.open_tree(tree)
     assert checkpoint["params/w"] == TensorSpec((2, 3), "bfloat16")
     assert not checkpoint.has_values
     new = checkpoint.rebuild({"params/w": np.ones((2, 3), ml_dtypes.bfloat16)})
     assert isinstance(new, FrozenDict)
     assert isinstance(new["params"]["w"], jax.Array)
-    mixed = adapters.open_tree({"params": {"w": tree["params"]["w"], "b": jnp.ones(3)}})
+    mixed = opening.open_tree({"params": {"w": tree["params"]["w"], "b": jnp.ones(3)}})
     assert mixed.read("params/b").tolist() == [1, 1, 1]
     with pytest.raises(PlanError, match="no values"):
         mixed.read("params/w")
@@ -383,7 +383,7 @@ def test_abstract_trees_have_no_values_and_rebuild_as_arrays():
 
 def test_read_arrays_cannot_be_written():
     for leaf in (jnp.ones(3), np.ones(3, np.float32)):
-        array = adapters.open_tree({"params": {"w": leaf}}).read("params/w")
+        array = opening.open_tree({"params": {"w": leaf}}).read("params/w")
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 2
     assert leaf.flags.writeable
@@ -391,7 +391,7 @@ def test_read_arrays_cannot_be_written():
 
 def test_deleted_arrays_are_named():
     array = jnp.ones(3)
-    checkpoint = adapters.open_tree({"params": {"w": array}})
+    checkpoint = opening.open_tree({"params": {"w": array}})
     array.delete()
     with pytest.raises(UsageError, match="params/w was deleted"):
         checkpoint.read("params/w")
@@ -401,7 +401,7 @@ def test_deleted_arrays_are_named():
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (1, 4, 1)])
 def test_every_dtype_survives_bit_for_bit(name, shape):
     array = array_of(name, shape)
-    checkpoint = adapters.open_tree({"params": {"w": array}})
+    checkpoint = opening.open_tree({"params": {"w": array}})
     assert checkpoint["params/w"] == TensorSpec(shape, name)
     new = checkpoint.rebuild({"params/w": checkpoint.read("params/w")})["params"]["w"]
     assert new.dtype.name == name
@@ -424,7 +424,7 @@ def test_what_jax_would_narrow_stays_on_the_host(name, value):
 
 def test_big_endian_and_strided_arrays_arrive_as_they_are():
     leaf = np.arange(12, dtype=">f4").reshape(3, 4).T
-    checkpoint = adapters.open_tree({"params": {"w": leaf}})
+    checkpoint = opening.open_tree({"params": {"w": leaf}})
     assert checkpoint["params/w"] == TensorSpec((4, 3), "float32")
     array = checkpoint.read("params/w")
     assert array.dtype.isnative
@@ -440,7 +440,7 @@ def test_jax_arrays_never_share_what_the_caller_can_write(offset, writable):
     given_array = held[:] if writable else held.view()
     given_array.flags.writeable = writable
     made = adapters.to_jax(given_array)
-    rebuilt = adapters.open_tree({"w": jnp.zeros(1024)}).rebuild({"w": given_array})["w"]
+    rebuilt = opening.open_tree({"w": jnp.zeros(1024)}).rebuild({"w": given_array})["w"]
     held[:] = 2
     assert float(made.sum()) == 1024
     assert float(rebuilt.sum()) == 1024
@@ -451,27 +451,27 @@ def test_sharding_follows_like():
     sharding = jax.NamedSharding(mesh, jax.P("x"))
     array = np.arange(4, dtype=np.float32)
     for leaf in (jax.device_put(jnp.zeros(4), sharding), jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding)):
-        new = adapters.open_tree({"params": {"w": leaf}}).rebuild({"params/w": array})["params"]["w"]
+        new = opening.open_tree({"params": {"w": leaf}}).rebuild({"params/w": array})["params"]["w"]
         assert new.sharding == sharding
         assert new.committed
-    loose = adapters.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array})["params"]["w"]
+    loose = opening.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array})["params"]["w"]
     assert not loose.committed
-    told = adapters.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array}, sharding=sharding)
+    told = opening.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array}, sharding=sharding)
     assert told["params"]["w"].sharding == sharding
-    host = adapters.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array}, sharding="host")
+    host = opening.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array}, sharding="host")
     assert type(host["params"]["w"]) is np.ndarray
 
 
 def test_rebuild_takes_the_dtypes_it_is_given_and_map_does_not():
     tree = {"params": {"w": jnp.zeros(3)}}
     half = {"params/w": np.ones(3, np.float16)}
-    assert adapters.open_tree(tree).rebuild(half)["params"]["w"].dtype == jnp.float16
+    assert opening.open_tree(tree).rebuild(half)["params"]["w"].dtype == jnp.float16
     with pytest.raises(PlanError, match="float16"):
         adapters.map_leaves(tree, half)
 
 
 def test_rebuild_lists_what_does_not_fit():
-    checkpoint = adapters.open_tree({"params": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})
+    checkpoint = opening.open_tree({"params": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})
     with pytest.raises(PlanError) as caught:
         checkpoint.rebuild({
             "params/w": np.zeros((3, 2), np.float32), "params/b": np.zeros(4), "params/c": np.zeros(1),
@@ -482,7 +482,7 @@ def test_rebuild_lists_what_does_not_fit():
 
 
 def test_rebuild_takes_the_dtypes_that_a_plan_has_settled():
-    checkpoint = adapters.open_tree({"params": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})
+    checkpoint = opening.open_tree({"params": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})
     tree = checkpoint.rebuild({"params/w": np.zeros((2, 3), np.float16), "params/b": np.ones(3, np.float32)})
     assert tree["params"]["w"].dtype == jnp.float16
 
@@ -529,9 +529,9 @@ def test_variables_are_not_changed_in_place():
 def test_live_leaves_are_the_objects_themselves():
     tree = {"params": {"w": nn.Partitioned(jnp.ones(2), ("a",))}}
     assert adapters.live_leaves(tree)["params/w"] is tree["params"]["w"].value
-    assert adapters.live_leaves(adapters.open_tree(tree))["params/w"] is tree["params"]["w"].value
+    assert adapters.live_leaves(opening.open_tree(tree))["params/w"] is tree["params"]["w"].value
 
 
 def test_a_checkpoint_is_itself():
-    checkpoint = adapters.open_tree({"params": {"w": jnp.ones(2)}})
-    assert adapters.open_tree(checkpoint) is checkpoint
+    checkpoint = opening.open_tree({"params": {"w": jnp.ones(2)}})
+    assert opening.open_tree(checkpoint) is checkpoint

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from graftax import adapters
+from graftax import adapters, opening
 from graftax.adapters import settings
 from graftax.adapters.nnx_tree import _rank
 from graftax.errors import PlanError, UsageError
@@ -65,7 +65,7 @@ def arrays_of(checkpoint, value=2.0):
 
 
 def test_weights_are_params_statistics_user_types_and_raw_arrays(net):
-    checkpoint = adapters.open_tree(net)
+    checkpoint = opening.open_tree(net)
     assert checkpoint.side == "flax"
     assert checkpoint["z_first/kernel"] == TensorSpec((3, 4), "float32")
     assert {"own", "raw", "named/a", "table/x/0", "table/x/1", "blocks/1/bn/mean"} <= set(checkpoint)
@@ -74,7 +74,7 @@ def test_weights_are_params_statistics_user_types_and_raw_arrays(net):
 
 
 def test_keys_that_are_no_text_are_kept(net):
-    checkpoint = adapters.open_tree(net)
+    checkpoint = opening.open_tree(net)
     assert checkpoint["normed/scales/kernel"].shape == (5,)
     assert checkpoint["spectral/batch_stats/kernel~1u"].shape == (1, 5)
     assert checkpoint.real_keys == {
@@ -89,7 +89,7 @@ def test_keys_that_are_no_text_are_kept(net):
 
 
 def test_shared_params_appear_once_with_their_other_paths(net):
-    checkpoint = adapters.open_tree(net)
+    checkpoint = opening.open_tree(net)
     assert checkpoint.aliases == {
         "head_table": "embed/embedding",
         "shared/kernel": "blocks/0/lin/kernel",
@@ -102,7 +102,7 @@ def test_shared_params_appear_once_with_their_other_paths(net):
 
 
 def test_modules_come_in_the_order_of_attributes(net):
-    modules = adapters.open_tree(net).modules
+    modules = opening.open_tree(net).modules
     assert [path for path in modules if "/" not in path] == [
         *("", "z_first", "blocks", "normed", "spectral", "embed", "named", "attention", "none"),
     ]
@@ -122,16 +122,16 @@ def test_many_blocks_keep_their_order():
         def __init__(self):
             self.blocks = nnx.List([nnx.Linear(1, 1, rngs=nnx.Rngs(0)) for _ in range(12)])
 
-    checkpoint = adapters.open_tree(Deep())
+    checkpoint = opening.open_tree(Deep())
     assert list(checkpoint)[0::2] == [f"blocks/{i}/bias" for i in range(12)]
     assert list(checkpoint.modules)[2:] == [f"blocks/{i}" for i in range(12)]
 
 
 def test_rebuild_gives_a_new_module_and_keeps_the_rest(net):
-    checkpoint = adapters.open_tree(net)
+    checkpoint = opening.open_tree(net)
     before = jax.tree.map(np.asarray, {path: checkpoint.read(path).copy() for path in checkpoint})
     net.blocks[0].drop(jnp.ones(4))  # advances the random state
-    checkpoint = adapters.open_tree(net)
+    checkpoint = opening.open_tree(net)
     new = checkpoint.rebuild(arrays_of(checkpoint))
     assert type(new) is Net
     assert new is not net
@@ -141,7 +141,7 @@ def test_rebuild_gives_a_new_module_and_keeps_the_rest(net):
     assert int(new.blocks[0].drop.rngs.count[...]) == int(net.blocks[0].drop.rngs.count[...]) == 1
     assert new.attention.cached_key[...].shape == net.attention.cached_key[...].shape
     assert new.seen[...].sum() == 9
-    assert {path: adapters.open_tree(net).read(path).tolist() for path in before} == {
+    assert {path: opening.open_tree(net).read(path).tolist() for path in before} == {
         path: array.tolist() for path, array in before.items()
     }
     new.blocks[0].drop(jnp.ones(4))
@@ -159,33 +159,33 @@ def test_a_rebuilt_module_runs(net):
             return self.lin(x)
 
     concrete, like = Small(nnx.Rngs(1)), nnx.eval_shape(lambda: Small(nnx.Rngs(0)))
-    source = adapters.open_tree(concrete)
-    new = adapters.open_tree(like).rebuild({path: source.read(path) for path in source})
+    source = opening.open_tree(concrete)
+    new = opening.open_tree(like).rebuild({path: source.read(path) for path in source})
     x = jnp.ones((1, 2))
     assert np.array_equal(new(x), concrete(x))
     assert np.array_equal(nnx.jit(lambda m, x: m(x))(new, x), nnx.jit(lambda m, x: m(x))(concrete, x))
 
 
 def test_abstract_modules_have_the_same_leaves_and_no_values(net, abstract):
-    like = adapters.open_tree(abstract)
+    like = opening.open_tree(abstract)
     assert {path: str(spec) for path, spec in like.items()} == {
-        path: str(spec) for path, spec in adapters.open_tree(net).items()
+        path: str(spec) for path, spec in opening.open_tree(net).items()
     }
     assert not like.has_values
-    assert like.modules.keys() == adapters.open_tree(net).modules.keys()
-    assert like.aliases == adapters.open_tree(net).aliases
-    assert like.real_keys == adapters.open_tree(net).real_keys
+    assert like.modules.keys() == opening.open_tree(net).modules.keys()
+    assert like.aliases == opening.open_tree(net).aliases
+    assert like.real_keys == opening.open_tree(net).real_keys
 
 
 def test_nothing_of_a_huge_module_is_computed():
     start = time.process_time()
     huge = nnx.eval_shape(lambda: nnx.Linear(10**6, 10**6, rngs=nnx.Rngs(0)))
-    assert adapters.open_tree(huge)["kernel"].size == 10**12
+    assert opening.open_tree(huge)["kernel"].size == 10**12
     assert time.process_time() - start < 20
 
 
 def test_abstract_random_state_is_made_from_rngs(abstract):
-    like = adapters.open_tree(abstract)
+    like = opening.open_tree(abstract)
     arrays = arrays_of(like)
     with pytest.warns(UserWarning, match=r"stay abstract .*rngs=nnx\.Rngs"):
         quiet = like.rebuild(arrays)
@@ -207,7 +207,7 @@ def test_seeds_and_stacked_random_state():
     def make(rngs):
         return nnx.Dropout(0.5, rngs=rngs)
 
-    like = adapters.open_tree(nnx.eval_shape(lambda: nnx.Dict(d=make(nnx.Rngs(0)), w=nnx.Param(jnp.ones(1)))))
+    like = opening.open_tree(nnx.eval_shape(lambda: nnx.Dict(d=make(nnx.Rngs(0)), w=nnx.Param(jnp.ones(1)))))
     new = like.rebuild(arrays_of(like), rngs=3)
     assert new.d.rngs.key[...].shape == (3,)
 
@@ -216,26 +216,26 @@ def test_state_and_split(net, abstract):
     state = nnx.state(net)
     split = nnx.split(net)
     for thing in (state, split):
-        checkpoint = adapters.open_tree(thing)
-        assert set(checkpoint) == set(adapters.open_tree(net))
+        checkpoint = opening.open_tree(thing)
+        assert set(checkpoint) == set(opening.open_tree(net))
         new = checkpoint.rebuild(arrays_of(checkpoint))
         assert isinstance(new, nnx.State)
         assert new["blocks"][0]["lin"]["kernel"][...].sum() == 32
         assert isinstance(new["blocks"][0]["lin"]["kernel"], nnx.Param)
         assert isinstance(new["own"], Scale)
         assert net.blocks[0].lin.kernel[...].sum() != 32
-    assert adapters.open_tree(split).modules["blocks/0/bn"].kind == "BatchNorm"
-    assert adapters.open_tree(split).aliases["head_table"] == "embed/embedding"
-    merged = nnx.merge(split[0], adapters.open_tree(split).rebuild(arrays_of(checkpoint)))
+    assert opening.open_tree(split).modules["blocks/0/bn"].kind == "BatchNorm"
+    assert opening.open_tree(split).aliases["head_table"] == "embed/embedding"
+    merged = nnx.merge(split[0], opening.open_tree(split).rebuild(arrays_of(checkpoint)))
     assert merged.head_table is merged.embed.embedding
-    params = adapters.open_tree((split[0], nnx.state(net, nnx.Param)))
+    params = opening.open_tree((split[0], nnx.state(net, nnx.Param)))
     assert "blocks/0/bn/mean" not in params
     assert "blocks/0/bn/scale" in params
-    assert adapters.open_tree(nnx.to_pure_dict(state)).real_keys["blocks/0"] == 0
+    assert opening.open_tree(nnx.to_pure_dict(state)).real_keys["blocks/0"] == 0
     with pytest.raises(UsageError, match="one State"):
-        adapters.open_tree(nnx.split(net, nnx.Param, ...))
+        opening.open_tree(nnx.split(net, nnx.Param, ...))
     with pytest.raises(UsageError, match="GraphDef"):
-        adapters.open_tree(split[0])
+        opening.open_tree(split[0])
 
 
 def test_optimizer_state_is_no_weight():
@@ -246,7 +246,7 @@ def test_optimizer_state_is_no_weight():
         def __init__(self):
             self.model, self.optimizer = model, optimizer
 
-    assert set(adapters.open_tree(Trainer())) == {"model/kernel", "model/bias"}
+    assert set(opening.open_tree(Trainer())) == {"model/kernel", "model/bias"}
 
 
 def test_every_kind_of_value_survives(net):
@@ -260,7 +260,7 @@ def test_every_kind_of_value_survives(net):
             self.typed_key = nnx.Variable(jax.random.key(0))
 
     module = Odd()
-    checkpoint = adapters.open_tree(module)
+    checkpoint = opening.open_tree(module)
     assert {path: str(spec) for path, spec in checkpoint.items()} == {
         "half": "bfloat16[3]", "host": "int64[1]", "scalar": "float32[]", "tiny": "float8_e4m3fn[3]",
     }  # fmt: skip
@@ -274,7 +274,7 @@ def test_every_kind_of_value_survives(net):
 def test_array_references_are_read_and_written():
     module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     with_refs = nnx.with_vars(module, ref=True) if hasattr(nnx, "with_vars") else nnx.vars_as(module, ref=True)
-    checkpoint = adapters.open_tree(with_refs)
+    checkpoint = opening.open_tree(with_refs)
     assert set(checkpoint) == {"kernel", "bias"}
     assert np.array_equal(checkpoint.read("kernel"), module.kernel[...])
     new = checkpoint.rebuild(arrays_of(checkpoint, 4))
@@ -288,7 +288,7 @@ def test_array_references_are_read_and_written():
 
 def test_the_state_of_a_lone_layer():
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    checkpoint = adapters.open_tree(state)
+    checkpoint = opening.open_tree(state)
     assert checkpoint.side == "flax"
     new = adapters.map_leaves(state, {"kernel": np.zeros((2, 3), np.float32)})
     assert isinstance(new, nnx.State)
@@ -302,7 +302,7 @@ def test_a_param_without_an_array_is_refused():
             self.w = nnx.Param(1.5)
 
     with pytest.raises(UsageError, match="w is a float, not an array"):
-        adapters.open_tree(Odd())
+        opening.open_tree(Odd())
 
 
 def test_sharding_and_metadata_are_kept():
@@ -310,7 +310,7 @@ def test_sharding_and_metadata_are_kept():
     sharding = jax.NamedSharding(mesh, jax.P(None, "x"))
     module = nnx.Linear(2, 4, kernel_init=nnx.with_metadata(nnx.initializers.ones, tag="mine"), rngs=nnx.Rngs(0))
     module.kernel.set_value(jax.device_put(jnp.ones((2, 4)), sharding))
-    checkpoint = adapters.open_tree(module)
+    checkpoint = opening.open_tree(module)
     new = checkpoint.rebuild(arrays_of(checkpoint))
     assert new.kernel[...].sharding == sharding
     assert new.kernel.get_metadata("tag") == "mine"
@@ -321,7 +321,7 @@ def test_sharding_and_metadata_are_kept():
 
 def test_assign_sets_the_same_variables(net):
     held = [net.z_first.kernel, net.head_table, net.blocks[0].bn.mean, net.own]
-    adapters.assign(net, arrays_of(adapters.open_tree(net), 4))
+    adapters.assign(net, arrays_of(opening.open_tree(net), 4))
     assert [net.z_first.kernel, net.embed.embedding, net.blocks[0].bn.mean, net.own] == held
     for variable in held:
         assert np.all(variable[...] == 4)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from graftax import adapters
-from graftax.dtypes import pack
+from graftax import adapters, opening
 from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree.dtypes import pack
 
 
 def end(side, specs, **more):
@@ -30,7 +30,7 @@ def test_torch_gives_an_ordered_dict_of_tensors():
 
 def test_flax_gives_nested_dicts_with_the_keys_and_lists_of_the_tree():
     tree = {"blocks": [{"w": jnp.ones(2)}, {"w": jnp.zeros(2)}], "x": {3: jnp.ones(1)}, "~/": (jnp.ones(1),)}
-    like = adapters.open_tree(tree)
+    like = opening.open_tree(tree)
     made = adapters.plain_tree(like, {path: like.read(path) for path in like})
     assert jax.tree.structure(made) == jax.tree.structure(tree)
     assert isinstance(made["blocks"][0]["w"], jax.Array)
@@ -42,7 +42,7 @@ def test_flax_gives_nested_dicts_with_the_keys_and_lists_of_the_tree():
 
 def test_long_lists_keep_their_order_and_broken_ones_stay_dicts():
     tree = {"b": [jnp.full(1, i) for i in range(12)]}
-    like = adapters.open_tree(tree)
+    like = opening.open_tree(tree)
     made = adapters.plain_tree(like, {path: like.read(path) for path in like})
     assert [int(leaf[0]) for leaf in made["b"]] == list(range(12))
     some = {path: like.read(path) for path in like if path != "b/3"}

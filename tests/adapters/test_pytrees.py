@@ -16,8 +16,9 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import graftax as gx
-from graftax.adapters import live_leaves, open_tree, optimizer_paths
+from graftax.adapters import live_leaves, optimizer_paths
 from graftax.errors import PlanError, UsageError
+from graftax.opening import open_tree
 from graftax.report.inspecting import inspection, inspection_text
 from graftax.surgery import select
 

@@ -10,9 +10,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from graftax import adapters
-from graftax.adapters import factories
+from graftax import opening
 from graftax.errors import GraftaxError, PlanError, StorageError, UsageError
+from graftax.opening import factories
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_factory_gives_its_live_object(module):
         "tree = Zoo.small()\n"
     )
     for text in (f"{name}:Zoo.small", f"{name}:tree"):
-        checkpoint = adapters.open_tree(text)
+        checkpoint = opening.open_tree(text)
         assert list(checkpoint) == ["params/w"]
         assert checkpoint.label == text
         assert checkpoint.read("params/w").sum() == 6
@@ -50,32 +50,32 @@ def test_the_current_folder_is_importable_while_the_factory_runs(module):
     other = module("import numpy as np\nx = {'params': {'w': np.ones(1)}}\n")
     name = module(f"def make():\n    import {other}\n    return {other}.x\n")
     before = list(sys.path)
-    assert list(adapters.resolve(f"{name}:make")) == ["params/w"]
+    assert list(opening.open_text(f"{name}:make")) == ["params/w"]
     assert sys.path == before
 
 
 def test_import_failures_name_what_and_why(module):
     with pytest.raises(UsageError, match=r"no_such_module_x cannot be imported.*ModuleNotFoundError") as caught:
-        adapters.open_tree("no_such_module_x:make")
+        opening.open_tree("no_such_module_x:make")
     assert caught.value.exit_code == 2
     broken = module("import math\n\nraise ValueError('half done')\n")
     with pytest.raises(UsageError, match=rf"{broken} cannot be imported: ValueError: half done \(.*line 3\)"):
-        adapters.open_tree(f"{broken}:make")
+        opening.open_tree(f"{broken}:make")
     leaving = module("import sys\nsys.exit(3)\n")
     with pytest.raises(UsageError, match="SystemExit"):
-        adapters.open_tree(f"{leaving}:make")
+        opening.open_tree(f"{leaving}:make")
 
 
 def test_a_missing_name_lists_what_is_there(module):
     name = module("def make_model():\n    pass\n")
     with pytest.raises(UsageError, match=r"has no 'make'[\s\S]*make_model"):
-        adapters.open_tree(f"{name}:make")
+        opening.open_tree(f"{name}:make")
 
 
 def test_a_failing_factory_is_the_users_failure(module):
     name = module("def make():\n    return 1 / 0\n")
     with pytest.raises(GraftaxError, match=rf"the factory {name}:make failed: ZeroDivisionError.*line 2") as caught:
-        adapters.open_tree(f"{name}:make")
+        opening.open_tree(f"{name}:make")
     assert caught.value.exit_code == 70
     assert f"import {name} as m; m.make()" in str(caught.value)
 
@@ -83,24 +83,24 @@ def test_a_failing_factory_is_the_users_failure(module):
 def test_a_factory_that_returns_no_weights_is_a_usage_error(module):
     name = module("def make():\n    return None\n")
     with pytest.raises(UsageError, match=rf"{name}:make does not return weights: .*NoneType"):
-        adapters.open_tree(f"{name}:make")
+        opening.open_tree(f"{name}:make")
 
 
 def test_an_existing_path_wins(module, tmp_path):
     name = module("def make():\n    raise AssertionError('must not run')\n")
     save_file({"fc.weight": np.ones((2, 2), np.float32)}, tmp_path / f"{name}:make")
-    assert list(adapters.open_tree(f"{name}:make")) == ["fc.weight"]
-    assert list(adapters.open_tree(tmp_path / f"{name}:make")) == ["fc.weight"]
+    assert list(opening.open_tree(f"{name}:make")) == ["fc.weight"]
+    assert list(opening.open_tree(tmp_path / f"{name}:make")) == ["fc.weight"]
     assert not factories.is_factory(f"{name}:make")
     with pytest.raises(PlanError, match="no"):
-        adapters.open_tree(f"{name}:make::model")
+        opening.open_tree(f"{name}:make::model")
 
 
 @pytest.mark.parametrize("text", ["missing.safetensors", "a/b.pt::model", "a:b:c", "1mod:f", "mod:", "a/b:f", "x\0y"])
 def test_other_text_is_left_to_the_formats(text, module):
     assert not factories.is_factory(text)
     with pytest.raises(StorageError):
-        adapters.open_tree(text)
+        opening.open_tree(text)
 
 
 NEEDY = {
@@ -136,7 +136,7 @@ def test_what_a_factory_prints_does_not_reach_stdout(module, capfd):
     name = module(
         "import numpy as np\nprint('imported')\ndef make():\n    print('made')\n    return {'w/kernel': np.ones(2)}"
     )
-    adapters.resolve(f"{name}:make")
+    opening.open_text(f"{name}:make")
     out, err = capfd.readouterr()
     assert out == ""
     assert "imported" in err

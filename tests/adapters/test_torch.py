@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from graftax import adapters
+from graftax import adapters, opening
 from graftax.adapters.torch_arrays import torch_dtypes
 from graftax.errors import FormatError, PlanError, UsageError
 from graftax.tree import TensorSpec
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def test_module_shows_specs_kinds_settings_and_leaves():
-    checkpoint = adapters.open_tree(Net())
+    checkpoint = opening.open_tree(Net())
     assert checkpoint.side == "torch"
     assert list(checkpoint) == list(Net().state_dict())
     assert checkpoint["conv.weight"] == TensorSpec((6, 1, 5, 3), "float32")
@@ -67,14 +67,14 @@ def test_module_shows_specs_kinds_settings_and_leaves():
 
 
 def test_settings_of_attention_and_recurrent_modules():
-    attention = adapters.open_tree(nn.MultiheadAttention(8, 2, bias=False, kdim=6, batch_first=True)).modules[""]
+    attention = opening.open_tree(nn.MultiheadAttention(8, 2, bias=False, kdim=6, batch_first=True)).modules[""]
     assert attention.settings["num_heads"] == 2
     assert attention.settings["batch_first"] is True
     assert attention.settings["in_proj_weight"] is False
     assert attention.settings["k_proj_weight"] is True
     assert attention.settings["in_proj_bias"] is False
     assert not attention.settings["bias_k"]
-    lstm = adapters.open_tree(nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2)).modules[""]
+    lstm = opening.open_tree(nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2)).modules[""]
     for key, value in {"num_layers": 2, "bidirectional": True, "proj_size": 2, "bias": True, "mode": "LSTM"}.items():
         assert lstm.settings[key] == value
 
@@ -82,7 +82,7 @@ def test_settings_of_attention_and_recurrent_modules():
 def test_meta_module_has_specs_and_no_values():
     with torch.device("meta"):
         module = nn.Linear(10**6, 10**6)
-    checkpoint = adapters.open_tree(module)
+    checkpoint = opening.open_tree(module)
     assert checkpoint["weight"].size == 10**12
     assert not checkpoint.has_values
     with pytest.raises(PlanError, match="no values"):
@@ -92,7 +92,7 @@ def test_meta_module_has_specs_and_no_values():
 def test_meta_module_rebuilds_on_the_cpu():
     with torch.device("meta"):
         module = nn.Linear(2, 3)
-    out = adapters.open_tree(module).rebuild({"weight": np.ones((3, 2), np.float32), "bias": np.zeros(3, np.float32)})
+    out = opening.open_tree(module).rebuild({"weight": np.ones((3, 2), np.float32), "bias": np.zeros(3, np.float32)})
     assert out["weight"].device.type == "cpu"
     assert torch.equal(out["weight"], torch.ones(3, 2))
 
@@ -101,7 +101,7 @@ def test_meta_module_rebuilds_on_the_cpu():
 @pytest.mark.parametrize("shape", [(), (0,), (3, 4), (1, 5, 1)])
 def test_every_dtype_goes_to_numpy_and_back_bit_for_bit(name, shape):
     tensor = random_tensor(name, shape)
-    checkpoint = adapters.open_tree({"a.b": tensor})
+    checkpoint = opening.open_tree({"a.b": tensor})
     array = checkpoint.read("a.b")
     assert checkpoint["a.b"] == TensorSpec(shape, name)
     assert array.dtype.name == name
@@ -118,7 +118,7 @@ def test_every_dtype_goes_to_numpy_and_back_bit_for_bit(name, shape):
 def test_strided_tensors_are_read_in_their_own_order(name):
     base = random_tensor(name, (4, 6))
     for view in (base.t(), base[1::2, ::3], base[:, 2], base[2, 3]):
-        array = adapters.open_tree({"a.b": view}).read("a.b")
+        array = opening.open_tree({"a.b": view}).read("a.b")
         assert array.tobytes() == raw(view.clone())
         assert array.shape == tuple(view.shape)
 
@@ -130,7 +130,7 @@ def test_any_permutation_of_any_shape_survives(shape, name, random):
     order = list(range(len(shape)))
     random.shuffle(order)
     view = tensor.permute(order)
-    checkpoint = adapters.open_tree({"x.y": view})
+    checkpoint = opening.open_tree({"x.y": view})
     back = checkpoint.rebuild({"x.y": checkpoint.read("x.y")})["x.y"]
     assert back.is_contiguous()
     assert raw(back) == raw(view)
@@ -138,19 +138,19 @@ def test_any_permutation_of_any_shape_survives(shape, name, random):
 
 def test_conjugate_and_negative_views_are_resolved():
     z = torch.tensor([1 + 2j, 3 - 1j])
-    checkpoint = adapters.open_tree({"a.c": z.conj(), "a.n": torch._neg_view(torch.tensor([1.0, -2.0]))})
+    checkpoint = opening.open_tree({"a.c": z.conj(), "a.n": torch._neg_view(torch.tensor([1.0, -2.0]))})
     assert checkpoint.read("a.c").tolist() == [1 - 2j, 3 + 1j]
     assert checkpoint.read("a.n").tolist() == [-1.0, 2.0]
 
 
 def test_gradients_do_not_stand_in_the_way():
     weight = nn.Parameter(torch.ones(2, 2))
-    assert adapters.open_tree({"fc.weight": weight * 2}).read("fc.weight").tolist() == [[2, 2], [2, 2]]
+    assert opening.open_tree({"fc.weight": weight * 2}).read("fc.weight").tolist() == [[2, 2], [2, 2]]
 
 
 def test_rebuild_owns_its_memory_and_needs_no_gradient():
     module = Net()
-    checkpoint = adapters.open_tree(module)
+    checkpoint = opening.open_tree(module)
     before = {key: raw(value) for key, value in module.state_dict().items()}
     out = checkpoint.rebuild({key: checkpoint.read(key) for key in checkpoint})
     assert type(out) is OrderedDict
@@ -162,7 +162,7 @@ def test_rebuild_owns_its_memory_and_needs_no_gradient():
 
 
 def test_rebuild_never_shares_memory_with_what_others_hold():
-    checkpoint = adapters.open_tree({"a.x": torch.zeros(3), "a.y": torch.zeros(3)})
+    checkpoint = opening.open_tree({"a.x": torch.zeros(3), "a.y": torch.zeros(3)})
     whole = np.arange(6, dtype=np.float32)
     out = checkpoint.rebuild({"a.x": whole[:3], "a.y": whole[3:]})
     whole[:] = -1
@@ -174,7 +174,7 @@ def test_rebuild_never_shares_memory_with_what_others_hold():
 
 
 def test_arrays_that_are_given_away_are_used_once():
-    checkpoint = adapters.open_tree({"a.x": torch.zeros(3), "a.y": torch.zeros(3), "a.z": torch.zeros(3)})
+    checkpoint = opening.open_tree({"a.x": torch.zeros(3), "a.y": torch.zeros(3), "a.z": torch.zeros(3)})
     mine, whole = np.ones(3, np.float32), np.ones(6, np.float32)
     out = checkpoint.rebuild({"a.x": mine, "a.y": mine, "a.z": whole[:3]}, adopt=True)
     out["a.x"].zero_()
@@ -193,7 +193,7 @@ def test_tied_weights_are_aliases_and_stay_one_tensor():
             module.other = nn.Linear(4, 5, bias=False)
         module.head.weight = module.embed.weight
         for thing in (module, module.state_dict()):
-            checkpoint = adapters.open_tree(thing)
+            checkpoint = opening.open_tree(thing)
             assert checkpoint.aliases == {"head.weight": "embed.weight"}
             assert set(checkpoint) == {"embed.weight", "head.weight", "other.weight"}
     table = np.ones((5, 4), np.float32)
@@ -206,52 +206,52 @@ def test_tied_weights_are_aliases_and_stay_one_tensor():
 def test_views_that_only_overlap_and_empty_tensors_are_no_aliases():
     base = torch.arange(6.0).reshape(2, 3)
     state = {"a.x": base, "a.t": base.t(), "a.row": base[0], "a.e": torch.empty(0), "a.f": torch.empty(0)}
-    assert adapters.open_tree(state).aliases == {}
+    assert opening.open_tree(state).aliases == {}
 
 
 def test_parametrizations_and_old_weight_norm_keep_their_leaf_names():
     new = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
-    shown = adapters.open_tree(new).modules[""]
+    shown = opening.open_tree(new).modules[""]
     assert shown.kind == "Linear"
     assert set(shown.leaves) == {
         "bias", "parametrizations.weight.original0", "parametrizations.weight.original1",
     }  # fmt: skip
     assert shown.settings["weight"] is True
     old = torch.nn.utils.weight_norm(nn.Linear(3, 4))
-    assert set(adapters.open_tree(old).modules[""].leaves) == {"bias", "weight_g", "weight_v"}
+    assert set(opening.open_tree(old).modules[""].leaves) == {"bias", "weight_g", "weight_v"}
     spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
-    assert "parametrizations.weight.0._u" in adapters.open_tree(spectral).modules[""].leaves
+    assert "parametrizations.weight.0._u" in opening.open_tree(spectral).modules[""].leaves
 
 
 def test_wrappers_keep_their_prefixes():
     compiled = torch.compile(nn.Linear(2, 3))
-    checkpoint = adapters.open_tree(compiled)
+    checkpoint = opening.open_tree(compiled)
     assert set(checkpoint) == {"_orig_mod.weight", "_orig_mod.bias"}
     assert checkpoint.modules["_orig_mod"].kind == "Linear"
-    assert set(adapters.open_tree(nn.DataParallel(nn.Linear(2, 3)))) == {"module.weight", "module.bias"}
+    assert set(opening.open_tree(nn.DataParallel(nn.Linear(2, 3)))) == {"module.weight", "module.bias"}
 
 
 def test_scripted_modules_open():
-    checkpoint = adapters.open_tree(torch.jit.script(nn.Linear(2, 3)))
+    checkpoint = opening.open_tree(torch.jit.script(nn.Linear(2, 3)))
     assert set(checkpoint) == {"weight", "bias"}
     assert checkpoint.modules[""].kind == "Linear"
 
 
 def test_lazy_quantized_and_sparse_tensors_are_refused_by_key():
     with pytest.raises(FormatError, match=r"weight.*run the module once"):
-        adapters.open_tree(nn.LazyLinear(3))
+        opening.open_tree(nn.LazyLinear(3))
     quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
     with pytest.raises(PlanError, match="quantized"):
-        adapters.open_tree({"fc.weight": quantized, "fc.bias": torch.ones(2)})
+        opening.open_tree({"fc.weight": quantized, "fc.bias": torch.ones(2)})
     with pytest.raises(FormatError, match="sparse"):
-        adapters.open_tree({"fc.weight": torch.eye(3).to_sparse()})
+        opening.open_tree({"fc.weight": torch.eye(3).to_sparse()})
 
 
 def test_config_of_a_module_is_its_evidence():
     module = nn.Linear(2, 2)
     module.config = type("Config", (), {"to_dict": lambda self: {"num_heads": 3}})()
-    assert adapters.open_tree(module).config == {"num_heads": 3}
-    assert adapters.open_tree(nn.Linear(2, 2)).config is None
+    assert opening.open_tree(module).config == {"num_heads": 3}
+    assert opening.open_tree(nn.Linear(2, 2)).config is None
 
 
 # ---------------------------------------------------------------- state_dicts and what they lie in
@@ -264,7 +264,7 @@ def test_the_container_of_weights_is_found(name):
     module(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     tree = {name: module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "rng": torch.get_rng_state()}
-    checkpoint = adapters.open_tree(tree)
+    checkpoint = opening.open_tree(tree)
     assert set(checkpoint) == {"weight", "bias"}
     assert checkpoint.label.endswith(f"::{name}")
 
@@ -272,7 +272,7 @@ def test_the_container_of_weights_is_found(name):
 def test_several_containers_are_named_and_not_chosen():
     one = nn.Linear(2, 3).state_dict()
     with pytest.raises(PlanError, match="2 containers") as caught:
-        adapters.open_tree({"model": one, "model_ema": nn.Linear(2, 3).state_dict()})
+        opening.open_tree({"model": one, "model_ema": nn.Linear(2, 3).state_dict()})
     assert [failure.key for failure in caught.value.failures] == ["model", "model_ema"]
     assert "Pass one of them" in str(caught.value)
 
@@ -284,7 +284,7 @@ def test_live_and_filed_containers_are_chosen_alike(tmp_path):
     ):
         path = tmp_path / f"{i}.pt"
         torch.save(tree, path)
-        assert dict(adapters.open_tree(tree)) == dict(adapters.open_tree(path))
+        assert dict(opening.open_tree(tree)) == dict(opening.open_tree(path))
 
 
 @pytest.mark.parametrize(
@@ -306,11 +306,11 @@ def test_nothing_beside_a_container_is_dropped_unsaid(tmp_path, name, extra):
     if name == "model" and isinstance(next(iter(extra.values())), dict):
         for form in (tree, tmp_path / "x.pt"):
             with pytest.raises(PlanError) as caught:
-                adapters.open_tree(form)
+                opening.open_tree(form)
             assert [failure.key.rpartition("::")[2] for failure in caught.value.failures] == [name, *extra]
         return
-    filed = adapters.open_tree(tmp_path / "x.pt")
-    live = adapters.open_tree(tree)
+    filed = opening.open_tree(tmp_path / "x.pt")
+    live = opening.open_tree(tree)
     assert dict(live) == dict(filed)
     assert dict(live.metadata) == dict(filed.metadata)
     said = {key.partition(".")[0] for key in live} | set(live.metadata)
@@ -318,13 +318,13 @@ def test_nothing_beside_a_container_is_dropped_unsaid(tmp_path, name, extra):
 
 
 def test_a_number_in_a_state_dict_is_listed():
-    checkpoint = adapters.open_tree({**nn.Linear(2, 3).state_dict(), "alpha": 3.0})
+    checkpoint = opening.open_tree({**nn.Linear(2, 3).state_dict(), "alpha": 3.0})
     assert dict(checkpoint.metadata) == {"alpha": "float 3.0"}
 
 
 def test_tensors_beside_other_arrays_are_refused():
     with pytest.raises(UsageError, match="side by side"):
-        adapters.open_tree({"fc.weight": torch.ones(2, 2), "fc.bias": np.ones(2)})
+        opening.open_tree({"fc.weight": torch.ones(2, 2), "fc.bias": np.ones(2)})
 
 
 # ---------------------------------------------------------------- assign and map
@@ -333,7 +333,7 @@ def test_tensors_beside_other_arrays_are_refused():
 def test_assign_writes_into_the_same_parameters():
     module = Net()
     held = dict(module.named_parameters())
-    checkpoint = adapters.open_tree(module)
+    checkpoint = opening.open_tree(module)
     new = {key: (np.ones(spec.shape) * 3).astype(spec.dtype) for key, spec in checkpoint.items()}
     adapters.assign(module, new)
     assert dict(module.named_parameters()) == held
@@ -455,7 +455,7 @@ def test_bf16_stays_bf16_through_to_torch():
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no four-bit floats")
 def test_four_bit_floats_travel_as_their_bytes():
     tensor = torch.arange(6, dtype=torch.uint8).reshape(2, 3).view(torch.float4_e2m1fn_x2)
-    checkpoint = adapters.open_tree({"a.w": tensor})
+    checkpoint = opening.open_tree({"a.w": tensor})
     assert checkpoint["a.w"] == TensorSpec((2, 6), "float4_e2m1fn")
     array = checkpoint.read("a.w")
     assert array.tolist() == list(range(6))

@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from execute import chains
 from graftax.errors import PlanError
-from graftax.execute import gather, sharded
+from graftax.execute import fill_tile, sharded
+from graftax.execute.loop_nests import NotLocal
 from graftax.execute.memory import allocate
 from graftax.execute.meter import evaluate
-from graftax.execute.nests import NotLocal
 from graftax.execute.pushdown import push
 from graftax.ops import apply_chain
 from graftax.ops.checked_ops import Repeat
@@ -45,7 +45,7 @@ def a_sharding(rng: random.Random, shape: tuple[int, ...]) -> Any:
     return NamedSharding(mesh, P(*parts))
 
 
-def stored(array: np.ndarray[Any, Any], read_bytes: list[int], apart: bool) -> gather.Stored:
+def stored(array: np.ndarray[Any, Any], read_bytes: list[int], apart: bool) -> fill_tile.Stored:
     raw = array.reshape(-1).view(np.uint8)
 
     def read(start: int, buffer: memoryview) -> None:
@@ -57,7 +57,7 @@ def stored(array: np.ndarray[Any, Any], read_bytes: list[int], apart: bool) -> g
             read(start, buffer)
             start += len(buffer)
 
-    return gather.Stored(TensorSpec(array.shape, "float32"), read, scatter if apart else None)
+    return fill_tile.Stored(TensorSpec(array.shape, "float32"), read, scatter if apart else None)
 
 
 def main(seed: int, count: int) -> None:
@@ -84,8 +84,8 @@ def main(seed: int, count: int) -> None:
             continue
         chained += 1
         # The tensors are small: with these some are read run by run, some in windows, some in several windows.
-        gather.SHORT = sharded.SHORT = rng.choice([8, 64, 128 << 10])
-        gather._SKIPPED = rng.choice([8, 64, 16 << 10])
+        fill_tile.SHORT = sharded.SHORT = rng.choice([8, 64, 128 << 10])
+        fill_tile._SKIPPED = rng.choice([8, 64, 16 << 10])
         scratch = allocate(sharded.SHORT + rng.choice([256, 4096, 1 << 20]))
         for _ in range(MESHES_A_CHAIN):
             target = rng.randrange(len(made))

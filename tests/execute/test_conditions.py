@@ -13,8 +13,8 @@ import graftax as gx
 from graftax.errors import PlanError
 from graftax.execute import streamed
 from graftax.execute.conditions import check_conditions
-from graftax.execute.gather import held
-from graftax.execute.nests import NotLocal
+from graftax.execute.fill_tile import held
+from graftax.execute.loop_nests import NotLocal
 from graftax.ops import CONDITIONS, Concat, Op, Rearrange, Split, apply_chain
 from graftax.ops.chains import bind_chain
 from graftax.ops.checked_ops import Crop, RequireZero, Same, Unrepeat

@@ -20,14 +20,14 @@ from safetensors.numpy import save_file
 
 import graftax as gx
 from graftax.errors import PlanError
-from graftax.execute import eager, gather, strided
+from graftax.execute import eager, fill_tile, strided
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
 from graftax.ops import apply_chain, invert_chain
 from graftax.ops.rearrange import Rearrange
 from graftax.plans import End, Entry, Plan
 from graftax.tree import Checkpoint, TensorSpec
-from graftax.uncollected import nothing_collected
+from graftax.tree.gc_paused import nothing_collected
 
 from . import chains
 
@@ -42,8 +42,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "_VALUES", 100)
     monkeypatch.setattr(eager, "SCRATCH", 1 << 16)
     monkeypatch.setattr(strided, "SMALL", 64)
-    monkeypatch.setattr(gather, "_NEAR", 1 << 8)
-    monkeypatch.setattr(gather, "SHORT", 64)
+    monkeypatch.setattr(fill_tile, "_NEAR", 1 << 8)
+    monkeypatch.setattr(fill_tile, "SHORT", 64)
 
 
 def checkpoint(arrays: dict[str, Array], by_position: str) -> Checkpoint:

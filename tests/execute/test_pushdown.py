@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from graftax.errors import PlanError
-from graftax.execute.nests import NotLocal
+from graftax.execute.loop_nests import NotLocal
 from graftax.execute.pushdown import push
 from graftax.ops import apply_chain
 from graftax.ops.index_ops import Concat, Split

@@ -25,7 +25,7 @@ from graftax import cli
 from graftax.errors import StorageError, UsageError
 from graftax.execute import streamed
 from graftax.execute.streamed import Stream
-from graftax.formats import commit, journal
+from graftax.formats.io import commit, journal
 
 RULES = """rules = [
   { torch = "wide.weight", flax = "wide/kernel", layout = "linear" },
@@ -421,7 +421,7 @@ def test_the_command_line_resumes(
 CHILD = """
 import sys
 from graftax import cli
-from graftax.formats import journal
+from graftax.formats.io import journal
 journal.SYNC_BYTES = 1 << 20
 from graftax.execute.streamed import Stream
 print("ready", flush=True)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftax.execute import gather
-from graftax.execute.gather import Stored, by_rows
+from graftax.execute import fill_tile
+from graftax.execute.fill_tile import Stored, by_rows
 from graftax.execute.meter import evaluate
 from graftax.execute.pushdown import Apply, Leaf, Piece
 from graftax.ops import Cast
@@ -46,7 +46,7 @@ def test_random_parts_of_rows(seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
     rng = random.Random(seed)
     several = gaps = 0
     for _ in range(200):
-        monkeypatch.setattr(gather, "_NEAR", rng.choice([1 << 8, 1 << 12, 1 << 20]))
+        monkeypatch.setattr(fill_tile, "_NEAR", rng.choice([1 << 8, 1 << 12, 1 << 20]))
         shape = rng.randrange(2, 40), rng.randrange(4, 60)
         dtype = rng.choice([np.uint8, np.uint16, np.float32, np.float64])
         array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graftax.execute.meter import Meter
-from graftax.execute.shares import added, subtracted
+from graftax.execute.partition import added, subtracted
 from graftax.ops.casting import CastCount
 
 

@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 import graftax as gx
 from graftax.errors import PlanError
-from graftax.execute import gather, streamed
+from graftax.execute import fill_tile, streamed
+from graftax.execute.loop_nests import NotLocal
 from graftax.execute.meter import Meter
-from graftax.execute.nests import NotLocal
 from graftax.execute.pushdown import Leaf, Piece
 from graftax.tree import TensorSpec
 
@@ -206,9 +206,9 @@ def test_sources_that_cannot_be_read_by_position_are_read_once(tmp_path: Path, m
 def test_a_meter_counts_what_is_read_straight_into_its_place() -> None:
     array = np.arange(40, dtype=np.float32)
     raw = memoryview(array.tobytes())
-    source = gather.Stored(TensorSpec((40,), "float32"), lambda start, buffer: _copied(buffer, raw[start:]))
+    source = fill_tile.Stored(TensorSpec((40,), "float32"), lambda start, buffer: _copied(buffer, raw[start:]))
     out, meter = np.zeros(30, np.float32), Meter(exact=False)
-    gather.fill(out, [Piece((30,), 0, (1,), Leaf(0, 5, (1,)))], [source], np.zeros(1 << 16, np.uint8), meter)
+    fill_tile.fill(out, [Piece((30,), 0, (1,), Leaf(0, 5, (1,)))], [source], np.zeros(1 << 16, np.uint8), meter)
     assert np.array_equal(out, array[5:35])
     assert (meter.equal, meter.total) == (30, 30)
 

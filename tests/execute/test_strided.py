@@ -62,7 +62,7 @@ def test_into_a_part_of_a_larger_array() -> None:
 @given(st.data())
 def test_parts_of_rows_are_read_in_one_go(data: st.DataObject) -> None:
     """A window of a transposed matrix in a file: the parts of its rows that are wanted, what lies between skipped."""
-    from graftax.execute import gather
+    from graftax.execute import fill_tile
     from graftax.execute.pushdown import push
     from graftax.ops import Rearrange
     from graftax.tree import TensorSpec
@@ -90,7 +90,7 @@ def test_parts_of_rows_are_read_in_one_go(data: st.DataObject) -> None:
     small, strided.SMALL = strided.SMALL, 0  # small pieces are done otherwise
     try:
         scratch = np.full(data.draw(st.integers(1 << 12, 1 << 20)), 255, np.uint8)
-        gather.fill(out, pieces, [gather.Stored(spec, read, scatter)], scratch)
+        fill_tile.fill(out, pieces, [fill_tile.Stored(spec, read, scatter)], scratch)
     finally:
         strided.SMALL = small
     assert (out.reshape(right - left, bottom - top) == source.T[left:right, top:bottom]).all()

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftax.dtypes import spec_of
 from graftax.errors import PlanError, StorageError, UsageError
-from graftax.formats import Output, commit, files, open_path, safetensors_file, save
+from graftax.formats import Output, open_path, safetensors_file, save
+from graftax.formats.io import commit, files
 from graftax.tree import Side
+from graftax.tree.dtypes import spec_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 OLD: Arrays = {"a.weight": np.zeros((2, 3), np.float32)}
@@ -532,7 +533,8 @@ def test_a_staging_folder_that_vanishes_under_the_lock_is_not_taken(tmp_path: Pa
 KILLED = """
 import sys, time
 import numpy as np
-from graftax.formats import Output, commit, save
+from graftax.formats import Output, save
+from graftax.formats.io import commit
 from graftax.tree import TensorSpec
 if sys.argv[3] == "plain":
     def refuse(*_):

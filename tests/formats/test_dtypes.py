@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from graftax.dtypes import NUMPY_OWN, dtype_name, from_storage, numpy_dtype, pack, spec_of, storage_bytes, unpack
 from graftax.errors import FormatError
 from graftax.tree import DTYPES, TensorSpec
+from graftax.tree.dtypes import NUMPY_OWN, dtype_name, from_storage, numpy_dtype, pack, spec_of, storage_bytes, unpack
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftax.dtypes import numpy_dtype, pack, spec_of, unpack
 from graftax.errors import FormatError, PlanError, StorageError, UnsafeInputError
 from graftax.formats import msgpack_file
 from graftax.formats.base import Output
 from graftax.formats.table import FORMATS
 from graftax.tree import DTYPES, TensorSpec, flatten, join_path
+from graftax.tree.dtypes import numpy_dtype, pack, spec_of, unpack
 
 HELD = sorted(FORMATS["msgpack"].holds)
 PACKED = sorted(name for name, (bits, _) in DTYPES.items() if bits < 8)

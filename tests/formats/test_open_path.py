@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from graftax.dtypes import spec_of
 from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, UnsafeInputError, UsageError
-from graftax.formats import FORMATS, Output, open_path, save, strict_json, sub_checkpoint
+from graftax.formats import FORMATS, Output, open_path, save
+from graftax.formats.io import strict_json
 from graftax.formats.spec_file import dump_spec
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
+from graftax.tree.dtypes import spec_of
+from graftax.tree.parts import sub_checkpoint
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 TORCH: Arrays = {"fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "fc.bias": np.ones(2, np.float32)}

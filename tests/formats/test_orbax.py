@@ -16,12 +16,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from graftax.dtypes import numpy_dtype, pack, spec_of
 from graftax.errors import FormatError, PlanError, StorageError, UnsafeInputError
 from graftax.formats import orbax_folder
 from graftax.formats.base import Output
 from graftax.formats.table import FORMATS
 from graftax.tree import TensorSpec, flatten, join_path, nest
+from graftax.tree.dtypes import numpy_dtype, pack, spec_of
 
 HELD = sorted(FORMATS["orbax"].holds)
 
@@ -477,7 +477,7 @@ def test_other_folders(tmp_path):
 FULL = """
 import resource, sys
 import numpy as np
-from graftax.dtypes import spec_of
+from graftax.tree.dtypes import spec_of
 from graftax.formats import Output, save
 arrays = {f"l{i}/kernel": np.random.default_rng(i).standard_normal((512, 1024), "float32") for i in range(12)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftax.dtypes import spec_of
 from graftax.errors import PlanError
 from graftax.formats import Output, open_path, save
-from graftax.formats.quantized import MARKED, SCALED, SCHEMES, find_quantized, refuse_quantized
+from graftax.match.quantized import MARKED, SCALED, SCHEMES, find_quantized, refuse_quantized
 from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree.dtypes import spec_of
 
 F8 = "float8_e4m3fn"
 

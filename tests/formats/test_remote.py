@@ -14,11 +14,14 @@ import pytest
 
 import graftax as gx
 from graftax.cli import run
-from graftax.dtypes import spec_of
 from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, UnsafeInputError, UsageError
-from graftax.formats import Output, open_path, remote_file, remote_http, remote_retry, save
-from graftax.formats.remote_file import RemoteFile
-from graftax.formats.remote_url import parse, split_part
+from graftax.formats import Output, open_path, save
+from graftax.formats.remote import file as remote_file
+from graftax.formats.remote import http as remote_http
+from graftax.formats.remote import retry as remote_retry
+from graftax.formats.remote.file import RemoteFile
+from graftax.formats.remote.url import parse, split_part
+from graftax.tree.dtypes import spec_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from range_server import Site, serving
@@ -289,7 +292,7 @@ def test_an_answer_that_always_breaks_off(site: Site):
 def test_a_server_that_stays_silent(site: Site, monkeypatch: pytest.MonkeyPatch):
     import threading
 
-    from graftax.formats import remote_connect
+    from graftax.formats.remote import connect as remote_connect
 
     monkeypatch.setattr(remote_connect, "TIMEOUT", 0.05)
     hold = threading.Event()

@@ -16,7 +16,7 @@ import pytest
 
 from graftax.errors import FormatError, StorageError, UnsafeInputError
 from graftax.formats import open_path, safetensors_file
-from graftax.formats.limits import variable
+from graftax.tree.limits import variable
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:

@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftax.dtypes import from_storage, numpy_dtype, spec_of, storage_bytes, unpack
 from graftax.errors import FormatError, PlanError
 from graftax.formats import Output, open_path, safetensors_file, save
 from graftax.formats.safetensors_header import CODES, NAMES
 from graftax.tree import DTYPES, Checkpoint, Key, Side, TensorSpec
+from graftax.tree.dtypes import from_storage, numpy_dtype, spec_of, storage_bytes, unpack
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

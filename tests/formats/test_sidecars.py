@@ -17,7 +17,7 @@ from graftax.errors import StorageError
 from graftax.formats import open_path
 from graftax.formats.sidecars import beside
 from graftax.surgery import write_replacement
-from graftax.surgery_values import constant
+from graftax.surgery.values import constant
 
 WEIGHTS = {"model.a.weight": np.ones((4, 8), "float32"), "model.b.weight": np.ones((4, 4), "float32")}
 SIDECARS = {

@@ -27,11 +27,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftax.dtypes import numpy_dtype, spec_of
 from graftax.errors import FormatError, PlanError, StorageError, UnsafeInputError
 from graftax.formats import torch_pt
 from graftax.formats.base import Output
 from graftax.formats.table import FORMATS
+from graftax.tree.dtypes import numpy_dtype, spec_of
 
 HELD = sorted(FORMATS["torch"].holds)
 PARAMS = "torch._utils\n_rebuild_tensor_v2\n"

@@ -18,8 +18,8 @@ import torch
 import graftax as gx
 from graftax.formats import torch_pt
 from graftax.formats.base import Output
-from graftax.formats.pickle_values import DTYPES
 from graftax.tree import TensorSpec
+from graftax.tree.inert import DTYPES
 
 SHAPES = [(), (0,), (0, 3), (2, 0), (1,), (5,), (2, 3), (3, 1, 2), (300, 70)]
 

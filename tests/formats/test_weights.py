@@ -1,4 +1,4 @@
-"""graftax.formats.weights: a training state is planned from its weights, in every format that holds one."""
+"""graftax.tree.weights: a training state is planned from its weights, in every format that holds one."""
 
 import flax.serialization
 import numpy as np
@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 import graftax as gx
 from graftax.errors import PlanError, UsageError
-from graftax.formats.weights import weights_of
+from graftax.tree.weights import weights_of
 
 RNG = np.random.default_rng(0)
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftax.dtypes import numpy_dtype
 from graftax.errors import LayoutError
 from graftax.layers import block_diagonal_ops, fused_qkv_ops, leaf_connections, rotary_ops
 from graftax.ops import (
@@ -22,6 +21,7 @@ from graftax.ops import (
     same_bits,
 )
 from graftax.tree import TensorSpec
+from graftax.tree.dtypes import numpy_dtype
 
 RNG = np.random.default_rng(0)
 

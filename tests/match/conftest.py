@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from graftax.match import infer
-from graftax.match.named import merged
+from graftax.match.bare_rules import merged
 from graftax.ops import Rearrange, apply_chain, same_bits
 from graftax.plans import Proposal
 from graftax.rules import RuleOutcome, apply_rules, load_rules

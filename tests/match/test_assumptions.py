@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftax.planning import Options, make_plan
+from graftax.match.planning import Options, make_plan
 from graftax.plans import Plan
 from graftax.tree import Checkpoint, TensorSpec
 

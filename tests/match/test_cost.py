@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from graftax.planning import Options, make_plan
+from graftax.match.planning import Options, make_plan
 from graftax.tree import Checkpoint
 
 

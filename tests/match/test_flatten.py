@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftax.planning import Options, make_plan
+from graftax.match.planning import Options, make_plan
 from graftax.plans import Plan
 from graftax.tree import Checkpoint, TensorSpec
 
@@ -63,7 +63,7 @@ def test_a_rule_that_names_a_pair_does_not_answer_in_which_order(name: str, back
     assert question.kind == "flatten"
     assert "C=8 H=4 W=4" in question.candidates[0].rule
     assert not plan.failures
-    plan.answer(0, 0)
+    plan = plan.answer(0, 0)
     assert plan.complete, str(plan)
     assert len(plan.entries) == len(TORCH)
 
@@ -104,7 +104,7 @@ def test_a_stack_of_linears_behind_a_flatten() -> None:
     plan = planned([{"torch": "m.{i}.fc.weight", "flax": "m/fc/kernel", "stack": {"i": 0}}], torch, flax)
     (question,) = plan.questions
     assert question.kind == "flatten"
-    plan.answer(0, 0)
+    plan = plan.answer(0, 0)
     assert plan.complete, str(plan)
     assert ops(plan, "m/fc/kernel") == f"{FOLDED}, stack 5 on axis 0"
 
@@ -115,7 +115,7 @@ def test_a_choice_between_two_heads_does_not_answer_in_which_order() -> None:
     plan = planned(None, torch, flax)
     (question,) = plan.questions
     assert question.kind == "match"
-    plan.answer(0, 0)
+    plan = plan.answer(0, 0)
     assert "flatten" in {question.kind for question in plan.questions}
     assert not plan.complete
 
@@ -134,7 +134,7 @@ def test_a_norm_behind_the_flatten_is_asked_with_it() -> None:
     }  # fmt: skip
     while plan.questions:
         assert all("layout" in c.rule or "ops" in c.rule or "flatten" in c.rule for c in plan.questions[0].candidates)
-        plan.answer(0, 0)
+        plan = plan.answer(0, 0)
     assert plan.complete, str(plan)
     assert ops(plan, "params/norm/scale").startswith("(c h w) -> (h w c)")
 

@@ -85,8 +85,8 @@ def like(**shapes: tuple[int, ...]) -> Checkpoint:
 
 
 def planned(source: Any, target: Any, rules: Any = None) -> gx.Plan:
-    from graftax.adapters import open_tree
-    from graftax.planning import Options, make_plan
+    from graftax.match.planning import Options, make_plan
+    from graftax.opening import open_tree
 
     ends = [end if isinstance(end, Checkpoint) else open_tree(end) for end in (source, target)]
     return make_plan(*ends, Options(rules=rules))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from graftax.match import infer
-from graftax.match.by_table import by_table
+from graftax.match.whole_layers import by_table
 from graftax.plans import Proposal, Question
 from graftax.rules import apply_rules, load_rules
 

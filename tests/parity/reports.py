@@ -9,7 +9,7 @@ from typing import Any
 
 from graftax.parity.pairing import Pair
 from graftax.parity.records import UNIT, Site
-from graftax.parity.report_model import Cause, LayerRow, OutputRow, ParityReport, SettingRow, WeightRow
+from graftax.parity.report.model import Cause, LayerRow, OutputRow, ParityReport, SettingRow, WeightRow
 
 # (torch path in a block, Flax path in a block, torch kind, Flax kind)
 BLOCK = [

@@ -11,7 +11,8 @@ from flax import linen as fn
 from torch import nn
 
 import graftax as gx
-from graftax.adapters import live_leaves, open_tree
+from graftax.adapters import live_leaves
+from graftax.opening import open_tree
 from graftax.parity.audit import Expected, audit, compared, largest_ulp
 
 

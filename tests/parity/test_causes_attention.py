@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from graftax.parity.causes.attention_forms import Form, Scene, attend, whole
-from graftax.parity.causes.between import explain, module_attention
+from graftax.parity.causes.elementwise import Source
+from graftax.parity.causes.glue import explain, module_attention
 from graftax.parity.causes.names import CAUSES
 from graftax.parity.causes.numbers import Bar, Budget, relative
-from graftax.parity.causes.recipes import Source
 from graftax.parity.causes.reorder import Known
 from graftax.parity.causes.rotary import Rotary
 from graftax.parity.records import THRESHOLD, UNIT

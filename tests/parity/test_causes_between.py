@@ -8,10 +8,10 @@ import pytest
 
 from graftax.parity.causes.activations import ACTIVATIONS, apply, erf
 from graftax.parity.causes.additions import position_ids
-from graftax.parity.causes.between import explain, integers
+from graftax.parity.causes.elementwise import Source, fit_cap
+from graftax.parity.causes.glue import explain, integers
 from graftax.parity.causes.names import CAUSES
 from graftax.parity.causes.numbers import Bar, Budget, relative
-from graftax.parity.causes.recipes import Source, fit_cap
 from graftax.parity.causes.reorder import Known
 from graftax.parity.causes.resizing import METHODS, resize
 from graftax.parity.causes.spatial import Pool, pool

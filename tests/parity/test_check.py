@@ -510,7 +510,7 @@ def test_meta_weights_come_from_the_source(model: Model):
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_a_large_model_is_judged_block_by_block(api: str, model: Model, monkeypatch: Any):
     """Weights are lent to modules as they are called; faults are found as in a model that is held."""
-    monkeypatch.setattr("graftax.parity.sides.HELD", 100)
+    monkeypatch.setattr("graftax.parity.prepare.HELD", 100)
     with torch.device("meta"):
         empty = Model().eval()
 

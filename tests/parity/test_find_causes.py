@@ -15,10 +15,10 @@ from graftax.errors import ReplayError
 from graftax.parity.causes import find_causes
 from graftax.parity.causes.activations import apply
 from graftax.parity.causes.numbers import relative
+from graftax.parity.divergence import Suspect
 from graftax.parity.pairing import Pair
 from graftax.parity.records import Record, Reference, Site
-from graftax.parity.report_model import LayerRow
-from graftax.parity.suspect import Suspect
+from graftax.parity.report.model import LayerRow
 from graftax.plans import Entry
 from graftax.tree import Module
 

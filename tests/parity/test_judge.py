@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from graftax.parity.judge import alarms, output_row, relative_l2
+from graftax.parity.metrics import alarms, output_row, relative_l2
 from graftax.parity.records import UNIT
 
 

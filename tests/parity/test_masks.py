@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from graftax.parity.forced import beneath_mask
-from graftax.parity.judge import relative_l2
+from graftax.parity.metrics import relative_l2
+from graftax.parity.teacher_forced import beneath_mask
 
 LOWEST = np.finfo(np.float32).min
 

@@ -12,9 +12,9 @@ import pytest
 from graftax.errors import StorageError
 from graftax.parity.pairing import Pair
 from graftax.parity.records import Site
-from graftax.parity.report_model import Cause, OutputRow, ParityReport, SettingRow, WeightRow
-from graftax.report import parity_view as view
-from graftax.report.parity_html import parity_html, save_parity_html
+from graftax.parity.report import view
+from graftax.parity.report.html import parity_html, save_parity_html
+from graftax.parity.report.model import Cause, OutputRow, ParityReport, SettingRow, WeightRow
 
 from . import reports
 

@@ -8,9 +8,9 @@ import pytest
 
 from graftax.parity.pairing import Pair
 from graftax.parity.records import Site
-from graftax.parity.report_model import Cause, ParityReport
-from graftax.report import parity_words as words
-from graftax.report.parity_text import parity_text
+from graftax.parity.report import words
+from graftax.parity.report.model import Cause, ParityReport
+from graftax.parity.report.text import parity_text
 
 from . import reports
 

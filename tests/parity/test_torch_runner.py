@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graftax.adapters import open_tree
 from graftax.errors import ModelError, ReplayError
+from graftax.opening import open_tree
 from graftax.parity.records import Site
 from graftax.parity.torch_runner import TorchRunner
 

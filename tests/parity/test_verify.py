@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import graftax
 from graftax.cli import run
-from graftax.cli_verify import _suggesting
+from graftax.cli.verify import _suggesting
 from graftax.errors import PlanError, UsageError
 from graftax.parity.input_files import example_inputs, named_inputs, read_inputs
 from graftax.parity.inputs import Inputs

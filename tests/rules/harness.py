@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from graftax.dtypes import spec_of
 from graftax.errors import Failure
 from graftax.ops import apply_chain, same_bits
 from graftax.plans import End, Plan
 from graftax.rules import RuleOutcome, apply_rules, load_rules
 from graftax.tree import Checkpoint, Side, TensorSpec
+from graftax.tree.dtypes import spec_of
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Shapes = Mapping[str, tuple[int, ...]]

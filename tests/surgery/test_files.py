@@ -15,10 +15,10 @@ import safetensors.numpy
 import torch
 
 import graftax as gx
-from graftax.dtypes import numpy_dtype
 from graftax.errors import PlanError, StorageError, UsageError
 from graftax.ops import same_bits
 from graftax.surgery import replace_checkpoint, select, write_replacement
+from graftax.tree.dtypes import numpy_dtype
 
 DTYPES = ["float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2", "int64", "int8", "uint8", "bool"]
 

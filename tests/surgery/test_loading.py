@@ -13,9 +13,9 @@ from flax import linen as nn
 from flax import nnx
 
 import graftax as gx
-from graftax.adapters import open_tree
 from graftax.errors import PlanError, UsageError
-from graftax.loading import load_arrays, require_module
+from graftax.opening import open_tree
+from graftax.surgery.loading import load_arrays, require_module
 
 
 class Net(nnx.Module):

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import graftax as gx
 from graftax.adapters import live_leaves
-from graftax.dtypes import numpy_dtype
 from graftax.errors import PlanError, UsageError
 from graftax.surgery import select
+from graftax.tree.dtypes import numpy_dtype
 
 X = jnp.arange(12.0).reshape(4, 3)
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import graftax as gx
-from graftax.dtypes import numpy_dtype, spec_of
 from graftax.errors import PlanError, UsageError
 from graftax.ops import same_bits
-from graftax.surgery_values import random_key
+from graftax.surgery.values import random_key
 from graftax.tree import DTYPES, TensorSpec
+from graftax.tree.dtypes import numpy_dtype, spec_of
 
 FLOATS = [name for name, (bits, kind) in DTYPES.items() if kind == "f" and bits >= 8 and name != "float8_e8m0fnu"]
 INTS = [name for name, (bits, kind) in DTYPES.items() if kind in "iu" and bits >= 8]
@@ -182,7 +182,7 @@ def test_normal_is_drawn_in_float64_and_rounded_once(dtype: str) -> None:
 
 def test_normal_does_not_depend_on_the_size_of_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = put(gx.normal(1, 1), array((50, 3), "float32"))
-    monkeypatch.setattr("graftax.surgery_values._PIECE", 7)
+    monkeypatch.setattr("graftax.surgery.values._PIECE", 7)
     assert same_bits(whole, put(gx.normal(1, 1), array((50, 3), "float32")))
     assert same_bits(whole[:10], put(gx.normal(1, 1), array((10, 3), "float32")))  # one stream, cut sooner
 
@@ -312,7 +312,7 @@ def test_quantized_twice_is_quantized_once(old: np.ndarray, bits: int, data: st.
 def test_quantized_does_not_depend_on_the_size_of_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     old = array((13, 4, 3), "float32")
     whole = [put(gx.quantized(4, axis), old) for axis in range(3)]
-    monkeypatch.setattr("graftax.surgery_values._PIECE", 25)
+    monkeypatch.setattr("graftax.surgery.values._PIECE", 25)
     assert all(same_bits(a, put(gx.quantized(4, axis), old)) for axis, a in enumerate(whole))
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import UsageError, escape
-from graftax.sides import read_as
 from graftax.tree import Checkpoint, Side
 
 if TYPE_CHECKING:
@@ -23,16 +21,12 @@ ACCEPTED = (
 )
 
 
-def open_tree(obj: Any, label: str | None = None, side: Side | None = None) -> Checkpoint:
-    """Whatever the library takes as a source or a like, as a Checkpoint. Nothing is computed and no values are read.
-    `side` says what it is where it declares no side itself.
+def open_live(obj: Any, label: str | None = None, side: Side | None = None) -> Checkpoint:
+    """A live tree as a Checkpoint. Nothing is computed and no values are read. `side` says what it is where it declares
+    no side itself.
 
-    Raises UsageError for what it does not take, and what reading raises for paths.
+    Raises UsageError for what is no live tree of weights.
     """
-    if isinstance(obj, Checkpoint):
-        return read_as(obj, side)
-    if isinstance(obj, (str, os.PathLike)):
-        return read_as(resolve(os.fspath(obj), side), side)  # pyright: ignore
     kind = kind_of(obj)
     name = label or _LABELS.get(kind, type(obj).__name__)
     if kind == "torch module":
@@ -57,13 +51,6 @@ def open_tree(obj: Any, label: str | None = None, side: Side | None = None) -> C
     if not opened and not opened.left:  # a live module without weights is fine
         raise UsageError(f"{escape(name)} holds no weights: there is no array in it")
     return opened
-
-
-def open_weights(obj: Any, side: Side | None = None) -> Checkpoint:
-    """As `open_tree`, without what a training run keeps beside its weights; PlanError where that is not certain."""
-    from graftax.formats.weights import weights_of
-
-    return weights_of(open_tree(obj, side=side))
 
 
 _LABELS = {
@@ -149,13 +136,6 @@ def _is_graphdef(obj: Any, nnx: Any) -> bool:
     if nnx is None:
         return False
     return isinstance(obj, nnx.GraphDef) or (isinstance(obj, tuple) and bool(obj) and isinstance(obj[0], nnx.GraphDef))
-
-
-def resolve(text: str, side: Side | None = None) -> Checkpoint:
-    """The checkpoint that `text` names: an existing path, or `pkg.mod:factory`; else what `formats.open_path` finds."""
-    from graftax.adapters import factories
-
-    return factories.resolve_text(text, side)
 
 
 def linen(module: Any, *example_args: Any, rngs: Any = None, method: Any = None, **kwargs: Any) -> LinenModel:
@@ -258,8 +238,8 @@ def _like_old(path: str, old: Any, new: Any) -> Any:
     """NumPy where NumPy was, jax placed as the old leaf elsewhere; always a copy."""
     import numpy as np
 
-    from graftax import dtypes
     from graftax.adapters import jax_arrays
+    from graftax.tree import dtypes
 
     plain = jax_arrays.from_storage(new, dtypes.spec_of(old))
     if isinstance(old, (np.ndarray, np.generic)) and not jax_arrays.is_tracer(plain):

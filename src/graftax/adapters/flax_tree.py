@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from graftax import dtypes
 from graftax.adapters import containers, jax_arrays, notes
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
-from graftax.sides import Signs, renamed, split_at_dots
-from graftax.tree import Checkpoint, Key, Side, SideBy, TensorSpec, nearest, unescape_part
+from graftax.tree import Checkpoint, Key, Side, SideBy, TensorSpec, dtypes, nearest, unescape_part
+from graftax.tree.sides import Signs, renamed, split_at_dots
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from graftax import dtypes
 from graftax.errors import PlanError, UsageError
-from graftax.tree import TensorSpec
+from graftax.tree import TensorSpec, dtypes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from graftax.adapters import containers, flax_tree, jax_arrays, settings
-from graftax.dtypes import same_bits
 from graftax.errors import Failure, PlanError, UsageError, escape, with_article
 from graftax.tree import Checkpoint, Key, Module
+from graftax.tree.dtypes import same_bits
 
 
 def open_nnx(node: Any, label: str) -> Checkpoint:

@@ -14,9 +14,9 @@ from typing import Any
 
 from graftax.adapters import containers
 from graftax.adapters.notes import Note, Rules, is_sharding
-from graftax.dtypes import numpy_dtype
 from graftax.errors import Failure, PlanError, UsageError, escape
 from graftax.tree import Checkpoint, Side, TensorSpec, is_glob, match_paths, nearest, subtree
+from graftax.tree.dtypes import numpy_dtype
 
 HOST = "host"
 Place = Any

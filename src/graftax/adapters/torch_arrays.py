@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from graftax import dtypes
 from graftax.adapters.jax_arrays import own
 from graftax.errors import FormatError, PlanError, UsageError, escape, with_article
-from graftax.tree import TensorSpec
+from graftax.tree import TensorSpec, dtypes
 
 if TYPE_CHECKING:
     import numpy as np

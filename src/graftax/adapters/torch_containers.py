@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers
 from graftax.errors import FormatError, PlanError, UsageError, escape
-from graftax.formats import pickle_values, torch_tree
-from graftax.tree import Key
+from graftax.tree import Key, inert, torch_nest
 
 if TYPE_CHECKING:
     import torch
 
 
-_NOWHERE = pickle_values.Storage("", "", 0, 0, 0)
+_NOWHERE = inert.Storage("", "", 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +53,11 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
             return [proxy(child, (*keys, index)) for index, child in enumerate(node)]
         if containers.is_array(node) and node.shape:
             others.append(keys)
-        return (
-            node
-            if node is None or isinstance(node, (bool, int, float, str))
-            else pickle_values.Opaque(type(node).__name__)
-        )
+        return node if node is None or isinstance(node, (bool, int, float, str)) else inert.Opaque(type(node).__name__)
 
     root = proxy(tree, ())
     try:
-        chosen = torch_tree.choose(root, None, label)
+        chosen = torch_nest.choose(root, None, label)
     except PlanError as exc:
         if not all(failure.key.startswith(f"{label}::") for failure in exc.failures):
             raise
@@ -88,18 +83,18 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
     )
 
 
-def _proxy_of(tensor: torch.Tensor) -> pickle_values.Tensor | pickle_values.Refused:
+def _proxy_of(tensor: torch.Tensor) -> inert.Tensor | inert.Refused:
     """What the .pt reader has for a tensor. Where its values are does not matter for the choice."""
     import torch
 
     if tensor.is_quantized:
-        return pickle_values.Refused("quantized", str(tensor.dtype))
+        return inert.Refused("quantized", str(tensor.dtype))
     if tensor.layout is not torch.strided:
-        return pickle_values.Refused("sparse", str(tensor.layout))
+        return inert.Refused("sparse", str(tensor.layout))
     if tensor.is_nested:
-        return pickle_values.Refused("nested")
+        return inert.Refused("nested")
     shape = (1,) if torch.nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
-    return pickle_values.Tensor(_NOWHERE, str(tensor.dtype).removeprefix("torch."), 1, 0, shape, shape)
+    return inert.Tensor(_NOWHERE, str(tensor.dtype).removeprefix("torch."), 1, 0, shape, shape)
 
 
 def replaced(tree: Any, new: Mapping[tuple[Any, ...], Any]) -> Any:

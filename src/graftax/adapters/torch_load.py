@@ -14,8 +14,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import torch_arrays, torch_tree
-from graftax.dtypes import same_bits
 from graftax.errors import Failure, PlanError, UsageError, escape
+from graftax.tree.dtypes import same_bits
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers, jax_arrays, settings, torch_arrays, torch_containers
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
-from graftax.formats.torch_tree import metadata
 from graftax.tree import Checkpoint, Module, TensorSpec, Trace, nearest
+from graftax.tree.torch_nest import metadata
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +275,7 @@ def same_values(a: Any, b: Any) -> bool:
     """Bit for bit, NaN and all."""
     import numpy as np
 
-    from graftax.dtypes import same_bits
+    from graftax.tree.dtypes import same_bits
 
     return a is b or same_bits(np.asarray(a), np.asarray(b))
 
@@ -297,7 +297,7 @@ def maker(sharding: Any = None, adopt: bool = False) -> Callable[[str, Any, Any]
 
 def check_fit(state: Mapping[str, torch.Tensor], arrays: Mapping[str, Any], any_dtype: bool = False) -> None:
     """Is every array of a key that exists, and of its shape and dtype? PlanError that lists what is not."""
-    from graftax import dtypes
+    from graftax.tree import dtypes
 
     failures: list[Failure] = []
     for key, array in arrays.items():

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from graftax.dtypes import numpy_dtype
 from graftax.errors import PlanError
-from graftax.execute.gather import Values, fill
+from graftax.execute.fill_tile import Values, fill
 from graftax.execute.memory import allocate
 from graftax.execute.pushdown import push
 from graftax.execute.tiling import Edges, box_steps, grid
 from graftax.ops import CONDITIONS, Op, infer_chain
 from graftax.ops.checked_ops import Crop, RequireZero, Same, Unrepeat
 from graftax.tree import TensorSpec
+from graftax.tree.dtypes import numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from graftax.dtypes import numpy_dtype
 from graftax.errors import PlanError
-from graftax.execute.gather import Simple, cut, fill, simple
+from graftax.execute.fill_tile import Simple, cut, fill, simple
 from graftax.execute.memory import allocate_all
 from graftax.execute.meter import meter_for
 from graftax.execute.pushdown import Piece
 from graftax.execute.streamed import SCRATCH, Stream, named
-from graftax.formats.files import kept_open
+from graftax.formats.io.files import kept_open
 from graftax.plans import Entry
 from graftax.tree import Checkpoint
-from graftax.uncollected import nothing_collected
+from graftax.tree.dtypes import numpy_dtype
+from graftax.tree.gc_paused import nothing_collected
 
 Array = np.ndarray[Any, Any]
 Job = TypeVar("Job")

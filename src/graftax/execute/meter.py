@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from graftax.dtypes import numpy_dtype
 from graftax.execute.pushdown import Apply, Const, Leaf, Value
 from graftax.ops import Cast
 from graftax.ops.base import count_same_bits
 from graftax.ops.casting import CastCount, cast_array
 from graftax.plans import Entry
+from graftax.tree.dtypes import numpy_dtype
 
 Array = np.ndarray[Any, Any]
 View = Callable[[Leaf], Array]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graftax.execute.nests import MOST_PIECES, Affine, Nest, NotLocal, active, divided, plus, times, zones
+from graftax.execute.loop_nests import MOST_PIECES, Affine, Nest, NotLocal, active, divided, plus, times, zones
 from graftax.ops import Op, infer_chain
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
 from graftax.ops.edge_ops import Fill

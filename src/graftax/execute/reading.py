@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from graftax.execute.gather import Values, opened
+from graftax.execute.fill_tile import Values, opened
 from graftax.execute.memory import allocate
 from graftax.plans import Entry
 from graftax.tree import Checkpoint

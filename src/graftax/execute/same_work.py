@@ -7,7 +7,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from graftax.formats import files
+from graftax.formats.io import files, system
 from graftax.ops import Keep, Op, op_to_json
 from graftax.plans import Plan
 from graftax.tree import Checkpoint
@@ -46,7 +46,7 @@ def sample(path: Path) -> str:
         places = sorted({max(0, stamp.size - _SAMPLE) * i // (_SAMPLES - 1) for i in range(_SAMPLES)})
         taken = [files.read_bytes(path, stamp, place, min(_SAMPLE, stamp.size - place)) for place in places]
     except OSError as error:
-        raise files.storage_error(error, path) from error
+        raise system.storage_error(error, path) from error
     return _digest(str(stamp.size).encode() + b"".join(taken))
 
 

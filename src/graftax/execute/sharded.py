@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from graftax.dtypes import numpy_dtype
-from graftax.execute.gather import DENSE, SHORT, Evaluate, Held, Stored, Values, by_rows, fill
+from graftax.execute.fill_tile import DENSE, SHORT, Evaluate, Held, Stored, Values, by_rows, fill
 from graftax.execute.memory import allocate_all
 from graftax.execute.pushdown import Apply, Box, Leaf, Piece, Value, push
 from graftax.execute.tiling import Edges, box_steps, grid
 from graftax.ops import Op
 from graftax.tree import TensorSpec
+from graftax.tree.dtypes import numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

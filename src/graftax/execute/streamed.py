@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from graftax.dtypes import numpy_dtype, storage_bytes, unpack
 from graftax.errors import PlanError, escape, option, worded
 from graftax.execute import tiling
 from graftax.execute.conditions import check_conditions
-from graftax.execute.gather import fill
+from graftax.execute.fill_tile import fill
+from graftax.execute.loop_nests import NotLocal
 from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate, meter_for
-from graftax.execute.nests import NotLocal
 from graftax.execute.pushdown import Box, Piece, push
 from graftax.execute.reading import Reader
 from graftax.execute.receipt import Measured, Receipt
@@ -25,13 +24,14 @@ from graftax.execute.sharded import assemble, fill_boxes, sharding_boxes, short_
 from graftax.execute.tiling import Edges
 from graftax.execute.whole import check_source, run_entry
 from graftax.formats.base import Tile
-from graftax.formats.sizes import size_text
+from graftax.formats.io.sizes import size_text
 from graftax.ops import CONDITIONS, Cast, Keep, chain_text
 from graftax.ops.index_ops import Concat, Split, Stack, Unstack
 from graftax.ops.rearrange import Rearrange
 from graftax.ops.rearrange_each import RearrangeEach
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree.dtypes import numpy_dtype, storage_bytes, unpack
 
 Array = np.ndarray[Any, Any]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from graftax.formats.base import Output
-from graftax.formats.opening import open_path, sub_checkpoint
+from graftax.formats.opening import open_path
 from graftax.formats.table import FORMATS
 
 if TYPE_CHECKING:
     from graftax.formats.saving import save
 
-__all__ = ["FORMATS", "Output", "open_path", "save", "sub_checkpoint"]
+__all__ = ["FORMATS", "Output", "open_path", "save"]
 
 
 def __getattr__(name: str) -> Any:

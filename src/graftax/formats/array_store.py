@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, UnsafeInputError, UsageError, escape
-from graftax.formats import files
+from graftax.formats.io import files
 from graftax.formats.orbax_tree import Tree
 from graftax.tree import DTYPES, Key, TensorSpec, join_path
 
@@ -81,7 +81,7 @@ def stores(item: Path, tree: Tree) -> dict[tuple[Key, ...], tuple[TensorSpec, in
 def read(item: Path, tree: Tree, name: str, spec: TensorSpec) -> np.ndarray[Any, Any]:
     import numpy as np
 
-    from graftax.dtypes import spec_of, storage_bytes
+    from graftax.tree.dtypes import spec_of, storage_bytes
 
     (store,) = opened(item, tree, [name])
     try:

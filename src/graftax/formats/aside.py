@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
-from graftax.formats import array_store, files
+from graftax.formats import array_store
+from graftax.formats.io import files
+from graftax.formats.io.source import check_ratio
 from graftax.formats.msgpack_walk import Aside
 from graftax.formats.orbax_tree import OCDBT, Leaf, Tree
-from graftax.formats.source import check_ratio
 from graftax.tree import TensorSpec, unescape_part
 
 if TYPE_CHECKING:

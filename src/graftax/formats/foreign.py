@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from graftax.errors import Failure, FormatError, StorageError, UnsafeInputError, escape
-from graftax.formats import files
-from graftax.formats.zips import first_member_name
+from graftax.formats.io import files
+from graftax.formats.io.zip_read import first_member_name
 
 _ELSEWHERE = "Save the weights as .safetensors with the library that wrote it."
 _AGAIN = "Download it again: this is what a site shows."

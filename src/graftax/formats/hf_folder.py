@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftax.errors import SEVERITY, Failure, FormatError, GraftaxError, StorageError, UnsafeInputError, escape
-from graftax.formats import files, safetensors_file, strict_json
+from graftax.formats import safetensors_file
 from graftax.formats.base import Output
-from graftax.formats.limits import check_limit
+from graftax.formats.io import files, strict_json
 from graftax.formats.table import by_ending
-from graftax.sides import declared_by, settled
 from graftax.tree import Checkpoint, Side, SideBy, TensorSpec
+from graftax.tree.limits import check_limit
+from graftax.tree.sides import declared_by, settled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,7 @@ def open(path: Path) -> Checkpoint:
     if name.endswith(INDEX):
         found = _open_sharded(folder, name)
     else:
-        from graftax.formats.opening import open_file
+        from graftax.formats.by_content import open_file
 
         found = open_file(files.inside(folder, name, escape(folder)), config=False)
     return replace(found, label=str(folder / name), config=config, folder=folder)
@@ -88,7 +89,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
-    from graftax.formats.opening import open_file
+    from graftax.formats.by_content import open_file
 
     index = files.inside(folder, index_name, escape(folder))
     label = escape(index)

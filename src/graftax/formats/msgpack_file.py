@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.errors import FormatError, escape
 from graftax.formats.base import Output
-from graftax.formats.direct import DirectFile
-from graftax.formats.files import storage_error
-from graftax.formats.limits import check_limit
+from graftax.formats.io.direct import DirectFile
+from graftax.formats.io.source import Source, open_source
+from graftax.formats.io.system import storage_error
 from graftax.formats.msgpack_walk import CHUNKED, FIXED_EXT, NDARRAY, Array, Aside, Text, itemsize, mark, parse
-from graftax.formats.source import Source, open_source
 from graftax.formats.writing import byte_runs, refuse
 from graftax.tree import Checkpoint, Key, TensorSpec, join_path, nest
+from graftax.tree.limits import check_limit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,7 +145,7 @@ def _leaves(
 def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
     import numpy as np
 
-    from graftax.dtypes import codes_of, from_storage, numpy_dtype, pack
+    from graftax.tree.dtypes import codes_of, from_storage, numpy_dtype, pack
 
     if array.value is not None:
         return np.array(array.value, numpy_dtype(array.spec.dtype))
@@ -183,7 +183,7 @@ def write(path: Path, output: Output) -> None:
 
     Raises PlanError for keys that msgpack has no place for.
     """
-    from graftax.dtypes import unpack
+    from graftax.tree.dtypes import unpack
 
     tuples = [f"{prefix}/" for prefix, key in output.real_keys.items() if isinstance(key, tuple)]
     below = [path for path in output.specs if any(f"{path}/".startswith(prefix) for prefix in tuples)]

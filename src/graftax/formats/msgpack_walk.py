@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftax.errors import FormatError, escape
-from graftax.formats.limits import check_limit, element_count, limit
-from graftax.formats.source import Source
+from graftax.formats.io.source import Source
 from graftax.tree import DTYPES, Key, TensorSpec
+from graftax.tree.limits import check_limit, element_count, limit
 
 NDARRAY, COMPLEX, SCALAR = 1, 2, 3
 CHUNKED = "__msgpack_chunked_array__"

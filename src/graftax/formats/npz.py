@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
-from graftax.formats import zips
 from graftax.formats.base import Output
-from graftax.formats.limits import element_count
-from graftax.formats.source import Source, open_source
+from graftax.formats.io import zip_read
+from graftax.formats.io.source import Source, open_source
+from graftax.formats.io.zip_write import write_archive
 from graftax.formats.writing import byte_runs, refuse
-from graftax.formats.zip_write import write_archive
-from graftax.sides import side_of_names
 from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree.limits import element_count
+from graftax.tree.sides import side_of_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +58,7 @@ class _Layout:
 class _Entry:
     """One array of an archive: its member, and how it lies there."""
 
-    member: zips.Member
+    member: zip_read.Member
     layout: _Layout
 
     @property
@@ -78,7 +78,7 @@ def sniff(path: Path, head: bytes) -> bool:
     """A zip whose first member is a .npy file, or an empty one or any other with npz's ending; a .npy file."""
     if head[:6] == MAGIC:
         return True
-    name = zips.first_member_name(head)
+    name = zip_read.first_member_name(head)
     if name is not None and name.endswith(".npy"):
         return True
     return head[:2] == b"PK" and path.suffix.lower() == ".npz"
@@ -99,7 +99,7 @@ def open(path: Path) -> Checkpoint:
     wrong: list[Failure] = []
     code: list[Failure] = []
     left: dict[str, str] = {}
-    for name, member in zips.zip_members(source).items():
+    for name, member in zip_read.zip_members(source).items():
         if not name.endswith(".npy"):
             wrong.append(Failure("it is not a .npy file", label, name))
             continue
@@ -118,13 +118,13 @@ def open(path: Path) -> Checkpoint:
     if wrong:
         raise FormatError(f"{label}: {len(wrong)} of its members cannot be read", wrong)
 
-    positions = zips.Positions(source)
+    positions = zip_read.Positions(source)
 
     def reader(name: str) -> np.ndarray[Any, Any]:
         return _read(source, entries[name])
 
     whole = frozenset(
-        name for name, entry in entries.items() if not _as_it_is(entry.layout) or entry.member.method != zips.STORED
+        name for name, entry in entries.items() if not _as_it_is(entry.layout) or entry.member.method != zip_read.STORED
     )
 
     def span(name: str, start: int, buffer: memoryview) -> None:
@@ -177,8 +177,8 @@ def _open_lone(path: Path, source: Source, label: str) -> Checkpoint:
     )
 
 
-def _entry(source: Source, member: zips.Member) -> _Entry:
-    return _Entry(member, _layout(lambda count: bytes(zips.read_start(source, member, count)), member.size))
+def _entry(source: Source, member: zip_read.Member) -> _Entry:
+    return _Entry(member, _layout(lambda count: bytes(zip_read.read_start(source, member, count)), member.size))
 
 
 def _layout(read_start: Callable[[int], bytes], size: int) -> _Layout:
@@ -257,7 +257,7 @@ def _dtype(descr: Any) -> str:
 
 
 def _read(source: Source, entry: _Entry) -> np.ndarray[Any, Any]:
-    data = zips.read_member(source, entry.member)
+    data = zip_read.read_member(source, entry.member)
     return _array(memoryview(data)[entry.layout.start :], entry.layout)
 
 
@@ -265,7 +265,7 @@ def _array(buffer: bytearray | memoryview, layout: _Layout) -> np.ndarray[Any, A
     """The values of an array from its bytes as they lie in the file."""
     import numpy as np
 
-    from graftax.dtypes import numpy_dtype
+    from graftax.tree.dtypes import numpy_dtype
 
     data = np.frombuffer(buffer, np.uint8)
     dtype = numpy_dtype(layout.spec.dtype)

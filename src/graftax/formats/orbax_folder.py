@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, PlanError, StorageError, UnsafeInputError, escape
-from graftax.formats import array_store, files, msgpack_file, orbax_write, strict_json, tree_meta
-from graftax.formats.limits import check_limit
+from graftax.formats import array_store, msgpack_file, orbax_write, tree_meta
+from graftax.formats.io import files, strict_json
+from graftax.formats.io.source import check_ratio
 from graftax.formats.orbax_tree import OCDBT, TREE, Tree, read_tree, real_keys, unfinished, unwrapped, without_random
-from graftax.formats.source import check_ratio
-from graftax.training_state import family
-from graftax.training_tree import is_optimizer_name
 from graftax.tree import Checkpoint, Key, TensorSpec, join_path, natural_key
+from graftax.tree.limits import check_limit
+from graftax.tree.training_state import family
+from graftax.tree.training_tree import is_optimizer_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +97,7 @@ def open(path: Path) -> Checkpoint:
             raise FormatError(f"{label}: {escape(name)} is damaged: it is not what graftax.json says was written")
         return array
 
-    from graftax.formats.opening import config_of
+    from graftax.formats.by_content import config_of
 
     scalars = {join_path(leaf.keys): "a Python number" for leaf in plain.leaves if leaf.kind == "scalar"}
     return Checkpoint(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from graftax.errors import FormatError, escape
-from graftax.formats import files, strict_json
-from graftax.formats.limits import check_limit
+from graftax.formats.io import files, strict_json
 from graftax.tree import Key, join_path
+from graftax.tree.limits import check_limit
 
 TREE, OCDBT = "_METADATA", "manifest.ocdbt"
 _SEQUENCE, _DICT = 1, 2  # key types in _METADATA

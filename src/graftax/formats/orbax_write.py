@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftax.formats import files, tree_meta
+from graftax.formats import tree_meta
 from graftax.formats.base import Output
+from graftax.formats.io import system
 from graftax.formats.orbax_quiet import finished
 from graftax.formats.orbax_tree import TREE
 from graftax.formats.writing import refuse, tensor_bytes
@@ -128,7 +129,7 @@ def finish(path: Path, output: Output, digests: Mapping[str, Pieces], as_host: b
             json.dump(about, file, indent=1, ensure_ascii=True)
             file.write("\n")
     except OSError as error:
-        raise files.storage_error(error, path) from error
+        raise system.storage_error(error, path) from error
 
 
 def _describe_as_host(path: Path) -> None:
@@ -148,7 +149,7 @@ Pieces = dict[str, str]
 
 def host_leaf(array: np.ndarray[Any, Any], spec: TensorSpec) -> tuple[Any, Pieces]:
     """A leaf as Orbax takes it from the host, and its digest."""
-    from graftax.dtypes import storage_bytes
+    from graftax.tree.dtypes import storage_bytes
 
     data = storage_bytes(array, spec)
     return _leaf(data, spec), {_whole(spec): _sha256(data)}
@@ -158,7 +159,7 @@ def piece_digests(array: Any, spec: TensorSpec) -> Pieces:
     """The digests of the parts of a jax.Array that this process writes: of copies the first counts."""
     import numpy as np
 
-    from graftax.dtypes import storage_bytes
+    from graftax.tree.dtypes import storage_bytes
 
     pieces: Pieces = {}
     for shard in array.addressable_shards:
@@ -175,7 +176,7 @@ def piece_digests(array: Any, spec: TensorSpec) -> Pieces:
 def intact(array: np.ndarray[Any, Any], spec: TensorSpec, digests: Any) -> bool:
     """Is a leaf what graftax.json says was written? `digests`: one SHA-256 of its values (C order, little end first; of
     packed types their bytes), or those of its parts."""
-    from graftax.dtypes import storage_bytes
+    from graftax.tree.dtypes import storage_bytes
 
     if isinstance(digests, str):
         return _sha256(storage_bytes(array, spec)) == digests
@@ -221,7 +222,7 @@ def _sha256(data: np.ndarray[Any, Any]) -> str:
 
 
 def _leaf(data: np.ndarray[Any, Any], spec: TensorSpec) -> Any:
-    from graftax.dtypes import from_storage, unpack
+    from graftax.tree.dtypes import from_storage, unpack
 
     return unpack(data, spec) if spec.packed else from_storage(data, spec)
 

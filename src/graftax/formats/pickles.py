@@ -16,10 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from graftax.errors import Failure, FormatError, UnsafeInputError, escape
-from graftax.formats.limits import check_limit, limit
+from graftax.errors import FormatError, escape
 from graftax.formats.pickle_globals import RECONSTRUCTORS, may_be_called, may_be_named, shown
-from graftax.formats.pickle_values import (
+from graftax.tree.inert import (
     ALLOWED,
     CALLS,
     STORAGES,
@@ -30,7 +29,9 @@ from graftax.formats.pickle_values import (
     Storage,
     brief,
     set_item,
+    unsafe_pickle,
 )
+from graftax.tree.limits import check_limit, limit
 
 _GETATTR = "builtins.getattr"
 
@@ -333,24 +334,10 @@ def load(stream: BinaryIO, label: str, storages: dict[str, Storage] | None = Non
     except (Malformed, ValueError, IndexError, KeyError, OverflowError, EOFError) as error:
         problem = error
     if state.refused or (_GETATTR in state.foreign and not state.attributes):
-        raise unsafe(label, list(state.refused | state.foreign))
+        raise unsafe_pickle(label, list(state.refused | state.foreign))
     if problem is not None:
         text = str(problem) if isinstance(problem, Malformed) else "it is truncated or damaged"
         raise FormatError(f"{label}: its pickle cannot be read: {text}") from problem
     if storages is not None:
         storages.update(state.storages)
     return state.stack[0]
-
-
-def unsafe(label: str, names: list[str], where: list[Failure] | None = None) -> UnsafeInputError:
-    """The error for a file whose weights cannot be had without these classes or functions; `where` they are needed."""
-    modules = [name for name in names if name.startswith(("torch.nn.modules.", "torch.jit.", "torch.fx."))]
-    if modules:
-        what = f"a pickled module ({escape(modules[0])}), which is code and not only weights"
-    else:
-        what = "objects whose classes would have to be imported and run"
-    return UnsafeInputError(
-        f"{label} holds {what}",
-        [*(where or ()), *(Failure("refused global", file=label, key=name) for name in names)],
-        next="Where the file was made, save the weights alone: torch.save(model.state_dict(), path), or .safetensors.",
-    )

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import FormatError, escape
-from graftax.formats import files, strict_json, tree_meta
+from graftax.formats import tree_meta
 from graftax.formats.base import Log, Output, Tiles
-from graftax.formats.direct import DirectFile
+from graftax.formats.io import files, strict_json, system
+from graftax.formats.io.direct import DirectFile
 from graftax.formats.safetensors_header import PREFIX, Range, build_header, header_length, parse_header, storage_fault
 from graftax.formats.writing import tensor_bytes
-from graftax.sides import SIDE_OF_FORMAT, settled
 from graftax.tree import Checkpoint, Key, Side, TensorSpec
+from graftax.tree.sides import SIDE_OF_FORMAT, settled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,7 @@ class TensorFile:
     """Where the bytes of each tensor are: `Checkpoint.native` of a safetensors file."""
 
     path: Path
-    stamp: files.Stamp
+    stamp: system.Stamp
     specs: Mapping[str, TensorSpec]
     ranges: Mapping[str, Range]
 
@@ -40,7 +41,7 @@ class TensorFile:
         """A tensor's values; a packed one's bytes. StorageError where the file changed."""
         import numpy as np
 
-        from graftax.dtypes import from_storage
+        from graftax.tree.dtypes import from_storage
 
         begin, end = self.ranges[name]
         raw = np.empty(end - begin, np.uint8)
@@ -178,7 +179,7 @@ def _write_arrays(heads: Mapping[Path, bytes], place: Mapping[str, tuple[Path, R
     for path, head in heads.items():
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            files.write_at(fd, 0, memoryview(head))
+            system.write_at(fd, 0, memoryview(head))
             os.ftruncate(fd, max((end for at, (_, end) in place.values() if at == path), default=len(head)))
         finally:
             os.close(fd)
@@ -191,7 +192,7 @@ def _write_arrays(heads: Mapping[Path, bytes], place: Mapping[str, tuple[Path, R
                 if fd >= 0:
                     os.close(fd)
                 fd, current = os.open(path, os.O_WRONLY | os.O_CLOEXEC), path
-            files.write_at(fd, begin, memoryview(data))  # pyright: ignore[reportArgumentType]
+            system.write_at(fd, begin, memoryview(data))  # pyright: ignore[reportArgumentType]
             del data  # before the next is made
     finally:
         if fd >= 0:

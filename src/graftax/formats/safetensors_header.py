@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
-from graftax.formats import strict_json
-from graftax.formats.limits import check_limit, limit, variable
+from graftax.formats.io import strict_json
 from graftax.tree import TensorSpec
-from graftax.uncollected import nothing_collected
+from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.limits import check_limit, limit, variable
 
 NAMES: dict[str, str] = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",

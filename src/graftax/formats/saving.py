@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, GraftaxError, PlanError, StorageError, UsageError, escape, option, worded
-from graftax.formats import files, tree_meta
+from graftax.formats import tree_meta
 from graftax.formats.base import Format, Output, Tile, Tiles
-from graftax.formats.commit import put_back, staged
-from graftax.formats.journal import Journal
-from graftax.formats.remote_url import is_url, shown
+from graftax.formats.io import files, system
+from graftax.formats.io.commit import put_back, staged
+from graftax.formats.io.journal import Journal
+from graftax.formats.remote.url import is_url, shown
 from graftax.formats.table import FORMATS, NO_ENDING, by_ending, by_name, holders
 from graftax.tree import Checkpoint, Side
 
@@ -149,7 +150,7 @@ def guarded(action: Any, out: Path) -> Any:
     except GraftaxError:
         raise
     except OSError as exc:
-        raise files.storage_error(exc, out) from exc
+        raise system.storage_error(exc, out) from exc
     except Exception as exc:
         seen: BaseException | None = exc
         while seen is not None:
@@ -157,7 +158,7 @@ def guarded(action: Any, out: Path) -> Any:
             code = next((code for words, code in _DISK_FULL.items() if words in text), None)
             code = code or (seen.errno if isinstance(seen, OSError) else None)
             if code:
-                raise files.storage_error(OSError(code, os.strerror(code)), out) from exc
+                raise system.storage_error(OSError(code, os.strerror(code)), out) from exc
             seen = seen.__cause__ or seen.__context__
         raise
 
@@ -289,7 +290,7 @@ def _check_destination(out: Path, row: Format, clobber: bool, sidecars: Sidecars
     except FileNotFoundError:
         return
     except OSError as exc:
-        raise files.storage_error(exc, out) from None
+        raise system.storage_error(exc, out) from None
     if not clobber:
         raise StorageError(
             f"{escape(out)} exists, and is not to be replaced ({worded('--no-clobber', 'clobber=False')})"
@@ -301,7 +302,7 @@ def _check_destination(out: Path, row: Format, clobber: bool, sidecars: Sidecars
         return
     if stat.S_ISDIR(mode) != row.folder or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         wanted = "a folder" if row.folder else "a file"
-        found = "a file" if stat.S_ISREG(mode) else files.kind_of(mode)
+        found = "a file" if stat.S_ISREG(mode) else system.kind_of(mode)
         raise StorageError(f"{escape(out)} is {found}; {row.name} writes {wanted}", next="Choose another name.")
     if row.folder and any(os.scandir(out)):
         _refuse_foreign_files(out, sidecars)

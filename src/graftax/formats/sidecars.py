@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftax.errors import GraftaxError, UnsafeInputError, escape
-from graftax.formats import files
 from graftax.formats.foreign import foreign_file
 from graftax.formats.hf_folder import INDEX
+from graftax.formats.io import files
 from graftax.formats.opening import identify
 from graftax.formats.table import by_ending
 from graftax.tree import Checkpoint

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from graftax.errors import Failure, FormatError, UsageError, escape
-from graftax.formats import files, strict_json, tree_meta
+from graftax.formats import tree_meta
 from graftax.formats.base import Output
-from graftax.formats.limits import check_limit
-from graftax.sides import side_of_names
+from graftax.formats.io import files, strict_json
 from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec
+from graftax.tree.limits import check_limit
+from graftax.tree.sides import side_of_names
 
 VERSION = 1
 

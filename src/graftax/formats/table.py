@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from graftax.dtypes import NUMPY_OWN
 from graftax.errors import UsageError, escape
 from graftax.formats.base import Format
 from graftax.tree import DTYPES, Side
+from graftax.tree.dtypes import NUMPY_OWN
 
 _ALL = frozenset(DTYPES)
 _FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
-from graftax.formats import pickles, torch_write, zips
-from graftax.formats.limits import beyond, check_limit, element_count, limit
-from graftax.formats.pickle_values import STORAGES, Storage, Tensor
-from graftax.formats.source import Source, check_ratio, open_source
-from graftax.formats.torch_tree import choose, metadata
+from graftax.formats import pickles, torch_write
+from graftax.formats.io import zip_read
+from graftax.formats.io.source import Source, check_ratio, open_source
 from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree.inert import STORAGES, Storage, Tensor
+from graftax.tree.limits import beyond, check_limit, element_count, limit
+from graftax.tree.torch_nest import choose, metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ class _Content:
 
 def sniff(path: Path, head: bytes) -> bool:
     """A zip with the members of torch, a pickle, or a file with torch's endings that starts like an old one."""
-    name = zips.first_member_name(head)
+    name = zip_read.first_member_name(head)
     if name is not None:
         inner = name.partition("/")[2] or name
         ours = inner in _ZIP_NAMES or inner.startswith(("data/", "code/"))
@@ -123,7 +124,7 @@ def _content(source: Source) -> _Content:
 
 
 def _read_zip(source: Source, label: str) -> _Content:
-    members = zips.zip_members(source)
+    members = zip_read.zip_members(source)
     tops = {name.partition("/")[0] for name in members}
     prefix = f"{next(iter(tops))}/" if len(tops) == 1 else ""
     if f"{prefix}constants.pkl" in members or any(name.startswith(f"{prefix}code/") for name in members):
@@ -138,21 +139,21 @@ def _read_zip(source: Source, label: str) -> _Content:
     pickle_member = members[f"{prefix}data.pkl"]
     check_limit("header", pickle_member.size, label)
     order = members.get(f"{prefix}byteorder")
-    order_text = bytes(zips.read_member(source, order, checked)) if order and order.size < 16 else b"little"
+    order_text = bytes(zip_read.read_member(source, order, checked)) if order and order.size < 16 else b"little"
     if order_text not in (b"little", b"big"):
         raise FormatError(f"{label} does not say its byte order")
-    root = pickles.load(io.BytesIO(zips.read_member(source, pickle_member, checked)), label)
-    positions = zips.Positions(source, checked)
+    root = pickles.load(io.BytesIO(zip_read.read_member(source, pickle_member, checked)), label)
+    positions = zip_read.Positions(source, checked)
 
-    def record(storage: Storage) -> zips.Member:
+    def record(storage: Storage) -> zip_read.Member:
         return members[f"{prefix}data/{storage.key}"]
 
     def fetch(storage: Storage, start: int, length: int) -> bytearray:
         member = record(storage)
-        if member.method != zips.STORED:
-            return zips.read_member(source, member, checked)[start : start + length]
+        if member.method != zip_read.STORED:
+            return zip_read.read_member(source, member, checked)[start : start + length]
         if length == member.size and member.name not in positions.starts:  # one pass will do
-            return zips.read_member(source, member, checked)
+            return zip_read.read_member(source, member, checked)
         data = bytearray(length)
         positions.read_into(member, start, memoryview(data))
         return data
@@ -161,7 +162,7 @@ def _read_zip(source: Source, label: str) -> _Content:
         positions.read_into(record(storage), start, buffer)
 
     def stored(storage: Storage) -> bool:
-        return record(storage).method == zips.STORED
+        return record(storage).method == zip_read.STORED
 
     data = f"{prefix}data/"
     records = {name.removeprefix(data): member.size for name, member in members.items() if name.startswith(data)}
@@ -282,7 +283,7 @@ def _array(tensor: Tensor, spec: TensorSpec, content: _Content) -> np.ndarray[An
     """The values of a tensor, C-contiguous, in the machine's byte order, bit for bit."""
     import numpy as np
 
-    from graftax.dtypes import numpy_dtype
+    from graftax.tree.dtypes import numpy_dtype
 
     dtype = numpy_dtype(spec.dtype)
     span = _span(tensor)

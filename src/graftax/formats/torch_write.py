@@ -18,10 +18,10 @@ from typing import Any
 
 from graftax.errors import Failure, PlanError, option
 from graftax.formats.base import Output
-from graftax.formats.pickle_values import DTYPES, STORAGES
+from graftax.formats.io.zip_write import write_archive
 from graftax.formats.writing import byte_runs
-from graftax.formats.zip_write import write_archive
 from graftax.tree import TensorSpec
+from graftax.tree.inert import DTYPES, STORAGES
 
 _TOP = "archive"
 _STORAGES = {name: kind for kind, (name, _) in STORAGES.items() if name is not None}

@@ -34,7 +34,7 @@ def tensor_bytes(output: Output) -> Iterator[tuple[str, TensorSpec, np.ndarray[A
 
     Raises FormatError where an array is not what its spec says, PlanError where a path comes twice or not at all.
     """
-    from graftax.dtypes import storage_bytes
+    from graftax.tree.dtypes import storage_bytes
 
     due = dict.fromkeys(output.specs)
     for path, array in output.tensors:

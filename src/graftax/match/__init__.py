@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from graftax.match.assumptions import call_orders
+from graftax.match.bare_rules import read_named, unsaid_questions
 from graftax.match.buffers import known_buffers
 from graftax.match.calls import flax_calls
 from graftax.match.cells import fused_cells
 from graftax.match.choose import Choice
-from graftax.match.ends import Ends
 from graftax.match.engine import Result, match
 from graftax.match.groups import GroupLink
 from graftax.match.hints import head_count, read_hints
 from graftax.match.kinds import Kinds
-from graftax.match.named import read_named, unsaid_questions
+from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, lexicon
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.partial import consistent, ruled_chains
@@ -24,9 +24,9 @@ from graftax.match.ties import find_ties, tied_to
 from graftax.match.traced import Traces
 from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal
-from graftax.rules.port import Named
+from graftax.rules.state import Named
 from graftax.tree import Checkpoint, Side
-from graftax.uncollected import nothing_collected
+from graftax.tree.gc_paused import nothing_collected
 
 __all__ = ["infer"]
 

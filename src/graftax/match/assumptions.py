@@ -10,16 +10,16 @@ from typing import Any
 
 from graftax.layers import known_kind, overriding
 from graftax.match.calls import torch_calls
-from graftax.match.ends import Ends
 from graftax.match.engine import Result
+from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, concepts, lexicon
 from graftax.match.orders import counted_blocks, counted_part, path_of
 from graftax.match.pairs import Pair
 from graftax.match.sides import tokens_of
 from graftax.match.words import COLLECTIONS
 from graftax.ops import Offset, Rearrange
-from graftax.plan_text import fold_names
 from graftax.plans import PARITY, Assumption, Entry
+from graftax.plans.names import fold_names
 from graftax.tree import Checkpoint, Side, split_path, split_words, whole_words
 
 CALL_ORDER = "call order"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from graftax.match.ends import Ends
 from graftax.match.families import FamilyPair, pair_families
 from graftax.match.fits import candidates
+from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon
 from graftax.match.pairs import Pair, Scope
 from graftax.match.sides import Family, Key, Module, SideView, Token, tokens_of, view

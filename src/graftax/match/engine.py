@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
+from graftax.match.bare_rules import Unsaid
 from graftax.match.blocks import Doubt, all_families, find_doubts, loosened, name_ties, prefixes, stack_into
 from graftax.match.calls import torch_calls
 from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
 from graftax.match.cycles import cycle_options
-from graftax.match.ends import Ends
 from graftax.match.flatten import Suspect, suspects
 from graftax.match.idioms import has_experts
 from graftax.match.judge import wrapper_words
 from graftax.match.kinds import Kinds
-from graftax.match.named import Unsaid
+from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, path_of
 from graftax.match.pairs import Link, Pair, Scope

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from graftax.match import words as table
+from graftax.match import words
 
 Tokens = Sequence[object]
 UNKNOWN = 0.3
@@ -30,24 +30,24 @@ class Lexicon:
 
     @classmethod
     def standard(cls) -> Lexicon:
-        synonyms = {word: tuple(concept.split()) for concept, group in table.SYNONYMS.items() for word in group.split()}
-        phrases = {tuple(phrase.split()): tuple(concept.split()) for phrase, concept in table.PHRASES.items()}
+        synonyms = {word: tuple(concept.split()) for concept, group in words.SYNONYMS.items() for word in group.split()}
+        phrases = {tuple(phrase.split()): tuple(concept.split()) for phrase, concept in words.PHRASES.items()}
         return cls(
             synonyms,
             phrases,
             max(map(len, phrases)),
-            tuple(frozenset(group.split()) for group in table.EXCLUSIVE),
-            {concept: tuple(implied.split()) for concept, implied in table.IMPLIES.items()},
-            table.SAYS_LITTLE,
-            table.SAYS_SOME,
+            tuple(frozenset(group.split()) for group in words.EXCLUSIVE),
+            {concept: tuple(implied.split()) for concept, implied in words.IMPLIES.items()},
+            words.SAYS_LITTLE,
+            words.SAYS_SOME,
             frozenset(concept for found in (*synonyms.values(), *phrases.values()) for concept in found),
-            _words_of(table.SAYS_LITTLE),
+            _words_of(words.SAYS_LITTLE),
         )
 
     @classmethod
     def empty(cls) -> Lexicon:
-        little = _words_of(table.SAYS_LITTLE)
-        return cls({}, {}, 0, (), {}, little, _words_of(table.SAYS_SOME), frozenset(), little)
+        little = _words_of(words.SAYS_LITTLE)
+        return cls({}, {}, 0, (), {}, little, _words_of(words.SAYS_SOME), frozenset(), little)
 
     def weight(self, concept: str) -> float:
         """How much a concept says: 1 for a telling word, less for kinds of layers and wrappers."""
@@ -63,7 +63,7 @@ class Lexicon:
 def _words_of(concepts: Iterable[str]) -> frozenset[str]:
     """The words for these concepts, as they are written."""
     wanted = frozenset(concepts)
-    rows = (group for concept, group in table.SYNONYMS.items() if concept and wanted.issuperset(concept.split()))
+    rows = (group for concept, group in words.SYNONYMS.items() if concept and wanted.issuperset(concept.split()))
     return wanted | {word for group in rows for word in group.split()}
 
 

@@ -17,8 +17,8 @@ from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.rendering import column_rule, flatten_rules, group_rule, skeleton
 from graftax.match.settle import Settled, open_links
 from graftax.match.sides import Column, Family, Module
-from graftax.plan_text import fold_names
 from graftax.plans import Candidate, Question
+from graftax.plans.names import fold_names
 
 
 def questions(result: Result, sides: tuple[str, str], turned: bool, missing: Collection[str] = ()) -> list[Question]:

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from graftax.match.bare_rules import Said, left_open
 from graftax.match.choose import Choice
 from graftax.match.decide import Board, decide
-from graftax.match.ends import Ends
 from graftax.match.fits import candidates, fit
 from graftax.match.groups import Group, find_groups
 from graftax.match.leftovers import by_kind, single_out
-from graftax.match.named import Said, left_open
+from graftax.match.match_inputs import Ends
 from graftax.match.orders import RULED, in_order, out_of_order
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.partial import anchored, reopened

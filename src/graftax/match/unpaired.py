@@ -15,8 +15,8 @@ from graftax.layers import leaf_connections
 from graftax.match.buffers import buffer_name
 from graftax.match.names import concepts, lexicon
 from graftax.match.sides import tokens_of
-from graftax.plan_text import fold_names
 from graftax.plans import Candidate, Proposal, Question
+from graftax.plans.names import fold_names
 from graftax.rules import escape_key, rule_line
 from graftax.tree import Checkpoint, Side, TensorSpec
 

@@ -11,7 +11,6 @@ An op that takes one tensor is mapped over all tensors of the tuple. `bind_chain
 needs: only bound ops are kept in a plan.
 """
 
-from graftax.dtypes import same_bits
 from graftax.ops.base import Array, Arrays, Op, Specs
 from graftax.ops.chains import (
     CONDITIONS,
@@ -32,6 +31,7 @@ from graftax.ops.norm_ops import FoldWeightNorm, SpectralSigma, SpectralVector, 
 from graftax.ops.rearrange import Rearrange, axis_groups, parse_pattern, transpose
 from graftax.ops.rearrange_each import RearrangeEach
 from graftax.ops.value_ops import Cast, Offset, Scale, Sum, Unsum
+from graftax.tree.dtypes import same_bits
 
 __all__ = [
     "CONDITIONS",

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from graftax.dtypes import dtype_name, numpy_dtype
 from graftax.errors import PlanError, option
 from graftax.ops.floats import FLOATS, widens
+from graftax.tree.dtypes import dtype_name, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 _POWERS = "float8_e8m0fnu"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graftax.dtypes import same_bits
 from graftax.errors import LayoutError, PlanError
 from graftax.ops.base import Array, Arrays, Specs, at_least, holds, refuse_packed, valid_axis, with_axis
 from graftax.tree import TensorSpec
+from graftax.tree.dtypes import same_bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Fill:
     def apply(self, arrays: Arrays) -> Arrays:
         import numpy as np
 
-        from graftax.dtypes import numpy_dtype, pack
+        from graftax.tree.dtypes import numpy_dtype, pack
 
         out = np.full(self.shape, self.value, numpy_dtype(self.dtype))
         spec = TensorSpec(self.shape, self.dtype)

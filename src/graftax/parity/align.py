@@ -19,7 +19,7 @@ import numpy as np
 from graftax.errors import GraftaxError, UsageError, escape
 from graftax.ops import Cast, Offset, Rearrange, Scale, apply_chain, parse_pattern
 from graftax.parity import values
-from graftax.parity.judge import relative_l2
+from graftax.parity.metrics import relative_l2
 from graftax.parity.pairing import Pair
 from graftax.plans import Entry
 from graftax.tree import Module, TensorSpec

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from graftax.dtypes import same_bits
 from graftax.errors import GraftaxError, escape
 from graftax.ops import Cast
 from graftax.ops.base import count_same_bits
 from graftax.ops.casting import cast_array
-from graftax.parity.report_model import WeightRow
+from graftax.parity.report.model import WeightRow
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint
+from graftax.tree.dtypes import same_bits
 
 UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 

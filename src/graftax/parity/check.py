@@ -7,7 +7,7 @@ from typing import Any
 
 from graftax.parity.pairing import find_pairs
 from graftax.parity.records import THRESHOLD
-from graftax.parity.report_model import ParityReport
+from graftax.parity.report.model import ParityReport
 from graftax.plans import Plan
 
 
@@ -49,37 +49,39 @@ def check_parity(
     model is changed. Raises PlanError where the weights cannot be planned, ModelError where a model's own code fails
     or was left in train mode, UsageError.
     """
-    from graftax.adapters import open_tree, open_weights
-    from graftax.parity import passes, sides, steps
+    from graftax.opening import open_tree, open_weights
+    from graftax.parity import compare, pipeline, prepare
     from graftax.parity.align import declared
     from graftax.parity.audit import Expected, audit
     from graftax.parity.inputs import Inputs
     from graftax.parity.reference import make_reference
     from graftax.parity.torch_runner import runners
 
-    clock = steps.Clock()
+    clock = pipeline.Clock()
     torch_module = getattr(torch_module, "_orig_mod", torch_module)  # of torch.compile
     calls = inputs if isinstance(inputs, Inputs) else None
     torch_tree = open_tree(torch_module)
     values_of = torch_tree if source is None else open_weights(source)
     torch64, torch32 = runners(torch_module, None if source is None else values_of, calls and calls.torch_call)
-    torch_call, flax_call = sides.calls_of(inputs, layout, flax_model)
-    like = sides.flax_like(flax_model, flax_call)
-    with steps.LayoutHint(layout, flax_call):
+    torch_call, flax_call = prepare.calls_of(inputs, layout, flax_model)
+    like = prepare.flax_like(flax_model, flax_call)
+    with pipeline.LayoutHint(layout, flax_call):
         flax_tree = open_tree(like)
-    made, notes = steps.planned(torch_tree, flax_tree, rules, plan, needed=weights is None and not flax_tree.has_values)
-    with steps.LayoutHint(layout, flax_call):
-        flax = sides.flax_side(like, flax_tree, weights, made, values_of, rngs, seed, calls and calls.flax_call)
+    made, notes = pipeline.planned(
+        torch_tree, flax_tree, rules, plan, needed=weights is None and not flax_tree.has_values
+    )
+    with pipeline.LayoutHint(layout, flax_call):
+        flax = prepare.flax_side(like, flax_tree, weights, made, values_of, rngs, seed, calls and calls.flax_call)
     clock.lap("prepare")
 
     pairs = find_pairs(made.entries, torch_tree.modules, flax_tree.modules, torch_tree.aliases, flax_tree.aliases)
     watch = list(dict.fromkeys(pair.torch for pair in pairs)) if layers else []
-    alone = steps.unpaired(torch_tree.modules, watch) if layers else []
-    with steps.LayoutHint(layout, torch_call, "torch"):
+    alone = pipeline.unpaired(torch_tree.modules, watch) if layers else []
+    with pipeline.LayoutHint(layout, torch_call, "torch"):
         reference = make_reference(torch64, torch32, *torch_call, watch, alone)
     clock.lap("torch")
-    with steps.LayoutHint(layout, flax_call):
-        judged = passes.judge_flax(
+    with pipeline.LayoutHint(layout, flax_call):
+        judged = compare.judge_flax(
             reference,
             flax.runner,
             *flax_call,
@@ -95,19 +97,19 @@ def check_parity(
     same = isinstance(flax.weights, Expected) and flax.weights.source is values_of
     rows = audit(expected, flax.weights) if values_of.has_values and not same else ()
     clock.lap("audit")
-    report = steps.assemble(
+    report = pipeline.assemble(
         judged,
         rows,
-        steps.settings_of(pairs, torch_tree.modules, flax_tree.modules),
+        pipeline.settings_of(pairs, torch_tree.modules, flax_tree.modules),
         pairs,
         reference,
         threshold,
-        notes=(*notes, *steps.notes_of(flax, flax_tree)),
+        notes=(*notes, *pipeline.notes_of(flax, flax_tree)),
         torch_modules=torch_tree.modules,
         names=(type(torch_module).__name__, flax.name),
     )
     if causes and not report.ok and (report.first is not None or report.weights):
-        sought = steps.Search(
+        sought = pipeline.Search(
             reference,
             judged,
             report,
@@ -119,7 +121,7 @@ def check_parity(
             flax_call,
             pairs,
         )
-        report = steps.with_causes(report, sought.causes)
+        report = pipeline.with_causes(report, sought.causes)
         clock.lap("causes")
     return replace(report, seconds=clock.seconds(judged.seconds))
 
@@ -127,6 +129,6 @@ def check_parity(
 def assert_parity(*args: Any, **kwargs: Any) -> ParityReport:
     """`check_parity` that raises ParityError, with the report as its text, where the answer is no."""
     __tracebackhide__ = True  # pytest shows the line of the test
-    from graftax.parity.steps import required
+    from graftax.parity.pipeline import required
 
     return required(check_parity(*args, **kwargs))

@@ -69,11 +69,11 @@ def save_golden(path: str | PathLike[str], golden: Golden, layers: bool = False)
 
     Raises UsageError for inputs that cannot be kept, StorageError where writing fails.
     """
-    from graftax.dtypes import spec_of, storage_bytes
-    from graftax.formats import files
-    from graftax.formats.commit import staged
+    from graftax.formats.io import system
+    from graftax.formats.io.commit import staged
+    from graftax.formats.io.own_file import refuse_other_file
     from graftax.formats.safetensors_header import build_header
-    from graftax.report.suggesting import refuse_other_file
+    from graftax.tree.dtypes import spec_of, storage_bytes
 
     out = Path(path)
     refuse_other_file(out, KEY, "a golden file")
@@ -86,13 +86,13 @@ def save_golden(path: str | PathLike[str], golden: Golden, layers: bool = False)
         with staged(out, folder=False) as place:
             fd = os.open(place.payload, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
-                files.write_at(fd, 0, memoryview(head))
+                system.write_at(fd, 0, memoryview(head))
                 for name, array in table.arrays.items():
-                    files.write_at(fd, ranges[name][0], memoryview(storage_bytes(array, specs[name])))  # pyright: ignore
+                    system.write_at(fd, ranges[name][0], memoryview(storage_bytes(array, specs[name])))  # pyright: ignore
             finally:
                 os.close(fd)
     except OSError as error:
-        raise files.storage_error(error, out) from error
+        raise system.storage_error(error, out) from error
 
 
 def _as_json(golden: Golden, table: Table) -> dict[str, Any]:
@@ -140,7 +140,8 @@ def _record_json(site: Site, record: Record, table: Table) -> list[Any]:
 
 def load_golden(path: str | PathLike[str]) -> Golden:
     """What `save_golden` wrote. FormatError for a malformed file or another kind, StorageError, UnsafeInputError."""
-    from graftax.formats import files, foreign, safetensors_file, strict_json
+    from graftax.formats import foreign, safetensors_file
+    from graftax.formats.io import files, strict_json
 
     place, label = Path(path), escape(path)
     head = files.read_head(place)

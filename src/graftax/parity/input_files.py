@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from graftax.adapters import factories
 from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import Failure, UsageError, escape, option
+from graftax.opening import factories
 from graftax.parity.inputs import Inputs
 
 _POSITION = re.compile(r"(?:arg|arr_)(0|[1-9][0-9]{0,3})")

@@ -13,11 +13,11 @@ from flax.core import FrozenDict, tracers
 from graftax.adapters import containers, linen_tree
 from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import ModelError, ReplayError, UsageError, escape
-from graftax.parity import flax_program, flax_supply, flax_values, linen_replay
+from graftax.parity import flax_program, flax_values, lazy_weights, linen_replay
 from graftax.parity.flax_program import Program
-from graftax.parity.flax_supply import Loans, Supply
+from graftax.parity.lazy_weights import Loans, Supply
+from graftax.parity.linen_lazy_weights import Lender
 from graftax.parity.linen_replay import Surveyed
-from graftax.parity.linen_supply import Lender
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module, join_path
 
@@ -215,19 +215,19 @@ class LinenRunner:
 
     def _weights(self, supply: Supply | None) -> tuple[Any, Loans]:
         """(variables as jax arrays, what is missing in them)."""
-        missing = flax_supply.abstract_leaves(self.variables)
+        missing = lazy_weights.abstract_leaves(self.variables)
         if not missing:
             if self._placed is None:
                 self._placed = jax.tree.map(jax.numpy.asarray, self.variables)
             return self._placed, Loans(None)
         survey = self.survey()
-        owned = flax_supply.by_owner(missing, survey, collection=True)
+        owned = lazy_weights.by_owner(missing, survey, collection=True)
         loans = Loans(supply, self.modules if self._wrapper or self._modules else {}, owned)
         now: dict[Any, Any] = {}
         for path in [path for path in owned if path in survey and survey[path].nested]:
             now |= loans.values(path)  # what a lifted transformation takes in must be there before
             del owned[path]
-        return flax_supply.filled(self.variables, now), loans
+        return lazy_weights.filled(self.variables, now), loans
 
     # ------------------------------------------------------------ survey
 

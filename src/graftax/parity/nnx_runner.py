@@ -13,9 +13,9 @@ from flax.core import tracers
 
 from graftax.adapters import containers, jax_arrays, nnx_tree
 from graftax.errors import ModelError, ReplayError, UsageError, escape
-from graftax.parity import flax_program, flax_supply, flax_values, nnx_cover
+from graftax.parity import flax_program, flax_values, lazy_weights, nnx_cover
 from graftax.parity.flax_program import Program
-from graftax.parity.flax_supply import Loans, Supply
+from graftax.parity.lazy_weights import Loans, Supply
 from graftax.parity.linen_replay import sliced
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module
@@ -52,7 +52,7 @@ class NnxRunner:
         graphdef, state = nnx.split(module)
         self._graphdef: Any = graphdef
         self._state: Any = jax.tree.map(_own, state)
-        self._missing = flax_supply.abstract_leaves(self._state)
+        self._missing = lazy_weights.abstract_leaves(self._state)
         self._paths = [_path(keys) for keys, _ in nnx.iter_modules(module)]
         self._name = next(_numbers)
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -162,7 +162,7 @@ class NnxRunner:
         outside = sorted(leaves.keys() - used)
         if outside:
             raise ReplayError(f"{escape(outside[0])} is no leaf of {escape(path) or 'the model'}")
-        return flax_supply.filled(self._state, now)
+        return lazy_weights.filled(self._state, now)
 
     # ------------------------------------------------------------ running
 
@@ -217,14 +217,14 @@ class NnxRunner:
         """(the state as jax arrays, what is missing in it)."""
         if not self._missing:
             return self._state, Loans(None)
-        owned = flax_supply.by_owner(self._missing, self._paths, collection=False)
+        owned = lazy_weights.by_owner(self._missing, self._paths, collection=False)
         survey = self.survey()
         loans = Loans(supply, self.modules, owned)
         now: dict[Any, Any] = {}
         for path in [path for path in owned if path in survey and survey[path][0]]:
             now |= loans.values(path)  # what a transformation takes in must be there before
             del owned[path]
-        return flax_supply.filled(self._state, now), loans
+        return lazy_weights.filled(self._state, now), loans
 
     @contextlib.contextmanager
     def _supplied(self, module: Any, path: str) -> Iterator[None]:

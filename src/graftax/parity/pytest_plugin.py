@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from graftax.parity.report_model import ParityReport
+    from graftax.parity.report.model import ParityReport
 
 FLAG = "--graftax-update-golden"
 FOLDER = "golden"
@@ -184,7 +184,7 @@ class _Failure:
         report = getattr(self.error, "report", None)
         if report is None:
             return str(self.error)
-        from graftax.report.parity_text import parity_text
+        from graftax.parity.report.text import parity_text
 
         notes = getattr(self.error, "__notes__", ())
         return "\n".join([parity_text(report, width, color), *notes])
@@ -212,7 +212,7 @@ def _crash(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException]) -> _
     lines = str(excinfo.value).splitlines()
     message = lines[0] if lines else "ParityError"
     if report is not None:
-        from graftax.report.parity_words import one_line
+        from graftax.parity.report.words import one_line
 
         message = one_line(report)
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.errors import ModelError, escape
 from graftax.parity import values
-from graftax.parity.judge import relative_l2
+from graftax.parity.metrics import relative_l2
 from graftax.parity.records import Record, Reference, Runner, Site
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from graftax.errors import PlanError, ReplayError, escape, option
 from graftax.parity.golden import Golden, load_golden, save_golden
 from graftax.parity.records import THRESHOLD
-from graftax.parity.report_model import ParityReport
+from graftax.parity.report.model import ParityReport
 from graftax.plans import Plan
 from graftax.tree import Checkpoint, Module
 
@@ -39,8 +39,8 @@ def record_golden(
 
     Raises what gx.check_parity raises of the torch side, UsageError for inputs that a file cannot hold, StorageError.
     """
-    from graftax.adapters import open_tree, open_weights
-    from graftax.parity import sides, steps
+    from graftax.opening import open_tree, open_weights
+    from graftax.parity import pipeline, prepare
     from graftax.parity.inputs import Inputs
     from graftax.parity.reference import make_reference
     from graftax.parity.torch_runner import runners
@@ -48,9 +48,9 @@ def record_golden(
     tree = open_tree(torch_module)
     values_of = None if source is None else open_weights(source)
     torch64, torch32 = runners(torch_module, values_of, inputs.torch_call if isinstance(inputs, Inputs) else None)
-    torch_call, flax_call = sides.calls_of(inputs, layout, flax_model)
+    torch_call, flax_call = prepare.calls_of(inputs, layout, flax_model)
     watch = _watched(tree, flax_model, flax_call, rules, plan) if layers else []
-    with steps.LayoutHint(layout, torch_call, "torch"):
+    with pipeline.LayoutHint(layout, torch_call, "torch"):
         reference = make_reference(torch64, torch32, *torch_call, watch)
     golden = Golden(
         replace(reference, modules=tree.modules),
@@ -95,33 +95,33 @@ def check_golden(
     Layers are judged where they were recorded. Raises what gx.check_parity raises of the Flax side, FormatError for a
     malformed golden file.
     """
-    from graftax.adapters import open_tree, open_weights
-    from graftax.parity import passes, sides, steps
+    from graftax.opening import open_tree, open_weights
+    from graftax.parity import compare, pipeline, prepare
     from graftax.parity.align import declared
     from graftax.parity.audit import Expected, audit
     from graftax.parity.pairing import find_pairs
 
-    clock = steps.Clock()
+    clock = pipeline.Clock()
     kept = golden if isinstance(golden, Golden) else load_golden(golden)
     torch = kept.checkpoint()
     values_of = torch if source is None else open_weights(source)
-    call = sides.with_example((kept.flax_args, dict(kept.flax_kwargs)), flax_model)
-    like = sides.flax_like(flax_model, call)
-    with steps.LayoutHint(kept.layout, call):
+    call = prepare.with_example((kept.flax_args, dict(kept.flax_kwargs)), flax_model)
+    like = prepare.flax_like(flax_model, call)
+    with pipeline.LayoutHint(kept.layout, call):
         tree = open_tree(like)
     if weights is None and not tree.has_values and not values_of.has_values:
         raise PlanError(
             f"{escape(tree.label)} holds no weights, and neither does a golden file",
             next=f"Pass the Flax weights ({option('weights')}), or torch's checkpoint ({option('source')}).",
         )
-    made, notes = steps.planned(torch, tree, rules, plan, needed=weights is None and not tree.has_values)
-    with steps.LayoutHint(kept.layout, call):
-        flax = sides.flax_side(like, tree, weights, made, values_of, rngs, seed, flax_call)
+    made, notes = pipeline.planned(torch, tree, rules, plan, needed=weights is None and not tree.has_values)
+    with pipeline.LayoutHint(kept.layout, call):
+        flax = prepare.flax_side(like, tree, weights, made, values_of, rngs, seed, flax_call)
         clock.lap("prepare")
         pairs = find_pairs(made.entries, torch.modules, tree.modules, torch.aliases, tree.aliases)
         traced = layers and bool(kept.reference.records)
         reference = kept.reference if traced else replace(kept.reference, records={}, order=(), events=())
-        judged = passes.judge_flax(
+        judged = compare.judge_flax(
             reference,
             flax.runner,
             *call,
@@ -136,24 +136,24 @@ def check_golden(
     expected: Mapping[str, Any] = Expected(made, values_of) if values_of.has_values else {}
     rows = audit(expected, flax.weights) if isinstance(expected, Expected) and not flax.ported else ()
     clock.lap("audit")
-    report = steps.assemble(
+    report = pipeline.assemble(
         judged,
         rows,
-        steps.settings_of(pairs, torch.modules, tree.modules),
+        pipeline.settings_of(pairs, torch.modules, tree.modules),
         pairs,
         reference,
         threshold,
-        notes=(*notes, *steps.notes_of(flax, tree), *_notes(kept, layers, values_of)),
+        notes=(*notes, *pipeline.notes_of(flax, tree), *_notes(kept, layers, values_of)),
         torch_modules=torch.modules,
         names=(kept.torch_name, flax.name),
     )
     if causes and not report.ok and (report.first is not None or report.weights):
         absent = NoTorch(reference.modules)
         values = values_of if values_of.has_values else Checkpoint("no weights", "torch", {})
-        sought = steps.Search(
+        sought = pipeline.Search(
             reference, judged, report, (absent, absent, flax.runner), made, values, flax, expected, call, pairs
         )  # fmt: skip
-        report = steps.with_causes(report, sought.causes)
+        report = pipeline.with_causes(report, sought.causes)
         clock.lap("causes")
     return replace(report, seconds=clock.seconds(judged.seconds))
 
@@ -161,7 +161,7 @@ def check_golden(
 def assert_golden(*args: Any, **kwargs: Any) -> ParityReport:
     """`check_golden` that raises ParityError, with the report as its text, where the answer is no."""
     __tracebackhide__ = True
-    from graftax.parity.steps import required
+    from graftax.parity.pipeline import required
 
     return required(check_golden(*args, **kwargs))
 
@@ -186,14 +186,14 @@ class NoTorch:
 
 def _watched(tree: Checkpoint, flax_model: Any, call: Any, rules: Any, plan: Plan | None) -> list[str]:
     """The torch modules that have a counterpart; all that hold weights where Flax is not there."""
-    from graftax.adapters import open_tree
-    from graftax.parity import sides, steps
+    from graftax.opening import open_tree
+    from graftax.parity import pipeline, prepare
     from graftax.parity.pairing import find_pairs
 
     if flax_model is None:
         return [path for path, module in tree.modules.items() if module.leaves]
-    like = open_tree(sides.flax_like(flax_model, call))
-    made, _ = steps.planned(tree, like, rules, plan, needed=False)
+    like = open_tree(prepare.flax_like(flax_model, call))
+    made, _ = pipeline.planned(tree, like, rules, plan, needed=False)
     pairs = find_pairs(made.entries, tree.modules, like.modules, tree.aliases, like.aliases)
     return list(dict.fromkeys(pair.torch for pair in pairs))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from graftax.layers.settings import settings_differ
 from graftax.parity.pairing import Pair
-from graftax.parity.report_model import SettingRow, Severity
+from graftax.parity.report.model import SettingRow, Severity
 from graftax.tree import Module
 
 Settings = Mapping[str, Any]

@@ -7,9 +7,9 @@ from itertools import zip_longest
 from typing import Any
 
 from graftax.errors import escape
-from graftax.formats.sizes import size_text
-from graftax.training_tree import split
+from graftax.formats.io.sizes import size_text
 from graftax.tree import Checkpoint, TensorSpec, natural_key
+from graftax.tree.training_tree import split
 
 _SHOWN = 12
 """Names of what stands beside the weights that a person is shown."""
@@ -63,7 +63,7 @@ def leaf_hash(array: Any, spec: TensorSpec) -> str:
     """sha256 of a leaf's bytes in C order, little end first, whatever file it lies in."""
     import hashlib
 
-    from graftax.dtypes import storage_bytes
+    from graftax.tree.dtypes import storage_bytes
 
     return hashlib.sha256(storage_bytes(array, spec).data).hexdigest()
 

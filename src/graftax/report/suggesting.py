@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from graftax.errors import PlanError, StorageError, escape
+from graftax.formats.io.own_file import refuse_other_file
 from graftax.plans import Plan
 
 HEADER = "# Uncomment one line for each question, then: --rules with this file."
@@ -25,19 +26,6 @@ def suggestions(plan: Plan | PlanError) -> str:
 
 def _one_line(text: str) -> str:
     return escape(text, 2000)
-
-
-def refuse_other_file(path: str | Path, mark: str, what: str) -> None:
-    """StorageError where `path` is a file without `mark` near its start: it is not the one that may be replaced."""
-    try:
-        with Path(path).open("rb") as file:
-            head = file.read(4096)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StorageError(f"cannot write {escape(path)}: {error.strerror}") from error
-    if mark.encode() not in head:
-        raise StorageError(f"{escape(path)} exists, and is not {what}", next="Choose another name, or remove it.")
 
 
 def write_suggestions(plan: Plan | PlanError, path: str | Path) -> None:

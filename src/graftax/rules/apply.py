@@ -11,7 +11,7 @@ from graftax.plans import PARITY, Assumption, Entry, Proposal
 from graftax.rules.build import Builder
 from graftax.rules.grouping import Ends, find_groups, folded, no_match, resolve
 from graftax.rules.model import Rule
-from graftax.rules.port import Named, Port
+from graftax.rules.state import Named, Port
 from graftax.rules.template import KeyIndex, Template, parse_template
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 

@@ -13,7 +13,7 @@ from graftax.rules.flatten import NO_TAIL, Tail, conv_tail
 from graftax.rules.grouping import Ends, Group, render_there
 from graftax.rules.layout import role_of
 from graftax.rules.model import LIST, Rule
-from graftax.rules.port import Named, Port
+from graftax.rules.state import Named, Port
 from graftax.rules.template import SEPARATOR, Template
 from graftax.tree import Module, Side, TensorSpec
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from graftax.errors import LayoutError, PlanError, UsageError, escape, option
 from graftax.layers import Connection, layouts, leaf_connections
 from graftax.ops import Op, apply_chain, chain_text, invert_chain
-from graftax.sides import FLAX_LEAVES, OTHER, side_of_names
 from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
+from graftax.tree.sides import FLAX_LEAVES, OTHER, side_of_names
 
 LAYOUTS: tuple[str, ...] = layouts()
 """What `layout` may say: the names of the layer table."""
@@ -58,8 +58,8 @@ class FromCheckpoint:
 
         Raises StorageError, FormatError, UnsafeInputError; PlanError for a quantized checkpoint or one without values.
         """
-        from graftax.adapters import open_tree
-        from graftax.formats.quantized import refuse_quantized
+        from graftax.match.quantized import refuse_quantized
+        from graftax.opening import open_tree
 
         if isinstance(self.source, Checkpoint) and self.target is not None:
             return self

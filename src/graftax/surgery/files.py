@@ -12,12 +12,12 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, GraftaxError, PlanError, escape, option
-from graftax.sides import Signs, separator_of
 from graftax.surgery.donors import FromCheckpoint
 from graftax.surgery.leaves import failures_of, new_leaf, prepared
 from graftax.surgery.selecting import Edit, Tree, choose, edits_of, selector_text
-from graftax.training_tree import own_parts
 from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree.sides import Signs, separator_of
+from graftax.tree.training_tree import own_parts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,7 +169,7 @@ def _as_numpy(array: Any) -> Array:
 
 def sha256(array: Array, spec: TensorSpec) -> str:
     """The hash of a tensor's bytes as files hold them."""
-    from graftax.dtypes import storage_bytes
+    from graftax.tree.dtypes import storage_bytes
 
     return hashlib.sha256(storage_bytes(array, spec).data).hexdigest()
 

@@ -11,7 +11,7 @@ from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape,
 from graftax.surgery.donors import FromCheckpoint, Target, misfit_hint, owner, readings_of
 from graftax.surgery.live import spec_of_leaf
 from graftax.surgery.selecting import Edit
-from graftax.surgery_values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros, require_floating
+from graftax.surgery.values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros, require_floating
 from graftax.tree import Checkpoint, TensorSpec
 
 VALUES = (Constant, Zeros, Normal, AddNormal, Scaled, Quantized, FromCheckpoint)
@@ -116,7 +116,7 @@ def traced_leaf(path: str, spec: TensorSpec, value: Any, leaf: Any) -> Any:
 def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callable[[], Checkpoint]) -> None:
     """Misfit for a torch tensor that would fit a Flax leaf as it is and as torch lays it out: a square weight. An array
     of NumPy or jax is taken as it is."""
-    from graftax.adapters import open_tree
+    from graftax.opening import open_tree
 
     target = target_of(home(), path)
     if target.side != "torch":

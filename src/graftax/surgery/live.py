@@ -11,10 +11,10 @@ from typing import Any
 
 from graftax.adapters import kind_of, live_leaves, optimizer_paths
 from graftax.errors import PlanError, UsageError, escape
-from graftax.sides import separator_of
 from graftax.surgery.selecting import Tree
-from graftax.training_tree import may_hold_state, own_parts
 from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree.sides import separator_of
+from graftax.tree.training_tree import may_hold_state, own_parts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +104,7 @@ class LiveTree:
 
     def opened(self) -> Checkpoint:
         """The same tree as a Checkpoint: its modules tell layouts."""
-        from graftax.adapters import open_tree
+        from graftax.opening import open_tree
 
         return open_tree(self.native)
 
@@ -117,7 +117,7 @@ def spec_of_leaf(leaf: Any) -> TensorSpec:
         from graftax.adapters.torch_arrays import spec_of_tensor
 
         return spec_of_tensor(leaf)
-    from graftax.dtypes import spec_of
+    from graftax.tree.dtypes import spec_of
 
     return spec_of(leaf)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from graftax.parity.causes.elementwise import Difference, Source, fit_cap, sampled
 from graftax.parity.causes.numbers import Array, Bar, nice, positions, relative
-from graftax.parity.causes.recipes import Difference, Source, fit_cap, sampled
 from graftax.parity.causes.resizing import METHODS, resize
 
 _SHIFTS = 8  # places by which a table of positions may be read wrongly

@@ -26,8 +26,8 @@ from graftax.parity.causes.attention_forms import (
     sample,
     scores_of,
 )
+from graftax.parity.causes.elementwise import Difference
 from graftax.parity.causes.numbers import Array, Bar, Budget
-from graftax.parity.causes.recipes import Difference
 from graftax.parity.causes.rotary import Kind, Rotary
 
 

@@ -8,8 +8,8 @@ from itertools import combinations
 from typing import Any
 
 from graftax.parity.causes.attention_forms import Form, Scene, head_dim
+from graftax.parity.causes.elementwise import Difference
 from graftax.parity.causes.numbers import nice
-from graftax.parity.causes.recipes import Difference
 from graftax.parity.causes.rotary import OFFSETS, PARTS, STRETCHES, THETAS
 
 Axis = Callable[[Form, Scene], Iterator[Form]]

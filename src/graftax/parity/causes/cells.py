@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from graftax.parity.causes.activations import apply
+from graftax.parity.causes.elementwise import Difference
 from graftax.parity.causes.numbers import Array, Bar, relative
-from graftax.parity.causes.recipes import Difference
 
 _EXAMPLES, _STEPS = 4, 64
 

@@ -19,9 +19,9 @@ from graftax.ops import Cast, Offset, Scale, apply_chain
 from graftax.parity.align import LARGEST, numbered
 from graftax.parity.audit import made_of
 from graftax.parity.causes.numbers import Array, Bar, Budget
+from graftax.parity.divergence import Suspect
 from graftax.parity.pairing import OPAQUE
-from graftax.parity.report_model import Cause, ratio_of
-from graftax.parity.suspect import Suspect
+from graftax.parity.report.model import Cause, ratio_of
 from graftax.plans import Entry
 from graftax.tree import TensorSpec
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from graftax.parity.causes.activations import ACTIVATIONS, apply
+from graftax.parity.causes.elementwise import Difference, Source, sampled
 from graftax.parity.causes.numbers import Array, Bar, arrays, is_number, relative
-from graftax.parity.causes.recipes import Difference, Source, sampled
+from graftax.parity.divergence import Suspect
 from graftax.parity.records import Site
-from graftax.parity.report_model import Where
-from graftax.parity.suspect import Suspect
+from graftax.parity.report.model import Where
 from graftax.tree import Module
 
 NOT_APPLIED, ORDER, OTHER = "norm not applied", "norm order", "other activation"

@@ -8,8 +8,8 @@ from itertools import product
 
 import numpy as np
 
+from graftax.parity.causes.elementwise import Difference
 from graftax.parity.causes.numbers import Array, Bar, in_bfloat16, relative
-from graftax.parity.causes.recipes import Difference
 
 _ROWS = 512
 EPSILONS: tuple[float, ...] = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-7, 1e-4, 2.0**-23, 2.0**-52, 0.0, 1e-2, 1e-15, 1e-10)

@@ -6,8 +6,8 @@ from itertools import product
 
 import numpy as np
 
+from graftax.parity.causes.elementwise import Difference
 from graftax.parity.causes.numbers import Array, Bar, relative
-from graftax.parity.causes.recipes import Difference
 from graftax.parity.causes.reorder import Known, name_order
 
 _ROWS = 64

@@ -9,9 +9,9 @@ import numpy as np
 
 from graftax.ops import Sum
 from graftax.parity.causes.cells import Weights, cell_difference
+from graftax.parity.causes.elementwise import Difference
 from graftax.parity.causes.gates import Cell, diagnose_cell, diagnose_gru_bias
 from graftax.parity.causes.numbers import Array, Bar
-from graftax.parity.causes.recipes import Difference
 from graftax.parity.causes.weights import Found
 from graftax.plans import Entry
 from graftax.tree import whole_words

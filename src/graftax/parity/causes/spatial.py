@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from graftax.parity.causes.activations import ACTIVATIONS, apply
+from graftax.parity.causes.elementwise import Difference, Source, cheapest
 from graftax.parity.causes.numbers import Array, Bar, Budget, relative
-from graftax.parity.causes.recipes import Difference, Source, cheapest
 
 _BATCH, _CHANNELS = 2, 4  # what is looked at of a pooled map
 _ACTS = ("identity", "relu", "gelu erf", "gelu tanh", "silu", "tanh", "relu6", "leaky relu 0.01", "elu")

@@ -1,0 +1,297 @@
+"""The commands. Each is thin: it opens, calls the library, and hands back an Outcome, which `running` prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from graftax.cli.common import (
+    DEFAULTS,
+    Flag,
+    Json,
+    MaybeOut,
+    Out,
+    Outcome,
+    Planning,
+    no_of,
+    open_source,
+    planned,
+    refuse_own_input,
+)
+from graftax.cli.help_text import HelpText
+from graftax.cli.replace import replace_command
+from graftax.cli.verify import verify_command
+from graftax.errors import UsageError, escape
+from graftax.tree.gc_paused import nothing_collected
+
+app = App(
+    name="graftax",
+    help="Port weights between PyTorch and Flax, operate on them, and prove the result.",
+    help_format="plaintext",
+    help_formatter=HelpText(),
+    version="0.1.0",
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+
+
+@app.command(name="inspect")
+def inspect_command(
+    ckpt: str,
+    /,
+    *,
+    stats: Annotated[bool, Flag] = False,
+    hashes: Annotated[bool, Flag] = False,
+    spec: Annotated[bool, Flag] = False,
+    json: Json = False,
+) -> Outcome:
+    """What is in a checkpoint: names, shapes, dtypes.
+
+    Parameters
+    ----------
+    ckpt
+        A file, a sharded or Hugging Face folder, an Orbax checkpoint, or pkg.mod:factory; PATH::NAME picks a part.
+    stats
+        min, max, mean, std, zeros, NaN and infinite values of every leaf.
+    hashes
+        sha256 of every leaf.
+    spec
+        Print a spec file: names, shapes and dtypes, to be used as --like.
+    """
+    from graftax.report.inspecting import inspection, inspection_text
+
+    with nothing_collected():  # a hundred thousand rows: a third of the time
+        checkpoint = open_source(ckpt)
+        if spec:
+            from graftax.formats.spec_file import dump_spec
+
+            text = dump_spec(checkpoint)
+            return Outcome(_json(text), text.rstrip("\n"))
+        data = inspection(checkpoint, stats=stats, hashes=hashes)
+        return Outcome(data, "" if json else inspection_text(data))
+
+
+@app.command(name="plan")
+def plan_command(
+    source: str,
+    /,
+    *,
+    planning: Planning = DEFAULTS,
+    out: MaybeOut = None,
+    json: Json = False,
+) -> Outcome:
+    """What goes where, and how, from SOURCE to LIKE; nothing is moved. Exit 1 where something is open.
+
+    Parameters
+    ----------
+    source
+        The checkpoint to port.
+    out
+        Write the plan here (JSON), for port --plan.
+    """
+    made, opened, like = planned(source, planning)
+    no = no_of(made, planning)
+    if out is not None and no is None:
+        from graftax.formats.io.own_file import refuse_other_file
+
+        refuse_other_file(out, "graftax_plan", "a plan")
+        made.save(out)
+    return Outcome(made.as_json(), "" if json else _opened(str(made), opened, like), no)
+
+
+@app.command(name="port")
+def port_command(
+    source: str,
+    /,
+    *,
+    planning: Planning = DEFAULTS,
+    plan: str | None = None,
+    out: Out,
+    format: str | None = None,
+    max_memory: str = "512MiB",
+    shard_size: str | None = None,
+    resume: Annotated[bool, Flag] = False,
+    no_clobber: Annotated[bool, Flag] = False,
+    dry_run: Annotated[bool, Flag] = False,
+    json: Json = False,
+) -> Outcome:
+    """Port SOURCE into LIKE's names and layouts, and write it.
+
+    Parameters
+    ----------
+    source
+        The checkpoint to port.
+    plan
+        A plan made before (graftax plan -o), instead of --like and the options that make one.
+    out
+        Where to write. The ending picks the format: .safetensors .msgpack .npz .pt .pth .bin; none: Orbax for Flax, a
+        sharded folder for torch.
+    format
+        A format's name, whatever the ending.
+    max_memory
+        What .safetensors (also in shards), .pt, .msgpack and .npz are written within, however large a tensor is; Orbax
+        is handed all tensors at once.
+    shard_size
+        The size of a shard, such as 5GB; needs a folder.
+    resume
+        Keep what was made if the run is stopped, and go on from what a stopped run of the same command left. All
+        formats but Orbax, which starts anew. The source must be in files.
+    no_clobber
+        Refuse an OUT that exists.
+    dry_run
+        Plan and check everything, write nothing.
+    """
+    from graftax.api import write_plan
+    from graftax.plans.text import left_out_lines
+    from graftax.report.progress import progress_bar
+
+    refuse_own_input(out, planning.rules, plan)
+    made, opened, like = planned(source, planning, plan)
+    no = no_of(made, planning)
+    data: dict[str, Any] = {
+        "out": out,
+        "written": False,
+        "complete": made.complete,
+        "questions": [question.as_json() for question in made.questions],
+        "assumptions": [assumption.as_json() for assumption in made.assumptions],
+    }
+    if no is not None:
+        return Outcome(data, "", no)
+    if dry_run:
+        return Outcome(data | {"plan": made.as_json()}, "" if json else f"{made}\n{escape(out)}: not written (dry run)")
+    with progress_bar(made) as advance:
+        receipt = write_plan(
+            made,
+            opened,
+            like,
+            out,
+            format=format,
+            shard_size=shard_size,
+            clobber=not no_clobber,
+            max_memory=max_memory,
+            resume=resume,
+            advance=advance,
+        )
+    data |= {"written": True, "receipt": receipt.as_json()}
+    lines = [_opened(_written(out, receipt.leaves, receipt.nbytes), opened, like), receipt.text]
+    lines += left_out_lines(made)
+    lines += [f"dropped: {line}" for line in _by_reason(receipt.dropped)]
+    lines += [f"not from the source: {line}" for line in _by_reason(receipt.filled)]
+    lines += [f"note: {escape(note, 400)}" for note in receipt.notes]
+    lines += [f"assumed: {assumption}" for assumption in made.assumptions]
+    return Outcome(data, "\n".join(lines))
+
+
+@app.command(name="diff")
+def diff_command(
+    a: str,
+    b: str,
+    /,
+    *,
+    plan: str | None = None,
+    like: str | None = None,
+    from_: Annotated[Literal["torch", "flax"] | None, Parameter(name="--from")] = None,
+    to: Literal["torch", "flax"] | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    json: Json = False,
+) -> Outcome:
+    """Compare two checkpoints leaf by leaf; exit 1 where they differ.
+
+    Parameters
+    ----------
+    a
+        A checkpoint.
+    b
+        Another. With --plan or --like, A is ported to B's side first.
+    plan
+        The plan that ports A.
+    like
+        The tree that A is ported to.
+    from_
+        The side of A, where it does not declare it.
+    to
+        The side of LIKE and of B, where they do not declare it.
+    atol
+        Absolute tolerance; without atol and rtol every bit counts.
+    rtol
+        Relative tolerance.
+    """
+    from graftax.api import open_both
+    from graftax.errors import DifferenceError
+    from graftax.opening import open_tree
+    from graftax.report.comparing import comparison, comparison_text
+
+    first, second = open_both(a, b, from_, to, open_tree)
+    assert second is not None
+    if plan is not None and like is not None:
+        raise UsageError("give --plan or --like, not both")
+    for checkpoint in (first, second):
+        if not checkpoint.has_values:
+            raise UsageError(f"{escape(checkpoint.label)} has no values to compare")
+    read, specs = first.read, first.specs
+    if plan is not None or like is not None:
+        from graftax.api import host_arrays
+
+        made, opened, opened_like = planned(a, Planning(like=like, from_=from_, to=to), plan)
+        made.require_complete(_rules_for_diff(a, b, like))
+        arrays, _ = host_arrays(made, opened, opened_like)
+        read, specs = arrays.__getitem__, made.like.specs
+    data = comparison(specs, read, second.specs, second.read, atol, rtol)
+    error = None
+    if not data["equal"]:
+        mixed = plan is None and like is None and {first.side, second.side} == {"torch", "flax"}
+        hint = f"A is {first.side} and B is {second.side}: give --like {b} or --plan." if mixed else ""
+        error = DifferenceError(f"{escape(first.label)} and {escape(second.label)} differ", next=hint)
+    return Outcome(data, "" if json else comparison_text(data), error)
+
+
+@app.command(name="layers")
+def layers_command(*, json: Json = False) -> Outcome:
+    """What is supported, exact or measured, and what is refused and why."""
+    from graftax.layers import layer_rows, layers_text
+
+    return Outcome(layer_rows(), "" if json else layers_text())
+
+
+app.command(replace_command, name="replace")
+app.command(verify_command, name="verify")
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _rules_for_diff(a: str, b: str, like: str | None) -> str:
+    """The way out where the plan that diff makes is not complete: diff takes no rules."""
+    if like is None:
+        return ""
+    steps = f"graftax plan {a} --like {like} --rules R.toml -o plan.json, then graftax diff {a} {b} --plan plan.json"
+    return f"diff takes no rules: {escape(steps, 600)} (plan --suggest R.toml writes what is open as rules)."
+
+
+def _json(text: str) -> Any:
+    return json.loads(text)
+
+
+def _opened(text: str, *ends: Any) -> str:
+    """`text` below the files that were opened, where a folder or a hub id was named."""
+    from graftax.report.inspecting import opened_file
+
+    found = [(end, path) for end in ends if end is not None and (path := opened_file(end))]
+    return "\n".join([*(f"opened: {escape(end.label)}: {escape(path, 400)}" for end, path in found), text])
+
+
+def _written(out: str, leaves: int, nbytes: int) -> str:
+    from graftax.formats.io.sizes import size_text
+
+    return f"wrote {escape(out)}: {leaves} leaves, {size_text(nbytes)}"
+
+
+def _by_reason(names: Mapping[str, str]) -> list[str]:
+    """`bn{1..9}.num_batches_tracked (9): why`, a line a reason."""
+    from graftax.plans.text import by_reason
+
+    return [f"{folded} ({count}): {escape(reason, 300)}" for reason, count, folded in by_reason(names, 4)]

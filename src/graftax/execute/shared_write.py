@@ -1,0 +1,365 @@
+"""Write one checkpoint with all processes of a `jax.distributed` job, on a file system that they share.
+
+Process 0 checks the destination, stages, and puts the result in place, as it would alone; between these every process
+writes its part of what is staged. safetensors: tiles of the tensors, each at its place in the one file. A sharded
+folder: whole shards. Orbax: its own multi-host commit of arrays that are spread over all devices. Other formats are
+made front to back by process 0 alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graftax.adapters.shardings import jax_narrows
+from graftax.errors import StorageError, UsageError, escape
+from graftax.execute import partition
+from graftax.execute.distributed import Peers
+from graftax.execute.receipt import Receipt
+from graftax.execute.same_work import same_work
+from graftax.execute.streamed import Stream
+from graftax.formats import Output, hf_folder, orbax_write, safetensors_file, saving
+from graftax.formats.base import Format, Tile
+from graftax.formats.io.sizes import parse_size
+from graftax.formats.sidecars import for_port
+from graftax.plans import Entry, Plan
+from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree.dtypes import numpy_dtype
+
+_MARK = "job"
+"""A file of the staging folder with a number that every process must find there."""
+_SEEN = 10.0  # seconds in which a network file system shows what another host has made
+_LEAST = 32 << 20  # bytes of a stream's budget: smaller tiles would cost more than even shares give
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What `port_file` was asked for, apart from the plan."""
+
+    out: str
+    format: str | None
+    shard_size: int | str | None
+    clobber: bool
+    max_memory: int | str
+    resume: bool
+
+
+def write_together(
+    joined: Peers,
+    made: Plan,
+    source: Checkpoint,
+    like: Checkpoint | None,
+    wanted: Wanted,
+    advance: Callable[[int], None],
+) -> Receipt:
+    """As `api.write_plan`, called by every process with the same arguments. Each gives the receipt of the whole.
+
+    Raises in all processes alike: what any of them failed with; PlanError where they were given different work,
+    StorageError where they do not see the same files.
+    """
+    with joined.together("reading the source"):
+        made.require_complete()
+        if wanted.resume:
+            raise UsageError("several processes cannot resume what was stopped", next="Leave out resume=.")
+        total = sum(spec.nbytes for spec in made.like.specs.values())
+        budget = min(parse_size(wanted.max_memory), max(_LEAST, total // (2 * joined.count)))
+        shard_bytes = None if wanted.shard_size is None else parse_size(wanted.shard_size)
+        same = same_work(made, source, like) | {
+            "out": os.path.abspath(wanted.out),
+            "options": repr(replace(wanted, out="")),
+        }
+    joined.agree("planning", same=same)
+    receipt = Receipt()
+    stream = Stream(made, source, like, receipt, budget, advance)
+    output = Output(made.like.specs, (), made.like.side, made.like.real_keys, made.like.containers, shard_bytes)
+    path, row, output = saving.prepare(wanted.out, output, wanted.format)
+    work = _Work.of(joined, made, stream, path, output)
+    writer = _WRITERS.get(row.name) or _alone(row)
+
+    def part(payload: Path) -> None:
+        with joined.together("writing"):
+            saving.guarded(lambda: writer.write(payload, output, work), path)
+
+    def lead(payload: Path) -> None:
+        mark = os.urandom(8).hex()
+        (payload.parent / _MARK).write_text(mark, encoding="ascii")
+        writer.begin(payload, output, work)
+        joined.agree("staging", give=[str(payload), mark])
+        joined.agree("finding the staging folder")
+        part(payload)
+
+    if joined.index == 0:
+        inputs = (source,) if like is None else (source, like)
+        with joined.together("putting it in place"):
+            receipt.notes = saving.save(
+                wanted.out,
+                output,
+                format=wanted.format,
+                clobber=wanted.clobber,
+                inputs=inputs,
+                write=lead,
+                sidecars=for_port(source, like, made.like.specs),
+            ).notes
+    else:
+        payload, mark = joined.agree("staging")[0]
+        with joined.together("finding the staging folder"):
+            _find(Path(payload).parent / _MARK, mark)
+        part(Path(payload))
+        joined.agree("putting it in place")
+    work.settle(receipt)
+    return receipt
+
+
+# ---------------------------------------------------------------- this process's part
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """What this process makes, as tiles that a writer asks for and as the log that it tells of them (`base.Tiles`,
+    `base.Log`). `parts`: target -> its tiles that are made here. Looks for another's failure at every tile."""
+
+    joined: Peers
+    plan: Plan
+    stream: Stream
+    out: Path
+    names: Mapping[str, str]
+    parts: Mapping[str, partition.Part]
+    home: Mapping[str, tuple[int, Entry]]
+    counted: dict[int, Any]
+    notes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, joined: Peers, plan: Plan, stream: Stream, out: Path, output: Output) -> _Work:
+        """`output` has the targets of the plan in their order, some below a name."""
+        names = dict(zip(output.specs, plan.like.specs, strict=True))
+        home = {name: (i, entry) for i, entry in enumerate(plan.entries) for name in entry.targets}
+        return cls(joined, plan, stream, out, names, {}, home, {}, {})
+
+    def everything(self) -> dict[str, partition.Part]:
+        return dict.fromkeys(self.plan.like.specs, _ALL)
+
+    def arrays(self) -> Iterator[tuple[str, Any]]:
+        """Everything, whole."""
+        for name, target in self.names.items():
+            self.joined.look()
+            yield name, self.stream.array(target)
+            self.stream.done(target)
+
+    # ------------------------------------------------------------ as tiles
+
+    def tiles(self, target: str, contiguous: bool = False, first: int = 0) -> Iterator[Tile]:
+        name = self.names[target]
+        start, stop = self.parts.get(name, (0, 0))
+        start = max(start, first)
+        if start < stop:
+            for tile in islice(self.stream.tiles(name, contiguous, start), stop - start):
+                self.joined.look()
+                yield tile
+
+    def done(self, target: str) -> None:
+        self.stream.done(self.names[target])
+
+    def skip(self, target: str) -> None:
+        self.stream.skip(self.names[target])
+
+    @property
+    def unit(self) -> int:
+        return self.stream.unit
+
+    def counts(self, target: str) -> Any:
+        return self.stream.counts(self.names[target])
+
+    def restore(self, target: str, counts: Any) -> None:
+        self.stream.restore(self.names[target], counts)
+
+    # ------------------------------------------------------------ as log
+
+    def written(
+        self, path: Path, flush: Callable[[], None], notes: Mapping[str, Any] | None = None, last: bool = False
+    ) -> None:
+        if last:  # the others rely on it as soon as this one says that it has written
+            flush()
+
+    # ------------------------------------------------------------ what was measured
+
+    def count_parts(self) -> None:
+        """Notes what was measured of the entries that this process made tiles of; once, of those that are made whole by
+        each that needs a part."""
+        for number, entry in enumerate(self.plan.entries):
+            if not any(target in self.parts for target in entry.targets):
+                continue
+            counts = self.stream.counts(entry.targets[0])
+            if counts is not None and (entry.targets[0] in self.parts or not self._whole(entry)):
+                self.counted[number] = counts
+
+    def count_more(self, target: str, before: Any) -> None:
+        """Notes what was measured of a target's entry since `before`."""
+        number, entry = self.home[target]
+        counts = self.stream.counts(entry.targets[0])
+        if counts is None or (self.joined.index and self._whole(entry)):
+            return  # made whole by all, who measured the same
+        more = partition.subtracted(counts, before)
+        self.counted[number] = partition.added([self.counted[number], more]) if number in self.counted else more
+
+    def _whole(self, entry: Entry) -> bool:
+        return any(self.stream.whole(target) for target in entry.targets)
+
+    def settle(self, receipt: Receipt) -> None:
+        """The receipt of what all processes made."""
+        found: dict[int, list[Any]] = {}
+        for given in self.joined.agree("counting", give=list(self.counted.items())):
+            for number, counts in given or []:
+                found.setdefault(number, []).append(counts)
+        for number, entry in enumerate(self.plan.entries):
+            if entry.targets:
+                self.stream.restore(entry.targets[0], partition.added(found[number]) if number in found else None)
+        self.stream.close()
+        receipt.leaves = len(self.plan.like.specs)
+        receipt.nbytes = sum(spec.nbytes for spec in self.plan.like.specs.values())
+
+
+_ALL = (0, 1 << 62)
+
+
+# ---------------------------------------------------------------- how each format is written
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """`begin` makes, in process 0, what the others write into; `write` writes the part of this process."""
+
+    begin: Callable[[Path, Output, _Work], None]
+    write: Callable[[Path, Output, _Work], None]
+
+
+def _begin_file(payload: Path, output: Output, work: _Work) -> None:
+    """The header, and room for all: of it no other process may ask, where a file system makes room by writing."""
+    work.parts = {}
+    safetensors_file.write(payload, replace(output, tiles=work, log=work))
+
+
+def _one_file(payload: Path, output: Output, work: _Work) -> None:
+    sizes = {target: work.stream.tile_sizes(target) for target in work.plan.like.specs}
+    specs = work.plan.like.specs
+    groups: list[dict[str, list[int]]] = []
+    seen: set[str] = set()
+    for target in sorted(specs, key=lambda target: -specs[target].bits):  # as they stand in the file
+        if target not in seen:
+            others = work.home[target][1].targets
+            group = (target,) if all(sizes[other] is not None for other in others) else others
+            groups.append({other: sizes[other] or [specs[other].nbytes] for other in group})
+            seen.update(group)
+    work.parts = partition.divide_tiles(groups, work.joined.count)[work.joined.index]
+    safetensors_file.write(payload, replace(output, tiles=work, log=work))
+    work.count_parts()
+
+
+def _begin_folder(payload: Path, output: Output, work: _Work) -> None:
+    payload.mkdir()
+
+
+def _shards(payload: Path, output: Output, work: _Work) -> None:
+    """Every shard by one process; the index last, when all are there."""
+    shards, joined = hf_folder.shards(payload, output), work.joined
+    sizes = [sum(spec.nbytes for spec in specs.values()) for specs in shards.values()]
+    owners = zip(shards.items(), partition.divide_whole(sizes, joined.count), strict=True)
+    own = {path: specs for (path, specs), owner in owners if owner == joined.index}
+    work.parts = {work.names[name]: _ALL for specs in own.values() for name in specs}
+    safetensors_file.write_files(own, replace(output, tiles=work, log=work))
+    work.count_parts()
+    joined.agree("writing the shards")
+    if joined.index == 0:
+        hf_folder.write_index(payload, shards, output)
+
+
+def _orbax(payload: Path, output: Output, work: _Work) -> None:
+    """Arrays spread over all devices, so that each process reads, makes and writes only its part of each."""
+    import jax
+
+    orbax_write.check(output)
+    joined, devices = work.joined, jax.devices()
+    arrays: dict[str, Any] = {}
+    digests: dict[str, dict[str, str]] = {}
+    for name, spec in output.specs.items():
+        joined.look()
+        target = work.names[name]
+        before = work.stream.counts(target)
+        if spec.packed or jax_narrows(spec):
+            arrays[name], digests[name] = _by_one(target, spec, work)
+        else:
+            order = partition.best_order(work.home[target][1], target, spec.shape, work.plan.source.specs)
+            arrays[name] = work.stream.sharded(target, partition.spread(spec.shape, devices, order))
+            digests[name] = orbax_write.piece_digests(arrays[name], spec)
+        work.stream.done(target)
+        if digests[name]:  # else others hold the same values, and count them
+            work.count_more(target, before)
+    (payload.parent / f"digests-{joined.index}").write_text(json.dumps(digests), encoding="utf-8")
+    joined.agree("making the arrays")
+
+    def part(action: Callable[[], None]) -> None:
+        # To the end: what tensorstore writes into a folder that another process has removed never ends.
+        joined.finish("writing the arrays", lambda: saving.guarded(action, work.out))
+
+    join = orbax_write.save_shared(payload, output, arrays, joined.count, part)
+    if joined.index == 0:  # the others wait, as for all of `write`
+        join()
+        for index in range(1, joined.count):
+            found = json.loads((payload.parent / f"digests-{index}").read_text(encoding="utf-8"))
+            for name, pieces in found.items():
+                digests[name] |= pieces
+        orbax_write.finish(payload, output, digests, as_host=True)
+
+
+def _by_one(target: str, spec: TensorSpec, work: _Work) -> tuple[Any, dict[str, str]]:
+    """A leaf that jax would narrow: process 0 writes it, as a NumPy array; the others name its shape."""
+    if work.joined.index == 0:
+        return orbax_write.host_leaf(work.stream.array(target), spec)
+    return np.broadcast_to(np.zeros((), numpy_dtype(spec.dtype)), spec.shape), {}
+
+
+def _nothing(payload: Path, output: Output, work: _Work) -> None:
+    pass
+
+
+def _alone(row: Format) -> _Writer:
+    """A format that is made front to back: by process 0, while the others wait."""
+
+    def write(payload: Path, output: Output, work: _Work) -> None:
+        if work.joined.index == 0:
+            work.parts = work.everything()
+            row.load().write(payload, replace(output, tensors=work.arrays(), tiles=work))
+            work.count_parts()
+
+    return _Writer(_nothing, write)
+
+
+_WRITERS = {
+    "safetensors": _Writer(_begin_file, _one_file),
+    "hf_folder": _Writer(_begin_folder, _shards),
+    "orbax": _Writer(_nothing, _orbax),
+}
+
+
+def _find(path: Path, mark: str) -> None:
+    """Waits until a file that process 0 made is seen here, too."""
+    until = time.monotonic() + _SEEN
+    while True:
+        try:
+            if path.read_text(encoding="ascii") == mark:
+                return
+        except OSError:
+            pass
+        if time.monotonic() > until:
+            raise StorageError(
+                f"{escape(path.parent)}, which process 0 made, is not seen here: the hosts share no file system",
+                next="Write to a folder that is the same on all hosts (NFS, Lustre, a mounted bucket).",
+            )
+        time.sleep(0.05)

@@ -1,0 +1,159 @@
+"""Rules that only say which leaves belong together: how such a leaf is laid out is inferred or asked like any other's.
+
+A *silent* rule says nothing of order or layout; a *bare* one does nothing else to one leaf on each side either, so that
+inference can take over its entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graftax.match.flatten import Suspect
+from graftax.match.pairs import Label, Link, Scope
+from graftax.ops import Op, Stack, Unstack, invert_chain
+from graftax.plans import Candidate, Entry, Proposal, Question
+from graftax.plans.names import fold_names
+from graftax.rules import Rule, rule_line
+from graftax.rules.state import Named
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One pairing of a silent rule, torch -> Flax; ops: the rule's own guess at them, None where it has none."""
+
+    torch: tuple[str, ...]
+    flax: tuple[str, ...]
+    ops: tuple[Op, ...] | None
+    rule: Rule
+
+
+def read_named(named: Iterable[Named], turned: bool) -> dict[str, Said]:
+    """torch leaf -> the pairing. `turned`: the entries run Flax -> torch."""
+    out: dict[str, Said] = {}
+    for item in named:
+        entry = item.entry
+        torch, flax = (entry.targets, entry.sources) if turned else (entry.sources, entry.targets)
+        ops = None if item.failure is not None else invert_chain(entry.ops) if turned else entry.ops
+        out |= dict.fromkeys(torch, Said(torch, flax, ops, item.rule))
+    return out
+
+
+def left_open(link: Link, scope: Scope, anchors: Mapping[str, str], named: Mapping[str, Said]) -> Link | None:
+    """The link with the readings that the rules leave open; None where they settle it, or pair its leaves otherwise
+    than the link does. A link that no rule is about is left as it is."""
+    spoken = [path for paths in link.torch.paths.values() for path in paths if path in anchors]
+    if not spoken:
+        return link
+    if any(path not in named or not named[path].rule.bare for path in spoken):
+        return None
+    to_flax = dict(scope.keys)
+    labels = link.labels
+    for key, paths in link.torch.paths.items():
+        for said in (named[path] for path in paths if path in named):
+            if said.torch != paths or said.flax != link.flax.paths.get(to_flax.get(key, ())):
+                return None
+            labels &= _as_said(link, said)
+    return replace(link, labels=labels) if labels else None
+
+
+def _as_said(link: Link, said: Said) -> frozenset[Label]:
+    """The readings that stack on the axes that the rule names, and split into its heads."""
+    stacking = None if said.ops is None else _stacking(said.ops)
+    heads = said.rule.heads
+    out: set[Label] = set()
+    for (label, _, _), chain in link.chains.items():
+        if stacking is not None and _stacking(chain) != stacking:
+            continue
+        if heads is None or all(dict(getattr(op, "sizes", ())).get("h", heads) == heads for op in chain):
+            out.add(label)
+    return frozenset(out)
+
+
+def _stacking(ops: Iterable[Op]) -> tuple[Op, ...]:
+    return tuple(op for op in ops if isinstance(op, (Stack, Unstack)))
+
+
+# ---------------------------------------------------------------- back into the plan
+
+
+def merged(known: Proposal, found: Proposal, named: Iterable[Named]) -> Proposal:
+    """Both as one. Where inference settled, or asks, how a named leaf is laid out, the rule's own guess is gone."""
+    by_target = {entry.targets: i for i, entry in enumerate(found.entries)}
+    asked = {name for question in found.questions for name in question.targets}
+    entries = list(found.entries)
+    gone: set[int] = set()
+    keys: set[str] = set()
+    for item in named:
+        at = by_target.get(item.entry.targets)
+        if at is not None:
+            made = entries[at]
+            entries[at] = Entry(made.sources, made.targets, made.ops, (item.rule.evidence, *made.evidence[1:]))
+        elif not asked.issuperset(item.entry.targets):
+            continue
+        gone.add(id(item.entry))
+        keys |= {item.failure.key} if item.failure is not None else set()
+    kept = replace(
+        known,
+        entries=tuple(entry for entry in known.entries if id(entry) not in gone),
+        broken=tuple(entry for entry in known.broken if id(entry) not in gone),
+        failures=tuple(failure for failure in known.failures if failure.key not in keys),
+    )
+    return kept.joined(replace(found, entries=tuple(entries)))
+
+
+# ---------------------------------------------------------------- a flatten that a rule does not speak of
+
+
+@dataclass(frozen=True, slots=True)
+class Unsaid:
+    """A leaf that a silent rule pairs, that inference has no reading of, and that may be a flattened map's."""
+
+    said: Said
+    trap: Suspect
+    matrix: bool
+
+
+def unsaid_questions(unsaid: Sequence[Unsaid], turned: bool) -> list[Question]:
+    """A question for each rule, its candidates the rule with what it leaves out."""
+    groups: dict[int, list[Unsaid]] = {}
+    for item in unsaid:
+        groups.setdefault(id(item.said.rule), []).append(item)
+    out: list[Question] = []
+    for items in groups.values():
+        torch = tuple(dict.fromkeys(name for item in items for name in item.said.torch))
+        flax = tuple(dict.fromkeys(name for item in items for name in item.said.flax))
+        targets, sources = (torch, flax) if turned else (flax, torch)
+        trap, rule = items[0].trap, items[0].said.rule
+        found: list[Candidate] = []
+        for channels, height, width in trap.maps():
+            sizes = {"c": channels, "h": height, "w": width}
+            if trap.vector:
+                ops = "(c h w) i -> i (h w c)" if items[0].matrix else "(c h w) -> (h w c)"
+                line = _line(rule, ops=ops, **sizes)
+            else:
+                line = _line(rule, flatten=f"C={channels} H={height} W={width}")
+            found.append(Candidate(line, sources, "a flattened map (C, H, W)"))
+        found.append(Candidate(_line(rule, layout="linear" if items[0].matrix else "identity"), sources, "no map"))
+        text = (
+            f"{', '.join(fold_names(targets)[:4])}: {rule.where} does not say whether its {trap.width} values are a "
+            f"flattened map of {trap.channels} channels x {trap.positions} positions, and in which order"
+        )
+        out.append(Question("flatten", text, targets, sources, tuple(found)))
+    return out
+
+
+def _line(rule: Rule, **more: Any) -> str:
+    """The rule's own line with more keys."""
+    keys: dict[str, Any] = dict(zip(rule.words, (_one(rule.left), _one(rule.right)), strict=True))
+    for name in ("fused", "heads", "kv_heads", "scale", "offset"):
+        keys[name] = getattr(rule, name) or None
+    for name in ("stack", "repeat", "pad"):
+        keys[name] = dict(getattr(rule, name)) or None
+    keys |= {name: list(numbers) for name, numbers in rule.ranges.items()}
+    return rule_line(**keys, **more)
+
+
+def _one(templates: Sequence[str]) -> Any:
+    return templates[0] if len(templates) == 1 else list(templates)

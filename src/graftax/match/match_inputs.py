@@ -1,0 +1,42 @@
+"""Both ends of a match, and what is known of them before names are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from graftax.match.bare_rules import Said
+from graftax.match.calls import NO_CALLS, Calls
+from graftax.match.groups import Style
+from graftax.match.kinds import Kinds
+from graftax.match.traced import Traces
+from graftax.ops import Op
+from graftax.tree import Side, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Both sides' specs, their names' syntax, and the leaves that rules have settled in groups.
+
+    anchors: torch leaf -> Flax leaf, one to one, from rules; named: those of which the rules say no more than that;
+    ruled: torch leaf -> the ops of its rule, torch -> Flax; styles: torch module -> how a rule says its parts lie;
+    traces: of live models; calls: the order of calls on the Flax side, where it is traced; heads: from config.json;
+    aliases: first name -> all names of a tied tensor.
+    """
+
+    torch: Mapping[str, TensorSpec]
+    flax: Mapping[str, TensorSpec]
+    torch_side: Side
+    flax_side: Side
+    torch_skip: frozenset[str] = frozenset()
+    flax_skip: frozenset[str] = frozenset()
+    anchors: Mapping[str, str] = field(default_factory=dict[str, str])
+    styles: Mapping[str, Style] = field(default_factory=dict[str, Style])
+    heads: int | None = None
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+    kinds: Kinds = field(default_factory=Kinds)
+    named: Mapping[str, Said] = field(default_factory=dict[str, Said])
+    traces: Traces = field(default_factory=Traces)
+    calls: Calls = NO_CALLS
+    renames: Mapping[str, str] = field(default_factory=dict[str, str])
+    ruled: Mapping[str, tuple[Op, ...]] = field(default_factory=dict[str, "tuple[Op, ...]"])

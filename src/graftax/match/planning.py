@@ -1,0 +1,305 @@
+"""Make a plan: the user's rules, then inference, then the policies for what is left, then dtypes.
+
+Producers propose entries; this module settles the sides, the leftovers and the dtypes, and proves that everything fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graftax.errors import Failure, PlanError, UsageError, escape, option
+from graftax.match import infer
+from graftax.match.assumptions import overridden, unseen
+from graftax.match.bare_rules import merged
+from graftax.match.missing_keys import settle_leftovers
+from graftax.match.quantized import refuse_quantized
+from graftax.match.unmerged import refuse_unmerged
+from graftax.match.whole_layers import by_table
+from graftax.ops import CONDITIONS, Cast, Fill, Same, apply_chain, infer_chain
+from graftax.plans import Assumption, End, Entry, Plan, Proposal, with_ops
+from graftax.plans.plan import MadeFrom
+from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
+from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, match_paths, nearest
+from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.placeholders import refuse_placeholders
+from graftax.tree.sides import OTHER, Signs
+
+MISSING = ("error", "keep", "zeros")
+UNUSED = ("error", "drop")
+OVERFLOW = ("error", "saturate")
+
+DtypePolicy = str | Mapping[str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the leftovers and the dtypes are settled; see the command line's options of the same names."""
+
+    rules: Any = None
+    missing: str = "error"
+    unused: str = "error"
+    dtype: DtypePolicy = None
+    to: Side | None = None
+    overflow: str = "error"
+    source_side: Side | None = None
+
+    def check(self) -> None:
+        """UsageError where a value is not one of its choices."""
+        for name, value, choices in (
+            ("missing", self.missing, MISSING),
+            ("unused", self.unused, UNUSED),
+            ("overflow", self.overflow, OVERFLOW),
+            ("to", self.to, (None, "torch", "flax")),
+            ("source_side", self.source_side, (None, "torch", "flax")),
+        ):
+            if value not in choices:
+                known = ", ".join(str(choice) for choice in choices if choice)
+                raise UsageError(f"{name}={escape(value)!r} is not one of {known}")
+        names = self.dtype.values() if isinstance(self.dtype, Mapping) else () if self.dtype is None else (self.dtype,)
+        for name in names:
+            if name in ("source", "like"):
+                continue
+            if name not in DTYPES or DTYPES[name][1] != "f" or DTYPES[name][0] < 8:
+                floats = [n for n, (bits, kind) in DTYPES.items() if kind == "f" and bits >= 8]
+                raise UsageError(f"dtype {escape(name)!r} is not one of source, like, {', '.join(floats)}")
+
+
+def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> Plan:
+    """The plan for `source` -> `like`; questions and misfits are on it, not raised.
+
+    like=None: the rules alone say what comes out. Raises UsageError, RulesError, PlanError (sides, quantized source).
+    """
+    options.check()
+    refuse_quantized(source)
+    refuse_placeholders(source.specs, escape(source.label))
+    rules = load_rules(options.rules)
+    with nothing_collected():  # a hundred thousand entries: a quarter of the time
+        return _make_plan(source, like, options, rules)
+
+
+def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, rules: Rules) -> Plan:
+    given = like
+    source_side, like_side = _sides(source, like, options, bool(rules.rules))
+    ruled = apply_rules(rules, source, like, source_side, like_side)
+    if like is None:
+        like = _like_of_rules(source, ruled, like_side)
+        found = Proposal()
+    else:
+        tabled = by_table(source, like, source_side, like_side, ruled.proposal)
+        known = ruled.proposal.joined(tabled)
+        spoken = replace(known, entries=known.entries + known.broken)  # nothing else may take these keys
+        refuse_unmerged(source, like, (name for e in spoken.entries for name in (*e.sources, *e.targets)))
+        found = tabled.joined(infer(source, like, source_side, like_side, spoken, None, ruled.named, ruled.missing))
+    proposal = merged(ruled.proposal, found, ruled.named)
+    sides = source_side, like_side
+    proposal = settle_leftovers(proposal, source, like, sides, ruled.missing, options.missing, options.unused)
+    assumed = *_by_names(source, like, options), *proposal.assumptions, *unseen(proposal.entries, source, like, sides)
+    assumed += overridden(proposal.entries, source, like, sides)
+    proposal = replace(proposal, assumptions=assumed)
+    proposal, specs = _settle_dtypes(proposal, source, like, options)
+    ends = End.of(source, source_side), replace(End.of(like, like_side), specs=specs)
+    plan = Plan.build(*ends, proposal)
+    made_from = MadeFrom(source, given, replace(options, rules=rules))
+    return replace(plan, failures=plan.failures + _conditions(plan.entries, source), made_from=made_from)
+
+
+# ---------------------------------------------------------------- sides
+
+
+def _sides(source: Checkpoint, like: Checkpoint | None, options: Options, ruled: bool) -> tuple[Side, Side]:
+    """The side of both ends: what is stated, declared, or told by all names. UsageError where nothing tells one, or
+    what is stated is not what is declared. A source whose names show nothing is the other side of a stated `to`, which
+    `_by_names` says, and of what rules alone describe."""
+    found: list[Side | None] = []
+    said: tuple[tuple[Checkpoint | None, Side | None, str], ...]
+    said = (source, options.source_side, "source_side"), (like, options.to, "to")
+    for end, stated, name in said:
+        if end is not None and stated is not None and end.side is not None and stated != end.side:
+            raise UsageError(
+                f"{option(name, stated)}, but {escape(end.label)} is a {end.side} tree",
+                next=f"Leave it out, or give {'a like' if end is like else 'a source'} of that side.",
+            )
+        found.append(stated or (end.side if end is not None else None))
+    source_side, like_side = found
+    if source_side is None and like_side is not None and ((like is None and ruled) or _silent(source, options)):
+        source_side = OTHER[like_side]
+    if like is None:
+        like_side = like_side or (OTHER[source_side] if source_side else None)
+    if source_side is None:
+        raise _undecided(source, "source_side")
+    if like_side is None:
+        raise _undecided(like or source, "to")
+    return source_side, like_side
+
+
+def _silent(source: Checkpoint, options: Options) -> bool:
+    """Does nothing in the source speak for a side, so that a stated `to` is all there is?"""
+    return options.to is not None and source.side_by == "names" and Signs.of(source).silent
+
+
+def _undecided(end: Checkpoint, name: str) -> UsageError:
+    """Nothing tells the side of an end: what was found, and the option `name` that says it."""
+    names = ", ".join(escape(name) for name in list(end)[:4]) + (", ..." if len(end) > 4 else "")
+    signs = Signs.of(end).text
+    if end.side_by == "metadata":
+        declared = end.metadata.get("format")
+        says = f"its metadata say format={escape(declared)}" if declared else "its arrays are jax's"
+        whose = "are the other side's" if declared else "may be torch's"
+        what = f"contradicts itself: {says}, its names {whose}: {names} ({signs})"
+    else:
+        what = f"declares no side, and its names do not tell torch from Flax: {names} ({signs})"
+    ways = f"{option(name, 'torch')} or {option(name, 'flax')}"
+    return UsageError(f"{escape(end.label)} {what}", next=f"Say what it is: {ways}.")
+
+
+def _by_names(source: Checkpoint, like: Checkpoint | None, options: Options) -> list[Assumption]:
+    """The ends whose side names alone decided, and a source that is the other side of `to`."""
+    out: list[Assumption] = []
+    if source.side is None and options.source_side is None and options.to is not None and _silent(source, options):
+        other, named = OTHER[options.to], option("to", options.to)
+        text = (
+            f"side: {escape(source.label)} declares none and its names show none: with {named} it is taken for {other}"
+        )
+        out.append(Assumption(text, f"{option('source_side', other)} says so"))
+    for end, name in ((source, "source_side"), (like, "to")):
+        if end is not None and end.side is not None and end.side_by == "names":
+            text = f"side: {escape(end.label)} declares none and is taken for {end.side} by its {Signs.of(end).text}"
+            out.append(Assumption(text, f"{option(name, end.side)} says so"))
+    return out
+
+
+def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkpoint:
+    """The tree that the rules alone describe."""
+    if not ruled.targets and not ruled.proposal.failures:
+        raise UsageError("nothing says what to produce: give --like, --plan, or rules that name the targets")
+    return Checkpoint(label="the rules", side=side, specs=dict(ruled.targets), format="rules")
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+def _settle_dtypes(
+    proposal: Proposal, source: Checkpoint, like: Checkpoint, options: Options
+) -> tuple[Proposal, Mapping[str, TensorSpec]]:
+    """Casts behind the ops where the user asked for them, and like's specs with the dtypes that will come out.
+
+    Without a policy a floating dtype that differs is a misfit that shows both ways out.
+    """
+    policies = _policies(list(like), options.dtype, like.side or options.to or "flax")
+    specs = dict(like.specs)
+    entries: list[Entry] = []
+    failures: list[Failure] = []
+    for entry in proposal.entries:
+        if entry.unfilled or not entry.targets:
+            entries.append(_with_wanted_fill(entry, specs, policies))
+            continue
+        dtypes = _dtypes_out(entry, source)
+        casts: list[Cast] = []
+        for name, have in zip(entry.targets, dtypes, strict=False):
+            if name not in specs:
+                continue  # Plan.build names the key that like does not have
+            policy, spec = policies.get(name), specs[name]
+            if have == spec.dtype and policy is None:
+                continue
+            want = _wanted(policy, have, spec)
+            if want != spec.dtype:
+                specs[name] = TensorSpec(spec.shape, want)
+            if want == have:
+                continue
+            if policy is None or DTYPES[have][1] != "f" or DTYPES[want][1] != "f":
+                failures.append(_dtype_failure(entry, name, have, want, policy, source))
+                specs[name] = TensorSpec(spec.shape, have)  # the shape is judged apart
+            else:
+                casts.append(Cast(have, want, options.overflow))
+        if casts and len(set(casts)) == 1 and len(casts) == len(entry.targets):
+            entry = with_ops(entry, casts[0])
+        elif casts:
+            text = "its targets want different dtypes: " + ", ".join(specs[n].dtype for n in entry.targets)
+            failures.append(Failure(text, like.label, ", ".join(entry.targets), next="Give them one dtype."))
+        entries.append(entry)
+    return replace(proposal, entries=tuple(entries), failures=proposal.failures + tuple(failures)), specs
+
+
+def _policies(paths: Sequence[str], dtype: DtypePolicy, side: Side) -> dict[str, str | None]:
+    if not isinstance(dtype, Mapping):
+        return dict.fromkeys(paths, dtype)
+    out: dict[str, str | None] = dict.fromkeys(paths)
+    exact = [selector for selector in dtype if selector in out]
+    for selector in (*(s for s in dtype if s not in out), *exact):
+        found = match_paths(paths, selector, side)
+        if not found:
+            raise PlanError(f"dtype selector {escape(selector)!r} matches nothing", next=_near(selector, paths))
+        for path in found:
+            out[path] = dtype[selector]
+    return out
+
+
+def _near(selector: str, paths: Iterable[str]) -> str:
+    near = nearest(selector, paths)
+    return f"Near: {near}" if near else ""
+
+
+def _wanted(policy: str | None, have: str, spec: TensorSpec) -> str:
+    if policy == "source":
+        return have
+    if policy in (None, "like") or DTYPES[have][1] != "f":
+        return spec.dtype
+    return policy
+
+
+def _with_wanted_fill(entry: Entry, specs: dict[str, TensorSpec], policies: Mapping[str, str | None]) -> Entry:
+    """A filled leaf comes in the dtype that a policy names, else in like's."""
+    if not entry.targets or not isinstance(entry.ops[0], Fill):
+        return entry
+    (name,), fill = entry.targets, entry.ops[0]
+    policy = policies.get(name)
+    if policy in (None, "like", "source") or DTYPES[fill.dtype][1] != "f":
+        return entry
+    specs[name] = TensorSpec(specs[name].shape, policy)
+    return replace(entry, ops=(replace(fill, dtype=policy), *entry.ops[1:]))
+
+
+def _dtypes_out(entry: Entry, source: Checkpoint) -> list[str]:
+    """The dtype each target comes in; the first source's where the ops do not fit (Plan.build says why)."""
+    given = [source.specs[name] for name in entry.sources if name in source.specs]
+    first = given[0].dtype if given else "float32"
+    if len(given) < 2 or len({spec.dtype for spec in given}) == 1:
+        return [first] * len(entry.targets)
+    try:
+        return [spec.dtype for spec in infer_chain(entry.ops, tuple(given))]
+    except PlanError:
+        return [first] * len(entry.targets)
+
+
+def _dtype_failure(entry: Entry, name: str, have: str, want: str, policy: str | None, source: Checkpoint) -> Failure:
+    floats = DTYPES[have][1] == "f" and DTYPES[want][1] == "f"
+    ways = (
+        f"{option('dtype', 'like')} casts to like's dtype, {option('dtype', 'source')} keeps the source's."
+        if floats
+        else f"A cast touches floating leaves only: {option('dtype', 'source')} keeps it, or change the dtype in like."
+    )
+    text = (
+        "the dtype differs" if policy is None else f"the dtype differs, and {option('dtype', policy)} does not cover it"
+    )
+    return Failure(text, source.label, f"{', '.join(entry.sources)} -> {name}", want, have, ways)
+
+
+# ---------------------------------------------------------------- conditions
+
+
+def _conditions(entries: Iterable[Entry], source: Checkpoint) -> tuple[Failure, ...]:
+    """Failures of the ops that hold only for some values, found now rather than while data moves."""
+    if not source.has_values:
+        return ()
+    out: list[Failure] = []
+    for entry in entries:
+        checked = [i for i, op in enumerate(entry.ops) if isinstance(op, CONDITIONS) and not isinstance(op, Same)]
+        if not checked or not all(name in source for name in entry.sources):
+            continue
+        try:
+            apply_chain(entry.ops[: checked[-1] + 1], tuple(source.read(name) for name in entry.sources))
+        except PlanError as error:
+            out.append(Failure(str(error), source.label, entry.text))
+    return tuple(out)

@@ -1,0 +1,83 @@
+"""Weights lent to Linen modules for the time of a call (`flax_supply`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from flax import linen as nn
+
+from graftax.adapters import containers
+from graftax.parity.lazy_weights import Keys, Loans
+
+
+@dataclass(slots=True, eq=False)
+class _Lent:
+    """What one bound module has borrowed, and what stood there before."""
+
+    module: nn.Module
+    arrays: dict[Keys, Any]
+    before: dict[str, Any]
+    depth: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Lender:
+    """Puts values into the scope of a bound module when one of its methods begins, and takes them out at its end.
+
+    `held` remembers attributes that setup() has filled with a lent array: they are emptied and filled with it.
+    """
+
+    loans: Loans
+    _lent: dict[int, _Lent] = field(default_factory=dict[int, _Lent])
+    _held: dict[int, tuple[nn.Module, dict[str, Keys]]] = field(default_factory=dict[int, Any])
+
+    @contextlib.contextmanager
+    def lend(self, module: nn.Module, path: str, method: str) -> Iterator[None]:
+        if path not in self.loans.owned or not self._is_there(module, path):
+            yield
+            return
+        lent = self._lent.get(id(module))
+        if lent is None:
+            lent = self._lent[id(module)] = self._open(module, path)
+        lent.depth += 1
+        try:
+            yield
+        finally:
+            lent.depth -= 1
+            if not lent.depth and method != "setup":  # after setup the method itself follows
+                self._close(lent, path)
+
+    def _is_there(self, module: nn.Module, path: str) -> bool:
+        """Has its scope the leaves? Flax also tries setup() out on an empty one."""
+        scope: Any = module.scope
+        return {keys[0] for keys in self.loans.owned[path]} <= scope.variables().keys()
+
+    def _open(self, module: nn.Module, path: str) -> _Lent:
+        scope: Any = module.scope
+        arrays = self.loans.values(path)
+        collections = scope.variables()
+        depth = len(scope.path)
+        before = dict(collections)
+        for name in {keys[0] for keys in arrays}:
+            inside = {containers.path_of(k[1 + depth :]): array for k, array in arrays.items() if k[0] == name}
+            collections[name] = containers.remade(
+                collections[name], lambda path, leaf, inside=inside: inside.get(path, leaf)
+            )
+        for name, keys in self._held.get(id(module), (module, {}))[1].items():
+            object.__setattr__(module, name, arrays[keys])
+        return _Lent(module, arrays, before)
+
+    def _close(self, lent: _Lent, path: str) -> None:
+        module: Any = lent.module
+        collections = module.scope.variables()
+        collections.update({name: lent.before[name] for name in {keys[0] for keys in lent.arrays}})
+        by_id = {id(array): keys for keys, array in lent.arrays.items()}
+        for name, value in list(vars(module).items()):
+            keys = by_id.get(id(value))
+            if keys is not None:
+                self._held.setdefault(id(module), (module, {}))[1][name] = keys
+                object.__setattr__(module, name, self.loans.owned[path][keys])
+        del self._lent[id(module)]

@@ -1,0 +1,128 @@
+"""Numbers: relative L2, the rows of a report, the metrics of outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from graftax.parity.records import THRESHOLD, UNIT
+from graftax.parity.report.model import OutputRow, ratio_of
+
+Array = np.ndarray[Any, Any]
+LOGITS = 2
+"""From how many values on the last axis of an output counts as logits: top-1 and KL are measured."""
+
+
+def relative_l2(got: Any, want: Any) -> float:
+    """|got - want| / |want| over all values; infinite where a value is NaN or infinite on one side only, or the shapes
+    differ. Values that are equal (two infinities too) differ by nothing. |got| where `want` is all zeros."""
+    a, b = np.asarray(got), np.asarray(want)
+    if a.shape != b.shape:
+        return math.inf
+    if not a.size:
+        return 0.0
+    if a.dtype == np.float32 and b.dtype == np.float32:
+        fast = _fast(a.reshape(-1), b.reshape(-1))
+        if fast is not None:
+            return fast
+    a, b = _wide(a), _wide(b)
+    with np.errstate(invalid="ignore", over="ignore"):
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        difference = np.where(same, 0.0, a - b)
+        usable = np.isfinite(b)
+        scale = math.sqrt(float(np.sum(np.abs(b[usable]) ** 2)))
+        distance = math.sqrt(float(np.sum(np.abs(difference) ** 2)))
+    if not math.isfinite(distance):
+        return math.inf
+    return distance / scale if scale > 0 else distance
+
+
+def _fast(a: Array, b: Array) -> float | None:
+    """The same by float32 dot products, good to 1e-4 of itself; None where a sum leaves float32's range."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = a - b
+        distance, scale = float(np.dot(difference, difference)), float(np.dot(b, b))
+    if math.isfinite(distance) and 1e-30 < scale < 1e30 and (distance > 1e-30 or not difference.any()):
+        return math.sqrt(distance / scale)
+    return None
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def output_row(
+    path: str,
+    got: Any,
+    want: Any,
+    float32: Any,
+    *,
+    threshold: float = THRESHOLD,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> OutputRow:
+    """One output array against the float64 reference, with torch float32's own error as the floor.
+
+    atol, rtol   if either is given: |got - want| <= atol + rtol * |want| everywhere decides, as in numpy.allclose
+    """
+    got, want, float32 = np.asarray(got), np.asarray(want), np.asarray(float32)
+    shape = tuple(int(n) for n in want.shape)
+    if got.shape != want.shape:
+        text = f"Flax gives shape {tuple(got.shape)}, torch {shape}"
+        return OutputRow(path, shape, math.inf, 0.0, math.inf, False, {}, text)
+    error, floor = relative_l2(got, want), relative_l2(float32, want)
+    if floor > 1e-2 and not math.isfinite(floor):
+        floor = 0.0
+    ratio = ratio_of(error, floor) or 0.0
+    ok = ratio <= threshold
+    text = ""
+    metrics = dict(metrics_of(got, want))
+    if want.dtype.kind in "biu":
+        ok = bool(np.array_equal(got, want))
+        text = "" if ok else "integers differ"
+    if atol is not None or rtol is not None:
+        outside = _outside(got, want, atol or 0.0, rtol or 0.0)
+        metrics |= {"atol": atol or 0.0, "rtol": rtol or 0.0, "outside": float(outside)}
+        ok = outside == 0
+        text = "" if ok else f"{outside} of {want.size} values are outside atol={atol or 0.0:g} rtol={rtol or 0.0:g}"
+    return OutputRow(path, shape, error, floor, ratio, ok, metrics, text)
+
+
+def _outside(got: Array, want: Array, atol: float, rtol: float) -> int:
+    a, b = _wide(got), _wide(want)
+    with np.errstate(invalid="ignore"):
+        near = (a == b) | (np.abs(a - b) <= atol + rtol * np.abs(b)) | (np.isnan(a) & np.isnan(b))
+    return int(a.size - np.count_nonzero(near))
+
+
+def metrics_of(got: Array, want: Array) -> Mapping[str, float]:
+    """max_abs; for floating arrays with a last axis: top-1 agreement, KL(torch | Flax) of the softmax in nats, and the
+    smallest cosine of two rows."""
+    if not want.size or got.dtype.kind not in "fiub" or want.dtype.kind not in "fiub":
+        return {}
+    a, b = got.astype(np.float64), want.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        out = {"max_abs": float(np.max(np.abs(np.where(a == b, 0.0, a - b))))}
+        if want.dtype.kind != "f" or want.ndim < 2 or want.shape[-1] < LOGITS:
+            return out
+        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        out["top1"] = float(np.mean(np.argmax(a, -1) == np.argmax(b, -1)))
+        p, q = _log_softmax(b), _log_softmax(a)
+        out["kl"] = float(np.mean(np.sum(np.where(np.exp(p) > 0, np.exp(p) * (p - q), 0.0), -1)))
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        cosine = np.where(norms > 0, np.sum(a * b, -1) / np.where(norms > 0, norms, 1.0), 1.0)
+        out["cosine"] = float(np.min(cosine))
+    return out
+
+
+def _log_softmax(x: Array) -> Array:
+    shifted = x - np.max(x, -1, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), -1, keepdims=True))
+
+
+def alarms(error: float | None, floor: float, threshold: float = THRESHOLD) -> bool:
+    """Is an error more than float32 explains? None: nothing was compared."""
+    return error is not None and not error <= threshold * max(floor, UNIT)

@@ -1,0 +1,282 @@
+"""The steps that a check and a replay share: the plan, the notes, the report, the search for causes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from graftax.errors import GraftaxError, ModelError, ParityError, escape, worded
+from graftax.parity.pairing import Pair
+from graftax.parity.records import Reference, Runner
+from graftax.parity.report.model import Cause, LayerRow, ParityReport, SettingRow, WeightRow
+from graftax.plans import Plan
+from graftax.tree import Checkpoint, Module
+
+if TYPE_CHECKING:
+    from graftax.parity.compare import Judged
+    from graftax.parity.prepare import FlaxSide
+
+
+def with_causes(report: ParityReport, search: Callable[[], tuple[Cause, ...]]) -> ParityReport:
+    """The report with what a search for causes found. A search that fails costs the cause and not the report."""
+    try:
+        return replace(report, causes=search())
+    except Exception as error:
+        note = f"the search for causes failed: {type(error).__name__}: {escape(error, 300)}"
+        return replace(report, notes=(*report.notes, note))
+
+
+def required(report: ParityReport) -> ParityReport:
+    """The report, or ParityError with the report as its text, where the answer is no."""
+    __tracebackhide__ = True  # pytest shows the line of the test
+    if not report:
+        error = ParityError(str(report))
+        error.report = report
+        raise error
+    return report
+
+
+def assemble(
+    judged: Judged,
+    weights: tuple[WeightRow, ...],
+    settings: tuple[SettingRow, ...],
+    pairs: Sequence[Pair],
+    reference: Reference,
+    threshold: float,
+    *,
+    notes: tuple[str, ...] = (),
+    torch_modules: Mapping[str, Module] | None = None,
+    names: tuple[str, str] = ("torch", "Flax"),
+) -> ParityReport:
+    """The report of what was found, without causes. It is ok when every output and every layer is within the threshold
+    and the weights are the plan's, bit for bit."""
+    ok = all(row.ok for row in judged.outputs) and judged.first is None and not weights
+    not_traced = {f"torch:{path}": why for path, why in reference.not_traced.items()}
+    not_traced |= {f"flax:{path}": why for path, why in judged.not_traced.items()}
+    modules = torch_modules or {}
+    own = parametrised(modules)
+    paired = {pair.torch for pair in pairs}
+    covered = {path for path in own if path in paired or any(above in paired for above in _ancestors(path) if above)}
+    for path in own - covered:
+        not_traced.setdefault(f"torch:{path}", "the plan gives it no Flax module of its own")
+    return ParityReport(
+        ok,
+        judged.outputs,
+        judged.layers,
+        judged.first,
+        judged.where,
+        (),
+        weights,
+        settings,
+        not_traced,
+        (*notes, *judged.notes),
+        threshold,
+        paired=(len({row.pair for row in judged.layers}), len(covered), len(own)),
+        torch_name=names[0],
+        flax_name=names[1],
+    )
+
+
+def parametrised(modules: Mapping[str, Module]) -> set[str]:
+    """Modules that own leaves themselves and not through a child."""
+    below: dict[str, set[str]] = {}
+    for path, module in modules.items():
+        for above in _ancestors(path):
+            below.setdefault(above, set()).update(module.leaves.values())
+    return {path for path, module in modules.items() if set(module.leaves.values()) - below.get(path, set())}
+
+
+def unpaired(modules: Mapping[str, Module], paired: Sequence[str]) -> list[str]:
+    """Modules without a counterpart whose activations may be what Flax took instead, or left out: those with leaves of
+    their own, and norms."""
+    own = parametrised(modules)
+    norms = {path for path, module in modules.items() if "Norm" in module.kind}
+    return [path for path in modules if path and path in own | norms and path not in paired]
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    """The modules that a torch module lies in, the innermost first, the root ('') last."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def planned(
+    torch: Checkpoint, flax: Checkpoint, rules: Any, plan: Plan | None, needed: bool
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan from torch to Flax, and what to say of it. Where the weights are already there an incomplete plan will
+    do: what it leaves open is not paired. PlanError where it is needed and incomplete."""
+    from graftax.api import plan as make_plan
+
+    made = plan if plan is not None else make_plan(torch, flax, rules=rules, unused="drop", dtype="like")
+    if needed:
+        made.require_complete()
+    unused = [name for entry in made.entries if "unused" in (entry.dropped or "") for name in entry.sources]
+    notes: tuple[str, ...] = ()
+    if unused:
+        text = ", ".join(escape(name) for name in unused[:4]) + (" ..." if len(unused) > 4 else "")
+        notes = (f"{len(unused)} torch tensor(s) have no place in Flax and are left out: {text}",)
+    if made.complete:
+        return made, notes
+    count = len(made.questions) + len(made.failures)
+    return made, (
+        *notes,
+        f"the plan leaves {count} thing(s) open, whose layers are not traced and whose weights are not audited: "
+        f"{str((*made.questions, *made.failures)[0]).splitlines()[0]}",
+    )
+
+
+def settings_of(
+    pairs: Sequence[Pair], torch: Mapping[str, Module], flax: Mapping[str, Module]
+) -> tuple[SettingRow, ...]:
+    from graftax.parity.settings_lint import lint_settings
+
+    return tuple(lint_settings(pairs, torch, flax))
+
+
+def notes_of(flax: FlaxSide, tree: Checkpoint) -> tuple[str, ...]:
+    from graftax.parity.prepare import large
+
+    half = sorted({spec.dtype for spec in tree.specs.values() if spec.floating and spec.bits < 32})
+    notes: list[str] = []
+    if half:
+        notes.append(f"Flax holds weights in {', '.join(half)}: its rounding hides small faults; prove it in float32")
+    if flax.ported:
+        notes.append("the Flax weights are torch's, ported by the plan")
+    if large(tree):
+        notes.append("the model is judged block by block: weights are read as they are used")
+    return tuple(notes)
+
+
+_HINTS = "--layout 'NCHW -> NHWC' (and --out-layout", "layout='NCHW -> NHWC' (and out_layout="
+
+
+class LayoutHint:
+    """Adds to an error of a model that images may want another layout. `call`: what the model of `side` is given."""
+
+    def __init__(self, layout: Any, call: Any, side: str = "Flax") -> None:
+        from graftax.parity import values
+
+        self.side = side
+        shapes = [array.shape for _, array in values.arrays(call) if array.dtype.kind == "f" and array.ndim > 3]
+        self.shapes = [] if layout is not None else shapes
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self.shapes and isinstance(error, GraftaxError) and not any(hint in str(error) for hint in _HINTS):
+            raise ModelError(
+                str(error),
+                error.failures,
+                next=f"Inputs of shape {tuple(self.shapes[0])} were passed to {self.side} as they are; if that is "
+                f"{'Flax' if self.side == 'torch' else 'torch'}'s {'NHWC' if self.side == 'torch' else 'NCHW'}, "
+                f"pass {worded(*_HINTS)} for such outputs).",
+            ) from error
+
+
+class Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    def seconds(self, more: Mapping[str, float]) -> dict[str, float]:
+        return {**self.laps, **more, "total": time.perf_counter() - self.start}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Search:
+    """The cause finder's call."""
+
+    reference: Reference
+    judged: Judged
+    report: ParityReport
+    runners: tuple[Runner, Runner, Runner]
+    plan: Plan
+    source: Checkpoint
+    flax: FlaxSide
+    expected: Mapping[str, Any]
+    call: tuple[tuple[Any, ...], Mapping[str, Any]]
+    pairs: Sequence[Pair]
+
+    def causes(self) -> tuple[Cause, ...]:
+        from graftax.parity.causes import find_causes, weight_causes
+        from graftax.parity.divergence import Suspect
+        from graftax.parity.prepare import Read
+
+        row, where = self.report.first, self.report.where
+        if row is None or where is None:
+            wrong = [one.path for one in self.report.weights if all(row.ok for row in self.report.outputs)]
+            return weight_causes(self.plan, Read(self.source), self.flax.weights, wrong)
+        kept = self.judged.kept.get(row.site_flax)
+        record = self.reference.records[row.site_torch]
+        torch64, torch32, flax = self.runners
+        suspect = Suspect(
+            row,
+            where,
+            self.reference,
+            None if kept is None else kept.arrived[0],
+            None if kept is None else kept.arrived[1],
+            None if kept is None else kept.output,
+            record.args if kept is None else kept.given[0],
+            record.kwargs if kept is None else kept.given[1],
+            None if kept is None else kept.wanted,
+            torch32,
+            torch64,
+            flax,
+            self.plan,
+            Read(self.source),
+            self.flax.weights,
+            self.expected,
+            None,
+            self._before(row),
+            tuple(other for other in self.report.layers if other.status == "diverges" and other is not row),
+            self.report.threshold,
+            self._again,
+        )
+        return tuple(find_causes(suspect))
+
+    def _again(self, leaves: Mapping[str, Any]) -> float | None:
+        """See `Suspect.again`."""
+        from graftax.parity.compare import judge_flax
+
+        row = self.report.first
+        assert row is not None
+        made = judge_flax(
+            self.reference,
+            self.flax.again(leaves),
+            *self.call,
+            self.pairs,
+            self.plan.source.specs,
+            threshold=self.report.threshold,
+        )
+        same = next((other for other in made.layers if other.site_flax == row.site_flax), None)
+        return None if same is None else same.in_error if self.report.where == "in" else same.out_error
+
+    def _before(self, row: LayerRow, count: int = 8) -> tuple[tuple[LayerRow, Any], ...]:
+        """The layers whose calls ended before this one began (for a container whose own code is to blame: ended),
+        nearest first, with their outputs in Flax's layout."""
+        from graftax.parity import values
+
+        rows = {other.site_torch: other for other in self.report.layers}
+        out: list[tuple[LayerRow, Any]] = []
+        for what, site in self.reference.events:
+            if what == self.report.where and site == row.site_torch:
+                break
+            other = rows.get(site)
+            met = None if other is None else self.judged.met.get(other.site_flax)
+            if what != "out" or other is None or met is None or not met.outward:
+                continue
+            match = met.outward[0]
+            arrays = values.arrays(self.reference.records[site].output)
+            out.append((other, match.turn(arrays[match.torch][1])))
+        return tuple(reversed(out[-count:]))

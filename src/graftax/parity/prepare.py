@@ -1,0 +1,267 @@
+"""Both sides of a check made ready to run: models, weights and inputs, whatever form they come in."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftax.adapters import kind_of
+from graftax.adapters.linen_tree import LinenModel
+from graftax.api import host_arrays
+from graftax.api import plan as make_plan
+from graftax.errors import PlanError, UsageError, escape, with_article
+from graftax.opening import open_weights
+from graftax.parity import values
+from graftax.parity.align import declared, with_layout
+from graftax.parity.audit import Expected
+from graftax.parity.inputs import Inputs, call_of
+from graftax.parity.records import Runner, Tap
+from graftax.plans import Plan
+from graftax.tree import Checkpoint
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+HELD = 1 << 30
+"""Bytes of weights that are made and held for a Flax model without values. Beyond that they are read, and ported,
+module by module as they are used, in each run again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlaxSide:
+    """The Flax model with its weights.
+
+    tree      its leaves: names, specs, modules
+    weights   path -> array, read as they are asked for
+    runner    what runs it
+    ported    the weights were made from torch's by the plan
+    again     leaves -> a runner of the same model with these in the place of its own
+    """
+
+    tree: Checkpoint
+    weights: Mapping[str, Any]
+    runner: Runner
+    ported: bool
+    name: str
+    again: Callable[[Mapping[str, Any]], Runner]
+
+
+class Read(Mapping[str, Any]):
+    """The leaves of a checkpoint as a mapping of arrays, each read when it is asked for."""
+
+    def __init__(self, tree: Checkpoint) -> None:
+        self.tree = tree
+
+    def __getitem__(self, path: str) -> Any:
+        if path not in self.tree:
+            raise KeyError(path)
+        return self.tree.read(path)
+
+    def __iter__(self) -> Any:
+        return iter(self.tree)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def calls_of(inputs: Any, layout: Any, like: Any) -> tuple[Call, Call]:
+    """(torch's call, Flax's call) in NumPy. Where one of them is given it is converted by `layout` for the other; what
+    gx.linen(...) was given beside arrays (`train=False`) belongs to Flax's call."""
+    turn = declared(layout)
+    if isinstance(inputs, Inputs):
+        torch, flax = inputs.side("torch"), inputs.side("flax")
+    else:
+        torch, flax = call_of(inputs), None
+    given = torch if torch is not None else flax
+    if given is None:
+        raise UsageError("there are no inputs", next="Pass an array, a tuple of arrays, or gx.Inputs(torch=, flax=).")
+    if torch is None:
+        back = {path: one.inverse for path, one in turn.items()} if isinstance(turn, Mapping) else turn and turn.inverse
+        torch = _turned(given, back)
+    return hosted(torch), with_example(_turned(given, turn) if flax is None else hosted(flax), like)
+
+
+def _turned(call: Call, layout: Any) -> Call:
+    args, kwargs = hosted(call)
+    return tuple(with_layout(args, layout)), dict(with_layout(kwargs, layout))
+
+
+def with_example(call: Call, like: Any) -> Call:
+    """A call with the flags that gx.linen(...) was given and the call does not have."""
+    if not isinstance(like, LinenModel):
+        return call
+    args, kwargs = call
+    args += tuple(value for value in like.args[len(args) :] if not _is_array(value))
+    flags = {name: value for name, value in like.kwargs.items() if not _is_array(value)}
+    return args, {**flags, **kwargs}
+
+
+def hosted(nest: Any) -> Any:
+    """A nest with its tensors and jax arrays as NumPy arrays; random keys and flags as they are."""
+    return values.rebuilt(nest, _is_array, [to_host(leaf) for _, leaf in values.leaves(nest, _is_array)])
+
+
+def to_host(array: Any) -> Any:
+    import numpy as np
+
+    if isinstance(array, (np.ndarray, np.generic)):
+        return np.asarray(array)
+    if type(array).__module__.startswith("torch"):
+        from graftax.adapters import torch_arrays
+
+        return torch_arrays.to_numpy(array, "an input")
+    if "key<" in str(array.dtype):
+        return array
+    return np.asarray(array)
+
+
+def _is_array(value: Any) -> bool:
+    return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+# ---------------------------------------------------------------- the Flax side
+
+
+def flax_like(model: Any, call: Call) -> Any:
+    """The Flax model as gx.plan takes it: a Linen module is wrapped with the inputs it is checked on."""
+    from flax import linen as nn
+
+    if isinstance(model, nn.Module):
+        return LinenModel(model, call[0], call[1])
+    if isinstance(model, LinenModel):
+        if model.args or model.kwargs:
+            return model
+        return LinenModel(model.module, call[0], call[1], model.rngs, model.method)
+    kind = kind_of(model)
+    if kind not in {"nnx module", "nnx split"}:
+        raise UsageError(
+            f"the Flax side is {with_article(kind)}, which cannot be run",
+            next="Pass gx.linen(module, *example) with weights=, a Linen module, or an nnx.Module.",
+        )
+    if kind == "nnx split":
+        from flax import nnx
+
+        return nnx.merge(*model, copy=True)
+    return model
+
+
+def weights_of(
+    like: Any, tree: Checkpoint, weights: Any, plan: Plan | None, source: Checkpoint
+) -> tuple[Mapping[str, Any], bool]:
+    """(path -> array for every leaf of the Flax side, were they ported): from what `weights` is, else the model's own,
+    else torch's through the plan. Large ones are made as they are asked for. PlanError where they do not fit."""
+    if weights is None:
+        if tree.has_values:
+            return Read(tree), False
+        if plan is None:
+            raise UsageError("the Flax model has no values", next="Pass weights=.")
+        return _ported(plan, source, tree), True
+    given = open_weights(weights)
+    if given.side == "torch":
+        fits = plan is not None and all(given.get(name) == spec for name, spec in plan.source.specs.items())
+        made = plan if plan is not None and fits else make_plan(given, like, dtype="like")
+        return _ported(made, given, tree), True
+    missing = [name for name in tree if name not in given]
+    if not missing and all(given[name].shape == tree[name].shape for name in tree):
+        return Read(given), False
+    bare = {f"params/{name}": name for name in given}
+    if set(bare) == set(tree):
+        arrays = Read(given)
+        return {path: arrays[name] for path, name in bare.items()}, False
+    made = make_plan(given, like, dtype="like")
+    if not made.complete:
+        raise PlanError(
+            f"weights do not fit the Flax model: {len(missing)} of {len(tree)} leaves are missing, "
+            f"the first is {escape(missing[0] if missing else next(iter(tree)))}",
+            next="Pass the variables that the model's init or gx.port gives.",
+        )
+    return _ported(made, given, tree), False
+
+
+def _ported(plan: Plan, source: Checkpoint, tree: Checkpoint) -> Mapping[str, Any]:
+    plan.require_complete()
+    if large(tree) and not any(entry.unfilled for entry in plan.entries):
+        return Expected(plan, source)
+    return host_arrays(plan, source, tree)[0]
+
+
+def large(tree: Checkpoint) -> bool:
+    """Is it a model without values, with more weights than are held?"""
+    return not tree.has_values and sum(spec.nbytes for spec in tree.specs.values()) > HELD
+
+
+class Supplied:
+    """A Flax runner whose weights are lent to its modules as they are called."""
+
+    def __init__(self, runner: Any, tree: Checkpoint, weights: Mapping[str, Any]) -> None:
+        self.runner, self.tree, self.weights = runner, tree, weights
+
+    @property
+    def modules(self) -> Mapping[str, Any]:
+        return self.tree.modules
+
+    @property
+    def compile_seconds(self) -> float:
+        return self.runner.compile_seconds
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, watch: Collection[str] = (), tap: Tap | None = None
+    ) -> Any:
+        return self.runner.run(args, kwargs, watch=watch, tap=tap, supply=lambda path: self.weights)
+
+    def replay(
+        self,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        leaves: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        own = {name: self.weights[name] for name in self.tree.modules[path].leaves.values()}
+        return self.runner.replay(path, args, kwargs, leaves={**own, **(leaves or {})}, **options)
+
+    def not_traced(self) -> Mapping[str, str]:
+        return self.runner.not_traced()
+
+
+def flax_side(
+    like: Any,
+    tree: Checkpoint,
+    weights: Any,
+    plan: Plan | None,
+    source: Checkpoint,
+    rngs: Any = None,
+    seed: int = 0,
+    call: Any = None,
+) -> FlaxSide:
+    """The Flax model with its weights, ready to run. What `weights_of` raises."""
+    arrays, ported = weights_of(like, tree, weights, plan, source)
+    lent = large(tree)
+    own = weights is None and tree.has_values
+
+    def runner(leaves: Mapping[str, Any]) -> Runner:
+        values: Mapping[str, Any] = ChainMap(dict(leaves), arrays) if leaves else arrays  # pyright: ignore
+        made: Any
+        if isinstance(like, LinenModel):
+            from graftax.adapters.linen_tree import trace
+            from graftax.parity.linen_runner import LinenRunner
+
+            assert tree.rebuild is not None
+            variables = trace(like)[0] if lent else tree.rebuild(dict(values))
+            made = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.modules)
+        else:
+            from graftax.parity.nnx_runner import NnxRunner
+
+            module = like
+            if not lent and (leaves or not own):
+                assert tree.rebuild is not None
+                module = tree.rebuild(dict(values), rngs=seed if rngs is None else rngs)
+            made = NnxRunner(module, call=call, modules=tree.modules)
+        return Supplied(made, tree, values) if lent else made
+
+    name = type(like.module if isinstance(like, LinenModel) else like).__name__
+    return FlaxSide(tree, arrays, runner({}), ported, name, runner)

@@ -1,0 +1,229 @@
+"""The Flax side of the forced pass: the reference input is put into every paired module and the reference output handed
+on, so that each module and each piece of code between two modules is judged alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from graftax.parity import values
+from graftax.parity.align import NEAR, Alignment, Turn
+from graftax.parity.metrics import alarms, relative_l2
+from graftax.parity.pairing import CallMap, Pair
+from graftax.parity.records import THRESHOLD, Reference, Site
+
+MASK = 1e4
+"""A value as large as this stands for minus infinity: masks are held in many ways and are matched only if equal."""
+KEPT = 6
+"""Alarms whose arrays are kept for the cause finder."""
+
+Args = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The Flax array number `flax` is the torch array number `torch`, whose shape is `taken`, turned."""
+
+    flax: int
+    torch: int
+    turn: Turn
+    taken: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Met:
+    """What the forced pass saw at one Flax call: errors (None: nothing could be compared), why not, and the layouts."""
+
+    site: Site
+    in_error: float | None = None
+    out_error: float | None = None
+    free_error: float | None = None
+    text: str = ""
+    inward: tuple[Match, ...] = ()
+    outward: tuple[Match, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrays:
+    """What was kept of a call that alarms: what arrived, what it was called with instead, what came out, what should
+    have. All in Flax's layout."""
+
+    arrived: Args
+    given: Args
+    output: Any = None
+    wanted: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class ForcedTap:
+    """Puts the reference in at every paired Flax call, and measures what came instead. One pass."""
+
+    reference: Reference
+    calls: CallMap
+    alignments: Mapping[Pair, Alignment]
+    threshold: float = THRESHOLD
+    met: dict[Site, Met] = field(default_factory=dict[Site, Met])
+    kept: dict[Site, Arrays] = field(default_factory=dict[Site, Arrays])
+    extra: dict[str, int] = field(default_factory=dict[str, int])
+    """Flax path -> how many calls no torch call answers to."""
+    _open: dict[Site, Arrays] = field(default_factory=dict[Site, Arrays])
+
+    def restart(self) -> None:
+        """Forget a run that did not come to its end."""
+        for table in (self.met, self.kept, self.extra, self._open):
+            table.clear()
+
+    def enter(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Args | None:
+        there = self.calls.sites.get(site)
+        if there is None:
+            self.extra[site.path] = self.extra.get(site.path, 0) + 1
+            return None
+        record = self.reference.records[there]
+        met = self.met[site] = Met(there)
+        arrived: Args = (args, kwargs)
+        if not site.path:  # the model itself: its inputs are what they are
+            self._open[site] = Arrays(arrived, arrived)
+            return None
+        ours = [array for _, array in values.arrays(arrived)]
+        theirs = [array for _, array in values.arrays((record.args, record.kwargs))]
+        found = fits(ours, theirs, self.alignments[self.calls.pairs[site]], outward=False)
+        if not found:
+            met.text = f"its input {_shapes(ours)} could not be matched to torch's {_shapes(theirs)}"
+            self._open[site] = Arrays(arrived, arrived)
+            return None
+        met.inward = tuple(fit.match for fit in found)
+        met.in_error = max(fit.error for fit in found)
+        given: Args = values.rebuilt(arrived, _is_array, _with_wants(ours, found))
+        self._open[site] = Arrays(arrived, given)
+        if alarms(met.in_error, record.in_error, self.threshold):
+            self._keep(site, self._open[site])
+        return given
+
+    def leave(self, site: Site, output: Any) -> Any:
+        began = self._open.pop(site, None)
+        if began is None:
+            return None
+        met, record = self.met[site], self.reference.records[self.met[site].site]
+        ours = [array for _, array in values.arrays(output)]
+        theirs = [array for _, array in values.arrays(record.output)]
+        found = fits(ours, theirs, self.alignments[self.calls.pairs[site]], outward=True)
+        if not found:
+            met.text = met.text or f"its output {_shapes(ours)} could not be matched to torch's {_shapes(theirs)}"
+            return None
+        met.outward = tuple(fit.match for fit in found)
+        met.out_error = max(fit.error for fit in found)
+        wanted = values.rebuilt(output, _is_array, _with_wants(ours, found))
+        if site in self.kept or alarms(met.out_error, record.out_error, self.threshold):
+            self._keep(site, Arrays(began.arrived, began.given, output, wanted))
+        return wanted if site.path else None
+
+    def _keep(self, site: Site, arrays: Arrays) -> None:
+        if site in self.kept or len(self.kept) < KEPT:
+            self.kept[site] = arrays
+
+
+@dataclass(slots=True, eq=False)
+class FreeTap:
+    """Measures the outputs of an ordinary Flax run, in the layouts that the forced pass has found. It could listen only
+    (`replaces = False`); as it is, the forced pass's compiled program runs again and no other is compiled."""
+
+    reference: Reference
+    met: Mapping[Site, Met]
+
+    def enter(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        return None
+
+    def leave(self, site: Site, output: Any) -> None:
+        met = self.met.get(site)
+        if met is None or not met.outward:
+            return
+        ours = [array for _, array in values.arrays(output)]
+        theirs = [array for _, array in values.arrays(self.reference.records[met.site].output)]
+        met.free_error = max(
+            relative_l2(ours[match.flax], match.turn(theirs[match.torch]))
+            for match in met.outward
+            if match.flax < len(ours)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """A match, the torch array in Flax's layout, and how far Flax is from it."""
+
+    match: Match
+    want: Any
+    error: float
+
+
+def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: bool) -> tuple[Fit, ...]:
+    """Which Flax array is which torch array. The first floating one (of integers, if there are no others) must be
+    found, else nothing is; each later one is the first that agrees within NEAR, or stands in the same place and fits by
+    shape."""
+    found: list[Fit] = []
+    used: set[int] = set()
+    floats = [i for i, array in enumerate(ours) if _floating(array)]
+    ranked = (floats or list(range(len(ours))))[:1]
+    ranked += [i for i in range(len(ours)) if i not in ranked]
+    for n, i in enumerate(ranked):
+        first: tuple[int, Fit] | None = None
+        chosen: tuple[int, Fit] | None = None
+        for j, array in enumerate(theirs):
+            if j in used or _floating(array) != _floating(ours[i]):
+                continue
+            turn = alignment.turn(array, ours[i].shape, ours[i], outward)
+            if turn is None:
+                continue
+            want = turn(array)
+            fit = Fit(Match(i, j, turn, tuple(array.shape)), want, beneath_mask(ours[i], want))
+            first = first or (j, fit)
+            if fit.error <= NEAR:
+                chosen = j, fit
+                break
+        if chosen is None and first is not None:
+            in_place = first[0] == len(found) and ours[i].ndim > 2 and not _is_mask(ours[i])
+            chosen = first if n == 0 or (in_place and not _is_mask(theirs[first[0]])) else None
+        if chosen is not None:
+            used.add(chosen[0])
+            found.append(chosen[1])
+        elif n == 0:
+            return ()
+    return tuple(found)
+
+
+def beneath_mask(got: Any, want: Any) -> float:
+    """relative_l2 of what is no mask, where both hold the same mask: next to one -3e38 nothing else would count, and a
+    bias with a mask in it could not be told from the mask alone."""
+    if not (_is_mask(got) and _is_mask(want)):
+        return relative_l2(got, want)
+    masked = np.abs(got) >= MASK
+    if not np.allclose(got[masked], want[masked], rtol=1e-6):
+        return relative_l2(got, want)
+    return relative_l2(np.where(masked, 0, got), np.where(masked, 0, want))
+
+
+def _floating(array: Any) -> bool:
+    return array.dtype.kind in "fcV"  # V: bfloat16 and its like
+
+
+def _with_wants(ours: list[Any], found: tuple[Fit, ...]) -> list[Any]:
+    """Our arrays, theirs in the place of those that were matched."""
+    new = list(ours)
+    for fit in found:
+        old = ours[fit.match.flax]
+        new[fit.match.flax] = fit.want if fit.want.dtype == old.dtype else fit.want.astype(old.dtype)
+    return new
+
+
+def _is_mask(array: Any) -> bool:
+    return array.dtype.kind == "f" and bool(array.size) and bool((np.abs(array) >= MASK).any())
+
+
+def _shapes(arrays: list[Any]) -> str:
+    return ", ".join(str(tuple(array.shape)) for array in arrays[:4]) or "(no array)"
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)

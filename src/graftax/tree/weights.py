@@ -1,0 +1,131 @@
+"""The weights of a checkpoint: a training state's parameters without its optimizer, counters and random keys.
+
+A reader gives a tree as it is stored, so that inspect, select and replace see all of it. What a plan is made from is
+this module's answer: the same leaves, less what `training_tree` knows to be none, which is listed in `left`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from graftax.errors import Failure, PlanError, escape
+from graftax.tree import Checkpoint
+from graftax.tree.parts import sub_checkpoint
+from graftax.tree.training_tree import Split, split
+
+
+def weights_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without what a training run keeps beside its weights, which is listed in `left`. A container that
+    holds all of the weights (`model`) is left out of their paths; `params` stays, as in Linen's variables.
+
+    A live module's own kinds say what its weights are; the readers of .pt files have said it already.
+    Raises PlanError where several containers hold the weights (the average of them, too), and where a part has the name
+    of an optimizer's state but is not known to be one: the container has to be named.
+    """
+    if checkpoint.chosen or checkpoint.modules or checkpoint.side == "torch":
+        return checkpoint
+    found = split(checkpoint.specs)
+    if found.copies:
+        raise _several(checkpoint, found)
+    if found.doubtful:
+        raise _doubtful(checkpoint, found)
+    if not found.left:
+        return checkpoint
+    return _inside(_without(checkpoint, found), found, checkpoint)
+
+
+def _without(whole: Checkpoint, found: Split) -> Checkpoint:
+    specs = {path: spec for path, spec in whole.specs.items() if not found.leaves_out(path)}
+    return replace(
+        whole,
+        specs=specs,
+        aliases={path: to for path, to in whole.aliases.items() if path in specs and to in specs},
+        buffers=frozenset(path for path in whole.buffers if path in specs),
+        real_keys={path: key for path, key in whole.real_keys.items() if not found.leaves_out(path)},
+        containers={path: kind for path, kind in whole.containers.items() if not found.leaves_out(path)},
+        left={**whole.left, **found.left},
+        chosen=True,
+    )
+
+
+def _inside(weights: Checkpoint, found: Split, whole: Checkpoint) -> Checkpoint:
+    """The weights below the container that holds all of them."""
+    if not found.prefix:
+        return weights
+    start = f"{found.prefix}/"
+    rebuild, placed = whole.rebuild, whole.placed
+
+    def notes() -> Mapping[str, Any]:
+        assert placed is not None
+        return {path.removeprefix(start): note for path, note in placed().items() if path.startswith(start)}
+
+    return replace(
+        sub_checkpoint(weights, found.prefix),
+        label=whole.label,
+        left=weights.left,
+        chosen=True,
+        native=whole.native,
+        rebuild=None
+        if rebuild is None
+        else lambda arrays, **options: rebuild({start + path: array for path, array in arrays.items()}, **options),
+        placed=None if placed is None else notes,
+    )
+
+
+# ---------------------------------------------------------------- which of them
+
+
+def _named(checkpoint: Checkpoint, path: str) -> str:
+    """How to say that a part of the checkpoint is meant."""
+    if checkpoint.format == "live":
+        return "".join(f'["{escape(part)}"]' for part in path.split("/"))
+    return f"{escape(checkpoint.label)}::{escape(path)}"
+
+
+def _several(checkpoint: Checkpoint, found: Split) -> PlanError:
+    names = [_named(checkpoint, path) for path in found.copies]
+    live = checkpoint.format == "live"
+    return PlanError(
+        f"{escape(checkpoint.label)} holds weights in {len(names)} containers",
+        [
+            Failure(_leaves(checkpoint, path), file="" if live else checkpoint.label, key=name)
+            for path, name in zip(found.copies, names, strict=True)
+        ],
+        next=f"Pass one of them, for example tree{names[0]}."
+        if live
+        else f"Choose one with PATH::NAME, for example {names[0]}; PATH::. takes everything.",
+    )
+
+
+def _doubtful(checkpoint: Checkpoint, found: Split) -> PlanError:
+    tops = list(dict.fromkeys(path.partition("/")[0] for path in checkpoint if not _within(path, found.doubtful)))
+    tops = [top for top in tops if top not in checkpoint and top not in found.left]
+    names = [_named(checkpoint, top) for top in tops[:3]] or ["the container of the weights"]
+    live = checkpoint.format == "live"
+    return PlanError(
+        f"{escape(checkpoint.label)} seems to hold an optimizer's state beside its weights, but its structure does not "
+        "show it",
+        [
+            Failure(
+                f"{len(odd)} leaves mirror no weight, such as {escape(odd[0])}"
+                if odd
+                else "a copy of the weights without a number of an optimizer: moments, or another network",
+                key=path,
+            )
+            for path, odd in found.doubtful.items()
+        ],
+        next=f"Pass the weights alone: {' or '.join(f'tree{name}' for name in names)}. "
+        'If all of it are weights: {"params": tree}.'
+        if live
+        else f"Name the weights: {' or '.join(names)}; if all of it are weights: {escape(checkpoint.label)}::.",
+    )
+
+
+def _within(path: str, parts: Mapping[str, Any]) -> bool:
+    return any(path.startswith(f"{part}/") for part in parts)
+
+
+def _leaves(checkpoint: Checkpoint, path: str) -> str:
+    return f"{sum(name.startswith(f'{path}/') for name in checkpoint)} leaves"
