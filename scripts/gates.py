@@ -2,14 +2,15 @@
 """Keep what graftax plans and names today; after a change, say what it plans and names otherwise.
 
     python scripts/gates.py keep BEFORE.json.gz [--zoo FOLDER ...] [--pairs FOLDER] [--mutations 1000]
-                                                [--tests red_team] [--faults PER_KIND] [--cost]
+                                                [--tests WORDS] [--faults PER_KIND] [--cost]
     python scripts/gates.py compare BEFORE.json.gz AFTER.json.gz [-v]
 
 Kept are sources, ops and targets of every plan, its questions with the rule lines that they offer, and what does not
 fit: not the words of the evidence. --zoo: folders of cases (torch, like, like_torch, truth .safetensors), planned both
 ways. --pairs: a folder of model pairs (p*.py with torch_model and flax_model), planned from a state_dict and live, both
-ways. --mutations: of the cases of the first zoo (scripts/mutate_names.py). --tests: whatever the matching tests of that
-name infer. --faults: the confusion table of scripts/fault_injection.py. --cost: seconds of planning.
+ways. --mutations: of the cases of the first zoo (scripts/mutate_names.py). --tests: what the matching tests infer whose
+names fit a pytest -k expression. --faults: the confusion table of scripts/fault_injection.py. --cost: seconds of
+planning.
 
 compare exits 1 where a plan or a count of the table differs; cost is printed, not judged.
 """
@@ -116,12 +117,13 @@ class _Recorder:
         self._infer: Any = None
 
     def pytest_configure(self) -> None:
+        import graftax.api  # everything that plans
         import graftax.match
-        import graftax.match.planning
 
         self._infer = graftax.match.infer
-        for home in (graftax.match, graftax.match.planning):
-            home.infer = self._recorded  # pyright: ignore[reportPrivateImportUsage]
+        for name, module in list(sys.modules.items()):
+            if name.startswith("graftax") and getattr(module, "infer", None) is self._infer:
+                module.infer = self._recorded  # pyright: ignore[reportAttributeAccessIssue]
 
     def _recorded(self, *args: Any, **options: Any) -> Any:
         found = self._infer(*args, **options)
@@ -130,7 +132,7 @@ class _Recorder:
         return found
 
     def pytest_runtest_setup(self, item: Any) -> None:
-        self._test = item.nodeid
+        self._test = item.nodeid.partition("::")[2]  # a file may be renamed
 
 
 def of_tests(words: str) -> Iterator[tuple[str, dict[str, Any]]]:

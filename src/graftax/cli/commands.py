@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from graftax import __version__
 from graftax.cli.common import (
     DEFAULTS,
     Flag,
@@ -32,7 +33,7 @@ app = App(
     help="Port weights between PyTorch and Flax, operate on them, and prove the result.",
     help_format="plaintext",
     help_formatter=HelpText(),
-    version="0.1.0",
+    version=__version__,
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )

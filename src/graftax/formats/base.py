@@ -1,6 +1,6 @@
 """What every format module provides, and what a writer is handed.
 
-A format module has three functions and nothing else that others call:
+A format module has three functions and nothing else that others call; one that is only read has the first two:
 
     sniff(path, head) -> bool     is this file (its first 512 bytes) or folder (head == b"") mine? Never raises.
     open(path) -> Checkpoint      names, shapes and dtypes now, values on `read`;
@@ -29,8 +29,17 @@ LEFTOVER = ".graftax-old"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A row of FORMATS. `holds` names the dtypes it stores bit for bit; `module` is imported when it is used; if it
-    `resumes`, its writer goes on where a stopped run was."""
+    """A row of FORMATS.
+
+    module    imported when it is used
+    endings   of file names
+    folder    it is a folder, not a file
+    sides     what it may hold
+    holds     the dtypes it stores bit for bit
+    resumes   its writer goes on where a stopped run was
+    writes    it can be written; a format that is only read needs no `write`
+    weights   it holds values, not only shapes and dtypes
+    """
 
     name: str
     module: str
@@ -39,6 +48,8 @@ class Format:
     sides: tuple[Side, ...]
     holds: frozenset[str]
     resumes: bool = False
+    writes: bool = True
+    weights: bool = True
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)

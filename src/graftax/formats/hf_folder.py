@@ -61,7 +61,7 @@ def _weights(folder: Path) -> str | None:
         if name + INDEX in names:
             return name + INDEX
     indices = [name for name in names if name.endswith(INDEX)]
-    singles = [name for name in names if (row := by_ending(Path(name).suffix)) and row.name != "spec"]
+    singles = [name for name in names if (row := by_ending(Path(name).suffix)) and row.weights]
     found = indices or singles
     return found[0] if len(found) == 1 else None
 

@@ -190,7 +190,7 @@ def _checkpoints(folder: Path, names: Sequence[str]) -> list[str]:
 
 def _is_file_of_weights(path: Path) -> bool:
     row = by_ending(path.suffix)
-    return row is not None and row.name != "spec" and os.path.isfile(path)
+    return row is not None and row.weights and os.path.isfile(path)
 
 
 def _is_checkpoint(path: Path) -> bool:

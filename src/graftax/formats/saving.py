@@ -189,16 +189,19 @@ def choose_format(out: Path, side: Side, format: str | None, shard_size: int | N
         row = FORMATS[NO_ENDING[side]]
     else:
         row = by_ending(out.suffix)
-    if row is None or row.name == "spec":
-        known = ", ".join(ending for r in FORMATS.values() for ending in r.endings if r.name != "spec")
-        what = "a spec file holds no values" if row else f"no format has the ending {escape(out.suffix)!r}"
+    if row is None or not row.writes:
+        known = ", ".join(ending for r in FORMATS.values() for ending in r.endings if r.writes)
+        if row is None:
+            what = f"no format has the ending {escape(out.suffix)!r}"
+        else:
+            what = f"graftax only reads {row.name} files" if row.weights else "a spec file holds no values"
         raise UsageError(
             f"{escape(out)}: {what}", next=f"Use one of {known}, none for a folder, or {option('format')}."
         )
     if side not in row.sides:
         raise PlanError(
             f"{escape(out)}: {row.name} holds {' and '.join(row.sides)} trees, this is a {side} tree",
-            next=f"For {side}: {', '.join(r.name for r in FORMATS.values() if side in r.sides and r.name != 'spec')}.",
+            next=f"For {side}: {', '.join(r.name for r in FORMATS.values() if side in r.sides and r.writes)}.",
         )
     if shard_size is not None and row.name != "hf_folder":
         raise UsageError(

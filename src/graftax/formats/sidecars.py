@@ -102,7 +102,7 @@ def _names(folder: Path, prefix: str, depth: int) -> Iterator[str]:
 
 def _is_weights(path: Path) -> bool:
     """Weights, an index of them or training state, by name or by content."""
-    if path.name.endswith(INDEX) or ((row := by_ending(path.suffix)) is not None and row.name != "spec"):
+    if path.name.endswith(INDEX) or ((row := by_ending(path.suffix)) is not None and row.weights):
         return True
     try:
         head = files.read_head(path, _HEAD)
@@ -110,7 +110,7 @@ def _is_weights(path: Path) -> bool:
     except GraftaxError:
         return False
     other = foreign_file(path.name, head)
-    return (row is not None and row.name != "spec") or (other is not None and other.weights)
+    return (row is not None and row.weights) or (other is not None and other.weights)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ FORMATS: dict[str, Format] = {
         Format("safetensors", "graftax.formats.safetensors_file", (".safetensors",), False, _BOTH, _SAFETENSORS, True),
         Format("torch", "graftax.formats.torch_pt", (".pt", ".pth", ".bin"), False, ("torch",), _COMMON, True),
         Format("npz", "graftax.formats.npz", (".npz",), False, _BOTH, NUMPY_OWN, True),
-        Format("spec", "graftax.formats.spec_file", (".json",), False, _BOTH, _ALL),
+        Format("spec", "graftax.formats.spec_file", (".json",), False, _BOTH, _ALL, writes=False, weights=False),
         Format("orbax", "graftax.formats.orbax_folder", (), True, ("flax",), _COMMON),
         Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS, True),
         # Last: most bytes are the start of some msgpack value.
@@ -48,4 +48,4 @@ def by_name(name: str) -> Format:
 
 def holders(dtype: str, side: Side) -> list[str]:
     """The formats that can be written and hold this dtype."""
-    return [r.name for r in FORMATS.values() if dtype in r.holds and side in r.sides and r.name != "spec"]
+    return [r.name for r in FORMATS.values() if r.writes and dtype in r.holds and side in r.sides]

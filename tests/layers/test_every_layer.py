@@ -9,8 +9,8 @@ import pytest
 import graftax as gx
 from graftax.tree import flatten, join_path
 
-from .layers.cases import CASES
-from .layers.harness import call, error_back, error_of, start, to_flax
+from .cases import CASES
+from .harness import call, error_back, error_of, start, to_flax
 
 SIDED = [
     pytest.param(case, api, id=f"{case.name} [{api}]")

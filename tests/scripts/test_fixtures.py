@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from graftax import examples
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 
 
 @pytest.fixture(scope="module")
