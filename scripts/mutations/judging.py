@@ -15,7 +15,7 @@ from graftax.match.planning import Options, make_plan
 from graftax.ops import apply_chain, same_bits
 from graftax.plans import Candidate, Entry, Plan
 from graftax.rules import apply_rules, load_rules, rule_line
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Storage, TensorSpec
 from mutations.cases import Arrays, Case
 
 MOST = 12  # answers after which a mutation counts as not settled
@@ -35,7 +35,7 @@ class Verdict:
 
 def checkpoint(label: str, arrays: Arrays, side: Any, values: bool) -> Checkpoint:
     specs = {name: TensorSpec(array.shape, str(array.dtype)) for name, array in arrays.items()}
-    return Checkpoint(label, side, specs, arrays.__getitem__ if values else None)
+    return Checkpoint(label, side, specs, Storage(arrays.__getitem__ if values else None))
 
 
 def solve(case: Case, rules: str = "", lex: Lexicon | None = None) -> Plan:

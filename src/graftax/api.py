@@ -99,7 +99,7 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
     """The plan for two opened ends. Where tensors do not fit, it says so too if the source's files may be slices."""
     made = infer_plan(source, like, options)
     fits = not made.failures and all(question.candidates for question in made.questions)
-    hint = "" if fits else perhaps_slices(source.files)
+    hint = "" if fits else perhaps_slices(source.storage.files)
     if not hint:
         return made
     slices = Failure("its tensors may be slices of what fits", source.label, next=hint)
@@ -164,10 +164,10 @@ def _made(
         arrays = _leaves(made, source, like, final, spans, receipt)
     else:
         arrays, _ = host_arrays(made, source, like, receipt)
-    if where is None or like is None or like.rebuild is None or set(like) != set(arrays):
+    if where is None or like is None or like.live.rebuild is None or set(like) != set(arrays):
         return plain_tree(made.like, arrays, host=where is None, adopt=True, final=final is not None)
     options = {} if rngs is None else {"rngs": rngs}
-    return like.rebuild(arrays, adopt=True, sharding=None if final is None else "given", **options)
+    return like.live.rebuild(arrays, adopt=True, sharding=None if final is None else "given", **options)
 
 
 def host_arrays(

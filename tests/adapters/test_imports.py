@@ -42,14 +42,14 @@ from graftax import adapters, opening
 
 like = opening.open_tree(adapters.linen(nn.Dense(3), jnp.zeros((1, 2))))
 arrays = {path: np.ones(spec.shape, spec.dtype) for path, spec in like.items()}
-variables = like.rebuild(arrays)
+variables = like.live.rebuild(arrays)
 assert opening.open_tree(variables).read("params/kernel").sum() == 6
 assert adapters.map_leaves(variables, {"params/bias": np.zeros(3, np.float32)})["params"]["bias"].sum() == 0
 
 module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
 checkpoint = opening.open_tree(module)
 adapters.assign(module, {"kernel": np.ones((2, 3), np.float32)})
-assert checkpoint.rebuild({"kernel": np.ones((2, 3), "f4"), "bias": np.ones(3, "f4")}).bias[...].sum() == 3
+assert checkpoint.live.rebuild({"kernel": np.ones((2, 3), "f4"), "bias": np.ones(3, "f4")}).bias[...].sum() == 3
 for thing in (nnx.state(module), nnx.split(module)):
     assert set(opening.open_tree(thing)) == {"kernel", "bias"}
 assert "torch" not in sys.modules
@@ -67,7 +67,7 @@ from graftax import adapters, opening
 module = torch.nn.Linear(2, 3)
 checkpoint = opening.open_tree(module)
 arrays = {key: checkpoint.read(key) for key in checkpoint}
-module.load_state_dict(checkpoint.rebuild(arrays))
+module.load_state_dict(checkpoint.live.rebuild(arrays))
 adapters.assign(module, arrays)
 adapters.map_leaves(module.state_dict(), arrays)
 assert set(opening.open_tree(module.state_dict())) == {"weight", "bias"}

@@ -91,21 +91,21 @@ def test_leaves_come_in_the_order_of_init():
     traced = opening.open_tree(adapters.linen(Late(), jnp.zeros((1, 2))))
     assert list(traced) == list(opening.open_tree(variables))
     assert next(iter(traced)) == "params/z/kernel"
-    rebuilt = traced.rebuild({path: np.zeros(spec.shape, spec.dtype) for path, spec in traced.items()})
+    rebuilt = traced.live.rebuild({path: np.zeros(spec.shape, spec.dtype) for path, spec in traced.items()})
     assert type(rebuilt) is dict
     assert list(rebuilt["params"]) == ["z", "a"]
 
 
 def test_modules_come_in_call_order_with_their_class(many):
-    order = [path for path in many.modules if "/" not in path]
+    order = [path for path in many.live.modules if "/" not in path]
     assert order == [
         *("", "embed", "layers_1", "layers_0", "scanned", "again", "mapped", "MultiHeadDotProductAttention_0"),
         *("RNN_0", "LSTMCell_0", "Sequential_0", "Dense_0", "Dense_1", "Dropout_0", "BatchNorm_0"),
     ]
-    assert [module.settings["order"] for module in many.modules.values()] == list(range(len(many.modules)))
-    assert many.modules["scanned"].kind == "Block"
-    assert many.modules["layers_1"].kind == "Dense"
-    assert "flax.linen.linear.Dense" in many.modules["layers_1"].bases
+    assert [module.settings["order"] for module in many.live.modules.values()] == list(range(len(many.live.modules)))
+    assert many.live.modules["scanned"].kind == "Block"
+    assert many.live.modules["layers_1"].kind == "Dense"
+    assert "flax.linen.linear.Dense" in many.live.modules["layers_1"].bases
 
 
 def test_setting_up_is_not_calling():
@@ -124,50 +124,50 @@ def test_setting_up_is_not_calling():
             assert self.late.dense is not None  # sets it up
             return self.late(self.early(x))
 
-    modules = opening.open_tree(adapters.linen(Outer(), jnp.zeros((1, 2)))).modules
+    modules = opening.open_tree(adapters.linen(Outer(), jnp.zeros((1, 2)))).live.modules
     assert list(modules) == ["", "early", "early/dense", "late", "late/dense"]
 
 
 def test_modules_list_every_leaf_below_them(many):
-    assert many.modules["BatchNorm_0"].leaves == {
+    assert many.live.modules["BatchNorm_0"].leaves == {
         "scale": "params/BatchNorm_0/scale",
         "bias": "params/BatchNorm_0/bias",
         "mean": "batch_stats/BatchNorm_0/mean",
         "var": "batch_stats/BatchNorm_0/var",
     }
-    attention = many.modules["MultiHeadDotProductAttention_0"]
+    attention = many.live.modules["MultiHeadDotProductAttention_0"]
     assert attention.leaves["query/kernel"] == "params/MultiHeadDotProductAttention_0/query/kernel"
-    assert set(many.modules[""].leaves.values()) == set(many)
-    for module in many.modules.values():
+    assert set(many.live.modules[""].leaves.values()) == set(many)
+    for module in many.live.modules.values():
         assert all(path in many for path in module.leaves.values())
         assert all(role and path.endswith(role) for role, path in module.leaves.items())
 
 
 def test_settings_are_plain_data(many):
-    norm = many.modules["scanned/LayerNorm_0"].settings
+    norm = many.live.modules["scanned/LayerNorm_0"].settings
     assert norm["epsilon"] == 1e-5
     assert norm["param_dtype"] == "float32"
-    attention = many.modules["MultiHeadDotProductAttention_0"].settings
+    attention = many.live.modules["MultiHeadDotProductAttention_0"].settings
     assert attention["num_heads"] == 2
     assert attention["input_shape"] == (2, 3, 4)
     assert attention["output_shape"] == (2, 3, 4)
     conv = adapters.linen(nn.Conv(6, (3, 3), padding=[(1, 1), (1, 1)], dtype=jnp.bfloat16), jnp.zeros((1, 8, 8, 2)))
-    shown = opening.open_tree(conv).modules[""].settings
+    shown = opening.open_tree(conv).live.modules[""].settings
     assert shown["padding"] == ((1, 1), (1, 1))
     assert shown["kernel_size"] == (3, 3)
     assert shown["dtype"] == "bfloat16"
     half = adapters.linen(nn.Dense(6, dtype=np.dtype("float16"), param_dtype=np.float64), jnp.zeros((1, 2)))
-    shown_half = opening.open_tree(half).modules[""].settings
+    shown_half = opening.open_tree(half).live.modules[""].settings
     assert (shown_half["dtype"], shown_half["param_dtype"]) == ("float16", "float64")
     assert shown["output_shape"] == (1, 8, 8, 6)
 
 
 def test_stacked_leaves_show_the_shape_inside_their_module(many):
     assert many["params/scanned/Dense_0/kernel"].shape == (3, 4, 4)
-    assert many.modules["scanned/Dense_0"].settings["inner_shapes"] == {"kernel": (4, 4), "bias": (4,)}
+    assert many.live.modules["scanned/Dense_0"].settings["inner_shapes"] == {"kernel": (4, 4), "bias": (4,)}
     assert many["params/mapped/Dense_0/kernel"].shape == (4, 2, 4)
-    assert many.modules["mapped/Dense_0"].settings["inner_shapes"]["kernel"] == (4, 4)
-    assert "inner_shapes" not in many.modules["again/Dense_0"].settings
+    assert many.live.modules["mapped/Dense_0"].settings["inner_shapes"]["kernel"] == (4, 4)
+    assert "inner_shapes" not in many.live.modules["again/Dense_0"].settings
 
 
 def test_a_lone_layer_has_its_leaves_at_the_top():
@@ -176,7 +176,7 @@ def test_a_lone_layer_has_its_leaves_at_the_top():
         "params/kernel": TensorSpec((2, 3), "float32"),
         "params/bias": TensorSpec((3,), "float32"),
     }
-    assert checkpoint.modules[""].leaves == {"kernel": "params/kernel", "bias": "params/bias"}
+    assert checkpoint.live.modules[""].leaves == {"kernel": "params/kernel", "bias": "params/bias"}
 
 
 def test_nothing_of_a_huge_module_is_computed():
@@ -213,7 +213,7 @@ def test_boxes_add_no_level_and_come_back():
     for thing in (variables, adapters.linen(module, jnp.zeros((1, 2)))):
         checkpoint = opening.open_tree(thing)
         assert checkpoint["params/kernel"] == TensorSpec((2, 3), "float32")
-        new = checkpoint.rebuild(
+        new = checkpoint.live.rebuild(
             {"params/kernel": np.full((2, 3), 5, np.float32), "params/bias": np.zeros(3, np.float32)}
         )
         assert isinstance(new["params"]["kernel"], nn.Partitioned)
@@ -238,7 +238,7 @@ def test_weight_and_spectral_norm_keep_slashes_inside_a_key():
     checkpoint = opening.open_tree(adapters.linen(Normed(), jnp.zeros((1, 3))))
     assert checkpoint["params/WeightNorm_0/Dense_1~1kernel~1scale"].shape == (4,)
     assert checkpoint["batch_stats/SpectralNorm_0/Dense_0~1kernel~1u"].shape == (1, 4)
-    new = checkpoint.rebuild({path: np.zeros(spec.shape, spec.dtype) for path, spec in checkpoint.items()})
+    new = checkpoint.live.rebuild({path: np.zeros(spec.shape, spec.dtype) for path, spec in checkpoint.items()})
     assert "Dense_1/kernel/scale" in new["params"]["WeightNorm_0"]
 
 
@@ -249,10 +249,10 @@ def test_caches_are_no_weights():
     for thing in (variables, freeze(variables), adapters.linen(module, jnp.zeros((1, 3, 4)))):
         assert {path.partition("/")[0] for path in opening.open_tree(thing)} == {"params"}
     checkpoint = opening.open_tree(variables)
-    new = checkpoint.rebuild({path: checkpoint.read(path) for path in checkpoint})
+    new = checkpoint.live.rebuild({path: checkpoint.read(path) for path in checkpoint})
     assert new["cache"] is variables["cache"]
     traced = opening.open_tree(adapters.linen(module, jnp.zeros((1, 3, 4))))
-    assert set(traced.rebuild({path: checkpoint.read(path) for path in checkpoint})) == {"params"}
+    assert set(traced.live.rebuild({path: checkpoint.read(path) for path in checkpoint})) == {"params"}
 
 
 def test_a_module_that_fails_is_the_users_failure():
@@ -284,7 +284,7 @@ def test_collections_bare_params_and_frozen_dicts():
     frozen = opening.open_tree(freeze(variables))
     assert set(frozen) == set(opening.open_tree(variables))
     assert frozen.containers == {"": "FrozenDict"}
-    new = frozen.rebuild({path: frozen.read(path) for path in frozen})
+    new = frozen.live.rebuild({path: frozen.read(path) for path in frozen})
     assert isinstance(new, FrozenDict)
 
 
@@ -296,7 +296,7 @@ def test_containers_keep_type_and_key_order():
     assert list(checkpoint) == ["z/b", "z/a/0", "z/a/1/0", "y/3"]
     assert checkpoint.real_keys == {"z/a/0": 0, "z/a/1": 1, "z/a/1/0": 0, "y/3": 3}
     assert checkpoint.containers == {"z/a": "list", "z/a/1": "tuple"}
-    new = checkpoint.rebuild({path: checkpoint.read(path) + 1 for path in checkpoint})
+    new = checkpoint.live.rebuild({path: checkpoint.read(path) + 1 for path in checkpoint})
     assert type(new) is OrderedDict
     assert list(new) == ["z", "y"]
     assert list(new["z"]) == ["b", "a"]
@@ -343,7 +343,7 @@ def test_random_keys_are_left_alone():
     tree = {"params": {"w": jnp.ones(1)}, "rng": {"key": jax.random.key(0)}}
     checkpoint = opening.open_tree(tree)
     assert list(checkpoint) == ["params/w"]
-    assert checkpoint.rebuild({"params/w": np.zeros(1, np.float32)})["rng"]["key"] is tree["rng"]["key"]
+    assert checkpoint.live.rebuild({"params/w": np.zeros(1, np.float32)})["rng"]["key"] is tree["rng"]["key"]
 
 
 def test_other_objects_say_what_is_accepted():
@@ -362,7 +362,7 @@ def test_flat_names_tell_the_side_unless_leaves_are_jaxs():
     assert opening.open_tree({"kernel": one}).side == "flax"
     assert opening.open_tree({"w": one}).side is None
     assert opening.open_tree({"w": jnp.ones(2)}).side == "flax"
-    new = opening.open_tree({"fc.weight": one, "fc.bias": one}).rebuild({"fc.weight": one, "fc.bias": one})
+    new = opening.open_tree({"fc.weight": one, "fc.bias": one}).live.rebuild({"fc.weight": one, "fc.bias": one})
     assert isinstance(new["fc.weight"], np.ndarray)
     assert new["fc.weight"] is not one
 
@@ -372,7 +372,7 @@ def test_abstract_trees_have_no_values_and_rebuild_as_arrays():
     checkpoint = opening.open_tree(tree)
     assert checkpoint["params/w"] == TensorSpec((2, 3), "bfloat16")
     assert not checkpoint.has_values
-    new = checkpoint.rebuild({"params/w": np.ones((2, 3), ml_dtypes.bfloat16)})
+    new = checkpoint.live.rebuild({"params/w": np.ones((2, 3), ml_dtypes.bfloat16)})
     assert isinstance(new, FrozenDict)
     assert isinstance(new["params"]["w"], jax.Array)
     mixed = opening.open_tree({"params": {"w": tree["params"]["w"], "b": jnp.ones(3)}})
@@ -403,7 +403,7 @@ def test_every_dtype_survives_bit_for_bit(name, shape):
     array = array_of(name, shape)
     checkpoint = opening.open_tree({"params": {"w": array}})
     assert checkpoint["params/w"] == TensorSpec(shape, name)
-    new = checkpoint.rebuild({"params/w": checkpoint.read("params/w")})["params"]["w"]
+    new = checkpoint.live.rebuild({"params/w": checkpoint.read("params/w")})["params"]["w"]
     assert new.dtype.name == name
     assert new.shape == shape
     assert np.asarray(new).tobytes() == array.tobytes()
@@ -429,7 +429,7 @@ def test_big_endian_and_strided_arrays_arrive_as_they_are():
     array = checkpoint.read("params/w")
     assert array.dtype.isnative
     assert np.array_equal(array, leaf)
-    assert np.array_equal(checkpoint.rebuild({"params/w": array})["params"]["w"], leaf)
+    assert np.array_equal(checkpoint.live.rebuild({"params/w": array})["params"]["w"], leaf)
 
 
 @settings(deadline=None)
@@ -440,7 +440,7 @@ def test_jax_arrays_never_share_what_the_caller_can_write(offset, writable):
     given_array = held[:] if writable else held.view()
     given_array.flags.writeable = writable
     made = adapters.to_jax(given_array)
-    rebuilt = opening.open_tree({"w": jnp.zeros(1024)}).rebuild({"w": given_array})["w"]
+    rebuilt = opening.open_tree({"w": jnp.zeros(1024)}).live.rebuild({"w": given_array})["w"]
     held[:] = 2
     assert float(made.sum()) == 1024
     assert float(rebuilt.sum()) == 1024
@@ -451,21 +451,21 @@ def test_sharding_follows_like():
     sharding = jax.NamedSharding(mesh, jax.P("x"))
     array = np.arange(4, dtype=np.float32)
     for leaf in (jax.device_put(jnp.zeros(4), sharding), jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding)):
-        new = opening.open_tree({"params": {"w": leaf}}).rebuild({"params/w": array})["params"]["w"]
+        new = opening.open_tree({"params": {"w": leaf}}).live.rebuild({"params/w": array})["params"]["w"]
         assert new.sharding == sharding
         assert new.committed
-    loose = opening.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array})["params"]["w"]
+    loose = opening.open_tree({"params": {"w": jnp.zeros(4)}}).live.rebuild({"params/w": array})["params"]["w"]
     assert not loose.committed
-    told = opening.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array}, sharding=sharding)
+    told = opening.open_tree({"params": {"w": jnp.zeros(4)}}).live.rebuild({"params/w": array}, sharding=sharding)
     assert told["params"]["w"].sharding == sharding
-    host = opening.open_tree({"params": {"w": jnp.zeros(4)}}).rebuild({"params/w": array}, sharding="host")
+    host = opening.open_tree({"params": {"w": jnp.zeros(4)}}).live.rebuild({"params/w": array}, sharding="host")
     assert type(host["params"]["w"]) is np.ndarray
 
 
 def test_rebuild_takes_the_dtypes_it_is_given_and_map_does_not():
     tree = {"params": {"w": jnp.zeros(3)}}
     half = {"params/w": np.ones(3, np.float16)}
-    assert opening.open_tree(tree).rebuild(half)["params"]["w"].dtype == jnp.float16
+    assert opening.open_tree(tree).live.rebuild(half)["params"]["w"].dtype == jnp.float16
     with pytest.raises(PlanError, match="float16"):
         adapters.map_leaves(tree, half)
 
@@ -473,17 +473,17 @@ def test_rebuild_takes_the_dtypes_it_is_given_and_map_does_not():
 def test_rebuild_lists_what_does_not_fit():
     checkpoint = opening.open_tree({"params": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})
     with pytest.raises(PlanError) as caught:
-        checkpoint.rebuild({
+        checkpoint.live.rebuild({
             "params/w": np.zeros((3, 2), np.float32), "params/b": np.zeros(4), "params/c": np.zeros(1),
         })  # fmt: skip
     assert [failure.key for failure in caught.value.failures] == ["params/w", "params/b", "params/c"]
     with pytest.raises(PlanError, match="not an array"):
-        checkpoint.rebuild({"params/b": 0.5})
+        checkpoint.live.rebuild({"params/b": 0.5})
 
 
 def test_rebuild_takes_the_dtypes_that_a_plan_has_settled():
     checkpoint = opening.open_tree({"params": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})
-    tree = checkpoint.rebuild({"params/w": np.zeros((2, 3), np.float16), "params/b": np.ones(3, np.float32)})
+    tree = checkpoint.live.rebuild({"params/w": np.zeros((2, 3), np.float16), "params/b": np.ones(3, np.float32)})
     assert tree["params"]["w"].dtype == jnp.float16
 
 

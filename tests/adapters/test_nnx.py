@@ -90,19 +90,19 @@ def test_keys_that_are_no_text_are_kept(net):
 
 def test_shared_params_appear_once_with_their_other_paths(net):
     checkpoint = opening.open_tree(net)
-    assert checkpoint.aliases == {
+    assert checkpoint.storage.aliases == {
         "head_table": "embed/embedding",
         "shared/kernel": "blocks/0/lin/kernel",
         "shared/bias": "blocks/0/lin/bias",
     }
-    assert not set(checkpoint.aliases) & set(checkpoint)
-    new = checkpoint.rebuild(arrays_of(checkpoint))
+    assert not set(checkpoint.storage.aliases) & set(checkpoint)
+    new = checkpoint.live.rebuild(arrays_of(checkpoint))
     assert new.head_table is new.embed.embedding
     assert new.shared is new.blocks[0].lin
 
 
 def test_modules_come_in_the_order_of_attributes(net):
-    modules = opening.open_tree(net).modules
+    modules = opening.open_tree(net).live.modules
     assert [path for path in modules if "/" not in path] == [
         *("", "z_first", "blocks", "normed", "spectral", "embed", "named", "attention", "none"),
     ]
@@ -124,7 +124,7 @@ def test_many_blocks_keep_their_order():
 
     checkpoint = opening.open_tree(Deep())
     assert list(checkpoint)[0::2] == [f"blocks/{i}/bias" for i in range(12)]
-    assert list(checkpoint.modules)[2:] == [f"blocks/{i}" for i in range(12)]
+    assert list(checkpoint.live.modules)[2:] == [f"blocks/{i}" for i in range(12)]
 
 
 def test_rebuild_gives_a_new_module_and_keeps_the_rest(net):
@@ -132,7 +132,7 @@ def test_rebuild_gives_a_new_module_and_keeps_the_rest(net):
     before = jax.tree.map(np.asarray, {path: checkpoint.read(path).copy() for path in checkpoint})
     net.blocks[0].drop(jnp.ones(4))  # advances the random state
     checkpoint = opening.open_tree(net)
-    new = checkpoint.rebuild(arrays_of(checkpoint))
+    new = checkpoint.live.rebuild(arrays_of(checkpoint))
     assert type(new) is Net
     assert new is not net
     assert float(new.z_first.kernel[0, 0]) == 2
@@ -160,7 +160,7 @@ def test_a_rebuilt_module_runs(net):
 
     concrete, like = Small(nnx.Rngs(1)), nnx.eval_shape(lambda: Small(nnx.Rngs(0)))
     source = opening.open_tree(concrete)
-    new = opening.open_tree(like).rebuild({path: source.read(path) for path in source})
+    new = opening.open_tree(like).live.rebuild({path: source.read(path) for path in source})
     x = jnp.ones((1, 2))
     assert np.array_equal(new(x), concrete(x))
     assert np.array_equal(nnx.jit(lambda m, x: m(x))(new, x), nnx.jit(lambda m, x: m(x))(concrete, x))
@@ -172,8 +172,8 @@ def test_abstract_modules_have_the_same_leaves_and_no_values(net, abstract):
         path: str(spec) for path, spec in opening.open_tree(net).items()
     }
     assert not like.has_values
-    assert like.modules.keys() == opening.open_tree(net).modules.keys()
-    assert like.aliases == opening.open_tree(net).aliases
+    assert like.live.modules.keys() == opening.open_tree(net).live.modules.keys()
+    assert like.storage.aliases == opening.open_tree(net).storage.aliases
     assert like.real_keys == opening.open_tree(net).real_keys
 
 
@@ -188,10 +188,10 @@ def test_abstract_random_state_is_made_from_rngs(abstract):
     like = opening.open_tree(abstract)
     arrays = arrays_of(like)
     with pytest.warns(UserWarning, match=r"stay abstract .*rngs=nnx\.Rngs"):
-        quiet = like.rebuild(arrays)
+        quiet = like.live.rebuild(arrays)
     assert isinstance(quiet.blocks[0].drop.rngs.key.get_raw_value(), jax.ShapeDtypeStruct)
     with pytest.warns(UserWarning, match="cached_key"):  # a cache is no random state: it is named and left
-        new = like.rebuild(arrays, rngs=nnx.Rngs(7))
+        new = like.live.rebuild(arrays, rngs=nnx.Rngs(7))
     key, other = new.blocks[0].drop.rngs.key[...], new.blocks[1].drop.rngs.key[...]
     assert jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     assert not np.array_equal(jax.random.key_data(key), jax.random.key_data(other))
@@ -208,7 +208,7 @@ def test_seeds_and_stacked_random_state():
         return nnx.Dropout(0.5, rngs=rngs)
 
     like = opening.open_tree(nnx.eval_shape(lambda: nnx.Dict(d=make(nnx.Rngs(0)), w=nnx.Param(jnp.ones(1)))))
-    new = like.rebuild(arrays_of(like), rngs=3)
+    new = like.live.rebuild(arrays_of(like), rngs=3)
     assert new.d.rngs.key[...].shape == (3,)
 
 
@@ -218,15 +218,15 @@ def test_state_and_split(net, abstract):
     for thing in (state, split):
         checkpoint = opening.open_tree(thing)
         assert set(checkpoint) == set(opening.open_tree(net))
-        new = checkpoint.rebuild(arrays_of(checkpoint))
+        new = checkpoint.live.rebuild(arrays_of(checkpoint))
         assert isinstance(new, nnx.State)
         assert new["blocks"][0]["lin"]["kernel"][...].sum() == 32
         assert isinstance(new["blocks"][0]["lin"]["kernel"], nnx.Param)
         assert isinstance(new["own"], Scale)
         assert net.blocks[0].lin.kernel[...].sum() != 32
-    assert opening.open_tree(split).modules["blocks/0/bn"].kind == "BatchNorm"
-    assert opening.open_tree(split).aliases["head_table"] == "embed/embedding"
-    merged = nnx.merge(split[0], opening.open_tree(split).rebuild(arrays_of(checkpoint)))
+    assert opening.open_tree(split).live.modules["blocks/0/bn"].kind == "BatchNorm"
+    assert opening.open_tree(split).storage.aliases["head_table"] == "embed/embedding"
+    merged = nnx.merge(split[0], opening.open_tree(split).live.rebuild(arrays_of(checkpoint)))
     assert merged.head_table is merged.embed.embedding
     params = opening.open_tree((split[0], nnx.state(net, nnx.Param)))
     assert "blocks/0/bn/mean" not in params
@@ -264,7 +264,7 @@ def test_every_kind_of_value_survives(net):
     assert {path: str(spec) for path, spec in checkpoint.items()} == {
         "half": "bfloat16[3]", "host": "int64[1]", "scalar": "float32[]", "tiny": "float8_e4m3fn[3]",
     }  # fmt: skip
-    new = checkpoint.rebuild({path: checkpoint.read(path) for path in checkpoint})
+    new = checkpoint.live.rebuild({path: checkpoint.read(path) for path in checkpoint})
     assert new.host.get_raw_value().tolist() == [2**40]
     assert new.half[...].dtype == ml_dtypes.bfloat16
     assert new.step.get_raw_value() == 3
@@ -277,7 +277,7 @@ def test_array_references_are_read_and_written():
     checkpoint = opening.open_tree(with_refs)
     assert set(checkpoint) == {"kernel", "bias"}
     assert np.array_equal(checkpoint.read("kernel"), module.kernel[...])
-    new = checkpoint.rebuild(arrays_of(checkpoint, 4))
+    new = checkpoint.live.rebuild(arrays_of(checkpoint, 4))
     mapped = adapters.map_leaves(with_refs, {"kernel": np.full((2, 3), 3, np.float32)})
     assert (new.kernel[...].sum(), mapped.kernel[...].sum()) == (24, 18)
     assert np.array_equal(with_refs.kernel[...], module.kernel[...])
@@ -311,7 +311,7 @@ def test_sharding_and_metadata_are_kept():
     module = nnx.Linear(2, 4, kernel_init=nnx.with_metadata(nnx.initializers.ones, tag="mine"), rngs=nnx.Rngs(0))
     module.kernel.set_value(jax.device_put(jnp.ones((2, 4)), sharding))
     checkpoint = opening.open_tree(module)
-    new = checkpoint.rebuild(arrays_of(checkpoint))
+    new = checkpoint.live.rebuild(arrays_of(checkpoint))
     assert new.kernel[...].sharding == sharding
     assert new.kernel.get_metadata("tag") == "mine"
 

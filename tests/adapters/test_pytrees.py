@@ -231,7 +231,7 @@ def test_a_module_beside_its_optimizer() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     both = nnx.ModelAndOptimizer(model, optax.adam(1.0), wrt=nnx.Param)
     assert list(open_tree(both)) == ["model/bias", "model/kernel"]
-    assert open_tree(both).metadata.keys() == {"opt_state", "step"}
+    assert open_tree(both).storage.metadata.keys() == {"opt_state", "step"}
     assert select(both, "**/kernel") == ("model/kernel",)
     gx.load_into(both, {"model": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
     assert np.all(model.kernel.get_value() == 1)

@@ -48,8 +48,8 @@ def test_module_shows_specs_kinds_settings_and_leaves():
     assert list(checkpoint) == list(Net().state_dict())
     assert checkpoint["conv.weight"] == TensorSpec((6, 1, 5, 3), "float32")
     assert checkpoint["bn.num_batches_tracked"] == TensorSpec((), "int64")
-    assert checkpoint.buffers == {"table", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
-    conv = checkpoint.modules["conv"]
+    assert checkpoint.live.buffers == {"table", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
+    conv = checkpoint.live.modules["conv"]
     assert conv.kind == "Conv2d"
     assert "torch.nn.modules.conv._ConvNd" in conv.bases
     assert conv.settings["kernel_size"] == (5, 3)
@@ -58,23 +58,23 @@ def test_module_shows_specs_kinds_settings_and_leaves():
     assert conv.settings["padding_mode"] == "zeros"
     assert conv.settings["bias"] is False
     assert conv.leaves == {"weight": "conv.weight"}
-    bn = checkpoint.modules["bn"]
+    bn = checkpoint.live.modules["bn"]
     assert (bn.settings["eps"], bn.settings["momentum"], bn.settings["affine"]) == (1e-3, 0.2, True)
     assert set(bn.leaves) == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    assert checkpoint.modules["blocks"].leaves["1.bias"] == "blocks.1.bias"
-    assert checkpoint.modules[""].leaves["blocks.1.bias"] == "blocks.1.bias"
-    assert list(checkpoint.modules) == ["", "conv", "bn", "blocks", "blocks.0", "blocks.1"]
+    assert checkpoint.live.modules["blocks"].leaves["1.bias"] == "blocks.1.bias"
+    assert checkpoint.live.modules[""].leaves["blocks.1.bias"] == "blocks.1.bias"
+    assert list(checkpoint.live.modules) == ["", "conv", "bn", "blocks", "blocks.0", "blocks.1"]
 
 
 def test_settings_of_attention_and_recurrent_modules():
-    attention = opening.open_tree(nn.MultiheadAttention(8, 2, bias=False, kdim=6, batch_first=True)).modules[""]
+    attention = opening.open_tree(nn.MultiheadAttention(8, 2, bias=False, kdim=6, batch_first=True)).live.modules[""]
     assert attention.settings["num_heads"] == 2
     assert attention.settings["batch_first"] is True
     assert attention.settings["in_proj_weight"] is False
     assert attention.settings["k_proj_weight"] is True
     assert attention.settings["in_proj_bias"] is False
     assert not attention.settings["bias_k"]
-    lstm = opening.open_tree(nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2)).modules[""]
+    lstm = opening.open_tree(nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2)).live.modules[""]
     for key, value in {"num_layers": 2, "bidirectional": True, "proj_size": 2, "bias": True, "mode": "LSTM"}.items():
         assert lstm.settings[key] == value
 
@@ -92,7 +92,9 @@ def test_meta_module_has_specs_and_no_values():
 def test_meta_module_rebuilds_on_the_cpu():
     with torch.device("meta"):
         module = nn.Linear(2, 3)
-    out = opening.open_tree(module).rebuild({"weight": np.ones((3, 2), np.float32), "bias": np.zeros(3, np.float32)})
+    out = opening.open_tree(module).live.rebuild(
+        {"weight": np.ones((3, 2), np.float32), "bias": np.zeros(3, np.float32)}
+    )
     assert out["weight"].device.type == "cpu"
     assert torch.equal(out["weight"], torch.ones(3, 2))
 
@@ -108,7 +110,7 @@ def test_every_dtype_goes_to_numpy_and_back_bit_for_bit(name, shape):
     assert array.shape == shape
     assert array.tobytes() == raw(tensor)
     assert not array.flags.writeable
-    back = checkpoint.rebuild({"a.b": array})["a.b"]
+    back = checkpoint.live.rebuild({"a.b": array})["a.b"]
     assert back.dtype == tensor.dtype
     assert back.shape == tensor.shape
     assert raw(back) == raw(tensor)
@@ -131,7 +133,7 @@ def test_any_permutation_of_any_shape_survives(shape, name, random):
     random.shuffle(order)
     view = tensor.permute(order)
     checkpoint = opening.open_tree({"x.y": view})
-    back = checkpoint.rebuild({"x.y": checkpoint.read("x.y")})["x.y"]
+    back = checkpoint.live.rebuild({"x.y": checkpoint.read("x.y")})["x.y"]
     assert back.is_contiguous()
     assert raw(back) == raw(view)
 
@@ -152,7 +154,7 @@ def test_rebuild_owns_its_memory_and_needs_no_gradient():
     module = Net()
     checkpoint = opening.open_tree(module)
     before = {key: raw(value) for key, value in module.state_dict().items()}
-    out = checkpoint.rebuild({key: checkpoint.read(key) for key in checkpoint})
+    out = checkpoint.live.rebuild({key: checkpoint.read(key) for key in checkpoint})
     assert type(out) is OrderedDict
     assert list(out) == list(module.state_dict())
     for tensor in out.values():
@@ -164,11 +166,11 @@ def test_rebuild_owns_its_memory_and_needs_no_gradient():
 def test_rebuild_never_shares_memory_with_what_others_hold():
     checkpoint = opening.open_tree({"a.x": torch.zeros(3), "a.y": torch.zeros(3)})
     whole = np.arange(6, dtype=np.float32)
-    out = checkpoint.rebuild({"a.x": whole[:3], "a.y": whole[3:]})
+    out = checkpoint.live.rebuild({"a.x": whole[:3], "a.y": whole[3:]})
     whole[:] = -1
     assert out["a.x"].tolist() == [0, 1, 2]
     mine = np.ones(3, np.float32)
-    out = checkpoint.rebuild({"a.x": mine, "a.y": mine})
+    out = checkpoint.live.rebuild({"a.x": mine, "a.y": mine})
     mine[:] = 0
     assert out["a.x"].tolist() == [1, 1, 1]
 
@@ -176,7 +178,7 @@ def test_rebuild_never_shares_memory_with_what_others_hold():
 def test_arrays_that_are_given_away_are_used_once():
     checkpoint = opening.open_tree({"a.x": torch.zeros(3), "a.y": torch.zeros(3), "a.z": torch.zeros(3)})
     mine, whole = np.ones(3, np.float32), np.ones(6, np.float32)
-    out = checkpoint.rebuild({"a.x": mine, "a.y": mine, "a.z": whole[:3]}, adopt=True)
+    out = checkpoint.live.rebuild({"a.x": mine, "a.y": mine, "a.z": whole[:3]}, adopt=True)
     out["a.x"].zero_()
     assert not mine.any()
     assert out["a.y"].tolist() == [1, 1, 1]
@@ -194,47 +196,47 @@ def test_tied_weights_are_aliases_and_stay_one_tensor():
         module.head.weight = module.embed.weight
         for thing in (module, module.state_dict()):
             checkpoint = opening.open_tree(thing)
-            assert checkpoint.aliases == {"head.weight": "embed.weight"}
+            assert checkpoint.storage.aliases == {"head.weight": "embed.weight"}
             assert set(checkpoint) == {"embed.weight", "head.weight", "other.weight"}
     table = np.ones((5, 4), np.float32)
-    out = checkpoint.rebuild({"embed.weight": table, "head.weight": table.copy()})
+    out = checkpoint.live.rebuild({"embed.weight": table, "head.weight": table.copy()})
     assert out["head.weight"] is out["embed.weight"]
-    out = checkpoint.rebuild({"embed.weight": table, "head.weight": table * 2})
+    out = checkpoint.live.rebuild({"embed.weight": table, "head.weight": table * 2})
     assert out["head.weight"].sum() == 40
 
 
 def test_views_that_only_overlap_and_empty_tensors_are_no_aliases():
     base = torch.arange(6.0).reshape(2, 3)
     state = {"a.x": base, "a.t": base.t(), "a.row": base[0], "a.e": torch.empty(0), "a.f": torch.empty(0)}
-    assert opening.open_tree(state).aliases == {}
+    assert opening.open_tree(state).storage.aliases == {}
 
 
 def test_parametrizations_and_old_weight_norm_keep_their_leaf_names():
     new = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
-    shown = opening.open_tree(new).modules[""]
+    shown = opening.open_tree(new).live.modules[""]
     assert shown.kind == "Linear"
     assert set(shown.leaves) == {
         "bias", "parametrizations.weight.original0", "parametrizations.weight.original1",
     }  # fmt: skip
     assert shown.settings["weight"] is True
     old = torch.nn.utils.weight_norm(nn.Linear(3, 4))
-    assert set(opening.open_tree(old).modules[""].leaves) == {"bias", "weight_g", "weight_v"}
+    assert set(opening.open_tree(old).live.modules[""].leaves) == {"bias", "weight_g", "weight_v"}
     spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
-    assert "parametrizations.weight.0._u" in opening.open_tree(spectral).modules[""].leaves
+    assert "parametrizations.weight.0._u" in opening.open_tree(spectral).live.modules[""].leaves
 
 
 def test_wrappers_keep_their_prefixes():
     compiled = torch.compile(nn.Linear(2, 3))
     checkpoint = opening.open_tree(compiled)
     assert set(checkpoint) == {"_orig_mod.weight", "_orig_mod.bias"}
-    assert checkpoint.modules["_orig_mod"].kind == "Linear"
+    assert checkpoint.live.modules["_orig_mod"].kind == "Linear"
     assert set(opening.open_tree(nn.DataParallel(nn.Linear(2, 3)))) == {"module.weight", "module.bias"}
 
 
 def test_scripted_modules_open():
     checkpoint = opening.open_tree(torch.jit.script(nn.Linear(2, 3)))
     assert set(checkpoint) == {"weight", "bias"}
-    assert checkpoint.modules[""].kind == "Linear"
+    assert checkpoint.live.modules[""].kind == "Linear"
 
 
 def test_lazy_quantized_and_sparse_tensors_are_refused_by_key():
@@ -312,14 +314,14 @@ def test_nothing_beside_a_container_is_dropped_unsaid(tmp_path, name, extra):
     filed = opening.open_tree(tmp_path / "x.pt")
     live = opening.open_tree(tree)
     assert dict(live) == dict(filed)
-    assert dict(live.metadata) == dict(filed.metadata)
-    said = {key.partition(".")[0] for key in live} | set(live.metadata)
+    assert dict(live.storage.metadata) == dict(filed.storage.metadata)
+    said = {key.partition(".")[0] for key in live} | set(live.storage.metadata)
     assert said >= set(extra)
 
 
 def test_a_number_in_a_state_dict_is_listed():
     checkpoint = opening.open_tree({**nn.Linear(2, 3).state_dict(), "alpha": 3.0})
-    assert dict(checkpoint.metadata) == {"alpha": "float 3.0"}
+    assert dict(checkpoint.storage.metadata) == {"alpha": "float 3.0"}
 
 
 def test_tensors_beside_other_arrays_are_refused():
@@ -459,6 +461,6 @@ def test_four_bit_floats_travel_as_their_bytes():
     assert checkpoint["a.w"] == TensorSpec((2, 6), "float4_e2m1fn")
     array = checkpoint.read("a.w")
     assert array.tolist() == list(range(6))
-    back = checkpoint.rebuild({"a.w": array})["a.w"]
+    back = checkpoint.live.rebuild({"a.w": array})["a.w"]
     assert back.dtype == tensor.dtype
     assert back.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist()

@@ -363,7 +363,7 @@ def test_modules_are_known_under_the_names_that_a_hook_gives() -> None:
 
     from graftax.opening import open_tree
 
-    modules = open_tree(make()).modules
+    modules = open_tree(make()).live.modules
     assert dict(modules["0"].leaves) == {"weight": "body.0.weight", "bias": "body.0.bias"}
 
 

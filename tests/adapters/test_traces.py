@@ -142,8 +142,8 @@ def linen_trace(call: Any, shape: tuple[int, ...]) -> Any:
             return call(nn, x, train)
 
     end = open_tree(gx.linen(Model(), jax.ShapeDtypeStruct(shape, "float32")))
-    assert end.trace is not None
-    return end.trace()
+    assert end.live.trace is not None
+    return end.live.trace()
 
 
 def body(nn: Any, x: Any, train: bool) -> Any:

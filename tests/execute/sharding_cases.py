@@ -495,7 +495,7 @@ def test_threads_make_what_one_makes(source: Path, workers: int, monkeypatch: py
             given, abstract(), rules=ruled, dtype="bfloat16", sharding=gx.on_mesh(mesh, SPECS), receipt=receipt
         ), receipt
 
-    for given in (opened, replace(opened, span=None)):
+    for given in (opened, replace(opened, storage=replace(opened.storage, span=None))):
         (one, counted), (several, found) = port(given, 1), port(given, workers)
         same(several, one)
         assert list(several) == list(one)
@@ -511,7 +511,7 @@ def test_threads_make_what_one_makes(source: Path, workers: int, monkeypatch: py
     texts = []
     for count in (1, workers):
         with pytest.raises(StorageError) as error:
-            port(replace(opened, span=None, reader=broken), count)
+            port(replace(opened, storage=replace(opened.storage, span=None, reader=broken)), count)
         texts.append(str(error.value))
     assert texts[0] == texts[1]
 
@@ -582,7 +582,7 @@ def test_over_read_is_reported_with_its_reason(tmp_path: Path) -> None:
     # As the first of four processes sees it: with two of the eight devices.
     inner = streamed.sharding_boxes
     receipts: list[Receipt] = []
-    for given in (file, replace(file, span=None)):
+    for given in (file, replace(file, storage=replace(file.storage, span=None))):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(streamed, "sharding_boxes", lambda *a: dict(list(inner(*a).items())[:2]))
             patch.setattr(streamed, "assemble", lambda shape, sharding, parts, dtype: jnp.zeros(shape))

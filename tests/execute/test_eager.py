@@ -26,7 +26,7 @@ from graftax.execute.streamed import Stream
 from graftax.ops import apply_chain, invert_chain
 from graftax.ops.rearrange import Rearrange
 from graftax.plans import End, Entry, Plan
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Storage, TensorSpec
 from graftax.tree.gc_paused import nothing_collected
 
 from . import chains
@@ -64,9 +64,11 @@ def checkpoint(arrays: dict[str, Array], by_position: str) -> Checkpoint:
         "source",
         "torch",
         specs,
-        reader=arrays.__getitem__,
-        span=None if by_position == "no" else span,
-        scatter=scatter if by_position == "rows" else None,
+        Storage(
+            reader=arrays.__getitem__,
+            span=None if by_position == "no" else span,
+            scatter=scatter if by_position == "rows" else None,
+        ),
     )
 
 
@@ -179,7 +181,8 @@ def test_sources_that_are_read_whole_are_read_once(small_parts: None) -> None:
     arrays = {"qkv": np.arange(96.0 * 50).reshape(96, 50)}
     source = checkpoint(arrays, "no")
     reads: list[str] = []
-    counted = replace(source, reader=lambda name: (reads.append(name), arrays[name])[1])
+    storage = replace(source.storage, reader=lambda name: (reads.append(name), arrays[name])[1])
+    counted = replace(source, storage=storage)
     rules = [{"torch": "qkv", "flax": ["q/kernel", "k/kernel", "v/kernel"], "fused": "block", "layout": "linear"}]
     plan = gx.plan(counted, None, rules=rules, to="flax")
     made, _ = loaded(plan, counted, 2)

@@ -59,14 +59,14 @@ def marks_agree(path: Path) -> None:
     import graftax as gx
 
     made = gx.open_checkpoint(path)
-    assert made.span is not None
+    assert made.storage.span is not None
     for name, spec in made.specs.items():
         source = name.replace("/kernel", ".weight").replace("/", ".")
         found = 0
         step = 64 << 20
         for start in range(0, spec.nbytes, step):
             block = np.empty(min(step, spec.nbytes - start) // 4, np.float32)
-            made.span(name, start, memoryview(block.view(np.uint8).data))
+            made.storage.span(name, start, memoryview(block.view(np.uint8).data))
             for place in np.flatnonzero(block).tolist():
                 column, row = divmod(start // 4 + place, spec.shape[1])
                 assert block[place] == mark(source, row, column), (name, row, column)

@@ -192,11 +192,12 @@ def test_sources_that_cannot_be_read_by_position_are_read_once(tmp_path: Path, m
     np.savez_compressed(tmp_path / "s.npz", allow_pickle=False, **{"qkv.weight": array})
     rules = [{"torch": "qkv.weight", "flax": ["q/kernel", "k/kernel", "v/kernel"], "fused": "block"}]
     opened = gx.open_checkpoint(tmp_path / "s.npz")
-    assert not opened.by_position("qkv.weight")
-    assert opened.reader is not None
+    assert not opened.storage.by_position("qkv.weight")
+    assert opened.storage.reader is not None
     reads: list[str] = []
-    reader = opened.reader
-    counted = replace(opened, reader=lambda name: (reads.append(name), reader(name))[1])
+    reader = opened.storage.reader
+    storage = replace(opened.storage, reader=lambda name: (reads.append(name), reader(name))[1])
+    counted = replace(opened, storage=storage)
     gx.port_file(counted, None, tmp_path / "o.safetensors", rules=rules, to="flax", max_memory="4MiB")
     assert reads == ["qkv.weight"]
     with safe_open(tmp_path / "o.safetensors", "np") as made:

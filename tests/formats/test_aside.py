@@ -52,7 +52,7 @@ def test_orbax_before_0_5(tmp_path: Path):
         assert found.read("params/a/kernel").tobytes() == KERNEL.tobytes() == theirs["a"]["kernel"].tobytes()
         assert found.read("params/b/scale").tobytes() == SCALE.tobytes()
         assert found.read("params/a/bias").tobytes() == np.ones(3, "float32").tobytes()
-        assert item / "params.a.kernel" / ".zarray" in found.files
+        assert item / "params.a.kernel" / ".zarray" in found.storage.files
     assert set(open_path(f"{item}::params/a")) == {"bias", "kernel"}
 
 

@@ -207,10 +207,10 @@ def test_keys_lists_and_values_that_are_no_arrays(tmp_path):
     scalars = {"step": np.int64, "huge": np.uint64, "rate": np.float64, "flag": np.bool_, "z": np.complex128}
     for key, dtype in scalars.items():
         assert same(got.read(key), np.array(tree[key], dtype))
-        assert got.metadata[key].startswith("a Python ")
+        assert got.storage.metadata[key].startswith("a Python ")
     assert got.read("np") == np.float16(2.5)
-    assert got.metadata["name"] == "str a\\x1bb"
-    assert {"raw", "none", "empty"} <= set(got.metadata)
+    assert got.storage.metadata["name"] == "str a\\x1bb"
+    assert {"raw", "none", "empty"} <= set(got.storage.metadata)
     part = {key: tree[key] for key in ("blocks", "list", "text")}
     assert written(tmp_path, output(part, {"list": "list"})) == by_flax(part)
 

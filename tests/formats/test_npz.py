@@ -133,9 +133,9 @@ def test_a_lone_npy_is_one_leaf(tmp_path, array):
     value = got.read("array")
     assert np.array_equal(value, expected)
     assert value.dtype == expected.dtype.newbyteorder("=")
-    if got.by_position("array"):
+    if got.storage.by_position("array"):
         buffer = bytearray(got["array"].nbytes)
-        got.span("array", 0, memoryview(buffer))
+        got.storage.span("array", 0, memoryview(buffer))
         assert bytes(buffer) == value.tobytes()
 
 
@@ -449,7 +449,7 @@ def test_text_beside_weights_is_left_out(tmp_path):
     )
     found = npz.open(tmp_path / "a.npz")
     assert list(found) == ["fc.weight"]
-    assert found.metadata == {"names": "text (<U2), not read", "raw": "text (|S1), not read"}
+    assert found.storage.metadata == {"names": "text (<U2), not read", "raw": "text (|S1), not read"}
     assert inspection_text(inspection(found)).endswith("beside the weights, not read: names, raw")
     np.savez(tmp_path / "a.npz", names=np.array(["a"]))
     with pytest.raises(FormatError, match="no tensors"):

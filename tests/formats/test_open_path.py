@@ -18,7 +18,7 @@ from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, U
 from graftax.formats import FORMATS, Output, open_path, save
 from graftax.formats.io import strict_json
 from graftax.formats.spec_file import dump_spec
-from graftax.tree import Checkpoint, Module, Side, TensorSpec
+from graftax.tree import Checkpoint, Live, Module, Side, Storage, TensorSpec
 from graftax.tree.dtypes import spec_of
 from graftax.tree.parts import sub_checkpoint
 
@@ -46,7 +46,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["x", "x.pt", "x.npz", "x.msgpack", "x.json", "x.safetensors", "x.SAFETENSORS"])
 def test_content_tells_the_format(model: Path, name: str):
     path = model.rename(model.with_name(name))
-    assert open_path(path).format == "safetensors"
+    assert open_path(path).storage.format == "safetensors"
     assert open_path(str(path)).read("fc.weight").tolist() == TORCH["fc.weight"].tolist()
 
 
@@ -285,16 +285,18 @@ def test_all_evidence_moves_with_a_part():
         label="live",
         side="torch",
         specs={p: TensorSpec((2,), "float32") for p in ("m.a.weight", "m.b.weight", "m.b.mean", "n.weight")},
-        modules={"m.a": Module("m.a", "Linear", leaves={"weight": "m.a.weight"}), "n": Module("n", "Linear")},
-        aliases={"m.b.weight": "m.a.weight", "m.a.weight": "n.weight"},
-        buffers=frozenset({"m.b.mean"}),
+        storage=Storage(aliases={"m.b.weight": "m.a.weight", "m.a.weight": "n.weight"}),
+        live=Live(
+            modules={"m.a": Module("m.a", "Linear", leaves={"weight": "m.a.weight"}), "n": Module("n", "Linear")},
+            buffers=frozenset({"m.b.mean"}),
+        ),
         config={"heads": 4},
     )
     part = sub_checkpoint(full, "m")
     assert list(part) == ["a.weight", "b.weight", "b.mean"]
-    assert part.modules == {"a": Module("a", "Linear", leaves={"weight": "a.weight"})}
-    assert part.aliases == {"b.weight": "a.weight"}
-    assert part.buffers == {"b.mean"}
+    assert part.live.modules == {"a": Module("a", "Linear", leaves={"weight": "a.weight"})}
+    assert part.storage.aliases == {"b.weight": "a.weight"}
+    assert part.live.buffers == {"b.mean"}
     assert part.config == {"heads": 4}
     assert not part.has_values
 
@@ -340,8 +342,8 @@ def test_a_sharded_folder(tmp_path: Path):
     assert index == {"metadata": {"total_size": 32}, "weight_map": {"fc.weight": ONE, "fc.bias": TWO}}
     for path in (folder, folder / "model.safetensors.index.json"):
         found = open_path(path)
-        assert (found.format, found.side) == ("hf_folder", "torch")
-        assert {p.name for p in found.files} == set(os.listdir(folder))
+        assert (found.storage.format, found.side) == ("hf_folder", "torch")
+        assert {p.name for p in found.storage.files} == set(os.listdir(folder))
         assert list(found) == list(TORCH)
         for name, array in TORCH.items():
             assert found.read(name).tolist() == array.tolist()
@@ -586,7 +588,7 @@ def test_a_spec_says_all_but_the_values(tmp_path: Path):
     full = open_path(tmp_path / "x.safetensors")
     (tmp_path / "like").write_text(dump_spec(full))
     spec = open_path(tmp_path / "like")
-    assert (spec.format, spec.side, dict(spec), list(spec)) == ("spec", "flax", dict(full), list(full))
+    assert (spec.storage.format, spec.side, dict(spec), list(spec)) == ("spec", "flax", dict(full), list(full))
     assert spec.real_keys == {"é/0": 0}
     assert spec.containers == {"": "FrozenDict"}
     assert dump_spec(spec) == dump_spec(full)

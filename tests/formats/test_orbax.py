@@ -93,7 +93,7 @@ def test_theirs(theirs, name):
         assert got.read(path).flags.c_contiguous
     assert got.side == "flax"
     everything = {Path(here, file) for here, _, files in os.walk(root / name) for file in files}
-    assert set(got.files) == everything or name == "items"  # there a JSON item and an optimizer's are beside
+    assert set(got.storage.files) == everything or name == "items"  # there a JSON item and an optimizer's are beside
 
 
 def test_nnx_states(theirs):
@@ -103,7 +103,7 @@ def test_nnx_states(theirs):
     assert dict(state.specs) == dict(pure.specs)
     for got in (state, pure):
         assert got.real_keys == {f"blocks/{i}": i for i in range(11)}
-        notes = {path.removesuffix("/value"): note for path, note in got.metadata.items()}
+        notes = {path.removesuffix("/value"): note for path, note in got.storage.metadata.items()}
         assert "random key" in notes["drop/rngs/key"]
         assert "counter" in notes["drop/rngs/count"]
 
@@ -114,9 +114,9 @@ def test_kinds_of_keys_and_values(theirs):
     assert lists.containers == {"l": "list", "l/1": "list"}
     assert lists.real_keys == {"l/0": 0, "l/1": 1, "l/1/0": 0}
     assert lists["step"] == TensorSpec((), "int64")
-    assert lists.metadata == {"step": "a Python number", "rate": "a Python number"}
+    assert lists.storage.metadata == {"step": "a Python number", "rate": "a Python number"}
     odd = orbax_folder.open(root / "pytree")
-    assert set(odd.metadata) == {"none", "empty", "text"}
+    assert set(odd.storage.metadata) == {"none", "empty", "text"}
     assert orbax_folder.open(root / "linen").real_keys == {}
 
 
@@ -257,7 +257,7 @@ def test_what_is_written_twice(tmp_path):
     assert (first / "_METADATA").read_bytes() == (second / "_METADATA").read_bytes()
     for file in first.rglob("*"):
         assert not file.is_file() or str(tmp_path).encode() not in file.read_bytes()
-    assert {file for file in first.rglob("*") if file.is_file()} == set(orbax_folder.open(first).files)
+    assert {file for file in first.rglob("*") if file.is_file()} == set(orbax_folder.open(first).storage.files)
 
 
 def test_leaves_called_value_stay(tmp_path):

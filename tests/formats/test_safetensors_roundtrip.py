@@ -117,7 +117,7 @@ def test_read_arrays_belong_to_the_caller(tmp_path: Path):
 
 def test_a_tensor_can_be_read_in_pieces(tmp_path: Path):
     save(tmp_path / "x.safetensors", output_of({"a": np.ones(3), "x": np.arange(10, dtype=np.int16)}))
-    native = open_path(tmp_path / "x.safetensors").native
+    native = open_path(tmp_path / "x.safetensors").storage.native
     assert native.read_bytes("x", 4, 8) == np.arange(2, 4, dtype=np.int16).tobytes()
     with pytest.raises(IndexError):
         native.read_bytes("x", 4, 21)

@@ -23,21 +23,21 @@ BIG = np.arange(70 * 90, dtype=np.float32).reshape(70, 90)
 
 
 def spans_agree(checkpoint: Checkpoint, expected_whole: set[str]) -> None:
-    assert checkpoint.span is not None
-    assert checkpoint.whole == expected_whole
+    assert checkpoint.storage.span is not None
+    assert checkpoint.storage.whole == expected_whole
     rng = random.Random(0)
     for name, spec in checkpoint.specs.items():
         if name in expected_whole:
-            assert not checkpoint.by_position(name)
+            assert not checkpoint.storage.by_position(name)
             continue
         raw = np.ascontiguousarray(checkpoint.read(name)).tobytes()
         for _ in range(8):
             start = rng.randrange(spec.nbytes + 1)
             buffer = bytearray(rng.randrange(spec.nbytes - start + 1))
-            checkpoint.span(name, start, memoryview(buffer))
+            checkpoint.storage.span(name, start, memoryview(buffer))
             assert buffer == raw[start : start + len(buffer)], name
         with pytest.raises((FormatError, IndexError)):
-            checkpoint.span(name, 0, memoryview(bytearray(spec.nbytes + 1)))
+            checkpoint.storage.span(name, 0, memoryview(bytearray(spec.nbytes + 1)))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -57,7 +57,7 @@ def test_torch(tmp_path: Path, legacy: bool) -> None:
         torch.save(state, file, _use_new_zipfile_serialization=not legacy)
     spans_agree(open_path(tmp_path / "x.pt"), {"turned", "columns", "conj"})
     inside = open_path(f"{tmp_path / 'x.pt'}::.")
-    assert inside.whole == {"turned", "columns", "conj"}
+    assert inside.storage.whole == {"turned", "columns", "conj"}
 
 
 def test_torch_big_endian_and_compressed(tmp_path: Path) -> None:
@@ -120,15 +120,15 @@ def test_a_damaged_member_is_found_before_a_byte_of_it_is_given_out(tmp_path: Pa
     at = bytes(raw).index(BIG.tobytes())
     raw[at + BIG.nbytes - 1] ^= 1
     path.write_bytes(raw)
-    span = open_path(path).span
+    span = open_path(path).storage.span
     assert span is not None
     with pytest.raises(FormatError, match="damaged"):
         span("a", 0, memoryview(bytearray(4)))
     opened = open_path(path)
     path.write_bytes(raw + b"x")
-    assert opened.span is not None
+    assert opened.storage.span is not None
     with pytest.raises(StorageError, match="changed"):
-        opened.span("a", 0, memoryview(bytearray(4)))
+        opened.storage.span("a", 0, memoryview(bytearray(4)))
 
 
 @pytest.mark.parametrize("name", ["s.pt", "s.npz", "s.msgpack"])
@@ -141,7 +141,9 @@ def test_a_port_reads_them_by_position(tmp_path: Path, name: str) -> None:
         np.savez(tmp_path / name, allow_pickle=False, **{"fc.weight": array})
     else:
         (tmp_path / name).write_bytes(flax.serialization.msgpack_serialize({"fc": {"kernel": array}}))
-    opened = replace(open_path(tmp_path / name), reader=lambda path: pytest.fail(f"{path} was read whole"))
+    found = open_path(tmp_path / name)
+    storage = replace(found.storage, reader=lambda path: pytest.fail(f"{path} was read whole"))
+    opened = replace(found, storage=storage)
     rules = [{"torch": "fc.weight", "flax": "fc/kernel", "layout": "linear"}]
     side = "torch" if name == "s.msgpack" else "flax"
     gx.port_file(opened, None, tmp_path / "o.safetensors", rules=rules, to=side, max_memory="2MiB")

@@ -110,7 +110,7 @@ def test_every_dtype(tmp_path, name, legacy):
         check_same(path, torch.load(path, weights_only=True))
     got = check_same(path, tensors)  # torch 2.13 cannot load the legacy files of these dtypes that it writes
     assert got.side == "torch"
-    assert got.format == "torch"
+    assert got.storage.format == "torch"
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -138,7 +138,7 @@ def test_views_aliases_parameters(tmp_path, legacy):
     )
     path = save(tmp_path / "x.pt", tensors, _use_new_zipfile_serialization=not legacy)
     got = check_same(path, torch.load(path, weights_only=True))
-    assert got.aliases == {"again": "tied"}
+    assert got.storage.aliases == {"again": "tied"}
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -156,7 +156,7 @@ def test_module_state_dict_with_extra_state(tmp_path):
     path = save(tmp_path / "x.bin", model.state_dict())
     got = torch_pt.open(path)
     assert list(got) == [key for key in model.state_dict() if not key.endswith("_extra_state")]
-    assert got.metadata == {"0._extra_state": "mapping of 1"}
+    assert got.storage.metadata == {"0._extra_state": "mapping of 1"}
 
 
 def test_big_endian(tmp_path):
@@ -249,15 +249,15 @@ def test_container_is_found(tmp_path, content, container):
         assert set(torch_pt.open(path)) >= {"params.fc.weight", "params.fc.bias"}
         return
     got = check_same(path, WEIGHTS)
-    assert got.metadata.get("container", "") == container
+    assert got.storage.metadata.get("container", "") == container
     left = set(content) - set(WEIGHTS) - {container.partition("/")[0]}
-    assert left <= set(got.metadata)
+    assert left <= set(got.storage.metadata)
 
 
 def test_left_out_is_listed(tmp_path):
     content = {"model": WEIGHTS, "optimizer": OPTIMIZER, "epoch": 3, "name": "run", "none": None}
     got = torch_pt.open(save(tmp_path / "x.pt", content))
-    assert got.metadata == {
+    assert got.storage.metadata == {
         "container": "model",
         "optimizer": "mapping of 2, 2 tensors, not read",
         "epoch": "int 3",
@@ -361,7 +361,7 @@ GRAD_SCALER = {"scale": ONE, "growth_factor": 2.0, "backoff_factor": 0.5, "growt
 def test_what_training_saves_beside_weights(tmp_path, name, value):
     got = torch_pt.open(save(tmp_path / "x.pt", {"model": WEIGHTS, name: value}))
     assert list(got) == list(WEIGHTS)
-    assert list(got.metadata) == ["container", name]
+    assert list(got.storage.metadata) == ["container", name]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (0,), (2,)])
@@ -370,7 +370,7 @@ def test_no_tensor_beside_a_container_is_dropped(tmp_path, name, shape):
     content = {"model": WEIGHTS, name: torch.full(shape, 2.5), "optim": OPTIMIZER, "epoch": 3}
     got = torch_pt.open(save(tmp_path / "x.pt", content))
     assert set(got) == {"model.fc.weight", "model.fc.bias", name}
-    assert list(got.metadata) == ["optim", "epoch"]
+    assert list(got.storage.metadata) == ["optim", "epoch"]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_no_tensor_beside_a_container_is_dropped(tmp_path, name, shape):
 def test_a_count_of_training_is_no_weight(tmp_path, name, shape):
     got = torch_pt.open(save(tmp_path / "x.pt", {"model": WEIGHTS, name: torch.full(shape, 2.5)}))
     assert list(got) == list(WEIGHTS)
-    assert list(got.metadata) == ["container", name]
+    assert list(got.storage.metadata) == ["container", name]
     got = torch_pt.open(save(tmp_path / "x.pt", {"model": WEIGHTS, name: torch.ones(2)}))
     assert len(got) == 3
 
@@ -391,7 +391,7 @@ def test_only_what_may_be_a_weight_is_read_with_the_weights(tmp_path):
         save(tmp_path / "x.pt", {"model": WEIGHTS, "logit_scale": ONE, "optimizer": OPTIMIZER, **known})
     )
     assert set(got) == {"model.fc.weight", "model.fc.bias", "logit_scale"}
-    assert set(got.metadata) == {"optimizer", *known}
+    assert set(got.storage.metadata) == {"optimizer", *known}
     parts = {"encoder": WEIGHTS, "decoder": OTHER, "loss": ONE, "heads": {"w": torch.ones(2)}}
     assert {key.partition(".")[0] for key in torch_pt.open(save(tmp_path / "y.pt", parts))} == set(parts)
 
@@ -447,7 +447,7 @@ def test_optimizers_beside_parts_are_left_out_and_listed(tmp_path):
     path = save(tmp_path / "x.pt", {"generator": WEIGHTS, "upscaler": OTHER, "opt": {"g": OPTIMIZER, "d": OPTIMIZER}})
     got = torch_pt.open(path)
     assert {key.partition(".")[0] for key in got} == {"generator", "upscaler"}
-    assert got.metadata == {"opt": "mapping of 2, 4 tensors, not read"}
+    assert got.storage.metadata == {"opt": "mapping of 2, 4 tensors, not read"}
     assert len(torch_pt.open_container(path, ".")) == 8
     assert len(torch_pt.open(save(tmp_path / "y.pt", {"opt": OPTIMIZER}))) == 2
 
@@ -457,8 +457,8 @@ def test_inspect_says_what_was_not_read(tmp_path):
 
     content = {"model": {**WEIGHTS, "alpha": 3.0}, "optimizer": OPTIMIZER, "epoch": 3, "container": "a"}
     got = torch_pt.open(save(tmp_path / "x.pt", content))
-    assert got.metadata["container"] == "model"
-    assert got.metadata["alpha"] == "float 3.0"
+    assert got.storage.metadata["container"] == "model"
+    assert got.storage.metadata["alpha"] == "float 3.0"
     last = inspection_text(inspection(got)).splitlines()[-1]
     assert last == "beside the weights, not read: optimizer, epoch, ./container, alpha"
     got = torch_pt.open(save(tmp_path / "x.pt", WEIGHTS | {f"a\x1b{i}": i for i in range(20)}))
@@ -525,8 +525,8 @@ def test_an_object_beside_the_weights_is_a_name(tmp_path, name, legacy, protocol
     options = {"_use_new_zipfile_serialization": not legacy, "pickle_protocol": protocol}
     path = save(tmp_path / "x.pt", {"state_dict": WEIGHTS, "extra": OBJECTS[name]}, **options)
     got = check_same(path, WEIGHTS)
-    assert got.metadata["extra"].removeprefix("object ").endswith(name)
-    assert got.left == {"extra": got.metadata["extra"]}
+    assert got.storage.metadata["extra"].removeprefix("object ").endswith(name)
+    assert got.left == {"extra": got.storage.metadata["extra"]}
     assert list(torch_pt.open_container(path, "state_dict")) == list(WEIGHTS)
 
 

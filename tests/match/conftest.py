@@ -19,7 +19,7 @@ from graftax.match.bare_rules import merged
 from graftax.ops import Rearrange, apply_chain, same_bits
 from graftax.plans import Proposal
 from graftax.rules import RuleOutcome, apply_rules, load_rules
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Storage, TensorSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 Line = tuple[Any, ...]
@@ -191,7 +191,7 @@ def _put(keys: Any, mark: str, short: str, n: int) -> Any:
 
 def _checkpoint(arrays: dict[str, np.ndarray[Any, Any]], side: Any, config: dict[str, Any] | None) -> Checkpoint:
     specs = {name: TensorSpec(array.shape, str(array.dtype)) for name, array in arrays.items()}
-    return Checkpoint(side, side, specs, arrays.__getitem__, config=config)
+    return Checkpoint(side, side, specs, Storage(arrays.__getitem__), config=config)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 from graftax.match.planning import Options, make_plan
 from graftax.plans import Plan
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Storage, TensorSpec
 
 D = 8
 ATTENTION = {f"layers.{i}.attn.{k}_proj.weight": (D, D + 2) for i in range(2) for k in "qkv"}
@@ -26,7 +26,7 @@ def planned(torch: dict[str, Any], flax: dict[str, Any] | None = None, rules: An
     values = {name: rng.standard_normal(shape).astype("f4") for name, shape in torch.items()}
     like = Checkpoint("like", "flax", {name: TensorSpec(shape, "float32") for name, shape in flax.items()})
     specs = {name: TensorSpec(shape, "float32") for name, shape in torch.items()}
-    source = Checkpoint("torch", "torch", specs, values.__getitem__, config=config or None)
+    source = Checkpoint("torch", "torch", specs, Storage(values.__getitem__), config=config or None)
     return make_plan(source, like, Options(rules=rules, unused="drop"))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import graftax as gx
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Storage, TensorSpec
 
 LAYERS = 3
 D = 8
@@ -36,7 +36,7 @@ def planned(name: str, value: np.ndarray, more: dict[str, Any] | None = None, **
     values |= {f"blocks.{i}.{name}": value for i in range(LAYERS)}
     specs = {key: TensorSpec(array.shape, str(array.dtype)) for key, array in values.items()}
     like = {f"params/blocks_{i}/attn/qkv/kernel": TensorSpec((D, 24), "float32") for i in range(LAYERS)} | (more or {})
-    source = Checkpoint("torch", "torch", specs, values.__getitem__)
+    source = Checkpoint("torch", "torch", specs, Storage(values.__getitem__))
     from graftax.match.planning import Options, make_plan
 
     return make_plan(source, Checkpoint("like", "flax", like), Options(**options))

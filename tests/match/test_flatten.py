@@ -9,7 +9,7 @@ import pytest
 
 from graftax.match.planning import Options, make_plan
 from graftax.plans import Plan
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Storage, TensorSpec
 
 C, H, W, OUT = 8, 4, 4, 10
 TORCH = {"conv.weight": (C, 3, 3, 3), "conv.bias": (C,), "fc.weight": (OUT, C * H * W), "fc.bias": (OUT,)}
@@ -25,7 +25,7 @@ BARE = {"torch": "fc.weight", "flax": "params/fc/kernel"}
 def end(shapes: dict[str, tuple[int, ...]], side: Any) -> Checkpoint:
     rng = np.random.default_rng(0)
     values = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
-    return Checkpoint(side, side, {n: TensorSpec(s, "float32") for n, s in shapes.items()}, values.__getitem__)
+    return Checkpoint(side, side, {n: TensorSpec(s, "float32") for n, s in shapes.items()}, Storage(values.__getitem__))
 
 
 def planned(

@@ -10,7 +10,7 @@ import pytest
 import graftax as gx
 from graftax.errors import PlanError
 from graftax.plans import Plan
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Storage, TensorSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -20,7 +20,7 @@ def ends(torch: Shapes, flax: Shapes) -> tuple[Checkpoint, Checkpoint]:
     rng = np.random.default_rng(0)
     values = {name: rng.standard_normal(shape).astype("f4") for name, shape in torch.items()}
     left, right = ({n: TensorSpec(s, "float32") for n, s in some.items()} for some in (torch, flax))
-    return Checkpoint("torch", "torch", left, values.__getitem__), Checkpoint("flax", "flax", right)
+    return Checkpoint("torch", "torch", left, Storage(values.__getitem__)), Checkpoint("flax", "flax", right)
 
 
 def plan(torch: Shapes, flax: Shapes, **options: Any) -> Plan:

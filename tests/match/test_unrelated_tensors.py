@@ -9,7 +9,7 @@ import pytest
 
 import graftax as gx
 from graftax.plans import Plan
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Storage, TensorSpec
 
 Shapes = dict[str, tuple[int, ...]]
 ATTN = {"attn.q.weight": (8, 8), "attn.k.weight": (8, 8)}, {"attn/q/kernel": (8, 8), "attn/k/kernel": (8, 8)}
@@ -20,7 +20,7 @@ def plan(torch: Shapes, flax: Shapes, rules: str | None = None, **options: Any) 
     rng = np.random.default_rng(0)
     values = {name: rng.standard_normal(shape).astype("f4") for name, shape in torch.items()}
     left, right = ({n: TensorSpec(s, "float32") for n, s in some.items()} for some in (torch, flax))
-    source = Checkpoint("torch", "torch", left, values.__getitem__)
+    source = Checkpoint("torch", "torch", left, Storage(values.__getitem__))
     return gx.plan(source, Checkpoint("flax", "flax", right), rules=rules, **options)
 
 

@@ -43,7 +43,7 @@ def test_a_factory_gives_its_live_object(module):
         assert list(checkpoint) == ["params/w"]
         assert checkpoint.label == text
         assert checkpoint.read("params/w").sum() == 6
-        assert flatten_dict(checkpoint.native).keys() == {("params", "w")}
+        assert flatten_dict(checkpoint.live.object).keys() == {("params", "w")}
 
 
 def test_the_current_folder_is_importable_while_the_factory_runs(module):

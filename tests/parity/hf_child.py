@@ -250,7 +250,7 @@ def untransposed(like: Any, weights: Any, path: str) -> Any:
     arrays = {name: np.asarray(tree.read(name)) for name in tree}
     assert arrays[path].shape[0] == arrays[path].shape[1], path
     arrays[path] = arrays[path].T.copy()
-    return open_tree(like).rebuild({name: jnp.asarray(array) for name, array in arrays.items()})
+    return open_tree(like).live.rebuild({name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 def fault(case: Case, what: str, report: Any) -> dict[str, Any]:

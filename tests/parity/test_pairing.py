@@ -20,7 +20,7 @@ def pairs_of(module: Any, like: Any, **options: Any) -> tuple[Pair, ...]:
     plan = gx.plan(module, like, **options)
     assert plan.complete, str(plan)
     a, b = open_tree(module), open_tree(like)
-    return find_pairs(plan.entries, a.modules, b.modules, a.aliases, b.aliases)
+    return find_pairs(plan.entries, a.live.modules, b.live.modules, a.storage.aliases, b.storage.aliases)
 
 
 def names(pairs: tuple[Pair, ...]) -> list[tuple[str, str, bool]]:

@@ -18,11 +18,11 @@ def lint(torch: Module, flax: Module, leaf: bool = True) -> dict[str, tuple[str,
 
 
 def torch_of(module: Any) -> Module:
-    return open_tree(module).modules[""]
+    return open_tree(module).live.modules[""]
 
 
 def nnx_of(module: Any) -> Module:
-    return open_tree(module).modules[""]
+    return open_tree(module).live.modules[""]
 
 
 def own(**settings: Any) -> Module:

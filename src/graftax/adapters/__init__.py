@@ -229,9 +229,9 @@ def _live(obj: Any) -> Any:
     """The live object behind a Checkpoint."""
     if not isinstance(obj, Checkpoint):
         return obj
-    if obj.native is None or obj.format != "live":
+    if obj.live.object is None:
         raise UsageError(f"{escape(obj.label)} is no live object: it was read from a file")
-    return obj.native
+    return obj.live.object
 
 
 def _like_old(path: str, old: Any, new: Any) -> Any:

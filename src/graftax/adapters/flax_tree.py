@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers, jax_arrays, notes
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
-from graftax.tree import Checkpoint, Key, Side, SideBy, TensorSpec, dtypes, nearest, unescape_part
+from graftax.tree import Checkpoint, Key, Live, Side, SideBy, Storage, TensorSpec, dtypes, nearest, unescape_part
 from graftax.tree.sides import Signs, renamed, split_at_dots
 
 if TYPE_CHECKING:
@@ -38,14 +38,11 @@ def open_container(tree: Any, label: str, side: Side | None = None) -> Checkpoin
         side=told,
         side_by=side_by,
         specs=specs_of(found, label),
-        reader=reader_of(found),
+        storage=Storage(reader=reader_of(found), metadata=_left_out(arrays)),
+        live=Live(object=tree, rebuild=_rebuilder(tree, found, told), placed=lambda: notes.notes_of(tree)),
         real_keys={path: key for path, key in real_keys.items() if path in leading},
         containers=kinds,
-        metadata=_left_out(arrays),
         left=_left_out(arrays),
-        native=tree,
-        rebuild=_rebuilder(tree, found, told),
-        placed=lambda: notes.notes_of(tree),
     )
     return _keyed(opened) if told == "torch" else opened
 
@@ -93,7 +90,7 @@ def _keyed(opened: Checkpoint) -> Checkpoint:
     if len(keys) < len(opened):
         raise FormatError(f"{escape(opened.label)}: two leaves have the same key", next="Rename one.")
     real_keys = {".".join(map(unescape_part, path.split("/"))): key for path, key in opened.real_keys.items()}
-    return replace(renamed(opened, keys), real_keys=real_keys, containers={}, stored={})
+    return replace(renamed(opened, keys), real_keys=real_keys, containers={})
 
 
 def _slashes(path: str) -> list[int]:
@@ -272,11 +269,13 @@ def _open_flat(tree: Mapping[Any, Any], label: str, stated: Side | None) -> Chec
         side=side,
         side_by=side_by,
         specs=specs_of(found, label),
-        reader=reader_of(found),
+        storage=Storage(reader_of(found)),
+        live=Live(
+            object=tree,
+            rebuild=_rebuilder(tree, found, side),
+            placed=lambda: {path: notes.note_of_leaf(leaf) for path, leaf in found.items()},
+        ),
         containers=containers.shape_of_tree(tree)[1],
-        native=tree,
-        rebuild=_rebuilder(tree, found, side),
-        placed=lambda: {path: notes.note_of_leaf(leaf) for path, leaf in found.items()},
     )
     if side == "torch" and isinstance(next(iter(tree)), tuple):
         return _keyed(opened)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers, flax_tree, settings
 from graftax.errors import GraftaxError, UsageError, escape
-from graftax.tree import Checkpoint, Module, TensorSpec, Trace, join_path
+from graftax.tree import Checkpoint, Live, Module, TensorSpec, Trace, join_path
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -70,15 +70,17 @@ def open_linen(model: LinenModel, label: str) -> Checkpoint:
         label=label,
         side="flax",
         specs=base.specs,
-        modules=modules_of(seen, base.specs),
+        live=Live(
+            modules=modules_of(seen, base.specs),
+            object=model,
+            trace=lambda: maps_of(model, variables),
+            rebuild=lambda arrays, sharding=None, adopt=False: flax_tree.rebuild_container(
+                variables, arrays, sharding, adopt
+            ),
+            placed=base.live.placed,
+        ),
         real_keys=base.real_keys,
         containers=base.containers,
-        native=model,
-        trace=lambda: maps_of(model, variables),
-        rebuild=lambda arrays, sharding=None, adopt=False: flax_tree.rebuild_container(
-            variables, arrays, sharding, adopt
-        ),
-        placed=base.placed,
     )
 
 

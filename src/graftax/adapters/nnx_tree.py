@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from graftax.adapters import containers, flax_tree, jax_arrays, settings
 from graftax.errors import Failure, PlanError, UsageError, escape, with_article
-from graftax.tree import Checkpoint, Key, Module
+from graftax.tree import Checkpoint, Key, Live, Module, Storage
 from graftax.tree.dtypes import same_bits
 
 
@@ -37,16 +37,16 @@ def open_nnx(node: Any, label: str) -> Checkpoint:
         label=label,
         side="flax",
         specs=base.specs,
-        reader=_shown(parts.state, base),
-        modules=modules_of(node, base, aliases),
-        aliases=aliases,
-        real_keys=base.real_keys,
-        metadata=base.metadata,
-        native=node,
-        rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: join_module(
-            parts, with_random_state(_rebuilt(parts.state, arrays, sharding, adopt), rngs)
+        storage=Storage(reader=_shown(parts.state, base), aliases=aliases, metadata=base.storage.metadata),
+        live=Live(
+            modules=modules_of(node, base, aliases),
+            object=node,
+            rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: join_module(
+                parts, with_random_state(_rebuilt(parts.state, arrays, sharding, adopt), rngs)
+            ),
+            placed=base.live.placed,
         ),
-        placed=base.placed,
+        real_keys=base.real_keys,
     )
 
 
@@ -57,16 +57,16 @@ def _open_state(state: Any, native: Any, module: Any, label: str) -> Checkpoint:
         label=label,
         side="flax",
         specs=base.specs,
-        reader=_shown(state, base),
-        modules={} if module is None else modules_of(module, base, aliases),
-        aliases=aliases,
-        real_keys=base.real_keys,
-        metadata=base.metadata,
-        native=native,
-        rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: with_random_state(
-            _rebuilt(state, arrays, sharding, adopt), rngs
+        storage=Storage(reader=_shown(state, base), aliases=aliases, metadata=base.storage.metadata),
+        live=Live(
+            modules={} if module is None else modules_of(module, base, aliases),
+            object=native,
+            rebuild=lambda arrays, sharding=None, adopt=False, rngs=None: with_random_state(
+                _rebuilt(state, arrays, sharding, adopt), rngs
+            ),
+            placed=base.live.placed,
         ),
-        placed=base.placed,
+        real_keys=base.real_keys,
     )
 
 
@@ -81,7 +81,7 @@ def _rebuilt(state: Any, arrays: Mapping[str, Any], sharding: Any, adopt: bool) 
 
 def _shown(state: Any, base: Checkpoint) -> Callable[[str], Any] | None:
     """A reader that refuses leaves of which the model gets another value than the one that is stored."""
-    read = base.reader
+    read = base.storage.reader
     own = {path for path, leaf in _variables(state) if containers.is_variable(leaf) and _overrides(leaf, "get_value")}
     if read is None or not own:
         return read

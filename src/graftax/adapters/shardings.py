@@ -121,7 +121,7 @@ def _spans(obj: Any) -> bool:
 
 
 def _notes(like: Checkpoint | None) -> Mapping[str, Note]:
-    return like.placed() if like is not None and like.placed is not None else {}
+    return like.live.placed() if like is not None and like.live.placed is not None else {}
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_NOWHERE = inert.Storage("", "", 0, 0, 0)
+_NOWHERE = inert.TorchStorage("", "", 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)

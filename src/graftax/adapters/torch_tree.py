@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import containers, jax_arrays, settings, torch_arrays, torch_containers
 from graftax.errors import Failure, FormatError, GraftaxError, PlanError, escape
-from graftax.tree import Checkpoint, Module, TensorSpec, Trace, nearest
+from graftax.tree import Checkpoint, Live, Module, Storage, TensorSpec, Trace, nearest
 from graftax.tree.torch_nest import metadata
 
 if TYPE_CHECKING:
@@ -28,14 +28,15 @@ def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
         label=label,
         side="torch",
         specs=specs,
-        reader=_reader(state),
-        modules=modules_of(module, specs, own),
-        aliases=aliases_of(state),
+        storage=Storage(reader=_reader(state), aliases=aliases_of(state)),
+        live=Live(
+            modules=modules_of(module, specs, own),
+            buffers=_buffers(module, state, own),
+            object=module,
+            trace=lambda: _trace(module),
+            rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
+        ),
         config=_config(module),
-        buffers=_buffers(module, state, own),
-        native=module,
-        trace=lambda: _trace(module),
-        rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
     )
 
 
@@ -50,14 +51,18 @@ def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
         label=f"{label}::{chosen.container}" if chosen.container else label,
         side="torch",
         specs=_specs(state, label),
-        reader=_reader(state),
-        aliases=aliases_of(state),
+        storage=Storage(
+            reader=_reader(state),
+            aliases=aliases_of(state),
+            metadata=metadata(chosen.container, chosen.left),
+        ),
+        live=Live(
+            object=tree,
+            rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
+        ),
         real_keys=chosen.real_keys,
-        metadata=metadata(chosen.container, chosen.left),
         left=chosen.left,
         chosen=True,
-        native=tree,
-        rebuild=lambda arrays, sharding=None, adopt=False: rebuild_state(state, arrays, sharding, adopt),
     )
 
 

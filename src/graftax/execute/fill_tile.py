@@ -78,10 +78,10 @@ def held(array: Array, spec: TensorSpec) -> Held:
 def opened(source: Checkpoint, name: str, count: Callable[[int], None], whole: Callable[[str], Array]) -> Values:
     """A tensor of a checkpoint: read by position where that can be done, else read now, by `whole`. `count` is told of
     the bytes that are read, unless the checkpoint is a live tree."""
-    spec, span, scatter = source.specs[name], source.span, source.scatter
-    if span is None or not source.by_position(name):
+    spec, span, scatter = source.specs[name], source.storage.span, source.storage.scatter
+    if span is None or not source.storage.by_position(name):
         array = whole(name)
-        if source.format != "live":
+        if source.storage.format != "live":
             count(spec.nbytes)
         return held(array, spec)
 

@@ -25,10 +25,10 @@ def fingerprint(plan: Plan, source: Checkpoint, like: Checkpoint | None) -> str:
 
 
 def _files(end: Checkpoint) -> list[list[int]]:
-    if not end.files:
+    if not end.storage.files:
         raise UsageError(
             f"{escape(end.label)} is not in files, so that nothing shows whether it is still the same",
             next=f"Port it without {worded('--resume', 'resume=True')}, or save it first.",
         )
-    stats = [os.stat(path) for path in end.files]
+    stats = [os.stat(path) for path in end.storage.files]
     return [[info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns] for info in stats]

@@ -29,7 +29,7 @@ def same_work(made: Plan, source: Checkpoint, like: Checkpoint | None) -> dict[s
         name = f"{entry.targets[0]}, how it is made" if entry.targets else f"{entry.sources[0]}, what becomes of it"
         same[name] = _digest(repr((entry.sources, entry.targets, [_plain(op) for op in entry.ops])))
     kept = any(entry.ops and isinstance(entry.ops[0], Keep) for entry in made.entries)
-    read = (*source.files, *(like.files if kept and like is not None else ()))
+    read = (*source.storage.files, *(like.storage.files if kept and like is not None else ()))
     listed = read[:: max(1, len(read) // _FILES)]
     return same | {str(path): sample(path) for path in listed}
 

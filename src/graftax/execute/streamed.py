@@ -128,7 +128,9 @@ class Stream:
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
         boxes = self._boxes(entry, index, spec, False)
-        if boxes is None or (self._source.format != "live" and not all(map(self._source.by_position, entry.sources))):
+        if boxes is None or (
+            self._source.storage.format != "live" and not all(map(self._source.storage.by_position, entry.sources))
+        ):
             return None
         return [math.prod(stop - start for start, stop in box) * spec.bits // 8 for box in boxes]
 
@@ -212,7 +214,7 @@ class Stream:
 
     def apart(self, entry: Entry) -> bool:
         """May several threads make the targets of such entries at once? Not where each would hold tensors whole."""
-        by_position = self._source.format == "live" or all(map(self._source.by_position, entry.sources))
+        by_position = self._source.storage.format == "live" or all(map(self._source.storage.by_position, entry.sources))
         return by_position and not any(self._whole_only(entry, self._plan.like.specs[name]) for name in entry.targets)
 
     def reader(self, nbytes: int) -> Reader:
@@ -255,7 +257,7 @@ class Stream:
             read = self.note(reader)
         why = ""
         if read > OVER * needed:
-            by_position = all(map(self._source.by_position, entry.sources))
+            by_position = all(map(self._source.storage.by_position, entry.sources))
             found = [piece for some in pieces.values() for piece in some]
             why = short_runs(found, sources) if by_position else "its file cannot be read by position"
         self.counted(entry, meter)
@@ -280,7 +282,7 @@ class Stream:
 
     def _needed(self, target: str, needed: int, read: int, why: str) -> None:
         """Counts what the shards of a target are made of; says why, where much more was read."""
-        if self._source.format == "live":
+        if self._source.storage.format == "live":
             return
         self._receipt.bytes_needed += needed
         if read > OVER * needed:
@@ -377,7 +379,7 @@ class Stream:
                     next=f"Give {option('max_memory', f'{-(-needed // 2**20)}MiB')} or more.",
                 )
             made, meter = run_entry(entry, self._source, self._like)
-            if self._source.format != "live":
+            if self._source.storage.format != "live":
                 self._receipt.bytes_read += sum(spec.nbytes for spec in self._specs(entry))
             named_made = zip(entry.targets, made, strict=True)
             self._whole[key] = {name: array for name, array in named_made if name not in self._skipped}

@@ -53,9 +53,9 @@ def _additional(plan: Plan, source: Checkpoint) -> list[str]:
     unknown = [name for name in source if name not in known]
     if not unknown:
         return []
-    stored = {source.aliases.get(name, name) for name in known}
+    stored = {source.storage.aliases.get(name, name) for name in known}
     left_out = {name for assumption in plan.assumptions for name in assumption.targets if name not in plan.like.specs}
-    return [name for name in unknown if source.aliases.get(name, name) not in stored and name not in left_out]
+    return [name for name in unknown if source.storage.aliases.get(name, name) not in stored and name not in left_out]
 
 
 def run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None) -> tuple[tuple[Array, ...], Meter | None]:

@@ -52,13 +52,13 @@ def open_file(path: Path, config: bool = True, part: str = "", shard: bool = Fal
 def checked(found: Checkpoint, label: str) -> Checkpoint:
     """`found`, which must hold tensors (a header or a spec may say that there are none), under names that are no deeper
     than trees may be. FormatError, UnsafeInputError."""
-    if not found.specs and found.format not in ("safetensors", "spec"):
-        raise FormatError(f"{label} holds no tensors", next=_other(found.metadata))
+    if not found.specs and found.storage.format not in ("safetensors", "spec"):
+        raise FormatError(f"{label} holds no tensors", next=_other(found.storage.metadata))
     deepest = limit("depth")
     for name in found.specs:
         if len(name) > deepest and (depth := max(name.count("/"), name.count("."))) > deepest:
             raise beyond("depth", f"{label}: {escape(name, 60)} has {depth + 1:,} parts")
-    if found.metadata.get("format") == "mlx":
+    if found.storage.metadata.get("format") == "mlx":
         foreign.refuse_mlx({name: spec.shape for name, spec in found.specs.items()}, label)
     return found
 

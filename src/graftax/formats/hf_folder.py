@@ -17,7 +17,7 @@ from graftax.formats import safetensors_file
 from graftax.formats.base import Output
 from graftax.formats.io import files, strict_json
 from graftax.formats.table import by_ending
-from graftax.tree import Checkpoint, Side, SideBy, TensorSpec
+from graftax.tree import Checkpoint, Side, SideBy, Storage, TensorSpec
 from graftax.tree.limits import check_limit
 from graftax.tree.sides import declared_by, settled
 
@@ -78,7 +78,7 @@ def open(path: Path) -> Checkpoint:
         from graftax.formats.by_content import open_file
 
         found = open_file(files.inside(folder, name, escape(folder)), config=False)
-    return replace(found, label=str(folder / name), config=config, folder=folder)
+    return replace(found, label=str(folder / name), config=config, storage=replace(found.storage, folder=folder))
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
@@ -117,12 +117,12 @@ def joined(
         return shards[shard_of[path]].read(path)
 
     def span(path: str, start: int, buffer: memoryview) -> None:
-        by_position = shards[shard_of[path]].span
+        by_position = shards[shard_of[path]].storage.span
         assert by_position is not None
         by_position(path, start, buffer)
 
     def scatter(path: str, start: int, buffers: list[memoryview]) -> int:
-        in_a_row = shards[shard_of[path]].scatter
+        in_a_row = shards[shard_of[path]].storage.scatter
         assert in_a_row is not None
         return in_a_row(path, start, buffers)
 
@@ -132,16 +132,17 @@ def joined(
         side=side,
         side_by=side_by,
         specs={name: shards[shard][name] for name, shard in shard_of.items()},
-        reader=read,
-        format="hf_folder",
-        files=(*index, *(path for shard in shards.values() for path in shard.files)),
-        metadata=_shared_metadata(shards.values()),
+        storage=Storage(
+            reader=read,
+            format="hf_folder",
+            files=(*index, *(path for shard in shards.values() for path in shard.storage.files)),
+            metadata=_shared_metadata(shards.values()),
+            span=span if all(shard.storage.span for shard in shards.values()) else None,
+            whole=frozenset(path for shard in shards.values() for path in shard.storage.whole),
+            scatter=scatter if all(shard.storage.scatter for shard in shards.values()) else None,
+        ),
         real_keys=real_keys,
         containers=containers,
-        native={name: shard.native for name, shard in shards.items()},
-        span=span if all(shard.span for shard in shards.values()) else None,
-        whole=frozenset(path for shard in shards.values() for path in shard.whole),
-        scatter=scatter if all(shard.scatter for shard in shards.values()) else None,
     )
 
 
@@ -166,7 +167,7 @@ def _side(names: Iterable[str], shards: Mapping[str, Checkpoint], where: str) ->
 
 def _shared_metadata(shards: Iterable[Checkpoint]) -> dict[str, str]:
     """What the metadata of all shards say alike; nothing where graftax wrote them, for that is of each shard alone."""
-    found = [shard.metadata for shard in shards if shard.format == "safetensors"]
+    found = [shard.storage.metadata for shard in shards if shard.storage.format == "safetensors"]
     if not found or any("graftax" in metadata for metadata in found):
         return {}
     return {key: value for key, value in found[0].items() if all(m.get(key) == value for m in found)}

@@ -22,7 +22,7 @@ from graftax.formats.io.source import Source, open_source
 from graftax.formats.io.system import storage_error
 from graftax.formats.msgpack_walk import CHUNKED, FIXED_EXT, NDARRAY, Array, Aside, Text, itemsize, mark, parse
 from graftax.formats.writing import byte_runs, refuse
-from graftax.tree import Checkpoint, Key, TensorSpec, join_path, nest
+from graftax.tree import Checkpoint, Key, Storage, TensorSpec, join_path, nest
 from graftax.tree.limits import check_limit
 
 if TYPE_CHECKING:
@@ -101,15 +101,19 @@ def open(path: Path) -> Checkpoint:
         label=str(path),
         side="flax",
         specs={name: specs[name] for name in names},
-        reader=reader,
-        format="msgpack",
-        files=(path, *(file for store in stores for file in store.files)),
-        span=span,
-        whole=whole,
-        metadata=metadata,
+        storage=Storage(
+            reader=reader,
+            format="msgpack",
+            files=(path, *(file for store in stores for file in store.files)),
+            span=span,
+            whole=whole,
+            metadata=metadata,
+            native=lambda: {
+                name: None if place is None else bytes(source.read(*place)) for name, place in others.items()
+            },
+        ),
         real_keys=real_keys,
         containers=containers,
-        native=lambda: {name: None if place is None else bytes(source.read(*place)) for name, place in others.items()},
     )
 
 

@@ -22,7 +22,7 @@ from graftax.formats.io import zip_read
 from graftax.formats.io.source import Source, open_source
 from graftax.formats.io.zip_write import write_archive
 from graftax.formats.writing import byte_runs, refuse
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, Storage, TensorSpec
 from graftax.tree.limits import element_count
 from graftax.tree.sides import side_of_names
 
@@ -137,12 +137,7 @@ def open(path: Path) -> Checkpoint:
         side=side_of_names(entries),
         side_by="names",
         specs={name: entry.spec for name, entry in entries.items()},
-        reader=reader,
-        format="npz",
-        files=(path,),
-        span=span,
-        whole=whole,
-        metadata=left,
+        storage=Storage(reader=reader, format="npz", files=(path,), span=span, whole=whole, metadata=left),
     )
 
 
@@ -169,11 +164,13 @@ def _open_lone(path: Path, source: Source, label: str) -> Checkpoint:
         label=str(path),
         side=None,
         specs={LONE: layout.spec},
-        reader=lambda name: _array(source.read(layout.start, source.size - layout.start), layout),
-        format="npy",
-        files=(path,),
-        span=span,
-        whole=frozenset() if _as_it_is(layout) else frozenset({LONE}),
+        storage=Storage(
+            reader=lambda name: _array(source.read(layout.start, source.size - layout.start), layout),
+            format="npy",
+            files=(path,),
+            span=span,
+            whole=frozenset() if _as_it_is(layout) else frozenset({LONE}),
+        ),
     )
 
 

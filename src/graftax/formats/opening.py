@@ -153,7 +153,8 @@ def open_folder(path: Path) -> Checkpoint:
             f"{foreign.perhaps_slices(path / name for name in inside)}".rstrip(),
         )
     if inside and os.path.isfile(path / inside[0]):  # by its content, as the only `last.ckpt`
-        return replace(open_file(path / inside[0]), label=str(path / inside[0]), folder=path)
+        found = open_file(path / inside[0])
+        return replace(found, label=str(path / inside[0]), storage=replace(found.storage, folder=path))
     inside = inside or [name for name in names if os.path.isdir(path / name)]
     raise FormatError(
         f"{escape(path)} is a folder, but no checkpoint: expected a sharded set with its index.json, one "

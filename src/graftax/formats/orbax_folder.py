@@ -27,7 +27,7 @@ from graftax.formats import array_store, msgpack_file, orbax_write, tree_meta
 from graftax.formats.io import files, strict_json
 from graftax.formats.io.source import check_ratio
 from graftax.formats.orbax_tree import OCDBT, TREE, Tree, read_tree, real_keys, unfinished, unwrapped, without_random
-from graftax.tree import Checkpoint, Key, TensorSpec, join_path, natural_key
+from graftax.tree import Checkpoint, Key, Storage, TensorSpec, join_path, natural_key
 from graftax.tree.limits import check_limit
 from graftax.tree.training_state import family
 from graftax.tree.training_tree import is_optimizer_name
@@ -66,7 +66,8 @@ def open(path: Path) -> Checkpoint:
     """
     item = _locate(path)
     if _old(item):
-        return replace(msgpack_file.open(item / OLD), label=str(path), format="orbax")
+        found = msgpack_file.open(item / OLD)
+        return replace(found, label=str(path), storage=replace(found.storage, format="orbax"))
     label = escape(item)
     tree = read_tree(item)
     stamps = {name: files.stamp(item / name) for name in (TREE, OCDBT) if os.path.exists(item / name)}
@@ -99,20 +100,23 @@ def open(path: Path) -> Checkpoint:
 
     from graftax.formats.by_content import config_of
 
+    config = config_of(path)
     scalars = {join_path(leaf.keys): "a Python number" for leaf in plain.leaves if leaf.kind == "scalar"}
     return Checkpoint(
         label=str(path),
         side="flax",
         specs=specs,
-        reader=reader,
-        format="orbax",
-        files=tuple(own),
-        metadata=tree.left | notes | scalars,
+        storage=Storage(
+            reader=reader,
+            format="orbax",
+            files=tuple(own),
+            metadata=tree.left | notes | scalars,
+            folder=None if config is None else path,
+        ),
         left=notes | _other_items(item, path),
         real_keys=keys,
         containers=containers,
-        config=(config := config_of(path)),
-        folder=None if config is None else path,
+        config=config,
     )
 
 

@@ -26,7 +26,7 @@ from graftax.tree.inert import (
     Malformed,
     Object,
     Opaque,
-    Storage,
+    TorchStorage,
     brief,
     set_item,
     unsafe_pickle,
@@ -43,7 +43,7 @@ class _State:
     memo: dict[int, Any] = field(default_factory=dict[int, Any])
     refused: dict[str, None] = field(default_factory=dict[str, None])
     foreign: dict[str, None] = field(default_factory=dict[str, None])  # named, and not refused
-    storages: dict[str, Storage] = field(default_factory=dict[str, Storage])
+    storages: dict[str, TorchStorage] = field(default_factory=dict[str, TorchStorage])
     attributes: int = 0  # taken by getattr
     made: int = 0
     label: str = ""
@@ -244,7 +244,7 @@ def _persistent(state: _State, arg: Any) -> None:
         start, length = window[1], window[2]
         if start < 0 or length < 0 or start + length > count:
             raise Malformed("a storage's window beyond its end")
-    storage = Storage(key, kind, start * itemsize, length * itemsize, count * itemsize)
+    storage = TorchStorage(key, kind, start * itemsize, length * itemsize, count * itemsize)
     state.storages[key] = storage
     return _made(state, storage)
 
@@ -313,7 +313,7 @@ _MACHINE: dict[str, Callable[[_State, Any], None]] = {
 }
 
 
-def load(stream: BinaryIO, label: str, storages: dict[str, Storage] | None = None) -> Any:
+def load(stream: BinaryIO, label: str, storages: dict[str, TorchStorage] | None = None) -> Any:
     """The value of the pickle that starts at the stream's position; the stream stands behind it afterwards. `storages`
     takes up every storage that the pickle names, also for an object (key -> one of those with it).
 

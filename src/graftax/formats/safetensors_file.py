@@ -16,7 +16,7 @@ from graftax.formats.io import files, strict_json, system
 from graftax.formats.io.direct import DirectFile
 from graftax.formats.safetensors_header import PREFIX, Range, build_header, header_length, parse_header, storage_fault
 from graftax.formats.writing import tensor_bytes
-from graftax.tree import Checkpoint, Key, Side, TensorSpec
+from graftax.tree import Checkpoint, Key, Side, Storage, TensorSpec
 from graftax.tree.sides import SIDE_OF_FORMAT, settled
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _FORMAT_OF: dict[Side, str] = {"torch": "pt", "flax": "flax"}
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """Where the bytes of each tensor are: `Checkpoint.native` of a safetensors file."""
+    """Where the bytes of each tensor are: `Storage.native` of a safetensors file."""
 
     path: Path
     stamp: system.Stamp
@@ -92,15 +92,17 @@ def open(path: Path) -> Checkpoint:
         side=side,
         side_by=side_by,
         specs=specs,
-        reader=native.read,
-        format="safetensors",
-        files=(path,),
-        metadata=metadata,
+        storage=Storage(
+            reader=native.read,
+            format="safetensors",
+            files=(path,),
+            metadata=metadata,
+            native=native,
+            span=native.span,
+            scatter=native.scatter,
+        ),
         real_keys=real_keys,
         containers=containers,
-        native=native,
-        span=native.span,
-        scatter=native.scatter,
     )
 
 

@@ -320,7 +320,7 @@ def _refuse_foreign_files(out: Path, sidecars: Sidecars | None) -> None:
     from graftax.formats.opening import open_folder
 
     try:
-        own = {os.path.abspath(path) for path in open_folder(out).files}
+        own = {os.path.abspath(path) for path in open_folder(out).storage.files}
         if len(own) == 1 and os.path.basename(next(iter(own))) not in _LONE:
             own = set()  # one file of a name that no writer of folders gives is the user's
     except GraftaxError as exc:
@@ -352,7 +352,7 @@ def _links(here: str, folders: list[str]) -> list[str]:
 def _refuse_own_input(out: Path, inputs: Iterable[str | Path | Checkpoint]) -> None:
     """StorageError where writing `out` would replace, or write into, what is being read."""
     target = Path(os.path.realpath(out))
-    sources = [p for item in inputs for p in (item.files if isinstance(item, Checkpoint) else (Path(item),))]
+    sources = [p for item in inputs for p in (item.storage.files if isinstance(item, Checkpoint) else (Path(item),))]
     for source in sources:
         real = Path(os.path.realpath(source))
         same = real == target or (os.path.exists(out) and os.path.exists(real) and os.path.samefile(out, real))

@@ -62,14 +62,14 @@ class Sidecars:
 
 def beside(checkpoint: Checkpoint) -> Sidecars | None:
     """The sidecars of a checkpoint that was opened as a model folder; None of any other."""
-    if checkpoint.folder is None:
+    if checkpoint.storage.folder is None:
         return None
-    own = {os.path.realpath(path) for path in checkpoint.files}
+    own = {os.path.realpath(path) for path in checkpoint.storage.files}
     copied: dict[str, Path] = {}
     left: list[str] = []
-    for name in _names(checkpoint.folder, "", _DEPTH):
+    for name in _names(checkpoint.storage.folder, "", _DEPTH):
         try:
-            path = files.inside(checkpoint.folder, name, escape(checkpoint.folder))
+            path = files.inside(checkpoint.storage.folder, name, escape(checkpoint.storage.folder))
             if os.path.realpath(path) not in own:
                 if _is_weights(path):
                     left.append(name)
@@ -77,13 +77,13 @@ def beside(checkpoint: Checkpoint) -> Sidecars | None:
                     copied[name] = path
         except UnsafeInputError:  # a link out of the folder
             left.append(name)
-    return Sidecars(checkpoint.folder, copied, tuple(left))
+    return Sidecars(checkpoint.storage.folder, copied, tuple(left))
 
 
 def for_port(source: Checkpoint, like: Checkpoint | None, leaves: Iterable[str]) -> Sidecars | None:
     """What goes with a port that makes these `leaves`: the files beside LIKE; where LIKE is no folder, those beside the
     source, if the leaves are the source's own, so that its settings hold for them."""
-    if like is not None and like.folder is not None:
+    if like is not None and like.storage.folder is not None:
         return beside(like)
     return beside(source) if source.specs.keys() == set(leaves) else None
 

@@ -10,7 +10,7 @@ from graftax.errors import Failure, FormatError, UsageError, escape
 from graftax.formats import tree_meta
 from graftax.formats.base import Output
 from graftax.formats.io import files, strict_json
-from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec
+from graftax.tree import DTYPES, Checkpoint, Side, Storage, TensorSpec
 from graftax.tree.limits import check_limit
 from graftax.tree.sides import side_of_names
 
@@ -61,8 +61,7 @@ def open(path: Path) -> Checkpoint:
         side=_side(side) or side_of_names(specs),
         side_by="kind" if side else "names",
         specs=specs,
-        format="spec",
-        files=(path,),
+        storage=Storage(format="spec", files=(path,)),
         real_keys=real_keys,
         containers=containers,
     )

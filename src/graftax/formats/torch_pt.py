@@ -20,8 +20,8 @@ from graftax.errors import Failure, FormatError, UnsafeInputError, escape
 from graftax.formats import pickles, torch_write
 from graftax.formats.io import zip_read
 from graftax.formats.io.source import Source, check_ratio, open_source
-from graftax.tree import Checkpoint, TensorSpec
-from graftax.tree.inert import STORAGES, Storage, Tensor
+from graftax.tree import Checkpoint, Storage, TensorSpec
+from graftax.tree.inert import STORAGES, Tensor, TorchStorage
 from graftax.tree.limits import beyond, check_limit, element_count, limit
 from graftax.tree.torch_nest import choose, metadata
 
@@ -41,9 +41,9 @@ class _Content:
 
     root: Any
     records: dict[str, int]
-    fetch: Callable[[Storage, int, int], bytearray]
-    fill: Callable[[Storage, int, memoryview], None]
-    stored: Callable[[Storage], bool] = lambda storage: True
+    fetch: Callable[[TorchStorage, int, int], bytearray]
+    fill: Callable[[TorchStorage, int, memoryview], None]
+    stored: Callable[[TorchStorage], bool] = lambda storage: True
     swapped: bool = False  # the bytes are big-endian
 
 
@@ -94,13 +94,15 @@ def _checkpoint(path: Path, name: str | None) -> Checkpoint:
         label=f"{path}::{name}" if name else str(path),
         side="torch",
         specs=specs,
-        reader=reader,
-        format="torch",
-        files=(path,),
-        span=span,
-        whole=whole,
-        metadata=metadata(chosen.container, chosen.left),
-        aliases=_aliases(chosen.tensors),
+        storage=Storage(
+            reader=reader,
+            format="torch",
+            files=(path,),
+            span=span,
+            whole=whole,
+            metadata=metadata(chosen.container, chosen.left),
+            aliases=_aliases(chosen.tensors),
+        ),
         real_keys=chosen.real_keys,
         left=chosen.left,
         chosen=True,
@@ -145,10 +147,10 @@ def _read_zip(source: Source, label: str) -> _Content:
     root = pickles.load(io.BytesIO(zip_read.read_member(source, pickle_member, checked)), label)
     positions = zip_read.Positions(source, checked)
 
-    def record(storage: Storage) -> zip_read.Member:
+    def record(storage: TorchStorage) -> zip_read.Member:
         return members[f"{prefix}data/{storage.key}"]
 
-    def fetch(storage: Storage, start: int, length: int) -> bytearray:
+    def fetch(storage: TorchStorage, start: int, length: int) -> bytearray:
         member = record(storage)
         if member.method != zip_read.STORED:
             return zip_read.read_member(source, member, checked)[start : start + length]
@@ -158,10 +160,10 @@ def _read_zip(source: Source, label: str) -> _Content:
         positions.read_into(member, start, memoryview(data))
         return data
 
-    def fill(storage: Storage, start: int, buffer: memoryview) -> None:
+    def fill(storage: TorchStorage, start: int, buffer: memoryview) -> None:
         positions.read_into(record(storage), start, buffer)
 
-    def stored(storage: Storage) -> bool:
+    def stored(storage: TorchStorage) -> bool:
         return record(storage).method == zip_read.STORED
 
     data = f"{prefix}data/"
@@ -179,7 +181,7 @@ def _read_legacy(source: Source, label: str) -> _Content:
     if _legacy_pickle(stream, source, label) != 1001:
         raise FormatError(f"{label} has an unknown version of torch's legacy format")
     _legacy_pickle(stream, source, label)  # the sizes of C types on the machine that wrote it
-    storages: dict[str, Storage] = {}
+    storages: dict[str, TorchStorage] = {}
     root = _legacy_pickle(stream, source, label, storages)
     keys = _legacy_pickle(stream, source, label)
     if not isinstance(keys, list) or any(type(key) not in (str, int, bytes) for key in keys):
@@ -202,16 +204,18 @@ def _read_legacy(source: Source, label: str) -> _Content:
     if at != source.size:
         raise FormatError(f"{label} has {source.size - at} bytes behind its end")
 
-    def fetch(storage: Storage, start: int, length: int) -> bytearray:
+    def fetch(storage: TorchStorage, start: int, length: int) -> bytearray:
         return source.read(places[storage.key] + start, length)
 
-    def fill(storage: Storage, start: int, buffer: memoryview) -> None:
+    def fill(storage: TorchStorage, start: int, buffer: memoryview) -> None:
         source.read_into(places[storage.key] + start, buffer)
 
     return _Content(root, {key: storages[key].total for key in places}, fetch, fill)
 
 
-def _legacy_pickle(stream: io.BytesIO, source: Source, label: str, storages: dict[str, Storage] | None = None) -> Any:
+def _legacy_pickle(
+    stream: io.BytesIO, source: Source, label: str, storages: dict[str, TorchStorage] | None = None
+) -> Any:
     """The next of the pickles that a legacy file begins with."""
     try:
         return pickles.load(stream, label, storages)

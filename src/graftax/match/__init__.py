@@ -94,7 +94,7 @@ def _infer(
         Kinds.of(torch, flax),
         read_named(named, turned),
         ruled=ruled_chains(spoken, hints.anchors, turned),
-        traces=Traces(torch.trace, flax.trace),
+        traces=Traces(torch.live.trace, flax.live.trace),
         calls=flax_calls(flax),
     )
     result = match(ends, lex)

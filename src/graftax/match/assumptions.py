@@ -112,7 +112,7 @@ class _Side:
         at = "/" if side == "flax" else "."
         more = {_module(name, side) for name in end if name.rpartition(at)[2] in ("bias", "running_mean", "mean", "b")}
         kinds: dict[str, set[str]] = {}
-        for module in end.modules.values():
+        for module in end.live.modules.values():
             kind = known_kind(module, side)
             for leaf in module.leaves.values() if kind else ():
                 kinds.setdefault(leaf, set()).add(kind)
@@ -196,7 +196,7 @@ def overridden(
 def _overrides(end: Checkpoint, side: Side) -> dict[str, tuple[str, str]]:
     """leaf -> (the class whose call runs, the layer that it overrides) of the innermost live module that holds it."""
     out: dict[str, tuple[str, str] | None] = {}
-    for module in sorted(end.modules.values(), key=lambda module: len(module.leaves), reverse=True):
+    for module in sorted(end.live.modules.values(), key=lambda module: len(module.leaves), reverse=True):
         out |= dict.fromkeys(module.leaves.values(), overriding(module, side))
     return {leaf: item for leaf, item in out.items() if item is not None}
 

@@ -26,8 +26,8 @@ def known_buffers(end: Checkpoint, paths: Iterable[str], reads: list[str] | None
     and the shape are believed."""
     out: dict[str, str] = {}
     for path in paths:
-        live = path.rpartition(".")[0] in end.modules  # hooks may save it under a name that no module has
-        if live and path not in end.buffers:
+        live = path.rpartition(".")[0] in end.live.modules  # hooks may save it under a name that no module has
+        if live and path not in end.live.buffers:
             continue
         reason = buffer_name(path, end.specs[path])
         if reason and not live and reads is not None and not _holds(path, end, reason, reads):

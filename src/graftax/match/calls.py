@@ -39,7 +39,9 @@ NO_CALLS = Calls()
 
 def flax_calls(end: Checkpoint) -> Calls:
     """What the trace of a live Linen module says of its automatic names."""
-    return _calls(end, "flax", {path: module.settings.get("order") for path, module in end.modules.items()}, _automatic)
+    return _calls(
+        end, "flax", {path: module.settings.get("order") for path, module in end.live.modules.items()}, _automatic
+    )
 
 
 def torch_calls(end: Checkpoint, order: Mapping[str, int]) -> Calls:
@@ -56,7 +58,7 @@ def _calls(
 ) -> Calls:
     separator = "/" if side == "flax" else "."
     groups: defaultdict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
-    for path, module in end.modules.items():
+    for path, module in end.live.modules.items():
         parent, _, last = path.rpartition(separator)
         found = group_of(module, last)
         if found is not None and module.leaves:

@@ -133,7 +133,7 @@ def _order_text(order: tuple[int, ...]) -> str:
 def _by_leaf(side: Checkpoint) -> dict[str, Live]:
     """leaf -> the innermost live module that holds it."""
     out: dict[str, Live] = {}
-    for module in sorted(side.modules.values(), key=lambda m: len(m.path)):
+    for module in sorted(side.live.modules.values(), key=lambda m: len(m.path)):
         out |= dict.fromkeys(module.leaves.values(), module)
     return out
 

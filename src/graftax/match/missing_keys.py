@@ -70,7 +70,7 @@ def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, li
             entries[dropped.pop(same[0])] = Entry((same[0],), (name,), (), ("a known buffer that both sides have",))
         elif alike:
             continue  # the source has buffers of this name: which one is asked
-        elif like_side == "torch" and like.has_values and (keep or like.format == "live"):
+        elif like_side == "torch" and like.has_values and (keep or like.storage.format == "live"):
             entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"a known buffer: {why}",)))
         elif words[-1] == COUNTER:
             entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, why),), ("a known buffer",)))
@@ -104,16 +104,16 @@ def _one_value(alike: list[str], name: str, source: Checkpoint, like: Checkpoint
 
 def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
     """Names that a live torch module ties to a leaf that is filled: they take its tensor too."""
-    if not like.aliases:
+    if not like.storage.aliases:
         return proposal
     entries = list(proposal.entries)
     filled = {name: i for i, entry in enumerate(entries) for name in entry.targets}
     settled: set[str] = set()
-    for name, first in like.aliases.items():
+    for name, first in like.storage.aliases.items():
         i = filled.get(first)
         if name in filled or name not in like or i is None or len(entries[i].targets) > 1:
             continue
-        names = [first, *(n for n, f in like.aliases.items() if f == first and n not in filled and n in like)]
+        names = [first, *(n for n, f in like.storage.aliases.items() if f == first and n not in filled and n in like)]
         why = (*entries[i].evidence, "tied in the module")
         entries[i] = Entry(entries[i].sources, tuple(names), (*entries[i].ops, Copy(len(names))), why)
         filled.update(dict.fromkeys(names, i))
@@ -126,12 +126,12 @@ def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
 def _refuse_torn_ties(proposal: Proposal, source: Checkpoint, like: Checkpoint) -> Proposal:
     """A failure for names that are one tensor in like and would get different values: the last that is loaded would
     overwrite the others."""
-    if not like.aliases or not source.has_values:
+    if not like.storage.aliases or not source.has_values:
         return proposal
     home = {name: entry for entry in proposal.entries if len(entry.targets) == 1 for name in entry.targets}
     failures: list[Failure] = []
     reads: list[str] = []
-    for name, first in like.aliases.items():
+    for name, first in like.storage.aliases.items():
         pair = [home[end] for end in (first, name) if end in home]
         if len(pair) < 2 or not all(entry.sources for entry in pair):
             continue

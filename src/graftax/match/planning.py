@@ -21,7 +21,7 @@ from graftax.ops import CONDITIONS, Cast, Fill, Same, apply_chain, infer_chain
 from graftax.plans import Assumption, End, Entry, Plan, Proposal, with_ops
 from graftax.plans.plan import MadeFrom
 from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
-from graftax.tree import DTYPES, Checkpoint, Side, TensorSpec, match_paths, nearest
+from graftax.tree import DTYPES, Checkpoint, Side, Storage, TensorSpec, match_paths, nearest
 from graftax.tree.gc_paused import nothing_collected
 from graftax.tree.placeholders import refuse_placeholders
 from graftax.tree.sides import OTHER, Signs
@@ -144,7 +144,7 @@ def _undecided(end: Checkpoint, name: str) -> UsageError:
     names = ", ".join(escape(name) for name in list(end)[:4]) + (", ..." if len(end) > 4 else "")
     signs = Signs.of(end).text
     if end.side_by == "metadata":
-        declared = end.metadata.get("format")
+        declared = end.storage.metadata.get("format")
         says = f"its metadata say format={escape(declared)}" if declared else "its arrays are jax's"
         whose = "are the other side's" if declared else "may be torch's"
         what = f"contradicts itself: {says}, its names {whose}: {names} ({signs})"
@@ -174,7 +174,7 @@ def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkp
     """The tree that the rules alone describe."""
     if not ruled.targets and not ruled.proposal.failures:
         raise UsageError("nothing says what to produce: give --like, --plan, or rules that name the targets")
-    return Checkpoint(label="the rules", side=side, specs=dict(ruled.targets), format="rules")
+    return Checkpoint(label="the rules", side=side, specs=dict(ruled.targets), storage=Storage(format="rules"))
 
 
 # ---------------------------------------------------------------- dtypes

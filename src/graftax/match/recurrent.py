@@ -182,7 +182,7 @@ def _torch_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
         owner, _, role = path.rpartition(".")
         if path not in skip and "_" in role and _TORCH.fullmatch(role):
             groups[owner][role] = path
-    return [Part(path, "torch", leaves, side.specs, side.modules.get(path)) for path, leaves in groups.items()]
+    return [Part(path, "torch", leaves, side.specs, side.live.modules.get(path)) for path, leaves in groups.items()]
 
 
 def flax_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
@@ -207,6 +207,6 @@ def _part(path: str, members: Iterable[str], cells: Mapping[str, Mapping[str, st
     members = list(members)
     plain = path.partition("/")[2] if path.startswith("params/") else path
     if len(members) == 1:
-        return Part(plain, "flax", dict(cells[members[0]]), side.specs, side.modules.get(plain))
+        return Part(plain, "flax", dict(cells[members[0]]), side.specs, side.live.modules.get(plain))
     leaves = {f"{member.rpartition('/')[2]}/{role}": leaf for member in members for role, leaf in cells[member].items()}
     return Part(plain, "flax", leaves, side.specs, None)

@@ -105,9 +105,9 @@ def _apart(
         groups: list[tuple[set[Name], list[str]]] = []
         for name in members:
             own = {other for other in theirs if _ends_alike(known[name], other)}
-            store = source.aliases.get(name, name)
+            store = source.storage.aliases.get(name, name)
             for have, group in groups:
-                shared = any(source.aliases.get(other, other) == store for other in group)
+                shared = any(source.storage.aliases.get(other, other) == store for other in group)
                 alone = all(listed[_skeleton(other)] == 1 for other in (name, *group))
                 if (shared or alone) and (not have or own <= have):
                     group.append(name)
@@ -137,7 +137,7 @@ def _ends_alike(a: Name, b: Name) -> bool:
 def _equal(source: Checkpoint, names: list[str], reads: Reads, what: str) -> list[list[str]]:
     """The names of one tensor each: by storage in a live module, else by values."""
     classes: list[tuple[Any, list[str]]] = []
-    if source.has_values and not source.modules:
+    if source.has_values and not source.live.modules:
         reads.append(f"{len(names)} tensors of {what}, to tell tied ones: {', '.join(names[:4])}")
         for name in names:
             array = source.read(name)
@@ -150,16 +150,16 @@ def _equal(source: Checkpoint, names: list[str], reads: Reads, what: str) -> lis
     else:
         by_store: defaultdict[str, list[str]] = defaultdict(list)
         for name in names:
-            by_store[source.aliases.get(name, name)].append(name)
+            by_store[source.storage.aliases.get(name, name)].append(name)
         classes = [(None, members) for members in by_store.values()]
     return [members for first, members in classes if len(members) > 1 and (first is None or not constant(first))]
 
 
 def tied_to(source: Checkpoint, name: str, others: Iterable[str], reads: Reads) -> str | None:
     """The one of `others` that `name` is bit for bit equal to; of a live module's parameters, that it is."""
-    if not source.has_values or (source.modules and name not in source.buffers):
-        store = source.aliases.get(name, name)
-        return next((other for other in others if source.aliases.get(other, other) == store), None)
+    if not source.has_values or (source.live.modules and name not in source.live.buffers):
+        store = source.storage.aliases.get(name, name)
+        return next((other for other in others if source.storage.aliases.get(other, other) == store), None)
     near = [other for other in others if source[other] == source[name]]
     if not near:
         return None

@@ -100,10 +100,12 @@ def _whole(end: Checkpoint, side: Side) -> Owner:
         path.append(level[0])
     for n in (*range(len(path), 0, -1), 0):  # the innermost that the table knows, else the root
         at = separator.join(path[:n])
-        module = end.modules.get(at)
+        module = end.live.modules.get(at)
         if module is not None and known_kind(module, side):
             return Owner(at, _below(end, at, side), module)
-    return Owner(separator.join(path), _below(end, separator.join(path), side), end.modules.get(separator.join(path)))
+    return Owner(
+        separator.join(path), _below(end, separator.join(path), side), end.live.modules.get(separator.join(path))
+    )
 
 
 def _below(names: Iterable[str], prefix: str, side: Side) -> dict[str, str]:
@@ -138,7 +140,7 @@ def _torch_owners(names: list[str], pattern: re.Pattern[str], torch: Checkpoint)
         for cut in (3, 4):  # parametrizations.weight.original0; parametrizations.weight.0._u
             if len(parts) >= cut and pattern.fullmatch(".".join(parts[-cut:])):
                 prefixes[".".join(parts[:-cut])] = None
-    return [Owner(p, _below(names, p, "torch"), torch.modules.get(p)) for p in prefixes]
+    return [Owner(p, _below(names, p, "torch"), torch.live.modules.get(p)) for p in prefixes]
 
 
 def _flax_cells(names: list[str]) -> list[str]:
@@ -180,12 +182,12 @@ def _composites(
     cells = _flax_cells(free_flax)
     groups: dict[tuple[str, ...], Owner] = {}
     for top in dict.fromkeys(a for path in (*cells, *_scaled(free_flax)) for a in _ancestors(path)):
-        owner = Owner(top, _below(free_flax, top, "flax"), flax.modules.get(top))
+        owner = Owner(top, _below(free_flax, top, "flax"), flax.live.modules.get(top))
         groups.setdefault(tuple(owner.roles.values()), owner)
         inner = [p for p in cells if p == top or p.startswith(f"{top}/") or not top]
         only = {role: path for role, path in owner.roles.items() if any(_in(path, cell) for cell in inner)}
         groups.setdefault(
-            tuple(only.values()), Owner(top, only, None if len(inner) != 1 else flax.modules.get(inner[0]))
+            tuple(only.values()), Owner(top, only, None if len(inner) != 1 else flax.live.modules.get(inner[0]))
         )
     fits: list[tuple[Owner, Owner, Connection]] = []
     refusals: list[tuple[Failure, Owner, Owner]] = []
@@ -285,7 +287,10 @@ def _lone_biases(
         other = theirs.get(words) if words in lone else None
         if other is None or ("bias" in roles) == ("bias" in other[1]):
             continue
-        owners = Owner(path, roles, torch.modules.get(path)), Owner(other[0], other[1], flax.modules.get(other[0]))
+        owners = (
+            Owner(path, roles, torch.live.modules.get(path)),
+            Owner(other[0], other[1], flax.live.modules.get(other[0])),
+        )
         connection = _settled(*owners, torch, flax, partial=True)
         if not isinstance(connection, Connection) or connection.left != ("bias",) or connection.by == "shapes":
             continue
@@ -356,7 +361,7 @@ def _kind_of(owner: Owner, end: Checkpoint) -> Module | None:
     if owner.module is not None and known_kind(owner.module, "flax"):
         return owner.module
     paths = set(owner.roles.values())
-    inside = [m for m in end.modules.values() if m.leaves and paths.issuperset(m.leaves.values())]
+    inside = [m for m in end.live.modules.values() if m.leaves and paths.issuperset(m.leaves.values())]
     known = [m for m in inside if known_kind(m, "flax")]
     outer = [m for m in known if not any(m is not n and set(m.leaves.values()) < set(n.leaves.values()) for n in known)]
     kinds = {known_kind(m, "flax") for m in outer}

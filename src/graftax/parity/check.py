@@ -74,9 +74,15 @@ def check_parity(
         flax = prepare.flax_side(like, flax_tree, weights, made, values_of, rngs, seed, calls and calls.flax_call)
     clock.lap("prepare")
 
-    pairs = find_pairs(made.entries, torch_tree.modules, flax_tree.modules, torch_tree.aliases, flax_tree.aliases)
+    pairs = find_pairs(
+        made.entries,
+        torch_tree.live.modules,
+        flax_tree.live.modules,
+        torch_tree.storage.aliases,
+        flax_tree.storage.aliases,
+    )
     watch = list(dict.fromkeys(pair.torch for pair in pairs)) if layers else []
-    alone = pipeline.unpaired(torch_tree.modules, watch) if layers else []
+    alone = pipeline.unpaired(torch_tree.live.modules, watch) if layers else []
     with pipeline.LayoutHint(layout, torch_call, "torch"):
         reference = make_reference(torch64, torch32, *torch_call, watch, alone)
     clock.lap("torch")
@@ -100,12 +106,12 @@ def check_parity(
     report = pipeline.assemble(
         judged,
         rows,
-        pipeline.settings_of(pairs, torch_tree.modules, flax_tree.modules),
+        pipeline.settings_of(pairs, torch_tree.live.modules, flax_tree.live.modules),
         pairs,
         reference,
         threshold,
         notes=(*notes, *pipeline.notes_of(flax, flax_tree)),
-        torch_modules=torch_tree.modules,
+        torch_modules=torch_tree.live.modules,
         names=(type(torch_module).__name__, flax.name),
     )
     if causes and not report.ok and (report.first is not None or report.weights):

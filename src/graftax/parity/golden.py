@@ -19,7 +19,7 @@ from typing import Any
 from graftax.errors import FormatError, escape, with_article
 from graftax.parity.golden_values import Table, decode, encode
 from graftax.parity.records import Record, Reference, Site
-from graftax.tree import Checkpoint, Module, TensorSpec
+from graftax.tree import Checkpoint, Live, Module, Storage, TensorSpec
 
 KEY = "graftax_golden"
 SCHEMA = 1
@@ -54,9 +54,8 @@ class Golden:
             label=f"{self.torch_name} (golden)",
             side="torch",
             specs=self.specs,
-            modules=self.reference.modules,
-            aliases=self.aliases,
-            buffers=self.buffers,
+            storage=Storage(aliases=self.aliases),
+            live=Live(modules=self.reference.modules, buffers=self.buffers),
         )
 
 
@@ -148,7 +147,7 @@ def load_golden(path: str | PathLike[str]) -> Golden:
     checkpoint = safetensors_file.open(place) if safetensors_file.sniff(place, head) else None
     if checkpoint is None:
         foreign.refuse_foreign(place, head, label)
-    text = None if checkpoint is None else checkpoint.metadata.get(KEY)
+    text = None if checkpoint is None else checkpoint.storage.metadata.get(KEY)
     if checkpoint is None or text is None:
         raise FormatError(f"{label} is no golden file", next="Write one: graftax verify --record.")
     data = strict_json.parse_object(text.encode("utf-8"), f"{label}: metadata {KEY}")

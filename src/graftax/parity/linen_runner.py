@@ -77,7 +77,7 @@ class LinenRunner:
             if wrapper is None:
                 args, kwargs = self._given()
                 wrapper = LinenModel(self.module, args, kwargs, self.rngs, self.method)
-            self._modules = linen_tree.open_linen(wrapper, "the Flax model").modules
+            self._modules = linen_tree.open_linen(wrapper, "the Flax model").live.modules
         return self._modules
 
     @property

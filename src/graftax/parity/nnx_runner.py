@@ -70,7 +70,7 @@ class NnxRunner:
     @property
     def modules(self) -> Mapping[str, Module]:
         if self._modules is None:
-            self._modules = nnx_tree.open_nnx(self.module, "the Flax model").modules
+            self._modules = nnx_tree.open_nnx(self.module, "the Flax model").live.modules
         return self._modules
 
     @property

@@ -201,7 +201,7 @@ class Supplied:
 
     @property
     def modules(self) -> Mapping[str, Any]:
-        return self.tree.modules
+        return self.tree.live.modules
 
     @property
     def compile_seconds(self) -> float:
@@ -221,7 +221,7 @@ class Supplied:
         leaves: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        own = {name: self.weights[name] for name in self.tree.modules[path].leaves.values()}
+        own = {name: self.weights[name] for name in self.tree.live.modules[path].leaves.values()}
         return self.runner.replay(path, args, kwargs, leaves={**own, **(leaves or {})}, **options)
 
     def not_traced(self) -> Mapping[str, str]:
@@ -250,17 +250,17 @@ def flax_side(
             from graftax.adapters.linen_tree import trace
             from graftax.parity.linen_runner import LinenRunner
 
-            assert tree.rebuild is not None
-            variables = trace(like)[0] if lent else tree.rebuild(dict(values))
-            made = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.modules)
+            assert tree.live.rebuild is not None
+            variables = trace(like)[0] if lent else tree.live.rebuild(dict(values))
+            made = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.live.modules)
         else:
             from graftax.parity.nnx_runner import NnxRunner
 
             module = like
             if not lent and (leaves or not own):
-                assert tree.rebuild is not None
-                module = tree.rebuild(dict(values), rngs=seed if rngs is None else rngs)
-            made = NnxRunner(module, call=call, modules=tree.modules)
+                assert tree.live.rebuild is not None
+                module = tree.live.rebuild(dict(values), rngs=seed if rngs is None else rngs)
+            made = NnxRunner(module, call=call, modules=tree.live.modules)
         return Supplied(made, tree, values) if lent else made
 
     name = type(like.module if isinstance(like, LinenModel) else like).__name__

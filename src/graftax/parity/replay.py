@@ -53,11 +53,11 @@ def record_golden(
     with pipeline.LayoutHint(layout, torch_call, "torch"):
         reference = make_reference(torch64, torch32, *torch_call, watch)
     golden = Golden(
-        replace(reference, modules=tree.modules),
+        replace(reference, modules=tree.live.modules),
         *flax_call,
         specs=tree.specs,
-        buffers=tree.buffers,
-        aliases=tree.aliases,
+        buffers=tree.live.buffers,
+        aliases=tree.storage.aliases,
         torch_name=type(torch_module).__name__,
         layout=layout if isinstance(layout, str) else None,
         out_layout=out_layout,
@@ -118,7 +118,9 @@ def check_golden(
     with pipeline.LayoutHint(kept.layout, call):
         flax = prepare.flax_side(like, tree, weights, made, values_of, rngs, seed, flax_call)
         clock.lap("prepare")
-        pairs = find_pairs(made.entries, torch.modules, tree.modules, torch.aliases, tree.aliases)
+        pairs = find_pairs(
+            made.entries, torch.live.modules, tree.live.modules, torch.storage.aliases, tree.storage.aliases
+        )
         traced = layers and bool(kept.reference.records)
         reference = kept.reference if traced else replace(kept.reference, records={}, order=(), events=())
         judged = compare.judge_flax(
@@ -139,12 +141,12 @@ def check_golden(
     report = pipeline.assemble(
         judged,
         rows,
-        pipeline.settings_of(pairs, torch.modules, tree.modules),
+        pipeline.settings_of(pairs, torch.live.modules, tree.live.modules),
         pairs,
         reference,
         threshold,
         notes=(*notes, *pipeline.notes_of(flax, tree), *_notes(kept, layers, values_of)),
-        torch_modules=torch.modules,
+        torch_modules=torch.live.modules,
         names=(kept.torch_name, flax.name),
     )
     if causes and not report.ok and (report.first is not None or report.weights):
@@ -191,10 +193,10 @@ def _watched(tree: Checkpoint, flax_model: Any, call: Any, rules: Any, plan: Pla
     from graftax.parity.pairing import find_pairs
 
     if flax_model is None:
-        return [path for path, module in tree.modules.items() if module.leaves]
+        return [path for path, module in tree.live.modules.items() if module.leaves]
     like = open_tree(prepare.flax_like(flax_model, call))
     made, _ = pipeline.planned(tree, like, rules, plan, needed=False)
-    pairs = find_pairs(made.entries, tree.modules, like.modules, tree.aliases, like.aliases)
+    pairs = find_pairs(made.entries, tree.live.modules, like.live.modules, tree.storage.aliases, like.storage.aliases)
     return list(dict.fromkeys(pair.torch for pair in pairs))
 
 

@@ -35,7 +35,7 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
         tensors[path] = row
     return {
         "label": checkpoint.label,
-        "format": checkpoint.format,
+        "format": checkpoint.storage.format,
         "side": checkpoint.side,
         "side_by": checkpoint.side_by,
         "opened": opened_file(checkpoint),
@@ -43,8 +43,8 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
         "parameters": parameters,
         "bytes": nbytes,
         "dtypes": dtypes,
-        "aliases": dict(checkpoint.aliases),
-        "metadata": dict(checkpoint.metadata),
+        "aliases": dict(checkpoint.storage.aliases),
+        "metadata": dict(checkpoint.storage.metadata),
         "left": {**checkpoint.left, **({} if checkpoint.chosen else split(checkpoint.specs).left)},
         "tensors": tensors,
     }
@@ -53,8 +53,8 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
 def opened_file(checkpoint: Checkpoint) -> str | None:
     """The file that was opened, where the label names a folder or a hub id: the weights, or the index of their shards.
     None where the label says it."""
-    path = str(checkpoint.files[0]) if checkpoint.files else None
-    if path is None or checkpoint.format == "orbax" or checkpoint.label.startswith(path):
+    path = str(checkpoint.storage.files[0]) if checkpoint.storage.files else None
+    if path is None or checkpoint.storage.format == "orbax" or checkpoint.label.startswith(path):
         return None
     return path
 

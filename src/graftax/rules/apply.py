@@ -72,7 +72,7 @@ def _nested(targets: Mapping[str, TensorSpec]) -> list[Failure]:
 
 def _holders(end: Checkpoint | None) -> dict[str, Module]:
     """Leaf -> the live module that holds it."""
-    modules = end.modules.values() if end is not None else ()
+    modules = end.live.modules.values() if end is not None else ()
     return {path: module for module in modules for path in module.leaves.values()}
 
 

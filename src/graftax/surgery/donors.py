@@ -227,12 +227,12 @@ def owner(checkpoint: Checkpoint, path: str) -> tuple[Module | None, str]:
     """The innermost live module that holds a leaf, and the leaf's role in it."""
     sep = "." if checkpoint.side == "torch" else "/"
     parts = path.split(sep)
-    if not checkpoint.modules:
+    if not checkpoint.live.modules:
         return None, ""
     starts = (0, 1) if checkpoint.side == "flax" else (0,)  # Linen's module paths have no collection
     for stop in range(len(parts) - 1, -1, -1):
         for start in starts:
-            module = checkpoint.modules.get(sep.join(parts[start:stop]))
+            module = checkpoint.live.modules.get(sep.join(parts[start:stop]))
             if module is not None:
                 return next(((module, role) for role, leaf in module.leaves.items() if leaf == path), (None, ""))
     return None, ""

@@ -94,7 +94,7 @@ def checkpoint_tree(checkpoint: Checkpoint) -> Tree:
         checkpoint.side or separator_of(checkpoint),
         checkpoint.specs,
         checkpoint.specs.__getitem__,
-        other_names=lambda: checkpoint.aliases,
+        other_names=lambda: checkpoint.storage.aliases,
         optimizer={} if checkpoint.chosen or checkpoint.side == "torch" else own_parts(checkpoint.specs),
     )
 
@@ -117,7 +117,7 @@ def replace_checkpoint(
         failures.insert(0, Failure("has names, shapes and dtypes, but no values", key=checkpoint.label))
     if failures:
         raise PlanError(f"nothing was replaced in {escape(checkpoint.label)}:", failures)
-    untied = tuple((name, to) for name, to in checkpoint.aliases.items() if (name in values) != (to in values))
+    untied = tuple((name, to) for name, to in checkpoint.storage.aliases.items() if (name in values) != (to in values))
     report = Report(
         len(checkpoint),
         tuple(values),
@@ -240,8 +240,8 @@ def write_replacement(
     if verbatim:
         output = replace(output, leaves=verbatim)
     saved = save(fspath(out), output, format=format, clobber=clobber, inputs=inputs, sidecars=beside(checkpoint))
-    gone = [name for name in checkpoint.metadata if name not in specs and name not in verbatim]
-    left = gone if checkpoint.format in _LEAVES else []
+    gone = [name for name in checkpoint.storage.metadata if name not in specs and name not in verbatim]
+    left = gone if checkpoint.storage.format in _LEAVES else []
     notes = [*saved.notes, *([f"not copied, no weights: {', '.join(map(escape, left[:8]))}"] if left else [])]
     return report.as_json() | {"notes": notes}
 
@@ -271,9 +271,11 @@ def _output(
         )
     metadata = None
     if checkpoint.side_by != "kind":
-        metadata = dict(checkpoint.metadata) if checkpoint.format in ("safetensors", "hf_folder") else {}
-        if checkpoint.stored and row.name in ("safetensors", "hf_folder"):
-            name_of = checkpoint.stored
+        metadata = (
+            dict(checkpoint.storage.metadata) if checkpoint.storage.format in ("safetensors", "hf_folder") else {}
+        )
+        if checkpoint.storage.stored and row.name in ("safetensors", "hf_folder"):
+            name_of = checkpoint.storage.stored
             specs = {name_of[path]: spec for path, spec in specs.items()}
             tensors = ((name_of[path], array) for path, array in tensors)
     return Output(specs, tensors, side, checkpoint.real_keys, checkpoint.containers, metadata=metadata)
@@ -281,9 +283,9 @@ def _output(
 
 def _verbatim(checkpoint: Checkpoint, selected: set[str]) -> dict[str, bytes | None]:
     """Every leaf of a msgpack file in its order; with the bytes of those that are no arrays, which stay as they are."""
-    if checkpoint.format != "msgpack" or checkpoint.native is None:
+    if checkpoint.storage.format != "msgpack" or checkpoint.storage.native is None:
         return {}
-    every: dict[str, bytes | None] = checkpoint.native()
+    every: dict[str, bytes | None] = checkpoint.storage.native()
     return {
         path: None if path in selected else raw
         for path, raw in every.items()

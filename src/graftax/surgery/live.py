@@ -100,7 +100,7 @@ class LiveTree:
             from graftax.adapters.torch_tree import aliases_of
 
             return aliases_of(dict(self.leaves))
-        return self.opened().aliases if self.kind.startswith("nnx") else {}
+        return self.opened().storage.aliases if self.kind.startswith("nnx") else {}
 
     def opened(self) -> Checkpoint:
         """The same tree as a Checkpoint: its modules tell layouts."""

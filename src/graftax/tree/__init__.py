@@ -1,6 +1,7 @@
 """Trees of named arrays: paths, specs, checkpoints, selectors. Pure Python: no framework, no NumPy."""
 
-from graftax.tree.checkpoint import Axes, Checkpoint, Module, Trace
+from graftax.tree.checkpoint import Checkpoint
+from graftax.tree.live import Axes, Live, Module, Trace
 from graftax.tree.paths import (
     escape_part,
     flatten,
@@ -14,15 +15,18 @@ from graftax.tree.paths import (
 )
 from graftax.tree.selectors import glob_pattern, is_glob, match_paths, nearest, subtree
 from graftax.tree.specs import DTYPES, Key, Side, SideBy, TensorSpec
+from graftax.tree.storage import Storage
 
 __all__ = [
     "DTYPES",
     "Axes",
     "Checkpoint",
     "Key",
+    "Live",
     "Module",
     "Side",
     "SideBy",
+    "Storage",
     "TensorSpec",
     "Trace",
     "escape_part",

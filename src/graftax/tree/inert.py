@@ -49,7 +49,7 @@ class Global:
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
+class TorchStorage:
     """Bytes outside the pickle. `start` and `nbytes` are a window into record `key`, whose length is `total`."""
 
     key: str
@@ -63,7 +63,7 @@ class Storage:
 class Tensor:
     """A strided view of a storage; `offset` and `strides` count elements. `conj`, `neg`: torch's lazy bits."""
 
-    storage: Storage
+    storage: TorchStorage
     dtype: str
     itemsize: int
     offset: int
@@ -149,7 +149,7 @@ def _ints(value: Any) -> tuple[int, ...]:
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None, bits: Any = None) -> Any:
     if isinstance(storage, Refused):
         return storage
-    if not isinstance(storage, Storage) or type(offset) is not int:
+    if not isinstance(storage, TorchStorage) or type(offset) is not int:
         raise Malformed("a tensor without a storage")
     if dtype is None:
         name, itemsize = STORAGES[storage.kind]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from graftax.errors import PlanError, escape, option
 from graftax.tree.checkpoint import Checkpoint
+from graftax.tree.renaming import Renaming
 from graftax.tree.selectors import nearest
 from graftax.tree.sides import side_of_part
 from graftax.tree.specs import Side
@@ -24,38 +23,18 @@ def sub_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
     prefix = next((p for p in _prefixes(name, checkpoint.side) if any(path.startswith(p) for path in checkpoint)), "")
     if not prefix:
         raise _no_such_part(checkpoint, name)
-    cut = len(prefix)
-
-    def within(mapping: Mapping[str, Any]) -> dict[str, Any]:
-        return {path[cut:]: value for path, value in mapping.items() if path.startswith(prefix)}
-
-    specs = within(checkpoint.specs)
-    reader, span, scatter = checkpoint.reader, checkpoint.span, checkpoint.scatter
-    containers = within(checkpoint.containers)
-    if (root := checkpoint.containers.get(prefix[:-1])) is not None:
-        containers[""] = root
-    aliases = {path: to[cut:] for path, to in within(checkpoint.aliases).items() if to.startswith(prefix)}
+    names = Renaming.below(prefix)
+    specs = names.leaves(checkpoint.specs)
     return Checkpoint(
         label=f"{checkpoint.label}::{name}",
         side=side_of_part(checkpoint.side, specs) if checkpoint.side_by == "names" else checkpoint.side,
         side_by=checkpoint.side_by,
         specs=specs,
-        reader=None if reader is None else lambda path: reader(prefix + path),
-        span=None if span is None else lambda path, start, buffer: span(prefix + path, start, buffer),
-        scatter=None if scatter is None else lambda path, start, buffers: scatter(prefix + path, start, buffers),
-        whole=frozenset(path[cut:] for path in checkpoint.whole if path.startswith(prefix)),
-        format=checkpoint.format,
-        files=checkpoint.files,
-        metadata=checkpoint.metadata,
-        modules={
-            path: replace(module, path=path, leaves={role: leaf[cut:] for role, leaf in module.leaves.items()})
-            for path, module in within(checkpoint.modules).items()
-        },
-        aliases=aliases,
-        buffers=frozenset(path[cut:] for path in checkpoint.buffers if path.startswith(prefix)),
+        storage=checkpoint.storage.below(prefix),
+        live=checkpoint.live.below(prefix),
         config=checkpoint.config,
-        real_keys=within(checkpoint.real_keys),
-        containers=containers,
+        real_keys=names.leaves(checkpoint.real_keys),
+        containers=names.nodes(checkpoint.containers),
     )
 
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 from graftax.tree import Checkpoint, Side, SideBy, escape_part
-
-Value = TypeVar("Value")
+from graftax.tree.renaming import Renaming
 
 OTHER: dict[Side, Side] = {"torch": "flax", "flax": "torch"}
 FLAX_LEAVES = frozenset({"kernel", "embedding"})
@@ -136,7 +134,9 @@ def settled(declared: Side | None, names: Iterable[str]) -> tuple[Side | None, S
 
 def declared_by(checkpoint: Checkpoint) -> Side | None:
     """The side that a checkpoint's metadata declare, whatever its names say."""
-    return SIDE_OF_FORMAT.get(checkpoint.metadata.get("format", "")) if checkpoint.side_by == "metadata" else None
+    return (
+        SIDE_OF_FORMAT.get(checkpoint.storage.metadata.get("format", "")) if checkpoint.side_by == "metadata" else None
+    )
 
 
 SIDE_OF_FORMAT: dict[str, Side] = {"pt": "torch", "flax": "flax"}
@@ -148,33 +148,12 @@ SIDE_OF_FORMAT: dict[str, Side] = {"pt": "torch", "flax": "flax"}
 
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """The same leaves, as far as `names` lists them (new name -> old one), under their new names."""
-    new_of = {old: new for new, old in names.items()}
-    reader, span, scatter = checkpoint.reader, checkpoint.span, checkpoint.scatter
-    rebuild, placed = checkpoint.rebuild, checkpoint.placed
-
-    def rebuilt(arrays: Mapping[str, Any], **options: Any) -> Any:
-        assert rebuild is not None
-        return rebuild({names[path]: array for path, array in arrays.items()}, **options)
-
-    def notes() -> dict[str, Any]:
-        assert placed is not None
-        return turned(placed())
-
-    def turned(mapping: Mapping[str, Value]) -> dict[str, Value]:
-        return {new_of[path]: value for path, value in mapping.items() if path in new_of}
-
+    renaming = Renaming.by(names)
     return replace(
         checkpoint,
         specs={new: checkpoint.specs[old] for new, old in names.items()},
-        reader=None if reader is None else lambda path: reader(names[path]),
-        span=None if span is None else lambda path, start, buffer: span(names[path], start, buffer),
-        scatter=None if scatter is None else lambda path, start, buffers: scatter(names[path], start, buffers),
-        whole=frozenset(new_of[path] for path in checkpoint.whole if path in new_of),
-        aliases={new: new_of[to] for new, to in turned(checkpoint.aliases).items() if to in new_of},
-        buffers=frozenset(new_of[path] for path in checkpoint.buffers if path in new_of),
-        stored={new: checkpoint.stored.get(old, old) for new, old in names.items()},
-        rebuild=None if rebuild is None else rebuilt,
-        placed=None if placed is None else notes,
+        storage=checkpoint.storage.renamed(renaming),
+        live=checkpoint.live.renamed(renaming),
     )
 
 
@@ -182,7 +161,9 @@ def split_at_dots(checkpoint: Checkpoint) -> Checkpoint:
     """A Flax tree whose names are joined by '.', as transformers writes them, with paths instead."""
     if not all("/" not in name for name in checkpoint) or not any("." in name for name in checkpoint):
         return checkpoint
-    return renamed(checkpoint, {"/".join(map(escape_part, name.split("."))): name for name in checkpoint})
+    names = {"/".join(map(escape_part, name.split("."))): name for name in checkpoint}
+    split = renamed(checkpoint, names)
+    return replace(split, storage=replace(split.storage, stored=names))
 
 
 def in_own_names(checkpoint: Checkpoint) -> Checkpoint:

@@ -22,8 +22,8 @@ from graftax.tree.inert import (
     Object,
     Opaque,
     Refused,
-    Storage,
     Tensor,
+    TorchStorage,
     objects_in,
     unsafe_pickle,
 )
@@ -160,7 +160,7 @@ def describe(value: Any, census: _Census) -> str:
         return f"tensor {value.dtype}{list(value.shape)}, not read"
     if isinstance(value, Refused):
         return f"{value.kind} tensor"
-    if isinstance(value, Storage):
+    if isinstance(value, TorchStorage):
         return f"storage of {value.nbytes} bytes"
     if isinstance(value, Object):
         count = objects_in(value)[1]

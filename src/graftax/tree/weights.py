@@ -24,7 +24,7 @@ def weights_of(checkpoint: Checkpoint) -> Checkpoint:
     Raises PlanError where several containers hold the weights (the average of them, too), and where a part has the name
     of an optimizer's state but is not known to be one: the container has to be named.
     """
-    if checkpoint.chosen or checkpoint.modules or checkpoint.side == "torch":
+    if checkpoint.chosen or checkpoint.live.modules or checkpoint.side == "torch":
         return checkpoint
     found = split(checkpoint.specs)
     if found.copies:
@@ -38,11 +38,12 @@ def weights_of(checkpoint: Checkpoint) -> Checkpoint:
 
 def _without(whole: Checkpoint, found: Split) -> Checkpoint:
     specs = {path: spec for path, spec in whole.specs.items() if not found.leaves_out(path)}
+    aliases = {path: to for path, to in whole.storage.aliases.items() if path in specs and to in specs}
     return replace(
         whole,
         specs=specs,
-        aliases={path: to for path, to in whole.aliases.items() if path in specs and to in specs},
-        buffers=frozenset(path for path in whole.buffers if path in specs),
+        storage=replace(whole.storage, aliases=aliases),
+        live=replace(whole.live, buffers=frozenset(path for path in whole.live.buffers if path in specs)),
         real_keys={path: key for path, key in whole.real_keys.items() if not found.leaves_out(path)},
         containers={path: kind for path, kind in whole.containers.items() if not found.leaves_out(path)},
         left={**whole.left, **found.left},
@@ -54,24 +55,7 @@ def _inside(weights: Checkpoint, found: Split, whole: Checkpoint) -> Checkpoint:
     """The weights below the container that holds all of them."""
     if not found.prefix:
         return weights
-    start = f"{found.prefix}/"
-    rebuild, placed = whole.rebuild, whole.placed
-
-    def notes() -> Mapping[str, Any]:
-        assert placed is not None
-        return {path.removeprefix(start): note for path, note in placed().items() if path.startswith(start)}
-
-    return replace(
-        sub_checkpoint(weights, found.prefix),
-        label=whole.label,
-        left=weights.left,
-        chosen=True,
-        native=whole.native,
-        rebuild=None
-        if rebuild is None
-        else lambda arrays, **options: rebuild({start + path: array for path, array in arrays.items()}, **options),
-        placed=None if placed is None else notes,
-    )
+    return replace(sub_checkpoint(weights, found.prefix), label=whole.label, left=weights.left, chosen=True)
 
 
 # ---------------------------------------------------------------- which of them
@@ -79,14 +63,14 @@ def _inside(weights: Checkpoint, found: Split, whole: Checkpoint) -> Checkpoint:
 
 def _named(checkpoint: Checkpoint, path: str) -> str:
     """How to say that a part of the checkpoint is meant."""
-    if checkpoint.format == "live":
+    if checkpoint.storage.format == "live":
         return "".join(f'["{escape(part)}"]' for part in path.split("/"))
     return f"{escape(checkpoint.label)}::{escape(path)}"
 
 
 def _several(checkpoint: Checkpoint, found: Split) -> PlanError:
     names = [_named(checkpoint, path) for path in found.copies]
-    live = checkpoint.format == "live"
+    live = checkpoint.storage.format == "live"
     return PlanError(
         f"{escape(checkpoint.label)} holds weights in {len(names)} containers",
         [
@@ -103,7 +87,7 @@ def _doubtful(checkpoint: Checkpoint, found: Split) -> PlanError:
     tops = list(dict.fromkeys(path.partition("/")[0] for path in checkpoint if not _within(path, found.doubtful)))
     tops = [top for top in tops if top not in checkpoint and top not in found.left]
     names = [_named(checkpoint, top) for top in tops[:3]] or ["the container of the weights"]
-    live = checkpoint.format == "live"
+    live = checkpoint.storage.format == "live"
     return PlanError(
         f"{escape(checkpoint.label)} seems to hold an optimizer's state beside its weights, but its structure does not "
         "show it",

@@ -82,7 +82,7 @@ def test_new_and_replaced(tmp_path: Path, name: str):
 )
 def test_the_ending_picks_the_format(tmp_path: Path, name: str, side: Side, options: Any, format_: str):
     assert save(tmp_path / name, output_of(NEW, side), **options).format == format_
-    assert open_path(tmp_path / name).format == format_
+    assert open_path(tmp_path / name).storage.format == format_
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def same(found: Any, arrays: Arrays = TORCH) -> None:
 
 def test_a_file_at_an_address(site: Site):
     found = open_path(site.url("model.safetensors"))
-    assert (found.side, found.format, found.files, found.label) == (
+    assert (found.side, found.storage.format, found.storage.files, found.label) == (
         "torch",
         "safetensors",
         (),
@@ -110,14 +110,14 @@ def test_opening_reads_the_header_alone(site: Site, small_units: None):
 @pytest.mark.usefixtures("small_units")
 def test_every_part_of_every_tensor(site: Site):
     found = open_path(site.url("model.safetensors"))
-    assert found.span is not None
+    assert found.storage.span is not None
     rng = np.random.default_rng(1)
     for _ in range(150):
         name = str(rng.choice(list(TORCH)))
         raw = TORCH[name].reshape(-1).view(np.uint8)
         start, stop = sorted(rng.integers(0, raw.size + 1, 2))
         buffer = bytearray(int(stop - start))
-        found.span(name, int(start), memoryview(buffer))
+        found.storage.span(name, int(start), memoryview(buffer))
         assert bytes(buffer) == raw[start:stop].tobytes(), (name, start, stop)
 
 
@@ -207,7 +207,7 @@ def test_shards_and_their_index(site: Site, tmp_path: Path):
         found = open_path(url)
         assert found.config == {"layers": 6}
         assert site.requests() == shards + 2 + url.endswith("m/")  # which asks for model.safetensors first
-        assert (len(found), found.side, found.files) == (len(TORCH), "torch", ())
+        assert (len(found), found.side, found.storage.files) == (len(TORCH), "torch", ())
         for name, array in TORCH.items():
             np.testing.assert_array_equal(found.read(name), array)
     np.testing.assert_array_equal(open_path(site.url("m/::embed")).read("weight"), TORCH["embed.weight"])

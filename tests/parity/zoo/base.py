@@ -204,7 +204,7 @@ def port(
     if edit is not None:
         arrays = edit(arrays, {key: tensor.numpy() for key, tensor in module.state_dict().items()})
     random = {"rngs": 0} if api == "nnx" else {}
-    weights = checkpoint.rebuild({path: jnp.asarray(arrays[path]) for path in checkpoint}, **random)
+    weights = checkpoint.live.rebuild({path: jnp.asarray(arrays[path]) for path in checkpoint}, **random)
     if api == "linen":
         return Port(api, module, flax, like, weights, batch, rules)
     return Port(api, module, weights, weights, None, batch, rules)

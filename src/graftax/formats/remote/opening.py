@@ -42,7 +42,7 @@ def open_url(text: str) -> Checkpoint:
     if found.config is None:
         # As on a disk: what is not a model's settings is an error only beside the shards of a model.
         found = replace(found, config=_config(file.address, opener, strict=sharded or not address.name))
-    return replace(found, files=())  # nothing of it is in the file system
+    return replace(found, storage=replace(found.storage, files=()))  # nothing of it is in the file system
 
 
 def _opener(address: Address) -> Opener:
@@ -81,7 +81,7 @@ def _single(file: RemoteFile, part: str, shard: bool = False) -> Checkpoint:
     if not safetensors_file.sniff(path, files.read_head(path)):
         return by_content.open_file(path, config=False, part=part, shard=shard)
     found = by_content.open_file(path, config=False, shard=shard)
-    file.lay_out(found.native.ranges.values())
+    file.lay_out(found.storage.native.ranges.values())
     return sub_checkpoint(found, part) if part else found
 
 
