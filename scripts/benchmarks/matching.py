@@ -76,9 +76,10 @@ def _measured(layers: int, experts: int, repeat: int) -> dict[str, Any]:
     """Seconds of every run; megabytes that the first run adds to the process at its peak."""
     import time
 
-    from graftax.match.planning import Options, make_plan
+    from graftax.match.planning import make_plan
+    from graftax.plans import PlanOptions
 
-    make_plan(*decoder(2), Options())  # imports are no part of it
+    make_plan(*decoder(2), PlanOptions())  # imports are no part of it
     ends = decoder(layers, experts)
     before = _peak()
     times: list[float] = []
@@ -86,7 +87,7 @@ def _measured(layers: int, experts: int, repeat: int) -> dict[str, Any]:
     complete = True
     for n in range(repeat if len(ends[0]) < 50_000 else 1):
         start = time.process_time()
-        plan = make_plan(*ends, Options())
+        plan = make_plan(*ends, PlanOptions())
         times.append(time.process_time() - start)
         megabytes = _peak() - before if n == 0 else megabytes
         complete = complete and plan.complete

@@ -11,9 +11,9 @@ import numpy as np
 
 from graftax.errors import GraftaxError
 from graftax.match.names import Lexicon
-from graftax.match.planning import Options, make_plan
+from graftax.match.planning import make_plan
 from graftax.ops import apply_chain, same_bits
-from graftax.plans import Candidate, Entry, Plan
+from graftax.plans import Candidate, Entry, Plan, PlanOptions
 from graftax.rules import apply_rules, load_rules, rule_line
 from graftax.tree import Checkpoint, Storage, TensorSpec
 from mutations.cases import Arrays, Case
@@ -41,7 +41,7 @@ def checkpoint(label: str, arrays: Arrays, side: Any, values: bool) -> Checkpoin
 def solve(case: Case, rules: str = "", lex: Lexicon | None = None) -> Plan:
     """The plan of a case, tensors that go nowhere dropped."""
     source, like = checkpoint("source", case.torch, "torch", True), checkpoint("like", case.flax, "flax", False)
-    options = Options(unused="drop", rules=f"rules = [\n{rules}]\n" if rules else None)
+    options = PlanOptions(unused="drop", rules=f"rules = [\n{rules}]\n" if rules else None)
     if lex is None:
         return make_plan(source, like, options)
     with _words(lex):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 from graftax.adapters import plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
@@ -18,10 +18,10 @@ from graftax.execute.fingerprint import fingerprint
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
 from graftax.formats.foreign import perhaps_slices
-from graftax.match.planning import Options
 from graftax.match.planning import make_plan as infer_plan
 from graftax.opening import open_weights
-from graftax.plans import Plan
+from graftax.plans import Plan, PlanOptions, WriteOptions
+from graftax.plans.options import PlanAndWriteKeywords, PlanKeywords, options_of, takes
 from graftax.plans.plan import MadeFrom
 from graftax.tree import Checkpoint, Side
 from graftax.tree.gc_paused import nothing_collected
@@ -29,6 +29,7 @@ from graftax.tree.gc_paused import nothing_collected
 Tree = Any
 """A checkpoint (path, hub id, `pkg.mod:factory`) or a live tree: state_dict, torch Module, Linen variables,
 gx.linen(...), nnx.Module, State, (GraphDef, State), a tree of ShapeDtypeStruct."""
+Module = TypeVar("Module")
 
 
 def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
@@ -41,32 +42,16 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     return open_path(str(path))
 
 
-def plan(
-    source: Tree,
-    like: Tree = None,
-    rules: Any = None,
-    missing: str = "error",
-    unused: str = "error",
-    dtype: str | Mapping[str, str] | None = None,
-    to: Side | None = None,
-    overflow: str = "error",
-    source_side: Side | None = None,
-) -> Plan:
+@takes(PlanOptions)
+def plan(source: Tree, like: Tree = None, *positional: Any, **options: Unpack[PlanKeywords]) -> Plan:
     """What goes where, and how, from `source` to the tree `like`. Nothing is moved; look at it, answer its questions.
 
-    rules      a rules file, TOML text, or a list of rule tables
-    missing    a missing key, a leaf of like that no source tensor fills: "error", "keep" (like's own value), "zeros"
-    unused     an unexpected key, a source tensor that no leaf of like takes: "error" or "drop"
-    dtype      None (a floating dtype that differs is a misfit), "source", "like", a dtype's name, or {selector: one}
-    to         the side that comes out, where like does not declare it
-    overflow   of a cast: "error" or "saturate"
-    source_side  the side of source, where it does not declare it; what names alone decide is an assumption
-
-    An incomplete plan is returned, not raised: see `.complete`, `.questions`, `.failures`.
+    An incomplete plan is returned, not raised: see `.complete`, `.questions`, `.failures`. The options, of which rules
+    may also be TOML text or a list of rule tables, and dtype a mapping {selector: dtype}:
     """
-    options = Options(rules, missing, unused, dtype, to, overflow, source_side)
-    opened, opened_like = open_both(source, like, source_side, to)
-    return make_plan(opened, opened_like, options)
+    planning = options_of(plan, PlanOptions, positional, options)
+    opened, opened_like = open_both(source, like, planning.source_side, planning.to)
+    return make_plan(opened, opened_like, planning)
 
 
 def open_both(
@@ -95,7 +80,7 @@ def open_both(
     return source_checkpoint, like_checkpoint
 
 
-def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> Plan:
+def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> Plan:
     """The plan for two opened ends. Where tensors do not fit, it says so too if the source's files may be slices."""
     made = infer_plan(source, like, options)
     fits = not made.failures and all(question.candidates for question in made.questions)
@@ -181,21 +166,17 @@ def host_arrays(
     return arrays, receipt
 
 
+@takes(PlanOptions)
 def port(
     source: Tree,
     like: Tree = None,
-    rules: Any = None,
-    missing: str = "error",
-    unused: str = "error",
-    dtype: str | Mapping[str, str] | None = None,
-    to: Side | None = None,
-    overflow: str = "error",
+    *positional: Any,
     sharding: Any = None,
     rngs: Any = None,
     receipt: Receipt | None = None,
-    source_side: Side | None = None,
+    **options: Unpack[PlanKeywords],
 ) -> Any:
-    """The weights of `source` as a new tree like `like`; neither is changed. Options as in `plan`.
+    """The weights of `source` as a new tree like `like`; neither is changed.
 
     Gives: for a torch Module or state_dict an OrderedDict of tensors; for a Linen wrapper or variables, variables; for
     an nnx.Module a new Module; for State or (GraphDef, State) a State; for a path or an abstract tree a nested dict
@@ -209,15 +190,15 @@ def port(
     receipt   a types.Receipt to be filled with what was done and read
 
     Raises PlanError where the plan is incomplete: its questions and misfits are on the exception; and where a leaf
-    cannot be laid out as asked.
+    cannot be laid out as asked. The other options are those of `plan`:
     """
-    options = Options(rules, missing, unused, dtype, to, overflow, source_side)
-    made, opened, opened_like, where, spans = _planned(source, like, options, sharding)
+    planning = options_of(port, PlanOptions, positional, options)
+    made, opened, opened_like, where, spans = _planned(source, like, planning, sharding)
     return _made(made, opened, opened_like, where, spans, rngs, receipt)
 
 
 def _planned(
-    source: Tree, like: Tree, options: Options, sharding: Any
+    source: Tree, like: Tree, options: PlanOptions, sharding: Any
 ) -> tuple[Plan, Checkpoint, Checkpoint | None, dict[str, Place] | None, bool]:
     """The complete plan, both ends opened, where the leaves go, and whether that spans several processes."""
     if sharding is None and like is not None and peers() is not None:
@@ -233,57 +214,37 @@ def _planned(
     return made, opened, opened_like, where, spans
 
 
+@takes(PlanOptions, WriteOptions)
 def port_file(
     source: Tree,
     like: Tree,
     out: str | PathLike[str],
-    rules: Any = None,
-    missing: str = "error",
-    unused: str = "error",
-    dtype: str | Mapping[str, str] | None = None,
-    to: Side | None = None,
-    overflow: str = "error",
-    *,
+    *positional: Any,
     plan: Plan | None = None,
-    format: str | None = None,
-    shard_size: int | str | None = None,
-    clobber: bool = True,
-    max_memory: int | str = "512MiB",
-    resume: bool = False,
-    source_side: Side | None = None,
+    **options: Unpack[PlanAndWriteKeywords],
 ) -> Receipt:
     """Port to a file or folder, entry by entry, atomically: on any failure `out` is what it was before.
 
     out's ending picks the format (.safetensors .msgpack .npz .pt .pth .bin; none: Orbax for Flax, a sharded folder for
-    torch); `format` overrides. plan: a finished plan instead of the options. shard_size: bytes, or text such as "5GB".
-    max_memory: what safetensors (also in shards), .pt, msgpack and npz are written within, whatever the size of a
-    tensor; Orbax is handed all tensors at once. resume: keep what was made if the run is stopped (a kill, a full disk),
-    beside `out`, and go on from what an earlier run of the same source, plan and options left; not for Orbax.
+    torch); `format` overrides. plan: a finished plan instead of the options that make one. What is kept to resume lies
+    beside `out`.
     Under an initialised jax.distributed all processes call it alike, each writes a part, and all raise alike; resume is
     for one process.
     Into a folder what stands beside the weights in like's folder (config, tokenizer) is copied unchanged; where like is
     no folder, and the leaves are the source's own, from the source's.
-    Raises what `port` raises, StorageError, and UsageError to resume from what is not in files.
+    Raises what `port` raises, StorageError, and UsageError to resume from what is not in files. The options:
     """
+    planning = options_of(port_file, PlanOptions, positional, options)
+    writing = options_of(port_file, WriteOptions, (), options)
     with together("planning", spans=True):
         if plan is not None:
             opened = open_weights(source, side=plan.source.side)
             opened_like = None if like is None else open_weights(like, side=plan.like.side)
             made = plan
         else:
-            opened, opened_like = open_both(source, like, source_side, to)
-            made = make_plan(opened, opened_like, Options(rules, missing, unused, dtype, to, overflow, source_side))
-    return write_plan(
-        made,
-        opened,
-        opened_like,
-        out,
-        format=format,
-        shard_size=shard_size,
-        clobber=clobber,
-        max_memory=max_memory,
-        resume=resume,
-    )
+            opened, opened_like = open_both(source, like, planning.source_side, planning.to)
+            made = make_plan(opened, opened_like, planning)
+    return write_plan(made, opened, opened_like, out, writing)
 
 
 def write_plan(
@@ -291,28 +252,22 @@ def write_plan(
     source: Checkpoint,
     like: Checkpoint | None,
     out: str | PathLike[str],
-    *,
-    format: str | None = None,
-    shard_size: int | str | None = None,
-    clobber: bool = True,
-    max_memory: int | str = "512MiB",
-    resume: bool = False,
+    options: WriteOptions,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Receipt:
-    """Run a plan into a file or folder. `advance` is told of the bytes as they are made. Options as in `port_file`."""
+    """Run a plan into a file or folder. `advance` is told of the bytes as they are made."""
     from graftax.formats import Output, save
     from graftax.formats.io.sizes import parse_size, size_text
     from graftax.formats.sidecars import for_port
 
     joined = peers()
     if joined is not None:
-        from graftax.execute.shared_write import Wanted, write_together
+        from graftax.execute.shared_write import write_together
 
-        wanted = Wanted(str(out), format, shard_size, clobber, max_memory, resume)
-        return write_together(joined, made, source, like, wanted, advance)
+        return write_together(joined, made, source, like, str(out), options, advance)
     made.require_complete()
     receipt = Receipt()
-    budget = parse_size(max_memory)
+    budget = parse_size(options.max_memory)
     tiles = Stream(made, source, like, receipt, budget, advance)
     output = Output(
         made.like.specs,
@@ -320,13 +275,21 @@ def write_plan(
         made.like.side,
         made.like.real_keys,
         made.like.containers,
-        None if shard_size is None else parse_size(shard_size),
+        None if options.shard_size is None else parse_size(options.shard_size),
         tiles=tiles,
     )
     inputs = (source,) if like is None else (source, like)
-    origin = fingerprint(made, source, like) if resume else None
+    origin = fingerprint(made, source, like) if options.resume else None
     sidecars = for_port(source, like, made.like.specs)
-    saved = save(str(out), output, format=format, clobber=clobber, inputs=inputs, origin=origin, sidecars=sidecars)
+    saved = save(
+        str(out),
+        output,
+        format=options.format,
+        clobber=options.clobber,
+        inputs=inputs,
+        origin=origin,
+        sidecars=sidecars,
+    )
     receipt.notes = saved.notes
     nbytes = sum(spec.nbytes for spec in made.like.specs.values())
     if saved.format == "orbax" and nbytes > budget:
@@ -337,30 +300,27 @@ def write_plan(
     return receipt
 
 
+@takes(PlanOptions)
 def load_into(
-    module: Any,
+    module: Module,
     source: Tree,
-    rules: Any = None,
-    missing: str = "error",
-    unused: str = "error",
-    dtype: str | Mapping[str, str] | None = None,
-    to: Side | None = None,
-    overflow: str = "error",
+    *positional: Any,
     sharding: Any = None,
     receipt: Receipt | None = None,
-    source_side: Side | None = None,
-) -> Any:
+    **options: Unpack[PlanKeywords],
+) -> Module:
     """Load `source` into a live torch Module or nnx.Module in place, all of it or nothing; gives the module back.
 
-    Options as in `plan`, sharding and receipt as in `port` (sharding=None: each leaf stays where the module has it).
+    sharding and receipt are as in `port` (sharding=None: each leaf stays where the module has it).
     Everything is planned, read and checked first; then every leaf is assigned (a torch Module's own load_state_dict
     with its hooks) and read back. PlanError where a module does not hold what it was given: then it has its old values.
+    The other options are those of `plan`:
     """
     from graftax.surgery.loading import load_arrays, require_module
 
+    planning = options_of(load_into, PlanOptions, positional, options)
     require_module(module)
-    options = Options(rules, missing, unused, dtype, to, overflow, source_side)
-    made, opened, like, where, spans = _planned(source, module, options, sharding)
+    made, opened, like, where, spans = _planned(source, module, planning, sharding)
     receipt = Receipt() if receipt is None else receipt
     if made.like.side == "torch":
         if where is None:

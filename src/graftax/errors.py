@@ -63,8 +63,13 @@ def worded(command: str, library: str) -> str:
 def option(name: str, value: str = "") -> str:
     """An option as the caller writes it: `--max-memory 64MiB`, or `max_memory="64MiB"`; without a value `--rules`, or
     `rules=`. `name` is the library's."""
-    flag = "--from" if name == "source_side" else f"--{name.replace('_', '-')}"
-    return worded(f"{flag} {shlex.quote(value)}" if value else flag, f'{name}="{value}"' if value else f"{name}=")
+    given = f" {shlex.quote(value)}" if value else ""
+    return worded(f"{flag(name)}{given}", f'{name}="{value}"' if value else f"{name}=")
+
+
+def flag(name: str) -> str:
+    """The command line's name of an option of the library."""
+    return "--from" if name == "source_side" else f"--{name.replace('_', '-')}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftax.match.planning import Options, make_plan
-from graftax.plans import Plan
+from graftax.match.planning import make_plan
+from graftax.plans import Plan, PlanOptions
 from graftax.tree import Checkpoint, Storage, TensorSpec
 
 D = 8
@@ -27,7 +27,7 @@ def planned(torch: dict[str, Any], flax: dict[str, Any] | None = None, rules: An
     like = Checkpoint("like", "flax", {name: TensorSpec(shape, "float32") for name, shape in flax.items()})
     specs = {name: TensorSpec(shape, "float32") for name, shape in torch.items()}
     source = Checkpoint("torch", "torch", specs, Storage(values.__getitem__), config=config or None)
-    return make_plan(source, like, Options(rules=rules, unused="drop"))
+    return make_plan(source, like, PlanOptions(rules=rules, unused="drop"))
 
 
 def said(plan: Plan) -> set[str]:
@@ -134,7 +134,7 @@ def test_what_rules_pair_is_stated_too() -> None:
 def test_one_side_to_itself_states_nothing() -> None:
     specs = {name: TensorSpec(shape, "float32") for name, shape in {**ATTENTION, **NORMS}.items()}
     source, like = Checkpoint("a", "torch", specs), Checkpoint("b", "torch", {f"m.{n}": s for n, s in specs.items()})
-    plan = make_plan(source, like, Options())
+    plan = make_plan(source, like, PlanOptions())
     assert plan.complete, str(plan)
     assert not plan.assumptions
 

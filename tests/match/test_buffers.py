@@ -37,9 +37,10 @@ def planned(name: str, value: np.ndarray, more: dict[str, Any] | None = None, **
     specs = {key: TensorSpec(array.shape, str(array.dtype)) for key, array in values.items()}
     like = {f"params/blocks_{i}/attn/qkv/kernel": TensorSpec((D, 24), "float32") for i in range(LAYERS)} | (more or {})
     source = Checkpoint("torch", "torch", specs, Storage(values.__getitem__))
-    from graftax.match.planning import Options, make_plan
+    from graftax.match.planning import make_plan
+    from graftax.plans import PlanOptions
 
-    return make_plan(source, Checkpoint("like", "flax", like), Options(**options))
+    return make_plan(source, Checkpoint("like", "flax", like), PlanOptions(**options))
 
 
 KNOWN = {

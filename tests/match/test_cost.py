@@ -8,13 +8,14 @@ from types import ModuleType
 
 import pytest
 
-from graftax.match.planning import Options, make_plan
+from graftax.match.planning import make_plan
+from graftax.plans import PlanOptions
 from graftax.tree import Checkpoint
 
 
 def _plan(source: Checkpoint, like: Checkpoint) -> float:
     start = time.process_time()
-    found = make_plan(source, like, Options())
+    found = make_plan(source, like, PlanOptions())
     seconds = time.process_time() - start
     assert found.complete
     return seconds

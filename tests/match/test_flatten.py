@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftax.match.planning import Options, make_plan
-from graftax.plans import Plan
+from graftax.match.planning import make_plan
+from graftax.plans import Plan, PlanOptions
 from graftax.tree import Checkpoint, Storage, TensorSpec
 
 C, H, W, OUT = 8, 4, 4, 10
@@ -32,7 +32,9 @@ def planned(
     rules: Any = None, torch: dict[str, Any] | None = None, flax: dict[str, Any] | None = None, back: bool = False
 ) -> Plan:
     left, right = end(torch or TORCH, "torch"), end(flax or FLAX, "flax")
-    return make_plan(right, left, Options(rules=rules)) if back else make_plan(left, right, Options(rules=rules))
+    return (
+        make_plan(right, left, PlanOptions(rules=rules)) if back else make_plan(left, right, PlanOptions(rules=rules))
+    )
 
 
 def ops(plan: Plan, target: str) -> str:

@@ -85,11 +85,12 @@ def like(**shapes: tuple[int, ...]) -> Checkpoint:
 
 
 def planned(source: Any, target: Any, rules: Any = None) -> gx.Plan:
-    from graftax.match.planning import Options, make_plan
+    from graftax.match.planning import make_plan
     from graftax.opening import open_tree
+    from graftax.plans import PlanOptions
 
     ends = [end if isinstance(end, Checkpoint) else open_tree(end) for end in (source, target)]
-    return make_plan(*ends, Options(rules=rules))
+    return make_plan(*ends, PlanOptions(rules=rules))
 
 
 def said(plan: gx.Plan) -> list[str]:

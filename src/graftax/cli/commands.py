@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 from graftax import __version__
 from graftax.cli.common import (
-    DEFAULTS,
     Flag,
     Json,
+    Like,
     MaybeOut,
     Out,
     Outcome,
-    Planning,
+    Strict,
+    Suggest,
     no_of,
     open_source,
     planned,
     refuse_own_input,
 )
+from graftax.cli.flags import flags, options_given
 from graftax.cli.help_text import HelpText
 from graftax.cli.replace import replace_command
 from graftax.cli.verify import verify_command
 from graftax.errors import UsageError, escape
+from graftax.plans import PlanOptions, WriteOptions
+from graftax.tree import Side
 from graftax.tree.gc_paused import nothing_collected
 
 app = App(
@@ -76,13 +80,17 @@ def inspect_command(
 
 
 @app.command(name="plan")
+@flags(like=PlanOptions)
 def plan_command(
     source: str,
     /,
     *,
-    planning: Planning = DEFAULTS,
+    like: Like = None,
+    suggest: Suggest = None,
+    strict_assumptions: Strict = False,
     out: MaybeOut = None,
     json: Json = False,
+    **options: Any,
 ) -> Outcome:
     """What goes where, and how, from SOURCE to LIKE; nothing is moved. Exit 1 where something is open.
 
@@ -93,31 +101,30 @@ def plan_command(
     out
         Write the plan here (JSON), for port --plan.
     """
-    made, opened, like = planned(source, planning)
-    no = no_of(made, planning)
+    made, opened, opened_like = planned(source, like, options, suggest=suggest)
+    no = no_of(made, strict_assumptions)
     if out is not None and no is None:
         from graftax.formats.io.own_file import refuse_other_file
 
         refuse_other_file(out, "graftax_plan", "a plan")
         made.save(out)
-    return Outcome(made.as_json(), "" if json else _opened(str(made), opened, like), no)
+    return Outcome(made.as_json(), "" if json else _opened(str(made), opened, opened_like), no)
 
 
 @app.command(name="port")
+@flags(like=PlanOptions, out=WriteOptions)
 def port_command(
     source: str,
     /,
     *,
-    planning: Planning = DEFAULTS,
+    like: Like = None,
+    suggest: Suggest = None,
+    strict_assumptions: Strict = False,
     plan: str | None = None,
     out: Out,
-    format: str | None = None,
-    max_memory: str = "512MiB",
-    shard_size: str | None = None,
-    resume: Annotated[bool, Flag] = False,
-    no_clobber: Annotated[bool, Flag] = False,
     dry_run: Annotated[bool, Flag] = False,
     json: Json = False,
+    **options: Any,
 ) -> Outcome:
     """Port SOURCE into LIKE's names and layouts, and write it.
 
@@ -130,18 +137,6 @@ def port_command(
     out
         Where to write. The ending picks the format: .safetensors .msgpack .npz .pt .pth .bin; none: Orbax for Flax, a
         sharded folder for torch.
-    format
-        A format's name, whatever the ending.
-    max_memory
-        What .safetensors (also in shards), .pt, .msgpack and .npz are written within, however large a tensor is; Orbax
-        is handed all tensors at once.
-    shard_size
-        The size of a shard, such as 5GB; needs a folder.
-    resume
-        Keep what was made if the run is stopped, and go on from what a stopped run of the same command left. All
-        formats but Orbax, which starts anew. The source must be in files.
-    no_clobber
-        Refuse an OUT that exists.
     dry_run
         Plan and check everything, write nothing.
     """
@@ -149,9 +144,9 @@ def port_command(
     from graftax.plans.text import left_out_lines
     from graftax.report.progress import progress_bar
 
-    refuse_own_input(out, planning.rules, plan)
-    made, opened, like = planned(source, planning, plan)
-    no = no_of(made, planning)
+    refuse_own_input(out, options.get("rules"), plan)
+    made, opened, opened_like = planned(source, like, options, plan, suggest)
+    no = no_of(made, strict_assumptions)
     data: dict[str, Any] = {
         "out": out,
         "written": False,
@@ -164,20 +159,9 @@ def port_command(
     if dry_run:
         return Outcome(data | {"plan": made.as_json()}, "" if json else f"{made}\n{escape(out)}: not written (dry run)")
     with progress_bar(made) as advance:
-        receipt = write_plan(
-            made,
-            opened,
-            like,
-            out,
-            format=format,
-            shard_size=shard_size,
-            clobber=not no_clobber,
-            max_memory=max_memory,
-            resume=resume,
-            advance=advance,
-        )
+        receipt = write_plan(made, opened, opened_like, out, options_given(WriteOptions, options), advance)
     data |= {"written": True, "receipt": receipt.as_json()}
-    lines = [_opened(_written(out, receipt.leaves, receipt.nbytes), opened, like), receipt.text]
+    lines = [_opened(_written(out, receipt.leaves, receipt.nbytes), opened, opened_like), receipt.text]
     lines += left_out_lines(made)
     lines += [f"dropped: {line}" for line in _by_reason(receipt.dropped)]
     lines += [f"not from the source: {line}" for line in _by_reason(receipt.filled)]
@@ -194,8 +178,8 @@ def diff_command(
     *,
     plan: str | None = None,
     like: str | None = None,
-    from_: Annotated[Literal["torch", "flax"] | None, Parameter(name="--from")] = None,
-    to: Literal["torch", "flax"] | None = None,
+    from_: Annotated[Side | None, Parameter(name="--from")] = None,
+    to: Side | None = None,
     atol: float | None = None,
     rtol: float | None = None,
     json: Json = False,
@@ -237,7 +221,8 @@ def diff_command(
     if plan is not None or like is not None:
         from graftax.api import host_arrays
 
-        made, opened, opened_like = planned(a, Planning(like=like, from_=from_, to=to), plan)
+        sides = {name: side for name, side in (("source_side", from_), ("to", to)) if side is not None}
+        made, opened, opened_like = planned(a, like, sides, plan)
         made.require_complete(_rules_for_diff(a, b, like))
         arrays, _ = host_arrays(made, opened, opened_like)
         read, specs = arrays.__getitem__, made.like.specs

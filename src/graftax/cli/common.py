@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from graftax.errors import GraftaxError, StorageError, UsageError, escape
+from graftax.cli.flags import options_given
+from graftax.errors import GraftaxError, StorageError, UsageError, escape, flag
+from graftax.plans import PlanOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,37 +30,11 @@ MaybeOut = Annotated[str | None, Parameter(name=["--out", "-o"])]
 Flag = Parameter(negative="")
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Planning:
-    """How the plan is made."""
-
-    like: str | None = None
-    """What to produce: a checkpoint, a spec file (inspect --spec), or pkg.mod:factory."""
-    rules: str | None = None
-    """A rules file (TOML) for what inference cannot know."""
-    missing: Literal["error", "keep", "zeros"] | None = None
-    """A missing key, a leaf of LIKE that no source tensor fills: an error, unless this says otherwise."""
-    unused: Literal["error", "drop"] | None = None
-    """An unexpected key, which no leaf of LIKE takes: an error, unless this says otherwise."""
-    from_: Annotated[Literal["torch", "flax"] | None, Parameter(name="--from")] = None
-    """The side of SOURCE, where it does not declare it: names alone are an assumption."""
-    to: Literal["torch", "flax"] | None = None
-    """The side that comes out, where LIKE does not declare it."""
-    dtype: str | None = None
-    """source, like, or a dtype's name. Without it a floating dtype that differs is an error."""
-    overflow: Literal["error", "saturate"] | None = None
-    """A value that the dtype of --dtype cannot hold: an error, or its largest finite value."""
-    suggest: str | None = None
-    """Write the open questions here, as a rules file to edit."""
-    strict_assumptions: Annotated[bool, Flag] = False
-    """Exit 1 where the plan rests on an assumption."""
-
-
-DEFAULTS = Planning()
-
-_FINISHED = ("rules", "missing", "unused", "from_", "to", "dtype", "overflow")
-"""What a finished plan has settled."""
+Like = Annotated[
+    str | None, Parameter(help="What to produce: a checkpoint, a spec file (inspect --spec), or pkg.mod:factory.")
+]
+Suggest = Annotated[str | None, Parameter(help="Write the open questions here, as a rules file to edit.")]
+Strict = Annotated[bool, Parameter(negative="", help="Exit 1 where the plan rests on an assumption.")]
 
 
 def open_source(text: str) -> Any:
@@ -67,38 +44,35 @@ def open_source(text: str) -> Any:
     return open_tree(text)
 
 
-def planned(source: str, planning: Planning, plan_path: str | None = None) -> tuple[Any, Any, Any]:
-    """(plan, source, like), made or read; the suggestions are written whether or not it is complete."""
-    from graftax.api import open_both
-    from graftax.api import plan as plan_trees
+def planned(
+    source: str,
+    like: str | None,
+    given: Mapping[str, Any],
+    plan_path: str | None = None,
+    suggest: str | None = None,
+) -> tuple[Any, Any, Any]:
+    """(plan, source, like), made with the options that were given, or read; the suggestions are written whether or not
+    it is complete."""
+    from graftax.api import make_plan, open_both
     from graftax.plans import Plan
 
     if plan_path is not None:
-        clash = [f"--{name.rstrip('_')}" for name in _FINISHED if getattr(planning, name) is not None]
+        clash = [flag(f.name) for f in fields(PlanOptions) if f.name in given]
         if clash:
             raise UsageError(f"--plan is finished: {', '.join(clash)} cannot change it", next="Plan again with them.")
         made = Plan.load(plan_path)
-        opened, like = open_both(source, planning.like, made.source.side, made.like.side)
-        return made, opened, like
-    if planning.like is None and planning.rules is None:
+        opened, opened_like = open_both(source, like, made.source.side, made.like.side)
+        return made, opened, opened_like
+    options = options_given(PlanOptions, given)
+    if like is None and options.rules is None:
         raise UsageError("say what to produce: --like LIKE (or --rules R.toml alone, where rules name every target)")
-    opened, like = open_both(source, planning.like, planning.from_, planning.to)
-    made = plan_trees(
-        opened,
-        like,
-        planning.rules,
-        planning.missing or "error",
-        planning.unused or "error",
-        planning.dtype,
-        planning.to,
-        planning.overflow or "error",
-        planning.from_,
-    )
-    if planning.suggest is not None:
+    opened, opened_like = open_both(source, like, options.source_side, options.to)
+    made = make_plan(opened, opened_like, options)
+    if suggest is not None:
         from graftax.report.suggesting import write_suggestions
 
-        write_suggestions(made, planning.suggest)
-    return made, opened, like
+        write_suggestions(made, suggest)
+    return made, opened, opened_like
 
 
 def refuse_own_input(out: str, *paths: str | None) -> None:
@@ -113,7 +87,7 @@ def refuse_own_input(out: str, *paths: str | None) -> None:
                 )
 
 
-def no_of(made: Any, planning: Planning) -> GraftaxError | None:
+def no_of(made: Any, strict_assumptions: bool) -> GraftaxError | None:
     """Why the answer is no, if it is."""
     from graftax.errors import Failure, PlanError, counted
 
@@ -121,7 +95,7 @@ def no_of(made: Any, planning: Planning) -> GraftaxError | None:
         made.require_complete()
     except PlanError as error:
         return error
-    if planning.strict_assumptions and made.assumptions:
+    if strict_assumptions and made.assumptions:
         failures = [Failure(str(assumption)) for assumption in made.assumptions]
         return PlanError(f"the plan rests on {counted(len(failures), 'assumption')} (--strict-assumptions):", failures)
     return None

@@ -30,7 +30,7 @@ from graftax.formats import Output, hf_folder, orbax_write, safetensors_file, sa
 from graftax.formats.base import Format, Tile
 from graftax.formats.io.sizes import parse_size
 from graftax.formats.sidecars import for_port
-from graftax.plans import Entry, Plan
+from graftax.plans import Entry, Plan, WriteOptions
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.dtypes import numpy_dtype
 
@@ -40,24 +40,13 @@ _SEEN = 10.0  # seconds in which a network file system shows what another host h
 _LEAST = 32 << 20  # bytes of a stream's budget: smaller tiles would cost more than even shares give
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What `port_file` was asked for, apart from the plan."""
-
-    out: str
-    format: str | None
-    shard_size: int | str | None
-    clobber: bool
-    max_memory: int | str
-    resume: bool
-
-
 def write_together(
     joined: Peers,
     made: Plan,
     source: Checkpoint,
     like: Checkpoint | None,
-    wanted: Wanted,
+    out: str,
+    wanted: WriteOptions,
     advance: Callable[[int], None],
 ) -> Receipt:
     """As `api.write_plan`, called by every process with the same arguments. Each gives the receipt of the whole.
@@ -73,14 +62,14 @@ def write_together(
         budget = min(parse_size(wanted.max_memory), max(_LEAST, total // (2 * joined.count)))
         shard_bytes = None if wanted.shard_size is None else parse_size(wanted.shard_size)
         same = same_work(made, source, like) | {
-            "out": os.path.abspath(wanted.out),
-            "options": repr(replace(wanted, out="")),
+            "out": os.path.abspath(out),
+            "options": repr(wanted),
         }
     joined.agree("planning", same=same)
     receipt = Receipt()
     stream = Stream(made, source, like, receipt, budget, advance)
     output = Output(made.like.specs, (), made.like.side, made.like.real_keys, made.like.containers, shard_bytes)
-    path, row, output = saving.prepare(wanted.out, output, wanted.format)
+    path, row, output = saving.prepare(out, output, wanted.format)
     work = _Work.of(joined, made, stream, path, output)
     writer = _WRITERS.get(row.name) or _alone(row)
 
@@ -100,7 +89,7 @@ def write_together(
         inputs = (source,) if like is None else (source, like)
         with joined.together("putting it in place"):
             receipt.notes = saving.save(
-                wanted.out,
+                out,
                 output,
                 format=wanted.format,
                 clobber=wanted.clobber,

@@ -6,8 +6,7 @@ Producers propose entries; this module settles the sides, the leftovers and the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from graftax.errors import Failure, PlanError, UsageError, escape, option
 from graftax.match import infer
@@ -18,7 +17,8 @@ from graftax.match.quantized import refuse_quantized
 from graftax.match.unmerged import refuse_unmerged
 from graftax.match.whole_layers import by_table
 from graftax.ops import CONDITIONS, Cast, Fill, Same, apply_chain, infer_chain
-from graftax.plans import Assumption, End, Entry, Plan, Proposal, with_ops
+from graftax.plans import Assumption, End, Entry, Plan, PlanOptions, Proposal, with_ops
+from graftax.plans.options import Dtype
 from graftax.plans.plan import MadeFrom
 from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
 from graftax.tree import DTYPES, Checkpoint, Side, Storage, TensorSpec, match_paths, nearest
@@ -26,47 +26,8 @@ from graftax.tree.gc_paused import nothing_collected
 from graftax.tree.placeholders import refuse_placeholders
 from graftax.tree.sides import OTHER, Signs
 
-MISSING = ("error", "keep", "zeros")
-UNUSED = ("error", "drop")
-OVERFLOW = ("error", "saturate")
 
-DtypePolicy = str | Mapping[str, str] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How the leftovers and the dtypes are settled; see the command line's options of the same names."""
-
-    rules: Any = None
-    missing: str = "error"
-    unused: str = "error"
-    dtype: DtypePolicy = None
-    to: Side | None = None
-    overflow: str = "error"
-    source_side: Side | None = None
-
-    def check(self) -> None:
-        """UsageError where a value is not one of its choices."""
-        for name, value, choices in (
-            ("missing", self.missing, MISSING),
-            ("unused", self.unused, UNUSED),
-            ("overflow", self.overflow, OVERFLOW),
-            ("to", self.to, (None, "torch", "flax")),
-            ("source_side", self.source_side, (None, "torch", "flax")),
-        ):
-            if value not in choices:
-                known = ", ".join(str(choice) for choice in choices if choice)
-                raise UsageError(f"{name}={escape(value)!r} is not one of {known}")
-        names = self.dtype.values() if isinstance(self.dtype, Mapping) else () if self.dtype is None else (self.dtype,)
-        for name in names:
-            if name in ("source", "like"):
-                continue
-            if name not in DTYPES or DTYPES[name][1] != "f" or DTYPES[name][0] < 8:
-                floats = [n for n, (bits, kind) in DTYPES.items() if kind == "f" and bits >= 8]
-                raise UsageError(f"dtype {escape(name)!r} is not one of source, like, {', '.join(floats)}")
-
-
-def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> Plan:
+def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> Plan:
     """The plan for `source` -> `like`; questions and misfits are on it, not raised.
 
     like=None: the rules alone say what comes out. Raises UsageError, RulesError, PlanError (sides, quantized source).
@@ -79,7 +40,7 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: Options) -> 
         return _make_plan(source, like, options, rules)
 
 
-def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, rules: Rules) -> Plan:
+def _make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions, rules: Rules) -> Plan:
     given = like
     source_side, like_side = _sides(source, like, options, bool(rules.rules))
     ruled = apply_rules(rules, source, like, source_side, like_side)
@@ -108,7 +69,7 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: Options, ru
 # ---------------------------------------------------------------- sides
 
 
-def _sides(source: Checkpoint, like: Checkpoint | None, options: Options, ruled: bool) -> tuple[Side, Side]:
+def _sides(source: Checkpoint, like: Checkpoint | None, options: PlanOptions, ruled: bool) -> tuple[Side, Side]:
     """The side of both ends: what is stated, declared, or told by all names. UsageError where nothing tells one, or
     what is stated is not what is declared. A source whose names show nothing is the other side of a stated `to`, which
     `_by_names` says, and of what rules alone describe."""
@@ -134,7 +95,7 @@ def _sides(source: Checkpoint, like: Checkpoint | None, options: Options, ruled:
     return source_side, like_side
 
 
-def _silent(source: Checkpoint, options: Options) -> bool:
+def _silent(source: Checkpoint, options: PlanOptions) -> bool:
     """Does nothing in the source speak for a side, so that a stated `to` is all there is?"""
     return options.to is not None and source.side_by == "names" and Signs.of(source).silent
 
@@ -154,7 +115,7 @@ def _undecided(end: Checkpoint, name: str) -> UsageError:
     return UsageError(f"{escape(end.label)} {what}", next=f"Say what it is: {ways}.")
 
 
-def _by_names(source: Checkpoint, like: Checkpoint | None, options: Options) -> list[Assumption]:
+def _by_names(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> list[Assumption]:
     """The ends whose side names alone decided, and a source that is the other side of `to`."""
     out: list[Assumption] = []
     if source.side is None and options.source_side is None and options.to is not None and _silent(source, options):
@@ -181,7 +142,7 @@ def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkp
 
 
 def _settle_dtypes(
-    proposal: Proposal, source: Checkpoint, like: Checkpoint, options: Options
+    proposal: Proposal, source: Checkpoint, like: Checkpoint, options: PlanOptions
 ) -> tuple[Proposal, Mapping[str, TensorSpec]]:
     """Casts behind the ops where the user asked for them, and like's specs with the dtypes that will come out.
 
@@ -222,7 +183,7 @@ def _settle_dtypes(
     return replace(proposal, entries=tuple(entries), failures=proposal.failures + tuple(failures)), specs
 
 
-def _policies(paths: Sequence[str], dtype: DtypePolicy, side: Side) -> dict[str, str | None]:
+def _policies(paths: Sequence[str], dtype: Dtype | Mapping[str, Dtype] | None, side: Side) -> dict[str, str | None]:
     if not isinstance(dtype, Mapping):
         return dict.fromkeys(paths, dtype)
     out: dict[str, str | None] = dict.fromkeys(paths)

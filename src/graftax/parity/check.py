@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from graftax.parity.pairing import find_pairs
 from graftax.parity.records import THRESHOLD
 from graftax.parity.report.model import ParityReport
 from graftax.plans import Plan
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def check_parity(
@@ -132,6 +137,18 @@ def check_parity(
     return replace(report, seconds=clock.seconds(judged.seconds))
 
 
+def _with_parameters_of(model: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """For a function that hands all its arguments on to `model`: type checkers and `help` show the parameters."""
+
+    def named(function: Callable[..., R]) -> Callable[P, R]:
+        function.__signature__ = inspect.signature(model)  # pyright: ignore[reportFunctionMemberAccess]
+        function.__annotations__ = dict(model.__annotations__)
+        return function
+
+    return named
+
+
+@_with_parameters_of(check_parity)
 def assert_parity(*args: Any, **kwargs: Any) -> ParityReport:
     """`check_parity` that raises ParityError, with the report as its text, where the answer is no."""
     __tracebackhide__ = True  # pytest shows the line of the test

@@ -16,6 +16,7 @@ from graftax.errors import Failure, PlanError, UsageError, counted, escape, opti
 from graftax.ops import invert_chain
 from graftax.plans.check import fit, keys_twice, unmentioned
 from graftax.plans.entries import End, Entry
+from graftax.plans.options import PlanOptions
 from graftax.plans.questions import Assumption, Candidate, Proposal, Question
 from graftax.plans.serialization import damaged_plan, parts_of_json, plan_as_json, read_json, write_json
 from graftax.plans.text import plan_text
@@ -28,7 +29,7 @@ class MadeFrom:
 
     source: Checkpoint
     like: Checkpoint | None
-    options: Any
+    options: PlanOptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from graftax.adapters.jax_arrays import is_tracer
 from graftax.errors import Failure, GraftaxError, PlanError, escape
@@ -16,7 +16,23 @@ from graftax.surgery.live import LiveTree, live_tree
 from graftax.surgery.selecting import check_selector, choose, edits_of, pick
 from graftax.tree import Checkpoint
 
+if TYPE_CHECKING:
+    from flax.nnx import GraphDef
+else:
+    GraphDef = Any
+
 __all__ = ["Change", "Report", "replace", "replace_checkpoint", "select", "write_replacement"]
+
+T = TypeVar("T")
+State = TypeVar("State")
+
+
+@overload
+def replace(tree: tuple[GraphDef, State], selector: Any, value: Any = None, *, expect: int | None = None) -> State: ...
+
+
+@overload
+def replace(tree: T, selector: Any, value: Any = None, *, expect: int | None = None) -> T: ...
 
 
 def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None = None) -> Any:
