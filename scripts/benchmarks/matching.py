@@ -65,7 +65,7 @@ def _planned(layers: int, experts: int, repeat: int) -> dict[str, Any]:
         [sys.executable, "-m", "benchmarks.matching", str(layers), str(experts), str(repeat)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(SCRIPTS)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])},
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])

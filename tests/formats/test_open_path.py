@@ -18,7 +18,7 @@ from graftax.errors import FormatError, GraftaxError, PlanError, StorageError, U
 from graftax.formats import FORMATS, Output, open_path, save
 from graftax.formats.io import strict_json
 from graftax.formats.spec_file import dump_spec
-from graftax.tree import Checkpoint, Live, Module, Side, Storage, TensorSpec
+from graftax.tree import Checkpoint, Live, Module, Side, Storage, TensorSpec, Trace
 from graftax.tree.dtypes import spec_of
 from graftax.tree.parts import sub_checkpoint
 
@@ -299,6 +299,72 @@ def test_all_evidence_moves_with_a_part():
     assert part.live.buffers == {"b.mean"}
     assert part.config == {"heads": 4}
     assert not part.has_values
+
+
+def test_a_part_is_read_and_rebuilt_by_the_names_of_the_whole():
+    data = {name: np.arange(4, dtype=np.uint8) + i for i, name in enumerate(("m.a.weight", "m.b.weight", "n.weight"))}
+    model = object()
+
+    def span(path: str, start: int, buffer: memoryview) -> None:
+        buffer[:] = data[path][start : start + len(buffer)].tobytes()
+
+    def scatter(path: str, start: int, buffers: list[memoryview]) -> int:
+        for buffer in buffers:
+            span(path, start, buffer)
+            start += len(buffer)
+        return start
+
+    full = Checkpoint(
+        label="whole",
+        side="torch",
+        specs={name: spec_of(array) for name, array in data.items()},
+        storage=Storage(
+            data.__getitem__,
+            span=span,
+            scatter=scatter,
+            whole=frozenset({"m.b.weight", "n.weight"}),
+            format="some",
+            files=(Path("file"),),
+            metadata={"format": "pt"},
+            folder=Path("folder"),
+            stored={"m.a.weight": "a", "n.weight": "n"},
+            native=object(),
+        ),
+        live=Live(
+            modules={"m": Module("m", "Net", leaves={"a/weight": "m.a.weight"}), "": Module("", "Whole")},
+            trace=lambda: Trace({"": 0, "m": 1, "m.a": 2}, {"m.a.weight": (("c", 4),)}, {"n.weight": (("c", 4),)}),
+            placed=lambda: {"m.a.weight": "here", "n.weight": "there"},
+            rebuild=lambda arrays, **options: (arrays, options),
+            object=model,
+        ),
+        real_keys={"m.a": 0, "n": 1},
+        containers={"m": "list", "m.b": "tuple", "n": "list"},
+    )
+    part = sub_checkpoint(full, "m")
+    storage, live = part.storage, part.live
+    assert part.read("b.weight") is data["m.b.weight"]
+    assert (part.real_keys, part.containers) == ({"a": 0}, {"": "list", "b": "tuple"})
+    assert (storage.by_position("a.weight"), storage.by_position("b.weight")) == (True, False)
+    assert (storage.in_parts(["a.weight"]), storage.in_parts(part)) == (True, False)
+    assert (storage.format, storage.files, storage.metadata) == ("some", (Path("file"),), {"format": "pt"})
+    assert (storage.whole, storage.stored) == ({"b.weight"}, {"a.weight": "a"})
+    assert (storage.folder, storage.native) == (None, None)  # a part is no model folder and no whole file
+    buffer, rest = bytearray(2), bytearray(1)
+    assert storage.span is not None
+    storage.span("a.weight", 1, memoryview(buffer))
+    assert bytes(buffer) == b"\1\2"
+    assert storage.scatter is not None
+    assert storage.scatter("b.weight", 1, [memoryview(buffer), memoryview(rest)]) == 4
+    assert bytes(buffer + rest) == b"\2\3\4"
+
+    assert live.modules == {"": Module("", "Net", leaves={"a/weight": "a.weight"})}
+    assert live.trace is not None
+    assert live.trace() == Trace({"": 1, "a": 2}, {"a.weight": (("c", 4),)}, {})
+    assert live.placed is not None
+    assert live.placed() == {"a.weight": "here"}
+    assert live.rebuild is not None
+    assert live.rebuild({"a.weight": 1}, sharding="host") == ({"m.a.weight": 1}, {"sharding": "host"})
+    assert live.object is model
 
 
 # ---------------------------------------------------------------- config.json

@@ -113,9 +113,10 @@ def replace_command(
     else:
         value = values.zeros()
     checkpoint = open_source(ckpt)
-    if checkpoint.format == "torch" and checkpoint.metadata and "::" not in ckpt:
-        others = ", ".join(escape(name) for name in checkpoint.metadata if name != "container") or "nothing else"
-        inside = checkpoint.metadata.get("container", ".")
+    storage = checkpoint.storage
+    if storage.format == "torch" and storage.metadata and "::" not in ckpt:
+        others = ", ".join(escape(name) for name in storage.metadata if name != "container") or "nothing else"
+        inside = storage.metadata.get("container", ".")
         raise PlanError(
             f"{escape(ckpt)} holds more than its weights ({others}), which a replacement would leave behind",
             next=f"To write the weights alone: {escape(ckpt)}::{escape(inside)}",

@@ -85,12 +85,13 @@ def _load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | 
 
 def _jobs(groups: Iterable[Sequence[_Task]], source: Checkpoint) -> Iterable[list[_Task]]:
     """The tasks in portions of about _JOB bytes; those of an entry whose sources are read whole stay together."""
-    everything = source.storage.span is not None and not source.storage.whole
+    storage = source.storage
+    everything = storage.span is not None and not storage.whole
     job: list[_Task] = []
     nbytes = 0
     for group in groups:
         entry = group[0].entry
-        by_position = everything or (entry is not None and all(map(source.storage.by_position, entry.sources)))
+        by_position = everything or (entry is not None and all(map(storage.by_position, entry.sources)))
         for task in group:
             if task.out is None or task.pieces is None or task.out.nbytes <= _JOB or not by_position:
                 job.append(task)
@@ -154,14 +155,10 @@ class _Worker:
     def _make(self, entry: Entry, task: _Task) -> None:
         assert task.out is not None
         assert task.pieces is not None
-        run, source = self._shared.run, self._shared.source
-        span = source.storage.span
+        run, storage = self._shared.run, self._shared.source.storage
+        span = storage.span
         meter = meter_for(entry)
-        if (
-            meter is None
-            and span is not None
-            and not (source.storage.whole and source.storage.whole.intersection(entry.sources))
-        ):
+        if meter is None and span is not None and not (storage.whole and storage.whole.intersection(entry.sources)):
             rest = [piece for piece in task.pieces if not self._simply(entry, task.out, piece, span)]
         else:
             rest = task.pieces

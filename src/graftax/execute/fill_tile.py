@@ -78,10 +78,11 @@ def held(array: Array, spec: TensorSpec) -> Held:
 def opened(source: Checkpoint, name: str, count: Callable[[int], None], whole: Callable[[str], Array]) -> Values:
     """A tensor of a checkpoint: read by position where that can be done, else read now, by `whole`. `count` is told of
     the bytes that are read, unless the checkpoint is a live tree."""
-    spec, span, scatter = source.specs[name], source.storage.span, source.storage.scatter
-    if span is None or not source.storage.by_position(name):
+    spec, storage = source.specs[name], source.storage
+    span, scatter = storage.span, storage.scatter
+    if span is None or not storage.by_position(name):
         array = whole(name)
-        if source.storage.format != "live":
+        if storage.format != "live":
             count(spec.nbytes)
         return held(array, spec)
 

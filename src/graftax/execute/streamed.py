@@ -128,9 +128,7 @@ class Stream:
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
         boxes = self._boxes(entry, index, spec, False)
-        if boxes is None or (
-            self._source.storage.format != "live" and not all(map(self._source.storage.by_position, entry.sources))
-        ):
+        if boxes is None or not self._source.storage.in_parts(entry.sources):
             return None
         return [math.prod(stop - start for start, stop in box) * spec.bits // 8 for box in boxes]
 
@@ -214,8 +212,8 @@ class Stream:
 
     def apart(self, entry: Entry) -> bool:
         """May several threads make the targets of such entries at once? Not where each would hold tensors whole."""
-        by_position = self._source.storage.format == "live" or all(map(self._source.storage.by_position, entry.sources))
-        return by_position and not any(self._whole_only(entry, self._plan.like.specs[name]) for name in entry.targets)
+        in_parts = self._source.storage.in_parts(entry.sources)
+        return in_parts and not any(self._whole_only(entry, self._plan.like.specs[name]) for name in entry.targets)
 
     def reader(self, nbytes: int) -> Reader:
         """For one more thread."""

@@ -62,14 +62,15 @@ class Sidecars:
 
 def beside(checkpoint: Checkpoint) -> Sidecars | None:
     """The sidecars of a checkpoint that was opened as a model folder; None of any other."""
-    if checkpoint.storage.folder is None:
+    folder = checkpoint.storage.folder
+    if folder is None:
         return None
     own = {os.path.realpath(path) for path in checkpoint.storage.files}
     copied: dict[str, Path] = {}
     left: list[str] = []
-    for name in _names(checkpoint.storage.folder, "", _DEPTH):
+    for name in _names(folder, "", _DEPTH):
         try:
-            path = files.inside(checkpoint.storage.folder, name, escape(checkpoint.storage.folder))
+            path = files.inside(folder, name, escape(folder))
             if os.path.realpath(path) not in own:
                 if _is_weights(path):
                     left.append(name)
@@ -77,7 +78,7 @@ def beside(checkpoint: Checkpoint) -> Sidecars | None:
                     copied[name] = path
         except UnsafeInputError:  # a link out of the folder
             left.append(name)
-    return Sidecars(checkpoint.storage.folder, copied, tuple(left))
+    return Sidecars(folder, copied, tuple(left))
 
 
 def for_port(source: Checkpoint, like: Checkpoint | None, leaves: Iterable[str]) -> Sidecars | None:

@@ -39,9 +39,8 @@ NO_CALLS = Calls()
 
 def flax_calls(end: Checkpoint) -> Calls:
     """What the trace of a live Linen module says of its automatic names."""
-    return _calls(
-        end, "flax", {path: module.settings.get("order") for path, module in end.live.modules.items()}, _automatic
-    )
+    order = {path: module.settings.get("order") for path, module in end.live.modules.items()}
+    return _calls(end, "flax", order, _automatic)
 
 
 def torch_calls(end: Checkpoint, order: Mapping[str, int]) -> Calls:

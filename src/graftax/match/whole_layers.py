@@ -103,9 +103,8 @@ def _whole(end: Checkpoint, side: Side) -> Owner:
         module = end.live.modules.get(at)
         if module is not None and known_kind(module, side):
             return Owner(at, _below(end, at, side), module)
-    return Owner(
-        separator.join(path), _below(end, separator.join(path), side), end.live.modules.get(separator.join(path))
-    )
+    at = separator.join(path)
+    return Owner(at, _below(end, at, side), end.live.modules.get(at))
 
 
 def _below(names: Iterable[str], prefix: str, side: Side) -> dict[str, str]:

@@ -32,7 +32,7 @@ class LinenRunner:
     variables  collections of arrays; jax.ShapeDtypeStruct where `run` gets `supply`
     method     what is called, where it is not `__call__`; `call`: function (bound module, *args, **kwargs) -> outputs
     rngs       {name: key or seed} for modules that draw random numbers
-    modules    `Checkpoint.modules` of the model, where the caller has it already
+    modules    `Live.modules` of the model, where the caller has it already
     compiled   True: under jax.jit; False: eager; None: compiled unless the model cannot be traced
     """
 

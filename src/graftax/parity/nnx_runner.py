@@ -30,7 +30,7 @@ class NnxRunner:
               may be abstract where `run` gets `supply`
     method    the name of what is called, where it is not `__call__`; `call`: function (module, *args, **kwargs) ->
               outputs
-    modules   `Checkpoint.modules` of the model, where the caller has it already
+    modules   `Live.modules` of the model, where the caller has it already
     compiled  True: under jax.jit; False: eager; None: compiled unless the model cannot be traced
     """
 

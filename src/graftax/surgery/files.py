@@ -271,11 +271,10 @@ def _output(
         )
     metadata = None
     if checkpoint.side_by != "kind":
-        metadata = (
-            dict(checkpoint.storage.metadata) if checkpoint.storage.format in ("safetensors", "hf_folder") else {}
-        )
-        if checkpoint.storage.stored and row.name in ("safetensors", "hf_folder"):
-            name_of = checkpoint.storage.stored
+        storage = checkpoint.storage
+        metadata = dict(storage.metadata) if storage.format in ("safetensors", "hf_folder") else {}
+        if storage.stored and row.name in ("safetensors", "hf_folder"):
+            name_of = storage.stored
             specs = {name_of[path]: spec for path, spec in specs.items()}
             tensors = ((name_of[path], array) for path, array in tensors)
     return Output(specs, tensors, side, checkpoint.real_keys, checkpoint.containers, metadata=metadata)

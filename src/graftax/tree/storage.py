@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,10 @@ class Storage:
     def by_position(self, path: str) -> bool:
         """Can `span` read this leaf?"""
         return self.span is not None and path not in self.whole
+
+    def in_parts(self, paths: Iterable[str]) -> bool:
+        """Can a part of each of these leaves be had without reading the whole leaf?"""
+        return self.format == "live" or all(map(self.by_position, paths))
 
     def renamed(self, names: Renaming) -> Storage:
         """The storage of the leaves that `names` keeps, under their new paths."""
