@@ -216,7 +216,7 @@ def test_flax_subclasses_are_looked_at_too() -> None:
     assert not said(gx.plan(source, gx.linen(Model(nn.Dense), jnp.zeros((2, 8)))))
     plan = gx.plan(source, gx.linen(Model(Twice), jnp.zeros((2, 8))))
     assert plan.complete
-    assert "Twice overrides that of Dense" in said(plan)[0]
+    assert "Twice overrides the forward of Dense" in said(plan)[0]
     assert gx.plan(source, Holder(nnx.Linear)).complete
     assert not gx.plan(source, Holder(Own)).complete
     assert not gx.plan(Holder(Own), source).complete

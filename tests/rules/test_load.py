@@ -123,8 +123,8 @@ def test_lines_of_table_headers():
 @pytest.mark.parametrize(
     ("text", "line", "said"),
     [
-        ('rules = [\n  { torch = "a" }\n  { torch = "b" }\n]', 3, "a comma stands behind every rule"),
-        ('rules = [\n  { torch = "a",\n flax = "b" }\n]', 2, "stands on one line"),
+        ('rules = [\n  { torch = "a" }\n  { torch = "b" }\n]', 3, "a comma must follow every rule"),
+        ('rules = [\n  { torch = "a",\n flax = "b" }\n]', 2, "must be on one line"),
         ("rules = [\n", 1, "not TOML"),
         ('rules = [\n  { torch = "a", torch = "b" },\n]', 2, "not TOML"),
         ("rules = 3", 1, "rules = [ ... ]"),
@@ -166,7 +166,7 @@ def test_what_is_no_rules_file(text, line, said):
         ('torch = "a.{l}", flax = "b", ops = "l o i", stack = {l = 0}', ("in `stack` and in `ops`",)),
         ('torch = "a.{l}", flax = "b.{l}", ops = "l o i"', ("`ops` names 'l', which stands on both sides",)),
         ('torch = "a.{l}", flax = "b", ops = "l o i -> o i"', ("wrong side of '->'",)),
-        ('torch = "a.{l}", flax = "b", ops = "o i -> (l o) i"', ("stands alone",)),
+        ('torch = "a.{l}", flax = "b", ops = "o i -> (l o) i"', ("must be alone",)),
         ('torch = "a.{l}", flax = "b", stack = 0, l = "5..3"', ("`l` is '5..3'", 'l = "3..60"')),
         ('torch = "a.{l}", flax = "b", stack = 0, l = -1', ("`l` is -1",)),
         ('torch = "a.{l}", flax = "b", stack = 0, l = "0..99999999"', ("`l` is '0..99999999'",)),

@@ -1,4 +1,4 @@
-"""Plans: what goes where, and how. Data made from names, shapes and dtypes, separate from its execution."""
+"""Plans: what goes where, and how. A plan is data made from names, shapes and dtypes, separate from its execution."""
 
 from graftax.plans.entries import End, Entry, with_ops
 from graftax.plans.plan import Plan
