@@ -116,7 +116,7 @@ def test_a_call_that_is_overridden_is_an_assumption_that_names_class_and_leaves(
     plan = planned(net(layer), like(**shapes))
     assert plan.complete, str(plan)
     (text,) = said(plan)
-    assert f"that of {kind}" in text
+    assert f"overrides the forward of {kind}" in text
     assert {name for a in plan.assumptions for name in a.targets} >= {f"params/lay/{leaf}" for leaf in shapes}
 
 

@@ -111,8 +111,8 @@ def _ask(out: Recurrent, fits: Sequence[_Fit], ours: set[int]) -> None:
         lines = [_rule(gates, whole, turned) for gates, whole in fit.leaves]
         wholes = tuple(whole for _, whole in fit.leaves)
         gates = tuple(name for names, _ in fit.leaves for name in names)
-        ends = f"{fit.fused.path} = {fit.apart.path}" if turned else f"{fit.apart.path} = {fit.fused.path}"
-        found.append(Candidate(", ".join(lines), wholes if turned else gates, ends))
+        one, other = (fit.fused, fit.apart) if turned else (fit.apart, fit.fused)
+        found.append(Candidate(", ".join(lines), wholes if turned else gates, f"it pairs {one.path} with {other.path}"))
     gates = tuple(name for names, _ in fits[0].leaves for name in names)
     wholes = tuple(dict.fromkeys(whole for fit in fits for _, whole in fit.leaves))
     text = f"{fits[0].apart.path}: {len(fits)} cells have the shapes of its gates, and names do not tell which is right"

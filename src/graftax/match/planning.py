@@ -149,7 +149,7 @@ def _undecided(end: Checkpoint, name: str) -> UsageError:
         whose = "are the other side's" if declared else "may be torch's"
         what = f"contradicts itself: {says}, its names {whose}: {names} ({signs})"
     else:
-        what = f"declares no side, and its names show neither torch nor Flax: {names} ({signs})"
+        what = f"declares no side, and its names do not show whether it is torch or Flax: {names} ({signs})"
     ways = f"{option(name, 'torch')} or {option(name, 'flax')}"
     return UsageError(f"{escape(end.label)} {what}", next=f"Say what it is: {ways}.")
 

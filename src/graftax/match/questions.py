@@ -62,8 +62,8 @@ def _doubt(doubt: Doubt, sides: tuple[str, str], turned: bool) -> Question:
             link = main_link(pair)
             rules.append(column_rule(scope, pair.torch, pair.flax, link, min(link.labels, key=_usual), sides))
             where += _paths([link.flax if turned else link.torch])
-        said = ", ".join(f"{_prefix(a)} = {_prefix(b)}" for a, b in ends)
-        found.append(Candidate(", ".join(rules), tuple(where), f"these blocks have the same sizes: {said}"))
+        said = ", ".join(f"{_prefix(a)} with {_prefix(b)}" for a, b in ends)
+        found.append(Candidate(", ".join(rules), tuple(where), f"it pairs blocks of the same sizes: {said}"))
     names = ", ".join(fold_names(torch if turned else flax)[:4])
     text = f"{names}: several places hold blocks of the same sizes, and their names do not tell which is which"
     return Question("match", text, torch if turned else flax, flax if turned else torch, tuple(found))
@@ -118,8 +118,8 @@ def _reading(
     if choice.trap is not None:
         text = (
             f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if "
-            f"{_FLOWS[choice.trap.out]}, its order must change: from (C, H, W), or from any other order "
-            f"that torch uses, such as {_other_order(choice.trap)}"
+            f"{_FLOWS[choice.trap.out]}, its values must be reordered from (C, H, W), or from another "
+            f"order that torch uses, such as {_other_order(choice.trap)}"
         )
         return Question("flatten", text, torch if turned else flax, flax if turned else torch, tuple(found))
     text = f"{names}: the shape fits {len(found)} {what}, and nothing tells which is right"
@@ -235,10 +235,9 @@ def _says(pairing: Sequence[Pair], layouts: Sequence[str], names: Mapping[int, s
     if names is None:
         (pair,) = pairing
         why = f"the names share {', '.join(pair.shared)}" if pair.shared else "only the shape matches"
-        said = [why, *([f"but {pair.blocked}"] if pair.blocked else []), *said]
-        return "; ".join(said)
-    ends = [f"{names[id(p.torch)]} = {names[id(p.flax)]}" for p in pairing if id(p.torch) in names]
-    return "; ".join([", ".join(ends), *said] if ends else said or ["the shapes match"])
+        return "; ".join([f"{why}, but {pair.blocked}" if pair.blocked else why, *said])
+    ends = [f"{names[id(p.torch)]} with {names[id(p.flax)]}" for p in pairing if id(p.torch) in names]
+    return "; ".join([f"it pairs {', '.join(ends)}", *said] if ends else said or ["the shapes match"])
 
 
 def _short_names(pairings: Sequence[Sequence[Pair]]) -> dict[int, str]:
@@ -308,8 +307,10 @@ def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) 
     for label in labels:
         said = None if choice.trap is not None and not label[0] else label  # a next question asks for the order
         rule = column_rule(scope, pair.torch, pair.flax, link, said, sides, open_=choice.label is None)
-        axis = f"stacked on axis {', '.join(map(str, label[0]))} " if choice.kind == "stack" and label[0] else ""
-        out.append((rule, axis + label[1] if choice.label is None and said is not None else ""))
+        axis = f"it is stacked on axis {', '.join(map(str, label[0]))}" if choice.kind == "stack" and label[0] else ""
+        layout = f"the layout is {label[1]}" if label[1] else ""
+        way = "; ".join(filter(None, (axis, layout)))
+        out.append((rule, way if choice.label is None and said is not None else ""))
     return list(dict(out).items())
 
 

@@ -140,7 +140,11 @@ def _ask(out: Recurrent, part: Part, right: list[Part], fits: Iterable[Fit], tur
     others = tuple(dict.fromkeys(p for other in right for p in other.leaves.values() if p not in out.flax))
     mine = tuple(part.leaves.values())
     found = [
-        Candidate(", ".join(lines), tuple(other.leaves.values()) if turned else mine, f"{part.path} = {other.path}")
+        Candidate(
+            ", ".join(lines),
+            tuple(other.leaves.values()) if turned else mine,
+            f"it pairs {part.path} with {other.path}",
+        )
         for _, other, connection in fits
         if not out.flax & set(other.leaves.values()) and (lines := _lines(connection))
     ]
