@@ -117,7 +117,7 @@ BARE_ROWS: tuple[Layer, ...] = (
                 bare_forms,
                 (
                     "identity: a parameter as it is, also with more or fewer axes of length one",
-                    "linear, conv: a weight or kernel that a module of one's own holds",
+                    "linear, conv: a weight or kernel of a user's own module",
                 ),
             ),
         ),

@@ -164,7 +164,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
         forms=(
             LONE_BIAS,
             LINEAR_FORM,
-            Makes(flatten_form, ('flatten = "C H W" behind a flatten of (C, H, W): o (c h w) -> (h w c) o',)),
+            Makes(flatten_form, ('flatten = "C H W" after a flatten of (C, H, W): o (c h w) -> (h w c) o',)),
             Makes(
                 split_forms,
                 (
@@ -177,7 +177,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
         refusals=(_BATCHED,),
         flax_decides=False,
         note="weight (O, I), kernel (I, O). A square kernel left untransposed passes every shape check. DenseGeneral: "
-        "split, transpose, then reshape. Behind a flatten of NCHW the columns must be permuted: `flatten`.",
+        "split, transpose, then reshape. After a flatten of NCHW the columns must be permuted: `flatten`.",
     ),
     Layer(
         "Linear as 1x1 convolution",
@@ -236,7 +236,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
             LONE_BIAS,
         ),
         flax_decides=False,
-        note="The torch side is (in, out) already: identity, not transpose; a square one cannot be told from a Linear "
+        note="The torch side is (in, out) already: identity, not transpose; a square one looks like a Linear "
         "by shape.",
     ),
     Layer(

@@ -1,5 +1,6 @@
-"""Known buffers: index tables, masks and rotary tables that a model computes again. Whole words of their names and
-dtypes that nothing trains identify them; the values are read where floats of such a name may have been learned."""
+"""Known buffers: index tables, masks and rotary tables that a model computes again. They are recognised by whole words
+of their names and by dtypes that nothing trains. If floats of such a name may have been learned, their values are read
+too."""
 
 from __future__ import annotations
 

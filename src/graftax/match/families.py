@@ -103,8 +103,8 @@ def _better_named(
     special: dict[int, frozenset[str]],
     lex: Lexicon,
 ) -> bool:
-    """One of the paths says more than the other, and blocks of another number bear the other's very name: what is left
-    over of them is not these."""
+    """True if one path says more than the other, and its side has a family with another number of blocks that shares
+    the other path's words and says no more: that family has the better name."""
     for family, other, side in ((item.torch, item.flax, torch), (item.flax, item.torch, flax)):
         wanted = words[id(other)]
         if not _more(special[id(family)] - wanted, lex):

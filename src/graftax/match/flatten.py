@@ -47,7 +47,8 @@ class Suspect:
         return self.out or self.norm
 
     def maps(self) -> list[tuple[int, int, int]]:
-        """(channels, height, width) for each channel count that fits: height and width where the map is square."""
+        """(channels, height, width) for each channel count that fits. Without a trace, the map is square if its
+        positions allow it."""
         found: list[tuple[int, int, int]] = []
         if self.seen is not None and self.seen[1]:
             return [self.seen]

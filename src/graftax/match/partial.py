@@ -25,8 +25,8 @@ Chains = Mapping[str, tuple[Op, ...]]
 
 
 def ruled_chains(entries: Iterable[Entry], anchors: Mapping[str, str], turned: bool) -> Chains:
-    """torch leaf -> the rule's ops torch -> Flax, for rules of one leaf on each side. `turned`: they run Flax -> torch,
-    and are not looked at."""
+    """torch leaf -> the ops of its rule, torch -> Flax, for rules of one leaf on each side. `turned`: the entries run
+    Flax -> torch, and nothing is returned."""
     if turned:
         return {}
     alone = (entry for entry in entries if len(entry.sources) == len(entry.targets) == 1)

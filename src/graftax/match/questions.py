@@ -118,7 +118,7 @@ def _reading(
     if choice.trap is not None:
         text = (
             f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if "
-            f"{_FLOWS[choice.trap.out]}, its values must be reordered from (C, H, W), or from another "
+            f"{_FLOWS[choice.trap.out]}, its values must be reordered from (C, H, W), or from any other "
             f"order that torch uses, such as {_other_order(choice.trap)}"
         )
         return Question("flatten", text, torch if turned else flax, flax if turned else torch, tuple(found))

@@ -44,7 +44,7 @@ class Owner:
 def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side: Side, settled: Proposal) -> Proposal:
     """Entries source -> like for what the layer table settles; a refusal of the table is a failure that holds its keys.
 
-    `settled`: what rules have decided; its keys are left alone. Nothing is proposed where both ends are of one side.
+    `settled`: what rules have decided; its keys are left alone. Nothing is proposed if both ends are of one side.
     """
     if source_side == like_side:
         return Proposal()

@@ -220,7 +220,7 @@ def _compiled(text: str, side: Side, pieces: tuple[TemplatePiece, ...]) -> Templ
             if not piece.deep:
                 continue
             if deep:
-                raise RulesError(f"{escape(text)!r}: ** may stand once in a template")
+                raise RulesError(f"{escape(text)!r}: a template may hold ** only once")
             deep = True
             whole = isinstance(before, str) and before.endswith(separator)
             if not (whole and isinstance(after, str) and after.startswith(separator)):

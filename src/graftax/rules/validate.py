@@ -287,7 +287,7 @@ def _stack(
         stack = {names.pop(): stack[""]}
     for name in stack:
         if name not in loose:
-            why = "stands on both sides" if name in shared else "is no index of the templates"
+            why = "is on both sides" if name in shared else "is no index of the templates"
             faults.append(
                 (
                     f"`stack` names {escape(name)!r}, which {why}",
@@ -297,9 +297,9 @@ def _stack(
     placed: Mapping[str, bool] = ops.placed if ops else {}
     for name, on_left in placed.items():
         if name in stack:
-            faults.append((f"{escape(name)!r} stands in `stack` and in `ops`", "Say it once."))
+            faults.append((f"{escape(name)!r} is in `stack` and in `ops`", "Say it once."))
         elif name in shared:
-            faults.append((f"`ops` names {escape(name)!r}, which stands on both sides", "It is stacked on neither."))
+            faults.append((f"`ops` names {escape(name)!r}, which is on both sides", "It is stacked on neither."))
         elif name != LIST and on_left != (name in right):
             word = "right" if name in left else "left"
             faults.append((f"`ops` has {escape(name)!r} on the wrong side of '->'", f"It belongs on the {word}."))
@@ -308,10 +308,10 @@ def _stack(
     if to_right and to_left:
         words = [", ".join(sorted(names)) or LIST for names in (left - right, right - left)]
         hint = "A number has one name on both sides; stack one way in one rule."
-        faults.append((f"{words[0]} stands on the left only and {words[1]} on the right only", hint))
+        faults.append((f"{words[0]} is on the left only and {words[1]} is on the right only", hint))
     elif open_ := [] if faults else sorted(((left - right) | (right - left)) - set(stack) - set(placed)):
         faults.append(
-            (f"index {', '.join(open_)} stands on one side only", f"Say on which axis it is stacked: {_each(open_)}.")
+            (f"index {', '.join(open_)} is on one side only", f"Say on which axis it is stacked: {_each(open_)}.")
         )
     return stack
 
