@@ -54,8 +54,8 @@ def test_square_linear_has_two_readings_the_convention_first():
 def test_a_live_torch_linear_settles_the_square():
     found = connect(part("torch", torch_module("Linear"), weight=(4, 4)), part("flax", kernel=(4, 4)))
     assert ways(found) == [("linear", "modules")]
-    assert found[0].evidence[0] == "module: Linear"
-    assert found[0].entries[0].evidence == ("module: Linear",)
+    assert found[0].evidence[0] == "the live module is Linear"
+    assert found[0].entries[0].evidence == ("the live module is Linear",)
 
 
 def test_a_live_dense_alone_does_not_say_how_torch_stores():

@@ -117,7 +117,7 @@ def test_a_call_that_is_overridden_is_an_assumption_that_names_class_and_leaves(
     plan = planned(net(layer), like(**shapes))
     assert plan.complete, str(plan)
     (text,) = said(plan)
-    assert f"that of {kind}" in text
+    assert f"overrides the forward of {kind}" in text
     assert {name for a in plan.assumptions for name in a.targets} >= {f"params/lay/{leaf}" for leaf in shapes}
 
 
@@ -217,7 +217,7 @@ def test_flax_subclasses_are_looked_at_too() -> None:
     assert not said(gx.plan(source, gx.linen(Model(nn.Dense), jnp.zeros((2, 8)))))
     plan = gx.plan(source, gx.linen(Model(Twice), jnp.zeros((2, 8))))
     assert plan.complete
-    assert "Twice overrides that of Dense" in said(plan)[0]
+    assert "Twice overrides the forward of Dense" in said(plan)[0]
     assert gx.plan(source, Holder(nnx.Linear)).complete
     assert not gx.plan(source, Holder(Own)).complete
     assert not gx.plan(Holder(Own), source).complete

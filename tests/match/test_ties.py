@@ -74,4 +74,4 @@ def test_the_storage_of_a_live_module_says_what_is_tied(tie: bool) -> None:
     saved = {name: tensor.clone() for name, tensor in Head(tie).state_dict().items()}
     plan = gx.plan(saved, {"emb": {"embedding": rnd(6, 4)}})
     assert plan.complete
-    assert any("tied: 2 names" in entry.evidence for entry in plan.entries)
+    assert any("2 tied names hold this tensor" in entry.evidence for entry in plan.entries)

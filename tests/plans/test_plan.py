@@ -102,7 +102,7 @@ def test_ops_are_bound_to_their_shapes():
         (Entry(("fc.weight",), ("fc/kernl",)), "fc/kernl", ("flax has no such key",)),
         (Entry(("fc.weight",), ("fc/kernel",), (), ("names",)), "fc.weight -> fc/kernel",
          ("the shape of fc/kernel does not fit", "float32[4,3]", "float32[3,4]", "Its transpose would fit.")),
-        (Entry(("qkv",), ("q", "k"), (Split(0, (4, 4, 4)),)), "qkv -> q, k", ("another number of tensors", "2", "3")),
+        (Entry(("qkv",), ("q", "k"), (Split(0, (4, 4, 4)),)), "qkv -> q, k", ("different number of tensors", "2", "3")),
         (Entry(("qkv",), ("q", "k", "v"), (Split(0, (4, 4, 5)),), ("rules.toml line 3",)), "qkv -> q, k, v",
          ("has 12 rows, not 13", "rules.toml line 3")),
         (Entry(("n",), ("n",), (Cast("float32", "float16"),)), "n -> n",

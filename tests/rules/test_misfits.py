@@ -83,7 +83,7 @@ LAYERS = {"torch": "layers.{l}.w", "stack": {"l": 0}, "layout": "linear"}
         ({"torch": ["a.weight", "b.weight"], "flax": "ab/kernel", "fused": "interleaved"},
          "a.weight, b.weight -> ab/kernel", ("needs `heads`",)),
         ({"torch": ["a.weight", "a2.weight"], "flax": "aa/kernel", "fused": "interleaved", "heads": 4, "kv_heads": 2},
-         "a.weight, a2.weight -> aa/kernel", ("4 heads at least, the rule says kv_heads=2",)),
+         "a.weight, a2.weight -> aa/kernel", ("at least 4 heads, but the rule says kv_heads=2",)),
         (LAYERS | {"flax": "s3", "l": [0, 1, 3], "stack": {"l": -4}}, "layers.0.w, layers.1.w, layers.3.w -> s3",
          ("3 axes has no axis -4 for l",)),
         ({"torch": "l.{l}.e.{e}.w", "flax": "m", "l": [0, 2], "stack": {"l": 0, "e": -4}, "layout": "linear"},
@@ -135,7 +135,7 @@ def test_grouped_heads_in_the_message():
     rule = {"torch": "qkv.weight", "flax": list(flax), "fused": "block"}
     (found,) = failures([rule], {"qkv.weight": (60, 40)}, flax)
     assert "heads=(10 + 2 + 2) x head_dim=4 needs 56" in found.what
-    for key, value, said in (("heads", 8, "10 heads, the rule says heads=8"), ("kv_heads", 1, "2 heads at least")):
+    for key, value, said in (("heads", 8, "10 heads, but the rule says heads=8"), ("kv_heads", 1, "at least 2 heads")):
         rule = {"torch": "qkv.weight", "flax": list(flax), "fused": "block", "heads": 10, "kv_heads": 2} | {key: value}
         (found,) = failures([rule], {"qkv.weight": (56, 40)}, flax)
         assert said in found.what

@@ -396,7 +396,7 @@ def test_a_source_whose_names_show_nothing_is_the_other_side_of_a_stated_to_and_
     (said,) = (str(assumption) for assumption in plan.assumptions if assumption.text.startswith("side:"))
     assert 'source_side="torch"' in said
     assert not [a for a in gx.plan(*trees, to="flax", source_side="torch").assumptions if a.text.startswith("side:")]
-    with pytest.raises(UsageError, match="do not tell"):
+    with pytest.raises(UsageError, match="do not show whether"):
         gx.plan({"a/kernel": np.ones(3, "f4"), "b.weight": np.ones(3, "f4")}, trees[1], to="flax")
 
 

@@ -1,15 +1,16 @@
 """The layer table: which torch layer is which Flax layer, what happens to each leaf, and what is refused.
 
-LAYERS is one table; `connect` finds every way in which it joins two modules, `leaf_connections` the same for one leaf.
+LAYERS is one table. `connect` finds every way in which it connects two modules, `leaf_connections` does so for one
+leaf.
 """
 
 from graftax.layers.attention import FUSED, fused_qkv_ops, rotary_ops
 from graftax.layers.base import (
     By,
     Connection,
-    Facts,
-    Form,
     Layer,
+    LayerFacts,
+    LayerForm,
     Part,
     Refusal,
     Setting,
@@ -17,7 +18,7 @@ from graftax.layers.base import (
 )
 from graftax.layers.connect import connect, known_kind, layouts, leaf_connections, overriding, own_layout, settled
 from graftax.layers.conv import block_diagonal_ops
-from graftax.layers.settings import Difference, settings_differ
+from graftax.layers.settings import SettingDifference, settings_differ
 from graftax.layers.table import LAYERS
 from graftax.layers.text import layer_rows, layers_text
 
@@ -26,13 +27,13 @@ __all__ = [
     "LAYERS",
     "By",
     "Connection",
-    "Difference",
-    "Facts",
-    "Form",
     "Layer",
+    "LayerFacts",
+    "LayerForm",
     "Part",
     "Refusal",
     "Setting",
+    "SettingDifference",
     "Step",
     "block_diagonal_ops",
     "connect",

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 from graftax.errors import LayoutError
-from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
 from graftax.ops import Concat, Op, Rearrange, RearrangeEach, Split
 
 _PARTS = ("query", "key", "value")
 
 
-def _heads(facts: Facts) -> tuple[int, int] | None:
+def _heads(facts: LayerFacts) -> tuple[int, int] | None:
     """(heads, head_dim) of the Flax side."""
     for role in ("query/kernel", "key/kernel", "value/kernel"):
         shape = facts.flax.get(role, ())
@@ -22,9 +22,9 @@ def _heads(facts: Facts) -> tuple[int, int] | None:
     return None
 
 
-def attention_form(facts: Facts) -> Iterable[Form]:
-    """torch in_proj_weight (3 H h, D), or one weight a projection, against query, key, value (D, H, h) and
-    out (H, h, D)."""
+def attention_form(facts: LayerFacts) -> Iterable[LayerForm]:
+    """torch in_proj_weight (3 H h, D), or one weight per projection, to query, key, value (D, H, h) and out (H, h,
+    D)."""
     found = _heads(facts)
     if found is None:
         return
@@ -47,23 +47,23 @@ def attention_form(facts: Facts) -> Iterable[Form]:
         Step("out_proj.weight", "out/kernel", (Rearrange("o (h d) -> h d o", sizes),)),
         Step("out_proj.bias", "out/bias", optional=True),
     )
-    yield Form(
+    yield LayerForm(
         variant,
         steps,
-        why="torch's MultiheadAttention: split in 3, transposed, then cut into heads",
+        why="torch's MultiheadAttention is split in 3, transposed, then cut into heads",
     )
 
 
-def _wants_bias_kv(facts: Facts) -> bool:
+def _wants_bias_kv(facts: LayerFacts) -> bool:
     return ("bias_k" in facts.torch or "bias_v" in facts.torch) and _is_attention(facts)
 
 
-def _is_attention(facts: Facts) -> bool:
-    """Not a parameter of a user's own attention that happens to have the name."""
+def _is_attention(facts: LayerFacts) -> bool:
+    """False for a parameter of a user's own attention that happens to have the name."""
     return bool(_heads(facts)) and ("in_proj_weight" in facts.torch or "q_proj_weight" in facts.torch)
 
 
-def _grouped_heads(facts: Facts) -> bool:
+def _grouped_heads(facts: LayerFacts) -> bool:
     heads = facts.flax_settings.get("num_heads")
     kv = facts.flax_settings.get("num_kv_heads")
     return _is_attention(facts) and None not in (heads, kv) and heads != kv
@@ -72,7 +72,7 @@ def _grouped_heads(facts: Facts) -> bool:
 # ---------------------------------------------------------------- fused query, key, value
 
 FUSED = ("block", "interleaved")
-"""How the rows of one fused weight run: all queries, all keys, all values; or head by head (each group of heads with
+"""The order of the rows of a fused weight: all queries, all keys, all values; or head by head (each group of heads with
 its key and its value)."""
 
 
@@ -81,9 +81,9 @@ def fused_qkv_ops(fused: str, weight: Shape, targets: Sequence[Shape], heads: in
 
     weight   (rows, in), (in, rows) as HF Conv1D has it, or (rows) for a bias
     targets  kernels (in, H, h) or (in, H h); biases (H, h) or (H h); key and value may have fewer heads
-    heads    query heads, where the shapes do not tell
+    heads    query heads, needed if the shapes do not show them
 
-    Raises LayoutError where `fused` is unknown, the heads cannot be told, or the sizes do not fit.
+    Raises LayoutError if `fused` is unknown, the heads are not known, or the sizes do not fit.
     """
     if fused not in FUSED:
         raise LayoutError(f"unknown fused layout {fused!r}; known: {', '.join(FUSED)}")
@@ -143,8 +143,8 @@ def _letter(role: str) -> str:
     return found[1][0].lower() if found else ""
 
 
-def fused_forms(facts: Facts) -> Iterable[Form]:
-    """Both readings of a fused projection against three: identical shapes, so one of them must be declared."""
+def fused_forms(facts: LayerFacts) -> Iterable[LayerForm]:
+    """Both readings of a fused projection to three: their shapes are identical, so a rule must choose."""
     kernels = {_letter(role): role for role in facts.flax if role.endswith("/kernel")}
     biases = {_letter(role): role for role in facts.flax if role.endswith("/bias")}
     weight = facts.torch.get("weight") or facts.torch.get("in_proj_weight")
@@ -163,16 +163,21 @@ def fused_forms(facts: Facts) -> Iterable[Form]:
                 steps.append(Step("bias|in_proj_bias", roles, ops, optional=True))
         except LayoutError:
             continue
-        why = "all queries, then keys, then values" if fused == "block" else "head by head: query, key, value"
-        yield Form(
+        why = (
+            "the rows are all queries, then keys, then values"
+            if fused == "block"
+            else "the rows lie head by head: query, key, value"
+        )
+        yield LayerForm(
             f"fused {fused}", tuple(steps), "linear", rule=f'fused = "{fused}"', by="shapes", why=why, settled=False
         )
 
 
 def rotary_ops(shape: Shape, heads: int, rotary: int | None = None) -> tuple[Op, ...]:
     """Rows of a query or key weight (rows, in), or of its bias or per-head norm scale (rows), from interleaved rotary
-    pairs to halves: W.reshape(H, h/2, 2, D).swapaxes(1, 2). Give the key its own number of heads and a scale (h,) one.
-    With partial rotary only the first `rotary` rows of each head move. LayoutError where the sizes do not fit."""
+    pairs to halves: W.reshape(H, h/2, 2, D).swapaxes(1, 2). Pass the key's own number of heads for a key, and 1 for a
+    scale (h,). With partial rotary, only the first `rotary` rows of each head move. LayoutError if the sizes do not
+    fit."""
     if not shape or not heads or shape[0] % heads:
         raise LayoutError(f"rotary: {shape[:1]} rows are no multiple of {heads} heads")
     head = shape[0] // heads

@@ -1,20 +1,20 @@
-"""Rows for PReLU and for parameters that a user's own module holds: no kind tells what they are."""
+"""Rows for PReLU and for parameters that a user's own module holds, whose kind shows nothing about them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Shape, Step
 from graftax.layers.conv import conv_pattern
 from graftax.ops import Rearrange
 
 _STANDARD = frozenset({"kernel", "scale", "embedding", "mean", "var", "negative_slope"})
-"""Flax roles whose meaning is known: a torch weight or bias is not bare against them."""
+"""Flax roles with a known meaning: a torch weight or bias that pairs with one of them is not bare."""
 _AXES = "abcdefgh"
 
 
 def same_but_ones(torch: Shape, flax: Shape) -> str | None:
-    """The pattern between two shapes that are equal but for axes of length one; '' for equal ones, else None."""
+    """The pattern between two shapes that differ only in axes of length one; '' for equal shapes, None for others."""
     if torch == flax:
         return ""
     wide = [extent for extent in torch if extent != 1]
@@ -28,8 +28,8 @@ def _ones(shape: Shape) -> str:
     return " ".join("1" if extent == 1 else next(letters) for extent in shape)
 
 
-def bare_forms(facts: Facts) -> Iterable[Form]:
-    """One torch leaf against one Flax leaf, at least one of them a parameter without a known layout."""
+def bare_forms(facts: LayerFacts) -> Iterable[LayerForm]:
+    """One torch leaf to one Flax leaf, if at least one of them is a parameter without a known layout."""
     if len(facts.torch) != 1 or len(facts.flax) != 1:
         return
     (torch, source), (flax, target) = next(iter(facts.torch.items())), next(iter(facts.flax.items()))
@@ -39,37 +39,37 @@ def bare_forms(facts: Facts) -> Iterable[Form]:
     plain = same_but_ones(source, target)
     matrix = len(source) > 1 and len(target) > 1 and (torch == "weight" or flax == "kernel")
     if plain is not None:
-        yield Form(
+        yield LayerForm(
             "identity",
             (Step(torch, flax, plain),),
             "identity",
             by="shapes" if matrix else "convention",
-            why="a bare parameter, as it is" if not matrix else "stored alike on both sides",
+            why="a bare parameter stays as it is" if not matrix else "both sides store it alike",
         )
     if matrix and len(source) == 2:
-        yield Form(
-            "linear", (Step(torch, flax, "o i -> i o"),), "linear", by="shapes", why="a Linear weight, transposed"
+        yield LayerForm(
+            "linear", (Step(torch, flax, "o i -> i o"),), "linear", by="shapes", why="a Linear weight is transposed"
         )
     if matrix and 3 <= len(source) <= 5:
-        yield Form(
+        yield LayerForm(
             "conv",
             (Step(torch, flax, conv_pattern(len(source) - 2)),),
             "conv",
             by="shapes",
-            why="a convolution's weight",
+            why="it is the weight of a convolution",
         )
 
 
-def _many_slopes(facts: Facts) -> bool:
+def _many_slopes(facts: LayerFacts) -> bool:
     weight = facts.torch.get("weight")
     return weight is not None and weight != (1,) and facts.flax.get("negative_slope", weight) != weight
 
 
-def _one_slope(facts: Facts) -> bool:
+def _one_slope(facts: LayerFacts) -> bool:
     return facts.torch.get("weight") == (1,)
 
 
-def _slopes_alike(facts: Facts) -> bool:
+def _slopes_alike(facts: LayerFacts) -> bool:
     weight = facts.torch.get("weight", ())
     return len(weight) == 1 and facts.flax.get("negative_slope") == weight
 
@@ -81,18 +81,18 @@ BARE_ROWS: tuple[Layer, ...] = (
         linen=("PReLU",),
         nnx=("PReLU",),
         forms=(
-            Form(
+            LayerForm(
                 "prelu",
                 (Step("weight", "negative_slope", (Rearrange("1 -> "),)),),
                 "identity",
-                why="one slope: a vector of one in torch, a scalar in Flax",
+                why="the slope is a vector of length 1 in torch and a scalar in Flax",
                 holds=_one_slope,
             ),
-            Form(
+            LayerForm(
                 "prelu of slopes",
                 (Step("weight", "negative_slope"),),
                 "identity",
-                why="as many slopes on both sides: a module of your own, since Flax's has one",
+                why="both sides have as many slopes, so the module is your own (Flax's has one slope)",
                 holds=_slopes_alike,
             ),
         ),
@@ -117,7 +117,7 @@ BARE_ROWS: tuple[Layer, ...] = (
                 bare_forms,
                 (
                     "identity: a parameter as it is, also with more or fewer axes of length one",
-                    "linear, conv: a weight or kernel that a module of one's own holds",
+                    "linear, conv: a weight or kernel of a user's own module",
                 ),
             ),
         ),

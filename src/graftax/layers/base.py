@@ -1,4 +1,4 @@
-"""What a row of the layer table is made of, and what connecting two parts takes and gives. Pure Python."""
+"""The parts of a row of the layer table, and what connecting two parts takes and gives. Pure Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from graftax.plans import Entry
 from graftax.tree import Module, Side, TensorSpec
 
 By = Literal["modules", "convention", "shapes"]
-"""What speaks for a connection: live module kinds, the field's convention for these roles and ranks, or shapes only."""
+"""The evidence for a connection: live module kinds, the field's convention for these roles and ranks, or shapes
+only."""
 STRENGTH: tuple[By, ...] = ("modules", "convention", "shapes")
 
 Shape = tuple[int, ...]
@@ -41,12 +42,12 @@ class Connection:
 
     layer     the row
     entries   torch -> Flax; invert the plan for the other direction
-    evidence  what speaks for it, the strongest first
-    variant   which of the row's forms: 'linear', 'conv', 'conv_transpose default', 'flatten C H W'
+    evidence  the evidence for it, the strongest first
+    variant   the form of the row: 'linear', 'conv', 'conv_transpose default', 'flatten C H W'
     rule      the keys of a rule that pick it, such as `layout = "linear"`
-    by        what the evidence rests on
-    assumes   what no file shows and this connection relies on
-    left      roles that it leaves alone (partial connections only), torch's and Flax's
+    by        the kind of evidence
+    assumes   what no file shows but this connection relies on
+    left      roles that it does not connect (partial connections only), torch's and Flax's
     """
 
     layer: str
@@ -60,9 +61,9 @@ class Connection:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What a row may look at: the shapes by role and the live settings of both sides, and the hints of a rule
-    (layout, heads, fused, flatten)."""
+class LayerFacts:
+    """What a row may look at: the shapes by role and the live settings of both sides, and the hints of a rule (layout,
+    heads, fused, flatten)."""
 
     torch: Mapping[str, Shape]
     flax: Mapping[str, Shape]
@@ -78,22 +79,23 @@ class Step:
     """One entry of a form: torch roles -> Flax roles. A role may list alternatives: `weight|gamma`.
 
     ops       a Rearrange pattern, ops, or a function of the facts; '' or () is identity
-    optional  both sides may lack it (a bias)
+    optional  True if both sides may lack it (a bias)
     """
 
     torch: str | tuple[str, ...]
     flax: str | tuple[str, ...]
-    ops: Ops | Callable[[Facts], Ops] = ()
+    ops: Ops | Callable[[LayerFacts], Ops] = ()
     optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """One way a row connects. It fits where its steps use every role of both sides and every shape comes out right.
+class LayerForm:
+    """One way in which a row connects. It fits if its steps use every role of both sides and every shape comes out
+    right.
 
-    layout   the value of a rule's `layout` that picks it; `rule` says it where other keys are needed
-    by       what speaks for it where no live module does
-    settled  a live module that lists the row settles the form too; False where it leaves more than one
+    layout   the value of a rule's `layout` that picks it; `rule` states other keys if they are needed
+    by       the kind of evidence if no live module decides
+    settled  True if a live module that lists the row also settles the form; False if it leaves several
     holds    a condition on the facts
     offered  False: no file shows it, so only a rule or a hint picks it (zero-centred norms)
     """
@@ -105,7 +107,7 @@ class Form:
     by: By = "convention"
     why: str = ""
     settled: bool = True
-    holds: Callable[[Facts], bool] | None = None
+    holds: Callable[[LayerFacts], bool] | None = None
     offered: bool = True
     assumes: tuple[str, ...] = ()
 
@@ -116,20 +118,20 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Makes:
-    """Forms that depend on shapes or settings, and the lines that say what they are."""
+    """Forms that depend on shapes or settings, and the lines that describe them."""
 
-    make: Callable[[Facts], Iterable[Form]]
+    make: Callable[[LayerFacts], Iterable[LayerForm]]
     lines: tuple[str, ...]
 
 
-Forms = Form | Makes
+Forms = LayerForm | Makes
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What has no counterpart: when, why, and how to rewrite the model or the weights so that it has one."""
+    """A case without a counterpart: the condition, the reason, and how to rewrite the model or the weights."""
 
-    when: Callable[[Facts], bool]
+    when: Callable[[LayerFacts], bool]
     what: str
     reason: str
     rewrite: str = ""
@@ -137,8 +139,8 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A setting that must agree for the outputs to agree: `want` makes the Flax value out of torch's settings, `have`
-    the same form out of Flax's. None from either: nothing to compare."""
+    """A setting that must agree for the outputs to agree. `want` computes the Flax value from torch's settings, `have`
+    reads it from Flax's in the same form. If either gives None, nothing is compared."""
 
     name: str
     torch: str
@@ -154,11 +156,11 @@ class Layer:
 
     torch, linen, nnx   class names; an empty tuple means any module (bare parameters)
     forms       the ways to connect the leaves
-    settings    to compare for parity
+    settings    settings to compare for parity
     exactness   'exact' (every bit survives there and back) or 'measured' (value ops; and which)
-    refusals    what has no counterpart
-    flax_decides  a live Flax module alone settles the form
-    note        traps, and where the fact was seen
+    refusals    cases without a counterpart
+    flax_decides  True if a live Flax module alone settles the form
+    note        traps, and the source of the fact
     """
 
     name: str

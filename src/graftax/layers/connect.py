@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from graftax.errors import Failure, LayoutError, RulesError, escape
-from graftax.layers.base import STRENGTH, By, Connection, Facts, Form, Layer, Ops, Part, Step
+from graftax.layers.base import STRENGTH, By, Connection, Layer, LayerFacts, LayerForm, Ops, Part, Step
 from graftax.layers.table import LAYERS
 from graftax.ops import Op, Rearrange, bind_chain, parse_pattern
 from graftax.plans import Entry
@@ -26,8 +26,8 @@ def _known_kinds() -> Mapping[Side, frozenset[str]]:
 
 
 def known_kind(module: Module | None, side: Side) -> str:
-    """The class name under which the table knows a live module: the first along its bases that a framework defines and
-    a row lists; '' where there is none. A user's own class of the same name does not count."""
+    """The class name of a live module in the table: the first of its bases that a framework defines and a row lists; ''
+    if there is none. A user's own class of the same name does not count."""
     if module is None:
         return ""
     kinds = _known_kinds()[side]
@@ -46,8 +46,8 @@ _HOLDERS = frozenset(("Module", "Sequential"))
 
 
 def unlisted_kind(module: Module | None, side: Side) -> str:
-    """The class name of a live framework layer that no row of the table lists: what is known of others of its leaf
-    names says nothing of it."""
+    """The class name of a live framework layer that no row of the table lists. Other layers with the same leaf names
+    show nothing about its layout."""
     if module is None or known_kind(module, side):
         return ""
     names = [call.rpartition(".")[2] for call in module.calls if call.startswith(_LAYERS_OF[side])]
@@ -66,8 +66,8 @@ def overriding(module: Module | None, side: Side) -> tuple[str, str] | None:
 
 
 def own_layout(module: Module | None, side: Side) -> bool:
-    """May a live module keep its weights otherwise than the table, or the field, says? A framework layer that no row
-    lists may, and a subclass that computes with them itself."""
+    """True if a live module may store its weights in another way than the table, or the field, says: a framework layer
+    that no row lists, or a subclass that computes with them itself."""
     return bool(unlisted_kind(module, side)) or bool(module and module.own_math and overriding(module, side))
 
 
@@ -90,13 +90,13 @@ def _listed(layer: Layer, torch_kind: str, flax_kind: str) -> bool:
 def connect(
     torch: Part, flax: Part, *, hints: Mapping[str, Any] | None = None, partial: bool = False
 ) -> list[Connection]:
-    """Every way to connect the two parts, the strongest evidence first; [] where nothing fits. More than one is an
-    ambiguity for the caller to settle by other evidence, or to ask; `settled` gives the one that stands out.
+    """Every way to connect the two parts, the strongest evidence first; [] if nothing fits. If there are several, the
+    caller settles the ambiguity by other evidence, or asks; `settled` gives the one that stands out.
 
-    hints    what a rule says: `layout`, `heads`, `fused`, `flatten` (C, H, W)
+    hints    what a rule states: `layout`, `heads`, `fused`, `flatten` (C, H, W)
     partial  optional leaves (biases) may be on one side only; `Connection.left` names them
 
-    Raises LayoutError with the reason, and the rewrite where one exists, for what the table refuses.
+    Raises LayoutError with the reason, and the rewrite if one exists, for what the table refuses.
     """
     facts = _facts(torch, flax, hints or {})
     if not hints and _unknown_layout(torch, flax):
@@ -116,20 +116,20 @@ def connect(
 
 
 def _unknown_layout(torch: Part, flax: Part) -> bool:
-    """Is a side a module that may lay out a matrix in its own way?"""
+    """True if a side is a module that may lay out a matrix in its own way."""
     matrices = any(len(shape) > 1 for part in (torch, flax) for shape in part.shapes().values())
     return matrices and any(own_layout(part.module, part.side) for part in (torch, flax))
 
 
 def settled(found: Sequence[Connection]) -> Connection | None:
-    """The one connection that something stronger speaks for than for every other; None where two are equally strong."""
+    """The connection with stronger evidence than every other; None if two are equally strong."""
     if not found or (len(found) > 1 and found[0].by == found[1].by):
         return None
     return found[0]
 
 
-def refuse(rows: Iterable[Layer], facts: Facts, torch: Part, flax: Part) -> None:
-    """LayoutError for the first thing that a row refuses about these parts."""
+def refuse(rows: Iterable[Layer], facts: LayerFacts, torch: Part, flax: Part) -> None:
+    """LayoutError for the first case about these parts that a row refuses."""
     for layer in rows:
         for refusal in layer.refusals:
             if refusal.when(facts):
@@ -152,10 +152,10 @@ def leaf_connections(
     *,
     hints: Mapping[str, Any] | None = None,
 ) -> list[Connection]:
-    """The ways to carry one torch leaf into one Flax leaf (a donor of surgery, a rule); the paths in the entries are
+    """The ways to convert one torch leaf into one Flax leaf (a donor of surgery, a rule); the paths in the entries are
     the roles. `layout` names the form ('linear', 'conv', 'conv_transpose', 'conv_transpose default', 'identity').
 
-    Raises RulesError where `layout` is no form's, LayoutError where the table refuses.
+    Raises RulesError if no form has that `layout`, LayoutError if the table refuses.
     """
     given = dict(hints or {})
     if layout is not None:
@@ -174,7 +174,7 @@ def _leaf(side: Side, role: str, spec: TensorSpec, module: Module | None) -> Par
 def _plain_leaf_connections(
     torch_role: str, torch_spec: TensorSpec, flax_role: str, flax_spec: TensorSpec, layout: str | None
 ) -> tuple[Connection, ...]:
-    """The same without live modules: a checkpoint asks for few distinct pairs, many times each."""
+    """The same without live modules, cached: a checkpoint asks for few distinct pairs, each many times."""
     torch, flax = _leaf("torch", torch_role, torch_spec, None), _leaf("flax", flax_role, flax_spec, None)
     return tuple(connect(torch, flax, hints={} if layout is None else {"layout": layout}, partial=True))
 
@@ -184,7 +184,7 @@ def layouts() -> tuple[str, ...]:
     names: dict[str, None] = dict.fromkeys(("linear", "identity", "conv", "conv_transpose", "conv_transpose default"))
     for layer in LAYERS:
         for form in layer.forms:
-            if isinstance(form, Form) and form.layout:
+            if isinstance(form, LayerForm) and form.layout:
                 names[form.layout] = None
     return tuple(names)
 
@@ -192,11 +192,11 @@ def layouts() -> tuple[str, ...]:
 # ---------------------------------------------------------------- forms
 
 
-def _facts(torch: Part, flax: Part, hints: Mapping[str, Any]) -> Facts:
+def _facts(torch: Part, flax: Part, hints: Mapping[str, Any]) -> LayerFacts:
     layout = hints.get("layout")
     if layout is not None and layout not in layouts():
         raise RulesError(f"unknown layout {escape(layout)!r}; known: {', '.join(layouts())}")
-    return Facts(
+    return LayerFacts(
         torch.shapes(),
         flax.shapes(),
         torch.module.settings if torch.module else {},
@@ -207,18 +207,18 @@ def _facts(torch: Part, flax: Part, hints: Mapping[str, Any]) -> Facts:
     )
 
 
-def _forms(layer: Layer, facts: Facts) -> Iterable[Form]:
+def _forms(layer: Layer, facts: LayerFacts) -> Iterable[LayerForm]:
     layout = facts.hints.get("layout")
     for entry in layer.forms:
-        for form in (entry,) if isinstance(entry, Form) else entry.make(facts):
+        for form in (entry,) if isinstance(entry, LayerForm) else entry.make(facts):
             if (layout is not None and form.layout not in ("", layout)) or (layout is None and not form.offered):
                 continue
             if form.holds is None or form.holds(facts):
                 yield form
 
 
-def _fit(layer: Layer, form: Form, facts: Facts, torch: Part, flax: Part, partial: bool) -> Connection | None:
-    """The form with its entries, where every role is used and every shape comes out; else None."""
+def _fit(layer: Layer, form: LayerForm, facts: LayerFacts, torch: Part, flax: Part, partial: bool) -> Connection | None:
+    """The form with its entries, if every role is used and every shape fits; else None."""
     used = _used(form, facts, partial)
     if used is None:
         return None
@@ -228,7 +228,7 @@ def _fit(layer: Layer, form: Form, facts: Facts, torch: Part, flax: Part, partia
         optional = {name for s in form.steps if s.optional for names in (s.torch, s.flax) for name in _names(names)}
         if not partial or not left | left_flax <= optional:
             return None
-    evidence = form.why or f"{form.variant}: the roles and shapes fit"
+    evidence = form.why or f"the roles and shapes fit the form {form.variant!r}"
     entries: list[Entry] = []
     for step, sources, targets in used:
         ops = _ops(step, facts)
@@ -251,23 +251,23 @@ def _fit(layer: Layer, form: Form, facts: Facts, torch: Part, flax: Part, partia
     )
 
 
-def _used(form: Form, facts: Facts, partial: bool) -> list[tuple[Step, list[str], list[str]]] | None:
-    """The steps whose roles both sides have; None where one lacks a leaf that it needs, or no step is left."""
+def _used(form: LayerForm, facts: LayerFacts, partial: bool) -> list[tuple[Step, list[str], list[str]]] | None:
+    """The steps whose roles both sides have; None if a side lacks a leaf that it needs, or no step is left."""
     out: list[tuple[Step, list[str], list[str]]] = []
     for step in form.steps:
         sources, targets = _roles(step.torch, facts.torch), _roles(step.flax, facts.flax)
         if sources is not None and targets is not None:
             out.append((step, sources, targets))
             continue
-        # One side lacks a leaf: fine for an optional one where partial connections are, and where the whole entry is
-        # absent from both sides.
+        # One side lacks a leaf. That is allowed for an optional leaf if partial connections are, or if both sides lack
+        # the whole entry.
         absent = not _any_role(step.torch, facts.torch) and not _any_role(step.flax, facts.flax)
         if not (step.optional and (absent or partial)) and not (partial and absent):
             return None
     return out or None
 
 
-def _by(layer: Layer, form: Form, facts: Facts) -> By:
+def _by(layer: Layer, form: LayerForm, facts: LayerFacts) -> By:
     decided = (facts.torch_kind and layer.torch) or (facts.flax_kind and layer.flax_decides and layer.linen)
     return "modules" if decided and form.settled else form.by
 
@@ -281,7 +281,7 @@ def _any_role(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> bool:
 
 
 def _roles(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> list[str] | None:
-    """The roles a side has for a step, alternatives resolved; None where one is missing."""
+    """The roles of a side for a step, with alternatives resolved; None if one is missing."""
     out: list[str] = []
     for role in (roles,) if isinstance(roles, str) else roles:
         present = [name for name in role.split("|") if name in shapes]
@@ -291,7 +291,7 @@ def _roles(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> list[str]
     return out
 
 
-def _ops(step: Step, facts: Facts) -> tuple[Op, ...] | None:
+def _ops(step: Step, facts: LayerFacts) -> tuple[Op, ...] | None:
     given: Ops
     if callable(step.ops):
         try:
@@ -308,7 +308,7 @@ def _ops(step: Step, facts: Facts) -> tuple[Op, ...] | None:
 def _entry(
     ops: tuple[Op, ...], sources: list[str], targets: list[str], torch: Part, flax: Part, evidence: str
 ) -> Entry | None:
-    """The entry with bound ops, or None where a shape does not come out. Dtypes are the plan's business."""
+    """The entry with bound ops, or None if a shape does not fit. The plan checks dtypes."""
     try:
         bound, out = bind_chain(ops, tuple(torch.specs[path] for path in sources))
     except LayoutError:
@@ -322,7 +322,7 @@ def _entry(
 
 
 def _alike(a: Connection, b: Connection) -> bool:
-    """The same entries with the same effect: ops that differ only in axes of length one count as one."""
+    """True for the same entries with the same effect: ops that differ only in axes of length one count as equal."""
     if a.left != b.left or len(a.entries) != len(b.entries):
         return False
     key = {(e.sources, e.targets): e.ops for e in b.entries}
@@ -336,7 +336,7 @@ def _same_effect(a: tuple[Op, ...], b: tuple[Op, ...]) -> bool:
 
 
 def _movement(ops: tuple[Op, ...]) -> Any:
-    """What a chain of one Rearrange does to the axes longer than one: two with equal movement give equal arrays."""
+    """The effect of a chain of one Rearrange on the axes longer than one: equal movements give equal arrays."""
     if not ops:
         return "identity"
     op = ops[0]
@@ -351,13 +351,16 @@ def _movement(ops: tuple[Op, ...]) -> Any:
     return tuple(sizes[name] for name in order), tuple(order.index(name) for name in moved)
 
 
-def _ranked(found: list[Connection], facts: Facts) -> list[Connection]:
-    """The strongest first; what live modules settle says so."""
+def _ranked(found: list[Connection], facts: LayerFacts) -> list[Connection]:
+    """The connections, the strongest first. What live modules settle has their kinds as evidence."""
     kinds = " and ".join(kind for kind in (facts.torch_kind, facts.flax_kind) if kind)
     out: list[Connection] = []
     for found_one in sorted(found, key=lambda connection: STRENGTH.index(connection.by)):
         if found_one.by == "modules":
-            told = (f"module: {kinds}", *found_one.evidence)
+            told = (
+                f"the live modules are {kinds}" if " and " in kinds else f"the live module is {kinds}",
+                *found_one.evidence,
+            )
             entries = tuple(replace(entry, evidence=told[:1]) for entry in found_one.entries)
             found_one = replace(found_one, entries=entries, evidence=told)
         out.append(found_one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
 from graftax.layers.conv_settings import (
     DILATION,
     STRIDES,
@@ -36,9 +36,9 @@ def flipped_ops(rank: int) -> tuple[Op, ...]:
 
 
 def block_diagonal_ops(shape: Shape, groups: int) -> tuple[Op, ...]:
-    """A grouped transposed weight (I, O/g, *k) -> the full (I, O, *k) with zeros outside its group; the way back checks
-    the zeros. The groups land on the diagonal because rows of X values padded to (g + 1) X and read again as rows of
-    g X start one group further each."""
+    """A grouped transposed weight (I, O/g, *k) -> the full (I, O, *k) with zeros outside its group; the inverse checks
+    the zeros. The groups land on the diagonal because rows of X values, padded to (g + 1) X and read again as rows of g
+    X, each start one group further."""
     rank = len(shape) - 2
     block = math.prod(shape) // groups
     k = SPATIAL[rank]
@@ -54,32 +54,32 @@ def block_diagonal_ops(shape: Shape, groups: int) -> tuple[Op, ...]:
     )
 
 
-def _rank(facts: Facts) -> int:
-    """Spatial axes of the pair; 0 where the shapes are no convolution's."""
+def _rank(facts: LayerFacts) -> int:
+    """The number of spatial axes of the pair; 0 if the shapes are not those of a convolution."""
     weight, kernel = facts.torch.get("weight"), facts.flax.get("kernel")
     if weight is None or kernel is None or len(weight) != len(kernel) or not 3 <= len(weight) <= 5:
         return 0
     return len(weight) - 2
 
 
-def _bias_is(facts: Facts, extent: int) -> bool:
-    """The biases that are there have `extent` values."""
+def _bias_is(facts: LayerFacts, extent: int) -> bool:
+    """True if every bias that exists has `extent` values."""
     return all(side.get("bias", (extent,)) == (extent,) for side in (facts.torch, facts.flax))
 
 
-def conv_forms(facts: Facts) -> Iterable[Form]:
+def conv_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     rank = _rank(facts)
     if rank and _bias_is(facts, facts.torch["weight"][0]):
-        yield Form(
+        yield LayerForm(
             "conv",
             (Step("weight", "kernel", conv_pattern(rank)), BIAS),
             "conv",
-            why=f"convention: a torch weight of rank {rank + 2} that becomes a kernel is a convolution",
+            why=f"by convention, a torch weight of rank {rank + 2} that becomes a kernel is a convolution",
         )
 
 
-def transpose_forms(facts: Facts) -> Iterable[Form]:
-    """Both Flax modes of a transposed convolution, as far as setting, bias and shapes allow them."""
+def transpose_forms(facts: LayerFacts) -> Iterable[LayerForm]:
+    """Both Flax modes of a transposed convolution, as far as the setting, the bias and the shapes allow them."""
     rank = _rank(facts)
     if not rank:
         return
@@ -87,33 +87,33 @@ def transpose_forms(facts: Facts) -> Iterable[Form]:
     wanted = facts.flax_settings.get("transpose_kernel") if facts.flax_kind else None
     groups = _groups(facts, weight, kernel)
     expand = block_diagonal_ops(weight, groups) if groups > 1 and weight[0] % groups == 0 else ()
-    tail = " of a block-diagonal expansion" if expand else ""
+    tail = " (block-diagonal expansion)" if expand else ""
     outputs = weight[1] * groups
     if not _bias_is(facts, outputs):
         return
     if wanted is not False:
-        yield Form(
+        yield LayerForm(
             "conv_transpose",
             (Step("weight", "kernel", (*expand, Rearrange(transposed_pattern(rank)))), BIAS),
             "conv_transpose",
             by="shapes",
-            why=f"a transposed convolution with transpose_kernel=True{tail}",
+            why=f"it is a transposed convolution with transpose_kernel=True{tail}",
             settled=wanted is not None,
         )
     if wanted is not True:
-        yield Form(
+        yield LayerForm(
             "conv_transpose default",
             (Step("weight", "kernel", (*expand, *flipped_ops(rank))), BIAS),
             "conv_transpose default",
             by="shapes",
-            why=f"a transposed convolution with transpose_kernel=False: spatial axes flipped{tail}",
+            why=f"it is a transposed convolution with transpose_kernel=False, so spatial axes are flipped{tail}",
             settled=wanted is not None,
         )
 
 
-def _groups(facts: Facts, weight: Shape, kernel: Shape) -> int:
-    """As the live torch module says; else more than one only where the kernel has a multiple of the weight's outputs
-    and the bias has them all."""
+def _groups(facts: LayerFacts, weight: Shape, kernel: Shape) -> int:
+    """The groups of the live torch module. Without one, more than one group only if the kernel has a multiple of the
+    weight's outputs and the bias has them all."""
     if facts.torch_kind:
         return int(facts.torch_settings.get("groups", 1))
     outputs = kernel[-2] if kernel[-1] == weight[0] else kernel[-1]
@@ -122,12 +122,12 @@ def _groups(facts: Facts, weight: Shape, kernel: Shape) -> int:
     return groups if whole and _has_bias(facts) and _bias_is(facts, outputs) else 1
 
 
-def _has_bias(facts: Facts) -> bool:
+def _has_bias(facts: LayerFacts) -> bool:
     return "bias" in facts.torch or "bias" in facts.flax
 
 
-def _grouped_misfit(facts: Facts) -> bool:
-    """A live grouped ConvTranspose against a kernel that has not the full number of output channels."""
+def _grouped_misfit(facts: LayerFacts) -> bool:
+    """True for a live grouped ConvTranspose whose Flax kernel lacks the full number of output channels."""
     groups = facts.torch_settings.get("groups", 1)
     weight, kernel = facts.torch.get("weight"), facts.flax.get("kernel")
     if facts.torch_kind not in TORCH_TRANSPOSED or groups == 1 or weight is None or kernel is None:

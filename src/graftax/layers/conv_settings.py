@@ -1,4 +1,4 @@
-"""Settings of convolutions in one form: strides and dilations for each spatial axis, padding in pairs."""
+"""Settings of convolutions in one form: strides and dilations per spatial axis, padding in pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 def _rank(settings: Settings) -> int:
-    """Spatial axes, as the kernel's size tells; 0 where it is not known."""
+    """The number of spatial axes, from the size of the kernel; 0 if it is not known."""
     size = settings.get("kernel_size")
     if isinstance(size, int):
         return 1
@@ -18,7 +18,7 @@ def _rank(settings: Settings) -> int:
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:
-    """A setting for every spatial axis; None is 1."""
+    """The setting for every spatial axis; None is 1."""
     if value is None or isinstance(value, int):
         return (1 if value is None else value,) * rank
     return tuple(int(v) for v in value)
@@ -45,7 +45,7 @@ _MODES = {"circular": "CIRCULAR", "reflect": "REFLECT"}
 
 
 def conv_padding(t: Settings) -> Any:
-    """torch's padding as Flax writes it: pairs, or the name of a mode; a sentence where Flax has no name for it."""
+    """torch's padding in Flax's form: pairs, or the name of a mode; a sentence if Flax has no name for it."""
     padding, mode, rank = t.get("padding"), t.get("padding_mode", "zeros"), _rank(t)
     if padding is None or not rank:
         return None
@@ -83,7 +83,7 @@ def _written(f: Settings) -> Any:
 
 
 def flax_padding(f: Settings) -> Any:
-    """The padding of a Flax Conv. With a stride SAME depends on the input and stays a name."""
+    """The padding of a Flax Conv. SAME with a stride depends on the input and stays a name."""
     padding, rank = _written(f), _rank(f)
     if padding == "VALID":
         return ((0, 0),) * rank
@@ -93,7 +93,7 @@ def flax_padding(f: Settings) -> Any:
 
 
 def flax_transposed_padding(f: Settings) -> Any:
-    """The padding of a Flax ConvTranspose, its names worked out as jax.lax.conv_transpose does."""
+    """The padding of a Flax ConvTranspose, with names resolved as jax.lax.conv_transpose resolves them."""
     padding, rank = _written(f), _rank(f)
     if padding not in ("SAME", "VALID"):
         return padding

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
 from graftax.ops import Rearrange
 
 _LETTERS = "abcdefgh"
@@ -13,9 +13,8 @@ BIAS = Step("bias", "bias", optional=True)
 
 
 def split_pattern(letters: str, into: str, out: str) -> str:
-    """The pattern from a torch weight (out..., in...) to a kernel whose axes are `letters`; `into` and `out` name the
-    contracted and the produced ones in the order in which the flat features run: 'ndh', 'd', 'nh'
-    give '(n h) d -> n d h'."""
+    """The pattern from a torch weight (out..., in...) to a kernel with the axes `letters`. `into` and `out` name the
+    contracted and the produced axes, in the order of the flat features: 'ndh', 'd', 'nh' give '(n h) d -> n d h'."""
     return f"{_group(out)} {_group(into)} -> {' '.join(letters)}"
 
 
@@ -27,7 +26,7 @@ def _sized(pattern: str, letters: str, shape: Shape) -> tuple[Rearrange]:
     return (Rearrange(pattern, tuple(sorted(zip(letters, shape, strict=True)))),)
 
 
-def _split_form(letters: str, into: str, out: str, shape: Shape, bias: Shape, why: str, variant: str) -> Form:
+def _split_form(letters: str, into: str, out: str, shape: Shape, bias: Shape, why: str, variant: str) -> LayerForm:
     """A weight (out, in) to a kernel of `shape`, and its bias (out) to the produced axes."""
     sizes = dict(zip(letters, shape, strict=True))
     flat = bias == () or len(bias) < 2
@@ -36,20 +35,20 @@ def _split_form(letters: str, into: str, out: str, shape: Shape, bias: Shape, wh
         Step("weight", "kernel", _sized(split_pattern(letters, into, out), letters, shape)),
         Step("bias", "bias", bias_ops, optional=True),
     )
-    return Form(variant, steps, "linear", rule=f'ops = "{split_pattern(letters, into, out)}"', why=why)
+    return LayerForm(variant, steps, "linear", rule=f'ops = "{split_pattern(letters, into, out)}"', why=why)
 
 
-def split_forms(facts: Facts) -> Iterable[Form]:
-    """Head splits and merges of a Linear against a kernel of rank 3 or more: (in..., out...) at every place where the
+def split_forms(facts: LayerFacts) -> Iterable[LayerForm]:
+    """Head splits and merges of a Linear with a kernel of rank 3 or more: (in..., out...) at every place at which the
     sizes agree, and (heads, in, head) as an Einsum may have it."""
     weight, kernel = facts.torch.get("weight", ()), facts.flax.get("kernel", ())
     bias = facts.flax.get("bias", ())
     if len(kernel) < 3 or len(kernel) > len(_LETTERS):
-        # A leaf at a time: a bias (out) against (heads, head).
+        # The bias alone: (out) becomes (heads, head).
         if not weight and not kernel and len(bias) > 1:
             letters = _LETTERS[: len(bias)]
             ops = _sized(f"{_group(letters)} -> {' '.join(letters)}", letters, bias)
-            yield Form("linear, split", (Step("bias", "bias", ops),), "linear", why="a bias split into heads")
+            yield LayerForm("linear, split", (Step("bias", "bias", ops),), "linear", why="the bias is split into heads")
         return
     if len(weight) != 2:
         return
@@ -61,32 +60,37 @@ def split_forms(facts: Facts) -> Iterable[Form]:
     for k in (contracted,) if contracted else range(1, len(kernel)):
         if math.prod(kernel[:k]) == weight[1] and math.prod(kernel[k:]) == weight[0]:
             what = (
-                "out split into heads" if k == 1 else "in merges heads" if k == len(kernel) - 1 else "in and out split"
+                "out is split into heads"
+                if k == 1
+                else "in merges heads"
+                if k == len(kernel) - 1
+                else "in and out are split"
             )
-            yield _named(k, kernel, bias, f"a weight (out, in) against (in..., out...): {what}")
+            yield _named(k, kernel, bias, f"a weight (out, in) becomes (in..., out...): {what}")
     if not contracted and len(kernel) == 3 and (kernel[1], kernel[0] * kernel[2]) == (weight[1], weight[0]):
-        why = "a weight (out, in) against (heads, in, head)"
+        why = "a weight (out, in) becomes (heads, in, head)"
         yield _split_form("hid", "i", "hd", kernel, bias, why, "linear, heads first")
 
 
-def _named(k: int, kernel: Shape, bias: Shape, why: str) -> Form:
-    """(in..., out...) with names that read well for the common ranks."""
+def _named(k: int, kernel: Shape, bias: Shape, why: str) -> LayerForm:
+    """The form of (in..., out...), with readable names for the common ranks."""
     letters = {(3, 1): "ihd", (3, 2): "hdo"}.get((len(kernel), k), _LETTERS[: len(kernel)])
     variant = {(3, 1): "linear, out split", (3, 2): "linear, in merged"}.get((len(kernel), k), "linear, split")
     return _split_form(letters, letters[:k], letters[k:], kernel, bias, why, variant)
 
 
-def _contracted_axes(facts: Facts) -> int | None:
-    """How many leading axes of the kernel are contracted, as a live DenseGeneral or LinearGeneral says."""
+def _contracted_axes(facts: LayerFacts) -> int | None:
+    """How many leading axes of the kernel are contracted, read from a live DenseGeneral or LinearGeneral."""
     axis = facts.flax_settings.get("axis")
     if facts.flax_kind not in ("DenseGeneral", "LinearGeneral") or axis is None:
         return None
     return len(axis) if isinstance(axis, (tuple, list)) else 1  # pyright: ignore[reportUnknownArgumentType]
 
 
-def _einsum_forms(text: str, kernel: Shape, bias: Shape) -> Iterable[Form]:
-    """The layout that an Einsum's own equation says: letters of the kernel that the result lacks are contracted, in the
-    order of the input; the others are produced, in the order of the result. A letter in all three has no Linear."""
+def _einsum_forms(text: str, kernel: Shape, bias: Shape) -> Iterable[LayerForm]:
+    """The layout that an Einsum's own equation states. Letters of the kernel that the result lacks are contracted, in
+    the order of the input; the others are produced, in the order of the result. No Linear exists for a letter in all
+    three."""
     operands, _, result = text.replace(" ", "").replace("...", "").partition("->")
     left, _, right = operands.partition(",")
     into = "".join(c for c in left if c in right and c not in result)
@@ -95,11 +99,11 @@ def _einsum_forms(text: str, kernel: Shape, bias: Shape) -> Iterable[Form]:
         names = dict(zip(right, (c.lower() if c.isalpha() else c for c in right), strict=True))
         if len(set(names.values())) == len(right):
             right, into, out = ("".join(names[c] for c in part) for part in (right, into, out))
-        yield _split_form(right, into, out, kernel, bias, f"einsum {text}", "einsum")
+        yield _split_form(right, into, out, kernel, bias, f"the einsum {text} states the axes", "einsum")
 
 
-def flatten_form(facts: Facts) -> Iterable[Form]:
-    """A Linear behind a flatten of (C, *spatial): its columns reordered to (*spatial, C), as `flatten` says."""
+def flatten_form(facts: LayerFacts) -> Iterable[LayerForm]:
+    """A Linear after a flatten of (C, *spatial): its columns are reordered to (*spatial, C), as `flatten` states."""
     sizes = facts.hints.get("flatten")
     if not sizes:
         return
@@ -110,37 +114,37 @@ def flatten_form(facts: Facts) -> Iterable[Form]:
     pattern = f"o ({names}) -> ({' '.join((*rest, first))}) o"
     ops = (Rearrange(pattern, tuple(sorted(zip(names.split(), map(int, sizes), strict=True)))),)
     said = " ".join(map(str, sizes))
-    yield Form(
+    yield LayerForm(
         "flatten C H W",
         (Step("weight", "kernel", ops), BIAS),
         "linear",
         rule=f'flatten = "{said}"',
-        why=f"flattened from (C, spatial) = ({said})",
+        why=f"its input is flattened from (C, spatial) = ({said})",
     )
 
 
-def bias_form(facts: Facts) -> Iterable[Form]:
-    """A bias on its own."""
+def bias_form(facts: LayerFacts) -> Iterable[LayerForm]:
+    """A bias alone."""
     if set(facts.torch) == {"bias"}:
-        yield Form("bias", (Step("bias", "bias"),), why="a bias as it is")
+        yield LayerForm("bias", (Step("bias", "bias"),), why="a bias stays as it is")
 
 
 LONE_BIAS = Makes(bias_form, ())
 
 
-def _has_weight(facts: Facts) -> bool:
+def _has_weight(facts: LayerFacts) -> bool:
     return "weight" in facts.torch
 
 
-def _plain_weight(facts: Facts) -> bool:
+def _plain_weight(facts: LayerFacts) -> bool:
     return _has_weight(facts) and not facts.hints.get("flatten")
 
 
-LINEAR_FORM = Form(
+LINEAR_FORM = LayerForm(
     "linear",
     (Step("weight", "kernel", "o i -> i o"), BIAS),
     "linear",
-    why="convention: a torch weight of rank 2 that becomes a kernel is a Linear, transposed",
+    why="by convention, a torch weight of rank 2 that becomes a kernel is a Linear, transposed",
     holds=_plain_weight,
 )
 
@@ -160,7 +164,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
         forms=(
             LONE_BIAS,
             LINEAR_FORM,
-            Makes(flatten_form, ('flatten = "C H W" behind a flatten of (C, H, W): o (c h w) -> (h w c) o',)),
+            Makes(flatten_form, ('flatten = "C H W" after a flatten of (C, H, W): o (c h w) -> (h w c) o',)),
             Makes(
                 split_forms,
                 (
@@ -173,7 +177,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
         refusals=(_BATCHED,),
         flax_decides=False,
         note="weight (O, I), kernel (I, O). A square kernel left untransposed passes every shape check. DenseGeneral: "
-        "split, transpose, then reshape. Behind a flatten of NCHW the columns must be permuted: `flatten`.",
+        "split, transpose, then reshape. After a flatten of NCHW the columns must be permuted: `flatten`.",
     ),
     Layer(
         "Linear as 1x1 convolution",
@@ -182,11 +186,11 @@ DENSE_ROWS: tuple[Layer, ...] = (
         nnx=("Conv",),
         forms=(
             *(
-                Form(
+                LayerForm(
                     f"linear to {rank}d 1x1 kernel",
                     (Step("weight", "kernel", f"o i -> {'1 ' * rank}i o"), BIAS),
                     "linear",
-                    why="a torch weight of rank 2 against a kernel of extent 1: a Linear at every position",
+                    why="a torch weight of rank 2 becomes a kernel of extent 1, a Linear at every position",
                     holds=_has_weight,
                 )
                 for rank in (1, 2, 3)
@@ -202,11 +206,11 @@ DENSE_ROWS: tuple[Layer, ...] = (
         nnx=("Linear",),
         forms=(
             *(
-                Form(
+                LayerForm(
                     f"{rank}d 1x1 kernel to linear",
                     (Step("weight", "kernel", f"o i {'1 ' * rank}-> i o"), BIAS),
                     "conv",
-                    why="a torch weight of extent 1 against a kernel of rank 2: a Dense at every position",
+                    why="a torch weight of extent 1 becomes a kernel of rank 2, a Dense at every position",
                     holds=lambda f: _has_weight(f) and f.torch_settings.get("groups", 1) == 1,
                 )
                 for rank in (1, 2, 3)
@@ -221,7 +225,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
         linen=("Dense", "FlaxConv1D"),
         nnx=("Linear",),
         forms=(
-            Form(
+            LayerForm(
                 "conv1d (in, out)",
                 (Step("weight", "kernel"), BIAS),
                 "identity",
@@ -232,7 +236,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
             LONE_BIAS,
         ),
         flax_decides=False,
-        note="The torch side is (in, out) already: identity, not transpose; a square one cannot be told from a Linear "
+        note="The torch side is (in, out) already: identity, not transpose; a square one looks like a Linear "
         "by shape.",
     ),
     Layer(
@@ -241,11 +245,11 @@ DENSE_ROWS: tuple[Layer, ...] = (
         linen=("Embed",),
         nnx=("Embed",),
         forms=(
-            Form(
+            LayerForm(
                 "embedding",
                 (Step("weight", "embedding"),),
                 "identity",
-                why="convention: an embedding has rows of features on both sides, never transposed",
+                why="by convention, an embedding has rows of features on both sides and is never transposed",
             ),
         ),
         settings=(

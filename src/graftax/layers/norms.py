@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Setting, Settings, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Settings, Step
 from graftax.ops import Drop, Offset
 
 _AFFINE = (Step("weight|gamma", "scale|weight", optional=True), Step("bias|beta", "bias", optional=True))
 COUNTER = "num_batches_tracked counts batches for torch's momentum=None; Flax has no such counter"
-_EPS32 = 2.0**-23  # finfo(float32).eps, what torch's RMSNorm takes for eps=None
+_EPS32 = 2.0**-23  # finfo(float32).eps, which torch's RMSNorm uses for eps=None
 
 
 def _epsilon(note: str = "torch 1e-5, Flax 1e-6 by default") -> Setting:
@@ -26,7 +26,7 @@ def _momentum(t: Settings) -> Any:
     return None if value is None else 1 - value
 
 
-def _instance_statistics(facts: Facts) -> bool:
+def _instance_statistics(facts: LayerFacts) -> bool:
     statistics = "running_mean" in facts.torch
     return (
         facts.torch_kind.startswith("InstanceNorm") and statistics and facts.flax_kind in ("InstanceNorm", "GroupNorm")
@@ -34,26 +34,26 @@ def _instance_statistics(facts: Facts) -> bool:
 
 
 def _groups(f: Settings) -> Any:
-    """num_groups as torch counts: Flax may give the size of a group instead."""
+    """num_groups in torch's sense: Flax may state the size of a group instead."""
     if f.get("num_groups") is not None or not f.get("group_size"):
         return f.get("num_groups")
     features = f.get("num_features")
     return features // f["group_size"] if isinstance(features, int) else None
 
 
-def _no_statistics(facts: Facts) -> bool:
+def _no_statistics(facts: LayerFacts) -> bool:
     batch = facts.torch_kind.startswith("BatchNorm") or facts.flax_kind == "BatchNorm"
     return batch and "mean" not in facts.flax and "running_mean" not in facts.torch
 
 
-def _flat_forms(facts: Facts) -> Iterable[Form]:
+def _flat_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     """nnx.LayerNorm over several axes holds a flat scale: num_features is their product."""
     rank = len(facts.torch.get("weight", facts.torch.get("bias", ())))
     if rank < 2 or len(facts.flax.get("scale", facts.flax.get("bias", ()))) != 1:
         return
     axes = " ".join("abcdefgh"[:rank])
     steps = tuple(Step(step.torch, step.flax, f"{axes} -> ({axes})", optional=True) for step in _AFFINE)
-    yield Form("layer norm, flat", steps, "identity", why="scale and bias by name, their axes merged")
+    yield LayerForm("layer norm, flat", steps, "identity", why="scale and bias pair by name, with their axes merged")
 
 
 _STATISTICS = (
@@ -70,7 +70,7 @@ NORM_ROWS: tuple[Layer, ...] = (
         linen=("LayerNorm",),
         nnx=("LayerNorm",),
         forms=(
-            Form("layer norm", _AFFINE, "identity", why="scale and bias by name"),
+            LayerForm("layer norm", _AFFINE, "identity", why="scale and bias pair by name"),
             Makes(_flat_forms, ("layer norm over several axes, flat in NNX: a b -> (a b)",)),
         ),
         settings=(_epsilon(),),
@@ -82,7 +82,7 @@ NORM_ROWS: tuple[Layer, ...] = (
         torch=("GroupNorm",),
         linen=("GroupNorm",),
         nnx=("GroupNorm",),
-        forms=(Form("group norm", _AFFINE, "identity", why="scale and bias by name"),),
+        forms=(LayerForm("group norm", _AFFINE, "identity", why="scale and bias pair by name"),),
         settings=(
             _epsilon(),
             Setting("num_groups", "num_groups", "num_groups", lambda t: t.get("num_groups"), _groups,
@@ -95,7 +95,7 @@ NORM_ROWS: tuple[Layer, ...] = (
         torch=("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
         linen=("InstanceNorm",),
         nnx=("InstanceNorm",),
-        forms=(Form("instance norm", _AFFINE, "identity", why="scale and bias by name"),),
+        forms=(LayerForm("instance norm", _AFFINE, "identity", why="scale and bias pair by name"),),
         settings=(_epsilon(),),
         refusals=(
             Refusal(
@@ -113,9 +113,9 @@ NORM_ROWS: tuple[Layer, ...] = (
         linen=("RMSNorm",),
         nnx=("RMSNorm",),
         forms=(
-            Form("rms norm", _AFFINE[:1], "identity", why="scale by name"),
-            Form("rms norm, zero-centred", (Step("weight|gamma", "scale|weight", (Offset(1.0),)),), "zero-centred",
-                 rule="offset = 1", why="the torch weight is the scale less one", offered=False),
+            LayerForm("rms norm", _AFFINE[:1], "identity", why="the scale pairs by name"),
+            LayerForm("rms norm, zero-centred", (Step("weight|gamma", "scale|weight", (Offset(1.0),)),), "zero-centred",
+                 rule="offset = 1", why="the torch weight is the scale minus one", offered=False),
         ),
         settings=(_epsilon("torch None is finfo(float32).eps, Flax 1e-6"),),
         exactness="exact; measured for the zero-centred form (x + 1)",
@@ -129,12 +129,12 @@ NORM_ROWS: tuple[Layer, ...] = (
         linen=("BatchNorm",),
         nnx=("BatchNorm",),
         forms=(
-            Form("batch norm", _STATISTICS, "identity", why="running statistics on both sides"),
-            Form(
+            LayerForm("batch norm", _STATISTICS, "identity", why="both sides have running statistics"),
+            LayerForm(
                 "batch norm without statistics",
                 (*_AFFINE, Step("num_batches_tracked", (), (Drop(COUNTER, fill=0.0),), optional=True)),
                 "identity",
-                why="scale and bias by name",
+                why="scale and bias pair by name",
                 holds=_no_statistics,
             ),
         ),

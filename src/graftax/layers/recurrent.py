@@ -1,7 +1,7 @@
-"""Rows for LSTM, GRU and plain RNN: torch's layers and cells against one or more Flax cells.
+"""Rows for LSTM, GRU and plain RNN: torch's layers and cells to one or more Flax cells.
 
-torch keeps a matrix of all gates for every layer and direction (weight_ih_l0, weight_ih_l0_reverse, weight_ih_l1 ...);
-Flax has a cell for each. The order is torch's: l0, l0 reverse, l1, l1 reverse ...
+torch stores one matrix of all gates for every layer and direction (weight_ih_l0, weight_ih_l0_reverse, weight_ih_l1
+...); Flax has one cell for each. The order is torch's: l0, l0 reverse, l1, l1 reverse ...
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from graftax.layers.base import By, Facts, Form, Forms, Layer, Makes, Refusal, Setting, Step
+from graftax.layers.base import By, Forms, Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Step
 from graftax.ops import Op, Rearrange, RequireZero, Split, Sum
 from graftax.tree import natural_key
 
 
 @dataclass(frozen=True, slots=True)
 class CellKind:
-    """A recurrent cell: torch's gates in order, and what Flax calls them. `input` and `hidden` name Linen's dense
-    layers; NNX may hold one `dense_i` and one `dense_h`. `biased` is the one of the two that has the bias."""
+    """A recurrent cell: torch's gates in order, and their names in Flax. `input` and `hidden` name Linen's dense
+    layers; NNX may have one `dense_i` and one `dense_h`. `biased`: which of the two has the bias."""
 
     name: str
     input: tuple[str, ...]
@@ -39,11 +39,11 @@ _NO_HIDDEN_BIAS = (
 )
 
 Cell = Mapping[str, str]
-"""'ii/kernel' -> the role it has in the part."""
+"""'ii/kernel' -> its role in the part"""
 
 
-def torch_cells(facts: Facts) -> Mapping[tuple[int, bool], Cell] | None:
-    """(layer, reverse) -> {'weight_ih': role}, in torch's order; None where another leaf is among them."""
+def torch_cells(facts: LayerFacts) -> Mapping[tuple[int, bool], Cell] | None:
+    """(layer, reverse) -> {'weight_ih': role}, in torch's order; None if there is any other leaf."""
     out: dict[tuple[int, bool], dict[str, str]] = {}
     for role in facts.torch:
         found = _TORCH.fullmatch(role)
@@ -54,8 +54,8 @@ def torch_cells(facts: Facts) -> Mapping[tuple[int, bool], Cell] | None:
     return dict(sorted(out.items()))
 
 
-def flax_cells(facts: Facts, kind: CellKind) -> Mapping[str, Cell] | None:
-    """prefix -> its cell's leaves under their plain names; None where another leaf is among them."""
+def flax_cells(facts: LayerFacts, kind: CellKind) -> Mapping[str, Cell] | None:
+    """prefix -> the leaves of its cell under their plain names; None if there is any other leaf."""
     gates = {*kind.input, *kind.hidden, "dense_i", "dense_h"}
     out: dict[str, dict[str, str]] = {}
     for role in facts.flax:
@@ -68,8 +68,8 @@ def flax_cells(facts: Facts, kind: CellKind) -> Mapping[str, Cell] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """Prefixes of Flax cells in torch's order, and what speaks for it."""
+class CellOrder:
+    """Prefixes of Flax cells in torch's order, and the evidence for it."""
 
     prefixes: tuple[str, ...]
     by: By
@@ -77,33 +77,35 @@ class Order:
     assumes: tuple[str, ...] = ()
 
 
-def cell_orders(prefixes: Sequence[str], layers: int, directions: int) -> list[Order]:
+def cell_orders(prefixes: Sequence[str], layers: int, directions: int) -> list[CellOrder]:
     """The orders in which the cells may be torch's l0, l0 reverse, l1 ...: by their numbers and by words for the
-    direction. Cells whose names tell neither: both orders of two, none of more."""
+    direction. If the names show neither: both orders of two cells, no order of more."""
     if len(prefixes) != layers * directions:
         return []
     if len(prefixes) == 1:
-        return [Order(tuple(prefixes), "convention", "one cell")]
+        return [CellOrder(tuple(prefixes), "convention", "there is one cell")]
     keys = {prefix: _cell_key(prefix) for prefix in prefixes}
     if len({key[0] for key in keys.values()}) > 1 or len({key[1:] for key in keys.values()}) < len(prefixes):
         both = (tuple(prefixes), tuple(reversed(prefixes)))
-        text = "the names of the cells tell no order"
-        return [Order(order, "shapes", text) for order in both] if len(prefixes) == 2 else []
+        text = "the names of the cells show no order"
+        return [CellOrder(order, "shapes", text) for order in both] if len(prefixes) == 2 else []
     ordered = tuple(sorted(prefixes, key=lambda prefix: keys[prefix][1:]))
     if any(key[2] for key in keys.values()):
-        return [Order(ordered, "convention", "cells by number and direction")]
+        return [CellOrder(ordered, "convention", "the cells are ordered by number and direction")]
     said = "cells are numbered layer by layer" + (", forward before backward" if directions == 2 else "")
-    told = directions == 1 and not any(_COUNTED.search(prefix) for prefix in prefixes)  # the number is the layer's own
-    found = [Order(ordered, "convention", "cells by number", () if told else (said,))]
+    told = directions == 1 and not any(
+        _COUNTED.search(prefix) for prefix in prefixes
+    )  # the number belongs to the layer itself
+    found = [CellOrder(ordered, "convention", "the cells are ordered by number", () if told else (said,))]
     if directions == 2 and layers > 1:
         turned = tuple(ordered[direction * layers + layer] for layer in range(layers) for direction in (0, 1))
         said = "cells are numbered direction by direction: all forward ones first"
-        found.append(Order(turned, "shapes", "cells by number, direction by direction", (said,)))
+        found.append(CellOrder(turned, "shapes", "the cells are ordered by direction, then by number", (said,)))
     return found
 
 
 _COUNTED = re.compile(r"(?:^|[/.])[A-Z][A-Za-z0-9]*_\d+(?:$|[/.])")
-"""A name that Linen makes: the class and how many of it there were before."""
+"""An automatic Linen name: the class and a counter."""
 
 
 def _cell_key(prefix: str) -> tuple[str, tuple[int | str, ...], bool]:
@@ -117,7 +119,7 @@ def _cell_key(prefix: str) -> tuple[str, tuple[int | str, ...], bool]:
 # ---------------------------------------------------------------- forms
 
 
-def recurrent_forms(facts: Facts, kind: CellKind) -> Iterable[Form]:
+def recurrent_forms(facts: LayerFacts, kind: CellKind) -> Iterable[LayerForm]:
     torch, flax = torch_cells(facts), flax_cells(facts, kind)
     if not torch or not flax:
         return
@@ -134,7 +136,7 @@ def recurrent_forms(facts: Facts, kind: CellKind) -> Iterable[Form]:
             steps += cell_steps(kind, source, flax[prefix], hidden[1])
         cells = "one cell" if len(torch) == 1 else variant
         settled = order.by == "convention" and not order.assumes
-        yield Form(cells, tuple(steps), by=order.by, why=order.why, settled=settled, assumes=order.assumes)
+        yield LayerForm(cells, tuple(steps), by=order.by, why=order.why, settled=settled, assumes=order.assumes)
 
 
 def cell_steps(kind: CellKind, source: Cell, target: Cell, hidden: int) -> list[Step]:
@@ -159,9 +161,9 @@ def cell_steps(kind: CellKind, source: Cell, target: Cell, hidden: int) -> list[
 def _bias(
     kind: CellKind, names: tuple[tuple[str, ...], tuple[str, ...]], fused: bool, hidden: int
 ) -> tuple[tuple[str, ...], tuple[Op, ...]]:
-    """Which dense layers hold the bias, and how torch's two become it."""
+    """Which dense layers have the bias, and the ops that make it from torch's two biases."""
     if kind.name == "GRU" and not fused:
-        # r and z add both terms; n keeps its own two, since b_hn is inside the reset gate.
+        # r and z add both terms; n keeps its two terms apart, because b_hn is inside the reset gate.
         return ("ir", "iz", "in", "hn"), (Split(0, (hidden,) * 3), Sum(((0, 3), (1, 4), (2,), (5,))))
     gates = names[0] if kind.biased == "input" else names[1]
     guard = (RequireZero(1, 0, 2 * hidden, 3 * hidden, _NO_HIDDEN_BIAS),) if kind.name == "GRU" else ()
@@ -172,12 +174,12 @@ def _bias(
 # ---------------------------------------------------------------- rows
 
 
-def _projected(facts: Facts) -> bool:
+def _projected(facts: LayerFacts) -> bool:
     return any(role.startswith("weight_hr") for role in facts.torch) and bool(flax_cells(facts, LSTM))
 
 
 def _forms(kind: CellKind, *lines: str) -> tuple[Forms, ...]:
-    def make(facts: Facts) -> Iterable[Form]:
+    def make(facts: LayerFacts) -> Iterable[LayerForm]:
         return recurrent_forms(facts, kind)
 
     return (Makes(make, lines),)

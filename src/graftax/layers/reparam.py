@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from graftax.errors import LayoutError
-from graftax.layers.base import Facts, Form, Layer, Makes, Refusal, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Shape, Step
 from graftax.layers.conv import TORCH_TRANSPOSED, conv_forms, transpose_forms
 from graftax.layers.dense import LINEAR_FORM
 from graftax.ops import (
@@ -27,8 +27,8 @@ W = "weight_orig|parametrizations.weight.original"
 U_ROLES = ("weight_u", "parametrizations.weight.0._u")
 V_ROLES = ("weight_v", "parametrizations.weight.0._v")
 
-# Linen names what it adds after the path of the leaf ('Dense_0/kernel/scale', one key), below WeightNorm_0 or, for a
-# lone wrapper, beside the layer; NNX keeps it in a dict under a tuple of path parts.
+# Linen names an added leaf by the path of the original leaf ('Dense_0/kernel/scale', one key), below WeightNorm_0 or,
+# for a lone wrapper, beside the layer. NNX stores it in a dict whose key is a tuple of path parts.
 _SCALE = re.compile(r"(?:.*/)?(?:[^/]+~1kernel~1scale|scales/(?:[^/]+~1)?kernel)")
 _U = re.compile(r"(?:.*/)?(?:[^/]+~1)?kernel~1u")
 _SIGMA = re.compile(r"(?:.*/)?(?:[^/]+~1)?kernel~1sigma")
@@ -39,22 +39,22 @@ def _first(roles: str | Iterable[str], shapes: Any) -> str:
     return next((name for name in names if name in shapes), "")
 
 
-def _only(pattern: re.Pattern[str], facts: Facts) -> str:
+def _only(pattern: re.Pattern[str], facts: LayerFacts) -> str:
     found = [role for role in facts.flax if pattern.fullmatch(role)]
     return found[0] if len(found) == 1 else ""
 
 
-def _leaf(facts: Facts, name: str) -> str:
-    """The one Flax role that is `name` or ends with it: the wrapped layer's."""
+def _leaf(facts: LayerFacts, name: str) -> str:
+    """The only Flax role that is `name` or ends with it: that of the wrapped layer."""
     found = [role for role in facts.flax if role.rpartition("/")[2] == name and not _SCALE.fullmatch(role)]
     return found[0] if len(found) == 1 else ""
 
 
-def inner_forms(facts: Facts, weight: Shape, kernel: Shape, bias: str) -> Iterable[Form]:
+def inner_forms(facts: LayerFacts, weight: Shape, kernel: Shape, bias: str) -> Iterable[LayerForm]:
     """The forms of the wrapped layer, as if its weight were plain. `bias`: its Flax role, if it has one."""
     torch = {"weight": weight} | ({"bias": facts.torch["bias"]} if "bias" in facts.torch else {})
     flax = {"kernel": kernel} | ({"bias": facts.flax[bias]} if bias else {})
-    wraps = facts.flax_kind in ("WeightNorm", "SpectralNorm")  # its settings are not those of the layer inside
+    wraps = facts.flax_kind in ("WeightNorm", "SpectralNorm")  # these settings are not those of the layer inside
     plain = replace(facts, torch=torch, flax=flax, flax_kind="" if wraps else facts.flax_kind)
     if len(weight) == 2:
         yield LINEAR_FORM
@@ -65,8 +65,8 @@ def inner_forms(facts: Facts, weight: Shape, kernel: Shape, bias: str) -> Iterab
         yield from transpose_forms(plain)
 
 
-def _weight_ops(form: Form) -> tuple[Op, ...]:
-    """What a form does to the weight."""
+def _weight_ops(form: LayerForm) -> tuple[Op, ...]:
+    """The ops of a form for the weight."""
     ops = form.steps[0].ops
     if callable(ops):
         raise LayoutError("the ops of the wrapped layer depend on more than its weight")
@@ -86,15 +86,15 @@ def _feature_axis(weight: Shape, norm: Shape) -> int | None:
 
 
 def _kernel_axis(ops: Sequence[Op], axis: int) -> int:
-    """Where an axis of the torch weight is in the kernel. LayoutError where ops merge or split it."""
+    """The place of an axis of the torch weight in the kernel. LayoutError if ops merge or split it."""
     if not ops or not isinstance(ops[0], Rearrange):
         raise LayoutError("an expanded weight has no weight norm of its own")
     left, right = parse_pattern(ops[0].pattern)
     return [group[0] for group in right].index(left[axis][0])
 
 
-def _features_fit(facts: Facts, axis: int, rank: int) -> bool:
-    """A live WeightNorm norms along this axis of the kernel."""
+def _features_fit(facts: LayerFacts, axis: int, rank: int) -> bool:
+    """True if a live WeightNorm norms along this axis of the kernel, or if there is none."""
     axes = facts.flax_settings.get("feature_axes", -1) if facts.flax_kind == "WeightNorm" else None
     if axes is None:
         return True
@@ -102,8 +102,8 @@ def _features_fit(facts: Facts, axis: int, rank: int) -> bool:
     return tuple(a % rank for a in given) == (axis,)
 
 
-def weight_norm_forms(facts: Facts) -> Iterable[Form]:
-    """g and v kept apart, folded into a plain kernel, or made from a plain weight."""
+def weight_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
+    """g and v are kept, folded into a plain kernel, or made from a plain weight."""
     g, v, scale = _first(G, facts.torch), _first(V, facts.torch), _only(_SCALE, facts)
     kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias")
     weight = v if g and v else "weight" if "weight" in facts.torch and scale else ""
@@ -123,16 +123,16 @@ def weight_norm_forms(facts: Facts) -> Iterable[Form]:
             form,
             variant=f"{form.variant}, {variant}",
             steps=(*steps, *tail),
-            why=f"weight norm, {variant}",
+            why=f"it is weight norm, {variant}",
             assumes=(*form.assumes, *assumes),
             holds=None,
         )
 
 
 def _weight_norm_steps(
-    facts: Facts, ops: tuple[Op, ...], g: str, weight: str, scale: str, kernel: str
+    facts: LayerFacts, ops: tuple[Op, ...], g: str, weight: str, scale: str, kernel: str
 ) -> tuple[str, tuple[Step, ...], tuple[str, ...]] | None:
-    """(variant, steps, assumptions) of one way; None where a live WeightNorm norms other axes."""
+    """(variant, steps, assumptions) of one way; None if a live WeightNorm norms along other axes."""
     shape, rank = facts.torch[weight], len(facts.torch[weight])
     axis = _feature_axis(shape, facts.torch[g]) if g else 0
     if not scale:
@@ -144,7 +144,7 @@ def _weight_norm_steps(
         steps = (Step(g, scale), Step(weight, kernel, ops))
         return ("kept, one norm", steps, ()) if fits else None
     place = _kernel_axis(ops, axis)
-    if not g:  # a plain torch weight: any axis that the Flax side norms along will do
+    if not g:  # a plain torch weight may be normed along any axis of the Flax side
         sizes = [i for i, extent in enumerate(facts.flax[kernel]) if (extent,) == facts.flax[scale]]
         place = next((i for i in reversed(sizes) if _features_fit(facts, i, rank)), place)
     if not _features_fit(facts, place, rank):
@@ -160,8 +160,8 @@ def _weight_norm_steps(
     return "kept", (Step(g, scale, f"{letters} -> o"), Step(weight, kernel, ops)), assumes
 
 
-def spectral_norm_forms(facts: Facts) -> Iterable[Form]:
-    """The weight, u and v against kernel, u and sigma."""
+def spectral_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
+    """The weight, u and v to kernel, u and sigma."""
     w, u, v = _first(W, facts.torch), _first(U_ROLES, facts.torch), _first(V_ROLES, facts.torch)
     flax_u, sigma = _only(_U, facts), _only(_SIGMA, facts)
     kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias")
@@ -176,23 +176,25 @@ def spectral_norm_forms(facts: Facts) -> Iterable[Form]:
             Step((w, u, v), (kernel, flax_u, sigma), (SpectralSigma(0), each)),
             Step("bias", bias or "bias", optional=True),
         )
-        yield replace(form, variant=f"{form.variant}, spectral norm", steps=steps, why="spectral norm", holds=None)
+        yield replace(
+            form, variant=f"{form.variant}, spectral norm", steps=steps, why="it is spectral norm", holds=None
+        )
 
 
-def _transposed_spectral(facts: Facts) -> bool:
+def _transposed_spectral(facts: LayerFacts) -> bool:
     return bool(_first(U_ROLES, facts.torch)) and facts.torch_kind in TORCH_TRANSPOSED
 
 
-def _plain_spectral(facts: Facts) -> bool:
+def _plain_spectral(facts: LayerFacts) -> bool:
     return bool(_first(U_ROLES, facts.torch)) and bool(_leaf(facts, "kernel")) and not _only(_U, facts)
 
 
-def _hidden_scale(facts: Facts) -> bool:
+def _hidden_scale(facts: LayerFacts) -> bool:
     return facts.flax_kind == "WeightNorm" and bool(_leaf(facts, "kernel")) and not _only(_SCALE, facts)
 
 
-def _other_axis(facts: Facts) -> bool:
-    """A live Flax WeightNorm that norms along another axis than torch's g."""
+def _other_axis(facts: LayerFacts) -> bool:
+    """True for a live Flax WeightNorm that norms along another axis than torch's g."""
     g, v, kernel = _first(G, facts.torch), _first(V, facts.torch), _leaf(facts, "kernel")
     if facts.flax_kind != "WeightNorm" or not (g and v and kernel and _only(_SCALE, facts)):
         return False
@@ -206,7 +208,7 @@ def _other_axis(facts: Facts) -> bool:
     return bool(places) and not any(_features_fit(facts, place, len(facts.torch[v])) for place in places)
 
 
-def _comes_out(form: Form, facts: Facts, weight: str, kernel: str) -> bool:
+def _comes_out(form: LayerForm, facts: LayerFacts, weight: str, kernel: str) -> bool:
     from graftax.ops import infer_chain
     from graftax.tree import TensorSpec
 
@@ -240,14 +242,14 @@ REPARAM_ROWS: tuple[Layer, ...] = (
                 ),
             ),
         ),
-        exactness="exact where g and v stay apart; measured where they are folded",
+        exactness="exact if g and v are kept; measured if they are folded",
         refusals=(
             Refusal(
                 _hidden_scale,
                 "a WeightNorm without a scale",
                 "there is no leaf for torch's g: use_scale=False, or an abstract NNX module (nnx.eval_shape hides the "
                 "raw arrays of nnx.WeightNorm)",
-                "Make the module with use_scale=True and give it with values; or fold into a plain layer.",
+                "Make the module with use_scale=True and pass it with values; or fold into a plain layer.",
             ),
             Refusal(
                 _other_axis,

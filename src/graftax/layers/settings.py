@@ -1,4 +1,5 @@
-"""Settings that must agree between two live modules: what parity names as a cause before it computes anything."""
+"""Settings that must agree between two live modules: parity names a difference as a cause before it computes
+anything."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from graftax.tree import Module
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """A setting whose Flax value is not what torch's settings ask for."""
+class SettingDifference:
+    """A setting whose Flax value differs from what torch's settings require."""
 
     setting: Setting
     want: Any
@@ -22,10 +23,10 @@ class Difference:
         return f"{self.setting.flax} should be {self.want!r}, is {self.have!r}"
 
 
-def settings_differ(torch: Module, flax: Module, layer: str | None = None) -> list[Difference]:
-    """The settings of two paired modules that disagree, by the row that lists both kinds (or the row named `layer`).
-    A setting that either side does not show is no difference."""
-    out: list[Difference] = []
+def settings_differ(torch: Module, flax: Module, layer: str | None = None) -> list[SettingDifference]:
+    """The settings that differ between two paired modules, by the row that lists both kinds (or the row named `layer`).
+    A setting that one side does not show is not a difference."""
+    out: list[SettingDifference] = []
     kinds = known_kind(torch, "torch"), known_kind(flax, "flax")
     if not all(kinds):
         return out
@@ -36,5 +37,5 @@ def settings_differ(torch: Module, flax: Module, layer: str | None = None) -> li
             want, have = setting.want(torch.settings), setting.have(flax.settings)
             differs = abs(want - have) > 1e-12 if isinstance(want, float) and isinstance(have, float) else want != have
             if want is not None and have is not None and differs:
-                out.append(Difference(setting, want, have))
+                out.append(SettingDifference(setting, want, have))
     return out

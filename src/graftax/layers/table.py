@@ -20,4 +20,4 @@ LAYERS: tuple[Layer, ...] = (
     *REPARAM_ROWS,
     *BARE_ROWS,
 )
-"""In the order in which equally strong connections are offered."""
+"""Connections of equal strength are offered in this order."""

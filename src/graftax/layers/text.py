@@ -1,11 +1,11 @@
-"""The layer table as rows of text and as what `graftax layers` prints."""
+"""The layer table as rows of text, and the text that `graftax layers` prints."""
 
 from __future__ import annotations
 
 import textwrap
 from typing import Any
 
-from graftax.layers.base import Form, Layer
+from graftax.layers.base import Layer, LayerForm
 from graftax.layers.table import LAYERS
 
 NO_WEIGHTS = (
@@ -15,8 +15,8 @@ NO_WEIGHTS = (
 
 
 def layer_rows() -> list[dict[str, Any]]:
-    """A dict a layer type: name, torch, linen, nnx (class names), layouts, settings, exactness, refused (what, reason,
-    rewrite) and note."""
+    """One dict per layer type: name, torch, linen, nnx (class names), layouts, settings, exactness, refused (what,
+    reason, rewrite) and note."""
     return [
         {
             "name": layer.name,
@@ -34,10 +34,10 @@ def layer_rows() -> list[dict[str, Any]]:
 
 
 def layer_layouts(layer: Layer) -> list[str]:
-    """What a row does to its leaves, one line a form, as far as the form does not depend on shapes."""
+    """What a row does to its leaves, one line per form, as far as it does not depend on shapes."""
     out: list[str] = []
     for form in layer.forms:
-        if isinstance(form, Form):
+        if isinstance(form, LayerForm):
             steps = "; ".join(f"{_roles(s.torch)} -> {_roles(s.flax) or 'dropped'}{_ops(s.ops)}" for s in form.steps)
             out.append(f"{form.variant}: {steps}")
         else:

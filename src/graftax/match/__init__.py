@@ -1,4 +1,5 @@
-"""Infer a plan from names, shapes and live modules: decided, or asked. `infer` is the one entrance."""
+"""Infer a plan from names, shapes and live modules: every leaf is decided or asked about. `infer` is the only entry
+point."""
 
 from __future__ import annotations
 
@@ -42,9 +43,9 @@ def infer(
     missing: Collection[str] = (),
 ) -> Proposal:
     """Entries for every leaf of `like` that names, structure, shapes and live modules decide, and questions for the
-    rest. `settled`: what the rules have decided; its keys are taken, but for those of which `named` says only which
-    leaves belong together. `lex`: the words to know (the standard ones). `missing`: leaves of like of which rules say
-    what becomes of them where no source fills them: they are not asked about."""
+    rest. `settled`: what the rules have decided. Its keys are taken, except those of `named`, whose rules state only
+    which leaves belong together. `lex`: the words to know (default: the standard ones). `missing`: like leaves that a
+    rule marks `missing`; they are not asked about."""
     with nothing_collected():
         return _infer(source, like, source_side, like_side, settled, lex or lexicon(), named, missing)
 
@@ -108,7 +109,7 @@ def _infer(
                 (name,),
                 (),
                 (Drop(reason, fill=0.0 if name.rpartition(".")[2] == "num_batches_tracked" else None),),
-                ("a known buffer",),
+                ("it is a known buffer",),
             )
             for name, reason in buffers.items()
             if name not in used
@@ -157,13 +158,15 @@ def _column(
             continue
         names = ties.get(source[0]) if ties and len(source) == 1 else None
         if names is not None:
-            yield Entry(names, target, (Same(len(names)), *chain), (*evidence, f"tied: {len(names)} names"))
+            yield Entry(
+                names, target, (Same(len(names)), *chain), (*evidence, f"{len(names)} tied names hold this tensor")
+            )
         else:
             yield Entry(source, target, chain, evidence)
 
 
 def _grouped(scope: Scope, link: GroupLink, turned: bool) -> Iterable[Entry]:
-    evidence = ("the names are of parts of one fused module", link.known)
+    evidence = ("the names are those of the parts of one fused module", f"the fused layout is {link.known!r}")
     for key, chain in link.variants[link.known].items():
         sources = tuple(path for column in link.torch for path in column.paths[key])
         other = dict(scope.keys)[key]
@@ -183,8 +186,8 @@ def _tied_leftovers(
     entries: list[Entry],
     reads: list[str],
 ) -> list[Entry]:
-    """Leaves that are left over beside a tied weight and equal to a leaf that is used (a decoder's bias): they join its
-    entry, which is changed in place."""
+    """Leaves that are left over beside a tied weight and equal a leaf that is used (a decoder's bias). They join the
+    entry of that leaf, which is changed in place."""
     owners = {name.rpartition(".")[0] for names in ties.values() for name in names if names[0] in used}
     if not owners:
         return []
@@ -196,6 +199,8 @@ def _tied_leftovers(
         if twin is not None:
             i = where.pop(twin)
             entry = entries[i]
-            entries[i] = Entry((twin, name), entry.targets, (Same(2), *entry.ops), (*entry.evidence, "tied: 2 names"))
+            entries[i] = Entry(
+                (twin, name), entry.targets, (Same(2), *entry.ops), (*entry.evidence, "2 tied names hold this tensor")
+            )
             used.add(name)
     return []

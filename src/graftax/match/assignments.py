@@ -1,8 +1,8 @@
-"""Ways to pair everything that is open at once: what a question offers, so that one answer settles it.
+"""Complete pairings of all open modules: a question offers them, so that one answer settles everything.
 
-Of all complete pairings those are offered that agree best with the tree: modules of one parent go to one parent, and
-one word stands for one word, as far as the pairs already taken and the pairing itself allow. That never decides
-anything: it only says what is worth offering.
+Only the pairings that agree best with the tree are offered: modules of one parent go to one parent, and one word stands
+for one word, as far as the pairs already taken and the pairing itself allow. This module decides nothing. It only
+selects what a question offers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graftax.match.settle import Settled
 from graftax.match.sides import Module
 
 MOST = 48
-"""Pairings of one question; beyond that each module is asked by itself."""
+"""The most pairings that one question offers. Where there are more, each module gets a question of its own."""
 _NODES = 40_000  # steps of one search
 
 Found = tuple[Pair, ...]
@@ -26,7 +26,7 @@ Found = tuple[Pair, ...]
 
 @dataclass(slots=True, eq=False)
 class Cluster:
-    """Modules of both sides that could be each other's, and every open pair of them."""
+    """Modules of both sides that may pair with each other, and all open pairs of them."""
 
     item: Settled
     torch: list[Module]
@@ -40,14 +40,14 @@ class Cluster:
 
 @dataclass(slots=True)
 class Asked:
-    """Clusters that are asked about together, and the pairings that are offered (none: each module by itself)."""
+    """Clusters that share one question, and the pairings it offers (empty: each module gets its own question)."""
 
     clusters: list[Cluster]
     pairings: list[Found]
 
 
 def arranged(clusters: Sequence[Cluster]) -> list[Asked]:
-    """The clusters in as few questions as their pairings allow: `MOST` pairings a question."""
+    """The clusters in as few questions as possible; no question offers more than `MOST` pairings."""
     taken = _Agreement()
     for item in dict.fromkeys(cluster.item for cluster in clusters):
         for pair in item.taken:
@@ -67,7 +67,7 @@ def arranged(clusters: Sequence[Cluster]) -> list[Asked]:
 
 
 def _pairings(clusters: Sequence[Cluster], taken: _Agreement) -> list[Found] | None:
-    """Every complete pairing that agrees best with the tree; None where there is none, or too many."""
+    """Every complete pairing that agrees best with the tree. None if there is no pairing, or too many."""
     rows: list[list[Pair]] = []
     for cluster in clusters:
         found = _rows(cluster)
@@ -85,10 +85,10 @@ def _pairings(clusters: Sequence[Cluster], taken: _Agreement) -> list[Found] | N
 
 
 def _rows(cluster: Cluster) -> list[list[Pair]] | None:
-    """For each module of the smaller side its pairs, the likeliest first: those that names forbid only where nothing
-    else is left. None where some module has no pair."""
+    """For each module of the smaller side: its pairs, the likeliest first. Pairs that the names forbid are used only if
+    a module has no others. None if some module has no pair."""
     few, torch = (cluster.torch, True) if len(cluster.torch) < len(cluster.flax) else (cluster.flax, False)
-    said = any(pair.bonus > 1 for pair in cluster.pairs)  # by a rule for another instance: names are not to be trusted
+    said = any(pair.bonus > 1 for pair in cluster.pairs)  # a rule for another instance says so: do not trust the names
     for allowed in (lambda pair: said or not pair.blocked or pair.soft, lambda _: True):
         rows: dict[int, list[Pair]] = {id(module): [] for module in few}
         for pair in cluster.pairs:
@@ -103,7 +103,7 @@ def _rows(cluster: Cluster) -> list[list[Pair]] | None:
 
 
 def _matching(rows: list[list[Pair]], torch: bool) -> bool:
-    """Can every row have a partner of its own? (Augmenting paths.)"""
+    """True if every row can have its own partner (found by augmenting paths)."""
     owner: dict[int, int] = {}
 
     def place(i: int, seen: set[int]) -> bool:
@@ -120,7 +120,7 @@ def _matching(rows: list[list[Pair]], torch: bool) -> bool:
 
 
 def _search(rows: list[list[Pair]], clashes: int, agreed: _Agreement, steps: list[int]) -> list[Found] | None:
-    """Complete pairings with exactly so many clashes; one more than MOST at the most; None where it takes too long."""
+    """Complete pairings with exactly `clashes` clashes, at most MOST + 1 of them. None if the search takes too long."""
     out: list[Found] = []
     chosen: list[Pair] = []
     used: set[int] = set()
@@ -157,7 +157,7 @@ def _search(rows: list[list[Pair]], clashes: int, agreed: _Agreement, steps: lis
 
 @dataclass(slots=True)
 class _Agreement:
-    """Which parents and which words of both sides have been put together, and how often."""
+    """Which parents and which words of the two sides are paired, and how often."""
 
     left: defaultdict[object, defaultdict[object, int]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(int))
@@ -179,7 +179,7 @@ class _Agreement:
                     del table[one][other]
 
     def clashes(self, pair: Pair) -> int:
-        """In how many ways the pair puts together what stands with something else already."""
+        """How many parents and words of the pair are already paired with others."""
         return sum(
             bool(table.get(one)) and other not in table[one]
             for a, b in _aspects(pair)
@@ -188,7 +188,7 @@ class _Agreement:
 
 
 def _aspects(pair: Pair) -> Iterable[tuple[object, object]]:
-    """What of both names should go together: the parents, and the last words (numbers aside)."""
+    """What should be paired along with the modules: their parents, and their last words without numbers."""
     (*above, last), (*other_above, other) = _parts(pair.torch), _parts(pair.flax)
     if above and other_above:
         yield ("parent", *above), ("parent", *other_above)

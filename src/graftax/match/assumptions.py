@@ -1,4 +1,4 @@
-"""What no file shows and the plan relies on, with the check that would prove it."""
+"""Assumptions: what no file shows but the plan relies on, and the check that would prove it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from graftax.plans.names import fold_names
 from graftax.tree import Checkpoint, Side, split_path, split_words, whole_words
 
 CALL_ORDER = "call order"
-_SHOWN = 3  # names of a statement
+_SHOWN = 3  # names that one assumption lists
 
 
 # ---------------------------------------------------------------- the order of calls
 
 
 def call_orders(result: Result, ends: Ends) -> list[Assumption]:
-    """What pairs rely on that go by a counter: that its order of construction is the order of calls, or, where the
-    Flax calls are traced, that torch's numbers are."""
+    """The assumptions behind pairs that a counter decides: that the order of construction is the order of calls or, if
+    only the Flax calls are traced, that torch's numbers follow the order of calls."""
     constructed: list[Pair] = []
     registered: list[Pair] = []
     live = ends.traces.torch_trace is not None
@@ -47,15 +47,16 @@ def call_orders(result: Result, ends: Ends) -> list[Assumption]:
     out: list[Assumption] = []
     if constructed:
         text = (
-            f"{CALL_ORDER}: {_names(constructed)} bear a counter of construction, taken for the order of calls; "
-            "it need not be: Dense(8)(Dense(8)(x)) makes the outer layer first and calls it last"
+            f"{CALL_ORDER}: the numbers of {_names(constructed)} count constructions, and the plan assumes that "
+            "calls have the same order; they may not: Dense(8)(Dense(8)(x)) constructs the outer layer first and "
+            "calls it last"
         )
         out.append(Assumption(text, f"{PARITY}; or give the live model as gx.linen(...), whose calls are traced",
                               _targets(constructed)))  # fmt: skip
     if registered:
         text = (
-            f"{CALL_ORDER}: the Flax calls are traced, torch's are not: the modules for {_names(registered)} are "
-            "taken to be called in the order of their numbers"
+            f"{CALL_ORDER}: the Flax calls are traced, but torch's are not; the plan assumes that torch calls the "
+            f"modules for {_names(registered)} in the order of their numbers"
         )
         out.append(Assumption(text, PARITY, _targets(registered)))
     return out
@@ -66,7 +67,7 @@ def _targets(pairs: Iterable[Pair]) -> tuple[str, ...]:
 
 
 def _names(pairs: Iterable[Pair]) -> str:
-    """The modules that bear the counters."""
+    """The names of the modules whose numbers are counters."""
     columns = [column for pair in pairs for column in pair.flax.roles.values()]
     return _some(counted_part(paths[0]) for column in columns for paths in column.paths.values())
 
@@ -90,8 +91,8 @@ _VECTORS = frozenset(("weight", "scale"))
 
 @dataclass(slots=True)
 class _Seen:
-    """The entries that a statement is about: projections to queries, tensors that are fused on both sides, norms that
-    have a scale alone."""
+    """The entries that an assumption is about: projections to queries, tensors that are fused on both sides, and norms
+    that have only a scale."""
 
     queries: list[Entry] = field(default_factory=list[Entry])
     keys: bool = False
@@ -101,7 +102,8 @@ class _Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One end: modules with a bias or statistics, and the framework kinds of the live modules that hold a leaf."""
+    """One end: its modules that have a bias or statistics, and for each leaf the framework kind of the live module that
+    holds it."""
 
     side: Side
     more: frozenset[str]
@@ -129,7 +131,7 @@ class _Side:
 
 
 def _module(path: str, side: Side) -> str:
-    """The path of the module that holds a leaf, its collection aside."""
+    """The path of the module that holds a leaf, without its collection."""
     if side == "torch":
         return path.rpartition(".")[0]
     head, _, rest = path.partition("/")
@@ -139,9 +141,9 @@ def _module(path: str, side: Side) -> str:
 def unseen(
     entries: Iterable[Entry], source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]
 ) -> tuple[Assumption, ...]:
-    """What the plan takes for granted of the meaning of values: one statement for each of rotary embeddings, scales of
-    norms, scales that are folded into weights, and the order of parts in a tensor that is fused on both sides. None
-    where both ends are of one side, or where framework modules on both say what they do."""
+    """What the plan assumes about the meaning of values. There is one assumption each for rotary embeddings, scales of
+    norms, scales folded into weights, and the order of parts in a tensor that is fused on both sides. There is none if
+    both ends are of one side, or if framework modules on both sides show what they do."""
     if sides[0] == sides[1]:
         return ()
     lex = lexicon()
@@ -154,19 +156,19 @@ def unseen(
     rotating = _rotating(queries, source, like, ends, lex) if queries and (seen.keys or seen.fused) else []
     if rotating:
         text = (
-            f"rotary: where positions rotate queries and keys ({_targeted(rotating)}), both models turn the same "
-            "pairs of rows (i with i + half, or neighbours)"
+            f"rotary: if positions rotate queries and keys ({_targeted(rotating)}), both models rotate the same "
+            "pairs of rows (row i with row i + half, or neighbours)"
         )
         out.append(Assumption(text, PARITY, _leaves(rotating)))
     if queries:
-        text = f"scales: none, such as 1 / sqrt(head_dim), is folded into {_targeted(queries)} on one side only"
+        text = f"scales: no scale, such as 1 / sqrt(head_dim), is folded into {_targeted(queries)} on only one side"
         out.append(Assumption(text, PARITY, _leaves(queries)))
     if seen.norms:
-        text = f"norms: {_targeted(seen.norms)}: both models multiply by the scale, or both by 1 + scale"
+        text = f"norms: for {_targeted(seen.norms)}, both models multiply by the scale, or both by 1 + scale"
         out.append(Assumption(text, PARITY, _leaves(seen.norms)))
     if seen.fused:
         names = _targeted(seen.fused)
-        text = f"fused: {names} hold q, k, v in one order on both sides: one after the other, or head by head"
+        text = f"fused: {names} hold q, k and v in the same order on both sides: one after the other, or head by head"
         out.append(Assumption(text, PARITY, _leaves(seen.fused)))
     return tuple(out)
 
@@ -174,8 +176,8 @@ def unseen(
 def overridden(
     entries: Iterable[Entry], source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]
 ) -> tuple[Assumption, ...]:
-    """One statement for each class of a live module that overrides the call of a layer: that it uses its weights as the
-    layer does. None where both ends run the same class."""
+    """One assumption for each class of a live module that overrides the call of a layer: that it uses its weights as
+    the layer does. None if both ends run the same class."""
     ends = [_overrides(end, side) for end, side in zip((source, like), sides, strict=True)]
     found: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries if any(ends) else ():
@@ -186,15 +188,16 @@ def overridden(
     out: list[Assumption] = []
     for (own, kind), some in found.items():
         text = (
-            f"forward: {own} overrides that of {kind}, and is taken to use {_targeted(some)} as {kind} does: it may "
-            "normalise, scale or shift them first"
+            f"forward: {own} overrides the forward of {kind}; the plan assumes that it uses {_targeted(some)} as "
+            f"{kind} does, but it may normalise, scale or shift them first"
         )
         out.append(Assumption(text, PARITY, _leaves(some)))
     return tuple(out)
 
 
 def _overrides(end: Checkpoint, side: Side) -> dict[str, tuple[str, str]]:
-    """leaf -> (the class whose call runs, the layer that it overrides) of the innermost live module that holds it."""
+    """leaf -> (the class whose call runs, the layer that it overrides), for the innermost live module that holds the
+    leaf."""
     out: dict[str, tuple[str, str] | None] = {}
     for module in sorted(end.live.modules.values(), key=lambda module: len(module.leaves), reverse=True):
         out |= dict.fromkeys(module.leaves.values(), overriding(module, side))
@@ -202,7 +205,7 @@ def _overrides(end: Checkpoint, side: Side) -> dict[str, tuple[str, str]]:
 
 
 def _alike(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
-    """Entries whose names differ in their numbers only; they are judged once."""
+    """Groups of entries whose names differ only in their numbers; each group is judged once."""
     groups: dict[tuple[str, str, int, int], list[Entry]] = {}
     strip = _DIGITS.sub
     for entry in entries:
@@ -241,19 +244,20 @@ def _look(group: list[Entry], source: Checkpoint, ends: tuple[_Side, _Side], see
 
 
 def _is_fused(words: frozenset[str]) -> bool:
-    """A projection to queries, keys and values in one."""
+    """True for one projection to queries, keys and values."""
     return bool(words & _FUSED) or {"q", "k", "v"} <= words or {"attn", "in", "proj"} <= words
 
 
 def _sorted_out(entry: Entry) -> bool:
-    """The ops say how the parts lie (and so did whoever chose them)."""
+    """True if the ops state how the parts lie, so that whoever chose the ops has decided it."""
     return any(isinstance(op, Rearrange) and "t" in dict(op.sizes) for op in entry.ops)
 
 
 def _rotating(queries: list[Entry], source: Checkpoint, like: Checkpoint, ends: tuple[_Side, _Side], lex: Lexicon
               ) -> list[Entry]:  # fmt: skip
-    """The projections to queries against whose rotation nothing speaks: config.json where it says what positions do,
-    else a table of positions in their part of the model, where no frequencies are stored beside it."""
+    """The projections to queries that positions may rotate. Left out are those that config.json excludes. If
+    config.json says nothing about positions, those are left out that have a table of positions in their part of the
+    model and no stored frequencies beside it."""
     config: dict[str, Any] = {**(like.config or {}), **(source.config or {})}
     kind = config.get("position_embedding_type")
     if isinstance(kind, str) and kind:
@@ -277,8 +281,8 @@ def _rotating(queries: list[Entry], source: Checkpoint, like: Checkpoint, ends: 
 
 
 def _is_table(name: str, end: Checkpoint, side: Side, words: frozenset[str]) -> bool:
-    """Something that is learned for each position, or for each distance of two, and is called so in one word: a part
-    that is called `pos` or `rel` may be any head."""
+    """True for a tensor that is learned per position, or per distance of two positions, and whose name says so in one
+    word: a part that is called `pos` or `rel` may be any head."""
     if "alibi" in words:
         return True
     spec = end[name]
@@ -292,9 +296,9 @@ def _names_table(part: str) -> bool:
 
 
 def _around(table: tuple[str, ...], paths: Iterable[tuple[int, tuple[str, ...]]], anywhere: bool) -> set[int]:
-    """Those of `paths` that lie in the innermost part of the model that holds the table and any of them. The layers of
-    a list are one part: the first may hold the table of all. A part that is no mere holder of embeddings (another
-    tower) speaks for itself alone, if not `anywhere`."""
+    """Those of `paths` that lie in the innermost part of the model that holds the table and at least one of them. The
+    layers of a list are one part: the first may hold the table of all. A table in a part that holds more than
+    embeddings (another tower) counts for that part alone, unless `anywhere`."""
     paths = list(paths)
     inner = list(takewhile(lambda part: not _DIGITS.search(part), table[:-1]))
     for depth in range(len(inner), -1, -1):
@@ -308,7 +312,7 @@ def _around(table: tuple[str, ...], paths: Iterable[tuple[int, tuple[str, ...]]]
 
 
 def _parts(path: str, side: Side) -> tuple[str, ...]:
-    """The parts of a path, its collection aside."""
+    """The parts of a path without its collection."""
     parts = split_path(path, side)
     return parts[1:] if side == "flax" and parts[0] in COLLECTIONS else parts
 

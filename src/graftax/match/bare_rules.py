@@ -1,7 +1,7 @@
-"""Rules that only say which leaves belong together: how such a leaf is laid out is inferred or asked like any other's.
+"""Rules that only state which leaves belong together: the layout of such a leaf is inferred or asked, as for any leaf.
 
-A *silent* rule says nothing of order or layout; a *bare* one does nothing else to one leaf on each side either, so that
-inference can take over its entry.
+A *silent* rule states no order and no layout. A *bare* rule is silent and pairs one leaf on each side, so that
+inference can replace its entry.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graftax.rules.state import Named
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One pairing of a silent rule, torch -> Flax; ops: the rule's own guess at them, None where it has none."""
+    """One pairing of a silent rule, torch -> Flax. ops: the ops that the rule guesses, or None if it guesses none."""
 
     torch: tuple[str, ...]
     flax: tuple[str, ...]
@@ -41,8 +41,8 @@ def read_named(named: Iterable[Named], turned: bool) -> dict[str, Said]:
 
 
 def left_open(link: Link, scope: Scope, anchors: Mapping[str, str], named: Mapping[str, Said]) -> Link | None:
-    """The link with the readings that the rules leave open; None where they settle it, or pair its leaves otherwise
-    than the link does. A link that no rule is about is left as it is."""
+    """The link with only the readings that the rules allow. None if the rules settle it, or pair its leaves in another
+    way. A link that no rule is about stays as it is."""
     spoken = [path for paths in link.torch.paths.values() for path in paths if path in anchors]
     if not spoken:
         return link
@@ -59,7 +59,7 @@ def left_open(link: Link, scope: Scope, anchors: Mapping[str, str], named: Mappi
 
 
 def _as_said(link: Link, said: Said) -> frozenset[Label]:
-    """The readings that stack on the axes that the rule names, and split into its heads."""
+    """The readings that use the stack axes and the heads that the rule names."""
     stacking = None if said.ops is None else _stacking(said.ops)
     heads = said.rule.heads
     out: set[Label] = set()
@@ -79,7 +79,8 @@ def _stacking(ops: Iterable[Op]) -> tuple[Op, ...]:
 
 
 def merged(known: Proposal, found: Proposal, named: Iterable[Named]) -> Proposal:
-    """Both as one. Where inference settled, or asks, how a named leaf is laid out, the rule's own guess is gone."""
+    """Both proposals as one. If inference settles the layout of a named leaf, or asks about it, the ops that the rule
+    guessed are removed."""
     by_target = {entry.targets: i for i, entry in enumerate(found.entries)}
     asked = {name for question in found.questions for name in question.targets}
     entries = list(found.entries)
@@ -103,12 +104,12 @@ def merged(known: Proposal, found: Proposal, named: Iterable[Named]) -> Proposal
     return kept.joined(replace(found, entries=tuple(entries)))
 
 
-# ---------------------------------------------------------------- a flatten that a rule does not speak of
+# ---------------------------------------------------------------- a flatten that a rule does not mention
 
 
 @dataclass(frozen=True, slots=True)
 class Unsaid:
-    """A leaf that a silent rule pairs, that inference has no reading of, and that may be a flattened map's."""
+    """A leaf that a silent rule pairs, that inference has no reading of, and whose values may be a flattened map."""
 
     said: Said
     trap: Suspect
@@ -116,7 +117,7 @@ class Unsaid:
 
 
 def unsaid_questions(unsaid: Sequence[Unsaid], turned: bool) -> list[Question]:
-    """A question for each rule, its candidates the rule with what it leaves out."""
+    """A question for each rule. Its candidates are the rule's line with the missing keys added."""
     groups: dict[int, list[Unsaid]] = {}
     for item in unsaid:
         groups.setdefault(id(item.said.rule), []).append(item)
@@ -134,7 +135,7 @@ def unsaid_questions(unsaid: Sequence[Unsaid], turned: bool) -> list[Question]:
                 line = _line(rule, ops=ops, **sizes)
             else:
                 line = _line(rule, flatten=f"C={channels} H={height} W={width}")
-            found.append(Candidate(line, sources, "a flattened map (C, H, W)"))
+            found.append(Candidate(line, sources, "the values are a flattened map (C, H, W)"))
         found.append(Candidate(_line(rule, layout="linear" if items[0].matrix else "identity"), sources, "no map"))
         text = (
             f"{', '.join(fold_names(targets)[:4])}: {rule.where} does not say whether its {trap.width} values are a "
@@ -145,7 +146,7 @@ def unsaid_questions(unsaid: Sequence[Unsaid], turned: bool) -> list[Question]:
 
 
 def _line(rule: Rule, **more: Any) -> str:
-    """The rule's own line with more keys."""
+    """The line of the rule with more keys."""
     keys: dict[str, Any] = dict(zip(rule.words, (_one(rule.left), _one(rule.right)), strict=True))
     for name in ("fused", "heads", "kv_heads", "scale", "offset"):
         keys[name] = getattr(rule, name) or None

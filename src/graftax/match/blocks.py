@@ -1,4 +1,4 @@
-"""The repeated blocks of both sides: paired, stacked into the scope around them, dissolved, or doubtful."""
+"""Repeated blocks of both sides: they are paired, stacked into the scope around them, dissolved, or asked about."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftax.match.stacks import outer_prefix, stackable, virtual
 
 @dataclass(slots=True, eq=False)
 class Doubt:
-    """Blocks that could be any of several: one scope and its likeliest pair for each combination."""
+    """Blocks that fit several blocks of the other side: for each combination one scope and its likeliest pair."""
 
     torch: list[Family]
     flax: list[Family]
@@ -49,7 +49,7 @@ def _owners(families: Iterable[Family], wanted: set[str]) -> dict[str, Family]:
 
 
 def name_ties(torch: SideView, ends: Ends) -> None:
-    """Give the module of a tied tensor its other names."""
+    """Add the other names of a tied tensor to its module."""
     if not ends.aliases:
         return
     for family in torch.families:
@@ -65,7 +65,8 @@ def prefixes(families: Iterable[Family]) -> frozenset[tuple[Token, ...]]:
 
 
 def find_doubts(torch: list[Family], flax: list[Family], same: bool, lex: Lexicon) -> list[Doubt]:
-    """Families without a partner although blocks of the same number and sizes are there: which is meant?"""
+    """Families without a partner although the other side has blocks of the same number and sizes: the names do not tell
+    which."""
     groups: dict[tuple[int, ...], tuple[list[Family], list[Family]]] = {}
     for families, at in ((torch, 0), (flax, 1)):
         for family in families:
@@ -99,13 +100,13 @@ def loosened(
     ends: Ends,
     lex: Lexicon,
 ) -> tuple[SideView, SideView, list[FamilyPair], list[Family], list[Family]]:
-    """Families that found no partner and are stacked nowhere are dissolved: their modules compete one by one, so that
-    no other module takes a place only because its true owner was not there to compete."""
+    """Dissolve the families that have no partner and that nothing stacks. Their modules then compete one by one, so
+    that no other module takes a place only because the right module did not compete for it."""
     loose_t = _lost(left_t, left_f, pairs, torch, flax, True)
     loose_f = _lost(left_f, left_t, pairs, torch, flax, False)
     if not loose_t and not loose_f:
         return torch, flax, pairs, left_t, left_f
-    # Blocks of two kinds may be stacked apart: dense layers here, layers with experts there.
+    # Two kinds of blocks may have a stack each: dense layers in one, layers with experts in the other.
     exact_t = (
         view(ends.torch, ends.torch_side, ends.torch_skip, renames=ends.renames, exact=loose_t) if loose_t else torch
     )
@@ -127,7 +128,7 @@ def loosened(
 def _lost(
     left: list[Family], others: list[Family], pairs: list[FamilyPair], torch: SideView, flax: SideView, torch_side: bool
 ) -> frozenset[tuple[Token, ...]]:
-    """The prefixes of small families that no scope of the other side keeps stacked."""
+    """The prefixes of small families that no scope of the other side holds stacked."""
     partners: dict[tuple[Token, ...], list[Module]] = {(): (flax if torch_side else torch).families[0].modules}
     for pair in pairs:
         mine, other = (pair.torch, pair.flax) if torch_side else (pair.flax, pair.torch)
@@ -153,9 +154,9 @@ def stack_into(
     others: list[Family],
     new: list[Scope],
 ) -> list[Module]:
-    """Put each unpaired family into the scope around it as stacked modules, the innermost first; the modules of
-    families that cannot be stacked are returned. Where the blocks around it hold nothing else, they may be one of the
-    unpaired families of the other side (`others`): that makes a new scope."""
+    """Put each unpaired family into the scope around it as stacked modules, the innermost first. Return the modules of
+    families that cannot be stacked. If the blocks around a family hold nothing else, they may be one of the unpaired
+    families of the other side (`others`); then they form a new scope."""
     lost: list[Module] = []
     pending = {family.prefix: family for family in left}
     for family in sorted(left, key=lambda f: -len(f.prefix)):
@@ -174,7 +175,7 @@ def stack_into(
             else:
                 scope.flax = [*scope.flax, *made]
         elif scope is None and outer:
-            # A family that holds only this one: it goes on outwards.
+            # The family around it holds only this one, so it is stacked further out.
             keys: list[Key] = sorted({key for module in made for key in module.support})
             fresh = Family(outer, keys, made, [0] * len(keys))
             pending[outer] = fresh
@@ -193,7 +194,7 @@ def stack_into(
 
 
 def _keeps(family: Family, others: list[Family]) -> bool:
-    """The blocks of this family keep the instances of another side's family stacked."""
+    """True if blocks of this family hold the instances of a family of the other side stacked."""
     for other in others:
         outer = outer_prefix(other.prefix)
         made = virtual(other) if outer else None
@@ -205,6 +206,6 @@ def _keeps(family: Family, others: list[Family]) -> bool:
 
 
 def _outer_partner(keys: list[Key], made: list[Module], others: list[Family]) -> Family | None:
-    """The one unpaired family of the other side that has as many blocks and keeps `made` stacked in them."""
+    """The only unpaired family of the other side that has as many blocks and holds `made` stacked in them."""
     fits = [family for family in others if len(family.keys) == len(keys) and stackable(made, family.modules)]
     return fits[0] if len(fits) == 1 else None

@@ -1,5 +1,6 @@
-"""Known buffers: index tables, masks and rotary tables that a model computes again, told by the whole words of their
-names, by dtypes that nothing trains, and by values where floats of such a name may have been learned."""
+"""Known buffers: index tables, masks and rotary tables that a model computes again. They are recognised by whole words
+of their names and by dtypes that nothing trains. If floats of such a name may have been learned, their values are read
+too."""
 
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ _MOST = 1 << 24  # elements of a mask whose values are read
 
 
 def known_buffers(end: Checkpoint, paths: Iterable[str], reads: list[str] | None) -> dict[str, str]:
-    """path -> why it needs no place, for the torch tensors among `paths` that certainly are no parameters.
+    """path -> why it needs no target, for those torch tensors among `paths` that are certainly no parameters.
 
-    reads: what was read to tell (values of floats that may be a mask); None: the values are no evidence, and the name
-    and the shape are believed."""
+    reads: collects what was read to decide (values of floats that may be a mask). None: no values are read, and the
+    name and the shape decide.
+    """
     out: dict[str, str] = {}
     for path in paths:
         live = path.rpartition(".")[0] in end.live.modules  # hooks may save it under a name that no module has
@@ -39,7 +41,8 @@ def known_buffers(end: Checkpoint, paths: Iterable[str], reads: list[str] | None
 
 
 def buffer_name(path: str, spec: TensorSpec) -> str:
-    """Why a leaf of this name, of either side, and dtype is no parameter; '' where they do not say so."""
+    """Why a leaf of this name and dtype (of either side) is no parameter; '' if the name and the dtype do not show
+    it."""
     *above, last = split_path(path, "flax" if "/" in path else "torch")
     known = BUFFERS.get(last)
     if known is not None:
@@ -61,7 +64,7 @@ def buffer_name(path: str, spec: TensorSpec) -> str:
 
 
 def _holds(path: str, end: Checkpoint, reason: str, reads: list[str]) -> bool:
-    """Are the values what the name says? Floats of any name may have been learned; integers have not."""
+    """True if the values are what the name says. Floats of any name may have been learned; integers have not."""
     kind, check = end.specs[path].kind, _VALUES.get(reason)
     if check is None or kind not in "fc" or not end.has_values or end.specs[path].packed:
         return True
@@ -69,13 +72,13 @@ def _holds(path: str, end: Checkpoint, reason: str, reads: list[str]) -> bool:
         return False
     import numpy as np
 
-    reads.append(f"{path}, to tell a buffer")
+    reads.append(f"{path}, to recognise a buffer")
     array = np.asarray(end.read(path)).astype("c16" if kind == "c" else "f8")
     return check(array) if array.size else True
 
 
 def _masks(array: Any) -> bool:
-    """0 and 1, or 0 and what no weight is: minus infinity, or much less than nothing."""
+    """0 and 1, or 0 and a value that no weight has: minus infinity, or a large negative number."""
     import numpy as np
 
     values = np.unique(array)
@@ -89,7 +92,8 @@ def _frequencies(array: Any) -> bool:
 
 
 def _turns(array: Any) -> bool:
-    """Cosines (1 at position 0), sines (0 there), or both in one table, complex too; or the angles."""
+    """Cosines (1 at position 0), sines (0 at position 0), or both in one table (also as complex numbers); or the
+    angles."""
     size = abs(array)
     circle = size.max() <= _ROUNDED[1] and (size.max() >= _ROUNDED[0] or size.min() == 0)
     return bool(circle or (array.dtype.kind == "f" and array.min() == 0))
@@ -99,8 +103,8 @@ def _whole(array: Any) -> bool:
     return bool((array == array.round()).all())
 
 
-_HIDES = -10.0  # the least that a mask adds to scores: -100, -1e4, -inf
-_ROUNDED = (0.99, 1.01)  # 1, in bfloat16 too
+_HIDES = -10.0  # a mask adds this or less to scores: -100, -1e4, -inf
+_ROUNDED = (0.99, 1.01)  # 1, also in bfloat16
 _VALUES = {
     BUFFERS["attn_mask"]: _masks,
     BUFFERS["masked_bias"]: _masks,
@@ -110,11 +114,11 @@ _VALUES = {
     BUFFERS["position_ids"]: _whole,
     BUFFERS["token_type_ids"]: _whole,
 }
-"""Why a leaf is a buffer -> what its values must be."""
+"""Why a leaf is a buffer -> the check of its values."""
 
 
 def _mask(path: str, end: Checkpoint, live: bool, reads: list[str] | None) -> str:
-    """A causal mask that is kept as floats: one value up to the diagonal and another one above it."""
+    """A causal mask that is stored as floats: one value up to the diagonal and another above it."""
     shape, last = end.specs[path].shape, path.rpartition(".")[2]
     square = len(shape) > 1 and shape[-1] == shape[-2] > 1 and end.specs[path].size == shape[-1] ** 2
     if not square or not ((last == "bias" and len(shape) == 4) or set(split_words(last)) & _MASK):
@@ -123,7 +127,7 @@ def _mask(path: str, end: Checkpoint, live: bool, reads: list[str] | None) -> st
         return BUFFERS["causal_mask"] if last == "bias" else ""
     if not end.has_values or end.specs[path].size > _MOST or end.specs[path].packed:
         return ""
-    reads.append(f"{path}, to tell a causal mask")
+    reads.append(f"{path}, to recognise a causal mask")
     return BUFFERS["causal_mask"] if _is_causal(end.read(path)) else ""
 
 

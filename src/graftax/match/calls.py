@@ -1,7 +1,7 @@
-"""The order of calls as live modules show it: what a counter in a name (`Dense_0`) counts is the order of construction.
+"""The order of calls in live modules. A counter in a name (`Dense_0`) counts constructions, not calls.
 
-`Dense(..)(relu(Dense(..)(x)))` constructs the outer layer first and calls it last. Where the calls are traced, the
-counters are read as the order of calls, which is what the numbers of the other side are.
+`Dense(..)(relu(Dense(..)(x)))` constructs the outer layer first and calls it last. If the calls are traced, the
+counters are replaced by the order of calls, because the numbers of the other side are in that order.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """renames: leaf -> its path with the numbers in the order of calls, where they are not; traced: paths of modules
-    whose number is known to be in that order, here or in `renames`."""
+    """renames: leaf -> its path with numbers in the order of calls, for leaves whose numbers are not; traced: paths of
+    modules whose number is known to be in the order of calls, as it is or by `renames`."""
 
     renames: Mapping[str, str] = field(default_factory=dict[str, str])
     traced: frozenset[str] = frozenset()
     side: Side = "flax"
 
     def counts(self, leaf: str) -> bool:
-        """The numbers in the names of the modules that hold this leaf are known to count calls."""
+        """True if the numbers in the names of the modules that hold this leaf are known to follow the order of
+        calls."""
         parts = leaf.split("/")[1:] if self.side == "flax" else leaf.split(".")
         names = ["/".join(parts[:n]) if self.side == "flax" else ".".join(parts[:n]) for n in range(1, len(parts))]
         counted = [name for name in names if _NUMBERED.fullmatch(name)]
@@ -38,14 +39,14 @@ NO_CALLS = Calls()
 
 
 def flax_calls(end: Checkpoint) -> Calls:
-    """What the trace of a live Linen module says of its automatic names."""
+    """What the trace of a live Linen module shows about its automatic names."""
     order = {path: module.settings.get("order") for path, module in end.live.modules.items()}
     return _calls(end, "flax", order, _automatic)
 
 
 def torch_calls(end: Checkpoint, order: Mapping[str, int]) -> Calls:
-    """What the trace of a live torch module (`order`: path -> place in the order of first calls) says of its numbers.
-    Only modules of one kind in one place are compared."""
+    """What the trace of a live torch module shows about its numbers (`order`: path -> place in the order of first
+    calls). Only modules of one kind in one place are compared."""
     return _calls(end, "torch", order, _numbered)
 
 
@@ -81,19 +82,19 @@ def _place(places: Mapping[str, int], path: str) -> int:
 
 
 def _automatic(module: Module, last: str) -> tuple[str, int] | None:
-    """(what is counted, number) of a name that Linen made: the class and a counter."""
+    """(what is counted, number) of an automatic Linen name, which is the class and a counter."""
     found = _NUMBERED.fullmatch(last)
     return (found[1], int(found[2])) if found is not None and found[1] == f"{module.kind}_" else None
 
 
 def _numbered(module: Module, last: str) -> tuple[str, int] | None:
-    """The same of any name that ends in a number, or is one; modules of another kind count apart."""
+    """(what is counted, number) of any name that is a number or ends in one. Each kind of module has its own count."""
     found = _NUMBERED.fullmatch(last)
     return (found[1], int(found[2])) if found is not None else None
 
 
 def _renamed(end: Iterable[str], separator: str, fresh: Mapping[str, str]) -> dict[str, str]:
-    """leaf -> its path with the last parts of the modules in `fresh` replaced."""
+    """leaf -> its path, with the last parts of the modules in `fresh` replaced."""
     out: dict[str, str] = {}
     for leaf in end:
         parts = leaf.split(separator)

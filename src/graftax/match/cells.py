@@ -1,4 +1,4 @@
-"""Recurrent cells of two Flax sides: a dense layer for every gate (Linen, NNX's LSTMCell) against one for all gates."""
+"""Recurrent cells of two Flax sides: one dense layer per gate (Linen, NNX's LSTMCell) against one for all gates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _MARGIN = 0.12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Fit:
-    """A cell in gates and one with its gates side by side: leaf by leaf the gates' leaves, and the one of all."""
+    """A cell with a layer per gate and a cell with fused gates. For each leaf: the leaves of the gates, and the fused
+    leaf."""
 
     apart: Part
     fused: Part
@@ -31,8 +32,9 @@ class _Fit:
 
 
 def fused_cells(source: Checkpoint, like: Checkpoint, skip: set[str], lex: Lexicon) -> Recurrent:
-    """Connect cells that keep their gates apart with such as keep them in `dense_i` and `dense_h`, either way.
-    `skip`: settled leaves. What neither names nor shapes tell is asked; a bias that only one end has is left over."""
+    """Connect cells that have a layer per gate with cells that fuse the gates in `dense_i` and `dense_h`, in either
+    direction. `skip`: settled leaves. If neither names nor shapes decide, the cell is asked about. A bias that only one
+    end has is left over."""
     out = Recurrent()
     left, right = flax_parts(source, skip), flax_parts(like, skip)
     fits = [
@@ -49,7 +51,7 @@ def fused_cells(source: Checkpoint, like: Checkpoint, skip: set[str], lex: Lexic
             shape = (like if not turned else source).specs[whole].shape
             cut = (len(shape) - 1, (shape[-1] // len(gates),) * len(gates))
             ends = ((whole,), gates, (Split(*cut),)) if turned else (gates, (whole,), (Concat(*cut),))
-            out.entries.append(Entry(*ends, ("the gates of one recurrent cell",)))
+            out.entries.append(Entry(*ends, ("they are the gates of one recurrent cell",)))
             out.torch |= set(ends[0])
             out.flax |= set(ends[1])
         fits = [fit for fit in fits if fit.apart is not best.apart and fit.fused is not best.fused]
@@ -61,7 +63,7 @@ def fused_cells(source: Checkpoint, like: Checkpoint, skip: set[str], lex: Lexic
 def _fit(
     apart: Part, fused: Part, gates: Mapping[str, TensorSpec], wholes: Mapping[str, TensorSpec], lex: Lexicon
 ) -> _Fit | None:
-    """None where a kernel is missing on either side, a shape does not fit, or the names exclude each other."""
+    """None if a kernel is missing on either side, a shape does not fit, or the names exclude each other."""
     plain = {role.replace("if_/", "if/"): path for role, path in apart.leaves.items()}
     kind = next((k for k in (LSTM, GRU) if all(f"{g}/kernel" in plain for g in (*k.input, *k.hidden))), None)
     if kind is None or unlike(apart.path, fused.path, lex, torch=False):
@@ -72,7 +74,7 @@ def _fit(
             names = tuple(path for g in _gates(kind, half) if (path := plain.get(f"{g}/{leaf}")) is not None)
             whole = fused.leaves.get(f"{dense}/{leaf}")
             if whole is None and leaf == "bias":
-                continue  # what the other side has of it is left over
+                continue  # the leaf of the other side is left over
             if whole is None or len(names) != len(_gates(kind, half)):
                 return None
             shapes = {gates[name].shape for name in names}
@@ -88,7 +90,7 @@ def _gates(kind: CellKind, half: str) -> Sequence[str]:
 
 
 def _likeness(a: Part, b: Part, lex: Lexicon) -> float:
-    """2 for the same path, words for recurrent layers aside; else the part of the words that both have."""
+    """2 if the paths are equal apart from words for recurrent layers; else the share of words that both have."""
     left, right = ([t for t in tokens_of(f"{p.path}/kernel", "flax") if t not in KINDS] for p in (a, b))
     if left and left == right:
         return 2.0
@@ -102,18 +104,18 @@ def _clear(fit: _Fit, fits: Sequence[_Fit]) -> bool:
 
 
 def _ask(out: Recurrent, fits: Sequence[_Fit], ours: set[int]) -> None:
-    """One question for a cell whose gates are apart, with every cell that it fits."""
+    """One question about a cell with a layer per gate; its candidates are all cells that fit."""
     turned = id(fits[0].fused) in ours
     found: list[Candidate] = []
     for fit in fits:
         lines = [_rule(gates, whole, turned) for gates, whole in fit.leaves]
         wholes = tuple(whole for _, whole in fit.leaves)
         gates = tuple(name for names, _ in fit.leaves for name in names)
-        ends = f"{fit.fused.path} = {fit.apart.path}" if turned else f"{fit.apart.path} = {fit.fused.path}"
-        found.append(Candidate(", ".join(lines), wholes if turned else gates, ends))
+        one, other = (fit.fused, fit.apart) if turned else (fit.apart, fit.fused)
+        found.append(Candidate(", ".join(lines), wholes if turned else gates, f"it pairs {one.path} with {other.path}"))
     gates = tuple(name for names, _ in fits[0].leaves for name in names)
     wholes = tuple(dict.fromkeys(whole for fit in fits for _, whole in fit.leaves))
-    text = f"{fits[0].apart.path}: {len(fits)} cells have the shapes of its gates, and names do not tell which"
+    text = f"{fits[0].apart.path}: {len(fits)} cells have the shapes of its gates, and names do not tell which is right"
     targets, sources = (gates, wholes) if turned else (wholes, gates)
     out.questions.append(Question("match", text, targets, sources, tuple(found)))
     out.torch |= set(sources)

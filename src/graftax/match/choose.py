@@ -1,4 +1,5 @@
-"""Which reading of a pair's leaves is meant, where several fit: by the leaf's kind, by siblings, else a question."""
+"""Choose the reading of a pair's leaves where several fit: by the kind of the leaf, by its siblings, else by a
+question."""
 
 from __future__ import annotations
 
@@ -13,20 +14,20 @@ from graftax.match.sides import Module
 
 _LINEAR = "a 2-D weight that becomes a kernel is a Linear"
 
-# reading: why it is taken where it is the only one
+# reading -> the evidence where it is the only reading
 _ONLY = {
     "identity": "it fits as it is",
     "linear": _LINEAR,
     "conv": "it fits as a convolution",
     "conv_transpose default": "it fits as a transposed convolution",
-    "reshape": "it fits with its axes cut otherwise",
-    "channels last": "a map, which Flax keeps channels last",
+    "reshape": "it fits after a reshape",
+    "channels last": "it is a map, and Flax stores maps channels last",
 }
 
 
 @dataclass(slots=True)
 class Choice:
-    """The label taken, and why; or the labels between which nothing decides."""
+    """The label taken and the evidence, or the open labels if nothing decides between them."""
 
     label: Label | None
     why: str
@@ -37,8 +38,8 @@ class Choice:
 
 @dataclass(slots=True)
 class Habits:
-    """What the rectangular leaves of the whole match show: `linear` or `identity` by (scope, kinds); the paths, numbers
-    left out, at which a convolution can only be transposed; whether there are convolutions."""
+    """What the rectangular leaves of the whole match show. votes: `linear` or `identity` by (scope, kinds); transposed:
+    paths without numbers whose convolution can only be a transposed one; convs: whether there are convolutions."""
 
     votes: dict[tuple[object, str, str], set[str]] = field(default_factory=dict[tuple[object, str, str], set[str]])
     axes: dict[int, Choice] = field(default_factory=dict[int, Choice])
@@ -63,7 +64,7 @@ class Habits:
                         self.votes.setdefault(key, set()).update(labels)
 
     def orientation(self, scope: Scope, link: Link) -> tuple[set[str], set[str]]:
-        """(what siblings in the same blocks show, what the whole match shows)."""
+        """(what siblings in the same blocks show, what the whole match shows)"""
         kinds = (link.torch.kind, link.flax.kind)
         return self.votes.get((id(scope), *kinds), set()), self.votes.get((None, *kinds), set())
 
@@ -76,12 +77,12 @@ _UP_LAST = _UP | {"upsampling", "decoder", "trans", "convt", "tconv"}
 
 
 def _is_table(pair: Pair, scope: Scope) -> bool:
-    """Its last word says that it is looked up: `pos_embed`, not `pos_proj`."""
+    """True if its last word names a lookup table: `pos_embed`, not `pos_proj`."""
     return bool({scope.name(pair.torch, True).last, scope.name(pair.flax, False).last} & _TABLES)
 
 
 def says_transposed(words: Sequence[str]) -> bool:
-    """A convolution of that name may be a transposed one."""
+    """True if a convolution of this name may be a transposed one."""
     return bool(words) and (words[-1] in _UP_LAST or not _DECONV.isdisjoint(concepts(words, lexicon())))
 
 
@@ -125,12 +126,15 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
         says = any(map(says_transposed, (_words(pair.torch), _words(pair.flax))))
         if both & _DECONV or says or (even and both & _UP) or _words(pair.torch) in habits.transposed:
             return Choice(None, "", tuple(sorted(labels)))
-        return Choice(by_reading["conv"], "a weight with 3 to 5 axes to a kernel: convolution")
+        return Choice(by_reading["conv"], "a weight with 3 to 5 axes that becomes a kernel is a convolution")
     if {"conv", "identity"} <= set(by_reading):
         if link.flax.leaf == link.torch.leaf or link.flax.kind != "kernel":
             word = "identity" if link.torch.role in ("g", "v") else "conv"
-            return Choice(by_reading[word], "its name is torch's own" if word == "identity" else "convolution")
-        return Choice(by_reading["conv"], "convolution")
+            return Choice(
+                by_reading[word],
+                "a leaf of weight norm keeps its axes" if word == "identity" else "it is a convolution",
+            )
+        return Choice(by_reading["conv"], "it is a convolution")
     if "fused block" in by_reading:
         return Choice(None, "", tuple(sorted(labels)), "fused")
     heads = _heads(by_reading, link, name_t | name_f)
@@ -138,43 +142,43 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
 
 
 def _may_be_map(link: Link, pair: Pair, habits: Habits) -> bool:
-    """A norm over a map, its bias, or a bare map beside convolutions."""
+    """True for a norm over a map, its bias, or a bare map in a model with convolutions."""
     rank = len(next(iter(link.torch.shapes.values())))
     kinds = {other.flax.kind for other in pair.links if len(next(iter(other.torch.shapes.values()))) == rank}
     return "norm" in kinds or (rank > 2 and habits.convs)
 
 
 def _square(link: Link, by_reading: dict[str, Label], pair: Pair, scope: Scope, habits: Habits) -> Choice:
-    """A square matrix: a Linear's, unless its kind or its siblings say otherwise."""
+    """The reading of a square matrix: a Linear's, unless its kind or its siblings show another."""
     torch, flax = link.torch, link.flax
     if flax.kind != "kernel" and _is_table(pair, scope):
-        return Choice(by_reading["identity"], "a table: as it is")
+        return Choice(by_reading["identity"], "a lookup table stays as it is")
     near, far = habits.orientation(scope, link)
     if torch.kind == "raw" and flax.kind == "raw":
         if "linear" in far:
             return Choice(None, "", tuple(sorted(by_reading.values())))
-        return Choice(by_reading["identity"], "a bare parameter on both sides: as it is")
+        return Choice(by_reading["identity"], "a bare parameter on both sides stays as it is")
     lookups = {scope.name(pair.torch, True).last, scope.name(pair.flax, False).last}
     if lookups <= _LOOKUPS or (not near and far == {"identity"}):
         return Choice(None, "", tuple(sorted(by_reading.values())))
     if len(near) == 1:
         (word,) = near
-        return Choice(by_reading[word], f"square; its rectangular siblings: {_SAYS[word]}")
+        return Choice(by_reading[word], f"it is square, and its rectangular siblings {_SAYS[word]}")
     if len(near) > 1 or (torch.kind == "raw" and "linear" not in far):
         return Choice(None, "", tuple(sorted(by_reading.values())))
     if flax.kind == "kernel" and torch.kind != "raw":
         return Choice(by_reading["linear"], _LINEAR)
     if len(far) == 1:
         (word,) = far
-        return Choice(by_reading[word], f"square; the rectangular ones of this checkpoint: {_SAYS[word]}")
+        return Choice(by_reading[word], f"it is square, and the rectangular matrices of this checkpoint {_SAYS[word]}")
     return Choice(None, "", tuple(sorted(by_reading.values())))
 
 
-_SAYS = {"linear": "transposed", "identity": "as they are"}
+_SAYS = {"linear": "are transposed", "identity": "stay as they are"}
 
 
 def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> Choice | None:
-    """Which axis of the other side is split into heads: the outputs of q, k, v, the inputs of the output projection."""
+    """The reading that splits an axis into heads: the outputs of q, k and v, or the inputs of the output projection."""
     splits_out = [r for r in by_reading if r.startswith("heads (h d) i")]
     splits_in = [r for r in by_reading if r.startswith("heads o (h d)")]
     if not splits_out and not splits_in:
@@ -188,15 +192,15 @@ def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> C
     if len(picks) > 1 and link.flax.kind == "kernel":
         usual = [r for r in picks if r in ("heads (h d) i -> i h d", "heads o (h d) -> h d o")]
         if len(usual) == 1 and names & {"q", "k", "v", "o"}:
-            return Choice(by_reading[usual[0]], "DenseGeneral: kernel axes in, heads, head_dim")
+            return Choice(by_reading[usual[0]], "a DenseGeneral kernel has its axes in this order")
     if len(picks) == 1:
-        return Choice(by_reading[picks[0]], "heads by name")
+        return Choice(by_reading[picks[0]], "the names tell which axis is split into heads")
     return Choice(None, "", tuple(by_reading[r] for r in (picks or by_reading)))
 
 
 def trapped(link: Link, choice: Choice, trap: Suspect) -> Choice:
-    """The choice for a Linear that may be fed by a flattened map, or a norm in between: open, unless it concerns the
-    other end only."""
+    """The choice for a Linear that may take a flattened map, or for a norm between the two. It is open, unless the
+    flatten concerns only the other end of the Linear."""
     if choice.label is None or (choice.label[1] != "linear" and not (trap.vector and _is_vector(link))):
         return choice
     return Choice(None, "", (choice.label,), "flatten", trap)
@@ -210,7 +214,7 @@ def _is_vector(link: Link) -> bool:
 
 
 def stack_axes(scope: Scope, pairs: Sequence[Pair], habits: Habits) -> None:
-    """One hypothesis for the axis of each stack over all leaves of the scope: taken where just one fits them all."""
+    """One axis for each stack, judged over all leaves of the scope: it is taken if exactly one axis fits them all."""
     groups: dict[tuple[object, ...], list[Link]] = {}
     for pair in pairs:
         for link in pair.links:
@@ -232,15 +236,17 @@ def _one_axis(links: list[Link], fits: set[tuple[int, ...]]) -> Choice:
     places = {tuple(_placed(link, axes) for link in links): axes for axes in sorted(fits, reverse=True)}
     if len(places) == 1:
         axes = max(fits, key=lambda a: (min(a) >= 0, a))
-        return Choice((axes, ""), f"stacked on axis {', '.join(map(str, axes))}: the only one that fits every leaf")
+        return Choice(
+            (axes, ""), f"it is stacked on axis {', '.join(map(str, axes))}, the only one that fits every leaf"
+        )
     if places:
         return Choice(None, "", tuple((axes, "") for axes in sorted(places.values())), "stack")
-    # No axis fits all leaves: each is judged alone, and an open one is a question.
+    # No axis fits all leaves: each leaf is judged alone, and an open leaf is a question.
     return Choice(None, "", tuple(sorted({label for link in links for label in link.labels})), "stack")
 
 
 def _placed(link: Link, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes counted from the front, for the stacked end of this leaf."""
+    """The axes of the stacked end of this leaf, counted from the front."""
     side = link.flax if link.torch.stack else link.torch
     rank = len(next(iter(side.shapes.values())))
     return tuple(axis if axis >= 0 else rank + axis for axis in axes)

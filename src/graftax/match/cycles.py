@@ -1,4 +1,4 @@
-"""Layers numbered through on one side and kept in cycles on the other: 48 layers as 12 times 4, the 12 stacked."""
+"""Layers that one side numbers consecutively and the other keeps in cycles: 48 layers as 12 stacked cycles of 4."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ Renames = dict[str, str]
 
 
 def cycle_options(families: Iterable[Family], paths: Iterable[str], others: Iterable[str]) -> Iterator[Renames]:
-    """Ways to read each family's number as two, path -> path to read instead: (place in the cycle, cycle) for every
-    length of a cycle that some number of the other side's paths has, and (stage, layer) for the same lengths."""
+    """Ways to read the number of each family as two numbers, as maps from a path to the path to read instead. Every
+    length of a cycle that some number of the other side's paths has is tried, once as (place in the cycle, cycle) and
+    once as (stage, layer)."""
     lengths = _counts(others)
     names = list(paths)
     for family in families:
@@ -41,7 +42,7 @@ def _renamed(path: str, two: Mapping[int, tuple[int, int]]) -> str:
 
 
 def _counts(paths: Iterable[str]) -> set[int]:
-    """How many values some number of the paths takes."""
+    """The counts of distinct values that numbers of the paths take."""
     values: defaultdict[str, set[int]] = defaultdict(set)
     for path in paths:
         for found in NUMBER.finditer(path):

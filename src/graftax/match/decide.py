@@ -1,4 +1,4 @@
-"""Which pairs are taken: only a mutual best with a clear margin, again and again; what is left is a question.
+"""Take pairs: only a mutual best with a clear margin, repeatedly. What is left becomes a question.
 
 A pair that something forbids still competes, so that it can make a choice unclear, but it is never taken.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from graftax.match.orders import ALONG_BLOCK
 from graftax.match.pairs import Pair
 from graftax.match.sides import Module
 
@@ -19,7 +20,7 @@ Orders = Callable[[list[Pair], list[Pair]], list[Pair]]
 
 
 class Board:
-    """The pairs that are still open, by row (torch module) and by column (Flax module)."""
+    """The open pairs, by row (torch module) and by column (Flax module)."""
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
         self.rows: defaultdict[int, dict[int, Pair]] = defaultdict(dict)
@@ -32,14 +33,14 @@ class Board:
         return [pair for row in self.rows.values() for pair in row.values()]
 
     def take(self, pair: Pair) -> None:
-        """Remove both modules."""
+        """Remove both modules of the pair."""
         for other in self.rows.pop(id(pair.torch), {}).values():
             self.cols[id(other.flax)].pop(id(pair.torch), None)
         for other in self.cols.pop(id(pair.flax), {}).values():
             self.rows[id(other.torch)].pop(id(pair.flax), None)
 
     def drop(self, torch: Iterable[Module], flax: Iterable[Module]) -> None:
-        """Remove modules that found their place otherwise."""
+        """Remove modules that are settled in another way."""
         for module in torch:
             for other in self.rows.pop(id(module), {}).values():
                 self.cols[id(other.flax)].pop(id(module), None)
@@ -54,8 +55,8 @@ class Board:
 
 
 def decide(pairs: list[Pair], root: bool, orders: Orders, forced: list[Pair]) -> tuple[list[Pair], Board]:
-    """(the pairs taken, what is left open). `forced`: pairs that rules have settled; what competed with them goes
-    by elimination only where its own names speak for it."""
+    """(the pairs taken, what is left open). `forced`: pairs that rules have settled. A pair that competed with a forced
+    one is taken by elimination only if its own names support it."""
     board = Board(pairs)
     rivalled = {id(pair) for pair in pairs if len(board.rows[id(pair.torch)]) + len(board.cols[id(pair.flax)]) > 2}
     taken: list[Pair] = list(forced)
@@ -74,9 +75,9 @@ def decide(pairs: list[Pair], root: bool, orders: Orders, forced: list[Pair]) ->
 
 
 def _astray(pair: Pair) -> bool:
-    """An order that is none: along a block that neither name speaks of, or by numbers that count once here and twice
-    there, where one of the names has nothing but its number."""
-    if pair.why == "order along the block":
+    """True for an order that proves nothing: along a block that neither name mentions, or by numbers that count once on
+    one side and twice on the other, if one of the names has nothing but its number."""
+    if pair.why == ALONG_BLOCK:
         return pair.astray
     counts = [sum(isinstance(token, int) for token in module.tokens) for module in (pair.torch, pair.flax)]
     bare = any(all(isinstance(t, int) for t in module.tokens[module.own :]) for module in (pair.torch, pair.flax))
@@ -84,7 +85,7 @@ def _astray(pair: Pair) -> bool:
 
 
 def _clear(board: Board) -> list[Pair]:
-    """Mutual bests with a margin, by names."""
+    """Pairs that are mutual bests with a margin, by names."""
     out: list[Pair] = []
     for row in list(board.rows.values()):
         if not row:
@@ -94,28 +95,29 @@ def _clear(board: Board) -> list[Pair]:
             continue
         rivals = board.rivals(pair)
         if pair.lone and (rivals or pair.counts):
-            continue  # norm1 against norm2: their numbers may count the same thing from another start, or may not
+            continue  # norm1 against norm2: both may count the same thing, from 0 and from 1, or different things
         if all(other.total <= pair.total - MARGIN for other in rivals):
             by_name = all(other.score <= pair.score - MARGIN for other in rivals)
             shared = ", ".join(pair.shared)
             if by_name:
                 pair.why = f"the names share {shared}" if shared else "the names agree"
             else:
-                pair.why = "a sibling is settled" + (f", and the names share {shared}" if shared else "")
+                pair.why = "a sibling is paired" + (f", and the names share {shared}" if shared else "")
             out.append(pair)
     return out
 
 
 def _backed(pair: Pair) -> bool:
-    """A telling word is shared, or words for the kind (and numbers) are and neither name says more."""
+    """True if the names share a telling word, or if they share words for the kind (and numbers) and neither name says
+    more."""
     if pair.vague and not pair.head:
-        return False  # one of the names says which, and the other does not
+        return False  # only one of the names says which module it is
     return pair.telling > 0 or (pair.any_shared > 0 and pair.whole and not pair.loose)
 
 
 def _last(board: Board, root: bool, rivalled: set[int], taken: list[Pair]) -> list[Pair]:
-    """Pairs without a rival: nothing else fits either end. `rivalled`: pairs that had rivals at first, so that their
-    shape tells nothing; their names have to."""
+    """Pairs without a rival: no other pair fits either end. `rivalled`: pairs that had rivals at first; their shapes
+    prove nothing, so their names must."""
     out: list[Pair] = []
     for row in list(board.rows.values()):
         if len(row) != 1:
@@ -135,8 +137,8 @@ def _last(board: Board, root: bool, rivalled: set[int], taken: list[Pair]) -> li
 
 
 def _echoes(pair: Pair, taken: list[Pair]) -> bool:
-    """A pair of the same torch parent is taken whose Flax name ends in the same word (downsample.0 with conv_proj, so
-    downsample.1 with norm_proj)."""
+    """True if a pair of the same torch parent is taken whose Flax name ends in the same word (downsample.0 pairs with
+    conv_proj, so downsample.1 pairs with norm_proj)."""
     parent, last = pair.torch.tokens[:-1], pair.flax.tokens[-1:]
     if not parent or not isinstance(pair.torch.tokens[-1], int):
         return False
@@ -145,7 +147,7 @@ def _echoes(pair: Pair, taken: list[Pair]) -> bool:
 
 
 def _groups(module: Module) -> set[object]:
-    """What a module shares with its siblings: its parent, and the number it bears (Conv_2 with BatchNorm_2)."""
+    """What a module shares with its siblings: its parent, and its number (Conv_2 with BatchNorm_2)."""
     tokens = module.tokens
     out: set[object] = set()
     if len(tokens) > 1:
@@ -159,7 +161,7 @@ def _groups(module: Module) -> set[object]:
 
 
 def _couple(board: Board, taken: list[Pair]) -> None:
-    """Siblings of a taken pair are likelier to belong together."""
+    """Raise the scores of pairs of siblings of a taken pair: they are likelier to belong together."""
     known = {(a, b) for pair in taken for a in _groups(pair.torch) for b in _groups(pair.flax)}
     for pair in board.pairs():
         if not pair.bonus and any((a, b) in known for a in _groups(pair.torch) for b in _groups(pair.flax)):

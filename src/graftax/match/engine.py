@@ -40,13 +40,13 @@ class Result:
     kinds: Kinds = field(default_factory=Kinds)
 
     def own_order(self, pair: Pair, link: Link, scope: Scope) -> Choice | None:
-        """The order of a matrix's axes where a live module may have its own; see `Kinds.own_order`."""
+        """The order of a matrix's axes if a live module may use its own order; see `Kinds.own_order`."""
         return self.kinds.own_order(pair, link) if self.kinds and not scope.same else None
 
 
 def match(ends: Ends, lex: Lexicon) -> Result:
-    """Everything that names and shapes decide. Where that leaves layers over, they may be kept in cycles: taken if one
-    way to read them so leaves nothing over, and only one does."""
+    """Everything that names and shapes decide. If layers are left over, they may be kept in cycles: that is used if
+    exactly one way to read them leaves nothing over."""
     result = _match(ends, lex)
     if (renames := _torch_calls(result, ends)) is not None:
         ends = replace(ends, renames=renames)
@@ -64,8 +64,8 @@ def match(ends: Ends, lex: Lexicon) -> Result:
 
 
 def _torch_calls(result: Result, ends: Ends) -> Mapping[str, str] | None:
-    """Other names for torch leaves, where numbers on both sides stand for calls, the Flax calls are traced and torch's
-    own trace shows that its numbers are not in that order."""
+    """Other names for torch leaves. They are needed if numbers on both sides stand for calls, the Flax calls are
+    traced, and torch's trace shows that torch's numbers are not in that order."""
     traced = [pair for pair in result.call_order if ends.calls.counts(path_of(pair.flax))]
     order = ends.traces.torch.order if traced and ends.kinds.ends is not None else {}
     if not order or ends.kinds.ends is None:
@@ -74,7 +74,7 @@ def _torch_calls(result: Result, ends: Ends) -> Mapping[str, str] | None:
     return calls.renames if any(path_of(pair.torch) in calls.renames for pair in traced) else None
 
 
-_OPTIONS = 6  # ways to read layers as cycles that are tried
+_OPTIONS = 6  # at most so many ways to read layers as cycles are tried
 
 
 def _match(ends: Ends, lex: Lexicon) -> Result:
@@ -133,7 +133,9 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
                 own = result.own_order(pair, link, item.scope)
                 known = ends.kinds.reading(pair, link) if ends.kinds and own is None else None
                 choice = own or choose(link, pair, item.scope, habits)
-                if known is not None and choice.kind != "fused":  # no kind says how fused parts lie
+                if (
+                    known is not None and choice.kind != "fused"
+                ):  # the kind of a module does not show how fused parts lie
                     choice = Choice(*known)
                 choice = as_ruled(link, choice, ends.ruled) if ends.ruled else choice
                 trap = traps.get(id(pair.torch))
@@ -143,13 +145,13 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
             if call_order(pair, item.scope):
                 result.call_order.append(pair)
                 if ends.calls.counts(path_of(pair.flax)):
-                    pair.why += "; call order traced"
+                    pair.why += "; the calls are traced"
     result.unsaid += _unsaid(result.settled, ends, traps)
     return result
 
 
 def _unsaid(settled: list[Settled], ends: Ends, traps: Mapping[int, Suspect]) -> list[Unsaid]:
-    """Leaves that rules only name, that no link stands for, and that may be those of a flattened map."""
+    """Leaves that rules only name, that have no link, and whose values may be a flattened map."""
     linked = {id(link.torch) for item in settled for pair in item.taken for link in pair.links}
     out: list[Unsaid] = []
     for module in {id(m): m for item in settled for m in item.scope.torch}.values() if ends.named else ():
@@ -166,7 +168,7 @@ def _unsaid(settled: list[Settled], ends: Ends, traps: Mapping[int, Suspect]) ->
 
 
 def _traps(settled: list[Settled], root: Scope, lex: Lexicon, traces: Traces | None) -> Mapping[int, Suspect]:
-    """The modules that may stand behind a flattened map, or before one; and those that torch's trace shows there."""
+    """The modules that may take a flattened map, or make one; and those for which torch's trace shows it."""
     inner = {id(m): m for item in settled for m in item.scope.torch}
     for module in root.torch:
         inner.pop(id(module), None)

@@ -1,4 +1,4 @@
-"""Families of one side and families of the other: which are the same blocks, and which instance goes with which."""
+"""Pair families of the two sides: find which are the same blocks, and which instance goes with which."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MARGIN = 0.2
 
 @dataclass(slots=True, eq=False)
 class FamilyPair:
-    """Two families that are the same blocks, with the instances in order."""
+    """Two families that are the same blocks, with their instances in order."""
 
     torch: Family
     flax: Family
@@ -36,8 +36,9 @@ def pair_families(
     anchors: dict[int, set[int]],
     roots: tuple[Family, Family] | None = None,
 ) -> tuple[list[FamilyPair], list[Family], list[Family]]:
-    """(pairs, torch families left, Flax families left). Counts must agree; sizes of the instances in order, the words
-    of the paths and of what is inside decide, by mutual best with a margin. `anchors`: ids that the rules pair."""
+    """(pairs, torch families left, Flax families left). The counts must agree. The sizes of the instances in order and
+    the words of the paths and of their contents decide, by mutual best with a margin. `anchors`: ids that the rules
+    pair."""
     words = {id(f): frozenset(concepts(f.prefix, lex)) for f in (*torch, *flax)}
     outside = [[frozenset(concepts(m.tokens, lex)) for m in root.modules] for root in roots or ()] or [[], []]
     special = {**_special(torch, words, outside[0]), **_special(flax, words, outside[1])}
@@ -72,8 +73,8 @@ def pair_families(
 def _special(
     families: list[Family], words: dict[int, frozenset[str]], outside: list[frozenset[str]]
 ) -> dict[int, frozenset[str]]:
-    """The words of each family's path, without those that all families of its side bear, and what stands outside of
-    them bears nowhere or nearly everywhere: a wrapper tells nothing."""
+    """The words of each family's path that tell it apart. Left out are the words of a wrapper: those that all families
+    of its side have, if what lies outside of the families has them nowhere or nearly everywhere."""
     every = frozenset[str].intersection(*(words[id(f)] for f in families)) if families else frozenset[str]()
     counts = {word: sum(word in said for said in outside) for word in every}
     every = frozenset(word for word, count in counts.items() if not count or 4 * count >= 3 * len(outside))
@@ -81,7 +82,8 @@ def _special(
 
 
 def _apart(item: _Rated, words: dict[int, frozenset[str]], special: dict[int, frozenset[str]], lex: Lexicon) -> bool:
-    """Each path names a part that the other does not, and they share no telling word: two towers, not one."""
+    """True if each path names a part that the other does not and they share no telling word: they are two towers, not
+    one."""
     a, b = words[id(item.torch)], words[id(item.flax)]
     if any(lex.weight(word) >= 1 for word in a & b):
         return False
@@ -101,8 +103,8 @@ def _better_named(
     special: dict[int, frozenset[str]],
     lex: Lexicon,
 ) -> bool:
-    """One of the paths says more than the other, and blocks of another number bear the other's very name: what is left
-    over of them is not these."""
+    """True if one path says more than the other, and its side has a family with another number of blocks that shares
+    the other path's words and says no more: that family has the better name."""
     for family, other, side in ((item.torch, item.flax, torch), (item.flax, item.torch, flax)):
         wanted = words[id(other)]
         if not _more(special[id(family)] - wanted, lex):

@@ -1,4 +1,4 @@
-"""Pairs of modules that could be one: every leaf has a reading over all shared instances."""
+"""Candidate pairs of modules: every leaf has a reading over all shared instances."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftax.ops import Op, Unstack
 
 
 def candidates(scope: Scope, numbers: bool = True) -> list[Pair]:
-    """Every pair of the scope that fits by roles and shapes. `numbers`: those in names count as evidence."""
+    """Every pair of the scope that fits by roles and shapes. `numbers`: True if numbers in names count as evidence."""
     scope.numbers = numbers
     by_size: defaultdict[int, dict[int, Module]] = defaultdict(dict)
     for module in scope.flax:
@@ -44,8 +44,9 @@ def candidates(scope: Scope, numbers: bool = True) -> list[Pair]:
 
 
 def one_orientation(pairs: list[Pair]) -> list[Pair]:
-    """How a checkpoint stores its matrices is one habit: transposed against a kernel, or as they are. Pairs that fit
-    only under the habit that leaves some matrix of the scope without a partner are no pairs."""
+    """The pairs without those that fit only in the wrong orientation. A checkpoint stores all its matrices in one way:
+    transposed against a kernel, or as they are. A pair is removed if it fits only in the way that leaves some matrix of
+    the scope without a partner."""
     for kind in ("kernel", "free"):
         fits: dict[str, set[int]] = {"linear": set(), "identity": set()}
         equal = {"linear": 0, "identity": 0}
@@ -72,7 +73,7 @@ def one_orientation(pairs: list[Pair]) -> list[Pair]:
 
 
 def _orientation(pair: Pair, kind: str) -> set[str]:
-    """The readings of the pair's matrix, where it is one whose habit is in question."""
+    """The readings of the pair's matrix, if it is one whose orientation is in question."""
     for link in pair.links:
         if link.torch.role == "weight" and link.torch.kind == "free" and link.flax.kind == kind:
             return {label for _, label in link.labels} & {"linear", "identity"}
@@ -87,7 +88,7 @@ _TWINS = {"value": ("weight", "bias"), "weight": ("value",), "bias": ("value",)}
 
 
 def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool) -> Pair | None:
-    """The pair, if every role that both have has a reading over all shared instances."""
+    """The pair, if every role that both modules have has a reading over all shared instances."""
     links: list[Link] = []
     used: set[str] = set()
     whole = True
@@ -119,7 +120,7 @@ def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool) -> Pai
 
 
 def _deconv_backed(links: list[Link]) -> bool:
-    """Where only the flipped reading of a transposed convolution fits, a bias must not say that it is none."""
+    """False if only the flipped reading of a transposed convolution fits but the bias shows that it is not one."""
     for link in links:
         if {label for _, label in link.labels} == {"conv_transpose default"}:
             bias = next((other.torch for other in links if other.torch.role == "bias"), None)

@@ -1,7 +1,9 @@
-"""The flatten trap: a Linear fed by (or feeding) a flattened convolution map has one shape in both channel orders.
+"""The flatten trap: a Linear that takes (or makes) a flattened convolution map has the same shape in both channel
+orders.
 
-Files do not show it, so such a Linear is a question: its width is a multiple of a convolution's channels, and nothing
-else in the checkpoint makes that width, or nothing else takes those channels. A norm of that width goes with it.
+Files do not show the order, so such a Linear is a question. Its width is a multiple of a convolution's channels, and
+nothing else in the checkpoint makes that width, or nothing else takes those channels. A norm of that width belongs to
+it.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ from dataclasses import dataclass
 from graftax.match.names import Lexicon, concepts
 from graftax.match.sides import Module, Shape, Token
 
-LEAST = 2  # positions of the smallest map that counts as one
-_SCALE_SHIFT = 4  # a Linear makes two or three vectors for each channel elsewhere: fewer positions are no map there
-_IMAGE = 4  # as many channels may be the input's own
-_FUSED = (2, 3)  # parts that one Linear inside of blocks makes together
-_OFFERED = 3  # channel counts that are offered
+LEAST = 2  # positions of the smallest map
+_SCALE_SHIFT = 4  # a Linear may make two or three vectors for each channel, so fewer positions are no map there
+_IMAGE = 4  # an input may have as many channels itself
+_FUSED = (2, 3)  # how many parts one Linear inside of blocks may make
+_OFFERED = 3  # how many channel counts are offered
 _DECODES = frozenset(("dec", "deconv", "gen", "generator", "up", "upsample"))
 _VECTORS = ("weight", "bias", "mean", "var")
 
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A Linear whose inputs (or outputs, where `out`) may be `channels` x positions; or a norm (`norm`) of that width.
+    """A Linear whose inputs (or outputs, if `out`) may be `channels` x positions; or a norm (`norm`) of that width.
     `others`: further channel counts that fit; `seen`: channels, height and width that a trace shows (0: not known)."""
 
     channels: int
@@ -41,11 +43,12 @@ class Suspect:
 
     @property
     def vector(self) -> bool:
-        """The rows are reordered, and vectors with them."""
+        """True if the rows are reordered, and any vectors with them."""
         return self.out or self.norm
 
     def maps(self) -> list[tuple[int, int, int]]:
-        """(channels, height, width) for each channel count that fits: height and width where the map is square."""
+        """(channels, height, width) for each channel count that fits. Without a trace, the map is square if its
+        positions allow it."""
         found: list[tuple[int, int, int]] = []
         if self.seen is not None and self.seen[1]:
             return [self.seen]
@@ -58,7 +61,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """A matrix of a module: one for each shape that its instances have."""
+    """One matrix of a module, for each shape that its instances have."""
 
     module: Module
     out: int
@@ -67,7 +70,7 @@ class _Linear:
 
 
 class _Before:
-    """The numbered siblings right before a Linear: fc1 makes the width that fc2 takes."""
+    """The numbered siblings right before each Linear: fc1 makes the width that fc2 takes."""
 
     def __init__(self, linears: Iterable[_Linear]) -> None:
         self.first: dict[tuple[object, ...], tuple[int, ...]] = {}
@@ -82,7 +85,7 @@ class _Before:
 
 @dataclass(slots=True)
 class _Convs:
-    """Channels that convolutions make and take, and those that nothing among the convolutions takes or makes."""
+    """The channels that convolutions make and take, and those that no other convolution takes or makes."""
 
     made: set[int]
     taken: set[int]
@@ -93,8 +96,8 @@ class _Convs:
 def suspects(
     modules: Sequence[Module], families: Iterable[Module], lex: Lexicon, embeds: frozenset[int] = frozenset()
 ) -> Mapping[int, Suspect]:
-    """id of module -> why. `modules`: those outside of repeated blocks; `families`: the others; `embeds`: the ids of
-    those that are tables."""
+    """id of a module -> its suspect. `modules`: those outside of repeated blocks; `families`: the others; `embeds`: ids
+    of lookup tables."""
     inner = list(families)
     everything = [*modules, *inner]
     convs = _channels(everything)
@@ -112,7 +115,7 @@ def suspects(
     for linear in linears:
         if linear.inp not in known and not before.sibling(linear):
             _suspect(found, linear.module, linear.inp, convs.made, convs.ends - inputs)
-    # Channels that nothing takes must go somewhere: into a Linear whose width something else explains as well.
+    # Channels that no convolution takes must be taken by a Linear, though something else may explain its width as well.
     taken = {c for c in convs.ends if any(s.width % c == 0 for s in found.values())}
     free = convs.ends - inputs
     outs = {linear.out for linear in linears}
@@ -131,7 +134,7 @@ def suspects(
 
 
 def _suspect(found: dict[int, Suspect], module: Module, width: int, channels: set[int], first: set[int]) -> None:
-    """Note a Linear whose inputs are several positions of some of the channels; those in `first` come first."""
+    """Record a Linear whose inputs are several positions of some of the channels; those in `first` come first."""
     fits = [c for c in channels if width % c == 0 and width // c >= LEAST]
     best = sorted((c for c in fits if c in first), reverse=True) or sorted(fits, reverse=True)
     if best:
@@ -139,7 +142,7 @@ def _suspect(found: dict[int, Suspect], module: Module, width: int, channels: se
 
 
 def _made_widths(linears: Sequence[_Linear], convs: _Convs, tables: set[int], lex: Lexicon) -> set[int]:
-    """The widths that something other than a flatten makes: channels, tables, and Linears that come before."""
+    """The widths that something other than a flatten makes: channels, tables, and earlier Linears."""
     known = convs.made | tables
     outs = {linear.out for linear in linears}
     fused = {linear.out // n for linear in linears if linear.inner for n in _FUSED if linear.out % n == 0}
@@ -164,8 +167,8 @@ def _unflattened(
     flat: set[int],
     lex: Lexicon,
 ) -> None:
-    """Linears whose outputs become a map: no other Linear takes them as they are, and a convolution takes such
-    channels. A norm between the two takes nothing away."""
+    """Find Linears whose outputs become a map: no other Linear takes them as they are, and a convolution takes such
+    channels. A norm between the two does not change that."""
     eaten = {linear.inp for linear in linears if id(linear.module) not in found}
     for linear in linears:
         if id(linear.module) in found or linear.out in eaten or linear.inner:
@@ -174,7 +177,7 @@ def _unflattened(
         fits = _multiple(linear.out, starts) or _multiple(linear.out, convs.taken)
         if not fits or linear.out // fits < _SCALE_SHIFT:
             continue
-        first = linear.inp not in known  # a latent: nothing in the checkpoint makes it
+        first = linear.inp not in known  # it takes a latent, which nothing in the checkpoint makes
         if first or linear.out in flat or fits in starts or _maybe_map(linear, convs.taken, lex):
             found[id(linear.module)] = Suspect(fits, linear.out // fits, True)
 
@@ -210,29 +213,29 @@ def _channels(modules: Sequence[Module]) -> _Convs:
             if inp == 1:
                 alone.add(out)
     made, taken = {n for n in made if n > 1}, {n for n in taken if n > 1}
-    depthwise = {n for n in alone if count[n] > 1}  # takes as many channels as it makes
+    depthwise = {n for n in alone if count[n] > 1}  # these take as many channels as they make
     return _Convs(made, taken, made - taken - depthwise, taken - made)
 
 
 def _vector(module: Module) -> int:
-    """The width of a norm: of its vectors, where it has nothing else; 0 for other modules."""
+    """The width of a norm, that of its vectors if it has nothing else; 0 for other modules."""
     shapes = [shape for role in _VECTORS for shape in _shapes(module, role)]
     weight = _shapes(module, "weight")
     return shapes[0][0] if weight and all(len(s) == 1 and s == shapes[0] for s in shapes) else 0
 
 
 def _multiple(width: int, channels: set[int]) -> int:
-    """The largest channel count of which `width` is a multiple, LEAST positions at least; 0 for none."""
+    """The largest channel count that divides `width` into at least LEAST positions; 0 if there is none."""
     return max((c for c in channels if width % c == 0 and width // c >= LEAST), default=0)
 
 
 def _maybe_map(linear: _Linear, taken: set[int], lex: Lexicon) -> bool:
-    """The outputs may be unflattened for a decoder's convolutions."""
+    """True if the outputs may become a map for a decoder's convolutions."""
     fits = _multiple(linear.out, taken)
     words = set(concepts(linear.module.tokens, lex))
     if linear.inner or linear.out // (fits or linear.out + 1) < _SCALE_SHIFT:
         return False
-    return bool(words & _DECODES) and not {"up", "in"} <= words  # the first matrix of an mlp goes up too
+    return bool(words & _DECODES) and not {"up", "in"} <= words  # the first matrix of an mlp is called `up` too
 
 
 def _mark(module: Module, width: int) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Groups: several modules of one side that are one module of the other (q, k, v in one Linear; gate and up)."""
+"""Groups: several modules of one side are one module of the other (q, k, v in one Linear; gate and up)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftax.rules.fuse import join_groups, split_groups
 from graftax.tree import split_words
 
 PARTS: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("k", "v"), ("gate", "up"))
-"""Parts in the order in which their letters stand in the fused module's name."""
+"""Parts, in the order of their letters in the fused module's name."""
 _FUSED = {("q", "k", "v"): ("qkv",), ("k", "v"): ("kv",), ("gate", "up"): ("gate",)}
 _BARE = (("in", "proj", "weight"), ("in", "proj", "bias"))
 
@@ -34,8 +34,8 @@ class GroupLink:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a rule says that parts lie in a fused tensor: `block` or `interleaved`, the heads of the first part where
-    they are interleaved, and the modules of the parts in their order."""
+    """How a rule lays out the parts of a fused tensor: `block` or `interleaved`, the heads of the first part if they
+    are interleaved, and the modules of the parts in their order."""
 
     form: str
     heads: int | None
@@ -54,8 +54,8 @@ class Group:
 def find_groups(
     scope: Scope, torch: Sequence[Module], flax: Sequence[Module], styles: Mapping[str, Style], heads: int | None
 ) -> list[Group]:
-    """Groups among modules that found no partner. `styles`: of torch modules for another leaf of which a rule has said
-    how its parts lie; `heads`: the head count, where config.json says it."""
+    """Groups among modules without a partner. `styles`: for torch modules, the layout of the parts that a rule states
+    for another leaf; `heads`: the head count, if config.json states it."""
     out: list[Group] = []
     if scope.same:
         return out
@@ -85,7 +85,7 @@ def find_groups(
 def _part_sets(
     modules: Iterable[Module], parts: tuple[str, ...], scope: Scope, torch: bool
 ) -> list[tuple[Module, ...]]:
-    """Modules whose paths differ in the part's word only, in the order of the parts."""
+    """Sets of modules whose paths differ only in the word for the part, in the order of the parts."""
     found: defaultdict[tuple[object, ...], dict[str, Module]] = defaultdict(dict)
     for module in modules:
         for i, token in enumerate(module.tokens):
@@ -97,7 +97,7 @@ def _part_sets(
 
 
 def _order(module: Module, parts: tuple[str, ...], scope: Scope) -> list[int]:
-    """The parts as the fused module's name has them, if it names every one: `up_gate` holds up first."""
+    """The order of the parts in the fused module's name, if it names all of them: `up_gate` holds up first."""
     said = [
         next((p for p in parts if p in scope.lex.synonyms.get(token, ())), None)
         for token in module.tokens
@@ -110,7 +110,7 @@ def _order(module: Module, parts: tuple[str, ...], scope: Scope) -> list[int]:
 def _as_ruled(
     members: tuple[Module, ...], module: Module, styles: Mapping[str, Style], fused_torch: bool
 ) -> tuple[Module, ...]:
-    """The parts in the order in which a rule has put those of another leaf."""
+    """The parts in the order that a rule states for another leaf of the module."""
     style = next(
         (styles[o] for m in ((module,) if fused_torch else members) if (o := owner(_first(m))) in styles), None
     )
@@ -156,8 +156,8 @@ def _group(
 
 
 def _shown_heads(torch: tuple[Module, ...], flax: tuple[Module, ...]) -> int | None:
-    """The heads of the first part (of the queries, where keys have fewer), if a part that is split into heads shows
-    them: the axes are those that `_part_ops` takes."""
+    """The heads of the first part (the queries, if keys have fewer), if a part that is split into heads shows them. The
+    axes are those that `_part_ops` takes."""
     if len(torch) != 1 or "weight" not in torch[0].roles or "weight" not in flax[0].roles:
         return None
     source = next(iter(torch[0].roles["weight"].shapes.values()))
@@ -177,7 +177,7 @@ def _know(link: GroupLink, module: Module, other: Module, style: Style | None) -
             link.known = ""
     stacks = all(label.startswith("stack ") for label in link.variants)
     if stacks and "stack 0" in link.variants and _EINSUM in (*module.tokens, *other.tokens):
-        link.known = "stack 0"  # an einsum over several parts has them first: `...,scd->s...d`
+        link.known = "stack 0"  # an einsum over several parts has the parts first: `...,scd->s...d`
     if split_words(link.torch[0].leaf)[-3:] in _BARE and "block" in link.variants:
         link.known = "block"
     if style is not None:
@@ -188,14 +188,14 @@ _LEAVES = ("weight", "kernel", "bias")
 
 
 def owner(path: str) -> str:
-    """What a leaf belongs to, bare parameters such as in_proj_weight included."""
+    """The path that a leaf belongs to, also for bare parameters such as in_proj_weight."""
     for leaf in _LEAVES:
         path = path.removesuffix(leaf)
     return path.rstrip("._/")
 
 
 def heads_of(ops: Sequence[Op]) -> int | None:
-    """The heads of the first part in ops that interleave: (h t d), or groups of heads (g s d)."""
+    """The heads of the first part, read from ops that interleave: (h t d), or groups of heads (g s d)."""
     for op in ops:
         sizes = dict(op.sizes) if isinstance(op, Rearrange) else {}
         if {"h", "t"} <= sizes.keys():
@@ -251,7 +251,7 @@ def _part_ops(source: Sequence[Shape], target: Sequence[Shape], facts: Facts) ->
 
 
 def _common_chain(chains: list[tuple[Op, ...]]) -> tuple[Op, ...] | None:
-    """The chain of every part as one chain mapped over them: the sizes that all share are kept."""
+    """One chain that does to each part what its own chain does. It keeps the sizes that all parts share."""
     if any(chain != chains[0] for chain in chains):
         first = chains[0][0]
         if any(len(chain) != 1 or not isinstance(chain[0], Rearrange) for chain in chains):

@@ -1,4 +1,4 @@
-"""What rules and config.json say, in the form that matching needs."""
+"""What rules and config.json state, in the form that matching needs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from graftax.plans import Entry
 
 @dataclass(slots=True)
 class Hints:
-    """anchors: torch leaf -> Flax leaf where rules pair them one to one (stacked ones each to the stack);
-    styles: module of a fused torch or Flax leaf -> how a rule has said that its parts lie."""
+    """anchors: torch leaf -> Flax leaf, for leaves that rules pair one to one (each stacked leaf with its stack);
+    styles: module of a fused torch or Flax leaf -> the layout of the parts that a rule states."""
 
     anchors: dict[str, str] = field(default_factory=dict[str, str])
     styles: dict[str, Style] = field(default_factory=dict[str, Style])
@@ -40,8 +40,8 @@ def read_hints(entries: Iterable[Entry], turned: bool) -> Hints:
 
 
 def _woven(ops: Sequence[Op], at: int) -> bool:
-    """The parts lie within another axis of the fused tensor: (h t d), (g s d), which a Rearrange takes apart before the
-    Split at `at`, or makes after the Concat there."""
+    """True if the parts lie within another axis of the fused tensor: (h t d), (g s d). A Rearrange takes that axis
+    apart before the Split at `at`, or makes it after the Concat there."""
     op = ops[at]
     assert isinstance(op, (Concat, Split))
     near = ops[:at] if isinstance(op, Split) else ops[at + 1 :]
@@ -56,7 +56,7 @@ def _woven(ops: Sequence[Op], at: int) -> bool:
 
 
 def head_count(config: Mapping[str, Any] | None) -> int | None:
-    """num_attention_heads of a config.json, under its usual names."""
+    """num_attention_heads from config.json, under its usual names."""
     for name in ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"):
         value = (config or {}).get(name)
         if isinstance(value, int) and value > 0:

@@ -1,4 +1,4 @@
-"""Names that mean something only beside their siblings: wi_0 beside wi_1, w1 beside w2 and w3, gate beside experts."""
+"""Names that have a meaning only beside their siblings: wi_0 with wi_1, w1 with w2 and w3, gate with experts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _PLAIN = frozenset(["dense", "linear", "proj", "fc"])
 
 
 def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, experts: bool, root: bool = False) -> None:
-    """Change the names (by id of module) of numbered siblings that the table knows, of a feed-forward part's two
-    Linears, and of a router. `experts`: this side has experts somewhere."""
+    """Refine the names (by id of module) of numbered siblings that the table knows, of the two Linears of a
+    feed-forward part, and of a router. `experts`: True if this side has experts."""
     if not lex.synonyms:
         return
     groups: defaultdict[tuple[Token, ...], dict[int, Module]] = defaultdict(dict)
@@ -60,8 +60,8 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
 
 
 def _name_halves(members: Sequence[tuple[int, Module]], names: dict[int, Name], lex: Lexicon) -> None:
-    """fc1 and fc2 (or one of them) of a block: the feed-forward part's way in and out, unless their shapes or another
-    word say otherwise."""
+    """Name fc1 and fc2 (or one of them) in a block as the feed-forward part's first and second Linear, unless their
+    shapes or another word contradict it."""
     if any(number not in _HALVES for number, _ in members):
         return
     for number, module in members:
@@ -71,7 +71,7 @@ def _name_halves(members: Sequence[tuple[int, Module]], names: dict[int, Name], 
             continue
         shapes = set(column.shapes.values())
         inwards = (half == "up") == (column.kind != "kernel")
-        # A checkpoint may store (in, out): beside the word for the part the shapes need not agree.
+        # A checkpoint may store (in, out), so the shapes need not agree if the part is named.
         sure = "mlp" in names[id(module)].concepts
         fits = all(len(s) == 2 and (sure or (s[0] >= s[1] if inwards else s[0] <= s[1])) for s in shapes)
         if fits and not names[id(module)].concepts & {"attn", "conv", "up", "down", "gate", "q", "k", "v", "o"}:
@@ -79,8 +79,8 @@ def _name_halves(members: Sequence[tuple[int, Module]], names: dict[int, Name], 
 
 
 def _numbered_parts(word: Token, members: Mapping[int, Module]) -> tuple[str, ...] | None:
-    """What the numbered matrices of a gated part are, by the one row of the table that their shapes bear out: the way
-    out takes what the others give. Square matrices bear out every row, and so none."""
+    """What the numbered matrices of a gated part are, by the only row of the table that their shapes confirm: the
+    second Linear takes what the others make. Square matrices confirm every row, so they decide nothing."""
     numbers = tuple(sorted(members))
     rows = [found for words, known, found in NUMBERED if word in words and numbers == known]
     if len(rows) < 2:
@@ -92,7 +92,8 @@ def _numbered_parts(word: Token, members: Mapping[int, Module]) -> tuple[str, ..
 
 
 def _name_fourth(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon) -> None:
-    """Beside q, k and v the one other matrix, if its name says no more than that it is one, is their output."""
+    """Beside q, k and v, the only other matrix is their output projection, if its name says no more than that it is a
+    matrix."""
     together: defaultdict[tuple[Token, ...], list[Module]] = defaultdict(list)
     for module in modules:
         column = module.roles.get("weight")
@@ -111,8 +112,8 @@ def _name_fourth(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon
 
 
 def _name_way_back(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon) -> None:
-    """The one matrix that takes what the feed-forward part's first gives, and gives what that takes, is its second, if
-    its name says that it is an output."""
+    """The only matrix that takes what the first matrix of the feed-forward part makes, and makes what the first takes,
+    is its second, if its name says that it is an output."""
     matrices = [
         (module, next(iter(module.roles["weight"].shapes.values())))
         for module in modules
@@ -131,7 +132,7 @@ def _say(names: dict[int, Name], module: Module, new: set[str], old: set[str]) -
 
 
 def _there_and_back(first: Module, second: Module) -> bool:
-    """Two matrices of which the second takes what the first gives, and gives what it takes."""
+    """True if the second matrix takes what the first makes, and makes what the first takes."""
     shapes: list[tuple[int, ...]] = []
     for module in (first, second):
         column = module.roles.get("weight")
@@ -144,5 +145,5 @@ def _there_and_back(first: Module, second: Module) -> bool:
 
 
 def has_experts(modules: Iterable[Module], lex: Lexicon) -> bool:
-    """Some path of this side holds experts."""
+    """True if some path of this side names experts."""
     return any(_EXPERT in concepts((*m.outer, *m.tokens), lex) for m in modules)

@@ -19,7 +19,8 @@ _PLAIN = frozenset(("norm", "layer", "stage", "model", "list", "weight", "scale"
 
 
 def name_final_norm(scope: Scope) -> None:
-    """A norm outside of the blocks whose name says nothing but its tower, if it is the only one there, is the last."""
+    """Name the norm outside of the blocks the final norm, if it is the only one there and its name says nothing but its
+    tower."""
     for modules, torch in ((scope.torch, True), (scope.flax, False)):
         cache = scope.torch_names if torch else scope.flax_names
         bare: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
@@ -46,7 +47,7 @@ def learn_common(scope: Scope) -> None:
 
 
 def learn_places(scope: Scope) -> None:
-    """What each module's name says of it alone, and what it says of the place it stands in."""
+    """Learn what each module's name says about itself alone, and what it says about its place."""
     own_t, around_t = own_words(scope.torch, scope.torch_names, scope.lex)
     own_f, around_f = own_words(scope.flax, scope.flax_names, scope.lex)
     scope.own = {**own_t, **own_f}
@@ -65,7 +66,7 @@ def learn_places(scope: Scope) -> None:
 
 
 def _twins(modules: Sequence[Module], own: dict[int, frozenset[str]]) -> frozenset[int]:
-    """The modules that stand in one of several places that hold modules of the same name: two towers, two parts."""
+    """The modules in one of several places that hold modules of the same name: two towers, two parts."""
     heads: defaultdict[tuple[object, ...], set[tuple[Token, ...]]] = defaultdict(set)
     for module in modules:
         numbers = tuple(token for token in module.tokens[module.own :] if isinstance(token, int))
@@ -74,7 +75,7 @@ def _twins(modules: Sequence[Module], own: dict[int, frozenset[str]]) -> frozens
     return frozenset(id(module) for module in modules if module.tokens[: module.own] in places)
 
 
-_AROUND = 4  # modules of both sides that hold a word from which on it names the part around them, not one of them
+_AROUND = 4  # if this many modules of each side hold a word, it names the part around them and not one module
 
 
 _MAIN = ("weight", "value", "v", "bias", "mean", "var", "g")
@@ -88,7 +89,8 @@ def main_column(module: Module) -> Column:
 
 
 def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexicon) -> frozenset[str]:
-    """First words that half of a side's modules bear and the other side knows nowhere: a model inside a wrapper."""
+    """The first words that half of a side's modules have and the other side does not know: the model is inside a
+    wrapper."""
     known = {concept for module in others for concept in concepts((*module.outer, *module.tokens), lex)}
     paths: list[tuple[Token, ...]] = [(*module.outer, *module.tokens) for module in modules]
     out: set[str] = set()
@@ -104,15 +106,15 @@ def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexi
         if not isinstance(first, str) or counts[first] < 2 or 2 * counts[first] < len(modules):
             break
         if any(4 * count > counts[first] for token, count in counts.items() if token != first):
-            break  # one of several parts, not what is around them all
+            break  # it is one of several parts, not a wrapper of all
         out.update(concept for concept in concepts((first,), lex) if concept not in known)
         paths = [path[1:] if path[0] == first else path for path in paths if len(path) > 1]
     return frozenset(out)
 
 
 def number_ranks(modules: Sequence[Module], scope: Scope) -> dict[int, Ranks]:
-    """For each module the numbers of its name as (what is numbered, rank, how many): the siblings at one place of the
-    tree are numbered together, so that 1, 2 and 0, 1 and 0, 3 say the same."""
+    """For each module, the numbers of its name as (what is numbered, rank, how many). Siblings at one place of the tree
+    are numbered together, so that 1, 2 means the same as 0, 1 and as 0, 3."""
     groups: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
     places: dict[int, list[tuple[tuple[object, ...], int]]] = {}
     for module in modules:
@@ -131,18 +133,18 @@ def number_ranks(modules: Sequence[Module], scope: Scope) -> dict[int, Ranks]:
 
 
 def numbered_as(tokens: Sequence[Token], at: int, lex: Lexicon) -> tuple[object, ...]:
-    """What the number at `at` numbers: the path before its word, and what the word means (ln_1 beside norm_2)."""
+    """What the number at `at` counts: the path before its word, and the meaning of the word (ln_1 is like norm_2)."""
     start = at
     while start and isinstance(tokens[start - 1], str):
         start -= 1
     words = tokens[start:at]
     meant = concepts(words, lex)
-    # Of a run of words only the last thing is numbered: attention, norm 1 -> the norms of attention.
+    # In a run of words the number belongs to the last one: attention, norm 1 -> the norms of attention.
     return (*tokens[:start], " ".join(meant[:-1]), meant[-1] if meant else "")
 
 
 def judge(pair: Pair, scope: Scope, ranks_t: Ranks, ranks_f: Ranks) -> None:
-    """Score the names of the pair, and find what forbids it. A tied tensor is judged by the best of its names."""
+    """Score the names of the pair, and record what forbids it. A tied tensor is judged by the best of its names."""
     flax = scope.name(pair.flax, False)
     _judge(pair, scope, scope.name(pair.torch, True), flax, ranks_t, ranks_f)
     for tokens in pair.torch.alias:
@@ -169,8 +171,8 @@ def _judge(
     shared = telling = 0.0
     only_a = only_b = loose_a = loose_b = 0.0
     said: list[tuple[float, str]] = []
-    own = 0  # telling words that both hold and few others do
-    near = 0.0  # words such as attn, in, out that both hold
+    own = 0  # telling words that both have and few other modules have
+    near = 0.0  # words such as attn, in, out that both have
     for concept in a.concepts:
         weight = 0.02 if concept in common else lex.weight(concept)
         if concept in b.concepts:
@@ -197,7 +199,7 @@ def _judge(
                     shared += 0.6
                     said.append((0.6, f"{what} {rank + 1} of {count}".strip()))
                 else:
-                    blocked = blocked or f"{what} {rank + 1} against {place + 1} of {count}"
+                    blocked = blocked or f"they are {what or 'numbers'} {rank + 1} and {place + 1} of {count}"
     pair.head = (
         b.concepts <= _ANY_HEAD and "head" in concepts(a.raw, lex) and not _chosen_number(pair.flax, b, a)
     ) or (a.concepts <= _ANY_HEAD and "head" in concepts(b.raw, lex) and not _chosen_number(pair.torch, a, b))
@@ -206,7 +208,7 @@ def _judge(
     pair.counts = not matched and _counts_differ(pair, (ranks_t, ranks_f), scope)
     if "norm" in a.concepts & b.concepts:
         pair.astray = _astray(own_a - b.concepts, own_b - a.concepts)
-    else:  # what goes up and down elsewhere than in a feed-forward part may go down first
+    else:  # outside of a feed-forward part, the matrix that goes down may come first
         beside = scope.beside.get(id(pair.torch), frozenset()) | scope.beside.get(id(pair.flax), frozenset())
         pair.astray = any(lex.weight(word) >= 1 and word != "expert" for word in beside - common)
     pair.score = shared / (shared + 0.5 * (only_a + only_b) + 0.1)
@@ -217,28 +219,28 @@ def _judge(
     pair.vague = a.raw != b.raw and _vague(pair, a, b, own_a, own_b, scope, (ranks_t, ranks_f))
     if not blocked and loose_a and loose_b and ((not own and near < 0.9) or _one_word_apart(a, b)):
         pair.soft = True
-        blocked = "each name says something that the other does not"
+        blocked = "each name has a word that the other lacks"
     if not blocked and a.raw != b.raw and ("conv" in a.concepts) != ("conv" in b.concepts) and _only_window(pair):
         pair.soft = True
-        blocked = "a Linear against a convolution"
+        blocked = "one is a Linear and the other a convolution"
     if not _deconv_named(pair, a.concepts | b.concepts):
-        blocked = "only a transposed convolution fits, and neither name says so"
+        blocked = "only a transposed convolution fits, and neither name says that it is one"
         pair.remote = True
     if (not blocked or pair.soft) and _stray(pair, a, b, lex):
-        pair.soft = False  # no order makes a parameter of its own name the weight of a norm
-        blocked = "a bare parameter whose name says more"
+        pair.soft = False  # an order does not prove that a parameter with its own name is the weight of a norm
+        blocked = "one is a bare parameter, and its name has a word that the other lacks"
     pair.blocked = blocked
     said.sort(reverse=True)
     pair.shared = tuple(concept for _, concept in said[:4])
 
 
 _ANY_HEAD = frozenset(("linear", "proj", "layer", "stage", "model", "list"))
-"""What the last matrix of a model may be called besides a head."""
+"""Names that the last matrix of a model may have instead of `head`."""
 _COUNTED_CALL = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
 
 
 def _chosen_number(module: Module, name: Name, other: Name) -> bool:
-    """The name ends in a number that somebody gave it: fc1 has a fc2, and neither is any head."""
+    """True if the name ends in a number that its author chose: if there is an fc2, fc1 is no head."""
     if not name.raw or not isinstance(name.raw[-1], int) or other.raw[-1:] == name.raw[-1:]:
         return False
     if module.tokens[module.own :] == name.raw[-1:]:
@@ -248,8 +250,8 @@ def _chosen_number(module: Module, name: Name, other: Name) -> bool:
 
 
 def _counts_differ(pair: Pair, ranks: tuple[Ranks, Ranks], scope: Scope) -> bool:
-    """Both names count the same thing and the places in the count differ; where no sibling shows from where it is
-    counted, 0 and 1 may be the same place."""
+    """True if both names count the same thing and their places in the count differ. If no sibling shows where the count
+    starts, 0 and 1 may be the same place."""
     counted: list[dict[str, tuple[int, int | None]]] = []
     for module, known in zip((pair.torch, pair.flax), ranks, strict=True):
         places = {what: rank for what, rank, _ in known}
@@ -274,21 +276,22 @@ _EARLY, _LATE = frozenset(("attn", "pre", "in", "pre~attn", "pre~self", "first")
 
 
 def _astray(only_a: frozenset[str], only_b: frozenset[str]) -> bool:
-    """One says a place off the residual stream (the norm of the queries), or one comes early and one last."""
+    """True if one name says a place off the residual stream (the norm of the queries), or one says early and the other
+    last."""
     if only_a & _ELSEWHERE or only_b & _ELSEWHERE:
         return True
     return bool((only_a & _EARLY and only_b & _LATE) or (only_b & _EARLY and only_a & _LATE))
 
 
 def _only_window(pair: Pair) -> bool:
-    """The weight fits only as a window of length 1."""
+    """True if the weight fits only as a window of length 1."""
     return any({label for _, label in link.labels} == {"conv 1x1"} for link in pair.links)
 
 
 _LISTS = frozenset(("layer", "stage", "model", "list"))
 _COUNTED = frozenset(("stem", "first", "norm", "linear", "conv", "layer", "stage", "model", "list"))
 _OUTSIDE = _COUNTED | {"final", "head"}
-"""What a number in a list may stand for outside of the blocks; inside, see `_INSIDE`."""
+"""What a number in a list may stand for outside of the blocks; for numbers inside them see `_INSIDE`."""
 _INSIDE = _COUNTED | {"shortcut"}
 _PARTS = frozenset(("expert", "patch", "embed", "deconv", "pool", "proj"))
 _KINDS = frozenset(("conv", "linear", "embed", "patch"))
@@ -305,11 +308,14 @@ def _vague(
     scope: Scope,
     ranks: tuple[Ranks, Ranks],
 ) -> bool:
-    """Some name says what the other lacks, or stands in a part that the other side has too and the other does not stand
-    in, and they share no telling word of their own: that nothing else fits tells nothing then. `head` does not tell one
-    head from another. A number in place of a name (`Conv_2`) lacks nothing that is a known word, an embedding is one of
-    tokens unless it says more (one by a convolution, of patches), number 1 may be the first, and outside of blocks a
-    word for the part around (attn, out) is no more said."""
+    """True if the names leave the pair vague. Then it proves nothing that no other pair fits.
+
+    The names share no telling word of their own, and one of them says something that the other lacks, or one module
+    stands in a part that the other side has too and the other module does not stand in it. `head` does not tell one
+    head from another. A number in place of a name (`Conv_2`) may stand for any known word. An embedding is one of
+    tokens unless its name says more (a convolution makes one of patches). Number 1 may be the first. Outside of blocks,
+    a word for the part around the module (attn, out) does not count as more.
+    """
     lex = scope.lex
     if id(pair.torch) in scope.twins and id(pair.flax) in scope.twins:
         said = [scope.beside.get(id(module), frozenset()) - scope.common for module in (pair.torch, pair.flax)]
@@ -317,7 +323,7 @@ def _vague(
             {word for word in mine if lex.weight(word) >= 1} for mine in (said[0] - b.concepts, said[1] - a.concepts)
         ]
         if places[0] and places[1] and not any(lex.weight(word) >= 1 for word in said[0] & said[1]):
-            return True  # one of several such parts on both sides, and they bear different names
+            return True  # both sides have several such parts, and the names of these differ
     around = scope.beside.get(id(pair.torch), frozenset()), scope.beside.get(id(pair.flax), frozenset())
     left, right = a.concepts - scope.common, b.concepts - scope.common
     if any(lex.weight(word) >= 1 for word in (left & right & (own_a | own_b)) - {"head"}):
@@ -333,18 +339,18 @@ def _vague(
         other = pair.flax if side == 0 else pair.torch
         if number is None or not said <= plain:
             continue
-        # Where the other side counts too, or of norms (a place in the block), a number stands for few words only.
+        # A number stands for few words only if the other side counts too, or for norms (a place in the block).
         few = is_norm or other.tokens[: other.own] in scope.counted[1 - side]
         few_words = (_OUTSIDE if scope.root else _INSIDE) | (_place_of(number, ranks[side]) if is_norm else _NOTHING)
         if more <= few_words or (not few and more <= few_words | _PARTS | _half_of(number, ranks[side])):
             return False
         if more and ranks[side]:
-            return True  # it is one of several that are counted, and the other is none of them
+            return True  # one is counted among several, and the other is not
     somewhere = any(lex.weight(word) >= 1 for word in (left & right) - {"head"})
-    if somewhere:  # they stand in one part of the model: what else is said of places counts no more
+    if somewhere:  # both stand in one part of the model, so other words for places do not matter
         left, right = left & (own_a | right), right & (own_b | left)
     left, right = left - _explained(left, right, lex), right - _explained(right, left, lex)
-    # Only beside a cross attention is `self` a word that tells, and the two exclude each other.
+    # `self` tells something only beside a cross attention, and the two exclude each other.
     plain = {"self"}
     if "embed" in left & right:
         plain.add("patch" if any(len(shape) > 2 for shape in main_column(pair.torch).shapes.values()) else "tok")
@@ -353,25 +359,26 @@ def _vague(
     if any(number in (0, 1) for number in numbers):
         plain |= {"first", "stem"}
     if is_norm and (left - right) & own_a & (_KINDS | lex.some) and (right - left) & own_b & (_KINDS | lex.some):
-        return True  # norms of two places
+        return True  # they are norms of two places
     if is_norm and (((left - right) & own_a) | ((right - left) & own_b)) & (_KINDS - scope.norms):
         return True
     if not is_norm and (left - right) & own_a & _MATRIX and (right - left) & own_b & _MATRIX:
-        return True  # layers of two kinds
+        return True  # they are layers of two kinds
     if not is_norm and "embed" in (left & own_a) ^ (right & own_b) and pair.links[0].flax.kind == "kernel":
-        return True  # a table against a matrix
+        return True  # one is a table and the other a matrix
     if scope.root:
         tells = {"attn", "mlp"} if is_norm else set[str]() if own_a & own_b else _ENDS
         plain |= lex.some - ((own_a | own_b) & tells)
     if any(lex.weight(word) >= UNKNOWN for word in (left ^ right) - plain):
         return True
-    towers = {"enc", "dec"} if "head" in left & right else set[str]()  # whose the only head is need not be said
+    towers = {"enc", "dec"} if "head" in left & right else set[str]()  # the only head need not say whose it is
     only_a, only_b = around[0] - scope.common - b.concepts - towers, around[1] - scope.common - a.concepts - towers
     return _elsewhere(only_a, scope.places[1], lex) or _elsewhere(only_b, scope.places[0], lex)
 
 
 def _explained(said: frozenset[str], other: frozenset[str], lex: Lexicon) -> frozenset[str]:
-    """`out` is another word for `o` and for `down`, where nothing says which of them: what those imply is not more."""
+    """The words of `said` that say more than `other`. `out` is another word for `o` and for `down` if nothing says
+    which, so the words that those imply do not count as more."""
     if "out" not in said & other:
         return frozenset()
     return frozenset(
@@ -383,7 +390,7 @@ def _explained(said: frozenset[str], other: frozenset[str], lex: Lexicon) -> fro
 
 
 def _place_of(number: int, ranks: Ranks) -> frozenset[str]:
-    """What the number says of the place in the block: the first of several comes before, the last after."""
+    """What the number says about the place in the block: the first of several comes before, the last after."""
     first, last = number == 0, number == 2
     for _, rank, count in ranks[-1:]:
         first, last = rank == 0, rank == count - 1
@@ -391,7 +398,7 @@ def _place_of(number: int, ranks: Ranks) -> frozenset[str]:
 
 
 def _half_of(number: int, ranks: Ranks) -> frozenset[str]:
-    """What the number says of the feed-forward part's two matrices: the first goes up, the second down."""
+    """What the number says about the two matrices of the feed-forward part: the first goes up, the second down."""
     first, last = number in (0, 1), number in (1, 2)
     for _, rank, count in ranks[-1:]:
         first, last = rank == 0, rank == count - 1
@@ -402,25 +409,28 @@ _NOTHING = frozenset[str]()
 
 
 def _elsewhere(said: frozenset[str], places: frozenset[str], lex: Lexicon) -> bool:
-    """One side names a part of the model that the other side has too, and the other module does not stand in it."""
+    """True if one name has a part of the model that the other side has too, and the other module does not stand in
+    it."""
     return any(lex.weight(word) >= 0.5 for word in said & places)
 
 
 def _one_word_apart(a: Name, b: Name) -> bool:
-    """The same words but for one: two parts of one naming scheme (v_proj and q_proj), not one part under two names."""
+    """True if the names differ in one word: two parts of one naming scheme (v_proj and q_proj), not one part with two
+    names."""
     left = [token for token in a.raw if isinstance(token, str)]
     right = [token for token in b.raw if isinstance(token, str)]
     return 1 < len(left) == len(right) and sum(x != y for x, y in zip(left, right, strict=True)) == 1
 
 
 def _numbers_differ(a: Name, b: Name) -> bool:
-    """Both names end in a number, and it is not the same: 1 and 2, or 1 and 0 where no sibling tells the start."""
+    """True if both names end in a number and the numbers differ: 1 and 2, or 1 and 0 if no sibling shows the start."""
     last, other = a.raw[-1:], b.raw[-1:]
     return bool(last and other) and isinstance(last[0], int) and isinstance(other[0], int) and last != other
 
 
 def _stray(pair: Pair, a: Name, b: Name, lex: Lexicon) -> bool:
-    """A bare parameter against the weight of a module, and the parameter's own name has a word that it lacks."""
+    """True for a bare parameter against the weight of a module, if the parameter's name has a word that the module's
+    lacks."""
     if pair.torch.raw == pair.flax.raw:
         return False
     raw, mine, other = (pair.torch, a, b) if pair.torch.raw else (pair.flax, b, a)

@@ -1,4 +1,4 @@
-"""Live modules as evidence: kinds that cannot be one, and the reading that the layer table gives for two kinds."""
+"""Live modules as evidence: kinds that exclude each other, and the reading that the layer table gives for two kinds."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _LABELS: tuple[tuple[str, str], ...] = (
     ("conv", "conv"),
     ("identity", "identity"),
 )
-"""Variants of the layer table -> readings: an exact variant first, else by its first words."""
+"""Variants of the layer table -> readings. An exact variant is looked up first, then its first words."""
 
 
 @dataclass(slots=True)
 class Kinds:
-    """The live modules of both ends, by the leaves they hold directly."""
+    """The live modules of both ends, by the leaves that they hold directly."""
 
     torch: Mapping[str, Live] = field(default_factory=dict[str, Live])
     flax: Mapping[str, Live] = field(default_factory=dict[str, Live])
@@ -45,15 +45,15 @@ class Kinds:
         return bool(self.torch or self.flax)
 
     def clash(self, pair: Pair) -> str:
-        """Why two live kinds cannot be one module; empty where they can, or are not known."""
+        """Why two live kinds exclude each other; empty if they do not, or if a kind is not known."""
         left, right = self._live(pair.torch, True), self._live(pair.flax, False)
         a, b = known_kind(left, "torch"), known_kind(right, "flax")
         if a and b and not any(row.torch and (row.linen or row.nnx) for row in rows_for(a, b)):
-            return f"{a} against {b}"
+            return f"one module is {a} and the other {b}"
         return ""
 
     def reading(self, pair: Pair, link: Link) -> tuple[Label, str] | None:
-        """The reading that the live kinds settle, and what says so."""
+        """The reading that the live kinds settle, and the evidence."""
         if self.ends is None or link.torch.role != "weight" or len(link.labels) < 2:
             return None
         left, right = self._live(pair.torch, True), self._live(pair.flax, False)
@@ -70,17 +70,17 @@ class Kinds:
             if found.variant == variant or found.variant.startswith(f"{variant} "):
                 label = next((known for known in sorted(link.labels) if known[1] == reading), None)
                 if label is not None:
-                    return label, f"module kinds: {found.evidence[0]}"
+                    return label, found.evidence[0]
         return None
 
     def own_order(self, pair: Pair, link: Link) -> Choice | None:
-        """The order of a matrix's axes where one of the live modules may have its own: settled if only one fits every
-        instance, else all that do are open."""
+        """The order of a matrix's axes if a live module may use its own order: settled if only one order fits every
+        instance, else all orders that fit are open."""
         ends = self._live(pair.torch, True), self._live(pair.flax, False)
         shapes = {(source, target) for _, source, target in link.chains}
         if link.torch.role not in ("weight", "value") or not any(map(own_layout, ends, ("torch", "flax"))):
             return None
-        if link.torch.stack or link.flax.stack:  # the axis of stacking is not the only question
+        if link.torch.stack or link.flax.stack:  # the stack axis is open too
             return Choice(None, "", tuple(sorted(link.labels))) if max(len(s) for s, _ in shapes) > 1 else None
         orders = _orders(shapes)
         if not orders:
@@ -91,7 +91,7 @@ class Kinds:
             link.chains.update({(label, source, target): chain for source, target in shapes})
         link.labels = frozenset(made)
         if len(made) == 1:
-            return Choice(next(iter(made)), "the one order of axes that fits")
+            return Choice(next(iter(made)), "only this order of axes fits")
         return Choice(None, "", tuple(made))
 
     def _live(self, module: Module, torch: bool) -> Live | None:
@@ -103,9 +103,8 @@ _AXES = "abcde"
 
 
 def _orders(shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[int, ...]]:
-    """Every order of axes that turns the one shape into the other, of all pairs; one of those that differ in axes of
-    length 1 alone. The usual ones first: the first axis last, and
-    reversed."""
+    """Every order of axes that turns the first shape of each pair into the second. Of orders that differ only in axes
+    of length 1, one is given. The usual orders come first: the first axis moved last, and all axes reversed."""
     shapes = list(shapes)
     rank = len(shapes[0][0])
     if not 2 <= rank <= len(_AXES) or any(len(shape) != rank for pair in shapes for shape in pair):
@@ -131,7 +130,7 @@ def _order_text(order: tuple[int, ...]) -> str:
 
 
 def _by_leaf(side: Checkpoint) -> dict[str, Live]:
-    """leaf -> the innermost live module that holds it."""
+    """leaf -> the innermost live module that holds it"""
     out: dict[str, Live] = {}
     for module in sorted(side.live.modules.values(), key=lambda m: len(m.path)):
         out |= dict.fromkeys(module.leaves.values(), module)

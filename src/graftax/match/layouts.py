@@ -1,7 +1,7 @@
-"""Which ops can turn a leaf of one shape into a leaf of another: every reading that the field knows, by label.
+"""The ops that can turn a leaf of one shape into a leaf of another: every reading that the field knows, by label.
 
-Directions: everything here runs torch -> Flax (or one side to itself); a plan the other way is inverted as a whole.
-Labels of readings that a rule can name (`linear`, `identity`, `conv`, `conv_transpose default`) are those of rules.
+Everything here runs torch -> Flax (or within one side); a plan in the other direction is inverted as a whole. Readings
+that a rule can name (`linear`, `identity`, `conv`, `conv_transpose default`) have the labels that rules use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ SPATIAL = {1: "k", 2: "kh kw", 3: "kd kh kw"}
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a reading may depend on besides shapes: the role, both leaves' kinds; `same`: both ends are one side."""
+    """What a reading may depend on besides shapes: the role, and the kinds of both leaves. `same`: both ends are one
+    side."""
 
     role: str
     torch: Kind
@@ -34,7 +35,7 @@ Readings = dict[str, tuple[Op, ...]]
 
 @lru_cache(maxsize=65536)
 def readings(source: Shape, target: Shape, facts: Facts) -> Readings:
-    """Every reading of a `source`-shaped torch leaf as a `target`-shaped Flax leaf; {} where none is known."""
+    """Every reading of a torch leaf of shape `source` as a Flax leaf of shape `target`; {} if none is known."""
     if math.prod(source) != math.prod(target):
         return {}
     if facts.same or facts.role in ("bias", "mean", "var", "counter"):
@@ -99,14 +100,14 @@ _MAPS = {2: "c l -> l c", 3: "c h w -> h w c", 4: "c d h w -> d h w c"}
 
 
 def _map_last(source: Shape, target: Shape) -> Readings:
-    """A map (C, *spatial) that the other side keeps channels last."""
+    """A map (C, *spatial) that the other side stores channels last."""
     if target != (*source[1:], *source[:1]) or len(source) not in _MAPS or not _moves(source):
         return {}
     return {"channels last": (Rearrange(_MAPS[len(source)]),)}
 
 
 def _moves(shape: Shape) -> bool:
-    """The order of values changes when the first axis becomes the last."""
+    """True if the order of values changes when the first axis becomes the last."""
     return shape[0] > 1 and math.prod(shape[1:]) > 1
 
 
@@ -115,7 +116,7 @@ def _rank(shape: Shape) -> int:
 
 
 def _as_it_is(source: Shape, target: Shape) -> Readings:
-    """Identity, or a change of shape that leaves the order of values alone (axes of length 1, axes split or merged)."""
+    """Identity, or a reshape that keeps the order of values (axes of length 1, axes split or merged)."""
     if source == target:
         return {"identity": ()}
     pattern = regroup(source, target)
@@ -123,7 +124,7 @@ def _as_it_is(source: Shape, target: Shape) -> Readings:
 
 
 def regroup(source: Shape, target: Shape) -> tuple[Op, ...] | None:
-    """A row-major change of shape as a Rearrange; None where some axis would be cut across."""
+    """A row-major reshape as a Rearrange; None if an axis of one shape crosses axes of the other."""
     left, right = [n for n in source if n != 1], [n for n in target if n != 1]
     names: list[tuple[str, int]] = []
     groups: tuple[list[list[str]], list[list[str]]] = ([], [])
@@ -163,8 +164,8 @@ def _groups_text(shape: Shape, groups: list[list[str]]) -> str:
 
 
 def _conv(source: Shape, target: Shape) -> Readings:
-    """(O, I, *k) -> (*k, I, O); a transposed convolution (I, O, *k) -> (*k, I, O), flipped. One that has
-    transpose_kernel=True moves its axes as a plain convolution does."""
+    """(O, I, *k) -> (*k, I, O); a transposed convolution (I, O, *k) -> (*k, I, O), flipped. With transpose_kernel=True
+    the axes move as in a plain convolution."""
     spatial = SPATIAL.get(len(source) - 2)
     if spatial is None or len(source) != len(target):
         return {}
@@ -178,7 +179,7 @@ def _conv(source: Shape, target: Shape) -> Readings:
 
 
 def _fused(source: Shape, target: Shape) -> Readings:
-    """Rows that the other side keeps as (parts, heads, head_dim): they lie part by part, or head by head."""
+    """Rows that the other side stores as (parts, heads, head_dim): they lie part by part, or head by head."""
     parts, heads, dim = target[-3:]
     sizes = (("d", dim), ("h", heads), ("t", parts))
     left, right = ("", "") if len(source) == 1 else (" i", "i ")
@@ -189,7 +190,7 @@ def _fused(source: Shape, target: Shape) -> Readings:
 
 
 def _fused_first(target: Shape) -> Readings:
-    """Rows that the other side keeps as (parts, heads, head_dim) or (heads, parts, head_dim) before the inputs."""
+    """Rows that the other side stores as (parts, heads, head_dim) or (heads, parts, head_dim) before the inputs."""
     for order, (t, h, d) in (("t h d", (0, 1, 2)), ("h t d", (1, 0, 2))):
         if target[t] in (2, 3):
             sizes = (("d", target[d]), ("h", target[h]), ("t", target[t]))
@@ -201,7 +202,7 @@ def _fused_first(target: Shape) -> Readings:
 
 
 def _flat_conv(source: Shape, target: Shape) -> Readings:
-    """A convolution that the other side writes as a Linear over its flattened window."""
+    """A convolution that the other side stores as a Linear over its flattened window."""
     spatial = SPATIAL[len(source) - 2]
     if target == (math.prod(source[1:]), source[0]):
         sizes = tuple(sorted(zip(("i", *spatial.split()), source[1:], strict=True)))
@@ -220,7 +221,7 @@ _SPLIT_IN = {"h d o": (0, 1, 2), "o h d": (1, 2, 0), "h o d": (0, 2, 1)}
 
 
 def _heads(source: Shape, target: Shape, kind: Kind) -> Readings:
-    """A Linear (o, i) whose outputs or inputs the other side keeps as (heads, head_dim), in any order of its axes."""
+    """A Linear (o, i) whose outputs or inputs the other side stores as (heads, head_dim), in any order of its axes."""
     o, i = source
     out: Readings = {}
     for table, whole, other, left in ((_SPLIT_OUT, o, i, "(h d) i"), (_SPLIT_IN, i, o, "o (h d)")):
@@ -237,12 +238,12 @@ def _heads(source: Shape, target: Shape, kind: Kind) -> Readings:
 
 
 FUSED_ROWS = {"qkv": "fused rows of 3", "kv": "fused rows of 2"}
-"""concept -> the reading of a fused tensor as heads that hold all parts; no other name has it"""
+"""concept -> the reading of a fused tensor whose heads hold all parts; only these names have it"""
 
 
 def _fused_rows(heads: int, dim: int, order: str) -> Readings:
-    """Rows part by part that the other side keeps head by head, (heads, parts x head_dim). Rows that lie head by head
-    already are those of a plain split into heads."""
+    """Rows part by part that the other side stores head by head, (heads, parts x head_dim). Rows that lie head by head
+    already are a plain split into heads."""
     out: Readings = {}
     for label, parts in zip(FUSED_ROWS.values(), (3, 2), strict=True):
         if dim % parts == 0:

@@ -1,4 +1,4 @@
-"""What a scope leaves over: modules that only one instance of a family holds, and blocks of several kinds."""
+"""The leftovers of a scope: modules that only one instance of a family holds, and blocks of several kinds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graftax.match.sides import Column, Key, Module, Token
 
 
 def single_out(module: Module) -> Module | None:
-    """The module with the numbers of its one instance in its name; None where several instances hold it."""
+    """The module with the numbers of its only instance in its name; None if several instances hold it."""
     support = module.support
     if len(support) != 1 or any(column.stack for column in module.roles.values()):
         return None
@@ -26,8 +26,8 @@ def single_out(module: Module) -> Module | None:
 
 
 def by_kind(scope: Scope) -> list[Scope]:
-    """The scope cut into blocks that hold the same modules on both sides (those with a projection and those without):
-    one scope a kind, its modules cut to its instances. One scope where all blocks are of one kind."""
+    """The scope cut by kinds of blocks that hold the same modules on both sides (with a projection, without one): one
+    scope per kind, its modules cut to its instances. One scope if all blocks are of one kind."""
     kinds: defaultdict[tuple[frozenset[int], frozenset[int]], list[tuple[Key, Key]]] = defaultdict(list)
     left, right = _holders(scope.torch), _holders(scope.flax)
     for key, other in scope.keys:

@@ -1,4 +1,4 @@
-"""Both ends of a match, and what is known of them before names are read."""
+"""The inputs of a match: both ends, and what is known about them before names are read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from graftax.tree import Side, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Both sides' specs, their names' syntax, and the leaves that rules have settled in groups.
+    """Both sides' specs, the syntax of their names, and the leaves that rules have settled in groups.
 
-    anchors: torch leaf -> Flax leaf, one to one, from rules; named: those of which the rules say no more than that;
-    ruled: torch leaf -> the ops of its rule, torch -> Flax; styles: torch module -> how a rule says its parts lie;
-    traces: of live models; calls: the order of calls on the Flax side, where it is traced; heads: from config.json;
+    anchors: torch leaf -> Flax leaf, one to one, from rules; named: anchors of rules that state nothing else;
+    ruled: torch leaf -> the ops of its rule, torch -> Flax; styles: torch module -> how a rule lays out its parts;
+    traces: of live models; calls: the order of calls on the Flax side, if it is traced; heads: from config.json;
     aliases: first name -> all names of a tied tensor.
     """
 

@@ -1,5 +1,5 @@
-"""What no rule and no inference settled: known buffers, names that a module ties, missing keys, unexpected keys, and
-keys of one name whose shapes do not match. In this order: each step may settle what the next would ask about."""
+"""What neither rules nor inference settled: known buffers, names that a module ties, missing keys, unexpected keys, and
+keys of one name with a shape mismatch. The order matters: each step may settle what the next would ask about."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graftax.rules import escape_key, rule_line
 from graftax.tree import Checkpoint, Side, split_path, split_words
 
 COUNTER = "num_batches_tracked"
-"""A torch BatchNorm's count of batches: it changes nothing but the momentum=None average."""
+"""The batch counter of a torch BatchNorm. It affects only the average with momentum=None."""
 
 
 def settle_leftovers(
@@ -30,14 +30,15 @@ def settle_leftovers(
     missing: str,
     unused: str,
 ) -> Proposal:
-    """The proposal with an entry for every leaf that is settled without a source or a target of its own.
+    """The proposal with an entry for every leaf that is settled without a source or without a target.
 
-    ruled: leaf of like -> error, keep or zeros, where a rule names it; missing, unused: the policies for all others.
+    ruled: leaf of like -> error, keep or zeros, for leaves that a rule names; missing, unused: the policies for all
+    others.
     """
     proposal = _settle_buffers(proposal, source, like, sides[1], missing == "keep")
     proposal = _settle_tied_targets(proposal, like)
     proposal = _refuse_torn_ties(proposal, source, like)
-    proposal = _settle_missing(proposal, like, ruled, "error")  # a leaf that a rule calls missing waits for nothing
+    proposal = _settle_missing(proposal, like, ruled, "error")  # a leaf that a rule marks `missing` needs no answer
     proposal = unpaired(proposal, source, like, *sides)
     namesakes = _namesakes(proposal, source, like, sides)
     proposal = _ask_pairs(proposal, namesakes, source, like, sides)
@@ -47,9 +48,9 @@ def settle_leftovers(
 
 
 def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, like_side: Side, keep: bool) -> Proposal:
-    """Known buffers that like has too. One that the source holds under the same name (a wrapper's prefix aside), or of
-    that name and of the same bits in every place, comes from it and is not dropped; else a live torch module (or any
-    like, with `keep`) keeps its own, and a batch counter starts at zero."""
+    """Settle known buffers of like. A source buffer of the same name (apart from a wrapper's prefix), or of that name
+    with the same bits in every place, fills it and is not dropped. Else a live torch module (or any like, with `keep`)
+    keeps its own buffer, and a batch counter starts at zero."""
     entries = list(proposal.entries)
     filled = {name for entry in entries for name in entry.targets}
     wanted = _known(like, like_side, filled)
@@ -67,13 +68,13 @@ def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, li
         if not alone and alike and (twin := _one_value(alike, name, source, like, wanted, reads)):
             same, alone = [twin], True
         if alone and same[0] in dropped:
-            entries[dropped.pop(same[0])] = Entry((same[0],), (name,), (), ("a known buffer that both sides have",))
+            entries[dropped.pop(same[0])] = Entry((same[0],), (name,), (), ("both sides have this known buffer",))
         elif alike:
-            continue  # the source has buffers of this name: which one is asked
+            continue  # the source has several buffers of this name: a question asks which
         elif like_side == "torch" and like.has_values and (keep or like.storage.format == "live"):
-            entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"a known buffer: {why}",)))
+            entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"it is a known buffer: {why}",)))
         elif words[-1] == COUNTER:
-            entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, why),), ("a known buffer",)))
+            entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, why),), ("it is a known buffer",)))
         else:
             continue
         settled.add(name)
@@ -91,8 +92,8 @@ def _known(like: Checkpoint, side: Side, filled: Collection[str]) -> dict[str, s
 
 def _one_value(alike: list[str], name: str, source: Checkpoint, like: Checkpoint, wanted: Collection[str],
                reads: list[str]) -> str:  # fmt: skip
-    """The buffer for `name` where the source has as many of its name as like, all of one shape and of the same bits:
-    whichever of them it takes, in order, it is the right one. '' where they are not."""
+    """The source buffer for `name`, taken in order, if the source has as many buffers of its name as like and all have
+    one shape and the same bits. Else ''."""
     places = [other for other in wanted if _parts(other)[-1] == _parts(name)[-1]]
     specs = {source[t] for t in alike}
     if len(places) != len(alike) or len(specs) > 1 or {like[p].shape for p in places} != {s.shape for s in specs}:
@@ -103,7 +104,7 @@ def _one_value(alike: list[str], name: str, source: Checkpoint, like: Checkpoint
 
 
 def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
-    """Names that a live torch module ties to a leaf that is filled: they take its tensor too."""
+    """Fill the names that a live torch module ties to a filled leaf: they take its tensor too."""
     if not like.storage.aliases:
         return proposal
     entries = list(proposal.entries)
@@ -114,7 +115,7 @@ def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
         if name in filled or name not in like or i is None or len(entries[i].targets) > 1:
             continue
         names = [first, *(n for n, f in like.storage.aliases.items() if f == first and n not in filled and n in like)]
-        why = (*entries[i].evidence, "tied in the module")
+        why = (*entries[i].evidence, "the module ties these names")
         entries[i] = Entry(entries[i].sources, tuple(names), (*entries[i].ops, Copy(len(names))), why)
         filled.update(dict.fromkeys(names, i))
         settled.update(names[1:])
@@ -124,7 +125,7 @@ def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
 
 
 def _refuse_torn_ties(proposal: Proposal, source: Checkpoint, like: Checkpoint) -> Proposal:
-    """A failure for names that are one tensor in like and would get different values: the last that is loaded would
+    """A failure for names that are one tensor in like but would get different values: the last one loaded would
     overwrite the others."""
     if not like.storage.aliases or not source.has_values:
         return proposal
@@ -135,13 +136,17 @@ def _refuse_torn_ties(proposal: Proposal, source: Checkpoint, like: Checkpoint) 
         pair = [home[end] for end in (first, name) if end in home]
         if len(pair) < 2 or not all(entry.sources for entry in pair):
             continue
-        reads.append(f"{', '.join((*pair[0].sources, *pair[1].sources))}: equal, as {first} and {name} are one tensor?")
+        reads.append(
+            f"{', '.join((*pair[0].sources, *pair[1].sources))}: compared, because {first} and {name} are one tensor"
+        )
         try:
             one, other = (apply_chain(entry.ops, tuple(map(source.read, entry.sources)))[0] for entry in pair)
         except GraftaxError:
             continue  # Plan.build says why an entry does not fit
         if not same_bits(one, other):
-            text = f"is one tensor with {escape(first)} in {escape(like.label)}, and the source has different values"
+            text = (
+                f"is tied to {escape(first)} in {escape(like.label)}, but the source has different values for the two"
+            )
             ends = ", ".join((*pair[0].sources, *pair[1].sources))
             failures.append(
                 Failure(text, source.label, name, next=f"Drop one of {escape(ends)}, or untie them in like.")
@@ -152,7 +157,8 @@ def _refuse_torn_ties(proposal: Proposal, source: Checkpoint, like: Checkpoint) 
 def _namesakes(
     proposal: Proposal, source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]
 ) -> tuple[tuple[str, str], ...]:
-    """(source, target) of open keys that are called alike on both sides, and of which each side has one."""
+    """(source, target) of open keys that have the same name on both sides, if each side has only one key of that
+    name."""
     known = _spoken_for(proposal)
     ends: list[dict[tuple[object, ...], list[str]]] = []
     for end, side in zip((source, like), sides, strict=True):
@@ -171,12 +177,12 @@ def _ask_pairs(
     like: Checkpoint,
     sides: tuple[Side, Side],
 ) -> Proposal:
-    """Open keys of one name whose shapes agree too are a question about their pair, which no policy closes."""
+    """Ask about open keys of one name and one shape as a pair. No policy closes such a question."""
     words = sides if sides[0] != sides[1] else ("source", "target")
     asked: list[Question] = []
     for a, b in pairs:
         if joins(a, source[a], b, like[b], words):
-            text = f"{a} {source[a]} -> {b} {like[b]}: names and shapes agree, the rest of their modules does not"
+            text = f"{a} {source[a]} -> {b} {like[b]}: names and shapes agree, but the rest of their modules does not"
             rule = rule_line(**dict(zip(words, map(escape_key, (a, b)), strict=True)))
             asked.append(Question("match", text, (b,), (a,), (Candidate(rule, (a,), "by name"),)))
     return _asking(proposal, asked)
@@ -185,7 +191,7 @@ def _ask_pairs(
 def _tell_misshapen(
     proposal: Proposal, pairs: Iterable[tuple[str, str]], source: Checkpoint, like: Checkpoint
 ) -> Proposal:
-    """A key that is still open names the one of its name on the other side, and both shapes."""
+    """Add to the question of an open key the key of the same name on the other side, and both shapes."""
     settled = _spoken_for(proposal)
     found: list[Question] = []
     for a, b in pairs:
@@ -203,13 +209,13 @@ def _tell_misshapen(
 
 
 def _spoken_for(proposal: Proposal) -> set[str]:
-    """Keys of both sides that an entry or a failure has, or that wait for an answer."""
+    """Keys of both sides that an entry or a failure holds, or that an open question mentions."""
     known = {n for e in (*proposal.entries, *proposal.broken) for n in (*e.sources, *e.targets)}
     return known | {n for q in proposal.questions if _waits(q) for n in (*q.sources, *q.targets)}
 
 
 def _asking(proposal: Proposal, questions: Collection[Question]) -> Proposal:
-    """The proposal with these questions, in place of those that ask about nothing else."""
+    """The proposal with these questions added. Questions that ask about nothing else are removed."""
     if not questions:
         return proposal
     told = {name for question in questions for name in (*question.targets, *question.sources)}
@@ -218,7 +224,7 @@ def _asking(proposal: Proposal, questions: Collection[Question]) -> Proposal:
 
 
 def _words(path: str, side: Side) -> tuple[object, ...]:
-    """What a path says on either side: the words of its module, and the role of its leaf."""
+    """What a path of either side says: the words of its module, and the role of its leaf."""
     *module, last = split_path(path, side)
     if side == "flax" and len(module) > 1 and module[0] in ("params", "batch_stats"):
         module = module[1:]
@@ -227,8 +233,8 @@ def _words(path: str, side: Side) -> tuple[object, ...]:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """The words and numbers of a path of either side, and its last part, collections aside: `blocks_0/attn/index` and
-    `blocks.0.attn.index` are alike."""
+    """The words and numbers of a path of either side, and its last part, without collections: `blocks_0/attn/index`
+    equals `blocks.0.attn.index`."""
     *above, last = path.replace("/", ".").split(".")
     if above and above[0] in COLLECTIONS:
         above = above[1:]
@@ -236,14 +242,14 @@ def _parts(path: str) -> tuple[str, ...]:
 
 
 def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """One is the other with a prefix before it."""
+    """True if one is the other with a prefix before it."""
     shorter = min(len(a), len(b))
     return a[-shorter:] == b[-shorter:]
 
 
 def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Proposal:
-    """Unexpected keys: dropped where the user said so, else questions. Tensors that are candidates of an open question
-    are not dropped."""
+    """Unexpected keys are dropped if the user said so; else they are questions. Tensors that are candidates of an open
+    question are not dropped."""
     if policy != "drop":
         return proposal
     used = {name for entry in proposal.entries for name in entry.sources}
@@ -262,7 +268,7 @@ def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Propo
 
 
 def _still_open(questions: Iterable[Question], settled: Collection[str]) -> tuple[Question, ...]:
-    """The questions without the targets that are settled; one that asked for nothing else is gone."""
+    """The questions without the settled targets. A question whose targets are all settled is removed."""
     return tuple(
         replace(question, targets=left)
         for question in questions
@@ -271,13 +277,13 @@ def _still_open(questions: Iterable[Question], settled: Collection[str]) -> tupl
 
 
 def _waits(question: Question) -> bool:
-    """Is this an open question about a pairing, which no policy for missing or unused leaves may close?"""
+    """True for an open question about a pairing, which no policy for missing or unused leaves may close."""
     return bool(question.candidates) or question.kind not in ("missing", "unused")
 
 
 def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, str], policy: str) -> Proposal:
-    """Missing keys: by the rule that names them, else by the policy. A leaf with candidates stays a question: it is
-    open, not missing."""
+    """Missing keys are settled by the rule that names them, else by the policy. A leaf with candidates stays a
+    question: it is open, not missing."""
     if policy == "error" and not ruled:
         return proposal
     filled = {name for entry in proposal.entries for name in entry.targets}

@@ -10,13 +10,13 @@ from graftax.match import words
 
 Tokens = Sequence[object]
 UNKNOWN = 0.3
-"""Weight of a letter or two that no table knows: sharing it says little, lacking it as much as any word."""
+"""The weight of one or two letters that no table knows. To share it says little; to lack it counts like any word."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """The tables in the form that looking up needs. `Lexicon.empty()` knows no synonym: every word means itself, and
-    only the words for kinds of layers are known to say little."""
+    """The tables in the form that lookups need. `Lexicon.empty()` knows no synonyms: every word means itself, and only
+    the words for kinds of layers count as saying little."""
 
     synonyms: dict[str, tuple[str, ...]]
     phrases: dict[tuple[str, ...], tuple[str, ...]]
@@ -61,7 +61,7 @@ class Lexicon:
 
 
 def _words_of(concepts: Iterable[str]) -> frozenset[str]:
-    """The words for these concepts, as they are written."""
+    """The written words for these concepts."""
     wanted = frozenset(concepts)
     rows = (group for concept, group in words.SYNONYMS.items() if concept and wanted.issuperset(concept.split()))
     return wanted | {word for group in rows for word in group.split()}
@@ -131,7 +131,7 @@ class Name:
 
 
 def name_of(tokens: Tokens, own: int, lex: Lexicon) -> Name:
-    """The name of the path `tokens`, of which from `own` on it is the module's alone."""
+    """The name of the path `tokens`; from the token `own` on, the path belongs to this module alone."""
     found = list(concepts(tokens, lex))
     have = set(found)
     for concept in found:
@@ -145,7 +145,7 @@ _QUALIFIED = frozenset(("q", "k", "v", "qkv", "kv", "o", "up", "gate", "down", "
 
 
 def _resolve(have: set[str], lex: Lexicon) -> None:
-    """`in`, `out` and `proj` say which projection only beside attn or mlp, and if no other word does."""
+    """`in`, `out` and `proj` name a projection only beside attn or mlp, and only if no other word does."""
     if lex.synonyms and {"mlp", "in"} <= have and not have & {"up", "gate", "norm", "down"}:
         have.add("up")
     if not lex.synonyms or have & _QUALIFIED or not have & {"out", "proj"}:
@@ -157,18 +157,18 @@ def _resolve(have: set[str], lex: Lexicon) -> None:
 
 
 def contradicts(a: frozenset[str], b: frozenset[str], lex: Lexicon) -> str:
-    """The concepts by which two names exclude each other, as text; empty where they do not."""
+    """The concepts by which two names exclude each other, as text; empty if they do not."""
     for group in lex.exclusive:
         mine = a & group
         if mine:
             theirs = b & group
             if theirs and mine.isdisjoint(theirs):
-                return f"{'/'.join(sorted(mine))} against {'/'.join(sorted(theirs))}"
+                return f"one name says {'/'.join(sorted(mine))} and the other {'/'.join(sorted(theirs))}"
     return ""
 
 
 def strip_common(names: Sequence[frozenset[str]]) -> frozenset[str]:
-    """The concepts that nearly all of the names hold: a root prefix, which tells them apart in nothing."""
+    """The concepts that nearly all of the names have: a root prefix, which does not tell them apart."""
     if len(names) < 4:
         return frozenset()
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Which digits of a path are a number, and which are a word."""
+"""Decide which digits of a path are a number, and which are part of a word."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 NUMBER = re.compile(r"(?<!\d)\d{1,18}(?![A-Za-z\d])", re.ASCII)
-"""A number of a path. Digits before a letter are a part of a word, and a run too long to count anything is one."""
+"""A number of a path. Digits before a letter are part of a word, and so is a run that is too long for a count."""
 CUT = re.compile(rf"({NUMBER.pattern})", re.ASCII)
 
 _PADDED = re.compile(r"(?<!\d)0\d", re.ASCII)
 
 
 def twice_numbered(paths: Iterable[str]) -> set[str]:
-    """Paths with a zero before a number (`l.01`) where the number stands beside it without (`l.1`), too: there it is a
-    word, for two modules cannot bear one number."""
+    """Paths with a zero before a number (`l.01`), if the same path without the zero (`l.1`) exists: then the digits are
+    a word, because two modules cannot have one number."""
     paths = list(paths)
     if not _PADDED.search("\n".join(paths)):
         return set()

@@ -1,4 +1,4 @@
-"""Order as evidence: numbered siblings, and norms along the residual stream. Only complete, agreeing orders count."""
+"""Order as evidence: numbered siblings, and norms along the residual stream. Only complete orders that agree count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftax.match.sides import Module, Token
 
 
 def components(pairs: list[Pair]) -> list[tuple[list[Module], list[Module], dict[tuple[int, int], Pair]]]:
-    """Open pairs cut into connected groups: (torch modules, Flax modules, pairs by both ids)."""
+    """Open pairs in connected groups: (torch modules, Flax modules, pairs by both ids)."""
     by_t: defaultdict[int, list[Pair]] = defaultdict(list)
     by_f: defaultdict[int, list[Pair]] = defaultdict(list)
     for pair in pairs:
@@ -42,8 +42,8 @@ def components(pairs: list[Pair]) -> list[tuple[list[Module], list[Module], dict
 
 
 def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Scope, trusted: bool) -> list[Pair]:
-    """Open pairs that a complete order on both sides settles. `every`: all pairs that fit, `taken` those already taken,
-    which must not contradict the order; `trusted`: nothing in this scope shows numbers out of order."""
+    """Open pairs that a complete order on both sides settles. `every`: all pairs that fit; `taken`: pairs already
+    taken, which must not contradict the order; `trusted`: nothing in this scope shows numbers out of order."""
     waiting = {id(pair) for pair in open_}
     known = {id(pair.torch): pair.flax for pair in taken}
     for pairs in (open_, every):
@@ -74,24 +74,24 @@ def _orders(
     out: list[tuple[list[Module], list[Module], str]] = []
     numbers_t, numbers_f = _numbered(torch, scope.lex), _numbered(flax, scope.lex)
     if numbers_t is not None and numbers_f is not None and trusted and _one_thing(numbers_t[0], numbers_f[0], scope):
-        out.append((numbers_t, numbers_f, "order of the numbers"))
+        out.append((numbers_t, numbers_f, BY_NUMBER))
     stream_t, stream_f = _stream(torch, scope, True), _stream(flax, scope, False)
     if stream_t is not None and stream_f is not None:
-        out.append((stream_t, stream_f, "order along the block"))
+        out.append((stream_t, stream_f, ALONG_BLOCK))
     elif stream_t is not None and numbers_f is not None and trusted:
-        out.append((stream_t, numbers_f, "order along the block"))
+        out.append((stream_t, numbers_f, ALONG_BLOCK))
     elif stream_f is not None and numbers_t is not None and trusted:
-        out.append((numbers_t, stream_f, "order along the block"))
+        out.append((numbers_t, stream_f, ALONG_BLOCK))
     return out
 
 
 def template(tokens: tuple[Token, ...]) -> tuple[object, ...]:
-    """The path with its numbers taken out."""
+    """The path without its numbers."""
     return tuple(0 if isinstance(token, int) else token for token in tokens)
 
 
 def _numbered(modules: list[Module], lex: Lexicon) -> list[Module] | None:
-    """The modules by their numbers, if they differ in nothing else."""
+    """The modules in the order of their numbers, if they differ in nothing else."""
     if len({_meant(module.tokens, lex) for module in modules}) != 1:
         return None
     numbers = [tuple(token for token in module.tokens if isinstance(token, int)) for module in modules]
@@ -101,7 +101,7 @@ def _numbered(modules: list[Module], lex: Lexicon) -> list[Module] | None:
 
 
 def _meant(tokens: tuple[Token, ...], lex: Lexicon) -> tuple[object, ...]:
-    """The path with its numbers taken out and the word before the last number by its meaning."""
+    """The path without its numbers, with the word before the last number replaced by its meaning."""
     at = max((i for i, token in enumerate(tokens) if isinstance(token, int)), default=None)
     if at is None:
         return tokens
@@ -110,7 +110,7 @@ def _meant(tokens: tuple[Token, ...], lex: Lexicon) -> tuple[object, ...]:
 
 
 def _one_thing(torch: Module, flax: Module, scope: Scope) -> bool:
-    """The names share a word, or neither says anything but the kind of layer."""
+    """True if the names share a word, or neither says anything but the kind of layer."""
     a, b = scope.name(torch, True).concepts - scope.common, scope.name(flax, False).concepts - scope.common
     if a & b:
         return True
@@ -123,12 +123,13 @@ _STAGES: tuple[tuple[str, float], ...] = (
     ("pre~mlp", 2.6), ("post~mlp", 3.4), ("attn", 1.2), ("mlp", 3.0),
     ("in", 0.5), ("pre", 0.6), ("final", 4.0), ("post", 3.6), ("out", 3.8),
 )  # fmt: skip
-"""Where along a block a norm stands, by the first of these concepts in its name."""
+"""A norm's place along a block, by the first of these concepts in its name."""
 _PAIR = (("up", 0.0), ("down", 1.0))
 
 
 def _stream(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | None:
-    """Norms along the residual stream, or the two Linears of a feed-forward part, if every one says its place."""
+    """Norms along the residual stream, or the two Linears of a feed-forward part, in order, if every name says its
+    place."""
     names = [scope.name(module, torch).concepts for module in modules]
     if not scope.lex.synonyms:
         return None
@@ -152,7 +153,8 @@ def _stream(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | 
 
 
 def _beside_ordinal(modules: list[Module], places: list[float]) -> list[Module] | None:
-    """Of two norms one says that it comes first or last, and the other bears only a number: that is the other end."""
+    """The order of two norms if one says that it comes first or last, and the other has only a number: it is the other
+    end."""
     said = next((i for i, place in enumerate(places) if place >= 0), None)
     if said is None:
         return None
@@ -168,8 +170,8 @@ def _beside_ordinal(modules: list[Module], places: list[float]) -> list[Module] 
 
 
 def out_of_order(pairs: list[Pair]) -> bool:
-    """Pairs that shapes alone force run against the order of their numbers: a visible trace that numbers do not count
-    the same thing on both sides."""
+    """True if pairs that only shapes force run against the order of their numbers: then the numbers do not count the
+    same thing on both sides."""
     rows: defaultdict[int, int] = defaultdict(int)
     cols: defaultdict[int, int] = defaultdict(int)
     pairs = [pair for pair in pairs if not pair.remote]
@@ -193,15 +195,17 @@ def _ints(module: Module) -> tuple[int, ...]:
     return tuple(token for token in module.tokens if isinstance(token, int))
 
 
-RULED = "beside a leaf that the rules settle"
-"""Why a pair is taken that rules name."""
+BY_NUMBER = "the numbers are in the same order"
+ALONG_BLOCK = "they have the same order along the block"
+RULED = "the rules settle another leaf of this module"
+"""Evidence of pairs: by the order of their numbers, by their order along a block, and by rules."""
 _COUNTED = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
 
 
 def call_order(pair: Pair, scope: Scope) -> bool:
-    """The pair rests on a number that counts calls: one side is auto-named (`Dense_0`) and the other is not, another
-    module that is counted with it has its shapes, and it was not words that decided."""
-    by_number = pair.why != RULED and (pair.why.startswith(("order", "beside")) or " of " in pair.why)
+    """True if the pair relies on a number that counts calls: only one side has automatic names (`Dense_0`), another
+    module in the same count has the same shapes, and words did not decide."""
+    by_number = pair.why.startswith((BY_NUMBER, ALONG_BLOCK)) or (pair.why != RULED and " of " in pair.why)
     counted = _counted(pair.torch), _counted(pair.flax)
     if not by_number or counted[0] == counted[1]:
         return False
@@ -211,14 +215,14 @@ def call_order(pair: Pair, scope: Scope) -> bool:
 
 
 def counted_blocks(scope: Scope) -> bool:
-    """The blocks of the scope go by a number that counts calls on one side alone (`Block_0`, layers.0)."""
+    """True if a number identifies the blocks of the scope and counts calls on only one side (`Block_0`, layers.0)."""
     if scope.root or len(scope.keys) < 2 or not scope.torch or not scope.flax:
         return False
     return _numbered_by_calls(scope.torch[0]) != _numbered_by_calls(scope.flax[0])
 
 
 def _numbered_by_calls(module: Module) -> bool:
-    """What tells the instances of a block apart is an automatic name."""
+    """True if automatic names tell the instances of a block apart."""
     paths = [found[0] for found in next(iter(module.roles.values())).paths.values()][:2]
     parts = [re.split(r"[./]", path) for path in paths]
     return len(paths) > 1 and any(a != b and bool(_COUNTED.fullmatch(a)) for a, b in zip(*parts, strict=False))
@@ -242,5 +246,5 @@ def path_of(module: Module) -> str:
 
 
 def _shapes(module: Module) -> set[tuple[str, tuple[int, ...]]]:
-    """Every role with its shapes, transposed ones alike."""
+    """Every role with its shapes; transposed shapes are equal."""
     return {(role, tuple(sorted(shape))) for role, c in module.roles.items() for shape in c.shapes.values()}

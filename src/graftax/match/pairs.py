@@ -1,4 +1,4 @@
-"""What a match is made of: scopes, pairs of modules, links of leaves."""
+"""The parts of a match: scopes, pairs of modules, links of leaves."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Link:
 
 @dataclass(slots=True, eq=False)
 class Pair:
-    """A torch module and a Flax module that fit. `score`: how alike the names are, 0..1; `blocked`: why it may not be
-    taken although it fits; `whole`: same roles, same instances; `counts`: numbers that count one thing differ;
-    `astray`: norms whose names say two places, so that no order makes them one."""
+    """A torch module and a Flax module that fit. `score`: how alike the names are, 0..1; `blocked`: why the pair may
+    not be taken although it fits; `whole`: both have the same roles and instances; `counts`: numbers that count one
+    thing differ; `astray`: the names of two norms say two places, so that no order pairs them."""
 
     torch: Module
     flax: Module
@@ -57,7 +57,7 @@ class Pair:
 
 @dataclass(slots=True, eq=False)
 class Scope:
-    """What is matched together: the modules of two paired families and which instance goes with which."""
+    """What is matched together: the modules of two paired families, and which instance goes with which."""
 
     torch: list[Module]
     flax: list[Module]
@@ -74,11 +74,13 @@ class Scope:
     crowd: Mapping[str, int] = field(default_factory=dict[str, int])  # paths, numbers left out -> how many there are
     common: frozenset[str] = frozenset()
     around: frozenset[str] = frozenset()  # words for the part of the model around a module
-    own: dict[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])  # what a name says of it alone,
-    beside: dict[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])  # and of where it stands
+    own: dict[int, frozenset[str]] = field(
+        default_factory=dict[int, frozenset[str]]
+    )  # what a name says about the module alone,
+    beside: dict[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])  # and about its place
     twins: frozenset[int] = frozenset()  # modules in one of several places that hold the same names
-    norms: frozenset[str] = frozenset()  # words that all norms of a side bear
-    places: tuple[frozenset[str], ...] = (frozenset(), frozenset())  # those of either side
+    norms: frozenset[str] = frozenset()  # words that all norms of a side have
+    places: tuple[frozenset[str], ...] = (frozenset(), frozenset())  # the words for places of each side
     counted: tuple[frozenset[tuple[Token, ...]], ...] = (frozenset(), frozenset())  # where numbers tell modules apart
 
     def name(self, module: Module, torch: bool) -> Name:

@@ -1,5 +1,8 @@
-"""Rules for a part of a column: for one instance of a block, say. The other instances stay matched as they were without
-the rule; where the rule says something else than inference, the rest of the column is asked, the rule's form first."""
+"""Rules for a part of a column, such as one instance of a block.
+
+The other instances stay matched as without the rule. If the rule contradicts inference, the rest of the column is asked
+about, and the form of the rule is the first candidate.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from graftax.match.sides import Column, Key, Module
 from graftax.ops import Op, apply_chain
 from graftax.plans import Entry
 
-_SAID = 2.0  # what a rule for another instance adds to a pair's score: it is offered first
-_ELEMENTS = 1 << 24  # elements beyond which two readings are not compared
+_SAID = 2.0  # what a rule for another instance adds to a pair's score, so that it is offered first
+_ELEMENTS = 1 << 24  # the readings of larger tensors are not compared
 
 Chains = Mapping[str, tuple[Op, ...]]
 
 
 def ruled_chains(entries: Iterable[Entry], anchors: Mapping[str, str], turned: bool) -> Chains:
-    """torch leaf -> the rule's ops torch -> Flax, for rules of one leaf on each side. `turned`: they run Flax -> torch,
-    and are not looked at."""
+    """torch leaf -> the ops of its rule, torch -> Flax, for rules of one leaf on each side. `turned`: the entries run
+    Flax -> torch, and nothing is returned."""
     if turned:
         return {}
     alone = (entry for entry in entries if len(entry.sources) == len(entry.targets) == 1)
@@ -31,7 +34,7 @@ def ruled_chains(entries: Iterable[Entry], anchors: Mapping[str, str], turned: b
 
 
 def anchored(column: Column, flax: Mapping[str, Module], anchors: Mapping[str, str]) -> str | None:
-    """A leaf of the column that rules settle, if they settle the whole column on one side or the other."""
+    """A leaf of the column that rules settle, if they settle the whole column of one of the sides."""
     path = next((p for paths in column.paths.values() for p in paths if p in anchors), None)
     if path is None or all(p in anchors for paths in column.paths.values() for p in paths):
         return path
@@ -48,8 +51,8 @@ def _holds(column: Column, path: str) -> bool:
 
 def reopened(taken: list[Pair], board: Board, pairs: list[Pair], keys: Mapping[Key, Key],
              anchors: Mapping[str, str], forced: list[Pair]) -> tuple[list[Pair], Board]:  # fmt: skip
-    """What was taken and is open, without the pairs that a rule contradicts for some instance: they are open again, and
-    the pair that the rule means is likelier."""
+    """The taken and the open pairs without those that a rule contradicts for some instance: these are open again, and
+    the pair that the rule states scores higher."""
     back = {path: other for other, path in anchors.items()}
     free = [pair for pair in taken if not any(pair is other for other in forced)]
     against = [pair for pair in free if any(_against(link, keys, anchors, back) for link in pair.links)]
@@ -84,7 +87,7 @@ def _with(link: Link, keys: Mapping[Key, Key], anchors: Mapping[str, str]) -> bo
 
 
 def as_ruled(link: Link, choice: Choice, chains: Chains) -> Choice:
-    """The choice for a column, open where a rule for one of its instances reads that instance in another way."""
+    """The choice for a column. It is open if a rule for one of its instances reads that instance in another way."""
     if choice.label is None and choice.kind != "layout":
         return choice
     for key, paths in link.torch.paths.items():
@@ -101,7 +104,7 @@ def as_ruled(link: Link, choice: Choice, chains: Chains) -> Choice:
 
 
 def _same(link: Link, label: object, shape: tuple[int, ...], ops: tuple[Op, ...]) -> bool:
-    """The label's ops and these move every element of such a tensor to the same place."""
+    """True if the ops of the label and these ops move every element of such a tensor to the same place."""
     import numpy as np
 
     if math.prod(shape) > _ELEMENTS:
@@ -118,8 +121,8 @@ def _same(link: Link, label: object, shape: tuple[int, ...], ops: tuple[Op, ...]
 
 
 def consistent(entries: Iterable[Entry], settled: Iterable[Entry], named: Iterable[Entry] = ()) -> list[Entry]:
-    """The entries that touch no leaf of the settled ones. `named`: entries of which rules say no more than what belongs
-    together; an entry for the same leaves (tied names may join them) stands."""
+    """The entries that touch no leaf of the settled entries. `named`: entries of rules that state only what belongs
+    together; an entry for the same leaves (tied names may join them) is kept."""
     pairings = {entry.targets: set(entry.sources) for entry in named}
     sources: set[str] = set()
     targets: set[str] = set()

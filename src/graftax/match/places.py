@@ -1,7 +1,7 @@
-"""Words that a module has to itself, and words that it shares with the modules around it.
+"""Words that belong to one module, and words that it shares with the modules around it.
 
-In `user.fc` beside `user.norm`, `user` says where both stand and `fc` which one it is: that two names share `user`
-speaks for no pair of modules inside.
+In `user.fc` beside `user.norm`, `user` says where both stand and `fc` says which module it is. If two names share only
+`user`, that is no evidence for any pair of modules inside.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def mark_own(families: Iterable[Family]) -> None:
-    """Set where each module's own part of its path begins: where nothing else of its side lies beneath."""
+    """Set where each module's own part of its path begins: from there on, no other module of its side lies below."""
     modules = [module for family in families for module in family.modules]
     beneath: defaultdict[tuple[Token, ...], set[tuple[Token, ...]]] = defaultdict(set)
     for module in modules:
@@ -37,8 +37,8 @@ def mark_own(families: Iterable[Family]) -> None:
 def own_words(
     modules: Sequence[Module], names: Mapping[int, Name], lex: Lexicon
 ) -> tuple[dict[int, frozenset[str]], dict[int, frozenset[str]]]:
-    """(the concepts of each module, by id, that its path says of it alone; those that it shares with the modules around
-    it, but for the names of repeated blocks)."""
+    """(the concepts that the path of each module, by id, says about it alone; those that it shares with the modules
+    around it, without the names of repeated blocks)"""
     own: dict[int, frozenset[str]] = {}
     around: dict[int, frozenset[str]] = {}
     places: dict[tuple[Token, ...], tuple[frozenset[str], frozenset[str]]] = {}
@@ -56,14 +56,14 @@ def own_words(
 
 
 def counted_places(modules: Iterable[Module], lex: Lexicon) -> frozenset[tuple[Token, ...]]:
-    """Paths beneath which modules are told apart by numbers."""
+    """Paths below which numbers tell modules apart."""
     found: defaultdict[tuple[Token, ...], int] = defaultdict(int)
     for module in modules:
         path = module.tokens[module.own :]
         if path and isinstance(path[-1], int) and lex.little.issuperset(concepts(path, lex)):
             at = module.own
             while at and module.tokens[at - 1] in lex.words_of_kinds:
-                at -= 1  # `lin.0` and `lin.1` stand where `lin_0` and `lin_1` would
+                at -= 1  # `lin.0` and `lin.1` count as `lin_0` and `lin_1` would
             found[module.tokens[:at]] += 1
     return frozenset(head for head, count in found.items() if count)
 
@@ -72,7 +72,8 @@ _BLOCKS = frozenset(("layer", "stage", "list"))
 
 
 def _said(parts: Iterable[tuple[Token, ...]], lex: Lexicon, without: frozenset[str]) -> frozenset[str]:
-    """The concepts of these parts of a path, and what they imply; parts that hold a word of `without` left out."""
+    """The concepts of these parts of a path, and the concepts that they imply. Parts that hold a word of `without` are
+    left out."""
     out: set[str] = set()
     for part in parts:
         words = concepts(part, lex)

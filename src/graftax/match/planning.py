@@ -1,6 +1,6 @@
-"""Make a plan: the user's rules, then inference, then the policies for what is left, then dtypes.
+"""Make a plan: first the user's rules, then inference, then the policies for what is left, then dtypes.
 
-Producers propose entries; this module settles the sides, the leftovers and the dtypes, and proves that everything fits.
+Producers propose entries. This module settles the sides, the leftovers and the dtypes, and proves that everything fits.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from graftax.tree.sides import OTHER, Signs
 
 
 def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> Plan:
-    """The plan for `source` -> `like`; questions and misfits are on it, not raised.
+    """The plan for `source` -> `like`. It holds its questions and misfits; they are not raised.
 
-    like=None: the rules alone say what comes out. Raises UsageError, RulesError, PlanError (sides, quantized source).
+    like=None: the rules alone state what comes out. Raises UsageError, RulesError, PlanError (sides, quantized source).
     """
     options.check()
     refuse_quantized(source)
     refuse_placeholders(source.specs, escape(source.label))
     rules = load_rules(options.rules)
-    with nothing_collected():  # a hundred thousand entries: a quarter of the time
+    with nothing_collected():  # with a hundred thousand entries, garbage collection would take a quarter of the time
         return _make_plan(source, like, options, rules)
 
 
@@ -70,9 +70,9 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions
 
 
 def _sides(source: Checkpoint, like: Checkpoint | None, options: PlanOptions, ruled: bool) -> tuple[Side, Side]:
-    """The side of both ends: what is stated, declared, or told by all names. UsageError where nothing tells one, or
-    what is stated is not what is declared. A source whose names show nothing is the other side of a stated `to`, which
-    `_by_names` says, and of what rules alone describe."""
+    """The sides of both ends: as stated, as declared, or as all names show. UsageError if nothing shows a side, or if
+    the stated side is not the declared one. If the names of a source show nothing, its side is the opposite of a stated
+    `to` (`_by_names` records that), or of what the rules alone describe."""
     found: list[Side | None] = []
     said: tuple[tuple[Checkpoint | None, Side | None, str], ...]
     said = (source, options.source_side, "source_side"), (like, options.to, "to")
@@ -96,12 +96,12 @@ def _sides(source: Checkpoint, like: Checkpoint | None, options: PlanOptions, ru
 
 
 def _silent(source: Checkpoint, options: PlanOptions) -> bool:
-    """Does nothing in the source speak for a side, so that a stated `to` is all there is?"""
+    """True if nothing in the source shows its side, so that only a stated `to` decides."""
     return options.to is not None and source.side_by == "names" and Signs.of(source).silent
 
 
 def _undecided(end: Checkpoint, name: str) -> UsageError:
-    """Nothing tells the side of an end: what was found, and the option `name` that says it."""
+    """The error for an end whose side nothing shows: what was found, and the option `name` that states the side."""
     names = ", ".join(escape(name) for name in list(end)[:4]) + (", ..." if len(end) > 4 else "")
     signs = Signs.of(end).text
     if end.side_by == "metadata":
@@ -110,23 +110,22 @@ def _undecided(end: Checkpoint, name: str) -> UsageError:
         whose = "are the other side's" if declared else "may be torch's"
         what = f"contradicts itself: {says}, its names {whose}: {names} ({signs})"
     else:
-        what = f"declares no side, and its names do not tell torch from Flax: {names} ({signs})"
+        what = f"declares no side, and its names do not show whether it is torch or Flax: {names} ({signs})"
     ways = f"{option(name, 'torch')} or {option(name, 'flax')}"
     return UsageError(f"{escape(end.label)} {what}", next=f"Say what it is: {ways}.")
 
 
 def _by_names(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> list[Assumption]:
-    """The ends whose side names alone decided, and a source that is the other side of `to`."""
+    """An assumption for each end whose side only its names decided, and for a source whose side is the opposite of
+    `to`."""
     out: list[Assumption] = []
     if source.side is None and options.source_side is None and options.to is not None and _silent(source, options):
         other, named = OTHER[options.to], option("to", options.to)
-        text = (
-            f"side: {escape(source.label)} declares none and its names show none: with {named} it is taken for {other}"
-        )
+        text = f"side: {escape(source.label)} shows no side; with {named} the plan assumes that it is {other}"
         out.append(Assumption(text, f"{option('source_side', other)} says so"))
     for end, name in ((source, "source_side"), (like, "to")):
         if end is not None and end.side is not None and end.side_by == "names":
-            text = f"side: {escape(end.label)} declares none and is taken for {end.side} by its {Signs.of(end).text}"
+            text = f"side: {escape(end.label)} declares none, but its names show {end.side}: {Signs.of(end).text}"
             out.append(Assumption(text, f"{option(name, end.side)} says so"))
     return out
 
@@ -144,9 +143,9 @@ def _like_of_rules(source: Checkpoint, ruled: RuleOutcome, side: Side) -> Checkp
 def _settle_dtypes(
     proposal: Proposal, source: Checkpoint, like: Checkpoint, options: PlanOptions
 ) -> tuple[Proposal, Mapping[str, TensorSpec]]:
-    """Casts behind the ops where the user asked for them, and like's specs with the dtypes that will come out.
+    """Casts after the ops, as the user asked, and like's specs with the dtypes that come out.
 
-    Without a policy a floating dtype that differs is a misfit that shows both ways out.
+    Without a policy, a floating dtype that differs from like's is a misfit, and the failure shows both options.
     """
     policies = _policies(list(like), options.dtype, like.side or options.to or "flax")
     specs = dict(like.specs)
@@ -177,7 +176,7 @@ def _settle_dtypes(
         if casts and len(set(casts)) == 1 and len(casts) == len(entry.targets):
             entry = with_ops(entry, casts[0])
         elif casts:
-            text = "its targets want different dtypes: " + ", ".join(specs[n].dtype for n in entry.targets)
+            text = "its targets have different dtypes: " + ", ".join(specs[n].dtype for n in entry.targets)
             failures.append(Failure(text, like.label, ", ".join(entry.targets), next="Give them one dtype."))
         entries.append(entry)
     return replace(proposal, entries=tuple(entries), failures=proposal.failures + tuple(failures)), specs
@@ -211,7 +210,7 @@ def _wanted(policy: str | None, have: str, spec: TensorSpec) -> str:
 
 
 def _with_wanted_fill(entry: Entry, specs: dict[str, TensorSpec], policies: Mapping[str, str | None]) -> Entry:
-    """A filled leaf comes in the dtype that a policy names, else in like's."""
+    """A filled leaf gets the dtype that a policy names, else like's."""
     if not entry.targets or not isinstance(entry.ops[0], Fill):
         return entry
     (name,), fill = entry.targets, entry.ops[0]
@@ -223,7 +222,7 @@ def _with_wanted_fill(entry: Entry, specs: dict[str, TensorSpec], policies: Mapp
 
 
 def _dtypes_out(entry: Entry, source: Checkpoint) -> list[str]:
-    """The dtype each target comes in; the first source's where the ops do not fit (Plan.build says why)."""
+    """The dtype of each target; that of the first source if the ops do not fit (Plan.build says why)."""
     given = [source.specs[name] for name in entry.sources if name in source.specs]
     first = given[0].dtype if given else "float32"
     if len(given) < 2 or len({spec.dtype for spec in given}) == 1:
@@ -251,7 +250,7 @@ def _dtype_failure(entry: Entry, name: str, have: str, want: str, policy: str | 
 
 
 def _conditions(entries: Iterable[Entry], source: Checkpoint) -> tuple[Failure, ...]:
-    """Failures of the ops that hold only for some values, found now rather than while data moves."""
+    """Failures of ops that are valid only for some values. They are found while planning, before data moves."""
     if not source.has_values:
         return ()
     out: list[Failure] = []

@@ -1,7 +1,7 @@
-"""What a quantized checkpoint looks like: codes of few bits, and the scales beside them that give them their meaning.
+"""Recognise a quantized checkpoint: codes of few bits, and the scales that give the codes their meaning.
 
-A cast of the codes alone has the right shape and wrong values, so such a source is refused by the name of its scheme.
-A scale alone proves nothing (`logit_scale`, the scale of a norm, layer scale): each row asks for the codes beside it.
+A cast of the codes alone has the right shape and wrong values, so such a source is refused, and the error names the
+scheme. A scale alone proves nothing (`logit_scale`, the scale of a norm, layer scale): each row also needs the codes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ CODES = frozenset(
     | {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"}
     | {"float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn"}
 )
-"""dtypes that codes are stored in, several codes to an integer of 32 bits included"""
+"""dtypes of codes, including integers of 32 bits that hold several codes"""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Tensor `X<beside>` says that tensor `X<codes>`, if there is one, holds codes. '.' stands for '/', too.
+    """The tensor `X<beside>` shows that the tensor `X<codes>`, if it exists, holds codes. '.' also stands for '/'.
 
-    `any_dtype`: the names are the scheme's own, whatever the dtype; else the codes must have a dtype of CODES.
+    `any_dtype`: only this scheme uses these names, so any dtype counts; else the codes must have a dtype of CODES.
     """
 
     name: str
@@ -55,12 +55,12 @@ SCHEMES = (
     Scheme("torch.ao, affine", ".zero_point", ".scale", any_dtype=True),
     Scheme("affine codes with zero points", "_zero_point", ""),
 )
-"""The more telling rows first: a tensor is reported by the first that fits."""
+"""The more specific rows come first: a tensor is reported by the first row that fits."""
 
 SCALED = "codes with scales"
-"""Whatever no row names, told by structure: see `_is_scale`."""
+"""Codes that no row names; their structure shows them: see `_is_scale`."""
 MARKED = "scaled fp8"
-_MARK = "scaled_fp8"  # an empty tensor of this name says that every float8 weight beside and below it has a scale
+_MARK = "scaled_fp8"  # an empty tensor of this name: every float8 weight beside and below it has a scale
 
 _SCALES = frozenset(("scale", "scales", "scaling", "absmax"))
 _PLAIN = frozenset(("weight", "weights", "kernel", "embedding", "w"))
@@ -68,15 +68,15 @@ _OF_SCALES = _PLAIN | {"input", "inputs", "in", "output", "out", "x", "a", "act"
 _OF_SCALES |= {"quant", "quantized", "quantizer", "quantization", "dequant", "dequantize", "dequantization", "scaled"}
 _OF_SCALES |= {"inv", "inverse", "block", "channel", "group", "row", "column", "tensor", "global", "per", "factor"}
 _OF_SCALES |= {"factors", "fp", "int", "param", "params"}
-"""Words that may stand beside `scale` in the name of what scales codes: not `logit`, not `norm`, not `layer`."""
+"""Words that may stand beside `scale` in the name of a scale of codes: not `logit`, not `norm`, not `layer`."""
 
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One sign of quantization: the scheme, the tensor of codes and the one beside it; no tensors where config.json
-    says so."""
+    """One sign of quantization: the scheme, the tensor of codes and the tensor beside it. No tensors if config.json
+    states it."""
 
     scheme: str
     codes: str = ""
@@ -84,7 +84,7 @@ class Found:
 
 
 def find_quantized(checkpoint: Checkpoint) -> tuple[Found, ...]:
-    """Every sign of quantization, a tensor of codes once; empty for a plain checkpoint."""
+    """Every sign of quantization, one per tensor of codes; empty for a plain checkpoint."""
     specs = checkpoint.specs
     rows = {sep: [(row, row.beside.replace(".", sep), row.codes.replace(".", sep)) for row in SCHEMES] for sep in "./"}
     endings = tuple({beside for some in rows.values() for _, beside, _ in some})
@@ -123,15 +123,16 @@ def _scaled(specs: Mapping[str, TensorSpec]) -> Iterator[Found]:
 
 
 def _is_scale(parts: tuple[str, ...], scale: TensorSpec, leaf: str, codes: TensorSpec) -> bool:
-    """Does the name `parts`, beside the codes `leaf`, say that it scales them? It holds the whole word `scale`, and
-    what else it says names these codes, or is about codes. A bare `scale` scales a plain weight only; integers are
-    codes only where they are called a weight or the scale is named after them, for index tables and masks are too."""
+    """True if the name `parts`, beside the codes `leaf`, says that it scales them. It has the whole word `scale`,
+    and its other words name these codes or are about codes. A bare `scale` scales only a plain weight. Integers are
+    codes only if they are called a weight or the scale is named after them, because index tables and masks are
+    integers too."""
     named = frozenset(split_words(leaf))
     words = frozenset(split_words("_".join(parts)))
     if named == {"bias"} or not whole_words(parts[-1]) & _SCALES:
         return False
     if len(parts) > 1 and not whole_words(parts[0]) & (named | {"quantizer", "quant"}):
-        return False  # another module's
+        return False  # it belongs to another module
     if named <= words:
         return True
     rest = {word for word in words if not word.isdigit()} - _SCALES
@@ -140,7 +141,7 @@ def _is_scale(parts: tuple[str, ...], scale: TensorSpec, leaf: str, codes: Tenso
 
 
 def _marked(specs: Mapping[str, TensorSpec]) -> Iterator[Found]:
-    """Every float8 weight of a checkpoint that says that it is scaled."""
+    """Every float8 weight of a checkpoint that is marked as scaled."""
     for mark in (path for path in specs if path.endswith(_MARK)):
         above = mark[: -len(_MARK)]
         if above and above[-1] not in "./":
@@ -151,7 +152,7 @@ def _marked(specs: Mapping[str, TensorSpec]) -> Iterator[Found]:
 
 
 def _from_config(config: Mapping[str, Any] | None) -> list[Found]:
-    """What config.json says, on its top level or in the settings of a part."""
+    """What config.json states, at its top level or in the settings of a part."""
     parts = [config or {}]
     parts += [value for value in parts[0].values() if isinstance(value, dict)]
     settings = [part[key] for part in parts for key in _CONFIG_KEYS if isinstance(part.get(key), dict) and part[key]]
@@ -159,7 +160,7 @@ def _from_config(config: Mapping[str, Any] | None) -> list[Found]:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """PlanError naming the scheme and every tensor of codes, where `checkpoint` looks quantized."""
+    """PlanError that names the scheme and every tensor of codes, if `checkpoint` looks quantized."""
     found = find_quantized(checkpoint)
     if not found:
         return

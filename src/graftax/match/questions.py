@@ -1,4 +1,4 @@
-"""What inference leaves open, as questions: each with its candidates and the rule lines that settle them."""
+"""Questions about what inference leaves open: each has its candidates and the rule lines that settle them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from graftax.plans.names import fold_names
 
 
 def questions(result: Result, sides: tuple[str, str], turned: bool, missing: Collection[str] = ()) -> list[Question]:
-    """Every question of the result. `turned`: the torch end is like, so that its leaves are the targets. `missing`:
-    leaves of like that rules call missing."""
+    """Every question of the result. `turned`: the torch end is like, so its leaves are the targets. `missing`: like
+    leaves that a rule marks `missing`."""
     out: list[Question] = []
     crowd = Counter(skeleton(path) for item in result.settled for path in _all_paths(item)) if _asks(result) else {}
     for item in result.settled:
@@ -36,7 +36,7 @@ def questions(result: Result, sides: tuple[str, str], turned: bool, missing: Col
 
 
 def _asks(result: Result) -> bool:
-    """Is anything open in a scope?"""
+    """True if something in a scope is open."""
     return any(item.board.pairs() or open_links(item) or item.groups for item in result.settled)
 
 
@@ -62,10 +62,10 @@ def _doubt(doubt: Doubt, sides: tuple[str, str], turned: bool) -> Question:
             link = main_link(pair)
             rules.append(column_rule(scope, pair.torch, pair.flax, link, min(link.labels, key=_usual), sides))
             where += _paths([link.flax if turned else link.torch])
-        said = ", ".join(f"{_prefix(a)} = {_prefix(b)}" for a, b in ends)
-        found.append(Candidate(", ".join(rules), tuple(where), f"blocks of the same sizes: {said}"))
+        said = ", ".join(f"{_prefix(a)} with {_prefix(b)}" for a, b in ends)
+        found.append(Candidate(", ".join(rules), tuple(where), f"it pairs blocks of the same sizes: {said}"))
     names = ", ".join(fold_names(torch if turned else flax)[:4])
-    text = f"{names}: blocks of the same sizes stand in several places, and their names do not tell which is which"
+    text = f"{names}: several places hold blocks of the same sizes, and their names do not tell which is which"
     return Question("match", text, torch if turned else flax, flax if turned else torch, tuple(found))
 
 
@@ -105,33 +105,35 @@ def _reading(
         if choice.trap is not None:
             for rule in flatten_rules(scope, pair.torch, pair.flax, link, label, choice.trap, sides):
                 where = _paths([link.flax if turned else link.torch])
-                found.append(Candidate(rule, where, "a flattened map (C, H, W)"))
+                found.append(Candidate(rule, where, "the values are a flattened map (C, H, W)"))
         labels = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
         for known in labels[:2]:
             rule = column_rule(scope, pair.torch, pair.flax, link, known, sides, open_=True, asked=True)
-            where = f"stacked on axis {', '.join(map(str, known[0]))}" if known[0] else known[1]
+            where = (
+                f"it is stacked on axis {', '.join(map(str, known[0]))}" if known[0] else f"the layout is {known[1]}"
+            )
             found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), where))
-    what = "the axis on which it is stacked" if choice.kind == "stack" else "its layout"
+    what = "stack axes" if choice.kind == "stack" else "layouts"
     names = ", ".join(fold_names(torch if turned else flax)[:4])
     if choice.trap is not None:
         text = (
             f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if "
-            f"{_FLOWS[choice.trap.out]}, its order must change: from (C, H, W), or from any other order "
-            f"that torch uses, such as {_other_order(choice.trap)}"
+            f"{_FLOWS[choice.trap.out]}, its values must be reordered from (C, H, W), or from any other "
+            f"order that torch uses, such as {_other_order(choice.trap)}"
         )
         return Question("flatten", text, torch if turned else flax, flax if turned else torch, tuple(found))
-    text = f"{names}: shapes fit in {len(found)} ways; nothing says which is {what}"
+    text = f"{names}: the shape fits {len(found)} {what}, and nothing tells which is right"
     return Question(choice.kind, text, torch if turned else flax, flax if turned else torch, tuple(found))
 
 
-_FORMS = {"block": "one after the other", "interleaved": "head by head"}
+_FORMS = {"block": "the parts lie one after the other", "interleaved": "the parts lie head by head"}
 
 
 _FLOWS = {False: "a flattened convolution map feeds it", True: "its outputs become a convolution's map"}
 
 
 def _other_order(trap: Suspect) -> str:
-    """What a rule says where torch permutes the map first."""
+    """What a rule says if torch permutes the map first."""
     channels, height, width = trap.maps()[0]
     return "(w h c)" if trap.vector else f'flatten = "W={width} H={height} C={channels}"'
 
@@ -142,15 +144,15 @@ def _groups(item: Settled, sides: tuple[str, str], turned: bool) -> list[Questio
         links = [link for link in group.links if not link.known]
         if not links:
             continue
-        # One leaf is asked; its answer settles the others of the group.
+        # The question offers lines for one leaf; the answer settles the other leaves of the group.
         left = _paths(column for link in links for column in link.torch)
         right = _paths(column for link in links for column in link.flax)
         found: list[Candidate] = []
         for variant in links[0].variants:
             rule = group_rule(item.scope, group, links[0], variant, sides)
-            found.append(Candidate(rule, right if turned else left, _FORMS.get(variant, variant)))
+            found.append(Candidate(rule, right if turned else left, _FORMS.get(variant, f"the layout is {variant}")))
         targets, sources = (left, right) if turned else (right, left)
-        text = f"{', '.join(fold_names(targets)[:3])}: nothing says how the parts lie in the fused tensor"
+        text = f"{', '.join(fold_names(targets)[:3])}: nothing tells how the parts lie in the fused tensor"
         out.append(Question("fused", text, targets, sources, tuple(found)))
     return out
 
@@ -220,26 +222,26 @@ def _named(modules: Iterable[Module]) -> str:
 
 def _doubts(found: Sequence[Candidate], pairings: Sequence[Sequence[Pair]]) -> str:
     if len(pairings) > 1:
-        return f"{len(found)} candidates, and names and structure do not tell which"
+        return f"{len(found)} candidates fit, and names and structure do not tell which is right"
     several = f" in {len(found)} layouts" if len(found) > 1 else ""
-    what = "its shape speaks for its one candidate" if len(pairings[0]) == 1 else "shapes speak for the one pairing"
-    return f"nothing but {what}{several}"
+    fits, what = ("candidate", "shape matches") if len(pairings[0]) == 1 else ("pairing", "shapes match")
+    return f"one {fits} fits{several}, and only the {what}"
 
 
 def _says(pairing: Sequence[Pair], layouts: Sequence[str], names: Mapping[int, str] | None = None) -> str:
-    """What speaks for a pairing, or which it is: where it differs from the others (`names` of those modules)."""
+    """The evidence for a pairing or, if `names` is given, how it differs from the other pairings (`names`: of the
+    modules that differ)."""
     said = [text for text in dict.fromkeys(layouts) if text]
     if names is None:
         (pair,) = pairing
-        why = f"names share {', '.join(pair.shared)}" if pair.shared else "fits by shape"
-        said = [why, *([f"against it: {pair.blocked}"] if pair.blocked else []), *said]
-        return "; ".join(said)
-    ends = [f"{names[id(p.torch)]} = {names[id(p.flax)]}" for p in pairing if id(p.torch) in names]
-    return "; ".join([", ".join(ends), *said] if ends else said or ["fits by shape"])
+        why = f"the names share {', '.join(pair.shared)}" if pair.shared else "only the shape matches"
+        return "; ".join([f"{why}, but {pair.blocked}" if pair.blocked else why, *said])
+    ends = [f"{names[id(p.torch)]} with {names[id(p.flax)]}" for p in pairing if id(p.torch) in names]
+    return "; ".join([f"it pairs {', '.join(ends)}", *said] if ends else said or ["the shapes match"])
 
 
 def _short_names(pairings: Sequence[Sequence[Pair]]) -> dict[int, str]:
-    """The modules that not all pairings pair alike, each by as many of its last words as tell it from the others."""
+    """Short names of the modules that pairings pair differently: as many last words as tell each from the others."""
     partners: defaultdict[int, set[int]] = defaultdict(set)
     modules: tuple[dict[int, Module], dict[int, Module]] = ({}, {})
     for pair in (pair for pairing in pairings for pair in pairing):
@@ -263,11 +265,11 @@ def _words(module: Module) -> list[str]:
     return found or [main_column(module).leaf]
 
 
-_WAYS = 6  # layouts of one pairing that are offered
+_WAYS = 6  # how many layouts of one pairing are offered
 
 
 def _ways(options: Sequence[Sequence[tuple[str, str]]]) -> list[list[tuple[str, str]]]:
-    """One option for each pair: where several pairs leave the same choice, it is one choice for all of them."""
+    """One option for each pair. If several pairs have the same options, they share one choice."""
     kinds = list(dict.fromkeys(tuple(said for _, said in found) for found in options if len(found) > 1))
     out: list[list[tuple[str, str]]] = []
     for picks in islice(product(*(range(len(kind)) for kind in kinds)), _WAYS):
@@ -277,7 +279,8 @@ def _ways(options: Sequence[Sequence[tuple[str, str]]]) -> list[list[tuple[str, 
 
 
 def _axes(item: Settled, habits: Habits) -> None:
-    """The stack axis of open pairs: the one that the settled leaves of the scope have, else what fits them all."""
+    """Set the stack axis of open pairs: the axis of the settled leaves of the scope, else the one that fits them
+    all."""
     open_ = item.board.pairs()
     known = [habits.axes[id(link)] for pair in item.taken for link in pair.links if id(link) in habits.axes]
     settled = {choice.label[0]: choice for choice in known if choice.label is not None}
@@ -292,7 +295,8 @@ def _axes(item: Settled, habits: Habits) -> None:
 
 
 def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) -> list[tuple[str, str]]:
-    """(rule line, which layout it says) for every reading that a pair in doubt may have; one reading says nothing."""
+    """(rule line, the layout that it states) for every reading that an open pair may have; the layout is empty if there
+    is only one reading."""
     link, scope = main_link(pair), item.scope
     choice = result.own_order(pair, link, scope) or choose(link, pair, scope, result.habits)
     trap = result.traps.get(id(pair.torch))
@@ -301,10 +305,12 @@ def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) 
     labels = [choice.label] if choice.label is not None else _known(choice, link)
     out: list[tuple[str, str]] = []
     for label in labels:
-        said = None if choice.trap is not None and not label[0] else label  # the order is asked next
+        said = None if choice.trap is not None and not label[0] else label  # a next question asks for the order
         rule = column_rule(scope, pair.torch, pair.flax, link, said, sides, open_=choice.label is None)
-        axis = f"stacked on axis {', '.join(map(str, label[0]))} " if choice.kind == "stack" and label[0] else ""
-        out.append((rule, axis + label[1] if choice.label is None and said is not None else ""))
+        axis = f"it is stacked on axis {', '.join(map(str, label[0]))}" if choice.kind == "stack" and label[0] else ""
+        layout = f"the layout is {label[1]}" if label[1] else ""
+        way = "; ".join(filter(None, (axis, layout)))
+        out.append((rule, way if choice.label is None and said is not None else ""))
     return list(dict(out).items())
 
 
@@ -322,12 +328,12 @@ def _like(link: Link, turned: bool) -> Column:
 
 
 def main_link(pair: Pair) -> Link:
-    """The link of the leaf that stands for the module: its weight, where it has one."""
+    """The link of the leaf that represents the module: its weight, if it has one."""
     main = main_column(pair.torch)
     return next((link for link in pair.links if link.torch is main), pair.links[0])
 
 
 def _usual(label: Label) -> tuple[int, Label]:
-    """The convention of the field first."""
+    """A sort key: the field's convention comes first."""
     order = ("linear", "conv", "identity", "reshape")
     return (order.index(label[1]) if label[1] in order else 9, label)

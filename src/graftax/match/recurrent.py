@@ -1,4 +1,4 @@
-"""Recurrent layers: torch's matrices of all gates against one or more Flax cells, connected by the layer table."""
+"""Recurrent layers: the layer table connects torch's matrices of all gates with one or more Flax cells."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _COUNTED = re.compile(r"(.*?)_?(\d+)")
 
 @dataclass(slots=True)
 class Recurrent:
-    """What was connected, what is asked, what the table refuses, and every leaf that belongs to a recurrent layer."""
+    """The recurrent layers: what is connected, what is asked, what the table refuses, and every leaf that belongs to
+    one."""
 
     entries: list[Entry] = field(default_factory=list[Entry])
     questions: list[Question] = field(default_factory=list[Question])
@@ -75,7 +76,7 @@ def recurrent(torch: Checkpoint, flax: Checkpoint, ruled: Iterable[Entry], turne
 
 
 def _fits(left: Iterable[Part], right: Iterable[Part], label: str, failures: list[Failure]) -> list[Fit]:
-    """Every pair that the layer table connects; what it refuses is a failure."""
+    """Every pair that the layer table connects; a refusal is a failure."""
     out: list[Fit] = []
     right = list(right)
     for part in left:
@@ -101,8 +102,8 @@ def _take(out: Recurrent, fit: Fit, turned: bool) -> None:
 
 
 def _as_ruled(torch: Checkpoint, flax: Checkpoint, ruled: Iterable[Entry], said: Collection[str]) -> list[Fit]:
-    """The pairs of which rules have settled a part just as the layer table has it, with the rest of them. `said`: the
-    leaves that rules have settled."""
+    """The pairs that rules have settled in part, exactly as the layer table has them, each with the rest of its leaves.
+    `said`: the leaves that rules have settled."""
     sides = _torch_parts(torch, ()), flax_parts(flax, ())
     begun = [[part for part in parts if _begun(part, said)] for parts in sides]
     found = _fits(begun[0], begun[1], torch.label, [])
@@ -111,13 +112,13 @@ def _as_ruled(torch: Checkpoint, flax: Checkpoint, ruled: Iterable[Entry], said:
 
 
 def _begun(part: Part, said: Collection[str]) -> bool:
-    """Some leaves are settled, not all."""
+    """True if some leaves of the part are settled, but not all."""
     return 0 < sum(path in said for path in part.leaves.values()) < len(part.leaves)
 
 
 def unruled(connection: Connection, ruled: Iterable[Entry]) -> Connection | None:
-    """The connection without what rules settle as it does, name for name; None where they settle a leaf of it otherwise
-    (gates in another order)."""
+    """The connection without the leaves that rules settle in the same way, name for name. None if rules settle a leaf
+    in another way (gates in another order)."""
     pairings = {frozenset((entry.sources, entry.targets)) for entry in ruled}
     spoken = {name for pairing in pairings for names in pairing for name in names}
     left: list[Entry] = []
@@ -134,16 +135,20 @@ def _meet(a: Fit, b: Fit) -> bool:
 
 
 def _ask(out: Recurrent, part: Part, right: list[Part], fits: Iterable[Fit], turned: bool) -> set[str]:
-    """Ask which cells hold a layer: a candidate for each that fits and is still free. Gives
-    the Flax leaves that wait for an answer."""
+    """Ask which cells hold a layer: one candidate for each that fits and is still free. Returns the Flax leaves that
+    wait for an answer."""
     others = tuple(dict.fromkeys(p for other in right for p in other.leaves.values() if p not in out.flax))
     mine = tuple(part.leaves.values())
     found = [
-        Candidate(", ".join(lines), tuple(other.leaves.values()) if turned else mine, f"{part.path} = {other.path}")
+        Candidate(
+            ", ".join(lines),
+            tuple(other.leaves.values()) if turned else mine,
+            f"it pairs {part.path} with {other.path}",
+        )
         for _, other, connection in fits
         if not out.flax & set(other.leaves.values()) and (lines := _lines(connection))
     ]
-    text = f"{part.path}: the cells that hold this recurrent layer are not clear"
+    text = f"{part.path}: it is not clear which cells hold this recurrent layer"
     text += "" if found else "; write a rule for each leaf"
     targets, sources = (mine, others) if turned else (others, mine)
     out.questions.append(Question("match", text, targets, sources, tuple(found)))
@@ -151,7 +156,7 @@ def _ask(out: Recurrent, part: Part, right: list[Part], fits: Iterable[Fit], tur
 
 
 def _lines(connection: Connection) -> list[str]:
-    """The rules that say where the weights of the inputs are: what belongs to them follows."""
+    """The rule lines for the weights of the inputs; the rest of the layer follows from them."""
     out: list[str] = []
     for entry in connection.entries:
         name, flax = entry.sources[0], list(entry.targets)
@@ -162,7 +167,8 @@ def _lines(connection: Connection) -> list[str]:
 
 
 def _clear(fit: Fit, fits: list[Fit], lex: Lexicon) -> bool:
-    """The names do not speak against the pair, and no other part fits either end, or none has names as alike."""
+    """True if the names do not exclude the pair and either no other part fits either end, or no other pair has names as
+    alike."""
     if unlike(fit[0].path, fit[1].path, lex):
         return False
     rivals = [other for other in fits if other is not fit and _meet(other, fit)]
@@ -186,7 +192,7 @@ def _torch_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
 
 
 def flax_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
-    """A part for every cell, and one for all numbered cells that stand together."""
+    """A part for every cell, and one for all numbered cells of one parent."""
     cells: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for path in side.specs:
         pieces = path.split("/")

@@ -1,4 +1,4 @@
-"""Rule lines: what a user pastes to settle one column."""
+"""Rule lines: the lines that a user pastes to settle one column."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def column_rule(
     open_: bool = False,
     asked: bool = False,
 ) -> str:
-    """The rule line that pairs two columns, with the reading `label`: one rule, or one an instance where the numbers of
-    the two sides hang together in no simple way. `sides`: the words for the ends; `open_`: the reading is open;
-    `asked`: it alone is asked for, so that the line must name it."""
+    """The rule line that pairs two columns with the reading `label`. It is one rule, or one per instance if the numbers
+    of the two sides have no simple relation. `sides`: the words for the ends; `open_`: the reading is open; `asked`:
+    only the reading is asked for, so that the line must name it."""
     lines: list[str] = []
     for shared in _parts(scope, link.torch, link.flax):
         t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax, shared)
@@ -45,8 +45,8 @@ def column_rule(
 
 def flatten_rules(scope: Scope, torch: Module, flax: Module, link: Link, label: Label, trap: Suspect,
                   sides: tuple[str, str]) -> list[str]:  # fmt: skip
-    """The rule lines that say that the map is flattened channels first in torch and channels last in Flax, one for each
-    number of channels that fits."""
+    """The rule lines that state a map flattened channels first in torch and channels last in Flax, one for each number
+    of channels that fits."""
     out: list[str] = []
     for c, h, w in trap.maps():
         lines: list[str] = []
@@ -67,7 +67,7 @@ def flatten_rules(scope: Scope, torch: Module, flax: Module, link: Link, label: 
 
 
 def group_rule(scope: Scope, group: Group, link: GroupLink, variant: str, sides: tuple[str, str]) -> str:
-    """The rule line that says how the parts of a group lie in the fused tensor."""
+    """The rule line that states how the parts of a group lie in the fused tensor."""
     lines = [
         _group_rule(scope, group, link, variant, sides, shared) for shared in _parts(scope, link.torch[0], link.flax[0])
     ]
@@ -108,7 +108,7 @@ def _reading_keys(reading: str, link: Link, open_: bool, asked: bool) -> dict[st
         )
         return {"ops": pattern, **parts}
     if reading == "conv" and {label[1] for label in link.labels} >= {"conv", "conv_transpose default"} and open_:
-        return {"layout": "conv_transpose"}  # with transpose_kernel=True the axes move as a plain convolution's
+        return {"layout": "conv_transpose"}  # with transpose_kernel=True the axes move as in a plain convolution
     if reading in _LAYOUTS:
         return {"layout": reading} if len(shape) > 1 or asked else {}
     if reading.startswith("heads "):
@@ -119,7 +119,7 @@ def _reading_keys(reading: str, link: Link, open_: bool, asked: bool) -> dict[st
 
 
 def _ops_keys(op: Op) -> dict[str, object]:
-    """`ops` for one Rearrange, with the sizes that its groups need."""
+    """`ops` for one Rearrange, with the sizes of its groups."""
     if not isinstance(op, Rearrange):
         return {}
     grouped = {name for group in re.findall(r"\(([^)]*)\)", op.pattern) for name in group.split()}
@@ -127,7 +127,7 @@ def _ops_keys(op: Op) -> dict[str, object]:
 
 
 def _parts(scope: Scope, left: Column, right: Column) -> list[list[tuple[Key, Key]]]:
-    """The instances of two columns as one template can name them: all, or each by itself."""
+    """The instances of two columns, as one template can name them: all together, or each by itself."""
     shared = [(t, f) for t, f in scope.keys if t in left.paths and f in right.paths]
     shared = shared or [(t, f) for t, f in scope.keys if t in left.paths or f in right.paths] or scope.keys
     simple = len(shared) < 2 or (
@@ -138,12 +138,12 @@ def _parts(scope: Scope, left: Column, right: Column) -> list[list[tuple[Key, Ke
 
 
 def skeleton(path: str) -> str:
-    """The path with its numbers left out."""
+    """The path without its numbers."""
     return NUMBER.sub("\0", path)
 
 
 def _crowded(scope: Scope, left: Column, right: Column) -> bool:
-    """A template would name other leaves, too: those of blocks of another kind."""
+    """True if a template would also name leaves of blocks of another kind."""
     return any(
         sum(map(len, column.paths.values())) < scope.crowd.get(skeleton(next(iter(column.paths.values()))[0]), 0)
         for column in (left, right)
@@ -151,7 +151,8 @@ def _crowded(scope: Scope, left: Column, right: Column) -> bool:
 
 
 def _holds(paths: Sequence[str], key: Key) -> bool:
-    """The numbers of the instance stand in its path: not where they count calls and the path's count constructions."""
+    """True if the numbers of the instance are in its path. They are not if they count calls and the path counts
+    constructions."""
     numbers = iter(NUMBER.findall(paths[0]))
     return all(any(int(number) == part for number in numbers) for part in key)
 
@@ -159,8 +160,8 @@ def _holds(paths: Sequence[str], key: Key) -> bool:
 def templates(
     scope: Scope, torch: Module, flax: Module, left: Column, right: Column, shared: list[tuple[Key, Key]]
 ) -> tuple[str, str, tuple[str, ...]]:
-    """Both path templates, and the names of indices that stand on one side only (stacked). `shared`: the instances that
-    the templates are to name; numbers stay as they are where it is one of several."""
+    """Both path templates, and the names of the indices that only one side has (stacked). `shared`: the instances that
+    the templates name; if it is one of several, its numbers stay as they are."""
     t_key, f_key = shared[0]
     alone = len(shared) == 1 and (len(scope.keys) > 1 or _crowded(scope, left, right))
     t_index, f_index = ([], []) if alone else _indices([t for t, _ in shared], [f for _, f in shared])
@@ -176,7 +177,7 @@ def templates(
 
 
 def _template(paths: Sequence[str], module: Module, index: Sequence[str], stack: Sequence[str]) -> str:
-    """The first path with its counting numbers as indices."""
+    """The first path with its block numbers replaced by indices."""
     path = paths[0]
     numbers: list[Token] = [t for t in (*module.outer, *module.tokens) if not isinstance(t, str)]
     names = iter([*index, *stack])
@@ -184,7 +185,7 @@ def _template(paths: Sequence[str], module: Module, index: Sequence[str], stack:
     end = 0
     counting = [isinstance(token, tuple) for token in numbers]
     if stack:
-        # A stacked number was cut out of the module's tokens: every number that varies among the paths counts.
+        # The module's tokens do not hold a stacked number, so every number that varies among the paths counts.
         rows = [NUMBER.findall(p) for p in paths]
         varies = [len({row[i] for row in rows}) > 1 for i in range(len(rows[0]))]
         spots = [i for i, moves in enumerate(varies) if moves][: len(stack)]
@@ -200,7 +201,7 @@ def _template(paths: Sequence[str], module: Module, index: Sequence[str], stack:
 
 
 def _indices(torch: list[Key], flax: list[Key]) -> tuple[list[str], list[str]]:
-    """How the numbers of both sides hang together: the same, an offset, or (major, minor) counted through."""
+    """The relation of the numbers of both sides: equal, an offset, or (major, minor) as one consecutive number."""
     names = list(_INDICES)
     p, q = len(torch[0]), len(flax[0])
     if p == q:
@@ -220,7 +221,7 @@ def _indices(torch: list[Key], flax: list[Key]) -> tuple[list[str], list[str]]:
                 pair = [_plus(names[0], one[0][0]), _plus(names[1], one[0][1])]
                 through = [f"{width}*{names[0]}+{names[1]}" + (f"+{first}" if first else "")]
                 return (through, pair) if turned else (pair, through)
-    # Nothing simple: the numbers of the first instance stand as they are.
+    # There is no simple relation: the numbers of the first instance stay as they are.
     return ([], [])
 
 

@@ -1,4 +1,4 @@
-"""What a leaf is to its module, from the leaf's own name: weight, bias, mean, var, g, v, or a value by itself."""
+"""The role of a leaf in its module, from the leaf's own name: weight, bias, mean, var, g, v, or a value by itself."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Literal
 
 Role = str
 Kind = Literal["kernel", "embedding", "norm", "free", "raw"]
-"""kernel: Flax keeps a Dense or Conv there; embedding: nn.Embed; norm: a scale; free: a weight of an unstated layout;
-raw: a bare parameter, whose own name is the module's."""
+"""kernel: a Flax Dense or Conv stores it; embedding: nn.Embed stores it; norm: a scale; free: a weight of unknown
+layout; raw: a bare parameter, whose name is the module's."""
 
 # leaf name: (role, kind)
 ROLES: dict[str, tuple[str, Kind]] = {
@@ -39,11 +39,11 @@ SUFFIXES: tuple[tuple[str, Role, Kind], ...] = (
     ("_kernel", "weight", "kernel"),
     ("_bias", "bias", "free"),
 )
-"""Endings of a bare parameter's name that tell its role: `in_proj_weight` is the weight of `in_proj`."""
+"""Endings of a bare parameter's name that show its role: `in_proj_weight` is the weight of `in_proj`."""
 
 
 def role_of(last: str) -> tuple[Role, Kind, str]:
-    """(role, kind, what is left of the name for the module's path) of a leaf's last part."""
+    """(role, kind, the rest of the name, which belongs to the module's path) of a leaf's last part."""
     known = ROLES.get(last)
     if known is not None:
         return known[0], known[1], ""

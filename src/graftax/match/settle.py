@@ -1,4 +1,4 @@
-"""One scope settled: candidates, rules, orders, kinds of blocks, fused modules, and what stays open."""
+"""Settle one scope: candidates, rules, orders, kinds of blocks, fused modules, and what stays open."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graftax.match.sides import Module
 
 @dataclass(slots=True, eq=False)
 class Settled:
-    """One scope after deciding: pairs taken with a choice for each leaf, and what stays open."""
+    """One settled scope: the pairs taken, with a choice for each leaf, and what stays open."""
 
     scope: Scope
     taken: list[Pair]
@@ -44,12 +44,12 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
     return Settled(scope, taken, board)
 
 
-_KINDS = 8  # kinds of blocks in one family beyond which the numbers say nothing
+_KINDS = 8  # with more kinds of blocks in one family, the numbers show nothing
 
 
 def settle_kinds(scope: Scope, ends: Ends) -> list[Settled]:
-    """The scope settled as a whole; where that leaves something over and its blocks are of several kinds, kind by kind,
-    if that leaves less."""
+    """The scope, settled as a whole. If that leaves leaves over and the scope has several kinds of blocks, it is
+    settled kind by kind, provided that fewer leaves are left over."""
     whole = _settle(scope, ends)
     if scope.root or not open_leaves(whole):
         return [whole]
@@ -61,7 +61,7 @@ def settle_kinds(scope: Scope, ends: Ends) -> list[Settled]:
 
 
 def open_leaves(item: Settled) -> int:
-    """Leaves of either side that found no partner, fused ones among them."""
+    """The number of leaves of either side without a partner, including fused ones."""
     done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
     left = [m for m in (*item.scope.torch, *item.scope.flax) if id(m) not in done]
     partly = [
@@ -71,8 +71,8 @@ def open_leaves(item: Settled) -> int:
 
 
 def settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | None:
-    """What only one instance of a family holds (a bias table in the first block) may stand outside of the blocks on the
-    other side: what is left of both is matched once more, numbers as parts of the names."""
+    """Match the rest of both sides once more, with numbers as parts of names: what only one instance of a family holds
+    (a bias table in the first block) may stand outside of the blocks on the other side."""
     left: list[Module] = []
     right: list[Module] = []
     origin: dict[int, tuple[Settled, Module, bool]] = {}
@@ -83,7 +83,7 @@ def settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | N
         for modules, out, torch in ((item.scope.torch, left, True), (item.scope.flax, right, False)):
             for module in modules:
                 if id(module) in done or columns[not torch][_column(module)] > 1:
-                    continue  # other blocks hold it too: this one misses its tensor, and no stray may stand in for it
+                    continue  # other blocks hold it, so this one lacks its tensor, and no stray may replace it
                 single = module if item.scope is root else single_out(module)
                 if single is not None:
                     out.append(single)
@@ -107,7 +107,7 @@ def _column(module: Module) -> tuple[object, ...]:
 
 
 def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str], named: Mapping[str, Said]) -> list[Pair]:
-    """The pairs that the rules settle by one of their leaves, with the readings that they leave open."""
+    """The pairs that the rules settle through one of their leaves, with the readings that the rules leave open."""
     flax: dict[str, Module] = {}
     wanted = set(anchors.values())
     for module in scope.flax:
@@ -132,7 +132,7 @@ def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str], named: 
 
 
 def take_groups(item: Settled, ends: Ends) -> None:
-    """Find fused modules among what has no partner, and take them off the board."""
+    """Find fused modules among the modules without a partner, and take them off the board."""
     scope = item.scope
     done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
     torch = [m for m in scope.torch if id(m) not in done]
@@ -145,7 +145,7 @@ def take_groups(item: Settled, ends: Ends) -> None:
 
 
 def open_links(item: Settled) -> list[tuple[Pair, Link, Choice]]:
-    """Leaves of taken pairs whose reading nothing decides."""
+    """Leaves of taken pairs with an open reading."""
     out: list[tuple[Pair, Link, Choice]] = []
     for pair in item.taken:
         for link in pair.links:

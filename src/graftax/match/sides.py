@@ -22,17 +22,17 @@ from graftax.tree import Side, TensorSpec, split_words, unescape_part
 Key = tuple[int, ...]
 Shape = tuple[int, ...]
 Token = str | int | tuple[int]
-"""A word, a number that is part of the name, or `(kind,)`: a number that counts blocks of one kind."""
+"""A word, a number that is part of the name, or `(kind,)` for a number that counts blocks of one kind."""
 
 _MARK = "\0"
-_LIKENESS = 0.3  # blocks that share this part of their leaves (Jaccard) are of one family
-_LIST = 4  # numbered single modules of one shape from this many on are a family too
+_LIKENESS = 0.3  # blocks that share at least this part of their leaves (Jaccard) are one family
+_LIST = 4  # at least this many numbered single modules of one shape are a family too
 
 
 @dataclass(slots=True)
 class Column:
-    """One leaf of a module over the instances of its family. `paths` holds several paths an instance where the column
-    is a virtual stack; `stack` counts them, outermost first."""
+    """One leaf of a module over the instances of its family. If the column is a virtual stack, `paths` holds several
+    paths per instance, and `stack` counts them, outermost first."""
 
     role: str
     kind: Kind
@@ -50,8 +50,8 @@ class Column:
 
 @dataclass(slots=True, eq=False)
 class Module:
-    """Leaves that live together. `tokens`: the path inside the family; `outer`: the words of the family's path;
-    `cuts`: after how many tokens each part of the path ends; `own`: how many tokens lead to other modules too."""
+    """Leaves of one module. `tokens`: the path inside the family; `outer`: the words of the family's path; `cuts`: the
+    token counts at which the parts of the path end; `own`: how many tokens lead to other modules too."""
 
     tokens: tuple[Token, ...]
     outer: tuple[Token, ...]
@@ -71,7 +71,8 @@ class Module:
 
 @dataclass(slots=True, eq=False)
 class Family:
-    """Repeated blocks: the prefix (a tuple for each counting number), the instances, their modules and sizes."""
+    """Repeated blocks: the prefix (with a tuple for each number that counts blocks), the instances, their modules and
+    sizes."""
 
     prefix: tuple[Token, ...]
     keys: list[Key]
@@ -81,7 +82,7 @@ class Family:
 
 @dataclass(slots=True)
 class _Template:
-    """Leaves whose paths differ in their numbers only."""
+    """Leaves whose paths differ only in their numbers."""
 
     tokens: tuple[str, ...]  # words and _MARK
     role: str
@@ -111,9 +112,9 @@ def view(
     loose: frozenset[tuple[Token, ...]] = frozenset(),
     renames: Mapping[str, str] | None = None,
 ) -> SideView:
-    """The modules and families of one side. `skip`: leaves that are settled. Families in `exact` are cut to instances
-    of exactly the same leaves; those in `loose` are dissolved: their numbers become part of the names. `renames`: what
-    to read in place of a path."""
+    """The modules and families of one side. `skip`: settled leaves. Families in `exact` are cut to instances with
+    exactly the same leaves. Families in `loose` are dissolved: their numbers become parts of names. `renames`: path ->
+    the path to read instead."""
     left = set(skip)
     templates = _templates(specs, side, left, renames or {})
     out: list[_Template] = []
@@ -154,7 +155,7 @@ def _templates(
 
 
 def tokens_of(path: str, side: Side) -> tuple[Token, ...]:
-    """The tokens of one leaf's module, every number a part of the name."""
+    """The tokens of one leaf's module; every number is a part of the name."""
     name = _plain(path) if "parametrizations" in path else path
     numbers = iter(NUMBER.findall(name))
     parts = _parts(NUMBER.sub(_MARK, name), side)
@@ -202,7 +203,7 @@ def _walk(
     exact: frozenset[tuple[Token, ...]],
     loose: frozenset[tuple[Token, ...]],
 ) -> None:
-    """Decide every number of the templates, which share their resolved tokens up to `at`."""
+    """Decide every number of the templates, whose resolved tokens up to `at` are the same."""
     while True:
         ends = [t for t in templates if len(t.tokens) == at]
         out += ends
@@ -230,8 +231,8 @@ def _walk(
 def _numbered(
     templates: list[_Template], at: int, exact: frozenset[tuple[Token, ...]], loose: frozenset[tuple[Token, ...]]
 ) -> list[list[_Template]]:
-    """The templates cut by their number at `at`: one group a family of blocks, one a number that is a name."""
-    place = templates[0].numbers  # numbers before `at`: the same for all
+    """The templates cut by their number at `at`: one group per family of blocks, and one per number that is a name."""
+    place = templates[0].numbers  # all have the same numbers before `at`
     prefix = (*templates[0].resolved, (0,))
     holds: defaultdict[int, set[int]] = defaultdict(set)
     for j, template in enumerate(templates):
@@ -263,13 +264,13 @@ def _numbered(
 
 
 def _several(templates: list[_Template], members: frozenset[int], value: int, place: int) -> bool:
-    """One instance holds several modules that differ in later numbers only: experts.0.w1, experts.0.w2."""
+    """True if one instance holds several modules that differ only in later numbers: experts.0.w1, experts.0.w2."""
     found = {row[0][place + 1 :] for j in members for row in templates[j].rows if row[0][place] == value}
     return len(found) > 1
 
 
 def _alike(templates: list[_Template], members: frozenset[int], values: list[int], place: int) -> bool:
-    """The numbers run without a gap, and every instance has the same shapes: a list of one module."""
+    """True if the numbers have no gap and every instance has the same shapes: a list of one module."""
     if max(values) - min(values) + 1 != len(values):
         return False
     return all(len({row[2] for row in templates[j].rows}) == 1 for j in members)
@@ -311,7 +312,8 @@ def _cut(templates: list[_Template], place: int, variable: list[list[int]], apar
 
 
 def _families(templates: list[_Template]) -> list[Family]:
-    """Templates to families. Two families of one prefix (cut by kind of block) stay apart by their sets of keys."""
+    """Families from templates. Two families of one prefix (cut by kind of block) stay separate because their sets of
+    keys differ."""
     groups: dict[tuple[Token, ...], list[tuple[_Template, int]]] = {}
     for template in templates:
         cut = max((i + 1 for i, token in enumerate(template.resolved) if isinstance(token, tuple)), default=0)
@@ -338,7 +340,7 @@ def _families(templates: list[_Template]) -> list[Family]:
 
 
 def _add_sizes(column: Column, sums: list[defaultdict[Key, int]]) -> None:
-    """Add the sizes of a column's leaves to every family around them, by instance."""
+    """Add the sizes of a column's leaves to every family around them, per instance."""
     alike = {shape: math.prod(shape) for shape in set(column.shapes.values())}
     for depth, total in enumerate(sums, 1):
         if depth == len(sums):
@@ -350,7 +352,7 @@ def _add_sizes(column: Column, sums: list[defaultdict[Key, int]]) -> None:
 
 
 def _kinds(modules: list[Module]) -> list[set[Key]]:
-    """The instances of a prefix in groups that share modules (clusters of blocks that hold nothing in common)."""
+    """The instances of a prefix in groups that share modules (blocks of different groups have no module in common)."""
     groups: list[set[Key]] = []
     for module in modules:
         keys = set(module.support)
@@ -375,7 +377,7 @@ def _modules(members: list[tuple[_Template, int]], prefix: tuple[Token, ...]) ->
             paths = {key: (row[1],) for key, row in zip(keys, rows, strict=True)}
             shapes = {key: row[2] for key, row in zip(keys, rows, strict=True)}
         column = Column(template.role, template.kind, template.leaf, paths, shapes)
-        # Blocks of another kind under the same prefix are other modules.
+        # Blocks of another kind with the same prefix have other modules.
         mark = (tokens, 0)
         while True:
             module = out.get(mark)

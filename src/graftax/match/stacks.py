@@ -1,4 +1,4 @@
-"""Families without a partner: blocks that the other side keeps stacked in one leaf (scanned layers, experts)."""
+"""Families without a partner: the other side may store their blocks stacked in one leaf (scanned layers, experts)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from graftax.match.sides import Column, Family, Key, Module, Token
 
 
 def outer_prefix(prefix: tuple[Token, ...]) -> tuple[Token, ...]:
-    """The prefix of the family around this one: up to the counting number before the last."""
+    """The prefix of the family around this one: up to the last number but one that counts blocks."""
     places = [i for i, token in enumerate(prefix) if isinstance(token, tuple)]
     return prefix[: places[-2] + 1] if len(places) > 1 else ()
 
 
 def virtual(family: Family) -> list[Module] | None:
-    """The family's modules as stacked modules of the scope around it; None where the instances are not alike."""
+    """The family's modules as stacked modules of the scope around it; None if the instances differ."""
     outer = outer_prefix(family.prefix)
     inside = family.prefix[len(outer) : -1]
     out: list[Module] = []
@@ -50,7 +50,7 @@ def _stack(column: Column) -> Column | None:
 
 
 def stackable(modules: list[Module], others: list[Module]) -> bool:
-    """Most of the virtual modules have a leaf of their size on the other side."""
+    """True if the other side has a leaf of the size of most virtual modules."""
     sizes = {math.prod(s) for m in others for c in m.roles.values() for s in set(c.shapes.values())}
     found = [all(c.size in sizes for c in m.roles.values() if c.role != "counter") for m in modules]
     return bool(found) and 2 * sum(found) > len(found)

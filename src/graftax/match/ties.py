@@ -1,8 +1,8 @@
-"""Tied weights: one tensor under several names. Values are read only where names are left over; that is recorded.
+"""Tied weights: one tensor with several names. Values are read only if names are left over, and the plan records it.
 
-Names come before values: tensors that each have a leaf of like of their own name are not one, however equal they are
-(two tables of sines), nor are layers of a list (adapters that begin as the identity). In a live module storage says
-what is tied.
+Names come before values. Tensors that each have a leaf of like of their own name are not tied, even if they are equal
+(two tables of sines); layers of a list are not tied either (adapters that start as the identity). In a live module,
+shared storage shows what is tied.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graftax.tree import Checkpoint, Side, TensorSpec
 Reads = list[str]
 Name = tuple[tuple[str, ...], tuple[object, ...]]
 """The concepts of a module's path, and its numbers."""
-_MANY = 64  # tensors of one shape beyond which they are layers or experts, not names of one weight
+_MANY = 64  # more tensors of one shape are layers or experts, not names of one weight
 
 
 def _sizes(specs: Mapping[str, TensorSpec]) -> Counter[int]:
@@ -32,7 +32,7 @@ def _sizes(specs: Mapping[str, TensorSpec]) -> Counter[int]:
 
 
 def constant(array: Any) -> bool:
-    """Every element is the same: zeros, ones. Such tensors are equal without being tied."""
+    """True if all elements are equal (zeros, ones). Such tensors are equal without being tied."""
     flat = array.reshape(-1)
     return flat.size == 0 or bool((flat.view("u1").reshape(flat.size, -1) == flat[:1].view("u1").reshape(1, -1)).all())
 
@@ -45,9 +45,9 @@ def find_ties(
     lex: Lexicon,
     reads: Reads,
 ) -> dict[str, tuple[str, ...]]:
-    """first name -> all names, for tensors among `paths` that are bit for bit one and not constant. Only shapes of
-    which the source has more than `wanted` are looked at. Tensors with leaves of `wanted` of their own names are not
-    one; those that differ in their numbers only are where they share storage."""
+    """first name -> all names, for tensors among `paths` that are equal bit for bit and not constant. Only shapes that
+    the source has more often than `wanted` are compared. Tensors that have leaves of `wanted` of their own names are
+    not tied. Tensors whose names differ only in their numbers are tied only if they share storage."""
     specs = source.specs
     sizes, have = _sizes(wanted), _sizes(specs)
     more = {size for size, count in have.items() if count > sizes[size] and size > 1}
@@ -57,7 +57,7 @@ def find_ties(
     groups: defaultdict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
     for path in paths:
         spec = specs[path]
-        if len(spec.shape) >= 2 and spec.kind in "fc" and not spec.packed:  # no parameter is made of whole numbers
+        if len(spec.shape) >= 2 and spec.kind in "fc" and not spec.packed:  # integers are no parameters
             groups[(spec.shape, spec.dtype)].append(path)
     out: dict[str, tuple[str, ...]] = {}
     for (shape, _), names in groups.items():
@@ -77,7 +77,7 @@ def _beside(
     have: Counter[int],
     reads: Reads,
 ) -> dict[str, tuple[str, ...]]:
-    """The other leaves of a module whose weight is tied (a decoder's bias), each with the one leaf that equals it."""
+    """The other leaves of a module whose weight is tied (a decoder's bias), each with the only leaf that equals it."""
     owners = {name.rpartition(".")[0] for names in ties.values() for name in names}
     tied = {name for names in ties.values() for name in names}
     out: dict[str, tuple[str, ...]] = {}
@@ -88,7 +88,7 @@ def _beside(
         others = [other for other in paths if other != name and other not in tied and source[other] == spec]
         equal = [other for other in others if tied_to(source, name, [other], reads) is not None]
         if len(equal) == 1:
-            # The free name stands first: the tied module's own leaf is the alias.
+            # The free name comes first; the tied module's own leaf is the alias.
             out[equal[0]] = (equal[0], name)
             tied |= {equal[0], name}
     return out
@@ -97,7 +97,7 @@ def _beside(
 def _apart(
     source: Checkpoint, names: list[str], equal: list[list[str]], theirs: set[Name], lex: Lexicon
 ) -> dict[str, tuple[str, ...]]:
-    """The equal tensors without those that names or numbers keep apart."""
+    """The equal tensors without those that names or numbers keep separate."""
     known = {name: _name(name, "torch", lex) for name in names}
     listed = Counter(_skeleton(name) for name in names)
     out: dict[str, tuple[str, ...]] = {}
@@ -129,16 +129,16 @@ def _skeleton(path: str) -> str:
 
 
 def _ends_alike(a: Name, b: Name) -> bool:
-    """One is the other with a prefix before it."""
+    """True if one is the other with a prefix before it."""
     short = min(len(a[0]), len(b[0]))
     return a[1] == b[1] and bool(short or a[0] == b[0]) and a[0][len(a[0]) - short :] == b[0][len(b[0]) - short :]
 
 
 def _equal(source: Checkpoint, names: list[str], reads: Reads, what: str) -> list[list[str]]:
-    """The names of one tensor each: by storage in a live module, else by values."""
+    """Groups of names of one tensor: by storage in a live module, else by values."""
     classes: list[tuple[Any, list[str]]] = []
     if source.has_values and not source.live.modules:
-        reads.append(f"{len(names)} tensors of {what}, to tell tied ones: {', '.join(names[:4])}")
+        reads.append(f"{len(names)} tensors of {what}, to find tied ones: {', '.join(names[:4])}")
         for name in names:
             array = source.read(name)
             for first, members in classes:
@@ -156,7 +156,8 @@ def _equal(source: Checkpoint, names: list[str], reads: Reads, what: str) -> lis
 
 
 def tied_to(source: Checkpoint, name: str, others: Iterable[str], reads: Reads) -> str | None:
-    """The one of `others` that `name` is bit for bit equal to; of a live module's parameters, that it is."""
+    """The name among `others` whose tensor equals that of `name` bit for bit; for parameters of a live module, whose
+    tensor is the same."""
     if not source.has_values or (source.live.modules and name not in source.live.buffers):
         store = source.storage.aliases.get(name, name)
         return next((other for other in others if source.storage.aliases.get(other, other) == store), None)

@@ -1,4 +1,4 @@
-"""Readings that the traces of both live models settle: in which order each of them flattens a map, or makes one."""
+"""Readings that the traces of both live models settle: the order in which each model flattens a map, or makes one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHY = "traced"
 
 @dataclass(slots=True)
 class Traces:
-    """The traces of both ends, made when they are first asked for."""
+    """The traces of both ends, made on first use."""
 
     torch_trace: Callable[[], Trace] | None = None
     flax_trace: Callable[[], Trace] | None = None
@@ -39,8 +39,8 @@ class Traces:
 
 
 def by_trace(link: Link, scope: Scope, choice: Choice, traces: Traces) -> Choice:
-    """The choice for a leaf that may be a flattened map's (`trapped` has opened it): settled where both traces show its
-    order, else still open, with the lengths that a trace shows offered."""
+    """The choice for a leaf whose values may be a flattened map (`trapped` has opened it). It is settled if both traces
+    show its order. Else it stays open, and the sizes that a trace shows are offered."""
     trap = choice.trap
     if trap is None or len(choice.open) != 1:
         return choice
@@ -63,18 +63,18 @@ def by_trace(link: Link, scope: Scope, choice: Choice, traces: Traces) -> Choice
         return replace(choice, trap=_offered(trap, guess))
     left, right = settled
     if [name for name, _ in left] == [name for name, _ in right]:
-        said = f"the map as {_text(left)} on both sides" if len(left) > 1 else "what it takes is no map"
+        said = f"the map is {_text(left)} on both sides" if len(left) > 1 else "its input is no map"
         return Choice(label, f"{WHY}: {said}")
     made: Label = ((), "traced")
     chain = _chain(left, right, matrix, trap.vector)
     for source, target in {(source, target) for _, source, target in link.chains}:
         link.chains[(made, source, target)] = chain
     link.labels |= {made}
-    return Choice(made, f"{WHY}: the map as {_text(left)} in torch, as {_text(right)} in Flax")
+    return Choice(made, f"{WHY}: the map is {_text(left)} in torch and {_text(right)} in Flax")
 
 
 def shown(trace: Trace, modules: Iterable[Module]) -> dict[int, Suspect]:
-    """id of module -> why, for modules that torch's own trace shows behind a flattened map, or before one."""
+    """id of a module -> its suspect, for modules that take a flattened map, or make one, by torch's own trace."""
     out: dict[int, Suspect] = {}
     for module in modules:
         for role in ("weight", "bias"):
@@ -96,10 +96,11 @@ def _axes(trace: Trace, leaf: str, rows: bool) -> Axes | None:
 
 
 def _agreed(left: Axes | None, right: Axes | None, width: int) -> tuple[Axes, Axes] | None:
-    """Both with every length, axes of length 1 left out; None where they contradict each other or a length is open."""
+    """Both orders with every length known and without axes of length 1. None if they contradict each other or a length
+    is not known."""
     for one in (left, right):
         if one is not None and len(one) == 1 and one[0][1] == width:
-            return one, one  # no map on one side is none on the other
+            return one, one  # if one side has no map here, neither has the other
     if left is None or right is None:
         return None
     sizes: dict[str, int] = {}
@@ -126,7 +127,7 @@ def _text(axes: Axes) -> str:
 
 
 def _offered(trap: Suspect, axes: Axes | None) -> Suspect:
-    """The suspect with the map that a trace shows as the first to be offered."""
+    """The suspect, with the map that a trace shows as the first candidate."""
     sizes = dict(axes or ())
     channels, height = sizes.get("c"), sizes.get("h") or 1
     if channels is None or trap.width % channels or len(sizes) < 2 or (sizes.get("d") or 1) > 1:

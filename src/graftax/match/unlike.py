@@ -1,4 +1,4 @@
-"""Names that speak against a pair which is the only one that fits: it is asked about, not taken for want of another."""
+"""When only one pair fits by shape but the names conflict, ask."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from graftax.match.sides import tokens_of
 KINDS = frozenset(
     ["lstm", "gru", "rnn", "cell", "cells", "recurrent", "optimized", "simple", "bi", "bidirectional", "bilstm"]
 )
-"""Words for recurrent layers: on both sides they say what the shapes say."""
+"""Words for recurrent layers: on both sides they say only what the shapes show."""
 
 
 def unlike(path: str, flax: str, lex: Lexicon, torch: bool = True) -> bool:
-    """Two paths of modules name parts that exclude each other (encoder and decoder), or each says something that the
-    other does not and they share no telling word."""
+    """True if the paths of two modules name parts that exclude each other (encoder and decoder), or if each has a word
+    that the other lacks and they share no telling word."""
     a = _said(f"{path}.weight" if torch else f"{path}/kernel", torch, lex)
     b = _said(f"{flax}/kernel", False, lex)
     if contradicts(a, b, lex):

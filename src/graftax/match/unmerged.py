@@ -1,8 +1,9 @@
-"""Weights that the file does not hold finished: parametrised, pruned or adapted ones.
+"""Weights that the file holds unmerged: parametrised, pruned or adapted ones.
 
-`parametrizations.weight.original` is what some function makes the weight of, and the file does not hold that function;
-a weight beside low-rank adapters is without what was trained. Ported as they stand both have the right shape and wrong
-values, so they are refused by name unless the other end keeps them apart too, or rules or the layer table settle them.
+Some function makes the weight from `parametrizations.weight.original`, and the file does not hold that function. A
+weight beside low-rank adapters lacks what was trained. Both would have the right shape and wrong values if they were
+ported as they are, so they are refused by name, unless the other end keeps them unmerged too, or rules or the layer
+table settle them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from graftax.tree import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Unmerged:
-    """Leaves of which a part (or the end) of the path fits `pattern`; `beside`: only where a leaf with this in place of
-    the last part is there as well; `marks`: texts of which such a path holds one."""
+    """Leaves with a part of the path (or its end) that fits `pattern`. `beside`: only if a leaf with this last part
+    exists too; `marks`: the path holds one of these texts."""
 
     name: str
     pattern: re.Pattern[str]
@@ -57,13 +58,14 @@ SCHEMES = (
         ("ia3_", "oft_", "hada_", "lokr_", "vera_"),
     ),
 )  # fmt: skip
-"""Names as torch.nn.utils.parametrize, torch.nn.utils.prune, peft and flax.nnx.LoRA write them."""
+"""The names that torch.nn.utils.parametrize, torch.nn.utils.prune, peft and flax.nnx.LoRA write."""
 
 
 def refuse_unmerged(source: Checkpoint, like: Checkpoint, settled: Iterable[str]) -> None:
-    """PlanError naming every leaf of an end that is part of a weight, where the other end does not hold as many.
+    """PlanError that names every leaf of an end that is one part of a weight, if the other end holds fewer of them.
 
-    `settled`: the leaves of either end that rules or the layer table have settled."""
+    `settled`: the leaves of either end that rules or the layer table have settled.
+    """
     known = set(settled)
     failures: list[Failure] = []
     hints: dict[str, None] = {}

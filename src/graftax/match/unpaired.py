@@ -1,5 +1,8 @@
-"""Leaves that nothing has paired although the other side has an unpaired leaf of their shape: open, whatever the
-policies for missing and unused leaves say. Columns are asked together where whole pairings of them can be offered."""
+"""Questions about unpaired leaves for which the other side has an unpaired leaf of the same shape.
+
+The policies for missing and unused leaves do not close them. Columns share a question if it can offer complete pairings
+of them.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,16 @@ from graftax.rules import escape_key, rule_line
 from graftax.tree import Checkpoint, Side, TensorSpec
 
 _NUMBER = re.compile(r"\d+")
-_MOST = 6  # candidates of one column
-_PAIRINGS = 24  # pairings of several columns that one question offers
+_MOST = 6  # most candidates of one column
+_PAIRINGS = 24  # most pairings of several columns that one question offers
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """Leaves alike but for one number, of one shape: the number's place among those of the path, and its values."""
+    """Leaves of one shape whose paths differ in one number: the place of that number among those of the path, and its
+    values."""
 
     names: tuple[str, ...]
     spec: TensorSpec
@@ -41,7 +45,7 @@ class _Column:
         return self.names[0]
 
     def template(self, index: str) -> str:
-        """The path with `index` for the number."""
+        """The path with `index` in place of the number."""
         pieces = [escape_key(piece) for piece in _NUMBER.split(self.names[0])]
         numbers = _NUMBER.findall(self.names[0])
         out = pieces[0]
@@ -52,7 +56,7 @@ class _Column:
 
 @dataclass(frozen=True, slots=True)
 class _Edge:
-    """One way to fill a column: the sources, and the rule line that says so."""
+    """One way to fill a column: the sources, and the rule line that states it."""
 
     source: _Column
     line: str
@@ -61,9 +65,9 @@ class _Edge:
 
 
 def unpaired(proposal: Proposal, source: Checkpoint, like: Checkpoint, source_side: Side, like_side: Side) -> Proposal:
-    """The proposal with a question, with candidates, for every leaf of like that no source fills, whose module has no
-    leaf that one fills, and whose shape (transposed, or with an axis of stacking) some source tensor has that goes
-    nowhere. Such leaves are neither missing nor unused: they wait for an answer."""
+    """The proposal with a question, with candidates, for every leaf of like that no source fills, if no leaf of its
+    module is filled and an unused source tensor has its shape (transposed, or with a stack axis). Such leaves are
+    neither missing nor unused: they wait for an answer."""
     spoken = (*proposal.entries, *proposal.broken)
     used, filled = {n for e in spoken for n in e.sources}, {n for e in spoken for n in e.targets}
     if filled.issuperset(like):
@@ -98,7 +102,7 @@ def unpaired(proposal: Proposal, source: Checkpoint, like: Checkpoint, source_si
 
 
 def _module(path: str, side: Side) -> str:
-    """The path of the module that holds a leaf, its collection aside."""
+    """The path of the module that holds a leaf, without its collection."""
     if side == "torch":
         return path.rpartition(".")[0]
     head, _, rest = path.partition("/")
@@ -107,7 +111,7 @@ def _module(path: str, side: Side) -> str:
 
 
 def _varied(shape: Shape) -> bool:
-    """More than one value: scalars say nothing by their shape."""
+    """True if the shape has more than one value; the shape of a scalar is no evidence."""
     return any(extent > 1 for extent in shape)
 
 
@@ -115,8 +119,8 @@ def _varied(shape: Shape) -> bool:
 
 
 def _columns(names: Iterable[str], end: Checkpoint) -> list[_Column]:
-    """Names of one shape that are alike but for their numbers: a column for every value of all varying numbers but the
-    first."""
+    """Names of one shape that differ only in numbers, as columns: one for each set of values of the varying numbers
+    after the first."""
     groups: dict[tuple[str, Shape], list[str]] = {}
     for name in names:
         groups.setdefault((_NUMBER.sub("\0", name), end[name].shape), []).append(name)
@@ -143,7 +147,7 @@ def _columns(names: Iterable[str], end: Checkpoint) -> list[_Column]:
 
 
 def _edges(target: _Column, sources: Sequence[_Column], sides: tuple[Side, Side]) -> list[_Edge]:
-    """Every way to fill the column, the one with the likest names first."""
+    """Every way to fill the column; the way with the likeliest names comes first."""
     out: list[_Edge] = []
     for column in sources:
         for line in _lines(column, target, sides):
@@ -153,7 +157,7 @@ def _edges(target: _Column, sources: Sequence[_Column], sides: tuple[Side, Side]
 
 
 def _lines(source: _Column, target: _Column, sides: tuple[Side, Side]) -> list[str]:
-    """Rule lines that work for the two columns: instance by instance, or stacked into one leaf."""
+    """Rule lines that fit the two columns: instance by instance, or stacked into one leaf."""
     words = sides if sides[0] != sides[1] else ("source", "target")
     out: list[str] = []
     if joins(source.first, source.spec, target.first, target.spec, words):
@@ -190,7 +194,7 @@ def _plus(index: str, by: int) -> str:
 
 
 def joins(source: str, mine: TensorSpec, target: str, theirs: TensorSpec, words: tuple[str, str]) -> bool:
-    """Can the layer table carry one leaf into the other?"""
+    """True if the layer table can convert one leaf into the other."""
     if words == ("source", "target"):
         return mine.shape == theirs.shape
     if math.prod(mine.shape) != math.prod(theirs.shape):
@@ -204,7 +208,7 @@ def joins(source: str, mine: TensorSpec, target: str, theirs: TensorSpec, words:
 
 
 def _likeness(source: _Column, target: _Column, sides: tuple[Side, Side]) -> tuple[float, bool]:
-    """How alike the names are; whether the parts around the modules are named and numbered alike."""
+    """How alike the names are, and whether the parts around the modules have the same names and numbers."""
     lex = lexicon()
     ends = list(zip((source, target), sides, strict=True))
     a, b = (set(concepts(tokens_of(column.first, side), lex)) for column, side in ends)
@@ -245,12 +249,12 @@ def _groups(edges: dict[int, list[_Edge]]) -> list[list[int]]:
 
 
 def _nearest(found: Sequence[_Edge]) -> Sequence[_Edge]:
-    """The ways from places that are named alike, where there are any."""
+    """The ways from places with the same names, if there are any; else all."""
     return [edge for edge in found if edge.near] or found
 
 
 def _pairings(group: Sequence[int], edges: dict[int, list[_Edge]]) -> list[tuple[_Edge, ...]]:
-    """Pairings of all columns, each source once; one more than are offered at the most."""
+    """Pairings of all columns that use each source once; at most one more than is offered."""
     out: list[tuple[_Edge, ...]] = []
     steps = [4000]
 
@@ -279,12 +283,13 @@ def _question(
         Candidate(
             ", ".join(edge.line for edge in pairing),
             tuple(name for edge in pairing for name in edge.source.names),
-            "fits by shape",
+            "only the shape matches",
         )
         for pairing in islice(pairings, _PAIRINGS)
     ]
     text = (
-        f"{', '.join(fold_names(targets)[:4])}: not paired by names, and unpaired tensors of the source have "
-        f"{'its shape' if len(columns) == 1 else 'these shapes'}; say which it is, or that it is missing"
+        f"{', '.join(fold_names(targets)[:4])}: names do not pair {'it' if len(columns) == 1 else 'them'}, but "
+        f"unpaired source tensors have {'its shape' if len(columns) == 1 else 'their shapes'}; choose one, or mark it "
+        "missing"
     )
     return Question("match", text, targets, tuple(sources), tuple(candidates))

@@ -1,6 +1,6 @@
-"""What the layer table settles before names are read: a tree that is one layer, and the layers whose leaves fit no
-one-to-one reading (recurrent cells, weight and spectral norm), where one pairing only is possible or names are equal.
-"""
+"""What the layer table settles before names are read: a tree that is one layer, and layers whose leaves have no
+one-to-one reading (recurrent cells, weight and spectral norm) if only one pairing is possible or the names are
+equal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Owner:
 def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side: Side, settled: Proposal) -> Proposal:
     """Entries source -> like for what the layer table settles; a refusal of the table is a failure that holds its keys.
 
-    `settled`: what rules have decided; its keys are left alone. Nothing is proposed where both ends are of one side.
+    `settled`: what rules have decided; its keys are left alone. Nothing is proposed if both ends are of one side.
     """
     if source_side == like_side:
         return Proposal()
@@ -69,15 +69,15 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
 
 
 def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> bool:
-    """Another reading of the one layer fits as well, which is to be asked: a square convolution whose name says that it
-    may be transposed, a norm over a map, which may be the matrix of an unknown class, fused rows that are split into
-    heads."""
+    """True if another reading of the one layer fits too, so that a question must decide: a square convolution whose
+    name says that it may be transposed, a norm over a map (which may be the matrix of an unknown class), or fused rows
+    that are split into heads."""
     shapes = [torch_end[name].shape for name in torch.roles.values()]
     square = any(len(shape) > 2 and shape[0] == shape[1] for shape in shapes)
     words = [*_words(torch.path, "torch")], [*_words(flax.path, "flax")]
     fused = {"qkv", "kv"} & {concept for side in words for concept in concepts(side, lexicon())}
     if fused and any(len(flax_end[name].shape) > 2 for name in flax.roles.values()):
-        return True  # rows part by part, or head by head: no kind of module says which
+        return True  # rows lie part by part or head by head, and no kind of module shows which
     if found.by == "modules":
         return False
     if square and any(says_transposed([w for w in side if not w.isdigit()]) for side in words):
@@ -90,7 +90,7 @@ def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkp
 
 
 def _whole(end: Checkpoint, side: Side) -> Owner:
-    """The whole tree as one module: the one that all its leaves lie below."""
+    """The whole tree as one module: the module that all its leaves lie below."""
     separator = "/" if side == "flax" else "."
     parts = [(_plain(name) if side == "flax" else name).split(separator)[:-1] for name in end]
     path: list[str] = []
@@ -98,7 +98,7 @@ def _whole(end: Checkpoint, side: Side) -> Owner:
         if len(set(level)) > 1 or level[0] == "parametrizations":
             break
         path.append(level[0])
-    for n in (*range(len(path), 0, -1), 0):  # the innermost that the table knows, else the root
+    for n in (*range(len(path), 0, -1), 0):  # the innermost module that the table knows, else the root
         at = separator.join(path[:n])
         module = end.live.modules.get(at)
         if module is not None and known_kind(module, side):
@@ -108,7 +108,7 @@ def _whole(end: Checkpoint, side: Side) -> Owner:
 
 
 def _below(names: Iterable[str], prefix: str, side: Side) -> dict[str, str]:
-    """role -> full path of the leaves below `prefix`; a Flax role has no collection."""
+    """role -> full path of the leaves below `prefix`; a Flax role has no collection"""
     out: dict[str, str] = {}
     for name in names:
         plain = _plain(name) if side == "flax" else name
@@ -124,9 +124,9 @@ def _plain(path: str) -> str:
 
 
 def _torch_owners(names: list[str], pattern: re.Pattern[str], torch: Checkpoint) -> list[Owner]:
-    """Modules that own a leaf whose role the pattern names."""
+    """Modules that hold a leaf whose role fits the pattern."""
     prefixes: dict[str, None] = {}
-    last: dict[str, bool] = {}  # few leaf names are of many tensors
+    last: dict[str, bool] = {}  # many tensors share few leaf names
     for name in names:
         head, _, leaf = name.rpartition(".")
         if leaf not in last:
@@ -143,7 +143,7 @@ def _torch_owners(names: list[str], pattern: re.Pattern[str], torch: Checkpoint)
 
 
 def _flax_cells(names: list[str]) -> list[str]:
-    """Paths (no collection) of recurrent cells: modules whose children are gates, two at least."""
+    """Paths (without collection) of recurrent cells: modules with at least two gates as children."""
     gates: dict[str, set[str]] = {}
     for name in names:
         parts = _plain(name).split("/")
@@ -169,9 +169,9 @@ def _composites(
     ruled: Iterable[Entry],
     turned: bool,
 ) -> Proposal:
-    """Recurrent layers against the cells below some Flax module, and reparametrised layers against theirs: taken where
-    the pairing is the only one on both sides, or the only one with equal names. Where rules have settled a part of a
-    layer (`ruled`) and pair what the table pairs, the rest of it is taken."""
+    """Recurrent layers with the cells below some Flax module, and reparametrised layers with theirs. A pair is taken if
+    it is the only one on both sides, or the only one with equal names. If rules have settled a part of a layer
+    (`ruled`) as the table pairs it, the rest of the layer is taken."""
     if len(free_torch) < len(torch):
         free_torch, free_flax = _with_siblings(free_torch, torch, "torch"), _with_siblings(free_flax, flax, "flax")
     patterns = (_RECURRENT, _REPARAMETRISED)
@@ -207,7 +207,7 @@ def _composites(
 
 
 def _with_siblings(free: list[str], end: Checkpoint, side: Side) -> list[str]:
-    """The free leaves, and the settled ones of modules (of cells) that have free ones, in the end's order."""
+    """The free leaves, and the settled leaves of modules (or cells) that have free ones, in the order of the end."""
     if len(free) == len(end):
         return free
     depth = 1 if side == "torch" else 2
@@ -235,8 +235,8 @@ def _in(path: str, cell: str) -> bool:
 
 
 def _pairs(fits: list[tuple[Owner, Owner, Connection]]) -> list[tuple[Owner, Owner, Connection]]:
-    """Pairs with equal names first, then pairs that are the only one on both sides and whose names do not speak against
-    it; each leaf once."""
+    """Pairs with equal names first, then pairs that are the only one on both sides and whose names do not conflict;
+    each leaf is used once."""
     out: list[tuple[Owner, Owner, Connection]] = []
     rest = list(fits)
     for rule in (_same_names, None):
@@ -274,8 +274,9 @@ def _words(path: str, side: Side) -> list[str]:
 def _lone_biases(
     torch: Checkpoint, flax: Checkpoint, free_torch: list[str], free_flax: list[str], turned: bool
 ) -> Proposal:
-    """Modules whose names are equal word for word, of which one side has a bias and the other has none: the rest is
-    settled, and the bias is asked about (missing or unused) without a candidate, for nothing else may fill it."""
+    """Modules whose names are equal word for word, if one side has a bias and the other has none. The rest of the
+    module is settled, and the bias is asked about (missing or unused) without a candidate, because nothing else may
+    fill it."""
     lone = _with_bias(free_torch, "torch") ^ _with_bias(free_flax, "flax")
     if not lone:
         return Proposal()
@@ -295,7 +296,7 @@ def _lone_biases(
             continue
         square = any(torch[n].shape == torch[n].shape[::-1] and len(torch[n].shape) > 1 for n in roles.values())
         if square and connection.by != "modules":
-            continue  # its siblings may say that this checkpoint stores (in, out)
+            continue  # its siblings may show that this checkpoint stores (in, out)
         found.append(connection)
         on_torch = "bias" in roles
         name = roles["bias"] if on_torch else other[1]["bias"]
@@ -318,7 +319,7 @@ def _with_bias(names: list[str], side: Side) -> set[tuple[str, ...]]:
 
 def _modules(names: list[str], side: Side) -> dict[tuple[str, ...], tuple[str, dict[str, str]]]:
     """words of a module's path -> (path, role -> leaf), for modules whose leaves lie right below them. Words that two
-    modules share stand for neither."""
+    modules share are left out."""
     separator = "/" if side == "flax" else "."
     by_path: dict[str, dict[str, str]] = {}
     for name in names:
@@ -340,7 +341,7 @@ def _modules(names: list[str], side: Side) -> dict[tuple[str, ...], tuple[str, d
 def _settled(
     torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint, partial: bool = False
 ) -> Connection | Failure | None:
-    """The one connection of the two that something speaks for; a Failure where the table refuses; None for neither."""
+    """The only connection of the two that has evidence; a Failure if the table refuses; None if neither."""
     live = _kind_of(flax, flax_end)
     parts = (
         Part(torch.path, "torch", torch.roles, torch_end.specs, torch.module),
@@ -351,12 +352,12 @@ def _settled(
     except LayoutError as error:
         return error.failures[0] if error.failures else Failure(str(error), key=torch.path)
     best = settled_connection(found)
-    # A bare parameter is no layer: what its name says is not for the table to judge.
+    # A bare parameter is no layer, so the table does not judge its name.
     return None if best is None or best.layer == BARE else best
 
 
 def _kind_of(owner: Owner, end: Checkpoint) -> Module | None:
-    """The live module that speaks for the owner: its own, or the one known kind of the modules inside it."""
+    """The live module that shows the owner's kind: its own, or one inside it if only one kind there is known."""
     if owner.module is not None and known_kind(owner.module, "flax"):
         return owner.module
     paths = set(owner.roles.values())
@@ -373,7 +374,7 @@ def _proposal(found: Iterable[Connection], turned: bool) -> Proposal:
     entries: list[Entry] = []
     assumptions: list[Assumption] = []
     for connection in found:
-        why = (f"layer table: {connection.layer}", *connection.evidence)
+        why = (f"the layer table connects them as {connection.layer}", *connection.evidence)
         for entry in connection.entries:
             made = Entry(entry.sources, entry.targets, entry.ops, why)
             entries.append(Entry(made.targets, made.sources, invert_chain(made.ops), made.evidence) if turned else made)
@@ -383,7 +384,7 @@ def _proposal(found: Iterable[Connection], turned: bool) -> Proposal:
 
 
 def _refused(failure: Failure, torch: Owner, flax: Owner, turned: bool) -> Proposal:
-    """A refusal: nothing of the two is asked about besides."""
+    """A refusal; nothing else is asked about the two."""
     ends = (tuple(flax.roles.values()), tuple(torch.roles.values()))
     sources, targets = ends if turned else ends[::-1]
     shown = Failure(failure.what, failure.file, escape(failure.key), failure.expected, failure.found, failure.next)

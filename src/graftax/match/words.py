@@ -1,7 +1,7 @@
-"""The words that neural-network code uses, as data: synonyms, what excludes what, and how much a word says.
+"""The words that neural-network code uses, as data: synonyms, words that exclude each other, and how much a word says.
 
-No name of a model or of a family of models stands here: only words for parts, as they occur across the field.
-A *concept* is what synonyms share. Words that are not in the table are their own concept and count as telling.
+No name of a model or of a family of models is here: only words for parts, as they occur across the field. Synonyms
+share a *concept*. A word that is not in the table is its own concept and counts as telling.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ PHRASES: dict[str, str] = {
     "attn vec": "attn o out",
     "attention vec": "attn o out",
 }
-"""Consecutive words -> concepts; the longest phrase wins."""
+"""Consecutive words -> concepts; the longest phrase is used."""
 
 EXCLUSIVE: tuple[str, ...] = (
     "q k v qkv kv o",
@@ -216,7 +216,7 @@ EXCLUSIVE: tuple[str, ...] = (
     "mu logvar",
     "key receptance",
 )
-"""Concepts of which a part is one: two parts that hold different ones are not the same part."""
+"""Concepts that exclude each other: two parts with different ones are not the same part."""
 
 NUMBERED: tuple[tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...] = (
     (("wi", "w"), (0, 1), ("gate", "up")),
@@ -226,7 +226,7 @@ NUMBERED: tuple[tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...] =
 """(word, the numbers of all siblings, what they mean): a gated feed-forward part numbers its matrices."""
 
 FIRST_SECOND: frozenset[str] = frozenset(["fc", "linear", "lin", "dense", "ff", "w"])
-"""Words that, numbered 1 and 2 inside a block, name the two matrices of its feed-forward part."""
+"""Words that name the two matrices of a feed-forward part if they are numbered 1 and 2 inside a block."""
 
 IN_BLOCK: dict[tuple[str, ...], str] = {
     ("conv", "proj"): "shortcut",
@@ -236,10 +236,10 @@ IN_BLOCK: dict[tuple[str, ...], str] = {
     ("proj", "bn"): "shortcut",
     ("bn", "proj"): "shortcut",
 }
-"""What words mean where they are the whole path inside a block: the projection beside the convolutions."""
+"""What words mean if they are the whole path inside a block: the projection beside the convolutions."""
 
 ALONE: dict[str, str] = {"shared": "tok embed", "output": "head", "out": "head", "unembed": "head"}
-"""What a word means where it is the whole path: the table that encoder and decoder share, the last projection."""
+"""What a word means if it is the whole path: the table that encoder and decoder share, the last projection."""
 
 IMPLIES: dict[str, str] = {"q": "attn", "k": "attn", "v": "attn", "qkv": "attn", "o": "attn out", "kv": "attn",
                            "up": "mlp", "down": "mlp out", "gate": "mlp", "self": "attn", "cross": "attn"}  # fmt: skip
@@ -270,10 +270,10 @@ SAYS_SOME = frozenset(["attn", "mlp", "enc", "dec", "in", "out", "self", "shared
 """Words for the part around a leaf."""
 
 WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module"))
-"""Path parts that torch.compile, FSDP and the like put in: not part of a name."""
+"""Path parts that torch.compile, FSDP and the like insert; they are no part of a name."""
 
 COLLECTIONS = frozenset(("params", "batch_stats", "buffers", "cache_params", "params_axes", "ema_params", "state"))
-"""First parts of a Linen path that name a collection and not a module."""
+"""First parts of a Linen path that name a collection, not a module."""
 
 BUFFERS: dict[str, str] = {
     "num_batches_tracked": "batch counter, no effect in evaluation",
@@ -295,4 +295,4 @@ BUFFERS: dict[str, str] = {
     "_extra_state": "state of the training engine",
     "n_averaged": "counter of averaged steps",
 }
-"""Last part of a torch key that is a known buffer -> why it needs no place."""
+"""Last part of a torch key that is a known buffer -> why it needs no target."""

@@ -1,14 +1,15 @@
 """The closed set of ops: one step from a tuple of tensors to a tuple of tensors.
 
-Index ops move values and are always exact. Value ops change them; their inverse is a pseudo-inverse and their exactness
-is measured while data streams by. Every op knows its output specs, so a plan is proved to fit before data moves.
+Index ops move values and are always exact. Value ops change values; their inverse is a pseudo-inverse, and their
+exactness is measured while data streams by. Every op knows its output specs, so a plan is proved to fit before data
+moves.
 
-    infer(specs) -> specs      shapes and dtypes out; LayoutError where the input does not fit
-    inverse                    the op back; inverse of inverse is the op itself
-    apply(arrays) -> arrays    NumPy in, NumPy out; views where it can
+    infer(specs) -> specs      shapes and dtypes out; LayoutError if the input does not fit
+    inverse                    the op back; the inverse of the inverse is the op itself
+    apply(arrays) -> arrays    NumPy in, NumPy out; views if possible
 
-An op that takes one tensor is mapped over all tensors of the tuple. `bind_chain` writes down every size that an inverse
-needs: only bound ops are kept in a plan.
+An op that takes one tensor is mapped over all tensors of the tuple. `bind_chain` records every size that an inverse
+needs: a plan holds only bound ops.
 """
 
 from graftax.ops.base import Array, Arrays, Op, Specs

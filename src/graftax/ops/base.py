@@ -53,11 +53,11 @@ def at_least(value: int, least: int, what: str) -> None:
 
 
 def holds(value: float, dtype: str, what: str) -> None:
-    """LayoutError unless `dtype` can hold `value`: rounded where it is floating, exactly otherwise."""
+    """LayoutError unless `dtype` can hold `value`: rounded if it is floating, else exactly."""
     bits, kind = DTYPES[dtype]
     if kind == "f":
         form = FLOATS.get(dtype)
-        if form is None:  # packed codes: what all of them have
+        if form is None:  # packed codes: the values that all of them have
             fits = value in (0, 1)
         elif not form.mantissa:  # powers of two
             fits = math.isnan(value) or (0 < value <= form.top and math.frexp(value)[0] == 0.5)

@@ -1,7 +1,8 @@
-"""Casts on the host with one rule: round to nearest even, and overflow is an error unless it is asked to saturate.
+"""Casts on the host with one rule: round to nearest even; overflow is an error unless saturation is requested.
 
-A NaN keeps its sign and as much of its payload as fits, so that a wider type and back gives every bit. Engines differ
-in all of this (torch saturates where ml_dtypes gives NaN; XLA flushes subnormals), hence one rule here.
+A NaN keeps its sign and as much of its payload as fits, so that a cast to a wider type and back gives every bit.
+Engines differ in all of this (torch saturates where ml_dtypes gives NaN; XLA flushes subnormals), so there is one rule
+here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from graftax.tree.dtypes import dtype_name, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 _POWERS = "float8_e8m0fnu"
-"""Powers of two without a sign: a type for scales. Nothing is rounded to it."""
+"""The dtype of scales: powers of two without a sign. No value is rounded to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,8 @@ class CastCount:
 def cast_array(array: Array, target: str, overflow: str = "error") -> tuple[Array, CastCount]:
     """`array` as dtype `target`, and what was lost. A zero that loses its sign counts as rounded.
 
-    overflow: "error" raises PlanError where a value (an infinity, too) has no counterpart; "saturate" takes the largest
-    finite one; "propagate" leaves what the dtype makes of it (infinity or NaN).
+    overflow: "error" raises PlanError if a value (also an infinity) has no counterpart; "saturate" uses the largest
+    finite value; "propagate" keeps what the dtype makes of it (infinity or NaN).
     """
     dtype = numpy_dtype(target)
     if array.dtype == dtype:
@@ -83,8 +84,8 @@ def cast_array(array: Array, target: str, overflow: str = "error") -> tuple[Arra
 
 
 def _count_finite(array: Array, out: Array, source: str, target: str) -> CastCount | None:
-    """What was lost between IEEE types of 32 bits at most where all values came out finite, as weights do: counted in a
-    quarter of the time. None elsewhere."""
+    """What was lost between IEEE types of at most 32 bits if all results are finite, as with weights: counted in a
+    quarter of the time. None in other cases."""
     a, b = FLOATS.get(source), FLOATS.get(target)
     if a is None or b is None or not (a.ieee and b.ieee) or max(a.bits, b.bits) > 32:
         return None
@@ -98,23 +99,23 @@ def _count_finite(array: Array, out: Array, source: str, target: str) -> CastCou
 
 
 def _largest(off: Array, wide: Array) -> float:
-    """The largest of the changes `off`, which it overwrites, relative to what was there. Zeros, NaNs and infinities do
-    not count."""
+    """The largest of the changes `off`, which it overwrites, relative to the original values. Zeros, NaNs and
+    infinities do not count."""
     np.divide(off, wide, out=off)
     return float(np.fmax.reduce(np.abs(off, out=off), axis=None, initial=0.0))
 
 
 def _nearest(array: Array, dtype: np.dtype[Any]) -> Array:
-    """Rounded once, whatever intermediate type NumPy and ml_dtypes need."""
+    """`array` rounded once to `dtype`, whatever intermediate type NumPy and ml_dtypes need."""
     if array.dtype.itemsize == 8 and dtype.itemsize < 4:
         array = _narrowed(array)
     elif array.dtype.itemsize == dtype.itemsize == 1:
-        array = array.astype(np.float32)  # exact; not every pair of 8-bit types has a cast of its own
+        array = array.astype(np.float32)  # exact; some pairs of 8-bit types have no direct cast
     return array.astype(dtype)
 
 
 def _narrowed(array: Array) -> Array:
-    """float64 -> float32 rounded to odd, so that the next rounding is as if from float64 at once."""
+    """float64 -> float32 rounded to odd, so that the next rounding gives the same result as from float64 directly."""
     near = array.astype(np.float32)
     bits = near.view(np.uint32) if near.ndim else near.reshape(1).view(np.uint32)
     wide = array.reshape(bits.shape)
@@ -128,8 +129,8 @@ def _narrowed(array: Array) -> Array:
 
 
 def _keep_nans(array: Array, out: Array, source: str, target: str) -> Array:
-    """NaNs of `array` written into `out`: sign, and the payload from its high end; a payload that would vanish becomes
-    the quiet bit. Types with a single NaN are left as they are."""
+    """Write the NaNs of `array` into `out`: the sign, and the payload from its high end. A payload that would vanish
+    becomes the quiet bit. Types with a single NaN are not changed."""
     a, b = FLOATS.get(source), FLOATS.get(target)
     if a is None or b is None or not (a.ieee and b.ieee):
         return out
@@ -151,6 +152,6 @@ def _only_powers(wide: Array, back: Array) -> None:
     wrong = (wide != back) & ~np.isnan(wide)
     if wrong.any():
         raise PlanError(
-            f"{int(np.count_nonzero(wrong))} of {wide.size} values are no powers of two, which is all {_POWERS} holds",
+            f"{int(np.count_nonzero(wrong))} of {wide.size} values are not powers of two, as {_POWERS} requires",
             next="Choose another dtype.",
         )

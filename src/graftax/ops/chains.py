@@ -29,11 +29,11 @@ OPS: dict[str, type[Any]] = {
     )
 }  # fmt: skip
 CONDITIONS: tuple[type[Any], ...] = (Same, RequireZero, Unrepeat, Crop)
-"""Ops that hold only for some values; those that decide a plan are checked while planning."""
+"""Ops that are valid only for some values. Those that decide a plan are checked while planning."""
 
 
 def bind_chain(ops: Sequence[Op], specs: Specs) -> tuple[tuple[Op, ...], Specs]:
-    """The ops bound to `specs`, and the specs they give. LayoutError where one does not fit."""
+    """The ops bound to `specs`, and the specs that they give. LayoutError if one does not fit."""
     out: list[Op] = []
     for op in ops:
         bound = op.bind(specs) if isinstance(op, (Rearrange, RearrangeEach, Drop)) else op
@@ -69,7 +69,7 @@ def op_to_json(op: Op) -> dict[str, Any]:
 
 
 def op_from_json(data: Mapping[str, Any]) -> Op:
-    """The op that `op_to_json` wrote. RulesError where the data is not one."""
+    """The op that `op_to_json` wrote. RulesError if the data is not one."""
     rest = dict(data)
     name = rest.pop("op", None)
     cls = OPS.get(name) if isinstance(name, str) else None
@@ -95,7 +95,7 @@ def _field_types(cls: type[Any]) -> Mapping[str, Any]:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """The value is of the annotated type: int, float, str, bool, tuples of these, or None where allowed."""
+    """True if the value has the annotated type: int, float, str, bool, tuples of these, or None if allowed."""
     if isinstance(kind, types.UnionType):
         return any(_is(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

@@ -1,4 +1,4 @@
-"""Index ops whose way back (or way there) holds only for some values, which they check bit for bit."""
+"""Index ops that are valid only for some values, in one direction at least. They check those values bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftax.tree.dtypes import same_bits
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Every row along `axis` `count` times in a row (heads repeated for tensor parallelism). Exact."""
+    """Repeat every row along `axis` `count` times in a row (heads repeated for tensor parallelism). Exact."""
 
     name: ClassVar[str] = "repeat"
     exact = True
@@ -41,7 +41,7 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Unrepeat:
-    """One of every `count` equal rows along `axis`; PlanError where they are not bit-identical. Exact."""
+    """Keep one of every `count` equal rows along `axis`; PlanError if they are not bit-identical. Exact."""
 
     name: ClassVar[str] = "unrepeat"
     exact = True
@@ -123,7 +123,7 @@ class Pad:
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """Remove rows that Pad adds; PlanError where one of them is not `fill`. Exact."""
+    """Remove rows that Pad adds; PlanError if one of them is not `fill`. Exact."""
 
     name: ClassVar[str] = "crop"
     exact = True
@@ -169,7 +169,8 @@ class Crop:
 
 @dataclass(frozen=True, slots=True)
 class Same:
-    """`count` tensors that are bit for bit one (a tied weight under several names) -> one. PlanError if they differ."""
+    """`count` tensors that are equal bit for bit (a tied weight with several names) -> one. PlanError if they
+    differ."""
 
     name: ClassVar[str] = "same"
     exact = True
@@ -191,13 +192,13 @@ class Same:
     def apply(self, arrays: Arrays) -> Arrays:
         for other in arrays[1:]:
             if not same_bits(arrays[0], other):
-                raise PlanError("tensors that the plan takes for tied differ in their values")
+                raise PlanError("the plan treats these tensors as tied, but their values differ")
         return arrays[:1]
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One tensor -> `count` of it. Exact."""
+    """One tensor -> `count` copies. Exact."""
 
     name: ClassVar[str] = "copy"
     exact = True
@@ -223,8 +224,8 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class RequireZero:
-    """Pass all tensors; PlanError unless rows start..stop on `axis` of tensor `index` are zero: the target has no place
-    for them (a GRU's b_hn against a cell without one). Exact; its own inverse; checked while planning."""
+    """Pass all tensors; PlanError unless rows start..stop on `axis` of tensor `index` are zero, because the target has
+    no place for them (a GRU's b_hn, for a cell without one). Exact; its own inverse; checked while planning."""
 
     name: ClassVar[str] = "require_zero"
     exact = True
@@ -253,5 +254,5 @@ class RequireZero:
     def apply(self, arrays: Arrays) -> Arrays:
         rows = arrays[self.index][(slice(None),) * self.axis + (slice(self.start, self.stop),)]
         if (rows != 0).any():
-            raise PlanError(self.why or f"{self.text}, and they are not")
+            raise PlanError(self.why or f"{self.text}, but they are not")
         return arrays

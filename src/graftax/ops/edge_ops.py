@@ -1,4 +1,4 @@
-"""Ops at the edge of a plan: a tensor from nothing, or to nothing."""
+"""Ops at the edge of a plan: they make a tensor from no source, or remove one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftax.tree import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Nothing -> a tensor of `value`. Its inverse drops it."""
+    """No source -> a tensor of `value`. The inverse drops it."""
 
     name: ClassVar[str] = "fill"
     exact = True
@@ -49,8 +49,8 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A tensor -> nothing, for a stated reason. Its inverse fills the recorded spec with `fill`, or keeps what like has
-    where it undoes a Keep. With fill=None it has no inverse: what was dropped is not made up on the way back."""
+    """Drop a tensor for a stated reason. The inverse fills the recorded spec with `fill`, or keeps like's values if
+    this op undoes a Keep. With fill=None there is no inverse: a dropped tensor is never made up on the way back."""
 
     name: ClassVar[str] = "drop"
     exact = False
@@ -89,7 +89,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Nothing -> the value that the target already has in like. The executor supplies it; its inverse drops it."""
+    """No source -> the value that the target already has in like. The executor supplies it; the inverse drops it."""
 
     name: ClassVar[str] = "keep"
     exact = True

@@ -1,4 +1,4 @@
-"""The floating formats: which one holds every value of which. Pure Python, one table."""
+"""The floating formats, in one table: which format holds every value of another. Pure Python."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ FLOATS: Mapping[str, Float] = {
 
 
 def widens(source: str, target: str) -> bool:
-    """Every value of `source` is one of `target`, and a cast there and back keeps every bit, NaN payloads too."""
+    """True if every value of `source` is a value of `target`, and a cast there and back keeps every bit, also of NaN
+    payloads."""
     if source == target:
         return True
     if source not in FLOATS or target not in FLOATS or not FLOATS[target].ieee:

@@ -91,8 +91,8 @@ class Concat:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Stack `count` tensors along a new `axis`. With m tensors an instance they come instance by instance
-    (count x m tensors in, m out). Exact."""
+    """Stack `count` tensors along a new `axis`. If an instance has m tensors, the input is instance by instance (count
+    x m tensors in, m out). Exact."""
 
     name: ClassVar[str] = "stack"
     exact = True

@@ -14,8 +14,8 @@ from graftax.tree import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class FoldWeightNorm:
-    """(g, v) -> g * v / ||v||, the norm over every axis but `axis`; g has length 1 on the others. The inverse takes
-    v = w and g = ||w||: the same function, other bits."""
+    """(g, v) -> g * v / ||v||, with the norm over every axis but `axis`; g has length 1 on those axes. The inverse
+    gives v = w and g = ||w||: the same function with other bits."""
 
     name: ClassVar[str] = "fold_weight_norm"
     exact = False
@@ -87,8 +87,8 @@ def _norm(wide: Array, axis: int) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class SpectralSigma:
-    """(w, u, v) of torch spectral_norm -> (w, u, sigma = u W v), W being w as (O, rest). The inverse takes
-    v = W^T u / |W^T u|, which is v once the power iteration has converged."""
+    """(w, u, v) of torch spectral_norm -> (w, u, sigma = u W v), where W is w as (O, rest). The inverse gives v = W^T u
+    / |W^T u|, which equals v once the power iteration has converged."""
 
     name: ClassVar[str] = "spectral_sigma"
     exact = False

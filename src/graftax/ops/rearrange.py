@@ -1,4 +1,4 @@
-"""Rearrange: permute, merge and split axes, written as einops writes it."""
+"""Rearrange: permute, merge and split axes, in einops notation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Pattern = tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]
 
 @lru_cache(maxsize=4096)
 def parse_pattern(pattern: str) -> Pattern:
-    """`(h d) i -> i h d` as (left groups, right groups); '1' is an axis of length one; else RulesError."""
+    """`(h d) i -> i h d` as (left groups, right groups); '1' is an axis of length one. RulesError if it is no
+    pattern."""
     left, arrow, right = pattern.partition("->")
     if not arrow:
         raise RulesError(f"{escape(pattern)!r} is not 'axes -> axes', such as 'o i -> i o'")
@@ -33,7 +34,7 @@ def parse_pattern(pattern: str) -> Pattern:
 
 @lru_cache(maxsize=4096)
 def canonical(pattern: str) -> str:
-    """The pattern with single spaces: equal ops have equal text. RulesError where it is none."""
+    """The pattern with single spaces, so that equal ops have equal text. RulesError if it is no pattern."""
     sides = (" ".join(_group_text(group) for group in side) for side in parse_pattern(pattern))
     return " -> ".join(sides)
 
@@ -43,7 +44,7 @@ def _group_text(group: tuple[str, ...]) -> str:
 
 
 def axis_groups(text: str, pattern: str) -> tuple[tuple[str, ...], ...]:
-    """One side of `pattern`: `(h d) i` as (("h", "d"), ("i",)); `()` is an axis of length one. RulesError."""
+    """One side of `pattern`: `(h d) i` as (("h", "d"), ("i",)); `()` is an axis of length one. Raises RulesError."""
     groups: list[tuple[str, ...]] = []
     inside: list[str] | None = None
     for token in text.replace("(", " ( ").replace(")", " ) ").split():
@@ -65,10 +66,10 @@ def axis_groups(text: str, pattern: str) -> tuple[tuple[str, ...], ...]:
 
 @dataclass(frozen=True, slots=True)
 class Rearrange:
-    """Permute, merge and split axes, written as einops writes it: `(h d) i -> i h d`. Exact; a view where NumPy allows.
+    """Permute, merge and split axes, in einops notation: `(h d) i -> i h d`. Exact; a view if NumPy allows.
 
-    `sizes` fixes axes that the shape does not tell. Mapped over tensors, an axis may differ from one to the next
-    (grouped heads), as long as each group still has one unknown at most.
+    `sizes` fixes axes that the shape does not determine. An axis may differ between the tensors it is mapped over
+    (grouped heads), as long as each group has at most one unknown size.
     """
 
     name: ClassVar[str] = "rearrange"
@@ -153,6 +154,7 @@ class Rearrange:
 
 
 def transpose(rank: int, order: Sequence[int], names: str | None = None) -> Rearrange:
-    """A permutation of axes as a Rearrange: out axis i is in axis order[i]. `names`: one letter or word an axis."""
+    """A permutation of axes as a Rearrange: output axis i is input axis order[i]. `names`: one letter or word per
+    axis."""
     axes = names.split() if names else [f"a{i}" for i in range(rank)]
     return Rearrange(f"{' '.join(axes)} -> {' '.join(axes[i] for i in order)}")

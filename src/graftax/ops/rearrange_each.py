@@ -1,4 +1,4 @@
-"""RearrangeEach: another pattern for every tensor of the tuple."""
+"""RearrangeEach: a pattern of its own for each tensor of the tuple."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Sizes = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class RearrangeEach:
-    """Tensor i rearranged by patterns[i]; '' passes it. Exact. Where tensors of one entry differ in rank (a kernel, its
-    u and its sigma) or in what becomes of them (grouped heads), one pattern does not do.
+    """Rearrange tensor i by patterns[i]; '' leaves it as it is. Exact. It is needed if the tensors of one entry differ
+    in rank (a kernel, its u and its sigma) or are rearranged differently (grouped heads).
 
-    `sizes`, when given, holds one tuple of axis sizes for each pattern, as Rearrange takes them.
+    `sizes`, if given, holds one tuple of axis sizes for each pattern, as Rearrange takes them.
     """
 
     name: ClassVar[str] = "rearrange_each"

@@ -118,8 +118,8 @@ class Offset:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """For each group of input indices their sum, one tensor a group (an LSTM's two biases). The inverse gives the first
-    of a group the sum and the others zeros: the function is kept, the bits of the terms are not."""
+    """The sum of each group of input indices, one tensor per group (an LSTM's two biases). The inverse gives the sum to
+    the first tensor of a group and zeros to the others: the function is kept, but not the bits of the terms."""
 
     name: ClassVar[str] = "sum"
     exact = False

@@ -9,22 +9,22 @@ from graftax.ops.base import Array, Specs
 
 
 def floating(specs: Specs, op: str) -> None:
-    """LayoutError unless every tensor is of a floating dtype that is not packed."""
+    """LayoutError unless every tensor has a floating dtype that is not packed."""
     for spec in specs:
         if not spec.floating or spec.packed:
             raise LayoutError(f"{op} takes floating tensors, got {spec}")
 
 
 def one_dtype(specs: Specs, op: str) -> None:
-    """The same, and of one dtype."""
+    """LayoutError unless every tensor has the same floating dtype, not packed."""
     floating(specs, op)
     if len({spec.dtype for spec in specs}) > 1:
         raise LayoutError(f"{op} takes tensors of one dtype, got {', '.join(map(str, specs))}")
 
 
 def rounded(function: Callable[..., Array], *arrays: Array) -> Array:
-    """function(arrays in float64) -> the dtype of the last array, rounded once. PlanError where finite values give an
-    infinity or NaN that the dtype, or float64, cannot avoid."""
+    """function(arrays in float64) -> the dtype of the last array, rounded once. PlanError if finite values give an
+    infinity or NaN that the dtype, or float64, cannot represent otherwise."""
     import numpy as np
 
     from graftax.ops.casting import cast_array

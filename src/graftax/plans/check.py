@@ -1,4 +1,4 @@
-"""Does a plan hold? Every entry fits its shapes and dtypes, every key stands in exactly one entry of its side."""
+"""Check a plan: every entry fits its shapes and dtypes, and every key is in exactly one entry of its side."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def fit(entry: Entry, source: End, like: End) -> Entry | Failure:
         if found == wanted:
             return entry if ops is entry.ops else Entry(entry.sources, entry.targets, ops, entry.evidence)
     except GraftaxError as error:
-        why = f"It was decided by: {'; '.join(entry.evidence)}." if entry.evidence else ""
+        why = f"Evidence: {'; '.join(entry.evidence)}." if entry.evidence else ""
         return Failure(str(error), file=source.label, key=_ends_text(entry), next=why)
     text = _ends_text(entry)
     if len(found) != len(wanted):
-        return Failure("the ops give another number of tensors", "", text, str(len(wanted)), str(len(found)))
+        return Failure("the ops give a different number of tensors", "", text, str(len(wanted)), str(len(found)))
     for name, want, have in zip(entry.targets, wanted, found, strict=True):
         if want.shape != have.shape:
             hint = "Its transpose would fit." if want.shape == have.shape[::-1] and len(want.shape) > 1 else ""
@@ -50,7 +50,7 @@ def _ends_text(entry: Entry) -> str:
 
 
 def keys_twice(entries: Iterable[Entry], source: End, like: End) -> list[Failure]:
-    """A failure for every key that stands in more than one entry of its side."""
+    """A failure for every key that is in more than one entry of its side."""
     entries = tuple(entries)
     out: list[Failure] = []
     for counts, end in (
@@ -58,7 +58,7 @@ def keys_twice(entries: Iterable[Entry], source: End, like: End) -> list[Failure
         (Counter(n for e in entries for n in e.targets), like),
     ):
         out += [
-            Failure(f"stands in {count} entries of the plan", end.label, name, "1", str(count))
+            Failure(f"is in {count} entries of the plan", end.label, name, "1", str(count))
             for name, count in counts.items()
             if count > 1
         ]
@@ -66,7 +66,7 @@ def keys_twice(entries: Iterable[Entry], source: End, like: End) -> list[Failure
 
 
 def unmentioned(entries: Iterable[Entry], questions: Iterable[Question], source: End, like: End) -> list[Question]:
-    """A question for every key of either side that nothing mentions."""
+    """A question for every key of either side that no entry and no question mentions."""
     entries, questions = tuple(entries), tuple(questions)
     filled = {n for e in entries for n in e.targets} | {n for q in questions for n in q.targets}
     used = {n for e in entries for n in e.sources} | {n for q in questions for n in q.sources}

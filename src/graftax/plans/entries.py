@@ -11,8 +11,8 @@ from graftax.tree import Checkpoint, Key, Side, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One side of a plan: what it is called, its names and specs, what its containers need to come back, and what
-    stands beside the weights and takes no part (name -> what it is)."""
+    """One side of a plan: its label, its names and specs, what restores its containers, and what it holds besides the
+    weights (name -> what it is)."""
 
     label: str
     side: Side
@@ -29,7 +29,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """sources -> ops -> targets, and what decided it, the strongest evidence first."""
+    """sources -> ops -> targets, and the evidence, the strongest first."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -38,18 +38,18 @@ class Entry:
 
     @property
     def dropped(self) -> str | None:
-        """Why the source goes nowhere, for an entry that drops it."""
+        """Why the entry drops its source; None if it does not."""
         return self.ops[-1].reason if self.ops and isinstance(self.ops[-1], Drop) else None
 
     @property
     def lost(self) -> bool:
-        """Dropped for good: nothing says what it should be on the way back."""
+        """True if the source is dropped for good: no value is stated for the way back."""
         last = self.ops[-1] if self.ops else None
         return isinstance(last, Drop) and last.fill is None and not last.keep
 
     @property
     def unfilled(self) -> bool:
-        """The targets come from no source: filled with a constant or kept from like."""
+        """True if no source fills the targets: they are filled with a constant or kept from like."""
         return bool(self.ops) and isinstance(self.ops[0], (Fill, Keep))
 
     @property

@@ -1,4 +1,4 @@
-"""Names that differ in their numbers only, folded into one."""
+"""Fold names that differ only in their numbers into one name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from graftax.errors import escape
 
-NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,17})(?![0-9])")  # not 01, which must be shown as it is
+NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,17})(?![0-9])")  # not 01, which is shown as it is
 
 
 def numbers_as_ranges(rows: Sequence[Sequence[int]], template: str) -> str:
-    """`layers.{}.w` and the numbers of every instance -> `layers.{0..35}.w`; a number that never varies stays."""
+    """`layers.{}.w` and the numbers of every instance -> `layers.{0..35}.w`; a number that never varies is kept."""
     out = template
     for place in range(len(rows[0]) if rows else 0):
         out = out.replace("\0", _range(sorted({row[place] for row in rows})), 1)
@@ -27,7 +27,8 @@ def _range(values: Sequence[int]) -> str:
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Names that differ in their numbers only, as one name with ranges each, in order of first appearance."""
+    """Names folded over their numbers: one name with ranges for all that differ only there, in order of first
+    appearance."""
     groups: dict[str, list[tuple[int, ...]]] = {}
     for name in names:
         groups.setdefault(NUMBER.sub("\0", name), []).append(tuple(int(n) for n in NUMBER.findall(name)))

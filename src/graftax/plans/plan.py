@@ -1,7 +1,7 @@
-"""Plans: what goes where, and how. Pure data made from names, shapes and dtypes, separate from its execution.
+"""Plans: what goes where, and how. A plan is data made from names, shapes and dtypes, separate from its execution.
 
-An entry is a group and the unit of meaning: sources -> ops -> targets. Every key stands in exactly one entry a side, so
-the resolved plan inverts: swap the sides, reverse the ops.
+An entry is a group and the unit of meaning: sources -> ops -> targets. Every key is in exactly one entry of its side,
+so the resolved plan has an inverse: swap the sides, reverse the ops.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from graftax.tree import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class MadeFrom:
-    """What a plan was made from: both ends as they were opened, and the options with the rules read."""
+    """What a plan was made from: both opened ends, and the options with the parsed rules."""
 
     source: Checkpoint
     like: Checkpoint | None
@@ -34,11 +34,11 @@ class MadeFrom:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes where, and how; `print` it to review it. `complete` when nothing is open and everything fits.
+    """What goes where, and how; `print` it to review it. `complete` if nothing is open and everything fits.
 
-    A plan is data: it can be compared, pickled, saved and loaded, and nothing changes it. `made_from` is the one field
-    that is none of this: it refers to both ends in this process, so that `answer` can plan again and `run` can give
-    like's own kind of container. It is None for a plan that was loaded, unpickled or inverted.
+    A plan is data: it can be compared, pickled, saved and loaded, and nothing changes it. Only `made_from` is not data:
+    it refers to both ends in this process, so that `answer` can plan again and `run` can return like's own kind of
+    container. It is None for a plan that was loaded, unpickled or inverted.
     """
 
     source: End
@@ -61,17 +61,18 @@ class Plan:
 
     @property
     def complete(self) -> bool:
-        """Every leaf of like is filled, every source accounted for, every shape and dtype fits, nothing is open."""
+        """True if every leaf of like is filled, every source is used or dropped, every shape and dtype fits, and
+        nothing is open."""
         return not self.questions and not self.failures
 
     @property
     def lossless(self) -> bool:
-        """Every entry gives back every bit on the way back, whatever the values; dropped tensors apart."""
+        """True if every entry gives back every bit on the way back, for any values; dropped tensors do not count."""
         return all(entry.exact for entry in self.entries if entry.dropped is None)
 
     def require_complete(self, way_out: str = "") -> None:
-        """PlanError with every question and failure, unless the plan is complete. `way_out`: what to do about it, where
-        that is not to write rules."""
+        """PlanError with every question and failure, unless the plan is complete. `way_out`: the next step, if it is
+        not to write rules."""
         if self.complete:
             return
         open_ = [Failure(str(question), next=_without_candidates(question)) for question in self.questions]
@@ -96,7 +97,8 @@ class Plan:
     # ------------------------------------------------------------ doing
 
     def run(self, source: Any, **options: Any) -> Any:
-        """The tree that this plan makes of `source`, in like's own kind of container. PlanError if incomplete.
+        """The tree that this plan makes from `source`, in like's own kind of container. PlanError if the plan is
+        incomplete.
 
         options: sharding, rngs and receipt, as in `graftax.port`.
         """
@@ -104,10 +106,10 @@ class Plan:
         return _front().run_plan(self, source, **options)
 
     def answer(self, question: Question | int, choice: Candidate | int | str) -> Plan:
-        """A new plan in which a question is settled by one of its candidates (the object, its index, or a rule line).
-        This plan stays as it is. Answering one question narrows the others.
+        """A new plan in which one candidate settles a question (the object, its index, or a rule line). This plan is
+        not changed. An answer to one question narrows the others.
 
-        UsageError for an index that is not there, and for a plan that was loaded from a file.
+        UsageError if the index does not exist, or if the plan was loaded from a file.
         """
         asked = self._asked(question)
         if not isinstance(choice, (str, Candidate)):
@@ -122,9 +124,10 @@ class Plan:
 
     @property
     def inverse(self) -> Plan:
-        """The plan back: sides swapped, ops reversed and inverted. PlanError if incomplete.
+        """The plan in the other direction: sides swapped, ops reversed and inverted. PlanError if the plan is
+        incomplete.
 
-        A tensor that was dropped for good (no fill was stated) is left out, never made up, and an assumption names it.
+        A tensor that was dropped for good (no fill is stated) is left out, never made up, and an assumption names it.
         """
         self.require_complete()
         entries: list[Entry] = []
@@ -138,7 +141,7 @@ class Plan:
         noted = tuple(
             Assumption(
                 f"{name} is left out on the way back: it was dropped ({why})",
-                "load_state_dict names what it misses",
+                "load_state_dict names the missing keys",
                 (name,),
             )
             for name, why in lost.items()
@@ -158,9 +161,9 @@ class Plan:
         *,
         partial: bool = False,
     ) -> Plan:
-        """A plan of the proposal's entries, every op bound to its shapes and every misfit collected.
+        """A plan of the proposal's entries, with every op bound to its shapes and every misfit collected.
 
-        Keys of either side that no entry and no question mentions become questions, unless `partial`.
+        Unless `partial`, keys of either side that no entry and no question mentions become questions.
         """
         failures = list(proposal.failures)
         entries: list[Entry] = []
@@ -187,27 +190,28 @@ class Plan:
         return plan_text(self)
 
     def as_json(self, candidates: int | None = 10) -> dict[str, Any]:
-        """The plan as JSON data, each question with so many candidates (None: all). `Plan.from_json` reads it."""
+        """The plan as JSON data, each question with at most `candidates` candidates (None: all). `Plan.from_json` reads
+        it."""
         return plan_as_json(self, candidates)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all. StorageError where that fails; PlanError where an op is a Python
+        """Write the plan as JSON, whole or not at all. StorageError if that fails; PlanError if an op is a Python
         function."""
         write_json(self.as_json(candidates=None), Path(path))
 
     @classmethod
     def from_json(cls, data: Any, label: str = "plan") -> Plan:
-        """The plan that `as_json` gave. RulesError where the data is not one; everything is validated again."""
+        """The plan that `as_json` gave. RulesError if the data is not a plan; everything is validated again."""
         with damaged_plan(label):
             parts = parts_of_json(data, label)
-            # A failure speaks for keys that no entry names; without one, every key must be named.
+            # A failure may hold keys that no entry names; without failures, every key must be named.
             plan = cls.build(*parts.ends, parts.proposal, partial=bool(parts.failures))
         found = tuple(failure for failure in plan.failures if failure not in parts.failures)
         return replace(plan, failures=(*parts.failures, *found))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """The plan saved at `path`. StorageError where it cannot be read, RulesError where it is not a plan."""
+        """The plan saved at `path`. StorageError if it cannot be read, RulesError if it is not a plan."""
         return cls.from_json(read_json(Path(path)), str(path))
 
 
@@ -215,8 +219,8 @@ _PICKLED = tuple(f.name for f in fields(Plan) if f.name != "made_from")
 
 
 def _front() -> Any:
-    """The library's front, which opens trees and infers plans. It stands above plans, so it is looked up by name when a
-    plan needs it, as `graftax` looks up its own names."""
+    """The library's front, which opens trees and infers plans. It is above plans in the import order, so a plan looks
+    it up by name when needed, as `graftax` looks up its own names."""
     return importlib.import_module("graftax.api")
 
 
@@ -224,7 +228,7 @@ def _front() -> Any:
 
 
 def _item(items: Sequence[Any], index: Any, what: str) -> Any:
-    """items[index]. UsageError that lists what there is."""
+    """items[index]. UsageError that lists the items."""
     if isinstance(index, bool) or not hasattr(index, "__index__"):
         raise UsageError(f"{escape(repr(index), 60)} ({type(index).__name__}) is no {what} and no index of one")
     if -len(items) <= index < len(items):
@@ -237,7 +241,7 @@ def _item(items: Sequence[Any], index: Any, what: str) -> Any:
 
 
 def _without_candidates(question: Question) -> str:
-    """What to do about a question that offers no answer."""
+    """The next step for a question without candidates."""
     if question.candidates:
         return ""
     policies = {

@@ -1,5 +1,5 @@
-"""What a plan leaves open or takes for granted: questions with their candidates, and assumptions; and what a producer
-of plans hands over."""
+"""What a plan leaves open or assumes: questions with their candidates, and assumptions; and the proposal that a
+producer of plans returns."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from graftax.plans.names import fold_names
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One answer to a question: the rule line that picks it (paste-ready; several inline tables, where it takes more
-    than one rule) and what speaks for it."""
+    """One answer to a question: the rule line that picks it (ready to paste; several inline tables if it takes several
+    rules) and the evidence for it."""
 
     rule: str
     sources: tuple[str, ...] = ()
@@ -28,9 +28,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What inference cannot know. `kind` is a word (match, layout, flatten, fused, stack, shape, missing, unused);
-    `targets` and `sources` are the leaves that wait for the answer; each candidate carries the rule line that settles
-    it."""
+    """What inference cannot decide. `kind` is a word (match, layout, flatten, fused, stack, shape, missing, unused);
+    `targets` and `sources` are the leaves that wait for the answer; each candidate has the rule line that settles the
+    question."""
 
     kind: str
     text: str
@@ -62,12 +62,12 @@ class Question:
 
 
 PARITY = "graftax verify, or gx.check_parity: one input through both models"
-"""The check that proves what only the models' outputs show."""
+"""The check that proves what only the outputs of the models show."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assumption:
-    """What no file can show and the plan relies on, with the check that proves it."""
+    """What no file can show but the plan relies on, with the check that proves it."""
 
     text: str
     check: str
@@ -82,8 +82,8 @@ class Assumption:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What a producer found: entries for what is settled, questions for what is not. `reads` says which values were
-    read while planning, and why; `broken` holds the keys (no ops) that a failure speaks for already."""
+    """What a producer found: entries for what is settled, questions for what is not. `reads`: which values were read
+    while planning, and why; `broken`: entries (without ops) for the keys that a failure holds already."""
 
     entries: tuple[Entry, ...] = ()
     questions: tuple[Question, ...] = ()

@@ -1,4 +1,4 @@
-"""Plans as JSON: written whole or not at all, read as data that may be hostile."""
+"""Plans as JSON: written whole or not at all, and read as data that may be hostile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA = 1
 _RULES = re.compile(
     r"^[ \t]*(?:rules[ \t]*=|\[\[[ \t]*rules\b|\{[ \t]*(?:torch|flax|source|target)[ \t]*=)", re.MULTILINE
 )
-"""What a rules file has and JSON has not."""
+"""What a rules file has but JSON has not."""
 
 
 def plan_as_json(plan: Plan, candidates: int | None) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def plan_as_json(plan: Plan, candidates: int | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What the JSON of a plan says, each part valid by itself: whether they go together is not judged here."""
+class PlanParts:
+    """The parts of a plan's JSON, each valid by itself; whether they fit together is not checked here."""
 
     ends: tuple[End, End]
     proposal: Proposal
@@ -62,7 +62,7 @@ class Parts:
 
 @contextmanager
 def damaged_plan(label: str) -> Iterator[None]:
-    """RulesError that names the plan, for whatever is wrong with its data."""
+    """Turn any error in a plan's data into a RulesError that names the plan."""
     try:
         yield
     except GraftaxError as error:
@@ -71,8 +71,8 @@ def damaged_plan(label: str) -> Iterator[None]:
         raise RulesError(f"{escape(label)} is damaged: {type(error).__name__} {escape(error)}") from error
 
 
-def parts_of_json(data: Any, label: str) -> Parts:
-    """The parts of the plan that `plan_as_json` gave. RulesError, or what `damaged_plan` turns into one."""
+def parts_of_json(data: Any, label: str) -> PlanParts:
+    """The parts of the plan that `plan_as_json` gave. RulesError, or an error that `damaged_plan` turns into one."""
     if not isinstance(data, dict) or cast("dict[str, Any]", data).get("graftax_plan") != SCHEMA:
         raise RulesError(f"{escape(label)} is not a graftax plan of schema {SCHEMA}")
     table = cast("dict[str, Any]", data)
@@ -104,11 +104,11 @@ def parts_of_json(data: Any, label: str) -> Parts:
         Failure(**{str(key): str(value) for key, value in item.items()}) for item in table.get("failures", ())
     )
     reads = _names(table.get("reads", ()))
-    return Parts((source, like), Proposal(entries, questions, assumptions, (), reads), failures)
+    return PlanParts((source, like), Proposal(entries, questions, assumptions, (), reads), failures)
 
 
 def read_json(path: Path) -> Any:
-    """The JSON data at `path`. StorageError where it cannot be read, RulesError where it is not JSON."""
+    """The JSON data at `path`. StorageError if it cannot be read, RulesError if it is not JSON."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -128,7 +128,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(data: Any, path: Path) -> None:
-    """Write JSON data, whole or not at all. StorageError where that fails."""
+    """Write JSON data, whole or not at all. StorageError if that fails."""
     try:
         raw = json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # a name with half a surrogate pair

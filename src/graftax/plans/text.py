@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def columns(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
-    """Entries that are one column: alike but for the numbers in their names, which count alike on both sides.
-    (first, all), in the plan's order. Entries that cross (fc1 -> Dense_1, fc2 -> Dense_0) stand each by itself."""
+    """Entries that form one column: they differ only in numbers, which count alike on both sides. (first, all), in the
+    plan's order. Entries that cross (fc1 -> Dense_1, fc2 -> Dense_0) are columns of their own."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         key = (
@@ -33,7 +33,7 @@ def columns(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
 
 
 def _straight(group: Sequence[Entry]) -> bool:
-    """Is the order by the sources' numbers the order by the targets'?"""
+    """True if the order by the sources' numbers is the order by the targets' numbers."""
     if any(not entry.sources or not entry.targets for entry in group):
         return True
     by_source = sorted(group, key=lambda entry: _numbers(entry.sources))
@@ -45,7 +45,7 @@ def _numbers(names: Sequence[str]) -> list[list[int]]:
 
 
 def column_rows(plan: Plan) -> list[dict[str, str | int]]:
-    """A row a column: sources, targets, ops, how many entries, and what decided it."""
+    """One row per column: sources, targets, ops, how many entries, and the evidence."""
     rows: list[dict[str, str | int]] = []
     for first, group in columns(plan.entries):
         rows.append(
@@ -61,7 +61,7 @@ def column_rows(plan: Plan) -> list[dict[str, str | int]]:
 
 
 def lossless_text(plan: Plan) -> str:
-    """`lossless: yes`, or which entries are not."""
+    """`lossless: yes`, or the entries that are not lossless."""
     lossy = [entry for entry in plan.entries if not entry.exact and entry.dropped is None]
     dropped = sum(entry.dropped is not None for entry in plan.entries)
     aside = f" ({dropped} dropped, listed above)" if dropped else ""
@@ -73,13 +73,13 @@ def lossless_text(plan: Plan) -> str:
 
 
 def left_out(left: Mapping[str, str], shown: int = 12) -> str:
-    """What stands beside the weights, in one line: `opt_state (an optimizer's state, 9 leaves), step`."""
+    """What an end holds besides the weights, in one line: `opt_state (an optimizer's state, 9 leaves), step`."""
     names = [f"{escape(name)} ({escape(what, 60)})" for name, what in list(left.items())[:shown]]
     return ", ".join(names) + (f" and {len(left) - shown} more" if len(left) > shown else "")
 
 
 def left_out_lines(plan: Plan) -> list[str]:
-    """A line for each end of a plan that has more than its weights."""
+    """A line for each end of a plan that holds more than its weights."""
     ends = (plan.source, plan.like)
     return [f"beside the weights of {escape(end.label)}, left out: {left_out(end.left)}" for end in ends if end.left]
 

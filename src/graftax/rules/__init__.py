@@ -1,4 +1,4 @@
-"""The rules file: what the user knows and inference cannot.
+"""The rules file: it states what the user knows and inference cannot find.
 
     rules = load_rules("R.toml")                          # or TOML text, or a list of tables
     outcome = apply_rules(rules, source, like, "torch", "flax")

@@ -1,4 +1,4 @@
-"""Rules against two checkpoints: entries for what they settle, failures for what does not fit."""
+"""Apply rules to two checkpoints: entries for what the rules settle, failures for what does not fit."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from graftax.errors import Failure, RulesError
 from graftax.ops import Drop, Fill
 from graftax.plans import PARITY, Assumption, Entry, Proposal
 from graftax.rules.build import Builder
-from graftax.rules.grouping import Ends, find_groups, folded, no_match, resolve
+from graftax.rules.grouping import RuleEnds, find_groups, folded, no_match, resolve
 from graftax.rules.model import Rule
-from graftax.rules.state import Named, Port
+from graftax.rules.state import Named, RuleState
 from graftax.rules.template import KeyIndex, Template, parse_template
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class RuleOutcome:
-    """What the rules settle: entries from source to like, failures and the keys that they concern (`proposal.broken`);
-    missing: policy of every leaf of like that a rule names; targets: what comes out, where there is no like; named:
-    what silent rules pair."""
+    """What the rules settle. proposal: entries from source to like, failures, and the keys that these concern
+    (`broken`); missing: the policy of every leaf of like that a rule names; targets: what comes out if there is no
+    like; named: what silent rules pair."""
 
     proposal: Proposal
     missing: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -31,11 +31,11 @@ class RuleOutcome:
 def apply_rules(
     rules: Iterable[Rule], source: Checkpoint, like: Checkpoint | None, source_side: Side, like_side: Side
 ) -> RuleOutcome:
-    """What `rules` say about `source` -> `like`. Nothing is raised: what does not fit is a failure of the proposal."""
+    """What `rules` settle for `source` -> `like`. Nothing is raised: what does not fit is a failure of the proposal."""
     rules = list(rules)
     if not rules:
-        return RuleOutcome(Proposal())  # no keys need to be looked up
-    ends = Port(
+        return RuleOutcome(Proposal())  # no keys are indexed
+    ends = RuleState(
         source,
         like,
         (source_side, like_side),
@@ -44,14 +44,14 @@ def apply_rules(
         (_holders(source), _holders(like)),
     )
     ends.order |= {id(rule): place for place, rule in enumerate(rules)}
-    for rule in sorted(rules, key=lambda rule: rule.silent):  # one that says more answers for one that says less
+    for rule in sorted(rules, key=lambda rule: rule.silent):  # a rule with a layout settles keys before a silent rule
         before = len(ends.failures)
         try:
             if rule.one_sided:
                 _one_sided(rule, ends)
             else:
                 _pair(rule, ends)
-        except RulesError as error:  # a template that is none on this side
+        except RulesError as error:  # its text is no template on this side
             ends.failures.append(Failure(str(error), key=rule.where))
         ends.failures[before:] = folded(ends.failures[before:])
     if like_side == "flax":
@@ -61,7 +61,7 @@ def apply_rules(
 
 
 def _nested(targets: Mapping[str, TensorSpec]) -> list[Failure]:
-    """A failure for every leaf that would also be a folder of leaves, where the rules alone make the tree."""
+    """A failure for every leaf that would also be a folder of leaves, if the rules alone make the tree."""
     folders = {path[:place] for path in targets for place, char in enumerate(path) if char == "/"}
     return [
         Failure("would be a leaf and a subtree", "the rules", path, next="Give it another name.")
@@ -79,12 +79,12 @@ def _holders(end: Checkpoint | None) -> dict[str, Module]:
 # ---------------------------------------------------------------- rules of one side
 
 
-def _one_sided(rule: Rule, ends: Port) -> None:
-    """drop, fill and missing: they act where their key is on the end that they are about."""
+def _one_sided(rule: Rule, ends: RuleState) -> None:
+    """Apply drop, fill and missing to the end that has the keys of the rule."""
     on_source = _on_source(rule, ends)
     if on_source is None:
         word = rule.words[0] if rule.left else rule.words[1]
-        ends.failures.append(Failure(f"is about {word} keys, and neither end is {word}", key=rule.where))
+        ends.failures.append(Failure(f"names {word} keys, but neither end is {word}", key=rule.where))
         return
     if on_source and not (rule.drop or rule.fill is not None):
         return
@@ -106,8 +106,8 @@ def _one_sided(rule: Rule, ends: Port) -> None:
             _settle(rule, ends, key, on_source)
 
 
-def _on_source(rule: Rule, ends: Port) -> bool | None:
-    """The rule is about keys of the source; None where it is about neither end."""
+def _on_source(rule: Rule, ends: RuleState) -> bool | None:
+    """True if the rule names keys of the source, False for keys of like, None if for neither end."""
     if rule.directional:
         return bool(rule.left)
     side: Side = "torch" if rule.left else "flax"
@@ -124,8 +124,8 @@ def _within(rule: Rule, template: Template, index: KeyIndex) -> Iterable[str]:
             yield key
 
 
-def _settle(rule: Rule, ends: Port, key: str, on_source: bool) -> None:
-    if rule.missing:  # a policy for what nothing fills: it claims no key
+def _settle(rule: Rule, ends: RuleState, key: str, on_source: bool) -> None:
+    if rule.missing:  # a policy for unfilled leaves, which claims no key
         ends.missing.setdefault(key, rule.missing)
         return
     clash = ends.claim(rule, [key] if on_source else [], [] if on_source else [key])
@@ -144,13 +144,13 @@ def _settle(rule: Rule, ends: Port, key: str, on_source: bool) -> None:
 # ---------------------------------------------------------------- rules of both sides
 
 
-def _pair(rule: Rule, ends: Port) -> None:
+def _pair(rule: Rule, ends: RuleState) -> None:
     forward = _left_is_source(rule, ends)
     if forward is None:
-        text, other = f"names torch and flax keys, and both ends are {ends.sides[0]}", "`source` and `target`"
+        text, other = f"names torch and flax keys, but both ends are {ends.sides[0]}", "`source` and `target`"
         if rule.directional:
             text, other = (
-                "names source and target, and this port is Flax to torch",
+                "names source and target, but this port is Flax to torch",
                 "`torch` and `flax`: both ways work",
             )
         ends.failures.append(Failure(text, key=rule.where, next=f"Write {other}."))
@@ -161,7 +161,7 @@ def _pair(rule: Rule, ends: Port) -> None:
     here = resolve(here, ends.source_index, ends.sides[0])
     if ends.like_index is not None:
         there = resolve(there, ends.like_index, ends.sides[1])
-    joined = Ends(here, there, ends.source_index, ends.like_index, ends.source.label, ends.like_label)
+    joined = RuleEnds(here, there, ends.source_index, ends.like_index, ends.source.label, ends.like_label)
     found = find_groups(rule, joined)
     ends.failures += found.failures
     for sources, targets in found.broken:
@@ -174,8 +174,8 @@ def _pair(rule: Rule, ends: Port) -> None:
         ends.assumptions.append(Assumption(text, PARITY, tuple(targets)))
 
 
-def _left_is_source(rule: Rule, ends: Port) -> bool | None:
-    """The left side of the rule is the source of this port; None where the rule names another kind of port."""
+def _left_is_source(rule: Rule, ends: RuleState) -> bool | None:
+    """True if the left side of the rule is the source of this port; None if the rule names another kind of port."""
     if ends.sides == ("torch", "flax") or (rule.directional and ends.sides[0] == ends.sides[1]):
         return True
     return False if not rule.directional and ends.sides == ("flax", "torch") else None

@@ -1,4 +1,4 @@
-"""Axis names: what a tensor's own axes are called, the `ops` key, and the named layouts."""
+"""Axis names: the names of a tensor's own axes, the `ops` key, and the named layouts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _OWN: Mapping[Side, tuple[str, ...]] = {
 
 
 def own_names(rank: int, side: Side) -> tuple[str, ...]:
-    """What the axes of a tensor are called where `ops` names the target's axes only: o out, i in, k kernel."""
+    """The names of a tensor's axes if `ops` names only the target's axes: o out, i in, k kernel."""
     if rank < len(_OWN[side]):
         return tuple(_OWN[side][rank].split())
     return tuple(f"a{axis}" for axis in range(rank))
 
 
 def named_ops(layout: str, rank: int) -> tuple[Op, ...] | None:
-    """What a named layout does to a torch tensor of `rank` axes, whatever its shape; None where that is not known.
-    Only for an end whose shapes are not known: where they are, the layer table decides."""
+    """The ops of a named layout for a torch tensor of `rank` axes of any shape; None if they are not known. Used only
+    for an end without known shapes; with shapes the layer table decides."""
     if rank < 2 or layout == "identity":
         return ()
     spatial = SPATIAL.get(rank - 2, "")
@@ -44,11 +44,11 @@ def named_ops(layout: str, rank: int) -> tuple[Op, ...] | None:
 
 @dataclass(frozen=True, slots=True)
 class OpsText:
-    """The `ops` key, its stacked axes taken out.
+    """The `ops` key without its stacked axes.
 
-    left       None where only the target's axes are written
+    left       None if only the target's axes are written
     positions  the axis of every stacked name in its tensor
-    placed     stacked name -> it stands on the left
+    placed     stacked name -> True if it is on the left
     """
 
     left: Groups | None
@@ -65,9 +65,9 @@ class OpsText:
         return frozenset(self.right_names)
 
     def pattern(self, rank: int | None, side: Side) -> str:
-        """The pattern for a left tensor of `rank` axes (None: unknown, as many as the right has names).
+        """The pattern for a left tensor of `rank` axes (None: not known; then as many as the right has names).
 
-        Raises RulesError where the short form does not name that tensor's own axes.
+        Raises RulesError if the short form does not name that tensor's own axes.
         """
         if self.left is not None:
             return f"{groups_text(self.left)} -> {groups_text(self.right)}"
@@ -88,8 +88,8 @@ def groups_text(groups: Sequence[Sequence[str]]) -> str:
 def parse_ops(text: str, stackable: frozenset[str]) -> OpsText:
     """The `ops` key: 'e l i o', 'o i -> e l i o' or '(h d) i -> i h d'.
 
-    `stackable`: names that may be stacked axes; one that stands on both sides, or is an own axis in the short form, is
-    an axis of the tensor. RulesError where it is not a pattern.
+    `stackable`: names that may be stacked axes. A name on both sides, or an own axis in the short form, is an axis of
+    the tensor and not stacked. RulesError if the text is not a pattern.
     """
     before, arrow, after = text.partition("->")
     if not arrow:
@@ -117,7 +117,7 @@ def _taken(groups: Groups, names: frozenset[str], text: str) -> tuple[Groups, di
     for axis, group in enumerate(groups):
         stacked = [name for name in group if name in names]
         if stacked and len(group) > 1:
-            raise RulesError(f"{escape(text)!r}: the stacked axis {stacked[0]} stands alone, outside of brackets")
+            raise RulesError(f"{escape(text)!r}: the stacked axis {stacked[0]} must be alone, outside of brackets")
         if stacked:
             if stacked[0] in positions:
                 raise RulesError(f"{escape(text)!r} names an axis twice")

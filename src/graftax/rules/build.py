@@ -1,4 +1,5 @@
-"""Entries of one rule: every group of keys with its ops, bound to its shapes and turned into the port's direction."""
+"""Entries of one rule: every group of keys with its ops, bound to its shapes and turned into the direction of the
+port."""
 
 from __future__ import annotations
 
@@ -10,22 +11,22 @@ from graftax.ops import Op, Specs, bind_chain, infer_chain, invert_chain
 from graftax.plans import Entry
 from graftax.rules.chain import Case, Chain, build_chain, positions
 from graftax.rules.flatten import NO_TAIL, Tail, conv_tail
-from graftax.rules.grouping import Ends, Group, render_there
+from graftax.rules.grouping import KeyGroup, RuleEnds, render_there
 from graftax.rules.layout import role_of
 from graftax.rules.model import LIST, Rule
-from graftax.rules.state import Named, Port
+from graftax.rules.state import Named, RuleState
 from graftax.rules.template import SEPARATOR, Template
 from graftax.tree import Module, Side, TensorSpec
 
 NO_MODULES: tuple[Module | None, ...] = (None, None)
 Pair = tuple[tuple[str, ...], ...]
-"""Something for each template of the left and of the right side."""
+"""One item for each template of the left and of the right side."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """What groups of equal shapes share: ops from source to like, the specs that come out, the order of the stacked
-    keys."""
+    """What groups of equal shapes share: the ops from source to like, the specs that come out, and the order of the
+    stacked keys."""
 
     ops: tuple[Op, ...]
     given: Specs
@@ -39,7 +40,7 @@ class Builder:
 
     __slots__ = ("assumed", "ends", "fixed", "forward", "joined", "listed", "made", "roles", "rule", "sides", "stacked")
 
-    def __init__(self, rule: Rule, ends: Port, joined: Ends, forward: bool) -> None:
+    def __init__(self, rule: Rule, ends: RuleState, joined: RuleEnds, forward: bool) -> None:
         self.rule, self.ends, self.joined, self.forward = rule, ends, joined, forward
         self.sides: tuple[Side, Side] = ends.sides if forward else (ends.sides[1], ends.sides[0])
         self.listed = LIST in rule.stack or (rule.ops is not None and LIST in rule.ops.placed)
@@ -54,8 +55,8 @@ class Builder:
         self.made: dict[object, _Made | LayoutError] = {}
         self.assumed: dict[str, list[str]] = {}
 
-    def add(self, group: Group) -> None:
-        """The group's entry, or the failure that says why there is none."""
+    def add(self, group: KeyGroup) -> None:
+        """Add the entry of the group, or the failure that says why there is none."""
         rule, ends = self.rule, self.ends
         fault = self._count_there(group)
         if fault is not None:
@@ -84,8 +85,8 @@ class Builder:
             names = sources if self.forward else targets
             self.assumed.setdefault(f"{_some(names)} is {text}", []).extend(targets)
 
-    def _made(self, group: Group) -> _Made:
-        """The ops of a group; groups of equal specs, roles and modules share them. LayoutError."""
+    def _made(self, group: KeyGroup) -> _Made:
+        """The ops of a group; groups of equal specs, roles and modules share them. Raises LayoutError."""
         left, right = (group.here, group.there) if self.forward else (group.there, group.here)
         source, like = self.ends.source.specs, self.ends.like
         keys = left.first(len(self.rule.left)), right.first(len(self.rule.right))
@@ -115,8 +116,8 @@ class Builder:
             raise known
         return known
 
-    def _count_there(self, group: Group) -> Failure | None:
-        """Where the other side has to be made up, the stacked axis says how many keys it gets."""
+    def _count_there(self, group: KeyGroup) -> Failure | None:
+        """If the rules alone describe the other side, take the number of its keys from the stacked axis."""
         there = group.there
         if len(there.values) == len(there.names):
             return None
@@ -127,7 +128,7 @@ class Builder:
             there.values.setdefault(name, tuple(range(shape[axes[name]])))
         return render_there(self.rule, self.joined, group)
 
-    def _build(self, group: Group, keys: Pair, roles: Pair, modules: tuple[Module | None, ...]) -> _Made:
+    def _build(self, group: KeyGroup, keys: Pair, roles: Pair, modules: tuple[Module | None, ...]) -> _Made:
         left, right = (group.here, group.there) if self.forward else (group.there, group.here)
         counts = {**left.counts(), **right.counts()}
         if self.listed:
@@ -149,7 +150,7 @@ class Builder:
         return _Made(ops, given, chain.order, (self.rule.evidence, *chain.evidence), chain.assumes)
 
     def _modules(self, keys: Pair, roles: Pair) -> tuple[Module | None, ...]:
-        """The live modules of the first keys, where those hold them under the same role."""
+        """The live modules of the first keys, if they hold these keys under the same role."""
         if not any(self.ends.holders):
             return NO_MODULES
         holders = self.ends.holders if self.forward else self.ends.holders[::-1]
@@ -169,7 +170,7 @@ class Builder:
         return self.ends.tails[self.forward]
 
     def _bound(self, chain: Chain, sources: Sequence[str], targets: Sequence[str]) -> tuple[tuple[Op, ...], Specs]:
-        """The ops from source to like, bound, and the specs they give. LayoutError where the shapes do not come out."""
+        """The bound ops from source to like, and the specs that they give. LayoutError if the shapes do not fit."""
         given = tuple(self.ends.source[name] for name in sources)
         like = self.ends.like
         dtype = given[0].dtype
@@ -199,7 +200,7 @@ class Builder:
 
 
 def _fixed_role(template: Template, side: Side) -> str:
-    """The role that every key of the template has; '' where its last part varies."""
+    """The role that every key of the template has; '' if the last part of the key varies."""
     last = template.pieces[-1]
     return role_of(last, side) if isinstance(last, str) and SEPARATOR[side] in last else ""
 
@@ -218,7 +219,7 @@ def _some(names: Sequence[str], shown: int = 3) -> str:
 
 
 def _culprit(rule: Rule) -> str:
-    """The key of the rule that most likely has to change."""
+    """The key of the rule that most likely must change."""
     said = (
         ("heads", rule.heads is not None and rule.fused != ""), ("flatten", rule.flatten), ("ops", rule.ops),
         ("stack", rule.stack), ("fused", rule.fused), ("layout", rule.layout), ("heads", rule.heads is not None),

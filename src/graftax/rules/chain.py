@@ -10,7 +10,7 @@ from graftax.errors import LayoutError
 from graftax.ops import Copy, Flip, Op, Rearrange, RearrangeEach, Same, Stack, Sum, Unstack, infer_chain, invert_chain
 from graftax.rules.flatten import NO_TAIL, Shape, Tail
 from graftax.rules.fuse import check_heads, fused_axis, head_counts, join, part_sizes, shown_heads, take_apart
-from graftax.rules.layout import Laid, Piece, lay, left_shape
+from graftax.rules.layout import Laid, TensorPair, layout_of, left_shape
 from graftax.rules.model import LIST, Rule
 from graftax.rules.rows import row_ops
 from graftax.tree import Module, Side, TensorSpec
@@ -18,8 +18,8 @@ from graftax.tree import Module, Side, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What the ops are built for: one shape for each template (None: that side is not known yet), how many values each
-    stacked index takes and, for messages, which, and what `Piece` needs besides."""
+    """The case that ops are built for: one shape per template (None: not known yet), how many values each stacked index
+    has and, for messages, which, and what else `TensorPair` needs."""
 
     left: tuple[Shape, ...] | None
     right: tuple[Shape, ...] | None
@@ -34,8 +34,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Ops from left to right; `order`: the stacked names, outermost first, in which the keys of the side that is not
-    stacked come, the list's tensors innermost unless they are stacked themselves."""
+    """Ops from left to right. `order`: the order of the unstacked side's keys, as the stacked names, outermost first;
+    the tensors of a list are innermost unless they are stacked themselves."""
 
     ops: tuple[Op, ...]
     order: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Chain:
 
 
 def build_chain(rule: Rule, case: Case) -> Chain:
-    """LayoutError where the rule does not fit the shapes, or says too little."""
+    """The chain for a case. LayoutError if the rule does not fit the shapes, or states too little."""
     names = tuple(case.counts)
     on_left = stacked_left(rule, names)
     if on_left:
@@ -70,7 +70,7 @@ def build_chain(rule: Rule, case: Case) -> Chain:
 
 
 def stacked_left(rule: Rule, names: Sequence[str]) -> bool:
-    """The stacked axes are axes of the left tensor: their names stand in the right templates, or the list does."""
+    """True if the stacked axes are axes of the left tensor: their names are in the right templates, or the list is."""
     if not names:
         return False
     if LIST in names:
@@ -92,7 +92,7 @@ def positions(rule: Rule, names: Sequence[str], rank: int) -> dict[str, int]:
 
 
 def _without(rule: Rule, case: Case, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """The shapes without their stacked axes, whose lengths are checked."""
+    """The shapes without their stacked axes. The lengths of those axes are checked."""
     out: list[Shape] = []
     seen: list[dict[str, int]] = []
     for shape in shapes:
@@ -124,7 +124,7 @@ def _first(shapes: Sequence[Shape] | None) -> Shape | None:
 def _core(
     rule: Rule, case: Case, lefts: tuple[Shape, ...] | None, rights: tuple[Shape, ...] | None
 ) -> tuple[tuple[Op, ...], Laid]:
-    """The ops of one instance. Where a list is stacked, its tensors are instances of one."""
+    """The ops of one instance. If a list is stacked, its tensors are the instances."""
     if LIST in case.counts:
         lefts = None if lefts is None else lefts[:1]
         rights = None if rights is None else rights[:1]
@@ -143,7 +143,7 @@ def _core(
             raise LayoutError(f"fused = 'sum' adds tensors of one shape, not {' and '.join(map(str, lefts))}")
         total = math.prod(case.counts.values())
         groups = tuple(tuple(range(k * many[0], (k + 1) * many[0])) for k in range(total))
-        if many[1] > 1:  # an LSTM's two biases, the sum of which Linen keeps gate by gate
+        if many[1] > 1:  # an LSTM's two biases; Linen stores their sum gate by gate
             parts, laid = _split(rule, case, _first(lefts), rights, ())
             return (*rows, Sum(groups), *parts), laid
         laid = _piece(rule, case, _first(lefts), _first(rights))
@@ -154,14 +154,14 @@ def _core(
 
 
 def _piece(rule: Rule, case: Case, left: Shape | None, right: Shape | None, part: int | None = None) -> Laid:
-    """The layout of one tensor; `part`: which of several on the right."""
+    """The layout of one tensor; `part`: its place in a list on the right."""
     roles = (case.left_roles[0], case.right_roles[part or 0])
     alone = len(rule.left) == len(rule.right) == 1
     heads = rule.heads if alone else None
     if part is not None and right is None:
         heads = (head_counts(rule, len(rule.right)) or (None,) * len(rule.right))[part]
     modules = case.modules if alone else (None, None)
-    return lay(rule, Piece(left, right, roles, case.sides, modules, case.tail, heads))
+    return layout_of(rule, TensorPair(left, right, roles, case.sides, modules, case.tail, heads))
 
 
 def _tied(
@@ -169,7 +169,7 @@ def _tied(
     many: tuple[int, int], rows: tuple[Op, ...],
 ) -> tuple[tuple[Op, ...], Laid]:  # fmt: skip
     if case.counts:
-        raise LayoutError("fused = 'tied' does not go with a stacked index; write a rule for each")
+        raise LayoutError("fused = 'tied' excludes a stacked index; write a rule for each")
     if lefts is not None and len(set(lefts)) > 1:
         raise LayoutError(f"fused = 'tied' is for tensors of one shape, not {' and '.join(map(str, lefts))}")
     if many[0] > 1:
@@ -178,7 +178,7 @@ def _tied(
     each = [_piece(rule, case, _first(lefts), None if rights is None else rights[k], k) for k in range(many[1])]
     if all(laid.ops == each[0].ops for laid in each):
         return (*rows, *each[0].ops, Copy(many[1])), each[0]
-    steps = [laid.ops[0] if laid.ops else None for laid in each]  # a table and a head: each in its own layout
+    steps = [laid.ops[0] if laid.ops else None for laid in each]  # a table and a head: each has its own layout
     moves = [step for step in steps if isinstance(step, Rearrange)]
     if any(len(laid.ops) > 1 for laid in each) or len(moves) < sum(step is not None for step in steps):
         raise LayoutError("fused = 'tied' cannot flip one tensor and not another; write a rule for each")
@@ -234,7 +234,7 @@ def _joined(
 
 
 def _merge(each: Sequence[Laid]) -> Laid:
-    """The layouts of several tensors as one that is mapped over them: sizes in which they differ are left open."""
+    """The layouts of several tensors as one that is mapped over them; sizes that differ are left open."""
     first = each[0]
     ops: list[Op] = []
     for place, op in enumerate(first.ops):
@@ -256,7 +256,8 @@ def _merge(each: Sequence[Laid]) -> Laid:
 
 
 def _heads_agree(rule: Rule, rights: Sequence[Shape] | None, ops: Sequence[Op]) -> None:
-    """`heads` of a rule for one tensor must be an axis of the target that the layout makes, or leaves as it is."""
+    """Check that `heads` of a rule for one tensor is an axis of the target that the layout makes, or leaves as it
+    is."""
     if rule.heads is None or rule.ops is not None:
         return
     if rights is None:
@@ -264,6 +265,6 @@ def _heads_agree(rule: Rule, rights: Sequence[Shape] | None, ops: Sequence[Op]) 
     if len(rights[0]) > 2 and rule.heads not in rights[0] and (rule.kv_heads or 0) not in rights[0]:
         raise LayoutError(f"no axis of {rights[0]} has heads={rule.heads} entries")
     if len(rights[0]) > 2 and ops and not any(isinstance(op, Rearrange) and "(" in op.pattern for op in ops):
-        raise LayoutError(f"heads={rule.heads}, and the layout splits no axis into heads")
+        raise LayoutError(f"heads={rule.heads}, but the layout splits no axis into heads")
     if len(rights[0]) <= 2 and all(extent % rule.heads for extent in rights[0]):
         raise LayoutError(f"no axis of {rights[0]} is a multiple of heads={rule.heads}")

@@ -1,4 +1,5 @@
-"""A Linear behind a flatten: the torch weight's columns run over (C, H, W), Flax's kernel rows over (H, W, C)."""
+"""A Linear after a flatten: the columns of the torch weight run over (C, H, W), the rows of the Flax kernel over (H, W,
+C)."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from graftax.tree import Side, TensorSpec, natural_key
 
 Shape = tuple[int, ...]
 SPATIAL = ("d", "h", "w")
-"""The order of Flax's maps, channels last: (D, H, W, C). Axes of other names stay in the order they are written in."""
+"""The order of Flax's maps, channels last: (D, H, W, C). Axes of other names keep their written order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What the convolutions of a checkpoint say about C. outputs: their output channels; seen: these and every other
-    channel count of the maps, as inputs and norms show them; last: the output channels of the end of a chain in which
-    each takes what the one before gives, if they form one; why: which they are."""
+    """What the convolutions of a checkpoint show about C. outputs: their output channels; seen: these and all other
+    channel counts of the maps, from inputs and norms; last: the output channels of the last convolution, if the
+    convolutions form a chain in which each takes what the one before makes; why: which convolution that is."""
 
     outputs: tuple[int, ...] = ()
     seen: frozenset[int] = frozenset()
@@ -34,7 +35,7 @@ NO_TAIL = Tail()
 
 def conv_tail(specs: Mapping[str, TensorSpec], side: Side) -> Tail:
     """The convolutions of a checkpoint: weights of rank 3 to 5, torch (O, I, *k) or Flax (*k, I, O), in natural order
-    of their names. The order counts only where the channels agree with it at every step."""
+    of their names. The order counts only if the channels agree with it at every step."""
     leaf = "weight" if side == "torch" else "kernel"
     found: list[tuple[str, int, int]] = []
     seen: set[int] = set()
@@ -43,7 +44,7 @@ def conv_tail(specs: Mapping[str, TensorSpec], side: Side) -> Tail:
         last = name.rpartition("." if side == "torch" else "/")[2]
         rank = len(shape)
         if rank == 1 and last in ("running_mean", "mean"):
-            seen.add(shape[0])  # of maps that were joined before they are normalised
+            seen.add(shape[0])  # a norm may follow a concatenation of maps
         if not 3 <= rank <= 5:
             continue
         given, taken = shape[:2] if side == "torch" else shape[:-3:-1]
@@ -59,11 +60,11 @@ def conv_tail(specs: Mapping[str, TensorSpec], side: Side) -> Tail:
 
 
 def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) -> tuple[Rearrange, tuple[str, ...]]:
-    """The op that reorders and transposes a weight (O, C*H*W) to a kernel (H*W*C, O), and what it assumes. torch may
+    """The op that reorders and transposes a weight (O, C*H*W) to a kernel (H*W*C, O), and its assumptions. torch may
     have flattened in any order (W H C); Flax flattens (H, W, C).
 
-    Only C matters where H and W stay neighbours. Without its size it is that of the convolutions, which is an
-    assumption. LayoutError where the sizes do not fit or C is open.
+    Only C matters if H and W stay neighbours. If the rule gives no size of C, the convolutions decide it, which is an
+    assumption. LayoutError if the sizes do not fit or C is open.
     """
     known = left if left is not None else right
     if known is None or len(known) != 2:
@@ -92,8 +93,8 @@ def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) 
 def _no_such_channels(channels: int, tail: Tail) -> str:
     known = ", ".join(map(str, sorted(set(tail.outputs))))
     return (
-        f"flatten says C={channels}, and no convolution of the checkpoint has {channels} channels: they have {known}; "
-        "for a map that is joined or split from theirs write ops = 'o (c h w) -> (h w c) o' with c, h and w"
+        f"flatten says C={channels}, but no convolution of the checkpoint has {channels} channels (they have {known}); "
+        "if the map is joined or split from theirs, write ops = 'o (c h w) -> (h w c) o' with c, h and w"
     )
 
 
@@ -103,7 +104,7 @@ def _flax_order(names: list[str]) -> list[str]:
 
 
 def _fit(rule: Rule, names: Sequence[str], sizes: dict[str, int], columns: int) -> None:
-    """The size of the one axis that is left open, and that all together make the columns."""
+    """Set the size of the one axis that is left open, and check that all sizes together make the columns."""
     unknown = [name for name in names if name not in sizes]
     product = math.prod(sizes.values())
     if columns % product or (not unknown and product != columns):
@@ -117,7 +118,8 @@ def _fit(rule: Rule, names: Sequence[str], sizes: dict[str, int], columns: int) 
 
 
 def _tokens(names: Sequence[str], sizes: dict[str, int], columns: int, others: bool) -> list[str]:
-    """Neighbouring spatial axes: apart where their sizes are known, else as one axis, which moves the same way."""
+    """The axes of the pattern. Neighbouring spatial axes are separate if their sizes are known, else one axis, which
+    moves the same way."""
     unknown = [name for name in names if name not in sizes]
     if not unknown:
         return list(names)
@@ -129,7 +131,8 @@ def _tokens(names: Sequence[str], sizes: dict[str, int], columns: int, others: b
 
 
 def _channels(rule: Rule, columns: int, tail: Tail) -> tuple[int, str]:
-    """The channel count that was flattened, and why: the only one that divides the columns, or the end of the chain."""
+    """The channel count that was flattened, and the reason: it is the only one that divides the columns, or it ends the
+    chain."""
     fits = sorted(c for c in tail.outputs if c > 0 and columns % c == 0)
     if tail.last in fits:
         return tail.last, escape(tail.why)

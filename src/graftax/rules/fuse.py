@@ -1,4 +1,4 @@
-"""Several tensors in one: in blocks (q, then k, then v) or interleaved by heads, on the axis of outputs."""
+"""Several tensors in one: in blocks (q, then k, then v) or interleaved by heads, along the output axis."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from graftax.tree import Side
 
 
 def fused_axis(rule: Rule, rank: int, side: Side, role: str) -> int:
-    """The axis of the left tensor along which the parts lie: the outputs. Where `ops` names them (o, or h d), there;
-    else by the layout and the role: last in a Flax kernel and in a weight that is stored as one, second in a transposed
-    convolution of torch, first in every other weight of torch."""
+    """The axis of the left tensor along which the parts lie, which is the output axis. If `ops` names it (o, or h d),
+    that axis; else it follows from the layout and the role: last in a Flax kernel and in a weight stored like one,
+    second in a transposed convolution of torch, first in every other weight of torch."""
     if rule.ops is not None and rule.ops.left is not None:
         for axis, group in enumerate(rule.ops.left):
             if {"o", "h", "d"} & set(group):
@@ -28,15 +28,15 @@ def fused_axis(rule: Rule, rank: int, side: Side, role: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How a part's rows are split on the other side: into `count` heads of `dim` rows."""
+    """The split of a part's rows on the other side: `count` heads of `dim` rows."""
 
     count: int
     dim: int
 
 
 def shown_heads(ops: Sequence[Op], axis: int) -> Heads | None:
-    """The heads that the layout of a part splits its rows into, which lie on `axis`; None where it does not. The rank
-    shows none: a convolution and the weights of experts have three axes as well."""
+    """The heads into which the layout of a part splits its rows on `axis`; None if it does not. The rank does not show
+    heads: a convolution and the weights of experts have three axes too."""
     op = ops[0] if ops else None
     if not isinstance(op, Rearrange):
         return None
@@ -49,9 +49,9 @@ def shown_heads(ops: Sequence[Op], axis: int) -> Heads | None:
 def part_sizes(
     rule: Rule, rows: int, axis: int, rest: Shape, rights: Sequence[Shape] | None, count: int = 0
 ) -> tuple[int, ...]:
-    """How many of `rows` each part has: as the other side's shapes say, else by heads, else equal parts.
+    """How many of `rows` each part has: by the shapes of the other side, else by heads, else equal parts.
 
-    rest: the extents of the fused tensor's other axes. LayoutError where the rows do not come out.
+    rest: the extents of the fused tensor's other axes. LayoutError if the rows do not fit.
     """
     count = count or len(rights or rule.right)
     if rights is not None:
@@ -69,7 +69,7 @@ def part_sizes(
 
 
 def head_counts(rule: Rule, count: int) -> tuple[int, ...] | None:
-    """The heads of each part: `heads` of the first, `kv_heads` (or as many) of the others."""
+    """The heads of each part: `heads` for the first, `kv_heads` (or else as many) for the others."""
     if rule.heads is None:
         return None
     return (rule.heads, *((rule.kv_heads or rule.heads),) * (count - 1))
@@ -78,7 +78,9 @@ def head_counts(rule: Rule, count: int) -> tuple[int, ...] | None:
 def _rows_of(right: Shape, rest: Shape) -> int:
     rows, left_over = divmod(math.prod(right), math.prod(rest)) if math.prod(rest) else (0, 0)
     if left_over:
-        raise LayoutError(f"{right} has {math.prod(right)} values: no whole number of rows of {math.prod(rest)}")
+        raise LayoutError(
+            f"{right} has {math.prod(right)} values, which is no whole number of rows of {math.prod(rest)}"
+        )
     return rows
 
 
@@ -92,15 +94,15 @@ def _needs(sizes: Sequence[int], rights: Sequence[Shape], rest: Shape) -> str:
 
 
 def check_heads(rule: Rule, sizes: Sequence[int], shown: Sequence[Heads | None]) -> None:
-    """LayoutError where `heads` and `kv_heads` do not agree with the rows, or with the heads that the layouts show."""
+    """LayoutError if `heads` and `kv_heads` contradict the rows, or the heads that the layouts show."""
     if rule.heads is None:
         return
     largest = max(sizes)
     counts = {heads.count for heads in shown if heads is not None}
     if counts and max(counts) != rule.heads:
-        raise LayoutError(f"the targets have {max(counts)} heads, the rule says heads={rule.heads}")
+        raise LayoutError(f"the targets have {max(counts)} heads, but the rule says heads={rule.heads}")
     if counts and rule.kv_heads is not None and min(counts) != rule.kv_heads:
-        raise LayoutError(f"the targets have {min(counts)} heads at least, the rule says kv_heads={rule.kv_heads}")
+        raise LayoutError(f"the targets have at least {min(counts)} heads, but the rule says kv_heads={rule.kv_heads}")
     if largest % rule.heads:
         raise LayoutError(f"{largest} rows are no multiple of heads={rule.heads}")
 
@@ -118,7 +120,7 @@ def take_apart(
 
 
 def join(rule: Rule, axis: int, rank: int, sizes: tuple[int, ...]) -> tuple[Op, ...]:
-    """Parts -> one tensor; the way back of `take_apart`."""
+    """Parts -> one tensor; the inverse of `take_apart`."""
     if rule.fused != "interleaved":
         return (Concat(axis, sizes),)
     return join_groups(axis, rank, *_interleaved(rule, sizes, ()))
@@ -135,7 +137,7 @@ def split_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim:
 
 
 def join_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: int) -> tuple[Op, ...]:
-    """The way back of `split_groups`."""
+    """The inverse of `split_groups`."""
     apart, together = _patterns(axis, rank)
     return (
         Rearrange(apart, (("d", dim), ("g", groups))),
@@ -145,7 +147,7 @@ def join_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: 
 
 
 def _patterns(axis: int, rank: int) -> tuple[str, str]:
-    """'(g r d) i -> g r d i' and back, for the axis that holds the parts."""
+    """'(g r d) i -> g r d i' and its inverse, for the axis that holds the parts."""
     rest = [f"a{i}" for i in range(rank)]
     wide, flat = [*rest], [*rest]
     wide[axis], flat[axis] = "g r d", "(g r d)"
@@ -153,7 +155,7 @@ def _patterns(axis: int, rank: int) -> tuple[str, str]:
 
 
 def _interleaved(rule: Rule, sizes: tuple[int, ...], shown: Sequence[Heads | None]) -> tuple[int, tuple[int, ...], int]:
-    """Groups, heads of each part in a group, head dim: (h 3 d) has h groups of 1 + 1 + 1; with grouped heads every
+    """(groups, heads of each part in a group, head dim). (h 3 d) has h groups of 1 + 1 + 1. With grouped heads, every
     group holds heads / kv_heads heads of q, one of k and one of v."""
     dim = 0
     dims = {heads.dim if heads is not None else 0 for heads in shown}
@@ -165,15 +167,15 @@ def _interleaved(rule: Rule, sizes: tuple[int, ...], shown: Sequence[Heads | Non
         (dim,) = dims
     if not dim:
         raise LayoutError(
-            "fused = 'interleaved' needs `heads`: in how many runs the rows of a part lie, "
-            f"such as heads = {max(sizes)} where the parts take turns row by row"
+            "fused = 'interleaved' needs `heads`, the number of runs in which the rows of a part lie, "
+            f"such as heads = {max(sizes)} if the parts alternate row by row"
         )
     if any(size % dim for size in sizes):
-        raise LayoutError(f"{sizes} rows are no heads of {dim}")
+        raise LayoutError(f"{sizes} rows do not split into heads of {dim}")
     heads = [size // dim for size in sizes]
     groups = min(heads)
     if not groups or any(n % groups for n in heads):
         raise LayoutError(f"heads {', '.join(map(str, heads))} do not interleave in groups of one key head")
     if rule.kv_heads is not None and groups != rule.kv_heads:
-        raise LayoutError(f"the parts have {groups} heads at least, the rule says kv_heads={rule.kv_heads}")
+        raise LayoutError(f"the parts have at least {groups} heads, but the rule says kv_heads={rule.kv_heads}")
     return groups, tuple(n // groups for n in heads), dim

@@ -1,4 +1,4 @@
-"""Which keys a rule joins: the matches of its templates, grouped by the indices that both sides share."""
+"""The keys that a rule joins: the matches of its templates, grouped by the indices that both sides share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Combo = tuple[int, ...]
 
 @dataclass(slots=True)
 class Keys:
-    """One side of a group: `names` are the indices of this side alone, `values` what they take, `found` the key of
+    """One side of a group. `names`: the indices that only this side has; `values`: their values; `found`: the key of
     every template and combination."""
 
     names: tuple[str, ...] = ()
@@ -25,14 +25,15 @@ class Keys:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Every key, in the order in which it was found."""
+        """Every key, in the order of discovery."""
         return tuple(self.found.values())
 
     def counts(self) -> dict[str, int]:
         return {name: len(self.values[name]) for name in self.names}
 
     def ordered(self, order: Sequence[str], templates: int) -> tuple[str, ...]:
-        """All keys: the stacked names of `order` outermost first, the list's tensors innermost unless it is there."""
+        """All keys: by the stacked names of `order`, outermost first. The tensors of a list are innermost, unless
+        `order` holds the list."""
         if len(self.found) == 1:
             return tuple(self.found.values())
         names = [name for name in order if name in self.names or name == LIST]
@@ -53,9 +54,9 @@ class Keys:
 
 
 @dataclass(slots=True)
-class Group:
-    """Keys that belong together: shared indices and wildcards, the given side's keys and the other's (`there` stays
-    empty where that side has to be made up and has indices of its own)."""
+class KeyGroup:
+    """Keys that belong together: shared indices and wildcards, and the keys of both sides. `there` stays empty if the
+    rules alone describe that side and it has indices of its own."""
 
     numbers: Mapping[str, int]
     wilds: Wilds
@@ -64,8 +65,8 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
-    """The side whose keys are matched first, and the other: templates, keys and what to call them."""
+class RuleEnds:
+    """The two sides of a rule, the one whose keys are matched first and the other: templates, keys and labels."""
 
     here: tuple[Template, ...]
     there: tuple[Template, ...]
@@ -76,8 +77,8 @@ class Ends:
 
 
 def resolve(templates: Sequence[Template], index: KeyIndex, side: Side) -> tuple[Template, ...]:
-    """Templates of the Flax side, with `params/` before them where they match in that collection only: a rule may leave
-    it out. One that matches as it is, nowhere, or in other collections too stays as it is."""
+    """Flax templates with `params/` added if they match only in that collection: a rule may leave it out. A template
+    that matches as it is, nowhere, or in other collections too is not changed."""
     if side != "flax" or "params" not in index.collections:
         return tuple(templates)
     return tuple(template if _hits(template, index) else _in_params(template, index) for template in templates)
@@ -93,10 +94,10 @@ def _in_params(template: Template, index: KeyIndex) -> Template:
 
 
 @dataclass(slots=True)
-class Found:
-    """Groups in the order of the keys; failures, and the keys of either side that they speak for."""
+class KeyGroups:
+    """Groups in the order of the keys; failures, and the keys of either side that they concern."""
 
-    groups: list[Group] = field(default_factory=list[Group])
+    groups: list[KeyGroup] = field(default_factory=list[KeyGroup])
     failures: list[Failure] = field(default_factory=list[Failure])
     broken: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(
         default_factory=list["tuple[tuple[str, ...], tuple[str, ...]]"]
@@ -107,12 +108,12 @@ class Found:
         self.broken.append((here.all, there.all if there is not None else ()))
 
 
-def find_groups(rule: Rule, ends: Ends) -> Found:
-    """The groups of a rule, and every fault: a template without a match, a hole, a key that the other side does not
-    have."""
+def find_groups(rule: Rule, ends: RuleEnds) -> KeyGroups:
+    """The groups of a rule, and every fault: a template without a match, a gap in the numbers, a key that the other
+    side lacks."""
     here_names, there_names = _names(ends.here), _names(ends.there)
     shared = tuple(name for name in here_names if name in there_names)
-    found = Found()
+    found = KeyGroups()
     matched, bare = _matched(rule, ends.here, ends.here_index, shared, here_names)
     if bare:
         found.failures += [no_match(rule, template, ends.here_index, ends.here_label) for template in bare]
@@ -125,7 +126,7 @@ def find_groups(rule: Rule, ends: Ends) -> Found:
     for key, keys in matched.items():
         fault = _complete(rule, keys, ends.here, ends.here_label, ends.there_index is not None)
         if fault is None:
-            found.groups.append(Group(dict(zip(shared, key[0], strict=True)), key[1], keys, Keys()))
+            found.groups.append(KeyGroup(dict(zip(shared, key[0], strict=True)), key[1], keys, Keys()))
         else:
             found.fail(fault, keys)
     _other_side(rule, ends, found, shared, there_names)
@@ -162,8 +163,8 @@ def _matched(
 
 
 def _complete(rule: Rule, keys: Keys, templates: Sequence[Template], label: str, known: bool) -> Failure | None:
-    """Every template for every combination of the side's own indices, without a hole. `known`: the other side's shapes
-    will show whether the first or last is missing."""
+    """The failure if a template lacks a key for some combination of the side's own indices. `known`: the shapes of the
+    other side will show whether the first or last key is missing."""
     if not keys.names and len(templates) == 1:
         return None
     for place, name in enumerate(keys.names):
@@ -202,9 +203,9 @@ def _few(numbers: Sequence[int]) -> str:
 
 
 def _range_holes(
-    rule: Rule, shared: Sequence[str], groups: Mapping[tuple[Combo, Wilds], Keys], ends: Ends
+    rule: Rule, shared: Sequence[str], groups: Mapping[tuple[Combo, Wilds], Keys], ends: RuleEnds
 ) -> list[Failure]:
-    """A number of a rule's range that no key has."""
+    """A failure for each number of a rule's range that no key has."""
     out: list[Failure] = []
     for place, name in enumerate(shared):
         if name in rule.ranges:
@@ -219,8 +220,8 @@ def _range_holes(
 # ---------------------------------------------------------------- the other side
 
 
-def _other_side(rule: Rule, ends: Ends, found: Found, shared: Sequence[str], names: Sequence[str]) -> None:
-    """Give every group its keys on the other side; drop the groups that have none."""
+def _other_side(rule: Rule, ends: RuleEnds, found: KeyGroups, shared: Sequence[str], names: Sequence[str]) -> None:
+    """Add the keys of the other side to every group; remove groups that have none."""
     own = tuple(name for name in names if name not in shared)
     if own and ends.there_index is not None:
         _matched_there(rule, ends, found, shared, names)
@@ -238,8 +239,8 @@ def _other_side(rule: Rule, ends: Ends, found: Found, shared: Sequence[str], nam
             found.fail(fault, group.here, group.there)
 
 
-def render_there(rule: Rule, ends: Ends, group: Group) -> Failure | None:
-    """Write the other side's keys of a group; a failure where a number is negative or the key does not exist."""
+def render_there(rule: Rule, ends: RuleEnds, group: KeyGroup) -> Failure | None:
+    """Render the keys of the other side for a group; a failure if a number is negative or a key does not exist."""
     there = group.there
     if not there.names and len(ends.there) == 1:
         key = ends.there[0].render(group.numbers, group.wilds)
@@ -262,12 +263,12 @@ def render_there(rule: Rule, ends: Ends, group: Group) -> Failure | None:
     return None
 
 
-def _first(group: Group) -> str:
+def _first(group: KeyGroup) -> str:
     return escape(next(iter(group.here.found.values()), ""))
 
 
-def _matched_there(rule: Rule, ends: Ends, found: Found, shared: Sequence[str], names: Sequence[str]) -> None:
-    """The other side has indices of its own: its keys are matched too."""
+def _matched_there(rule: Rule, ends: RuleEnds, found: KeyGroups, shared: Sequence[str], names: Sequence[str]) -> None:
+    """Match the keys of the other side too, because it has indices of its own."""
     assert ends.there_index is not None
     matched, bare = _matched(rule, ends.there, ends.there_index, shared, names)
     groups, found.groups = found.groups, []
@@ -298,14 +299,14 @@ def _fault(rule: Rule, what: str, label: str, key: str, hint: str = "") -> Failu
 
 
 def no_match(rule: Rule, template: Template, index: KeyIndex, label: str) -> Failure:
-    """The failure for a template that matches nothing: what is near."""
+    """The failure for a template that matches nothing; it lists near keys."""
     near = nearest(template.text, index.order)
     hint = f"Near: {near}. " if near else ""
     return _fault(rule, f"matches no key of {escape(label)}", label, template.text, f"{hint}Check {rule.where}.")
 
 
 def folded(failures: Sequence[Failure], shown: int = 3) -> list[Failure]:
-    """The first few failures of one rule; the last of them says how many more there are."""
+    """The first failures of one rule; the last of them says how many more there are."""
     if len(failures) <= shown:
         return list(failures)
     last = failures[shown - 1]

@@ -1,4 +1,4 @@
-"""How one tensor is laid out on the other side: by the rule's own words, else by the layer table."""
+"""The layout of one tensor on the other side: as the rule states it, else by the layer table."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from graftax.tree import Module, Side, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor of each side. A shape of None is not known yet (rules alone describe that side).
+class TensorPair:
+    """One tensor of each side. A shape is None if it is not known yet (the rules alone describe that side).
 
     roles     the last parts of the keys
     modules   the live modules that hold the leaves
-    tail      the convolutions of that checkpoint: what a flatten may have flattened
-    heads     how many heads the tensor has, where a rule says so
+    tail      the convolutions of that checkpoint, whose map a flatten may have flattened
+    heads     how many heads the tensor has, if a rule states it
     """
 
     left: Shape | None
@@ -35,15 +35,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Laid:
-    """The ops from left to right, what decided them beside the rule, and what they rely on."""
+    """The ops from left to right, the evidence for them besides the rule, and their assumptions."""
 
     ops: tuple[Op, ...]
     evidence: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
 
 
-def lay(rule: Rule, piece: Piece) -> Laid:
-    """The layout ops of one tensor. LayoutError where the rule does not fit it, or says too little."""
+def layout_of(rule: Rule, piece: TensorPair) -> Laid:
+    """The layout ops of one tensor. LayoutError if the rule does not fit it, or states too little."""
     if rule.flatten:
         op, assumes = flatten_op(rule, piece.left, piece.right, piece.tail)
         return Laid((op,), (), assumes)
@@ -59,7 +59,7 @@ def lay(rule: Rule, piece: Piece) -> Laid:
 
 
 def left_shape(ops: Sequence[Op], right: Shape) -> Shape:
-    """The shape that `ops` turn into `right`. LayoutError."""
+    """The shape that `ops` turn into `right`. Raises LayoutError."""
     (spec,) = infer_chain(invert_chain(ops), (TensorSpec(right, "float32"),))
     return spec.shape
 
@@ -69,12 +69,12 @@ def right_shape(ops: Sequence[Op], left: Shape) -> Shape:
     return spec.shape
 
 
-def _rank(piece: Piece) -> int:
+def _rank(piece: TensorPair) -> int:
     shape = piece.left if piece.left is not None else piece.right
     return len(shape or ())
 
 
-def _known(layout: str, ops: tuple[Op, ...] | None, piece: Piece) -> Laid:
+def _known(layout: str, ops: tuple[Op, ...] | None, piece: TensorPair) -> Laid:
     if ops is None:
         shape = piece.left if piece.left is not None else piece.right
         what = f"layout {layout!r} is not defined for" if layout else "no convention says how to lay out"
@@ -83,8 +83,8 @@ def _known(layout: str, ops: tuple[Op, ...] | None, piece: Piece) -> Laid:
     return Laid(ops)
 
 
-def _by_role(piece: Piece) -> str:
-    """The layout that roles and rank name by convention, where one side's shape is not known; '' for none."""
+def _by_role(piece: TensorPair) -> str:
+    """The layout that roles and rank name by convention, if the shape of one side is not known; '' for none."""
     torch, flax = piece.roles if piece.sides[0] == "torch" else piece.roles[::-1]
     rank = _rank(piece)
     if rank < 2 or flax == "embedding":
@@ -93,7 +93,9 @@ def _by_role(piece: Piece) -> str:
         return ""
     if rank == 2:
         return "linear"
-    return "conv" if rank > 3 or piece.left is not None else ""  # three axes may also be a Linear's, split into heads
+    return (
+        "conv" if rank > 3 or piece.left is not None else ""
+    )  # three axes may also be those of a Linear split into heads
 
 
 # ---------------------------------------------------------------- the layer table
@@ -109,7 +111,7 @@ def role_of(key: str, side: Side) -> str:
     return last
 
 
-def _by_table(rule: Rule, left: Shape, right: Shape, piece: Piece) -> Laid:
+def _by_table(rule: Rule, left: Shape, right: Shape, piece: TensorPair) -> Laid:
     from graftax.layers import leaf_connections, own_layout
 
     specs = TensorSpec(left, "float32"), TensorSpec(right, "float32")
@@ -117,7 +119,9 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: Piece) -> Laid:
     found = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1], rule.layout or None)
     if not found and not rule.layout and max(len(left), len(right)) > 1 and any(map(own_layout, modules, piece.sides)):
         names = " and ".join(m.kind for m, side in zip(modules, piece.sides, strict=True) if m and own_layout(m, side))
-        raise LayoutError(f"no convention says how {names} keeps {left}; write layout, or ops such as 'a b c -> b c a'")
+        raise LayoutError(
+            f"no convention says how {names} stores {left}; write layout, or ops such as 'a b c -> b c a'"
+        )
     if not found and any(modules):
         live = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1]) if all(modules) else []
         if live and live[0].by == "modules":  # live modules outrank rules
@@ -141,19 +145,19 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: Piece) -> Laid:
     return Laid(entry.ops, evidence, best[0].assumes)
 
 
-def _heads_as_said(ops: Sequence[Op], piece: Piece) -> None:
-    """LayoutError where the usual order of the axes makes another number of heads than the rule says."""
+def _heads_as_said(ops: Sequence[Op], piece: TensorPair) -> None:
+    """LayoutError if the usual order of the axes gives another number of heads than the rule."""
     found = {dict(op.sizes).get("h", piece.heads) for op in ops if isinstance(op, Rearrange)}
     if piece.heads is not None and found - {piece.heads}:
         raise LayoutError(
-            f"heads={piece.heads}, and by the usual order of its axes {piece.right} has {found.pop()}; "
-            "write ops with the order that is meant, such as '(h d) i -> i d h'"
+            f"heads={piece.heads}, but in the usual order of its axes {piece.right} has {found.pop()}; "
+            "write ops with the right order, such as '(h d) i -> i d h'"
         )
 
 
 def _regrouped(left: Shape, right: Shape) -> Rearrange | None:
-    """Every axis as it is or split into the axes that follow each other on the right: heads of a weight that is stored
-    (in, out), or of a bias."""
+    """A pattern that keeps every axis or splits it into neighbouring axes on the right: the heads of a weight that is
+    stored (in, out), or of a bias."""
     groups: list[list[str]] = []
     sizes: dict[str, int] = {}
     place = 0
@@ -187,8 +191,8 @@ def _no_layout(rule: Rule, left: Shape, right: Shape, ops: Sequence[Op] | None) 
 # ---------------------------------------------------------------- ops
 
 
-def _written(rule: Rule, piece: Piece) -> tuple[Op, ...]:
-    """The rule's `ops` with every size that the rule or the right side tells."""
+def _written(rule: Rule, piece: TensorPair) -> tuple[Op, ...]:
+    """The rule's `ops` with every size that the rule or the right side gives."""
     assert rule.ops is not None
     left = piece.left
     pattern = rule.ops.pattern(len(left) if left is not None else None, piece.sides[0])
@@ -210,7 +214,7 @@ def _written(rule: Rule, piece: Piece) -> tuple[Op, ...]:
 
 
 def _grown(rule: Rule, heads: int | None) -> dict[str, int]:
-    """The axis sizes that the rule says, as repeat and pad leave them."""
+    """The axis sizes that the rule states, after repeat and pad."""
     out = dict(rule.sizes)
     if heads is not None and rule.ops is not None and "h" in rule.ops.axes:
         out.setdefault("h", heads)

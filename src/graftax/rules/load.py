@@ -17,14 +17,14 @@ from graftax.tree import nearest
 
 _TEXT = re.compile(r"^\s*(?:rules\s*=|\[\[\s*rules\s*\]\]|\{)", re.MULTILINE)
 _LIMIT = 16 << 20
-"""Bytes of a rules file."""
+"""The most bytes of a rules file."""
 
 RulesLike = "str | Path | Mapping[str, Any] | Iterable[Any] | Rules | None"
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Rules in their order. `label`: the file, or what stands for it in messages."""
+    """Rules in their order. `label`: the file, or its name in messages."""
 
     rules: tuple[Rule, ...] = ()
     label: str = "rules"
@@ -36,15 +36,15 @@ class Rules:
         return len(self.rules)
 
     def extended(self, line: str | Mapping[str, Any]) -> Rules:
-        """These rules and one more, as a question's candidate writes it. RulesError where it is none."""
+        """These rules and one more, as a candidate of a question writes it. RulesError if the line is no rule."""
         return Rules((*self.rules, *load_rules([line], "answer")), self.label)
 
 
 def load_rules(rules: Any, label: str = "rules") -> Rules:
-    """Rules from a path, TOML text (a whole file or one inline table), a table {'rules': [...]}, one rule's table, or a
-    list of any of these. None: no rules.
+    """Rules from a path, TOML text (a whole file or one inline table), a table {'rules': [...]}, the table of one rule,
+    or a list of any of these. None: no rules.
 
-    Raises RulesError with every fault and its line, StorageError where the file cannot be read.
+    Raises RulesError with every fault and its line, StorageError if the file cannot be read.
     """
     if rules is None:
         return Rules((), label)
@@ -87,7 +87,7 @@ def _from_list(items: Iterable[Any], label: str) -> Rules:
 
 
 def _inline(line: Any) -> list[Any]:
-    """The inline tables of one line (an answer may be several), with or without a comma behind the last."""
+    """The inline tables of one line (an answer may hold several), with or without a comma after the last."""
     try:
         return tomllib.loads(f"rules = [{str(line).strip().rstrip(',')}]")["rules"]
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -126,12 +126,10 @@ def _from_text(text: str, label: str) -> Rules:
         failures = [
             Failure("is no inline table", label, f"{label}, line {n}", "{ ... }", escape(row, 40))
             for n, row in rows
-            if not row.startswith("{")  # as an item of a list it would name another file
+            if not row.startswith("{")  # as an item of a list, such a line would name another file
         ]
         if failures:
-            raise RulesError(
-                f"{escape(label)} is no rules file:", failures, next="One inline table a line stands in it."
-            )
+            raise RulesError(f"{escape(label)} is no rules file:", failures, next="Write one inline table a line.")
         return _from_list([row for _, row in rows], label)
     try:
         data = tomllib.loads(text)
@@ -150,7 +148,7 @@ def _from_text(text: str, label: str) -> Rules:
         )
     items: Any = data.get("rules")
     if not isinstance(items, list):
-        raise RulesError(f"{escape(label)} has no `rules = [ ... ]`", next="One inline table a line stands in it.")
+        raise RulesError(f"{escape(label)} has no `rules = [ ... ]`", next="Write one inline table a line.")
     tables = cast("list[Any]", items)
     lines = rule_lines(text)
     named = [f"line {n}" for n in lines] if len(lines) == len(tables) else [f"item {i + 1}" for i in range(len(tables))]
@@ -158,7 +156,7 @@ def _from_text(text: str, label: str) -> Rules:
 
 
 def _toml_fault(text: str, label: str, error: tomllib.TOMLDecodeError) -> str:
-    """TOML's own words, with the line, and a hint for the fault that pasting makes."""
+    """TOML's own message, with the line, and a hint for the faults that pasting makes."""
     found = re.search(r"\(at line (\d+), column (\d+)\)|\(at end of document\)", str(error))
     said = str(error).partition(" (at ")[0]
     line = int(found[1]) if found and found[1] else text.count("\n") + 1
@@ -167,9 +165,9 @@ def _toml_fault(text: str, label: str, error: tomllib.TOMLDecodeError) -> str:
     row = rows[line - 1] if line <= len(rows) else ""
     before = next((r.strip() for r in reversed(rows[: line - 1]) if r.strip() and r.strip()[0] != "#"), "")
     if row.count("{") > row.count("}"):
-        hint = " (an inline table stands on one line)"
+        hint = " (an inline table must be on one line)"
     elif before.endswith("}") and row.lstrip().startswith("{"):
-        hint = " (a comma stands behind every rule)"
+        hint = " (a comma must follow every rule)"
     return f"{escape(label)}, line {line}: not TOML: {escape(said)}{hint}"
 
 

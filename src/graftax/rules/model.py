@@ -1,4 +1,4 @@
-"""One rule, validated."""
+"""The model of one validated rule."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ AxisName = str | int
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A two-way template. `left` is torch (or the source, where `directional`), `right` Flax (or the target), with the
-    indices of their templates. Every key of the rules file is a field; ranges: index -> the numbers it takes; sizes:
-    axis -> its length; `transpose` has become a layout."""
+    """A two-way template. `left`: torch templates (of the source, if `directional`); `right`: Flax templates (of the
+    target); both with the indices of their templates. Every key of the rules file is a field. ranges: index -> the
+    numbers it may have; sizes: axis -> its length. `transpose` is stored as a layout."""
 
     label: str
     line: str
@@ -63,12 +63,13 @@ class Rule:
 
     @property
     def silent(self) -> bool:
-        """It says which leaves belong together, and nothing of their order or layout."""
+        """True if the rule states which leaves belong together, but nothing about their order or layout."""
         return not (self.one_sided or self.ops or self.layout or self.flatten)
 
     @property
     def bare(self) -> bool:
-        """It is silent, and does nothing else to one leaf on each side (heads and stacked axes aside)."""
+        """True if the rule is silent and pairs one leaf on each side, and states nothing else except heads and stacked
+        axes."""
         values = self.fused, self.repeat, self.pad, self.scale is not None, self.offset is not None
         return self.silent and not any(values) and len(self.left) == len(self.right) == 1
 
@@ -77,7 +78,7 @@ class Rule:
         return not self.left or not self.right
 
     def templates(self, left: Side, right: Side) -> tuple[tuple[Template, ...], tuple[Template, ...]]:
-        """Both sides' templates, read as keys of these sides. RulesError where one is not a template there."""
+        """The templates of both sides, parsed as keys of these sides. RulesError if one is no template there."""
         return (
             tuple(parse_template(text, left) for text in self.left),
             tuple(parse_template(text, right) for text in self.right),

@@ -1,4 +1,4 @@
-"""Value ops of a rule, on the left tensor before it is laid out: scale, offset, repeat, pad."""
+"""Value ops of a rule, applied to the left tensor before its layout: scale, offset, repeat, pad."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from graftax.tree import Side, TensorSpec
 
 
 def row_ops(rule: Rule, side: Side, lefts: Sequence[Shape] | None, rights: Sequence[Shape] | None) -> tuple[Op, ...]:
-    """scale, then offset, then repeat, then pad. An amount that the rule leaves out comes from the two sizes.
+    """scale, then offset, then repeat, then pad. An amount that the rule leaves out follows from the two sizes.
 
-    Raises LayoutError where an axis does not exist or an amount does not come out.
+    Raises LayoutError if an axis does not exist or an amount does not fit.
     """
     out: list[Op] = []
     if rule.scale is not None:
@@ -31,7 +31,7 @@ def row_ops(rule: Rule, side: Side, lefts: Sequence[Shape] | None, rights: Seque
         raise LayoutError("repeat and pad take tensors of one rank")
     open_ = [name for amounts in (rule.repeat, rule.pad) for name, amount in amounts.items() if amount is None]
     if len(open_) > 1:
-        raise LayoutError(f"repeat and pad leave {len(open_)} amounts open; the sizes can tell one")
+        raise LayoutError(f"repeat and pad leave {len(open_)} amounts open; the sizes determine only one")
     ratio = _Ratio(lefts, rights)
     shape = lefts[0] if lefts is not None else None
     steps: list[tuple[AxisName, Callable[[int, Shape | None], Op]]] = []
@@ -59,7 +59,7 @@ def _rank(rule: Rule, lefts: Sequence[Shape] | None) -> int:
 
 
 class _Ratio:
-    """Values on the right for every value on the left, where both are known and one tensor each."""
+    """Values on the right per value on the left, if both sizes are known and each side is one tensor."""
 
     __slots__ = ("left", "right")
 
@@ -90,7 +90,7 @@ def _pad(ratio: _Ratio, rows: tuple[int, int] | None, fill: float, axis: int, sh
     assert shape is not None
     row = math.prod(shape) // max(shape[axis], 1)
     if not row or ratio.right % row:
-        raise LayoutError(f"pad: {ratio.right} values are no whole number of rows of {row}")
+        raise LayoutError(f"pad: {ratio.right} values do not divide into rows of {row}")
     more = ratio.right // row - shape[axis]
     return Pad(axis, 0, more, fill) if more >= 0 else Crop(axis, 0, -more, fill)
 
@@ -99,8 +99,8 @@ def _at(
     rule: Rule, name: AxisName, rank: int, side: Side, make: Callable[[int, Shape | None], Op],
     shape: Shape | None, rights: Sequence[Shape] | None,
 ) -> tuple[Op, ...]:  # fmt: skip
-    """The op on the axis called `name`: its number, one of the tensor's own names, or a name of `ops`; one inside of
-    brackets is brought out for the op and put back."""
+    """The op on the axis `name`: a number, one of the tensor's own names, or a name of `ops`. An axis inside brackets
+    is split off for the op and merged back."""
     if isinstance(name, int):
         if not -rank <= name < rank:
             raise LayoutError(f"a tensor of {rank} axes has no axis {name}")
@@ -128,14 +128,15 @@ def _at(
     before = Rearrange(f"{groups_text(merged)} -> {groups_text(wide)}", tuple(sorted(sizes.items())))
     place = group.index(name)
     op = make(axis + place, _after((before,), shape))
-    if shape is not None:  # bound, so that the way back knows every size but the one that changed
+    if shape is not None:  # bound, so that the inverse knows every size but the changed one
         before = before.bind((TensorSpec(shape, "float32"),))
     fixed = tuple((n, size) for n, size in before.sizes if n != names[place])
     return (before, op, Rearrange(f"{groups_text(wide)} -> {groups_text(merged)}", fixed))
 
 
 def _sizes(rule: Rule, changed: str, rights: Sequence[Shape] | None) -> dict[str, int]:
-    """Axis sizes of `ops` before the op: what the rule says, and what the other side shows of the other axes."""
+    """Axis sizes of `ops` before the op: those that the rule states, and those that the other side shows for the other
+    axes."""
     assert rule.ops is not None
     out = dict(rule.sizes)
     if rule.heads is not None and "h" in rule.ops.axes:

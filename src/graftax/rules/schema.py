@@ -1,5 +1,5 @@
-"""The keys of a rule and their types, as a pydantic model. Imported when rules are read, not before: pydantic takes
-longer than printing --help may."""
+"""The keys of a rule and their types, as a pydantic model. Import this module only when rules are read: importing
+pydantic takes longer than printing --help may."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _repeat(value: Any) -> dict[AxisName, Any]:
 
 
 def _pad(value: Any) -> dict[AxisName, Any]:
-    hint = "an axis, or its new rows: {o = 47} behind, {o = [1, 46]} before and behind"
+    hint = "an axis, or its new rows: {o = 47} after, {o = [1, 46]} before and after"
 
     def one(rows: Any) -> tuple[int, int]:
         pair = tuple(cast("list[Any]", rows)) if isinstance(rows, (list, tuple)) else (0, rows)
@@ -103,8 +103,8 @@ Number = Annotated[float, BeforeValidator(_number)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Table(BaseModel):
-    """One inline table. Index ranges and axis sizes are further keys, checked against the templates later."""
+class RuleTable(BaseModel):
+    """One inline table. Index ranges and axis sizes are further keys, which are checked against the templates later."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

@@ -1,4 +1,4 @@
-"""The state of one port by rules: both ends, and what the rules have made of them so far."""
+"""The state of one port by rules: both ends, and the results so far."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """What a silent rule pairs: its entry from source to like (no ops where it does not fit as it stands, and then the
-    failure that says why). How the leaf is laid out is still to be inferred, or asked."""
+    """What a silent rule pairs: its entry from source to like. If it does not fit without a layout, the entry has no
+    ops and the failure says why. The layout of the leaf is still to be inferred or asked."""
 
     rule: Rule
     entry: Entry
@@ -24,9 +24,9 @@ class Named:
 
 
 @dataclass(slots=True)
-class Port:
-    """Both ends of the port, and what the rules have made of them so far. order: id of a rule -> its place among
-    them."""
+class RuleState:
+    """Both ends of the port, and what the rules have settled so far. order: id of a rule -> its place among the
+    rules."""
 
     source: Checkpoint
     like: Checkpoint | None
@@ -50,7 +50,8 @@ class Port:
         return self.like.label if self.like is not None else "the rules"
 
     def overruled(self, rule: Rule, sources: Iterable[str], targets: Iterable[str]) -> bool:
-        """The rule is silent, and one that says more is about the very same keys: the answer to what it leaves open."""
+        """True if the rule is silent and a rule with a layout names the same keys: that rule answers what the silent
+        one leaves open."""
         if not rule.silent:
             return False
         found = [*map(self.claimed[0].get, sources), *map(self.claimed[1].get, targets)]
@@ -58,7 +59,8 @@ class Port:
         return first is not None and not first.silent and all(other is first for other in found)
 
     def claim(self, rule: Rule, sources: Iterable[str], targets: Iterable[str]) -> list[Failure]:
-        """Note who speaks for these keys; a failure for each that another rule, or this one, has already."""
+        """Record the rule that names these keys; a failure for each key that another rule, or this one, has named
+        already."""
         out: list[Failure] = []
         for keys, claimed, label in (
             (sources, self.claimed[0], self.source.label),
@@ -72,5 +74,5 @@ class Port:
                     text, hint = f"is named by {one.where} and by {two.where}", "narrow one of the two"
                     if other is rule:
                         text, hint = f"is named twice by {rule.where}", "name it once"
-                    out.append(Failure(text, label, key, next=f"A key stands in one entry: {hint}."))
+                    out.append(Failure(text, label, key, next=f"A key may be in only one entry: {hint}."))
         return out

@@ -1,13 +1,13 @@
 """Key templates: `layers.{4*c+1}.mlp.fc1.weight` matches whole keys and writes them.
 
-    {i}          one whole number, as text without leading zeros
+    {i}          one whole number, written without leading zeros
     {a*i+b}      a number that is a*i+b for some i >= 0 (also i+b, i-b, a*i, a*i-b)
-    {a*i+j+b}    the same for some i >= 0 and 0 <= j < a: a number counted through groups of a
+    {a*i+j+b}    a number that is a*i+j+b for some i >= 0 and 0 <= j < a: items numbered through groups of a
     *            any text inside one part; ** any number of whole parts, also none
     {{ }} {*}    a literal brace, a literal star
 
-The k-th wildcard of one side stands for the k-th of the other. No regular expression comes from the user: literals are
-escaped, a part holds one wildcard at most and two numbers never touch, so that matching cannot hang.
+The k-th wildcard of one side corresponds to the k-th of the other. No regular expression comes from the user: literals
+are escaped, a part holds at most one wildcard, and two numbers never touch, so that matching cannot hang.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Wild:
     deep: bool = False
 
 
-Piece = str | Index | Wild
+TemplatePiece = str | Index | Wild
 Wilds = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What one key gave: a number for each index (in the template's order), raw parts for each wildcard."""
+    """The values that one key gives: a number for each index (in the template's order), raw parts for each wildcard."""
 
     numbers: tuple[int, ...]
     wilds: Wilds
@@ -67,13 +67,13 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A compiled template. `names`: its indices in order of first appearance; `wilds`: the wildcards, True if deep;
-    `shape`: its text with every run of digits and indices as one 0, `runs` those runs (None: holds an index); `shapes`
-    matches such texts of its keys."""
+    """A compiled template. `names`: its indices in order of first appearance; `wilds`: its wildcards, True if deep;
+    `shape`: its text with every run of digits and indices replaced by one 0; `runs`: those runs (None for a run that
+    holds an index); `shapes` matches such texts of its keys."""
 
     text: str
     side: Side
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TemplatePiece, ...]
     names: tuple[str, ...]
     wilds: tuple[bool, ...]
     shape: str
@@ -86,7 +86,7 @@ class Template:
         return not self.names and not self.wilds
 
     def match(self, key: str) -> Binding | None:
-        """The binding that makes this template `key`, or None."""
+        """The binding with which this template renders `key`, or None."""
         found = self.regex.fullmatch(key)
         if found is None:
             return None
@@ -111,7 +111,7 @@ class Template:
         return tuple(unescape_part(part) if self.side == "flax" and "~" in part else part for part in parts)
 
     def render(self, numbers: Mapping[str, int], wilds: Wilds) -> str | None:
-        """The key of a binding; None where a number would be negative, or a minor index beyond its group."""
+        """The key of a binding; None if a number would be negative, or a minor index would exceed its group."""
         out: list[str] = []
         texts = iter(wilds)
         separator = SEPARATOR[self.side]
@@ -127,7 +127,7 @@ class Template:
                 parts = next(texts)
                 if parts:
                     out.append(separator.join(escape_part(p) if self.side == "flax" else p for p in parts))
-                elif out and out[-1].endswith(separator):  # nothing under `**`: one separator goes with it
+                elif out and out[-1].endswith(separator):  # `**` is empty, so one separator goes with it
                     out[-1] = out[-1][: -len(separator)]
                 else:
                     swallow = True
@@ -137,7 +137,7 @@ class Template:
         return "".join(out)
 
     def with_prefix(self, prefix: str) -> Template:
-        """The template behind a literal prefix (a collection that the rule leaves out)."""
+        """The template with a literal prefix (a collection that the rule leaves out)."""
         return _compiled(prefix + self.text, self.side, _joined((prefix, *self.pieces)))
 
 
@@ -148,10 +148,10 @@ def escape_key(key: str) -> str:
 
 @lru_cache(maxsize=8192)
 def parse_template(text: str, side: Side) -> Template:
-    """The template written as `text`. RulesError where it is not one."""
+    """The template written as `text`. RulesError if it is not one."""
     if not text:
         raise RulesError("an empty template")
-    pieces: list[Piece] = []
+    pieces: list[TemplatePiece] = []
     start = 0
     for token in _TOKEN.finditer(text):
         pieces.append(text[start : token.start()])
@@ -161,7 +161,7 @@ def parse_template(text: str, side: Side) -> Template:
     return _compiled(text, side, _joined(pieces))
 
 
-def _token(token: str, text: str) -> Piece:
+def _token(token: str, text: str) -> TemplatePiece:
     if token in ("{{", "}}"):
         return token[0]
     if token == "{*}":
@@ -185,9 +185,9 @@ def _token(token: str, text: str) -> Piece:
     return Index(found["name"], factor, int(found["b"] or 0) * (-1 if found["sign"] == "-" else 1), minor)
 
 
-def _joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """Neighbouring literals as one, empty ones left out."""
-    out: list[Piece] = []
+def _joined(pieces: Iterable[TemplatePiece]) -> tuple[TemplatePiece, ...]:
+    """The pieces with neighbouring literals joined and empty ones removed."""
+    out: list[TemplatePiece] = []
     for piece in pieces:
         if isinstance(piece, str) and out and isinstance(out[-1], str):
             out[-1] += piece
@@ -196,11 +196,11 @@ def _joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
     return tuple(out)
 
 
-def _compiled(text: str, side: Side, pieces: tuple[Piece, ...]) -> Template:
+def _compiled(text: str, side: Side, pieces: tuple[TemplatePiece, ...]) -> Template:
     separator = SEPARATOR[side]
     sep = re.escape(separator)
-    in_part: Piece | None = None  # the last index or wildcard of the part at hand
-    digits_only = False  # nothing but digits since an index
+    in_part: TemplatePiece | None = None  # the last index or wildcard of the current part
+    digits_only = False  # only digits since the last index
     deep = False
     for place, piece in enumerate(pieces):
         before = pieces[place - 1] if place else separator
@@ -211,7 +211,7 @@ def _compiled(text: str, side: Side, pieces: tuple[Piece, ...]) -> Template:
             digits_only = (digits_only or separator in piece) and tail.isdigit()
         elif isinstance(piece, Index):
             if isinstance(in_part, Wild) or isinstance(before, Index) or (isinstance(in_part, Index) and digits_only):
-                raise RulesError(f"{escape(text)!r}: it cannot be told where {{{piece.name}}} begins; put text between")
+                raise RulesError(f"{escape(text)!r}: where {{{piece.name}}} begins is ambiguous; put text between")
             in_part, digits_only = piece, True
         else:
             if in_part is not None:
@@ -220,7 +220,7 @@ def _compiled(text: str, side: Side, pieces: tuple[Piece, ...]) -> Template:
             if not piece.deep:
                 continue
             if deep:
-                raise RulesError(f"{escape(text)!r}: ** may stand once in a template")
+                raise RulesError(f"{escape(text)!r}: a template may hold ** only once")
             deep = True
             whole = isinstance(before, str) and before.endswith(separator)
             if not (whole and isinstance(after, str) and after.startswith(separator)):
@@ -228,15 +228,15 @@ def _compiled(text: str, side: Side, pieces: tuple[Piece, ...]) -> Template:
     names = tuple(dict.fromkeys(name for piece in pieces if isinstance(piece, Index) for name in piece.names))
     wilds = tuple(piece.deep for piece in pieces if isinstance(piece, Wild))
     shape = _DIGITS.sub("0", "".join("0" if isinstance(p, Index) else p if isinstance(p, str) else "" for p in pieces))
-    # In a shape a run of digits is one 0, also where a literal's digits touch an index.
+    # In a shape, a run of digits is one 0, even if the digits of a literal touch an index.
     parts = [re.sub("[0-9]+", "0", p) if isinstance(p, str) else "0" if isinstance(p, Index) else p for p in pieces]
     regex, shapes = _pattern(pieces, sep), _pattern(_single(parts), sep)
     patterns = re.compile(regex, re.DOTALL), re.compile(shapes, re.DOTALL)
     return Template(text, side, pieces, names, wilds, shape, _runs(pieces), *patterns)
 
 
-def _runs(pieces: Iterable[Piece]) -> tuple[str | None, ...]:
-    """The runs of digits in the order of the text; None for one that an index is part of."""
+def _runs(pieces: Iterable[TemplatePiece]) -> tuple[str | None, ...]:
+    """The runs of digits in the order of the text; None for a run that includes an index."""
     out: list[str | None] = []
     open_ = False
     for piece in pieces:
@@ -255,12 +255,12 @@ def _runs(pieces: Iterable[Piece]) -> tuple[str | None, ...]:
     return tuple(out)
 
 
-def _single(parts: Iterable[str | Wild]) -> list[Piece]:
-    """Neighbouring zeros as one."""
+def _single(parts: Iterable[str | Wild]) -> list[TemplatePiece]:
+    """The pieces with neighbouring zeros joined."""
     return [re.sub("0+", "0", p) if isinstance(p, str) else p for p in _joined(parts)]
 
 
-def _pattern(pieces: Sequence[Piece], sep: str) -> str:
+def _pattern(pieces: Sequence[TemplatePiece], sep: str) -> str:
     out: list[str] = []
     deep_at: int | None = None
     for piece in pieces:
@@ -284,8 +284,8 @@ def _with_deep(before: str, after: str, sep: str) -> str:
 
 
 class KeyIndex:
-    """The keys of one end, ready to be matched by many templates: in buckets of keys that differ in their numbers only,
-    so that a template looks at the keys of its own bucket, and one with wildcards at one name a bucket first."""
+    """The keys of one end, indexed for many templates. A bucket holds keys that differ only in their numbers. A
+    template looks only at its own bucket; a template with wildcards first looks at one name per bucket."""
 
     __slots__ = ("_fine", "buckets", "collections", "order")
 

@@ -1,4 +1,4 @@
-"""Rules as TOML text: where each rule stands, and rules written so that they can be pasted."""
+"""Rules as TOML text: the line of each rule, and rules written for pasting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ORDER = (
     "torch", "flax", "source", "target", "ops", "layout", "transpose", "flatten", "fused", "heads", "kv_heads",
     "stack", "scale", "offset", "repeat", "pad", "drop", "fill", "missing",
 )  # fmt: skip
-"""The keys of a rule in the order in which they are written; ranges and axis sizes come behind."""
+"""The keys of a rule in their written order; ranges and axis sizes follow them."""
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _SHORT = {"\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r", '"': '\\"', "\\": "\\\\"}
@@ -24,9 +24,9 @@ _HIDDEN = {"Cc", "Cf", "Co", "Zl", "Zp"}
 
 
 def rule_line(**keys: Any) -> str:
-    """One rule as an inline table, TOML-escaped, its keys in a fixed order: what a question offers for pasting.
+    """One rule as an inline table, TOML-escaped, with its keys in a fixed order: a question offers it for pasting.
 
-    No comma follows it; values of None are left out. RulesError where a value has no TOML form.
+    No comma follows it; values of None are left out. RulesError if a value has no TOML form.
     """
     known = [name for name in ORDER if keys.get(name) is not None]
     rest = [name for name, value in keys.items() if name not in ORDER and value is not None]
@@ -34,7 +34,7 @@ def rule_line(**keys: Any) -> str:
 
 
 def write_rules(lines: Iterable[str | tuple[str, str]]) -> str:
-    """A rules file: one line a rule, each with a comment above it where it comes as (comment, line)."""
+    """A rules file: one line per rule. An item (comment, line) gets the comment above its line."""
     out = ["rules = ["]
     for item in lines:
         comment, line = ("", item) if isinstance(item, str) else item
@@ -87,13 +87,13 @@ _TOKEN = re.compile(
 
 
 def rule_lines(text: str) -> list[int]:
-    """The line of every element of the top-level array `rules`, in order; of every `[[rules]]` header too. `text` must
-    be valid TOML; what is not found is not listed."""
+    """The line of every element of the top-level array `rules`, in order, and of every `[[rules]]` header. `text` must
+    be valid TOML; elements that are not found are left out."""
     out: list[int] = []
     line, depth = 1, 0
-    statement: list[str] = []  # the tokens of the statement at hand, up to its value
+    statement: list[str] = []  # the tokens of the current statement, up to its value
     inside = False  # in the array of `rules`
-    in_table = False  # behind a [table] header
+    in_table = False  # after a [table] header
     for found in _TOKEN.finditer(text + "\n"):
         token = found.group()
         if token == "\n":
@@ -121,7 +121,7 @@ def rule_lines(text: str) -> list[int]:
             depth -= 1
             inside = inside and depth > 0
         elif depth == 1 and inside and token not in ",=":
-            out.append(line)  # an element that is no table: the schema refuses it, by its line
+            out.append(line)  # an element that is no table; the schema refuses it and names its line
         line += token.count("\n")
     return out
 

@@ -1,4 +1,5 @@
-"""From a table of a rules file to a `Rule`: every key, every type, and what goes with what; all faults at once."""
+"""Make a `Rule` from a table of a rules file. Every key, every type and every combination is checked, and all faults
+are reported at once."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _ENDS = {"left": ("torch", "source"), "right": ("flax", "target")}
 
 
 def make_rule(data: Any, label: str, line: str) -> tuple[Rule | None, list[Failure]]:
-    """The rule of one table, or every fault it has. `label`, `line`: where it stands, for messages and evidence."""
+    """The rule of one table, or all its faults. `label`, `line`: its place, for messages and evidence."""
     where = Rule(label, line).where
     if not isinstance(data, Mapping):
         found = type(data).__name__
@@ -44,10 +45,10 @@ Fault = tuple[str, str]
 def _typed(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Fault]]:
     from pydantic import ValidationError
 
-    from graftax.rules.schema import Table
+    from graftax.rules.schema import RuleTable
 
     try:
-        made = Table.model_validate(dict(table))
+        made = RuleTable.model_validate(dict(table))
     except ValidationError as error:
         faults: list[Fault] = []
         for item in error.errors():
@@ -61,7 +62,7 @@ def _typed(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Fault]]:
 
 
 def _strange(table: Mapping[str, Any], extras: Iterable[str]) -> list[Fault]:
-    """Unknown keys of a table that is not read any further: those that no template and no `ops` names."""
+    """Unknown keys of a table with other faults: the keys that neither a template nor `ops` names."""
     texts = " ".join(str(table.get(name, "")) for name in ("torch", "flax", "source", "target", "ops"))
     words = set(re.findall(r"\w+", texts))
     return [_unknown(name, ORDER) for name in extras if name not in words]
@@ -141,7 +142,7 @@ def _ends(given: Mapping[str, Any], faults: list[Fault]) -> tuple[tuple[str, ...
 
 
 def _templates(texts: Sequence[str], faults: list[Fault]) -> tuple[Template, ...]:
-    """The templates, their side guessed from the separator: it matters here only for `**`."""
+    """The templates. Their side is guessed from the separator, which matters here only for `**`."""
     out: list[Template] = []
     for text in texts:
         side: Side = "flax" if "/" in text else "torch"
@@ -251,7 +252,7 @@ def _together(given: Mapping[str, Any], left: Sequence[str], right: Sequence[str
 
 
 def _alike(templates: tuple[tuple[Template, ...], tuple[Template, ...]], faults: list[Fault]) -> None:
-    """Templates of one side share their indices; all share their wildcards."""
+    """Check that the templates of one side have the same indices, and that all templates have the same wildcards."""
     for side in templates:
         for other in side[1:]:
             if set(other.names) != set(side[0].names):
@@ -259,7 +260,7 @@ def _alike(templates: tuple[tuple[Template, ...], tuple[Template, ...]], faults:
     every = [template for side in templates for template in side]
     for other in every[1:]:
         if other.wilds != every[0].wilds:
-            hint = "The k-th * of one side stands for the k-th of the other, ** for **."
+            hint = "The k-th * of one side corresponds to the k-th of the other, ** to **."
             faults.append((f"{escape(every[0].text)!r} and {escape(other.text)!r} have different wildcards", hint))
 
 
@@ -269,7 +270,7 @@ def _stack(
     ops: OpsText | None,
     faults: list[Fault],
 ) -> dict[str, int]:
-    """index -> axis, from `stack` and from `ops`; every index of one side alone must be in it."""
+    """index -> axis, from `stack` and `ops`; it must hold every index that only one side has."""
     left, right = (set(_indices(side)) for side in templates)
     if not templates[0] or not templates[1]:
         return {}
@@ -286,19 +287,19 @@ def _stack(
         stack = {names.pop(): stack[""]}
     for name in stack:
         if name not in loose:
-            why = "stands on both sides" if name in shared else "is no index of the templates"
+            why = "is on both sides" if name in shared else "is no index of the templates"
             faults.append(
                 (
                     f"`stack` names {escape(name)!r}, which {why}",
-                    f"To stack here: {', '.join(sorted(loose)) or 'none'}.",
+                    f"Indices that can be stacked: {', '.join(sorted(loose)) or 'none'}.",
                 )
             )
     placed: Mapping[str, bool] = ops.placed if ops else {}
     for name, on_left in placed.items():
         if name in stack:
-            faults.append((f"{escape(name)!r} stands in `stack` and in `ops`", "Say it once."))
+            faults.append((f"{escape(name)!r} is in `stack` and in `ops`", "Say it once."))
         elif name in shared:
-            faults.append((f"`ops` names {escape(name)!r}, which stands on both sides", "It is stacked on neither."))
+            faults.append((f"`ops` names {escape(name)!r}, which is on both sides", "It is stacked on neither."))
         elif name != LIST and on_left != (name in right):
             word = "right" if name in left else "left"
             faults.append((f"`ops` has {escape(name)!r} on the wrong side of '->'", f"It belongs on the {word}."))
@@ -307,10 +308,10 @@ def _stack(
     if to_right and to_left:
         words = [", ".join(sorted(names)) or LIST for names in (left - right, right - left)]
         hint = "A number has one name on both sides; stack one way in one rule."
-        faults.append((f"{words[0]} stands on the left only and {words[1]} on the right only", hint))
+        faults.append((f"{words[0]} is on the left only and {words[1]} is on the right only", hint))
     elif open_ := [] if faults else sorted(((left - right) | (right - left)) - set(stack) - set(placed)):
         faults.append(
-            (f"index {', '.join(open_)} stands on one side only", f"Say on which axis it is stacked: {_each(open_)}.")
+            (f"index {', '.join(open_)} is on one side only", f"Say on which axis it is stacked: {_each(open_)}.")
         )
     return stack
 
