@@ -542,7 +542,7 @@ def test_torch_weights_without_a_place_are_noted(model: Model):
 
 
 def test_a_search_that_fails_costs_the_cause_and_not_the_report(model: Model, monkeypatch: Any):
-    def fail(suspect: Any) -> Any:
+    def fail(divergence: Any) -> Any:
         raise RuntimeError("lost")
 
     monkeypatch.setattr("graftax.parity.causes.find_causes", fail)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import Site
 from graftax.parity.report import words
 from graftax.parity.report.model import Cause, ParityReport
@@ -81,7 +81,9 @@ def test_more_divergences_than_fit_are_counted():
     rows = reports.encoder_rows(3)
     names = [f"block{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(40)]  # no numbers: nothing folds
     bad = [
-        replace(rows[5], pair=Pair(n, n), site_torch=Site(n), site_flax=Site(n), out_error=1e-3, status="diverges")
+        replace(
+            rows[5], pair=ModulePair(n, n), site_torch=Site(n), site_flax=Site(n), out_error=1e-3, status="diverges"
+        )
         for n in names
     ]
     report = replace(reports.passing(3), ok=False, layers=(*rows, *bad), first=bad[0], where="out")

@@ -185,17 +185,17 @@ def _inputs(text: str | None, model: Any) -> tuple[Any, tuple[str, ...]]:
 def _outcome(
     found: ParityReport, report: str | None, as_json: bool, lines: list[str] | None = None, recorded: str | None = None
 ) -> Outcome:
-    said = list(lines or ())
+    messages = list(lines or ())
     if report is not None:
         found.save_html(report)
-        said.append(f"wrote {escape(report)}")
+        messages.append(f"wrote {escape(report)}")
     data = {**found.as_json(), "recorded": recorded, "report": report}
     error = None
     if not found:
         from graftax.parity.report.words import one_line
 
         error = ParityError(one_line(found), next="" if report or as_json else "More: --report out.html, --json")
-    return Outcome(data, "" if as_json else "\n".join([_text(found), *said]), error)
+    return Outcome(data, "" if as_json else "\n".join([_text(found), *messages]), error)
 
 
 def _text(found: ParityReport) -> str:

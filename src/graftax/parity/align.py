@@ -20,7 +20,7 @@ from graftax.errors import GraftaxError, UsageError, escape
 from graftax.ops import Cast, Offset, Rearrange, Scale, apply_chain, parse_pattern
 from graftax.parity import values
 from graftax.parity.metrics import relative_l2
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.plans import Entry
 from graftax.tree import Module, TensorSpec
 
@@ -176,7 +176,7 @@ def _broadcasts(have: Shape, want: Shape, scale: float) -> list[Turn]:
 # ---------------------------------------------------------------- what the plan says
 
 
-def alignment_of(pair: Pair, torch: Module | None, specs: Mapping[str, TensorSpec]) -> Alignment:
+def alignment_of(pair: ModulePair, torch: Module | None, specs: Mapping[str, TensorSpec]) -> Alignment:
     """The layout of a pair's activations. specs: the torch leaves'."""
     if torch is None:
         return Alignment()

@@ -12,7 +12,7 @@ import numpy as np
 from graftax.parity import values
 from graftax.parity.align import Layout, Turn, alignment_of, reordered, same_ones, with_layout
 from graftax.parity.metrics import alarms, output_row, relative_l2
-from graftax.parity.pairing import RECURRENT, CallMap, Pair
+from graftax.parity.pairing import RECURRENT, CallMap, ModulePair
 from graftax.parity.records import THRESHOLD, UNIT, Reference, Runner, Site
 from graftax.parity.report.model import LayerRow, OutputRow, Status, Where
 from graftax.parity.teacher_forced import Arrays, ForcedTap, FreeTap, Met
@@ -43,7 +43,7 @@ def judge_flax(
     flax: Runner,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    pairs: Sequence[Pair],
+    pairs: Sequence[ModulePair],
     specs: Mapping[str, TensorSpec],
     *,
     threshold: float = THRESHOLD,

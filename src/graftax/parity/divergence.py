@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import Record, Reference, Runner
 from graftax.parity.report.model import LayerRow, Where
 from graftax.plans import Plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Suspect:
+class Divergence:
     """A diverging call of a module pair.
 
     row, where   the row, and which side of it alarms: 'out' the module itself, 'in' the functional code between the
@@ -57,7 +57,7 @@ class Suspect:
     again: Callable[[Mapping[str, Any]], float | None] | None = None
 
     @property
-    def pair(self) -> Pair:
+    def pair(self) -> ModulePair:
         return self.row.pair
 
     @property

@@ -130,7 +130,7 @@ class Channel:
             self._active.pop()
         return self._pass(out, tracing, path, method, self._leaving)
 
-    def _pass(self, nest: Any, tracing: bool, path: str, method: str, tell: Callable[..., Any]) -> Any:
+    def _pass(self, nest: Any, tracing: bool, path: str, method: str, ask: Callable[..., Any]) -> Any:
         """`nest`, or what the tap puts in its place."""
         arrays, node = flax_values.spread(nest)
         if not tracing:
@@ -138,7 +138,7 @@ class Channel:
                 jax.effects_barrier()
                 self._waiting = False
             held = [flax_values.to_host(array) for array in arrays]
-            new = tell(path, method, node, held)
+            new = ask(path, method, node, held)
             if self.failure is not None:
                 raise self.failure
             if new is None:
@@ -149,14 +149,14 @@ class Channel:
         if not getattr(self.tap, "replaces", True):
 
             def listen(*given: Any) -> None:
-                tell(path, method, node, _copies(given))
+                ask(path, method, node, _copies(given))
 
             io_callback(listen, None, *arrays, ordered=True)
             return nest
 
         def host(*given: Any) -> Any:
             copies = _copies(given)
-            new = tell(path, method, node, copies)
+            new = ask(path, method, node, copies)
             return copies if new is None else new
 
         shapes = [jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(a.dtype)) for a in arrays]
@@ -170,14 +170,14 @@ class Channel:
         if method != "__call__":
             self.methods[site] = method
         self._open.setdefault(path, []).append(site)
-        return self._told(lambda tap, given: tap.enter(site, given[0], given[1]), site, node, held)
+        return self._through_tap(lambda tap, given: tap.enter(site, given[0], given[1]), site, node, held)
 
     def _leaving(self, path: str, method: str, node: flax_values.Node, held: list[Any]) -> list[Any] | None:
         site = self._open[path].pop()
-        return self._told(lambda tap, given: tap.leave(site, given), site, node, held)
+        return self._through_tap(lambda tap, given: tap.leave(site, given), site, node, held)
 
-    def _told(
-        self, tell: Callable[[Tap, Any], Any], site: Site, node: flax_values.Node, held: list[Any]
+    def _through_tap(
+        self, ask: Callable[[Tap, Any], Any], site: Site, node: flax_values.Node, held: list[Any]
     ) -> list[Any] | None:
         tap = self.tap
         if tap is None or self.failure is not None:
@@ -185,7 +185,7 @@ class Channel:
         self._busy = threading.get_ident()
         try:
             given = flax_values.plain(node, held)
-            new = tell(tap, given)
+            new = ask(tap, given)
             return None if new is None else flax_values.replaced(given, held, new, f"Flax {site}")
         except BaseException as failure:  # not through XLA: raised when the run is over
             self.failure = failure
@@ -210,7 +210,7 @@ def _kept(arrays: list[Any], made: list[Any], changed: list[bool]) -> list[Any]:
 
 def _place() -> str | None:
     """Where traced code stands: None, a callback can stand here; '', Flax rehearses a scan's body to throw it away;
-    else why no ordered callback can. jax does not tell; the functions on the stack do."""
+    else why no ordered callback can. jax does not say; the functions on the stack do."""
     frame: FrameType | None = sys._getframe(2)
     found: str | None = None
     while frame is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from graftax.errors import FormatError, escape, with_article
-from graftax.parity.golden_values import Table, decode, encode
+from graftax.parity.golden_values import ArrayTable, decode, encode
 from graftax.parity.records import Record, Reference, Site
 from graftax.tree import Checkpoint, Module, TensorSpec
 
@@ -77,7 +77,7 @@ def save_golden(path: str | PathLike[str], golden: Golden, layers: bool = False)
 
     out = Path(path)
     refuse_other_file(out, KEY, "a golden file")
-    table = Table()
+    table = ArrayTable()
     kept = golden if layers else replace(golden, reference=replace(golden.reference, records={}, order=(), events=()))
     text = json.dumps(_as_json(kept, table), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     specs = {name: spec_of(array) for name, array in table.arrays.items()}
@@ -95,7 +95,7 @@ def save_golden(path: str | PathLike[str], golden: Golden, layers: bool = False)
         raise system.storage_error(error, out) from error
 
 
-def _as_json(golden: Golden, table: Table) -> dict[str, Any]:
+def _as_json(golden: Golden, table: ArrayTable) -> dict[str, Any]:
     reference = golden.reference
     sites = [site for site in reference.order if site in reference.records]
     numbers = {site: i for i, site in enumerate(sites)}
@@ -123,7 +123,7 @@ def _as_json(golden: Golden, table: Table) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _record_json(site: Site, record: Record, table: Table) -> list[Any]:
+def _record_json(site: Site, record: Record, table: ArrayTable) -> list[Any]:
     place = f"layers/{site.path}/{site.call}"
     values = [("in", tuple(record.args)), ("in", dict(record.kwargs)), ("out", record.output)]
     errors = (record.in_error, record.out_error, record.free_error)

@@ -19,14 +19,14 @@ _DEPTH = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Opaque:
+class TextOnly:
     """Stands for an object that a golden file cannot hold, by its text: an argument that only torch understood."""
 
     text: str
 
 
 @dataclass(slots=True)
-class Table:
+class ArrayTable:
     """Arrays by the name they get in the file: that of the first place in which they stand."""
 
     arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Table:
         return name
 
 
-def encode(value: Any, table: Table, place: str, strict: bool = False, depth: int = 0) -> Any:
+def encode(value: Any, table: ArrayTable, place: str, strict: bool = False, depth: int = 0) -> Any:
     """A nest of arrays, numbers and text as JSON data. Other objects become their text; `strict`: UsageError for them.
 
     A JSON object has one key that says what it is: a array, t tuple, l list, d dict (pairs), f a float that JSON lacks,
@@ -83,7 +83,7 @@ def encode(value: Any, table: Table, place: str, strict: bool = False, depth: in
     return {"d": pairs}
 
 
-def _array(array: np.ndarray[Any, Any], table: Table, place: str) -> Any:
+def _array(array: np.ndarray[Any, Any], table: ArrayTable, place: str) -> Any:
     if array.dtype.kind in "OSUMm" or (array.dtype.kind == "V" and array.dtype.names):
         return {"o": escape(repr(array), 200)}
     return {"a": table.name_of(array, place)}
@@ -113,7 +113,7 @@ def decode(data: Any, arrays: Mapping[str, Any], label: str, depth: int = 0) -> 
         except (TypeError, ValueError):
             raise _malformed(label, data) from None
     if kind == "o" and isinstance(body, str):
-        return Opaque(body)
+        return TextOnly(body)
     raise _malformed(label, data)
 
 

@@ -18,7 +18,7 @@ Keys = tuple[Any, ...]
 
 
 @dataclass(slots=True, eq=False)
-class Loans:
+class LazyLeaves:
     """Which leaves have no values, whose they are, and where their values come from.
 
     modules   path -> Module: roles of leaves

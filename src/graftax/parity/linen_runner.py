@@ -15,8 +15,8 @@ from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import ModelError, ReplayError, UsageError, escape
 from graftax.parity import flax_program, flax_values, lazy_weights, linen_replay
 from graftax.parity.flax_program import Program
-from graftax.parity.lazy_weights import Loans, Supply
-from graftax.parity.linen_lazy_weights import Lender
+from graftax.parity.lazy_weights import LazyLeaves, Supply
+from graftax.parity.linen_lazy_weights import ScopeFiller
 from graftax.parity.linen_replay import Surveyed
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module, join_path
@@ -65,7 +65,7 @@ class LinenRunner:
         self._mutable: Any = False
         self._blame: tuple[str, str] = ("", type(module).__name__)
         self._failed: BaseException | None = None
-        self._lender = Lender(Loans(None))
+        self._filler = ScopeFiller(LazyLeaves(None))
         self._program = Program(self._forward, self._explain, self._mend, compiled)
 
     # ------------------------------------------------------------ the protocol
@@ -101,14 +101,14 @@ class LinenRunner:
         compiled: bool | None = None,
     ) -> Any:
         """See `records.Runner`. `supply`: values of leaves that have none, asked for when their module is called and
-        let go when it is done (`flax_supply.Supply`); such a run is eager. `compiled` overrides the runner's own."""
+        let go when it is done (`lazy_weights.Supply`); such a run is eager. `compiled` overrides the runner's own."""
         self._example = (tuple(args), dict(kwargs))
-        weights, loans = self._weights(supply)
-        self._lender = Lender(loans)
+        weights, lazy = self._weights(supply)
+        self._filler = ScopeFiller(lazy)
         try:
-            return self._program.run((weights, self.rngs), args, kwargs, watch, tap, False if loans.owned else compiled)
+            return self._program.run((weights, self.rngs), args, kwargs, watch, tap, False if lazy.owned else compiled)
         finally:
-            self._lender = Lender(Loans(None))
+            self._filler = ScopeFiller(LazyLeaves(None))
 
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()
@@ -196,12 +196,12 @@ class LinenRunner:
         path = join_path(module.path)
         kind = type(module)
         try:
-            with self._lender.lend(module, path, method):
+            with self._filler.fill(module, path, method):
                 if hasattr(kind, method) and _is_call(method, args, kwargs):  # lifted functions are no methods
                     out = self._program.channel.call(path, method, args, kwargs, proceed)
                 else:
                     out = proceed(*args, **kwargs)
-                return flax_values.waited(out) if path in self._lender.loans.owned else out
+                return flax_values.waited(out) if path in self._filler.lazy.owned else out
         except Exception as error:
             if error is not self._failed:
                 self._failed, self._blame = error, (path, kind.__name__)
@@ -213,21 +213,21 @@ class LinenRunner:
 
     # ------------------------------------------------------------ weights
 
-    def _weights(self, supply: Supply | None) -> tuple[Any, Loans]:
+    def _weights(self, supply: Supply | None) -> tuple[Any, LazyLeaves]:
         """(variables as jax arrays, what is missing in them)."""
         missing = lazy_weights.abstract_leaves(self.variables)
         if not missing:
             if self._placed is None:
                 self._placed = jax.tree.map(jax.numpy.asarray, self.variables)
-            return self._placed, Loans(None)
+            return self._placed, LazyLeaves(None)
         survey = self.survey()
         owned = lazy_weights.by_owner(missing, survey, collection=True)
-        loans = Loans(supply, self.modules if self._wrapper or self._modules else {}, owned)
+        lazy = LazyLeaves(supply, self.modules if self._wrapper or self._modules else {}, owned)
         now: dict[Any, Any] = {}
         for path in [path for path in owned if path in survey and survey[path].nested]:
-            now |= loans.values(path)  # what a lifted transformation takes in must be there before
+            now |= lazy.values(path)  # what a lifted transformation takes in must be there before
             del owned[path]
-        return lazy_weights.filled(self.variables, now), loans
+        return lazy_weights.filled(self.variables, now), lazy
 
     # ------------------------------------------------------------ survey
 

@@ -15,7 +15,7 @@ from graftax.adapters import containers, jax_arrays, nnx_tree
 from graftax.errors import ModelError, ReplayError, UsageError, escape
 from graftax.parity import flax_program, flax_values, lazy_weights, nnx_cover
 from graftax.parity.flax_program import Program
-from graftax.parity.lazy_weights import Loans, Supply
+from graftax.parity.lazy_weights import LazyLeaves, Supply
 from graftax.parity.linen_replay import sliced
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module
@@ -61,8 +61,8 @@ class NnxRunner:
         self._survey: dict[str, tuple[bool, dict[Any, tuple[int, ...]]]] | None = None
         self._blame = ("", type(module).__name__)
         self._failed: BaseException | None = None
-        self._loans = Loans(None)
-        self._lent: set[str] = set()
+        self._lazy = LazyLeaves(None)
+        self._filling: set[str] = set()
         self._program = Program(self._forward, self._explain, compiled=compiled)
 
     # ------------------------------------------------------------ the protocol
@@ -94,14 +94,14 @@ class NnxRunner:
         compiled: bool | None = None,
     ) -> Any:
         """See `records.Runner`. `supply`: values of leaves that have none, asked for when their module is called and
-        let go when it is done (`flax_supply.Supply`); such a run is eager. `compiled` overrides the runner's own."""
+        let go when it is done (`lazy_weights.Supply`); such a run is eager. `compiled` overrides the runner's own."""
         self._example = (tuple(args), dict(kwargs))
-        state, loans = self._weights(supply)
-        self._loans, self._lent = loans, set()
+        state, lazy = self._weights(supply)
+        self._lazy, self._filling = lazy, set()
         try:
-            return self._program.run(state, args, kwargs, watch, tap, False if loans.owned else compiled)
+            return self._program.run(state, args, kwargs, watch, tap, False if lazy.owned else compiled)
         finally:
-            self._loans = Loans(None)
+            self._lazy = LazyLeaves(None)
 
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()
@@ -201,7 +201,7 @@ class NnxRunner:
                     out = self._program.channel.call(path, method, args, kwargs, proceed)
                 else:
                     out = proceed(*args, **kwargs)
-                return flax_values.waited(out) if path in self._loans.owned else out
+                return flax_values.waited(out) if path in self._lazy.owned else out
         except Exception as error:
             if error is not self._failed:
                 self._failed, self._blame = error, (path, type(module).__name__)
@@ -213,43 +213,43 @@ class NnxRunner:
 
     # ------------------------------------------------------------ weights
 
-    def _weights(self, supply: Supply | None) -> tuple[Any, Loans]:
+    def _weights(self, supply: Supply | None) -> tuple[Any, LazyLeaves]:
         """(the state as jax arrays, what is missing in it)."""
         if not self._missing:
-            return self._state, Loans(None)
+            return self._state, LazyLeaves(None)
         owned = lazy_weights.by_owner(self._missing, self._paths, collection=False)
         survey = self.survey()
-        loans = Loans(supply, self.modules, owned)
+        lazy = LazyLeaves(supply, self.modules, owned)
         now: dict[Any, Any] = {}
         for path in [path for path in owned if path in survey and survey[path][0]]:
-            now |= loans.values(path)  # what a transformation takes in must be there before
+            now |= lazy.values(path)  # what a transformation takes in must be there before
             del owned[path]
-        return lazy_weights.filled(self._state, now), loans
+        return lazy_weights.filled(self._state, now), lazy
 
     @contextlib.contextmanager
     def _supplied(self, module: Any, path: str) -> Iterator[None]:
         """The module's own leaves without values get them for a call of one of its methods."""
-        if path not in self._loans.owned or path in self._lent:
+        if path not in self._lazy.owned or path in self._filling:
             yield
             return
         depth = len(path.split("/")) if path else 0
         own = {tuple(keys): item for keys, item in nnx.iter_graph(module) if isinstance(item, nnx.Variable)}
-        lent: list[tuple[Any, Any]] = []
-        self._lent.add(path)
+        replaced: list[tuple[Any, Any]] = []
+        self._filling.add(path)
         try:
-            for keys, array in self._loans.values(path).items():
+            for keys, array in self._lazy.values(path).items():
                 variable = own.get(tuple(keys[depth:]))
                 if variable is None:
                     raise ModelError(
                         f"Flax: {escape(containers.path_of(keys))} is no nnx.Variable, and cannot be supplied",
                         next="Pass weights that hold it.",
                     )
-                lent.append((variable, containers.variable_value(variable)))
+                replaced.append((variable, containers.variable_value(variable)))
                 containers.set_variable(variable, array)
             yield
         finally:
-            self._lent.discard(path)
-            for variable, before in lent:
+            self._filling.discard(path)
+            for variable, before in replaced:
                 containers.set_variable(variable, before)
 
     # ------------------------------------------------------------ survey

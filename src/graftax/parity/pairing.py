@@ -36,7 +36,7 @@ Atoms = frozenset[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ModulePair:
     """A torch module and the Flax module that does the same, by their paths ('' is the model itself).
 
     entries      the plan's entries that join their leaves
@@ -59,7 +59,7 @@ class Pair:
 
 
 @dataclass(slots=True)
-class _Side:
+class _ModuleGroups:
     """Modules of one side by the entries that run through them, outermost first."""
 
     groups: dict[Atoms, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -71,7 +71,7 @@ def find_pairs(
     flax: Mapping[str, Module],
     torch_aliases: Mapping[str, str] | None = None,
     flax_aliases: Mapping[str, str] | None = None,
-) -> tuple[Pair, ...]:
+) -> tuple[ModulePair, ...]:
     """The pairs, in the order of the torch modules; the two models themselves are the first.
 
     torch, flax   module path -> Module of either side
@@ -83,7 +83,7 @@ def find_pairs(
     callable_ = {path: module for path, module in torch.items() if not NEVER_CALLED & set(module.bases)}
     theirs = _torch_side(rows, _settled(callable_, settled, torch_aliases), torch_aliases)
     ours = _flax_side(rows, _settled(flax, settled, flax_aliases), flax_aliases)
-    found: dict[tuple[str, str], Pair] = {}
+    found: dict[tuple[str, str], ModulePair] = {}
     _add_pairs(found, theirs, ours, rows, torch, flax)
     # What is left may hold a weight that is tied to one of another module, where Flax holds none for it.
     paths = {one for one, _ in found}, {other for _, other in found}
@@ -93,10 +93,10 @@ def find_pairs(
         torch_aliases,
         own=True,
     )
-    rest = _Side({atoms: [p for p in group if p not in paths[1]] for atoms, group in ours.groups.items()})
+    rest = _ModuleGroups({atoms: [p for p in group if p not in paths[1]] for atoms, group in ours.groups.items()})
     _add_pairs(found, left, rest, rows, torch, flax)
     if "" in torch and "" in flax:
-        found["", ""] = Pair("", "", tuple(rows), True, 0, 1, (torch[""].kind, flax[""].kind))
+        found["", ""] = ModulePair("", "", tuple(rows), True, 0, 1, (torch[""].kind, flax[""].kind))
     order = {path: i for i, path in enumerate(torch)}
     ranked = sorted(found.values(), key=lambda pair: order[pair.torch])
     holders = [path for path, module in torch.items() if OPAQUE & set(module.bases)]
@@ -105,9 +105,9 @@ def find_pairs(
 
 
 def _add_pairs(
-    found: dict[tuple[str, str], Pair],
-    theirs: _Side,
-    ours: _Side,
+    found: dict[tuple[str, str], ModulePair],
+    theirs: _ModuleGroups,
+    ours: _ModuleGroups,
     rows: Sequence[Entry],
     torch: Mapping[str, Module],
     flax: Mapping[str, Module],
@@ -127,7 +127,7 @@ def _add_pairs(
             if not (one and other):  # the models themselves are a pair of their own
                 continue
             kinds = (torch[one].kind, flax[other].kind)
-            found[one, other] = Pair(one, other, used, True, step, steps, kinds)
+            found[one, other] = ModulePair(one, other, used, True, step, steps, kinds)
 
 
 def _settled(modules: Mapping[str, Module], names: set[str], aliases: Mapping[str, str]) -> dict[str, Module]:
@@ -142,7 +142,7 @@ def _settled(modules: Mapping[str, Module], names: set[str], aliases: Mapping[st
 
 def _torch_side(
     rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str], own: bool = False
-) -> _Side:
+) -> _ModuleGroups:
     """own: without the weights that are tied to those of a module outside."""
     where: dict[str, tuple[int, int]] = {}
     sizes: dict[tuple[int, int], int] = defaultdict(int)
@@ -153,7 +153,7 @@ def _torch_side(
             where[name] = i, step
             sizes[i, step] += 1
     tied = {i for i, entry in enumerate(rows) if any(isinstance(op, Same) for op in entry.ops)}
-    side = _Side()
+    side = _ModuleGroups()
     for path, module in modules.items():
         names = {aliases.get(name, name) if name not in where else name for name in module.leaves.values()}
         if own:
@@ -180,13 +180,13 @@ def _folded(atoms: Atoms, rows: Sequence[Entry]) -> Atoms:
     return frozenset(out)
 
 
-def _flax_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str]) -> _Side:
+def _flax_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str]) -> _ModuleGroups:
     where = {name: i for i, entry in enumerate(rows) for name in entry.targets}
     copied = {i for i, entry in enumerate(rows) if any(isinstance(op, Copy) for op in entry.ops)}
-    side = _Side()
-    lent = _lent(modules)
+    side = _ModuleGroups()
+    of_cells = _cell_leaves(modules)
     for path, module in modules.items():
-        owned = lent.get(path) or set(module.leaves.values())
+        owned = of_cells.get(path) or set(module.leaves.values())
         names = {aliases.get(name, name) if name not in where else name for name in owned}
         held: dict[int, int] = defaultdict(int)
         for name in names & where.keys():
@@ -196,7 +196,7 @@ def _flax_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Ma
     return side
 
 
-def _lent(modules: Mapping[str, Module]) -> dict[str, set[str]]:
+def _cell_leaves(modules: Mapping[str, Module]) -> dict[str, set[str]]:
     """Leaves of Linen loops whose cell was made beside them: the cell is the next one that runs after the loop starts.
 
     A Bidirectional takes the leaves of its two loops.
@@ -264,7 +264,7 @@ def _below(path: str, holder: str, dot: str = ".") -> bool:
     return path != holder and (not holder or path.startswith(holder + dot))
 
 
-def _with_leaf(pairs: Sequence[Pair]) -> list[Pair]:
+def _with_leaf(pairs: Sequence[ModulePair]) -> list[ModulePair]:
     paths = {pair.torch for pair in pairs}
     holders = {
         path[: i if i > 0 else 0] for path in paths if path for i in (0, *(j for j, c in enumerate(path) if c == "."))
@@ -280,18 +280,18 @@ class CallMap:
     """Which torch call a Flax call is: by the order of calls, among all torch modules that one Flax module stands for
     (tied heads, shared layers, the steps of a scan)."""
 
-    pairs: Mapping[Site, Pair]
+    pairs: Mapping[Site, ModulePair]
     sites: Mapping[Site, Site]
     """Flax site -> torch site; the pairs by Flax site."""
 
     @classmethod
-    def of(cls, pairs: Iterable[Pair], order: Sequence[Site]) -> CallMap:
+    def of(cls, pairs: Iterable[ModulePair], order: Sequence[Site]) -> CallMap:
         """order: the torch calls as they happened."""
-        by_torch: dict[str, list[Pair]] = defaultdict(list)
+        by_torch: dict[str, list[ModulePair]] = defaultdict(list)
         for pair in pairs:
             by_torch[pair.torch].append(pair)
         calls: dict[str, int] = defaultdict(int)
-        chosen: dict[Site, Pair] = {}
+        chosen: dict[Site, ModulePair] = {}
         sites: dict[Site, Site] = {}
         for site in order:
             joined = by_torch.get(site.path)

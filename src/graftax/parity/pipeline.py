@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import GraftaxError, ModelError, ParityError, escape, worded
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import Reference, Runner
 from graftax.parity.report.model import Cause, LayerRow, ParityReport, SettingRow, WeightRow
 from graftax.plans import Plan
@@ -42,7 +42,7 @@ def assemble(
     judged: Judged,
     weights: tuple[WeightRow, ...],
     settings: tuple[SettingRow, ...],
-    pairs: Sequence[Pair],
+    pairs: Sequence[ModulePair],
     reference: Reference,
     threshold: float,
     *,
@@ -129,7 +129,7 @@ def planned(
 
 
 def settings_of(
-    pairs: Sequence[Pair], torch: Mapping[str, Module], flax: Mapping[str, Module]
+    pairs: Sequence[ModulePair], torch: Mapping[str, Module], flax: Mapping[str, Module]
 ) -> tuple[SettingRow, ...]:
     from graftax.parity.settings_lint import lint_settings
 
@@ -206,11 +206,11 @@ class Search:
     flax: FlaxSide
     expected: Mapping[str, Any]
     call: tuple[tuple[Any, ...], Mapping[str, Any]]
-    pairs: Sequence[Pair]
+    pairs: Sequence[ModulePair]
 
     def causes(self) -> tuple[Cause, ...]:
         from graftax.parity.causes import find_causes, weight_causes
-        from graftax.parity.divergence import Suspect
+        from graftax.parity.divergence import Divergence
         from graftax.parity.prepare import Read
 
         row, where = self.report.first, self.report.where
@@ -220,7 +220,7 @@ class Search:
         kept = self.judged.kept.get(row.site_flax)
         record = self.reference.records[row.site_torch]
         torch64, torch32, flax = self.runners
-        suspect = Suspect(
+        divergence = Divergence(
             row,
             where,
             self.reference,
@@ -243,10 +243,10 @@ class Search:
             self.report.threshold,
             self._again,
         )
-        return tuple(find_causes(suspect))
+        return tuple(find_causes(divergence))
 
     def _again(self, leaves: Mapping[str, Any]) -> float | None:
-        """See `Suspect.again`."""
+        """See `Divergence.again`."""
         from graftax.parity.compare import judge_flax
 
         row = self.report.first

@@ -81,11 +81,11 @@ def calls_of(inputs: Any, layout: Any, like: Any) -> tuple[Call, Call]:
     if torch is None:
         back = {path: one.inverse for path, one in turn.items()} if isinstance(turn, Mapping) else turn and turn.inverse
         torch = _turned(given, back)
-    return hosted(torch), with_example(_turned(given, turn) if flax is None else hosted(flax), like)
+    return on_host(torch), with_example(_turned(given, turn) if flax is None else on_host(flax), like)
 
 
 def _turned(call: Call, layout: Any) -> Call:
-    args, kwargs = hosted(call)
+    args, kwargs = on_host(call)
     return tuple(with_layout(args, layout)), dict(with_layout(kwargs, layout))
 
 
@@ -99,7 +99,7 @@ def with_example(call: Call, like: Any) -> Call:
     return args, {**flags, **kwargs}
 
 
-def hosted(nest: Any) -> Any:
+def on_host(nest: Any) -> Any:
     """A nest with its tensors and jax arrays as NumPy arrays; random keys and flags as they are."""
     return values.rebuilt(nest, _is_array, [to_host(leaf) for _, leaf in values.leaves(nest, _is_array)])
 
@@ -193,8 +193,8 @@ def large(tree: Checkpoint) -> bool:
     return not tree.has_values and sum(spec.nbytes for spec in tree.specs.values()) > HELD
 
 
-class Supplied:
-    """A Flax runner whose weights are lent to its modules as they are called."""
+class LazyRunner:
+    """A Flax runner whose weights are given to its modules as they are called."""
 
     def __init__(self, runner: Any, tree: Checkpoint, weights: Mapping[str, Any]) -> None:
         self.runner, self.tree, self.weights = runner, tree, weights
@@ -240,7 +240,7 @@ def flax_side(
 ) -> FlaxSide:
     """The Flax model with its weights, ready to run. What `weights_of` raises."""
     arrays, ported = weights_of(like, tree, weights, plan, source)
-    lent = large(tree)
+    lazy = large(tree)
     own = weights is None and tree.has_values
 
     def runner(leaves: Mapping[str, Any]) -> Runner:
@@ -251,17 +251,17 @@ def flax_side(
             from graftax.parity.linen_runner import LinenRunner
 
             assert tree.rebuild is not None
-            variables = trace(like)[0] if lent else tree.rebuild(dict(values))
+            variables = trace(like)[0] if lazy else tree.rebuild(dict(values))
             made = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.modules)
         else:
             from graftax.parity.nnx_runner import NnxRunner
 
             module = like
-            if not lent and (leaves or not own):
+            if not lazy and (leaves or not own):
                 assert tree.rebuild is not None
                 module = tree.rebuild(dict(values), rngs=seed if rngs is None else rngs)
             made = NnxRunner(module, call=call, modules=tree.modules)
-        return Supplied(made, tree, values) if lent else made
+        return LazyRunner(made, tree, values) if lazy else made
 
     name = type(like.module if isinstance(like, LinenModel) else like).__name__
     return FlaxSide(tree, arrays, runner({}), ported, name, runner)

@@ -156,7 +156,7 @@ def pytest_runtest_makereport(
         return report
     if item.config.getoption("tbstyle", "auto") not in ("auto", "short") or report.outcome != "failed":
         return report
-    report.longrepr = _Failure(call.excinfo.value, _crash(item, call.excinfo), _line(item, call.excinfo))  # pyright: ignore
+    report.longrepr = _ParityFailure(call.excinfo.value, _crash(item, call.excinfo), _line(item, call.excinfo))  # pyright: ignore
     return report
 
 
@@ -173,7 +173,7 @@ class _Crash:
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class _ParityFailure:
     """How a ParityError is shown: pytest calls `toterminal`, and str() where there is no terminal."""
 
     error: BaseException

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftax.layers.settings import settings_differ
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.report.model import SettingRow, Severity
 from graftax.tree import Module
 
@@ -53,7 +53,7 @@ CONCEPTS: tuple[Concept, ...] = (
 
 
 def lint_settings(
-    pairs: Sequence[Pair], torch: Mapping[str, Module], flax: Mapping[str, Module]
+    pairs: Sequence[ModulePair], torch: Mapping[str, Module], flax: Mapping[str, Module]
 ) -> tuple[SettingRow, ...]:
     """Settings that do not agree, errors first. torch, flax: path -> Module, as the adapters read live models.
 
@@ -75,20 +75,20 @@ def lint_settings(
     return tuple(sorted(unique.values(), key=lambda row: order.index(row.severity)))
 
 
-def _pair(pair: Pair, torch: Module, flax: Module) -> Iterator[SettingRow]:
-    told: set[str] = set()
+def _pair(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
+    reported: set[str] = set()
     for row in _declared(pair, torch, flax):
-        told.add(row.setting)
+        reported.add(row.setting)
         yield row
     for row in _concepts(pair, torch, flax):
-        if row.setting not in told and pair.leaf:
+        if row.setting not in reported and pair.leaf:
             yield row
     yield from _running(pair, torch, flax)
     yield from _half(pair.torch, pair.flax, torch, flax)
     yield from _alone(pair.flax, flax)
 
 
-def _declared(pair: Pair, torch: Module, flax: Module) -> Iterator[SettingRow]:
+def _declared(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
     """What the layer table compares."""
     for difference in settings_differ(torch, flax):
         name, want, have = difference.setting.name, difference.want, difference.have
@@ -106,7 +106,7 @@ def _ones(size: Any) -> bool:
     return size == 1 or (isinstance(size, (tuple, list)) and all(k == 1 for k in size))
 
 
-def _concepts(pair: Pair, torch: Module, flax: Module) -> Iterator[SettingRow]:
+def _concepts(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
     for concept in CONCEPTS:
         theirs, ours = _value(torch.settings, concept.torch), _value(flax.settings, concept.flax)
         if theirs is None or ours is None:
@@ -121,7 +121,7 @@ def _value(settings: Settings, names: Iterable[str]) -> Any:
     return next((settings[name] for name in names if settings.get(name) is not None), None)
 
 
-def _running(pair: Pair, torch: Module, flax: Module) -> Iterator[SettingRow]:
+def _running(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
     """Statistics of the batch in Flax, where torch has running ones: parity is judged in evaluation mode."""
     tracked = any(role.rpartition(".")[2] == "running_mean" for role in torch.leaves)
     if tracked and flax.settings.get("use_running_average") is False:

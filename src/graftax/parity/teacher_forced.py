@@ -12,7 +12,7 @@ import numpy as np
 from graftax.parity import values
 from graftax.parity.align import NEAR, Alignment, Turn
 from graftax.parity.metrics import alarms, relative_l2
-from graftax.parity.pairing import CallMap, Pair
+from graftax.parity.pairing import CallMap, ModulePair
 from graftax.parity.records import THRESHOLD, Reference, Site
 
 MASK = 1e4
@@ -63,7 +63,7 @@ class ForcedTap:
 
     reference: Reference
     calls: CallMap
-    alignments: Mapping[Pair, Alignment]
+    alignments: Mapping[ModulePair, Alignment]
     threshold: float = THRESHOLD
     met: dict[Site, Met] = field(default_factory=dict[Site, Met])
     kept: dict[Site, Arrays] = field(default_factory=dict[Site, Arrays])
@@ -150,7 +150,7 @@ class FreeTap:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fit:
+class MeasuredMatch:
     """A match, the torch array in Flax's layout, and how far Flax is from it."""
 
     match: Match
@@ -158,18 +158,18 @@ class Fit:
     error: float
 
 
-def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: bool) -> tuple[Fit, ...]:
+def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: bool) -> tuple[MeasuredMatch, ...]:
     """Which Flax array is which torch array. The first floating one (of integers, if there are no others) must be
     found, else nothing is; each later one is the first that agrees within NEAR, or stands in the same place and fits by
     shape."""
-    found: list[Fit] = []
+    found: list[MeasuredMatch] = []
     used: set[int] = set()
     floats = [i for i, array in enumerate(ours) if _floating(array)]
     ranked = (floats or list(range(len(ours))))[:1]
     ranked += [i for i in range(len(ours)) if i not in ranked]
     for n, i in enumerate(ranked):
-        first: tuple[int, Fit] | None = None
-        chosen: tuple[int, Fit] | None = None
+        first: tuple[int, MeasuredMatch] | None = None
+        chosen: tuple[int, MeasuredMatch] | None = None
         for j, array in enumerate(theirs):
             if j in used or _floating(array) != _floating(ours[i]):
                 continue
@@ -177,7 +177,7 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
             if turn is None:
                 continue
             want = turn(array)
-            fit = Fit(Match(i, j, turn, tuple(array.shape)), want, beneath_mask(ours[i], want))
+            fit = MeasuredMatch(Match(i, j, turn, tuple(array.shape)), want, beneath_mask(ours[i], want))
             first = first or (j, fit)
             if fit.error <= NEAR:
                 chosen = j, fit
@@ -208,7 +208,7 @@ def _floating(array: Any) -> bool:
     return array.dtype.kind in "fcV"  # V: bfloat16 and its like
 
 
-def _with_wants(ours: list[Any], found: tuple[Fit, ...]) -> list[Any]:
+def _with_wants(ours: list[Any], found: tuple[MeasuredMatch, ...]) -> list[Any]:
     """Our arrays, theirs in the place of those that were matched."""
     new = list(ours)
     for fit in found:

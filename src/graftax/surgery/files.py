@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import Failure, GraftaxError, PlanError, escape, option
 from graftax.surgery.donors import FromCheckpoint
 from graftax.surgery.leaves import failures_of, new_leaf, prepared
-from graftax.surgery.selecting import Edit, Tree, choose, edits_of, selector_text
+from graftax.surgery.selecting import Edit, SelectableTree, choose, edits_of, selector_text
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.sides import Signs, separator_of
 from graftax.tree.training_tree import own_parts
@@ -87,9 +87,9 @@ class Report:
         }
 
 
-def checkpoint_tree(checkpoint: Checkpoint) -> Tree:
+def checkpoint_tree(checkpoint: Checkpoint) -> SelectableTree:
     """An opened checkpoint as selectors see it: a predicate is given the spec of a leaf, not its values."""
-    return Tree(
+    return SelectableTree(
         checkpoint.label,
         checkpoint.side or separator_of(checkpoint),
         checkpoint.specs,

@@ -11,7 +11,7 @@ from typing import Any
 
 from graftax.adapters import kind_of, live_leaves, optimizer_paths
 from graftax.errors import PlanError, UsageError, escape
-from graftax.surgery.selecting import Tree
+from graftax.surgery.selecting import SelectableTree
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.sides import separator_of
 from graftax.tree.training_tree import may_hold_state, own_parts
@@ -72,11 +72,11 @@ class LiveTree:
                 next="Port or initialise the tree first, then replace.",
             )
 
-    def selectable(self) -> Tree:
+    def selectable(self) -> SelectableTree:
         flat = self.kind == "container" and "/" not in "".join(self.leaves)  # its names may be torch keys
         flat = flat and all(type(leaf).__module__.partition(".")[0] == "numpy" for leaf in self.leaves.values())
         side = "torch" if self.torch else separator_of(self.leaves) if flat else "flax"
-        return Tree(
+        return SelectableTree(
             self.label,
             side,
             self.leaves,

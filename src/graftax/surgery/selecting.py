@@ -30,7 +30,7 @@ class Edit:
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
+class SelectableTree:
     """What selectors look at: paths, a leaf by its path, the paths that an nnx filter passes (None where the tree has
     no Variables), other name of a shared leaf -> the one that is listed, and the paths of what an optimizer keeps, with
     how many of their parts are its own (3 of opt_state/0/mu/Dense_0/kernel): a selector reaches these only where it
@@ -107,7 +107,7 @@ def selector_text(selector: Selector) -> str:
 # ---------------------------------------------------------------- one selector
 
 
-def pick(tree: Tree, selector: Selector) -> tuple[list[str], list[Failure]]:
+def pick(tree: SelectableTree, selector: Selector) -> tuple[list[str], list[Failure]]:
     """The paths a selector picks, in the tree's order, and why it picks none."""
     if isinstance(selector, (list, tuple)):
         found: set[str] = set()
@@ -133,7 +133,7 @@ def pick(tree: Tree, selector: Selector) -> tuple[list[str], list[Failure]]:
     return [], [Failure(f"{selector_text(selector)} selects none of {len(tree.paths)} leaves")]
 
 
-def _passes(tree: Tree, predicate: Callable[[str, Any], Any], path: str) -> bool:
+def _passes(tree: SelectableTree, predicate: Callable[[str, Any], Any], path: str) -> bool:
     leaf = tree.leaf_of(path)
     if not predicate(path, leaf):
         return False
@@ -148,7 +148,7 @@ def _is_filter(selector: Any) -> bool:
     return filters is not None and type(selector).__module__ == filters.__name__
 
 
-def _pick_text(tree: Tree, selector: str) -> tuple[list[str], list[Failure]]:
+def _pick_text(tree: SelectableTree, selector: str) -> tuple[list[str], list[Failure]]:
     side = tree.side
     if selector in tree.paths:
         return [selector], []
@@ -162,7 +162,7 @@ def _pick_text(tree: Tree, selector: str) -> tuple[list[str], list[Failure]]:
     return [], [_nothing(tree, paths, selector, side)]
 
 
-def _reached(tree: Tree, selector: str) -> list[str]:
+def _reached(tree: SelectableTree, selector: str) -> list[str]:
     """The weights that a text matches, and what an optimizer keeps where it names a part of that."""
     if not tree.optimizer:
         return match_paths(list(tree.paths), selector, tree.side)
@@ -173,7 +173,7 @@ def _reached(tree: Tree, selector: str) -> list[str]:
     return [path for path in tree.paths if path in found]
 
 
-def _nothing(tree: Tree, paths: list[str], selector: str, side: Side) -> Failure:
+def _nothing(tree: SelectableTree, paths: list[str], selector: str, side: Side) -> Failure:
     """Why a text selector matches nothing: it names a subtree, another name of a shared leaf, or what is near."""
     shown = selector_text(selector)
     sep = "/" if side == "flax" else "."
@@ -225,7 +225,7 @@ def _count(paths: list[str]) -> str:
 # ---------------------------------------------------------------- all edits
 
 
-def choose(tree: Tree, edits: Iterable[Edit], expect: int | None) -> tuple[dict[str, Any], list[Failure]]:
+def choose(tree: SelectableTree, edits: Iterable[Edit], expect: int | None) -> tuple[dict[str, Any], list[Failure]]:
     """path -> value in the tree's order, and everything that does not hold.
 
     An exact path wins over a glob, a predicate or a filter. Two selectors of one rank that pick the same leaf are a
@@ -258,5 +258,5 @@ def choose(tree: Tree, edits: Iterable[Edit], expect: int | None) -> tuple[dict[
     return {path: edit.value for path, edit in picked.items()}, failures
 
 
-def _is_exact(tree: Tree, selector: Selector) -> bool:
+def _is_exact(tree: SelectableTree, selector: Selector) -> bool:
     return isinstance(selector, str) and (selector in tree.paths or not is_glob(selector))

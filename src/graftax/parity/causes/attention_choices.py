@@ -7,16 +7,16 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from graftax.parity.causes.attention_forms import Form, Scene, head_dim
-from graftax.parity.causes.elementwise import Difference
+from graftax.parity.causes.attention_forms import AttentionForm, Scene, head_dim
+from graftax.parity.causes.elementwise import Explanation
 from graftax.parity.causes.numbers import nice
 from graftax.parity.causes.rotary import OFFSETS, PARTS, STRETCHES, THETAS
 
-Axis = Callable[[Form, Scene], Iterator[Form]]
+Axis = Callable[[AttentionForm, Scene], Iterator[AttentionForm]]
 
 
 def _on(name: str, *values: Any) -> Axis:
-    def choices(form: Form, scene: Scene) -> Iterator[Form]:
+    def choices(form: AttentionForm, scene: Scene) -> Iterator[AttentionForm]:
         for value in values:
             if getattr(form, name) != value:
                 yield replace(form, **{name: value})
@@ -25,7 +25,7 @@ def _on(name: str, *values: Any) -> Axis:
 
 
 def _on_rotary(name: str, *values: Any) -> Axis:
-    def choices(form: Form, scene: Scene) -> Iterator[Form]:
+    def choices(form: AttentionForm, scene: Scene) -> Iterator[AttentionForm]:
         if form.rotary.kind == "none" and name != "kind":
             return
         for value in values:
@@ -35,7 +35,7 @@ def _on_rotary(name: str, *values: Any) -> Axis:
     return choices
 
 
-def _parts(form: Form, scene: Scene) -> Iterator[Form]:
+def _parts(form: AttentionForm, scene: Scene) -> Iterator[AttentionForm]:
     head = head_dim(scene, form)
     turned = int(head * form.rotary.part) // 2
     for part in PARTS if form.rotary.kind != "none" else ():
@@ -43,7 +43,7 @@ def _parts(form: Form, scene: Scene) -> Iterator[Form]:
             yield replace(form, rotary=replace(form.rotary, part=part))
 
 
-def _windows(form: Form, scene: Scene) -> Iterator[Form]:
+def _windows(form: AttentionForm, scene: Scene) -> Iterator[AttentionForm]:
     keys = scene.key.shape[1]
     sizes = range(1, keys) if keys <= 64 else sorted({*(2**n for n in range(1, 12)), 1024, keys // 2, keys // 4})
     for size in (None, *(n for n in sizes if n < keys)):
@@ -51,12 +51,12 @@ def _windows(form: Form, scene: Scene) -> Iterator[Form]:
             yield replace(form, window=size)
 
 
-def _groupings(form: Form, scene: Scene) -> Iterator[Form]:
+def _groupings(form: AttentionForm, scene: Scene) -> Iterator[AttentionForm]:
     if form.heads != form.kv and form.kv > 1:
         yield replace(form, grouping="tile" if form.grouping == "repeat" else "repeat")
 
 
-def _scales(form: Form, scene: Scene) -> Iterator[Form]:
+def _scales(form: AttentionForm, scene: Scene) -> Iterator[AttentionForm]:
     head = head_dim(scene, form)
     wide = head * form.heads
     powers = ((-0.5, 1.0), (0.0, 1.0), (-1.0, 1.0), (-0.25, 1.0), (0.5, 1.0), (-0.5, 2.0), (-0.5, 0.5))
@@ -83,10 +83,10 @@ AXES: Mapping[str, tuple[str, Axis]] = {
 """Axis -> (the name of the cause, its other choices)."""
 
 
-def neighbours(form: Form, scene: Scene, changes: int) -> Iterator[tuple[Form, tuple[str, ...]]]:
+def neighbours(form: AttentionForm, scene: Scene, changes: int) -> Iterator[tuple[AttentionForm, tuple[str, ...]]]:
     """Forms with another choice on `changes` axes, and which."""
     for names in combinations(AXES, changes):
-        made: list[Form] = [form]
+        made: list[AttentionForm] = [form]
         for name in names:
             made = [other for one in made for other in AXES[name][1](one, scene)]
         for other in made:
@@ -96,16 +96,18 @@ def neighbours(form: Form, scene: Scene, changes: int) -> Iterator[tuple[Form, t
 # ---------------------------------------------------------------- words
 
 
-def said(right: Form, wrong: Form, names: Sequence[str], error: float, head: int) -> Difference:
+def explanation_of(
+    right: AttentionForm, wrong: AttentionForm, names: Sequence[str], error: float, head: int
+) -> Explanation:
     """The difference on the named axes."""
     causes = list(dict.fromkeys(AXES[name][0] for name in names))
     if "kind" in names and "none" in (right.rotary.kind, wrong.rotary.kind):
         causes = ["rotary missing" if cause == "rotary interleave" else cause for cause in causes]
     texts, fixes = zip(*(_words(name, right, wrong, head) for name in names), strict=True)
-    return Difference(causes[0], "; ".join(texts), "; ".join(fixes), error)
+    return Explanation(causes[0], "; ".join(texts), "; ".join(fixes), error)
 
 
-def _words(name: str, right: Form, wrong: Form, head: int) -> tuple[str, str]:
+def _words(name: str, right: AttentionForm, wrong: AttentionForm, head: int) -> tuple[str, str]:
     if name == "scale":
         want, have = (nice(form.scale(head)) for form in (right, wrong))
         return f"torch multiplies the scores by {want}, Flax by {have}", f"scores * {want}"
@@ -127,8 +129,8 @@ def _words(name: str, right: Form, wrong: Form, head: int) -> tuple[str, str]:
         call = "jnp.repeat(k, groups, axis=2)" if right.grouping == "repeat" else "jnp.tile(k, (1, 1, groups, 1))"
         return f"key heads go to query heads by {right.grouping} in torch, by {wrong.grouping} in Flax", call
     want, have = getattr(right, name), getattr(wrong, name)
-    said = _MASKS[name]
-    return f"{said[have]} in Flax; in torch {said[want]}", f"the mask so that {said[want]} (True attends in Flax)"
+    words = _MASKS[name]
+    return f"{words[have]} in Flax; in torch {words[want]}", f"the mask so that {words[want]} (True attends in Flax)"
 
 
 _MASKS: Mapping[str, Mapping[str, str]] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graftax.parity.causes.activations import apply
-from graftax.parity.causes.elementwise import Difference
+from graftax.parity.causes.elementwise import Explanation
 from graftax.parity.causes.numbers import Array, Bar, relative
 
 _EXAMPLES, _STEPS = 4, 64
@@ -103,7 +103,7 @@ def _plain(x: Array, state: _State, w: Weights, cell: Cell) -> _State:
     return h, h
 
 
-def cell_difference(x: Array, want: Array, have: Array, weights: Weights, bar: Bar) -> list[Difference]:
+def cell_difference(x: Array, want: Array, have: Array, weights: Weights, bar: Bar) -> list[Explanation]:
     """In what Flax's cell differs from torch's; [] where torch's is none of these, or Flax's is none. Arrays
     (B, T, features)."""
     if x.ndim != 3 or want.ndim != 3 or want.shape != have.shape or want.shape[-1] != weights.size:
@@ -115,14 +115,14 @@ def cell_difference(x: Array, want: Array, have: Array, weights: Weights, bar: B
     right = next((cell for cell in _bases() if bar.fitted(relative(run(x, weights, cell), want))), None)
     if right is None:
         return []
-    out: dict[str, Difference] = {}
+    out: dict[str, Explanation] = {}
     for field, wrong in _changed(right, weights.gates):
         error = relative(run(x, weights, wrong), have)
         if bar.fitted(error):
             name, what = NAMES[field]
             a, b = getattr(right, field), getattr(wrong, field)
             text = f"{what}: {a} in torch, {b} in Flax"
-            out.setdefault(name, Difference(name, text, f"{field}: {a}", error))
+            out.setdefault(name, Explanation(name, text, f"{field}: {a}", error))
     return list(out.values())
 
 

@@ -19,7 +19,7 @@ from graftax.ops import Cast, Offset, Scale, apply_chain
 from graftax.parity.align import LARGEST, numbered
 from graftax.parity.audit import made_of
 from graftax.parity.causes.numbers import Array, Bar, Budget
-from graftax.parity.divergence import Suspect
+from graftax.parity.divergence import Divergence
 from graftax.parity.pairing import OPAQUE
 from graftax.parity.report.model import Cause, ratio_of
 from graftax.plans import Entry
@@ -32,7 +32,7 @@ _BY_RULE = re.compile(r" (item|line) \d+$")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Order:
+class RowOrder:
     """Which rows of a fused tensor belong to each of its parts, each part's in the order of the rows.
 
     fused   'block' or 'interleaved', as a rule says it; heads: of the first part, where they are interleaved
@@ -79,15 +79,15 @@ class Fused:
         return bool(self.entry.evidence and _BY_RULE.search(self.entry.evidence[0]))
 
     @property
-    def order(self) -> Order | None:
+    def order(self) -> RowOrder | None:
         """The order in which it reads them; None: none that has a name."""
         return next((order for order in self.orders() if _alike(order.rows, self.rows)), None)
 
-    def orders(self) -> Iterator[Order]:
+    def orders(self) -> Iterator[RowOrder]:
         """The orders that its shapes allow."""
         sizes = [len(part) for part in self.rows]
         ends = np.cumsum(sizes)
-        yield Order("block", 0, tuple(np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)))
+        yield RowOrder("block", 0, tuple(np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)))
         for heads in self.heads:
             width, odd = divmod(max(sizes), heads)
             if odd or any(size % width for size in sizes):
@@ -97,14 +97,14 @@ class Fused:
             if groups > 1 and not any(count % groups for count in counts):
                 shape = groups, sum(counts) // groups, width
                 parts = np.split(np.arange(sum(sizes)).reshape(shape), np.cumsum(counts)[:-1] // groups, axis=1)
-                yield Order("interleaved", heads, tuple(part.reshape(-1) for part in parts))
+                yield RowOrder("interleaved", heads, tuple(part.reshape(-1) for part in parts))
 
-    def others(self) -> Iterator[Order]:
+    def others(self) -> Iterator[RowOrder]:
         """The orders that it could have been read in instead."""
         now = self.order
         yield from (order for order in self.orders() if now is None or order.key != now.key)
 
-    def read(self, order: Order, arrays: Sequence[Any]) -> tuple[Any, ...]:
+    def read(self, order: RowOrder, arrays: Sequence[Any]) -> tuple[Any, ...]:
         """The targets, with the sources (`arrays`) read in another order."""
         places = np.empty(sum(map(len, self.rows)), np.int64)
         places[np.concatenate(self.rows)] = np.concatenate(order.rows)
@@ -152,13 +152,13 @@ def _heads(
     return (*known, *sorted(others, key=lambda n: abs(math.log(count / n / _WIDTH))))
 
 
-def fused_of(suspect: Suspect, heads: Iterable[int]) -> Iterator[Fused]:
+def fused_of(divergence: Divergence, heads: Iterable[int]) -> Iterator[Fused]:
     """The fused entries of the plan, but those of torch's own attention, whose order is known."""
-    plan, heads = suspect.plan, tuple(heads)
+    plan, heads = divergence.plan, tuple(heads)
     if plan is None:
         return
     for entry in plan.entries:
-        holder = suspect.reference.modules.get(_holder(entry))
+        holder = divergence.reference.modules.get(_holder(entry))
         if holder is None or not OPAQUE & set(holder.bases):
             found = fused_entry(entry, plan.source.specs, plan.like.specs, heads)
             if found is not None:
@@ -172,25 +172,25 @@ def _holder(entry: Entry) -> str:
 # ---------------------------------------------------------------- the model run again
 
 
-def fused_causes(suspect: Suspect, heads: Iterable[int], bar: Bar, budget: Budget) -> Iterator[Cause]:
+def fused_causes(divergence: Divergence, heads: Iterable[int], bar: Bar, budget: Budget) -> Iterator[Cause]:
     """Fused tensors that another order makes agree: weight and bias, and all layers that are numbered alike, at once;
     those nearest to the layer that diverges first."""
     groups: dict[str, list[Fused]] = {}
-    for found in fused_of(suspect, heads):
+    for found in fused_of(divergence, heads):
         groups.setdefault(re.sub(r"\d+", "{i}", _holder(found.entry)), []).append(found)
-    here = suspect.row.site_torch.path
+    here = divergence.row.site_torch.path
     nearest = sorted(groups.values(), key=lambda group: -max(_shared(_holder(f.entry), here) for f in group))
     trials = [(group, order) for group in nearest for order in group[0].others()]
     for group, order in trials[:_TRIED]:
-        if suspect.again is None or not budget.left():
+        if divergence.again is None or not budget.left():
             return
         try:
-            error = suspect.again(_leaves(suspect, group, order))
+            error = divergence.again(_leaves(divergence, group, order))
         except GraftaxError:
             continue
         if error is not None and bar.replayed(error):
-            floor = suspect.row.in_floor if suspect.where == "in" else suspect.row.out_floor
-            yield _cause(suspect, group, order, bar.before, error, ratio_of(error, floor) or 0.0)
+            floor = divergence.row.in_floor if divergence.where == "in" else divergence.row.out_floor
+            yield _cause(divergence, group, order, bar.before, error, ratio_of(error, floor) or 0.0)
             return
 
 
@@ -200,17 +200,19 @@ def _shared(one: str, other: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _leaves(suspect: Suspect, group: Sequence[Fused], order: Order) -> dict[str, Any]:
+def _leaves(divergence: Divergence, group: Sequence[Fused], order: RowOrder) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for found in group:
         same = next((other for other in found.orders() if other.key == order.key), None)
         if same is not None:
-            arrays = [np.asarray(suspect.torch_weights[name]) for name in found.entry.sources]
+            arrays = [np.asarray(divergence.torch_weights[name]) for name in found.entry.sources]
             out |= zip(found.entry.targets, found.read(same, arrays), strict=True)
     return out
 
 
-def _cause(suspect: Suspect, group: Sequence[Fused], order: Order, before: float, error: float, ratio: float) -> Cause:
+def _cause(
+    divergence: Divergence, group: Sequence[Fused], order: RowOrder, before: float, error: float, ratio: float
+) -> Cause:
     first = next((found for found in group if found.by_rule), group[0])
     now, name = first.order, first.entry.sources[0]
     read = "in an order of its own" if now is None else now.text
@@ -220,10 +222,10 @@ def _cause(suspect: Suspect, group: Sequence[Fused], order: Order, before: float
     where = f" instead of {now.keys}" if first.by_rule and now is not None else ""
     several = sum(found.entry.sources[0].rpartition(".")[2] == name.rpartition(".")[2] for found in group) > 1
     line = rule_line(first.entry, order, several)
-    return Cause(NAME, suspect.row.site_flax.path, text, f"{line}{where}", before, error)
+    return Cause(NAME, divergence.row.site_flax.path, text, f"{line}{where}", before, error)
 
 
-def rule_line(entry: Entry, order: Order, several: bool = False) -> str:
+def rule_line(entry: Entry, order: RowOrder, several: bool = False) -> str:
     """The rule that reads a fused tensor in this order. several: in all layers numbered alike, where one number
     says which layer it is."""
     sources, targets = list(entry.sources), list(entry.targets)
@@ -242,7 +244,7 @@ def _listed(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- weights read in another order than the plan's
 
 
-def other_readings(found: Fused | None, path: str, arrays: Sequence[Any]) -> Iterator[tuple[Order, Array]]:
+def other_readings(found: Fused | None, path: str, arrays: Sequence[Any]) -> Iterator[tuple[RowOrder, Array]]:
     """(order, the leaf `path` if its fused tensor is read in it) for every order but the plan's."""
     if found is None or path not in found.entry.targets or len(arrays) != len(found.entry.sources):
         return

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from graftax.parity.causes.activations import ACTIVATIONS, apply
-from graftax.parity.causes.elementwise import Difference, Source, sampled
+from graftax.parity.causes.elementwise import Explanation, Operand, sampled
 from graftax.parity.causes.numbers import Array, Bar, arrays, is_number, relative
-from graftax.parity.divergence import Suspect
+from graftax.parity.divergence import Divergence
 from graftax.parity.records import Site
 from graftax.parity.report.model import Where
 from graftax.tree import Module
@@ -23,7 +23,7 @@ NOT_APPLIED, ORDER, OTHER = "norm not applied", "norm order", "other activation"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ActivationPlace:
     """Where torch has an activation: what arrives at a call ('in') or what it gives ('out')."""
 
     site: Site
@@ -36,12 +36,12 @@ class Place:
         return f"{'the input' if self.where == 'in' else 'the output'} of {owner}"
 
 
-def misplaced(suspect: Suspect, want: Array, have: Array, bar: Bar, *, sure: bool) -> list[Difference]:
+def misplaced(divergence: Divergence, want: Array, have: Array, bar: Bar, *, sure: bool) -> list[Explanation]:
     """What torch's and Flax's code took instead of each other, found among torch's activations, behind the same
     activation function; [] where Flax's is none. sure: only what a norm explains that is not applied, or not in its
     place; a sum that lacks a term may be an activation, too."""
-    places, sources = _activations(suspect, want)
-    at, values = sampled(want, sources)
+    places, operands = _activations(divergence, want)
+    at, values = sampled(want, operands)
     a, b = want[at].astype(np.float64), have[at].astype(np.float64)
     for name in ACTIVATIONS:
         made = [None if value is None else apply(name, value) for value in values]
@@ -49,9 +49,9 @@ def misplaced(suspect: Suspect, want: Array, have: Array, bar: Bar, *, sure: boo
         if not right and name != "identity":
             continue
         wrong = [place for place, value in zip(places, made, strict=True) if _is(value, b, bar)]
-        found = _by_norm(suspect, right, wrong, bar) if wrong else None
+        found = _by_norm(divergence, right, wrong, bar) if wrong else None
         if found is None and wrong and not sure:
-            found = _otherwise(suspect, right, wrong, bar)
+            found = _otherwise(divergence, right, wrong, bar)
         if found is not None:
             return [found]
     return []
@@ -61,23 +61,23 @@ def _is(value: Array | None, other: Array, bar: Bar) -> bool:
     return value is not None and relative(value, other) <= bar.bar
 
 
-def _activations(suspect: Suspect, want: Array) -> tuple[list[Place], list[Source]]:
+def _activations(divergence: Divergence, want: Array) -> tuple[list[ActivationPlace], list[Operand]]:
     """All that went into torch's calls and came out of them, but what is compared itself."""
-    places: list[Place] = []
-    sources: list[Source] = []
-    modules = suspect.reference.modules
-    for site, record in suspect.reference.records.items():
+    places: list[ActivationPlace] = []
+    operands: list[Operand] = []
+    modules = divergence.reference.modules
+    for site, record in divergence.reference.records.items():
         norm = is_norm(modules, site.path)
         sides: dict[Where, Any] = {"in": (record.args, dict(record.kwargs)), "out": record.output}
         for where, nest in sides.items():
-            if site == suspect.row.site_torch and where == suspect.where:
+            if site == divergence.row.site_torch and where == divergence.where:
                 continue
             for _, array in arrays(nest):
                 if is_number(array) and array.size == want.size and array.size > 1:
                     for other in _layouts(array, want.shape):
-                        places.append(Place(site, where, norm))
-                        sources.append(Source(str(site), other))
-    return places, sources
+                        places.append(ActivationPlace(site, where, norm))
+                        operands.append(Operand(str(site), other))
+    return places, operands
 
 
 def _layouts(array: Array, shape: tuple[int, ...]) -> Iterator[Array]:
@@ -96,54 +96,58 @@ def is_norm(modules: Mapping[str, Module], path: str) -> bool:
     return "norm" in modules[path].kind.lower() or "norm" in path.rpartition(".")[2].lower()
 
 
-def _by_norm(suspect: Suspect, right: Sequence[Place], wrong: Sequence[Place], bar: Bar) -> Difference | None:
+def _by_norm(
+    divergence: Divergence, right: Sequence[ActivationPlace], wrong: Sequence[ActivationPlace], bar: Bar
+) -> Explanation | None:
     """A norm whose input was taken for its output, or the other way round, or that stands later in torch."""
-    what = _what(suspect)
+    what = _what(divergence)
     skipped = {place.site for place in wrong if place.where == "in"} & {
         place.site for place in right if place.norm and place.where == "out"
     }
     if skipped:
         site = min(skipped)
         text = f"{site} is not applied: {what} is its input, in torch its output"
-        return Difference(NOT_APPLIED, text, f"take the output of {site}", bar.bar)
+        return Explanation(NOT_APPLIED, text, f"take the output of {site}", bar.bar)
     more = {place.site for place in right if place.where == "in"} & {
         place.site for place in wrong if place.norm and place.where == "out"
     }
     if more:
         site = min(more)
         text = f"{site} is applied, and in torch it is not: {what} is its output, in torch its input"
-        return Difference(ORDER, text, f"take the input of {site}", bar.bar)
-    began = _order(suspect, suspect.row.site_torch, suspect.where)
-    later = [place for place in wrong if _order(suspect, place.site, place.where) > began]
+        return Explanation(ORDER, text, f"take the input of {site}", bar.bar)
+    began = _order(divergence, divergence.row.site_torch, divergence.where)
+    later = [place for place in wrong if _order(divergence, place.site, place.where) > began]
     if not later:
         return None
-    site, instead = suspect.row.site_torch, _best(right).text if right else "something else"
-    if suspect.where == "in" and is_norm(suspect.reference.modules, site.path):
+    site, instead = divergence.row.site_torch, _best(right).text if right else "something else"
+    if divergence.where == "in" and is_norm(divergence.reference.modules, site.path):
         text = f"{site} is applied too late: it gets {_best(later).text}, in torch {instead}"
-        return Difference(ORDER, text, f"apply {site} to {instead}", bar.bar)
+        return Explanation(ORDER, text, f"apply {site} to {instead}", bar.bar)
     early = next((place for place in later if place.norm and place.where == "out"), None)
     if early is None:
         return None
     text = f"{early.site} is applied too early: {what} is {early.text}, in torch {instead}"
-    return Difference(ORDER, text, f"take {instead}, and apply {early.site} where torch does", bar.bar)
+    return Explanation(ORDER, text, f"take {instead}, and apply {early.site} where torch does", bar.bar)
 
 
-def _order(suspect: Suspect, site: Site, where: Where) -> int:
+def _order(divergence: Divergence, site: Site, where: Where) -> int:
     """The place of an event in torch's run."""
-    events = suspect.reference.events
+    events = divergence.reference.events
     return events.index((where, site)) if (where, site) in events else -1
 
 
-def _otherwise(suspect: Suspect, right: Sequence[Place], wrong: Sequence[Place], bar: Bar) -> Difference:
+def _otherwise(
+    divergence: Divergence, right: Sequence[ActivationPlace], wrong: Sequence[ActivationPlace], bar: Bar
+) -> Explanation:
     instead = _best(right).text if right else "something else"
-    text = f"{_what(suspect)} is {_best(wrong).text}, in torch it is {instead}"
-    return Difference(OTHER, text, f"take {instead}", bar.bar)
+    text = f"{_what(divergence)} is {_best(wrong).text}, in torch it is {instead}"
+    return Explanation(OTHER, text, f"take {instead}", bar.bar)
 
 
-def _what(suspect: Suspect) -> str:
-    return "what arrives" if suspect.where == "in" else "what it gives"
+def _what(divergence: Divergence) -> str:
+    return "what arrives" if divergence.where == "in" else "what it gives"
 
 
-def _best(places: Sequence[Place]) -> Place:
+def _best(places: Sequence[ActivationPlace]) -> ActivationPlace:
     """What a layer gives says more than what it gets, and either more than what the whole model does."""
     return min(places, key=lambda place: (not place.site.path, place.where == "in", not place.norm))

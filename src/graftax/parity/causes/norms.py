@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from graftax.parity.causes.elementwise import Difference
+from graftax.parity.causes.elementwise import Explanation
 from graftax.parity.causes.numbers import Array, Bar, in_bfloat16, relative
 
 _ROWS = 512
@@ -88,7 +88,7 @@ def _solved(x: Array, y: Array, weight: Array | None, bias: Array | None, bar: B
                 yield Norm(centred, epsilon, shift=shift, error=error)
 
 
-def norm_difference(x: Array, want: Array, have: Array, leaves: Mapping[str, Array], bar: Bar) -> list[Difference]:
+def norm_difference(x: Array, want: Array, have: Array, leaves: Mapping[str, Array], bar: Bar) -> list[Explanation]:
     """In what Flax's norm differs from torch's. `leaves`: the Flax module's own, as they should be, by their last name:
     'scale' or 'weight', 'bias'."""
     if want.shape != have.shape or want.shape != x.shape or x.ndim < 2 or x.shape[-1] < 2:
@@ -111,8 +111,8 @@ def norm_difference(x: Array, want: Array, have: Array, leaves: Mapping[str, Arr
     return _rounded(a, z, weight, bias, right[0], have, want)
 
 
-def _compare(right: Sequence[Norm], wrong: Sequence[Norm]) -> list[Difference]:
-    best: list[tuple[int, float, Difference]] = []
+def _compare(right: Sequence[Norm], wrong: Sequence[Norm]) -> list[Explanation]:
+    best: list[tuple[int, float, Explanation]] = []
     for a, b in product(right, wrong):
         parts = [
             name
@@ -128,7 +128,7 @@ def _compare(right: Sequence[Norm], wrong: Sequence[Norm]) -> list[Difference]:
         fix = f"epsilon={a.epsilon:g}" if parts == ["epsilon"] else f"a {a.text}"
         if parts == ["shift"]:
             fix = "multiply by (1 + weight)" if a.shift > b.shift else "multiply by the weight itself, not 1 + weight"
-        best.append((cost, error, Difference(name, text, fix, error)))
+        best.append((cost, error, Explanation(name, text, fix, error)))
     best.sort(key=lambda item: item[:2])
     return [best[0][2]]
 
@@ -138,13 +138,13 @@ _NAMES: Mapping[str, str] = {"epsilon": "epsilon", "shift": "zero-centred norm",
 
 def _rounded(
     x: Array, z: Array, weight: Array | None, bias: Array | None, right: Norm, have: Array, want: Array
-) -> list[Difference]:
+) -> list[Explanation]:
     """The right norm in worse arithmetic: bfloat16, or the variance as E[x^2] - E[x]^2."""
     made = norm(x, weight, bias, right)
     error = relative(z, made)
     if in_bfloat16(have) and not in_bfloat16(want) and error < 2.0**-6:
         text = "Flax's norm is computed in bfloat16"
-        return [Difference("bfloat16 accumulation", text, "dtype=jnp.float32", error)]
+        return [Explanation("bfloat16 accumulation", text, "dtype=jnp.float32", error)]
     off = x - x.mean(axis=-1, keepdims=True)
     if not right.centred:
         return []
@@ -158,5 +158,5 @@ def _rounded(
     rest = relative(scaled * rate[:, None], left)
     if np.isfinite(implied).all() and (np.abs(implied - variance) <= slack).all() and rest < error / 3:
         text = "the variance of each row is off as E[x^2] - E[x]^2 is where the mean is large"
-        return [Difference("fast variance", text, "use_fast_variance=False, or E[(x - E[x])^2]", rest)]
+        return [Explanation("fast variance", text, "use_fast_variance=False, or E[(x - E[x])^2]", rest)]
     return []

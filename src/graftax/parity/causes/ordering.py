@@ -6,14 +6,14 @@ from itertools import product
 
 import numpy as np
 
-from graftax.parity.causes.elementwise import Difference
+from graftax.parity.causes.elementwise import Explanation
 from graftax.parity.causes.numbers import Array, Bar, relative
 from graftax.parity.causes.reorder import Known, name_order
 
 _ROWS = 64
 
 
-def order_difference(want: Array, have: Array, known: Known, bar: Bar, maps_before: bool) -> Difference | None:
+def order_difference(want: Array, have: Array, known: Known, bar: Bar, maps_before: bool) -> Explanation | None:
     """'flatten order' or 'head order' where every row (the last axis) holds the same values in another order; None
     where it does not. `maps_before`: a map of as many values stands before."""
     if want.shape != have.shape or want.ndim < 2:
@@ -33,7 +33,7 @@ def order_difference(want: Array, have: Array, known: Known, bar: Bar, maps_befo
         fix = "flatten as the plan reads the kernel: transpose the map before it is flattened"
         if name == "head order":
             fix = "merge (heads, values) in this order before the projection"
-        return Difference(name, text, fix, relative(b, a[:, order]))
+        return Explanation(name, text, fix, relative(b, a[:, order]))
     return _whole(want, have, bar)
 
 
@@ -49,7 +49,7 @@ def _common_order(a: Array, b: Array, bar: Bar) -> Array | None:
     return order
 
 
-def _whole(want: Array, have: Array, bar: Bar) -> Difference | None:
+def _whole(want: Array, have: Array, bar: Bar) -> Explanation | None:
     """A map that is sampled elsewhere; axes of equal size swapped: (T, T), (H, W) of a square map."""
     if want.ndim < 3 or want.size > 1 << 22:
         return None
@@ -60,12 +60,12 @@ def _whole(want: Array, have: Array, bar: Bar) -> Difference | None:
         if any(shift) and all(s.stop > s.start for s in inside) and bar.fitted(relative(moved[cut], want[cut])):
             text = f"the map that arrives is {tuple(-n for n in shift)} places off along its sides"
             error = relative(moved[cut], want[cut])
-            return Difference("stride alignment", text, "sample the map where torch does: x[:, ::stride]", error)
+            return Explanation("stride alignment", text, "sample the map where torch does: x[:, ::stride]", error)
     for first in range(1, want.ndim - 1):
         for second in range(first + 1, want.ndim):
             if want.shape[first] == want.shape[second]:
                 error = relative(np.swapaxes(have, first, second), want)
                 if bar.fitted(error):
                     text = f"axes {first} and {second} are swapped"
-                    return Difference("flatten order", text, f"swap axes {first} and {second} back", error)
+                    return Explanation("flatten order", text, f"swap axes {first} and {second} back", error)
     return None

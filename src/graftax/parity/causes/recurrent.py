@@ -9,19 +9,19 @@ import numpy as np
 
 from graftax.ops import Sum
 from graftax.parity.causes.cells import Weights, cell_difference
-from graftax.parity.causes.elementwise import Difference
-from graftax.parity.causes.gates import Cell, diagnose_cell, diagnose_gru_bias
+from graftax.parity.causes.elementwise import Explanation
+from graftax.parity.causes.gates import GateBlocks, diagnose_gates, diagnose_gru_bias
 from graftax.parity.causes.numbers import Array, Bar
-from graftax.parity.causes.weights import Found
+from graftax.parity.causes.weights import WeightMistake
 from graftax.plans import Entry
 from graftax.tree import whole_words
 
 Tensors = Mapping[str, Any]
 
 
-def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, expected: Tensors) -> list[Found]:
+def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, expected: Tensors) -> list[WeightMistake]:
     """What is off about the gates of the cells that these entries fill; [] where they fill none, or nothing is off."""
-    found: list[Found] = []
+    found: list[WeightMistake] = []
     for entry in entries:
         if not _of_gates(entry, torch, flax, expected):
             continue
@@ -33,7 +33,7 @@ def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, ex
 
 def cell_causes(
     entries: Sequence[Entry], torch: Tensors, x: Array, want: Array, have: Array, bar: Bar
-) -> list[Difference]:
+) -> list[Explanation]:
     """A recurrent layer of one layer and direction whose weights are right: how its cell differs from torch's."""
     names = {name.rpartition(".")[2].partition("_l")[0]: name for entry in entries for name in entry.sources}
     count = sum(len(entry.sources) for entry in entries)
@@ -75,7 +75,7 @@ def _blocks(entry: Entry, values: Tensors, count: int) -> tuple[Any, ...]:
     return tuple(np.split(np.asarray(values[fused]), count, axis=-1))
 
 
-def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> Found | None:
+def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> WeightMistake | None:
     count = _gate_count(entry, torch, expected)
     if count not in (3, 4) or any(np.asarray(flax[name]).shape != expected[name].shape for name in entry.targets):
         return None
@@ -86,7 +86,7 @@ def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> Fou
         biases = (first, second)
     into = any("ih" in whole_words(name.rpartition(".")[2]) for name in entry.sources)
     what = "biases" if biases else f"kernels of the {'input' if into else 'state'}"
-    return diagnose_cell(Cell(f"the {what} ({', '.join(entry.targets)})", have, want, biases))
+    return diagnose_gates(GateBlocks(f"the {what} ({', '.join(entry.targets)})", have, want, biases))
 
 
 def _splits_gru(entry: Entry) -> bool:
@@ -95,7 +95,7 @@ def _splits_gru(entry: Entry) -> bool:
     return len(entry.targets) == 4 and [len(group) for group in groups] == [2, 2, 1, 1]
 
 
-def _gru_biases(entry: Entry, torch: Tensors, flax: Tensors) -> Found | None:
+def _gru_biases(entry: Entry, torch: Tensors, flax: Tensors) -> WeightMistake | None:
     names: tuple[str, ...] = ("ir", "iz", "in", "hn")
     have = {name: np.asarray(flax[path]) for name, path in zip(names, entry.targets, strict=True)}
     first, second = (np.asarray(torch[name]) for name in entry.sources)

@@ -24,7 +24,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class NamedOrder:
     """A name of `CAUSES` and what the order is."""
 
     name: str
@@ -49,24 +49,24 @@ def axis_order(have: Array, want: Array, axis: int) -> Array | None:
     return found
 
 
-def name_order(order: Array, known: Known, reduced: bool) -> Order | None:
+def name_order(order: Array, known: Known, reduced: bool) -> NamedOrder | None:
     """What an order of `axis` is called; None where no pattern fits. `reduced`: the axis is summed over (inputs)."""
     count = len(order)
     if known.stacked:
         moved = [f"{i} holds {int(j)}" for i, j in enumerate(order) if i != j]
-        return Order("swapped layers", f"of the stacked layers, {', '.join(moved[:4])}")
+        return NamedOrder("swapped layers", f"of the stacked layers, {', '.join(moved[:4])}")
     if (order == np.arange(count)[::-1]).all():
-        return Order("kernel flipped", "the axis is reversed")
+        return NamedOrder("kernel flipped", "the axis is reversed")
     for channels in sorted(known.maps):
         for text, turned in _flattened(channels, count):
             if reduced and (order == turned).all():
-                return Order("flatten order", f"rows run {text}")
+                return NamedOrder("flatten order", f"rows run {text}")
     for heads in sorted(known.heads):
         if heads > 1 and count % heads == 0:
             if (order == _swap(1, heads, count // heads)).all():
-                return Order("head order", f"{count // heads} values for each of {heads} heads, the heads last")
+                return NamedOrder("head order", f"{count // heads} values for each of {heads} heads, the heads last")
             if (order == _swap(1, count // heads, heads)).all():
-                return Order("head order", f"{heads} heads of {count // heads} values, the values first")
+                return NamedOrder("head order", f"{heads} heads of {count // heads} values, the values first")
     found = _rotary(order, known)
     return found or _factors(order, reduced)
 
@@ -89,7 +89,7 @@ def _flattened(sizes: tuple[int, ...], count: int) -> Iterator[tuple[str, Array]
         yield "height and width swapped (W H C)", rows.transpose(1, 0, 2).reshape(-1)
 
 
-def _rotary(order: Array, known: Known) -> Order | None:
+def _rotary(order: Array, known: Known) -> NamedOrder | None:
     """Interleaved pairs against halves, within every head, or within the first rows of every head."""
     count = len(order)
     # (n, 2) swapped as a whole may be two heads as well as one head's pairs: without more, it is the heads' order
@@ -109,11 +109,11 @@ def _rotary(order: Array, known: Known) -> Order | None:
                 ("interleaved pairs where the halves should be apart", _swap(1, 2, turned // 2)),
             ):
                 if (inside[0] == np.concatenate([pattern, rest])).all() and (turned == head or turned >= _ROTARY // 2):
-                    return Order("rotary interleave", f"in each of {heads} heads of {head}: {text}")
+                    return NamedOrder("rotary interleave", f"in each of {heads} heads of {head}: {text}")
     return None
 
 
-def _factors(order: Array, reduced: bool) -> Order | None:
+def _factors(order: Array, reduced: bool) -> NamedOrder | None:
     """Rows counted as (a, b, c) with two of the three swapped."""
     count = len(order)
     for a, b, c in _splits(count):
@@ -122,8 +122,8 @@ def _factors(order: Array, reduced: bool) -> Order | None:
                            ((2, 0, 1), "all")):  # fmt: skip
             if (order == grid.transpose(axes).reshape(-1)).all():
                 axis = "inputs" if reduced else "outputs"
-                said = f"the {axis} as (a={a}, b={b}, c={c}), {text} swapped"
-                return Order("head order", said)
+                text = f"the {axis} as (a={a}, b={b}, c={c}), {text} swapped"
+                return NamedOrder("head order", text)
     return None
 
 

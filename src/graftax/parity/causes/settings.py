@@ -72,10 +72,10 @@ def trials(torch: Module | None, flax: Module) -> Iterator[Trial]:
 
 def _trial(flax: Module, name: str, want: Any, torch: Module | None) -> Trial:
     have, shown = _shown(flax.settings[name]), _shown(want)
-    said = f"{name} is {have} in Flax; {shown} agrees with torch"
+    text = f"{name} is {have} in Flax; {shown} agrees with torch"
     if name == "epsilon" and torch is not None and "eps" in torch.settings:
-        said = f"torch has eps={_shown(torch.settings['eps'])}, Flax has epsilon={have}"
-    return Trial({name: want}, NAMES.get(name, name), said, f"nn.{flax.kind}({name}={shown})")
+        text = f"torch has eps={_shown(torch.settings['eps'])}, Flax has epsilon={have}"
+    return Trial({name: want}, NAMES.get(name, name), text, f"nn.{flax.kind}({name}={shown})")
 
 
 def _possible(name: str, want: Any) -> bool:

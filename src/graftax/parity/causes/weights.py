@@ -19,7 +19,7 @@ _NOISE = 0.3  # relative error below which two tensors are the same but for nois
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Leaf:
+class FlaxLeaf:
     """One Flax leaf.
 
     path, have, want  the leaf, its values, and what the plan makes of torch's
@@ -53,7 +53,7 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class WeightMistake:
     """A name of `CAUSES`, what was found, and what to change."""
 
     name: str
@@ -66,13 +66,15 @@ def same(a: Array, b: Array) -> bool:
     return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=is_number(a) and is_number(b)))
 
 
-def diagnose(leaf: Leaf) -> Found | None:
+def diagnose(leaf: FlaxLeaf) -> WeightMistake | None:
     """Why a leaf differs, the first hypothesis that gives exactly its values; 'weights differ' with counts where none
     does; None where it does not differ."""
     if same(leaf.have, leaf.want):
         return None
     if leaf.have.shape != leaf.want.shape:
-        return Found("weights differ", f"{leaf.path} is {leaf.have.shape}, should be {leaf.want.shape}", "port again")
+        return WeightMistake(
+            "weights differ", f"{leaf.path} is {leaf.have.shape}, should be {leaf.want.shape}", "port again"
+        )
     for hypothesis in HYPOTHESES:
         found = hypothesis(leaf)
         if found is not None:
@@ -83,7 +85,7 @@ def diagnose(leaf: Leaf) -> Found | None:
 # ---------------------------------------------------------------- hypotheses, in this order
 
 
-def _initial(leaf: Leaf) -> Found | None:
+def _initial(leaf: FlaxLeaf) -> WeightMistake | None:
     if leaf.initial is not None and same(leaf.have, leaf.initial):
         return _unported(leaf, "holds the value that its initialiser gives")
     value = constant(leaf.have)
@@ -92,15 +94,17 @@ def _initial(leaf: Leaf) -> Found | None:
     return None
 
 
-def _unported(leaf: Leaf, text: str) -> Found:
-    return Found("initial value", f"{leaf.path} {text}: no torch tensor reached it", f"port {_sources(leaf)} into it")
+def _unported(leaf: FlaxLeaf, text: str) -> WeightMistake:
+    return WeightMistake(
+        "initial value", f"{leaf.path} {text}: no torch tensor reached it", f"port {_sources(leaf)} into it"
+    )
 
 
-def _sources(leaf: Leaf) -> str:
+def _sources(leaf: FlaxLeaf) -> str:
     return ", ".join(leaf.torch) or "the torch tensor"
 
 
-def _axes(leaf: Leaf) -> Found | None:
+def _axes(leaf: FlaxLeaf) -> WeightMistake | None:
     """Axes permuted and flipped."""
     have, want = leaf.have, leaf.want
     if have.ndim < 2 or have.ndim > 5 or not _same_values(have, want):
@@ -116,25 +120,25 @@ def _axes(leaf: Leaf) -> Found | None:
     return None
 
 
-def _axes_found(leaf: Leaf, axes: tuple[int, ...], flips: tuple[int, ...]) -> Found:
+def _axes_found(leaf: FlaxLeaf, axes: tuple[int, ...], flips: tuple[int, ...]) -> WeightMistake:
     rank, plain = leaf.have.ndim, tuple(range(leaf.have.ndim))
     flipped = [axis for axis, step in enumerate(flips) if step < 0]
     if axes == plain:
         text = f"{leaf.path} is reversed along {_listed(flipped)}"
-        return Found("kernel flipped", text, f"reverse axes {flipped}: kernel[{_slices(flips)}]")
+        return WeightMistake("kernel flipped", text, f"reverse axes {flipped}: kernel[{_slices(flips)}]")
     also = f", and reversed along {_listed(flipped)}" if flipped else ""
     untouched = any(same(leaf.have, tensor) for tensor in leaf.torch.values())
     moved = [axis for axis in plain if axes[axis] != axis]
     split = rank == 3 or (rank == 2 and leaf.role == "bias")
     if split and not flipped and moved[1:] == [moved[0] + 1] and leaf.have.shape[moved[0]] in leaf.known.heads:
         text = f"axes {moved[0]} and {moved[1]} of {leaf.path} {leaf.have.shape}, heads and values, are swapped"
-        return Found("head order", text, "cut into (heads, values), the heads first")
+        return WeightMistake("head order", text, "cut into (heads, values), the heads first")
     if rank == 2 or untouched:
         text = f"{leaf.path} {leaf.have.shape} holds the torch tensor as it is, square and untransposed"
         fix = "transpose it: kernel = weight.T" if rank == 2 else _turn(axes)
-        return Found("kernel not transposed", text + also, fix)
+        return WeightMistake("kernel not transposed", text + also, fix)
     text = f"axes {axes} of {leaf.path} stand where {plain} should{also}"
-    return Found("kernel axes swapped", text, _turn(axes))
+    return WeightMistake("kernel axes swapped", text, _turn(axes))
 
 
 def _turn(axes: tuple[int, ...]) -> str:
@@ -150,7 +154,7 @@ def _slices(flips: tuple[int, ...]) -> str:
     return ", ".join("::-1" if step < 0 else ":" for step in flips)
 
 
-def _reshaped(leaf: Leaf) -> Found | None:
+def _reshaped(leaf: FlaxLeaf) -> WeightMistake | None:
     """The torch tensor cut to the Flax shape without the transposition before."""
     have, want = leaf.have, leaf.want
     if have.ndim < 2 or not _same_values(have, want):
@@ -158,7 +162,7 @@ def _reshaped(leaf: Leaf) -> Found | None:
     for name, tensor in leaf.torch.items():
         if tensor.shape == have.shape and same(tensor, have):
             text = f"{leaf.path} holds {name} {tensor.shape} as it is, untransposed"
-            return Found("kernel not transposed", text, "transpose it first")
+            return WeightMistake("kernel not transposed", text, "transpose it first")
     candidates = [want.reshape(int(np.prod(want.shape[:at])), -1).T for at in range(1, want.ndim)]
     if want.ndim >= 3:
         candidates.append(np.moveaxis(want, (-1, -2), (0, 1)))
@@ -167,11 +171,11 @@ def _reshaped(leaf: Leaf) -> Found | None:
     for tensor in candidates:
         if _matches(have, tensor.reshape(have.shape)):
             text = f"{leaf.path} {have.shape} is the torch tensor reshaped without being transposed"
-            return Found("reshape before transpose", text, f"transpose first, then reshape to {have.shape}")
+            return WeightMistake("reshape before transpose", text, f"transpose first, then reshape to {have.shape}")
     return None
 
 
-def _rows(leaf: Leaf) -> Found | None:
+def _rows(leaf: FlaxLeaf) -> WeightMistake | None:
     """One axis in another order."""
     have, want = leaf.have, leaf.want
     if not _same_values(have, want):
@@ -184,13 +188,13 @@ def _rows(leaf: Leaf) -> Found | None:
         found = name_order(order, known, leaf.kernel and axis < have.ndim - 1)
         if found is not None:
             text = f"{leaf.path}, axis {axis}: {found.text}"
-            return Found(found.name, text, f"reorder axis {axis} of {leaf.path} as the plan does")
+            return WeightMistake(found.name, text, f"reorder axis {axis} of {leaf.path} as the plan does")
         text = f"{leaf.path}, axis {axis}: {blocks_moved(order)} of {len(order)} rows are in other places"
-        return Found("weights differ", text, "port again")
+        return WeightMistake("weights differ", text, "port again")
     return _heads_and_values(leaf)
 
 
-def _heads_and_values(leaf: Leaf) -> Found | None:
+def _heads_and_values(leaf: FlaxLeaf) -> WeightMistake | None:
     """(H, h) of a kernel (in, H, h), (H, h, out) or a bias (H, h) filled in the order (h, H)."""
     have, want = leaf.have, leaf.want
     for at in range(have.ndim - 1):
@@ -199,18 +203,18 @@ def _heads_and_values(leaf: Leaf) -> Found | None:
         for candidate in (np.swapaxes(want, at, at + 1).reshape(shape), np.swapaxes(want.reshape(merged), at, at + 1)):
             if _matches(have, candidate):
                 text = f"axes {at} and {at + 1} of {leaf.path} {shape} were filled in the other order"
-                return Found("head order", text, "cut into (heads, values), the heads first")
+                return WeightMistake("head order", text, "cut into (heads, values), the heads first")
     flat = have.reshape(*have.shape[:1], -1), want.reshape(*want.shape[:1], -1)
     if have.ndim == 3:
         order = axis_order(*flat, 1)
         found = None if order is None else name_order(order, leaf.known, False)
         if found is not None:
             text = f"{leaf.path}, heads and values together: {found.text}"
-            return Found(found.name, text, "reorder as the plan does")
+            return WeightMistake(found.name, text, "reorder as the plan does")
     return None
 
 
-def _other_layer(leaf: Leaf) -> Found | None:
+def _other_layer(leaf: FlaxLeaf) -> WeightMistake | None:
     if constant(leaf.have) is not None:
         return None
     for path, tensor in leaf.others.items():
@@ -219,31 +223,35 @@ def _other_layer(leaf: Leaf) -> Found | None:
         partner = leaf.theirs.get(path)
         if partner is not None and same(partner, leaf.want):
             text = f"{leaf.path} holds what belongs to {path}, and that one holds what belongs here"
-            return Found("swapped layers", text, f"swap {leaf.path} and {path}")
-        return Found("swapped layers", f"{leaf.path} holds what belongs to {path}", f"port {_sources(leaf)} into it")
+            return WeightMistake("swapped layers", text, f"swap {leaf.path} and {path}")
+        return WeightMistake(
+            "swapped layers", f"{leaf.path} holds what belongs to {path}", f"port {_sources(leaf)} into it"
+        )
     for name, tensor in leaf.torch.items():
         if tensor.size == leaf.have.size and same(leaf.have, tensor.reshape(leaf.have.shape)):
-            return Found("kernel not transposed", f"{leaf.path} holds {name} as it is", "transpose it as the plan does")
+            return WeightMistake(
+                "kernel not transposed", f"{leaf.path} holds {name} as it is", "transpose it as the plan does"
+            )
     return None
 
 
-def _rounded(leaf: Leaf) -> Found | None:
+def _rounded(leaf: FlaxLeaf) -> WeightMistake | None:
     for dtype, name in ((ml_dtypes.bfloat16, "bfloat16 weights"), (np.float16, "weights differ")):
         with np.errstate(over="ignore"):
             rounded = leaf.want.astype(np.float32).astype(dtype).astype(np.float32)
         if _matches(leaf.have.astype(np.float32), rounded):
             text = f"{leaf.path} was rounded to {np.dtype(dtype).name} on the way"
-            return Found(name, text, "keep float32: no .bfloat16(), .half() or param_dtype on the way")
+            return WeightMistake(name, text, "keep float32: no .bfloat16(), .half() or param_dtype on the way")
     return None
 
 
-def _of_torch(leaf: Leaf) -> bool:
+def _of_torch(leaf: FlaxLeaf) -> bool:
     """Are all values those of the torch tensors that the leaf comes from?"""
     theirs = [tensor.reshape(-1) for tensor in leaf.torch.values() if tensor.dtype == leaf.have.dtype]
     return bool(theirs) and bool(np.isin(leaf.have, np.concatenate(theirs)).all())
 
 
-def _scaled(leaf: Leaf) -> Found | None:
+def _scaled(leaf: FlaxLeaf) -> WeightMistake | None:
     have, want = leaf.have.astype(np.float64), leaf.want.astype(np.float64)
     size = float((want * want).sum())
     if size and constant(leaf.want) is None:
@@ -251,15 +259,17 @@ def _scaled(leaf: Leaf) -> Found | None:
         if factor and abs(factor - 1) > 1e-6 and relative(have, want * factor) < _EPS:
             text = f"{leaf.path} is {nice(factor)} x what it should be"
             named = _scale_name(leaf, factor)
-            return Found(named, text, f"divide it by {nice(factor)}")
+            return WeightMistake(named, text, f"divide it by {nice(factor)}")
     step = float(np.median(have - want))
     if abs(step) == 1.0 and float(np.abs(have - want - step).max()) < _EPS * max(1.0, float(np.abs(want).max())):
         text = f"{leaf.path} is what it should be {'plus' if step > 0 else 'less'} 1"
-        return Found("zero-centred norm", text, f"{'subtract' if step > 0 else 'add'} 1: one side stores scale - 1")
+        return WeightMistake(
+            "zero-centred norm", text, f"{'subtract' if step > 0 else 'add'} 1: one side stores scale - 1"
+        )
     return None
 
 
-def _scale_name(leaf: Leaf, factor: float) -> str:
+def _scale_name(leaf: FlaxLeaf, factor: float) -> str:
     width, table = leaf.have.shape[-1], leaf.role == "embedding"
     if table and min(abs(factor / np.sqrt(width) - 1), abs(factor * np.sqrt(width) - 1)) < 1e-5:
         return "embedding scale"
@@ -270,7 +280,7 @@ def _scale_name(leaf: Leaf, factor: float) -> str:
     return "scale factor"
 
 
-def _fused(leaf: Leaf) -> Found | None:
+def _fused(leaf: FlaxLeaf) -> WeightMistake | None:
     """Rows of the fused tensor that the plan gives to other parts."""
     if leaf.fused is None or leaf.path not in leaf.fused.entry.targets:
         return None
@@ -280,18 +290,18 @@ def _fused(leaf: Leaf) -> Found | None:
             planned = "" if now is None else f", the plan reads it {now.text} ({leaf.fused.decided})"
             text = f"{leaf.path} holds rows of {_sources(leaf)} read {order.text}{planned}"
             fix = "one of the two is wrong: port again, or correct the rule that the check is given"
-            return Found("fused order", text, f"{fix}: {rule_line(leaf.fused.entry, order)}")
+            return WeightMistake("fused order", text, f"{fix}: {rule_line(leaf.fused.entry, order)}")
     return None
 
 
-def _fresh(leaf: Leaf) -> Found | None:
+def _fresh(leaf: FlaxLeaf) -> WeightMistake | None:
     if _of_torch(leaf):
         return None
     name = looks_fresh(leaf.have, leaf.want, leaf.role == "embedding")
     return None if name is None else _unported(leaf, f"looks fresh from {name}")
 
 
-def _differ(leaf: Leaf) -> Found:
+def _differ(leaf: FlaxLeaf) -> WeightMistake:
     have, want = leaf.have, leaf.want
     count = int(np.count_nonzero(~((have == want) | ((have != have) & (want != want)))))
     off = relative(have, want)
@@ -306,10 +316,10 @@ def _differ(leaf: Leaf) -> Found:
         text += f", by {off:.2g} of its size in all"
     elif off < _NOISE:
         text += f": noise of {off:.2g} of its size"
-    return Found("weights differ", text, f"port {_sources(leaf)} again")
+    return WeightMistake("weights differ", text, f"port {_sources(leaf)} again")
 
 
-HYPOTHESES: tuple[Callable[[Leaf], Found | None], ...] = (
+HYPOTHESES: tuple[Callable[[FlaxLeaf], WeightMistake | None], ...] = (
     _initial, _axes, _reshaped, _rows, _fused, _other_layer, _rounded, _scaled, _fresh,
 )  # fmt: skip
 """Tried in this order. Every one needs the exact bits, but for the scaled and the fresh ones."""
@@ -340,7 +350,7 @@ def _same_values(have: Array, want: Array) -> bool:
     return sums[0] == sums[1]
 
 
-def slices(leaf: Leaf, axis: int, index: int) -> Leaf:
+def slices(leaf: FlaxLeaf, axis: int, index: int) -> FlaxLeaf:
     """One layer of a stacked leaf. Its neighbours in the stack are among the others."""
 
     def cut(array: Array | None) -> Array | None:
@@ -351,7 +361,7 @@ def slices(leaf: Leaf, axis: int, index: int) -> Leaf:
     others = dict(_neighbours(leaf.path, leaf.want, axis))
     theirs = dict(_neighbours(leaf.path, leaf.have, axis))
     torch = {name: tensor for name, tensor in leaf.torch.items() if tensor.size == have.size}
-    return Leaf(f"{leaf.path}[{index}]", have, want, torch, others, theirs, cut(leaf.initial), leaf.known)
+    return FlaxLeaf(f"{leaf.path}[{index}]", have, want, torch, others, theirs, cut(leaf.initial), leaf.known)
 
 
 def _neighbours(path: str, stack: Array, axis: int) -> Iterator[tuple[str, Array]]:

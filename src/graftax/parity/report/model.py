@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import THRESHOLD, UNIT, Site
 
 Where = Literal["in", "out"]
@@ -69,7 +69,7 @@ class LayerRow:
     text        why it was not compared
     """
 
-    pair: Pair
+    pair: ModulePair
     site_torch: Site
     site_flax: Site
     kind: str

@@ -165,7 +165,7 @@ def _zones(rows: Sequence[LayerRow], step: float) -> Iterator[Zone]:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class TreeLine:
     """A line of the two trees: a name with its depth on each side ('' where a side has none here), and the call that is
     compared there, if one is. `number` is its place in the report's layers."""
 
@@ -191,7 +191,7 @@ class Block:
 
     torch: str
     flax: str
-    nodes: tuple[Node, ...]
+    nodes: tuple[TreeLine, ...]
     calls: int
     bad: int
     worst: float | None
@@ -256,7 +256,7 @@ def _common(paths: Sequence[str], separator: str) -> str:
     return words.escape(separator.join(_root([path.split(separator) for path in paths])), 400)
 
 
-def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[Node]:
+def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[TreeLine]:
     """The lines of a block: containers as they are entered, then the call; a container that has a row of its own shows
     it where it is entered."""
     containers = {row.site_torch.path: (i, row) for i, row in items if not row.pair.leaf and row.site_torch.call == 0}
@@ -292,12 +292,12 @@ def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[
 
 def _node(
     torch: str, torch_depth: int, flax: str, flax_depth: int, row: LayerRow | None, number: int, threshold: float
-) -> Node:
+) -> TreeLine:
     names = words.escape(torch, 300), max(torch_depth, 0), words.escape(flax, 300), max(flax_depth, 0)
     if row is None:
-        return Node(*names)
+        return TreeLine(*names)
     bad = [ratio is not None and not ratio <= threshold for ratio in (row.in_ratio, row.out_ratio)]
-    return Node(*names, row, number, bad[0], bad[1], gauge_x(row.in_ratio), gauge_x(row.out_ratio))
+    return TreeLine(*names, row, number, bad[0], bad[1], gauge_x(row.in_ratio), gauge_x(row.out_ratio))
 
 
 def _root(parents: Sequence[list[str]]) -> list[str]:
