@@ -17,8 +17,8 @@ from graftax.parity.causes.attention_choices import explanation_of, neighbours
 from graftax.parity.causes.attention_forms import (
     MASKED,
     AttentionForm,
-    Scene,
     QueryRows,
+    Scene,
     attend,
     causal_mask,
     error_of,
