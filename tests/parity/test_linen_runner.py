@@ -571,7 +571,7 @@ def test_weights_can_be_supplied_call_by_call():
     assert {"", "body/first", "body/last", "body/layers/fc"} <= set(asked)
     with pytest.raises(ModelError, match="no values"):
         runner.run((ids,), {})
-    with pytest.raises(ModelError, match="The supply gave none"):
+    with pytest.raises(ModelError, match="The supply returned no array"):
         runner.run((ids,), {}, supply=lambda path: {})
     assert jax.tree.all(jax.tree.map(lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct), hollow))
     roles = {"embed": {"embedding": arrays["params/embed/embedding"]}}

@@ -1,4 +1,4 @@
-"""Weights filled to Linen modules for the time of a call (`lazy_weights`)."""
+"""Fill the leaves of bound Linen modules for the time of a call (see `lazy_weights`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftax.parity.lazy_weights import Keys, LazyLeaves
 
 @dataclass(slots=True, eq=False)
 class _FilledScope:
-    """What one bound module has borrowed, and what stood there before."""
+    """The arrays that were put into one bound module's scope, and what the scope held before."""
 
     module: nn.Module
     arrays: dict[Keys, Any]
@@ -25,9 +25,10 @@ class _FilledScope:
 
 @dataclass(slots=True, eq=False)
 class ScopeFiller:
-    """Puts values into the scope of a bound module when one of its methods begins, and takes them out at its end.
+    """Puts values into the scope of a bound module when one of its methods begins, and takes them out when it ends.
 
-    `held` remembers attributes that setup() has filled with a filled array: they are emptied and filled with it.
+    `_held`: the attributes to which setup() assigned such an array. They are emptied and filled together with the
+    scope.
     """
 
     lazy: LazyLeaves
@@ -51,7 +52,7 @@ class ScopeFiller:
                 self._close(filled, path)
 
     def _is_there(self, module: nn.Module, path: str) -> bool:
-        """Has its scope the leaves? Flax also tries setup() out on an empty one."""
+        """Does the module's scope hold the leaves? Flax also tries setup() on an empty scope."""
         scope: Any = module.scope
         return {keys[0] for keys in self.lazy.owned[path]} <= scope.variables().keys()
 
