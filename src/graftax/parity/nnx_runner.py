@@ -26,11 +26,11 @@ _numbers = itertools.count()
 class NnxRunner:
     """`records.Runner` for Flax NNX.
 
-    module    an nnx.Module. Every run is one of a copy, with the values that it had when the runner was made; weights
-              may be abstract where `run` gets `supply`
-    method    the name of what is called, where it is not `__call__`; `call`: function (module, *args, **kwargs) ->
+    module    an nnx.Module. Every run uses a copy with the values that the module had when the runner was made; weights
+              may be abstract if `run` gets `supply`
+    method    the name of the method to call instead of `__call__`; `call`: function (module, *args, **kwargs) ->
               outputs
-    modules   `Checkpoint.modules` of the model, where the caller has it already
+    modules   `Checkpoint.modules` of the model, if the caller has it already
     compiled  True: under jax.jit; False: eager; None: compiled unless the model cannot be traced
     """
 
@@ -75,12 +75,12 @@ class NnxRunner:
 
     @property
     def compile_seconds(self) -> float:
-        """Spent on compiling in all runs so far."""
+        """Seconds spent on compiling in all runs so far."""
         return self._program.compile_seconds
 
     @property
     def methods(self) -> Mapping[Site, str]:
-        """Calls of the last run that were not of `__call__` -> the method ('attend', 'decode')."""
+        """Site -> the method ('attend', 'decode'), for the calls of the last run that did not go through `__call__`."""
         return dict(self._program.channel.methods)
 
     def run(
@@ -93,8 +93,9 @@ class NnxRunner:
         supply: Supply | None = None,
         compiled: bool | None = None,
     ) -> Any:
-        """See `records.Runner`. `supply`: values of leaves that have none, asked for when their module is called and
-        let go when it is done (`lazy_weights.Supply`); such a run is eager. `compiled` overrides the runner's own."""
+        """See `records.Runner`. `supply`: gives the values of abstract leaves when their module is called; they are
+        released when the call ends (`lazy_weights.Supply`). Such a run is eager. `compiled` overrides the runner's
+        own."""
         self._example = (tuple(args), dict(kwargs))
         state, lazy = self._weights(supply)
         self._lazy, self._filling = lazy, set()
@@ -117,8 +118,8 @@ class NnxRunner:
         call: int = 0,
         method: str | None = None,
     ) -> Any:
-        """See `records.Runner`. `call` says which slice of stacked leaves it is, where a scan runs the module; `method`
-        another method than `__call__`."""
+        """See `records.Runner`. `call`: the slice of stacked leaves, if a scan runs the module; `method`: another
+        method than `__call__`."""
         if path not in self._paths:
             raise ReplayError(f"the Flax model has no module {escape(path)!r}")
         state = self._state_of(path, dict(leaves or {}), call)
@@ -143,7 +144,7 @@ class NnxRunner:
             return flax_values.values_of(out)
 
     def _state_of(self, path: str, leaves: dict[str, Any], call: int) -> Any:
-        """The state with other leaves in one module, its stacked ones sliced."""
+        """The state with other leaves in one module, and its stacked leaves sliced."""
         depth = len(path.split("/")) if path else 0
         inner = self.survey().get(path, (False, {}))[1] if self._example is not None else {}
         used: set[str] = set()
@@ -214,7 +215,7 @@ class NnxRunner:
     # ------------------------------------------------------------ weights
 
     def _weights(self, supply: Supply | None) -> tuple[Any, LazyLeaves]:
-        """(the state as jax arrays, what is missing in it)."""
+        """(the state as jax arrays, the leaves without values)."""
         if not self._missing:
             return self._state, LazyLeaves(None)
         owned = lazy_weights.by_owner(self._missing, self._paths, collection=False)
@@ -222,13 +223,13 @@ class NnxRunner:
         lazy = LazyLeaves(supply, self.modules, owned)
         now: dict[Any, Any] = {}
         for path in [path for path in owned if path in survey and survey[path][0]]:
-            now |= lazy.values(path)  # what a transformation takes in must be there before
+            now |= lazy.values(path)  # leaves that a transformation takes as input need values first
             del owned[path]
         return lazy_weights.filled(self._state, now), lazy
 
     @contextlib.contextmanager
     def _supplied(self, module: Any, path: str) -> Iterator[None]:
-        """The module's own leaves without values get them for a call of one of its methods."""
+        """Fill the module's own abstract leaves for a call of one of its methods."""
         if path not in self._lazy.owned or path in self._filling:
             yield
             return
@@ -241,7 +242,7 @@ class NnxRunner:
                 variable = own.get(tuple(keys[depth:]))
                 if variable is None:
                     raise ModelError(
-                        f"Flax: {escape(containers.path_of(keys))} is no nnx.Variable, and cannot be supplied",
+                        f"Flax: {escape(containers.path_of(keys))} is not an nnx.Variable, so it cannot be supplied",
                         next="Pass weights that hold it.",
                     )
                 replaced.append((variable, containers.variable_value(variable)))
@@ -255,12 +256,12 @@ class NnxRunner:
     # ------------------------------------------------------------ survey
 
     def survey(self) -> Mapping[str, tuple[bool, dict[Any, tuple[int, ...]]]]:
-        """module path -> (does jax trace its call on its own, the shapes of its leaves as that call sees them), from an
+        """module path -> (does jax trace its call separately?, the shapes of its leaves inside that call), from an
         abstract run on the inputs of the last run."""
         if self._survey is not None:
             return self._survey
         if self._example is None:
-            raise UsageError("the calls of an NNX module show in a run")
+            raise UsageError("the calls of an NNX module are known only after a run")
         arrays, node = flax_values.spread(self._example)
 
         def top(state: Any, given: list[Any]) -> int:
@@ -288,7 +289,7 @@ class NnxRunner:
 
 
 def _own(leaf: Any) -> Any:
-    """A leaf of the state as a jax array; one without values, and a random key, as it is."""
+    """A leaf of the state as a jax array; an abstract leaf and a random key unchanged."""
     if jax_arrays.is_abstract(leaf) or containers.is_random_key(leaf):
         return leaf
     return jax.numpy.asarray(leaf)
