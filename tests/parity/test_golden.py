@@ -161,9 +161,9 @@ BROKEN = {
     "missing": ({"outputs": None}, "'outputs' is missing"),
     "schema": ({"schema": 99}, "schema 99; this graftax knows 1"),
     "no array": ({"outputs": {"a": "gone"}}, "names the array 'gone'"),
-    "array is a list": ({"outputs": {"a": ["x"]}}, "no value that graftax writes"),
-    "unknown value": ({"outputs": {"z": 1}}, "no value that graftax writes"),
-    "bare list": ({"outputs": [1]}, "no value that graftax writes"),
+    "array is a list": ({"outputs": {"a": ["x"]}}, "not a value that graftax writes"),
+    "unknown value": ({"outputs": {"z": 1}}, "not a value that graftax writes"),
+    "bare list": ({"outputs": [1]}, "not a value that graftax writes"),
     "args": ({"args": {"d": []}}, "expected a tuple, found dict"),
     "specs": ({"specs": {"w": [[2, -1], "float32"]}}, "whole number from 0, found -1"),
     "dtype": ({"specs": {"w": [[2], "float31"]}}, "unknown dtype"),
@@ -178,8 +178,8 @@ BROKEN = {
     "text": ({"torch": 5}, "expected text, found 5"),
     "layout": ({"layout": ["N"]}, "expected text"),
     "aliases": ({"aliases": [1]}, "malformed golden file"),
-    "pairs": ({"kwargs": {"d": [["a"]]}}, "no value that graftax writes"),
-    "complex": ({"outputs": {"c": ["x", "y"]}}, "no value that graftax writes"),
+    "pairs": ({"kwargs": {"d": [["a"]]}}, "not a value that graftax writes"),
+    "complex": ({"outputs": {"c": ["x", "y"]}}, "not a value that graftax writes"),
 }
 
 

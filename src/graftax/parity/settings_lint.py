@@ -1,4 +1,5 @@
-"""Settings that two live models declare and that do not agree, pair by pair, without running anything."""
+"""Find settings that differ between two live models, pair by pair, from their declarations, without running
+anything."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from graftax.tree import Module
 Settings = Mapping[str, Any]
 
 SEVERITIES: Mapping[str, Severity] = {"momentum": "warning"}
-"""Of the layer table's settings; every other one changes the outputs, and is an error."""
-MOMENTUM = "only training shows it: Flax's momentum is 1 - torch's"
-SAME_STRIDE = "with a stride SAME depends on the input's size, and is rarely torch's padding"
+"""The severity of a setting of the layer table. Every other setting changes the outputs and is an error."""
+MOMENTUM = "it matters only in training: Flax's momentum is 1 - torch's"
+SAME_STRIDE = "with a stride, SAME depends on the input's size and rarely equals torch's padding"
 
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """One thing under the names that people give it. `turn`: the torch value as Flax has it."""
+    """One setting under the names that models give it. `turn`: torch's value -> the Flax value."""
 
     name: str
     torch: tuple[str, ...]
@@ -49,7 +50,7 @@ CONCEPTS: tuple[Concept, ...] = (
     Concept("negative_slope", ("negative_slope",), ("negative_slope",)),
     Concept("activation", ("hidden_act", "activation_function"), ("hidden_act", "activation_function"), "warning"),
 )
-"""Compared where a module of either side is not one that the layer table knows, by attributes of these names."""
+"""Compared by attributes of these names, if the layer table does not know a module of either side."""
 
 
 def lint_settings(
@@ -57,8 +58,8 @@ def lint_settings(
 ) -> tuple[SettingRow, ...]:
     """Settings that do not agree, errors first. torch, flax: path -> Module, as the adapters read live models.
 
-    error    outputs differ for it (epsilon, padding, strides, heads, statistics of the batch)
-    warning  it hides or may make a difference (bfloat16, momentum, SAME with a stride, dropout left on)
+    error    the outputs differ (epsilon, padding, strides, heads, statistics of the batch)
+    warning  it may make or hide a difference (bfloat16, momentum, SAME with a stride, dropout left on)
     note     worth knowing
     """
     found: list[SettingRow] = []
@@ -89,7 +90,7 @@ def _pair(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]
 
 
 def _declared(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
-    """What the layer table compares."""
+    """The rows of settings that the layer table compares."""
     for difference in settings_differ(torch, flax):
         name, want, have = difference.setting.name, difference.want, difference.have
         severity, text = SEVERITIES.get(name, "error"), difference.setting.note
@@ -97,7 +98,7 @@ def _declared(pair: ModulePair, torch: Module, flax: Module) -> Iterator[Setting
             text = MOMENTUM
         if name == "padding" and have == "SAME":
             if _ones(flax.settings.get("kernel_size")) and want in (((0, 0),), ((0, 0),) * 2, ((0, 0),) * 3):
-                continue  # a window of one place pads nothing
+                continue  # a window of size one needs no padding
             severity, text = "warning", SAME_STRIDE
         yield SettingRow(pair.torch, pair.flax, name, want, have, severity, text)
 
@@ -122,10 +123,10 @@ def _value(settings: Settings, names: Iterable[str]) -> Any:
 
 
 def _running(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
-    """Statistics of the batch in Flax, where torch has running ones: parity is judged in evaluation mode."""
+    """Flax uses statistics of the batch, torch running statistics: parity is judged in evaluation mode."""
     tracked = any(role.rpartition(".")[2] == "running_mean" for role in torch.leaves)
     if tracked and flax.settings.get("use_running_average") is False:
-        text = "torch in evaluation mode uses the running statistics"
+        text = "in evaluation mode torch uses the running statistics"
         yield SettingRow(pair.torch, pair.flax, "use_running_average", True, False, "error", text)
 
 
@@ -135,12 +136,12 @@ _HALF = ("bfloat16", "float16")
 def _half(torch_path: str, flax_path: str, torch: Module, flax: Module) -> Iterator[SettingRow]:
     have = flax.settings.get("dtype")
     if have in _HALF and torch.settings.get("dtype") not in _HALF:
-        text = "the module computes in it whatever its input is: small faults do not show"
+        text = "the module computes in this dtype whatever its input is, which hides small faults"
         yield SettingRow(torch_path, flax_path, "dtype", "float32", have, "warning", text)
 
 
 def _alone(path: str, flax: Module) -> Iterator[SettingRow]:
-    """What a Flax module says by itself."""
+    """The rows that need the Flax module alone."""
     if flax.settings.get("deterministic") is False and _dropout(flax.settings):
         text = "dropout is on: call .eval(), or pass deterministic=True"
         yield SettingRow("", path, "deterministic", True, False, "warning", text)
