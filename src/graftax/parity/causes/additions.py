@@ -1,4 +1,4 @@
-"""What Flax's array has more or less than torch's: a operand that was not added, or with another factor; positions."""
+"""Explain a difference by addition: Flax does not add an operand, or adds it with another factor; positions differ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graftax.parity.causes.elementwise import Explanation, Operand, fit_cap, sam
 from graftax.parity.causes.numbers import Array, Bar, nice, positions, relative
 from graftax.parity.causes.resizing import METHODS, resize
 
-_SHIFTS = 8  # places by which a table of positions may be read wrongly
+_SHIFTS = 8  # a table of positions may be read this many rows too late or too early
 
 
 def added(want: Array, have: Array, operands: Sequence[Operand], bar: Bar) -> list[Explanation]:
@@ -38,7 +38,7 @@ def _added(operand: Operand, factor: float, error: float) -> Explanation:
     if factor == 1.0 and not operand.table:
         text = f"Flax adds {operand.text} once more than torch"
         return Explanation("missing residual", text, f"do not add {operand.text}", error)
-    # if one of the two counts it once, the other counts it a number of times that people write
+    # one side is taken to count it once; the other then counts it this many times
     where, times = ("Flax", 1 + factor) if factor > -1 else ("torch", 1 - factor)
     text = f"{operand.text} counts {nice(times)} x in {where} if it counts once in the other ({factor:+.6g} in all)"
     name = "embedding scale" if operand.table else "scale factor"
@@ -75,7 +75,7 @@ def capped(want: Array, have: Array, bar: Bar) -> Explanation | None:
 
 
 def position_ids(want: Array, have: Array) -> Explanation | None:
-    """Integers that an embedding is asked for: positions that start elsewhere, or do not heed the padding."""
+    """Explain integers that an embedding gets: positions that start at another number, or ignore the padding."""
     if want.shape != have.shape or want.ndim < 1 or want.dtype.kind not in "iu" or have.dtype.kind not in "iu":
         return None
     a, b = want.astype(np.int64), have.astype(np.int64)
@@ -87,18 +87,18 @@ def position_ids(want: Array, have: Array) -> Explanation | None:
     if None in kinds or len(shift) == 1:
         return None
     if kinds[0] == kinds[1]:
-        text = "both count the tokens of a mask, but not the same ones: the padding is read differently"
+        text = "both count the tokens of a mask, but different tokens: they read the padding differently"
     else:
         text = f"torch's positions {kinds[0]}, Flax's {kinds[1]}"
     counted = "jnp.cumsum(mask, axis=1)" if kinds[0] != _PLAIN else "jnp.arange(length)"
     return Explanation("position ids", text, f"position_ids from {counted}, as torch has them", 0.0)
 
 
-_PLAIN, _MASKED = "count up from the start of every row", "heed the padding (cumulative sum of the mask)"
+_PLAIN, _MASKED = "count up from the start of every row", "follow the padding (cumulative sum of the mask)"
 
 
 def _positions(ids: Array) -> str | None:
-    """How rows of positions (.., T) count; None where they are no positions."""
+    """How rows of positions (.., T) count; None if they are not positions."""
     rows = ids.reshape(-1, ids.shape[-1])
     if rows.shape[-1] < 2:
         return None
@@ -107,7 +107,7 @@ def _positions(ids: Array) -> str | None:
         return _PLAIN
     filler = rows.min()
     for row in rows:
-        # some padding at one end, all of one value, and positions that count up
+        # padding of one value at one end, and positions that count up
         rising = row[row != filler] if (np.diff(row) != 1).any() else row
         whole = np.diff(rising)
         if not ((whole == 1).all() or ((whole == 1) | (whole == 0)).all()):
@@ -116,8 +116,8 @@ def _positions(ids: Array) -> str | None:
 
 
 def position_tables(want: Array, have: Array, tables: Mapping[str, Array], bar: Bar) -> Iterator[Explanation]:
-    """A table of positions (N, D) that is added: read at other rows, resized by another method, or not added.
-    Its leading rows may stand for tokens that are no part of the map."""
+    """Explain a table of positions (N, D): it is read at other rows, resized by another method, or not added. Its
+    leading rows may belong to tokens outside the map."""
     if want.ndim != 3 or want.shape != have.shape:
         return
     off = have.astype(np.float64) - want.astype(np.float64)

@@ -1,7 +1,8 @@
-"""Attention, fitted from queries, keys and values: what torch computed, what Flax computed, and in what they differ.
+"""Fit attention to queries, keys and values: the form that torch computed, the form that Flax computed, and how they
+differ.
 
-A form is a choice on every axis of AXES. The form behind torch's array is looked for from the usual choices outwards;
-the form behind Flax's is torch's with one choice changed, or two.
+A form is one choice on every axis of AXES. The search for torch's form starts from the usual choices; the search for
+Flax's form changes one choice of torch's form, then two.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from graftax.parity.causes.rotary import Kind, Rotary
 
 @dataclass(frozen=True, slots=True)
 class FittedForm:
-    """A form, the padding that it was found with (keys that count, (B, S); None: all), and its error."""
+    """A form, the keys that count under its padding ((B, S); None: all), and its error."""
 
     form: AttentionForm
     keep: tuple[tuple[bool, ...], ...] | None
@@ -41,7 +42,7 @@ class FittedForm:
 
 
 def explain(scene: Scene, want: Array, have: Array, bar: Bar, budget: Budget) -> list[Explanation]:
-    """In what Flax's attention differs from torch's; [] where torch's is not found, or Flax's is not."""
+    """How Flax's attention differs from torch's; [] if the form of either is not found."""
     picked = sample(scene, want, have)
     if picked is None:
         return []
@@ -72,7 +73,7 @@ def explain(scene: Scene, want: Array, have: Array, bar: Bar, budget: Budget) ->
 
 
 def _fit(scene: Scene, target: Array, where: QueryRows, bar: Bar, budget: Budget) -> FittedForm | None:
-    """The form behind torch's array: a usual one, or one or two changes from a usual one that comes near."""
+    """The form of torch's array: a usual form, or one or two changes from a usual form that comes near."""
     near: list[FittedForm] = []
     for form in _bases(scene):
         fit = _padded(scene, form, target, where)
@@ -102,14 +103,14 @@ def _fit(scene: Scene, target: Array, where: QueryRows, bar: Bar, budget: Budget
     return None
 
 
-_NEAR, _TRIED = 0.9, 6  # an array that is no attention at all is about 1 off
+_NEAR, _TRIED = 0.9, 6  # an array that is not attention has an error of about 1
 _NOT_USUAL = frozenset({"polarity", "padding", "causal", "kind"})
 
 
 def _unusual(
     scene: Scene, near: Sequence[FittedForm], target: Array, where: QueryRows, bar: Bar, budget: Budget
 ) -> FittedForm | None:
-    """A usual form with a scale, base or cap that stands in no list."""
+    """A usual form with an unusual scale, base or cap."""
     for base in near:
         for name in ("scale", "cap", "theta"):
             found = solve(scene, base.form, name, base.keep, target, where, budget)
@@ -142,8 +143,8 @@ def _bases(scene: Scene) -> list[AttentionForm]:
 
 
 def _padded(scene: Scene, form: AttentionForm, target: Array, where: QueryRows, keep: Any = None) -> FittedForm | None:
-    """The form with all keys (or those of `keep`), or with the first or the last few of each example, whichever comes
-    nearer: padding shows itself."""
+    """The form with all keys (or those of `keep`), or with only the first or the last few keys of each example,
+    whichever comes nearer. So the padding is found from the values."""
     error = error_of(scene, form, keep, target, where)
     if not np.isfinite(error):
         return None
@@ -158,7 +159,7 @@ def _padded(scene: Scene, form: AttentionForm, target: Array, where: QueryRows, 
 
 
 def _keys(scene: Scene, form: AttentionForm, target: Array, where: QueryRows) -> Array | None:
-    """Which keys of each example count, by the prefix or suffix that comes closest."""
+    """The keys of each example that count: the prefix or suffix that comes nearest."""
     if scene.project is not None:
         return _keys_projected(scene, form, target, where)
     made = scores_of(scene, form, where)
@@ -187,7 +188,7 @@ def _keys(scene: Scene, form: AttentionForm, target: Array, where: QueryRows) ->
                 means = total / weight[..., None]
             ok = weight > 1e-200
             off = np.where(ok[..., None], (means - wanted[b][:, :, None]) ** 2, 0.0).sum(axis=-1)
-            # queries that see nothing say nothing; every length must explain some
+            # a query that sees no key is no evidence; every length must explain some queries
             spoken = ok.sum(axis=(0, 1))
             errors = np.where(spoken > 0, off.sum(axis=(0, 1)) / np.maximum(spoken, 1), np.inf)
             errors = np.where(spoken >= max(1, spoken.max() // 3), errors, np.inf)
@@ -200,7 +201,7 @@ def _keys(scene: Scene, form: AttentionForm, target: Array, where: QueryRows) ->
 
 
 def _keys_projected(scene: Scene, form: AttentionForm, target: Array, where: QueryRows) -> Array | None:
-    """The same behind an output projection: every length is tried."""
+    """The same if an output projection follows: every length is tried."""
     keys = scene.key.shape[1]
     if keys > 64 or scene.project is None:
         return None
@@ -220,13 +221,13 @@ def _keys_projected(scene: Scene, form: AttentionForm, target: Array, where: Que
     return None if chosen.all() else chosen
 
 
-# ---------------------------------------------------------------- numbers that stand in no list
+# ---------------------------------------------------------------- unusual numbers
 
 
 def _solved(
     scene: Scene, right: FittedForm, target: Array, where: QueryRows, bar: Bar, budget: Budget
 ) -> list[Explanation]:
-    """A scale, a base or a cap that stands in no list."""
+    """An unusual scale, base or cap."""
     for name in ("scale", "theta", "cap"):
         found = solve(scene, right.form, name, right.keep, target, where, budget)
         if found is not None and bar.fitted(found.error):
@@ -241,8 +242,8 @@ _STEPS = np.linspace(-4.0, 4.0, 33)
 def solve(
     scene: Scene, form: AttentionForm, name: str, keep: Any, target: Array, where: QueryRows, budget: Budget
 ) -> FittedForm | None:
-    """The form with the value of one number ('scale', 'theta', 'cap') that comes nearest to the target: looked for on a
-    coarse grid, then by golden sections."""
+    """The form with the value of one number ('scale', 'theta', 'cap') that comes nearest to the target, found on a
+    coarse grid and then by golden section search."""
     if name == "theta" and form.rotary.kind == "none":
         return None
 
@@ -266,7 +267,7 @@ def solve(
 
 
 def _rounded(form: AttentionForm, name: str) -> AttentionForm:
-    """Numbers that people write, where they are that near."""
+    """The form with its cap rounded to one decimal, if the cap is that near."""
     if name == "cap" and form.cap is not None and abs(form.cap / round(form.cap, 1) - 1) < 1e-4:
         return replace(form, cap=round(form.cap, 1))
     return form

@@ -1,4 +1,4 @@
-"""The choices that a form of attention leaves, axis by axis, and the words for them."""
+"""The choices in a form of attention, axis by axis, and the words for them."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ AXES: Mapping[str, tuple[str, Axis]] = {
     "cap": ("logit softcap", _on("cap", None, 50.0, 30.0, 20.0, 100.0, 10.0, 5.0, 15.0, 2.0)),
     "window": ("sliding window", _windows),
 }
-"""Axis -> (the name of the cause, its other choices)."""
+"""Axis -> (the name of the cause, the other choices on this axis)."""
 
 
 def neighbours(form: AttentionForm, scene: Scene, changes: int) -> Iterator[tuple[AttentionForm, tuple[str, ...]]]:
-    """Forms with another choice on `changes` axes, and which."""
+    """(a form with other choices on `changes` axes, the names of these axes)."""
     for names in combinations(AXES, changes):
         made: list[AttentionForm] = [form]
         for name in names:
@@ -99,7 +99,7 @@ def neighbours(form: AttentionForm, scene: Scene, changes: int) -> Iterator[tupl
 def explanation_of(
     right: AttentionForm, wrong: AttentionForm, names: Sequence[str], error: float, head: int
 ) -> Explanation:
-    """The difference on the named axes."""
+    """The explanation for a difference on the named axes."""
     causes = list(dict.fromkeys(AXES[name][0] for name in names))
     if "kind" in names and "none" in (right.rotary.kind, wrong.rotary.kind):
         causes = ["rotary missing" if cause == "rotary interleave" else cause for cause in causes]
@@ -114,8 +114,8 @@ def _words(name: str, right: AttentionForm, wrong: AttentionForm, head: int) -> 
     if name in ("kind", "theta", "part", "offset", "stretch"):
         want, have = getattr(right.rotary, name), getattr(wrong.rotary, name)
         what = {
-            "kind": "rotary pairs", "theta": "rotary theta", "part": "the share of a head that turns",
-            "offset": "the queries' positions less the keys'", "stretch": "the factor of the positions",
+            "kind": "rotary pairs", "theta": "rotary theta", "part": "the rotated share of a head",
+            "offset": "the offset of the queries' positions from the keys'", "stretch": "the factor of the positions",
         }[name]  # fmt: skip
         want, have = (f"{value:g}" if isinstance(value, float) else value for value in (want, have))
         return f"{what}: {want} in torch, {have} in Flax", f"{what}: {want}"
@@ -135,13 +135,13 @@ def _words(name: str, right: AttentionForm, wrong: AttentionForm, head: int) -> 
 
 _MASKS: Mapping[str, Mapping[str, str]] = {
     "causal": {
-        "no": "every token sees all",
-        "yes": "a token sees itself and what is before",
-        "strict": "a token sees only what is before, not itself",
-        "future": "a token sees itself and what follows",
+        "no": "every token sees all tokens",
+        "yes": "a token sees itself and the tokens before it",
+        "strict": "a token sees only the tokens before it, not itself",
+        "future": "a token sees itself and the tokens after it",
     },
     "polarity": {
-        "right": "the mask says who is seen",
+        "right": "the mask is True where a token is seen",
         "inverted": "the mask is inverted",
         "added": "the boolean mask is added to the scores as a number",
         "queries": "the padding mask lies on the queries and not on the keys",

@@ -1,4 +1,4 @@
-"""Attention in float64: every form that the fit knows, worked out for a few examples and queries."""
+"""Attention in float64: every form that the fit knows, computed for a few examples and queries."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ MASKED = -1e30
 class AttentionForm:
     """How attention is computed.
 
-    heads, kv   numbers of query and of key heads; grouping: 'repeat' gives each key head to neighbours, 'tile' does not
-    power, factor   scores are multiplied by factor x head_dim ** power
+    heads, kv   numbers of query and of key heads; grouping: 'repeat' gives each key head to neighbouring query heads,
+    'tile' gives key head i % kv to query head i
+    power, factor   the scores are multiplied by factor x head_dim ** power
     causal      'no', 'yes', 'strict' (a token does not see itself), 'future' (sees itself and what follows)
     polarity    of the whole mask: 'right', 'inverted', 'added' (True and False added as 1 and 0), 'queries' (the
                 padding mask on the other axis)
     padding     'found', 'ignored', or 'inverted' (before it meets the causal mask)
-    window      how many tokens are seen, the own one included; None: all
-    cap         of the scores: cap x tanh(scores / cap)
+    window      how many tokens a token sees, itself included; None: all
+    cap         the scores become cap x tanh(scores / cap)
     """
 
     heads: int = 1
@@ -47,8 +48,8 @@ class AttentionForm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scene:
-    """Queries (B, T, H, h) and keys, values (B, S, K, h) as the projections gave them, flat or cut into heads, and what
-    was made of them. `project`: the output projection behind the attention, where the array is what comes after it."""
+    """Queries (B, T, H, h), keys and values (B, S, K, h) from the projections, flat or cut into heads. `project`: the
+    output projection, if the compared array comes after it. `heads`: likely numbers of heads."""
 
     query: Array
     key: Array
@@ -59,7 +60,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QueryRows:
-    """Which queries are looked at."""
+    """The queries that are compared."""
 
     rows: Array
 
@@ -70,7 +71,7 @@ def whole(length: int) -> QueryRows:
 
 
 def sample(scene: Scene, want: Array, have: Array) -> tuple[Scene, Array, Array, QueryRows] | None:
-    """A few examples and queries of it all, in float64; None where the arrays do not go together."""
+    """A few examples and queries, in float64; None if the shapes do not fit together."""
     q, k, v = scene.query, scene.key, scene.value
     if want.shape != have.shape or want.ndim < 3 or want.shape[:2] != q.shape[:2] or k.shape[:2] != v.shape[:2]:
         return None
@@ -86,7 +87,7 @@ def sample(scene: Scene, want: Array, have: Array) -> tuple[Scene, Array, Array,
 
 
 def _heads(x: Array, heads: int) -> Array | None:
-    """(B, T, H, h); None where it does not cut."""
+    """x as (B, T, H, h); None if it cannot be cut into this many heads."""
     if x.ndim == 4:
         return x if x.shape[2] == heads else None
     return x.reshape(*x.shape[:2], heads, -1) if x.shape[-1] % heads == 0 else None
@@ -115,7 +116,7 @@ def scores_of(scene: Scene, form: AttentionForm, where: QueryRows) -> tuple[Arra
 
 
 def causal_mask(form: AttentionForm, where: QueryRows, keys: int) -> Array | None:
-    """(T, S) of what may be seen, by the causal order and the window; None: everything."""
+    """(T, S): which keys a query may see, by the causal order and the window; None: all."""
     t, s = where.rows[:, None], np.arange(keys)[None, :]
     seen: Array | None = None
     if form.causal != "no":
@@ -127,7 +128,7 @@ def causal_mask(form: AttentionForm, where: QueryRows, keys: int) -> Array | Non
 
 
 def _mask(form: AttentionForm, where: QueryRows, keep: Array | None, shape: tuple[int, ...]) -> Array | None:
-    """(B, 1, T, S) of what may be seen; None: everything."""
+    """(B, 1, T, S): which keys a query may see; None: all."""
     seen = causal_mask(form, where, shape[-1])
     full = None if seen is None else np.broadcast_to(seen, (shape[0], 1, *seen.shape))
     if keep is not None and form.padding != "ignored":
@@ -140,7 +141,7 @@ def _mask(form: AttentionForm, where: QueryRows, keep: Array | None, shape: tupl
 
 
 def attend(scene: Scene, form: AttentionForm, keep: Array | None, where: QueryRows) -> Array | None:
-    """(B, T, H, h) of the queries that are looked at."""
+    """The output (B, T, H, h) for the compared queries."""
     made = scores_of(scene, form, where)
     if made is None:
         return None

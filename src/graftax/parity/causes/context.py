@@ -1,4 +1,4 @@
-"""What a divergence holds, as the fits want it: operands, leaves, what is known about heads and maps."""
+"""Prepare a divergence for the fits: operands, leaves, known numbers of heads and shapes of maps."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _TABLE = 1 << 24  # values of a table that may hold positions
 
 
 def operands(divergence: Divergence) -> list[Operand]:
-    """Reference arrays that code before this call may have used, the nearest first: outputs of the modules before, and
-    what went into them. Inside a container that is to blame, its own input counts too."""
+    """Reference arrays that the code before this call may have used, the nearest first: the outputs and inputs of the
+    modules before it. If a container's own code is at fault, its own input counts too."""
     found: list[Operand] = []
     for row, output in divergence.before:
         table = any(name in _TABLES for name in row.kind.replace("/", " ").split())
@@ -49,7 +49,7 @@ def operands(divergence: Divergence) -> list[Operand]:
 
 
 def _layouts(array: Array) -> Iterator[Array]:
-    """As torch has it; a map with the channels last."""
+    """The array in torch's layout; a map with its channels last."""
     if array.ndim >= 4:
         yield np.moveaxis(array, 1, -1)
     else:
@@ -72,7 +72,7 @@ def _distinct(found: list[Operand]) -> list[Operand]:
 
 
 def halves(found: list[Operand], width: int) -> list[Operand]:
-    """The operands, and the parts of those that are two or three times as wide: a fused projection."""
+    """The operands, and the parts of operands that are two or three times as wide (fused projections)."""
     out = list(found)
     for operand in found[:8]:
         wide = operand.array.shape[-1]
@@ -114,7 +114,7 @@ def known(divergence: Divergence) -> Known:
 
 
 def _halved(maps: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """A pool may have stood between: the channels are the same, the sides a half or a third."""
+    """Shapes of maps after a pool that may lie between: the same channels, the sides divided by 2, 3 or 4."""
     out: set[tuple[int, ...]] = set()
     for channels, *sides in maps:
         for step in (2, 3, 4):
@@ -124,7 +124,7 @@ def _halved(maps: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
 
 
 def leaf(divergence: Divergence, path: str, entry: Entry | None, shared: Known) -> FlaxLeaf:
-    """A Flax leaf with everything that its diagnosis needs."""
+    """A Flax leaf with everything that `diagnose` needs."""
     have, want = np.asarray(divergence.flax_weights[path]), np.asarray(divergence.expected[path])
     torch = {} if entry is None else {name: divergence.torch_weights.get(name) for name in entry.sources}
     alike = [other for other in divergence.expected if _shape(divergence, other) == have.shape]
@@ -150,13 +150,13 @@ def leaf(divergence: Divergence, path: str, entry: Entry | None, shared: Known) 
 
 
 def _shape(divergence: Divergence, path: str) -> tuple[int, ...]:
-    """Of a Flax leaf, without making its values where the plan knows it."""
+    """The shape of a Flax leaf; its values are made only if the plan does not know the shape."""
     specs = {} if divergence.plan is None else divergence.plan.like.specs
     return specs[path].shape if path in specs else np.shape(divergence.expected[path])
 
 
 class LeafSubset(Mapping[str, Array]):
-    """LeafSubset leaves of many, each made when it is asked for; one that cannot be made is empty."""
+    """A subset of leaves, each made when it is requested; a leaf that cannot be made is an empty array."""
 
     def __init__(self, paths: Iterable[str], leaves: Mapping[str, Any]) -> None:
         self.paths, self.leaves = tuple(paths), leaves
@@ -177,7 +177,8 @@ class LeafSubset(Mapping[str, Array]):
 
 
 def tables(divergence: Divergence) -> Mapping[str, Array]:
-    """Leaves that may be added to activations: two axes and more, no kernel, not the size of a vocabulary's."""
+    """Leaves that may be added to activations: they have 2 to 4 axes, are not kernels, and are not as large as a
+    vocabulary."""
     found = [
         path
         for path in divergence.expected
@@ -194,8 +195,8 @@ def step_of(divergence: Divergence, whole: FlaxLeaf) -> FlaxLeaf | None:
 
 
 def unrounded(divergence: Divergence) -> Divergence:
-    """The reference as it was before it was handed to Flax: a module that computes in bfloat16 was given it, and is
-    compared with it, in bfloat16."""
+    """The divergence with its reference in float32. A module that computes in bfloat16 got the reference rounded to
+    bfloat16; this undoes the rounding."""
     record = divergence.record
     args, kwargs = _restored((divergence.want_args, dict(divergence.want_kwargs)), (record.args, dict(record.kwargs)))
     return replace(
@@ -204,7 +205,7 @@ def unrounded(divergence: Divergence) -> Divergence:
 
 
 def _restored(nest: Any, reference: Any) -> Any:
-    """The nest with the float32 values of those arrays of `reference` that round to its arrays."""
+    """The nest with each half precision array replaced by the array of `reference` that rounds to it."""
     wide = [array for _, array in arrays(reference) if is_number(array)]
 
     def restore(array: Array) -> Array:
@@ -223,8 +224,8 @@ def _restored(nest: Any, reference: Any) -> Any:
 
 
 def nearer(want: Array, have: Array, reference: Any) -> Array:
-    """`want`, or where a map of equal sides leaves the order of its axes open, the same with the channels last: of the
-    two what `have` is nearer to. reference: what torch has there."""
+    """`want`, or the same map with its channels last, whichever is nearer to `have`: a map with equal sides does not
+    show the order of its axes. reference: torch's arrays."""
     for array in (array for _, array in arrays(reference)):
         if array.ndim >= 4 and array.size == want.size and want.ndim == array.ndim:
             last = np.moveaxis(array, 1, -1)
@@ -234,7 +235,7 @@ def nearer(want: Array, have: Array, reference: Any) -> Array:
 
 
 def module_leaves(divergence: Divergence) -> Mapping[str, Array]:
-    """The Flax module's leaves as they should be, by what is below the module: 'scale', 'query/kernel'."""
+    """The right leaves of the Flax module, by their path below it: 'scale', 'query/kernel'."""
     out: dict[str, Array] = {}
     prefix = f"{divergence.pair.flax}/" if divergence.pair.flax else ""
     for entry in divergence.pair.entries:

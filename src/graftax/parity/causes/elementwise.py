@@ -1,7 +1,7 @@
-"""What elementwise code made an array out of the outputs before it: act(a + b), act(a) * b, a x factor, capped.
+"""Find the elementwise code that made an array from earlier outputs: act(a + b), act(a) * b, a x factor, capped.
 
-A recipe is looked for on samples, for what torch made and for what Flax made; the cause is the part in which the two
-simplest recipes differ.
+A recipe is fitted on samples of torch's array and of Flax's array. The cause is the part in which the two simplest
+recipes differ.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import numpy as np
 from graftax.parity.causes.activations import ACTIVATIONS, KIN, apply
 from graftax.parity.causes.numbers import SAMPLES, Array, Bar, Budget, nice, positions, relative
 
-_FIRST, _NEAR = 6, 10  # operands that are tried with every other one, and with each other
+_FIRST, _NEAR = 6, 10  # operands tried with every other operand, and with each other
 _TRIPLES = 7  # operands that are tried by threes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operand:
-    """A reference array that the code may have used. `table`: the output of an embedding; `part`: what of it, if it
-    is half of a fused projection; `into`: the layers whose input it is too; `norm`: the output of a norm."""
+    """A reference array that the code may have used. `table`: it is the output of an embedding; `part`: the slice, if
+    it is a part of a fused projection; `into`: the layers that also take it as input; `norm`: it is the output of a
+    norm."""
 
     name: str
     array: Array
@@ -37,7 +38,7 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """cap(factor x act(sum of terms) x gate) + after. `terms`, `gate` and `after` are places among the operands;
+    """cap(factor x act(sum of terms) x gate) + after. `terms`, `gate` and `after` are indices into the operands;
     weights: how many times each term counts."""
 
     terms: tuple[int, ...]
@@ -50,7 +51,7 @@ class Recipe:
 
     @property
     def size(self) -> int:
-        """How much there is to say: the fewer the likelier."""
+        """The number of parts: a recipe with fewer parts is likelier."""
         plain = self.activation == "identity"
         scaled = sum(weight != 1.0 for weight in self.weights)
         return (
@@ -65,7 +66,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """In what the recipe of Flax differs from torch's: a name of `CAUSES`, the text, the fix."""
+    """How Flax's code differs from torch's: a name of `CAUSES`, the text, the fix, the error of the fit."""
 
     name: str
     text: str
@@ -74,7 +75,7 @@ class Explanation:
 
 
 def cheapest(found: Sequence[tuple[int, Explanation]]) -> list[Explanation]:
-    """Of (cost, difference) those of the least cost, one of a name, in the order in which they were found."""
+    """The explanations of the least cost, one for each name, in the order in which they were found."""
     least = min((cost for cost, _ in found), default=0)
     out: dict[str, Explanation] = {}
     for cost, difference in found:
@@ -85,7 +86,7 @@ def cheapest(found: Sequence[tuple[int, Explanation]]) -> list[Explanation]:
 
 def sampled(array: Array, operands: Sequence[Operand]) -> tuple[tuple[Array, ...], list[Array | None]]:
     """Where to look in `array`, and the values of each operand there: by the same index, by the same order of all
-    values, or broadcast; None where a operand does not fit."""
+    values, or broadcast; None if an operand does not fit."""
     at = positions(array.shape, SAMPLES)
     flat = np.ravel_multi_index(at, array.shape) if array.shape else np.zeros(1, dtype=np.int64)
     out: list[Array | None] = []
@@ -107,7 +108,7 @@ def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
 
 
 def find_recipes(target: Array, values: Sequence[Array | None], bar: Bar, budget: Budget) -> list[Recipe]:
-    """Recipes that give the sampled `target`, the simplest first."""
+    """The recipes that give the sampled `target`, the simplest first."""
     usable = [index for index, value in enumerate(values) if value is not None]
     kept: list[Recipe] = []
     for stage in _STAGES:
@@ -168,7 +169,7 @@ def _products(target: Array, values: Sequence[Array | None], usable: list[int]) 
 def _sums(target: Array, values: Sequence[Array | None], usable: list[int]) -> Iterator[Recipe]:
     near = usable[:_NEAR]
     for at, i in enumerate(near[:_FIRST]):
-        for j in usable[at + 1 :]:  # the residual may come from far
+        for j in usable[at + 1 :]:  # the residual may come from far away
             total = _value(values, i) + _value(values, j)
             yield from _weighted(target, values, (i, j))
             for name in ACTIVATIONS:
@@ -193,7 +194,7 @@ def _triples(target: Array, values: Sequence[Array | None], usable: list[int]) -
 
 
 def _weighted(target: Array, values: Sequence[Array | None], terms: tuple[int, ...]) -> Iterator[Recipe]:
-    """A weighted sum, by least squares; not where the terms depend on each other."""
+    """A weighted sum, by least squares; none if the terms are linearly dependent."""
     columns = np.stack([_value(values, index) for index in terms], axis=1)
     if len(columns) < 8 * len(terms):
         return
@@ -227,7 +228,7 @@ def fit_cap(x: Array, target: Array) -> tuple[float, float] | None:
     whole = round(cap)
     if whole and abs(cap / whole - 1) < 1e-3:
         cap = float(whole)
-    if abs(cap - 1) < 1e-3:  # that is tanh itself
+    if abs(cap - 1) < 1e-3:  # a cap of 1 is tanh itself
         return None
     return cap, relative(cap * np.tanh(x / cap), target)
 
@@ -236,7 +237,8 @@ def fit_cap(x: Array, target: Array) -> tuple[float, float] | None:
 
 
 def compare(want: Sequence[Recipe], have: Sequence[Recipe], operands: Sequence[Operand]) -> list[Explanation]:
-    """The smallest difference between a recipe for torch's array and one for Flax's; two where two are as small."""
+    """The smallest difference between a recipe for torch's array and one for Flax's; several if they are equally
+    small."""
     best: list[tuple[int, Explanation]] = []
     for right in want[:6]:
         for wrong in have[:6]:
@@ -247,7 +249,7 @@ def compare(want: Sequence[Recipe], have: Sequence[Recipe], operands: Sequence[O
 
 
 def _differ(right: Recipe, wrong: Recipe, operands: Sequence[Operand]) -> tuple[int, Explanation] | None:
-    """(how much differs, what)."""
+    """(how much differs, the explanation)."""
     error = max(right.error, wrong.error)
     if replace(right, weights=(), cap=None, error=0) == replace(wrong, weights=(), cap=None, error=0):
         return _numbers(right, wrong, operands, error)
@@ -281,7 +283,7 @@ def _differ(right: Recipe, wrong: Recipe, operands: Sequence[Operand]) -> tuple[
 def _other_operand(
     right: Recipe, wrong: Recipe, operands: Sequence[Operand], error: float
 ) -> tuple[int, Explanation] | None:
-    """One term comes from another array: the residual taken before or after the wrong layer."""
+    """One term comes from another array: the residual was taken before or after the wrong layer."""
     if right.activation != wrong.activation or len(right.terms) != len(wrong.terms) or right.gate != wrong.gate:
         return None
     ours, theirs = set(right.terms) - set(wrong.terms), set(wrong.terms) - set(right.terms)
@@ -301,7 +303,7 @@ def _activation_text(name: str) -> str:
 
 
 def _numbers(right: Recipe, wrong: Recipe, operands: Sequence[Operand], error: float) -> tuple[int, Explanation] | None:
-    """The same recipe with other numbers in it."""
+    """The same recipe with other numbers."""
     if right.cap != wrong.cap:
         want, have = (f"{cap:g} x tanh(x / {cap:g})" if cap else "no cap" for cap in (right.cap, wrong.cap))
         fix = f"x = {right.cap:g} * jnp.tanh(x / {right.cap:g})" if right.cap else "leave the tanh cap out"

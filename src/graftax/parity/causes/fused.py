@@ -1,6 +1,6 @@
-"""A fused tensor that the plan takes apart in another order than torch's code does: in blocks (all queries, then keys,
-then values) or head by head. Shapes cannot tell these apart, and where the user's own rule chose the wrong one, torch's
-weights and Flax's agree with the plan: only the models' outputs do not. So the other order is put in, and the model run
+"""Fused tensors that the plan takes apart in another order than torch's code: in blocks (all queries, then keys, then
+values) or head by head. Shapes do not show the order. If the user's own rule chose the wrong order, Flax's weights
+agree with the plan, and only the outputs differ. So the weights are read in the other order, and the model is run
 again."""
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from graftax.plans import Entry
 from graftax.tree import TensorSpec
 
 NAME = "fused order"
-_TRIED = 6  # orders that the model is run with
-_WIDTH = 64  # of a head, as most models have it: where nothing tells the heads, those of about this width come first
+_TRIED = 6  # at most this many orders are tried
+_WIDTH = 64  # the usual width of a head: if the number of heads is unknown, widths near it are tried first
 _BY_RULE = re.compile(r" (item|line) \d+$")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowOrder:
-    """Which rows of a fused tensor belong to each of its parts, each part's in the order of the rows.
+    """The rows of a fused tensor that belong to each of its parts, in the order of the rows.
 
-    fused   'block' or 'interleaved', as a rule says it; heads: of the first part, where they are interleaved
+    fused   'block' or 'interleaved', as in a rule; heads: the number of heads of the first part, if interleaved
     """
 
     fused: str
@@ -44,7 +44,7 @@ class RowOrder:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Equal where two orders are read alike, whatever the sizes."""
+        """A key that is equal for two orders of the same kind, whatever the sizes."""
         return self.fused, self.heads
 
     @property
@@ -55,13 +55,13 @@ class RowOrder:
 
     @property
     def keys(self) -> str:
-        """What a rule says of it."""
+        """The keys of a rule that ask for this order."""
         return f'fused = "{self.fused}"' + (f", heads = {self.heads}" if self.fused == "interleaved" else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fused:
-    """An entry that takes the rows (along `axis`) of its sources apart: which rows its targets get."""
+    """An entry that takes its sources apart along `axis`, with the rows that each target gets."""
 
     entry: Entry
     axis: int
@@ -70,7 +70,7 @@ class Fused:
 
     @property
     def decided(self) -> str:
-        """What decided the order: a rule with its line, or other evidence."""
+        """What decided the order, as text: a rule with its line, or other evidence."""
         evidence = self.entry.evidence
         return f"as {evidence[0]} says" if self.by_rule else f"by {', '.join(evidence) or 'the plan'}"
 
@@ -80,11 +80,11 @@ class Fused:
 
     @property
     def order(self) -> RowOrder | None:
-        """The order in which it reads them; None: none that has a name."""
+        """The order in which the entry reads the rows; None: it has no name."""
         return next((order for order in self.orders() if _alike(order.rows, self.rows)), None)
 
     def orders(self) -> Iterator[RowOrder]:
-        """The orders that its shapes allow."""
+        """The orders that the shapes allow."""
         sizes = [len(part) for part in self.rows]
         ends = np.cumsum(sizes)
         yield RowOrder("block", 0, tuple(np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)))
@@ -100,12 +100,12 @@ class Fused:
                 yield RowOrder("interleaved", heads, tuple(part.reshape(-1) for part in parts))
 
     def others(self) -> Iterator[RowOrder]:
-        """The orders that it could have been read in instead."""
+        """The other orders that the shapes allow."""
         now = self.order
         yield from (order for order in self.orders() if now is None or order.key != now.key)
 
     def read(self, order: RowOrder, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        """The targets, with the sources (`arrays`) read in another order."""
+        """The targets made from the sources (`arrays`) read in another order."""
         places = np.empty(sum(map(len, self.rows)), np.int64)
         places[np.concatenate(self.rows)] = np.concatenate(order.rows)
         return made_of(self.entry, tuple(np.take(array, places, self.axis) for array in arrays))
@@ -118,8 +118,8 @@ def _alike(one: Sequence[Array], other: Sequence[Array]) -> bool:
 def fused_entry(
     entry: Entry, specs: Mapping[str, TensorSpec], like: Mapping[str, TensorSpec], heads: Iterable[int]
 ) -> Fused | None:
-    """What an entry takes apart, found by sending the numbers of its rows through its ops; None where it takes nothing
-    apart. heads: how many there may be, where the targets' shapes do not tell."""
+    """The fused tensor that an entry takes apart, found by passing the numbers of its rows through its ops; None if it
+    takes nothing apart. heads: possible numbers of heads, if the targets' shapes do not tell."""
     if len(entry.targets) < 2 or not entry.sources or not all(name in specs for name in entry.sources):
         return None
     shapes = [specs[name].shape for name in entry.sources]
@@ -129,7 +129,7 @@ def fused_entry(
     for axis in range(len(shapes[0])):
         try:
             made = apply_chain(ops, tuple(numbered(shape, axis) for shape in shapes))
-        except GraftaxError:  # an op that holds for some values only
+        except GraftaxError:  # an op with a condition on values
             return None
         rows = tuple(np.unique(np.asarray(part)) for part in made)
         if np.array_equal(np.sort(np.concatenate(rows)), np.arange(shapes[0][axis])):
@@ -140,8 +140,8 @@ def fused_entry(
 def _heads(
     entry: Entry, like: Mapping[str, TensorSpec], rows: Sequence[Array], heads: Iterable[int]
 ) -> tuple[int, ...]:
-    """How many heads the largest part may have: as many as its target has, if that has an axis of them, (.., H, h) with
-    H x h rows; else those that are known, then any that divide it."""
+    """The numbers of heads that the largest part may have. If its target has an axis of heads, (.., H, h) with H x h
+    rows, it is H. Otherwise the known numbers come first, then every divisor."""
     largest = max(range(len(rows)), key=lambda i: len(rows[i]))
     count = len(rows[largest])
     shape = like[entry.targets[largest]].shape if entry.targets[largest] in like else ()
@@ -153,7 +153,7 @@ def _heads(
 
 
 def fused_of(divergence: Divergence, heads: Iterable[int]) -> Iterator[Fused]:
-    """The fused entries of the plan, but those of torch's own attention, whose order is known."""
+    """The fused entries of the plan, except those of torch's own attention, whose order is known."""
     plan, heads = divergence.plan, tuple(heads)
     if plan is None:
         return
@@ -173,8 +173,8 @@ def _holder(entry: Entry) -> str:
 
 
 def fused_causes(divergence: Divergence, heads: Iterable[int], bar: Bar, budget: Budget) -> Iterator[Cause]:
-    """Fused tensors that another order makes agree: weight and bias, and all layers that are numbered alike, at once;
-    those nearest to the layer that diverges first."""
+    """Fused tensors for which another order makes the model agree. Weight and bias, and all layers that differ only in
+    their number, are tried together, those nearest to the diverging layer first."""
     groups: dict[str, list[Fused]] = {}
     for found in fused_of(divergence, heads):
         groups.setdefault(re.sub(r"\d+", "{i}", _holder(found.entry)), []).append(found)
@@ -195,7 +195,7 @@ def fused_causes(divergence: Divergence, heads: Iterable[int], bar: Bar, budget:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many parts two paths begin with alike."""
+    """How many leading parts two paths share."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -226,8 +226,8 @@ def _cause(
 
 
 def rule_line(entry: Entry, order: RowOrder, several: bool = False) -> str:
-    """The rule that reads a fused tensor in this order. several: in all layers numbered alike, where one number
-    says which layer it is."""
+    """The rule that reads a fused tensor in this order. several: make it a rule for all layers, if the names differ in
+    one number only."""
     sources, targets = list(entry.sources), list(entry.targets)
     numbers = {number for name in (*sources, *targets) for number in re.findall(r"\d+", name)}
     counts = {len(re.findall(r"\d+", name)) for name in (*sources, *targets)}
@@ -245,7 +245,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def other_readings(found: Fused | None, path: str, arrays: Sequence[Any]) -> Iterator[tuple[RowOrder, Array]]:
-    """(order, the leaf `path` if its fused tensor is read in it) for every order but the plan's."""
+    """(order, the leaf `path` made by reading its fused tensor in that order) for every order but the plan's."""
     if found is None or path not in found.entry.targets or len(arrays) != len(found.entry.sources):
         return
     for order in found.others():

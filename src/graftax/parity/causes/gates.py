@@ -1,4 +1,4 @@
-"""Recurrent cells whose weights are not what the plan makes of torch's: gates in another order, biases not added."""
+"""Mistakes in the weights of recurrent cells: gates in another order, biases added wrongly."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from graftax.parity.causes.numbers import Array
 from graftax.parity.causes.weights import WeightMistake, same
 
 GATES = {4: ("i", "f", "g", "o"), 3: ("r", "z", "n")}
-"""torch's gates, in its order, by their number."""
+"""Number of gates -> torch's gates in torch's order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GateBlocks:
-    """A matrix or bias of all gates of a cell, cut into one block a gate, in torch's order.
+    """A matrix or bias of all gates of a cell, cut into one block per gate, in torch's order.
 
-    name   what it is called in a message: 'the input kernels'
+    name   its name in a message: 'the kernels of the input'
     have, want   a block for each gate
-    biases   for biases: what torch has, b_ih and b_hh by gate
+    biases   for biases: torch's b_ih and b_hh, by gate
     """
 
     name: str
@@ -31,7 +31,7 @@ class GateBlocks:
 
 
 def diagnose_gates(cell: GateBlocks) -> WeightMistake | None:
-    """The order of gates, or the reading of the biases, that gives exactly what the cell has."""
+    """The order of gates, or the use of the biases, that gives exactly the cell's values."""
     if all(same(a, b) for a, b in zip(cell.have, cell.want, strict=True)):
         return None
     return _bias(cell) or _order(cell)
@@ -79,8 +79,8 @@ def _bias(cell: GateBlocks) -> WeightMistake | None:
 
 
 def diagnose_gru_bias(have: Mapping[str, Array], b_ih: Array, b_hh: Array) -> WeightMistake | None:
-    """GRU with its own b_hn (Linen): `have` holds the biases ir, iz, in and hn. torch adds b_i and b_h for r and z,
-    keeps b_in outside the reset gate and b_hn inside it."""
+    """The mistake in the biases of a GRU with its own b_hn (Linen): `have` holds the biases ir, iz, in and hn. torch
+    adds b_i and b_h for r and z, keeps b_in outside the reset gate and b_hn inside it."""
     i, h = np.split(b_ih, 3), np.split(b_hh, 3)
     zero = np.zeros_like(i[0])
     right = {"ir": i[0] + h[0], "iz": i[1] + h[1], "in": i[2], "hn": h[2]}

@@ -1,4 +1,4 @@
-"""The code between layers: every fit in turn, on one array as torch has it and as Flax has it."""
+"""Explain the code between layers: try every fit in turn on torch's array and on Flax's array."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def explain(
     bar: Bar,
     budget: Budget,
 ) -> list[Explanation]:
-    """In what the code that made `have` differs from what made `want`; [] where no fit explains both."""
+    """How the code that made `have` differs from the code that made `want`; [] if no fit explains both."""
     if want.shape != have.shape or not want.size or relative(have, want) <= bar.bar:
         return []
     bar = Bar(min(bar.before, max(relative(have, want), bar.bar)), bar.bar)
     if in_bfloat16(have) and not in_bfloat16(want) and relative(have, want) < 2.0**-4:
-        text = "every value that arrives is one of bfloat16: the code before computes in it"
-        return [Explanation("bfloat16 accumulation", text, "compute in float32 there", bar.bar)]
+        text = "every value that arrives is a bfloat16 value: the code before the layer computes in bfloat16"
+        return [Explanation("bfloat16 accumulation", text, "compute in float32 in that code", bar.bar)]
     maps = any(operand.array.ndim >= 4 and operand.array[0].size == want[0].size for operand in operands[:8])
     maps = maps or any(int(np.prod(sizes)) == want.shape[-1] for sizes in known.maps)
     turned = order_difference(want, have, known, bar, maps and want.ndim == 2)
@@ -62,7 +62,7 @@ def _fits(
     at, values = sampled(want, wide)
     a, b = want[at].astype(np.float64), have[at].astype(np.float64)
     seen = Bar(relative(b, a), bar.bar)
-    if seen.before > 2 * bar.bar:  # the samples show it
+    if seen.before > 2 * bar.bar:  # the samples show the error
         right = find_recipes(a, values, seen, budget)
         wrong = find_recipes(b, values, seen, budget) if right else []
         yield compare(right, wrong, wide)
@@ -77,7 +77,7 @@ def _fits(
 def explain_leaf(
     want: Array, have: Array, operands: Sequence[Operand], known: Known, bar: Bar, budget: Budget
 ) -> list[Explanation]:
-    """What a layer's own output shows without its formula: another order, a factor, a cap, an activation behind it."""
+    """Explain a layer's own output without knowing its formula: another order, a factor or a cap."""
     turned = order_difference(want, have, known, bar, False)
     if turned is not None:
         return [turned]
@@ -85,7 +85,7 @@ def explain_leaf(
 
 
 def integers(want: Array, have: Array) -> list[Explanation]:
-    """Ids and masks that arrive."""
+    """Explain integers and masks that arrive and differ."""
     if want.dtype.kind == "b" and have.dtype.kind == "b":
         return masks(want, have)
     found = position_ids(want, have)
@@ -93,7 +93,7 @@ def integers(want: Array, have: Array) -> list[Explanation]:
 
 
 def masks(want: Array, have: Array) -> list[Explanation]:
-    """Masks that arrive (.., T, S), True attends: what one of them hides that the other one does not."""
+    """Explain masks (.., T, S) that arrive and differ (True attends): what one of them hides and the other does not."""
     if want.shape != have.shape or want.ndim < 2 or not bool((want != have).any()):
         return []
     if bool((want != have).all()):
@@ -104,11 +104,11 @@ def masks(want: Array, have: Array) -> list[Explanation]:
         for near in (back < window, np.abs(back) < window):
             for wide, narrow, side in ((want, have, "Flax"), (have, want, "torch")):
                 if np.array_equal(wide & near, narrow):
-                    text = f"only {side} sees no more than {window} tokens"
+                    text = f"{side} sees only {window} tokens, the other side more"
                     return [Explanation("sliding window", text, f"{'no' if side == 'Flax' else window} window", 0.0)]
     hidden, seen = int((want & ~have).sum()), int((have & ~want).sum())
-    text = f"of {want.size} places Flax hides {hidden} that torch sees, and sees {seen} that torch hides"
-    return [Explanation("attention mask", text, "make the mask that torch has (True attends in Flax)", 0.0)]
+    text = f"of {want.size} places, Flax hides {hidden} that torch sees and sees {seen} that torch hides"
+    return [Explanation("attention mask", text, "make the same mask as torch (True attends in Flax)", 0.0)]
 
 
 def _by_ways(want: Array, have: Array, operands: list[Operand], bar: Bar, budget: Budget) -> list[Explanation]:
@@ -132,8 +132,8 @@ def _by_attention(
 
 
 def _scenes(want: Array, operands: list[Operand], known: Known) -> Iterator[Scene]:
-    """Queries, keys and values among the nearest operands: in the order q, k, v first. Values come nearest to what is
-    made of them: nothing is outside their range."""
+    """Queries, keys and values among the nearest operands: first in the order q, k, v. An attention output lies within
+    the range of its values, so operands outside it are not values."""
     if want.ndim < 3:
         return
     near = [s for s in operands[:_SCENES] if s.array.ndim in (3, 4) and len(s.array) == len(want)]
@@ -158,7 +158,7 @@ def _flat(array: Array) -> int:
 
 
 def _inside(want: Array, value: Array, width: int) -> bool:
-    """Attention makes means of values: nothing of each example leaves their range."""
+    """Does the output lie within the range of the values? Attention outputs are weighted means of them."""
     w = want.reshape(*want.shape[:2], -1).astype(np.float64)
     v = value.reshape(*value.shape[:2], -1).astype(np.float64)
     if v.shape[-1] != width:
@@ -168,7 +168,7 @@ def _inside(want: Array, value: Array, width: int) -> bool:
 
 
 def _fused(operand: Operand, want: Array, width: int, known: Known) -> Iterator[Scene]:
-    """A projection that gives all three at once: in blocks, or head by head."""
+    """Scenes from a fused projection that holds all three, in blocks or head by head."""
     array = operand.array.reshape(*operand.array.shape[:2], -1)
     if array.shape[:2] != want.shape[:2] or array.shape[-1] != 3 * width:
         return
@@ -188,7 +188,7 @@ _PROJECTIONS = (("query", "key", "value", "out"), ("q", "k", "v", "o"), ("q_proj
 def module_attention(
     inputs: Sequence[Array], leaves: Mapping[str, Array], want: Array, have: Array, bar: Bar, budget: Budget
 ) -> list[Explanation]:
-    """A whole attention module, from its input and its own leaves: query, key and value kernels (D, H, h), out
+    """Explain a whole attention module from its input and its own leaves: query, key and value kernels (D, H, h), out
     (H, h, D)."""
     names = next((row for row in _PROJECTIONS if all(f"{name}/kernel" in leaves for name in row)), None)
     if names is None or any(leaves[f"{name}/kernel"].ndim != 3 for name in names):

@@ -1,6 +1,7 @@
-"""What arrives is another of torch's activations: a layer was not applied, or not where torch applies it.
+"""Another of torch's activations arrives: a layer was not applied, or was applied at another place than in torch.
 
-In the forced pass every layer hands on torch's output, so code that takes the wrong one is given it bit for bit.
+In the forced pass every layer passes on torch's output. Code that takes the wrong activation therefore gets it bit for
+bit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NOT_APPLIED, ORDER, OTHER = "norm not applied", "norm order", "other activation"
 
 @dataclass(frozen=True, slots=True)
 class ActivationPlace:
-    """Where torch has an activation: what arrives at a call ('in') or what it gives ('out')."""
+    """The place of an activation in torch: the input ('in') or the output ('out') of a call."""
 
     site: Site
     where: Where
@@ -37,9 +38,9 @@ class ActivationPlace:
 
 
 def misplaced(divergence: Divergence, want: Array, have: Array, bar: Bar, *, sure: bool) -> list[Explanation]:
-    """What torch's and Flax's code took instead of each other, found among torch's activations, behind the same
-    activation function; [] where Flax's is none. sure: only what a norm explains that is not applied, or not in its
-    place; a sum that lacks a term may be an activation, too."""
+    """Explain a divergence by torch's activations: torch's code took one, Flax's code took another, with the same
+    activation function behind it. [] if Flax's array is none of them. sure: accept only a norm that is not applied, or
+    is applied at another place; a sum that lacks a term may equal an activation too."""
     places, operands = _activations(divergence, want)
     at, values = sampled(want, operands)
     a, b = want[at].astype(np.float64), have[at].astype(np.float64)
@@ -62,7 +63,7 @@ def _is(value: Array | None, other: Array, bar: Bar) -> bool:
 
 
 def _activations(divergence: Divergence, want: Array) -> tuple[list[ActivationPlace], list[Operand]]:
-    """All that went into torch's calls and came out of them, but what is compared itself."""
+    """The inputs and outputs of all torch calls, except the array that is compared."""
     places: list[ActivationPlace] = []
     operands: list[Operand] = []
     modules = divergence.reference.modules
@@ -81,7 +82,8 @@ def _activations(divergence: Divergence, want: Array) -> tuple[list[ActivationPl
 
 
 def _layouts(array: Array, shape: tuple[int, ...]) -> Iterator[Array]:
-    """As torch has it; the channels last; for a recurrent layer time first."""
+    """The array in torch's layout, with channels last, and with time first (for a recurrent layer), if that gives
+    `shape`."""
     turned = [array]
     if array.ndim > 2:
         turned += [np.moveaxis(array, 1, -1), np.swapaxes(array, 0, 1)]
@@ -90,7 +92,7 @@ def _layouts(array: Array, shape: tuple[int, ...]) -> Iterator[Array]:
 
 
 def is_norm(modules: Mapping[str, Module], path: str) -> bool:
-    """Is a torch module a norm, by the name of its class or its own, and not one that holds others?"""
+    """Is a torch module a norm? It is if its class or its own name contains 'norm', and it holds no other module."""
     if not path or path not in modules or any(other.startswith(f"{path}.") for other in modules):
         return False
     return "norm" in modules[path].kind.lower() or "norm" in path.rpartition(".")[2].lower()
@@ -99,21 +101,21 @@ def is_norm(modules: Mapping[str, Module], path: str) -> bool:
 def _by_norm(
     divergence: Divergence, right: Sequence[ActivationPlace], wrong: Sequence[ActivationPlace], bar: Bar
 ) -> Explanation | None:
-    """A norm whose input was taken for its output, or the other way round, or that stands later in torch."""
+    """A norm whose input was taken instead of its output, or the reverse, or that comes later in torch."""
     what = _what(divergence)
     skipped = {place.site for place in wrong if place.where == "in"} & {
         place.site for place in right if place.norm and place.where == "out"
     }
     if skipped:
         site = min(skipped)
-        text = f"{site} is not applied: {what} is its input, in torch its output"
+        text = f"{site} is not applied: {what} is the norm's input; in torch it is the norm's output"
         return Explanation(NOT_APPLIED, text, f"take the output of {site}", bar.bar)
     more = {place.site for place in right if place.where == "in"} & {
         place.site for place in wrong if place.norm and place.where == "out"
     }
     if more:
         site = min(more)
-        text = f"{site} is applied, and in torch it is not: {what} is its output, in torch its input"
+        text = f"{site} is applied, but not in torch: {what} is the norm's output; in torch it is the norm's input"
         return Explanation(ORDER, text, f"take the input of {site}", bar.bar)
     began = _order(divergence, divergence.row.site_torch, divergence.where)
     later = [place for place in wrong if _order(divergence, place.site, place.where) > began]
@@ -121,17 +123,17 @@ def _by_norm(
         return None
     site, instead = divergence.row.site_torch, _best(right).text if right else "something else"
     if divergence.where == "in" and is_norm(divergence.reference.modules, site.path):
-        text = f"{site} is applied too late: it gets {_best(later).text}, in torch {instead}"
+        text = f"{site} is applied too late: it gets {_best(later).text}; in torch it gets {instead}"
         return Explanation(ORDER, text, f"apply {site} to {instead}", bar.bar)
     early = next((place for place in later if place.norm and place.where == "out"), None)
     if early is None:
         return None
-    text = f"{early.site} is applied too early: {what} is {early.text}, in torch {instead}"
+    text = f"{early.site} is applied too early: {what} is {early.text}; in torch it is {instead}"
     return Explanation(ORDER, text, f"take {instead}, and apply {early.site} where torch does", bar.bar)
 
 
 def _order(divergence: Divergence, site: Site, where: Where) -> int:
-    """The place of an event in torch's run."""
+    """The index of an event in torch's run; -1 if it is not there."""
     events = divergence.reference.events
     return events.index((where, site)) if (where, site) in events else -1
 
@@ -140,14 +142,14 @@ def _otherwise(
     divergence: Divergence, right: Sequence[ActivationPlace], wrong: Sequence[ActivationPlace], bar: Bar
 ) -> Explanation:
     instead = _best(right).text if right else "something else"
-    text = f"{_what(divergence)} is {_best(wrong).text}, in torch it is {instead}"
+    text = f"{_what(divergence)} is {_best(wrong).text}; in torch it is {instead}"
     return Explanation(OTHER, text, f"take {instead}", bar.bar)
 
 
 def _what(divergence: Divergence) -> str:
-    return "what arrives" if divergence.where == "in" else "what it gives"
+    return "the input that arrives" if divergence.where == "in" else "the output"
 
 
 def _best(places: Sequence[ActivationPlace]) -> ActivationPlace:
-    """What a layer gives says more than what it gets, and either more than what the whole model does."""
+    """Prefer a layer's output to its input, and either to the whole model's; prefer norms."""
     return min(places, key=lambda place: (not place.site.path, place.where == "in", not place.norm))

@@ -1,4 +1,4 @@
-"""From the entries of a recurrent module to its gates."""
+"""Explain recurrent modules: find their gates from the plan's entries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tensors = Mapping[str, Any]
 
 
 def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, expected: Tensors) -> list[WeightMistake]:
-    """What is off about the gates of the cells that these entries fill; [] where they fill none, or nothing is off."""
+    """Mistakes in the gates of the cells that these entries fill; [] if they fill none, or no mistake is found."""
     found: list[WeightMistake] = []
     for entry in entries:
         if not _of_gates(entry, torch, flax, expected):
@@ -34,7 +34,7 @@ def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, ex
 def cell_causes(
     entries: Sequence[Entry], torch: Tensors, x: Array, want: Array, have: Array, bar: Bar
 ) -> list[Explanation]:
-    """A recurrent layer of one layer and direction whose weights are right: how its cell differs from torch's."""
+    """How the cell of a recurrent layer (one layer, one direction, right weights) differs from torch's."""
     names = {name.rpartition(".")[2].partition("_l")[0]: name for entry in entries for name in entry.sources}
     count = sum(len(entry.sources) for entry in entries)
     if (
@@ -50,7 +50,7 @@ def cell_causes(
 
 
 def _of_gates(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> bool:
-    """torch's weight_ih, weight_hh (3H or 4H, I) or its two biases."""
+    """Does the entry take torch's weight_ih or weight_hh (3H or 4H, I), or the two biases?"""
     names = {name.rpartition(".")[2].partition("_l")[0] for name in entry.sources}
     known = names <= {"weight_ih", "weight_hh"} or names == {"bias_ih", "bias_hh"}
     held = all(name in torch for name in entry.sources)
@@ -58,7 +58,7 @@ def _of_gates(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) ->
 
 
 def _gate_count(entry: Entry, torch: Tensors, expected: Tensors) -> int:
-    """How many gates: the number of targets; of one fused target, what its hidden size tells."""
+    """The number of gates: the number of targets; for one fused target, its rows over the hidden size."""
     if len(entry.targets) > 1:
         return len(entry.targets)
     first = hidden = entry.sources[0] if entry.sources else ""
@@ -90,7 +90,7 @@ def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> Wei
 
 
 def _splits_gru(entry: Entry) -> bool:
-    """Linen's GRU: r and z share a bias, n keeps two."""
+    """Is it the bias entry of Linen's GRU? There r and z have one bias each, n has two."""
     groups = next((op.groups for op in entry.ops if isinstance(op, Sum)), ())
     return len(entry.targets) == 4 and [len(group) for group in groups] == [2, 2, 1, 1]
 

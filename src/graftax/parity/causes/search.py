@@ -1,4 +1,4 @@
-"""`find_causes`: the order in which hypotheses are tried."""
+"""`find_causes`: try explanations in order, and return those that make the layer agree."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ from graftax.plans import Entry, Plan
 
 SECONDS = 20.0
 _CANNOT = (GraftaxError, ArithmeticError, LookupError, ValueError, MemoryError, np.linalg.LinAlgError)
-"""Arrays that a fit cannot take, a plan that has no values: that fit says nothing, and the report still comes."""
+"""Raised for arrays that a fit cannot take, or a plan without values: that fit finds nothing, and the report is still
+made."""
 _SHOWN = 3  # causes that a report lists
-_NO_NORM = ("Dense", "Linear", "Conv", "Embed", "Einsum")  # kinds that no norm is written as
+_NO_NORM = ("Dense", "Linear", "Conv", "Embed", "Einsum")  # class names that are never a norm
 
 
 def find_causes(divergence: Divergence, budget_seconds: float = SECONDS) -> tuple[Cause, ...]:
-    """Explanations of the divergence, the best first; empty: unknown. Every one was tried, and makes the layer agree:
-    either the Flax module, run again with the fix, is below the alarm, or torch's array and Flax's are both worked out
-    from the reference inputs and differ in what is named. Never raises for what it cannot try."""
+    """Explanations of the divergence, the best first; empty: unknown. Each was tried and makes the layer agree: either
+    the Flax module, run again with the fix, is below the alarm; or both torch's array and Flax's were computed from the
+    reference inputs, and they differ exactly in the named cause. An explanation that cannot be tried raises nothing."""
     budget = Budget(budget_seconds)
     divergence = unrounded(divergence)
     steps = (_weights, _settings, _formulas) if divergence.where == "out" else (_bare_weights, _between)
@@ -65,8 +66,8 @@ def find_causes(divergence: Divergence, budget_seconds: float = SECONDS) -> tupl
 def weight_causes(
     plan: Plan, torch: Mapping[str, Any], flax: Mapping[str, Any], paths: Iterable[str]
 ) -> tuple[Cause, ...]:
-    """Leaves that are not what the plan makes of torch's, where the models agree all the same: fused tensors that Flax
-    holds in another order than the plan reads them in."""
+    """Causes for leaves that differ from those the plan makes, although the models agree: fused tensors that Flax holds
+    in another order than the plan reads."""
     out: dict[str, Cause] = {}
     entries = {path: entry for entry in plan.entries for path in entry.targets}
     for path in paths:
@@ -88,7 +89,7 @@ def weight_causes(
 
 
 def _ranked(found: Iterable[Cause]) -> list[Cause]:
-    """One of each name; what says only that something differs comes last."""
+    """One cause of each name; 'weights differ', which explains nothing, comes last."""
     out: dict[str, Cause] = {}
     for cause in found:
         if cause.name not in out:
@@ -109,7 +110,7 @@ def _bar(divergence: Divergence) -> Bar:
 def replay_error(
     divergence: Divergence, settings: Mapping[str, Any] | None = None, leaves: Mapping[str, Any] | None = None
 ) -> float | None:
-    """The module's own error with other settings or leaves; None where it cannot be run so."""
+    """The module's own error with other settings or leaves; None if it cannot be run with them."""
     try:
         made = divergence.flax.replay(
             divergence.row.site_flax.path,
@@ -124,7 +125,7 @@ def replay_error(
 
 
 def nest_error(have: Any, want: Any) -> float:
-    """Relative L2 over all floating arrays of two nests; infinite where they have other shapes."""
+    """Relative L2 over all floating arrays of two nests; infinite if their shapes differ."""
     a, b = ([array for _, array in arrays(nest) if is_number(array)] for nest in (have, want))
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
@@ -147,7 +148,7 @@ def _wrong_leaves(divergence: Divergence, paths: Iterable[str]) -> list[str]:
 
 
 def _weights(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
-    """Leaves of this module that are not what they should be, if they are what is wrong with it."""
+    """Wrong leaves of this module, if the right leaves make it agree, or at least clearly better."""
     entries = divergence.pair.entries
     wrong = _wrong_leaves(divergence, (path for entry in entries for path in entry.targets))
     if not wrong:
@@ -190,14 +191,15 @@ def _settings(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
 
 
 def _tried(divergence: Divergence, bar: Bar, leaves: Mapping[str, Any] | None, budget: Budget) -> Iterator[Cause]:
-    """Settings that bring the module below the alarm: the first of each name, until one is found of the best."""
+    """The setting that brings the module below the alarm. The search stops after the settings of the first name that
+    does."""
     flax = divergence.flax.modules.get(divergence.row.site_flax.path)
     torch = divergence.reference.modules.get(divergence.row.site_torch.path)
     if flax is None:
         return
     as_it_is = replay_error(divergence, leaves=leaves)
     if as_it_is is None or not bar.before / 2 < as_it_is < bar.before * 2:
-        return  # alone it does not do what it did in the model: nothing can be told from it
+        return  # alone, the module behaves unlike in the model: a replay proves nothing
     best: tuple[float, Cause] | None = None
     for trial in trials(torch, flax):
         if best is not None and trial.name != best[1].name:
@@ -212,7 +214,7 @@ def _tried(divergence: Divergence, bar: Bar, leaves: Mapping[str, Any] | None, b
 
 
 def _formulas(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
-    """A module that no setting mends: a norm or an attention by hand, or the code of a container."""
+    """Explain a module that no setting corrects: a norm or attention written by hand, or the code of a container."""
     bar = _bar(divergence)
     want, have = ([array for _, array in arrays(nest)] for nest in (divergence.want_out, divergence.flax_out))
     if len(want) != len(have):
@@ -250,7 +252,7 @@ def _formulas(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
 
 def _out_in_bfloat16(want: Array, have: Array, bar: Bar) -> list[Explanation]:
     if in_bfloat16(have) and not in_bfloat16(want) and relative(have, want) < 2.0**-4:
-        text = "every value that Flax gives is one of bfloat16"
+        text = "every output value of Flax is a bfloat16 value"
         return [Explanation("bfloat16 accumulation", text, "dtype=jnp.float32 in this module", bar.bar)]
     return []
 
@@ -261,7 +263,8 @@ def _causes(divergence: Divergence, found: Iterable[Explanation], bar: Bar) -> I
 
 
 def _fused(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
-    """Fused tensors, which were taken apart in another order than torch's: not a layer that is one with torch's."""
+    """Fused tensors that were taken apart in another order than torch's. It is not tried for a single layer's own
+    output."""
     if divergence.where == "in" or not divergence.pair.leaf:
         yield from fused_causes(divergence, known(divergence).heads, _bar(divergence), budget)
 
@@ -270,8 +273,7 @@ def _fused(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
 
 
 def _bare_weights(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
-    """Parameters that belong to no layer (position tables, class tokens, scales of layers) and are not what they
-    should be."""
+    """Wrong parameters that belong to no layer (position tables, class tokens, scales of layers)."""
     rows = [divergence.row, *(row for row, _ in divergence.before), *divergence.more]
     owned = {path for row in rows if row.pair.leaf for entry in row.pair.entries for path in entry.targets}
     wrong = _wrong_leaves(divergence, (path for path in divergence.expected if path not in owned))
@@ -283,7 +285,7 @@ def _bare_weights(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
 
 
 def _between(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
-    """What arrives, against what should."""
+    """Explain the arrays that arrive at the module and differ from torch's."""
     bar = _bar(divergence)
     shared, added = known(divergence), tables(divergence)
     nearby = operands(divergence)
@@ -303,7 +305,7 @@ def _between(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
 
 
 def _arriving(divergence: Divergence) -> Iterator[tuple[Array, Array]]:
-    """(as it should be, as it is) of every array that arrives and differs."""
+    """(the right array, the array that arrives) for every array that differs."""
     if divergence.flax_args is None:
         return
     want = [array for _, array in arrays((divergence.want_args, dict(divergence.want_kwargs)))]

@@ -1,4 +1,4 @@
-"""What pooling, reducing and flattening made an array out of maps (B, *k, C) or sequences (B, T, C)."""
+"""Find the pooling, reducing or flattening that made an array from maps (B, *k, C) or sequences (B, T, C)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from graftax.parity.causes.activations import ACTIVATIONS, apply
 from graftax.parity.causes.elementwise import Explanation, Operand, cheapest
 from graftax.parity.causes.numbers import Array, Bar, Budget, relative
 
-_BATCH, _CHANNELS = 2, 4  # what is looked at of a pooled map
+_BATCH, _CHANNELS = 2, 4  # the part of a pooled map that is compared
 _ACTS = ("identity", "relu", "gelu erf", "gelu tanh", "silu", "tanh", "relu6", "leaky relu 0.01", "elu")
-_FULL = 1 << 22  # values of a map that is still taken whole
+_FULL = 1 << 22  # larger maps are not considered
 
 Kind = Literal["max", "avg"]
 Pads = tuple[tuple[int, int], ...]
@@ -23,7 +23,7 @@ Pads = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A window over the spatial axes. `counted`: an average counts the padding."""
+    """A pooling window over the spatial axes. `counted`: an average counts the padding."""
 
     kind: Kind
     size: int
@@ -106,7 +106,7 @@ class Way:
 
 
 def find_ways(target: Array, operands: Sequence[Operand], bar: Bar, budget: Budget) -> list[Way]:
-    """Ways to make `target` of maps, the likeliest first; at the first operand that gives any, it stops."""
+    """Ways to make `target` from maps, the likeliest first; at the first operand that gives any, it stops."""
     maps = [i for i, operand in enumerate(operands) if operand.array.ndim >= 3 and operand.array.size <= _FULL]
     maps = [i for i in maps if len(operands[i].array) == len(target)][:6]
     terms = [(i,) for i in maps] + [
@@ -132,12 +132,12 @@ def _alike(operands: Sequence[Operand], i: int, j: int) -> bool:
 
 
 def _cropped(target: Array, made: Array) -> Array:
-    """The part of the target that was worked out."""
+    """The part of the target that was computed."""
     return target[tuple(slice(0, n) for n in made.shape)] if target.ndim == made.ndim else target
 
 
 def _made(x: Array, target: Array) -> Iterator[tuple[Way, Array]]:
-    """What reductions make of maps x, where the shape is the target's."""
+    """Reductions of maps x that have the target's shape."""
     blank = Way((), "", "")
     middle = tuple(range(1, x.ndim - 1))
     if target.shape == (len(x), x.shape[-1]):
@@ -224,7 +224,7 @@ def _differ(right: Way, wrong: Way, operands: Sequence[Operand]) -> tuple[int, E
 
 
 def _pools_differ(right: Way, wrong: Way, error: float) -> tuple[int, Explanation] | None:
-    text = f"torch is {right.text}, Flax is {wrong.text}"
+    text = f"torch computes {right.text}, Flax computes {wrong.text}"
     a, b = right.pool, wrong.pool
     if a is None or b is None:
         name = "stride alignment" if a is b and "::" in right.what else "pooling"

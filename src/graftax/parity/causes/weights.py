@@ -1,4 +1,4 @@
-"""Weights that are not what the plan makes of the torch weights: which known mistake gives exactly these bits."""
+"""Weights that differ from those the plan makes from torch's: find the known mistake that gives exactly these bits."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from graftax.parity.causes.numbers import Array, is_number, nice, relative
 from graftax.parity.causes.reorder import Known, axis_order, blocks_moved, name_order
 
 _EPS = 2.0**-22  # a product or sum in float32 that was rounded once
-_NOISE = 0.3  # relative error below which two tensors are the same but for noise
+_NOISE = 0.3  # below this relative error two tensors are equal but for noise
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlaxLeaf:
     """One Flax leaf.
 
-    path, have, want  the leaf, its values, and what the plan makes of torch's
-    torch     path -> tensor: what it comes from
-    others    path -> what other leaves should be; theirs: path -> what they are
-    initial   what Flax's initialiser gives, where that is known
-    known     numbers of heads and maps that occur; stacked: the leading axis counts layers
-    fused     the entry, where it takes a fused tensor apart
+    path, have, want  the leaf, its values, and the values that the plan makes from torch's
+    torch     path -> the torch tensors from which it is made
+    others    path -> the right values of other leaves; theirs: path -> the values that they have
+    initial   the values of Flax's initialiser, if known
+    known     numbers of heads and maps that occur; stacked: the axis that counts layers, if any
+    fused     the entry, if it takes a fused tensor apart
     role      the last name of the path, such as 'kernel'
     """
 
@@ -48,13 +48,13 @@ class FlaxLeaf:
 
     @property
     def kernel(self) -> bool:
-        """(*k, in, out) or (in, H, h), as far as names and shape tell: neither an embedding table nor a bias."""
+        """Is it a kernel, (*k, in, out) or (in, H, h), by name and shape, not an embedding table or a bias?"""
         return self.have.ndim >= 2 and self.role not in ("embedding", "bias")
 
 
 @dataclass(frozen=True, slots=True)
 class WeightMistake:
-    """A name of `CAUSES`, what was found, and what to change."""
+    """A name of `CAUSES`, the finding, and the fix."""
 
     name: str
     detail: str
@@ -67,13 +67,15 @@ def same(a: Array, b: Array) -> bool:
 
 
 def diagnose(leaf: FlaxLeaf) -> WeightMistake | None:
-    """Why a leaf differs, the first hypothesis that gives exactly its values; 'weights differ' with counts where none
-    does; None where it does not differ."""
+    """Why a leaf differs: the first hypothesis that gives exactly its values; if none does, 'weights differ' with
+    counts. None if the leaf does not differ."""
     if same(leaf.have, leaf.want):
         return None
     if leaf.have.shape != leaf.want.shape:
         return WeightMistake(
-            "weights differ", f"{leaf.path} is {leaf.have.shape}, should be {leaf.want.shape}", "port again"
+            "weights differ",
+            f"shape mismatch: {leaf.path} is {leaf.have.shape}, should be {leaf.want.shape}",
+            "port again",
         )
     for hypothesis in HYPOTHESES:
         found = hypothesis(leaf)
@@ -87,7 +89,7 @@ def diagnose(leaf: FlaxLeaf) -> WeightMistake | None:
 
 def _initial(leaf: FlaxLeaf) -> WeightMistake | None:
     if leaf.initial is not None and same(leaf.have, leaf.initial):
-        return _unported(leaf, "holds the value that its initialiser gives")
+        return _unported(leaf, "holds its initial value")
     value = constant(leaf.have)
     if value is not None and constant(leaf.want) is None:
         return _unported(leaf, f"is {value:g} everywhere")
@@ -134,7 +136,7 @@ def _axes_found(leaf: FlaxLeaf, axes: tuple[int, ...], flips: tuple[int, ...]) -
         text = f"axes {moved[0]} and {moved[1]} of {leaf.path} {leaf.have.shape}, heads and values, are swapped"
         return WeightMistake("head order", text, "cut into (heads, values), the heads first")
     if rank == 2 or untouched:
-        text = f"{leaf.path} {leaf.have.shape} holds the torch tensor as it is, square and untransposed"
+        text = f"{leaf.path} {leaf.have.shape} holds the torch tensor untransposed, and its shape does not show it"
         fix = "transpose it: kernel = weight.T" if rank == 2 else _turn(axes)
         return WeightMistake("kernel not transposed", text + also, fix)
     text = f"axes {axes} of {leaf.path} stand where {plain} should{also}"
@@ -155,13 +157,13 @@ def _slices(flips: tuple[int, ...]) -> str:
 
 
 def _reshaped(leaf: FlaxLeaf) -> WeightMistake | None:
-    """The torch tensor cut to the Flax shape without the transposition before."""
+    """The torch tensor reshaped to the Flax shape without the transpose that must come first."""
     have, want = leaf.have, leaf.want
     if have.ndim < 2 or not _same_values(have, want):
         return None
     for name, tensor in leaf.torch.items():
         if tensor.shape == have.shape and same(tensor, have):
-            text = f"{leaf.path} holds {name} {tensor.shape} as it is, untransposed"
+            text = f"{leaf.path} holds {name} {tensor.shape} untransposed"
             return WeightMistake("kernel not transposed", text, "transpose it first")
     candidates = [want.reshape(int(np.prod(want.shape[:at])), -1).T for at in range(1, want.ndim)]
     if want.ndim >= 3:
@@ -195,7 +197,7 @@ def _rows(leaf: FlaxLeaf) -> WeightMistake | None:
 
 
 def _heads_and_values(leaf: FlaxLeaf) -> WeightMistake | None:
-    """(H, h) of a kernel (in, H, h), (H, h, out) or a bias (H, h) filled in the order (h, H)."""
+    """A kernel (in, H, h), (H, h, out) or a bias (H, h) whose axes H and h were filled in the order (h, H)."""
     have, want = leaf.have, leaf.want
     for at in range(have.ndim - 1):
         shape = have.shape
@@ -222,15 +224,15 @@ def _other_layer(leaf: FlaxLeaf) -> WeightMistake | None:
             continue
         partner = leaf.theirs.get(path)
         if partner is not None and same(partner, leaf.want):
-            text = f"{leaf.path} holds what belongs to {path}, and that one holds what belongs here"
+            text = f"{leaf.path} holds the values of {path}, and {path} holds the values of {leaf.path}"
             return WeightMistake("swapped layers", text, f"swap {leaf.path} and {path}")
         return WeightMistake(
-            "swapped layers", f"{leaf.path} holds what belongs to {path}", f"port {_sources(leaf)} into it"
+            "swapped layers", f"{leaf.path} holds the values of {path}", f"port {_sources(leaf)} into it"
         )
     for name, tensor in leaf.torch.items():
         if tensor.size == leaf.have.size and same(leaf.have, tensor.reshape(leaf.have.shape)):
             return WeightMistake(
-                "kernel not transposed", f"{leaf.path} holds {name} as it is", "transpose it as the plan does"
+                "kernel not transposed", f"{leaf.path} holds {name} untransposed", "transpose it as the plan does"
             )
     return None
 
@@ -246,7 +248,7 @@ def _rounded(leaf: FlaxLeaf) -> WeightMistake | None:
 
 
 def _of_torch(leaf: FlaxLeaf) -> bool:
-    """Are all values those of the torch tensors that the leaf comes from?"""
+    """Does every value occur in the torch tensors from which the leaf is made?"""
     theirs = [tensor.reshape(-1) for tensor in leaf.torch.values() if tensor.dtype == leaf.have.dtype]
     return bool(theirs) and bool(np.isin(leaf.have, np.concatenate(theirs)).all())
 
@@ -257,12 +259,12 @@ def _scaled(leaf: FlaxLeaf) -> WeightMistake | None:
     if size and constant(leaf.want) is None:
         factor = float((have * want).sum()) / size
         if factor and abs(factor - 1) > 1e-6 and relative(have, want * factor) < _EPS:
-            text = f"{leaf.path} is {nice(factor)} x what it should be"
+            text = f"{leaf.path} is {nice(factor)} x its right value"
             named = _scale_name(leaf, factor)
             return WeightMistake(named, text, f"divide it by {nice(factor)}")
     step = float(np.median(have - want))
     if abs(step) == 1.0 and float(np.abs(have - want - step).max()) < _EPS * max(1.0, float(np.abs(want).max())):
-        text = f"{leaf.path} is what it should be {'plus' if step > 0 else 'less'} 1"
+        text = f"every value of {leaf.path} is 1 too {'large' if step > 0 else 'small'}"
         return WeightMistake(
             "zero-centred norm", text, f"{'subtract' if step > 0 else 'add'} 1: one side stores scale - 1"
         )
@@ -281,7 +283,7 @@ def _scale_name(leaf: FlaxLeaf, factor: float) -> str:
 
 
 def _fused(leaf: FlaxLeaf) -> WeightMistake | None:
-    """Rows of the fused tensor that the plan gives to other parts."""
+    """Rows of the fused tensor that belong to other parts by the plan."""
     if leaf.fused is None or leaf.path not in leaf.fused.entry.targets:
         return None
     now = leaf.fused.order
@@ -289,7 +291,7 @@ def _fused(leaf: FlaxLeaf) -> WeightMistake | None:
         if _matches(leaf.have, made):
             planned = "" if now is None else f", the plan reads it {now.text} ({leaf.fused.decided})"
             text = f"{leaf.path} holds rows of {_sources(leaf)} read {order.text}{planned}"
-            fix = "one of the two is wrong: port again, or correct the rule that the check is given"
+            fix = "one of the two orders is wrong: port again, or correct the rule that the check gets"
             return WeightMistake("fused order", text, f"{fix}: {rule_line(leaf.fused.entry, order)}")
     return None
 
@@ -298,7 +300,7 @@ def _fresh(leaf: FlaxLeaf) -> WeightMistake | None:
     if _of_torch(leaf):
         return None
     name = looks_fresh(leaf.have, leaf.want, leaf.role == "embedding")
-    return None if name is None else _unported(leaf, f"looks fresh from {name}")
+    return None if name is None else _unported(leaf, f"looks newly drawn by {name}")
 
 
 def _differ(leaf: FlaxLeaf) -> WeightMistake:
@@ -307,29 +309,29 @@ def _differ(leaf: FlaxLeaf) -> WeightMistake:
     off = relative(have, want)
     text = f"{leaf.path}: {count:,} of {have.size:,} values differ"
     if _of_torch(leaf):
-        text += f"; all of them are values of {_sources(leaf)}, but not these"
+        text += f"; all of them occur in {_sources(leaf)}, at other places"
     if not np.isfinite(have.astype(np.float64)).all():
         text += "; some are not finite"
     elif _same_values(have, want):
-        text += "; the values are the right ones, in another order"
+        text += "; they are the right values in another order"
     elif count < have.size and off < np.inf:
-        text += f", by {off:.2g} of its size in all"
+        text += f", with a relative error of {off:.2g} in all"
     elif off < _NOISE:
-        text += f": noise of {off:.2g} of its size"
+        text += f": noise, with a relative error of {off:.2g}"
     return WeightMistake("weights differ", text, f"port {_sources(leaf)} again")
 
 
 HYPOTHESES: tuple[Callable[[FlaxLeaf], WeightMistake | None], ...] = (
     _initial, _axes, _reshaped, _rows, _fused, _other_layer, _rounded, _scaled, _fresh,
 )  # fmt: skip
-"""Tried in this order. Every one needs the exact bits, but for the scaled and the fresh ones."""
+"""Tried in this order. Each needs the exact bits, except `_scaled` and `_fresh`."""
 
 
 # ---------------------------------------------------------------- comparing
 
 
 def _matches(have: Array, candidate: Array) -> bool:
-    """Equal, told from a few values first."""
+    """Are the arrays equal? A few values are compared first."""
     if have.shape != candidate.shape:
         return False
     probe = np.random.Generator(np.random.Philox(3)).integers(0, 1 << 30, size=(have.ndim, 16))
@@ -338,7 +340,7 @@ def _matches(have: Array, candidate: Array) -> bool:
 
 
 def _same_values(have: Array, want: Array) -> bool:
-    """The same values in any order, by sums over their bits."""
+    """Do the arrays hold the same values in any order, judged by sums over their bits?"""
     plain = is_number(have) or have.dtype.kind in "biu"
     if have.size != want.size or have.dtype != want.dtype or not plain:
         return False
@@ -351,7 +353,7 @@ def _same_values(have: Array, want: Array) -> bool:
 
 
 def slices(leaf: FlaxLeaf, axis: int, index: int) -> FlaxLeaf:
-    """One layer of a stacked leaf. Its neighbours in the stack are among the others."""
+    """One layer of a stacked leaf. The other layers of the stack become its `others`."""
 
     def cut(array: Array | None) -> Array | None:
         fits = array is not None and array.ndim == leaf.have.ndim and array.shape[axis] == leaf.have.shape[axis]
