@@ -1,4 +1,4 @@
-"""The library's front: plan, port, load. Everything here takes what the command line takes, and live objects."""
+"""The library's public functions: plan, port, load. Each takes whatever the command line takes, and live objects."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def open_both(
     to: Side | None = None,
     opener: Callable[..., Checkpoint] = open_weights,
 ) -> tuple[Checkpoint, Checkpoint | None]:
-    """Both ends opened, as what they are said to be where they do not declare it, their weights alone; `open_tree` as
-    the opener opens all of them. Where both fail, the graver error (unsafe input, then bad input, then missing)."""
+    """Open `source` and `like`. The given side counts for an end that does not declare its own. The default opener
+    opens the weights alone; pass `open_tree` to open every leaf. If both ends fail, raise the graver error (unsafe
+    input, then bad input, then missing)."""
     from graftax.errors import SEVERITY
 
     found: list[Checkpoint | None] = []
@@ -81,18 +82,19 @@ def open_both(
 
 
 def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> Plan:
-    """The plan for two opened ends. Where tensors do not fit, it says so too if the source's files may be slices."""
+    """The plan for two opened checkpoints. If tensors do not fit and the source's files may be slices, a failure says
+    so."""
     made = infer_plan(source, like, options)
     fits = not made.failures and all(question.candidates for question in made.questions)
     hint = "" if fits else perhaps_slices(source.storage.files)
     if not hint:
         return made
-    slices = Failure("its tensors may be slices of what fits", source.label, next=hint)
+    slices = Failure("its tensors may be slices of larger tensors", source.label, next=hint)
     return replace(made, failures=(*made.failures, slices))
 
 
 def plan_again(made_from: MadeFrom, rule: str) -> Plan:
-    """The plan that is made with one rule more."""
+    """The same plan, made again with one more rule."""
     options = made_from.options
     return make_plan(made_from.source, made_from.like, replace(options, rules=options.rules.extended(rule)))
 
@@ -103,7 +105,8 @@ def load_plan(path: str | PathLike[str]) -> Plan:
 
 
 def run_plan(made: Plan, source: Tree, sharding: Any = None, rngs: Any = None, receipt: Receipt | None = None) -> Any:
-    """What a plan makes of `source`: like's own kind of container where it was made from one. See `port`."""
+    """Run a plan on `source`. The result is like's own kind of container if the plan was made from a live `like`. See
+    `port`."""
     like = None if made.made_from is None else made.made_from.like
     spans = spans_processes(sharding, like if sharding is None and peers() is not None else None)
     with together("planning", spans):
@@ -113,7 +116,7 @@ def run_plan(made: Plan, source: Tree, sharding: Any = None, rngs: Any = None, r
 
 
 def _places(made: Plan, like: Checkpoint | None, sharding: Any) -> dict[str, Place] | None:
-    """path -> where its leaf goes; None for NumPy arrays in a plain container."""
+    """path -> the devices of its leaf; None: NumPy arrays in a plain container."""
     if isinstance(sharding, str) and sharding == HOST:
         return None
     return places(sharding, made.like.specs, made.like.side, made.like.label, like)
@@ -122,7 +125,8 @@ def _places(made: Plan, like: Checkpoint | None, sharding: Any) -> dict[str, Pla
 def _leaves(
     made: Plan, source: Checkpoint, like: Checkpoint | None, where: dict[str, Place], spans: bool, receipt: Receipt
 ) -> dict[str, Any]:
-    """path -> leaf of the Flax tree that the plan makes; where it `spans` processes, in all of them or in none."""
+    """path -> leaf of the Flax tree that the plan makes. If it `spans` processes, all of them succeed or all of them
+    fail."""
     same_work(made, source, like, where, spans)
     with together("loading", spans):
         return place_leaves(made, source, like, where, receipt, spans)
@@ -138,10 +142,10 @@ def _made(
     rngs: Any,
     receipt: Receipt | None,
 ) -> Any:
-    """What a plan makes, in like's own kind of container; a nested dict (Flax) or an OrderedDict (torch) where like is
-    a file, and for NumPy arrays.
+    """The result of a plan, in like's own kind of container. It is a nested dict (Flax) or an OrderedDict (torch) if
+    like is a file, and for NumPy arrays.
 
-    A plan that runs backwards, or on a file of its own, has no live `like`: it gives the plain container of its side.
+    An inverse plan and a plan loaded from a file have no live `like`: they give the plain container of their side.
     """
     receipt = Receipt() if receipt is None else receipt
     final = where if made.like.side == "flax" else None
@@ -200,7 +204,7 @@ def port(
 def _planned(
     source: Tree, like: Tree, options: PlanOptions, sharding: Any
 ) -> tuple[Plan, Checkpoint, Checkpoint | None, dict[str, Place] | None, bool]:
-    """The complete plan, both ends opened, where the leaves go, and whether that spans several processes."""
+    """The complete plan, both checkpoints, the devices of each leaf, and whether they span several processes."""
     if sharding is None and like is not None and peers() is not None:
         like = open_weights(like, side=options.to)
         spans = spans_processes(None, like)

@@ -29,7 +29,7 @@ def escape(text: object, limit: int = _NAME_LIMIT) -> str:
         raw = type(text).__name__
     if len(raw) > limit:
         raw = f"{raw[: limit // 2]}...{raw[-(limit // 2 - 3) :]}"
-    if raw.isprintable():  # then it has none of the categories below, told a hundred times as fast
+    if raw.isprintable():  # no character of the categories below: a hundred times faster
         return raw
     for char in raw:
         if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}:
@@ -47,7 +47,7 @@ _command_line: ContextVar[bool] = ContextVar("graftax_command_line", default=Fal
 
 @contextmanager
 def command_line_words() -> Generator[None]:
-    """Inside, messages name the command line's options; elsewhere the library's."""
+    """Inside this context messages name the options of the command line; outside it, those of the library."""
     token = _command_line.set(True)
     try:
         yield
@@ -56,13 +56,13 @@ def command_line_words() -> Generator[None]:
 
 
 def worded(command: str, library: str) -> str:
-    """The text for who calls: the command line's or the library's."""
+    """`command` inside `command_line_words`, else `library`: the text in the caller's own words."""
     return command if _command_line.get() else library
 
 
 def option(name: str, value: str = "") -> str:
     """An option as the caller writes it: `--max-memory 64MiB`, or `max_memory="64MiB"`; without a value `--rules`, or
-    `rules=`. `name` is the library's."""
+    `rules=`. `name` is the option's name in the library."""
     given = f" {shlex.quote(value)}" if value else ""
     return worded(f"{flag(name)}{given}", f'{name}="{value}"' if value else f"{name}=")
 
@@ -85,7 +85,7 @@ def with_article(word: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One thing that does not hold: where (file, key), expected, found, and the next step."""
+    """One failure: what is wrong, where (file, key), what was expected, what was found, and the next step."""
 
     what: str
     file: str = ""
@@ -113,7 +113,7 @@ class Failure:
 
 
 def clip(text: str, limit: int = MESSAGE_LIMIT) -> str:
-    """`text` cut to `limit` bytes of UTF-8, whole lines where it can be, with a mark that something was cut."""
+    """`text` cut to `limit` bytes of UTF-8, at the end of a line if possible, with a mark where it was cut."""
     raw = text.encode("utf-8", "backslashreplace")
     if len(raw) <= limit:
         return raw.decode("utf-8")
@@ -153,13 +153,13 @@ class GraftaxError(Exception):
 
 
 class PlanError(GraftaxError):
-    """The plan is incomplete, ambiguous or does not fit; also a selection or an expectation that does not hold."""
+    """A plan is incomplete, ambiguous or does not fit; or a selector or `expect` does not match the tree."""
 
     exit_code = 1
 
 
 class MissingKeyError(PlanError, KeyError):
-    """A checkpoint has no tensor of that name; a KeyError too, as of any mapping."""
+    """A checkpoint has no tensor of that name. It is a KeyError too, because a checkpoint is a mapping."""
 
     __str__ = Exception.__str__  # a KeyError shows its message quoted
 
@@ -173,8 +173,8 @@ class LayoutError(PlanError):
 
 
 class ParityError(GraftaxError, AssertionError):
-    """Flax output and torch output differ by more than float32 explains. `report` is the whole ParityReport, of which
-    the message shows the beginning."""
+    """Flax output and torch output differ by more than float32 explains. `report` is the whole ParityReport; the
+    message shows its beginning."""
 
     exit_code = 1
     report: Any = None
@@ -182,7 +182,7 @@ class ParityError(GraftaxError, AssertionError):
 
 class ModelError(GraftaxError):
     """The user's own model failed: an exception inside forward, an input it cannot take, a layer left in train mode.
-    The message names whose code it was: framework, module path, file and line. Exit code 70."""
+    The message names the code that failed: framework, module path, file and line. Exit code 70."""
 
 
 class ReplayError(GraftaxError):
@@ -190,7 +190,7 @@ class ReplayError(GraftaxError):
 
 
 class UsageError(GraftaxError):
-    """The call itself is off: an option, a selector's syntax, a factory that cannot be imported."""
+    """The call itself is wrong: an option, a selector's syntax, a factory that cannot be imported."""
 
     exit_code = 2
 

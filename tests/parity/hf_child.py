@@ -171,7 +171,7 @@ def cases() -> dict[str, Callable[[], Case]]:
 # ---------------------------------------------------------------- one pair
 
 
-class Pair:
+class ModulePair:
     """A torch model with random weights, and what gx.check_parity is called with."""
 
     def __init__(self, case: Case) -> None:
@@ -208,7 +208,7 @@ def channels_last(value: np.ndarray) -> np.ndarray:
 
 def findings(case: Case) -> dict[str, Any]:
     start = time.perf_counter()
-    pair = Pair(case)
+    pair = ModulePair(case)
     like = pair.like()
     weights = gx.port(pair.torch, like, rules=case.rules, unused="drop")
     report = pair.check(like, weights)

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import UNIT, Site
 from graftax.parity.report.model import Cause, LayerRow, OutputRow, ParityReport, SettingRow, WeightRow
 
@@ -33,7 +33,7 @@ def row(
     noise = [math.exp(rng.gauss(0, 0.15)) for _ in range(3)]
     status = "diverges" if added > 5 or arrives > 5 else "ok"
     return LayerRow(
-        pair=Pair(torch, flax, leaf=leaf, kinds=kinds), site_torch=Site(torch, call), site_flax=Site(flax, call),
+        pair=ModulePair(torch, flax, leaf=leaf, kinds=kinds), site_torch=Site(torch, call), site_flax=Site(flax, call),
         kind=" / ".join(kinds), in_error=floor_in * arrives * noise[0], in_floor=floor_in,
         out_error=floor_out * added * noise[1], out_floor=floor_out, free_error=floor_free * free * noise[2],
         free_floor=floor_free, status=status,

@@ -8,7 +8,7 @@ import pytest
 from graftax.errors import UsageError
 from graftax.ops import Rearrange, Scale
 from graftax.parity.align import Alignment, Features, Layout, alignment_of, declared, with_layout
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.plans import Entry
 from graftax.tree import Module, TensorSpec
 
@@ -68,7 +68,7 @@ def test_features_of_a_flattened_map():
         ("fc.weight",), ("fc/kernel",), (Rearrange("o (c h w) -> (h w c) o", (("c", 3), ("h", 2), ("w", 2))),)
     )
     module = Module("fc", "Linear", ("torch.nn.modules.linear.Linear",), {}, {"weight": "fc.weight"})
-    found = alignment_of(Pair("fc", "fc", (entry,)), module, {"fc.weight": TensorSpec((5, 12), "float32")})
+    found = alignment_of(ModulePair("fc", "fc", (entry,)), module, {"fc.weight": TensorSpec((5, 12), "float32")})
     x = array(4, 3, 2, 2)
     turn = found.turn(x.reshape(4, 12), (4, 12), x.transpose(0, 2, 3, 1).reshape(4, 12) * 9)
     assert (turn(x.reshape(4, 12)) == x.transpose(0, 2, 3, 1).reshape(4, 12)).all()
@@ -83,7 +83,7 @@ def test_rows_permuted_and_scaled():
     ops = (Rearrange("(h two d) i -> i (h d two)", (("h", 2), ("two", 2), ("d", 3))), Scale(0.5))
     entry = Entry(("q.weight",), ("q/kernel",), ops)
     module = Module("q", "Linear", ("torch.nn.modules.linear.Linear",), {}, {"weight": "q.weight"})
-    found = alignment_of(Pair("q", "q", (entry,)), module, {"q.weight": TensorSpec((12, 7), "float32")})
+    found = alignment_of(ModulePair("q", "q", (entry,)), module, {"q.weight": TensorSpec((12, 7), "float32")})
     y = array(4, 12)
     want = 0.5 * y.reshape(4, 2, 2, 3).transpose(0, 1, 3, 2).reshape(4, 12)
     assert np.allclose(found.turn(y, (4, 12), None, outward=True)(y), want)
@@ -96,7 +96,7 @@ def test_embedding_ids_are_not_features():
     ops = (Rearrange("v (h d) -> v h d", (("h", 2), ("d", 3))),)
     module = Module("e", "Embedding", ("torch.nn.modules.sparse.Embedding",), {}, {"weight": "e.weight"})
     entry = Entry(("e.weight",), ("e/embedding",), ops)
-    found = alignment_of(Pair("e", "e", (entry,)), module, {"e.weight": TensorSpec((9, 6), "float32")})
+    found = alignment_of(ModulePair("e", "e", (entry,)), module, {"e.weight": TensorSpec((9, 6), "float32")})
     assert found.inward == Features()
     assert found.outward.order is None
 

@@ -53,7 +53,7 @@ def test_other_shapes_and_dtypes_are_said():
     want = np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)
     row = compared("k", want.T, want, "from w")
     assert row is not None
-    assert row.text == "has shape (3, 2), the plan makes (2, 3) from w"
+    assert row.text == "shape mismatch: (3, 2), the plan makes (2, 3) from w"
     row = compared("k", want.astype(ml_dtypes.bfloat16), want, "from w")
     assert row is not None
     assert row.text.startswith("is held in bfloat16, the plan makes float32")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from graftax.parity.causes.attention_forms import Form, Scene, attend, whole
-from graftax.parity.causes.elementwise import Source
+from graftax.parity.causes.attention_forms import AttentionForm, Scene, attend, whole
+from graftax.parity.causes.elementwise import Operand
 from graftax.parity.causes.glue import explain, module_attention
 from graftax.parity.causes.names import CAUSES
 from graftax.parity.causes.numbers import Bar, Budget, relative
@@ -35,23 +35,25 @@ KEEP = np.array([[True] * T, [True] * 7 + [False] * 3, [True] * 4 + [False] * 6]
 LEFT = KEEP[:, ::-1]
 
 
-def made(it: Scene, form: Form, keep: np.ndarray | None) -> np.ndarray:
+def made(it: Scene, form: AttentionForm, keep: np.ndarray | None) -> np.ndarray:
     out = attend(it, form, keep, whole(T))
     assert out is not None
     return out.reshape(N, T, -1).astype(np.float32)
 
 
-def names(it: Scene, right: Form, wrong: Form, keep: np.ndarray | None, heads: frozenset[int] = frozenset()):
+def names(
+    it: Scene, right: AttentionForm, wrong: AttentionForm, keep: np.ndarray | None, heads: frozenset[int] = frozenset()
+):
     want, have = made(it, right, keep), made(it, wrong, keep)
-    sources = [Source("v", it.value), Source("k", it.key), Source("q", it.query)]
+    operands = [Operand("v", it.value), Operand("k", it.key), Operand("q", it.query)]
     bar = Bar(relative(have, want), BAR)
-    found = explain(want, have, sources, Known(heads), {}, bar, Budget(60))
+    found = explain(want, have, operands, Known(heads), {}, bar, Budget(60))
     assert all(item.name in CAUSES and item.fix for item in found)
     return [item.name for item in found]
 
 
-PLAIN = Form(H, H)
-CAUSAL = Form(H, 2, rotary=Rotary("half"), causal="yes")
+PLAIN = AttentionForm(H, H)
+CAUSAL = AttentionForm(H, 2, rotary=Rotary("half"), causal="yes")
 
 ENCODER = {
     "attention scale": {"power": 0.0},
@@ -105,14 +107,14 @@ def test_decoders(case: str, keep: np.ndarray | None):
 @pytest.mark.parametrize(
     "right",
     [
-        Form(H, 2, rotary=Rotary("interleaved", theta=500000.0), causal="yes", window=5),
-        Form(H, 2, power=0.0, factor=0.2, rotary=Rotary("half"), causal="yes"),
-        Form(H, 2, rotary=Rotary("half"), causal="yes", cap=2.0),
-        Form(H, H, rotary=Rotary("half", part=2 / 3), causal="yes"),
+        AttentionForm(H, 2, rotary=Rotary("interleaved", theta=500000.0), causal="yes", window=5),
+        AttentionForm(H, 2, power=0.0, factor=0.2, rotary=Rotary("half"), causal="yes"),
+        AttentionForm(H, 2, rotary=Rotary("half"), causal="yes", cap=2.0),
+        AttentionForm(H, H, rotary=Rotary("half", part=2 / 3), causal="yes"),
     ],
     ids=["interleaved window", "odd scale", "cap", "partial"],
 )
-def test_torch_forms_that_are_not_the_usual_one(right: Form):
+def test_torch_forms_that_are_not_the_usual_one(right: AttentionForm):
     it = scene(kv=right.kv)
     assert names(it, right, replace(right, causal="no"), KEEP) == ["attention mask"]
     assert names(it, right, replace(right, factor=right.factor * 2), KEEP) == ["attention scale"]
@@ -123,8 +125,8 @@ def test_two_changes_are_both_told():
     assert set(names(scene(kv=2), CAUSAL, wrong, None)) <= {"key-value heads", "attention scale"}
     want, have = made(scene(kv=2), CAUSAL, None), made(scene(kv=2), wrong, None)
     it = scene(kv=2)
-    sources = [Source("v", it.value), Source("k", it.key), Source("q", it.query)]
-    (found, *_) = explain(want, have, sources, Known(), {}, Bar(relative(have, want), BAR), Budget(60))
+    operands = [Operand("v", it.value), Operand("k", it.key), Operand("q", it.query)]
+    (found, *_) = explain(want, have, operands, Known(), {}, Bar(relative(have, want), BAR), Budget(60))
     assert "tile" in found.text
     assert "scores" in found.text
 
@@ -132,25 +134,25 @@ def test_two_changes_are_both_told():
 def test_a_fused_projection():
     it = scene(split=False)
     want, have = made(it, PLAIN_CUT, None), made(it, replace(PLAIN_CUT, power=0.0), None)
-    fused = Source("qkv", np.concatenate([it.query, it.key, it.value], axis=-1))
+    fused = Operand("qkv", np.concatenate([it.query, it.key, it.value], axis=-1))
     found = explain(want, have, [fused], Known(frozenset({H})), {}, Bar(relative(have, want), BAR), Budget(30))
     assert [item.name for item in found] == ["attention scale"]
 
 
-PLAIN_CUT = Form(H, H)
+PLAIN_CUT = AttentionForm(H, H)
 
 
 def test_what_is_no_attention_is_unknown():
     it = scene()
     want = made(it, PLAIN, None)
     have = (want * (1 + 1e-2 * draw(*want.shape, key=8))).astype(np.float32)
-    sources = [Source("v", it.value), Source("k", it.key), Source("q", it.query)]
-    assert explain(want, have, sources, Known(), {}, Bar(relative(have, want), BAR), Budget(60)) == []
+    operands = [Operand("v", it.value), Operand("k", it.key), Operand("q", it.query)]
+    assert explain(want, have, operands, Known(), {}, Bar(relative(have, want), BAR), Budget(60)) == []
     near = made(it, replace(PLAIN, power=0.0), None)
     near = (near * (1 + 1e-3 * draw(*want.shape, key=8))).astype(np.float32)
-    assert explain(want, near, sources, Known(), {}, Bar(relative(near, want), BAR), Budget(60)) == []
+    assert explain(want, near, operands, Known(), {}, Bar(relative(near, want), BAR), Budget(60)) == []
     other = draw(*want.shape, key=9) * np.float32(0.1)
-    assert explain(other, want, sources, Known(), {}, Bar(relative(want, other), BAR), Budget(60)) == []
+    assert explain(other, want, operands, Known(), {}, Bar(relative(want, other), BAR), Budget(60)) == []
 
 
 def test_a_whole_module_with_its_projections():

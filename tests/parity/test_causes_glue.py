@@ -8,7 +8,7 @@ import pytest
 
 from graftax.parity.causes.activations import ACTIVATIONS, apply, erf
 from graftax.parity.causes.additions import position_ids
-from graftax.parity.causes.elementwise import Source, fit_cap
+from graftax.parity.causes.elementwise import Operand, fit_cap
 from graftax.parity.causes.glue import explain, integers
 from graftax.parity.causes.names import CAUSES
 from graftax.parity.causes.numbers import Bar, Budget, relative
@@ -31,16 +31,16 @@ def f32(array: np.ndarray) -> np.ndarray:
 
 
 def names(
-    want: np.ndarray, have: np.ndarray, sources: list[Source], known: Known | None = None, tables=None
+    want: np.ndarray, have: np.ndarray, operands: list[Operand], known: Known | None = None, tables=None
 ) -> list[str]:
     want, have = f32(np.asarray(want, np.float64)), f32(np.asarray(have, np.float64))
-    found = explain(want, have, sources, known or Known(), tables or {}, Bar(relative(have, want), BAR), Budget(30))
+    found = explain(want, have, operands, known or Known(), tables or {}, Bar(relative(have, want), BAR), Budget(30))
     assert all(item.name in CAUSES and item.text and item.fix for item in found)
     return [item.name for item in found]
 
 
 A, B, C = draw(3, 7, 24), draw(3, 7, 24, key=1), draw(3, 7, 24, key=2)
-SOURCES = [Source("fc1", A), Source("norm", B), Source("attn", C)]
+SOURCES = [Operand("fc1", A), Operand("norm", B), Operand("attn", C)]
 UNRELATED = draw(3, 7, 24, key=9).astype(np.float64)
 
 
@@ -55,7 +55,9 @@ def test_erf_is_exact():
 @pytest.mark.parametrize("wrong", ["gelu erf", "gelu tanh", "relu", "silu", "identity", "leaky relu 0.01"])
 def test_activations(right: str, wrong: str):
     if right != wrong:
-        assert names(apply(right, A * 4.0), apply(wrong, A * 4.0), [Source("fc1", A * np.float32(4))]) == ["activation"]
+        assert names(apply(right, A * 4.0), apply(wrong, A * 4.0), [Operand("fc1", A * np.float32(4))]) == [
+            "activation"
+        ]
 
 
 def test_the_fix_is_what_torch_has():
@@ -66,12 +68,12 @@ def test_the_fix_is_what_torch_has():
 
 
 def test_gates():
-    up, gate = Source("up", A), Source("gate", B)
+    up, gate = Operand("up", A), Operand("gate", B)
     want, have = (apply(name, B.astype(np.float64)) * A for name in ("silu", "gelu tanh"))
     assert names(want, have, [up, gate]) == ["activation"]
     other = apply("silu", A.astype(np.float64)) * B
     assert names(want, other, [up, gate]) == ["activation"]
-    fused = Source("gate_up", np.concatenate([B, A], axis=-1))
+    fused = Operand("gate_up", np.concatenate([B, A], axis=-1))
     assert names(want, have, [fused]) == ["activation"]
 
 
@@ -88,7 +90,7 @@ def test_residuals():
 
 
 def test_embeddings():
-    word, place, kind = Source("word", A, table=True), Source("place", B, table=True), Source("kind", C, table=True)
+    word, place, kind = Operand("word", A, table=True), Operand("place", B, table=True), Operand("kind", C, table=True)
     tables = [kind, place, word]
     scaled = 24**0.5 * A.astype(np.float64)
     assert names(scaled + B + C, A.astype(np.float64) + B + C, tables) == ["embedding scale"]
@@ -99,12 +101,12 @@ def test_embeddings():
 def test_caps_and_factors():
     x = A.astype(np.float64) * 3
     cap = 5 * np.tanh(x / 5)
-    source = [Source("head", x.astype(np.float32))]
-    assert names(cap, x, source) == ["logit softcap"]
-    assert names(x, cap, source) == ["logit softcap"]
-    assert names(cap, 7 * np.tanh(x / 7), source) == ["logit softcap"]
+    operand = [Operand("head", x.astype(np.float32))]
+    assert names(cap, x, operand) == ["logit softcap"]
+    assert names(x, cap, operand) == ["logit softcap"]
+    assert names(cap, 7 * np.tanh(x / 7), operand) == ["logit softcap"]
     assert names(cap, x, []) == ["logit softcap"]
-    assert names(x, 0.25 * x, source) == ["scale factor"]
+    assert names(x, 0.25 * x, operand) == ["scale factor"]
     assert names(UNRELATED, 0.25 * UNRELATED, SOURCES) == ["scale factor"]
     fitted = fit_cap(x.reshape(-1), cap.reshape(-1))
     assert fitted is not None
@@ -152,9 +154,9 @@ def test_flatten_orders():
     right = np.maximum(MAPS, 0).astype(np.float64)
     want = right.reshape(3, -1)
     for order in ((0, 3, 1, 2), (0, 2, 1, 3), (0, 3, 2, 1)):
-        assert names(want, right.transpose(order).reshape(3, -1), [Source("conv", MAPS)], known) == ["flatten order"]
+        assert names(want, right.transpose(order).reshape(3, -1), [Operand("conv", MAPS)], known) == ["flatten order"]
     shuffled = want[:, np.random.default_rng(2).permutation(want.shape[1])]
-    assert names(want, shuffled, [Source("conv", MAPS)], known) == ["flatten order"]
+    assert names(want, shuffled, [Operand("conv", MAPS)], known) == ["flatten order"]
 
 
 def test_heads_merged_in_the_other_order():
@@ -172,13 +174,13 @@ def test_pools(wrong):
     right = Pool("max", 3, 2, SYMMETRIC)
     for act in ("relu", "identity", "gelu erf"):
         want, have = (pool(apply(act, x), Pool("max", 3, 2, pads)) for pads in (SYMMETRIC, wrong))
-        assert names(want, have, [Source("conv", MAPS)]) == ["padding"]
+        assert names(want, have, [Operand("conv", MAPS)]) == ["padding"]
     want = pool(apply("relu", x), right)
-    assert names(want, pool(apply("relu", x), Pool("avg", 3, 2, SYMMETRIC)), [Source("conv", MAPS)]) == ["pooling"]
-    assert names(want, pool(apply("relu", x), Pool("max", 2, 2, ((0, 0), (0, 0)))), [Source("conv", MAPS)]) == [
+    assert names(want, pool(apply("relu", x), Pool("avg", 3, 2, SYMMETRIC)), [Operand("conv", MAPS)]) == ["pooling"]
+    assert names(want, pool(apply("relu", x), Pool("max", 2, 2, ((0, 0), (0, 0)))), [Operand("conv", MAPS)]) == [
         "pooling"
     ]
-    assert names(want, want * (1 + 1e-3 * draw(*want.shape)), [Source("conv", MAPS)]) == []
+    assert names(want, want * (1 + 1e-3 * draw(*want.shape)), [Operand("conv", MAPS)]) == []
 
 
 def test_pools_behind_a_flatten():
@@ -186,28 +188,28 @@ def test_pools_behind_a_flatten():
     two = Pool("max", 2, 2, ((0, 0), (0, 0)))
     made = pool(apply("relu", x), two)
     want, have = made.reshape(3, -1), made.transpose(0, 3, 1, 2).reshape(3, -1)
-    assert names(want, have, [Source("conv", MAPS)], Known(maps=frozenset({(5, 4, 3)}))) == ["flatten order"]
+    assert names(want, have, [Operand("conv", MAPS)], Known(maps=frozenset({(5, 4, 3)}))) == ["flatten order"]
 
 
 def test_counted_padding_of_averages():
     x = MAPS.astype(np.float64)
     want, have = (pool(x, Pool("avg", 3, 2, SYMMETRIC, counted=counted)) for counted in (True, False))
-    assert names(want, have, [Source("conv", MAPS)]) == ["padding"]
+    assert names(want, have, [Operand("conv", MAPS)]) == ["padding"]
 
 
 def test_global_reductions():
     x = MAPS.astype(np.float64)
     relu = np.maximum(x, 0)
-    assert names(relu.mean((1, 2)), relu.max((1, 2)), [Source("conv", MAPS)]) == ["pooling"]
-    assert names(relu.mean((1, 2)), x.mean((1, 2)), [Source("conv", MAPS)]) == ["activation"]
+    assert names(relu.mean((1, 2)), relu.max((1, 2)), [Operand("conv", MAPS)]) == ["pooling"]
+    assert names(relu.mean((1, 2)), x.mean((1, 2)), [Operand("conv", MAPS)]) == ["activation"]
     tokens = A.astype(np.float64)
-    assert names(tokens[:, 0], tokens[:, -1], [Source("norm", A)]) == ["pooling"]
+    assert names(tokens[:, 0], tokens[:, -1], [Operand("norm", A)]) == ["pooling"]
 
 
 def test_a_map_that_is_sampled_elsewhere():
     x = MAPS.astype(np.float64)
-    assert names(x, np.roll(x, -1, axis=1), [Source("block", MAPS)]) == ["stride alignment"]
-    assert names(x[:, ::2, ::2], x[:, 1::2, 1::2], [Source("block", MAPS)]) == ["stride alignment"]
+    assert names(x, np.roll(x, -1, axis=1), [Operand("block", MAPS)]) == ["stride alignment"]
+    assert names(x[:, ::2, ::2], x[:, 1::2, 1::2], [Operand("block", MAPS)]) == ["stride alignment"]
 
 
 # ---------------------------------------------------------------- positions
@@ -266,7 +268,7 @@ def test_resized_positions(right: str, wrong: str, extra: int):
     want, have = made(right), made(wrong)
     if relative(have, want) < 1e-6:
         return
-    found = names(want, have, [Source("patch", draw(2, 12, 24, key=3))], tables={"pos": table})
+    found = names(want, have, [Operand("patch", draw(2, 12, 24, key=3))], tables={"pos": table})
     assert found == ["position embedding resize"]
 
 

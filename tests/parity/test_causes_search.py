@@ -1,4 +1,4 @@
-"""From a suspect to causes: what is tried, in which order, and that nothing is named that was not tried."""
+"""From a divergence to causes: what is tried, in which order, and that nothing is named that was not tried."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from graftax.errors import ReplayError
 from graftax.parity.causes import find_causes
 from graftax.parity.causes.activations import apply
 from graftax.parity.causes.numbers import relative
-from graftax.parity.divergence import Suspect
-from graftax.parity.pairing import Pair
+from graftax.parity.divergence import Divergence
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import Record, Reference, Site
 from graftax.parity.report.model import LayerRow
 from graftax.plans import Entry
@@ -65,10 +65,10 @@ class Fake:
         return norm(x, leaves["layer/scale"], settings["epsilon"], settings.get("use_fast_variance", False))
 
 
-def suspect(where: str, flax: Fake, want: Any, have: Any, torch: Module, **more: Any) -> Suspect:
+def diverging(where: str, flax: Fake, want: Any, have: Any, torch: Module, **more: Any) -> Divergence:
     """The layer `layer`. For 'out': its outputs; for 'in': what arrives."""
     entries = more.pop("entries", ())
-    pair = Pair("layer", "layer", entries, more.pop("leaf", True), kinds=(torch.kind, flax.kind))
+    pair = ModulePair("layer", "layer", entries, more.pop("leaf", True), kinds=(torch.kind, flax.kind))
     given = more.pop("given", X)
     site = Site("layer")
     error = relative(have, want) if np.asarray(have).dtype.kind in "fV" else 1.0
@@ -79,7 +79,7 @@ def suspect(where: str, flax: Fake, want: Any, have: Any, torch: Module, **more:
     records = {site: record, **more.pop("records", {})}
     reference = Reference({"layer": torch}, tuple(records), records, None, None)
     args = (given,) if out else (want,)
-    return Suspect(
+    return Divergence(
         row, where, reference, (given,) if out else (have,), {}, have if out else None, args, {},
         want if out else None, flax, flax, flax, None, **more,
     )  # fmt: skip
@@ -89,13 +89,13 @@ LAYER_NORM = Module("layer", "LayerNorm", ("torch.nn.modules.normalization.Layer
 LINEAR = Module("layer", "Linear", ("torch.nn.modules.linear.Linear",), {"in_features": 12, "out_features": 12})
 
 
-def names(it: Suspect) -> list[str]:
+def names(it: Divergence) -> list[str]:
     return [cause.name for cause in find_causes(it)]
 
 
 def test_a_setting_that_torch_declares_is_tried_first():
     flax = Fake("LayerNorm", {"epsilon": 1e-6}, {"layer/scale": SCALE})
-    it = suspect("out", flax, norm(X, SCALE, 1e-12), norm(X, SCALE, 1e-6), LAYER_NORM)
+    it = diverging("out", flax, norm(X, SCALE, 1e-12), norm(X, SCALE, 1e-6), LAYER_NORM)
     (cause,) = find_causes(it)
     assert (cause.name, cause.layer, cause.fix) == ("epsilon", "layer", "nn.LayerNorm(epsilon=1e-12)")
     assert flax.tried[1][0] == {"epsilon": 1e-12}
@@ -105,7 +105,7 @@ def test_a_setting_that_torch_declares_is_tried_first():
 def test_a_setting_that_does_not_help_is_not_named():
     flax = Fake("LayerNorm", {"epsilon": 1e-6}, {"layer/scale": SCALE})
     have = norm(X, SCALE, 1e-6) * np.float32(1.001)
-    assert names(suspect("out", flax, norm(X, SCALE, 1e-12), have, LAYER_NORM)) == []
+    assert names(diverging("out", flax, norm(X, SCALE, 1e-12), have, LAYER_NORM)) == []
 
 
 def test_a_norm_by_hand_that_cannot_be_run_alone():
@@ -113,27 +113,27 @@ def test_a_norm_by_hand_that_cannot_be_run_alone():
     torch = Module("layer", "OwnNorm", ("own.OwnNorm",))
     leaves = {"flax_weights": {"layer/scale": SCALE}, "expected": {"layer/scale": SCALE}}
     entries = (Entry(("layer.weight",), ("layer/scale",)),)
-    it = suspect("out", flax, norm(X, SCALE, 1e-5), norm(X, SCALE, 1e-6), torch, entries=entries, **leaves)
+    it = diverging("out", flax, norm(X, SCALE, 1e-5), norm(X, SCALE, 1e-6), torch, entries=entries, **leaves)
     (cause,) = find_causes(it)
     assert cause.name == "epsilon"
     assert cause.fix == "epsilon=1e-05"
     centred = norm(X, 1 + SCALE, 1e-5)
-    it = suspect("out", flax, centred, norm(X, SCALE, 1e-5), torch, entries=entries, **leaves)
+    it = diverging("out", flax, centred, norm(X, SCALE, 1e-5), torch, entries=entries, **leaves)
     assert names(it) == ["zero-centred norm"]
     far = (X + np.float32(30)).astype(np.float32)
     want, have = norm(far, SCALE, 1e-5), norm(far, SCALE, 1e-5, fast=True)
-    it = suspect("out", flax, want, have, torch, entries=entries, given=far, **leaves)
+    it = diverging("out", flax, want, have, torch, entries=entries, given=far, **leaves)
     assert names(it) == ["fast variance"]
     noise = (want * (1 + 1e-3 * np.random.default_rng(0).normal(size=want.shape))).astype(np.float32)
-    assert names(suspect("out", flax, want, noise, torch, entries=entries, given=far, **leaves)) == []
+    assert names(diverging("out", flax, want, noise, torch, entries=entries, given=far, **leaves)) == []
 
 
-def dense(have: np.ndarray, **more: Any) -> Suspect:
+def dense(have: np.ndarray, **more: Any) -> Divergence:
     flax = Fake("Dense", {"dtype": more.pop("dtype", None)}, {"layer/kernel": have}, more.pop("alone", True))
     out = flax.run(X, flax.settings, flax.leaves)
     want = (X.astype(np.float64) @ KERNEL).astype(np.float32)
     entries = (Entry(("layer.weight",), ("layer/kernel",)),)
-    return suspect(
+    return diverging(
         "out", flax, want if out.dtype == np.float32 else want.astype(out.dtype), out, LINEAR, entries=entries,
         flax_weights={"layer/kernel": have}, expected={"layer/kernel": KERNEL},
         torch_weights={"layer.weight": KERNEL.T}, **more,
@@ -154,7 +154,7 @@ def test_one_bit_of_a_weight_is_not_what_is_wrong_with_a_layer():
     assert names(wide(dense(bit, dtype="bfloat16"))) == ["bfloat16 accumulation"]
 
 
-def wide(it: Suspect) -> Suspect:
+def wide(it: Divergence) -> Divergence:
     """The reference in float32, and the error against it."""
     out = (X.astype(np.float64) @ KERNEL).astype(np.float32)
     records = {it.row.site_torch: Record((X,), {}, out)}
@@ -169,7 +169,7 @@ def test_a_module_in_bfloat16_is_judged_against_the_reference_before_it_was_roun
 
 
 def before(output: np.ndarray, kind: str = "Linear / Dense") -> tuple[tuple[LayerRow, Any], ...]:
-    row = LayerRow(Pair("fc1", "fc1"), Site("fc1"), Site("fc1"), kind, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    row = LayerRow(ModulePair("fc1", "fc1"), Site("fc1"), Site("fc1"), kind, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     return ((row, output),)
 
 
@@ -177,18 +177,18 @@ def test_code_between_layers():
     z = np.random.default_rng(7).normal(size=(5, 12)).astype(np.float32)
     want, have = (apply(name, z.astype(np.float64)).astype(np.float32) for name in ("gelu erf", "gelu tanh"))
     flax = Fake("Dense", {})
-    (cause,) = find_causes(suspect("in", flax, want, have, LINEAR, before=before(z)))
+    (cause,) = find_causes(diverging("in", flax, want, have, LINEAR, before=before(z)))
     assert cause.name == "activation"
     assert cause.fix == "nn.gelu(x, approximate=False)"
-    assert names(suspect("in", flax, want, (have * 1.01).astype(np.float32), LINEAR, before=before(z))) == []
-    assert names(suspect("in", flax, want, have, LINEAR)) == []
+    assert names(diverging("in", flax, want, (have * 1.01).astype(np.float32), LINEAR, before=before(z))) == []
+    assert names(diverging("in", flax, want, have, LINEAR)) == []
 
 
 def test_the_factor_of_an_embedding():
     z = np.random.default_rng(7).normal(size=(5, 12)).astype(np.float32)
     flax = Fake("Dense", {})
     scaled = (z * np.float64(12**0.5)).astype(np.float32)
-    it = suspect("in", flax, scaled, z, LINEAR, before=before(z, "Embedding / Embed"))
+    it = diverging("in", flax, scaled, z, LINEAR, before=before(z, "Embedding / Embed"))
     (cause,) = find_causes(it)
     assert cause.name == "embedding scale"
     assert "sqrt(12)" in cause.detail
@@ -198,7 +198,7 @@ def test_positions_that_arrive():
     flax = Fake("Embed", {"num_embeddings": 20})
     torch = Module("layer", "Embedding", ("torch.nn.modules.sparse.Embedding",))
     ids = np.broadcast_to(np.arange(8), (2, 8))
-    assert names(suspect("in", flax, ids + 2, ids.astype(np.int32), torch)) == ["position ids"]
+    assert names(diverging("in", flax, ids + 2, ids.astype(np.int32), torch)) == ["position ids"]
 
 
 def test_a_table_that_belongs_to_no_layer():
@@ -208,7 +208,7 @@ def test_a_table_that_belongs_to_no_layer():
     nothing = SimpleNamespace(specs={})
     plan = SimpleNamespace(entries=entries, source=nothing, like=nothing)
     zeros = np.zeros_like(table)
-    it = suspect(
+    it = diverging(
         "in", flax, X + table, X, LINEAR, flax_weights={"params/pos": zeros}, expected={"params/pos": table}
     )  # fmt: skip
     (cause,) = find_causes(replace(it, plan=plan))
@@ -220,7 +220,7 @@ def test_the_code_of_a_container():
     z = np.random.default_rng(7).normal(size=(5, 12)).astype(np.float32)
     flax = Fake("Block", {}, alone=False)
     torch = Module("layer", "OwnBlock", ("own.OwnBlock",))
-    it = suspect("out", flax, X + z, z, torch, leaf=False, before=before(z))
+    it = diverging("out", flax, X + z, z, torch, leaf=False, before=before(z))
     (cause,) = find_causes(it)
     assert cause.name == "missing residual"
     assert "the input of layer" in cause.detail
@@ -229,4 +229,4 @@ def test_the_code_of_a_container():
 def test_no_time_no_causes():
     flax = Fake("LayerNorm", {"epsilon": 1e-6}, {"layer/scale": SCALE})
     have = norm(X, SCALE, 1e-6) * np.float32(1.001)
-    assert find_causes(suspect("out", flax, norm(X, SCALE, 1e-12), have, LAYER_NORM), 0.0) == ()
+    assert find_causes(diverging("out", flax, norm(X, SCALE, 1e-12), have, LAYER_NORM), 0.0) == ()

@@ -12,7 +12,7 @@ from graftax.ops import Split, Sum
 from graftax.parity.causes.names import CAUSES
 from graftax.parity.causes.recurrent import recurrent_causes
 from graftax.parity.causes.reorder import Known
-from graftax.parity.causes.weights import Leaf, diagnose, slices
+from graftax.parity.causes.weights import FlaxLeaf, diagnose, slices
 from graftax.plans import Entry
 
 HEADS = Known(heads=frozenset({4, 6}))
@@ -27,7 +27,7 @@ def values(*shape: int, key: int = 0) -> np.ndarray:
 
 
 def name_of(have: np.ndarray, want: np.ndarray, path: str = "params/layer/kernel", **more) -> str | None:
-    found = diagnose(Leaf(path, np.ascontiguousarray(have), want, **more))
+    found = diagnose(FlaxLeaf(path, np.ascontiguousarray(have), want, **more))
     assert found is None or (found.name in CAUSES and found.detail and found.fix)
     return None if found is None else found.name
 
@@ -85,9 +85,9 @@ def test_a_known_mistake_is_named(case: str):
 
 
 def test_an_equal_leaf_has_no_cause():
-    assert diagnose(Leaf("k", square, square.copy())) is None
+    assert diagnose(FlaxLeaf("k", square, square.copy())) is None
     nan = np.array([np.nan, 1.0], np.float32)
-    assert diagnose(Leaf("k", nan, nan.copy())) is None
+    assert diagnose(FlaxLeaf("k", nan, nan.copy())) is None
 
 
 def test_the_torch_tensor_as_it_is():
@@ -118,12 +118,12 @@ def test_two_heads_are_not_taken_for_rotary_pairs():
 def test_swapped_layers_name_the_partner():
     a, b = values(8, 8), values(8, 8, key=1)
     others, theirs = {"a/kernel": a, "b/kernel": b}, {"a/kernel": b, "b/kernel": a}
-    found = diagnose(Leaf("a/kernel", b, a, others=others, theirs=theirs))
+    found = diagnose(FlaxLeaf("a/kernel", b, a, others=others, theirs=theirs))
     assert found is not None
     assert found.name == "swapped layers"
     assert "b/kernel" in found.detail
     assert "swap" in found.fix
-    once = diagnose(Leaf("a/kernel", b, a, others=others, theirs={"b/kernel": b}))
+    once = diagnose(FlaxLeaf("a/kernel", b, a, others=others, theirs={"b/kernel": b}))
     assert once is not None
     assert once.name == "swapped layers"
     assert "swap" not in once.fix
@@ -138,15 +138,15 @@ def test_equal_constants_are_no_swap():
 def test_layers_of_a_stack():
     want = values(3, 8, 8)
     have = want[[1, 0, 2]]
-    whole = Leaf("layers/kernel", have, want, stacked=0)
+    whole = FlaxLeaf("layers/kernel", have, want, stacked=0)
     assert (found := diagnose(whole)) is not None
     assert found.name == "swapped layers"
     one = want.copy()
     one[1] = want[1].T
-    part = diagnose(slices(Leaf("layers/kernel", one, want, stacked=0), 0, 1))
+    part = diagnose(slices(FlaxLeaf("layers/kernel", one, want, stacked=0), 0, 1))
     assert part is not None
     assert part.name == "kernel not transposed"
-    assert diagnose(slices(Leaf("layers/kernel", one, want, stacked=0), 0, 0)) is None
+    assert diagnose(slices(FlaxLeaf("layers/kernel", one, want, stacked=0), 0, 0)) is None
 
 
 def test_what_the_initialiser_gives_is_known_by_its_bits_or_by_its_look():

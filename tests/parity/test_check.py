@@ -281,7 +281,7 @@ def test_images_by_declared_layout(image: Image):
     assert report.outputs[0].shape == (2, 8, 8, 6)
     undeclared = gx.check_parity(image, like, torch.from_numpy(PICTURE), layout="NCHW -> NHWC")
     assert undeclared, "an output of another shape is taken in the order that fits"
-    assert "was taken as (2, 8, 8, 6)" in undeclared.outputs[0].text
+    assert "was compared as (2, 8, 8, 6)" in undeclared.outputs[0].text
     own = gx.Inputs(torch=PICTURE, flax=((jnp.asarray(PICTURE.transpose(0, 2, 3, 1)),), {"train": False}))
     assert gx.check_parity(image, LinenImage(), own)
     flags = gx.linen(LinenImage(), jnp.ones((2, 8, 8, 3)), True)
@@ -538,11 +538,14 @@ def test_torch_weights_without_a_place_are_noted(model: Model):
     wider = Wider().eval()
     report = gx.check_parity(wider, linen(), IDS, layers=False)
     assert report
-    assert report.notes[0] == "2 torch tensor(s) have no place in Flax and are left out: extra.weight, extra.bias"
+    assert (
+        report.notes[0]
+        == "2 torch tensor(s) are unexpected keys, left out because no Flax leaf takes them: extra.weight, extra.bias"
+    )
 
 
 def test_a_search_that_fails_costs_the_cause_and_not_the_report(model: Model, monkeypatch: Any):
-    def fail(suspect: Any) -> Any:
+    def fail(divergence: Any) -> Any:
         raise RuntimeError("lost")
 
     monkeypatch.setattr("graftax.parity.causes.find_causes", fail)
@@ -582,7 +585,7 @@ def test_an_open_plan_with_weights_at_hand_judges_what_is_settled():
     weights = gx.port(module, like, rules=rule)
     report = gx.check_parity(module, like, x, weights, plan=unsettled, layout="NCHW -> NHWC")
     assert report, str(report)
-    assert any("leaves 1 thing(s) open" in note for note in report.notes)
+    assert any("leaves 1 question(s) or misfit(s) open" in note for note in report.notes)
     assert "torch:fc" in report.not_traced
     settled = gx.check_parity(module, like, x, weights, plan=full, layout="NCHW -> NHWC")
     assert settled

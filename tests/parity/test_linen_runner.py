@@ -326,7 +326,7 @@ def test_forcing_the_right_values_shows_no_error(compiled: bool):
     assert all(close(tap.outputs[site], reference.outputs[site]) for site in reference.outputs)
 
 
-class Pair(nn.Module):
+class ModulePair(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         return Two(nn.Dense(4, dtype=jnp.bfloat16, name="half")(x), {"ids": jnp.arange(3)}, "text")
@@ -342,7 +342,7 @@ class Two:
 class Nested(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        two = Pair(name="pair")(x)
+        two = ModulePair(name="pair")(x)
         assert isinstance(two, Two)
         assert two.third == "text"
         return [two.first, two.second["ids"], None]
@@ -571,7 +571,7 @@ def test_weights_can_be_supplied_call_by_call():
     assert {"", "body/first", "body/last", "body/layers/fc"} <= set(asked)
     with pytest.raises(ModelError, match="no values"):
         runner.run((ids,), {})
-    with pytest.raises(ModelError, match="The supply gave none"):
+    with pytest.raises(ModelError, match="The supply returned no array"):
         runner.run((ids,), {}, supply=lambda path: {})
     assert jax.tree.all(jax.tree.map(lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct), hollow))
     roles = {"embed": {"embedding": arrays["params/embed/embedding"]}}

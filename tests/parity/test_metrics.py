@@ -93,7 +93,7 @@ def test_tolerances_on_request_decide():
 def test_shapes_and_integers():
     row = output_row("x", np.ones((2, 3)), np.ones((3, 2)), np.ones((3, 2)))
     assert not row.ok
-    assert row.text == "Flax gives shape (2, 3), torch (3, 2)"
+    assert row.text == "shape mismatch: Flax gives (2, 3), torch (3, 2)"
     ids = np.array([1, 2, 3])
     assert output_row("", ids, ids, ids).ok
     assert not output_row("", np.array([1, 2, 4]), ids, ids).ok

@@ -441,7 +441,7 @@ def test_weights_can_be_supplied_call_by_call():
     assert asked.count("embed") == 4
     with pytest.raises(ModelError, match="no values"):
         runner.run((ids,), {})
-    with pytest.raises(ModelError, match="The supply gave none"):
+    with pytest.raises(ModelError, match="The supply returned no array"):
         runner.run((ids,), {}, supply=lambda path: {})
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(hollow, nnx.Param)))
 

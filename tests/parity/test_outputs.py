@@ -78,7 +78,7 @@ def test_axes_of_length_one_tell_outputs_apart(name: str, api: str) -> None:
     torch_shaped, flax_shaped, want, have = OTHER[name]
     report = check(torch_shaped, flax_shaped, api=api)
     assert not report
-    assert report.outputs[0].text == f"Flax gives shape {have}, torch {want}"
+    assert report.outputs[0].text == f"shape mismatch: Flax gives {have}, torch {want}"
     assert report.outputs[0].text in " ".join(str(report).split())
 
 
@@ -89,7 +89,7 @@ def test_tolerances_do_not_hide_a_shape() -> None:
 def test_other_orders_of_axes_hold_and_are_said() -> None:
     report = check(lambda y: y.reshape(4, 1, 2, 3), lambda y: y.reshape(4, 1, 2, 3).transpose(0, 2, 3, 1), 6)
     assert report
-    assert "was taken as (4, 2, 3, 1)" in report.outputs[0].text
+    assert "was compared as (4, 2, 3, 1)" in report.outputs[0].text
     declared = check(lambda y: y.reshape(4, 6, 1, 1), lambda y: y.reshape(4, 1, 1, 6), 6, out_layout="NCHW -> NHWC")
     assert declared
 
@@ -125,7 +125,7 @@ def test_torch_has_an_axis_of_layers_before_a_state(layers: bool) -> None:
     torch.nn.init.zeros_(net.gru.bias_hh_l0)
     report = gx.check_parity(net, gx.linen(Loop(True), x), x, layers=layers)
     assert report, str(report)
-    assert report.outputs[0].text.startswith("torch's shape (1, 3, 5) was taken as (3, 5)")
+    assert report.outputs[0].text.startswith("torch's shape (1, 3, 5) was compared as (3, 5)")
 
 
 def test_all_steps_of_one_sequence_are_no_state() -> None:

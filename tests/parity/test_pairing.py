@@ -12,18 +12,18 @@ from torch import nn
 
 import graftax as gx
 from graftax.opening import open_tree
-from graftax.parity.pairing import CallMap, Pair, find_pairs
+from graftax.parity.pairing import CallMap, ModulePair, find_pairs
 from graftax.parity.records import Site
 
 
-def pairs_of(module: Any, like: Any, **options: Any) -> tuple[Pair, ...]:
+def pairs_of(module: Any, like: Any, **options: Any) -> tuple[ModulePair, ...]:
     plan = gx.plan(module, like, **options)
     assert plan.complete, str(plan)
     a, b = open_tree(module), open_tree(like)
     return find_pairs(plan.entries, a.live.modules, b.live.modules, a.storage.aliases, b.storage.aliases)
 
 
-def names(pairs: tuple[Pair, ...]) -> list[tuple[str, str, bool]]:
+def names(pairs: tuple[ModulePair, ...]) -> list[tuple[str, str, bool]]:
     return [(pair.torch, pair.flax, pair.leaf) for pair in pairs]
 
 
@@ -202,10 +202,10 @@ def test_a_tied_head_is_another_call_of_the_embedding():
 
 
 def test_calls_of_a_shared_layer_go_by_order():
-    shared = Pair("layer", "layer")
+    shared = ModulePair("layer", "layer")
     calls = CallMap.of([shared], [Site("layer", i) for i in range(3)])
     assert [calls.sites[Site("layer", i)].call for i in range(3)] == [0, 1, 2]
-    copies = [Pair("layer", "layer_0"), Pair("layer", "layer_1")]
+    copies = [ModulePair("layer", "layer_0"), ModulePair("layer", "layer_1")]
     calls = CallMap.of(copies, [Site("layer", 0), Site("layer", 1)])
     assert calls.sites == {Site("layer_0"): Site("layer", 0), Site("layer_1"): Site("layer", 1)}
 

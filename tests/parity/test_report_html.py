@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from graftax.errors import StorageError
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import Site
 from graftax.parity.report import view
 from graftax.parity.report.html import parity_html, save_parity_html
@@ -97,7 +97,7 @@ def test_every_name_is_escaped():
     evil = '</style><script>alert("x")</script>\x1b&'
     report = reports.transposed()
     first = replace(
-        report.layers[2], pair=Pair(evil, evil), site_torch=Site(evil), site_flax=Site(evil), kind=evil, text=evil
+        report.layers[2], pair=ModulePair(evil, evil), site_torch=Site(evil), site_flax=Site(evil), kind=evil, text=evil
     )
     report = ParityReport(
         False,
@@ -146,11 +146,11 @@ def test_trees_stand_side_by_side():
 def test_trees_of_unlike_depth():
     rows = reports.encoder_rows(0)[:1]
     one, two = (
-        replace(rows[0], pair=Pair(t, f), site_torch=Site(t), site_flax=Site(f))
+        replace(rows[0], pair=ModulePair(t, f), site_torch=Site(t), site_flax=Site(f))
         for t, f in (("net.0.fc", "deep/er/net/Dense_0"), ("net.0.out.proj", "deep/er/net/Dense_1"))
     )
     container = replace(
-        one, pair=Pair("net.0.out", "deep/er/net", leaf=False), site_torch=Site("net.0.out"),
+        one, pair=ModulePair("net.0.out", "deep/er/net", leaf=False), site_torch=Site("net.0.out"),
         site_flax=Site("deep/er/net"),
     )  # fmt: skip
     [block] = view.blocks(replace(reports.passing(0), layers=(one, two, container)))
@@ -162,7 +162,7 @@ def test_the_model_itself_is_in_the_trees_and_not_in_the_chart():
     """Containers begin before their layers: they stand where they are entered, and break no line."""
     rows = reports.encoder_rows(2)
     model, block = (
-        replace(rows[0], pair=Pair(t, f, leaf=False), site_torch=Site(t), site_flax=Site(f))
+        replace(rows[0], pair=ModulePair(t, f, leaf=False), site_torch=Site(t), site_flax=Site(f))
         for t, f in (("", ""), ("encoder.layer.1", "encoder/layer_1"))
     )
     report = replace(reports.passing(2), layers=(model, *rows[:11], block, *rows[11:]))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import Site
 from graftax.parity.report import words
 from graftax.parity.report.model import Cause, ParityReport
@@ -37,7 +37,7 @@ def test_the_verdict_and_the_first_layer_come_first():
     assert lines[0].startswith("Parity fails: BertForSequenceClassification (torch)")
     head = "\n".join(lines[:10])
     assert "embeddings.LayerNorm  ↔  embeddings/LayerNorm" in head
-    assert "the module itself: given torch's input, its output is off by 2.9e-05, 93x float32's own error" in head
+    assert "the module itself: it gets torch's input, and its output is off by 2.9e-05, 93x float32's own error" in head
     assert "epsilon: torch has eps=1e-12, Flax has epsilon=1e-06" in head
     assert "nn.LayerNorm(epsilon=1e-12)   error 2.9e-05 → 9.1e-08" in head
 
@@ -50,14 +50,18 @@ def test_a_cause_is_not_named_twice():
 def test_times_add_up():
     """Passes that are parts of another time are not listed beside it."""
     assert (
-        words.seconds_text(reports.passing().seconds) == "7.2 s (torch 0.8, Flax 6.3 of which 4.4 compiling, audit 0.1)"
+        words.seconds_text(reports.passing().seconds)
+        == "7.2 s (torch 0.8, Flax 6.3 including 4.4 compiling, audit 0.1)"
     )
     assert words.seconds_text({}) == ""
 
 
 def test_the_code_before_a_layer_is_told_from_the_layer():
     text = parity_text(reports.functional(), 200)
-    assert "the code before it: given torch's outputs of the layers before, what arrives here is off by 1.1e-03" in text
+    assert (
+        "the code before it: the layers before give torch's outputs, and the input that arrives here is off by 1.1e-03"
+        in text
+    )
 
 
 def test_layers_fold():
@@ -81,7 +85,9 @@ def test_more_divergences_than_fit_are_counted():
     rows = reports.encoder_rows(3)
     names = [f"block{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(40)]  # no numbers: nothing folds
     bad = [
-        replace(rows[5], pair=Pair(n, n), site_torch=Site(n), site_flax=Site(n), out_error=1e-3, status="diverges")
+        replace(
+            rows[5], pair=ModulePair(n, n), site_torch=Site(n), site_flax=Site(n), out_error=1e-3, status="diverges"
+        )
         for n in names
     ]
     report = replace(reports.passing(3), ok=False, layers=(*rows, *bad), first=bad[0], where="out")
@@ -93,7 +99,7 @@ def test_more_divergences_than_fit_are_counted():
 def test_unknown_causes_say_what_next():
     text = parity_text(reports.unknown(), 120)
     assert "its output is NaN" in text
-    assert "unknown: nothing that was tried makes it agree. Compare this layer's weights" in text
+    assert "unknown: no explanation that was tried makes the layer agree. Compare this layer's weights" in text
     with_settings = replace(reports.unknown(), settings=reports.epsilon().settings)
     assert "Start with the settings below that differ" in parity_text(with_settings, 120)
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from graftax.opening import open_tree
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.settings_lint import lint_settings
 from graftax.tree import Module
 
 
 def lint(torch: Module, flax: Module, leaf: bool = True) -> dict[str, tuple[str, Any, Any]]:
-    rows = lint_settings([Pair("t", "f", leaf=leaf)], {"t": torch}, {"f": flax})
+    rows = lint_settings([ModulePair("t", "f", leaf=leaf)], {"t": torch}, {"f": flax})
     return {row.setting: (row.severity, row.want, row.have) for row in rows}
 
 
@@ -98,6 +98,6 @@ def test_hand_written_modules_by_the_names_of_their_attributes(torch: dict, flax
 def test_errors_come_first_and_nothing_twice():
     torch = own(variance_epsilon=1e-6, hidden_act="gelu")
     flax = own(epsilon=1e-5, hidden_act="relu")
-    pairs = [Pair(f"t{i}", "f", step=i, steps=3) for i in range(3)]
+    pairs = [ModulePair(f"t{i}", "f", step=i, steps=3) for i in range(3)]
     rows = lint_settings(pairs, {f"t{i}": torch for i in range(3)}, {"f": flax})
     assert [(row.severity, row.setting) for row in rows] == [("error", "epsilon"), ("warning", "activation")]

@@ -171,7 +171,7 @@ def test_a_port_that_fails_names_the_layer_and_writes_the_page(call: Any, folder
     assert err.strip() == "ParityError: parity fails at LayerNorm_0 (epsilon)"
     assert "first divergence" in (folder / "out.html").read_text("utf-8")
     assert not (folder / "not.safetensors").exists()
-    assert "not.safetensors was not written: parity fails" in out
+    assert "not.safetensors was not written, because parity fails" in out
 
 
 def test_json(call: Any):
@@ -275,7 +275,7 @@ def test_a_malformed_golden_file(call: Any, folder: Path):
         (["--torch", "nets:torch_net", "--flax", "nets:gone"], "has no 'gone'"),
         (["--torch", "nets:flax_net", "--flax", "nets:flax_net", *NCHW], "torch.nn.Module"),
         ([*BOTH[:-1], "NCHW"], "layout 'NCHW'"),
-        ([*BOTH, "--inputs", "g.safetensors"], "its names make no call"),
+        ([*BOTH, "--inputs", "g.safetensors"], "its names do not form a call"),
     ],
 )
 def test_usage_errors_exit_2(call: Any, words: list[str], message: str):
@@ -357,9 +357,9 @@ def test_inputs_from_files(tmp_path: Path):
     ("names", "message"),
     [
         (["arg0", "arg2"], "arg1 is missing"),
-        (["arg0", "arr_0"], "position 0 is there twice"),
+        (["arg0", "arr_0"], "position 0 is given twice"),
         (["a b"], "neither a position nor the name of a parameter"),
-        (["torch.arg0", "arg0"], "some names say their side and some do not: arg0"),
+        (["torch.arg0", "arg0"], "some names start with torch. or flax. and some do not: arg0"),
         ([], "holds no arrays"),
     ],
 )
@@ -389,7 +389,7 @@ def test_examples_that_say_nothing_are_drawn():
         "argument 1 was drawn from a normal distribution (seed 0)",
         "ids is one integer everywhere, as in the example",
     ]
-    with pytest.raises(UsageError, match="only the shape of argument 0, whose values are int32"):
+    with pytest.raises(UsageError, match=r"only the shape of argument 0 \(int32\), and such values are not drawn"):
         example_inputs(gx.linen(nn.Dense(2), jax.ShapeDtypeStruct((2, 3), "int32")))
     with pytest.raises(UsageError, match="was given no example"):
         example_inputs(gx.linen(nn.Dense(2)))

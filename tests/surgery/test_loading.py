@@ -90,8 +90,8 @@ def broken(arrays: dict[str, Any], how: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("how", "count", "words"),
     [
-        ("missing", 1, "gets no value"),
-        ("unknown", 1, "is no weight of the module"),
+        ("missing", 1, "missing key: no array is given for it"),
+        ("unknown", 1, "unexpected key: no weight of the module has this name"),
         ("shape", 1, "Its transpose would fit"),
         ("dtype", 1, "expected float32.*found float64"),
         ("no array", 1, "no array"),

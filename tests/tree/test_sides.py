@@ -282,7 +282,7 @@ def test_nothing_is_transposed_or_not_where_both_ends_are_silent():
         ({"a": {"kernel": jnp.ones((4, 4))}}, "a/kernel"),
     ]
     for donor, key in donors:
-        with pytest.raises(PlanError, match=r"layout of the donor .* is not known"):
+        with pytest.raises(PlanError, match=r"layout of the donor .* is unknown"):
             gx.replace(tree, "w1", gx.from_checkpoint(donor, key))
         out = gx.replace(tree, "w1", gx.from_checkpoint(donor, key, layout="identity"))
         assert (out["w1"] == 1).all()

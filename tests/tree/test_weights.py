@@ -138,7 +138,7 @@ def test_inspect_sees_all_and_says_what_is_left_out(tmp_path):
     assert set(data["tensors"]) == set(flat(STATE))
     assert set(data["left"]) == {"opt_state", "rng", "step"}
     last = inspection_text(data).splitlines()[-1]
-    assert last.startswith("beside the weights, which a port leaves out: ")
+    assert last.startswith("beside the weights, not ported: ")
     assert {"opt_state", "rng", "step"} == set(last.partition(": ")[2].split(", "))
 
 

@@ -1,4 +1,4 @@
-"""The commands. Each is thin: it opens, calls the library, and hands back an Outcome, which `running` prints."""
+"""The commands. Each opens its inputs, calls the library and returns an Outcome, which `running` prints."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def inspect_command(
     """
     from graftax.report.inspecting import inspection, inspection_text
 
-    with nothing_collected():  # a hundred thousand rows: a third of the time
+    with nothing_collected():  # saves a third of the time at a hundred thousand rows
         checkpoint = open_source(ckpt)
         if spec:
             from graftax.formats.spec_file import dump_spec
@@ -251,7 +251,7 @@ app.command(verify_command, name="verify")
 
 
 def _rules_for_diff(a: str, b: str, like: str | None) -> str:
-    """The way out where the plan that diff makes is not complete: diff takes no rules."""
+    """The next step if diff's own plan is incomplete: diff takes no rules."""
     if like is None:
         return ""
     steps = f"graftax plan {a} --like {like} --rules R.toml -o plan.json, then graftax diff {a} {b} --plan plan.json"
@@ -263,7 +263,7 @@ def _json(text: str) -> Any:
 
 
 def _opened(text: str, *ends: Any) -> str:
-    """`text` below the files that were opened, where a folder or a hub id was named."""
+    """`text`, below the paths of the files that were opened for a folder or a hub id."""
     from graftax.report.inspecting import opened_file
 
     found = [(end, path) for end in ends if end is not None and (path := opened_file(end))]
@@ -277,7 +277,7 @@ def _written(out: str, leaves: int, nbytes: int) -> str:
 
 
 def _by_reason(names: Mapping[str, str]) -> list[str]:
-    """`bn{1..9}.num_batches_tracked (9): why`, a line a reason."""
+    """`bn{1..9}.num_batches_tracked (9): why`, one line per reason."""
     from graftax.plans.text import by_reason
 
     return [f"{folded} ({count}): {escape(reason, 300)}" for reason, count, folded in by_reason(names, 4)]

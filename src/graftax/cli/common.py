@@ -1,4 +1,4 @@
-"""What commands share: the Outcome they hand back, options that several have, and the plan they ask for."""
+"""What the commands share: the Outcome they return, the options that several of them take, and the plan they make."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftax.plans import PlanOptions
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command found: JSON data, the same as text, and the error that makes it a no, if one does."""
+    """The result of a command: JSON data, the same as text, and the error if the answer is no."""
 
     data: Any = None
     text: str = ""
@@ -38,7 +38,7 @@ Strict = Annotated[bool, Parameter(negative="", help="Exit 1 where the plan rest
 
 
 def open_source(text: str) -> Any:
-    """The checkpoint that a word of the command line names."""
+    """Open the checkpoint that an argument of the command line names."""
     from graftax.opening import open_tree
 
     return open_tree(text)
@@ -76,7 +76,7 @@ def planned(
 
 
 def refuse_own_input(out: str, *paths: str | None) -> None:
-    """StorageError where OUT is one of the files that the command was given, also by another name or a link."""
+    """Raise StorageError if OUT is one of the command's own inputs, also under another name or through a link."""
     place = out if os.path.lexists(out) else out.rpartition("::")[0]
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
@@ -88,7 +88,7 @@ def refuse_own_input(out: str, *paths: str | None) -> None:
 
 
 def no_of(made: Any, strict_assumptions: bool) -> GraftaxError | None:
-    """Why the answer is no, if it is."""
+    """The error that makes the answer no; None if the answer is yes."""
     from graftax.errors import Failure, PlanError, counted
 
     try:

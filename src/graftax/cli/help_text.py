@@ -1,4 +1,4 @@
-"""`--help` as plain text: a line an option, wrapped to the terminal with its further lines indented."""
+"""`--help` as plain text: one entry per option, wrapped to the terminal, its further lines indented."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _plain(value: Any) -> str:
 
 
 def _print(console: Any, text: str, indent: str = "", further: str = "") -> None:
-    """Paragraphs, each wrapped anew: those of a docstring were wrapped for the source."""
+    """Print paragraphs, each wrapped again: a docstring was wrapped for the source file."""
     for paragraph in text.split("\n\n"):
         words = " ".join(paragraph.split())
         width = max(40, min(console.width, _WIDEST))

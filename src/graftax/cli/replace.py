@@ -1,4 +1,4 @@
-"""`graftax replace`: one value for the leaves that a selector picks."""
+"""`graftax replace`: give one value to the leaves that a selector picks."""
 
 from __future__ import annotations
 
@@ -45,23 +45,24 @@ def replace_command(
     zeros
         Every value becomes zero.
     normal
-        Drawn from a normal distribution of this standard deviation (needs --seed).
+        Every value is drawn from a normal distribution of this standard deviation (needs --seed).
     add_normal
-        Noise of this standard deviation is added (needs --seed).
+        Normal noise of this standard deviation is added to every value (needs --seed).
     seed
-        Of the draws; each leaf draws from (seed, path).
+        The seed of the draws; each leaf draws from (seed, path).
     scaled
-        Multiplied by this.
+        Every value is multiplied by this.
     quantized
-        Rounded to this many bits, symmetric per channel; the dtype stays.
+        Every value is rounded to this many bits, symmetric per channel; the dtype stays.
     axis
-        The channel axis of --quantized (default: the last of a matrix; other leaves need it said).
+        The channel axis of --quantized (default: the last axis of a matrix; other leaves need this option).
     from_
         Another checkpoint to take the values from.
     key
-        The tensor in it.
+        The name of the tensor in that checkpoint.
     layout
-        How the donor is stored, where its shape does not tell: linear, conv, identity, or what the message offers.
+        How the donor is stored, if its shape does not tell: linear, conv, identity, or a layout that the error message
+        offers.
     out
         Where to write; OUT may not be CKPT.
     expect

@@ -1,5 +1,5 @@
-"""From words to an exit code: runs a command, prints its Outcome, turns errors into exit codes and never shows a
-traceback. stdout carries results, stderr messages."""
+"""Run a command: print its Outcome, turn errors into exit codes, never show a traceback. Results go to stdout, messages
+to stderr."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(app: App, argv: Sequence[str]) -> int:
     except GraftaxError as error:
         _take(answer, error)
     except SystemExit as error:
-        if not isinstance(error.__context__, BrokenPipeError):  # rich's, where the reader of help went away
+        if not isinstance(error.__context__, BrokenPipeError):  # raised by rich when the reader of help went away
             raise
         return OK
     except KeyboardInterrupt:
@@ -60,7 +60,7 @@ def run(app: App, argv: Sequence[str]) -> int:
         where = _where(error)
         answer.exit = INTERNAL
         answer.message = (
-            f"{type(error).__name__}: {escape(error, 600)}\n  in {where}\nThis is a bug, in the code named above."
+            f"{type(error).__name__}: {escape(error, 600)}\n  in {where}\nThis is a bug in the code named above."
         )
         answer.errors = [{"what": answer.message}]
     try:
@@ -72,14 +72,14 @@ def run(app: App, argv: Sequence[str]) -> int:
 
 
 def _too_many(error: UnusedCliTokensError, command: str) -> str:
-    """Words that no argument takes."""
+    """The message for arguments that the command does not take."""
     words = " ".join(escape(word) for word in error.unused_tokens or ())
     hint = "; one SELECT is taken, and a glob such as '**/kernel' picks several leaves" if command == "replace" else ""
     return f"{command} takes no more arguments: {words}{hint}"
 
 
 def _known(app: App, command: str) -> str:
-    """The command's name and a blank, or nothing where there is no such command."""
+    """The command's name and a blank; '' if there is no such command."""
     return f"{command} " if command in app else ""
 
 
@@ -116,8 +116,8 @@ def _print(answer: _Answer, as_json: bool) -> None:
 
 
 def _write(stream: Any, text: str) -> None:
-    """A line, whatever the stream's encoding can hold; none where the caller closed the stream. That nobody reads it to
-    the end (graftax diff ... | head) changes no answer: the rest goes nowhere."""
+    """Write one line; characters that the stream's encoding lacks are escaped. Write nothing if the caller closed the
+    stream. If the reader stops early (graftax diff ... | head), drop the rest: the exit code stays the same."""
     if stream is None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"

@@ -1,4 +1,4 @@
-"""`graftax verify`: does the Flax model do what the torch module does, and if not, where and why."""
+"""`graftax verify`: check that the Flax model computes what the torch module computes; if not, say where and why."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def verify_command(
     report: str | None = None,
     json: Json = False,
 ) -> Outcome:
-    """Does the Flax model do what the torch module does? Names the first layer that diverges and the cause; exit 1.
+    """Check that the Flax model computes what the torch module computes. If it does not, name the first layer that
+    diverges and the cause, and exit 1.
 
     Parameters
     ----------
@@ -47,30 +48,31 @@ def verify_command(
     flax
         pkg.mod:factory of gx.linen(module, example) or of an nnx.Module.
     source
-        torch's weights, loaded into its module: a checkpoint.
+        A checkpoint with torch's weights, loaded into the torch module.
     weights
-        The Flax weights, or a torch checkpoint to port. Without it: what the Flax model holds, else torch's, ported.
+        The Flax weights, or a torch checkpoint to port. Without it: the weights that the Flax model holds; if it holds
+        none, torch's weights, ported.
     inputs
         A .npz or .safetensors file (arg0, arg1, ... by position, other names by keyword; torch.NAME and flax.NAME for
         one side) or pkg.mod:factory. Without it: the example that gx.linen(...) was given.
     layout
-        How Flax takes the inputs, such as 'NCHW -> NHWC'.
+        The axes of the inputs in torch and in Flax, such as 'NCHW -> NHWC'.
     out_layout
         The same for the outputs.
     rules
         A rules file for the plan that pairs the layers and ports weights.
     plan
-        A finished plan instead, torch to Flax.
+        A finished plan from torch to Flax, instead of one made here.
     suggest
         Write the open questions of the plan here, as a rules file to edit.
     atol
-        Judge the outputs by tolerances instead of float32's own error.
+        Absolute tolerance: judge the outputs by it instead of by float32's own error.
     rtol
-        The same, relative.
+        Relative tolerance, used in the same way.
     record
-        Keep torch's run here (.safetensors), for --golden; --flax may be left out. Written only on exit 0.
+        Record torch's run in this file (.safetensors), for --golden. --flax may be left out. Written only on exit 0.
     record_layers
-        Keep the inputs and outputs of every layer too, so that a replay names the layer.
+        Record the inputs and outputs of every layer too, so that a replay can name the layer that diverges.
     report
         Write the whole report here, as one HTML page.
     """
@@ -114,13 +116,13 @@ def verify_command(
     if found is None:
         return Outcome({"recorded": record}, "\n".join(recorded))
     if record is not None and not recorded:
-        recorded.append(f"{escape(record)} was not written: parity fails (without --flax it is)")
+        recorded.append(f"{escape(record)} was not written, because parity fails (without --flax it is written)")
     return _outcome(found, report, json, recorded, record if found.ok else None)
 
 
 @contextmanager
 def _suggesting(path: str | None) -> Iterator[None]:
-    """Where the plan is not complete its open questions are written, on the way out."""
+    """If the plan is incomplete, write its open questions before the error leaves."""
     try:
         yield
     except PlanError as error:
@@ -164,8 +166,8 @@ def _made(text: str) -> Any:
 
 
 def _with_weights(module: Any, source: str | None) -> tuple[Any, str | None]:
-    """(the torch module, the checkpoint that its run reads weights from): loaded into a module that has values, read
-    layer by layer for one on the meta device."""
+    """(the torch module, the checkpoint that its run reads weights from). A module that has values gets the weights
+    loaded; for one on the meta device they are read layer by layer."""
     from graftax.adapters import kind_of
     from graftax.opening import open_tree
 
@@ -185,21 +187,21 @@ def _inputs(text: str | None, model: Any) -> tuple[Any, tuple[str, ...]]:
 def _outcome(
     found: ParityReport, report: str | None, as_json: bool, lines: list[str] | None = None, recorded: str | None = None
 ) -> Outcome:
-    said = list(lines or ())
+    messages = list(lines or ())
     if report is not None:
         found.save_html(report)
-        said.append(f"wrote {escape(report)}")
+        messages.append(f"wrote {escape(report)}")
     data = {**found.as_json(), "recorded": recorded, "report": report}
     error = None
     if not found:
         from graftax.parity.report.words import one_line
 
         error = ParityError(one_line(found), next="" if report or as_json else "More: --report out.html, --json")
-    return Outcome(data, "" if as_json else "\n".join([_text(found), *said]), error)
+    return Outcome(data, "" if as_json else "\n".join([_text(found), *messages]), error)
 
 
 def _text(found: ParityReport) -> str:
-    """The report as stdout can show it."""
+    """The report in the encoding and colours that stdout can show."""
     from graftax.parity.report.text import parity_text
 
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")

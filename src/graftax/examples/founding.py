@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 
 def kernel_replace(seed: Any, x: Any, features: Any, replacement_value: Any) -> jax.Array:
-    """The output (N, features) of `nn.Dense(features)` on `x` (N, in_dim) once its kernel is full of one value.
+    """The output (N, features) of `nn.Dense(features)` on `x` (N, in_dim) after its kernel is filled with one value.
 
     The layer is initialised from `seed` and `x`; seed and features are whole numbers of any type (5, 5.0). Its kernel
     (in_dim, features) becomes `full_like(kernel, replacement_value)`, its bias (features,) stays as initialised. In
     closed form: `y[n, j] = replacement_value * x[n, :].sum() + bias[j]`.
 
-    Raises ValueError if `x` is not (N, in_dim), if seed or features is no whole number, or is out of range.
+    Raises ValueError if `x` is not (N, in_dim), or if seed or features is not a whole number or out of range.
     """
     import jax
     import jax.numpy as jnp

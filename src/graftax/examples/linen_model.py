@@ -9,9 +9,9 @@ from flax import linen as nn
 class Digits(nn.Module):
     """(N, 8, 8, 1) -> logits (N, 10). Leaves: Conv_0, BatchNorm_0, Conv_1, BatchNorm_1, Dense_0, Dense_1.
 
-    Written out because torch's settings must hold: padding is explicit (torch's padding of a strided convolution is not
-    SAME), epsilon is torch's 1e-5, and momentum 0.9 is torch's 0.1, which counts the other way round (Flax's default is
-    0.99).
+    The settings are written out because they must equal torch's: padding is explicit (torch's padding of a strided
+    convolution is not SAME), epsilon is torch's 1e-5, and momentum 0.9 is torch's 0.1, because Flax's momentum is 1 -
+    torch's (Flax's default is 0.99).
     """
 
     @nn.compact

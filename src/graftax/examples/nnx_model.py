@@ -9,7 +9,7 @@ from flax import nnx
 class Digits(nnx.Module):
     """(N, 8, 8, 1) -> logits (N, 10). Call `.eval()` before inference: BatchNorm then uses its running statistics.
 
-    Padding, epsilon and momentum as in the Linen model: they are torch's.
+    Padding, epsilon and momentum are torch's, as in the Linen model.
     """
 
     def __init__(self, rngs: nnx.Rngs) -> None:

@@ -9,8 +9,8 @@ from torch import nn
 class Digits(nn.Module):
     """A small convolutional classifier of 8x8 grey images: (N, 1, 8, 8) -> logits (N, 10).
 
-    No two extents of a weight are equal, so that a wrong layout meets a shape check wherever it can. The one place
-    where it cannot is the flatten before `fc1`: a (C, H, W) = (20, 2, 3) map becomes 120 columns in that order.
+    No two axes of a weight have the same size, so a wrong layout fails a shape check. The flatten before `fc1` is the
+    one exception: a (C, H, W) = (20, 2, 3) map becomes 120 columns in that order, and no shape shows it.
     """
 
     def __init__(self) -> None:

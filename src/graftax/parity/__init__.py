@@ -1,1 +1,1 @@
-"""Parity: prove a port, and name the layer and the cause when it is off."""
+"""Parity: prove that a port is right; if it is not, name the layer and the cause."""

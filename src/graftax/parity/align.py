@@ -1,8 +1,8 @@
-"""Activation layouts: a torch array as Flax has it.
+"""Activation layouts: turn a torch array into Flax's layout.
 
-What the plan says of the weights comes first (a flattened map whose features are in another order, heads split off,
-rows permuted for rotary embeddings, a scale folded in); then a prior by shape (Flax keeps channels last); another order
-is taken only if the values agree within NEAR, because on faulty values the nearest of all orders is a wrong one.
+What the plan says about the weights comes first (a flattened map whose features are in another order, heads split off,
+rows permuted for rotary embeddings, a scale folded in). Then comes a prior by shape (Flax keeps channels last). Any
+other order is accepted only if the values agree within NEAR: on faulty values the nearest order is often a wrong one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from graftax.errors import GraftaxError, UsageError, escape
 from graftax.ops import Cast, Offset, Rearrange, Scale, apply_chain, parse_pattern
 from graftax.parity import values
 from graftax.parity.metrics import relative_l2
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.plans import Entry
 from graftax.tree import Module, TensorSpec
 
@@ -33,13 +33,13 @@ CHANNELS_FIRST = (
 )
 EMBEDDINGS = ("torch.nn.modules.sparse.",)
 LARGEST = 1 << 26
-"""Weights with more values than this are not asked for the order of their features."""
+"""The order of features is not derived from weights with more values than this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One way from a torch array to the Flax array of the same thing, in this order: axes permuted, features (the last
-    axis) taken in `order`, multiplied by `scale`, reshaped, broadcast or cut to `shape`."""
+    """One way from a torch array to the corresponding Flax array, in these steps: permute the axes, take the features
+    (the last axis) in `order`, multiply by `scale`, then reshape, broadcast or cut to `shape`."""
 
     axes: tuple[int, ...]
     order: tuple[int, ...] | None = None
@@ -66,7 +66,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the plan says of a layer's features: in which order and shape Flax has them. None: as torch has them."""
+    """What the plan says about a layer's features: their order and shape in Flax. None: the same as in torch."""
 
     order: tuple[int, ...] | None = None
     shape: Shape | None = None
@@ -75,15 +75,15 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """The layout of one module pair: what comes in and what goes out."""
+    """The layout of one module pair: its inputs and its outputs."""
 
     channels_first: bool = False
     inward: Features = Features()
     outward: Features = Features()
 
     def turn(self, array: Array, shape: Shape, actual: Any = None, outward: bool = False) -> Turn | None:
-        """How `array` (torch) becomes an array of `shape` (Flax); None where nothing fits. `actual`: what Flax has
-        there, to tell orders apart that fit alike."""
+        """The turn from `array` (torch) to an array of `shape` (Flax); None if nothing fits. `actual`: Flax's array,
+        which chooses between orders that fit equally."""
         features = self.outward if outward else self.inward
         found: list[Turn] = []
         for turn in candidates(array.shape, shape, self.channels_first, features):
@@ -100,8 +100,8 @@ class Alignment:
 
 
 def reordered(array: Array, shape: Shape, actual: Any) -> Turn | None:
-    """How an output of torch is one of `shape` in another order of axes, or with axes merged or split; None where axes
-    of length one come or go, or change places in a matrix: (N, 1), (1, N) and (N,) broadcast differently."""
+    """The turn from a torch output to `shape` by permuting, merging or splitting axes. None if axes of length one come
+    or go, or change places in a matrix: (N, 1), (1, N) and (N,) broadcast differently."""
     have = array.shape
     if math.prod(have) != math.prod(shape) or not same_ones(have, shape) or (1 in have and len(have) < 3):
         return None
@@ -109,7 +109,7 @@ def reordered(array: Array, shape: Shape, actual: Any) -> Turn | None:
 
 
 def same_ones(have: Shape, want: Shape) -> bool:
-    """As many axes of length one?"""
+    """Have both shapes the same number of axes of length one?"""
     return have.count(1) == want.count(1)
 
 
@@ -125,7 +125,7 @@ def candidates(have: Shape, want: Shape, channels_first: bool, features: Feature
             there = tuple(have[a] for a in axes)
             if there and there[-1] == len(features.order) and math.prod(there) == math.prod(want):
                 out.append(Turn(axes, features.order, scale, want))
-        if out:  # the plan knows the order: features in any other are a fault
+        if out:  # the plan gives the order: features in another order are a fault
             return out
     for axes in priors:
         if tuple(have[a] for a in axes) == want:
@@ -144,15 +144,15 @@ def candidates(have: Shape, want: Shape, channels_first: bool, features: Feature
 
 
 def _swaps(rank: int) -> list[tuple[int, ...]]:
-    """Batch and time swapped (torch's recurrent layout), heads and time swapped."""
+    """Axes with batch and time swapped (torch's recurrent layout), and with heads and time swapped."""
     if rank < 3:
         return []
     return [(1, 0, *range(2, rank))] + ([(0, 2, 1, *range(3, rank))] if rank > 3 else [])
 
 
 def _regroups(have: Shape, want: Shape) -> bool:
-    """Can `have` become `want` by merging, or by splitting, neighbouring axes? A reshape that does both at once may cut
-    across: it is not the same array."""
+    """Can `have` become `want` by merging neighbouring axes, or by splitting axes? A reshape that does both may cut
+    across axes, and then gives another array."""
     fine, coarse = (have, want) if len(have) >= len(want) else (want, have)
     fine, coarse = tuple(n for n in fine if n != 1), tuple(n for n in coarse if n != 1)
     at = 0
@@ -167,7 +167,8 @@ def _regroups(have: Shape, want: Shape) -> bool:
 
 
 def _broadcasts(have: Shape, want: Shape, scale: float) -> list[Turn]:
-    """Axes of length one on either side: a position embedding with batch 1 against one with the whole batch."""
+    """Turns for axes of length one on either side: a position embedding with batch 1 against one with the whole
+    batch."""
     if len(have) == len(want) and have != want and all(a == b or 1 in (a, b) for a, b in zip(have, want, strict=True)):
         return [Turn(tuple(range(len(have))), None, scale, want)]
     return []
@@ -176,8 +177,8 @@ def _broadcasts(have: Shape, want: Shape, scale: float) -> list[Turn]:
 # ---------------------------------------------------------------- what the plan says
 
 
-def alignment_of(pair: Pair, torch: Module | None, specs: Mapping[str, TensorSpec]) -> Alignment:
-    """The layout of a pair's activations. specs: the torch leaves'."""
+def alignment_of(pair: ModulePair, torch: Module | None, specs: Mapping[str, TensorSpec]) -> Alignment:
+    """The layout of a pair's activations. specs: those of the torch leaves."""
     if torch is None:
         return Alignment()
     first = any(base.startswith(CHANNELS_FIRST) for base in torch.bases)
@@ -204,8 +205,8 @@ def _moves(entry: Entry) -> bool:
 
 @lru_cache(maxsize=4096)
 def _features(entry: Entry, shapes: tuple[Shape, ...], embedding: bool) -> tuple[Features, Features]:
-    """Which input and output features of torch stand where in the Flax leaf: found by sending their numbers through
-    the entry's ops."""
+    """Where torch's input and output features stand in the Flax leaf: found by passing their numbers through the
+    entry's ops."""
     scale = math.prod(1 / op.factor if op.divide else op.factor for op in entry.ops if isinstance(op, Scale))
     plain = Features(), Features(scale=scale)
     ops = tuple(op for op in entry.ops if not isinstance(op, (Scale, Cast, Offset)))
@@ -219,7 +220,7 @@ def _features(entry: Entry, shapes: tuple[Shape, ...], embedding: bool) -> tuple
     for axis in (inner, inner if embedding else 0):
         try:
             there = apply_chain(ops, tuple(numbered(shape, axis) for shape in shapes))[0]
-        except GraftaxError:  # an op that holds for some values only
+        except GraftaxError:  # an op with a condition on values
             return plain
         found.append(_order(np.asarray(there)))
     inward, outward = found
@@ -227,14 +228,14 @@ def _features(entry: Entry, shapes: tuple[Shape, ...], embedding: bool) -> tuple
 
 
 def numbered(shape: Shape, axis: int) -> Array:
-    """Every place of a tensor with its number along one axis."""
+    """A tensor of this shape whose values are the indices along one axis."""
     where = [1] * len(shape)
     where[axis] = shape[axis]
     return np.broadcast_to(np.arange(shape[axis], dtype=np.int32).reshape(where), shape)
 
 
 def _order(numbers: Array) -> Features:
-    """The axes along which the numbers vary, and the numbers in the order of these axes."""
+    """The shape of the axes along which the numbers vary, and the numbers in the order of these axes."""
     varying = [a for a in range(numbers.ndim) if numbers.shape[a] > 1 and bool((np.diff(numbers, axis=a) != 0).any())]
     index = tuple(slice(None) if a in varying else 0 for a in range(numbers.ndim))
     order = numbers[index]

@@ -1,4 +1,5 @@
-"""The weights, bit for bit: what Flax holds against what the plan makes of torch's. A one-ulp change is found."""
+"""Audit the weights: compare Flax's leaves bit for bit with those that the plan makes from torch's. It finds a change
+of one ulp."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Expected(Mapping[str, Any]):
-    """Flax path -> what the plan makes of torch's weights: one entry at a time, made when it is asked for."""
+    """Flax path -> the leaf that the plan makes from torch's weights, one entry at a time, made when it is
+    requested."""
 
     def __init__(self, plan: Plan, source: Checkpoint) -> None:
         self.source = source
@@ -42,12 +44,12 @@ class Expected(Mapping[str, Any]):
 
 
 def entry_arrays(entry: Entry, source: Checkpoint) -> tuple[Any, ...]:
-    """The targets of one entry. PlanError where an op's condition does not hold."""
+    """The targets of one entry. PlanError if an op's condition does not hold."""
     return made_of(entry, tuple(source.read(name) for name in entry.sources))
 
 
 def made_of(entry: Entry, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The targets of one entry from these sources. PlanError where an op's condition does not hold."""
+    """The targets of one entry, made from these sources. PlanError if an op's condition does not hold."""
     for op in entry.ops:
         if isinstance(op, Cast):
             arrays = tuple(cast_array(array, op.target, op.overflow)[0] for array in arrays)
@@ -57,8 +59,8 @@ def made_of(entry: Entry, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def audit(expected: Expected, weights: Mapping[str, Any]) -> tuple[WeightRow, ...]:
-    """A row for every Flax leaf whose bits are not what the plan makes of torch's, in the plan's order; one leaf is in
-    memory at a time."""
+    """A row for every Flax leaf whose bits differ from those that the plan makes from torch's, in the plan's order. One
+    leaf is in memory at a time."""
     rows: list[WeightRow] = []
     for path, entry in expected.entries.items():
         if path not in weights:
@@ -76,11 +78,11 @@ def audit(expected: Expected, weights: Mapping[str, Any]) -> tuple[WeightRow, ..
 
 
 def compared(path: str, have: Any, want: Any, origin: str = "") -> WeightRow | None:
-    """How a leaf differs from what it should be; None where every bit is the same."""
+    """The row of a leaf that differs from `want`; None if every bit is the same."""
     if same_bits(have, want):
         return None
     if have.shape != want.shape:
-        text = f"has shape {tuple(have.shape)}, the plan makes {tuple(want.shape)} {origin}"
+        text = f"shape mismatch: {tuple(have.shape)}, the plan makes {tuple(want.shape)} {origin}"
         return WeightRow(path, want.size, want.size, None, text)
     if have.dtype != want.dtype:
         text = f"is held in {have.dtype}, the plan makes {want.dtype} {origin}"
@@ -91,8 +93,8 @@ def compared(path: str, have: Any, want: Any, origin: str = "") -> WeightRow | N
 
 
 def largest_ulp(a: Any, b: Any) -> float | None:
-    """The largest distance of two floating arrays of one dtype in units of the last place: how many numbers lie between
-    them. None for other dtypes and where a NaN is met."""
+    """The largest distance of two floating arrays of one dtype in units of the last place: the number of representable
+    steps between them. None for other dtypes, and if there is a NaN."""
     kind = np.uint16 if a.dtype.name == "bfloat16" else UNSIGNED.get(a.dtype.itemsize)
     if kind is None or (a.dtype.kind != "f" and a.dtype.name != "bfloat16"):
         return None
@@ -103,6 +105,6 @@ def largest_ulp(a: Any, b: Any) -> float | None:
 
 
 def _place(bits: Any, kind: Any) -> Any:
-    """Where a number stands among all numbers of its dtype, in order: bits of negative ones run backwards."""
+    """The rank of a number among all numbers of its dtype; the bits of negative numbers count backwards."""
     sign = kind(1 << (8 * np.dtype(kind).itemsize - 1))
     return np.where(bits & sign, sign - (bits & ~sign), sign + bits)

@@ -1,4 +1,4 @@
-"""`check_parity` and `assert_parity`: prove a port, and name the layer and the cause when it is off."""
+"""`check_parity` and `assert_parity`: prove that a port is right; if it is not, name the layer and the cause."""
 
 from __future__ import annotations
 
@@ -35,24 +35,25 @@ def check_parity(
     rngs: Any = None,
     seed: int = 0,
 ) -> ParityReport:
-    """Is the Flax model the torch model? A report that is truthy when it is; printed, it names the first layer that
-    diverges and the cause.
+    """Check that the Flax model computes what the torch model computes. The report is true if it does; printed, it
+    names the first layer that diverges and the cause.
 
     torch_module  a torch.nn.Module in evaluation mode; weights on the meta device are read from `source`
-    flax_model    gx.linen(module, *example), a Linen module, an nnx.Module (as it is: call .eval() first)
+    flax_model    gx.linen(module, *example), a Linen module, or an nnx.Module (its mode is not changed: call .eval()
+    first)
     inputs        one array or a tuple for both sides, or gx.Inputs(torch=((args), {kw}), flax=((args), {kw}))
-    weights       Flax variables, State, module or checkpoint; a torch state_dict or checkpoint, which is ported; None:
-                  the values in flax_model, or where it has none, torch_module's, ported by gx.plan
-    rules, plan   as for gx.plan; plan: a finished one, torch to Flax
-    layout        of the inputs: 'NCHW -> NHWC', or one for each path; out_layout: of the outputs
-    atol, rtol    decide the outputs instead of the calibrated float32 error
-    layers        trace every layer; causes: try explanations at the first that diverges
-    threshold     how many times torch float32's own error is an alarm
-    rngs, seed    of the Flax side, where it draws random numbers
+    weights       Flax variables, State, module or checkpoint; or a torch state_dict or checkpoint, which is ported.
+                  None: the values in flax_model; if it has none, torch_module's weights, ported by gx.plan
+    rules, plan   rules as for gx.plan; or a finished plan from torch to Flax
+    layout        the layout of the inputs: 'NCHW -> NHWC', or one for each path; out_layout: that of the outputs
+    atol, rtol    tolerances that judge the outputs instead of the calibrated float32 error
+    layers        trace every layer; causes: try explanations at the first layer that diverges
+    threshold     an error is an alarm above this many times torch float32's own error
+    rngs, seed    for the Flax side, if it draws random numbers
 
-    The judgement: relative L2 against torch in float64, at most `threshold` times torch float32's own error. Neither
-    model is changed. Raises PlanError where the weights cannot be planned, ModelError where a model's own code fails
-    or was left in train mode, UsageError.
+    Parity holds if the relative L2 error against torch in float64 is at most `threshold` times torch float32's own
+    error. Neither model is changed. Raises PlanError if the weights cannot be planned, ModelError if a model's own code
+    fails or was left in train mode, UsageError.
     """
     from graftax.opening import open_tree, open_weights
     from graftax.parity import compare, pipeline, prepare
@@ -63,7 +64,7 @@ def check_parity(
     from graftax.parity.torch_runner import runners
 
     clock = pipeline.Clock()
-    torch_module = getattr(torch_module, "_orig_mod", torch_module)  # of torch.compile
+    torch_module = getattr(torch_module, "_orig_mod", torch_module)  # the module inside torch.compile's wrapper
     calls = inputs if isinstance(inputs, Inputs) else None
     torch_tree = open_tree(torch_module)
     values_of = torch_tree if source is None else open_weights(source)
@@ -150,7 +151,7 @@ def _with_parameters_of(model: Callable[P, Any]) -> Callable[[Callable[..., R]],
 
 @_with_parameters_of(check_parity)
 def assert_parity(*args: Any, **kwargs: Any) -> ParityReport:
-    """`check_parity` that raises ParityError, with the report as its text, where the answer is no."""
+    """`check_parity` that raises ParityError, with the report as its text, if parity fails."""
     __tracebackhide__ = True  # pytest shows the line of the test
     from graftax.parity.pipeline import required
 

@@ -1,4 +1,5 @@
-"""From a reference and a Flax runner to the rows of a report: the forced pass, the free pass, the first divergence."""
+"""Compare a Flax runner with a reference: the forced pass, the free pass, the rows of the report, the first
+divergence."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import numpy as np
 from graftax.parity import values
 from graftax.parity.align import Layout, Turn, alignment_of, reordered, same_ones, with_layout
 from graftax.parity.metrics import alarms, output_row, relative_l2
-from graftax.parity.pairing import RECURRENT, CallMap, Pair
+from graftax.parity.pairing import RECURRENT, CallMap, ModulePair
 from graftax.parity.records import THRESHOLD, UNIT, Reference, Runner, Site
 from graftax.parity.report.model import LayerRow, OutputRow, Status, Where
 from graftax.parity.teacher_forced import Arrays, ForcedTap, FreeTap, Met
@@ -23,8 +24,8 @@ DeclaredLayout = Mapping[str, Layout] | Layout | None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
-    """What the Flax passes have shown. `kept`: arrays of the first calls that alarm, by Flax site; `outputs_flax` the
-    free run's Values; `seconds` of the two passes."""
+    """The result of the Flax passes. `kept`: the arrays of the first calls that alarm, by Flax site; `outputs_flax`:
+    the Values of the free run; `seconds`: the time of the two passes."""
 
     outputs: tuple[OutputRow, ...]
     layers: tuple[LayerRow, ...]
@@ -43,7 +44,7 @@ def judge_flax(
     flax: Runner,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    pairs: Sequence[Pair],
+    pairs: Sequence[ModulePair],
     specs: Mapping[str, TensorSpec],
     *,
     threshold: float = THRESHOLD,
@@ -51,7 +52,8 @@ def judge_flax(
     rtol: float | None = None,
     out_layout: DeclaredLayout = None,
 ) -> Judged:
-    """Run Flax forced and free on its own inputs, and compare with the reference. specs: the torch leaves'."""
+    """Run Flax forced and free on its own inputs, and compare it with the reference. specs: those of the torch
+    leaves."""
     seconds: dict[str, float] = {}
     compiled_before = _compile_seconds(flax)
     watch = list(dict.fromkeys(pair.flax for pair in pairs))
@@ -75,16 +77,14 @@ def judge_flax(
     outputs = output_rows(reference, output, threshold=threshold, atol=atol, rtol=rtol, layout=out_layout)
     rows = layer_rows(reference, calls, tap, threshold)
     first, where = first_alarm(rows, reference, threshold)
-    notes = [
-        f"{path} is called {count} time(s) more in Flax than in torch" for path, count in tap.extra.items() if path
-    ]
+    notes = [f"Flax calls {path} {count} time(s) more than torch does" for path, count in tap.extra.items() if path]
     notes += _length_one(tap.met)
     return Judged(outputs, tuple(rows), first, where, not_traced, tuple(notes), tap.kept, tap.met, output, seconds)
 
 
 def _length_one(met: Mapping[Site, Met]) -> list[str]:
-    """A note on layers whose outputs have axes of length one on one side only: their values agree or not without them,
-    but what is computed from them may broadcast."""
+    """A note on layers whose outputs have an axis of length one on one side only. Their values are compared without it,
+    but code that uses them may broadcast."""
     found = {
         site: match for site, seen in met.items() for match in seen.outward[:1]
         if site.path and not same_ones(match.turn.shape, match.taken)
@@ -93,12 +93,14 @@ def _length_one(met: Mapping[Site, Met]) -> list[str]:
         return []
     site, match = next(iter(found.items()))
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-    return [f"outputs with axes of length one on one side only: {site} {match.turn.shape}, torch {match.taken}{more}"]
+    return [
+        f"these outputs have axes of length one on one side only: {site} {match.turn.shape}, torch {match.taken}{more}"
+    ]
 
 
 def _is_state(reference: Reference, array: Any) -> bool:
-    """Is an output the last state of a recurrent torch layer? torch has an axis of layers and directions before the
-    batch, of length one too; a Flax cell's carry has none. Where no calls were recorded the layer's settings tell."""
+    """Is an output the last state of a recurrent torch layer? torch puts an axis of layers and directions before the
+    batch, even of length one; a Flax cell's carry has none. If no calls were recorded, the layer's settings decide."""
     layers = {path: one for path, one in reference.modules.items() if RECURRENT & set(one.bases)}
     if not layers or array.ndim not in (2, 3) or array.shape[0] != 1:
         return False
@@ -125,7 +127,7 @@ def _is_declared(layout: DeclaredLayout, path: str, array: Any) -> bool:
 
 
 def _compile_seconds(flax: Runner) -> float:
-    """What a runner has spent on compiling so far."""
+    """The seconds that a runner has spent on compiling so far."""
     return getattr(flax, "compile_seconds", 0.0)
 
 
@@ -166,7 +168,7 @@ def layer_rows(reference: Reference, calls: CallMap, tap: ForcedTap, threshold: 
 def first_alarm(
     rows: Sequence[LayerRow], reference: Reference, threshold: float
 ) -> tuple[LayerRow | None, Where | None]:
-    """The first row above the threshold, in the order of torch's events, and which side of it."""
+    """The first row above the threshold, in the order of torch's events, and the side that alarms."""
     found = {row.site_torch: row for row in rows if row.status == "diverges"}
     events = reference.events or tuple((what, site) for site in reference.order for what in ("in", "out"))
     for what, site in events:
@@ -189,10 +191,10 @@ def output_rows(
     rtol: float | None = None,
     layout: DeclaredLayout = None,
 ) -> tuple[OutputRow, ...]:
-    """A row for every array of the output, leaf by leaf: by its path where Flax has torch's paths, in order elsewhere.
+    """A row for every array of the output. Arrays are paired by path if Flax has all of torch's paths, else in order.
 
-    An output of another shape, for which no layout is declared, is taken in the order of axes that fits; it says so.
-    One with an axis of length one more or less is another output."""
+    An output of another shape without a declared layout is compared in the order of axes that fits, and the row says
+    so. An output with one more or one less axis of length one counts as another output."""
     want = values.arrays(with_layout(reference.outputs, layout))
     low = [array for _, array in values.arrays(with_layout(reference.outputs_float32, layout))]
     got = values.arrays(output)
@@ -212,7 +214,7 @@ def output_rows(
         if free and turn is None and ours.shape == array.shape[1:] and _is_state(reference, array):
             turn = Turn(tuple(range(array.ndim)), shape=ours.shape)
         if turn is not None:
-            text = f"torch's shape {tuple(array.shape)} was taken as {tuple(ours.shape)}, {turn.text}"
+            text = f"torch's shape {tuple(array.shape)} was compared as {tuple(ours.shape)}, {turn.text}"
             array, other = turn(array), turn(other)
         ours = ours.astype(np.float32) if ours.dtype.kind == "V" else ours
         row = output_row(path, ours, array, other, threshold=threshold, atol=atol, rtol=rtol)

@@ -1,4 +1,4 @@
-"""What the cause finder gets: the first layer that diverges, with everything that is needed to try explanations."""
+"""The first layer that diverges, with everything that the search for causes needs to try explanations."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import Record, Reference, Runner
 from graftax.parity.report.model import LayerRow, Where
 from graftax.plans import Plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Suspect:
-    """A diverging call of a module pair.
+class Divergence:
+    """A call of a module pair that diverges.
 
-    row, where   the row, and which side of it alarms: 'out' the module itself, 'in' the functional code between the
-                 modules before and this one
-    reference    all of the torch float64 run; `record` is this call's
+    row, where   the row, and the side that alarms: 'out' the module itself, 'in' the functional code between the
+                 modules before it and this one
+    reference    the whole torch float64 run; `record` is the record of this call
     flax_args, flax_kwargs   what arrived at the Flax module in the forced pass (Flax layout); None: not kept
-    flax_out     what the Flax module made of the reference input (Flax layout); None: not kept
-    want_args, want_kwargs   the reference input in Flax's layout: what the Flax module was called with in that pass
+    flax_out     the Flax module's output for the reference input (Flax layout); None: not kept
+    want_args, want_kwargs   the reference input in Flax's layout, with which the Flax module was called in that pass
     want_out     the reference output in Flax's layout
     torch, torch64, flax     the runners: torch in float32, in float64, and Flax
     plan         torch -> Flax
-    torch_weights, flax_weights, expected   path -> array: torch's leaves, Flax's, and what the plan makes of torch's
-    initial      path -> array: Flax's leaves as its initialiser makes them, where that is known
+    torch_weights, flax_weights, expected   path -> array: torch's leaves, Flax's leaves, and the leaves that the plan
+    makes from torch's
+    initial      path -> array: Flax's leaves as its initialiser makes them, if known
     before       rows of the pairs called before this one, the nearest first, with their reference outputs in Flax's
-                 layout: where an 'in' error comes from
+                 layout: an 'in' error arises behind them
     more         other rows that alarm
-    again        leaves -> this call's error, on the side that alarms, with these in the place of Flax's own: the whole
-                 model runs again; None from it: not compared
+    again        leaves -> this call's error, on the side that alarms, after the whole model has run again with these
+                 leaves in place of Flax's own; it returns None if nothing was compared
     """
 
     row: LayerRow
@@ -57,7 +58,7 @@ class Suspect:
     again: Callable[[Mapping[str, Any]], float | None] | None = None
 
     @property
-    def pair(self) -> Pair:
+    def pair(self) -> ModulePair:
         return self.row.pair
 
     @property

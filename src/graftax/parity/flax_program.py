@@ -1,4 +1,4 @@
-"""One way to run a Flax model for both APIs: compiled where it can be, else eagerly, with a Channel to the tap.
+"""Run a Flax model of either API: compiled if possible, else eagerly, with a Channel to the tap.
 
 Compiled is the default: the first eager run compiles op by op, and a compiled run with callbacks takes less than a warm
 eager one without (12 layers of hidden size 256: 0.9 s against 1.3 s, first runs 5.5 s and 5.6 s on two cores).
@@ -24,13 +24,14 @@ from graftax.parity.flax_tap import Channel, Traced
 from graftax.parity.records import Tap
 
 PRECISION = "highest"
-"""Matrix products of the CPU and TPU backends are only then float32 products (DESIGN section 6)."""
+"""With a lower precision the matrix products of the CPU and TPU backends are not float32 products (DESIGN section
+6)."""
 _KEPT = 6  # compiled programs of one runner
 
 
 @dataclass(slots=True, eq=False)
 class Built:
-    """A program for one kind of call: which modules are watched, what the arguments look like."""
+    """A program for one kind of call, that is, one set of watched modules and one structure of arguments."""
 
     function: Callable[..., Any] | None = None
     output: Any = None
@@ -43,9 +44,9 @@ class Built:
 class Program:
     """A model's forward, made to run with a tap.
 
-    forward    (weights, args, kwargs) -> outputs, run under whatever calls channel.call at the modules
+    forward    (weights, args, kwargs) -> outputs; it arranges that every module's call goes through channel.call
     explain    an exception of the model -> ModelError
-    mend       an exception of the model -> is it worth another try now
+    mend       an exception of the model -> is another try worthwhile?
     compiled   True, False, or None: compiled unless it cannot be
     """
 
@@ -56,7 +57,7 @@ class Program:
     channel: Channel = field(default_factory=Channel)
     current: Built = field(default_factory=Built)
     compile_seconds: float = 0.0
-    """Spent on tracing and compiling so far."""
+    """Seconds spent on tracing and compiling so far."""
     _built: OrderedDict[Any, Built] = field(default_factory=OrderedDict[Any, Built])
     _lock: Any = field(default_factory=threading.RLock)
     _numbers: int = 0
@@ -70,7 +71,7 @@ class Program:
         tap: Tap | None,
         compiled: bool | None = None,
     ) -> Any:
-        """The outputs as Values. ModelError where the model fails; what the tap raises comes through as it is."""
+        """The outputs as Values. ModelError if the model fails; an exception of the tap passes through unchanged."""
         arrays, node = flax_values.spread((tuple(args), dict(kwargs)))
         wanted = self.compiled if compiled is None else compiled
         ways = [(True, False)] if wanted is not False else []
@@ -89,7 +90,7 @@ class Program:
                     again = self.mend(error)
                     if not again:
                         ways.pop(0)
-                        # Code that asks for values cannot be traced; whether that was it, the eager run shows.
+                        # Code that needs concrete values cannot be traced. The eager run shows if that was so.
                         again = bool(ways) and ((jit and not self.channel.seen) or _refuses_callbacks(error))
                     if not again:
                         raise self.explain(error, (args, kwargs)) from error
@@ -133,8 +134,8 @@ class Program:
         return jax.jit(program)
 
     def _find(self, given: list[Any], node: Any, watch: frozenset[str], tap: Tap | None, jit: bool) -> Built:
-        """The program for such a call. Its number goes into the keys of whatever caches what the model jits itself:
-        code that was traced for other modules, or without a tap, must not be used again."""
+        """The program for such a call. Its number becomes part of the cache keys of functions that the model jits
+        itself, so that code traced for other watched modules, or without a tap, is not reused."""
         shapes = tuple((array.shape, str(array.dtype)) for array in given)
         replaces = tap is not None and getattr(tap, "replaces", True)
         key = (jit, watch, tap is None, replaces, shapes, flax_values.fingerprint(node))
@@ -157,7 +158,8 @@ def _refuses_callbacks(error: Exception) -> bool:
 
 
 def model_error(error: Exception, path: str, kind: str, given: Any) -> ModelError:
-    """What the user's model raised: the module that was running, its line, and what the model was called with."""
+    """The ModelError for an exception of the user's model: the module that was running, the line, and the model's
+    arguments."""
     line = _line(error.__traceback__)
     shapes = [f"{array.dtype}{list(array.shape)}" for array in flax_values.spread(given)[0]]
     called = f"The model was called with {', '.join(shapes[:6])}." if shapes else ""
@@ -169,7 +171,7 @@ def model_error(error: Exception, path: str, kind: str, given: Any) -> ModelErro
 
 
 def _line(trace: TracebackType | None) -> str:
-    """file:line of the last frame that is the user's: not jax's, Flax's or graftax's."""
+    """file:line of the last frame in the user's code, not in jax, Flax, NumPy or graftax."""
     libraries = [Path(str(sys.modules[name].__file__)).parent for name in ("jax", "flax", "graftax", "numpy")]
     line = ""
     while trace is not None:

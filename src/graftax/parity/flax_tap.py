@@ -1,8 +1,8 @@
-"""Between a traced Flax module and the tap: one Channel for each runner, used by Linen and NNX alike.
+"""Connect traced Flax modules with the tap: one Channel for each runner, used by Linen and NNX alike.
 
-In eager code the tap is called there and then. In code that jax traces (jit, scan, remat, cond) an ordered io_callback
-stands at the module's entry and exit, so that every iteration is a call of its own, in the order of the program.
-Callbacks use NumPy only, and never raise: what fails in a tap is kept and raised when the run is over.
+In eager code the tap is called directly. In code that jax traces (jit, scan, remat, cond) an ordered io_callback stands
+at the module's entry and exit, so every iteration is a call of its own, in the order of the program. Callbacks use
+NumPy only and never raise: an exception of a tap is kept and raised when the run is over.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NO_CALLBACK = {
     ("jax/_src/api.py", "linearize"): "inside a gradient",
     ("jax/_src/shard_map.py", "wrapped"): "inside shard_map",
 }
-"""Functions of jax below which an ordered callback cannot stand -> what to say of a module there."""
+"""Functions of jax in which an ordered callback cannot stand -> the reason given for a module called inside."""
 ELSEWHERE = "inside a jax transformation that takes no ordered callbacks"
 BRANCH = "in a branch that was not taken, or a loop of no steps"
 NEVER = "never called"
@@ -39,10 +39,10 @@ NEVER = "never called"
 
 @dataclass(slots=True)
 class Traced:
-    """What tracing a program showed; it holds for later runs of the same compiled program too.
+    """What was learned when a program was traced; it holds for later runs of the same compiled program too.
 
     emitted   modules with a callback in the program
-    refused   module path -> why none could stand there
+    refused   module path -> why no callback could stand there
     inner     module path -> {(collection and keys): shape} of its leaves as a scan's body sees them
     """
 
@@ -55,7 +55,7 @@ class Traced:
 class Channel:
     """The calls of a runner's watched modules on their way to the tap.
 
-    tap       who listens in this run; callbacks of compiled code find it here
+    tap       the tap of this run; callbacks of compiled code find it here
     blocked   no callbacks in traced code (the retry after a transformation refused them)
     """
 
@@ -81,7 +81,7 @@ class Channel:
         self.failure, self._waiting, self._busy = None, False, 0
 
     def end(self) -> None:
-        """After the run: everything has arrived; the tap's own failure is raised, before any other."""
+        """Close the run: wait for all callbacks, then raise the tap's own failure, before any other."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the run itself raises it
             jax.effects_barrier()
         self.tap = None
@@ -98,7 +98,7 @@ class Channel:
 
     @property
     def tracing(self) -> bool:
-        """Is the code that runs now traced by jax, and not computed?"""
+        """Is jax tracing the code that runs now, instead of computing it?"""
         return tracers.current_trace() != self.base
 
     # ------------------------------------------------------------ a call
@@ -106,8 +106,8 @@ class Channel:
     def call(
         self, path: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], proceed: Callable[..., Any]
     ) -> Any:
-        """The output of a module's call, with the tap at its entry and exit. A method that the module calls on itself
-        is part of the call that is under way."""
+        """The output of a module's call, with the tap at its entry and exit. If the module calls a method on itself,
+        that is part of the same call."""
         if self.tap is None or path not in self.watch or path in self._active:
             return proceed(*args, **kwargs)
         if self._busy == threading.get_ident():  # the tap itself runs something
@@ -115,7 +115,7 @@ class Channel:
         tracing = self.tracing
         if tracing:
             where = _place()
-            if where == "":  # rehearsed, to be thrown away
+            if where == "":  # Flax traces this only to discard it
                 return proceed(*args, **kwargs)
             reason = where or (ELSEWHERE if self.blocked else None)
             if reason is not None:
@@ -130,15 +130,15 @@ class Channel:
             self._active.pop()
         return self._pass(out, tracing, path, method, self._leaving)
 
-    def _pass(self, nest: Any, tracing: bool, path: str, method: str, tell: Callable[..., Any]) -> Any:
-        """`nest`, or what the tap puts in its place."""
+    def _pass(self, nest: Any, tracing: bool, path: str, method: str, ask: Callable[..., Any]) -> Any:
+        """`nest`, or the nest that the tap returns instead."""
         arrays, node = flax_values.spread(nest)
         if not tracing:
-            if self._waiting:  # what traced code has to say comes first
+            if self._waiting:  # callbacks of traced code come first
                 jax.effects_barrier()
                 self._waiting = False
             held = [flax_values.to_host(array) for array in arrays]
-            new = tell(path, method, node, held)
+            new = ask(path, method, node, held)
             if self.failure is not None:
                 raise self.failure
             if new is None:
@@ -149,14 +149,14 @@ class Channel:
         if not getattr(self.tap, "replaces", True):
 
             def listen(*given: Any) -> None:
-                tell(path, method, node, _copies(given))
+                ask(path, method, node, _copies(given))
 
             io_callback(listen, None, *arrays, ordered=True)
             return nest
 
         def host(*given: Any) -> Any:
             copies = _copies(given)
-            new = tell(path, method, node, copies)
+            new = ask(path, method, node, copies)
             return copies if new is None else new
 
         shapes = [jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(a.dtype)) for a in arrays]
@@ -164,20 +164,20 @@ class Channel:
         return flax_values.refill(node, _kept(arrays, made, [True] * len(made)))
 
     def _entering(self, path: str, method: str, node: flax_values.Node, held: list[Any]) -> list[Any] | None:
-        """Tells the tap of a call; the arrays that the module shall be called with, or None."""
+        """Report a call to the tap. Returns the arrays to call the module with, or None."""
         site = Site(path, self.seen.get(path, 0))
         self.seen[path] = site.call + 1
         if method != "__call__":
             self.methods[site] = method
         self._open.setdefault(path, []).append(site)
-        return self._told(lambda tap, given: tap.enter(site, given[0], given[1]), site, node, held)
+        return self._through_tap(lambda tap, given: tap.enter(site, given[0], given[1]), site, node, held)
 
     def _leaving(self, path: str, method: str, node: flax_values.Node, held: list[Any]) -> list[Any] | None:
         site = self._open[path].pop()
-        return self._told(lambda tap, given: tap.leave(site, given), site, node, held)
+        return self._through_tap(lambda tap, given: tap.leave(site, given), site, node, held)
 
-    def _told(
-        self, tell: Callable[[Tap, Any], Any], site: Site, node: flax_values.Node, held: list[Any]
+    def _through_tap(
+        self, ask: Callable[[Tap, Any], Any], site: Site, node: flax_values.Node, held: list[Any]
     ) -> list[Any] | None:
         tap = self.tap
         if tap is None or self.failure is not None:
@@ -185,7 +185,7 @@ class Channel:
         self._busy = threading.get_ident()
         try:
             given = flax_values.plain(node, held)
-            new = tell(tap, given)
+            new = ask(tap, given)
             return None if new is None else flax_values.replaced(given, held, new, f"Flax {site}")
         except BaseException as failure:  # not through XLA: raised when the run is over
             self.failure = failure
@@ -195,13 +195,13 @@ class Channel:
 
 
 def _copies(given: Any) -> list[Any]:
-    """Arrays of their own: what a callback gets are XLA's buffers, which it uses again."""
+    """Copies of the arrays: a callback gets XLA's buffers, which XLA reuses."""
     return [np.array(item) for item in given]
 
 
 def _kept(arrays: list[Any], made: list[Any], changed: list[bool]) -> list[Any]:
-    """`made` where it changed, else the arrays themselves; also where a weak type would be lost, and with it the way
-    in which the model's next op promotes."""
+    """`made` where it changed, else the arrays themselves. A weakly typed array is never replaced: without the weak
+    type the model's next op would promote differently."""
     return [
         new if change and not getattr(old, "weak_type", False) else old
         for old, new, change in zip(arrays, made, changed, strict=True)
@@ -209,8 +209,8 @@ def _kept(arrays: list[Any], made: list[Any], changed: list[bool]) -> list[Any]:
 
 
 def _place() -> str | None:
-    """Where traced code stands: None, a callback can stand here; '', Flax rehearses a scan's body to throw it away;
-    else why no ordered callback can. jax does not tell; the functions on the stack do."""
+    """Can an ordered callback stand in the code traced now? None: yes. '': Flax traces a scan's body here only to
+    discard it. Other text: why not. jax does not tell, so the functions on the stack are examined."""
     frame: FrameType | None = sys._getframe(2)
     found: str | None = None
     while frame is not None:

@@ -1,8 +1,8 @@
-"""Nests of jax arrays taken apart and put together: what a Flax module is called with and gives back, as Values.
+"""Take nests of jax arrays apart and put them together: a Flax module's arguments and outputs as Values.
 
 A nest is spread into its arrays and a Node that remembers the containers. Values are plain (`plain`): lists, tuples,
 dicts; a named tuple is a tuple, a dataclass or a FrozenDict is a dict, any other jax pytree the tuple of its children.
-`refill` gives the containers themselves, as the caller of the module knows them.
+`refill` restores the original containers, which the module's caller expects.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def refill(node: Node, arrays: Sequence[Any]) -> Any:
 
 
 def fingerprint(node: Node) -> Any:
-    """What tells two nests with other containers or other leaves apart: hashable, for a cache whose entries keep their
-    node (a leaf that has no hash counts by identity)."""
+    """A hashable key that differs for nests with other containers or other leaves. It is for a cache whose entries keep
+    their node: a leaf that has no hash counts by identity."""
     if node.kind == "array":
         return "array"
     if node.kind == "leaf":
@@ -139,13 +139,13 @@ def to_host(array: Any) -> np.ndarray[Any, Any]:
 
 
 def values_of(nest: Any) -> Any:
-    """What a module gave, as Values on the host."""
+    """A module's output as Values on the host."""
     arrays, node = spread(nest)
     return plain(node, [to_host(array) for array in arrays])
 
 
 def waited(nest: Any) -> Any:
-    """The nest, when its arrays are computed: what they were computed from can then be let go."""
+    """The nest after its arrays are computed, so that their inputs can be released."""
     for array in spread(nest)[0]:
         if isinstance(array, jax.Array) and not isinstance(array, Tracer):
             array.block_until_ready()
@@ -153,27 +153,27 @@ def waited(nest: Any) -> Any:
 
 
 def to_device(nest: Any) -> Any:
-    """The nest with its arrays as jax arrays (float64 and int64 narrowed as jax does it)."""
+    """The nest with its arrays as jax arrays (jax narrows float64 and int64)."""
     arrays, node = spread(nest)
     return refill(node, [jax.numpy.asarray(array) for array in arrays]) if arrays else nest
 
 
 def replaced(old: Any, arrays: Sequence[np.ndarray[Any, Any]], new: Any, where: str) -> list[np.ndarray[Any, Any]]:
-    """`arrays`, those of the Values `old`, each replaced by the array that `new` has at its place, in the old one's
-    dtype. Anything else at a place leaves what was there.
+    """`arrays` (those of the Values `old`), each replaced by the array of `new` at the same place, in the old dtype. If
+    `new` has no array at a place, the old array stays.
 
-    Raises GraftaxError for an array at a place where there was none and for another shape.
+    Raises GraftaxError for an array at a place that had none, and for a shape mismatch.
     """
     out = list(arrays)
     places = {path: i for i, (path, _) in enumerate(_arrays_of(old))}
     for path, array in _arrays_of(new):
         if path not in places:
-            raise GraftaxError(f"{escape(where)}: there is no array at {escape(path) or 'the top'} to be replaced")
+            raise GraftaxError(f"{escape(where)}: there is no array at {escape(path) or 'the top'} to replace")
         i = places[path]
         if tuple(array.shape) != tuple(out[i].shape):
             raise GraftaxError(
                 f"{escape(where)}: the array at {escape(path) or 'the top'} has shape {tuple(out[i].shape)}, "
-                f"what shall replace it {tuple(array.shape)}"
+                f"its replacement has {tuple(array.shape)}"
             )
         out[i] = np.asarray(array, dtype=out[i].dtype)
     return out

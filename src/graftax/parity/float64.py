@@ -1,10 +1,10 @@
-"""Run torch code in another floating precision without changing the model: every floating tensor that an op meets is
-widened as it is used and released after, so a model whose float64 copy would not fit in memory runs all the same.
+"""Run torch code in another floating precision without changing the model. Every floating tensor is widened when an op
+uses it and released afterwards, so a model runs even if its float64 copy would not fit in memory.
 
-Two modes work together. The function mode sees whole functions (`F.linear`, `lstm`), whose dtype checks want all
-arguments alike, and is the only one that sees Parameters as such; the dispatch mode sees the ops inside, where code
-casts to float32 by name (`x.float()`, `softmax(dtype=float32)`): such a dtype becomes the wide one. `module.double()`
-is no float64 reference for models that cast inside.
+Two modes work together. The function mode sees whole functions (`F.linear`, `lstm`), whose dtype checks require equal
+dtypes, and only this mode sees Parameters. The dispatch mode sees the ops inside, where code casts to float32 by name
+(`x.float()`, `softmax(dtype=float32)`): such a dtype becomes the wide one. `module.double()` is not a float64 reference
+for models that cast inside.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WIDER = {
         torch.complex32: torch.complex64,
     },
 }
-"""Precision to run in -> which dtypes become which."""
+"""Precision of the run -> {a dtype: the dtype it is widened to}."""
 KEPT = 64 << 20
 """Bytes of widened weights kept for the next use: a cell that is called in a loop uses the same ones at every step."""
 METADATA = frozenset(
@@ -49,7 +49,7 @@ Fill = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 class Widening:
-    """What both modes share: how a value becomes a wide one."""
+    """The part that both modes share: widening a value."""
 
     def __init__(self, dtype: torch.dtype, fill: Fill | None) -> None:
         self.dtype = dtype
@@ -90,7 +90,7 @@ class Widening:
         return made
 
     def value(self, value: Any) -> Any:
-        """Tensors and dtypes inside nested lists, tuples and dicts made wide; anything else as it is."""
+        """Tensors and dtypes inside nested lists, tuples and dicts, widened; any other value unchanged."""
         if isinstance(value, torch.Tensor):
             return self.tensor(value)
         if isinstance(value, torch.dtype):
@@ -138,7 +138,8 @@ class _Functions(TorchFunctionMode):
                 self._note(item)
 
     def _getter(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Attributes of tensors: `.T` and `.data` give values; `.dtype` and `.device` tell what ops will see."""
+        """Attributes of tensors: `.T` and `.data` return widened values; `.dtype` and `.device` return what ops will
+        see."""
         name = getattr(getattr(func, "__self__", None), "__name__", "")
         if name in VALUE_GETTERS:
             self._note(args[0])
@@ -152,7 +153,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Ops(TorchDispatchMode):
-    """Widens the arguments of single ops, and sees random numbers drawn."""
+    """Widens the arguments of single ops, and notices ops that draw random numbers."""
 
     def __init__(self, widening: Widening) -> None:
         super().__init__()
@@ -172,7 +173,7 @@ class _Ops(TorchDispatchMode):
 
     @staticmethod
     def _written_back(func: Any, args: Any, wide: Any, out: Any) -> Any:
-        """An op that writes to a narrow tensor wrote to its wide copy: bring the values home."""
+        """An op that writes to a narrow tensor wrote to its wide copy: copy the values back."""
         for argument, old, new in zip(func._schema.arguments, args, wide, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and isinstance(old, torch.Tensor) and new is not old:
@@ -185,9 +186,9 @@ class _Ops(TorchDispatchMode):
 def precision(
     dtype: torch.dtype, fill: Fill | None = None, on_random: Callable[[str], None] | None = None
 ) -> Iterator[Widening]:
-    """Inside, torch computes in `dtype` (float64, or float32 for models held in half precision).
+    """Inside this context torch computes in `dtype` (float64, or float32 for models held in half precision).
 
-    fill        meta Parameter -> its values; None from it: not known
+    fill        meta Parameter -> its values; None if they are unknown
     on_random   called with an op's name whenever one draws from the default generator
     """
     widening = Widening(dtype, fill)

@@ -1,9 +1,9 @@
-"""Golden files: what the torch side did, kept, so that Flax can be judged where no torch is installed.
+"""Golden files: a recorded run of the torch side, against which Flax is judged where torch is not installed.
 
 A golden file is a safetensors file. Its tensors are the inputs of the Flax model, torch's outputs in float64 (rounded
-to float32) and in float32, and on request the inputs and outputs of every layer. The metadata `graftax_golden` is JSON
-that says which is which, with the torch modules, their settings, and the names, shapes and dtypes of the weights, which
-a plan is made from. The weights themselves are not kept.
+to float32) and in float32, and on request the inputs and outputs of every layer. The metadata `graftax_golden` is JSON:
+it maps each value to its tensor, and holds the torch modules, their settings, and the names, shapes and dtypes of the
+weights, from which a plan is made. The weights themselves are not recorded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from graftax.errors import FormatError, escape, with_article
-from graftax.parity.golden_values import Table, decode, encode
+from graftax.parity.golden_values import ArrayTable, decode, encode
 from graftax.parity.records import Record, Reference, Site
 from graftax.tree import Checkpoint, Live, Module, Storage, TensorSpec
 
@@ -27,14 +27,14 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Golden:
-    """A torch run to be repeated in Flax.
+    """A recorded torch run, to be compared with Flax.
 
-    reference   the run; `records` is empty where the layers were not kept
-    flax_args, flax_kwargs   what the Flax model is called with, in its own layout
+    reference   the run; `records` is empty if the layers were not recorded
+    flax_args, flax_kwargs   the arguments of the Flax model, in its own layout
     specs, buffers, aliases  torch's leaves, without values: the source of a plan
     torch_name  the torch module's class
-    layout, out_layout       as they were declared when it was recorded
-    versions    what it was recorded with
+    layout, out_layout       as declared when the run was recorded
+    versions    of torch and graftax at the recording
     """
 
     reference: Reference
@@ -49,7 +49,7 @@ class Golden:
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def checkpoint(self) -> Checkpoint:
-        """The torch side as a source to plan from: names, shapes, dtypes and module kinds, no values."""
+        """The torch side as a source for a plan: names, shapes, dtypes and module kinds, no values."""
         return Checkpoint(
             label=f"{self.torch_name} (golden)",
             side="torch",
@@ -63,10 +63,10 @@ class Golden:
 
 
 def save_golden(path: str | PathLike[str], golden: Golden, layers: bool = False) -> None:
-    """Write a golden file, in one step: a file that is no golden one is not replaced. layers: with the inputs and
-    outputs of every layer, so that a replay can say which one diverges.
+    """Write a golden file in one step. A file that is not a golden file is not replaced. layers: include the inputs and
+    outputs of every layer, so that a replay can name the one that diverges.
 
-    Raises UsageError for inputs that cannot be kept, StorageError where writing fails.
+    Raises UsageError for inputs that the file cannot hold, StorageError if writing fails.
     """
     from graftax.formats.io import system
     from graftax.formats.io.commit import staged
@@ -76,7 +76,7 @@ def save_golden(path: str | PathLike[str], golden: Golden, layers: bool = False)
 
     out = Path(path)
     refuse_other_file(out, KEY, "a golden file")
-    table = Table()
+    table = ArrayTable()
     kept = golden if layers else replace(golden, reference=replace(golden.reference, records={}, order=(), events=()))
     text = json.dumps(_as_json(kept, table), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     specs = {name: spec_of(array) for name, array in table.arrays.items()}
@@ -94,7 +94,7 @@ def save_golden(path: str | PathLike[str], golden: Golden, layers: bool = False)
         raise system.storage_error(error, out) from error
 
 
-def _as_json(golden: Golden, table: Table) -> dict[str, Any]:
+def _as_json(golden: Golden, table: ArrayTable) -> dict[str, Any]:
     reference = golden.reference
     sites = [site for site in reference.order if site in reference.records]
     numbers = {site: i for i, site in enumerate(sites)}
@@ -122,7 +122,7 @@ def _as_json(golden: Golden, table: Table) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _record_json(site: Site, record: Record, table: Table) -> list[Any]:
+def _record_json(site: Site, record: Record, table: ArrayTable) -> list[Any]:
     place = f"layers/{site.path}/{site.call}"
     values = [("in", tuple(record.args)), ("in", dict(record.kwargs)), ("out", record.output)]
     errors = (record.in_error, record.out_error, record.free_error)
@@ -138,7 +138,8 @@ def _record_json(site: Site, record: Record, table: Table) -> list[Any]:
 
 
 def load_golden(path: str | PathLike[str]) -> Golden:
-    """What `save_golden` wrote. FormatError for a malformed file or another kind, StorageError, UnsafeInputError."""
+    """Read what `save_golden` wrote. FormatError for a malformed file or one of another kind, StorageError,
+    UnsafeInputError."""
     from graftax.formats import foreign, safetensors_file
     from graftax.formats.io import files, strict_json
 

@@ -1,4 +1,4 @@
-"""Values as JSON beside a table of arrays, and back: what a golden file's header holds. An array that stands in several
+"""Values as JSON with a table of arrays, and back, for the header of a golden file. An array that stands in several
 places is stored once, and is one object again when it is read."""
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _DEPTH = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Opaque:
-    """Stands for an object that a golden file cannot hold, by its text: an argument that only torch understood."""
+class TextOnly:
+    """The text of an object that a golden file cannot hold, such as an argument that only torch understands."""
 
     text: str
 
 
 @dataclass(slots=True)
-class Table:
-    """Arrays by the name they get in the file: that of the first place in which they stand."""
+class ArrayTable:
+    """Arrays by their name in the file: the name of the first place in which they stand."""
 
     arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict[int, str])
@@ -43,11 +43,12 @@ class Table:
         return name
 
 
-def encode(value: Any, table: Table, place: str, strict: bool = False, depth: int = 0) -> Any:
-    """A nest of arrays, numbers and text as JSON data. Other objects become their text; `strict`: UsageError for them.
+def encode(value: Any, table: ArrayTable, place: str, strict: bool = False, depth: int = 0) -> Any:
+    """A nest of arrays, numbers and text as JSON data. Other objects become their text; with `strict` they raise
+    UsageError.
 
-    A JSON object has one key that says what it is: a array, t tuple, l list, d dict (pairs), f a float that JSON lacks,
-    c complex, o opaque.
+    A JSON object has one key that gives its kind: a array, t tuple, l list, d dict (pairs), f a float that JSON lacks,
+    c complex, o the text of another object.
     """
     import numpy as np
 
@@ -62,7 +63,7 @@ def encode(value: Any, table: Table, place: str, strict: bool = False, depth: in
     if isinstance(value, complex):
         return {"c": [repr(value.real), repr(value.imag)]}
     if depth > _DEPTH:
-        raise UsageError(f"{escape(place)}: nested deeper than {_DEPTH} levels, which a golden file does not hold")
+        raise UsageError(f"{escape(place)}: nested deeper than {_DEPTH} levels, more than a golden file holds")
     nodes = children(value)
     if nodes is None:
         if strict:
@@ -83,14 +84,14 @@ def encode(value: Any, table: Table, place: str, strict: bool = False, depth: in
     return {"d": pairs}
 
 
-def _array(array: np.ndarray[Any, Any], table: Table, place: str) -> Any:
+def _array(array: np.ndarray[Any, Any], table: ArrayTable, place: str) -> Any:
     if array.dtype.kind in "OSUMm" or (array.dtype.kind == "V" and array.dtype.names):
         return {"o": escape(repr(array), 200)}
     return {"a": table.name_of(array, place)}
 
 
 def decode(data: Any, arrays: Mapping[str, Any], label: str, depth: int = 0) -> Any:
-    """What `encode` was given. FormatError for anything that it does not write; `label` says where."""
+    """The value that `encode` got. FormatError for JSON that `encode` does not write; `label` names the file."""
     if data is None or isinstance(data, (bool, str, int, float)):
         return data
     if not isinstance(data, dict) or len(data) != 1 or depth > _DEPTH:
@@ -113,7 +114,7 @@ def decode(data: Any, arrays: Mapping[str, Any], label: str, depth: int = 0) -> 
         except (TypeError, ValueError):
             raise _malformed(label, data) from None
     if kind == "o" and isinstance(body, str):
-        return Opaque(body)
+        return TextOnly(body)
     raise _malformed(label, data)
 
 
@@ -122,4 +123,4 @@ def _is_pair(pair: Any) -> bool:
 
 
 def _malformed(label: str, data: Any) -> FormatError:
-    return FormatError(f"{label}: no value that graftax writes: {escape(repr(data), 80)}")
+    return FormatError(f"{label}: this is not a value that graftax writes: {escape(repr(data), 80)}")

@@ -1,4 +1,4 @@
-"""Inputs of a check from the command line: a file of arrays, a factory, or the example that gx.linen(...) was given."""
+"""The inputs of a check from the command line: a file of arrays, a factory, or the example of gx.linen(...)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _HOW = (
 
 
 def read_inputs(text: str) -> Any:
-    """What `pkg.mod:factory` returns, or the arrays of a file, as gx.check_parity takes them.
+    """The inputs that `pkg.mod:factory` returns, or the arrays of a file, as gx.check_parity takes them.
 
     In a file `arg0`, `arg1` ... (also NumPy's own `arr_0` ...) are positional and any other name is a keyword.
-    `torch.arg0` and `flax.arg0` are for one side only; then every name must say its side.
+    `torch.arg0` and `flax.arg0` are for one side only; then every name must start with its side.
 
-    Raises UsageError for names that make no call, and what reading the file raises.
+    Raises UsageError for names that do not form a call, and what reading the file raises.
     """
     if factories.is_factory(text):
         return factories.call_factory(text)
@@ -38,7 +38,7 @@ def read_inputs(text: str) -> Any:
 
 
 def named_inputs(arrays: Mapping[str, Any], label: str) -> Any:
-    """(args, kwargs) for both sides, or Inputs where the names say a side."""
+    """(args, kwargs) for both sides, or Inputs if the names start with a side."""
     sides: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         match = _SIDE.fullmatch(name)
@@ -48,7 +48,7 @@ def named_inputs(arrays: Mapping[str, Any], label: str) -> Any:
     if "" in sides:
         if len(sides) > 1:
             bare = ", ".join(escape(name) for name in list(sides[""])[:5])
-            raise UsageError(f"{label}: some names say their side and some do not: {bare}", next=_HOW)
+            raise UsageError(f"{label}: some names start with torch. or flax. and some do not: {bare}", next=_HOW)
         return _call(sides[""], label)
     calls = {side: _call(named, label) for side, named in sides.items()}
     return Inputs(torch=calls.get("torch"), flax=calls.get("flax"))
@@ -62,19 +62,19 @@ def _call(named: Mapping[str, Any], label: str) -> tuple[tuple[Any, ...], dict[s
         match = _POSITION.fullmatch(name)
         if match is not None:
             if int(match[1]) in positions:
-                failures.append(Failure(f"position {match[1]} is there twice", key=name))
+                failures.append(Failure(f"position {match[1]} is given twice", key=name))
             positions[int(match[1])] = array
         elif name.isidentifier():
             kwargs[name] = array
         else:
             failures.append(Failure("is neither a position nor the name of a parameter", key=name))
     failures += [
-        Failure(f"arg{i} is missing, and there is a later position")
+        Failure(f"arg{i} is missing, but a later position is given")
         for i in range(max(positions, default=-1))
         if i not in positions
     ]
     if failures:
-        raise UsageError(f"{label}: its names make no call:", failures, next=_HOW)
+        raise UsageError(f"{label}: its names do not form a call:", failures, next=_HOW)
     return tuple(positions[i] for i in sorted(positions)), kwargs
 
 
@@ -82,10 +82,10 @@ def _call(named: Mapping[str, Any], label: str) -> tuple[tuple[Any, ...], dict[s
 
 
 def example_inputs(model: Any) -> tuple[Inputs, tuple[str, ...]]:
-    """(inputs in Flax's layout, notes) from what gx.linen(...) was given. Floats that say nothing (a constant, or a
-    shape alone) are drawn from a normal distribution with seed 0; integers stay what they are.
+    """(inputs in Flax's layout, notes) from the example of gx.linen(...). Floats that prove nothing (a constant, or a
+    shape alone) are drawn from a normal distribution with seed 0; integers are not changed.
 
-    UsageError where there is no example.
+    UsageError if there is no example.
     """
     if not isinstance(model, LinenModel) or not any(map(_is_array, [*model.args, *model.kwargs.values()])):
         what = "gx.linen(...) was given no example" if isinstance(model, LinenModel) else "the Flax side has no example"
@@ -109,15 +109,15 @@ def _is_array(value: Any) -> bool:
 
 
 def _filled(value: Any, name: str, draw: Any, notes: list[str]) -> Any:
-    """The example, or values that show more than it does."""
+    """The example, or drawn values if the example proves little."""
     import numpy as np
 
     floating = np.dtype(value.dtype).kind in "fV"
     if type(value).__name__ == "ShapeDtypeStruct":
         if not floating:
             raise UsageError(
-                f"gx.linen(...) was given only the shape of {name}, whose values are {np.dtype(value.dtype)}",
-                next=f"Give {option('inputs')} with real ones.",
+                f"gx.linen(...) has only the shape of {name} ({np.dtype(value.dtype)}), and such values are not drawn",
+                next=f"Give {option('inputs')} with real values.",
             )
         array = None
     else:
@@ -127,7 +127,9 @@ def _filled(value: Any, name: str, draw: Any, notes: list[str]) -> Any:
             return array
         if not floating:
             if array.size > 1:
-                notes.append(f"{name} is one integer everywhere, as in the example: {option('inputs')} proves more")
+                notes.append(
+                    f"{name} is one integer everywhere, as in the example: give {option('inputs')} to prove more"
+                )
             return array
-    notes.append(f"{name} was drawn from a normal distribution (seed 0): the example gave its shape")
+    notes.append(f"{name} was drawn from a normal distribution (seed 0): the example gives only its shape")
     return draw.standard_normal(tuple(value.shape)).astype(np.dtype(value.dtype))

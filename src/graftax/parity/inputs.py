@@ -1,4 +1,4 @@
-"""The inputs of a parity check: one for both sides, or one for each."""
+"""The inputs of a parity check: the same for both sides, or different ones."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """What each model is called with, where one array for both does not do.
+    """The calls of the two models, if one array for both is not enough.
 
         gx.Inputs(torch=((ids,), {"attention_mask": mask}), flax=((ids, mask), {}))
 
     torch, flax   (args, kwargs), or args alone; None: the other side's, converted
-    torch_call    function (module, *args, **kwargs) -> outputs, to pick outputs or call another method
-    flax_call     the same for the Flax side: it gets what stands for the model (a bound Linen module, an nnx.Module)
+    torch_call    function (module, *args, **kwargs) -> outputs: picks outputs or calls another method
+    flax_call     the same for the Flax side; `module` is a bound Linen module or an nnx.Module
     """
 
     torch: Any = None
@@ -30,7 +30,7 @@ class Inputs:
 
 
 def call_of(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of what a person writes: (args, {kw}), a tuple or list of args, {kw}, or one array."""
+    """(args, kwargs) from the form a user writes: (args, {kw}), a tuple or list of args, {kw}, or one array."""
     if (
         isinstance(given, tuple)
         and len(given) == 2

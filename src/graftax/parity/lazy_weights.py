@@ -1,4 +1,4 @@
-"""Weights that are given when a module is called and let go afterwards: models larger than memory, block by block."""
+"""Weights that are read when a module is called and released afterwards, for models larger than memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from graftax.errors import ModelError, escape
 from graftax.tree import Module
 
 Supply = Callable[[str], Mapping[str, Any]]
-"""module path -> the arrays of the leaves that it owns itself, by their full path or by their role in the module."""
+"""module path -> the arrays of the leaves that the module owns itself, by their full path or by their role in it."""
 Keys = tuple[Any, ...]
 
 
 @dataclass(slots=True, eq=False)
-class Loans:
-    """Which leaves have no values, whose they are, and where their values come from.
+class LazyLeaves:
+    """The leaves without values, the modules that own them, and the supply of their values.
 
     modules   path -> Module: roles of leaves
     owned     module path -> {keys of a leaf in the tree: its abstract value}
@@ -30,7 +30,7 @@ class Loans:
     owned: dict[str, dict[Keys, Any]] = field(default_factory=dict[str, dict[Keys, Any]])
 
     def values(self, path: str) -> dict[Keys, Any]:
-        """The leaves of a module, read now. ModelError where one is missing."""
+        """The leaves of a module, read now. ModelError if one is missing."""
         wanted = self.owned.get(path)
         if not wanted:
             return {}
@@ -45,7 +45,9 @@ class Loans:
             if array is None:
                 raise ModelError(
                     f"Flax: {escape(full)} has a shape and a dtype, but no values",
-                    next="Pass weights that hold it." if self.supply is None else "The supply gave none for it.",
+                    next="Pass weights that hold it."
+                    if self.supply is None
+                    else "The supply returned no array for it.",
                 )
             if tuple(array.shape) != tuple(spec.shape):
                 raise ModelError(f"Flax: {escape(full)} has shape {tuple(spec.shape)}, its supply {tuple(array.shape)}")
@@ -59,8 +61,8 @@ def abstract_leaves(tree: Any) -> dict[Keys, Any]:
 
 
 def by_owner(leaves: Mapping[Keys, Any], paths: Any, collection: bool) -> dict[str, dict[Keys, Any]]:
-    """Leaves by the innermost of the modules `paths` that holds them; `collection`: their first key is none of a
-    module's."""
+    """Group leaves by the innermost of the modules `paths` that holds them. `collection`: the first key of each leaf
+    names a collection, not a module."""
     known = set(paths)
     out: dict[str, dict[Keys, Any]] = {}
     for keys, leaf in leaves.items():
@@ -74,6 +76,6 @@ def by_owner(leaves: Mapping[Keys, Any], paths: Any, collection: bool) -> dict[s
 
 
 def filled(tree: Any, arrays: Mapping[Keys, Any]) -> Any:
-    """The tree with these leaves."""
+    """The tree with these leaves filled in."""
     named = {containers.path_of(keys): array for keys, array in arrays.items()}
     return containers.remade(tree, lambda path, leaf: named.get(path, leaf)) if named else tree

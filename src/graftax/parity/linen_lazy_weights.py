@@ -1,4 +1,4 @@
-"""Weights lent to Linen modules for the time of a call (`flax_supply`)."""
+"""Fill the leaves of bound Linen modules for the time of a call (see `lazy_weights`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from flax import linen as nn
 
 from graftax.adapters import containers
-from graftax.parity.lazy_weights import Keys, Loans
+from graftax.parity.lazy_weights import Keys, LazyLeaves
 
 
 @dataclass(slots=True, eq=False)
-class _Lent:
-    """What one bound module has borrowed, and what stood there before."""
+class _FilledScope:
+    """The arrays that were put into one bound module's scope, and what the scope held before."""
 
     module: nn.Module
     arrays: dict[Keys, Any]
@@ -24,40 +24,41 @@ class _Lent:
 
 
 @dataclass(slots=True, eq=False)
-class Lender:
-    """Puts values into the scope of a bound module when one of its methods begins, and takes them out at its end.
+class ScopeFiller:
+    """Puts values into the scope of a bound module when one of its methods begins, and takes them out when it ends.
 
-    `held` remembers attributes that setup() has filled with a lent array: they are emptied and filled with it.
+    `_held`: the attributes to which setup() assigned such an array. They are emptied and filled together with the
+    scope.
     """
 
-    loans: Loans
-    _lent: dict[int, _Lent] = field(default_factory=dict[int, _Lent])
+    lazy: LazyLeaves
+    _filled: dict[int, _FilledScope] = field(default_factory=dict[int, _FilledScope])
     _held: dict[int, tuple[nn.Module, dict[str, Keys]]] = field(default_factory=dict[int, Any])
 
     @contextlib.contextmanager
-    def lend(self, module: nn.Module, path: str, method: str) -> Iterator[None]:
-        if path not in self.loans.owned or not self._is_there(module, path):
+    def fill(self, module: nn.Module, path: str, method: str) -> Iterator[None]:
+        if path not in self.lazy.owned or not self._is_there(module, path):
             yield
             return
-        lent = self._lent.get(id(module))
-        if lent is None:
-            lent = self._lent[id(module)] = self._open(module, path)
-        lent.depth += 1
+        filled = self._filled.get(id(module))
+        if filled is None:
+            filled = self._filled[id(module)] = self._open(module, path)
+        filled.depth += 1
         try:
             yield
         finally:
-            lent.depth -= 1
-            if not lent.depth and method != "setup":  # after setup the method itself follows
-                self._close(lent, path)
+            filled.depth -= 1
+            if not filled.depth and method != "setup":  # after setup the method itself follows
+                self._close(filled, path)
 
     def _is_there(self, module: nn.Module, path: str) -> bool:
-        """Has its scope the leaves? Flax also tries setup() out on an empty one."""
+        """Does the module's scope hold the leaves? Flax also tries setup() on an empty scope."""
         scope: Any = module.scope
-        return {keys[0] for keys in self.loans.owned[path]} <= scope.variables().keys()
+        return {keys[0] for keys in self.lazy.owned[path]} <= scope.variables().keys()
 
-    def _open(self, module: nn.Module, path: str) -> _Lent:
+    def _open(self, module: nn.Module, path: str) -> _FilledScope:
         scope: Any = module.scope
-        arrays = self.loans.values(path)
+        arrays = self.lazy.values(path)
         collections = scope.variables()
         depth = len(scope.path)
         before = dict(collections)
@@ -68,16 +69,16 @@ class Lender:
             )
         for name, keys in self._held.get(id(module), (module, {}))[1].items():
             object.__setattr__(module, name, arrays[keys])
-        return _Lent(module, arrays, before)
+        return _FilledScope(module, arrays, before)
 
-    def _close(self, lent: _Lent, path: str) -> None:
-        module: Any = lent.module
+    def _close(self, filled: _FilledScope, path: str) -> None:
+        module: Any = filled.module
         collections = module.scope.variables()
-        collections.update({name: lent.before[name] for name in {keys[0] for keys in lent.arrays}})
-        by_id = {id(array): keys for keys, array in lent.arrays.items()}
+        collections.update({name: filled.before[name] for name in {keys[0] for keys in filled.arrays}})
+        by_id = {id(array): keys for keys, array in filled.arrays.items()}
         for name, value in list(vars(module).items()):
             keys = by_id.get(id(value))
             if keys is not None:
                 self._held.setdefault(id(module), (module, {}))[1][name] = keys
-                object.__setattr__(module, name, self.loans.owned[path][keys])
-        del self._lent[id(module)]
+                object.__setattr__(module, name, self.lazy.owned[path][keys])
+        del self._filled[id(module)]

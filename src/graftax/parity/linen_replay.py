@@ -1,4 +1,5 @@
-"""One Linen module out of a model, to be run alone: unbound, its variables from wherever they stand in the tree."""
+"""Take one Linen module out of a model and run it alone: an unbound copy, with its variables collected from the
+tree."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ Keys = tuple[Any, ...]
 
 @dataclass(slots=True, eq=False)
 class Surveyed:
-    """What an abstract run showed of one module: its object, whether jax or a lifted transformation traces its call on
-    its own, and the shapes of its leaves (by collection and keys) as that call sees them."""
+    """One module as an abstract run saw it: the object, whether jax or a lifted transformation traces its call
+    separately, and the shapes of its leaves (by collection and keys) inside that call."""
 
     module: nn.Module
     nested: bool
@@ -37,7 +38,7 @@ def alone(
 
     leaves   full path in `variables` -> array, stacked or not
     call     the slice of stacked leaves
-    Raises ReplayError for a setting that the module has not, a path outside it and a leaf without values.
+    Raises ReplayError for a setting that the module lacks, a path outside it, or a leaf without values.
     """
     module = seen.module
     path = join_path(module.path)
@@ -73,8 +74,8 @@ def alone(
 
 
 def _places(old: nn.Module, new: nn.Module) -> Iterator[tuple[Keys, Keys]]:
-    """(path in the model, path below the copy) of the module and of the modules that are its attributes: these may
-    have stood beside it (the cell of an nn.RNN), and move below it when it is alone."""
+    """(path in the model, path below the copy) of the module and of the modules that are its attributes. An attribute
+    module may stand beside it in the model (the cell of an nn.RNN); in the copy it lies below."""
     yield tuple(old.path), tuple(new.path)
     for f in fields(type(old)):  # pyright: ignore
         if f.name in ("parent", "name"):
@@ -91,7 +92,7 @@ def _modules(value: Any) -> list[Any]:
 
 
 def _spot(keys: Keys, places: Mapping[Keys, Keys]) -> Keys | None:
-    """Where a leaf of the model stands in the copy; None: not in it. The longest path decides."""
+    """The path of a model's leaf in the copy; None: not in it. The longest matching path decides."""
     for end in range(len(keys) - 1, -1, -1):
         if keys[:end] in places:
             return places[keys[:end]] + keys[end:]
@@ -99,7 +100,7 @@ def _spot(keys: Keys, places: Mapping[Keys, Keys]) -> Keys | None:
 
 
 def sliced(array: Any, inner: tuple[int, ...] | None, call: int, name: str) -> Any:
-    """Slice number `call` of a leaf that a scan or vmap has stacked; a leaf of the inner shape as it is."""
+    """Slice number `call` of a leaf that a scan or vmap has stacked; a leaf that has the inner shape unchanged."""
     shape = tuple(array.shape)
     if inner is None or shape == inner:
         return array

@@ -15,8 +15,8 @@ from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import ModelError, ReplayError, UsageError, escape
 from graftax.parity import flax_program, flax_values, lazy_weights, linen_replay
 from graftax.parity.flax_program import Program
-from graftax.parity.lazy_weights import Loans, Supply
-from graftax.parity.linen_lazy_weights import Lender
+from graftax.parity.lazy_weights import LazyLeaves, Supply
+from graftax.parity.linen_lazy_weights import ScopeFiller
 from graftax.parity.linen_replay import Surveyed
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module, join_path
@@ -29,10 +29,10 @@ class LinenRunner:
     """`records.Runner` for Flax Linen.
 
     model      gx.linen(...), or a Linen module (a bound one too: its variables are then the default)
-    variables  collections of arrays; jax.ShapeDtypeStruct where `run` gets `supply`
-    method     what is called, where it is not `__call__`; `call`: function (bound module, *args, **kwargs) -> outputs
+    variables  collections of arrays; jax.ShapeDtypeStruct leaves if `run` gets `supply`
+    method     the method to call instead of `__call__`; `call`: function (bound module, *args, **kwargs) -> outputs
     rngs       {name: key or seed} for modules that draw random numbers
-    modules    `Live.modules` of the model, where the caller has it already
+    modules    `Live.modules` of the model, if the caller has it already
     compiled   True: under jax.jit; False: eager; None: compiled unless the model cannot be traced
     """
 
@@ -65,7 +65,7 @@ class LinenRunner:
         self._mutable: Any = False
         self._blame: tuple[str, str] = ("", type(module).__name__)
         self._failed: BaseException | None = None
-        self._lender = Lender(Loans(None))
+        self._filler = ScopeFiller(LazyLeaves(None))
         self._program = Program(self._forward, self._explain, self._mend, compiled)
 
     # ------------------------------------------------------------ the protocol
@@ -82,12 +82,12 @@ class LinenRunner:
 
     @property
     def compile_seconds(self) -> float:
-        """Spent on compiling in all runs so far."""
+        """Seconds spent on compiling in all runs so far."""
         return self._program.compile_seconds
 
     @property
     def methods(self) -> Mapping[Site, str]:
-        """Calls of the last run that were not of `__call__` -> the method ('attend', 'decode')."""
+        """Site -> the method ('attend', 'decode'), for the calls of the last run that did not go through `__call__`."""
         return dict(self._program.channel.methods)
 
     def run(
@@ -100,15 +100,16 @@ class LinenRunner:
         supply: Supply | None = None,
         compiled: bool | None = None,
     ) -> Any:
-        """See `records.Runner`. `supply`: values of leaves that have none, asked for when their module is called and
-        let go when it is done (`flax_supply.Supply`); such a run is eager. `compiled` overrides the runner's own."""
+        """See `records.Runner`. `supply`: gives the values of abstract leaves when their module is called; they are
+        released when the call ends (`lazy_weights.Supply`). Such a run is eager. `compiled` overrides the runner's
+        own."""
         self._example = (tuple(args), dict(kwargs))
-        weights, loans = self._weights(supply)
-        self._lender = Lender(loans)
+        weights, lazy = self._weights(supply)
+        self._filler = ScopeFiller(lazy)
         try:
-            return self._program.run((weights, self.rngs), args, kwargs, watch, tap, False if loans.owned else compiled)
+            return self._program.run((weights, self.rngs), args, kwargs, watch, tap, False if lazy.owned else compiled)
         finally:
-            self._lender = Lender(Loans(None))
+            self._filler = ScopeFiller(LazyLeaves(None))
 
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()
@@ -124,8 +125,8 @@ class LinenRunner:
         call: int = 0,
         method: str | None = None,
     ) -> Any:
-        """See `records.Runner`. `call` says which slice of stacked leaves it is, where a scan runs the module; `method`
-        another method than `__call__`."""
+        """See `records.Runner`. `call`: the slice of stacked leaves, if a scan runs the module; `method`: another
+        method than `__call__`."""
         seen = self.survey().get(path)
         if seen is None:
             raise ReplayError(f"the Flax model calls no module {escape(path)!r}")
@@ -158,8 +159,8 @@ class LinenRunner:
             return self._applied(body, self.module, variables, rngs)
 
     def _marked(self, bound: nn.Module, number: int) -> nn.Module:
-        """The module with a mark in its scope's flags: they are in the fingerprint by which nn.jit finds again what it
-        has traced before, without us or with other modules watched."""
+        """The module with a mark in its scope's flags. nn.jit finds earlier traces by a fingerprint that includes the
+        flags: the mark keeps it from reusing a trace made without a tap or for other watched modules."""
         scope: Any = bound.scope
         scope.flags = FrozenDict({**scope.flags, "graftax": (id(self), number)})
         return bound
@@ -175,15 +176,15 @@ class LinenRunner:
         return function(bound, *args, **kwargs)
 
     def _applied(self, body: Callable[[nn.Module], Any], module: nn.Module, variables: Any, rngs: Any) -> Any:
-        """body(module bound to the variables). What it writes to collections is thrown away."""
+        """body(module bound to the variables). Its writes to collections are discarded."""
         options: dict[str, Any] = {} if not rngs else {"rngs": rngs}
         if self._mutable is False:
             return nn.apply(body, module)(variables, **options)
         return nn.apply(body, module, mutable=self._mutable)(variables, **options)[0]
 
     def _mend(self, error: Exception) -> bool:
-        """After this error, is another try of use? A module that updates statistics or a cache may do so from now on;
-        until one asks for it nothing is mutable, as in an ordinary apply."""
+        """Is another try worthwhile after this error? At first nothing is mutable, as in an ordinary apply. Once a
+        module has tried to update statistics or a cache, it may do so from then on."""
         if self._mutable is False and isinstance(error, flax_errors.ModifyScopeVariableError):
             self._mutable = nn.DenyList(("params", "intermediates", "perturbations"))
             return True
@@ -196,12 +197,12 @@ class LinenRunner:
         path = join_path(module.path)
         kind = type(module)
         try:
-            with self._lender.lend(module, path, method):
+            with self._filler.fill(module, path, method):
                 if hasattr(kind, method) and _is_call(method, args, kwargs):  # lifted functions are no methods
                     out = self._program.channel.call(path, method, args, kwargs, proceed)
                 else:
                     out = proceed(*args, **kwargs)
-                return flax_values.waited(out) if path in self._lender.loans.owned else out
+                return flax_values.waited(out) if path in self._filler.lazy.owned else out
         except Exception as error:
             if error is not self._failed:
                 self._failed, self._blame = error, (path, kind.__name__)
@@ -213,21 +214,21 @@ class LinenRunner:
 
     # ------------------------------------------------------------ weights
 
-    def _weights(self, supply: Supply | None) -> tuple[Any, Loans]:
-        """(variables as jax arrays, what is missing in them)."""
+    def _weights(self, supply: Supply | None) -> tuple[Any, LazyLeaves]:
+        """(variables as jax arrays, the leaves without values)."""
         missing = lazy_weights.abstract_leaves(self.variables)
         if not missing:
             if self._placed is None:
                 self._placed = jax.tree.map(jax.numpy.asarray, self.variables)
-            return self._placed, Loans(None)
+            return self._placed, LazyLeaves(None)
         survey = self.survey()
         owned = lazy_weights.by_owner(missing, survey, collection=True)
-        loans = Loans(supply, self.modules if self._wrapper or self._modules else {}, owned)
+        lazy = LazyLeaves(supply, self.modules if self._wrapper or self._modules else {}, owned)
         now: dict[Any, Any] = {}
         for path in [path for path in owned if path in survey and survey[path].nested]:
-            now |= loans.values(path)  # what a lifted transformation takes in must be there before
+            now |= lazy.values(path)  # leaves that a lifted transformation takes as input need values first
             del owned[path]
-        return lazy_weights.filled(self.variables, now), loans
+        return lazy_weights.filled(self.variables, now), lazy
 
     # ------------------------------------------------------------ survey
 
@@ -237,11 +238,11 @@ class LinenRunner:
         if self._wrapper is not None:
             return self._wrapper.args, dict(self._wrapper.kwargs)
         raise UsageError(
-            "the modules of a plain Linen module show in a run", next="Wrap it: gx.linen(module, *example)"
+            "the modules of a plain Linen module are known only after a run", next="Wrap it: gx.linen(module, *example)"
         )
 
     def survey(self) -> Mapping[str, Surveyed]:
-        """module path -> what an abstract run of the model on the last (or the example) inputs shows of it."""
+        """module path -> the module as an abstract run on the last inputs (or the example) saw it."""
         if self._survey is not None:
             return self._survey
         seen: dict[str, Surveyed] = {}

@@ -1,4 +1,4 @@
-"""Numbers: relative L2, the rows of a report, the metrics of outputs."""
+"""Measure errors: relative L2, the rows of outputs, the metrics of outputs, the alarm."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from graftax.parity.report.model import OutputRow, ratio_of
 
 Array = np.ndarray[Any, Any]
 LOGITS = 2
-"""From how many values on the last axis of an output counts as logits: top-1 and KL are measured."""
+"""An output with at least this many values on its last axis counts as logits: top-1 and KL are measured."""
 
 
 def relative_l2(got: Any, want: Any) -> float:
-    """|got - want| / |want| over all values; infinite where a value is NaN or infinite on one side only, or the shapes
-    differ. Values that are equal (two infinities too) differ by nothing. |got| where `want` is all zeros."""
+    """|got - want| / |want| over all values; |got| if `want` is all zeros. Infinite if a value is NaN or infinite on
+    one side only, or if the shapes differ. Equal values (also two infinities) differ by 0."""
     a, b = np.asarray(got), np.asarray(want)
     if a.shape != b.shape:
         return math.inf
@@ -41,7 +41,7 @@ def relative_l2(got: Any, want: Any) -> float:
 
 
 def _fast(a: Array, b: Array) -> float | None:
-    """The same by float32 dot products, good to 1e-4 of itself; None where a sum leaves float32's range."""
+    """The same by float32 dot products, with a relative accuracy of 1e-4; None if a sum leaves float32's range."""
     with np.errstate(invalid="ignore", over="ignore"):
         difference = a - b
         distance, scale = float(np.dot(difference, difference)), float(np.dot(b, b))
@@ -64,14 +64,15 @@ def output_row(
     atol: float | None = None,
     rtol: float | None = None,
 ) -> OutputRow:
-    """One output array against the float64 reference, with torch float32's own error as the floor.
+    """Compare one output array with the float64 reference; torch float32's own error is the floor.
 
-    atol, rtol   if either is given: |got - want| <= atol + rtol * |want| everywhere decides, as in numpy.allclose
+    atol, rtol   if either is given, the output is right if |got - want| <= atol + rtol * |want| everywhere,
+                 as in numpy.allclose
     """
     got, want, float32 = np.asarray(got), np.asarray(want), np.asarray(float32)
     shape = tuple(int(n) for n in want.shape)
     if got.shape != want.shape:
-        text = f"Flax gives shape {tuple(got.shape)}, torch {shape}"
+        text = f"shape mismatch: Flax gives {tuple(got.shape)}, torch {shape}"
         return OutputRow(path, shape, math.inf, 0.0, math.inf, False, {}, text)
     error, floor = relative_l2(got, want), relative_l2(float32, want)
     if floor > 1e-2 and not math.isfinite(floor):
@@ -124,5 +125,5 @@ def _log_softmax(x: Array) -> Array:
 
 
 def alarms(error: float | None, floor: float, threshold: float = THRESHOLD) -> bool:
-    """Is an error more than float32 explains? None: nothing was compared."""
+    """Is the error larger than float32 explains? An error of None (nothing was compared) is no alarm."""
     return error is not None and not error <= threshold * max(floor, UNIT)

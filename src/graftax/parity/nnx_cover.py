@@ -1,8 +1,8 @@
-"""Methods of NNX classes covered for the time of a run, so that calls of tagged modules are seen.
+"""Wrap methods of NNX classes for the time of a run, so that calls of tagged modules are seen.
 
-NNX has no interceptors, and what jit, scan or remat call are other objects than the ones a run starts with. What
-survives is the class and a static attribute: classes are covered, modules tagged. Other threads that use the same
-classes meanwhile, and modules without a tag, notice nothing.
+NNX has no interceptors, and jit, scan and remat call other objects than those a run starts with. Only the class and
+static attributes survive, so classes are wrapped and modules are tagged. Other threads that use the same classes
+meanwhile, and modules without a tag, are not affected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flax import nnx
 TAG = "_graftax_site"
 """Name of the attribute that holds 'run:path' on the modules of a run."""
 NOT_CALLS = frozenset({"initialize_carry", "init_cache"})
-"""Public methods that compute nothing of a model's forward."""
+"""Public methods that are not part of a model's forward."""
 
 See = Callable[[Any, str, str, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any]
 """(module, its tag, method, args, kwargs, the method itself, bound) -> its output."""
@@ -30,7 +30,7 @@ _seers = threading.local()
 
 @contextlib.contextmanager
 def covering(module: nnx.Module, see: See) -> Iterator[None]:
-    """While this is open, calls of public methods of the module's classes by this thread go to `see`."""
+    """Inside this context, calls of public methods of the module's classes by this thread go to `see`."""
     wanted = {place for _, item in nnx.iter_modules(module) for place in _places(type(item))}
     stack: list[See] = _seers.__dict__.setdefault("stack", [])
     with _lock:
@@ -80,8 +80,8 @@ def _seen(name: str, original: Any) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=512)
 def _places(kind: type) -> tuple[tuple[type, str], ...]:
-    """(class, name) of every method by which a module of this kind may be called: `__call__` and public ones, in all
-    classes that define them. Lists and dicts of modules are not called."""
+    """(class, name) of every method through which a module of this kind may be called: `__call__` and public methods,
+    in all classes that define them. Lists and dicts of modules are not called."""
     own = [cls for cls in kind.__mro__ if cls not in nnx.Module.__mro__]
     if not any("__call__" in cls.__dict__ for cls in own) and kind.__module__.startswith("flax."):
         return ()

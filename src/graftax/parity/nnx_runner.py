@@ -15,7 +15,7 @@ from graftax.adapters import containers, jax_arrays, nnx_tree
 from graftax.errors import ModelError, ReplayError, UsageError, escape
 from graftax.parity import flax_program, flax_values, lazy_weights, nnx_cover
 from graftax.parity.flax_program import Program
-from graftax.parity.lazy_weights import Loans, Supply
+from graftax.parity.lazy_weights import LazyLeaves, Supply
 from graftax.parity.linen_replay import sliced
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module
@@ -26,11 +26,11 @@ _numbers = itertools.count()
 class NnxRunner:
     """`records.Runner` for Flax NNX.
 
-    module    an nnx.Module. Every run is one of a copy, with the values that it had when the runner was made; weights
-              may be abstract where `run` gets `supply`
-    method    the name of what is called, where it is not `__call__`; `call`: function (module, *args, **kwargs) ->
+    module    an nnx.Module. Every run uses a copy with the values that the module had when the runner was made; weights
+              may be abstract if `run` gets `supply`
+    method    the name of the method to call instead of `__call__`; `call`: function (module, *args, **kwargs) ->
               outputs
-    modules   `Live.modules` of the model, where the caller has it already
+    modules   `Live.modules` of the model, if the caller has it already
     compiled  True: under jax.jit; False: eager; None: compiled unless the model cannot be traced
     """
 
@@ -61,8 +61,8 @@ class NnxRunner:
         self._survey: dict[str, tuple[bool, dict[Any, tuple[int, ...]]]] | None = None
         self._blame = ("", type(module).__name__)
         self._failed: BaseException | None = None
-        self._loans = Loans(None)
-        self._lent: set[str] = set()
+        self._lazy = LazyLeaves(None)
+        self._filling: set[str] = set()
         self._program = Program(self._forward, self._explain, compiled=compiled)
 
     # ------------------------------------------------------------ the protocol
@@ -75,12 +75,12 @@ class NnxRunner:
 
     @property
     def compile_seconds(self) -> float:
-        """Spent on compiling in all runs so far."""
+        """Seconds spent on compiling in all runs so far."""
         return self._program.compile_seconds
 
     @property
     def methods(self) -> Mapping[Site, str]:
-        """Calls of the last run that were not of `__call__` -> the method ('attend', 'decode')."""
+        """Site -> the method ('attend', 'decode'), for the calls of the last run that did not go through `__call__`."""
         return dict(self._program.channel.methods)
 
     def run(
@@ -93,15 +93,16 @@ class NnxRunner:
         supply: Supply | None = None,
         compiled: bool | None = None,
     ) -> Any:
-        """See `records.Runner`. `supply`: values of leaves that have none, asked for when their module is called and
-        let go when it is done (`flax_supply.Supply`); such a run is eager. `compiled` overrides the runner's own."""
+        """See `records.Runner`. `supply`: gives the values of abstract leaves when their module is called; they are
+        released when the call ends (`lazy_weights.Supply`). Such a run is eager. `compiled` overrides the runner's
+        own."""
         self._example = (tuple(args), dict(kwargs))
-        state, loans = self._weights(supply)
-        self._loans, self._lent = loans, set()
+        state, lazy = self._weights(supply)
+        self._lazy, self._filling = lazy, set()
         try:
-            return self._program.run(state, args, kwargs, watch, tap, False if loans.owned else compiled)
+            return self._program.run(state, args, kwargs, watch, tap, False if lazy.owned else compiled)
         finally:
-            self._loans = Loans(None)
+            self._lazy = LazyLeaves(None)
 
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()
@@ -117,8 +118,8 @@ class NnxRunner:
         call: int = 0,
         method: str | None = None,
     ) -> Any:
-        """See `records.Runner`. `call` says which slice of stacked leaves it is, where a scan runs the module; `method`
-        another method than `__call__`."""
+        """See `records.Runner`. `call`: the slice of stacked leaves, if a scan runs the module; `method`: another
+        method than `__call__`."""
         if path not in self._paths:
             raise ReplayError(f"the Flax model has no module {escape(path)!r}")
         state = self._state_of(path, dict(leaves or {}), call)
@@ -143,7 +144,7 @@ class NnxRunner:
             return flax_values.values_of(out)
 
     def _state_of(self, path: str, leaves: dict[str, Any], call: int) -> Any:
-        """The state with other leaves in one module, its stacked ones sliced."""
+        """The state with other leaves in one module, and its stacked leaves sliced."""
         depth = len(path.split("/")) if path else 0
         inner = self.survey().get(path, (False, {}))[1] if self._example is not None else {}
         used: set[str] = set()
@@ -201,7 +202,7 @@ class NnxRunner:
                     out = self._program.channel.call(path, method, args, kwargs, proceed)
                 else:
                     out = proceed(*args, **kwargs)
-                return flax_values.waited(out) if path in self._loans.owned else out
+                return flax_values.waited(out) if path in self._lazy.owned else out
         except Exception as error:
             if error is not self._failed:
                 self._failed, self._blame = error, (path, type(module).__name__)
@@ -213,54 +214,54 @@ class NnxRunner:
 
     # ------------------------------------------------------------ weights
 
-    def _weights(self, supply: Supply | None) -> tuple[Any, Loans]:
-        """(the state as jax arrays, what is missing in it)."""
+    def _weights(self, supply: Supply | None) -> tuple[Any, LazyLeaves]:
+        """(the state as jax arrays, the leaves without values)."""
         if not self._missing:
-            return self._state, Loans(None)
+            return self._state, LazyLeaves(None)
         owned = lazy_weights.by_owner(self._missing, self._paths, collection=False)
         survey = self.survey()
-        loans = Loans(supply, self.modules, owned)
+        lazy = LazyLeaves(supply, self.modules, owned)
         now: dict[Any, Any] = {}
         for path in [path for path in owned if path in survey and survey[path][0]]:
-            now |= loans.values(path)  # what a transformation takes in must be there before
+            now |= lazy.values(path)  # leaves that a transformation takes as input need values first
             del owned[path]
-        return lazy_weights.filled(self._state, now), loans
+        return lazy_weights.filled(self._state, now), lazy
 
     @contextlib.contextmanager
     def _supplied(self, module: Any, path: str) -> Iterator[None]:
-        """The module's own leaves without values get them for a call of one of its methods."""
-        if path not in self._loans.owned or path in self._lent:
+        """Fill the module's own abstract leaves for a call of one of its methods."""
+        if path not in self._lazy.owned or path in self._filling:
             yield
             return
         depth = len(path.split("/")) if path else 0
         own = {tuple(keys): item for keys, item in nnx.iter_graph(module) if isinstance(item, nnx.Variable)}
-        lent: list[tuple[Any, Any]] = []
-        self._lent.add(path)
+        replaced: list[tuple[Any, Any]] = []
+        self._filling.add(path)
         try:
-            for keys, array in self._loans.values(path).items():
+            for keys, array in self._lazy.values(path).items():
                 variable = own.get(tuple(keys[depth:]))
                 if variable is None:
                     raise ModelError(
-                        f"Flax: {escape(containers.path_of(keys))} is no nnx.Variable, and cannot be supplied",
+                        f"Flax: {escape(containers.path_of(keys))} is not an nnx.Variable, so it cannot be supplied",
                         next="Pass weights that hold it.",
                     )
-                lent.append((variable, containers.variable_value(variable)))
+                replaced.append((variable, containers.variable_value(variable)))
                 containers.set_variable(variable, array)
             yield
         finally:
-            self._lent.discard(path)
-            for variable, before in lent:
+            self._filling.discard(path)
+            for variable, before in replaced:
                 containers.set_variable(variable, before)
 
     # ------------------------------------------------------------ survey
 
     def survey(self) -> Mapping[str, tuple[bool, dict[Any, tuple[int, ...]]]]:
-        """module path -> (does jax trace its call on its own, the shapes of its leaves as that call sees them), from an
+        """module path -> (does jax trace its call separately?, the shapes of its leaves inside that call), from an
         abstract run on the inputs of the last run."""
         if self._survey is not None:
             return self._survey
         if self._example is None:
-            raise UsageError("the calls of an NNX module show in a run")
+            raise UsageError("the calls of an NNX module are known only after a run")
         arrays, node = flax_values.spread(self._example)
 
         def top(state: Any, given: list[Any]) -> int:
@@ -288,7 +289,7 @@ class NnxRunner:
 
 
 def _own(leaf: Any) -> Any:
-    """A leaf of the state as a jax array; one without values, and a random key, as it is."""
+    """A leaf of the state as a jax array; an abstract leaf and a random key unchanged."""
     if jax_arrays.is_abstract(leaf) or containers.is_random_key(leaf):
         return leaf
     return jax.numpy.asarray(leaf)

@@ -1,7 +1,8 @@
-"""Which torch module is which Flax module: read off the plan, whose entries say which leaves are the same weights.
+"""Pair torch modules with Flax modules by the plan: its entries say which leaves hold the same weights.
 
-Two modules are a pair if the same entries run through both and no leaf of those entries lies outside. Entries that
-stack the leaves of several torch modules (a scan over layers) join each of them to one Flax module, call by call.
+Two modules are a pair if the same entries run through both, and every leaf of those entries lies inside them. An entry
+that stacks the leaves of several torch modules (a scan over layers) pairs each of them with one Flax module, call by
+call.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from graftax.plans import Entry
 from graftax.tree import Module
 
 OPAQUE = frozenset({"torch.nn.modules.activation.MultiheadAttention", "torch.nn.modules.rnn.RNNBase"})
-"""torch modules whose children are used and not called: they are layers, whatever they hold."""
+"""torch modules that use their children without calling them: each counts as one layer."""
 NEVER_CALLED = frozenset(
     f"torch.nn.modules.container.{name}" for name in ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 )
@@ -28,20 +29,20 @@ WRAPPERS: Mapping[str, int] = {
     "flax.nnx.nn.recurrent.RNN": 1,
     "flax.nnx.nn.recurrent.Bidirectional": 2,
 }
-"""Flax modules that loop over others, and over how many: their weights may stand beside them (Linen)."""
+"""Flax modules that loop over cells -> how many cells. The weights of the cells may stand beside the module (Linen)."""
 CELLS = frozenset({"flax.linen.recurrent.RNNCellBase"})
 
 Atoms = frozenset[tuple[int, int]]
-"""(entry, step of its stack; -1 for the whole) of every entry that runs through a module."""
+"""(entry, step in its stack; -1 for the whole entry) of every entry that runs through a module."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ModulePair:
     """A torch module and the Flax module that does the same, by their paths ('' is the model itself).
 
     entries      the plan's entries that join their leaves
-    leaf         no smaller pair lies inside: this is a layer and not a container
-    step, steps  the Flax module holds `steps` torch modules stacked (a scan), and this one is number `step`
+    leaf         no smaller pair lies inside: the pair is a layer, not a container
+    step, steps  the Flax module stacks `steps` torch modules (a scan), of which this is number `step`
     kinds        the two class names
     """
 
@@ -54,13 +55,14 @@ class Pair:
     kinds: tuple[str, str] = ("", "")
 
     def flax_call(self, torch_call: int) -> int:
-        """The call of the Flax module that is this call of the torch module, where nothing else is stacked there."""
+        """The Flax module's call that corresponds to this call of the torch module, if nothing else is stacked
+        there."""
         return torch_call * self.steps + self.step
 
 
 @dataclass(slots=True)
-class _Side:
-    """Modules of one side by the entries that run through them, outermost first."""
+class _ModuleGroups:
+    """Modules of one side, grouped by the entries that run through them, outermost first."""
 
     groups: dict[Atoms, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -71,11 +73,11 @@ def find_pairs(
     flax: Mapping[str, Module],
     torch_aliases: Mapping[str, str] | None = None,
     flax_aliases: Mapping[str, str] | None = None,
-) -> tuple[Pair, ...]:
+) -> tuple[ModulePair, ...]:
     """The pairs, in the order of the torch modules; the two models themselves are the first.
 
     torch, flax   module path -> Module of either side
-    aliases       other path of a leaf -> the path that the plan knows it by
+    aliases       another path of a leaf -> the path that the plan uses
     """
     rows = [entry for entry in entries if entry.sources and entry.targets]
     settled = {name for entry in entries for name in (*entry.sources, *entry.targets)}
@@ -83,9 +85,9 @@ def find_pairs(
     callable_ = {path: module for path, module in torch.items() if not NEVER_CALLED & set(module.bases)}
     theirs = _torch_side(rows, _settled(callable_, settled, torch_aliases), torch_aliases)
     ours = _flax_side(rows, _settled(flax, settled, flax_aliases), flax_aliases)
-    found: dict[tuple[str, str], Pair] = {}
+    found: dict[tuple[str, str], ModulePair] = {}
     _add_pairs(found, theirs, ours, rows, torch, flax)
-    # What is left may hold a weight that is tied to one of another module, where Flax holds none for it.
+    # A module that is still unpaired may hold a weight tied to another module's, for which Flax holds no leaf.
     paths = {one for one, _ in found}, {other for _, other in found}
     left = _torch_side(
         rows,
@@ -93,10 +95,10 @@ def find_pairs(
         torch_aliases,
         own=True,
     )
-    rest = _Side({atoms: [p for p in group if p not in paths[1]] for atoms, group in ours.groups.items()})
+    rest = _ModuleGroups({atoms: [p for p in group if p not in paths[1]] for atoms, group in ours.groups.items()})
     _add_pairs(found, left, rest, rows, torch, flax)
     if "" in torch and "" in flax:
-        found["", ""] = Pair("", "", tuple(rows), True, 0, 1, (torch[""].kind, flax[""].kind))
+        found["", ""] = ModulePair("", "", tuple(rows), True, 0, 1, (torch[""].kind, flax[""].kind))
     order = {path: i for i, path in enumerate(torch)}
     ranked = sorted(found.values(), key=lambda pair: order[pair.torch])
     holders = [path for path, module in torch.items() if OPAQUE & set(module.bases)]
@@ -105,9 +107,9 @@ def find_pairs(
 
 
 def _add_pairs(
-    found: dict[tuple[str, str], Pair],
-    theirs: _Side,
-    ours: _Side,
+    found: dict[tuple[str, str], ModulePair],
+    theirs: _ModuleGroups,
+    ours: _ModuleGroups,
     rows: Sequence[Entry],
     torch: Mapping[str, Module],
     flax: Mapping[str, Module],
@@ -124,15 +126,15 @@ def _add_pairs(
         step = max(0, *(step for _, step in atoms))
         used = tuple(rows[entry] for entry in sorted({entry for entry, _ in atoms}))
         for one, other in _joined(paths, there, torch, flax):
-            if not (one and other):  # the models themselves are a pair of their own
+            if not (one and other):  # find_pairs adds the two models themselves
                 continue
             kinds = (torch[one].kind, flax[other].kind)
-            found[one, other] = Pair(one, other, used, True, step, steps, kinds)
+            found[one, other] = ModulePair(one, other, used, True, step, steps, kinds)
 
 
 def _settled(modules: Mapping[str, Module], names: set[str], aliases: Mapping[str, str]) -> dict[str, Module]:
-    """Modules all of whose leaves the plan has settled: of the others it does not say how their weights are laid out,
-    and so not how their activations are."""
+    """The modules whose leaves the plan settles completely. For other modules the plan does not tell the layout of the
+    weights, so the layout of the activations is unknown."""
     return {
         path: module
         for path, module in modules.items()
@@ -142,8 +144,8 @@ def _settled(modules: Mapping[str, Module], names: set[str], aliases: Mapping[st
 
 def _torch_side(
     rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str], own: bool = False
-) -> _Side:
-    """own: without the weights that are tied to those of a module outside."""
+) -> _ModuleGroups:
+    """Group the torch modules. own: without weights that are tied to those of a module outside."""
     where: dict[str, tuple[int, int]] = {}
     sizes: dict[tuple[int, int], int] = defaultdict(int)
     for i, entry in enumerate(rows):
@@ -153,7 +155,7 @@ def _torch_side(
             where[name] = i, step
             sizes[i, step] += 1
     tied = {i for i, entry in enumerate(rows) if any(isinstance(op, Same) for op in entry.ops)}
-    side = _Side()
+    side = _ModuleGroups()
     for path, module in modules.items():
         names = {aliases.get(name, name) if name not in where else name for name in module.leaves.values()}
         if own:
@@ -169,7 +171,7 @@ def _torch_side(
 
 
 def _folded(atoms: Atoms, rows: Sequence[Entry]) -> Atoms:
-    """All steps of an entry as the entry."""
+    """Replace all steps of an entry by the whole entry."""
     by_entry: dict[int, set[int]] = defaultdict(set)
     for entry, step in atoms:
         by_entry[entry].add(step)
@@ -180,13 +182,13 @@ def _folded(atoms: Atoms, rows: Sequence[Entry]) -> Atoms:
     return frozenset(out)
 
 
-def _flax_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str]) -> _Side:
+def _flax_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Mapping[str, str]) -> _ModuleGroups:
     where = {name: i for i, entry in enumerate(rows) for name in entry.targets}
     copied = {i for i, entry in enumerate(rows) if any(isinstance(op, Copy) for op in entry.ops)}
-    side = _Side()
-    lent = _lent(modules)
+    side = _ModuleGroups()
+    of_cells = _cell_leaves(modules)
     for path, module in modules.items():
-        owned = lent.get(path) or set(module.leaves.values())
+        owned = of_cells.get(path) or set(module.leaves.values())
         names = {aliases.get(name, name) if name not in where else name for name in owned}
         held: dict[int, int] = defaultdict(int)
         for name in names & where.keys():
@@ -196,8 +198,9 @@ def _flax_side(rows: Sequence[Entry], modules: Mapping[str, Module], aliases: Ma
     return side
 
 
-def _lent(modules: Mapping[str, Module]) -> dict[str, set[str]]:
-    """Leaves of Linen loops whose cell was made beside them: the cell is the next one that runs after the loop starts.
+def _cell_leaves(modules: Mapping[str, Module]) -> dict[str, set[str]]:
+    """The leaves of Linen loops whose cell was made beside them. The cell is the next one that runs after the loop
+    starts.
 
     A Bidirectional takes the leaves of its two loops.
     """
@@ -218,7 +221,7 @@ def _lent(modules: Mapping[str, Module]) -> dict[str, set[str]]:
 
 
 def _stacked(entry: Entry) -> int:
-    """How many torch modules an entry stacks along the axis of a loop: the count of its outermost stack."""
+    """How many torch modules an entry stacks along the axis of a loop: the count of its outermost Stack."""
     counts = [op.count for op in entry.ops if isinstance(op, Stack)]
     return counts[-1] if counts and counts[-1] > 1 and len(entry.sources) % counts[-1] == 0 else 1
 
@@ -226,7 +229,7 @@ def _stacked(entry: Entry) -> int:
 def _joined(
     ones: Sequence[str], others: Sequence[str], torch: Mapping[str, Module], flax: Mapping[str, Module]
 ) -> Iterable[tuple[str, str]]:
-    """Modules with the same entries, joined: chains of nested ones by depth, several chains in order."""
+    """Pair modules with the same entries: nested modules by depth, several chains of them in order."""
     loops = [path for path in others if WRAPPERS.keys() & set(flax[path].bases)]
     if loops and any(RECURRENT & set(torch[path].bases) for path in ones):
         others = [path for path in others if path in loops or any(_below(loop, path, "/") for loop in loops)]
@@ -240,7 +243,7 @@ def _joined(
 
 
 def _chains(paths: Sequence[str], dot: str) -> list[list[str]]:
-    """Paths in chains, each path below the one before it."""
+    """Group paths into chains, in which each path lies below the one before it."""
     out: list[list[str]] = []
     for path in sorted(paths, key=lambda p: p.count(dot) + bool(p)):
         chain = next((chain for chain in out if _below(path, chain[-1], dot)), None)
@@ -253,7 +256,7 @@ def _chains(paths: Sequence[str], dot: str) -> list[list[str]]:
 
 
 def _by_depth(one: Sequence[str], other: Sequence[str]) -> Iterable[tuple[str, str]]:
-    """The innermost with the innermost, the outermost with the outermost."""
+    """Pair the innermost with the innermost, the outermost with the outermost."""
     yield one[-1], other[-1]
     rest = other[:-1]
     if len(one) > 1 and rest:
@@ -264,7 +267,7 @@ def _below(path: str, holder: str, dot: str = ".") -> bool:
     return path != holder and (not holder or path.startswith(holder + dot))
 
 
-def _with_leaf(pairs: Sequence[Pair]) -> list[Pair]:
+def _with_leaf(pairs: Sequence[ModulePair]) -> list[ModulePair]:
     paths = {pair.torch for pair in pairs}
     holders = {
         path[: i if i > 0 else 0] for path in paths if path for i in (0, *(j for j, c in enumerate(path) if c == "."))
@@ -277,27 +280,27 @@ def _with_leaf(pairs: Sequence[Pair]) -> list[Pair]:
 
 @dataclass(frozen=True, slots=True)
 class CallMap:
-    """Which torch call a Flax call is: by the order of calls, among all torch modules that one Flax module stands for
-    (tied heads, shared layers, the steps of a scan)."""
+    """Maps each Flax call to a torch call, by the order of calls among all torch modules that are paired with one Flax
+    module (tied heads, shared layers, the steps of a scan)."""
 
-    pairs: Mapping[Site, Pair]
+    pairs: Mapping[Site, ModulePair]
     sites: Mapping[Site, Site]
-    """Flax site -> torch site; the pairs by Flax site."""
+    """Flax site -> torch site; `pairs`: Flax site -> pair."""
 
     @classmethod
-    def of(cls, pairs: Iterable[Pair], order: Sequence[Site]) -> CallMap:
+    def of(cls, pairs: Iterable[ModulePair], order: Sequence[Site]) -> CallMap:
         """order: the torch calls as they happened."""
-        by_torch: dict[str, list[Pair]] = defaultdict(list)
+        by_torch: dict[str, list[ModulePair]] = defaultdict(list)
         for pair in pairs:
             by_torch[pair.torch].append(pair)
         calls: dict[str, int] = defaultdict(int)
-        chosen: dict[Site, Pair] = {}
+        chosen: dict[Site, ModulePair] = {}
         sites: dict[Site, Site] = {}
         for site in order:
             joined = by_torch.get(site.path)
             if not joined:
                 continue
-            # A torch module that is called several times may be several Flax modules with copies of its weights.
+            # One torch module that is called several times may correspond to several Flax modules with copied weights.
             pair = joined[site.call] if len(joined) > 1 and site.call < len(joined) else joined[0]
             flax = Site(pair.flax, calls[pair.flax])
             calls[pair.flax] += 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import GraftaxError, ModelError, ParityError, escape, worded
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import Reference, Runner
 from graftax.parity.report.model import Cause, LayerRow, ParityReport, SettingRow, WeightRow
 from graftax.plans import Plan
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def with_causes(report: ParityReport, search: Callable[[], tuple[Cause, ...]]) -> ParityReport:
-    """The report with what a search for causes found. A search that fails costs the cause and not the report."""
+    """The report with the causes that the search finds. If the search fails, the report stays, with a note."""
     try:
         return replace(report, causes=search())
     except Exception as error:
@@ -29,7 +29,7 @@ def with_causes(report: ParityReport, search: Callable[[], tuple[Cause, ...]]) -
 
 
 def required(report: ParityReport) -> ParityReport:
-    """The report, or ParityError with the report as its text, where the answer is no."""
+    """The report; ParityError, with the report as its text, if parity fails."""
     __tracebackhide__ = True  # pytest shows the line of the test
     if not report:
         error = ParityError(str(report))
@@ -42,7 +42,7 @@ def assemble(
     judged: Judged,
     weights: tuple[WeightRow, ...],
     settings: tuple[SettingRow, ...],
-    pairs: Sequence[Pair],
+    pairs: Sequence[ModulePair],
     reference: Reference,
     threshold: float,
     *,
@@ -50,8 +50,8 @@ def assemble(
     torch_modules: Mapping[str, Module] | None = None,
     names: tuple[str, str] = ("torch", "Flax"),
 ) -> ParityReport:
-    """The report of what was found, without causes. It is ok when every output and every layer is within the threshold
-    and the weights are the plan's, bit for bit."""
+    """The report without causes. It is ok if every output and every layer is within the threshold and the weights are
+    bit for bit those that the plan makes."""
     ok = all(row.ok for row in judged.outputs) and judged.first is None and not weights
     not_traced = {f"torch:{path}": why for path, why in reference.not_traced.items()}
     not_traced |= {f"flax:{path}": why for path, why in judged.not_traced.items()}
@@ -60,7 +60,7 @@ def assemble(
     paired = {pair.torch for pair in pairs}
     covered = {path for path in own if path in paired or any(above in paired for above in _ancestors(path) if above)}
     for path in own - covered:
-        not_traced.setdefault(f"torch:{path}", "the plan gives it no Flax module of its own")
+        not_traced.setdefault(f"torch:{path}", "the plan pairs it with no Flax module")
     return ParityReport(
         ok,
         judged.outputs,
@@ -80,7 +80,7 @@ def assemble(
 
 
 def parametrised(modules: Mapping[str, Module]) -> set[str]:
-    """Modules that own leaves themselves and not through a child."""
+    """Modules that own leaves themselves, not only through a child."""
     below: dict[str, set[str]] = {}
     for path, module in modules.items():
         for above in _ancestors(path):
@@ -89,15 +89,15 @@ def parametrised(modules: Mapping[str, Module]) -> set[str]:
 
 
 def unpaired(modules: Mapping[str, Module], paired: Sequence[str]) -> list[str]:
-    """Modules without a counterpart whose activations may be what Flax took instead, or left out: those with leaves of
-    their own, and norms."""
+    """Modules without a counterpart in Flax, if they own leaves or are norms: Flax may have used their activations
+    wrongly, or left them out."""
     own = parametrised(modules)
     norms = {path for path, module in modules.items() if "Norm" in module.kind}
     return [path for path in modules if path and path in own | norms and path not in paired]
 
 
 def _ancestors(path: str) -> Iterator[str]:
-    """The modules that a torch module lies in, the innermost first, the root ('') last."""
+    """The modules that contain a torch module, the innermost first, the root ('') last."""
     while path:
         path = path.rpartition(".")[0]
         yield path
@@ -106,8 +106,8 @@ def _ancestors(path: str) -> Iterator[str]:
 def planned(
     torch: Checkpoint, flax: Checkpoint, rules: Any, plan: Plan | None, needed: bool
 ) -> tuple[Plan, tuple[str, ...]]:
-    """The plan from torch to Flax, and what to say of it. Where the weights are already there an incomplete plan will
-    do: what it leaves open is not paired. PlanError where it is needed and incomplete."""
+    """(the plan from torch to Flax, the notes on it). If Flax already has its weights, an incomplete plan is enough:
+    modules that it leaves open are not paired. PlanError if the plan is needed and incomplete."""
     from graftax.api import plan as make_plan
 
     made = plan if plan is not None else make_plan(torch, flax, rules=rules, unused="drop", dtype="like")
@@ -117,19 +117,22 @@ def planned(
     notes: tuple[str, ...] = ()
     if unused:
         text = ", ".join(escape(name) for name in unused[:4]) + (" ..." if len(unused) > 4 else "")
-        notes = (f"{len(unused)} torch tensor(s) have no place in Flax and are left out: {text}",)
+        notes = (
+            f"{len(unused)} torch tensor(s) are unexpected keys, left out because no Flax leaf takes them: {text}",
+        )
     if made.complete:
         return made, notes
     count = len(made.questions) + len(made.failures)
     return made, (
         *notes,
-        f"the plan leaves {count} thing(s) open, whose layers are not traced and whose weights are not audited: "
+        f"the plan leaves {count} question(s) or misfit(s) open; their layers are not traced and their weights not "
+        f"audited. The first: "
         f"{str((*made.questions, *made.failures)[0]).splitlines()[0]}",
     )
 
 
 def settings_of(
-    pairs: Sequence[Pair], torch: Mapping[str, Module], flax: Mapping[str, Module]
+    pairs: Sequence[ModulePair], torch: Mapping[str, Module], flax: Mapping[str, Module]
 ) -> tuple[SettingRow, ...]:
     from graftax.parity.settings_lint import lint_settings
 
@@ -142,11 +145,13 @@ def notes_of(flax: FlaxSide, tree: Checkpoint) -> tuple[str, ...]:
     half = sorted({spec.dtype for spec in tree.specs.values() if spec.floating and spec.bits < 32})
     notes: list[str] = []
     if half:
-        notes.append(f"Flax holds weights in {', '.join(half)}: its rounding hides small faults; prove it in float32")
+        notes.append(
+            f"Flax holds weights in {', '.join(half)}: its rounding hides small faults; check the model in float32"
+        )
     if flax.ported:
         notes.append("the Flax weights are torch's, ported by the plan")
     if large(tree):
-        notes.append("the model is judged block by block: weights are read as they are used")
+        notes.append("the model is judged block by block: each module's weights are read when it is called")
     return tuple(notes)
 
 
@@ -154,7 +159,7 @@ _HINTS = "--layout 'NCHW -> NHWC' (and --out-layout", "layout='NCHW -> NHWC' (an
 
 
 class LayoutHint:
-    """Adds to an error of a model that images may want another layout. `call`: what the model of `side` is given."""
+    """Adds a hint to a model's error: the images may need another layout. `call`: the call of the model of `side`."""
 
     def __init__(self, layout: Any, call: Any, side: str = "Flax") -> None:
         from graftax.parity import values
@@ -195,7 +200,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Search:
-    """The cause finder's call."""
+    """The arguments of the search for causes, and the search."""
 
     reference: Reference
     judged: Judged
@@ -206,11 +211,11 @@ class Search:
     flax: FlaxSide
     expected: Mapping[str, Any]
     call: tuple[tuple[Any, ...], Mapping[str, Any]]
-    pairs: Sequence[Pair]
+    pairs: Sequence[ModulePair]
 
     def causes(self) -> tuple[Cause, ...]:
         from graftax.parity.causes import find_causes, weight_causes
-        from graftax.parity.divergence import Suspect
+        from graftax.parity.divergence import Divergence
         from graftax.parity.prepare import Read
 
         row, where = self.report.first, self.report.where
@@ -220,7 +225,7 @@ class Search:
         kept = self.judged.kept.get(row.site_flax)
         record = self.reference.records[row.site_torch]
         torch64, torch32, flax = self.runners
-        suspect = Suspect(
+        divergence = Divergence(
             row,
             where,
             self.reference,
@@ -243,10 +248,10 @@ class Search:
             self.report.threshold,
             self._again,
         )
-        return tuple(find_causes(suspect))
+        return tuple(find_causes(divergence))
 
     def _again(self, leaves: Mapping[str, Any]) -> float | None:
-        """See `Suspect.again`."""
+        """See `again` of `Divergence`."""
         from graftax.parity.compare import judge_flax
 
         row = self.report.first
@@ -263,8 +268,8 @@ class Search:
         return None if same is None else same.in_error if self.report.where == "in" else same.out_error
 
     def _before(self, row: LayerRow, count: int = 8) -> tuple[tuple[LayerRow, Any], ...]:
-        """The layers whose calls ended before this one began (for a container whose own code is to blame: ended),
-        nearest first, with their outputs in Flax's layout."""
+        """The layers whose calls ended before this call began (if a container's own code is at fault: before it ended),
+        the nearest first, with their outputs in Flax's layout."""
         from graftax.parity import values
 
         rows = {other.site_torch: other for other in self.report.layers}

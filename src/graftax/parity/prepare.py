@@ -1,4 +1,4 @@
-"""Both sides of a check made ready to run: models, weights and inputs, whatever form they come in."""
+"""Prepare both sides of a check: models, weights and inputs, in whatever form they come."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from graftax.tree import Checkpoint
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 HELD = 1 << 30
-"""Bytes of weights that are made and held for a Flax model without values. Beyond that they are read, and ported,
-module by module as they are used, in each run again."""
+"""The most bytes of weights that are made at once for a Flax model without values. Larger weights are read and ported
+module by module when a module is called, again in each run."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,10 +32,10 @@ class FlaxSide:
     """The Flax model with its weights.
 
     tree      its leaves: names, specs, modules
-    weights   path -> array, read as they are asked for
-    runner    what runs it
-    ported    the weights were made from torch's by the plan
-    again     leaves -> a runner of the same model with these in the place of its own
+    weights   path -> array, read when it is requested
+    runner    runs the model
+    ported    the plan made the weights from torch's
+    again     leaves -> a runner of the same model with these leaves in place of its own
     """
 
     tree: Checkpoint
@@ -47,7 +47,7 @@ class FlaxSide:
 
 
 class Read(Mapping[str, Any]):
-    """The leaves of a checkpoint as a mapping of arrays, each read when it is asked for."""
+    """The leaves of a checkpoint as a mapping of arrays, each read when it is requested."""
 
     def __init__(self, tree: Checkpoint) -> None:
         self.tree = tree
@@ -68,8 +68,8 @@ class Read(Mapping[str, Any]):
 
 
 def calls_of(inputs: Any, layout: Any, like: Any) -> tuple[Call, Call]:
-    """(torch's call, Flax's call) in NumPy. Where one of them is given it is converted by `layout` for the other; what
-    gx.linen(...) was given beside arrays (`train=False`) belongs to Flax's call."""
+    """(torch's call, Flax's call) in NumPy. If only one is given, `layout` converts it for the other. Arguments of
+    gx.linen(...) that are not arrays (`train=False`) are part of Flax's call."""
     turn = declared(layout)
     if isinstance(inputs, Inputs):
         torch, flax = inputs.side("torch"), inputs.side("flax")
@@ -81,16 +81,16 @@ def calls_of(inputs: Any, layout: Any, like: Any) -> tuple[Call, Call]:
     if torch is None:
         back = {path: one.inverse for path, one in turn.items()} if isinstance(turn, Mapping) else turn and turn.inverse
         torch = _turned(given, back)
-    return hosted(torch), with_example(_turned(given, turn) if flax is None else hosted(flax), like)
+    return on_host(torch), with_example(_turned(given, turn) if flax is None else on_host(flax), like)
 
 
 def _turned(call: Call, layout: Any) -> Call:
-    args, kwargs = hosted(call)
+    args, kwargs = on_host(call)
     return tuple(with_layout(args, layout)), dict(with_layout(kwargs, layout))
 
 
 def with_example(call: Call, like: Any) -> Call:
-    """A call with the flags that gx.linen(...) was given and the call does not have."""
+    """The call, plus the flags of gx.linen(...) that it lacks."""
     if not isinstance(like, LinenModel):
         return call
     args, kwargs = call
@@ -99,8 +99,8 @@ def with_example(call: Call, like: Any) -> Call:
     return args, {**flags, **kwargs}
 
 
-def hosted(nest: Any) -> Any:
-    """A nest with its tensors and jax arrays as NumPy arrays; random keys and flags as they are."""
+def on_host(nest: Any) -> Any:
+    """A nest with its tensors and jax arrays as NumPy arrays; random keys and flags unchanged."""
     return values.rebuilt(nest, _is_array, [to_host(leaf) for _, leaf in values.leaves(nest, _is_array)])
 
 
@@ -126,7 +126,7 @@ def _is_array(value: Any) -> bool:
 
 
 def flax_like(model: Any, call: Call) -> Any:
-    """The Flax model as gx.plan takes it: a Linen module is wrapped with the inputs it is checked on."""
+    """The Flax model as gx.plan takes it: a Linen module is wrapped with the inputs of the check."""
     from flax import linen as nn
 
     if isinstance(model, nn.Module):
@@ -151,8 +151,9 @@ def flax_like(model: Any, call: Call) -> Any:
 def weights_of(
     like: Any, tree: Checkpoint, weights: Any, plan: Plan | None, source: Checkpoint
 ) -> tuple[Mapping[str, Any], bool]:
-    """(path -> array for every leaf of the Flax side, were they ported): from what `weights` is, else the model's own,
-    else torch's through the plan. Large ones are made as they are asked for. PlanError where they do not fit."""
+    """(path -> array for every leaf of the Flax side, were they ported?). The arrays come from `weights`; without it
+    from the model; if the model has none, from torch through the plan. Large weights are made when they are requested.
+    PlanError if they do not fit."""
     if weights is None:
         if tree.has_values:
             return Read(tree), False
@@ -174,7 +175,7 @@ def weights_of(
     made = make_plan(given, like, dtype="like")
     if not made.complete:
         raise PlanError(
-            f"weights do not fit the Flax model: {len(missing)} of {len(tree)} leaves are missing, "
+            f"weights do not fit the Flax model: {len(missing)} of {len(tree)} leaves are missing keys, "
             f"the first is {escape(missing[0] if missing else next(iter(tree)))}",
             next="Pass the variables that the model's init or gx.port gives.",
         )
@@ -189,12 +190,12 @@ def _ported(plan: Plan, source: Checkpoint, tree: Checkpoint) -> Mapping[str, An
 
 
 def large(tree: Checkpoint) -> bool:
-    """Is it a model without values, with more weights than are held?"""
+    """Is it a model without values whose weights exceed HELD bytes?"""
     return not tree.has_values and sum(spec.nbytes for spec in tree.specs.values()) > HELD
 
 
-class Supplied:
-    """A Flax runner whose weights are lent to its modules as they are called."""
+class LazyRunner:
+    """A Flax runner that gives each module its weights when the module is called."""
 
     def __init__(self, runner: Any, tree: Checkpoint, weights: Mapping[str, Any]) -> None:
         self.runner, self.tree, self.weights = runner, tree, weights
@@ -238,9 +239,9 @@ def flax_side(
     seed: int = 0,
     call: Any = None,
 ) -> FlaxSide:
-    """The Flax model with its weights, ready to run. What `weights_of` raises."""
+    """The Flax model with its weights, ready to run. Raises what `weights_of` raises."""
     arrays, ported = weights_of(like, tree, weights, plan, source)
-    lent = large(tree)
+    lazy = large(tree)
     own = weights is None and tree.has_values
 
     def runner(leaves: Mapping[str, Any]) -> Runner:
@@ -251,17 +252,17 @@ def flax_side(
             from graftax.parity.linen_runner import LinenRunner
 
             assert tree.live.rebuild is not None
-            variables = trace(like)[0] if lent else tree.live.rebuild(dict(values))
+            variables = trace(like)[0] if lazy else tree.live.rebuild(dict(values))
             made = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.live.modules)
         else:
             from graftax.parity.nnx_runner import NnxRunner
 
             module = like
-            if not lent and (leaves or not own):
+            if not lazy and (leaves or not own):
                 assert tree.live.rebuild is not None
                 module = tree.live.rebuild(dict(values), rngs=seed if rngs is None else rngs)
             made = NnxRunner(module, call=call, modules=tree.live.modules)
-        return Supplied(made, tree, values) if lent else made
+        return LazyRunner(made, tree, values) if lazy else made
 
     name = type(like.module if isinstance(like, LinenModel) else like).__name__
     return FlaxSide(tree, arrays, runner({}), ported, name, runner)

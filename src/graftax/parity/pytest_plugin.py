@@ -1,4 +1,4 @@
-"""The pytest plugin: a `parity` fixture, golden files beside the test, failures that show the report.
+"""The pytest plugin: a `parity` fixture, golden files beside the test, and failures that show the report.
 
     def test_port(parity):
         parity(torch_module, flax_model, inputs)                       # gx.assert_parity
@@ -6,8 +6,8 @@
     def test_port_without_torch(parity):
         parity.golden(flax_model, torch=make_torch, inputs=inputs)     # pytest --graftax-update-golden records
 
-A ParityError in any test (`gx.assert_parity` raises it) is shown like that; `--tb=long` brings the traceback back.
-Loaded with every pytest run, so nothing of graftax or a framework is imported here until it is used.
+A ParityError in any test (`gx.assert_parity` raises it) shows its report; `--tb=long` shows the traceback instead.
+pytest loads this module in every run, so it imports nothing of graftax or a framework before it is used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """What the `parity` fixture gives: call it to assert, `.check` for the report, `.golden` where torch is not."""
+    """The value of the `parity` fixture: call it to assert parity, `.check` for the report, `.golden` without torch."""
 
     folder: Path
     default: str
@@ -77,14 +77,15 @@ class Parity:
     ) -> ParityReport:
         """Judge the Flax model against a golden file beside the test; torch is not needed.
 
-        torch, inputs   what is recorded with --graftax-update-golden: a torch module, or a function that makes one (so
-                        that torch is imported only then), and the inputs as for gx.check_parity
+        torch, inputs   used to record with --graftax-update-golden: a torch module, or a function that makes one (then
+                        torch is imported only when it records), and the inputs as for gx.check_parity
         weights         Flax weights, or a torch checkpoint, as for gx.check_parity
-        name            of the file, golden/<name>.safetensors; the test's own name if None
-        layers          record what every layer got and gave, so that a failure names the layer
-        record          options for the recording alone; `options` go to both where both know them
+        name            the name of the file, golden/<name>.safetensors; None: the test's own name
+        layers          record the inputs and outputs of every layer, so that a failure names the layer
+        record          options for the recording only; `options` go to the recording and to the check, where each knows
+        them
 
-        Raises ParityError where it differs; fails the test where there is no file.
+        Raises ParityError if parity fails; fails the test if the file does not exist.
         """
         __tracebackhide__ = True
         from graftax.errors import ParityError
@@ -120,7 +121,7 @@ def _for_recording(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _for_replay(options: Mapping[str, Any]) -> dict[str, Any]:
-    """All of them but the layout of the inputs, which are recorded as Flax takes them."""
+    """All options but the layout of the inputs: the file holds them in Flax's layout."""
     return {name: value for name, value in options.items() if name != "layout"}
 
 
@@ -130,13 +131,13 @@ def _is_module(value: Any) -> bool:
 
 
 def _file_name(text: str) -> str:
-    """Text as the name of a file: what is not plain becomes '-'."""
+    """Text as the name of a file: special characters become '-'."""
     return re.sub(r"[^\w.+=,-]+", "-", text).strip("-.")[:150] or "golden"
 
 
 @pytest.fixture
 def parity(request: pytest.FixtureRequest) -> Parity:
-    """Prove that a Flax model does what a torch module does: `parity(torch_module, flax_model, inputs)`."""
+    """Prove that a Flax model computes what a torch module computes: `parity(torch_module, flax_model, inputs)`."""
     path = Path(request.path)
     update = bool(request.config.getoption("graftax_update_golden"))
     return Parity(path.parent, f"{path.stem}.{request.node.name}", update, request.node.nodeid)
@@ -156,13 +157,13 @@ def pytest_runtest_makereport(
         return report
     if item.config.getoption("tbstyle", "auto") not in ("auto", "short") or report.outcome != "failed":
         return report
-    report.longrepr = _Failure(call.excinfo.value, _crash(item, call.excinfo), _line(item, call.excinfo))  # pyright: ignore
+    report.longrepr = _ParityFailure(call.excinfo.value, _crash(item, call.excinfo), _line(item, call.excinfo))  # pyright: ignore
     return report
 
 
 @dataclass(frozen=True, slots=True)
 class _Crash:
-    """Where and what, in a line: what pytest shows in its short summary."""
+    """The place and the message in one line, as pytest's short summary shows it."""
 
     path: str
     lineno: int
@@ -173,8 +174,8 @@ class _Crash:
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
-    """How a ParityError is shown: pytest calls `toterminal`, and str() where there is no terminal."""
+class _ParityFailure:
+    """The representation of a ParityError: pytest calls `toterminal`, or str() if there is no terminal."""
 
     error: BaseException
     reprcrash: _Crash
@@ -201,7 +202,7 @@ class _Failure:
 
 
 def _entry(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:
-    """The innermost frame in the test's own file; the outermost where there is none."""
+    """The innermost frame in the test's own file; the outermost frame if there is none."""
     own = [entry for entry in excinfo.traceback if Path(entry.path) == item.path]
     return own[-1] if own else excinfo.traceback[0]
 
@@ -223,6 +224,6 @@ def _crash(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException]) -> _
 
 
 def _line(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException]) -> str:
-    """The statement of the test that failed, its first line."""
+    """The first line of the test's statement that failed."""
     lines = str(_entry(item, excinfo).statement).splitlines()
     return lines[0].strip() if lines else ""

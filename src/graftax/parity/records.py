@@ -1,5 +1,5 @@
-"""What a traced run is made of: sites, records, the reference that a torch run leaves behind, and the two protocols by
-which the judge talks to a framework (Runner, Tap). No framework is imported here.
+"""The parts of a traced run: sites, records, the reference made from a torch run, and the two protocols between the
+comparison and a framework (Runner, Tap). No framework is imported here.
 
 `Values` below means: nested tuples, lists, dicts and dataclass-like outputs whose array leaves are NumPy arrays on the
 host; other leaves (None, numbers, text) are themselves.
@@ -34,11 +34,11 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The reference at one site, and how far torch float32 is from it when it is given the reference input.
+    """The reference at one site, and torch float32's error against it when it gets the reference input.
 
-    args, kwargs, output   Values of the float64 run, kept once as float32 (integers and booleans as they are)
-    in_error, out_error    relative L2 of torch float32: of what arrives here given the reference outputs of the layers
-                           before, and of what this module makes of the reference input
+    args, kwargs, output   Values of the float64 run, kept as float32 (integers and booleans unchanged)
+    in_error, out_error    relative L2 of torch float32: of the input that arrives here when the layers before gave the
+                           reference output, and of this module's output for the reference input
     free_error             relative L2 of torch float32's output here in an ordinary run
     """
 
@@ -52,8 +52,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """All that the torch side leaves behind: what a golden file holds. `order` lists the sites as their calls ended,
-    `events` ("in" | "out", site) as calls began and ended."""
+    """Everything that is kept of the torch side; a golden file holds it. `order`: the sites in the order in which their
+    calls ended. `events`: ("in" | "out", site) in the order in which calls began and ended."""
 
     modules: Mapping[str, Module]
     order: tuple[Site, ...]
@@ -66,16 +66,16 @@ class Reference:
 
     @property
     def began(self) -> tuple[Site, ...]:
-        """The sites as their calls began; as they ended, where that is all that is known."""
+        """The sites in the order in which their calls began; if that is unknown, in the order in which they ended."""
         return tuple(site for what, site in self.events if what == "in") or self.order
 
 
 class Tap(Protocol):
     """Listens at the watched modules of a run, and may put other values in their place.
 
-    `enter` gets the Values that arrive and gives None (leave them) or (args, kwargs) of the same structure to call the
-    module with; `leave` gets the output and gives None or what the caller shall receive instead. A tap that only
-    listens may say so by `replaces = False`, which is cheaper in compiled code. Arrays are the tap's to keep.
+    `enter` gets the Values that arrive and returns None (leave them) or (args, kwargs) of the same structure to call
+    the module with. `leave` gets the output and returns None or the output that the caller shall receive instead. A tap
+    that only listens may declare `replaces = False`, which is cheaper in compiled code. The tap may keep the arrays.
     """
 
     def enter(
@@ -88,9 +88,9 @@ class Tap(Protocol):
 class Runner(Protocol):
     """A live model of one framework that can be run with a tap. Implemented by torch_runner, linen_runner, nnx_runner.
 
-    The user's object is never changed: weights, running statistics, rng streams, hooks and classes are after a run what
-    they were before, also when the run raises. An exception of the user's own code comes through as ModelError, which
-    names whose code failed (framework, module path, file and line).
+    The user's object is never changed: after a run, weights, running statistics, rng streams, hooks and classes are as
+    before, also if the run raises. An exception of the user's own code becomes a ModelError that names the code that
+    failed (framework, module path, file and line).
     """
 
     @property
@@ -117,7 +117,7 @@ class Runner(Protocol):
         leaves: Mapping[str, Any] | None = None,
     ) -> Any:
         """The output of one module alone on these Values: with other settings (attribute name -> value) and other
-        weights (leaf path -> array) if asked. Raises ReplayError where the module cannot be run alone."""
+        weights (leaf path -> array) if given. Raises ReplayError if the module cannot be run alone."""
         ...
 
     def not_traced(self) -> Mapping[str, str]:

@@ -1,4 +1,5 @@
-"""What the torch side leaves behind: a float64 run kept once, and how far torch float32 is from it, free and forced."""
+"""Make the reference of the torch side: one recorded float64 run, and torch float32's error against it, free and
+forced."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from graftax.parity.torch_runner import TorchRunner
 
 ORDERS = 3
-"""Float32 runs beside the ordinary one: in each, errors travel on with other signs."""
+"""How many float32 runs are made beside the ordinary one; in each, errors propagate with other signs."""
 
 
 def make_reference(
@@ -27,10 +28,12 @@ def make_reference(
     watch: Collection[str],
     also: Collection[str] = (),
 ) -> Reference:
-    """Run torch in float64 (kept, as float32), then in float32, free and forced: as it is, and ORDERS times with its
-    contractions as far off as sums in a row are. Of these only errors are kept, the largest at each place, and of each
-    output the one that is furthest off. also: modules that have no counterpart, and are recorded for the causes.
-    ModelError where the user's code fails, draws random numbers or was left in train mode."""
+    """Run torch in float64 and record it (as float32). Then run it in float32, free and forced: once unchanged, and
+    ORDERS times with the error of sequential summing added to its contractions (`summing`). The float32 runs leave only
+    the largest error at each place, and the output array that is furthest off.
+
+    also: modules without a counterpart, recorded for the search for causes. ModelError if the user's code fails, draws
+    random numbers or was left in train mode."""
     start = time.perf_counter()
     recorder = _Recorder()
     outputs = torch64.run(args, kwargs, watch=[*watch, *also], tap=recorder)
@@ -64,7 +67,7 @@ def make_reference(
 
 
 def _require_deterministic(torch64: Any, torch32: Any, args: Any, kwargs: Any, outputs: Any) -> None:
-    """ModelError where random numbers were drawn and another seed gives other outputs."""
+    """ModelError if random numbers were drawn and another seed gives other outputs."""
     drawn = getattr(torch64, "drawn", {})
     if not drawn:
         return
@@ -78,7 +81,7 @@ def _require_deterministic(torch64: Any, torch32: Any, args: Any, kwargs: Any, o
 
 
 class _Recorder:
-    """Keeps what it sees. Arrays that are the same object at several sites are kept once."""
+    """Records every call. An array that is the same object at several sites is kept once."""
 
     def __init__(self) -> None:
         self.found: dict[Site, Record] = {}
@@ -97,7 +100,7 @@ class _Recorder:
 
 
 class _Free:
-    """Errors of ordinary runs: the largest of them."""
+    """The largest error of ordinary runs at each site."""
 
     def __init__(self, records: Mapping[Site, Record]) -> None:
         self.records = records
@@ -112,7 +115,7 @@ class _Free:
 
 
 class _Forced:
-    """Puts the reference in at every site, and measures what came instead."""
+    """Gives every site the reference input, and measures the input and output that the run had."""
 
     def __init__(self, records: Mapping[Site, Record]) -> None:
         self.records = records
@@ -138,8 +141,8 @@ class _Forced:
 
 
 def _furthest(one: Any, other: Any, want: Any) -> Any:
-    """The nest `one`, with those arrays of `other` that are further off `want`; one that is off by infinity shows no
-    rounding."""
+    """The nest `one`, with each array replaced by that of `other` if it is further off `want`. An infinite error does
+    not count: it shows no rounding."""
     found = [values.arrays(nest) for nest in (one, other, want)]
     if len({tuple(path for path, _ in arrays) for arrays in found}) > 1:
         return one
@@ -151,8 +154,8 @@ def _furthest(one: Any, other: Any, want: Any) -> Any:
 
 
 def nest_error(got: Any, want: Any) -> float:
-    """The largest relative L2 of the arrays of two nests of one structure; 0.0 where the structures differ (nothing is
-    known of float32 then: the floor is the unit)."""
+    """The largest relative L2 of the arrays of two nests of one structure. 0.0 if the structures differ: float32's
+    error is then unknown, and the floor is UNIT."""
     a, b = values.arrays(got), values.arrays(want)
     if [path for path, _ in a] != [path for path, _ in b]:
         return 0.0

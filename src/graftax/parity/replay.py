@@ -1,4 +1,4 @@
-"""Golden runs: record what a torch module does, and judge a Flax model against it where no torch is installed."""
+"""Golden files: record a run of a torch module, and judge a Flax model against it where torch is not installed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def record_golden(
     out_layout: str | None = None,
     layers: bool = False,
 ) -> Golden:
-    """Run the torch module, in float64 and float32, and keep what a replay needs; written to `path` if one is given.
+    """Run the torch module in float64 and float32, and record what a replay needs; write it to `path` if one is given.
 
     torch_module, inputs, source, layout, rules, plan   as for gx.check_parity
-    flax_model   says which layers have a counterpart, and which flags its call takes; None: every layer with weights
-                 is kept
-    layers       keep the inputs and outputs of the layers too: a replay then names the layer that diverges
+    flax_model   tells which layers have a counterpart, and which flags its call takes; None: every layer with weights
+                 is recorded
+    layers       record the inputs and outputs of the layers too: a replay then names the layer that diverges
 
-    Raises what gx.check_parity raises of the torch side, UsageError for inputs that a file cannot hold, StorageError.
+    Raises what gx.check_parity raises for the torch side, UsageError for inputs that a file cannot hold, StorageError.
     """
     from graftax.opening import open_tree, open_weights
     from graftax.parity import pipeline, prepare
@@ -86,13 +86,13 @@ def check_golden(
     seed: int = 0,
     flax_call: Any = None,
 ) -> ParityReport:
-    """Does the Flax model do what the torch module did when the golden file was recorded? torch is not needed.
+    """Check that the Flax model computes what the torch module computed in the golden file. torch is not needed.
 
     weights    the Flax weights, as for gx.check_parity; None: the values that flax_model holds
     source     torch's checkpoint: the weights are audited against it, and ported where the Flax side has none
     flax_call  as in gx.Inputs; the rest as for gx.check_parity
 
-    Layers are judged where they were recorded. Raises what gx.check_parity raises of the Flax side, FormatError for a
+    Layers are judged if they were recorded. Raises what gx.check_parity raises for the Flax side, FormatError for a
     malformed golden file.
     """
     from graftax.opening import open_tree, open_weights
@@ -161,7 +161,7 @@ def check_golden(
 
 
 def assert_golden(*args: Any, **kwargs: Any) -> ParityReport:
-    """`check_golden` that raises ParityError, with the report as its text, where the answer is no."""
+    """`check_golden` that raises ParityError, with the report as its text, if parity fails."""
     __tracebackhide__ = True
     from graftax.parity.pipeline import required
 
@@ -169,7 +169,7 @@ def assert_golden(*args: Any, **kwargs: Any) -> ParityReport:
 
 
 class NoTorch:
-    """Stands for the torch side in a replay: nothing can be run, only the recorded modules are known."""
+    """Stands for the torch side in a replay: it cannot run anything, it only knows the recorded modules."""
 
     def __init__(self, modules: Mapping[str, Module]) -> None:
         self.modules = modules
@@ -187,7 +187,7 @@ class NoTorch:
 
 
 def _watched(tree: Checkpoint, flax_model: Any, call: Any, rules: Any, plan: Plan | None) -> list[str]:
-    """The torch modules that have a counterpart; all that hold weights where Flax is not there."""
+    """The torch modules that have a counterpart; without a Flax model, all modules that hold weights."""
     from graftax.opening import open_tree
     from graftax.parity import pipeline, prepare
     from graftax.parity.pairing import find_pairs
@@ -204,10 +204,10 @@ def _notes(golden: Golden, layers: bool, source: Checkpoint) -> tuple[str, ...]:
     notes: list[str] = []
     if layers and not golden.reference.records:
         notes.append(
-            "the golden file holds outputs only: recorded with its layers, it would name the one that diverges"
+            "the golden file holds outputs only; a golden file recorded with layers names the layer that diverges"
         )
     if not source.has_values:
-        notes.append("the weights were not audited: a golden file holds none (source= gives torch's)")
+        notes.append("the weights were not audited: a golden file holds none (give torch's checkpoint as source=)")
     return tuple(notes)
 
 

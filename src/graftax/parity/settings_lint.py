@@ -1,4 +1,5 @@
-"""Settings that two live models declare and that do not agree, pair by pair, without running anything."""
+"""Find settings that differ between two live models, pair by pair, from their declarations, without running
+anything."""
 
 from __future__ import annotations
 
@@ -7,21 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftax.layers.settings import settings_differ
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.report.model import SettingRow, Severity
 from graftax.tree import Module
 
 Settings = Mapping[str, Any]
 
 SEVERITIES: Mapping[str, Severity] = {"momentum": "warning"}
-"""Of the layer table's settings; every other one changes the outputs, and is an error."""
-MOMENTUM = "only training shows it: Flax's momentum is 1 - torch's"
-SAME_STRIDE = "with a stride SAME depends on the input's size, and is rarely torch's padding"
+"""The severity of a setting of the layer table. Every other setting changes the outputs and is an error."""
+MOMENTUM = "it matters only in training: Flax's momentum is 1 - torch's"
+SAME_STRIDE = "with a stride, SAME depends on the input's size and rarely equals torch's padding"
 
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """One thing under the names that people give it. `turn`: the torch value as Flax has it."""
+    """One setting under the names that models give it. `turn`: torch's value -> the Flax value."""
 
     name: str
     torch: tuple[str, ...]
@@ -49,16 +50,16 @@ CONCEPTS: tuple[Concept, ...] = (
     Concept("negative_slope", ("negative_slope",), ("negative_slope",)),
     Concept("activation", ("hidden_act", "activation_function"), ("hidden_act", "activation_function"), "warning"),
 )
-"""Compared where a module of either side is not one that the layer table knows, by attributes of these names."""
+"""Compared by attributes of these names, if the layer table does not know a module of either side."""
 
 
 def lint_settings(
-    pairs: Sequence[Pair], torch: Mapping[str, Module], flax: Mapping[str, Module]
+    pairs: Sequence[ModulePair], torch: Mapping[str, Module], flax: Mapping[str, Module]
 ) -> tuple[SettingRow, ...]:
     """Settings that do not agree, errors first. torch, flax: path -> Module, as the adapters read live models.
 
-    error    outputs differ for it (epsilon, padding, strides, heads, statistics of the batch)
-    warning  it hides or may make a difference (bfloat16, momentum, SAME with a stride, dropout left on)
+    error    the outputs differ (epsilon, padding, strides, heads, statistics of the batch)
+    warning  it may make or hide a difference (bfloat16, momentum, SAME with a stride, dropout left on)
     note     worth knowing
     """
     found: list[SettingRow] = []
@@ -75,21 +76,21 @@ def lint_settings(
     return tuple(sorted(unique.values(), key=lambda row: order.index(row.severity)))
 
 
-def _pair(pair: Pair, torch: Module, flax: Module) -> Iterator[SettingRow]:
-    told: set[str] = set()
+def _pair(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
+    reported: set[str] = set()
     for row in _declared(pair, torch, flax):
-        told.add(row.setting)
+        reported.add(row.setting)
         yield row
     for row in _concepts(pair, torch, flax):
-        if row.setting not in told and pair.leaf:
+        if row.setting not in reported and pair.leaf:
             yield row
     yield from _running(pair, torch, flax)
     yield from _half(pair.torch, pair.flax, torch, flax)
     yield from _alone(pair.flax, flax)
 
 
-def _declared(pair: Pair, torch: Module, flax: Module) -> Iterator[SettingRow]:
-    """What the layer table compares."""
+def _declared(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
+    """The rows of settings that the layer table compares."""
     for difference in settings_differ(torch, flax):
         name, want, have = difference.setting.name, difference.want, difference.have
         severity, text = SEVERITIES.get(name, "error"), difference.setting.note
@@ -97,7 +98,7 @@ def _declared(pair: Pair, torch: Module, flax: Module) -> Iterator[SettingRow]:
             text = MOMENTUM
         if name == "padding" and have == "SAME":
             if _ones(flax.settings.get("kernel_size")) and want in (((0, 0),), ((0, 0),) * 2, ((0, 0),) * 3):
-                continue  # a window of one place pads nothing
+                continue  # a window of size one needs no padding
             severity, text = "warning", SAME_STRIDE
         yield SettingRow(pair.torch, pair.flax, name, want, have, severity, text)
 
@@ -106,7 +107,7 @@ def _ones(size: Any) -> bool:
     return size == 1 or (isinstance(size, (tuple, list)) and all(k == 1 for k in size))
 
 
-def _concepts(pair: Pair, torch: Module, flax: Module) -> Iterator[SettingRow]:
+def _concepts(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
     for concept in CONCEPTS:
         theirs, ours = _value(torch.settings, concept.torch), _value(flax.settings, concept.flax)
         if theirs is None or ours is None:
@@ -121,11 +122,11 @@ def _value(settings: Settings, names: Iterable[str]) -> Any:
     return next((settings[name] for name in names if settings.get(name) is not None), None)
 
 
-def _running(pair: Pair, torch: Module, flax: Module) -> Iterator[SettingRow]:
-    """Statistics of the batch in Flax, where torch has running ones: parity is judged in evaluation mode."""
+def _running(pair: ModulePair, torch: Module, flax: Module) -> Iterator[SettingRow]:
+    """Flax uses statistics of the batch, torch running statistics: parity is judged in evaluation mode."""
     tracked = any(role.rpartition(".")[2] == "running_mean" for role in torch.leaves)
     if tracked and flax.settings.get("use_running_average") is False:
-        text = "torch in evaluation mode uses the running statistics"
+        text = "in evaluation mode torch uses the running statistics"
         yield SettingRow(pair.torch, pair.flax, "use_running_average", True, False, "error", text)
 
 
@@ -135,12 +136,12 @@ _HALF = ("bfloat16", "float16")
 def _half(torch_path: str, flax_path: str, torch: Module, flax: Module) -> Iterator[SettingRow]:
     have = flax.settings.get("dtype")
     if have in _HALF and torch.settings.get("dtype") not in _HALF:
-        text = "the module computes in it whatever its input is: small faults do not show"
+        text = "the module computes in this dtype whatever its input is, which hides small faults"
         yield SettingRow(torch_path, flax_path, "dtype", "float32", have, "warning", text)
 
 
 def _alone(path: str, flax: Module) -> Iterator[SettingRow]:
-    """What a Flax module says by itself."""
+    """The rows that need the Flax module alone."""
     if flax.settings.get("deterministic") is False and _dropout(flax.settings):
         text = "dropout is on: call .eval(), or pass deterministic=True"
         yield SettingRow("", path, "deterministic", True, False, "warning", text)

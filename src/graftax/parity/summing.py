@@ -1,10 +1,10 @@
-"""What another order of summing does to torch float32: every contraction gets the error that adding its terms one after
-the other makes.
+"""Add to torch float32 the error of another order of summing: each contraction gets the error of adding its terms one
+after the other (sequential summing).
 
-One float32 run shows one order and one draw of its rounding. XLA may add in another order, for a single row one term
-after the other where torch adds in lanes, and where one value dominates an output the draw may be near zero by luck.
-Both are known without a draw: a sum of K terms in a row is off by about EACH x sqrt(sum of its squared partial sums),
-which grows with K and with cancellation.
+One float32 run shows one order of summing and one draw of its rounding errors. XLA may sum in another order: a single
+row sequentially, where torch sums in lanes. And if one value dominates an output, torch's error may be near zero by
+luck. The expected error needs no draw: a sequential sum of K terms is off by about EACH x sqrt(sum of its squared
+partial sums), which grows with K and with cancellation.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from graftax.parity.records import UNIT
 
 Tensor = torch.Tensor
 EACH = 0.425 * UNIT
-"""RMS of the relative error of one addition: uniform over half a step, of numbers spread evenly by logarithm."""
+"""RMS of the relative error of one addition: uniform over half a step, for numbers spread evenly on a log scale."""
 BLOCKS = 8
-"""Partial sums are worked out at so many places of a contraction; between them terms count as in random order."""
+"""Partial sums are computed at this many places of a contraction; between them terms count as in random order."""
 
 
 class _SummedInARow(TorchDispatchMode):
-    """Adds to the float32 result of each contraction its error in that order, the sign of every value by chance: the
-    size is the expected one, not a draw."""
+    """Adds to the float32 result of each contraction the error of sequential summing. The size of each error is the
+    expected one, not a draw; its sign is random."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class _SummedInARow(TorchDispatchMode):
 
 @contextmanager
 def summed_in_a_row(module: torch.nn.Module, seed: int) -> Iterator[None]:
-    """Inside, float32 contractions on the CPU are as far off as sums in a row are. Fused kernels (attention, LSTM) are
-    taken apart so that their contractions show."""
+    """Inside this context float32 contractions on the CPU have the error of sequential summing. Fused kernels
+    (attention, LSTM) are taken apart so that their contractions are seen."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(item, torch.nn.LSTM) for item in module.modules()):
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", UserWarning)  # of a precision that only other devices have
+            warnings.simplefilter("ignore", UserWarning)  # it is about a precision that only other devices have
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         stack.enter_context(_SummedInARow(seed))
         yield
@@ -77,8 +77,8 @@ def in_a_row(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _matrices(first: int) -> Callable[..., Tensor]:
-    """Of an op whose arguments from number `first` on are the matrices (..., M, K) and (..., K, N); before them stands
-    what is added."""
+    """For an op whose arguments from number `first` on are the matrices (..., M, K) and (..., K, N); the summand stands
+    before them."""
 
     def spread(func: Any, args: Any, kwargs: Mapping[str, Any], out: Tensor) -> Tensor:
         a, b = args[first], args[first + 1]

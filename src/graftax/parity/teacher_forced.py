@@ -1,5 +1,5 @@
-"""The Flax side of the forced pass: the reference input is put into every paired module and the reference output handed
-on, so that each module and each piece of code between two modules is judged alone."""
+"""The Flax side of the forced pass. Every paired module gets the reference input, and its reference output is passed
+on. So each module, and each piece of code between two modules, is judged alone."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 from graftax.parity import values
 from graftax.parity.align import NEAR, Alignment, Turn
 from graftax.parity.metrics import alarms, relative_l2
-from graftax.parity.pairing import CallMap, Pair
+from graftax.parity.pairing import CallMap, ModulePair
 from graftax.parity.records import THRESHOLD, Reference, Site
 
 MASK = 1e4
-"""A value as large as this stands for minus infinity: masks are held in many ways and are matched only if equal."""
+"""A value this large stands for minus infinity. Models write masks in many ways; masks match only if they are equal."""
 KEPT = 6
-"""Alarms whose arrays are kept for the cause finder."""
+"""How many alarms keep their arrays for the search for causes."""
 
 Args = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The Flax array number `flax` is the torch array number `torch`, whose shape is `taken`, turned."""
+    """Flax array number `flax` is torch array number `torch` (of shape `taken`) after `turn`."""
 
     flax: int
     torch: int
@@ -35,7 +35,8 @@ class Match:
 
 @dataclass(slots=True, eq=False)
 class Met:
-    """What the forced pass saw at one Flax call: errors (None: nothing could be compared), why not, and the layouts."""
+    """What the forced pass saw at one Flax call: the errors (None: nothing could be compared), the reason why not, and
+    the matched arrays."""
 
     site: Site
     in_error: float | None = None
@@ -48,8 +49,8 @@ class Met:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrays:
-    """What was kept of a call that alarms: what arrived, what it was called with instead, what came out, what should
-    have. All in Flax's layout."""
+    """The arrays of a call that alarms: the input that arrived, the input given instead, the output, and the wanted
+    output. All in Flax's layout."""
 
     arrived: Args
     given: Args
@@ -59,20 +60,21 @@ class Arrays:
 
 @dataclass(slots=True, eq=False)
 class ForcedTap:
-    """Puts the reference in at every paired Flax call, and measures what came instead. One pass."""
+    """Gives every paired Flax call the reference input, and measures the input and output that Flax had. Used for one
+    pass."""
 
     reference: Reference
     calls: CallMap
-    alignments: Mapping[Pair, Alignment]
+    alignments: Mapping[ModulePair, Alignment]
     threshold: float = THRESHOLD
     met: dict[Site, Met] = field(default_factory=dict[Site, Met])
     kept: dict[Site, Arrays] = field(default_factory=dict[Site, Arrays])
     extra: dict[str, int] = field(default_factory=dict[str, int])
-    """Flax path -> how many calls no torch call answers to."""
+    """Flax path -> how many calls have no torch call."""
     _open: dict[Site, Arrays] = field(default_factory=dict[Site, Arrays])
 
     def restart(self) -> None:
-        """Forget a run that did not come to its end."""
+        """Forget a run that did not finish."""
         for table in (self.met, self.kept, self.extra, self._open):
             table.clear()
 
@@ -84,7 +86,7 @@ class ForcedTap:
         record = self.reference.records[there]
         met = self.met[site] = Met(there)
         arrived: Args = (args, kwargs)
-        if not site.path:  # the model itself: its inputs are what they are
+        if not site.path:  # the model itself keeps its own inputs
             self._open[site] = Arrays(arrived, arrived)
             return None
         ours = [array for _, array in values.arrays(arrived)]
@@ -127,8 +129,9 @@ class ForcedTap:
 
 @dataclass(slots=True, eq=False)
 class FreeTap:
-    """Measures the outputs of an ordinary Flax run, in the layouts that the forced pass has found. It could listen only
-    (`replaces = False`); as it is, the forced pass's compiled program runs again and no other is compiled."""
+    """Measures the outputs of an ordinary Flax run, in the layouts that the forced pass found. It replaces nothing, yet
+    does not declare `replaces = False`: so the compiled program of the forced pass runs again, and no other is
+    compiled."""
 
     reference: Reference
     met: Mapping[Site, Met]
@@ -150,26 +153,26 @@ class FreeTap:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fit:
-    """A match, the torch array in Flax's layout, and how far Flax is from it."""
+class MeasuredMatch:
+    """A match, the torch array in Flax's layout, and Flax's error against it."""
 
     match: Match
     want: Any
     error: float
 
 
-def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: bool) -> tuple[Fit, ...]:
-    """Which Flax array is which torch array. The first floating one (of integers, if there are no others) must be
-    found, else nothing is; each later one is the first that agrees within NEAR, or stands in the same place and fits by
-    shape."""
-    found: list[Fit] = []
+def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: bool) -> tuple[MeasuredMatch, ...]:
+    """Match Flax arrays to torch arrays. The first floating array (the first integer array, if there are no others)
+    must find a match, else nothing is matched. Each later array takes the first torch array that agrees within NEAR, or
+    the one at the same place if the shapes fit."""
+    found: list[MeasuredMatch] = []
     used: set[int] = set()
     floats = [i for i, array in enumerate(ours) if _floating(array)]
     ranked = (floats or list(range(len(ours))))[:1]
     ranked += [i for i in range(len(ours)) if i not in ranked]
     for n, i in enumerate(ranked):
-        first: tuple[int, Fit] | None = None
-        chosen: tuple[int, Fit] | None = None
+        first: tuple[int, MeasuredMatch] | None = None
+        chosen: tuple[int, MeasuredMatch] | None = None
         for j, array in enumerate(theirs):
             if j in used or _floating(array) != _floating(ours[i]):
                 continue
@@ -177,7 +180,7 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
             if turn is None:
                 continue
             want = turn(array)
-            fit = Fit(Match(i, j, turn, tuple(array.shape)), want, beneath_mask(ours[i], want))
+            fit = MeasuredMatch(Match(i, j, turn, tuple(array.shape)), want, beneath_mask(ours[i], want))
             first = first or (j, fit)
             if fit.error <= NEAR:
                 chosen = j, fit
@@ -194,8 +197,8 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
 
 
 def beneath_mask(got: Any, want: Any) -> float:
-    """relative_l2 of what is no mask, where both hold the same mask: next to one -3e38 nothing else would count, and a
-    bias with a mask in it could not be told from the mask alone."""
+    """relative_l2 without the masked values, if both arrays hold the same mask. Next to one -3e38 no other value would
+    count: a bias that contains a mask would equal the mask alone."""
     if not (_is_mask(got) and _is_mask(want)):
         return relative_l2(got, want)
     masked = np.abs(got) >= MASK
@@ -208,8 +211,8 @@ def _floating(array: Any) -> bool:
     return array.dtype.kind in "fcV"  # V: bfloat16 and its like
 
 
-def _with_wants(ours: list[Any], found: tuple[Fit, ...]) -> list[Any]:
-    """Our arrays, theirs in the place of those that were matched."""
+def _with_wants(ours: list[Any], found: tuple[MeasuredMatch, ...]) -> list[Any]:
+    """The Flax arrays, with every matched one replaced by torch's."""
     new = list(ours)
     for fit in found:
         old = ours[fit.match.flax]

@@ -1,7 +1,7 @@
 """A live torch module that can be run with a tap, in float32 or in float64: the torch `Runner`.
 
-`forward` of every watched module is covered by a wrapper for the time of a run, so that `m(x)` and `m.forward(x)` are
-seen alike; what uses a module's weights without calling it (`F.linear(x, m.weight)`) is named in `not_traced`.
+A wrapper covers `forward` of every watched module for the time of a run, so that both `m(x)` and `m.forward(x)` are
+seen. A module whose weights are used without a call (`F.linear(x, m.weight)`) is listed in `not_traced`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TorchRunner:
     """`records.Runner` for torch.
 
     module   a torch.nn.Module; its weights may be on the meta device if `source` has them
-    dtype    "float32" or "float64": what it computes in
-    source   a checkpoint with the torch keys: values of meta weights, read leaf by leaf as they are used
+    dtype    "float32" or "float64": the precision of the run
+    source   a checkpoint with the torch keys: it holds the values of meta weights, read leaf by leaf when they are used
     call     function (module, *args, **kwargs) -> outputs, instead of module(*args, **kwargs)
     """
 
@@ -73,8 +73,8 @@ class TorchRunner:
         reseed: bool = False,
         in_a_row: int | None = None,
     ) -> Any:
-        """See `records.Runner`. ModelError where the user's code fails or a layer was left in train mode. reseed: with
-        other random numbers than the last run's. in_a_row: with contractions as far off as sums in a row are, by this
+        """See `records.Runner`. ModelError if the user's code fails or a layer was left in train mode. reseed: use
+        other random numbers than the last run. in_a_row: add the error of sequential summing to contractions, with this
         seed (`summing`)."""
         torch_state.require_eval(self.module)
         self._watched = tuple(path for path in watch if path in self._paths)
@@ -102,7 +102,7 @@ class TorchRunner:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[Shares]:
-        """The state of torch and of the module for one run; everything is as before afterwards."""
+        """Set up torch and the module for one run, and restore both afterwards."""
         narrow = {value.dtype for value in self.module.state_dict(keep_vars=True).values() if hasattr(value, "dtype")}
         wide = self.dtype is torch.float64 or self._meta or narrow & set(float64.WIDER[torch.float32])
         with contextlib.ExitStack() as stack:
@@ -123,7 +123,7 @@ class TorchRunner:
 
     @contextlib.contextmanager
     def _covered(self, path: str, module: torch.nn.Module, tap: Tap, shares: Shares) -> Iterator[None]:
-        """`module.forward` covered by one that tells the tap."""
+        """Cover `module.forward` by a function that reports to the tap."""
         plain = module.forward
         had = module.__dict__.get("forward")
 
@@ -208,7 +208,7 @@ class TorchRunner:
         return values.rebuilt(nest, _is_array, made)
 
     def _replaced(self, nest: Any, new: Any) -> Any:
-        """`nest` with its tensors replaced by the arrays of `new`, where both have the same ones."""
+        """`nest` with its tensors replaced by the arrays of `new`, if both have the same number of them."""
         old = [tensor for _, tensor in values.leaves(nest, _is_tensor)]
         arrays = [array for _, array in values.arrays(new)]
         if len(old) != len(arrays):
@@ -222,7 +222,7 @@ class TorchRunner:
         key = next((key for key in keys if self.source is not None and key in self.source), None)
         if key is None or self.source is None:
             raise ModelError(
-                f"torch: {escape(keys[0] if keys else 'a tensor')} has no values (device meta) and the source has none",
+                f"torch: {escape(keys[0] if keys else 'a tensor')} has no values (device meta), and no source holds it",
                 next="Pass source= a checkpoint that holds it."
                 if keys
                 else "Buffers that no checkpoint holds must be made outside torch.device('meta').",
@@ -238,14 +238,14 @@ class TorchRunner:
 
 
 class Shares:
-    """Arrays of tensors that were met before: a layer's input is usually the output of another, and is kept once."""
+    """Remembers the arrays of tensors: a layer's input is usually another layer's output, and is kept once."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, Any]] = {}
 
     def array(self, tensor: torch.Tensor) -> Any:
-        """The tensor as NumPy: float64 rounded to float32 (finite values stay finite), half widened, others as they
-        are. A copy, or the same array as before where the tensor is the same and unchanged."""
+        """The tensor as NumPy: float64 rounded to float32 (finite values stay finite), half precision widened, other
+        dtypes unchanged. A copy, or the earlier array if the tensor is the same and unchanged."""
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
@@ -266,7 +266,7 @@ def to_array(tensor: torch.Tensor) -> Any:
         plain = plain.to_dense()
     if plain.dtype is torch.float64:
         made = plain.to(torch.float32)
-        if not math.isfinite(float(made.sum())):  # cheap, and finite only if all are
+        if not math.isfinite(float(made.sum())):  # cheap; finite only if all values are
             made = plain.clamp(-FLOAT32_MAX, FLOAT32_MAX).where(plain.isfinite(), plain).to(torch.float32)
         plain = made
     elif plain.is_floating_point():
@@ -279,7 +279,7 @@ def to_array(tensor: torch.Tensor) -> Any:
 
 
 def _like(tensor: torch.Tensor, array: Any) -> torch.Tensor:
-    """The array as a tensor of the old one's dtype and device; the old one where the shapes differ."""
+    """The array as a tensor with the old tensor's dtype and device; the old tensor if the shapes differ."""
     if tuple(array.shape) != tuple(tensor.shape):
         return tensor
     return torch.from_numpy(array.copy()).to(device=tensor.device, dtype=tensor.dtype)
@@ -301,7 +301,7 @@ def _is_array(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _unwatched() -> Iterator[None]:
-    """No precision mode inside: the tap's own conversions are not the model's code."""
+    """Inside this context no precision mode is active: the tap's own conversions are not the model's code."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with torch._C.DisableTorchFunction(), _disable_current_modes():
@@ -311,7 +311,7 @@ def _unwatched() -> Iterator[None]:
 def runners(
     module: Any, source: Checkpoint | None = None, call: Callable[..., Any] | None = None
 ) -> tuple[TorchRunner, TorchRunner]:
-    """(float64, float32) runners of one module. UsageError for what is no torch.nn.Module."""
+    """(float64, float32) runners of one module. UsageError for an object that is not a torch.nn.Module."""
     if not isinstance(module, torch.nn.Module):
-        raise UsageError(f"the torch side is a torch.nn.Module, not {type(module).__name__}")
+        raise UsageError(f"the torch side must be a torch.nn.Module, not {type(module).__name__}")
     return TorchRunner(module, "float64", source, call), TorchRunner(module, "float32", source, call)

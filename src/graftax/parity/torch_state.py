@@ -1,4 +1,4 @@
-"""The state of a torch module around a run: what is put back, what was left in train mode, whose code failed."""
+"""The state of a torch module around a run: restore it, find modules in train mode, find the code that failed."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def paths_of(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 @contextlib.contextmanager
 def kept(module: torch.nn.Module) -> Iterator[None]:
-    """Whatever a run does to the attributes, buffers and tables of modules is undone; so is the random state."""
+    """Undo whatever a run does to the attributes, buffers and tables of modules, and to the random state."""
     items = list(module.modules())
     tables = [dict(vars(item)) for item in items]
     inner = [(dict(i._parameters), dict(i._buffers), dict(i._modules)) for i in items]
     buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_meta]
     random = torch.get_rng_state()
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it uses all weights of an encoder layer at once, unseen
+    # The fast path would use all weights of an encoder layer at once, without calling its modules.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
@@ -56,14 +57,14 @@ def kept(module: torch.nn.Module) -> Iterator[None]:
 
 
 def require_eval(module: torch.nn.Module) -> None:
-    """ModelError that names the modules which were left in train mode and whose output depends on it."""
+    """Raise ModelError that names the modules in train mode whose output depends on the mode."""
     left = {path: why for path, item in module.named_modules() if item.training and (why := _trains(item))}
     if left:
         raise train_mode_error(left, module)
 
 
 def _trains(item: torch.nn.Module) -> str:
-    """Why a module's output differs in train mode, or ''."""
+    """Why a module's output differs in train mode; '' if it does not."""
     if isinstance(item, torch.nn.modules.dropout._DropoutNd) and item.p > 0:
         return f"drops at random (p={item.p})"
     if isinstance(item, torch.nn.modules.batchnorm._NormBase) and item.track_running_stats:
@@ -80,7 +81,7 @@ def train_mode_error(left: Mapping[str, str], module: torch.nn.Module) -> ModelE
         for path, why in left.items()
     ]
     return ModelError(
-        f"{len(failures)} torch module(s) left in train mode: no two runs would agree",
+        f"{len(failures)} torch module(s) are in train mode: two runs would not agree",
         failures,
         next="Call .eval() on the torch module before the check.",
     )
@@ -93,11 +94,11 @@ def training_at(module: torch.nn.Module, path: str) -> bool:
         return module.training
 
 
-# ---------------------------------------------------------------- whose code
+# ---------------------------------------------------------------- the code that failed
 
 
 def running_module(paths: Paths) -> str | None:
-    """The path of the innermost module whose method is on the stack now; torch's own containers count too."""
+    """The path of the innermost module that has a method on the stack now; torch's own containers count too."""
     names = {id(item): path for path, item in reversed(paths.items())}
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -109,7 +110,7 @@ def running_module(paths: Paths) -> str | None:
 
 
 def model_error(error: Exception, paths: Paths, module: torch.nn.Module, given: Any) -> ModelError:
-    """What the user's model raised, with the module and the line that were running."""
+    """The ModelError for an exception of the user's model, with the module and the line that were running."""
     names = {id(item): path for path, item in reversed(paths.items())}
     path, kind = "", type(module).__name__
     line = ""

@@ -1,4 +1,5 @@
-"""Values: nests of NumPy arrays as runs give and take them. Works on any leaf type; imports no framework."""
+"""Walk and rebuild Values: the nests of NumPy arrays that runs take and return. Works for any leaf type; imports no
+framework."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from graftax.tree import escape_part
 
 
 def children(value: Any) -> list[tuple[Any, Any]] | None:
-    """(key, child) of a nest's node: mappings, lists, tuples, dataclasses; None for a leaf."""
+    """(key, child) of every child of a mapping, list, tuple or dataclass; None for a leaf."""
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, (list, tuple)):
@@ -21,8 +22,8 @@ def children(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def leaves(value: Any, is_leaf: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of every leaf that `is_leaf` says is one, in order; '' is the path of a lone leaf. A nest that holds
-    itself, or is deeper than 32, is cut there."""
+    """(path, leaf) of every object for which `is_leaf` is true, in order; '' is the path of a lone leaf. A nest that
+    contains itself, or is deeper than 32, is cut there."""
     return _leaves(value, is_leaf, "", 0)
 
 
@@ -44,8 +45,8 @@ def arrays(value: Any) -> list[tuple[str, Any]]:
 
 
 def mapped(value: Any, is_leaf: Callable[[Any], bool], change: Callable[[Any], Any], depth: int = 0) -> Any:
-    """The nest with other leaves, in plain dicts, lists and tuples: a named tuple becomes a tuple, a dataclass a dict.
-    What holds no such leaf stays the same object."""
+    """The nest with changed leaves, in plain dicts, lists and tuples: a named tuple becomes a tuple, a dataclass a
+    dict. Other leaves stay the same objects."""
     if is_leaf(value):
         return change(value)
     if depth > 32:
@@ -60,8 +61,8 @@ def mapped(value: Any, is_leaf: Callable[[Any], bool], change: Callable[[Any], A
 
 
 def rebuilt(value: Any, is_leaf: Callable[[Any], bool], new: list[Any]) -> Any:
-    """The nest with its leaves replaced by `new`, in order, in containers of its own kinds: what a caller that gets it
-    back can go on with. Where nothing changes a node is the same object; a node that cannot be made again stays."""
+    """The nest with its leaves replaced by `new`, in order, in containers of the same types, so that a caller can use
+    it like the original. A node in which nothing changes stays the same object."""
     rest = iter(new)
     return _rebuilt(value, is_leaf, rest, 0)
 

@@ -1,4 +1,5 @@
-"""Two checkpoints leaf by leaf: what is only in one, what differs in shape or dtype, and in value by how much."""
+"""Compare two checkpoints leaf by leaf: leaves that only one has, other shapes and dtypes, and how far values
+differ."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ def _values(
 
 
 def comparison_text(data: Mapping[str, Any]) -> str:
-    """The same for a person: a row a difference, then the counts."""
+    """The same as text: one row per difference, then the counts."""
     rows: list[tuple[str, ...]] = []
     for row in data["differ"]:
         if row["what"] == "spec":

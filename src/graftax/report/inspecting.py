@@ -1,4 +1,4 @@
-"""What is in a checkpoint: names, shapes, dtypes; on request statistics and hashes. Listing imports no NumPy."""
+"""List a checkpoint: names, shapes, dtypes; on request statistics and hashes. A listing imports no NumPy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftax.tree import Checkpoint, TensorSpec, natural_key
 from graftax.tree.training_tree import split
 
 _SHOWN = 12
-"""Names of what stands beside the weights that a person is shown."""
+"""How many names beside the weights the text shows."""
 
 
 def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = False) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
 
 
 def opened_file(checkpoint: Checkpoint) -> str | None:
-    """The file that was opened, where the label names a folder or a hub id: the weights, or the index of their shards.
-    None where the label says it."""
+    """The file that was opened for a folder or a hub id: the weights, or the index of their shards. None if the label
+    names the file itself."""
     path = str(checkpoint.storage.files[0]) if checkpoint.storage.files else None
     if path is None or checkpoint.storage.format == "orbax" or checkpoint.label.startswith(path):
         return None
@@ -93,7 +93,7 @@ def leaf_stats(array: Any, spec: TensorSpec) -> dict[str, Any] | None:
 
 
 def inspection_text(data: Mapping[str, Any]) -> str:
-    """The same for a person: a head line and a row a leaf, in natural order (layers.2 before layers.10)."""
+    """The same as text: a head line and one row per leaf, in natural order (layers.2 before layers.10)."""
     dtypes = ", ".join(f"{count} {name}" for name, count in data["dtypes"].items())
     side = f"{data['side']} by its names" if data["side"] and data["side_by"] == "names" else data["side"]
     lines = [
@@ -117,7 +117,7 @@ def inspection_text(data: Mapping[str, Any]) -> str:
     lines += aligned(rows)
     not_read = _not_read(data)
     left = [name for name in data["left"] if not {name, f"./{name}"}.intersection(not_read)]
-    for how, names in (("not read", not_read), ("which a port leaves out", left)):
+    for how, names in (("not read", not_read), ("not ported", left)):
         if names:
             shown = ", ".join(map(escape, names[:_SHOWN]))
             more = f" and {len(names) - _SHOWN} more (--json)" if len(names) > _SHOWN else ""
@@ -126,11 +126,11 @@ def inspection_text(data: Mapping[str, Any]) -> str:
 
 
 _OF_LEAVES = frozenset({"torch", "live", "npz", "msgpack", "orbax"})
-"""Formats whose metadata tell of what stands beside the weights; in others they are the file's own."""
+"""Formats whose metadata lists the entries beside the weights. In other formats the metadata is the file's own."""
 
 
 def _not_read(data: Mapping[str, Any]) -> list[str]:
-    """Names of what a checkpoint or a live tree holds that is no weight."""
+    """Names of the entries of a checkpoint or live tree that are not weights."""
     if data["format"] not in _OF_LEAVES:
         return []
     return [name for name in data["metadata"] if name != "container" and name not in data["tensors"]]

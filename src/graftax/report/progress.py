@@ -1,4 +1,4 @@
-"""A progress bar on stderr, where stderr is a terminal; else nothing."""
+"""A progress bar on stderr, if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftax.plans import Plan
 
 @contextmanager
 def progress_bar(plan: Plan) -> Iterator[Callable[[int], None]]:
-    """What to call with the bytes that were written; a bar shows their sum, the rate and what time is left."""
+    """Give a function to call with the number of bytes written. A bar shows their sum, the rate and the time left."""
     if not sys.stderr.isatty():
         yield lambda count: None
         return

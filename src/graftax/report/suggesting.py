@@ -1,4 +1,4 @@
-"""The open questions of a plan as a rules file to edit: every candidate a line, commented out: nothing is guessed."""
+"""The open questions of a plan as a rules file to edit. Each candidate is a line, commented out: nothing is guessed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADER = "# Uncomment one line for each question, then: --rules with this file."
 
 
 def suggestions(plan: Plan | PlanError) -> str:
-    """A rules file: uncomment one line a question. Loads as it is, with no rule."""
+    """A rules file: the user uncomments one line for each question. Unedited, it loads with no rule."""
     lines = [HEADER, "rules = ["]
     for i, question in enumerate(plan.questions, 1):
         lines += ["", f"  # {i}. {_one_line(question.text)}"]
@@ -29,7 +29,8 @@ def _one_line(text: str) -> str:
 
 
 def write_suggestions(plan: Plan | PlanError, path: str | Path) -> None:
-    """StorageError where it cannot be written, or where a file is there that is no untouched list of suggestions."""
+    """Write the suggestions. StorageError if writing fails, or if the path holds anything but an unedited list of
+    them."""
     refuse_other_file(path, HEADER, "a list of suggestions")
     if Path(path).exists() and any(
         line.lstrip().startswith("{") for line in Path(path).read_text("utf-8").splitlines()

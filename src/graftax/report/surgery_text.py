@@ -1,4 +1,4 @@
-"""What a replacement did, for a person."""
+"""The report of a replacement as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 60
 
 
 def replacement_text(report: Mapping[str, Any], out: str, dry_run: bool) -> str:
-    """A row a replaced leaf (values changed, the largest change, hashes before and after), then the counts."""
+    """One row per replaced leaf (values changed, the largest change, hashes before and after), then the counts."""
     rows: list[tuple[str, ...]] = []
     for change in report["changes"][:_SHOWN]:
         shape = "x".join(map(str, change["shape"])) or "scalar"

@@ -1,4 +1,4 @@
-"""Surgery: chosen leaves of a tree replaced, everything else untouched.
+"""Surgery: replace selected leaves of a tree and leave everything else untouched.
 
 `replace` works on live trees and gives a new one; `replace_checkpoint` and `write_replacement` go from file to file.
 """
@@ -47,16 +47,16 @@ def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None =
               from_checkpoint(path, key, layout=None); an array; or a function of the old leaf
     expect    how many leaves must be selected
 
-    The same: the types of containers and the order of keys, the dtype and sharding of every leaf, and every leaf that
-    was not selected is the same object. An array is never broadcast and never cast. What an optimizer keeps is selected
-    only by a selector that names a part of it: `**/mu/kernel` or `opt_state/**`, not `**/kernel`.
+    Container types, the order of keys, and the dtype and sharding of every leaf stay the same; a leaf that was not
+    selected is the same object. An array is never broadcast and never cast. Only a selector that names a part of the
+    optimizer state selects optimizer state: `**/mu/kernel` or `opt_state/**`, not `**/kernel`.
 
     Inside jit, grad and vmap: constant, zeros, normal, from_checkpoint, arrays (traced ones too) and functions of the
     old leaf work as elsewhere; scaled and add_normal are computed as jax does, in float32 or the leaf's wider dtype,
     and gradients flow through them; quantized needs values, and is refused.
 
-    Raises PlanError with everything that does not hold: a selector that matches nothing or names a subtree, another
-    count than `expect`, a bare number, another shape or dtype. UsageError for arguments that make no sense.
+    Raises PlanError that lists every failure: a selector that matches nothing or names a subtree, another count than
+    `expect`, a bare number, another shape or dtype. UsageError for arguments that make no sense.
     """
     edits = edits_of(selector, value)
     live = live_tree(tree)
@@ -97,8 +97,8 @@ def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None =
 
 
 def _torn(live: LiveTree, values: Mapping[str, Any], new: dict[str, Any]) -> list[Failure]:
-    """Failures of tensors that a state_dict holds under several names and of which some names only would change: a
-    module that ties them keeps whichever it loads last. One value for all names is computed once."""
+    """Failures of tensors that a state_dict holds under several names, if only some of the names would change: a module
+    that ties them would keep the one it loads last. If all names take one value, it is computed once."""
     if not live.torch:
         return []
     failures: list[Failure] = []
@@ -135,13 +135,13 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def select(tree: Any, selector: Any) -> tuple[str, ...]:
-    """The paths that `selector` picks in a live tree or an opened checkpoint, in its order; see `replace`.
+    """The paths that `selector` picks in a live tree or an opened checkpoint, in the tree's order; see `replace`.
 
-    In a checkpoint a predicate is given the spec of a leaf. Raises PlanError where nothing is picked.
+    In a checkpoint a predicate gets the spec of a leaf. Raises PlanError if nothing is picked.
     """
     check_selector(selector)
     view = checkpoint_tree(tree) if isinstance(tree, Checkpoint) else live_tree(tree).selectable()
     paths, failures = pick(view, selector)
     if failures:
-        raise PlanError(f"the selection in {escape(view.label)} does not hold:", failures)
+        raise PlanError(f"nothing is selected in {escape(view.label)}:", failures)
     return tuple(paths)

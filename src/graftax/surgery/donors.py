@@ -1,7 +1,8 @@
-"""A leaf from another checkpoint: found there, laid out by the layer table for the leaf it goes into, and checked.
+"""Take a leaf from another checkpoint (the donor): find it, lay it out by the layer table for its new place, check it.
 
-A donor of the leaf's own side goes in as it is. From the other side it goes through the layer table, which must leave
-one reading: a square matrix of unknown kind, or a shape that only an unusual layout explains, needs `layout`.
+A donor from the leaf's own side is taken unchanged. A donor from the other side goes through the layer table, which
+must leave one reading: a square matrix of unknown kind, or a shape that only an unusual layout explains, needs
+`layout`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
 from graftax.tree.sides import FLAX_LEAVES, OTHER, side_of_names
 
 LAYOUTS: tuple[str, ...] = layouts()
-"""What `layout` may say: the names of the layer table."""
+"""The values of `layout`: the names of the layer table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The leaf that a donor goes into: its side (None where nothing tells), and the live module that it belongs to, if
-    there is one."""
+    """The leaf that a donor goes into: its side (None: unknown), and the live module that it belongs to, if there is
+    one."""
 
     side: Side | None
     module: Module | None = None
@@ -35,9 +36,9 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class FromCheckpoint:
-    """Tensor `key` of the checkpoint or live tree `source`; see `surgery_values.from_checkpoint`.
+    """Tensor `key` of the checkpoint or live tree `source`; see `surgery.values.from_checkpoint`.
 
-    `target` is filled in by surgery for each leaf; without it the leaf's own name is all that tells its side.
+    Surgery fills in `target` for each leaf; without it only the leaf's own name tells its side.
     """
 
     reads: ClassVar[bool] = False
@@ -122,31 +123,31 @@ def _as_dtype(array: Any, donor: Checkpoint, key: str, spec: TensorSpec, cast: b
 def layout_ops(
     donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, layout: str | None
 ) -> tuple[Op, ...]:
-    """The ops that turn the donor's tensor into the shape of the leaf. PlanError where none do, or more than one way
-    is open."""
+    """The ops that turn the donor's tensor into the leaf's layout. PlanError if none fit, or if more than one way
+    fits."""
     have = donor[key]
     if layout == "identity":
-        return _identity(donor, key, spec, f"{option('layout', 'identity')} takes it as it is")
+        return _identity(donor, key, spec, f"{option('layout', 'identity')} takes it unchanged")
     side = donor.side
     guessed = side is not None and side == target.side and _guessed(donor, key, path, target)
     if side is not None and side == target.side and (layout is None or not guessed):
         if layout is not None:
             raise UsageError(
                 f"{option('layout', layout)}: the donor {escape(donor.label)} and the tree are both {side}",
-                next="Nothing is to be laid out: leave layout out, or say 'identity'.",
+                next="No layout is needed: leave it out, or give 'identity'.",
             )
         names = " by their names" if guessed else ""
-        ops = _identity(donor, key, spec, f"both are {side}{names}, so it goes in as it is")
+        ops = _identity(donor, key, spec, f"both are {side}{names}, so it is taken unchanged")
         if not guessed or not _alike_moved(spec.shape):
             return ops
     if have.packed:
         raise PlanError(
-            f"{escape(key)} is {have.dtype}: packed types move as they are, and need {option('layout', 'identity')}"
+            f"{escape(key)} is {have.dtype}: packed types move unchanged, and need {option('layout', 'identity')}"
         )
     sure = side is not None and target.side is not None and not guessed
-    if target.side is None:  # of the other side, or (below) of the leaf's own
+    if target.side is None:  # take the other side, or (below) the leaf's own
         target = replace(target, side="torch" if side == "flax" else "flax")
-    elif guessed and side is not None:  # perhaps the end that does not declare its side is of the other
+    elif guessed and side is not None:  # the end that does not declare its side may be of the other side
         other = side if donor.side_by == "names" else OTHER[side]
         target = replace(target, side=other, role=target.role or _role(path, None))
     ways = _connections(donor, key, path, spec, target, layout)
@@ -169,31 +170,32 @@ def _doubt(
     ways: Sequence[Connection],
     layout: str | None,
 ) -> str:
-    """Why the first way is not the only reading; empty where it is."""
+    """Why the first way is not the only reading; '' if it is."""
     if ways[0].by == "modules" or layout is not None:
         return "it fits in more than one way" if sum(way.by == ways[0].by for way in ways) > 1 else ""
     if len(ways) > 1:
         return "it fits in more than one way"
     torch = donor[key].shape if target.side == "flax" else spec.shape
     if len(torch) == 2 and torch[0] == torch[1] and ways[0].entries[0].ops:
-        return "it is square, so that (out, in) and (in, out) look alike"
+        return "it is square, so (out, in) and (in, out) look alike"
     if ways[0].by == "shapes" and _against_convention(donor, key, path, spec, target):
         return "it fits in an unusual way only"
     return ""
 
 
 _MATRICES = frozenset({"weight", "kernel"})
-"""Leaves that one side keeps (out, in), the other (in, out)."""
+"""Leaves that torch stores as (out, in) and Flax as (in, out)."""
 
 
 def _guessed(donor: Checkpoint, key: str, path: str, target: Target) -> bool:
-    """Do names alone say that the donor and the leaf are of one side? Flax's own leaves say it of themselves."""
+    """Do only names tell that the donor and the leaf are of one side? The names of Flax's own leaves are proof
+    enough."""
     own = _role(key, None) in FLAX_LEAVES and _role(path, None) in FLAX_LEAVES
     return (donor.side_by == "names" or target.by_names) and not own
 
 
 def _alike_moved(shape: Sequence[int]) -> bool:
-    """Does a shape not show whether a matrix, or a convolution's weight, is laid out as torch or as Flax has it?"""
+    """Has a matrix, or a convolution's weight, the same shape in torch's layout as in Flax's?"""
     return len(shape) > 1 and (*shape[2:], shape[1], shape[0]) == tuple(shape)
 
 
@@ -209,7 +211,7 @@ def _identity(donor: Checkpoint, key: str, spec: TensorSpec, why: str) -> tuple[
 def _connections(
     donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, layout: str | None
 ) -> list[Connection]:
-    """Every way of the layer table between the two leaves, whichever is the torch one."""
+    """Every way of the layer table between the two leaves, in either direction."""
     module, role = owner(donor, key)
     role = role or _role(key, donor.side)
     leaf_role = target.role or _role(path, target.side)
@@ -239,7 +241,7 @@ def owner(checkpoint: Checkpoint, path: str) -> tuple[Module | None, str]:
 
 
 def _role(path: str, side: Side | None) -> str:
-    """The last part of a name: what the field's conventions go by."""
+    """The last part of a name, on which conventions rest: 'weight', 'kernel'."""
     if side is None:
         return path[max(path.rfind("/"), path.rfind(".")) + 1 :]
     return path.rpartition("." if side == "torch" else "/")[2]
@@ -253,8 +255,8 @@ def _ops_of(way: Connection, side: Side | None) -> tuple[Op, ...]:
 def _sideless(
     donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, ways: Sequence[Connection]
 ) -> tuple[Op, ...]:
-    """Where the side of the donor or of the leaf is not known: as it is, or as the other side stores it, if only one
-    fits."""
+    """The ops if the side of the donor or of the leaf is unknown: unchanged, or as the other side stores it, if only
+    one fits."""
     moved = [way for way in ways if way.entries[0].ops]
     as_it_is = donor[key].shape == spec.shape
     named = {_role(key, None), _role(path, None)}
@@ -270,7 +272,7 @@ def _sideless(
 
 
 def _against_convention(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target) -> bool:
-    """Do these roles have a usual layout, in which this donor would have another shape?"""
+    """Do these leaves have a usual layout in which this donor would have another shape?"""
     shape = donor[key].shape
     if len(shape) < 2:
         return False
@@ -287,21 +289,22 @@ def _misfit(donor: Checkpoint, key: str, spec: TensorSpec, layout: str | None) -
 
 
 def _needs_layout(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target, why: str) -> PlanError:
-    """The error that shows every reading, and how to say it."""
+    """The error that lists every reading, and the option that chooses it."""
     readings = readings_of(donor, key, path, spec, target)
     return PlanError(
-        f"the layout of the donor {escape(key)} {donor[key]} of {escape(donor.label)} is not known: {why}",
-        next=f"Say {' or '.join(readings)}." if readings else "Lay it out, and give the array.",
+        f"the layout of the donor {escape(key)} {donor[key]} of {escape(donor.label)} is unknown: {why}",
+        next=f"Give {' or '.join(readings)}." if readings else "Transpose or reshape it yourself, and give the array.",
     )
 
 
 def readings_of(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target: Target) -> list[str]:
-    """The layouts in which the donor's tensor has the shape of the leaf, as `layout=` takes them, and what they do."""
+    """The layouts in which the donor's tensor gets the leaf's shape, as `layout=` takes them, with what each one
+    does."""
     readings: list[str] = []
     for name in LAYOUTS:
         if name == "identity":
             fits = donor[key].shape == spec.shape
-            how = "as it is"
+            how = "unchanged"
         else:
             ways = _connections(donor, key, path, spec, target, name)
             fits = bool(ways) and not _doubt(donor, key, path, spec, target, ways, name)
@@ -312,7 +315,7 @@ def readings_of(donor: Checkpoint, key: str, path: str, spec: TensorSpec, target
 
 
 def misfit_hint(have: Sequence[int], want: Sequence[int], layout: str | None) -> str:
-    """What would make a shape fit."""
+    """A hint: what would make the shape fit."""
     have, want = tuple(have), tuple(want)
     if len(have) > 1 and have != want and have[::-1] == want:
         return "Its transpose would fit."
@@ -321,7 +324,7 @@ def misfit_hint(have: Sequence[int], want: Sequence[int], layout: str | None) ->
     if len(have) > 2 and (have[-1], have[-2], *have[:-2]) == want:
         return "Laid out from Flax's convolution (k.. i o -> o i k..) it would fit."
     if have == want and layout not in (None, "identity"):
-        return f"As it is ({option('layout', 'identity')}) it would fit."
+        return f"Unchanged ({option('layout', 'identity')}) it would fit."
     if sorted(have) == sorted(want) and have != want:
-        return "The same extents in another order: check the layout."
+        return "It has the same axis sizes in another order: check the layout."
     return ""

@@ -1,6 +1,7 @@
-"""Surgery from file to file: selected leaves replaced, every other one passed through bit for bit, a hash to prove it.
+"""Surgery from file to file: replace the selected leaves and copy every other leaf bit for bit, with a hash to prove
+it.
 
-Tensors are read, replaced and handed on one at a time.
+Tensors are read, replaced and written one at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import Failure, GraftaxError, PlanError, escape, option
 from graftax.surgery.donors import FromCheckpoint
 from graftax.surgery.leaves import failures_of, new_leaf, prepared
-from graftax.surgery.selecting import Edit, Tree, choose, edits_of, selector_text
+from graftax.surgery.selecting import Edit, SelectableTree, choose, edits_of, selector_text
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.sides import Signs, separator_of
 from graftax.tree.training_tree import own_parts
@@ -62,7 +63,8 @@ class Change:
 
 @dataclass(slots=True)
 class Report:
-    """What a replacement did. `changes` fills while the tensors are taken; `untied` says which shared tensors part."""
+    """The report of a replacement. `changes` grows as the tensors are taken; `untied`: (name, other name) of tensors
+    that no longer share memory."""
 
     leaves: int
     selected: tuple[str, ...]
@@ -72,7 +74,7 @@ class Report:
 
     @property
     def untouched(self) -> int:
-        """Leaves whose hash is the one they came with."""
+        """How many leaves kept their hash."""
         return sum(change.untouched for change in self.changes)
 
     def as_json(self) -> dict[str, Any]:
@@ -87,9 +89,9 @@ class Report:
         }
 
 
-def checkpoint_tree(checkpoint: Checkpoint) -> Tree:
-    """An opened checkpoint as selectors see it: a predicate is given the spec of a leaf, not its values."""
-    return Tree(
+def checkpoint_tree(checkpoint: Checkpoint) -> SelectableTree:
+    """An opened checkpoint as selectors see it: a predicate gets the spec of a leaf, not its values."""
+    return SelectableTree(
         checkpoint.label,
         checkpoint.side or separator_of(checkpoint),
         checkpoint.specs,
@@ -105,11 +107,11 @@ def replace_checkpoint(
     """(specs, tensors, report) of a checkpoint in which the selected leaves have other values.
 
     edits          {selector: value}, as in `replace`
-    selected_only  give the selected leaves only: what a dry run looks at
+    selected_only  give the selected leaves only, as a dry run does
 
-    The selection is settled at once: PlanError where it does not hold. Values come as the tensors are taken; those that
-    do not fit raise one PlanError that lists them all, at the latest when the last tensor was taken. A writer must
-    therefore commit afterwards.
+    The selection is checked at once: PlanError if it fails. Values are made as the tensors are taken. Values that do
+    not fit raise one PlanError that lists them all, at the latest after the last tensor. A writer must therefore commit
+    only afterwards.
     """
     chosen_edits = prepared(edits_of(edits, None))
     values, failures = choose(checkpoint_tree(checkpoint), chosen_edits, expect)
@@ -138,7 +140,7 @@ def _tensors(
     failures: list[Failure] = []
     for path, spec in checkpoint.items():
         chosen = path in values
-        if not chosen and (selected_only or failures):  # nothing is written any more: look at the other values only
+        if not chosen and (selected_only or failures):  # nothing will be written: only check the other values
             continue
         old = checkpoint.read(path)
         if not chosen:
@@ -205,7 +207,7 @@ def _difference(old: Array, new: Array, kind: str) -> tuple[int, float | None]:
 
 
 _LEAVES = frozenset({"npz", "msgpack", "orbax"})
-"""Formats whose metadata name the leaves that are no weights."""
+"""Formats whose metadata names the leaves that are not weights."""
 
 
 def write_replacement(
@@ -242,7 +244,7 @@ def write_replacement(
     saved = save(fspath(out), output, format=format, clobber=clobber, inputs=inputs, sidecars=beside(checkpoint))
     gone = [name for name in checkpoint.storage.metadata if name not in specs and name not in verbatim]
     left = gone if checkpoint.storage.format in _LEAVES else []
-    notes = [*saved.notes, *([f"not copied, no weights: {', '.join(map(escape, left[:8]))}"] if left else [])]
+    notes = [*saved.notes, *([f"not copied (not weights): {', '.join(map(escape, left[:8]))}"] if left else [])]
     return report.as_json() | {"notes": notes}
 
 
@@ -257,8 +259,8 @@ def _output(
     out: str | PathLike[str],
     format: str | None,
 ) -> Output:
-    """What is written. A safetensors file keeps its own names and metadata; nothing declares a side that the checkpoint
-    does not. PlanError where the format of `out` would."""
+    """The output to write. A safetensors file keeps its own names and metadata. The output declares a side only if the
+    checkpoint does: PlanError if the format of `out` would declare one."""
     from graftax.formats.base import Output
     from graftax.formats.saving import choose_format, split_target
 
@@ -281,7 +283,7 @@ def _output(
 
 
 def _verbatim(checkpoint: Checkpoint, selected: set[str]) -> dict[str, bytes | None]:
-    """Every leaf of a msgpack file in its order; with the bytes of those that are no arrays, which stay as they are."""
+    """Every leaf of a msgpack file in its order, with the bytes of those that are not arrays: they stay unchanged."""
     if checkpoint.storage.format != "msgpack" or checkpoint.storage.native is None:
         return {}
     every: dict[str, bytes | None] = checkpoint.storage.native()

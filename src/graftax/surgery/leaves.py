@@ -1,4 +1,4 @@
-"""The new value of one leaf, from whatever a user gave for it, in the leaf's shape and dtype or not at all."""
+"""Make the new value of one leaf from whatever the user gave, in the leaf's shape and dtype, or refuse."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Misfit(PlanError):
 
 
 def prepared(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
-    """The edits with every donor open, and each checked to be something that a leaf can become.
+    """The edits with every donor open, each checked to be a value that a leaf can take.
 
     Raises what opening a donor raises; UsageError for what is no value.
     """
@@ -75,13 +75,13 @@ def new_leaf(
     host: Callable[[], Any],
     home: Callable[[], Checkpoint],
 ) -> Any:
-    """What the leaf at `path` becomes: an array of `spec` (packed types also as their bytes).
+    """The new leaf at `path`: an array of `spec` (packed types also as their bytes).
 
-    leaf  the old leaf, for a function of it, which may do with it what it likes
+    leaf  the old leaf, given to a user's function, which may change it
     host  its values as NumPy
-    home  the tree as a Checkpoint, whose modules tell a donor's layout
+    home  the tree as a Checkpoint, whose modules tell the layout for a donor
 
-    Raises Misfit and other GraftaxErrors; what a user's function raises, with the path as a note.
+    Raises Misfit and other GraftaxErrors. An exception of a user's function passes through, with the path as a note.
     """
     from graftax.adapters.containers import is_tensor
 
@@ -98,13 +98,13 @@ def new_leaf(
 
 
 def traced_leaf(path: str, spec: TensorSpec, value: Any, leaf: Any) -> Any:
-    """What a leaf inside jit, grad or vmap becomes by a value that reads it. PlanError for one that needs to look at
-    the values."""
+    """The new leaf inside jit, grad or vmap, from a value that is computed from the old leaf. PlanError for a value
+    that needs concrete numbers."""
     from graftax.adapters.jax_arrays import traced_product, traced_sum
 
     if not isinstance(value, (Scaled, AddNormal)):
         raise PlanError(
-            f"{value.text} needs the leaf's values, and it is traced ({type(leaf).__name__})",
+            f"{value.text} needs the leaf's values, but the leaf is traced ({type(leaf).__name__})",
             next="Call replace outside of jit, grad and vmap.",
         )
     require_floating(spec, value.text)
@@ -114,8 +114,8 @@ def traced_leaf(path: str, spec: TensorSpec, value: Any, leaf: Any) -> Any:
 
 
 def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callable[[], Checkpoint]) -> None:
-    """Misfit for a torch tensor that would fit a Flax leaf as it is and as torch lays it out: a square weight. An array
-    of NumPy or jax is taken as it is."""
+    """Misfit for a torch tensor that fits a Flax leaf both unchanged and transposed from torch's layout: a square
+    weight. An array of NumPy or jax is taken unchanged."""
     from graftax.opening import open_tree
 
     target = target_of(home(), path)
@@ -127,7 +127,7 @@ def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callabl
                 Failure(
                     "a torch tensor of this shape fits in more than one way",
                     key=path,
-                    next=f'Say gx.from_checkpoint({{"weight": tensor}}, layout=...): {" or ".join(readings)}.',
+                    next=f'Write gx.from_checkpoint({{"weight": tensor}}, layout=...): {" or ".join(readings)}.',
                 )
             )
 
@@ -150,7 +150,7 @@ def _called(function: Callable[[Any], Any], path: str, leaf: Any) -> Any:
 
 
 def given(path: str, spec: TensorSpec, value: Any, who: str = "") -> Any:
-    """An array that the user gave, if it is one of `spec`: never broadcast, never cast."""
+    """The array that the user gave, if it has `spec`; it is never broadcast and never cast."""
     from graftax.adapters.jax_arrays import is_tracer
 
     shape = getattr(value, "shape", None)
@@ -204,7 +204,7 @@ def _misfit(path: str, spec: TensorSpec, found: TensorSpec, who: str) -> Failure
 
 
 def _readable(value: Any, path: str) -> Any:
-    """The array in a form that every adapter takes: tensors as NumPy. PlanError for one without values."""
+    """The array in a form that every adapter takes (tensors as NumPy). PlanError for an array without values."""
     from graftax.adapters.containers import is_tensor
 
     if is_tensor(value):
@@ -219,7 +219,7 @@ def _readable(value: Any, path: str) -> Any:
 
 
 def own_copy(leaf: Any) -> Any:
-    """The old leaf for a user's function: a copy where it could be changed in place."""
+    """The old leaf for a user's function: a copy if it could be changed in place."""
     from graftax.adapters.containers import is_tensor
 
     if is_tensor(leaf):

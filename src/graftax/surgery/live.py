@@ -1,5 +1,5 @@
-"""A live tree as surgery sees it: its leaves by path as they are, their specs and values one at a time, and the paths
-that an nnx filter passes. Only what is asked for is looked at, so that one leaf of ten thousand is quick to replace."""
+"""A live tree as surgery sees it: its leaves by path, their specs and values one at a time, and the paths that an nnx
+filter passes. Only the requested leaves are read, so that replacing one leaf of ten thousand is quick."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from graftax.adapters import kind_of, live_leaves, optimizer_paths
 from graftax.errors import PlanError, UsageError, escape
-from graftax.surgery.selecting import Tree
+from graftax.surgery.selecting import SelectableTree
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.sides import separator_of
 from graftax.tree.training_tree import may_hold_state, own_parts
@@ -19,8 +19,8 @@ from graftax.tree.training_tree import may_hold_state, own_parts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveTree:
-    """`leaves`: path -> leaf, out of boxes and Variables; `kind` as `adapters.kind_of` says it; `optimizer` as
-    `adapters.optimizer_paths` does."""
+    """`leaves`: path -> leaf, taken out of boxes and Variables; `kind`: the result of `adapters.kind_of`; `optimizer`:
+    the result of `adapters.optimizer_paths`."""
 
     native: Any
     kind: str
@@ -37,7 +37,8 @@ class LiveTree:
         return spec_of_leaf(self.leaves[path])
 
     def host(self, path: str) -> Any:
-        """The values of a leaf as a read-only NumPy array; packed types as their bytes. PlanError where it has none."""
+        """The values of a leaf as a read-only NumPy array; packed types as their bytes. PlanError if it has no
+        values."""
         leaf = self.leaves[path]
         if self.torch:
             from graftax.adapters.torch_arrays import to_numpy
@@ -54,7 +55,7 @@ class LiveTree:
         return is_tracer(self.leaves[path])
 
     def require_values(self, path: str) -> None:
-        """PlanError for an abstract leaf. A traced one will have its values."""
+        """PlanError for an abstract leaf. A traced leaf passes: it gets values when the traced code runs."""
         leaf = self.leaves[path]
         if self.traced(path):
             return
@@ -72,11 +73,11 @@ class LiveTree:
                 next="Port or initialise the tree first, then replace.",
             )
 
-    def selectable(self) -> Tree:
+    def selectable(self) -> SelectableTree:
         flat = self.kind == "container" and "/" not in "".join(self.leaves)  # its names may be torch keys
         flat = flat and all(type(leaf).__module__.partition(".")[0] == "numpy" for leaf in self.leaves.values())
         side = "torch" if self.torch else separator_of(self.leaves) if flat else "flax"
-        return Tree(
+        return SelectableTree(
             self.label,
             side,
             self.leaves,
@@ -89,13 +90,13 @@ class LiveTree:
         )
 
     def state(self) -> Mapping[str, int]:
-        """What types and names say that an optimizer keeps. In NNX objects the types say all."""
+        """The leaves of optimizer state, by types and names; in NNX objects by types alone."""
         if self.kind != "container" or not may_hold_state(self.leaves):
             return self.optimizer
         return {**own_parts({path: spec_of_leaf(leaf) for path, leaf in self.leaves.items()}), **self.optimizer}
 
     def other_names(self) -> Mapping[str, str]:
-        """Other name of a shared leaf -> the name that counts. torch lists both, NNX one."""
+        """Another name of a shared leaf -> the name that counts. torch lists both names, NNX one."""
         if self.torch:
             from graftax.adapters.torch_tree import aliases_of
 
@@ -103,7 +104,7 @@ class LiveTree:
         return self.opened().storage.aliases if self.kind.startswith("nnx") else {}
 
     def opened(self) -> Checkpoint:
-        """The same tree as a Checkpoint: its modules tell layouts."""
+        """The same tree as a Checkpoint, whose modules tell the layouts."""
         from graftax.opening import open_tree
 
         return open_tree(self.native)
@@ -123,7 +124,7 @@ def spec_of_leaf(leaf: Any) -> TensorSpec:
 
 
 def live_tree(obj: Any) -> LiveTree:
-    """The leaves of what `replace` edits. UsageError for what is not edited this way, with the way to do it."""
+    """The leaves of an object that `replace` edits. UsageError for other objects; it says how to edit them."""
     if isinstance(obj, (str, PathLike, Checkpoint)):
         raise UsageError(
             "replace edits a live tree, not a file",
@@ -142,8 +143,8 @@ def live_tree(obj: Any) -> LiveTree:
 
 
 def _filtered(obj: Any, kind: str, leaves: Mapping[str, Any], wanted: Any) -> list[str]:
-    """The paths of the Variables that an nnx filter passes; random state and caches are never among them, and what an
-    optimizer keeps only where the filter passes nothing else of that kind: a plain Variable at another path."""
+    """The paths of the Variables that an nnx filter passes, never random state and caches. Optimizer state counts only
+    if the filter names it, that is, if it does not pass a plain Variable at another path."""
     from graftax.adapters.containers import is_optimizer_variable, path_of
 
     nnx = sys.modules["flax.nnx"]

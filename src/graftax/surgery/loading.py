@@ -1,4 +1,4 @@
-"""Arrays into a live module, in place, all of them or none: what `gx.load_into` does once its plan has run."""
+"""Load arrays into a live module in place, all of them or none: the last step of `gx.load_into`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ _KINDS = ("torch module", "nnx module")
 
 
 def require_module(module: Any) -> None:
-    """UsageError for what is not changed in place, with what to do instead. Cheap: to be asked before any work."""
+    """UsageError for an object that is not changed in place; it says what to do instead. Cheap: call it before any
+    work."""
     from graftax.adapters import kind_of
 
     if isinstance(module, (str, Checkpoint)):
-        raise UsageError("a file is not loaded into", next="gx.port_file(source, like, out) writes one.")
+        raise UsageError(
+            "load_into changes a live module, not a file", next="gx.port_file(source, like, out) writes one."
+        )
     kind = kind_of(module)
     if kind in _KINDS:
         return
     if kind == "torch state_dict":
         raise UsageError(
-            "a state_dict is not loaded into: a torch Module or an nnx.Module is",
+            "load_into changes a torch Module or an nnx.Module, not a state_dict",
             next="gx.port(source, state_dict) gives a new one.",
         )
     what = "gx.linen(...)" if kind == "linen model" else "a State" if kind.startswith("nnx") else "a tree of variables"
@@ -37,12 +40,12 @@ def load_arrays(module: Any, arrays: Mapping[str, Any], given: bool = False) -> 
     """Set every weight of a live torch Module or nnx.Module from `arrays` (path -> array), in place; gives the module.
 
     `arrays` must name every weight and no other, each of its own shape and dtype; tensors that the module ties must get
-    equal values. All of it is checked, and every new leaf made, before the first is assigned: on an error nothing has
-    changed. Then the module is read back: where it does not hold what it was given (its hooks change values, or its
-    state_dict gives copies that it does not take back), it gets its old values again. Random state and caches stay
-    theirs. given: the arrays are given away; an nnx.Module takes them as its leaves, wherever they lie.
+    equal values. Everything is checked, and every new leaf made, before the first is assigned: on an error nothing has
+    changed. Then the module is read back. If it does not hold what it was given (its hooks change values, or its
+    state_dict returns copies), it gets its old values again. Random state and caches are untouched. given: the caller
+    gives the arrays away; an nnx.Module takes them as its leaves, on whatever device they are.
 
-    Raises PlanError with everything that does not fit, UsageError for what is not changed in place.
+    Raises PlanError that lists every misfit, UsageError for an object that is not changed in place.
     """
     require_module(module)
     from graftax.adapters import assign
@@ -62,7 +65,7 @@ def _failures(module: Checkpoint, arrays: Mapping[str, Any]) -> list[Failure]:
     out: list[Failure] = []
     for path, spec in module.items():
         if path not in arrays:
-            out.append(Failure("gets no value", module.label, path, expected=str(spec)))
+            out.append(Failure("missing key: no array is given for it", module.label, path, expected=str(spec)))
             continue
         array = arrays[path]
         if not (hasattr(array, "shape") and hasattr(array, "dtype")):
@@ -79,5 +82,12 @@ def _failures(module: Checkpoint, arrays: Mapping[str, Any]) -> list[Failure]:
     for path in arrays:
         if path not in module:
             near = nearest(path, module)
-            out.append(Failure("is no weight of the module", module.label, path, next=f"Near: {near}" if near else ""))
+            out.append(
+                Failure(
+                    "unexpected key: no weight of the module has this name",
+                    module.label,
+                    path,
+                    next=f"Near: {near}" if near else "",
+                )
+            )
     return out

@@ -1,8 +1,8 @@
-"""Which leaves a selector picks, and which value each of them takes.
+"""Find the leaves that a selector picks, and the value that each of them takes.
 
-A selector is a path, a glob, a predicate `(path, leaf) -> bool`, an nnx filter (a Variable type, or what nnx.All,
-nnx.Not and their kin give), or a list of selectors. What does not hold is collected as failures; nothing is raised but
-UsageError for what is no selector at all.
+A selector is a path, a glob, a predicate `(path, leaf) -> bool`, an nnx filter (a Variable type, or an object from
+nnx.All, nnx.Not and the like), or a list of selectors. Failures are collected, not raised; only an object that is not a
+selector raises UsageError.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ _SHOWN = 6  # paths listed in a message
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One selector and what the leaves it picks become."""
+    """One selector, and the new value of the leaves that it picks."""
 
     selector: Selector
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
-    """What selectors look at: paths, a leaf by its path, the paths that an nnx filter passes (None where the tree has
-    no Variables), other name of a shared leaf -> the one that is listed, and the paths of what an optimizer keeps, with
-    how many of their parts are its own (3 of opt_state/0/mu/Dense_0/kernel): a selector reaches these only where it
-    names one of those parts."""
+class SelectableTree:
+    """The tree as selectors see it.
+
+    paths, leaf_of  the paths, and the leaf at a path
+    filter_paths    nnx filter -> the paths that it passes; None: the tree has no Variables
+    other_names     another name of a shared leaf -> the name that is listed
+    optimizer       path of an optimizer state's leaf -> how many of its parts are the optimizer's own (3 of
+                    opt_state/0/mu/Dense_0/kernel); a selector reaches these leaves only if it names one of those parts
+    """
 
     label: str
     side: Side
@@ -45,15 +49,15 @@ class Tree:
     optimizer: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def unnamed(self, path: str) -> str:
-        """A path of an optimizer's state with other names for the parts that are the optimizer's own: what a selector
-        passes that speaks of the weights only."""
+        """The path of an optimizer state's leaf with the optimizer's own parts replaced by placeholders. A selector
+        that still matches it names only weights, not a part of the optimizer state."""
         parts = path.split("/")
         own = self.optimizer[path]
         return "/".join(["\x1a"] * own + parts[own:])
 
 
 def edits_of(selector: Selector, value: Any) -> tuple[Edit, ...]:
-    """The edits that the arguments of `replace` say. UsageError where they do not go together."""
+    """The edits that the arguments of `replace` describe. UsageError if they contradict each other."""
     if isinstance(selector, Mapping):
         if value is not None:
             raise UsageError(
@@ -107,8 +111,8 @@ def selector_text(selector: Selector) -> str:
 # ---------------------------------------------------------------- one selector
 
 
-def pick(tree: Tree, selector: Selector) -> tuple[list[str], list[Failure]]:
-    """The paths a selector picks, in the tree's order, and why it picks none."""
+def pick(tree: SelectableTree, selector: Selector) -> tuple[list[str], list[Failure]]:
+    """(the paths that a selector picks, in the tree's order, the failures if it picks none)."""
     if isinstance(selector, (list, tuple)):
         found: set[str] = set()
         failures: list[Failure] = []
@@ -133,7 +137,7 @@ def pick(tree: Tree, selector: Selector) -> tuple[list[str], list[Failure]]:
     return [], [Failure(f"{selector_text(selector)} selects none of {len(tree.paths)} leaves")]
 
 
-def _passes(tree: Tree, predicate: Callable[[str, Any], Any], path: str) -> bool:
+def _passes(tree: SelectableTree, predicate: Callable[[str, Any], Any], path: str) -> bool:
     leaf = tree.leaf_of(path)
     if not predicate(path, leaf):
         return False
@@ -141,29 +145,29 @@ def _passes(tree: Tree, predicate: Callable[[str, Any], Any], path: str) -> bool
 
 
 def _is_filter(selector: Any) -> bool:
-    """A filter of nnx: a type, `...`, or an object of its filterlib. Any other callable is a predicate."""
+    """Is it a filter of nnx: a type, `...`, or an object of its filterlib? Any other callable is a predicate."""
     if selector is ... or isinstance(selector, type):
         return True
     filters = sys.modules.get("flax.nnx.filterlib")
     return filters is not None and type(selector).__module__ == filters.__name__
 
 
-def _pick_text(tree: Tree, selector: str) -> tuple[list[str], list[Failure]]:
+def _pick_text(tree: SelectableTree, selector: str) -> tuple[list[str], list[Failure]]:
     side = tree.side
     if selector in tree.paths:
         return [selector], []
     paths = list(tree.paths)
     try:
         found = _reached(tree, selector)
-    except PlanError as error:  # the collection was left out, and several have a match
+    except PlanError as error:  # the collection was left out, and several collections match
         return [], [Failure(str(error).partition("\n")[0], next=str(error).partition("\n")[2])]
     if found:
         return found, []
     return [], [_nothing(tree, paths, selector, side)]
 
 
-def _reached(tree: Tree, selector: str) -> list[str]:
-    """The weights that a text matches, and what an optimizer keeps where it names a part of that."""
+def _reached(tree: SelectableTree, selector: str) -> list[str]:
+    """The weights that a text matches, and the optimizer state if the text names a part of it."""
     if not tree.optimizer:
         return match_paths(list(tree.paths), selector, tree.side)
     found = set(match_paths([path for path in tree.paths if path not in tree.optimizer], selector, tree.side))
@@ -173,8 +177,9 @@ def _reached(tree: Tree, selector: str) -> list[str]:
     return [path for path in tree.paths if path in found]
 
 
-def _nothing(tree: Tree, paths: list[str], selector: str, side: Side) -> Failure:
-    """Why a text selector matches nothing: it names a subtree, another name of a shared leaf, or what is near."""
+def _nothing(tree: SelectableTree, paths: list[str], selector: str, side: Side) -> Failure:
+    """Why a text selector matches nothing: it names a subtree or another name of a shared leaf; else the nearest
+    paths."""
     shown = selector_text(selector)
     sep = "/" if side == "flax" else "."
     inside = selector.rstrip(sep)
@@ -188,7 +193,7 @@ def _nothing(tree: Tree, paths: list[str], selector: str, side: Side) -> Failure
         return Failure(f"{shown} is another name of a shared leaf", next=f"Select {escape(shared)!r}.")
     kept = [path for path in _matched(paths, selector, side) if path in tree.optimizer]
     if kept:
-        what = f"{shown} matches what an optimizer keeps only: {listed(kept)}"
+        what = f"{shown} matches optimizer state only: {listed(kept)}"
         return Failure(what, next="Name a part of it, as in 'opt_state/**' or '**/mu/**'.")
     if is_glob(selector):
         below = _matched(paths, f"{inside}{sep}**", side)
@@ -225,7 +230,7 @@ def _count(paths: list[str]) -> str:
 # ---------------------------------------------------------------- all edits
 
 
-def choose(tree: Tree, edits: Iterable[Edit], expect: int | None) -> tuple[dict[str, Any], list[Failure]]:
+def choose(tree: SelectableTree, edits: Iterable[Edit], expect: int | None) -> tuple[dict[str, Any], list[Failure]]:
     """path -> value in the tree's order, and everything that does not hold.
 
     An exact path wins over a glob, a predicate or a filter. Two selectors of one rank that pick the same leaf are a
@@ -258,5 +263,5 @@ def choose(tree: Tree, edits: Iterable[Edit], expect: int | None) -> tuple[dict[
     return {path: edit.value for path, edit in picked.items()}, failures
 
 
-def _is_exact(tree: Tree, selector: Selector) -> bool:
+def _is_exact(tree: SelectableTree, selector: Selector) -> bool:
     return isinstance(selector, str) and (selector in tree.paths or not is_glob(selector))

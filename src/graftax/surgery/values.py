@@ -1,7 +1,8 @@
-"""What surgery puts into a leaf: constant, zeros, normal, add_normal, scaled, quantized, from_checkpoint.
+"""The values that surgery puts into a leaf: constant, zeros, normal, add_normal, scaled, quantized, from_checkpoint.
 
-A value is data. `apply(path, spec, old)` gives a new NumPy array of the old leaf's shape and dtype or raises PlanError;
-another dtype never comes out unasked. Arithmetic is in float64 and rounded once, to nearest even, a piece at a time.
+A value is data. `apply(path, spec, old)` returns a new NumPy array of the old leaf's shape and dtype, or raises
+PlanError; the dtype never changes unasked. Arithmetic is in float64, piece by piece, and is rounded once, to nearest
+even.
 NumPy is imported on first use.
 """
 
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 _PIECE = 1 << 20  # values in float64 at a time
-BITS = (2, 16)  # of quantized: the least and the most
+BITS = (2, 16)  # of quantized: least, most
 Number = bool | int | float | complex
 
 
 @runtime_checkable
 class Value(Protocol):
-    """What every value provides. `reads`: `old` is needed; otherwise it may be None."""
+    """The interface of every value. `reads`: apply needs `old`; otherwise `old` may be None."""
 
     reads: ClassVar[bool]
 
@@ -45,8 +46,8 @@ class Value(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """One number everywhere, in the leaf's own dtype. Rounding is fine (0.1 in bfloat16); a number that the dtype has
-    nothing near is not: overflow, underflow to zero, a fraction or NaN in an integer leaf."""
+    """One number everywhere, in the leaf's own dtype. The number may be rounded (0.1 in bfloat16). A number that the
+    dtype cannot approximate is refused: overflow, underflow to zero, a fraction or NaN in an integer leaf."""
 
     reads: ClassVar[bool] = False
     value: Number
@@ -141,7 +142,8 @@ def random_key(seed: int, path: str) -> int:
 
 
 def _draws(seed: int, path: str) -> Callable[[int], Array]:
-    """count -> the next `count` standard normal numbers of this leaf, float64. One stream, however it is cut."""
+    """count -> the next `count` standard normal numbers of this leaf, in float64. The size of the pieces does not
+    change the stream."""
     import numpy as np
 
     generator = np.random.Generator(np.random.Philox(key=random_key(seed, path)))
@@ -151,7 +153,7 @@ def _draws(seed: int, path: str) -> Callable[[int], Array]:
 @dataclass(frozen=True, slots=True)
 class Normal:
     """Normal numbers of mean 0, drawn in float64 from (seed, path of the leaf) by NumPy's Philox and rounded to the
-    leaf's dtype: what else is selected, and in which order, does not matter."""
+    leaf's dtype. They do not depend on which other leaves are selected, nor on the order."""
 
     reads: ClassVar[bool] = False
     stddev: float
@@ -183,7 +185,7 @@ class AddNormal:
         return _in_pieces(spec, self.text, old, lambda count, wide: wide + draw(count) * self.stddev)
 
 
-# ---------------------------------------------------------------- of the old value
+# ---------------------------------------------------------------- computed from the old value
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +208,9 @@ class Quantized:
     """Symmetric fake quantization, a scale per index of `axis`: with m the largest magnitude over the other axes and
     n = 2^(bits-1) - 1, w becomes round(w n / m) m / n, halves to even. The dtype stays; a channel of zeros stays zero.
 
-    A leaf with NaN or infinity is refused: it has no scale. So is one of rank 0, and one that is not floating. Where
-    `axis` is not `stated` it is the last, and only a matrix is taken: elsewhere the output channels may lie anywhere.
+    A leaf with NaN or infinity has no scale and is refused. A leaf of rank 0 and one that is not floating are refused
+    too. If `axis` is not `stated` it is the last, and only a matrix is accepted: in other leaves the output channels
+    may lie on any axis.
     """
 
     reads: ClassVar[bool] = True
@@ -243,11 +246,11 @@ class Quantized:
         return out
 
     def _not_finite(self) -> PlanError:
-        return PlanError(f"{self.text}: NaN or infinity in the leaf, which then has no scale")
+        return PlanError(f"{self.text}: the leaf has NaN or infinity, and so no scale")
 
     def _channels(self, wide: Array) -> Array:
-        """Channels first, float64. A power of two is taken out first, so that nothing overflows and every product but
-        the last quotient is exact."""
+        """Quantize channels (on the first axis, in float64). A power of two is factored out first, so that nothing
+        overflows and every step is exact but the last quotient."""
         import numpy as np
 
         if not np.isfinite(wide).all():
@@ -261,7 +264,7 @@ class Quantized:
 
 
 def _no_axis(bits: int, spec: TensorSpec) -> PlanError:
-    """The error that shows both readings of a leaf that is no matrix."""
+    """The error for a leaf that is not a matrix: it shows both axes that may hold the channels."""
     first, last = worded("--axis=0", "axis=0"), worded("--axis=-1", "axis=-1")
     if len(spec.shape) == 1:
         ways = f"{first} is a scale for each of its {spec.size} values, which changes nothing: select matrices only."
@@ -270,7 +273,7 @@ def _no_axis(bits: int, spec: TensorSpec) -> PlanError:
             f"Say {first}, {_scales(spec.shape[0])} (a torch weight: its output channels come first; a stack of "
             f"layers), or {last}, {_scales(spec.shape[-1])} (a Flax kernel: they come last)."
         )
-    return PlanError(f"quantized({bits}): {spec} is no matrix, and the axis of its channels is not stated", next=ways)
+    return PlanError(f"quantized({bits}): {spec} is not a matrix, and no axis of its channels is given", next=ways)
 
 
 def _scales(count: int) -> str:
@@ -292,15 +295,15 @@ def _refuse_packed(spec: TensorSpec, text: str) -> None:
 
 
 def require_floating(spec: TensorSpec, text: str) -> None:
-    """PlanError for a leaf whose dtype no arithmetic is for."""
+    """PlanError for a leaf that is not floating."""
     _refuse_packed(spec, text)
     if not spec.floating:
         raise PlanError(f"{text}: the leaf is {spec.dtype}, not floating", next="Select floating leaves only.")
 
 
 def _in_pieces(spec: TensorSpec, text: str, old: Any, step: Callable[[int, Any], Array]) -> Array:
-    """step(count, the old values of a piece in float64) over the flat leaf, rounded to its dtype. PlanError where a
-    finite value becomes one that the dtype does not have."""
+    """Apply step(count, the old values of a piece in float64) to the flat leaf piece by piece, and round to its dtype.
+    PlanError if a finite value overflows the dtype."""
     import numpy as np
 
     from graftax.ops.casting import cast_array
@@ -351,7 +354,8 @@ def zeros() -> Zeros:
 def normal(stddev: float, seed: int) -> Normal:
     """Normal numbers of mean 0, drawn per leaf from (seed, path): see `Normal`. Floating leaves only.
 
-    NumPy promises the bits of Philox but not, from version to version, how it makes normal numbers of them.
+    NumPy promises that Philox gives the same bits in every version, but not that it turns them into the same normal
+    numbers.
     """
     return Normal(_stddev(stddev, "normal"), _seed(seed, "normal"))
 
@@ -372,8 +376,8 @@ def scaled(factor: float) -> Scaled:
 def quantized(bits: int, axis: int | None = None) -> Quantized:
     """Symmetric per-channel fake quantization to `bits` (2 to 16), a scale per index of `axis`; the dtype stays.
 
-    `axis` is the one that is kept apart, the output channels: -1 for a Flax kernel, 0 for a torch weight. None: -1 for
-    a matrix; any other leaf is a PlanError of `replace`.
+    `axis` is the axis of the output channels, each of which keeps its own scale: -1 for a Flax kernel, 0 for a torch
+    weight. None: -1 for a matrix; any other leaf is a PlanError of `replace`.
     """
     for name, number in (("bits", bits), ("axis", -1 if axis is None else axis)):
         if isinstance(number, bool) or not hasattr(number, "__index__"):
@@ -390,11 +394,11 @@ def from_checkpoint(
 
     path     a file or folder, an opened checkpoint, or a live tree (a live module knows its layouts)
     key      the tensor's name there; None: the leaf's own path, or the only tensor there is
-    layout   how the donor is stored, where its shape does not tell: "linear", "conv" or "identity" (`graftax layers`)
+    layout   how the donor is stored, if its shape does not tell: "linear", "conv" or "identity" (`graftax layers`)
     cast     round a floating donor to the leaf's dtype; otherwise another dtype is an error
 
     One tensor shows nothing of the model around it: the weight behind a flatten of NCHW keeps torch's column order, and
-    fused projections are not split. `gx.port` with rules does these.
+    fused projections are not split. `gx.port` with rules handles both.
     """
     from graftax.surgery.donors import LAYOUTS, FromCheckpoint
 
@@ -406,14 +410,14 @@ def from_checkpoint(
 
 
 def _number(value: Any, name: str) -> Number:
-    """A Python number from whatever holds one: a number, a NumPy scalar, an array or tensor of shape ()."""
+    """The Python number in `value`: a number, a NumPy scalar, an array or tensor of shape ()."""
     shape = getattr(value, "shape", None)
     if shape is None:
         found: Any = value
     elif tuple(shape) == () and hasattr(value, "item"):
         try:
             found = value.item()
-        except TypeError as error:  # jax's, of a traced number
+        except TypeError as error:  # raised by jax for a traced number
             raise UsageError(
                 f"{name}: the number is traced ({type(value).__name__}), and has no value yet",
                 next="Give a function of the old leaf: lambda leaf: jnp.full_like(leaf, number).",

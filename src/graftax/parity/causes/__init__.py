@@ -1,4 +1,4 @@
-"""Why a layer diverges: hypotheses tried on that layer alone. Only those that make it agree are named."""
+"""Find out why a layer diverges: try explanations on it, and name only those that make it agree."""
 
 from graftax.parity.causes.names import CAUSES
 from graftax.parity.causes.search import find_causes, weight_causes

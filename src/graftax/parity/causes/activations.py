@@ -1,4 +1,4 @@
-"""A small dictionary of activations, in float64."""
+"""Activations in float64, by name."""
 
 from __future__ import annotations
 
@@ -83,19 +83,19 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "exp": Activation(np.exp, "jnp.exp(x)"),
     "square": Activation(np.square, "jnp.square(x)"),
 }  # fmt: skip
-"""The likely ones first: of two that fit equally, the first is named."""
+"""The likely activations come first: of two that fit equally, the first is named."""
 
 KIN: Mapping[str, str] = {"gelu erf": "gelu", "gelu tanh": "gelu", "gelu quick": "gelu"}
 
 
 def apply(name: str, x: Array) -> Array:
-    """An activation of the dictionary; overflow gives infinities, which fit nothing."""
+    """Apply an activation of ACTIVATIONS; overflow gives infinities, which fit nothing."""
     with np.errstate(all="ignore"):
         return ACTIVATIONS[name].f(x)
 
 
 def rows_apply(name: str, x: Array) -> Array:
-    """softmax and log softmax over the last axis; not elementwise, so not in the dictionary."""
+    """softmax or log softmax over the last axis; they are not elementwise, so ACTIVATIONS lacks them."""
     top = x - x.max(axis=-1, keepdims=True)
     total = np.log(np.exp(top).sum(axis=-1, keepdims=True))
     return top - total if name == "log softmax" else np.exp(top - total)

@@ -1,4 +1,4 @@
-"""What Flax's array has more or less than torch's: a source that was not added, or with another factor; positions."""
+"""Explain a difference by addition: Flax does not add an operand, or adds it with another factor; positions differ."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from graftax.parity.causes.elementwise import Difference, Source, fit_cap, sampled
+from graftax.parity.causes.elementwise import Explanation, Operand, fit_cap, sampled
 from graftax.parity.causes.numbers import Array, Bar, nice, positions, relative
 from graftax.parity.causes.resizing import METHODS, resize
 
-_SHIFTS = 8  # places by which a table of positions may be read wrongly
+_SHIFTS = 8  # a table of positions may be read this many rows too late or too early
 
 
-def added(want: Array, have: Array, sources: Sequence[Source], bar: Bar) -> list[Difference]:
-    """have = want + c x source: a residual that is missing (c = -1), or another factor."""
-    at, values = sampled(want, sources)
+def added(want: Array, have: Array, operands: Sequence[Operand], bar: Bar) -> list[Explanation]:
+    """have = want + c x operand: a residual that is missing (c = -1), or another factor."""
+    at, values = sampled(want, operands)
     a, b = want[at].astype(np.float64), have[at].astype(np.float64)
-    out: list[Difference] = []
-    for source, value in zip(sources, values, strict=True):
+    out: list[Explanation] = []
+    for operand, value in zip(operands, values, strict=True):
         if value is None:
             continue
         size = float(value @ value)
@@ -28,24 +28,24 @@ def added(want: Array, have: Array, sources: Sequence[Source], bar: Bar) -> list
         factor = float(round(factor)) if abs(factor - round(factor)) < 1e-5 and round(factor) else factor
         error = relative(b - factor * value, a)
         if bar.fitted(error):
-            out.append(_added(source, factor, error))
+            out.append(_added(operand, factor, error))
     return out
 
 
-def _added(source: Source, factor: float, error: float) -> Difference:
+def _added(operand: Operand, factor: float, error: float) -> Explanation:
     if factor == -1.0:
-        return Difference("missing residual", f"Flax does not add {source.text}", f"add {source.text}", error)
-    if factor == 1.0 and not source.table:
-        text = f"Flax adds {source.text} once more than torch"
-        return Difference("missing residual", text, f"do not add {source.text}", error)
-    # if one of the two counts it once, the other counts it a number of times that people write
+        return Explanation("missing residual", f"Flax does not add {operand.text}", f"add {operand.text}", error)
+    if factor == 1.0 and not operand.table:
+        text = f"Flax adds {operand.text} once more than torch"
+        return Explanation("missing residual", text, f"do not add {operand.text}", error)
+    # one side is taken to count it once; the other then counts it this many times
     where, times = ("Flax", 1 + factor) if factor > -1 else ("torch", 1 - factor)
-    text = f"{source.text} counts {nice(times)} x in {where} if it counts once in the other ({factor:+.6g} in all)"
-    name = "embedding scale" if source.table else "scale factor"
-    return Difference(name, text, f"check the factor of {source.text}", error)
+    text = f"{operand.text} counts {nice(times)} x in {where} if it counts once in the other ({factor:+.6g} in all)"
+    name = "embedding scale" if operand.table else "scale factor"
+    return Explanation(name, text, f"check the factor of {operand.text}", error)
 
 
-def scaled(want: Array, have: Array, bar: Bar, table: bool) -> Difference | None:
+def scaled(want: Array, have: Array, bar: Bar, table: bool) -> Explanation | None:
     """have = c x want."""
     at = positions(want.shape)
     a, b = want[at].astype(np.float64), have[at].astype(np.float64)
@@ -55,10 +55,10 @@ def scaled(want: Array, have: Array, bar: Bar, table: bool) -> Difference | None
         return None
     name = "embedding scale" if table else "scale factor"
     text = f"Flax has {nice(factor)} x what torch has"
-    return Difference(name, text, f"multiply by {nice(1 / factor)}", relative(b / factor, a))
+    return Explanation(name, text, f"multiply by {nice(1 / factor)}", relative(b / factor, a))
 
 
-def capped(want: Array, have: Array, bar: Bar) -> Difference | None:
+def capped(want: Array, have: Array, bar: Bar) -> Explanation | None:
     """One of the two is the other one after cap x tanh(x / cap)."""
     at = positions(want.shape)
     a, b = want[at].astype(np.float64), have[at].astype(np.float64)
@@ -67,38 +67,38 @@ def capped(want: Array, have: Array, bar: Bar) -> Difference | None:
         if found is not None and bar.fitted(found[1]):
             call = f"{found[0]:g} * jnp.tanh(x / {found[0]:g})"
             fix = f"x = {call}" if side == "torch" else f"leave {call} out"
-            return Difference("logit softcap", f"only {side} has {call}", fix, found[1])
+            return Explanation("logit softcap", f"only {side} has {call}", fix, found[1])
     return None
 
 
 # ---------------------------------------------------------------- positions
 
 
-def position_ids(want: Array, have: Array) -> Difference | None:
-    """Integers that an embedding is asked for: positions that start elsewhere, or do not heed the padding."""
+def position_ids(want: Array, have: Array) -> Explanation | None:
+    """Explain integers that an embedding gets: positions that start at another number, or ignore the padding."""
     if want.shape != have.shape or want.ndim < 1 or want.dtype.kind not in "iu" or have.dtype.kind not in "iu":
         return None
     a, b = want.astype(np.int64), have.astype(np.int64)
     shift = np.unique(b - a)
     if len(shift) == 1 and shift[0]:
         text = f"every position is {abs(int(shift[0]))} too {'large' if shift[0] > 0 else 'small'} in Flax"
-        return Difference("position ids", text, f"position_ids {int(-shift[0]):+d}", 0.0)
+        return Explanation("position ids", text, f"position_ids {int(-shift[0]):+d}", 0.0)
     kinds = [_positions(x) for x in (a, b)]
     if None in kinds or len(shift) == 1:
         return None
     if kinds[0] == kinds[1]:
-        text = "both count the tokens of a mask, but not the same ones: the padding is read differently"
+        text = "both count the tokens of a mask, but different tokens: they read the padding differently"
     else:
         text = f"torch's positions {kinds[0]}, Flax's {kinds[1]}"
     counted = "jnp.cumsum(mask, axis=1)" if kinds[0] != _PLAIN else "jnp.arange(length)"
-    return Difference("position ids", text, f"position_ids from {counted}, as torch has them", 0.0)
+    return Explanation("position ids", text, f"position_ids from {counted}, as torch has them", 0.0)
 
 
-_PLAIN, _MASKED = "count up from the start of every row", "heed the padding (cumulative sum of the mask)"
+_PLAIN, _MASKED = "count up from the start of every row", "follow the padding (cumulative sum of the mask)"
 
 
 def _positions(ids: Array) -> str | None:
-    """How rows of positions (.., T) count; None where they are no positions."""
+    """How rows of positions (.., T) count; None if they are not positions."""
     rows = ids.reshape(-1, ids.shape[-1])
     if rows.shape[-1] < 2:
         return None
@@ -107,7 +107,7 @@ def _positions(ids: Array) -> str | None:
         return _PLAIN
     filler = rows.min()
     for row in rows:
-        # some padding at one end, all of one value, and positions that count up
+        # padding of one value at one end, and positions that count up
         rising = row[row != filler] if (np.diff(row) != 1).any() else row
         whole = np.diff(rising)
         if not ((whole == 1).all() or ((whole == 1) | (whole == 0)).all()):
@@ -115,9 +115,9 @@ def _positions(ids: Array) -> str | None:
     return _MASKED
 
 
-def position_tables(want: Array, have: Array, tables: Mapping[str, Array], bar: Bar) -> Iterator[Difference]:
-    """A table of positions (N, D) that is added: read at other rows, resized by another method, or not added.
-    Its leading rows may stand for tokens that are no part of the map."""
+def position_tables(want: Array, have: Array, tables: Mapping[str, Array], bar: Bar) -> Iterator[Explanation]:
+    """Explain a table of positions (N, D): it is read at other rows, resized by another method, or not added. Its
+    leading rows may belong to tokens outside the map."""
     if want.ndim != 3 or want.shape != have.shape:
         return
     off = have.astype(np.float64) - want.astype(np.float64)
@@ -137,22 +137,22 @@ def _fits(step: Array, made: Array, want: Array, bar: Bar) -> float | None:
     return error if bar.fitted(error) else None
 
 
-def _read(path: str, rows: Array, step: Array, want: Array, bar: Bar) -> Iterator[Difference]:
+def _read(path: str, rows: Array, step: Array, want: Array, bar: Bar) -> Iterator[Explanation]:
     length = len(step)
     starts = [s for s in range(_SHIFTS + 1) if s + length <= len(rows)]
     for right in starts:
         error = _fits(step, -rows[right : right + length], want, bar)
         if error is not None:
-            yield Difference("missing residual", f"{path} is not added", f"add {path}[{right}:]", error)
+            yield Explanation("missing residual", f"{path} is not added", f"add {path}[{right}:]", error)
         for wrong in starts:
             made = rows[wrong : wrong + length] - rows[right : right + length]
             error = None if right == wrong else _fits(step, made, want, bar)
             if error is not None:
                 text = f"{path} is read from row {wrong}, in torch from row {right}"
-                yield Difference("position ids", text, f"start at row {right}", error)
+                yield Explanation("position ids", text, f"start at row {right}", error)
 
 
-def _resized(path: str, rows: Array, step: Array, want: Array, bar: Bar) -> Iterator[Difference]:
+def _resized(path: str, rows: Array, step: Array, want: Array, bar: Bar) -> Iterator[Explanation]:
     length = len(step)
     for extra in (0, 1, 2):
         for taken in _grids(len(rows) - extra):
@@ -167,7 +167,7 @@ def _resized(path: str, rows: Array, step: Array, want: Array, bar: Bar) -> Iter
                         error = None if right == wrong else _fits(step, both, want, bar)
                         if error is not None:
                             text = f"{path} {taken} is resized to {given} by {right} in torch, by {wrong} in Flax"
-                            yield Difference("position embedding resize", text, METHODS[right].fix, error)
+                            yield Explanation("position embedding resize", text, METHODS[right].fix, error)
                             return
 
 

@@ -1,7 +1,8 @@
-"""Attention, fitted from queries, keys and values: what torch computed, what Flax computed, and in what they differ.
+"""Fit attention to queries, keys and values: the form that torch computed, the form that Flax computed, and how they
+differ.
 
-A form is a choice on every axis of AXES. The form behind torch's array is looked for from the usual choices outwards;
-the form behind Flax's is torch's with one choice changed, or two.
+A form is one choice on every axis of AXES. The search for torch's form starts from the usual choices; the search for
+Flax's form changes one choice of torch's form, then two.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from graftax.parity.causes.attention_choices import neighbours, said
+from graftax.parity.causes.attention_choices import explanation_of, neighbours
 from graftax.parity.causes.attention_forms import (
     MASKED,
-    Form,
+    AttentionForm,
+    QueryRows,
     Scene,
-    Where,
     attend,
     causal_mask,
     error_of,
@@ -26,22 +27,22 @@ from graftax.parity.causes.attention_forms import (
     sample,
     scores_of,
 )
-from graftax.parity.causes.elementwise import Difference
+from graftax.parity.causes.elementwise import Explanation
 from graftax.parity.causes.numbers import Array, Bar, Budget
 from graftax.parity.causes.rotary import Kind, Rotary
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """A form, the padding that it was found with (keys that count, (B, S); None: all), and its error."""
+class FittedForm:
+    """A form, the keys that count under its padding ((B, S); None: all), and its error."""
 
-    form: Form
+    form: AttentionForm
     keep: tuple[tuple[bool, ...], ...] | None
     error: float
 
 
-def explain(scene: Scene, want: Array, have: Array, bar: Bar, budget: Budget) -> list[Difference]:
-    """In what Flax's attention differs from torch's; [] where torch's is not found, or Flax's is not."""
+def explain(scene: Scene, want: Array, have: Array, bar: Bar, budget: Budget) -> list[Explanation]:
+    """How Flax's attention differs from torch's; [] if the form of either is not found."""
     picked = sample(scene, want, have)
     if picked is None:
         return []
@@ -49,12 +50,12 @@ def explain(scene: Scene, want: Array, have: Array, bar: Bar, budget: Budget) ->
     right = _fit(cut, ours, where, bar, budget)
     if right is None:
         return []
-    found: list[tuple[int, Difference]] = []
+    found: list[tuple[int, Explanation]] = []
     for changed in (1, 2):
         for form, names in neighbours(right.form, cut, changed):
             error = error_of(cut, form, right.keep, theirs, where)
             if bar.fitted(error):
-                difference = said(right.form, form, names, max(error, right.error), head_dim(cut, form))
+                difference = explanation_of(right.form, form, names, max(error, right.error), head_dim(cut, form))
                 found.append((len(names), difference))
             if not budget.left():
                 break
@@ -62,7 +63,7 @@ def explain(scene: Scene, want: Array, have: Array, bar: Bar, budget: Budget) ->
             break
     if not found:
         found = [(1, item) for item in _solved(cut, right, theirs, where, bar, budget)]
-    out: dict[str, Difference] = {}
+    out: dict[str, Explanation] = {}
     for _, difference in sorted(found, key=lambda item: item[0]):
         out.setdefault(difference.name, difference)
     return list(out.values())
@@ -71,9 +72,9 @@ def explain(scene: Scene, want: Array, have: Array, bar: Bar, budget: Budget) ->
 # ---------------------------------------------------------------- torch's form
 
 
-def _fit(scene: Scene, target: Array, where: Where, bar: Bar, budget: Budget) -> Fit | None:
-    """The form behind torch's array: a usual one, or one or two changes from a usual one that comes near."""
-    near: list[Fit] = []
+def _fit(scene: Scene, target: Array, where: QueryRows, bar: Bar, budget: Budget) -> FittedForm | None:
+    """The form of torch's array: a usual form, or one or two changes from a usual form that comes near."""
+    near: list[FittedForm] = []
     for form in _bases(scene):
         fit = _padded(scene, form, target, where)
         if fit is None:
@@ -102,12 +103,14 @@ def _fit(scene: Scene, target: Array, where: Where, bar: Bar, budget: Budget) ->
     return None
 
 
-_NEAR, _TRIED = 0.9, 6  # an array that is no attention at all is about 1 off
+_NEAR, _TRIED = 0.9, 6  # an array that is not attention has an error of about 1
 _NOT_USUAL = frozenset({"polarity", "padding", "causal", "kind"})
 
 
-def _unusual(scene: Scene, near: Sequence[Fit], target: Array, where: Where, bar: Bar, budget: Budget) -> Fit | None:
-    """A usual form with a scale, base or cap that stands in no list."""
+def _unusual(
+    scene: Scene, near: Sequence[FittedForm], target: Array, where: QueryRows, bar: Bar, budget: Budget
+) -> FittedForm | None:
+    """A usual form with an unusual scale, base or cap."""
     for base in near:
         for name in ("scale", "cap", "theta"):
             found = solve(scene, base.form, name, base.keep, target, where, budget)
@@ -130,33 +133,33 @@ def _head_counts(scene: Scene) -> list[tuple[int, int]]:
     return [(n, narrow // (width // n)) for n in likely if narrow // (width // n) <= n]
 
 
-def _bases(scene: Scene) -> list[Form]:
+def _bases(scene: Scene) -> list[AttentionForm]:
     kinds: tuple[Kind, ...] = ("none", "half", "interleaved")
     return [
-        Form(heads, kv, rotary=Rotary(kind), causal=causal)
+        AttentionForm(heads, kv, rotary=Rotary(kind), causal=causal)
         for heads, kv in _head_counts(scene)
         for kind, causal in product(kinds, ("no", "yes"))
     ]
 
 
-def _padded(scene: Scene, form: Form, target: Array, where: Where, keep: Any = None) -> Fit | None:
-    """The form with all keys (or those of `keep`), or with the first or the last few of each example, whichever comes
-    nearer: padding shows itself."""
+def _padded(scene: Scene, form: AttentionForm, target: Array, where: QueryRows, keep: Any = None) -> FittedForm | None:
+    """The form with all keys (or those of `keep`), or with only the first or the last few keys of each example,
+    whichever comes nearer. So the padding is found from the values."""
     error = error_of(scene, form, keep, target, where)
     if not np.isfinite(error):
         return None
     if error < 1e-5:
-        return Fit(form, keep, error)
+        return FittedForm(form, keep, error)
     found = _keys(scene, form, target, where)
     if found is None:
-        return Fit(form, keep, error)
+        return FittedForm(form, keep, error)
     padded = error_of(scene, form, found, target, where)
     rows = tuple(tuple(bool(x) for x in row) for row in found)
-    return Fit(form, rows, padded) if padded < error else Fit(form, keep, error)
+    return FittedForm(form, rows, padded) if padded < error else FittedForm(form, keep, error)
 
 
-def _keys(scene: Scene, form: Form, target: Array, where: Where) -> Array | None:
-    """Which keys of each example count, by the prefix or suffix that comes closest."""
+def _keys(scene: Scene, form: AttentionForm, target: Array, where: QueryRows) -> Array | None:
+    """The keys of each example that count: the prefix or suffix that comes nearest."""
     if scene.project is not None:
         return _keys_projected(scene, form, target, where)
     made = scores_of(scene, form, where)
@@ -185,7 +188,7 @@ def _keys(scene: Scene, form: Form, target: Array, where: Where) -> Array | None
                 means = total / weight[..., None]
             ok = weight > 1e-200
             off = np.where(ok[..., None], (means - wanted[b][:, :, None]) ** 2, 0.0).sum(axis=-1)
-            # queries that see nothing say nothing; every length must explain some
+            # a query that sees no key is no evidence; every length must explain some queries
             spoken = ok.sum(axis=(0, 1))
             errors = np.where(spoken > 0, off.sum(axis=(0, 1)) / np.maximum(spoken, 1), np.inf)
             errors = np.where(spoken >= max(1, spoken.max() // 3), errors, np.inf)
@@ -197,8 +200,8 @@ def _keys(scene: Scene, form: Form, target: Array, where: Where) -> Array | None
     return None if keep.all() else keep
 
 
-def _keys_projected(scene: Scene, form: Form, target: Array, where: Where) -> Array | None:
-    """The same behind an output projection: every length is tried."""
+def _keys_projected(scene: Scene, form: AttentionForm, target: Array, where: QueryRows) -> Array | None:
+    """The same if an output projection follows: every length is tried."""
     keys = scene.key.shape[1]
     if keys > 64 or scene.project is None:
         return None
@@ -218,29 +221,33 @@ def _keys_projected(scene: Scene, form: Form, target: Array, where: Where) -> Ar
     return None if chosen.all() else chosen
 
 
-# ---------------------------------------------------------------- numbers that stand in no list
+# ---------------------------------------------------------------- unusual numbers
 
 
-def _solved(scene: Scene, right: Fit, target: Array, where: Where, bar: Bar, budget: Budget) -> list[Difference]:
-    """A scale, a base or a cap that stands in no list."""
+def _solved(
+    scene: Scene, right: FittedForm, target: Array, where: QueryRows, bar: Bar, budget: Budget
+) -> list[Explanation]:
+    """An unusual scale, base or cap."""
     for name in ("scale", "theta", "cap"):
         found = solve(scene, right.form, name, right.keep, target, where, budget)
         if found is not None and bar.fitted(found.error):
             error = max(found.error, right.error)
-            return [said(right.form, found.form, (name,), error, head_dim(scene, right.form))]
+            return [explanation_of(right.form, found.form, (name,), error, head_dim(scene, right.form))]
     return []
 
 
 _STEPS = np.linspace(-4.0, 4.0, 33)
 
 
-def solve(scene: Scene, form: Form, name: str, keep: Any, target: Array, where: Where, budget: Budget) -> Fit | None:
-    """The form with the value of one number ('scale', 'theta', 'cap') that comes nearest to the target: looked for on a
-    coarse grid, then by golden sections."""
+def solve(
+    scene: Scene, form: AttentionForm, name: str, keep: Any, target: Array, where: QueryRows, budget: Budget
+) -> FittedForm | None:
+    """The form with the value of one number ('scale', 'theta', 'cap') that comes nearest to the target, found on a
+    coarse grid and then by golden section search."""
     if name == "theta" and form.rotary.kind == "none":
         return None
 
-    def at(power: float) -> Form:
+    def at(power: float) -> AttentionForm:
         times = float(np.exp(power))
         if name == "theta":
             return replace(form, rotary=replace(form.rotary, theta=form.rotary.theta * times))
@@ -256,11 +263,11 @@ def solve(scene: Scene, form: Form, name: str, keep: Any, target: Array, where: 
         a, b = low + 0.381966 * (high - low), high - 0.381966 * (high - low)
         low, high = (low, b) if error(a) < error(b) else (a, high)
     found = at(float((low + high) / 2))
-    return Fit(_rounded(found, name), keep, error_of(scene, _rounded(found, name), keep, target, where))
+    return FittedForm(_rounded(found, name), keep, error_of(scene, _rounded(found, name), keep, target, where))
 
 
-def _rounded(form: Form, name: str) -> Form:
-    """Numbers that people write, where they are that near."""
+def _rounded(form: AttentionForm, name: str) -> AttentionForm:
+    """The form with its cap rounded to one decimal, if the cap is that near."""
     if name == "cap" and form.cap is not None and abs(form.cap / round(form.cap, 1) - 1) < 1e-4:
         return replace(form, cap=round(form.cap, 1))
     return form

@@ -1,4 +1,4 @@
-"""Attention in float64: every form that the fit knows, worked out for a few examples and queries."""
+"""Attention in float64: every form that the fit knows, computed for a few examples and queries."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ MASKED = -1e30
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class AttentionForm:
     """How attention is computed.
 
-    heads, kv   numbers of query and of key heads; grouping: 'repeat' gives each key head to neighbours, 'tile' does not
-    power, factor   scores are multiplied by factor x head_dim ** power
+    heads, kv   numbers of query and of key heads; grouping: 'repeat' gives each key head to neighbouring query heads,
+    'tile' gives key head i % kv to query head i
+    power, factor   the scores are multiplied by factor x head_dim ** power
     causal      'no', 'yes', 'strict' (a token does not see itself), 'future' (sees itself and what follows)
     polarity    of the whole mask: 'right', 'inverted', 'added' (True and False added as 1 and 0), 'queries' (the
                 padding mask on the other axis)
     padding     'found', 'ignored', or 'inverted' (before it meets the causal mask)
-    window      how many tokens are seen, the own one included; None: all
-    cap         of the scores: cap x tanh(scores / cap)
+    window      how many tokens a token sees, itself included; None: all
+    cap         the scores become cap x tanh(scores / cap)
     """
 
     heads: int = 1
@@ -47,8 +48,8 @@ class Form:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scene:
-    """Queries (B, T, H, h) and keys, values (B, S, K, h) as the projections gave them, flat or cut into heads, and what
-    was made of them. `project`: the output projection behind the attention, where the array is what comes after it."""
+    """Queries (B, T, H, h), keys and values (B, S, K, h) from the projections, flat or cut into heads. `project`: the
+    output projection, if the compared array comes after it. `heads`: likely numbers of heads."""
 
     query: Array
     key: Array
@@ -58,19 +59,19 @@ class Scene:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Where:
-    """Which queries are looked at."""
+class QueryRows:
+    """The queries that are compared."""
 
     rows: Array
 
 
-def whole(length: int) -> Where:
+def whole(length: int) -> QueryRows:
     """Every query."""
-    return Where(np.arange(length))
+    return QueryRows(np.arange(length))
 
 
-def sample(scene: Scene, want: Array, have: Array) -> tuple[Scene, Array, Array, Where] | None:
-    """A few examples and queries of it all, in float64; None where the arrays do not go together."""
+def sample(scene: Scene, want: Array, have: Array) -> tuple[Scene, Array, Array, QueryRows] | None:
+    """A few examples and queries, in float64; None if the shapes do not fit together."""
     q, k, v = scene.query, scene.key, scene.value
     if want.shape != have.shape or want.ndim < 3 or want.shape[:2] != q.shape[:2] or k.shape[:2] != v.shape[:2]:
         return None
@@ -82,24 +83,24 @@ def sample(scene: Scene, want: Array, have: Array) -> tuple[Scene, Array, Array,
     q, k, v = (x[examples].astype(np.float64) for x in (q, k, v))
     cut = Scene(q, k, v, scene.project, scene.heads)
     target = [x[examples][:, rows].astype(np.float64) for x in (want, have)]
-    return cut, target[0], target[1], Where(rows)
+    return cut, target[0], target[1], QueryRows(rows)
 
 
 def _heads(x: Array, heads: int) -> Array | None:
-    """(B, T, H, h); None where it does not cut."""
+    """x as (B, T, H, h); None if it cannot be cut into this many heads."""
     if x.ndim == 4:
         return x if x.shape[2] == heads else None
     return x.reshape(*x.shape[:2], heads, -1) if x.shape[-1] % heads == 0 else None
 
 
-def _grouped(x: Array, form: Form) -> Array:
+def _grouped(x: Array, form: AttentionForm) -> Array:
     times = form.heads // form.kv
     if times == 1:
         return x
     return np.tile(x, (1, 1, times, 1)) if form.grouping == "tile" else np.repeat(x, times, axis=2)
 
 
-def scores_of(scene: Scene, form: Form, where: Where) -> tuple[Array, Array] | None:
+def scores_of(scene: Scene, form: AttentionForm, where: QueryRows) -> tuple[Array, Array] | None:
     """Scores (B, H, T, S) before any mask, and values (B, S, H, h)."""
     q, k, v = (_heads(x, n) for x, n in ((scene.query, form.heads), (scene.key, form.kv), (scene.value, form.kv)))
     if q is None or k is None or v is None or q.shape[-1] != k.shape[-1]:
@@ -114,8 +115,8 @@ def scores_of(scene: Scene, form: Form, where: Where) -> tuple[Array, Array] | N
     return scores, v
 
 
-def causal_mask(form: Form, where: Where, keys: int) -> Array | None:
-    """(T, S) of what may be seen, by the causal order and the window; None: everything."""
+def causal_mask(form: AttentionForm, where: QueryRows, keys: int) -> Array | None:
+    """(T, S): which keys a query may see, by the causal order and the window; None: all."""
     t, s = where.rows[:, None], np.arange(keys)[None, :]
     seen: Array | None = None
     if form.causal != "no":
@@ -126,8 +127,8 @@ def causal_mask(form: Form, where: Where, keys: int) -> Array | None:
     return seen
 
 
-def _mask(form: Form, where: Where, keep: Array | None, shape: tuple[int, ...]) -> Array | None:
-    """(B, 1, T, S) of what may be seen; None: everything."""
+def _mask(form: AttentionForm, where: QueryRows, keep: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """(B, 1, T, S): which keys a query may see; None: all."""
     seen = causal_mask(form, where, shape[-1])
     full = None if seen is None else np.broadcast_to(seen, (shape[0], 1, *seen.shape))
     if keep is not None and form.padding != "ignored":
@@ -139,8 +140,8 @@ def _mask(form: Form, where: Where, keep: Array | None, shape: tuple[int, ...]) 
     return None if full is None else np.broadcast_to(full, (shape[0], 1, *shape[2:]))
 
 
-def attend(scene: Scene, form: Form, keep: Array | None, where: Where) -> Array | None:
-    """(B, T, H, h) of the queries that are looked at."""
+def attend(scene: Scene, form: AttentionForm, keep: Array | None, where: QueryRows) -> Array | None:
+    """The output (B, T, H, h) for the compared queries."""
     made = scores_of(scene, form, where)
     if made is None:
         return None
@@ -155,7 +156,7 @@ def attend(scene: Scene, form: Form, keep: Array | None, where: Where) -> Array 
     return np.einsum("bhts,bshd->bthd", weights, v, optimize=True)
 
 
-def error_of(scene: Scene, form: Form, keep: Any, target: Array, where: Where) -> float:
+def error_of(scene: Scene, form: AttentionForm, keep: Any, target: Array, where: QueryRows) -> float:
     made = attend(scene, form, None if keep is None else np.array(keep), where)
     return float("inf") if made is None else compare_to(scene, made, target)
 
@@ -167,5 +168,5 @@ def compare_to(scene: Scene, made: Array, target: Array) -> float:
     return relative(out.reshape(target.shape), target)
 
 
-def head_dim(scene: Scene, form: Form) -> int:
+def head_dim(scene: Scene, form: AttentionForm) -> int:
     return scene.query.shape[-1] if scene.query.ndim == 4 else scene.query.shape[-1] // form.heads

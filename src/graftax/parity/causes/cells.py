@@ -1,4 +1,5 @@
-"""Recurrent layers whose weights are right and whose outputs are not: which cell gives torch's, which gives Flax's."""
+"""Recurrent layers with right weights and wrong outputs: find the cell that gives torch's outputs, and the cell that
+gives Flax's."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graftax.parity.causes.activations import apply
-from graftax.parity.causes.elementwise import Difference
+from graftax.parity.causes.elementwise import Explanation
 from graftax.parity.causes.numbers import Array, Bar, relative
 
 _EXAMPLES, _STEPS = 4, 64
@@ -16,12 +17,12 @@ _EXAMPLES, _STEPS = 4, 64
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """How a cell steps.
+    """The step of a cell.
 
     gate, act   the activations of gates and of candidates
     reset       GRU: the reset gate is applied 'after' the state's matrix (torch) or 'before' it
     swapped     GRU: the update gate keeps the candidate instead of the state
-    forget      LSTM: what is added to the forget gate
+    forget      LSTM: a constant added to the forget gate
     """
 
     gate: str = "sigmoid"
@@ -34,9 +35,9 @@ class Cell:
 NAMES: Mapping[str, tuple[str, str]] = {
     "gate": ("activation", "the activation of the gates"),
     "act": ("activation", "the activation of the candidate"),
-    "reset": ("gru reset", "the reset gate acts on the state, before or after its matrix"),
+    "reset": ("gru reset", "the reset gate acts on the state before or after its matrix"),
     "swapped": ("gru reset", "the update gate keeps the candidate and not the state"),
-    "forget": ("lstm bias", "added to the forget gate in the code"),
+    "forget": ("lstm bias", "the constant that code adds to the forget gate"),
 }
 _CHOICES: Mapping[str, tuple[object, ...]] = {
     "gate": ("sigmoid", "hard sigmoid", "tanh"),
@@ -49,7 +50,7 @@ _CHOICES: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
-    """torch's: (G H, I), (G H, H) and two biases (G H)."""
+    """torch's weights: matrices (G H, I) and (G H, H), and two biases (G H)."""
 
     input: Array
     hidden: Array
@@ -103,9 +104,8 @@ def _plain(x: Array, state: _State, w: Weights, cell: Cell) -> _State:
     return h, h
 
 
-def cell_difference(x: Array, want: Array, have: Array, weights: Weights, bar: Bar) -> list[Difference]:
-    """In what Flax's cell differs from torch's; [] where torch's is none of these, or Flax's is none. Arrays
-    (B, T, features)."""
+def cell_difference(x: Array, want: Array, have: Array, weights: Weights, bar: Bar) -> list[Explanation]:
+    """How Flax's cell differs from torch's; [] if either is not one of the known cells. Arrays (B, T, features)."""
     if x.ndim != 3 or want.ndim != 3 or want.shape != have.shape or want.shape[-1] != weights.size:
         return []
     if weights.gates not in (1, 3, 4) or x.shape[:2] != want.shape[:2] or x.shape[2] != weights.input.shape[1]:
@@ -115,14 +115,14 @@ def cell_difference(x: Array, want: Array, have: Array, weights: Weights, bar: B
     right = next((cell for cell in _bases() if bar.fitted(relative(run(x, weights, cell), want))), None)
     if right is None:
         return []
-    out: dict[str, Difference] = {}
+    out: dict[str, Explanation] = {}
     for field, wrong in _changed(right, weights.gates):
         error = relative(run(x, weights, wrong), have)
         if bar.fitted(error):
             name, what = NAMES[field]
             a, b = getattr(right, field), getattr(wrong, field)
             text = f"{what}: {a} in torch, {b} in Flax"
-            out.setdefault(name, Difference(name, text, f"{field}: {a}", error))
+            out.setdefault(name, Explanation(name, text, f"{field}: {a}", error))
     return list(out.values())
 
 

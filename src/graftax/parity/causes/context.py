@@ -1,4 +1,4 @@
-"""What a suspect holds, as the fits want it: sources, leaves, what is known about heads and maps."""
+"""Prepare a divergence for the fits: operands, leaves, known numbers of heads and shapes of maps."""
 
 from __future__ import annotations
 
@@ -10,101 +10,103 @@ from typing import Any
 import numpy as np
 
 from graftax.errors import GraftaxError
-from graftax.parity.causes.elementwise import Source
+from graftax.parity.causes.elementwise import Operand
 from graftax.parity.causes.fused import fused_entry
 from graftax.parity.causes.misplaced import is_norm
 from graftax.parity.causes.numbers import Array, arrays, is_number, relative
 from graftax.parity.causes.reorder import Known
-from graftax.parity.causes.weights import Leaf, slices
-from graftax.parity.divergence import Suspect
+from graftax.parity.causes.weights import FlaxLeaf, slices
+from graftax.parity.divergence import Divergence
 from graftax.parity.values import mapped
 from graftax.plans import Entry
 
-_SOURCES = 28
+_OPERANDS = 28
 _TABLES = ("Embedding", "Embed")
 _TABLE = 1 << 24  # values of a table that may hold positions
 
 
-def sources(suspect: Suspect) -> list[Source]:
-    """Reference arrays that code before this call may have used, the nearest first: outputs of the modules before, and
-    what went into them. Inside a container that is to blame, its own input counts too."""
-    found: list[Source] = []
-    for row, output in suspect.before:
+def operands(divergence: Divergence) -> list[Operand]:
+    """Reference arrays that the code before this call may have used, the nearest first: the outputs and inputs of the
+    modules before it. If a container's own code is at fault, its own input counts too."""
+    found: list[Operand] = []
+    for row, output in divergence.before:
         table = any(name in _TABLES for name in row.kind.replace("/", " ").split())
-        norm = is_norm(suspect.reference.modules, row.site_torch.path)
+        norm = is_norm(divergence.reference.modules, row.site_torch.path)
         for _, array in arrays(output):
-            found.append(Source(row.site_flax.path or str(row.site_flax), array, table, norm=norm))
-    if suspect.where == "out":
-        raw = (suspect.record.args, dict(suspect.record.kwargs))
-        for _, array in arrays((suspect.want_args, dict(suspect.want_kwargs))):
-            found.append(Source(f"the input of {suspect.row.site_flax}", array))
+            found.append(Operand(row.site_flax.path or str(row.site_flax), array, table, norm=norm))
+    if divergence.where == "out":
+        raw = (divergence.record.args, dict(divergence.record.kwargs))
+        for _, array in arrays((divergence.want_args, dict(divergence.want_kwargs))):
+            found.append(Operand(f"the input of {divergence.row.site_flax}", array))
         for _, array in arrays(raw):
-            found += [Source(f"the input of {suspect.row.site_flax}", other) for other in _layouts(array)]
-    for row, _ in suspect.before[:_SOURCES]:
-        record = suspect.reference.records.get(row.site_torch)
+            found += [Operand(f"the input of {divergence.row.site_flax}", other) for other in _layouts(array)]
+    for row, _ in divergence.before[:_OPERANDS]:
+        record = divergence.reference.records.get(row.site_torch)
         for _, array in arrays((record.args, dict(record.kwargs)) if record is not None else ()):
             for other in _layouts(array):
-                found.append(Source(f"the input of {row.site_flax}", other, into=(row.site_flax.path,)))
+                found.append(Operand(f"the input of {row.site_flax}", other, into=(row.site_flax.path,)))
     return _distinct(found)
 
 
 def _layouts(array: Array) -> Iterator[Array]:
-    """As torch has it; a map with the channels last."""
+    """The array in torch's layout; a map with its channels last."""
     if array.ndim >= 4:
         yield np.moveaxis(array, 1, -1)
     else:
         yield array
 
 
-def _distinct(found: list[Source]) -> list[Source]:
-    out: dict[tuple[Any, ...], Source] = {}
-    for source in found:
-        array = source.array
+def _distinct(found: list[Operand]) -> list[Operand]:
+    out: dict[tuple[Any, ...], Operand] = {}
+    for operand in found:
+        array = operand.array
         if not is_number(array) or array.size < 2:
             continue
         probe = array.reshape(-1)[:: max(1, array.size // 32)]
         key = (array.size, probe.astype(np.float32).tobytes())
         if key in out:
-            out[key] = replace(out[key], into=(*out[key].into, *source.into))
-        elif len(out) < _SOURCES:
-            out[key] = source
+            out[key] = replace(out[key], into=(*out[key].into, *operand.into))
+        elif len(out) < _OPERANDS:
+            out[key] = operand
     return list(out.values())
 
 
-def halves(found: list[Source], width: int) -> list[Source]:
-    """The sources, and the parts of those that are two or three times as wide: a fused projection."""
+def halves(found: list[Operand], width: int) -> list[Operand]:
+    """The operands, and the parts of operands that are two or three times as wide (fused projections)."""
     out = list(found)
-    for source in found[:8]:
-        wide = source.array.shape[-1]
+    for operand in found[:8]:
+        wide = operand.array.shape[-1]
         for parts in (2, 3):
             if wide == parts * width:
                 for index in range(parts):
-                    part = source.array[..., index * width : (index + 1) * width]
-                    out.append(Source(source.name, part, source.table, f"[..., {index * width}:{(index + 1) * width}]"))
+                    part = operand.array[..., index * width : (index + 1) * width]
+                    out.append(
+                        Operand(operand.name, part, operand.table, f"[..., {index * width}:{(index + 1) * width}]")
+                    )
                 if parts == 2:
                     out += [
-                        Source(source.name, source.array[..., i::2], source.table, f"[..., {i}::2]") for i in (0, 1)
+                        Operand(operand.name, operand.array[..., i::2], operand.table, f"[..., {i}::2]") for i in (0, 1)
                     ]
     return out
 
 
-def known(suspect: Suspect) -> Known:
+def known(divergence: Divergence) -> Known:
     """Numbers of heads from settings and shapes, and maps that may have been flattened."""
     heads: set[int] = set()
-    for modules in (suspect.reference.modules, suspect.flax.modules):
+    for modules in (divergence.reference.modules, divergence.flax.modules):
         for module in modules.values():
             for name in ("num_heads", "n_heads", "num_attention_heads", "heads", "num_key_value_heads", "kv_heads"):
                 value = module.settings.get(name)
                 if type(value) is int and value > 1:
                     heads.add(value)
-    for entry in suspect.pair.entries:
-        rank = np.asarray(suspect.torch_weights.get(next(iter(entry.sources), ""))).ndim
+    for entry in divergence.pair.entries:
+        rank = np.asarray(divergence.torch_weights.get(next(iter(entry.sources), ""))).ndim
         for path in entry.targets:
-            shape = np.asarray(suspect.expected.get(path)).shape
+            shape = np.asarray(divergence.expected.get(path)).shape
             if len(shape) == rank + 1 and rank in (1, 2):  # an axis was cut into heads and values
                 heads |= set(shape[:2])
     maps: set[tuple[int, ...]] = set()
-    for _, output in suspect.before:
+    for _, output in divergence.before:
         for _, array in arrays(output):
             if array.ndim >= 4:
                 maps.add((array.shape[-1], *array.shape[1:-1]))
@@ -112,7 +114,7 @@ def known(suspect: Suspect) -> Known:
 
 
 def _halved(maps: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """A pool may have stood between: the channels are the same, the sides a half or a third."""
+    """Shapes of maps after a pool that may lie between: the same channels, the sides divided by 2, 3 or 4."""
     out: set[tuple[int, ...]] = set()
     for channels, *sides in maps:
         for step in (2, 3, 4):
@@ -121,40 +123,40 @@ def _halved(maps: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
     return {sizes for sizes in out if all(sizes)}
 
 
-def leaf(suspect: Suspect, path: str, entry: Entry | None, shared: Known) -> Leaf:
-    """A Flax leaf with everything that its diagnosis needs."""
-    have, want = np.asarray(suspect.flax_weights[path]), np.asarray(suspect.expected[path])
-    torch = {} if entry is None else {name: suspect.torch_weights.get(name) for name in entry.sources}
-    alike = [other for other in suspect.expected if _shape(suspect, other) == have.shape]
-    alike = [other for other in alike if other in suspect.flax_weights]
-    plan = suspect.plan
+def leaf(divergence: Divergence, path: str, entry: Entry | None, shared: Known) -> FlaxLeaf:
+    """A Flax leaf with everything that `diagnose` needs."""
+    have, want = np.asarray(divergence.flax_weights[path]), np.asarray(divergence.expected[path])
+    torch = {} if entry is None else {name: divergence.torch_weights.get(name) for name in entry.sources}
+    alike = [other for other in divergence.expected if _shape(divergence, other) == have.shape]
+    alike = [other for other in alike if other in divergence.flax_weights]
+    plan = divergence.plan
     fused = (
         None if entry is None or plan is None else fused_entry(entry, plan.source.specs, plan.like.specs, shared.heads)
     )
-    initial = None if suspect.initial is None else suspect.initial.get(path)
-    stacked = next((axis for axis, size in enumerate(have.shape) if size == suspect.pair.steps), None)
-    return Leaf(
+    initial = None if divergence.initial is None else divergence.initial.get(path)
+    stacked = next((axis for axis, size in enumerate(have.shape) if size == divergence.pair.steps), None)
+    return FlaxLeaf(
         path,
         have,
         want,
         {name: np.asarray(value) for name, value in torch.items() if value is not None},
-        Some(alike, suspect.expected),
-        Some(alike, suspect.flax_weights),
+        LeafSubset(alike, divergence.expected),
+        LeafSubset(alike, divergence.flax_weights),
         None if initial is None else np.asarray(initial),
         shared,
-        stacked if suspect.pair.steps > 1 else None,
+        stacked if divergence.pair.steps > 1 else None,
         fused,
     )
 
 
-def _shape(suspect: Suspect, path: str) -> tuple[int, ...]:
-    """Of a Flax leaf, without making its values where the plan knows it."""
-    specs = {} if suspect.plan is None else suspect.plan.like.specs
-    return specs[path].shape if path in specs else np.shape(suspect.expected[path])
+def _shape(divergence: Divergence, path: str) -> tuple[int, ...]:
+    """The shape of a Flax leaf; its values are made only if the plan does not know the shape."""
+    specs = {} if divergence.plan is None else divergence.plan.like.specs
+    return specs[path].shape if path in specs else np.shape(divergence.expected[path])
 
 
-class Some(Mapping[str, Array]):
-    """Some leaves of many, each made when it is asked for; one that cannot be made is empty."""
+class LeafSubset(Mapping[str, Array]):
+    """A subset of leaves, each made when it is requested; a leaf that cannot be made is an empty array."""
 
     def __init__(self, paths: Iterable[str], leaves: Mapping[str, Any]) -> None:
         self.paths, self.leaves = tuple(paths), leaves
@@ -174,33 +176,36 @@ class Some(Mapping[str, Array]):
         return len(self.paths)
 
 
-def tables(suspect: Suspect) -> Mapping[str, Array]:
-    """Leaves that may be added to activations: two axes and more, no kernel, not the size of a vocabulary's."""
+def tables(divergence: Divergence) -> Mapping[str, Array]:
+    """Leaves that may be added to activations: they have 2 to 4 axes, are not kernels, and are not as large as a
+    vocabulary."""
     found = [
         path
-        for path in suspect.expected
-        if path.rpartition("/")[2] != "kernel" and len(_shape(suspect, path)) in (2, 3, 4)
+        for path in divergence.expected
+        if path.rpartition("/")[2] != "kernel" and len(_shape(divergence, path)) in (2, 3, 4)
     ]
-    return Some((path for path in found if np.prod(_shape(suspect, path)) <= _TABLE), suspect.expected)
+    return LeafSubset((path for path in found if np.prod(_shape(divergence, path)) <= _TABLE), divergence.expected)
 
 
-def step_of(suspect: Suspect, whole: Leaf) -> Leaf | None:
+def step_of(divergence: Divergence, whole: FlaxLeaf) -> FlaxLeaf | None:
     """The layer of a stacked leaf that this call uses."""
     if whole.stacked is None:
         return None
-    return slices(whole, whole.stacked, suspect.pair.step)
+    return slices(whole, whole.stacked, divergence.pair.step)
 
 
-def unrounded(suspect: Suspect) -> Suspect:
-    """The reference as it was before it was handed to Flax: a module that computes in bfloat16 was given it, and is
-    compared with it, in bfloat16."""
-    record = suspect.record
-    args, kwargs = _restored((suspect.want_args, dict(suspect.want_kwargs)), (record.args, dict(record.kwargs)))
-    return replace(suspect, want_args=args, want_kwargs=kwargs, want_out=_restored(suspect.want_out, record.output))
+def unrounded(divergence: Divergence) -> Divergence:
+    """The divergence with its reference in float32. A module that computes in bfloat16 got the reference rounded to
+    bfloat16; this undoes the rounding."""
+    record = divergence.record
+    args, kwargs = _restored((divergence.want_args, dict(divergence.want_kwargs)), (record.args, dict(record.kwargs)))
+    return replace(
+        divergence, want_args=args, want_kwargs=kwargs, want_out=_restored(divergence.want_out, record.output)
+    )
 
 
 def _restored(nest: Any, reference: Any) -> Any:
-    """The nest with the float32 values of those arrays of `reference` that round to its arrays."""
+    """The nest with each half precision array replaced by the array of `reference` that rounds to it."""
     wide = [array for _, array in arrays(reference) if is_number(array)]
 
     def restore(array: Array) -> Array:
@@ -219,8 +224,8 @@ def _restored(nest: Any, reference: Any) -> Any:
 
 
 def nearer(want: Array, have: Array, reference: Any) -> Array:
-    """`want`, or where a map of equal sides leaves the order of its axes open, the same with the channels last: of the
-    two what `have` is nearer to. reference: what torch has there."""
+    """`want`, or the same map with its channels last, whichever is nearer to `have`: a map with equal sides does not
+    show the order of its axes. reference: torch's arrays."""
     for array in (array for _, array in arrays(reference)):
         if array.ndim >= 4 and array.size == want.size and want.ndim == array.ndim:
             last = np.moveaxis(array, 1, -1)
@@ -229,18 +234,18 @@ def nearer(want: Array, have: Array, reference: Any) -> Array:
     return want
 
 
-def module_leaves(suspect: Suspect) -> Mapping[str, Array]:
-    """The Flax module's leaves as they should be, by what is below the module: 'scale', 'query/kernel'."""
+def module_leaves(divergence: Divergence) -> Mapping[str, Array]:
+    """The right leaves of the Flax module, by their path below it: 'scale', 'query/kernel'."""
     out: dict[str, Array] = {}
-    prefix = f"{suspect.pair.flax}/" if suspect.pair.flax else ""
-    for entry in suspect.pair.entries:
+    prefix = f"{divergence.pair.flax}/" if divergence.pair.flax else ""
+    for entry in divergence.pair.entries:
         for path in entry.targets:
-            if path not in suspect.expected:
+            if path not in divergence.expected:
                 continue
             found = path.find(prefix) if prefix else 0
-            value = np.asarray(suspect.expected[path])
-            if suspect.pair.steps > 1 and suspect.pair.steps in value.shape:
-                value = np.take(value, suspect.pair.step, value.shape.index(suspect.pair.steps))
+            value = np.asarray(divergence.expected[path])
+            if divergence.pair.steps > 1 and divergence.pair.steps in value.shape:
+                value = np.take(value, divergence.pair.step, value.shape.index(divergence.pair.steps))
             role = path[found + len(prefix) :] if found >= 0 else path.rpartition("/")[2]
             out[role.removeprefix("params/")] = value
     return out

@@ -1,7 +1,7 @@
-"""What elementwise code made an array out of the outputs before it: act(a + b), act(a) * b, a x factor, capped.
+"""Find the elementwise code that made an array from earlier outputs: act(a + b), act(a) * b, a x factor, capped.
 
-A recipe is looked for on samples, for what torch made and for what Flax made; the cause is the part in which the two
-simplest recipes differ.
+A recipe is fitted on samples of torch's array and of Flax's array. The cause is the part in which the two simplest
+recipes differ.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import numpy as np
 from graftax.parity.causes.activations import ACTIVATIONS, KIN, apply
 from graftax.parity.causes.numbers import SAMPLES, Array, Bar, Budget, nice, positions, relative
 
-_FIRST, _NEAR = 6, 10  # sources that are tried with every other one, and with each other
-_TRIPLES = 7  # sources that are tried by threes
+_FIRST, _NEAR = 6, 10  # operands tried with every other operand, and with each other
+_TRIPLES = 7  # operands that are tried by threes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
-    """A reference array that the code may have used. `table`: the output of an embedding; `part`: what of it, if it
-    is half of a fused projection; `into`: the layers whose input it is too; `norm`: the output of a norm."""
+class Operand:
+    """A reference array that the code may have used. `table`: it is the output of an embedding; `part`: the slice, if
+    it is a part of a fused projection; `into`: the layers that also take it as input; `norm`: it is the output of a
+    norm."""
 
     name: str
     array: Array
@@ -37,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """cap(factor x act(sum of terms) x gate) + after. `terms`, `gate` and `after` are places among the sources;
+    """cap(factor x act(sum of terms) x gate) + after. `terms`, `gate` and `after` are indices into the operands;
     weights: how many times each term counts."""
 
     terms: tuple[int, ...]
@@ -50,7 +51,7 @@ class Recipe:
 
     @property
     def size(self) -> int:
-        """How much there is to say: the fewer the likelier."""
+        """The number of parts: a recipe with fewer parts is likelier."""
         plain = self.activation == "identity"
         scaled = sum(weight != 1.0 for weight in self.weights)
         return (
@@ -64,8 +65,8 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """In what the recipe of Flax differs from torch's: a name of `CAUSES`, the text, the fix."""
+class Explanation:
+    """How Flax's code differs from torch's: a name of `CAUSES`, the text, the fix, the error of the fit."""
 
     name: str
     text: str
@@ -73,24 +74,24 @@ class Difference:
     error: float
 
 
-def cheapest(found: Sequence[tuple[int, Difference]]) -> list[Difference]:
-    """Of (cost, difference) those of the least cost, one of a name, in the order in which they were found."""
+def cheapest(found: Sequence[tuple[int, Explanation]]) -> list[Explanation]:
+    """The explanations of the least cost, one for each name, in the order in which they were found."""
     least = min((cost for cost, _ in found), default=0)
-    out: dict[str, Difference] = {}
+    out: dict[str, Explanation] = {}
     for cost, difference in found:
         if cost == least:
             out.setdefault(difference.name, difference)
     return list(out.values())
 
 
-def sampled(array: Array, sources: Sequence[Source]) -> tuple[tuple[Array, ...], list[Array | None]]:
-    """Where to look in `array`, and the values of each source there: by the same index, by the same order of all
-    values, or broadcast; None where a source does not fit."""
+def sampled(array: Array, operands: Sequence[Operand]) -> tuple[tuple[Array, ...], list[Array | None]]:
+    """Where to look in `array`, and the values of each operand there: by the same index, by the same order of all
+    values, or broadcast; None if an operand does not fit."""
     at = positions(array.shape, SAMPLES)
     flat = np.ravel_multi_index(at, array.shape) if array.shape else np.zeros(1, dtype=np.int64)
     out: list[Array | None] = []
-    for source in sources:
-        value = source.array
+    for operand in operands:
+        value = operand.array
         if value.shape == array.shape:
             out.append(value[at].astype(np.float64))
         elif value.size == array.size and value.shape[-1:] == array.shape[-1:]:
@@ -107,7 +108,7 @@ def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
 
 
 def find_recipes(target: Array, values: Sequence[Array | None], bar: Bar, budget: Budget) -> list[Recipe]:
-    """Recipes that give the sampled `target`, the simplest first."""
+    """The recipes that give the sampled `target`, the simplest first."""
     usable = [index for index, value in enumerate(values) if value is not None]
     kept: list[Recipe] = []
     for stage in _STAGES:
@@ -168,7 +169,7 @@ def _products(target: Array, values: Sequence[Array | None], usable: list[int]) 
 def _sums(target: Array, values: Sequence[Array | None], usable: list[int]) -> Iterator[Recipe]:
     near = usable[:_NEAR]
     for at, i in enumerate(near[:_FIRST]):
-        for j in usable[at + 1 :]:  # the residual may come from far
+        for j in usable[at + 1 :]:  # the residual may come from far away
             total = _value(values, i) + _value(values, j)
             yield from _weighted(target, values, (i, j))
             for name in ACTIVATIONS:
@@ -193,7 +194,7 @@ def _triples(target: Array, values: Sequence[Array | None], usable: list[int]) -
 
 
 def _weighted(target: Array, values: Sequence[Array | None], terms: tuple[int, ...]) -> Iterator[Recipe]:
-    """A weighted sum, by least squares; not where the terms depend on each other."""
+    """A weighted sum, by least squares; none if the terms are linearly dependent."""
     columns = np.stack([_value(values, index) for index in terms], axis=1)
     if len(columns) < 8 * len(terms):
         return
@@ -227,7 +228,7 @@ def fit_cap(x: Array, target: Array) -> tuple[float, float] | None:
     whole = round(cap)
     if whole and abs(cap / whole - 1) < 1e-3:
         cap = float(whole)
-    if abs(cap - 1) < 1e-3:  # that is tanh itself
+    if abs(cap - 1) < 1e-3:  # a cap of 1 is tanh itself
         return None
     return cap, relative(cap * np.tanh(x / cap), target)
 
@@ -235,22 +236,23 @@ def fit_cap(x: Array, target: Array) -> tuple[float, float] | None:
 # ---------------------------------------------------------------- what differs
 
 
-def compare(want: Sequence[Recipe], have: Sequence[Recipe], sources: Sequence[Source]) -> list[Difference]:
-    """The smallest difference between a recipe for torch's array and one for Flax's; two where two are as small."""
-    best: list[tuple[int, Difference]] = []
+def compare(want: Sequence[Recipe], have: Sequence[Recipe], operands: Sequence[Operand]) -> list[Explanation]:
+    """The smallest difference between a recipe for torch's array and one for Flax's; several if they are equally
+    small."""
+    best: list[tuple[int, Explanation]] = []
     for right in want[:6]:
         for wrong in have[:6]:
-            found = _differ(right, wrong, sources)
+            found = _differ(right, wrong, operands)
             if found is not None:
                 best.append((found[0] + right.size + wrong.size, found[1]))
     return cheapest(best)
 
 
-def _differ(right: Recipe, wrong: Recipe, sources: Sequence[Source]) -> tuple[int, Difference] | None:
-    """(how much differs, what)."""
+def _differ(right: Recipe, wrong: Recipe, operands: Sequence[Operand]) -> tuple[int, Explanation] | None:
+    """(how much differs, the explanation)."""
     error = max(right.error, wrong.error)
     if replace(right, weights=(), cap=None, error=0) == replace(wrong, weights=(), cap=None, error=0):
-        return _numbers(right, wrong, sources, error)
+        return _numbers(right, wrong, operands, error)
     if right.cap != wrong.cap:
         return None
     plain = set(right.weights) | set(wrong.weights) <= {1.0}
@@ -259,60 +261,60 @@ def _differ(right: Recipe, wrong: Recipe, sources: Sequence[Source]) -> tuple[in
     if right.activation != wrong.activation and used == theirs and (plain or right.weights == wrong.weights):
         names = right.activation, wrong.activation
         kin = KIN.get(names[0], names[0]) == KIN.get(names[1], names[1])
-        text = f"torch has {_said(names[0])}, Flax {_said(names[1])}"
+        text = f"torch has {_activation_text(names[0])}, Flax {_activation_text(names[1])}"
         same_place = right.terms == wrong.terms and right.gate == wrong.gate
-        where = "" if same_place else f" on {sources[right.terms[0]].text}"
-        return (1 if kin else 2) + (not same_place), Difference(
+        where = "" if same_place else f" on {operands[right.terms[0]].text}"
+        return (1 if kin else 2) + (not same_place), Explanation(
             "activation", text, f"{ACTIVATIONS[names[0]].flax}{where}", error
         )
     if right.activation == wrong.activation and theirs < used and wrong.gate == right.gate:
-        lost = ", ".join(sources[index].text for index in sorted(used - theirs))
+        lost = ", ".join(operands[index].text for index in sorted(used - theirs))
         text = f"torch adds {lost}, Flax does not"
-        return 2, Difference("missing residual", text, f"add {lost}", error)
+        return 2, Explanation("missing residual", text, f"add {lost}", error)
     if right.activation == wrong.activation and used < theirs and wrong.gate == right.gate:
-        more = ", ".join(sources[index].text for index in sorted(theirs - used))
-        return 2, Difference("missing residual", f"Flax adds {more}, torch does not", f"do not add {more}", error)
+        more = ", ".join(operands[index].text for index in sorted(theirs - used))
+        return 2, Explanation("missing residual", f"Flax adds {more}, torch does not", f"do not add {more}", error)
     if used == theirs and right.activation == wrong.activation and right.gate is not None and wrong.gate is not None:
-        text = f"the activation belongs on {sources[right.terms[0]].text}, not on {sources[wrong.terms[0]].text}"
-        return 2, Difference("activation", text, f"{ACTIVATIONS[right.activation].flax} of the other half", error)
-    return _other_source(right, wrong, sources, error)
+        text = f"the activation belongs on {operands[right.terms[0]].text}, not on {operands[wrong.terms[0]].text}"
+        return 2, Explanation("activation", text, f"{ACTIVATIONS[right.activation].flax} of the other half", error)
+    return _other_operand(right, wrong, operands, error)
 
 
-def _other_source(
-    right: Recipe, wrong: Recipe, sources: Sequence[Source], error: float
-) -> tuple[int, Difference] | None:
-    """One term comes from another array: the residual taken before or after the wrong layer."""
+def _other_operand(
+    right: Recipe, wrong: Recipe, operands: Sequence[Operand], error: float
+) -> tuple[int, Explanation] | None:
+    """One term comes from another array: the residual was taken before or after the wrong layer."""
     if right.activation != wrong.activation or len(right.terms) != len(wrong.terms) or right.gate != wrong.gate:
         return None
     ours, theirs = set(right.terms) - set(wrong.terms), set(wrong.terms) - set(right.terms)
     if len(right.terms) < 2 or len(ours) != 1 or len(theirs) != 1:
         return None
-    want, have = sources[ours.pop()], sources[theirs.pop()]
+    want, have = operands[ours.pop()], operands[theirs.pop()]
     text, fix = f"torch adds {want.text}, Flax adds {have.text} instead", f"add {want.text}"
     if want.norm and want.name in have.into:
-        return 3, Difference("norm not applied", f"{text}: {want.name} is not applied to it", fix, error)
+        return 3, Explanation("norm not applied", f"{text}: {want.name} is not applied to it", fix, error)
     if have.norm and have.name in want.into:
-        return 3, Difference("norm order", f"{text}: {have.name} is applied where torch does not", fix, error)
-    return 3, Difference("missing residual", text, fix, error)
+        return 3, Explanation("norm order", f"{text}: {have.name} is applied where torch does not", fix, error)
+    return 3, Explanation("missing residual", text, fix, error)
 
 
-def _said(name: str) -> str:
+def _activation_text(name: str) -> str:
     return "no activation" if name == "identity" else name
 
 
-def _numbers(right: Recipe, wrong: Recipe, sources: Sequence[Source], error: float) -> tuple[int, Difference] | None:
-    """The same recipe with other numbers in it."""
+def _numbers(right: Recipe, wrong: Recipe, operands: Sequence[Operand], error: float) -> tuple[int, Explanation] | None:
+    """The same recipe with other numbers."""
     if right.cap != wrong.cap:
         want, have = (f"{cap:g} x tanh(x / {cap:g})" if cap else "no cap" for cap in (right.cap, wrong.cap))
         fix = f"x = {right.cap:g} * jnp.tanh(x / {right.cap:g})" if right.cap else "leave the tanh cap out"
-        return 2, Difference("logit softcap", f"torch has {want}, Flax {have}", fix, error)
+        return 2, Explanation("logit softcap", f"torch has {want}, Flax {have}", fix, error)
     ones = (1.0,) * len(right.terms)
     want, have = right.weights or ones, wrong.weights or ones
     moved = [at for at in range(len(want)) if abs(want[at] / have[at] - 1) > 1e-5]
     if not moved:
         return None
     at = moved[0]
-    source = sources[right.terms[at]]
-    name = "embedding scale" if source.table else "scale factor"
-    text = f"torch has {nice(want[at])} x {source.text}, Flax {nice(have[at])} x"
-    return len(moved), Difference(name, text, f"multiply {source.text} by {nice(want[at] / have[at])}", error)
+    operand = operands[right.terms[at]]
+    name = "embedding scale" if operand.table else "scale factor"
+    text = f"torch has {nice(want[at])} x {operand.text}, Flax {nice(have[at])} x"
+    return len(moved), Explanation(name, text, f"multiply {operand.text} by {nice(want[at] / have[at])}", error)

@@ -12,7 +12,7 @@ _FEW = 48  # values below which a spread says nothing
 
 
 def constant(array: Array) -> float | None:
-    """The one value that a tensor is full of."""
+    """The value of a tensor whose values are all equal; None otherwise."""
     if not array.size:
         return None
     first = float(array.reshape(-1)[0])
@@ -20,7 +20,7 @@ def constant(array: Array) -> float | None:
 
 
 def unrelated(have: Array, want: Array) -> bool:
-    """No more alike than two draws."""
+    """Are the tensors no more alike than two independent draws?"""
     a, b = (x.astype(np.float64).reshape(-1) for x in (have, want))
     a, b = a - a.mean(), b - b.mean()
     size = float(np.sqrt((a * a).sum() * (b * b).sum()))
@@ -28,7 +28,8 @@ def unrelated(have: Array, want: Array) -> bool:
 
 
 def spreads(shape: tuple[int, ...], embedding: bool) -> Iterator[tuple[str, float]]:
-    """(initialiser, standard deviation) of the usual ones for a kernel of this shape, (*k, in, out), (in, H, h) or
+    """(initialiser, standard deviation) of the usual initialisers for a kernel of this shape, (*k, in, out), (in, H, h)
+    or
     (H, h, out)."""
     if len(shape) < 2:
         return
@@ -38,7 +39,7 @@ def spreads(shape: tuple[int, ...], embedding: bool) -> Iterator[tuple[str, floa
         yield "normal(1)", 1.0
     for into, out in sorted(fans):
         yield "lecun_normal", 1 / np.sqrt(into)
-        yield "kaiming_uniform as torch's Linear has it", 1 / np.sqrt(3 * into)
+        yield "kaiming_uniform, as torch's Linear uses it", 1 / np.sqrt(3 * into)
         yield "he_normal", np.sqrt(2 / into)
         yield "xavier", np.sqrt(2 / (into + out))
     yield "normal(0.02)", 0.02
@@ -46,7 +47,7 @@ def spreads(shape: tuple[int, ...], embedding: bool) -> Iterator[tuple[str, floa
 
 
 def looks_fresh(have: Array, want: Array, embedding: bool = False) -> str | None:
-    """The initialiser that a tensor unrelated to the torch one seems to come from; None where it does not seem so."""
+    """The initialiser from which a tensor seems to come, if it is unrelated to the torch tensor; None otherwise."""
     if have.size < _FEW or not unrelated(have, want):
         return None
     values = have.astype(np.float64)

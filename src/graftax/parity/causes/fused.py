@@ -1,6 +1,6 @@
-"""A fused tensor that the plan takes apart in another order than torch's code does: in blocks (all queries, then keys,
-then values) or head by head. Shapes cannot tell these apart, and where the user's own rule chose the wrong one, torch's
-weights and Flax's agree with the plan: only the models' outputs do not. So the other order is put in, and the model run
+"""Fused tensors that the plan takes apart in another order than torch's code: in blocks (all queries, then keys, then
+values) or head by head. Shapes do not show the order. If the user's own rule chose the wrong order, Flax's weights
+agree with the plan, and only the outputs differ. So the weights are read in the other order, and the model is run
 again."""
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from graftax.ops import Cast, Offset, Scale, apply_chain
 from graftax.parity.align import LARGEST, numbered
 from graftax.parity.audit import made_of
 from graftax.parity.causes.numbers import Array, Bar, Budget
-from graftax.parity.divergence import Suspect
+from graftax.parity.divergence import Divergence
 from graftax.parity.pairing import OPAQUE
 from graftax.parity.report.model import Cause, ratio_of
 from graftax.plans import Entry
 from graftax.tree import TensorSpec
 
 NAME = "fused order"
-_TRIED = 6  # orders that the model is run with
-_WIDTH = 64  # of a head, as most models have it: where nothing tells the heads, those of about this width come first
+_TRIED = 6  # at most this many orders are tried
+_WIDTH = 64  # the usual width of a head: if the number of heads is unknown, widths near it are tried first
 _BY_RULE = re.compile(r" (item|line) \d+$")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Order:
-    """Which rows of a fused tensor belong to each of its parts, each part's in the order of the rows.
+class RowOrder:
+    """The rows of a fused tensor that belong to each of its parts, in the order of the rows.
 
-    fused   'block' or 'interleaved', as a rule says it; heads: of the first part, where they are interleaved
+    fused   'block' or 'interleaved', as in a rule; heads: the number of heads of the first part, if interleaved
     """
 
     fused: str
@@ -44,7 +44,7 @@ class Order:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Equal where two orders are read alike, whatever the sizes."""
+        """A key that is equal for two orders of the same kind, whatever the sizes."""
         return self.fused, self.heads
 
     @property
@@ -55,13 +55,13 @@ class Order:
 
     @property
     def keys(self) -> str:
-        """What a rule says of it."""
+        """The keys of a rule that ask for this order."""
         return f'fused = "{self.fused}"' + (f", heads = {self.heads}" if self.fused == "interleaved" else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fused:
-    """An entry that takes the rows (along `axis`) of its sources apart: which rows its targets get."""
+    """An entry that takes its sources apart along `axis`, with the rows that each target gets."""
 
     entry: Entry
     axis: int
@@ -70,7 +70,7 @@ class Fused:
 
     @property
     def decided(self) -> str:
-        """What decided the order: a rule with its line, or other evidence."""
+        """What decided the order, as text: a rule with its line, or other evidence."""
         evidence = self.entry.evidence
         return f"as {evidence[0]} says" if self.by_rule else f"by {', '.join(evidence) or 'the plan'}"
 
@@ -79,15 +79,15 @@ class Fused:
         return bool(self.entry.evidence and _BY_RULE.search(self.entry.evidence[0]))
 
     @property
-    def order(self) -> Order | None:
-        """The order in which it reads them; None: none that has a name."""
+    def order(self) -> RowOrder | None:
+        """The order in which the entry reads the rows; None: it has no name."""
         return next((order for order in self.orders() if _alike(order.rows, self.rows)), None)
 
-    def orders(self) -> Iterator[Order]:
-        """The orders that its shapes allow."""
+    def orders(self) -> Iterator[RowOrder]:
+        """The orders that the shapes allow."""
         sizes = [len(part) for part in self.rows]
         ends = np.cumsum(sizes)
-        yield Order("block", 0, tuple(np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)))
+        yield RowOrder("block", 0, tuple(np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)))
         for heads in self.heads:
             width, odd = divmod(max(sizes), heads)
             if odd or any(size % width for size in sizes):
@@ -97,15 +97,15 @@ class Fused:
             if groups > 1 and not any(count % groups for count in counts):
                 shape = groups, sum(counts) // groups, width
                 parts = np.split(np.arange(sum(sizes)).reshape(shape), np.cumsum(counts)[:-1] // groups, axis=1)
-                yield Order("interleaved", heads, tuple(part.reshape(-1) for part in parts))
+                yield RowOrder("interleaved", heads, tuple(part.reshape(-1) for part in parts))
 
-    def others(self) -> Iterator[Order]:
-        """The orders that it could have been read in instead."""
+    def others(self) -> Iterator[RowOrder]:
+        """The other orders that the shapes allow."""
         now = self.order
         yield from (order for order in self.orders() if now is None or order.key != now.key)
 
-    def read(self, order: Order, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        """The targets, with the sources (`arrays`) read in another order."""
+    def read(self, order: RowOrder, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """The targets made from the sources (`arrays`) read in another order."""
         places = np.empty(sum(map(len, self.rows)), np.int64)
         places[np.concatenate(self.rows)] = np.concatenate(order.rows)
         return made_of(self.entry, tuple(np.take(array, places, self.axis) for array in arrays))
@@ -118,8 +118,8 @@ def _alike(one: Sequence[Array], other: Sequence[Array]) -> bool:
 def fused_entry(
     entry: Entry, specs: Mapping[str, TensorSpec], like: Mapping[str, TensorSpec], heads: Iterable[int]
 ) -> Fused | None:
-    """What an entry takes apart, found by sending the numbers of its rows through its ops; None where it takes nothing
-    apart. heads: how many there may be, where the targets' shapes do not tell."""
+    """The fused tensor that an entry takes apart, found by passing the numbers of its rows through its ops; None if it
+    takes nothing apart. heads: possible numbers of heads, if the targets' shapes do not tell."""
     if len(entry.targets) < 2 or not entry.sources or not all(name in specs for name in entry.sources):
         return None
     shapes = [specs[name].shape for name in entry.sources]
@@ -129,7 +129,7 @@ def fused_entry(
     for axis in range(len(shapes[0])):
         try:
             made = apply_chain(ops, tuple(numbered(shape, axis) for shape in shapes))
-        except GraftaxError:  # an op that holds for some values only
+        except GraftaxError:  # an op with a condition on values
             return None
         rows = tuple(np.unique(np.asarray(part)) for part in made)
         if np.array_equal(np.sort(np.concatenate(rows)), np.arange(shapes[0][axis])):
@@ -140,8 +140,8 @@ def fused_entry(
 def _heads(
     entry: Entry, like: Mapping[str, TensorSpec], rows: Sequence[Array], heads: Iterable[int]
 ) -> tuple[int, ...]:
-    """How many heads the largest part may have: as many as its target has, if that has an axis of them, (.., H, h) with
-    H x h rows; else those that are known, then any that divide it."""
+    """The numbers of heads that the largest part may have. If its target has an axis of heads, (.., H, h) with H x h
+    rows, it is H. Otherwise the known numbers come first, then every divisor."""
     largest = max(range(len(rows)), key=lambda i: len(rows[i]))
     count = len(rows[largest])
     shape = like[entry.targets[largest]].shape if entry.targets[largest] in like else ()
@@ -152,13 +152,13 @@ def _heads(
     return (*known, *sorted(others, key=lambda n: abs(math.log(count / n / _WIDTH))))
 
 
-def fused_of(suspect: Suspect, heads: Iterable[int]) -> Iterator[Fused]:
-    """The fused entries of the plan, but those of torch's own attention, whose order is known."""
-    plan, heads = suspect.plan, tuple(heads)
+def fused_of(divergence: Divergence, heads: Iterable[int]) -> Iterator[Fused]:
+    """The fused entries of the plan, except those of torch's own attention, whose order is known."""
+    plan, heads = divergence.plan, tuple(heads)
     if plan is None:
         return
     for entry in plan.entries:
-        holder = suspect.reference.modules.get(_holder(entry))
+        holder = divergence.reference.modules.get(_holder(entry))
         if holder is None or not OPAQUE & set(holder.bases):
             found = fused_entry(entry, plan.source.specs, plan.like.specs, heads)
             if found is not None:
@@ -172,45 +172,47 @@ def _holder(entry: Entry) -> str:
 # ---------------------------------------------------------------- the model run again
 
 
-def fused_causes(suspect: Suspect, heads: Iterable[int], bar: Bar, budget: Budget) -> Iterator[Cause]:
-    """Fused tensors that another order makes agree: weight and bias, and all layers that are numbered alike, at once;
-    those nearest to the layer that diverges first."""
+def fused_causes(divergence: Divergence, heads: Iterable[int], bar: Bar, budget: Budget) -> Iterator[Cause]:
+    """Fused tensors for which another order makes the model agree. Weight and bias, and all layers that differ only in
+    their number, are tried together, those nearest to the diverging layer first."""
     groups: dict[str, list[Fused]] = {}
-    for found in fused_of(suspect, heads):
+    for found in fused_of(divergence, heads):
         groups.setdefault(re.sub(r"\d+", "{i}", _holder(found.entry)), []).append(found)
-    here = suspect.row.site_torch.path
+    here = divergence.row.site_torch.path
     nearest = sorted(groups.values(), key=lambda group: -max(_shared(_holder(f.entry), here) for f in group))
     trials = [(group, order) for group in nearest for order in group[0].others()]
     for group, order in trials[:_TRIED]:
-        if suspect.again is None or not budget.left():
+        if divergence.again is None or not budget.left():
             return
         try:
-            error = suspect.again(_leaves(suspect, group, order))
+            error = divergence.again(_leaves(divergence, group, order))
         except GraftaxError:
             continue
         if error is not None and bar.replayed(error):
-            floor = suspect.row.in_floor if suspect.where == "in" else suspect.row.out_floor
-            yield _cause(suspect, group, order, bar.before, error, ratio_of(error, floor) or 0.0)
+            floor = divergence.row.in_floor if divergence.where == "in" else divergence.row.out_floor
+            yield _cause(divergence, group, order, bar.before, error, ratio_of(error, floor) or 0.0)
             return
 
 
 def _shared(one: str, other: str) -> int:
-    """How many parts two paths begin with alike."""
+    """How many leading parts two paths share."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _leaves(suspect: Suspect, group: Sequence[Fused], order: Order) -> dict[str, Any]:
+def _leaves(divergence: Divergence, group: Sequence[Fused], order: RowOrder) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for found in group:
         same = next((other for other in found.orders() if other.key == order.key), None)
         if same is not None:
-            arrays = [np.asarray(suspect.torch_weights[name]) for name in found.entry.sources]
+            arrays = [np.asarray(divergence.torch_weights[name]) for name in found.entry.sources]
             out |= zip(found.entry.targets, found.read(same, arrays), strict=True)
     return out
 
 
-def _cause(suspect: Suspect, group: Sequence[Fused], order: Order, before: float, error: float, ratio: float) -> Cause:
+def _cause(
+    divergence: Divergence, group: Sequence[Fused], order: RowOrder, before: float, error: float, ratio: float
+) -> Cause:
     first = next((found for found in group if found.by_rule), group[0])
     now, name = first.order, first.entry.sources[0]
     read = "in an order of its own" if now is None else now.text
@@ -220,12 +222,12 @@ def _cause(suspect: Suspect, group: Sequence[Fused], order: Order, before: float
     where = f" instead of {now.keys}" if first.by_rule and now is not None else ""
     several = sum(found.entry.sources[0].rpartition(".")[2] == name.rpartition(".")[2] for found in group) > 1
     line = rule_line(first.entry, order, several)
-    return Cause(NAME, suspect.row.site_flax.path, text, f"{line}{where}", before, error)
+    return Cause(NAME, divergence.row.site_flax.path, text, f"{line}{where}", before, error)
 
 
-def rule_line(entry: Entry, order: Order, several: bool = False) -> str:
-    """The rule that reads a fused tensor in this order. several: in all layers numbered alike, where one number
-    says which layer it is."""
+def rule_line(entry: Entry, order: RowOrder, several: bool = False) -> str:
+    """The rule that reads a fused tensor in this order. several: make it a rule for all layers, if the names differ in
+    one number only."""
     sources, targets = list(entry.sources), list(entry.targets)
     numbers = {number for name in (*sources, *targets) for number in re.findall(r"\d+", name)}
     counts = {len(re.findall(r"\d+", name)) for name in (*sources, *targets)}
@@ -242,8 +244,8 @@ def _listed(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- weights read in another order than the plan's
 
 
-def other_readings(found: Fused | None, path: str, arrays: Sequence[Any]) -> Iterator[tuple[Order, Array]]:
-    """(order, the leaf `path` if its fused tensor is read in it) for every order but the plan's."""
+def other_readings(found: Fused | None, path: str, arrays: Sequence[Any]) -> Iterator[tuple[RowOrder, Array]]:
+    """(order, the leaf `path` made by reading its fused tensor in that order) for every order but the plan's."""
     if found is None or path not in found.entry.targets or len(arrays) != len(found.entry.sources):
         return
     for order in found.others():

@@ -1,4 +1,4 @@
-"""Recurrent cells whose weights are not what the plan makes of torch's: gates in another order, biases not added."""
+"""Mistakes in the weights of recurrent cells: gates in another order, biases added wrongly."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from itertools import permutations
 import numpy as np
 
 from graftax.parity.causes.numbers import Array
-from graftax.parity.causes.weights import Found, same
+from graftax.parity.causes.weights import WeightMistake, same
 
 GATES = {4: ("i", "f", "g", "o"), 3: ("r", "z", "n")}
-"""torch's gates, in its order, by their number."""
+"""Number of gates -> torch's gates in torch's order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cell:
-    """A matrix or bias of all gates of a cell, cut into one block a gate, in torch's order.
+class GateBlocks:
+    """A matrix or bias of all gates of a cell, cut into one block per gate, in torch's order.
 
-    name   what it is called in a message: 'the input kernels'
+    name   its name in a message: 'the kernels of the input'
     have, want   a block for each gate
-    biases   for biases: what torch has, b_ih and b_hh by gate
+    biases   for biases: torch's b_ih and b_hh, by gate
     """
 
     name: str
@@ -30,14 +30,14 @@ class Cell:
     biases: tuple[tuple[Array, ...], tuple[Array, ...]] | None = None
 
 
-def diagnose_cell(cell: Cell) -> Found | None:
-    """The order of gates, or the reading of the biases, that gives exactly what the cell has."""
+def diagnose_gates(cell: GateBlocks) -> WeightMistake | None:
+    """The order of gates, or the use of the biases, that gives exactly the cell's values."""
     if all(same(a, b) for a, b in zip(cell.have, cell.want, strict=True)):
         return None
     return _bias(cell) or _order(cell)
 
 
-def _order(cell: Cell, blocks: tuple[Array, ...] | None = None) -> Found | None:
+def _order(cell: GateBlocks, blocks: tuple[Array, ...] | None = None) -> WeightMistake | None:
     wanted = cell.want if blocks is None else blocks
     names = GATES.get(len(wanted), tuple(str(i) for i in range(len(wanted))))
     for order in permutations(range(len(wanted))):
@@ -46,11 +46,11 @@ def _order(cell: Cell, blocks: tuple[Array, ...] | None = None) -> Found | None:
         if all(same(have, wanted[source]) for have, source in zip(cell.have, order, strict=True)):
             found = " ".join(names[source] for source in order)
             text = f"{cell.name} hold the gates as {found}; torch's order is {' '.join(names)}"
-            return Found("lstm gate order", text, f"split torch's rows as {', '.join(names)}")
+            return WeightMistake("lstm gate order", text, f"split torch's rows as {', '.join(names)}")
     return None
 
 
-def _bias(cell: Cell) -> Found | None:
+def _bias(cell: GateBlocks) -> WeightMistake | None:
     if cell.biases is None:
         return None
     first, second = cell.biases
@@ -69,7 +69,7 @@ def _bias(cell: Cell) -> Found | None:
         if all(same(have, block) for have, block in zip(cell.have, blocks, strict=True)) and not all(
             same(want, block) for want, block in zip(cell.want, blocks, strict=True)
         ):
-            return Found("lstm bias", f"{cell.name} {text}", "bias = bias_ih + bias_hh")
+            return WeightMistake("lstm bias", f"{cell.name} {text}", "bias = bias_ih + bias_hh")
     summed = tuple(a + b for a, b in zip(first, second, strict=True))
     for blocks in (summed, first, second):
         found = _order(cell, blocks)
@@ -78,9 +78,9 @@ def _bias(cell: Cell) -> Found | None:
     return None
 
 
-def diagnose_gru_bias(have: Mapping[str, Array], b_ih: Array, b_hh: Array) -> Found | None:
-    """GRU with its own b_hn (Linen): `have` holds the biases ir, iz, in and hn. torch adds b_i and b_h for r and z,
-    keeps b_in outside the reset gate and b_hn inside it."""
+def diagnose_gru_bias(have: Mapping[str, Array], b_ih: Array, b_hh: Array) -> WeightMistake | None:
+    """The mistake in the biases of a GRU with its own b_hn (Linen): `have` holds the biases ir, iz, in and hn. torch
+    adds b_i and b_h for r and z, keeps b_in outside the reset gate and b_hn inside it."""
     i, h = np.split(b_ih, 3), np.split(b_hh, 3)
     zero = np.zeros_like(i[0])
     right = {"ir": i[0] + h[0], "iz": i[1] + h[1], "in": i[2], "hn": h[2]}
@@ -99,7 +99,9 @@ def diagnose_gru_bias(have: Mapping[str, Array], b_ih: Array, b_hh: Array) -> Fo
         return None
     for text, blocks in variants.items():
         if all(same(have[name], blocks[name]) for name in names):
-            return Found("lstm bias", f"the biases of the GRU: {text}", "ir, iz: b_i + b_h; in: b_in; hn: b_hn")
+            return WeightMistake("lstm bias", f"the biases of the GRU: {text}", "ir, iz: b_i + b_h; in: b_in; hn: b_hn")
     if set(names) >= {"ir", "iz"} and same(have["ir"], right["iz"]) and same(have["iz"], right["ir"]):
-        return Found("lstm gate order", "the biases of the gates r and z are swapped", "torch's order is r, z, n")
+        return WeightMistake(
+            "lstm gate order", "the biases of the gates r and z are swapped", "torch's order is r, z, n"
+        )
     return None

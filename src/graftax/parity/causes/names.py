@@ -1,4 +1,4 @@
-"""The words for causes: what a report, a fault suite and a fix are filed under."""
+"""The names of causes, under which reports and the fault suite file them."""
 
 CAUSES: tuple[str, ...] = (
     # weights

@@ -1,4 +1,4 @@
-"""Norms that were written by hand: which norm gives y from x, on either side, and in what the two differ."""
+"""Norms written by hand: find the norm that gives y from x on each side, and how the two differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from graftax.parity.causes.elementwise import Difference
+from graftax.parity.causes.elementwise import Explanation
 from graftax.parity.causes.numbers import Array, Bar, in_bfloat16, relative
 
 _ROWS = 512
@@ -17,10 +17,10 @@ EPSILONS: tuple[float, ...] = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-7, 1e-4, 2.0**-
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """centred   the mean is subtracted (layer norm), or not (root mean square)
+    """centred   the mean is subtracted (layer norm) or not (RMS norm)
     epsilon     added to the variance, or (outside) to its root
     unbiased    the variance is divided by n - 1
-    shift       what is added to the weight: 1 for zero-centred ones"""
+    shift       added to the weight: 1 for a zero-centred norm"""
 
     centred: bool
     epsilon: float
@@ -39,7 +39,7 @@ class Norm:
 
 
 def norm(x: Array, weight: Array | None, bias: Array | None, how: Norm) -> Array:
-    """y of rows x, over the last axis."""
+    """The norm of x over the last axis."""
     off = x - x.mean(axis=-1, keepdims=True) if how.centred else x
     count = x.shape[-1] - (1 if how.unbiased else 0)
     variance = (off * off).sum(axis=-1, keepdims=True) / max(count, 1)
@@ -73,7 +73,7 @@ def fit_norm(x: Array, y: Array, weight: Array | None, bias: Array | None, bar: 
 
 
 def _solved(x: Array, y: Array, weight: Array | None, bias: Array | None, bar: Bar) -> Iterator[Norm]:
-    """An epsilon that stands in no list."""
+    """Norms with an unusual epsilon, solved from the values."""
     for centred, shift in product((True, False), (0.0, 1.0)):
         off = x - x.mean(axis=-1, keepdims=True) if centred else x
         made = off * (1.0 if weight is None else weight + shift)
@@ -88,9 +88,9 @@ def _solved(x: Array, y: Array, weight: Array | None, bias: Array | None, bar: B
                 yield Norm(centred, epsilon, shift=shift, error=error)
 
 
-def norm_difference(x: Array, want: Array, have: Array, leaves: Mapping[str, Array], bar: Bar) -> list[Difference]:
-    """In what Flax's norm differs from torch's. `leaves`: the Flax module's own, as they should be, by their last name:
-    'scale' or 'weight', 'bias'."""
+def norm_difference(x: Array, want: Array, have: Array, leaves: Mapping[str, Array], bar: Bar) -> list[Explanation]:
+    """How Flax's norm differs from torch's. `leaves`: the right leaves of the Flax module by their last name: 'scale'
+    or 'weight', 'bias'."""
     if want.shape != have.shape or want.shape != x.shape or x.ndim < 2 or x.shape[-1] < 2:
         return []
     weight = next((leaves[name] for name in ("scale", "weight", "gamma", "g") if name in leaves), None)
@@ -111,8 +111,8 @@ def norm_difference(x: Array, want: Array, have: Array, leaves: Mapping[str, Arr
     return _rounded(a, z, weight, bias, right[0], have, want)
 
 
-def _compare(right: Sequence[Norm], wrong: Sequence[Norm]) -> list[Difference]:
-    best: list[tuple[int, float, Difference]] = []
+def _compare(right: Sequence[Norm], wrong: Sequence[Norm]) -> list[Explanation]:
+    best: list[tuple[int, float, Explanation]] = []
     for a, b in product(right, wrong):
         parts = [
             name
@@ -124,11 +124,11 @@ def _compare(right: Sequence[Norm], wrong: Sequence[Norm]) -> list[Difference]:
         cost = len(parts) + a.unbiased + a.outside + (a.shift != 0) + b.unbiased + b.outside
         error = max(a.error, b.error)
         name = _NAMES.get(parts[0], "norm statistics")
-        text = f"torch is a {a.text}; Flax a {b.text}"
-        fix = f"epsilon={a.epsilon:g}" if parts == ["epsilon"] else f"a {a.text}"
+        text = f"torch computes {a.text}; Flax computes {b.text}"
+        fix = f"epsilon={a.epsilon:g}" if parts == ["epsilon"] else a.text
         if parts == ["shift"]:
             fix = "multiply by (1 + weight)" if a.shift > b.shift else "multiply by the weight itself, not 1 + weight"
-        best.append((cost, error, Difference(name, text, fix, error)))
+        best.append((cost, error, Explanation(name, text, fix, error)))
     best.sort(key=lambda item: item[:2])
     return [best[0][2]]
 
@@ -138,13 +138,13 @@ _NAMES: Mapping[str, str] = {"epsilon": "epsilon", "shift": "zero-centred norm",
 
 def _rounded(
     x: Array, z: Array, weight: Array | None, bias: Array | None, right: Norm, have: Array, want: Array
-) -> list[Difference]:
-    """The right norm in worse arithmetic: bfloat16, or the variance as E[x^2] - E[x]^2."""
+) -> list[Explanation]:
+    """The right norm in less exact arithmetic: bfloat16, or the variance as E[x^2] - E[x]^2."""
     made = norm(x, weight, bias, right)
     error = relative(z, made)
     if in_bfloat16(have) and not in_bfloat16(want) and error < 2.0**-6:
         text = "Flax's norm is computed in bfloat16"
-        return [Difference("bfloat16 accumulation", text, "dtype=jnp.float32", error)]
+        return [Explanation("bfloat16 accumulation", text, "dtype=jnp.float32", error)]
     off = x - x.mean(axis=-1, keepdims=True)
     if not right.centred:
         return []
@@ -157,6 +157,6 @@ def _rounded(
     slack = 16 * 2.0**-24 * (mean**2 + variance)
     rest = relative(scaled * rate[:, None], left)
     if np.isfinite(implied).all() and (np.abs(implied - variance) <= slack).all() and rest < error / 3:
-        text = "the variance of each row is off as E[x^2] - E[x]^2 is where the mean is large"
-        return [Difference("fast variance", text, "use_fast_variance=False, or E[(x - E[x])^2]", rest)]
+        text = "the variance of each row has the error that E[x^2] - E[x]^2 makes when the mean is large"
+        return [Explanation("fast variance", text, "use_fast_variance=False, or E[(x - E[x])^2]", rest)]
     return []

@@ -1,4 +1,4 @@
-"""Numbers that every hypothesis is judged by: relative errors, the bar, samples, a budget. NumPy only."""
+"""Judge explanations: relative errors, the bar to reach, samples, a time budget. NumPy only."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from graftax.parity.records import THRESHOLD, UNIT
 Array = np.ndarray[Any, Any]
 
 SAMPLES = 4096
-"""Values of an array that an elementwise fit looks at."""
+"""How many values of an array an elementwise fit samples."""
 
 
 def relative(have: Any, want: Any) -> float:
-    """Relative L2 of `have` against `want`; infinite where the shapes differ or a value is not finite."""
+    """Relative L2 of `have` against `want`; infinite if the shapes differ or a value is not finite."""
     a, b = np.asarray(have, dtype=np.float64), np.asarray(want, dtype=np.float64)
     if a.shape != b.shape:
         return float("inf")
@@ -34,10 +34,10 @@ def relative(have: Any, want: Any) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What a hypothesis must reach.
+    """The error that an explanation must reach.
 
-    before  the error as it is
-    bar     the alarm threshold times what float32 can do here
+    before  the error without the explanation
+    bar     the alarm threshold times float32's own error here
     """
 
     before: float
@@ -49,12 +49,12 @@ class Bar:
 
     @property
     def fit(self) -> float:
-        """The bar for a formula worked out in float64 from inputs rounded to float32: up to four times the alarm's, but
-        never more than a twentieth of what it is to explain."""
+        """The bar for a formula computed in float64 from inputs rounded to float32: up to four times the alarm's bar,
+        but at most a twentieth of the error to explain."""
         return max(self.bar, min(4 * self.bar, self.before / 20))
 
     def replayed(self, error: float) -> bool:
-        """Does a replay with this error remove the alarm, and clearly?"""
+        """Does a replay with this error clearly remove the alarm?"""
         return error <= self.bar and error < self.before / 1.5
 
     def fitted(self, error: float) -> bool:
@@ -63,7 +63,7 @@ class Bar:
 
 
 class Budget:
-    """Seconds that may be spent. `left()` is false when they are gone."""
+    """A time limit in seconds. `left()` is False once they are spent."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -88,12 +88,12 @@ def arrays(values: Any, path: str = "") -> Iterator[tuple[str, Array]]:
 
 
 def is_number(array: Array) -> bool:
-    """Floating (bfloat16 and float8 of ml_dtypes count)."""
+    """Is the array floating? bfloat16 and float8 of ml_dtypes count."""
     return np.issubdtype(array.dtype, np.floating) or array.dtype.name.startswith(("bfloat", "float"))
 
 
 def positions(shape: tuple[int, ...], count: int = SAMPLES) -> tuple[Array, ...]:
-    """Indices of at most `count` values spread over an array, the same ones every time."""
+    """Indices of at most `count` values spread over an array, the same in every call."""
     total = int(np.prod(shape))
     if total <= count:
         flat = np.arange(total)
@@ -103,7 +103,7 @@ def positions(shape: tuple[int, ...], count: int = SAMPLES) -> tuple[Array, ...]
 
 
 def in_bfloat16(array: Array) -> bool:
-    """Is every value one that bfloat16 holds (and not all of them trivially, such as zeros and ones)?"""
+    """Is every value a bfloat16 value? Arrays of few different values, such as zeros and ones, do not count."""
     if array.dtype.name == "bfloat16":
         return True
     if array.dtype != np.float32 or not array.size:

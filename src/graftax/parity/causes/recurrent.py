@@ -1,4 +1,4 @@
-"""From the entries of a recurrent module to its gates."""
+"""Explain recurrent modules: find their gates from the plan's entries."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from graftax.ops import Sum
 from graftax.parity.causes.cells import Weights, cell_difference
-from graftax.parity.causes.elementwise import Difference
-from graftax.parity.causes.gates import Cell, diagnose_cell, diagnose_gru_bias
+from graftax.parity.causes.elementwise import Explanation
+from graftax.parity.causes.gates import GateBlocks, diagnose_gates, diagnose_gru_bias
 from graftax.parity.causes.numbers import Array, Bar
-from graftax.parity.causes.weights import Found
+from graftax.parity.causes.weights import WeightMistake
 from graftax.plans import Entry
 from graftax.tree import whole_words
 
 Tensors = Mapping[str, Any]
 
 
-def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, expected: Tensors) -> list[Found]:
-    """What is off about the gates of the cells that these entries fill; [] where they fill none, or nothing is off."""
-    found: list[Found] = []
+def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, expected: Tensors) -> list[WeightMistake]:
+    """Mistakes in the gates of the cells that these entries fill; [] if they fill none, or no mistake is found."""
+    found: list[WeightMistake] = []
     for entry in entries:
         if not _of_gates(entry, torch, flax, expected):
             continue
@@ -33,8 +33,8 @@ def recurrent_causes(entries: Sequence[Entry], torch: Tensors, flax: Tensors, ex
 
 def cell_causes(
     entries: Sequence[Entry], torch: Tensors, x: Array, want: Array, have: Array, bar: Bar
-) -> list[Difference]:
-    """A recurrent layer of one layer and direction whose weights are right: how its cell differs from torch's."""
+) -> list[Explanation]:
+    """How the cell of a recurrent layer (one layer, one direction, right weights) differs from torch's."""
     names = {name.rpartition(".")[2].partition("_l")[0]: name for entry in entries for name in entry.sources}
     count = sum(len(entry.sources) for entry in entries)
     if (
@@ -50,7 +50,7 @@ def cell_causes(
 
 
 def _of_gates(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> bool:
-    """torch's weight_ih, weight_hh (3H or 4H, I) or its two biases."""
+    """Does the entry take torch's weight_ih or weight_hh (3H or 4H, I), or the two biases?"""
     names = {name.rpartition(".")[2].partition("_l")[0] for name in entry.sources}
     known = names <= {"weight_ih", "weight_hh"} or names == {"bias_ih", "bias_hh"}
     held = all(name in torch for name in entry.sources)
@@ -58,7 +58,7 @@ def _of_gates(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) ->
 
 
 def _gate_count(entry: Entry, torch: Tensors, expected: Tensors) -> int:
-    """How many gates: the number of targets; of one fused target, what its hidden size tells."""
+    """The number of gates: the number of targets; for one fused target, its rows over the hidden size."""
     if len(entry.targets) > 1:
         return len(entry.targets)
     first = hidden = entry.sources[0] if entry.sources else ""
@@ -75,7 +75,7 @@ def _blocks(entry: Entry, values: Tensors, count: int) -> tuple[Any, ...]:
     return tuple(np.split(np.asarray(values[fused]), count, axis=-1))
 
 
-def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> Found | None:
+def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> WeightMistake | None:
     count = _gate_count(entry, torch, expected)
     if count not in (3, 4) or any(np.asarray(flax[name]).shape != expected[name].shape for name in entry.targets):
         return None
@@ -86,16 +86,16 @@ def _cell(entry: Entry, torch: Tensors, flax: Tensors, expected: Tensors) -> Fou
         biases = (first, second)
     into = any("ih" in whole_words(name.rpartition(".")[2]) for name in entry.sources)
     what = "biases" if biases else f"kernels of the {'input' if into else 'state'}"
-    return diagnose_cell(Cell(f"the {what} ({', '.join(entry.targets)})", have, want, biases))
+    return diagnose_gates(GateBlocks(f"the {what} ({', '.join(entry.targets)})", have, want, biases))
 
 
 def _splits_gru(entry: Entry) -> bool:
-    """Linen's GRU: r and z share a bias, n keeps two."""
+    """Is it the bias entry of Linen's GRU? There r and z have one bias each, n has two."""
     groups = next((op.groups for op in entry.ops if isinstance(op, Sum)), ())
     return len(entry.targets) == 4 and [len(group) for group in groups] == [2, 2, 1, 1]
 
 
-def _gru_biases(entry: Entry, torch: Tensors, flax: Tensors) -> Found | None:
+def _gru_biases(entry: Entry, torch: Tensors, flax: Tensors) -> WeightMistake | None:
     names: tuple[str, ...] = ("ir", "iz", "in", "hn")
     have = {name: np.asarray(flax[path]) for name, path in zip(names, entry.targets, strict=True)}
     first, second = (np.asarray(torch[name]) for name in entry.sources)

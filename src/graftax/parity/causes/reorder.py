@@ -1,4 +1,4 @@
-"""One axis of a tensor in another order: which order it is, and what that is called."""
+"""One axis of a tensor in another order: find the order, and name it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from graftax.parity.causes.numbers import Array
 
-_LARGEST = 1 << 20  # rows that are still compared one by one
+_LARGEST = 1 << 20  # more rows than this are not compared
 _ROTARY = 8  # smallest even part of a head that is rotated in a partial rotary embedding
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known about the axis: numbers of heads that occur, and (C, H, W) of maps that may have been flattened.
+    """Facts about the axis: the numbers of heads that occur, and (C, H, W) of maps that may have been flattened.
     `stacked`: the axis counts layers."""
 
     heads: frozenset[int] = frozenset()
@@ -24,16 +24,16 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """A name of `CAUSES` and what the order is."""
+class NamedOrder:
+    """A name of `CAUSES` and a description of the order."""
 
     name: str
     text: str
 
 
 def axis_order(have: Array, want: Array, axis: int) -> Array | None:
-    """`order` with have[i] == want[order[i]] along `axis`, bit for bit; None where there is none, where it is the order
-    as it should be, or where equal rows leave it open."""
+    """`order` with have[i] == want[order[i]] along `axis`, bit for bit. None if there is none, if it is the right
+    order, or if equal rows leave it open."""
     count = have.shape[axis]
     if count < 2 or count > _LARGEST:
         return None
@@ -49,24 +49,24 @@ def axis_order(have: Array, want: Array, axis: int) -> Array | None:
     return found
 
 
-def name_order(order: Array, known: Known, reduced: bool) -> Order | None:
-    """What an order of `axis` is called; None where no pattern fits. `reduced`: the axis is summed over (inputs)."""
+def name_order(order: Array, known: Known, reduced: bool) -> NamedOrder | None:
+    """The name of an order of one axis; None if no pattern fits. `reduced`: the axis is summed over (inputs)."""
     count = len(order)
     if known.stacked:
         moved = [f"{i} holds {int(j)}" for i, j in enumerate(order) if i != j]
-        return Order("swapped layers", f"of the stacked layers, {', '.join(moved[:4])}")
+        return NamedOrder("swapped layers", f"of the stacked layers, {', '.join(moved[:4])}")
     if (order == np.arange(count)[::-1]).all():
-        return Order("kernel flipped", "the axis is reversed")
+        return NamedOrder("kernel flipped", "the axis is reversed")
     for channels in sorted(known.maps):
         for text, turned in _flattened(channels, count):
             if reduced and (order == turned).all():
-                return Order("flatten order", f"rows run {text}")
+                return NamedOrder("flatten order", f"rows run {text}")
     for heads in sorted(known.heads):
         if heads > 1 and count % heads == 0:
             if (order == _swap(1, heads, count // heads)).all():
-                return Order("head order", f"{count // heads} values for each of {heads} heads, the heads last")
+                return NamedOrder("head order", f"{count // heads} values for each of {heads} heads, the heads last")
             if (order == _swap(1, count // heads, heads)).all():
-                return Order("head order", f"{heads} heads of {count // heads} values, the values first")
+                return NamedOrder("head order", f"{heads} heads of {count // heads} values, the values first")
     found = _rotary(order, known)
     return found or _factors(order, reduced)
 
@@ -77,7 +77,7 @@ def _swap(lead: int, a: int, b: int, tail: int = 1) -> Array:
 
 
 def _flattened(sizes: tuple[int, ...], count: int) -> Iterator[tuple[str, Array]]:
-    """Channels first and channels last, each as the other one has it."""
+    """Orders of a flattened map: channels first instead of channels last, the reverse, and swapped sides."""
     spatial = int(np.prod(sizes[1:]))
     if sizes[0] * spatial != count or spatial == 1:
         return
@@ -89,10 +89,10 @@ def _flattened(sizes: tuple[int, ...], count: int) -> Iterator[tuple[str, Array]
         yield "height and width swapped (W H C)", rows.transpose(1, 0, 2).reshape(-1)
 
 
-def _rotary(order: Array, known: Known) -> Order | None:
-    """Interleaved pairs against halves, within every head, or within the first rows of every head."""
+def _rotary(order: Array, known: Known) -> NamedOrder | None:
+    """Interleaved pairs instead of halves, or the reverse, in every head or in the first rows of every head."""
     count = len(order)
-    # (n, 2) swapped as a whole may be two heads as well as one head's pairs: without more, it is the heads' order
+    # (n, 2) swapped as a whole may mean two heads or the pairs of one head: without evidence it counts as head order
     guesses = known.heads | {heads for heads in range(2, count // 4 + 1) if count % heads == 0}
     for heads in sorted(guesses, key=lambda heads: (heads not in known.heads, heads)):
         head = count // heads if heads and count % heads == 0 else 0
@@ -109,12 +109,12 @@ def _rotary(order: Array, known: Known) -> Order | None:
                 ("interleaved pairs where the halves should be apart", _swap(1, 2, turned // 2)),
             ):
                 if (inside[0] == np.concatenate([pattern, rest])).all() and (turned == head or turned >= _ROTARY // 2):
-                    return Order("rotary interleave", f"in each of {heads} heads of {head}: {text}")
+                    return NamedOrder("rotary interleave", f"in each of {heads} heads of {head}: {text}")
     return None
 
 
-def _factors(order: Array, reduced: bool) -> Order | None:
-    """Rows counted as (a, b, c) with two of the three swapped."""
+def _factors(order: Array, reduced: bool) -> NamedOrder | None:
+    """Rows counted as (a, b, c) with axes swapped."""
     count = len(order)
     for a, b, c in _splits(count):
         grid = np.arange(count).reshape(a, b, c)
@@ -122,8 +122,8 @@ def _factors(order: Array, reduced: bool) -> Order | None:
                            ((2, 0, 1), "all")):  # fmt: skip
             if (order == grid.transpose(axes).reshape(-1)).all():
                 axis = "inputs" if reduced else "outputs"
-                said = f"the {axis} as (a={a}, b={b}, c={c}), {text} swapped"
-                return Order("head order", said)
+                text = f"the {axis} as (a={a}, b={b}, c={c}), {text} swapped"
+                return NamedOrder("head order", text)
     return None
 
 
@@ -136,5 +136,5 @@ def _splits(count: int) -> Iterable[tuple[int, int, int]]:
 
 
 def blocks_moved(order: Array) -> int:
-    """How many rows are not where they belong."""
+    """How many rows are at wrong places."""
     return int(np.count_nonzero(order != np.arange(len(order))))

@@ -1,4 +1,4 @@
-"""Resizing maps as torch and JAX do it, in float64: each axis by a matrix (given, taken)."""
+"""Resize maps as torch and JAX do, in float64: one matrix (given, taken) for each axis."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from graftax.parity.causes.numbers import Array
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """kernel   weight by distance, and its radius
-    antialias   widened where the map gets smaller
-    corners     the outer samples lie on the outer samples
-    clamped     samples beyond the edge count for the edge (torch without antialias); otherwise they are left out and
+    """kernel, radius   the weight by distance, and the distance beyond which it is 0
+    antialias   the kernel is widened if the map gets smaller
+    corners     the outermost samples of both maps coincide (align_corners)
+    clamped     samples beyond the edge take the edge's value (torch without antialias); otherwise they are left out and
                 the rest is normalised (torch with antialias, JAX)
-    swapped     height and width of the table are exchanged first
-    fix         what Flax code does it
+    swapped     the table's height and width are swapped first
+    fix         the Flax code that does it
     """
 
     kernel: Callable[[Array], Array]
@@ -76,7 +76,7 @@ METHODS: Mapping[str, Method] = {
         _cubic(-0.75), 2, _HAND.format("bicubic (a=-0.75)"), clamped=True, swapped=True
     ),
 }
-"""The names that a report shows. The likely ones first."""
+"""Name in a report -> method. The likely ones come first."""
 
 
 def matrix(taken: int, given: int, how: Method) -> Array:

@@ -14,11 +14,11 @@ Kind = Literal["none", "half", "interleaved"]
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """kind      which values of a head turn together: the two halves, or neighbours
+    """kind      which values of a head rotate as a pair: one from each half, or neighbours
     theta     the base
-    part      the share of each head that turns
-    offset    what is added to the positions of the queries (the keys' are 0, 1, ...)
-    stretch   what positions are multiplied with (linear scaling)"""
+    part      the share of each head that is rotated
+    offset    added to the positions of the queries (the keys' positions are 0, 1, ...)
+    stretch   factor of the positions (linear scaling)"""
 
     kind: Kind = "none"
     theta: float = 10000.0
@@ -28,7 +28,7 @@ class Rotary:
 
 
 def rotate(x: Array, positions: Array, how: Rotary) -> Array:
-    """(B, T, H, h) turned at `positions` (T,)."""
+    """x (B, T, H, h) rotated by the angles of `positions` (T,)."""
     if how.kind == "none":
         return x
     turned = int(x.shape[-1] * how.part) // 2 * 2

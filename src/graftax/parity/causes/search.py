@@ -1,4 +1,4 @@
-"""`find_causes`: the order in which hypotheses are tried."""
+"""`find_causes`: try explanations in order, and return those that make the layer agree."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from graftax.errors import GraftaxError
 from graftax.layers.connect import known_kind
 from graftax.parity.causes import glue
 from graftax.parity.causes.context import (
-    Some,
+    LeafSubset,
     known,
     leaf,
     module_leaves,
     nearer,
-    sources,
+    operands,
     step_of,
     tables,
     unrounded,
 )
-from graftax.parity.causes.elementwise import Difference
+from graftax.parity.causes.elementwise import Explanation
 from graftax.parity.causes.fused import fused_causes, fused_entry, other_readings, rule_line
 from graftax.parity.causes.misplaced import misplaced
 from graftax.parity.causes.norms import norm_difference
@@ -29,27 +29,28 @@ from graftax.parity.causes.numbers import Array, Bar, Budget, arrays, in_bfloat1
 from graftax.parity.causes.recurrent import cell_causes, recurrent_causes
 from graftax.parity.causes.settings import trials
 from graftax.parity.causes.weights import diagnose, same
-from graftax.parity.divergence import Suspect
+from graftax.parity.divergence import Divergence
 from graftax.parity.report.model import Cause
 from graftax.plans import Entry, Plan
 
 SECONDS = 20.0
 _CANNOT = (GraftaxError, ArithmeticError, LookupError, ValueError, MemoryError, np.linalg.LinAlgError)
-"""Arrays that a fit cannot take, a plan that has no values: that fit says nothing, and the report still comes."""
+"""Raised for arrays that a fit cannot take, or a plan without values: that fit finds nothing, and the report is still
+made."""
 _SHOWN = 3  # causes that a report lists
-_NO_NORM = ("Dense", "Linear", "Conv", "Embed", "Einsum")  # kinds that no norm is written as
+_NO_NORM = ("Dense", "Linear", "Conv", "Embed", "Einsum")  # class names that are never a norm
 
 
-def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Cause, ...]:
-    """Explanations of the divergence, the best first; empty: unknown. Every one was tried, and makes the layer agree:
-    either the Flax module, run again with the fix, is below the alarm, or torch's array and Flax's are both worked out
-    from the reference inputs and differ in what is named. Never raises for what it cannot try."""
+def find_causes(divergence: Divergence, budget_seconds: float = SECONDS) -> tuple[Cause, ...]:
+    """Explanations of the divergence, the best first; empty: unknown. Each was tried and makes the layer agree: either
+    the Flax module, run again with the fix, is below the alarm; or both torch's array and Flax's were computed from the
+    reference inputs, and they differ exactly in the named cause. An explanation that cannot be tried raises nothing."""
     budget = Budget(budget_seconds)
-    suspect = unrounded(suspect)
-    steps = (_weights, _settings, _formulas) if suspect.where == "out" else (_bare_weights, _between)
+    divergence = unrounded(divergence)
+    steps = (_weights, _settings, _formulas) if divergence.where == "out" else (_bare_weights, _between)
     for step in steps:
         try:
-            found = tuple(_ranked(step(suspect, budget)))
+            found = tuple(_ranked(step(divergence, budget)))
         except _CANNOT:
             found = ()
         if found:
@@ -57,7 +58,7 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
         if not budget.left():
             break
     try:
-        return tuple(_fused(suspect, Budget(budget_seconds)))
+        return tuple(_fused(divergence, Budget(budget_seconds)))
     except _CANNOT:
         return ()
 
@@ -65,8 +66,8 @@ def find_causes(suspect: Suspect, budget_seconds: float = SECONDS) -> tuple[Caus
 def weight_causes(
     plan: Plan, torch: Mapping[str, Any], flax: Mapping[str, Any], paths: Iterable[str]
 ) -> tuple[Cause, ...]:
-    """Leaves that are not what the plan makes of torch's, where the models agree all the same: fused tensors that Flax
-    holds in another order than the plan reads them in."""
+    """Causes for leaves that differ from those the plan makes, although the models agree: fused tensors that Flax holds
+    in another order than the plan reads."""
     out: dict[str, Cause] = {}
     entries = {path: entry for entry in plan.entries for path in entry.targets}
     for path in paths:
@@ -88,7 +89,7 @@ def weight_causes(
 
 
 def _ranked(found: Iterable[Cause]) -> list[Cause]:
-    """One of each name; what says only that something differs comes last."""
+    """One cause of each name; 'weights differ', which explains nothing, comes last."""
     out: dict[str, Cause] = {}
     for cause in found:
         if cause.name not in out:
@@ -96,31 +97,35 @@ def _ranked(found: Iterable[Cause]) -> list[Cause]:
     return sorted(out.values(), key=lambda cause: cause.name == "weights differ")
 
 
-def _bar(suspect: Suspect) -> Bar:
-    row = suspect.row
-    if suspect.where == "out":
-        return Bar.of(row.out_error, row.out_floor, suspect.threshold)
-    return Bar.of(row.in_error, row.in_floor, suspect.threshold)
+def _bar(divergence: Divergence) -> Bar:
+    row = divergence.row
+    if divergence.where == "out":
+        return Bar.of(row.out_error, row.out_floor, divergence.threshold)
+    return Bar.of(row.in_error, row.in_floor, divergence.threshold)
 
 
 # ---------------------------------------------------------------- replays
 
 
 def replay_error(
-    suspect: Suspect, settings: Mapping[str, Any] | None = None, leaves: Mapping[str, Any] | None = None
+    divergence: Divergence, settings: Mapping[str, Any] | None = None, leaves: Mapping[str, Any] | None = None
 ) -> float | None:
-    """The module's own error with other settings or leaves; None where it cannot be run so."""
+    """The module's own error with other settings or leaves; None if it cannot be run with them."""
     try:
-        made = suspect.flax.replay(
-            suspect.row.site_flax.path, suspect.want_args, suspect.want_kwargs, settings=settings, leaves=leaves
+        made = divergence.flax.replay(
+            divergence.row.site_flax.path,
+            divergence.want_args,
+            divergence.want_kwargs,
+            settings=settings,
+            leaves=leaves,
         )
     except (GraftaxError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError):
         return None
-    return nest_error(made, suspect.want_out)
+    return nest_error(made, divergence.want_out)
 
 
 def nest_error(have: Any, want: Any) -> float:
-    """Relative L2 over all floating arrays of two nests; infinite where they have other shapes."""
+    """Relative L2 over all floating arrays of two nests; infinite if their shapes differ."""
     a, b = ([array for _, array in arrays(nest) if is_number(array)] for nest in (have, want))
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
@@ -133,173 +138,178 @@ def nest_error(have: Any, want: Any) -> float:
 # ---------------------------------------------------------------- the module itself
 
 
-def _wrong_leaves(suspect: Suspect, paths: Iterable[str]) -> list[str]:
-    known_paths = [path for path in dict.fromkeys(paths) if path in suspect.flax_weights and path in suspect.expected]
-    expected = Some(known_paths, suspect.expected)
+def _wrong_leaves(divergence: Divergence, paths: Iterable[str]) -> list[str]:
+    known_paths = [
+        path for path in dict.fromkeys(paths) if path in divergence.flax_weights and path in divergence.expected
+    ]
+    expected = LeafSubset(known_paths, divergence.expected)
     made = [path for path in known_paths if np.size(expected[path])]
-    return [path for path in made if not same(np.asarray(suspect.flax_weights[path]), expected[path])]
+    return [path for path in made if not same(np.asarray(divergence.flax_weights[path]), expected[path])]
 
 
-def _weights(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
-    """Leaves of this module that are not what they should be, if they are what is wrong with it."""
-    entries = suspect.pair.entries
-    wrong = _wrong_leaves(suspect, (path for entry in entries for path in entry.targets))
+def _weights(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
+    """Wrong leaves of this module, if the right leaves make it agree, or at least clearly better."""
+    entries = divergence.pair.entries
+    wrong = _wrong_leaves(divergence, (path for entry in entries for path in entry.targets))
     if not wrong:
         return
-    bar = _bar(suspect)
-    right = {path: suspect.expected[path] for entry in entries for path in entry.targets if path in suspect.expected}
-    after = replay_error(suspect, leaves=right)
+    bar = _bar(divergence)
+    right = {
+        path: divergence.expected[path] for entry in entries for path in entry.targets if path in divergence.expected
+    }
+    after = replay_error(divergence, leaves=right)
     if after is not None and after > bar.before / 1.5 and after > bar.bar:
         return
-    yield from _leaf_causes(suspect, entries, wrong, bar, after)
+    yield from _leaf_causes(divergence, entries, wrong, bar, after)
     if after is not None and after > bar.bar:
-        yield from _tried(suspect, Bar(after, bar.bar), right, budget)
+        yield from _tried(divergence, Bar(after, bar.bar), right, budget)
 
 
 def _leaf_causes(
-    suspect: Suspect, entries: Iterable[Entry], wrong: list[str], bar: Bar, after: float | None
+    divergence: Divergence, entries: Iterable[Entry], wrong: list[str], bar: Bar, after: float | None
 ) -> Iterator[Cause]:
-    error = min(suspect.row.out_floor, bar.bar) if after is None else after
+    error = min(divergence.row.out_floor, bar.bar) if after is None else after
     entries = tuple(entries)
-    found = recurrent_causes(entries, suspect.torch_weights, suspect.flax_weights, suspect.expected)
+    found = recurrent_causes(entries, divergence.torch_weights, divergence.flax_weights, divergence.expected)
     if not found:
-        shared = known(suspect)
+        shared = known(divergence)
         for path in wrong:
             entry = next((entry for entry in entries if path in entry.targets), None)
-            whole = leaf(suspect, path, entry, shared)
+            whole = leaf(divergence, path, entry, shared)
             first = diagnose(whole)
-            part = step_of(suspect, whole)
+            part = step_of(divergence, whole)
             inner = diagnose(part) if part is not None else None
             best = inner if inner is not None and (first is None or first.name == "weights differ") else first
             if best is not None:
                 found.append(best)
     for item in found:
-        yield Cause(item.name, suspect.row.site_flax.path, item.detail, item.fix, bar.before, error)
+        yield Cause(item.name, divergence.row.site_flax.path, item.detail, item.fix, bar.before, error)
 
 
-def _settings(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
-    yield from _tried(suspect, _bar(suspect), None, budget)
+def _settings(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
+    yield from _tried(divergence, _bar(divergence), None, budget)
 
 
-def _tried(suspect: Suspect, bar: Bar, leaves: Mapping[str, Any] | None, budget: Budget) -> Iterator[Cause]:
-    """Settings that bring the module below the alarm: the first of each name, until one is found of the best."""
-    flax = suspect.flax.modules.get(suspect.row.site_flax.path)
-    torch = suspect.reference.modules.get(suspect.row.site_torch.path)
+def _tried(divergence: Divergence, bar: Bar, leaves: Mapping[str, Any] | None, budget: Budget) -> Iterator[Cause]:
+    """The setting that brings the module below the alarm. The search stops after the settings of the first name that
+    does."""
+    flax = divergence.flax.modules.get(divergence.row.site_flax.path)
+    torch = divergence.reference.modules.get(divergence.row.site_torch.path)
     if flax is None:
         return
-    as_it_is = replay_error(suspect, leaves=leaves)
+    as_it_is = replay_error(divergence, leaves=leaves)
     if as_it_is is None or not bar.before / 2 < as_it_is < bar.before * 2:
-        return  # alone it does not do what it did in the model: nothing can be told from it
+        return  # alone, the module behaves unlike in the model: a replay proves nothing
     best: tuple[float, Cause] | None = None
     for trial in trials(torch, flax):
         if best is not None and trial.name != best[1].name:
             break
-        error = replay_error(suspect, settings=trial.settings, leaves=leaves)
+        error = replay_error(divergence, settings=trial.settings, leaves=leaves)
         if error is not None and bar.replayed(error) and (best is None or error < best[0] / 2):
-            best = error, Cause(trial.name, suspect.row.site_flax.path, trial.text, trial.fix, bar.before, error)
+            best = error, Cause(trial.name, divergence.row.site_flax.path, trial.text, trial.fix, bar.before, error)
         if not budget.left():
             break
     if best is not None:
         yield best[1]
 
 
-def _formulas(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
-    """A module that no setting mends: a norm or an attention by hand, or the code of a container."""
-    bar = _bar(suspect)
-    want, have = ([array for _, array in arrays(nest)] for nest in (suspect.want_out, suspect.flax_out))
+def _formulas(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
+    """Explain a module that no setting corrects: a norm or attention written by hand, or the code of a container."""
+    bar = _bar(divergence)
+    want, have = ([array for _, array in arrays(nest)] for nest in (divergence.want_out, divergence.flax_out))
     if len(want) != len(have):
         return
-    inputs = [array for _, array in arrays((suspect.want_args, dict(suspect.want_kwargs))) if is_number(array)]
-    flax = suspect.flax.modules.get(suspect.row.site_flax.path)
+    inputs = [array for _, array in arrays((divergence.want_args, dict(divergence.want_kwargs))) if is_number(array)]
+    flax = divergence.flax.modules.get(divergence.row.site_flax.path)
     kind = known_kind(flax, "flax")
-    leaves = module_leaves(suspect)
+    leaves = module_leaves(divergence)
     for right, wrong in zip(want, have, strict=True):
         if not is_number(right) or right.shape != wrong.shape:
             continue
-        right = nearer(right, wrong, suspect.record.output)
-        found: list[Difference] = []
+        right = nearer(right, wrong, divergence.record.output)
+        found: list[Explanation] = []
         if inputs and not kind.startswith(_NO_NORM):
             found = norm_difference(inputs[0], right, wrong, leaves, bar)
         if not found and inputs:
-            entries, torch = suspect.pair.entries, suspect.torch_weights
+            entries, torch = divergence.pair.entries, divergence.torch_weights
             found = cell_causes(entries, torch, inputs[0], right, wrong, bar)
         if not found and inputs:
             found = glue.module_attention(inputs, leaves, right, wrong, bar, budget)
         if not found:
             found = _out_in_bfloat16(right, wrong, bar)
-        if not found and not suspect.pair.leaf:
-            found = misplaced(suspect, right, wrong, bar, sure=True)
-        if not found and not suspect.pair.leaf:
-            found = glue.explain(right, wrong, sources(suspect), known(suspect), {}, bar, budget)
-        if not found and not suspect.pair.leaf:
-            found = misplaced(suspect, right, wrong, bar, sure=False)
-        if not found and suspect.pair.leaf:
-            found = glue.explain_leaf(right, wrong, sources(suspect), known(suspect), bar, budget)
+        if not found and not divergence.pair.leaf:
+            found = misplaced(divergence, right, wrong, bar, sure=True)
+        if not found and not divergence.pair.leaf:
+            found = glue.explain(right, wrong, operands(divergence), known(divergence), {}, bar, budget)
+        if not found and not divergence.pair.leaf:
+            found = misplaced(divergence, right, wrong, bar, sure=False)
+        if not found and divergence.pair.leaf:
+            found = glue.explain_leaf(right, wrong, operands(divergence), known(divergence), bar, budget)
         if found:
-            yield from _causes(suspect, found, bar)
+            yield from _causes(divergence, found, bar)
             return
 
 
-def _out_in_bfloat16(want: Array, have: Array, bar: Bar) -> list[Difference]:
+def _out_in_bfloat16(want: Array, have: Array, bar: Bar) -> list[Explanation]:
     if in_bfloat16(have) and not in_bfloat16(want) and relative(have, want) < 2.0**-4:
-        text = "every value that Flax gives is one of bfloat16"
-        return [Difference("bfloat16 accumulation", text, "dtype=jnp.float32 in this module", bar.bar)]
+        text = "every output value of Flax is a bfloat16 value"
+        return [Explanation("bfloat16 accumulation", text, "dtype=jnp.float32 in this module", bar.bar)]
     return []
 
 
-def _causes(suspect: Suspect, found: Iterable[Difference], bar: Bar) -> Iterator[Cause]:
+def _causes(divergence: Divergence, found: Iterable[Explanation], bar: Bar) -> Iterator[Cause]:
     for item in found:
-        yield Cause(item.name, suspect.row.site_flax.path, item.text, item.fix, bar.before, item.error)
+        yield Cause(item.name, divergence.row.site_flax.path, item.text, item.fix, bar.before, item.error)
 
 
-def _fused(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
-    """Fused tensors, which were taken apart in another order than torch's: not a layer that is one with torch's."""
-    if suspect.where == "in" or not suspect.pair.leaf:
-        yield from fused_causes(suspect, known(suspect).heads, _bar(suspect), budget)
+def _fused(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
+    """Fused tensors that were taken apart in another order than torch's. It is not tried for a single layer's own
+    output."""
+    if divergence.where == "in" or not divergence.pair.leaf:
+        yield from fused_causes(divergence, known(divergence).heads, _bar(divergence), budget)
 
 
 # ---------------------------------------------------------------- the code before it
 
 
-def _bare_weights(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
-    """Parameters that belong to no layer (position tables, class tokens, scales of layers) and are not what they
-    should be."""
-    rows = [suspect.row, *(row for row, _ in suspect.before), *suspect.more]
+def _bare_weights(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
+    """Wrong parameters that belong to no layer (position tables, class tokens, scales of layers)."""
+    rows = [divergence.row, *(row for row, _ in divergence.before), *divergence.more]
     owned = {path for row in rows if row.pair.leaf for entry in row.pair.entries for path in entry.targets}
-    wrong = _wrong_leaves(suspect, (path for path in suspect.expected if path not in owned))
-    if not wrong or suspect.plan is None:
+    wrong = _wrong_leaves(divergence, (path for path in divergence.expected if path not in owned))
+    if not wrong or divergence.plan is None:
         return
-    bar = _bar(suspect)
-    entries = [entry for entry in suspect.plan.entries if set(entry.targets) & set(wrong)]
-    yield from _leaf_causes(suspect, entries, wrong, bar, bar.bar)
+    bar = _bar(divergence)
+    entries = [entry for entry in divergence.plan.entries if set(entry.targets) & set(wrong)]
+    yield from _leaf_causes(divergence, entries, wrong, bar, bar.bar)
 
 
-def _between(suspect: Suspect, budget: Budget) -> Iterator[Cause]:
-    """What arrives, against what should."""
-    bar = _bar(suspect)
-    shared, added = known(suspect), tables(suspect)
-    found_sources = sources(suspect)
-    for want, have in _arriving(suspect):
+def _between(divergence: Divergence, budget: Budget) -> Iterator[Cause]:
+    """Explain the arrays that arrive at the module and differ from torch's."""
+    bar = _bar(divergence)
+    shared, added = known(divergence), tables(divergence)
+    nearby = operands(divergence)
+    for want, have in _arriving(divergence):
         if is_number(want) and relative(have, want) <= bar.bar:
             continue
-        want = nearer(want, have, (suspect.record.args, dict(suspect.record.kwargs)))
+        want = nearer(want, have, (divergence.record.args, dict(divergence.record.kwargs)))
         if want.dtype.kind in "iub" or have.dtype.kind in "iub":
             found = glue.integers(want, have)
         else:
-            found = misplaced(suspect, want, have, bar, sure=True)
-            found = found or glue.explain(want, have, found_sources, shared, added, bar, budget)
-            found = found or misplaced(suspect, want, have, bar, sure=False)
+            found = misplaced(divergence, want, have, bar, sure=True)
+            found = found or glue.explain(want, have, nearby, shared, added, bar, budget)
+            found = found or misplaced(divergence, want, have, bar, sure=False)
         if found:
-            yield from _causes(suspect, found, bar)
+            yield from _causes(divergence, found, bar)
             return
 
 
-def _arriving(suspect: Suspect) -> Iterator[tuple[Array, Array]]:
-    """(as it should be, as it is) of every array that arrives and differs."""
-    if suspect.flax_args is None:
+def _arriving(divergence: Divergence) -> Iterator[tuple[Array, Array]]:
+    """(the right array, the array that arrives) for every array that differs."""
+    if divergence.flax_args is None:
         return
-    want = [array for _, array in arrays((suspect.want_args, dict(suspect.want_kwargs)))]
-    have = [array for _, array in arrays((suspect.flax_args, dict(suspect.flax_kwargs or {})))]
+    want = [array for _, array in arrays((divergence.want_args, dict(divergence.want_kwargs)))]
+    have = [array for _, array in arrays((divergence.flax_args, dict(divergence.flax_kwargs or {})))]
     for a, b in zip(want, have, strict=False):
         if a.shape == b.shape and not same(a, b):
             yield a, b

@@ -1,4 +1,4 @@
-"""One setting of the Flax module changed, and the module run again alone: the settings that make it agree."""
+"""Change one setting of the Flax module and run the module again alone, to find the settings that make it agree."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ NAMES: Mapping[str, str] = {
     "use_bias": "norm statistics",
     "use_scale": "norm statistics",
 }
-"""The Flax attribute -> the name of the cause."""
+"""Flax attribute -> the name of the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Settings to run the module with, what they are called, and the text."""
+    """Settings to run the module with, the name of the cause, the text and the fix."""
 
     settings: Mapping[str, Any]
     name: str
@@ -50,7 +50,7 @@ class Trial:
 
 
 def trials(torch: Module | None, flax: Module) -> Iterator[Trial]:
-    """Settings worth a try: first what torch's own settings ask for, then the usual values."""
+    """Settings to try: first those that torch's own settings require, then the usual values."""
     declared: dict[str, Any] = {}
     if torch is not None:
         for difference in settings_differ(torch, flax):
@@ -62,7 +62,7 @@ def trials(torch: Module | None, flax: Module) -> Iterator[Trial]:
     if len(declared) > 1:
         text = ", ".join(f"{name}={_shown(want)}" for name, want in declared.items())
         first = next(iter(declared))
-        yield Trial(declared, NAMES.get(first, first), f"torch's settings ask for {text}", f"{flax.kind}({text})")
+        yield Trial(declared, NAMES.get(first, first), f"torch's settings require {text}", f"{flax.kind}({text})")
     for name, values in _USUAL.items():
         if name in flax.settings:
             for value in values(flax, torch):
@@ -72,10 +72,10 @@ def trials(torch: Module | None, flax: Module) -> Iterator[Trial]:
 
 def _trial(flax: Module, name: str, want: Any, torch: Module | None) -> Trial:
     have, shown = _shown(flax.settings[name]), _shown(want)
-    said = f"{name} is {have} in Flax; {shown} agrees with torch"
+    text = f"{name} is {have} in Flax; {shown} agrees with torch"
     if name == "epsilon" and torch is not None and "eps" in torch.settings:
-        said = f"torch has eps={_shown(torch.settings['eps'])}, Flax has epsilon={have}"
-    return Trial({name: want}, NAMES.get(name, name), said, f"nn.{flax.kind}({name}={shown})")
+        text = f"torch has eps={_shown(torch.settings['eps'])}, Flax has epsilon={have}"
+    return Trial({name: want}, NAMES.get(name, name), text, f"nn.{flax.kind}({name}={shown})")
 
 
 def _possible(name: str, want: Any) -> bool:
@@ -136,4 +136,4 @@ _USUAL: Mapping[str, _Values] = {
     "negative_slope": lambda flax, torch: (0.01, 0.1, 0.2, 0.3),
     "transpose_kernel": lambda flax, torch: (True, False),
 }  # fmt: skip
-"""What ports get wrong, setting by setting; the likely ones first."""
+"""Setting -> values that ports often get wrong; the likely settings come first."""

@@ -1,4 +1,4 @@
-"""What pooling, reducing and flattening made an array out of maps (B, *k, C) or sequences (B, T, C)."""
+"""Find the pooling, reducing or flattening that made an array from maps (B, *k, C) or sequences (B, T, C)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Literal
 import numpy as np
 
 from graftax.parity.causes.activations import ACTIVATIONS, apply
-from graftax.parity.causes.elementwise import Difference, Source, cheapest
+from graftax.parity.causes.elementwise import Explanation, Operand, cheapest
 from graftax.parity.causes.numbers import Array, Bar, Budget, relative
 
-_BATCH, _CHANNELS = 2, 4  # what is looked at of a pooled map
+_BATCH, _CHANNELS = 2, 4  # the part of a pooled map that is compared
 _ACTS = ("identity", "relu", "gelu erf", "gelu tanh", "silu", "tanh", "relu6", "leaky relu 0.01", "elu")
-_FULL = 1 << 22  # values of a map that is still taken whole
+_FULL = 1 << 22  # larger maps are not considered
 
 Kind = Literal["max", "avg"]
 Pads = tuple[tuple[int, int], ...]
@@ -23,7 +23,7 @@ Pads = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A window over the spatial axes. `counted`: an average counts the padding."""
+    """A pooling window over the spatial axes. `counted`: an average counts the padding."""
 
     kind: Kind
     size: int
@@ -91,7 +91,7 @@ def _paddings(spatial: tuple[int, ...], size: int, stride: int) -> Iterator[tupl
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """reduce(act(sum of sources)), flattened in an order of its axes."""
+    """reduce(act(sum of operands)), flattened in an order of its axes."""
 
     terms: tuple[int, ...]
     activation: str
@@ -105,15 +105,15 @@ class Way:
         return self.pool.flax if self.pool else self.what
 
 
-def find_ways(target: Array, sources: Sequence[Source], bar: Bar, budget: Budget) -> list[Way]:
-    """Ways to make `target` of maps, the likeliest first; at the first source that gives any, it stops."""
-    maps = [i for i, source in enumerate(sources) if source.array.ndim >= 3 and source.array.size <= _FULL]
-    maps = [i for i in maps if len(sources[i].array) == len(target)][:6]
+def find_ways(target: Array, operands: Sequence[Operand], bar: Bar, budget: Budget) -> list[Way]:
+    """Ways to make `target` from maps, the likeliest first; at the first operand that gives any, it stops."""
+    maps = [i for i, operand in enumerate(operands) if operand.array.ndim >= 3 and operand.array.size <= _FULL]
+    maps = [i for i in maps if len(operands[i].array) == len(target)][:6]
     terms = [(i,) for i in maps] + [
-        (i, j) for at, i in enumerate(maps[:4]) for j in maps[at + 1 : 4] if _alike(sources, i, j)
+        (i, j) for at, i in enumerate(maps[:4]) for j in maps[at + 1 : 4] if _alike(operands, i, j)
     ]
     for chosen in terms:
-        total = np.sum([sources[i].array.astype(np.float64) for i in chosen], axis=0)
+        total = np.sum([operands[i].array.astype(np.float64) for i in chosen], axis=0)
         found: list[Way] = []
         for name in _ACTS:
             for way, made in _made(apply(name, total), target):
@@ -127,17 +127,17 @@ def find_ways(target: Array, sources: Sequence[Source], bar: Bar, budget: Budget
     return []
 
 
-def _alike(sources: Sequence[Source], i: int, j: int) -> bool:
-    return sources[i].array.shape == sources[j].array.shape
+def _alike(operands: Sequence[Operand], i: int, j: int) -> bool:
+    return operands[i].array.shape == operands[j].array.shape
 
 
 def _cropped(target: Array, made: Array) -> Array:
-    """The part of the target that was worked out."""
+    """The part of the target that was computed."""
     return target[tuple(slice(0, n) for n in made.shape)] if target.ndim == made.ndim else target
 
 
 def _made(x: Array, target: Array) -> Iterator[tuple[Way, Array]]:
-    """What reductions make of maps x, where the shape is the target's."""
+    """Reductions of maps x that have the target's shape."""
     blank = Way((), "", "")
     middle = tuple(range(1, x.ndim - 1))
     if target.shape == (len(x), x.shape[-1]):
@@ -188,17 +188,17 @@ def _sides(spatial: tuple[int, ...], cells: int) -> Iterator[tuple[int, ...]]:
                 yield height, width
 
 
-def compare_ways(want: Sequence[Way], have: Sequence[Way], sources: Sequence[Source]) -> list[Difference]:
+def compare_ways(want: Sequence[Way], have: Sequence[Way], operands: Sequence[Operand]) -> list[Explanation]:
     """The smallest difference between a way for torch's array and one for Flax's."""
-    best: list[tuple[int, Difference]] = []
+    best: list[tuple[int, Explanation]] = []
     for right, wrong in product(want[:12], have[:12]):
-        found = _differ(right, wrong, sources)
+        found = _differ(right, wrong, operands)
         if found is not None:
             best.append(found)
     return cheapest(best)
 
 
-def _differ(right: Way, wrong: Way, sources: Sequence[Source]) -> tuple[int, Difference] | None:
+def _differ(right: Way, wrong: Way, operands: Sequence[Operand]) -> tuple[int, Explanation] | None:
     error = max(right.error, wrong.error)
     parts = {
         "terms": right.terms != wrong.terms,
@@ -211,26 +211,26 @@ def _differ(right: Way, wrong: Way, sources: Sequence[Source]) -> tuple[int, Dif
         return None
     if moved == ["order"]:
         text = f"torch flattens axes {right.order} of the map, Flax {wrong.order} (0 is the batch, the last channels)"
-        return 1, Difference("flatten order", text, f"x.transpose(0, {', '.join(map(str, right.order))}) first", error)
+        return 1, Explanation("flatten order", text, f"x.transpose(0, {', '.join(map(str, right.order))}) first", error)
     if moved == ["activation"]:
         text = f"torch has {right.activation} before {right.text}, Flax {wrong.activation}"
-        return 1, Difference("activation", text, ACTIVATIONS[right.activation].flax, error)
+        return 1, Explanation("activation", text, ACTIVATIONS[right.activation].flax, error)
     if moved == ["terms"]:
         lost = set(right.terms) ^ set(wrong.terms)
-        names = ", ".join(sources[index].text for index in sorted(lost))
+        names = ", ".join(operands[index].text for index in sorted(lost))
         side = "torch adds" if len(right.terms) > len(wrong.terms) else "only Flax adds"
-        return 2, Difference("missing residual", f"{side} {names}", f"add or leave out {names}", error)
+        return 2, Explanation("missing residual", f"{side} {names}", f"add or leave out {names}", error)
     return _pools_differ(right, wrong, error)
 
 
-def _pools_differ(right: Way, wrong: Way, error: float) -> tuple[int, Difference] | None:
-    text = f"torch is {right.text}, Flax is {wrong.text}"
+def _pools_differ(right: Way, wrong: Way, error: float) -> tuple[int, Explanation] | None:
+    text = f"torch computes {right.text}, Flax computes {wrong.text}"
     a, b = right.pool, wrong.pool
     if a is None or b is None:
         name = "stride alignment" if a is b and "::" in right.what else "pooling"
-        return 1, Difference(name, text, right.text, error)
+        return 1, Explanation(name, text, right.text, error)
     if a.kind != b.kind:
-        return 2 + (a.pads != b.pads) + (a.size != b.size), Difference("pooling", text, a.flax, error)
+        return 2 + (a.pads != b.pads) + (a.size != b.size), Explanation("pooling", text, a.flax, error)
     if a.size != b.size or a.stride != b.stride:
-        return 3, Difference("pooling", text, a.flax, error)
-    return 1, Difference("padding", text, a.flax, error)
+        return 3, Explanation("pooling", text, a.flax, error)
+    return 1, Explanation("padding", text, a.flax, error)

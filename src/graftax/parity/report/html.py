@@ -1,4 +1,4 @@
-"""A parity report as one self-contained page: no script, no font and no image from elsewhere; light and dark."""
+"""A parity report as one self-contained HTML page: no external script, font or image; light and dark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from graftax.parity.report.model import LayerRow, ParityReport
 
 MARK = "graftax parity report"
-"""Stands near the start of every page: only a file that has it is replaced."""
+"""A mark near the start of every page: only a file that contains it is replaced."""
 
 
 def parity_html(report: ParityReport) -> str:
@@ -34,7 +34,7 @@ def parity_html(report: ParityReport) -> str:
 
 
 def save_parity_html(report: ParityReport, path: str | os.PathLike[str]) -> None:
-    """Write the page, in one step. StorageError where that fails, or where another file is there."""
+    """Write the page in one step. StorageError if writing fails, or if the path holds another file."""
     out = Path(path)
     refuse_other_file(out, MARK, "a parity report")
     text = parity_html(report)

@@ -1,6 +1,6 @@
-"""What a parity check found, as data: the report, its rows, the causes. No framework and no NumPy is imported here.
+"""The result of a parity check as data: the report, its rows, the causes. No framework and no NumPy is imported here.
 
-The text and the HTML page are made by `graftax.report`; this module only holds what they show.
+The modules beside this one make the text and the HTML page; this module only holds the data that they show.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
-from graftax.parity.pairing import Pair
+from graftax.parity.pairing import ModulePair
 from graftax.parity.records import THRESHOLD, UNIT, Site
 
 Where = Literal["in", "out"]
@@ -28,10 +28,10 @@ def ratio_of(error: float | None, floor: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """One explanation that was tried on the first diverging layer alone and makes it agree.
+    """One explanation that was tried on the first diverging layer and makes it agree.
 
     name          a word of `causes.names.CAUSES`
-    layer         the module that it is about, by its Flax path, '' for the model itself
+    layer         the Flax path of the module at fault, '' for the model itself
     detail        what was found: 'torch has eps=1e-12, Flax has epsilon=1e-6'
     fix           what to change: 'nn.LayerNorm(epsilon=1e-12)'
     error_before, error_after   relative L2 of the layer as it is, and with the fix
@@ -60,16 +60,16 @@ class LayerRow:
     """One call of one module pair. All errors are relative L2 against the float64 reference.
 
     kind        the two class names, 'Linear / Dense'
-    in_error    of what arrives at the Flax module when every layer before it was given the reference input and handed
-                on the reference output: the error of the functional code between the layers. None: not compared
-    out_error   of what the Flax module makes of the reference input: the error that this layer adds
+    in_error    of the input that arrives at the Flax module when every layer before it got the reference input and
+                passed on the reference output: the error of the functional code between the layers. None: not compared
+    out_error   of the Flax module's output for the reference input: the error that this layer adds
     free_error  of its output in an ordinary run. None: not compared
-    *_floor     the same for torch float32: what float32 can do here
+    *_floor     the same error of torch float32: the best that float32 can do here
     status      'ok', 'diverges' (in or out above the threshold), or 'not compared'
     text        why it was not compared
     """
 
-    pair: Pair
+    pair: ModulePair
     site_torch: Site
     site_flax: Site
     kind: str
@@ -126,9 +126,9 @@ class OutputRow:
     """One array of the model's output. `path` is its place in the nest ('' for a lone array, 'logits', '0/hidden').
 
     error, floor  relative L2 of Flax and of torch float32 against float64
-    metrics       what else was measured: 'max_abs' always; 'top1' and 'kl' for logits, 'cosine' for embeddings,
-                  'atol', 'rtol' and 'outside' (how many values) where those were asked for
-    text          what does not fit, where it is not a number: another shape, missing on one side
+    metrics       other measures: 'max_abs' always; 'top1' and 'kl' for logits, 'cosine' for embeddings; 'atol', 'rtol'
+                  and 'outside' (how many values) if tolerances were given
+    text          a misfit that is not a number: a shape mismatch, an output missing on one side
     """
 
     path: str
@@ -155,10 +155,10 @@ class OutputRow:
 
 @dataclass(frozen=True, slots=True)
 class WeightRow:
-    """A Flax leaf whose bits are not what the plan makes of the torch weights.
+    """A Flax leaf whose bits differ from the leaf that the plan makes from the torch weights.
 
     path         the Flax leaf; differing, total: how many of its values
-    largest_ulp  the largest distance in units of the last place; None where that has no meaning (another dtype, NaN)
+    largest_ulp  the largest distance in units of the last place; None if it has no meaning (another dtype, NaN)
     text         what was compared, and the torch keys it comes from
     """
 
@@ -180,8 +180,8 @@ class WeightRow:
 
 @dataclass(frozen=True, slots=True)
 class SettingRow:
-    """A setting of a module pair that does not agree: torch and flax are module paths, `want` is the Flax value that
-    torch's settings ask for, `have` what it is."""
+    """A setting that differs within a module pair. torch, flax: module paths; `want`: the Flax value that torch's
+    settings require; `have`: the value that Flax has."""
 
     torch: str
     flax: str
@@ -208,11 +208,11 @@ class ParityReport:
     """The answer of `gx.check_parity`: truthy when the port is proved, text that names the first layer and the cause.
 
     outputs     one row per array of the output; layers: one per call of a module pair, in torch's call order
-    first       the first layer that diverges, and `where`: 'out' the module itself, 'in' the code before it
-    causes      explanations that were tried there and hold, the best first; empty: unknown
-    weights     Flax leaves whose bits differ from what the plan makes of the torch weights
-    settings    settings that do not agree, by the models' own declarations
-    not_traced  module path ('torch:encoder', 'flax:encoder') -> why no row speaks of it
+    first       the first layer that diverges; `where`: 'out' the module itself, 'in' the code before it
+    causes      explanations that were tried on it and make it agree, the best first; empty: unknown
+    weights     Flax leaves whose bits differ from those that the plan makes from the torch weights
+    settings    settings that differ, as the two models declare them
+    not_traced  module path ('torch:encoder', 'flax:encoder') -> why it has no row
     paired      (module pairs seen in the run, parametrised modules that have one, parametrised modules in all)
     seconds     where the time went: 'torch', 'flax', 'compile', 'causes', 'audit', 'total'
     """
@@ -242,13 +242,13 @@ class ParityReport:
         return parity_text(self)
 
     def __repr__(self) -> str:
-        """A line: what pytest shows for `assert gx.check_parity(...)`."""
+        """One line, which pytest shows for `assert gx.check_parity(...)`."""
         from graftax.parity.report.words import one_line
 
         return f"<ParityReport: {one_line(self)}>"
 
     def save_html(self, path: str | PathLike[str]) -> None:
-        """Write the report as one self-contained page. StorageError where that fails."""
+        """Write the report as one self-contained HTML page. StorageError if writing fails."""
         from graftax.parity.report.html import save_parity_html
 
         save_parity_html(self, path)
@@ -273,14 +273,14 @@ class ParityReport:
 
 
 def number(value: float | None) -> float | str | None:
-    """A number as JSON has it: infinities and NaN, which JSON lacks, as text."""
+    """A number for JSON: infinities and NaN, which JSON lacks, become text."""
     if value is None or math.isfinite(value):
         return value
     return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
 def plain(value: Any) -> Any:
-    """A setting as JSON data: numbers, text, lists; anything else by its text."""
+    """A setting as JSON data: numbers, text, lists; any other value as its text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

@@ -30,7 +30,7 @@ def parity_text(report: ParityReport, width: int | None = None, color: bool = Fa
     diverges, cause and fix; then outputs, layers (folded), weights, settings and what was not traced.
 
     color   with ANSI colours
-    ascii   for an output that can hold nothing else
+    ascii   for an output that can only hold ASCII
     """
     wanted = width or shutil.get_terminal_size((110, 40)).columns
     columns = max(_WIDTHS[0], min(_WIDTHS[1], wanted))
@@ -63,7 +63,7 @@ def _parts(report: ParityReport, width: int) -> list[Any]:
     for title, body in (
         ("outputs", _outputs(report)),
         (f"{_which_layers(report)}: error as a multiple of float32's own", _layers(report, width)),
-        ("weights that are not what the plan makes of torch's", _weights(report)),
+        ("weights that differ from those the plan makes from torch's", _weights(report)),
         ("settings that differ", _settings(report)),
         ("not traced", _lines(words.by_reason(report.not_traced))),
         ("notes", _lines([escape(note, 600) for note in report.notes])),
@@ -96,7 +96,7 @@ def _finding(report: ParityReport) -> Table:
 
 
 def _causes(report: ParityReport, grid: Table | None = None, here: str = "") -> Table:
-    """The causes and their fixes, below the rows that `grid` has. here: the layer that needs no mention."""
+    """The causes and their fixes, added to the rows of `grid`. here: the layer whose path is not repeated."""
     if grid is None:
         grid = _pairs()
     for i, cause in enumerate(report.causes[:_SHOWN]):
@@ -134,7 +134,8 @@ def _which_layers(report: ParityReport) -> str:
 
 
 def _layers(report: ParityReport, width: int) -> Table | None:
-    """Marks, both paths, and what arrives, what the layer adds and (where there is room) an ordinary run's error."""
+    """Per layer: a mark, both paths, the error of its input, the error it adds, and the error of an ordinary run if it
+    fits."""
     if not report.layers:
         return None
     lines = words.layer_lines(report)
@@ -171,7 +172,7 @@ def _layers(report: ParityReport, width: int) -> Table | None:
 
 
 def _cell(rows: Any, name: str, threshold: float) -> Text:
-    """The largest of these rows' ratios; one that counts is red above the threshold."""
+    """The largest ratio of these rows, red above the threshold; the free run's is never red."""
     most = _most(getattr(row, name) for row in rows)
     if name == "free_ratio":
         return Text(words.times(most), "dim")

@@ -1,4 +1,4 @@
-"""The page's drawings as numbers: the chart of errors, and both module trees. The template draws them."""
+"""The numbers behind the page's drawings: the chart of errors and the two module trees. The template draws them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 UNIT = 2.0**-24  # the smallest error that float32 is held to
 WIDTH, HEIGHT = 1120, 340
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 36, 52
-_FEW = 16  # so many calls are named each by itself under the chart
+_FEW = 16  # up to this many calls get a label each under the chart
 GAUGE = 132  # width of the small scale in a row of the tree
 _GAUGE_SPAN = (-0.7, 6.0)  # its ends, as powers of ten of a ratio
 
@@ -26,7 +26,8 @@ _GAUGE_SPAN = (-0.7, 6.0)  # its ends, as powers of ten of a ratio
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A mark: x, y, `shape` 'out' (the module itself) or 'in' (the code before it), bad or not, the row it is of."""
+    """A mark of the chart: x, y, `shape` 'out' (the module itself) or 'in' (the code before it), bad or not, the number
+    of its row."""
 
     x: float
     y: float
@@ -39,7 +40,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Zone:
-    """A block of layers on the x axis: from x on, `width` wide; `label` is empty where there is no room."""
+    """A block of layers on the x axis: it begins at x and is `width` wide; `label` is empty if it does not fit."""
 
     x: float
     width: float
@@ -49,7 +50,7 @@ class Zone:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """All of the chart in the coordinates of its view box. `band` and `free` are SVG point lists and path data."""
+    """The chart in the coordinates of its view box. `band` is an SVG point list, `free` SVG path data."""
 
     ticks: tuple[tuple[float, int], ...]
     band: str
@@ -67,7 +68,7 @@ class Chart:
 
 
 def chart(report: ParityReport) -> Chart | None:
-    """Error (relative L2) of every layer call on a log scale; None where no layer was compared."""
+    """The error (relative L2) of every layer call on a log scale; None if no layer was compared."""
     numbered = [(i, row) for i, row in enumerate(report.layers) if row.site_torch.path]  # the model itself is no layer
     rows = [row for _, row in numbered]
     if not any(row.status != "not compared" for row in rows):
@@ -94,7 +95,7 @@ def chart(report: ParityReport) -> Chart | None:
             title = f"{row.site_torch} ↔ {row.site_flax}, {what}: {words.small(error)}, {words.times(ratio)}x float32"
             bad = not ratio <= report.threshold
             points.append(Point(x_of(i), y_of(error), shape, bad, number, title, not math.isfinite(error)))
-    points.sort(key=lambda point: point.bad)  # those that count are drawn last
+    points.sort(key=lambda point: point.bad)  # marks that alarm are drawn last
     floors = [max(row.out_floor, UNIT) for row in rows]
     edge = [(LEFT, floors[0]), *((x_of(i), floor) for i, floor in enumerate(floors)), (WIDTH - RIGHT, floors[-1])]
     below = [f"{x},{y_of(floor)}" for x, floor in edge]
@@ -127,7 +128,7 @@ def _decades(report: ParityReport) -> tuple[int, int]:
 
 
 def _free_path(rows: Sequence[LayerRow], x_of: Callable[[float], float], y_of: Callable[[float], float]) -> str:
-    """The error of an ordinary run as a line through the layers, broken where it was not compared."""
+    """The error of an ordinary run as a line through the layers, with a gap where it was not compared."""
     path, pen = "", False
     for i, row in enumerate(rows):
         if not row.pair.leaf:  # a container's call begins before those of its layers
@@ -141,7 +142,8 @@ def _free_path(rows: Sequence[LayerRow], x_of: Callable[[float], float], y_of: C
 
 
 def _zones(rows: Sequence[LayerRow], step: float) -> Iterator[Zone]:
-    """Blocks of layers; a label where the block is wide enough, or else every few blocks."""
+    """The blocks of layers. A block that is too narrow for its label gets none; a number may stand at every few
+    blocks."""
     start, taken, last = 0, -1e9, ""
     few = len(rows) <= _FEW
     for number, (key, group) in enumerate(groupby(rows, key=lambda row: row.site_torch if few else block_of(row))):
@@ -165,9 +167,9 @@ def _zones(rows: Sequence[LayerRow], step: float) -> Iterator[Zone]:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """A line of the two trees: a name with its depth on each side ('' where a side has none here), and the call that is
-    compared there, if one is. `number` is its place in the report's layers."""
+class TreeLine:
+    """A line of the two trees: a name with its depth on each side ('' if a side has none here), and the call that is
+    compared there, if any. `number` is the call's place in the report's layers."""
 
     torch: str
     torch_depth: int
@@ -187,11 +189,12 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Lines that belong together: what both sides call them, how many calls, how bad; open where it matters."""
+    """Lines that belong together: their name on both sides, the number of calls, the worst ratio, and whether the block
+    is open."""
 
     torch: str
     flax: str
-    nodes: tuple[Node, ...]
+    nodes: tuple[TreeLine, ...]
     calls: int
     bad: int
     worst: float | None
@@ -200,8 +203,8 @@ class Block:
 
 
 def block_of(row: LayerRow) -> str:
-    """The block of layers that a call lies in: its containers up to the first number ('encoder.layer.3'), else the
-    first of them; '' for what lies in none."""
+    """The block of layers that contains a call: the call's containers up to the first number ('encoder.layer.3'), else
+    the first container; '' if there is none."""
     parts = row.site_torch.path.split(".")
     parts = parts[:-1] if row.pair.leaf else parts
     for i, part in enumerate(parts):
@@ -220,7 +223,7 @@ def gauge_x(ratio: float | None) -> float | None:
 
 
 def blocks(report: ParityReport) -> list[Block]:
-    """Every call that has a row, under the containers that it lies in, on both sides, in torch's call order."""
+    """Every call that has a row, under its containers on both sides, in torch's call order."""
     indexed = list(enumerate(report.layers))
     found: list[Block] = []
     few = len(indexed) <= 24
@@ -252,13 +255,13 @@ def _strip(rows: Sequence[LayerRow]) -> Iterator[tuple[float, float, bool]]:
 
 
 def _common(paths: Sequence[str], separator: str) -> str:
-    """What all paths begin with, in whole parts."""
+    """The common beginning of all paths, in whole parts."""
     return words.escape(separator.join(_root([path.split(separator) for path in paths])), 400)
 
 
-def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[Node]:
-    """The lines of a block: containers as they are entered, then the call; a container that has a row of its own shows
-    it where it is entered."""
+def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[TreeLine]:
+    """The lines of a block: first the containers that are entered, then the call. A container with a row of its own
+    shows it where it is entered."""
     containers = {row.site_torch.path: (i, row) for i, row in items if not row.pair.leaf and row.site_torch.call == 0}
     leaves = [(i, row) for i, row in items if row.pair.leaf or row.site_torch.call]
     torch_root = _root([row.site_torch.path.split(".")[:-1] for _, row in leaves])
@@ -292,16 +295,16 @@ def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[
 
 def _node(
     torch: str, torch_depth: int, flax: str, flax_depth: int, row: LayerRow | None, number: int, threshold: float
-) -> Node:
+) -> TreeLine:
     names = words.escape(torch, 300), max(torch_depth, 0), words.escape(flax, 300), max(flax_depth, 0)
     if row is None:
-        return Node(*names)
+        return TreeLine(*names)
     bad = [ratio is not None and not ratio <= threshold for ratio in (row.in_ratio, row.out_ratio)]
-    return Node(*names, row, number, bad[0], bad[1], gauge_x(row.in_ratio), gauge_x(row.out_ratio))
+    return TreeLine(*names, row, number, bad[0], bad[1], gauge_x(row.in_ratio), gauge_x(row.out_ratio))
 
 
 def _root(parents: Sequence[list[str]]) -> list[str]:
-    """What all of these begin with."""
+    """The common beginning of all of these."""
     out = parents[0] if parents else []
     for parts in parents:
         out = out[: _shared(out, parts)]
@@ -309,7 +312,7 @@ def _root(parents: Sequence[list[str]]) -> list[str]:
 
 
 def _shared(old: Sequence[str], new: Sequence[str]) -> int:
-    """How many parts two lists begin with alike."""
+    """How many leading parts two lists share."""
     length = 0
     for one, other in zip(old, new, strict=False):
         if one != other:

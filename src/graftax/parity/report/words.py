@@ -1,4 +1,4 @@
-"""What the text and the page say alike about a parity report: numbers, sentences, which rows matter."""
+"""The words that the text and the HTML page share: numbers, sentences, the choice of rows to show."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METRICS = {
     "atol": "atol {:g}",
     "rtol": "rtol {:g}",
 }
-"""A metric's name in OutputRow -> what a person reads."""
+"""A metric's name in OutputRow -> its text in the report."""
 SEVERITIES = ("error", "warning", "note")
 _NUMBER = re.compile(r"[0-9]+")
 
@@ -61,7 +61,7 @@ def count(number: int, what: str, many: str = "") -> str:
 
 
 def metric_text(row: OutputRow) -> str:
-    """'max |a-b| 4.2e-07, top-1 agreement 100%, KL 3.1e-14'; the text of a row that could not be measured."""
+    """'max |a-b| 4.2e-07, top-1 agreement 100%, KL 3.1e-14'; the row's own text if it could not be measured."""
     shown = [_metric(label, row.metrics[name]) for name, label in METRICS.items() if name in row.metrics]
     shown += [f"{escape(name)} {value:.4g}" for name, value in row.metrics.items() if name not in METRICS]
     return ", ".join([escape(row.text, 400)] * bool(row.text) + shown)
@@ -74,7 +74,7 @@ def _metric(label: str, value: float) -> str:
 
 
 def ulp_text(largest: float | None) -> str:
-    """'3 ulp' where that says something: values that have nothing to do with each other are any distance apart."""
+    """'3 ulp' for a small distance; '' for a large one, which says nothing: unrelated values are any distance apart."""
     return f"{largest:g} ulp" if largest is not None and largest <= 4096 else ""
 
 
@@ -87,12 +87,12 @@ def site_name(site: Site) -> str:
 
 
 def shortened(path: str, room: int, separator: str) -> str:
-    """The end of a path that is too long, from a separator on where that leaves enough: '…layer.3.attention.output'."""
+    """The end of a path that is too long, cut at a separator if enough remains: '…layer.3.attention.output'."""
     if len(path) <= room:
         return path
     tail = path[-(room - 1) :]
     cut = tail.find(separator)
-    numbered = any(char.isdigit() for char in tail[:cut])  # the number of a layer is what tells it from its siblings
+    numbered = any(char.isdigit() for char in tail[:cut])  # only its number tells a layer from its siblings
     return "…" + (tail[cut + 1 :] if 0 <= cut < room // 3 and not numbered else tail)
 
 
@@ -114,7 +114,7 @@ def worst_ratio(rows: Iterable[LayerRow]) -> float | None:
 
 
 def row_ratio(row: LayerRow) -> float:
-    """How far off a row is; -1 where it was not compared."""
+    """The worst ratio of a row; -1 if it was not compared."""
     worst = worst_ratio([row])
     return -1.0 if worst is None else worst
 
@@ -184,14 +184,14 @@ def _within(compared: Sequence[LayerRow]) -> str:
 
 
 def where_text(report: ParityReport) -> str:
-    """What it means that the first layer diverges 'in' or 'out', with its numbers."""
+    """A sentence that explains where the first layer diverges ('in' or 'out'), with the numbers."""
     row = report.first
     assert row is not None
     if report.where == "in":
-        what = "the code before it: given torch's outputs of the layers before, what arrives here"
+        what = "the code before it: the layers before give torch's outputs, and the input that arrives here"
         error, ratio = row.in_error, row.in_ratio
     else:
-        what = "the module itself: given torch's input, its output"
+        what = "the module itself: it gets torch's input, and its output"
         error, ratio = row.out_error, row.out_ratio
     if error is None or not math.isfinite(error):
         return f"{what} is {'not finite' if error is None or math.isinf(error) else 'NaN'}"
@@ -199,8 +199,8 @@ def where_text(report: ParityReport) -> str:
 
 
 def unknown_text(report: ParityReport) -> str:
-    """What to do where no cause was found."""
-    tried = "unknown: nothing that was tried makes it agree."
+    """The next step if no cause was found."""
+    tried = "unknown: no explanation that was tried makes the layer agree."
     if report.where == "in":
         return f"{tried} Compare what both models compute between the layer before and this one."
     if any(row.severity == "error" for row in report.settings):
@@ -217,24 +217,24 @@ def kind_and_count(report: ParityReport) -> str:
 
 
 def cause_detail(cause: Cause) -> str:
-    """What was found, without the cause's name, where it begins with that."""
+    """The cause's detail without a leading repetition of its name."""
     return escape(cause.detail.removeprefix(f"{cause.name}: "), 400)
 
 
 def no_layer_text(report: ParityReport) -> str:
-    """What a failing report without a diverging layer says."""
+    """The text of a failing report without a diverging layer."""
     if any(map(_misfit, report.outputs)):
-        return "An output has no counterpart of its shape: gx.Inputs(torch_call=, flax_call=) picks what is compared."
+        return "An output has no counterpart of its shape. Pick the outputs with gx.Inputs(torch_call=, flax_call=)."
     if any(not row.ok for row in report.outputs):
         if not report.layers:
             return "The layers were not compared (layers=False)."
         return (
-            "Every layer that was compared agrees given torch's input: what differs lies behind the last of them or in "
-            "code that no layer sees."
+            "Every compared layer agrees when it gets torch's input: the fault lies behind the last one, or in code "
+            "outside every layer."
         )
     if report.weights:
-        return "The outputs agree on these inputs, but the weights are not bit for bit what the plan makes of torch's."
-    return "The outputs agree on these inputs; the models' declared settings do not."
+        return "The outputs agree on these inputs, but some weights are not those that the plan makes from torch's."
+    return "The outputs agree on these inputs, but the models declare different settings."
 
 
 # ---------------------------------------------------------------- rows that matter
@@ -242,9 +242,9 @@ def no_layer_text(report: ParityReport) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the layer table: one row, several that differ in their numbers only, or a gap (no rows shown).
+    """A line of the layer table: one row, several rows whose paths differ only in numbers, or a gap (rows not shown).
 
-    hidden   how many rows a gap stands for: `bad` of them diverge, `worst` is the largest ratio among them
+    hidden   how many rows a gap hides: `bad` of them diverge, `worst` is the largest ratio among them
     """
 
     rows: tuple[LayerRow, ...] = ()
@@ -255,7 +255,7 @@ class Line:
 
     @property
     def gap(self) -> str:
-        """What a gap says: '… 23 more, none above 1.4'."""
+        """The text of a gap: '… 23 more, none above 1.4'."""
         if self.bad:
             return f"… {self.hidden:,} more, {self.bad:,} of them diverge, by up to {times(self.worst)}"
         return f"… {self.hidden:,} more" + ("" if self.worst is None else f", none above {times(self.worst)}")
@@ -277,8 +277,9 @@ def _folded(sites: Sequence[Site]) -> str:
 
 
 def layer_lines(report: ParityReport, limit: int = 14) -> list[Line]:
-    """The lines to show: all rows of a short trace; else those around the first divergence, every column of rows that
-    diverge (the worst `limit`), or the three worst of a trace that passes; gaps say what lies between."""
+    """The lines to show. A short trace shows all rows. A longer one shows the rows around the first divergence and the
+    groups of similar rows that diverge (the worst, `limit` lines in all), with gaps between. One that passes shows its
+    three worst rows."""
     rows = report.layers
     at = next((i for i, row in enumerate(rows) if row is report.first), None)
     if len(rows) <= limit:
@@ -321,7 +322,7 @@ def _gap(rows: Sequence[LayerRow]) -> Line:
 
 
 def folded_settings(settings: Iterable[SettingRow]) -> list[tuple[SettingRow, list[SettingRow]]]:
-    """Settings that say the same of modules that differ in their numbers only: (first, all), errors first."""
+    """Group equal settings of modules whose paths differ only in numbers: (first row, all rows), errors first."""
     groups: dict[tuple[str, ...], list[SettingRow]] = {}
     for row in settings:
         key = (row.severity, row.setting, str(row.want), str(row.have), _NUMBER.sub("#", row.flax))
@@ -331,21 +332,21 @@ def folded_settings(settings: Iterable[SettingRow]) -> list[tuple[SettingRow, li
 
 
 def by_reason(names: Mapping[str, str], shown: int = 3) -> list[str]:
-    """Modules that were not traced, a line a reason: 'never called (40): flax:encoder/{0..39}/dropout'."""
+    """Modules that were not traced, one line per reason: 'never called (40): flax:encoder/{0..39}/dropout'."""
     return [f"{escape(reason, 200)} ({count}): {folded}" for reason, count, folded in text.by_reason(names, shown)]
 
 
 def seconds_text(seconds: Mapping[str, float]) -> str:
-    """'7.2 s (torch 0.8, Flax 3.9 of which 1.9 compiling)'."""
+    """'7.2 s (torch 0.8, Flax 3.9 including 1.9 compiling)'."""
     if not seconds:
         return ""
     total = seconds.get("total", sum(seconds.values()))
-    inside = {"total", "flax", "flax forced", "flax compile"}  # parts of the lap that is called Flax
+    inside = {"total", "flax", "flax forced", "flax compile"}  # parts of the lap named Flax
     compiling = seconds.get("flax compile", 0.0)
     parts: list[str] = []
     for name, value in seconds.items():
         if name in inside or value < 0.05:
             continue
-        more = f" of which {compiling:.1f} compiling" if name == "Flax" and compiling >= 0.05 else ""
+        more = f" including {compiling:.1f} compiling" if name == "Flax" and compiling >= 0.05 else ""
         parts.append(f"{escape(name)} {value:.1f}{more}")
     return f"{total:.1f} s" + (f" ({', '.join(parts)})" if parts else "")
