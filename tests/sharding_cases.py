@@ -540,8 +540,8 @@ def test_a_sharded_folder_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest
     gx.port_file(given, given, tmp_path / "m", to="torch", shard_size="2MB")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     rows: list[bool] = []
-    inner = sharded.by_rows
-    monkeypatch.setattr(sharded, "by_rows", lambda *a: (rows.append(inner(*a)), rows[-1])[1])
+    inner = sharded.fill_by_rows
+    monkeypatch.setattr(sharded, "fill_by_rows", lambda *a: (rows.append(inner(*a)), rows[-1])[1])
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     like = {f"l{i}": {"kernel": jax.ShapeDtypeStruct((768, 512), "float32")} for i in range(3)}
     receipt = Receipt()

@@ -19,7 +19,7 @@ from graftax.errors import FormatError, PlanError, StorageError, UnsafeInputErro
 from graftax.formats import npz, open_path
 from graftax.formats.base import Output
 from graftax.formats.io import zip_read, zip_write
-from graftax.formats.io.source import open_source
+from graftax.formats.io.source import open_stamped
 from graftax.formats.table import FORMATS
 from graftax.report.inspecting import inspection, inspection_text
 from graftax.tree import TensorSpec
@@ -342,14 +342,14 @@ def test_deflate_that_gives_more_or_less(tmp_path):
     data = bytearray(path.read_bytes())
     at = data.find(b"PK\x01\x02") + 24
     (size,) = struct.unpack_from("<I", data, at)
-    member = next(iter(zip_read.zip_members(open_source(path)).values()))
+    member = next(iter(zip_read.zip_members(open_stamped(path)).values()))
     assert member.size == size
     for wrong in (size - 8, size + 8):
         struct.pack_into("<I", data, at, wrong)
         path.write_bytes(data)
-        changed = next(iter(zip_read.zip_members(open_source(path)).values()))
+        changed = next(iter(zip_read.zip_members(open_stamped(path)).values()))
         with pytest.raises(FormatError):
-            zip_read.read_member(open_source(path), changed)
+            zip_read.read_member(open_stamped(path), changed)
 
 
 def test_file_that_changes(tmp_path):
@@ -393,7 +393,7 @@ def test_many_members(tmp_path):
             file.seek(place.start)
             file.write(zip_write.member_header(name, place, 0))
         file.write(zip_write.directory(members, dict.fromkeys(members, 0), end))
-    assert list(zip_read.zip_members(open_source(tmp_path / "x.zip"))) == list(members)
+    assert list(zip_read.zip_members(open_stamped(tmp_path / "x.zip"))) == list(members)
     with zipfile.ZipFile(tmp_path / "x.zip") as archive:
         assert archive.namelist() == list(members)
 

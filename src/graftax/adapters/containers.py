@@ -30,7 +30,7 @@ Visit = Callable[[str, Leaf], Leaf]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class TreeArrays:
     """What a tree holds, each with its keys.
 
     weights    arrays that are weights
@@ -41,15 +41,15 @@ class Found:
     optimizer: list[tuple[tuple[Key, ...], Leaf, int]]
 
 
-def found_in(tree: Any) -> Found:
+def found_in(tree: Any) -> TreeArrays:
     """The arrays of `tree`, in the tree's own order, out of their boxes.
 
     Variables that are no weights, random keys and None are passed over; in the classes that jax knows, what is no array
     too. Raises UsageError for another leaf that is no array and for a key that no path can hold.
     """
     linen = is_variables(tree)
-    found = Found([], [])
-    _Walk(found, lambda keys: linen and keys[0] in LINEN_STATE).visit(tree, (), False, None)
+    found = TreeArrays([], [])
+    _ArrayWalk(found, lambda keys: linen and keys[0] in LINEN_STATE).visit(tree, (), False, None)
     return found
 
 
@@ -68,8 +68,8 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
-    found: Found
+class _ArrayWalk:
+    found: TreeArrays
     aside: Callable[[tuple[Key, ...]], bool]
 
     def visit(self, node: Any, keys: tuple[Key, ...], loose: bool, kept: Kept | None) -> None:

@@ -120,7 +120,7 @@ def _table(pairs: Iterable[tuple[tuple[Key, ...], Any]], label: str) -> dict[str
     return found
 
 
-def _left_out(arrays: containers.Found) -> dict[str, str]:
+def _left_out(arrays: containers.TreeArrays) -> dict[str, str]:
     """Where an optimizer's state lies -> what it is."""
     counts = Counter(containers.path_of(keys[:1] if keys else ()) for keys, _, _ in arrays.optimizer)
     return {name: f"what an optimizer keeps: {count} leaves" for name, count in counts.items()}

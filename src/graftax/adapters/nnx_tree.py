@@ -96,7 +96,7 @@ def _shown(state: Any, base: Checkpoint) -> Callable[[str], Any] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class SplitModule:
     """A Module as nnx.split gives it, and the keys of raw arrays that have no values: NNX takes these for static
     attributes of the GraphDef (nnx.eval_shape of a WeightNorm), here they are leaves of the state."""
 
@@ -105,7 +105,7 @@ class Parts:
     abstract: tuple[tuple[Key, ...], ...]
 
 
-def split_module(module: Any) -> Parts:
+def split_module(module: Any) -> SplitModule:
     import jax
     from flax import nnx
     from jax.core import Tracer
@@ -124,10 +124,10 @@ def split_module(module: Any) -> Parts:
         if keys[-1] not in node:
             node[keys[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             abstract.append(keys)
-    return Parts(graphdef, state, tuple(abstract))
+    return SplitModule(graphdef, state, tuple(abstract))
 
 
-def join_module(parts: Parts, state: Any) -> Any:
+def join_module(parts: SplitModule, state: Any) -> Any:
     """A new Module of `parts` with `state`."""
     from flax import nnx
 

@@ -85,7 +85,7 @@ def places(
             "torch tensors are not laid out by sharding=",
             next="Leave it out; sharding='host' gives NumPy arrays where that is wanted.",
         )
-    wanted = _Wanted(specs, side, notes, [])
+    wanted = _PlacementCheck(specs, side, notes, [])
     found = wanted.of(sharding)
     for path, place in found.items():
         wanted.check(path, place, followed=sharding is None)
@@ -125,7 +125,7 @@ def _notes(like: Checkpoint | None) -> Mapping[str, Note]:
 
 
 @dataclass(slots=True)
-class _Wanted:
+class _PlacementCheck:
     """One look at what is asked of the leaves `specs`, with what goes wrong."""
 
     specs: Mapping[str, TensorSpec]

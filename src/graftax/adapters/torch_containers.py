@@ -18,7 +18,7 @@ _NOWHERE = inert.Storage("", "", 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class LiveWeights:
     """The weights of a nest: name -> tensor, name -> its keys from the top, what stands where in it, and what was left
     out (name -> what it is)."""
 
@@ -29,7 +29,7 @@ class Chosen:
     left: dict[str, str]
 
 
-def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
+def choose(tree: Mapping[Any, Any], label: str) -> LiveWeights:
     """The state_dict in `tree`: itself, or the one container of weights in it.
 
     Raises PlanError where several containers could be meant (each is named) and for quantized tensors; FormatError for
@@ -53,7 +53,11 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
             return [proxy(child, (*keys, index)) for index, child in enumerate(node)]
         if containers.is_array(node) and node.shape:
             others.append(keys)
-        return node if node is None or isinstance(node, (bool, int, float, str)) else inert.Opaque(type(node).__name__)
+        return (
+            node
+            if node is None or isinstance(node, (bool, int, float, str))
+            else inert.OpaqueValue(type(node).__name__)
+        )
 
     root = proxy(tree, ())
     try:
@@ -74,7 +78,7 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
             f"{escape('.'.join(map(str, mixed[0])))}",
             next="Make them tensors, or pass them apart.",
         )
-    return Chosen(
+    return LiveWeights(
         {name: tensor for name, (tensor, _) in pairs.items()},
         {name: keys for name, (_, keys) in pairs.items()},
         chosen.container,
@@ -83,16 +87,16 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
     )
 
 
-def _proxy_of(tensor: torch.Tensor) -> inert.Tensor | inert.Refused:
+def _proxy_of(tensor: torch.Tensor) -> inert.Tensor | inert.RefusedTensor:
     """What the .pt reader has for a tensor. Where its values are does not matter for the choice."""
     import torch
 
     if tensor.is_quantized:
-        return inert.Refused("quantized", str(tensor.dtype))
+        return inert.RefusedTensor("quantized", str(tensor.dtype))
     if tensor.layout is not torch.strided:
-        return inert.Refused("sparse", str(tensor.layout))
+        return inert.RefusedTensor("sparse", str(tensor.layout))
     if tensor.is_nested:
-        return inert.Refused("nested")
+        return inert.RefusedTensor("nested")
     shape = (1,) if torch.nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
     return inert.Tensor(_NOWHERE, str(tensor.dtype).removeprefix("torch."), 1, 0, shape, shape)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from graftax.errors import PlanError
-from graftax.execute.fill_tile import Values, fill
+from graftax.execute.fill_tile import Values, fill_tile
 from graftax.execute.memory import allocate
 from graftax.execute.pushdown import push
 from graftax.execute.tiling import Edges, box_steps, grid
@@ -77,7 +77,7 @@ def _check(
         made: list[Array] = []
         for tensor, room in zip(region.tensors, rooms, strict=True):
             flat = room[: math.prod(shape)]
-            fill(flat, push(before, specs, tensor, tile), sources, scratch)
+            fill_tile(flat, push(before, specs, tensor, tile), sources, scratch)
             made.append(flat.reshape(shape))
         judge = region.judge(shape)
         try:

@@ -23,20 +23,20 @@ from graftax.formats.io.files import kept_open
 from graftax.ops import Keep
 from graftax.plans import Plan
 from graftax.tree import Checkpoint, TensorSpec
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 
 IN_FLIGHT = 256 << 20
 """Bytes of shards on their way to devices with memory of their own, beyond which the host waits."""
 
 
 @contextmanager
-def together(stage: str, spans: bool) -> Iterator[None]:
+def joint_stage(stage: str, spans: bool) -> Iterator[None]:
     """Where a load `spans` several processes, all of them end the block, or all raise what failed in one of them."""
     peers = distributed.peers() if spans else None
     if peers is None:
         yield
         return
-    with peers.together(stage):
+    with peers.joint_stage(stage):
         yield
 
 
@@ -47,7 +47,7 @@ def same_work(
     way, of the same tensors."""
     if not spans:
         return
-    with together("reading the source", spans):
+    with joint_stage("reading the source", spans):
         work = same_work_of(plan, source, like)
         meshes = {id(mesh): mesh for place in places.values() if (mesh := getattr(place, "mesh", None)) is not None}
         devices = {key: hashlib.sha256(mesh.device_ids.tobytes()).hexdigest()[:16] for key, mesh in meshes.items()}
@@ -123,7 +123,7 @@ def _place_shards(
 
         return make
 
-    with nothing_collected(), kept_open():
+    with gc_paused(), kept_open():
         in_order([names for names in jobs if names], worker, workers)
 
 

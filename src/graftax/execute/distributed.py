@@ -162,8 +162,8 @@ class Peers:
         """
         turn, self._turn = self._turn, self._turn + 1
         if error is not None:
-            self._decide(turn, _told(self._name(), error))
-            raised = self._failed = _raised(self._verdict(turn, stage, timeout))
+            self._decide(turn, _error_record(self._name(), error))
+            raised = self._failed = _error_of(self._verdict(turn, stage, timeout))
             raised.questions = error.questions
             raise raised from error
         digest = "" if same is None else _digest("\n".join(f"{name}\t{text}" for name, text in sorted(same.items())))
@@ -171,13 +171,13 @@ class Peers:
         self._put(turn, "here", str(self.index), record)
         here = self._folder(turn, "here")
         if len(here) == self.count:  # whoever comes last sees all
-            self._decide(turn, _judged([json.loads(here[str(i)]) for i in range(self.count)]))
+            self._decide(turn, _verdict_on([json.loads(here[str(i)]) for i in range(self.count)]))
         verdict = self._verdict(turn, stage, timeout)
         if "text" in verdict:
-            self._failed = _raised(verdict)
+            self._failed = _error_of(verdict)
             raise self._failed
         if verdict["differ"]:
-            self._tell_difference(same or {}, timeout)
+            self._raise_difference(same or {}, timeout)
         if not verdict["gave"]:
             return [None] * self.count
         here = self._folder(turn, "here")
@@ -192,10 +192,10 @@ class Peers:
         for text in self._folder(self._turn, "verdict").values():
             verdict = json.loads(text)
             if "text" in verdict:
-                raise _raised(verdict)
+                raise _error_of(verdict)
 
     @contextmanager
-    def together(self, stage: str, timeout: float = TIMEOUT) -> Iterator[None]:
+    def joint_stage(self, stage: str, timeout: float = TIMEOUT) -> Iterator[None]:
         """`agree` at the end of the block, with what it raised; what all have raised already passes. An error that is
         no GraftaxError is told to the others and raised here as it is. Until then this process counts as alive."""
         try:
@@ -210,7 +210,7 @@ class Peers:
                 raise
             turn, self._turn = self._turn, self._turn + 1
             what = "was interrupted" if isinstance(error, KeyboardInterrupt) else _line(error)
-            self._decide(turn, _told(self._name(), GraftaxError(what)))
+            self._decide(turn, _error_record(self._name(), GraftaxError(what)))
             self._failed = error
             raise
         else:
@@ -226,10 +226,10 @@ class Peers:
         except Exception as error:
             failed = error
         what = failed if failed is None or isinstance(failed, GraftaxError) else GraftaxError(_line(failed))
-        told = self.agree(stage, give=None if what is None else _told(self._name(), what), timeout=timeout)
+        told = self.agree(stage, give=None if what is None else _error_record(self._name(), what), timeout=timeout)
         first = next((verdict for verdict in told if verdict is not None), None)
         if first is not None:
-            self._failed = _raised(first)
+            self._failed = _error_of(first)
             raise self._failed from failed
 
     @contextmanager
@@ -291,7 +291,7 @@ class Peers:
     def _name(self) -> str:
         return f"process {self.index} of {self.count} (on {escape(platform.node() or 'this host')})"
 
-    def _tell_difference(self, same: Mapping[str, str], timeout: float) -> None:
+    def _raise_difference(self, same: Mapping[str, str], timeout: float) -> None:
         """Every process raises the same PlanError, with the names of what differs from process 0."""
         first = self.agree("what process 0 has", give=dict(same) if self.index == 0 else None, timeout=timeout)[0]
         names = [*first, *(name for name in same if name not in first)]
@@ -327,7 +327,7 @@ def _reached() -> Iterator[None]:
 # ---------------------------------------------------------------- verdicts
 
 
-def _judged(records: list[dict[str, Any]]) -> dict[str, Any]:
+def _verdict_on(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The verdict on what all processes said."""
     stages = [record["stage"] for record in records]
     if len(set(stages)) > 1:
@@ -340,7 +340,7 @@ def _judged(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _told(name: str, error: GraftaxError) -> dict[str, Any]:
+def _error_record(name: str, error: GraftaxError) -> dict[str, Any]:
     failures = [{k: v[:_TEXT] for k, v in asdict(failure).items()} for failure in error.failures[:_FAILURES]]
     return {"kind": type(error).__name__, "text": f"{name} failed: {error}", "failures": failures}
 
@@ -358,7 +358,7 @@ def _missing(gone: list[int], count: int, stage: str, timeout: float) -> dict[st
     return {"kind": "StorageError", "text": text, "failures": []}
 
 
-def _raised(verdict: Mapping[str, Any]) -> GraftaxError:
+def _error_of(verdict: Mapping[str, Any]) -> GraftaxError:
     """The error of a verdict: the same text in every process."""
     kind = getattr(errors, verdict["kind"], GraftaxError)
     known = isinstance(kind, type) and issubclass(kind, GraftaxError)

@@ -16,16 +16,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from graftax.errors import PlanError
-from graftax.execute.fill_tile import Simple, cut, fill, simple
+from graftax.execute.fill_tile import Simple, cut_piece, fill_tile, simple
 from graftax.execute.memory import allocate_all
 from graftax.execute.meter import meter_for
-from graftax.execute.pushdown import Piece
+from graftax.execute.pushdown import TilePiece
 from graftax.execute.streamed import SCRATCH, Stream, named
 from graftax.formats.io.files import kept_open
 from graftax.plans import Entry
 from graftax.tree import Checkpoint
 from graftax.tree.dtypes import numpy_dtype
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 
 Array = np.ndarray[Any, Any]
 Job = TypeVar("Job")
@@ -47,7 +47,7 @@ class _Task(NamedTuple):
     entry: Entry | None
     name: str
     out: Array | None = None
-    pieces: Sequence[Piece] | None = None
+    pieces: Sequence[TilePiece] | None = None
 
 
 def load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | None = None) -> dict[str, Array]:
@@ -57,7 +57,7 @@ def load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | N
     workers: threads; None: as many as there are processors, 8 at most. Raises what `Stream.array` raises, for the first
     of the targets that fail.
     """
-    with nothing_collected(), kept_open():
+    with gc_paused(), kept_open():
         return _load(run, source, names, workers)
 
 
@@ -101,7 +101,7 @@ def _jobs(groups: Iterable[Sequence[_Task]], source: Checkpoint) -> Iterable[lis
                 continue
             width = task.out.itemsize
             for piece in task.pieces:
-                for part in cut(piece, 2 * _JOB // width):
+                for part in cut_piece(piece, 2 * _JOB // width):
                     if job and job[-1].out is task.out:
                         job[-1] = _Task(task.entry, task.name, task.out, (*(job[-1].pieces or ()), part))
                     else:
@@ -166,15 +166,15 @@ class _Worker:
         sources, scratch = self._reader.opened(entry), self._reader.scratch
         try:
             if meter is None:
-                fill(task.out, rest, sources, scratch)
+                fill_tile(task.out, rest, sources, scratch)
                 return
             for piece in rest:
-                fill(task.out, list(cut(piece, _VALUES)), sources, scratch, meter)
+                fill_tile(task.out, list(cut_piece(piece, _VALUES)), sources, scratch, meter)
         except PlanError as error:
             raise named(entry, error) from error
         run.counted(entry, meter)
 
-    def _simply(self, entry: Entry, out: Array, piece: Piece, span: Span) -> bool:
+    def _simply(self, entry: Entry, out: Array, piece: TilePiece, span: Span) -> bool:
         """Fills a small piece; False for one that is not."""
         known = self._known
         found = known[id(piece)] if id(piece) in known else known.setdefault(id(piece), simple(piece, out.itemsize))

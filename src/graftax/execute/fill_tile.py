@@ -13,7 +13,7 @@ import numpy as np
 
 from graftax.execute import strided
 from graftax.execute.meter import evaluate as plain
-from graftax.execute.pushdown import Apply, Leaf, Piece, Value
+from graftax.execute.pushdown import Apply, SourceView, TilePiece, Value
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.dtypes import numpy_dtype
 
@@ -75,7 +75,7 @@ def held(array: Array, spec: TensorSpec) -> Held:
     return Held(spec, np.ascontiguousarray(array).reshape(-1))
 
 
-def opened(source: Checkpoint, name: str, count: Callable[[int], None], whole: Callable[[str], Array]) -> Values:
+def open_values(source: Checkpoint, name: str, count: Callable[[int], None], whole: Callable[[str], Array]) -> Values:
     """A tensor of a checkpoint: read by position where that can be done, else read now, by `whole`. `count` is told of
     the bytes that are read, unless the checkpoint is a live tree."""
     spec, span, scatter = source.specs[name], source.span, source.scatter
@@ -96,20 +96,20 @@ def opened(source: Checkpoint, name: str, count: Callable[[int], None], whole: C
     return Stored(spec, read, None if scatter is None else read_apart)
 
 
-Evaluate = Callable[[Value, tuple[int, ...], Callable[[Leaf], Array]], Array]
+Evaluate = Callable[[Value, tuple[int, ...], Callable[[SourceView], Array]], Array]
 """(value, extents, leaf -> its strided view) -> the array of a piece."""
 
 
-def fill(
-    out: Array, pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array, evaluate: Evaluate = plain
+def fill_tile(
+    out: Array, pieces: Sequence[TilePiece], sources: Sequence[Values], scratch: Array, evaluate: Evaluate = plain
 ) -> None:
     """Write all pieces into `out`, a flat tile. `scratch` is what may be used for reading, as bytes; a piece that needs
     more at a time is done in parts."""
     for piece in pieces:
-        _fill(out, piece, sources, scratch, evaluate)
+        _fill_piece(out, piece, sources, scratch, evaluate)
 
 
-def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> None:
+def _fill_piece(out: Array, piece: TilePiece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> None:
     leaves = [leaf for leaf in piece.leaves() if not sources[leaf.source].in_memory]
     if leaves:
         if evaluate is plain and _straight(piece):
@@ -118,10 +118,10 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
             raw = out[piece.offset : piece.offset + piece.count].view(np.uint8)
             values.read(leaves[0].offset * out.itemsize, memoryview(raw))  # pyright: ignore[reportArgumentType]
             return
-        if piece.count * out.itemsize > strided.SMALL and by_rows([(out, piece)], sources, scratch, evaluate):
+        if piece.count * out.itemsize > strided.SMALL and fill_by_rows([(out, piece)], sources, scratch, evaluate):
             return
     room = scratch.nbytes // max(len(leaves), 1) // 16 * 16
-    if not isinstance(piece.value, Leaf):
+    if not isinstance(piece.value, SourceView):
         room = min(room, 4 * _NEAR)  # value ops make arrays of several times this
     for leaf in leaves:
         width = sources[leaf.source].spec.bits // 8
@@ -134,7 +134,7 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
     target = _window(out, piece.offset, piece.extents, piece.strides)
     taken = 0
 
-    def view(leaf: Leaf) -> Array:
+    def view(leaf: SourceView) -> Array:
         nonlocal taken
         values = sources[leaf.source]
         if values.in_memory:
@@ -166,7 +166,7 @@ class _Rows(NamedTuple):
     outer: int
 
 
-def _rows(piece: Piece, sources: Sequence[Values]) -> _Rows | None:
+def _rows(piece: TilePiece, sources: Sequence[Values]) -> _Rows | None:
     """The rows that a piece is made of; None where it is not made of rows of one file that are read at a time."""
     leaves = list(piece.leaves())
     if len(leaves) != 1 or len(piece.extents) < 2:
@@ -186,7 +186,9 @@ def _rows(piece: Piece, sources: Sequence[Values]) -> _Rows | None:
     return _Rows(leaf.source, leaf.offset, run, piece.extents[outer], leaf.strides[outer], outer)
 
 
-def by_rows(wanted: Iterable[tuple[Array, Piece]], sources: Sequence[Values], scratch: Array, how: Evaluate) -> bool:
+def fill_by_rows(
+    wanted: Iterable[tuple[Array, TilePiece]], sources: Sequence[Values], scratch: Array, how: Evaluate
+) -> bool:
     """Fill tiles from pieces that take rows, or parts of rows, each row read once for all of them; False, and nothing
     done, where they are not such pieces.
 
@@ -194,7 +196,7 @@ def by_rows(wanted: Iterable[tuple[Array, Piece]], sources: Sequence[Values], sc
     cache set, as it would in most matrices, and nothing is copied between reading and writing. What lies between parts
     of rows is read over one short piece of memory, that stays in the cache.
     """
-    groups: dict[tuple[int, ...], list[tuple[Array, Piece, _Rows]]] = {}
+    groups: dict[tuple[int, ...], list[tuple[Array, TilePiece, _Rows]]] = {}
     for out, piece in wanted:
         rows = _rows(piece, sources)
         if rows is None:
@@ -225,7 +227,7 @@ class _RowReader:
     """Pieces that take parts of the same rows, and how these are read: `nbytes` of a row from byte `first` on, `gap`
     bytes after which the next one begins, `pitch` bytes apart in the scratch, `at_once` of them."""
 
-    group: Sequence[tuple[Array, Piece, _Rows]]
+    group: Sequence[tuple[Array, TilePiece, _Rows]]
     values: Stored
     first: int
     nbytes: int
@@ -235,7 +237,7 @@ class _RowReader:
 
     @staticmethod
     def plan(
-        group: Sequence[tuple[Array, Piece, _Rows]], sources: Sequence[Values], scratch: Array
+        group: Sequence[tuple[Array, TilePiece, _Rows]], sources: Sequence[Values], scratch: Array
     ) -> _RowReader | None:
         """None where that is not the way to read them."""
         rows = [one for _, _, one in group]
@@ -249,7 +251,7 @@ class _RowReader:
             return None
         pitch = -(-nbytes // strided.PAD_BYTES) * strided.PAD_BYTES + strided.PAD_BYTES
         # Value ops make arrays of several times what they are given.
-        copied = all(isinstance(piece.value, Leaf) for _, piece, _ in group)
+        copied = all(isinstance(piece.value, SourceView) for _, piece, _ in group)
         near = max(_NEAR // pitch, strided.rows_of(width) if copied else 1)
         wanted = min(near, _MOST_BUFFERS // (2 if gap else 1), rows[0].count)
         at_once = min(wanted, (scratch.nbytes - gap) // pitch)
@@ -271,7 +273,9 @@ class _RowReader:
             for out, piece, own in self.group:
                 self._write(out, piece, own, start, n, raw, how)
 
-    def _write(self, out: Array, piece: Piece, rows: _Rows, start: int, n: int, raw: memoryview, how: Evaluate) -> None:
+    def _write(
+        self, out: Array, piece: TilePiece, rows: _Rows, start: int, n: int, raw: memoryview, how: Evaluate
+    ) -> None:
         """Rows start..start + n of a piece, from the scratch."""
         dtype = numpy_dtype(self.values.spec.dtype)
         outer, leaf = rows.outer, next(piece.leaves())
@@ -287,7 +291,14 @@ class _RowReader:
 
 
 def _parts(
-    out: Array, piece: Piece, loop: int, leaf: Leaf, room: int, sources: Any, scratch: Array, evaluate: Evaluate
+    out: Array,
+    piece: TilePiece,
+    loop: int,
+    leaf: SourceView,
+    room: int,
+    sources: Any,
+    scratch: Array,
+    evaluate: Evaluate,
 ) -> None:
     """The piece in parts along one loop: as many iterations at a time as a dense span in the scratch allows."""
     count = piece.extents[loop]
@@ -298,7 +309,7 @@ def _parts(
     at_once = max(1, min(count // 2, (room - inner) // max(step, 1) + 1)) if dense else 1
     for start in range(0, count, at_once):
         part = _iterations(piece, loop, start, min(at_once, count - start))
-        _fill(out, part, sources, scratch, evaluate)
+        _fill_piece(out, part, sources, scratch, evaluate)
 
 
 class Simple(NamedTuple):
@@ -325,10 +336,10 @@ class Simple(NamedTuple):
         target[...] = np.ndarray(self.extents, self.dtype, scratch, offset, strides)
 
 
-def simple(piece: Piece, width: int) -> Simple | None:
+def simple(piece: TilePiece, width: int) -> Simple | None:
     """The piece as a Simple, where it is one, for elements of `width` bytes that come from a file."""
     leaf, dtype = piece.value, strided.BITS.get(width)
-    if not isinstance(leaf, Leaf) or dtype is None:
+    if not isinstance(leaf, SourceView) or dtype is None:
         return None
     offset = piece.offset * width
     if _straight(piece):
@@ -342,7 +353,7 @@ def simple(piece: Piece, width: int) -> Simple | None:
     return Simple(leaf.source, low * width, nbytes, dtype, piece.extents, offset, strides, inner)
 
 
-def cut(piece: Piece, most: int) -> Iterator[Piece]:
+def cut_piece(piece: TilePiece, most: int) -> Iterator[TilePiece]:
     """The piece in parts of about `most` elements: along one loop, so that each takes a stretch of its source."""
     if piece.count <= most:
         yield piece
@@ -356,9 +367,9 @@ def cut(piece: Piece, most: int) -> Iterator[Piece]:
         yield _iterations(piece, loop, start, min(step, count - start))
 
 
-def _iterations(piece: Piece, loop: int, start: int, count: int) -> Piece:
+def _iterations(piece: TilePiece, loop: int, start: int, count: int) -> TilePiece:
     """`count` iterations of one loop, from `start` on."""
-    return Piece(
+    return TilePiece(
         (*piece.extents[:loop], count, *piece.extents[loop + 1 :]),
         piece.offset + start * piece.strides[loop],
         piece.strides,
@@ -367,21 +378,21 @@ def _iterations(piece: Piece, loop: int, start: int, count: int) -> Piece:
 
 
 def _moved(value: Value, loop: int, by: int) -> Value:
-    if isinstance(value, Leaf):
+    if isinstance(value, SourceView):
         return replace(value, offset=value.offset + by * value.strides[loop])
     if isinstance(value, Apply):
         return replace(value, args=tuple(_moved(arg, loop, by) for arg in value.args))
     return value
 
 
-def _straight(piece: Piece) -> bool:
+def _straight(piece: TilePiece) -> bool:
     """A run of the source that is a run of the tile."""
-    if not isinstance(piece.value, Leaf):
+    if not isinstance(piece.value, SourceView):
         return False
     return not piece.extents or (len(piece.extents) == 1 and piece.strides == piece.value.strides == (1,))
 
 
-def _reach(leaf: Leaf, extents: tuple[int, ...]) -> tuple[int, int]:
+def _reach(leaf: SourceView, extents: tuple[int, ...]) -> tuple[int, int]:
     """The first and the last element that a leaf touches."""
     ends = [s * (n - 1) for s, n in zip(leaf.strides, extents, strict=True)]
     return leaf.offset + sum(e for e in ends if e < 0), leaf.offset + sum(e for e in ends if e > 0)

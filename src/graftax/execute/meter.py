@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from graftax.execute.pushdown import Apply, Const, Leaf, Value
+from graftax.execute.pushdown import Apply, Const, SourceView, Value
 from graftax.ops import Cast
 from graftax.ops.base import count_same_bits
 from graftax.ops.casting import CastCount, cast_array
@@ -16,12 +16,12 @@ from graftax.plans import Entry
 from graftax.tree.dtypes import numpy_dtype
 
 Array = np.ndarray[Any, Any]
-View = Callable[[Leaf], Array]
+View = Callable[[SourceView], Array]
 
 
 def evaluate(value: Value, extents: tuple[int, ...], view: View) -> Array:
     """The array of a piece: leaves by `view`, value ops on top."""
-    if isinstance(value, Leaf):
+    if isinstance(value, SourceView):
         return view(value)
     if isinstance(value, Const):
         return _constant(value, extents)
@@ -41,9 +41,9 @@ class Meter:
     casts: CastCount = field(default_factory=CastCount)
 
     def __call__(self, value: Value, extents: tuple[int, ...], view: View) -> Array:
-        seen: dict[Leaf, Array] = {}
+        seen: dict[SourceView, Array] = {}
 
-        def once(leaf: Leaf) -> Array:
+        def once(leaf: SourceView) -> Array:
             if leaf not in seen:
                 seen[leaf] = view(leaf)
             return seen[leaf]
@@ -85,7 +85,7 @@ class Meter:
         return value.op.apply(given)[0]
 
     def _back(self, value: Value, made: Array, view: View) -> None:
-        if isinstance(value, Leaf):
+        if isinstance(value, SourceView):
             given = view(value)
             self.total += given.size
             self.equal += count_same_bits(given, made)
@@ -100,7 +100,7 @@ class Meter:
         return given[0] if isinstance(value.op, Cast) else value.op.apply(given)[0]
 
     def _back32(self, value: Value, made: Array, view: View) -> None:
-        if isinstance(value, Leaf):
+        if isinstance(value, SourceView):
             given = view(value)
             self.equal_in_float32 += count_same_bits(given, made.astype(given.dtype))
         elif isinstance(value, Apply):

@@ -52,7 +52,7 @@ def _owner(done: int, nbytes: int, total: int, count: int) -> int:
     return min(count - 1, (2 * done + nbytes) * count // max(2 * total, 1))
 
 
-def cuts(shape: tuple[int, ...], count: int, order: Sequence[int]) -> list[int]:
+def parts_per_axis(shape: tuple[int, ...], count: int, order: Sequence[int]) -> list[int]:
     """Into how many equal parts to cut each axis, `count` parts in all at most: of the axes of `order` the first as
     often as it can be."""
     out = [1] * len(shape)
@@ -78,25 +78,25 @@ def best_order(entry: Entry, target: str, shape: tuple[int, ...], specs: Mapping
     return sorted(range(len(shape)), key=run, reverse=True) if all(shape) else list(range(len(shape)))
 
 
-def spread(shape: tuple[int, ...], devices: Sequence[Any], order: Sequence[int]) -> Any:
+def spread_sharding(shape: tuple[int, ...], devices: Sequence[Any], order: Sequence[int]) -> Any:
     """A sharding of an array of this shape over all devices: as many parts as its axes can be cut into, in `order`; the
     rest of the devices hold copies."""
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    parts = cuts(shape, len(devices), order)
+    parts = parts_per_axis(shape, len(devices), order)
     names = [f"axis_{axis}" for axis in range(len(shape))]
     grid = np.asarray(devices, dtype=object).reshape(*parts, len(devices) // math.prod(parts))
     return NamedSharding(Mesh(grid, (*names, "copies")), PartitionSpec(*names))
 
 
-def added(counts: Iterable[Any]) -> Any:
+def sum_counts(counts: Iterable[Any]) -> Any:
     """The sum of counts of one form: whole numbers are added, of others the largest counts, truths hold if all do,
     lists item by item."""
     return _joined(list(counts), sum)
 
 
-def subtracted(after: Any, before: Any) -> Any:
+def subtract_counts(after: Any, before: Any) -> Any:
     """What came to `before` (None: nothing yet) to give `after`."""
     return after if before is None else _joined([after, before], lambda pair: pair[0] - pair[1])
 

@@ -28,7 +28,7 @@ Box = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class SourceView:
     """Elements of one source: `offset` plus one stride for each loop, in C order of the source."""
 
     source: int
@@ -52,11 +52,11 @@ class Apply:
     args: tuple[Value, ...]
 
 
-Value = Leaf | Const | Apply
+Value = SourceView | Const | Apply
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TilePiece:
     """out[offset + loops . strides] = value, for all loop counters below `extents`. Elements, not bytes."""
 
     extents: tuple[int, ...]
@@ -68,12 +68,12 @@ class Piece:
     def count(self) -> int:
         return math.prod(self.extents)
 
-    def leaves(self) -> Iterator[Leaf]:
+    def leaves(self) -> Iterator[SourceView]:
         yield from _leaves(self.value)
 
 
-def _leaves(value: Value) -> Iterator[Leaf]:
-    if isinstance(value, Leaf):
+def _leaves(value: Value) -> Iterator[SourceView]:
+    if isinstance(value, SourceView):
         yield value
     elif isinstance(value, Apply):
         for arg in value.args:
@@ -90,7 +90,7 @@ def push(
     box: Box,
     most: int = MOST_PIECES,
     within: Box | None = None,
-) -> list[Piece]:
+) -> list[TilePiece]:
     """The pieces that make `box` of the chain's output `target`, as a C-contiguous tile of the box's extents; or at its
     place in a tile of the larger box `within`.
 
@@ -108,11 +108,11 @@ def push(
     )
     if 0 in extents:
         return []
-    walk = _Walk(tuple(ops), tuple(sources), most)
+    walk = _Push(tuple(ops), tuple(sources), most)
     return [_coalesced(piece) for piece in walk.back(len(ops), target, Nest(extents, offset, tuple(strides), axes))]
 
 
-class _Walk:
+class _Push:
     """One push: the specs along the chain, and how many pieces are left."""
 
     __slots__ = ("left", "ops", "specs")
@@ -124,7 +124,7 @@ class _Walk:
             self.specs.append(infer_chain((op,), self.specs[-1]))
         self.left = most
 
-    def back(self, place: int, tensor: int, nest: Nest) -> Iterator[Piece]:
+    def back(self, place: int, tensor: int, nest: Nest) -> Iterator[TilePiece]:
         """The pieces of `nest`, a selection of output `tensor` of the first `place` ops."""
         if place == 0:
             self.left -= 1
@@ -135,7 +135,7 @@ class _Walk:
         op, before = self.ops[place - 1], self.specs[place - 1]
         if isinstance(op, Fill) or (isinstance(op, Unsum) and _term(op, tensor)[1]):
             value = op.value if isinstance(op, Fill) else 0.0
-            yield Piece(nest.extents, nest.offset, nest.strides, Const(value, self.specs[place][tensor].dtype))
+            yield TilePiece(nest.extents, nest.offset, nest.strides, Const(value, self.specs[place][tensor].dtype))
         elif isinstance(op, (Cast, Scale, Offset)):
             for piece in self.back(place - 1, tensor, nest):
                 yield replace(piece, value=Apply(op, (piece.value,)))
@@ -149,7 +149,7 @@ class _Walk:
         else:
             raise NotLocal(f"{op.text} needs whole tensors")
 
-    def _sum(self, op: Sum, place: int, tensor: int, nest: Nest) -> Piece:
+    def _sum(self, op: Sum, place: int, tensor: int, nest: Nest) -> TilePiece:
         found = [list(self.back(place - 1, term, nest)) for term in op.groups[tensor]]
         first = found[0][0]
         layouts = {(p.extents, p.offset, p.strides) for pieces in found for p in pieces}
@@ -160,17 +160,17 @@ class _Walk:
         alone = Sum((tuple(range(len(found))),))
         return replace(first, value=Apply(alone, tuple(pieces[0].value for pieces in found)))
 
-    def _pad(self, op: Pad, place: int, tensor: int, nest: Nest) -> Iterator[Piece]:
+    def _pad(self, op: Pad, place: int, tensor: int, nest: Nest) -> Iterator[TilePiece]:
         spec = self.specs[place - 1][tensor]
         for zone, part in zones(nest, op.axis, (op.before, spec.shape[op.axis], op.after)):
             if zone == 1:
                 e = part.axes[op.axis]
                 yield from self.back(place - 1, tensor, part.with_axis(op.axis, Affine(e.base - op.before, e.by)))
             else:
-                yield Piece(part.extents, part.offset, part.strides, Const(op.fill, spec.dtype))
+                yield TilePiece(part.extents, part.offset, part.strides, Const(op.fill, spec.dtype))
 
 
-def _at_source(tensor: int, spec: TensorSpec, nest: Nest) -> Piece:
+def _at_source(tensor: int, spec: TensorSpec, nest: Nest) -> TilePiece:
     step, offset = 1, 0
     strides = [0] * len(nest.extents)
     for e, extent in zip(reversed(nest.axes), reversed(spec.shape), strict=True):
@@ -178,7 +178,7 @@ def _at_source(tensor: int, spec: TensorSpec, nest: Nest) -> Piece:
         for loop, c in enumerate(e.by):
             strides[loop] += c * step
         step *= extent
-    return Piece(nest.extents, nest.offset, nest.strides, Leaf(tensor, offset, tuple(strides)))
+    return TilePiece(nest.extents, nest.offset, nest.strides, SourceView(tensor, offset, tuple(strides)))
 
 
 Back = Iterator[tuple[int, Nest]]
@@ -323,7 +323,7 @@ _STEPS: dict[type[Any], Callable[[Any, Sequence[TensorSpec], int, Nest], Back]] 
 # ---------------------------------------------------------------- tidying
 
 
-def _coalesced(piece: Piece) -> Piece:
+def _coalesced(piece: TilePiece) -> TilePiece:
     """The piece with as few loops as can be: those of one iteration dropped, those that continue each other joined;
     outermost in the output first."""
     rows = [(piece.strides, *(leaf.strides for leaf in piece.leaves()))]
@@ -339,11 +339,11 @@ def _coalesced(piece: Piece) -> Piece:
     strides = [tuple(column[i] for _, column in joined) for i in range(len(rows[0]))]
     rest = iter(strides[1:])
     value = _restrided(piece.value, rest)
-    return Piece(tuple(n for n, _ in joined), piece.offset, strides[0], value)
+    return TilePiece(tuple(n for n, _ in joined), piece.offset, strides[0], value)
 
 
 def _restrided(value: Value, strides: Iterator[tuple[int, ...]]) -> Value:
-    if isinstance(value, Leaf):
+    if isinstance(value, SourceView):
         return replace(value, strides=next(strides))
     if isinstance(value, Apply):
         return replace(value, args=tuple(_restrided(arg, strides) for arg in value.args))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from graftax.execute.fill_tile import Values, opened
+from graftax.execute.fill_tile import Values, open_values
 from graftax.execute.memory import allocate
 from graftax.plans import Entry
 from graftax.tree import Checkpoint
@@ -39,7 +39,7 @@ class Reader:
         """The entry's sources."""
         if self._entry is not entry:
             self.let_go()  # what was held, before more is read
-            self._values = [opened(self._source, name, self._count, self._whole) for name in entry.sources]
+            self._values = [open_values(self._source, name, self._count, self._whole) for name in entry.sources]
             self._entry = entry
         return self._values
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from graftax.execute.fill_tile import DENSE, SHORT, Evaluate, Held, Stored, Values, by_rows, fill
+from graftax.execute.fill_tile import DENSE, SHORT, Evaluate, Held, Stored, Values, fill_by_rows, fill_tile
 from graftax.execute.memory import allocate_all
-from graftax.execute.pushdown import Apply, Box, Leaf, Piece, Value, push
+from graftax.execute.pushdown import Apply, Box, SourceView, TilePiece, Value, push
 from graftax.execute.tiling import Edges, box_steps, grid
 from graftax.ops import Op
 from graftax.tree import TensorSpec
@@ -60,7 +60,7 @@ def fill_boxes(
     specs: tuple[TensorSpec, ...],
     index: int,
     spec: TensorSpec,
-    made: Mapping[Edges, Sequence[Piece]],
+    made: Mapping[Edges, Sequence[TilePiece]],
     sources: Sequence[Values],
     scratch: Array,
     evaluate: Evaluate,
@@ -73,15 +73,15 @@ def fill_boxes(
     out = {box: room.view(dtype) for box, room in zip(made, rooms, strict=True)}
     if _apart(made.values(), sources):
         for box, flat in out.items():
-            fill(flat, made[box], sources, scratch, evaluate)
-    elif not by_rows(
+            fill_tile(flat, made[box], sources, scratch, evaluate)
+    elif not fill_by_rows(
         [(out[box], piece) for box, pieces in made.items() for piece in pieces], sources, scratch, evaluate
     ):
         _by_windows(ops, specs, index, spec, out, sources, scratch, evaluate)
     return {box: flat.reshape([stop - start for start, stop in box]) for box, flat in out.items()}, needed
 
 
-def needed_bytes(pieces: Sequence[Piece], sources: Sequence[Values]) -> int:
+def needed_bytes(pieces: Sequence[TilePiece], sources: Sequence[Values]) -> int:
     """Bytes of the sources that the pieces are made of; what a piece repeats, or several take, counts once (where they
     take the same part of a source: parts that overlap otherwise count for each)."""
     taken = {
@@ -95,7 +95,7 @@ def needed_bytes(pieces: Sequence[Piece], sources: Sequence[Values]) -> int:
     return sum(min(n, values.spec.size) * values.spec.bits // 8 for n, values in zip(count, sources, strict=True))
 
 
-def short_runs(pieces: Sequence[Piece], sources: Sequence[Values]) -> str:
+def short_runs(pieces: Sequence[TilePiece], sources: Sequence[Values]) -> str:
     """The shortest run of stored values that the pieces take, in words: why more is read than is needed."""
     runs = [
         run_of(piece, leaf) * sources[leaf.source].spec.bits // 8
@@ -106,7 +106,7 @@ def short_runs(pieces: Sequence[Piece], sources: Sequence[Values]) -> str:
     return f"its shards take runs of {min(runs, default=0):,} bytes: what lies between costs less to read than to skip"
 
 
-def _apart(boxes: Iterable[Sequence[Piece]], sources: Sequence[Values]) -> bool:
+def _apart(boxes: Iterable[Sequence[TilePiece]], sources: Sequence[Values]) -> bool:
     """Do the boxes take their values from stretches of the stored sources that do not overlap?"""
     taken = sorted(
         (source, low, high) for pieces in boxes for source, (low, high, _, _) in _spans(pieces, sources).items()
@@ -114,7 +114,7 @@ def _apart(boxes: Iterable[Sequence[Piece]], sources: Sequence[Values]) -> bool:
     return all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(taken))
 
 
-def run_of(piece: Piece, leaf: Leaf) -> int:
+def run_of(piece: TilePiece, leaf: SourceView) -> int:
     """Elements of the source in one run, without a gap."""
     run = 1
     for stride, extent in sorted(zip(map(abs, leaf.strides), piece.extents, strict=True)):
@@ -163,10 +163,12 @@ def _by_windows(
         opened, firsts, taken = _opened(push(ops, specs, index, hull), sources, scratch)
         for box, common in parts:
             pieces = push(ops, specs, index, common, within=box)
-            fill(out[box], [_rebased(piece, firsts) for piece in pieces], opened, scratch[taken:], evaluate)
+            fill_tile(out[box], [_rebased(piece, firsts) for piece in pieces], opened, scratch[taken:], evaluate)
 
 
-def _opened(pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array) -> tuple[list[Values], list[int], int]:
+def _opened(
+    pieces: Sequence[TilePiece], sources: Sequence[Values], scratch: Array
+) -> tuple[list[Values], list[int], int]:
     """(the sources, the element that each begins with, bytes taken of the scratch): what the pieces span of a stored
     one is in memory, where reading it at once is the cheaper way and it fits."""
     opened, firsts, taken = list(sources), [0] * len(sources), 0
@@ -183,18 +185,18 @@ def _opened(pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array) 
     return opened, firsts, taken
 
 
-def _rebased(piece: Piece, firsts: Sequence[int]) -> Piece:
+def _rebased(piece: TilePiece, firsts: Sequence[int]) -> TilePiece:
     """The piece for sources of which the first elements are left out."""
 
     def moved(value: Value) -> Value:
-        if isinstance(value, Leaf):
+        if isinstance(value, SourceView):
             return replace(value, offset=value.offset - firsts[value.source])
         return replace(value, args=tuple(map(moved, value.args))) if isinstance(value, Apply) else value
 
     return replace(piece, value=moved(piece.value))
 
 
-def _spans(pieces: Sequence[Piece], sources: Sequence[Values]) -> dict[int, tuple[int, int, int, int]]:
+def _spans(pieces: Sequence[TilePiece], sources: Sequence[Values]) -> dict[int, tuple[int, int, int, int]]:
     """stored source -> (first byte, last byte + 1, bytes needed of it, runs of these) of what the pieces take."""
     out: dict[int, tuple[int, int, int, int]] = {}
     for piece in pieces:

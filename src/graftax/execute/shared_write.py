@@ -41,7 +41,7 @@ _LEAST = 32 << 20  # bytes of a stream's budget: smaller tiles would cost more t
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WriteRequest:
     """What `port_file` was asked for, apart from the plan."""
 
     out: str
@@ -52,12 +52,12 @@ class Wanted:
     resume: bool
 
 
-def write_together(
+def write_shared(
     joined: Peers,
     made: Plan,
     source: Checkpoint,
     like: Checkpoint | None,
-    wanted: Wanted,
+    wanted: WriteRequest,
     advance: Callable[[int], None],
 ) -> Receipt:
     """As `api.write_plan`, called by every process with the same arguments. Each gives the receipt of the whole.
@@ -65,7 +65,7 @@ def write_together(
     Raises in all processes alike: what any of them failed with; PlanError where they were given different work,
     StorageError where they do not see the same files.
     """
-    with joined.together("reading the source"):
+    with joined.joint_stage("reading the source"):
         made.require_complete()
         if wanted.resume:
             raise UsageError("several processes cannot resume what was stopped", next="Leave out resume=.")
@@ -85,7 +85,7 @@ def write_together(
     writer = _WRITERS.get(row.name) or _alone(row)
 
     def part(payload: Path) -> None:
-        with joined.together("writing"):
+        with joined.joint_stage("writing"):
             saving.guarded(lambda: writer.write(payload, output, work), path)
 
     def lead(payload: Path) -> None:
@@ -98,7 +98,7 @@ def write_together(
 
     if joined.index == 0:
         inputs = (source,) if like is None else (source, like)
-        with joined.together("putting it in place"):
+        with joined.joint_stage("putting it in place"):
             receipt.notes = saving.save(
                 wanted.out,
                 output,
@@ -110,7 +110,7 @@ def write_together(
             ).notes
     else:
         payload, mark = joined.agree("staging")[0]
-        with joined.together("finding the staging folder"):
+        with joined.joint_stage("finding the staging folder"):
             _find(Path(payload).parent / _MARK, mark)
         part(Path(payload))
         joined.agree("putting it in place")
@@ -206,8 +206,8 @@ class _Work:
         counts = self.stream.counts(entry.targets[0])
         if counts is None or (self.joined.index and self._whole(entry)):
             return  # made whole by all, who measured the same
-        more = partition.subtracted(counts, before)
-        self.counted[number] = partition.added([self.counted[number], more]) if number in self.counted else more
+        more = partition.subtract_counts(counts, before)
+        self.counted[number] = partition.sum_counts([self.counted[number], more]) if number in self.counted else more
 
     def _whole(self, entry: Entry) -> bool:
         return any(self.stream.whole(target) for target in entry.targets)
@@ -220,7 +220,7 @@ class _Work:
                 found.setdefault(number, []).append(counts)
         for number, entry in enumerate(self.plan.entries):
             if entry.targets:
-                self.stream.restore(entry.targets[0], partition.added(found[number]) if number in found else None)
+                self.stream.restore(entry.targets[0], partition.sum_counts(found[number]) if number in found else None)
         self.stream.close()
         receipt.leaves = len(self.plan.like.specs)
         receipt.nbytes = sum(spec.nbytes for spec in self.plan.like.specs.values())
@@ -296,7 +296,7 @@ def _orbax(payload: Path, output: Output, work: _Work) -> None:
             arrays[name], digests[name] = _by_one(target, spec, work)
         else:
             order = partition.best_order(work.home[target][1], target, spec.shape, work.plan.source.specs)
-            arrays[name] = work.stream.sharded(target, partition.spread(spec.shape, devices, order))
+            arrays[name] = work.stream.sharded(target, partition.spread_sharding(spec.shape, devices, order))
             digests[name] = orbax_write.piece_digests(arrays[name], spec)
         work.stream.done(target)
         if digests[name]:  # else others hold the same values, and count them

@@ -13,11 +13,11 @@ import numpy as np
 from graftax.errors import PlanError, escape, option, worded
 from graftax.execute import tiling
 from graftax.execute.conditions import check_conditions
-from graftax.execute.fill_tile import fill
+from graftax.execute.fill_tile import fill_tile
 from graftax.execute.loop_nests import NotLocal
 from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate, meter_for
-from graftax.execute.pushdown import Box, Piece, push
+from graftax.execute.pushdown import Box, TilePiece, push
 from graftax.execute.reading import Reader
 from graftax.execute.receipt import Measured, Receipt
 from graftax.execute.sharded import assemble, fill_boxes, sharding_boxes, short_runs
@@ -56,7 +56,7 @@ class Local:
 
     entry: Entry
     spec: TensorSpec
-    pieces: list[Piece]
+    pieces: list[TilePiece]
 
 
 class Stream:
@@ -91,7 +91,7 @@ class Stream:
         self._meters: dict[int, Meter] = {}
         self._conditions: dict[int, bool] = {}  # entry -> they were looked at, and hold
         self._skipped: set[str] = set()
-        self._pushed: dict[Any, list[Piece]] = {}
+        self._pushed: dict[Any, list[TilePiece]] = {}
         self._kept = 0  # pieces in all of these
         for entry in plan.entries:
             if entry.dropped is not None:
@@ -301,12 +301,12 @@ class Stream:
         return kept or packed or _checked(entry)
 
     def _filled(
-        self, entry: Entry, pieces: list[Piece], count: int, spec: TensorSpec, room: Callable[[int], Array]
+        self, entry: Entry, pieces: list[TilePiece], count: int, spec: TensorSpec, room: Callable[[int], Array]
     ) -> Array:
         dtype = numpy_dtype(spec.dtype)
         out = room(count * dtype.itemsize).view(dtype)
         meter = meter_for(entry)
-        fill(out, pieces, self._reader.opened(entry), self._reader.scratch, meter or evaluate)
+        fill_tile(out, pieces, self._reader.opened(entry), self._reader.scratch, meter or evaluate)
         self.counted(entry, meter)
         self.note(self._reader)
         return out
@@ -327,7 +327,7 @@ class Stream:
             return None
         return tiling.grid([(0, n) for n in spec.shape], steps)
 
-    def _pieces(self, entry: Entry, index: int, spec: TensorSpec, box: Edges) -> list[Piece]:
+    def _pieces(self, entry: Entry, index: int, spec: TensorSpec, box: Edges) -> list[TilePiece]:
         """The pieces of a box of a target. Those of a box that comes again are kept: of many layers they are the
         same."""
         specs = self._specs(entry)

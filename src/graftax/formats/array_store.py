@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, UnsafeInputError, UsageError, escape
 from graftax.formats.io import files
-from graftax.formats.orbax_tree import Tree
+from graftax.formats.orbax_tree import OrbaxTree
 from graftax.tree import DTYPES, Key, TensorSpec, join_path
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def _tensorstore() -> Any:
     return tensorstore
 
 
-def _spec(item: Path, tree: Tree, name: str) -> dict[str, Any]:
+def _spec(item: Path, tree: OrbaxTree, name: str) -> dict[str, Any]:
     """The tensorstore spec of an array."""
     folder = os.path.abspath(item)
     if tree.ocdbt:
@@ -40,7 +40,7 @@ def _spec(item: Path, tree: Tree, name: str) -> dict[str, Any]:
     return {"driver": driver, "kvstore": store, "fill_missing_data_reads": not tree.complete}
 
 
-def opened(item: Path, tree: Tree, names: list[str]) -> Iterator[Any]:
+def opened(item: Path, tree: OrbaxTree, names: list[str]) -> Iterator[Any]:
     """The stores of these arrays; FormatError for one that is not there or damaged."""
     ts = _tensorstore()
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
@@ -58,7 +58,7 @@ def _damaged(item: Path, name: str, error: Exception) -> FormatError:
     return FormatError(f"{escape(item)}: the array {escape(name)} is missing or damaged", next=escape(text, 300))
 
 
-def stores(item: Path, tree: Tree) -> dict[tuple[Key, ...], tuple[TensorSpec, int]]:
+def stores(item: Path, tree: OrbaxTree) -> dict[tuple[Key, ...], tuple[TensorSpec, int]]:
     """keys -> (spec, bytes that reading it takes) of every leaf."""
     out: dict[tuple[Key, ...], tuple[TensorSpec, int]] = {}
     wrong: list[Failure] = []
@@ -78,7 +78,7 @@ def stores(item: Path, tree: Tree) -> dict[tuple[Key, ...], tuple[TensorSpec, in
     return out
 
 
-def read(item: Path, tree: Tree, name: str, spec: TensorSpec) -> np.ndarray[Any, Any]:
+def read(item: Path, tree: OrbaxTree, name: str, spec: TensorSpec) -> np.ndarray[Any, Any]:
     import numpy as np
 
     from graftax.tree.dtypes import spec_of, storage_bytes

@@ -19,7 +19,7 @@ from graftax.formats import array_store
 from graftax.formats.io import files
 from graftax.formats.io.source import check_ratio
 from graftax.formats.msgpack_walk import Aside
-from graftax.formats.orbax_tree import OCDBT, Leaf, Tree
+from graftax.formats.orbax_tree import OCDBT, OrbaxLeaf, OrbaxTree
 from graftax.tree import TensorSpec, unescape_part
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class StoredAside:
     """Some arrays beside a file: of one folder and one version of zarr. `stores`: leaf -> its name in the folder."""
 
     item: Path
-    tree: Tree
+    tree: OrbaxTree
     specs: Mapping[str, TensorSpec]
     stores: Mapping[str, str]
     files: tuple[Path, ...]
@@ -94,8 +94,8 @@ def _found(path: Path, aside: Aside) -> tuple[Path, bool, bool, str] | None:
 
 def _stored(item: Path, ocdbt: bool, zarr3: bool, names: Mapping[str, str], label: str) -> StoredAside:
     keys = {name: tuple(map(unescape_part, name.split("/"))) for name in names}
-    leaves = [Leaf(keys[name], stored, "np.ndarray") for name, stored in names.items()]
-    tree = Tree(leaves, {}, {}, ocdbt, zarr3, complete=False)
+    leaves = [OrbaxLeaf(keys[name], stored, "np.ndarray") for name, stored in names.items()]
+    tree = OrbaxTree(leaves, {}, {}, ocdbt, zarr3, complete=False)
     found = array_store.stores(item, tree)
     own = _files(item, ocdbt, names.values())
     need = sum(nbytes for _, nbytes in found.values())

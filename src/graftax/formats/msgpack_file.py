@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import FormatError, escape
 from graftax.formats.base import Output
 from graftax.formats.io.direct import DirectFile
-from graftax.formats.io.source import Source, open_source
+from graftax.formats.io.source import StampedFile, open_stamped
 from graftax.formats.io.system import storage_error
 from graftax.formats.msgpack_walk import CHUNKED, FIXED_EXT, NDARRAY, Array, Aside, Text, itemsize, mark, parse
 from graftax.formats.writing import byte_runs, refuse
@@ -51,7 +51,7 @@ def open(path: Path) -> Checkpoint:
 
     Raises FormatError where it is malformed or holds what no checkpoint does, UnsafeInputError beyond a limit.
     """
-    source = open_source(path)
+    source = open_stamped(path)
     label = escape(path)
     root = parse(source, label)
     arrays: dict[str, Array] = {}
@@ -142,7 +142,7 @@ def _leaves(
 # ---------------------------------------------------------------- values
 
 
-def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
+def _read(source: StampedFile, array: Array, where: str) -> np.ndarray[Any, Any]:
     import numpy as np
 
     from graftax.tree.dtypes import codes_of, from_storage, numpy_dtype, pack
@@ -159,7 +159,7 @@ def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
     return pack(codes, array.spec.bits)
 
 
-def _read_parts(source: Source, array: Array, start: int, buffer: memoryview) -> None:
+def _read_parts(source: StampedFile, array: Array, start: int, buffer: memoryview) -> None:
     """Fills `buffer` from byte `start` of the elements on, which lie in several stretches of the file."""
     done = passed = 0
     for at, size in array.parts:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftax.errors import FormatError, escape
-from graftax.formats.io.source import Source
+from graftax.formats.io.source import StampedFile
 from graftax.tree import DTYPES, Key, TensorSpec
 from graftax.tree.limits import check_limit, element_count, limit
 
@@ -65,10 +65,10 @@ _LONGEST_NAME = 4096
 
 
 @dataclass(slots=True)
-class _Walk:
+class _Cursor:
     """A position in the file. Small things are read through a block; the bytes of arrays are stepped over."""
 
-    source: Source
+    source: StampedFile
     label: str
     at: int = 0
     block: bytes = b""
@@ -128,12 +128,12 @@ def mark(first: int) -> tuple[str, str]:
     return ("str", str(first & 0x1F)) if first < 0xC0 else ("bad", "0")
 
 
-def parse(source: Source, label: str) -> dict[Key, Any] | list[Any]:
+def parse(source: StampedFile, label: str) -> dict[Key, Any] | list[Any]:
     """The tree in the file: dicts and lists with Array, Text and Aside at the leaves.
 
     Raises FormatError where it is malformed or no tree, UnsafeInputError beyond a limit.
     """
-    walk = _Walk(source, label, most=2 * limit("leaves"), deepest=limit("depth"), longest=limit("header"))
+    walk = _Cursor(source, label, most=2 * limit("leaves"), deepest=limit("depth"), longest=limit("header"))
     root = _found(walk, "", 0)
     if walk.at != source.size:
         raise FormatError(f"{label} has {source.size - walk.at:,} bytes behind its end")
@@ -147,7 +147,7 @@ def itemsize(spec: TensorSpec) -> int:
     return max(spec.bits // 8, 1)
 
 
-def _value(walk: _Walk, where: str, depth: int) -> Any:
+def _value(walk: _Cursor, where: str, depth: int) -> Any:
     """The value that comes next: dict, list, Array, Text or Aside. An empty container is a leaf in words."""
     start = walk.at
     found = _found(walk, where, depth)
@@ -158,7 +158,7 @@ def _value(walk: _Walk, where: str, depth: int) -> Any:
     return found
 
 
-def _found(walk: _Walk, where: str, depth: int) -> Any:
+def _found(walk: _Cursor, where: str, depth: int) -> Any:
     walk.values += 1
     if depth > walk.deepest or walk.values > walk.most:
         check_limit("depth", depth, walk.label)
@@ -191,7 +191,7 @@ def _number(value: bool | int | float | complex) -> Array:
     return Array(TensorSpec((), name), (), value)
 
 
-def _map(walk: _Walk, count: int, where: str, depth: int) -> Any:
+def _map(walk: _Cursor, count: int, where: str, depth: int) -> Any:
     out: dict[Key, Any] = {}
     for _ in range(count):
         kind, value = walk.token()
@@ -247,7 +247,7 @@ def _joined(chunked: dict[Key, Any], where: str) -> Array:
     return Array(TensorSpec(extents, dtypes.pop()), tuple(piece for part in parts for piece in part.parts))
 
 
-def _extension(walk: _Walk, code: int, length: int, where: str) -> Array:
+def _extension(walk: _Cursor, code: int, length: int, where: str) -> Array:
     end = walk.at + length
     where = f"{walk.label}: {escape(where)}"
     if end > walk.source.size:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
 from graftax.formats.base import Output
 from graftax.formats.io import zip_read
-from graftax.formats.io.source import Source, open_source
+from graftax.formats.io.source import StampedFile, open_stamped
 from graftax.formats.io.zip_write import write_archive
 from graftax.formats.writing import byte_runs, refuse
 from graftax.tree import Checkpoint, TensorSpec
@@ -45,7 +45,7 @@ _NAMES = {code[1:]: name for name, code in _CODES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class _NpyLayout:
     """How an array lies in its .npy file: where its data starts, its spec, the order of axes and of bytes."""
 
     start: int
@@ -55,11 +55,11 @@ class _Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _StoredArray:
     """One array of an archive: its member, and how it lies there."""
 
     member: zip_read.Member
-    layout: _Layout
+    layout: _NpyLayout
 
     @property
     def spec(self) -> TensorSpec:
@@ -91,11 +91,11 @@ def open(path: Path) -> Checkpoint:
     Raises FormatError where it is malformed or holds what is no array of numbers, UnsafeInputError for object arrays
     and beyond a limit.
     """
-    source = open_source(path)
+    source = open_stamped(path)
     label = escape(path)
     if bytes(source.read(0, min(source.size, 6))) == MAGIC:
         return _open_lone(path, source, label)
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, _StoredArray] = {}
     wrong: list[Failure] = []
     code: list[Failure] = []
     left: dict[str, str] = {}
@@ -150,7 +150,7 @@ LONE = "array"
 """The name of the one leaf of a .npy file."""
 
 
-def _open_lone(path: Path, source: Source, label: str) -> Checkpoint:
+def _open_lone(path: Path, source: StampedFile, label: str) -> Checkpoint:
     try:
         layout = _layout(lambda count: bytes(source.read(0, min(source.size, count))), source.size)
     except UnsafeInputError:
@@ -177,11 +177,11 @@ def _open_lone(path: Path, source: Source, label: str) -> Checkpoint:
     )
 
 
-def _entry(source: Source, member: zip_read.Member) -> _Entry:
-    return _Entry(member, _layout(lambda count: bytes(zip_read.read_start(source, member, count)), member.size))
+def _entry(source: StampedFile, member: zip_read.Member) -> _StoredArray:
+    return _StoredArray(member, _layout(lambda count: bytes(zip_read.read_start(source, member, count)), member.size))
 
 
-def _layout(read_start: Callable[[int], bytes], size: int) -> _Layout:
+def _layout(read_start: Callable[[int], bytes], size: int) -> _NpyLayout:
     """What the header of a .npy file of `size` bytes says; `read_start` gives so many of its first bytes."""
     head = read_start(_FIRST)
     if head[:6] != MAGIC or len(head) < 12:
@@ -206,10 +206,10 @@ def _layout(read_start: Callable[[int], bytes], size: int) -> _Layout:
     if at + length + count * spec.bits // 8 != size:
         need, found_bytes = count * spec.bits // 8, size - at - length
         raise _Bad(f"{spec} takes {need:,} bytes, found {found_bytes:,}")
-    return _Layout(at + length, spec, fortran, descr[0] == ">")
+    return _NpyLayout(at + length, spec, fortran, descr[0] == ">")
 
 
-def _as_it_is(layout: _Layout) -> bool:
+def _as_it_is(layout: _NpyLayout) -> bool:
     """Do the bytes lie in the file as its values in C order, little end first?"""
     rows = not layout.fortran or len(layout.spec.shape) < 2
     return rows and not (layout.swapped and layout.spec.bits > 8)
@@ -256,12 +256,12 @@ def _dtype(descr: Any) -> str:
     return name
 
 
-def _read(source: Source, entry: _Entry) -> np.ndarray[Any, Any]:
+def _read(source: StampedFile, entry: _StoredArray) -> np.ndarray[Any, Any]:
     data = zip_read.read_member(source, entry.member)
     return _array(memoryview(data)[entry.layout.start :], entry.layout)
 
 
-def _array(buffer: bytearray | memoryview, layout: _Layout) -> np.ndarray[Any, Any]:
+def _array(buffer: bytearray | memoryview, layout: _NpyLayout) -> np.ndarray[Any, Any]:
     """The values of an array from its bytes as they lie in the file."""
     import numpy as np
 

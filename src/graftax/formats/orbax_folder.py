@@ -26,7 +26,16 @@ from graftax.errors import Failure, FormatError, PlanError, StorageError, Unsafe
 from graftax.formats import array_store, msgpack_file, orbax_write, tree_meta
 from graftax.formats.io import files, strict_json
 from graftax.formats.io.source import check_ratio
-from graftax.formats.orbax_tree import OCDBT, TREE, Tree, read_tree, real_keys, unfinished, unwrapped, without_random
+from graftax.formats.orbax_tree import (
+    OCDBT,
+    TREE,
+    OrbaxTree,
+    read_tree,
+    real_keys,
+    unfinished,
+    unwrapped,
+    without_random,
+)
 from graftax.tree import Checkpoint, Key, TensorSpec, join_path, natural_key
 from graftax.tree.limits import check_limit
 from graftax.tree.training_state import family
@@ -202,7 +211,7 @@ def _check_committed(path: Path) -> None:
         raise unfinished(path, f"{STEP} has no time of its commit")
 
 
-def _own_files(item: Path, path: Path, tree: Tree) -> tuple[list[Path], int]:
+def _own_files(item: Path, path: Path, tree: OrbaxTree) -> tuple[list[Path], int]:
     """The files of the checkpoint from `path` down, and their bytes. UnsafeInputError where a link leads out."""
     root = os.path.realpath(path)
     own: list[Path] = []

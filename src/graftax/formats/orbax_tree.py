@@ -18,7 +18,7 @@ _SEQUENCE, _DICT = 1, 2  # key types in _METADATA
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class OrbaxLeaf:
     """An array of the tree: its keys, and its name in the store."""
 
     keys: tuple[Key, ...]
@@ -27,10 +27,10 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
+class OrbaxTree:
     """What _METADATA says: the leaves, and what is no array (path -> what it is)."""
 
-    leaves: list[Leaf]
+    leaves: list[OrbaxLeaf]
     left: dict[str, str]
     containers: dict[str, str]
     ocdbt: bool
@@ -45,7 +45,7 @@ def unfinished(path: Path, why: str) -> FormatError:
     )
 
 
-def read_tree(item: Path) -> Tree:
+def read_tree(item: Path) -> OrbaxTree:
     """_METADATA, understood and checked."""
     label = escape(item / TREE)
     found = strict_json.parse_object(files.read_whole(item / TREE), label)
@@ -53,7 +53,7 @@ def read_tree(item: Path) -> Tree:
     if not isinstance(entries, dict):
         raise FormatError(f"{label} describes no tree")
     check_limit("leaves", len(entries), label)
-    leaves: list[Leaf] = []
+    leaves: list[OrbaxLeaf] = []
     left: dict[str, str] = {}
     containers: dict[str, str] = {}
     for entry in entries.values():
@@ -65,7 +65,7 @@ def read_tree(item: Path) -> Tree:
         if value.get("skip_deserialize") or kind == "string":
             left[join_path(keys)] = f"text, None or an empty container ({escape(kind)})"
         else:
-            leaves.append(Leaf(keys, ".".join(texts), kind))
+            leaves.append(OrbaxLeaf(keys, ".".join(texts), kind))
     names = [leaf.name for leaf in leaves]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -74,7 +74,7 @@ def read_tree(item: Path) -> Tree:
     if found.get("use_ocdbt", ocdbt) and not ocdbt:
         raise unfinished(item, f"it has no {OCDBT}")
     whole = found.get("store_array_data_equal_to_fill_value") is True
-    return Tree(leaves, left, containers, ocdbt, bool(found.get("use_zarr3")), whole)
+    return OrbaxTree(leaves, left, containers, ocdbt, bool(found.get("use_zarr3")), whole)
 
 
 def _keys(entry: Any, label: str, containers: dict[str, str]) -> tuple[tuple[Key, ...], list[str]]:
@@ -96,7 +96,7 @@ def _keys(entry: Any, label: str, containers: dict[str, str]) -> tuple[tuple[Key
     return tuple(keys), texts
 
 
-def without_random(item: Path, tree: Tree) -> tuple[Tree, dict[str, str]]:
+def without_random(item: Path, tree: OrbaxTree) -> tuple[OrbaxTree, dict[str, str]]:
     """The tree without random keys and the counters beside them, and a note for each."""
     random: dict[str, str] = {}
     folder = item / "array_metadatas"
@@ -114,7 +114,7 @@ def without_random(item: Path, tree: Tree) -> tuple[Tree, dict[str, str]]:
         if re.search(r"(^|\.)key(\.value)?$", name)
     }
     notes: dict[str, str] = {}
-    kept: list[Leaf] = []
+    kept: list[OrbaxLeaf] = []
     for leaf in tree.leaves:
         if leaf.name in random:
             notes[join_path(leaf.keys)] = f"a random key ({escape(random[leaf.name])}), left out"
@@ -125,17 +125,17 @@ def without_random(item: Path, tree: Tree) -> tuple[Tree, dict[str, str]]:
     return (replace(tree, leaves=kept) if notes else tree), notes
 
 
-def unwrapped(tree: Tree) -> Tree:
+def unwrapped(tree: OrbaxTree) -> OrbaxTree:
     """The tree of an NNX State without the `value` that ends the keys of every leaf; any other tree as it is."""
     if not tree.leaves or any(len(leaf.keys) < 2 or leaf.keys[-1] != "value" for leaf in tree.leaves):
         return tree
-    leaves = [Leaf(leaf.keys[:-1], leaf.name, leaf.kind) for leaf in tree.leaves]
+    leaves = [OrbaxLeaf(leaf.keys[:-1], leaf.name, leaf.kind) for leaf in tree.leaves]
     if len({leaf.keys for leaf in leaves}) != len(leaves):
         return tree
     return replace(tree, leaves=leaves)
 
 
-def real_keys(tree: Tree, state: bool) -> dict[str, Key]:
+def real_keys(tree: OrbaxTree, state: bool) -> dict[str, Key]:
     """The keys that are numbers: list indices, and in NNX trees the digits that Orbax made text of.
 
     A tree is NNX's where it had the `value` level of a State (`state`); or, as from nnx.to_pure_dict, where it has no

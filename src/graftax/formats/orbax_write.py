@@ -74,10 +74,10 @@ def save_shared(
     output: Output,
     arrays: Mapping[str, Any],
     processes: int,
-    together: Callable[[Callable[[], None]], None],
+    run_jointly: Callable[[Callable[[], None]], None],
 ) -> Callable[[], None]:
     """As `save_tree`, called by all `processes` of a job, over whose devices the arrays are spread: each writes its
-    parts, in what `together` runs: where it fails in one it raises in all. Gives what the first process has to do then,
+    parts, in what `run_jointly` runs: where it fails in one it raises in all. Gives what the first process has to do then,
     to join the parts.
 
     Orbax waits for all processes before and after it writes, for many minutes if need be: what fails in one has to be
@@ -92,10 +92,10 @@ def save_shared(
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=shared)
     save, finalize = handler.save, handler.finalize
 
-    def save_together(*args: Any, **more: Any) -> None:
-        together(lambda: save(*args, **more))
+    def save_jointly(*args: Any, **more: Any) -> None:
+        run_jointly(lambda: save(*args, **more))
 
-    handler.save = save_together
+    handler.save = save_jointly
     handler.finalize = lambda directory: None
 
     def write_shared() -> None:

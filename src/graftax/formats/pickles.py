@@ -25,7 +25,7 @@ from graftax.tree.inert import (
     Global,
     Malformed,
     Object,
-    Opaque,
+    OpaqueValue,
     Storage,
     brief,
     set_item,
@@ -120,7 +120,7 @@ def _inst(state: _State, arg: Any) -> None:
 def _call(state: _State, function: Any, args: Any, is_class: bool = False) -> None:
     """Push what the call would give. A class makes an Object; of another function only torch's are known."""
     name = function.name if isinstance(function, Global) else type(function).__name__
-    if isinstance(function, (Object, Opaque)):
+    if isinstance(function, (Object, OpaqueValue)):
         state.refused[f"{getattr(function, 'name', name)}()"] = None
         return _made(state, function)
     if not isinstance(function, Global) or not isinstance(args, tuple):
@@ -161,7 +161,7 @@ def _build(state: _State, arg: Any) -> None:
     value = state.stack.pop()
     if isinstance(state.stack[-1], Object):
         state.stack[-1].held.append(value)
-    elif not isinstance(state.stack[-1], (dict, Opaque)):
+    elif not isinstance(state.stack[-1], (dict, OpaqueValue)):
         raise Malformed("a state set on what has none")
 
 
@@ -178,7 +178,7 @@ def _appends(state: _State, arg: Any) -> None:
 def _extend(target: Any, items: list[Any]) -> None:
     if isinstance(target, (list, Object)):
         (target.held if isinstance(target, Object) else target).extend(items)
-    elif not isinstance(target, Opaque):
+    elif not isinstance(target, OpaqueValue):
         raise Malformed("an item appended to what is no list")
 
 
@@ -228,7 +228,7 @@ def _persistent(state: _State, arg: Any) -> None:
     if isinstance(pid, tuple) and pid and pid[0] in ("module", b"module"):
         # torch < 0.4 kept a module's source text here, beside its class
         named = pid[1] if len(pid) > 1 else None
-        return _push(state, named if isinstance(named, Global) else Opaque("a module"))
+        return _push(state, named if isinstance(named, Global) else OpaqueValue("a module"))
     if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage", b"storage"):
         raise Malformed("a persistent object that is no storage")
     kind = pid[1].name.rpartition(".")[2] if isinstance(pid[1], Global) else ""
@@ -281,7 +281,7 @@ _MACHINE: dict[str, Callable[[_State, Any], None]] = {
     "EMPTY_TUPLE": lambda state, arg: _push(state, ()),
     "EMPTY_DICT": lambda state, arg: _made(state, {}),
     "EMPTY_LIST": lambda state, arg: _made(state, []),
-    "EMPTY_SET": lambda state, arg: _made(state, Opaque("set()")),
+    "EMPTY_SET": lambda state, arg: _made(state, OpaqueValue("set()")),
     "FROZENSET": lambda state, arg: _made(state, Object("builtins.frozenset", _since_mark(state))),
     "BYTEARRAY8": lambda state, arg: _push(state, bytes(arg)),
     "ADDITEMS": _additems,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
 from graftax.formats import pickles, torch_write
 from graftax.formats.io import zip_read
-from graftax.formats.io.source import Source, check_ratio, open_source
+from graftax.formats.io.source import StampedFile, check_ratio, open_stamped
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.inert import STORAGES, Storage, Tensor
 from graftax.tree.limits import beyond, check_limit, element_count, limit
@@ -71,7 +71,7 @@ def open_container(path: Path, name: str) -> Checkpoint:
 
 
 def _checkpoint(path: Path, name: str | None) -> Checkpoint:
-    source = open_source(path)
+    source = open_stamped(path)
     content = _content(source)
     label = escape(path)
     chosen = choose(content.root, name, label)
@@ -110,7 +110,7 @@ def _checkpoint(path: Path, name: str | None) -> Checkpoint:
 # ---------------------------------------------------------------- the two kinds of file
 
 
-def _content(source: Source) -> _Content:
+def _content(source: StampedFile) -> _Content:
     label = escape(source.path)
     head = bytes(source.read(0, min(512, source.size)))
     if head[:2] == b"PK":
@@ -123,7 +123,7 @@ def _content(source: Source) -> _Content:
     return _read_legacy(source, label)
 
 
-def _read_zip(source: Source, label: str) -> _Content:
+def _read_zip(source: StampedFile, label: str) -> _Content:
     members = zip_read.zip_members(source)
     tops = {name.partition("/")[0] for name in members}
     prefix = f"{next(iter(tops))}/" if len(tops) == 1 else ""
@@ -169,7 +169,7 @@ def _read_zip(source: Source, label: str) -> _Content:
     return _Content(root, records, fetch, fill, stored, order_text == b"big")
 
 
-def _read_legacy(source: Source, label: str) -> _Content:
+def _read_legacy(source: StampedFile, label: str) -> _Content:
     block = bytes(source.read(0, min(source.size, limit("header"))))
     stream = io.BytesIO(block)
     if _legacy_pickle(stream, source, label) != MAGIC:
@@ -211,7 +211,9 @@ def _read_legacy(source: Source, label: str) -> _Content:
     return _Content(root, {key: storages[key].total for key in places}, fetch, fill)
 
 
-def _legacy_pickle(stream: io.BytesIO, source: Source, label: str, storages: dict[str, Storage] | None = None) -> Any:
+def _legacy_pickle(
+    stream: io.BytesIO, source: StampedFile, label: str, storages: dict[str, Storage] | None = None
+) -> Any:
     """The next of the pickles that a legacy file begins with."""
     try:
         return pickles.load(stream, label, storages)
@@ -224,7 +226,7 @@ def _legacy_pickle(stream: io.BytesIO, source: Source, label: str, storages: dic
 # ---------------------------------------------------------------- tensors
 
 
-def _specs(tensors: dict[str, Tensor], content: _Content, source: Source) -> dict[str, TensorSpec]:
+def _specs(tensors: dict[str, Tensor], content: _Content, source: StampedFile) -> dict[str, TensorSpec]:
     """The spec of each tensor, once all of them fit into their storages and ask for no more than a limit allows."""
     label = escape(source.path)
     wrong: list[Failure] = []

@@ -26,7 +26,7 @@ from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal
 from graftax.rules.state import Named
 from graftax.tree import Checkpoint, Side
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 
 __all__ = ["infer"]
 
@@ -45,7 +45,7 @@ def infer(
     rest. `settled`: what the rules have decided; its keys are taken, but for those of which `named` says only which
     leaves belong together. `lex`: the words to know (the standard ones). `missing`: leaves of like of which rules say
     what becomes of them where no source fills them: they are not asked about."""
-    with nothing_collected():
+    with gc_paused():
         return _infer(source, like, source_side, like_side, settled, lex or lexicon(), named, missing)
 
 

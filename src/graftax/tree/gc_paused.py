@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def nothing_collected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No garbage collection; a caller's own pause is left as it is."""
     paused = gc.isenabled()
     gc.disable()

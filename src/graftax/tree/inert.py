@@ -74,7 +74,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Refused:
+class RefusedTensor:
     """A tensor that no flat tree can hold: `kind` is "quantized", "sparse", "meta", ...; `detail` its scheme."""
 
     dtype: ClassVar[str] = ""  # as a tensor's, among tensors: it has none, and no shape
@@ -84,7 +84,7 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Opaque:
+class OpaqueValue:
     """Anything else that torch's own reader allows beside weights: a device, a layout, a set."""
 
     text: str
@@ -115,7 +115,7 @@ def objects_in(value: Any) -> tuple[list[str], int]:
     todo = [value]
     while todo:
         part = todo.pop()
-        if isinstance(part, (Tensor, Refused)):
+        if isinstance(part, (Tensor, RefusedTensor)):
             tensors += id(part) not in seen
         elif is_foreign(part):
             names[part.name] = None
@@ -147,7 +147,7 @@ def _ints(value: Any) -> tuple[int, ...]:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None, bits: Any = None) -> Any:
-    if isinstance(storage, Refused):
+    if isinstance(storage, RefusedTensor):
         return storage
     if not isinstance(storage, Storage) or type(offset) is not int:
         raise Malformed("a tensor without a storage")
@@ -158,10 +158,10 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = No
         name, itemsize = DTYPES.get(short, (None, 1))
     if name is None:
         found = dtype.name if isinstance(dtype, Global) else f"torch.{storage.kind}"
-        return Refused("quantized" if "Q" in storage.kind else "dtype", found)
+        return RefusedTensor("quantized" if "Q" in storage.kind else "dtype", found)
     bits = bits or {}
     if not isinstance(bits, dict) or set(bits) - {"conj", "neg"}:
-        return Refused("subclass", "a plain tensor with a state of its own")
+        return RefusedTensor("subclass", "a plain tensor with a state of its own")
     shape, strides = _ints(shape), _ints(strides)
     if len(shape) != len(strides):
         raise Malformed(f"a tensor with {len(shape)} extents and {len(strides)} strides")
@@ -181,7 +181,7 @@ def _tensor_v3(
 
 
 def _parameter(data: Any, *_: Any) -> Any:
-    if not isinstance(data, (Tensor, Refused)):
+    if not isinstance(data, (Tensor, RefusedTensor)):
         raise Malformed("a parameter without a tensor")
     return data
 
@@ -192,13 +192,13 @@ def _typed(function: Any, kind: Any, args: Any, state: Any = None) -> Any:
         raise Malformed("a tensor of a type that is none")
     plain = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
     if not isinstance(kind, Global) or kind.name not in plain:
-        return Refused("subclass", kind.name if isinstance(kind, Global) else "")
-    return CALLS[function.name](*args) if function.name in CALLS else Refused("subclass", function.name)
+        return RefusedTensor("subclass", kind.name if isinstance(kind, Global) else "")
+    return CALLS[function.name](*args) if function.name in CALLS else RefusedTensor("subclass", function.name)
 
 
-def _quantized(storage: Any, offset: Any, shape: Any, strides: Any, scheme: Any = None, *_: Any) -> Refused:
+def _quantized(storage: Any, offset: Any, shape: Any, strides: Any, scheme: Any = None, *_: Any) -> RefusedTensor:
     first = scheme[0] if isinstance(scheme, tuple) and scheme else None
-    return Refused("quantized", first.name if isinstance(first, Global) else "")
+    return RefusedTensor("quantized", first.name if isinstance(first, Global) else "")
 
 
 def _ordered(items: Any = ()) -> dict[Any, Any]:
@@ -218,7 +218,7 @@ def _defaultdict(factory: Any = None, *_: Any) -> dict[Any, Any]:
 
 def set_item(target: Any, key: Any, value: Any) -> None:
     """`target[key] = value`, for keys that are quick to hash."""
-    if isinstance(target, Opaque):
+    if isinstance(target, OpaqueValue):
         return
     if isinstance(target, Object):
         target.held.append(value)
@@ -228,7 +228,7 @@ def set_item(target: Any, key: Any, value: Any) -> None:
     if (
         (isinstance(key, tuple) and len(key) <= 64 and all(isinstance(part, (str, int, float)) for part in key))
         or key is None
-        or isinstance(key, (str, int, float, bytes, Global, Opaque, Object))
+        or isinstance(key, (str, int, float, bytes, Global, OpaqueValue, Object))
     ):
         target[key] = value
     else:  # nested tuples can take exponential time to hash
@@ -246,11 +246,11 @@ def _size(items: Any = ()) -> tuple[int, ...]:
 
 
 def _aside(kind: str) -> Callable[..., Any]:
-    return lambda *args: Refused(kind)
+    return lambda *args: RefusedTensor(kind)
 
 
 def _opaque(name: str) -> Callable[..., Any]:
-    return lambda *args: Opaque(f"{name}({', '.join(map(brief, args[:2]))})")
+    return lambda *args: OpaqueValue(f"{name}({', '.join(map(brief, args[:2]))})")
 
 
 CALLS: dict[str, Callable[..., Any]] = {

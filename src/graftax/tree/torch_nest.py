@@ -20,8 +20,8 @@ from graftax.tree.inert import (
     ALLOWED,
     Global,
     Object,
-    Opaque,
-    Refused,
+    OpaqueValue,
+    RefusedTensor,
     Storage,
     Tensor,
     objects_in,
@@ -30,15 +30,15 @@ from graftax.tree.inert import (
 from graftax.tree.limits import check_limit, limit
 from graftax.tree.placeholders import refuse_placeholders
 from graftax.tree.training_state import (
+    has_training_name,
     holds_optimizer,
-    is_beside,
-    is_called_beside,
     is_count,
     is_counter,
     is_lightning,
     is_note,
     is_optimizer,
     is_random_bytes,
+    is_training_state,
     is_usual,
 )
 
@@ -49,7 +49,7 @@ WHOLE = "."
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenWeights:
     """The weights: flat name -> tensor, the container's name, and what was left out (name -> what it is)."""
 
     tensors: dict[str, Tensor]
@@ -70,7 +70,7 @@ class _Census:
         return self.count(value)[0]
 
     def count(self, value: Any, depth: int = 0) -> tuple[int, int]:
-        if isinstance(value, (Tensor, Refused)):
+        if isinstance(value, (Tensor, RefusedTensor)):
             return 1, 1
         if not isinstance(value, (dict, list, tuple)):
             return 0, 1
@@ -90,7 +90,7 @@ class _Census:
         return tensors, nodes
 
 
-def choose(root: Any, name: str | None, label: str) -> Chosen:
+def choose(root: Any, name: str | None, label: str) -> ChosenWeights:
     """The weights in `root`, or in the container `name` of it ('model', 'a/b', 'a.b'; '.' for all of it).
 
     Raises PlanError where several containers could be meant (each is named), where `name` is not there, and for
@@ -115,7 +115,7 @@ def choose(root: Any, name: str | None, label: str) -> Chosen:
             node = {key: value for key, value in node.items() if key not in aside}
         if _is_run(node):
             node = _without_optimizers(node, "", left, census)
-    if isinstance(node, (Tensor, Refused)):
+    if isinstance(node, (Tensor, RefusedTensor)):
         node = {LONE: node}
     if not isinstance(node, (dict, list, tuple)) or not census.tensors(node):
         raise _nothing(node, name, label, census)
@@ -158,15 +158,15 @@ def describe(value: Any, census: _Census) -> str:
         return f"{kind} of {len(value)}" + (f", {count} tensors, not read" if count else "")
     if isinstance(value, Tensor):
         return f"tensor {value.dtype}{list(value.shape)}, not read"
-    if isinstance(value, Refused):
+    if isinstance(value, RefusedTensor):
         return f"{value.kind} tensor"
     if isinstance(value, Storage):
         return f"storage of {value.nbytes} bytes"
     if isinstance(value, Object):
         count = objects_in(value)[1]
         return f"object {escape(value.name)}" + (f", {count} tensors, not read" if count else "")
-    if isinstance(value, (Opaque, Global)):
-        return escape(value.text if isinstance(value, Opaque) else value.name)
+    if isinstance(value, (OpaqueValue, Global)):
+        return escape(value.text if isinstance(value, OpaqueValue) else value.name)
     return f"{type(value).__name__} {escape(value)}"
 
 
@@ -174,14 +174,16 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
     """The key of the one container in `node` that holds the weights; None where `node` itself is that container."""
     filled = {key: value for key, value in node.items() if census.tensors(value)}
     lightning = is_lightning(node)
-    nested = {k: value for k, value in filled.items() if _is_nested(value) and not is_beside(k, value, lightning)}
+    nested = {
+        k: value for k, value in filled.items() if _is_nested(value) and not is_training_state(k, value, lightning)
+    }
     direct = {k: v for k, v in filled.items() if not _is_nested(v) and not is_random_bytes(k, v)}
     found = [key for key, value in nested.items() if isinstance(value, dict)]
     # an object with tensors, under the name of a model, may be the one that is meant
     found += [key for key in _holding(node) if is_usual(key)]
     usual = [key for key in found if is_usual(key)]
     # networks with an optimizer each are separate, and a part that may be training state is none of a network
-    apart = [key for key in found if is_called_beside(key) or _is_run(node[key])] if len(found) > 1 else []
+    apart = [key for key in found if has_training_name(key) or _is_run(node[key])] if len(found) > 1 else []
     if not found or (len(found) > 1 and not usual and not apart):
         return None
     mixed = any(not is_counter(key, value) for key, value in direct.items())
@@ -236,7 +238,7 @@ def _aside(node: dict[Any, Any], census: _Census) -> dict[Any, Any]:
         if not run or not census.tensors(value):
             return is_optimizer(value)
         return (
-            is_beside(key, value, lightning)
+            is_training_state(key, value, lightning)
             if _is_nested(value)
             else is_random_bytes(key, value) or is_counter(key, value)
         )
@@ -302,8 +304,8 @@ def _default(node: Any, label: str, census: _Census) -> Any:
 
 def _shown(key: Any) -> str:
     """A key as a list of what was left out shows it."""
-    if isinstance(key, (Object, Global, Opaque)):
-        return escape(key.text if isinstance(key, Opaque) else key.name)
+    if isinstance(key, (Object, Global, OpaqueValue)):
+        return escape(key.text if isinstance(key, OpaqueValue) else key.name)
     return _text(key, "") if isinstance(key, (bytes, str)) else escape(str(key))
 
 
@@ -318,22 +320,22 @@ def _text(key: Any, label: str) -> str:
 
 def _flatten(
     node: Any, container: str, label: str, left: dict[str, str], census: _Census, objects_are_beside: bool = False
-) -> Chosen:
+) -> ChosenWeights:
     tensors: dict[str, Tensor] = {}
     real_keys: dict[str, Key] = {}
-    refused: list[tuple[str, Refused]] = []
+    refused: list[tuple[str, RefusedTensor]] = []
     objects: dict[str, list[str]] = {}
 
     def visit(value: Any, prefix: str, depth: int) -> None:
         check_limit("depth", depth, label)
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, child in pairs:
-            holds = isinstance(child, (Tensor, Refused)) or census.tensors(child)
+            holds = isinstance(child, (Tensor, RefusedTensor)) or census.tensors(child)
             text = _text(key, label) if holds else _shown(key)
             name = f"{prefix}.{text}" if prefix else text
             if type(key) is int:
                 real_keys[name] = key
-            if isinstance(child, Refused):
+            if isinstance(child, RefusedTensor):
                 refused.append((name, child))
             elif not isinstance(child, Tensor):
                 if holds:
@@ -352,7 +354,7 @@ def _flatten(
         raise _among_weights(objects, label)
     if refused:
         raise _refusal(refused, label)
-    return Chosen(tensors, container, left, {key: real_keys[key] for key in real_keys if key not in left})
+    return ChosenWeights(tensors, container, left, {key: real_keys[key] for key in real_keys if key not in left})
 
 
 def _is_aside(key: Any, depth: int) -> bool:
@@ -374,7 +376,7 @@ def _among_weights(objects: dict[str, list[str]], label: str) -> UnsafeInputErro
     return unsafe_pickle(label, names, failures)
 
 
-def _refusal(refused: list[tuple[str, Refused]], label: str) -> FormatError | PlanError | UnsafeInputError:
+def _refusal(refused: list[tuple[str, RefusedTensor]], label: str) -> FormatError | PlanError | UnsafeInputError:
     foreign = [item.detail for _, item in refused if item.kind == "subclass" and _is_class(item.detail)]
     if foreign:
         return unsafe_pickle(label, list(dict.fromkeys(foreign)))

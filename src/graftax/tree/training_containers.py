@@ -21,7 +21,7 @@ _OF_COPY = frozenset({"params", "parameters", "weights", "model", "variables", "
 
 
 @dataclass(slots=True)
-class Found:
+class StateSearch:
     left: dict[Parts, str] = field(default_factory=dict[Parts, str])
     copies: list[Parts] = field(default_factory=list[Parts])
     doubtful: dict[Parts, list[Parts]] = field(default_factory=dict[Parts, "list[Parts]"])
@@ -58,7 +58,7 @@ def copies_in(kept: Node, run: bool) -> list[str]:
     return [first, *same] if same else []
 
 
-def add_runs(kept: Node, at: Parts, found: Found) -> None:
+def add_runs(kept: Node, at: Parts, found: StateSearch) -> None:
     """Networks in training side by side (actor and critic), or one beside a copy of it: each is a container."""
     left: dict[str, set[Parts]] = {}
     for path in found.left:
@@ -83,7 +83,7 @@ def add_runs(kept: Node, at: Parts, found: Found) -> None:
             found.copies.append(_only_container(kept[name], path, found))
 
 
-def _network(node: Node, at: Parts, found: Found) -> set[tuple[Parts, tuple[int, ...]]]:
+def _network(node: Node, at: Parts, found: StateSearch) -> set[tuple[Parts, tuple[int, ...]]]:
     """The weights below `at`, by their paths in the container that holds all of them."""
     inside = _only_container(node, at, found)
     return {
@@ -94,7 +94,7 @@ def _network(node: Node, at: Parts, found: Found) -> set[tuple[Parts, tuple[int,
     }
 
 
-def _only_container(node: Node, at: Parts, found: Found) -> Parts:
+def _only_container(node: Node, at: Parts, found: StateSearch) -> Parts:
     """The container that holds all weights below `at`, as far down as names of containers go."""
     while True:
         kept = [name for name, value in node.items() if (*at, name) not in found.left and value != {}]
@@ -110,7 +110,7 @@ def _bare(leaf: Parts) -> Parts:
     return leaf[1:] if leaf[0] == "params" else leaf
 
 
-def prefix_of(root: Node, found: Found) -> Parts:
+def prefix_of(root: Node, found: StateSearch) -> Parts:
     """The container of all weights, looked for as far down as something was left out."""
     at: Parts = ()
     node = root

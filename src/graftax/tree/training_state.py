@@ -84,7 +84,7 @@ def is_note(name: Any) -> bool:
     return bool(family(name)) or bool(words & _NOTES and words <= _NOTES | _OF_COUNTS | _QUALIFIERS | {"hyper", "run"})
 
 
-def is_beside(name: Any, value: Any, lightning: bool = False) -> bool:
+def is_training_state(name: Any, value: Any, lightning: bool = False) -> bool:
     """Is a dict or list with tensors something other than weights? By its own structure: a name alone says nothing, and
     needs tensors of the kind that such a thing has. In a checkpoint of Lightning (`lightning`) the names say it."""
     if is_optimizer(value) or _is_grad_scaler(value):
@@ -102,8 +102,9 @@ def is_beside(name: Any, value: Any, lightning: bool = False) -> bool:
     return isinstance(value, (list, tuple)) and is_count(name) and all(map(_is_small, tensors))
 
 
-def is_called_beside(name: Any) -> bool:
-    """Does the name alone say that this is no weights? Where the structure does not (`is_beside`), it is a question."""
+def has_training_name(name: Any) -> bool:
+    """True if the name alone marks this as training state. If the structure does not confirm it (`is_training_state`),
+    graftax asks."""
     kind = family(name)
     return bool(kind) and (kind not in _SMALL or "lr" in words_of(name) or kind == "loops")
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from graftax.tree import TensorSpec
 from graftax.tree.training_containers import (
-    Found,
     Node,
     Parts,
+    StateSearch,
     add_runs,
     copies_in,
     is_copy,
@@ -62,7 +62,7 @@ _SMALL = frozenset({"scheduler", "scaler", "loops"})
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class TrainingState:
     """What of a tree are no weights.
 
     prefix    the container that holds all of the weights, as a path; "" where there is none
@@ -87,7 +87,7 @@ class Split:
 
 
 def may_hold_state(paths: Iterable[str]) -> bool:
-    """Does any name say that there may be something for `split`?"""
+    """Does any name say that there may be something for `find_training_state`?"""
     parts = {part for path in paths for part in path.split("/")}
     parts = {_NUMBER.sub("", part) for part in parts}  # layers_0 to layers_9999 say the same
     return any(
@@ -96,11 +96,11 @@ def may_hold_state(paths: Iterable[str]) -> bool:
     )
 
 
-def split(specs: Mapping[str, TensorSpec]) -> Split:
+def find_training_state(specs: Mapping[str, TensorSpec]) -> TrainingState:
     """What of a tree with '/'-joined paths are no weights; an empty Split for the weights alone, and for a tree that
     has only training state (it was named)."""
     if not may_hold_state(specs):
-        return Split()
+        return TrainingState()
     root: Node = {}
     for path, spec in specs.items():
         node = root
@@ -108,16 +108,16 @@ def split(specs: Mapping[str, TensorSpec]) -> Split:
         for part in above:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                return Split()  # a flat dict whose names are no paths
+                return TrainingState()  # a flat dict whose names are no paths
             node = child
         if isinstance(node.get(last), dict):
-            return Split()
+            return TrainingState()
         node[last] = spec
-    found = Found()
+    found = StateSearch()
     _search(root, (), found)
     if not (found.left or found.copies or found.doubtful):
-        return Split()
-    return Split(
+        return TrainingState()
+    return TrainingState(
         "/".join(prefix_of(root, found)),
         {"/".join(path): what for path, what in found.left.items()},
         tuple("/".join(path) for path in found.copies),
@@ -127,8 +127,8 @@ def split(specs: Mapping[str, TensorSpec]) -> Split:
 
 def own_parts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
     """path -> how many of its parts are an optimizer's own (3 of opt_state/0/mu/Dense_0/kernel), for each leaf that
-    `split` leaves out: the rest is the path of the weight that it mirrors."""
-    found = split(specs)
+    `find_training_state` leaves out: the rest is the path of the weight that it mirrors."""
+    found = find_training_state(specs)
     aside = [path for path in specs if found.leaves_out(path)] if found.left else []
     weights = {path for path in specs if not found.leaves_out(path)}
     above = max((path.count("/") for path in found.left), default=0)  # containers around a run
@@ -145,7 +145,7 @@ def _starts(path: str) -> list[int]:
     return [0, *(i + 1 for i, char in enumerate(path) if char == "/")]
 
 
-def _search(node: Node, at: Parts, found: Found) -> None:
+def _search(node: Node, at: Parts, found: StateSearch) -> None:
     sure: dict[str, str] = {}
     named = [name for name, value in node.items() if isinstance(value, dict) and is_optimizer_name(name)]
     others = {name: value for name, value in node.items() if name not in named}

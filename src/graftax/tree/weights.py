@@ -13,7 +13,7 @@ from typing import Any
 from graftax.errors import Failure, PlanError, escape
 from graftax.tree import Checkpoint
 from graftax.tree.parts import sub_checkpoint
-from graftax.tree.training_tree import Split, split
+from graftax.tree.training_tree import TrainingState, find_training_state
 
 
 def weights_of(checkpoint: Checkpoint) -> Checkpoint:
@@ -26,7 +26,7 @@ def weights_of(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.chosen or checkpoint.modules or checkpoint.side == "torch":
         return checkpoint
-    found = split(checkpoint.specs)
+    found = find_training_state(checkpoint.specs)
     if found.copies:
         raise _several(checkpoint, found)
     if found.doubtful:
@@ -36,7 +36,7 @@ def weights_of(checkpoint: Checkpoint) -> Checkpoint:
     return _inside(_without(checkpoint, found), found, checkpoint)
 
 
-def _without(whole: Checkpoint, found: Split) -> Checkpoint:
+def _without(whole: Checkpoint, found: TrainingState) -> Checkpoint:
     specs = {path: spec for path, spec in whole.specs.items() if not found.leaves_out(path)}
     return replace(
         whole,
@@ -50,7 +50,7 @@ def _without(whole: Checkpoint, found: Split) -> Checkpoint:
     )
 
 
-def _inside(weights: Checkpoint, found: Split, whole: Checkpoint) -> Checkpoint:
+def _inside(weights: Checkpoint, found: TrainingState, whole: Checkpoint) -> Checkpoint:
     """The weights below the container that holds all of them."""
     if not found.prefix:
         return weights
@@ -84,7 +84,7 @@ def _named(checkpoint: Checkpoint, path: str) -> str:
     return f"{escape(checkpoint.label)}::{escape(path)}"
 
 
-def _several(checkpoint: Checkpoint, found: Split) -> PlanError:
+def _several(checkpoint: Checkpoint, found: TrainingState) -> PlanError:
     names = [_named(checkpoint, path) for path in found.copies]
     live = checkpoint.format == "live"
     return PlanError(
@@ -99,7 +99,7 @@ def _several(checkpoint: Checkpoint, found: Split) -> PlanError:
     )
 
 
-def _doubtful(checkpoint: Checkpoint, found: Split) -> PlanError:
+def _doubtful(checkpoint: Checkpoint, found: TrainingState) -> PlanError:
     tops = list(dict.fromkeys(path.partition("/")[0] for path in checkpoint if not _within(path, found.doubtful)))
     tops = [top for top in tops if top not in checkpoint and top not in found.left]
     names = [_named(checkpoint, top) for top in tops[:3]] or ["the container of the weights"]

@@ -11,7 +11,7 @@ from graftax.tree.limits import SLACK, limit, variable
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class StampedFile:
     """A regular file, and the stamp by which a change is noticed."""
 
     path: Path
@@ -42,9 +42,9 @@ class Source:
             )
 
 
-def open_source(path: Path) -> Source:
+def open_stamped(path: Path) -> StampedFile:
     """`path` as a Source. StorageError where it is missing, unreadable or not a regular file."""
-    return Source(path, files.stamp(path))
+    return StampedFile(path, files.stamp(path))
 
 
 def check_ratio(name: str, large: int, small: int, what: str) -> None:

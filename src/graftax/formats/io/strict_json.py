@@ -12,7 +12,7 @@ from graftax.errors import FormatError, escape
 from graftax.tree.limits import limit
 
 
-class _Refused(ValueError):
+class _RefusedJson(ValueError):
     pass
 
 
@@ -22,13 +22,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"the key {escape(key)!r} stands twice in one object")
+                raise _RefusedJson(f"the key {escape(key)!r} stands twice in one object")
             seen.add(key)
     return out
 
 
 def _constant(text: str) -> NoReturn:
-    raise _Refused(f"{text} is not JSON")
+    raise _RefusedJson(f"{text} is not JSON")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)

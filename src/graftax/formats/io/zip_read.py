@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from graftax.errors import FormatError, UnsafeInputError, escape
-from graftax.formats.io.source import Source, check_ratio
+from graftax.formats.io.source import StampedFile, check_ratio
 from graftax.tree.limits import check_limit
 
 LOCAL = struct.Struct("<4s5H3I2H")
@@ -42,7 +42,7 @@ class Member:
     bound: int
 
 
-def zip_members(source: Source) -> dict[str, Member]:
+def zip_members(source: StampedFile) -> dict[str, Member]:
     """Name -> member, in the order of the archive's table.
 
     Raises FormatError for anything but one clean archive from the first byte to the last, UnsafeInputError for
@@ -70,12 +70,12 @@ def zip_members(source: Source) -> dict[str, Member]:
     return out
 
 
-def data_offset(source: Source, member: Member) -> int:
+def data_offset(source: StampedFile, member: Member) -> int:
     """Where the data of a member starts. FormatError where its local header says something else than the table."""
     return _opened(source, member, 0)[0]
 
 
-def _opened(source: Source, member: Member, length: int) -> tuple[int, bytearray]:
+def _opened(source: StampedFile, member: Member, length: int) -> tuple[int, bytearray]:
     """Where the data of a member starts, and its first bytes: `length` of them or fewer."""
     encoded = member.name.encode("utf-8", "surrogateescape")
     other = member.name.encode("cp437", "replace")
@@ -91,7 +91,7 @@ def _opened(source: Source, member: Member, length: int) -> tuple[int, bytearray
     return start, raw[start - member.start : start - member.start + min(length, member.stored)]
 
 
-def read_member(source: Source, member: Member, check: bool = True) -> bytearray:
+def read_member(source: StampedFile, member: Member, check: bool = True) -> bytearray:
     """All bytes of a member. FormatError where they are not as many as promised, or (with `check`) do not have its
     CRC."""
     data = source.read(data_offset(source, member), member.stored)
@@ -102,7 +102,7 @@ def read_member(source: Source, member: Member, check: bool = True) -> bytearray
     return data
 
 
-def read_start(source: Source, member: Member, length: int) -> bytearray:
+def read_start(source: StampedFile, member: Member, length: int) -> bytearray:
     """The first bytes of a member, `length` at most, unchecked."""
     offset, data = _opened(source, member, length)
     if len(data) < min(length, member.stored):
@@ -110,7 +110,7 @@ def read_start(source: Source, member: Member, length: int) -> bytearray:
     return data if member.method == STORED else _inflate(source, member, data, length, partial=True)
 
 
-def check_crc(source: Source, member: Member) -> None:
+def check_crc(source: StampedFile, member: Member) -> None:
     """FormatError where the bytes of a stored member do not have its CRC."""
     offset, crc = data_offset(source, member), 0
     room = memoryview(bytearray(min(_CHUNK, member.size)))
@@ -126,7 +126,7 @@ def check_crc(source: Source, member: Member) -> None:
 class Positions:
     """Stored members read by position, each checked by its CRC before the first of it is given out."""
 
-    source: Source
+    source: StampedFile
     checked: bool = True
     starts: dict[str, int] = field(default_factory=dict[str, int])
 
@@ -151,11 +151,11 @@ def first_member_name(head: bytes) -> str | None:
     return head[LOCAL.size : LOCAL.size + length].decode("utf-8", "replace")
 
 
-def _broken(source: Source, what: str) -> FormatError:
+def _broken(source: StampedFile, what: str) -> FormatError:
     return FormatError(f"{escape(source.path)} is not a sound zip archive: {what}")
 
 
-def _inflate(source: Source, member: Member, data: bytearray, length: int, partial: bool = False) -> bytearray:
+def _inflate(source: StampedFile, member: Member, data: bytearray, length: int, partial: bool = False) -> bytearray:
     engine = zlib.decompressobj(-15)
     try:
         out = bytearray(engine.decompress(data, length))
@@ -166,7 +166,7 @@ def _inflate(source: Source, member: Member, data: bytearray, length: int, parti
     return out
 
 
-def _central_directory(source: Source) -> tuple[bytearray, int]:
+def _central_directory(source: StampedFile) -> tuple[bytearray, int]:
     """The table of contents and where it starts."""
     if source.size < END.size:
         raise _broken(source, "it is too short to be one")
@@ -193,7 +193,7 @@ def _central_directory(source: Source) -> tuple[bytearray, int]:
     return source.read(start, size), start
 
 
-def _entries(source: Source, table: bytearray, start: int) -> Iterator[Member]:
+def _entries(source: StampedFile, table: bytearray, start: int) -> Iterator[Member]:
     at = 0
     while at < len(table):
         if at + CENTRAL.size > len(table) or table[at : at + 4] != b"PK\x01\x02":

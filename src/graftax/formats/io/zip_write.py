@@ -24,7 +24,7 @@ _ALIGN = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MemberPlace:
     """Where a stored member goes: its header from `start`, its data from `data` on."""
 
     start: int
@@ -32,21 +32,21 @@ class Place:
     size: int
 
 
-def places(sizes: Mapping[str, int]) -> tuple[dict[str, Place], int]:
+def places(sizes: Mapping[str, int]) -> tuple[dict[str, MemberPlace], int]:
     """Where each member of these sizes goes, its data at a multiple of 64 bytes, and where the table of contents
     starts: known before a byte is written, so that members can be written in any order."""
-    out: dict[str, Place] = {}
+    out: dict[str, MemberPlace] = {}
     at = 0
     for name, size in sizes.items():
         # header, name, zip64 field (20 bytes), and a field of padding (4 bytes at least)
         before = at + LOCAL.size + len(_encoded(name)) + 24
         data = -(-before // _ALIGN) * _ALIGN
-        out[name] = Place(at, data, size)
+        out[name] = MemberPlace(at, data, size)
         at = data + size
     return out, at
 
 
-def member_header(name: str, place: Place, crc: int) -> bytes:
+def member_header(name: str, place: MemberPlace, crc: int) -> bytes:
     """Everything of a member before its data."""
     raw = _encoded(name)
     extra = place.data - place.start - LOCAL.size - len(raw)
@@ -56,7 +56,7 @@ def member_header(name: str, place: Place, crc: int) -> bytes:
     return head + raw + struct.pack("<2H2Q2H", 1, 16, place.size, place.size, 0x4246, pad) + b"\0" * pad
 
 
-def directory(members: Mapping[str, Place], crcs: Mapping[str, int], start: int) -> bytes:
+def directory(members: Mapping[str, MemberPlace], crcs: Mapping[str, int], start: int) -> bytes:
     """The table of contents, which begins at `start`, and the end of the archive."""
     out = bytearray()
     for name, place in members.items():
