@@ -223,7 +223,7 @@ def test_any_order_of_arrival_and_bad_arrivals(tmp_path):
         written(tmp_path, Output(out.specs, list(out.tensors)[:1], "flax"))
     with pytest.raises(PlanError, match="twice"):
         written(tmp_path, Output(out.specs, [*out.tensors, *out.tensors], "flax"))
-    with pytest.raises(FormatError, match="not what its spec says"):
+    with pytest.raises(FormatError, match="does not match its spec"):
         written(tmp_path, Output(out.specs, [("a", np.ones(4))], "flax"))
 
 

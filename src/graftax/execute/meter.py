@@ -1,4 +1,5 @@
-"""Measure, tile by tile, what value ops lose: invert each tile and count the source values that come back."""
+"""Measure, tile by tile, what value ops lose: invert each tile and count the source values that a round trip
+restores."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ View = Callable[[SourceView], Array]
 
 
 def evaluate(value: Value, extents: tuple[int, ...], view: View) -> Array:
-    """The array of a piece: leaves by `view`, value ops on top."""
+    """The array of a piece: `view` gives the source views, and the value ops run on top."""
     if isinstance(value, SourceView):
         return view(value)
     if isinstance(value, Const):
@@ -30,8 +31,8 @@ def evaluate(value: Value, extents: tuple[int, ...], view: View) -> Array:
 
 @dataclass(slots=True)
 class Meter:
-    """Evaluates the pieces of one entry, and counts: `equal` of `total` source values come back bit for bit,
-    `equal_in_float32` would if the entry were held in float32 (16-bit sources only)."""
+    """Evaluates the pieces of one entry and counts. A round trip restores `equal` of `total` source values bit for bit.
+    It would restore `equal_in_float32` if the entry were held in float32 (16-bit sources only)."""
 
     exact: bool
     equal: int = 0
@@ -57,7 +58,7 @@ class Meter:
         return made
 
     def add(self, other: Meter) -> None:
-        """Counts what another meter of the same entry has counted."""
+        """Add the counts of another meter of the same entry."""
         self.equal += other.equal
         self.total += other.total
         self.equal_in_float32 += other.equal_in_float32
@@ -65,7 +66,7 @@ class Meter:
         self.casts += other.casts
 
     def as_json(self) -> list[Any]:
-        """What was counted, for `from_json`."""
+        """The counts, for `from_json`."""
         casts = [getattr(self.casts, field.name) for field in fields(self.casts)]
         return [self.equal, self.total, self.equal_in_float32, self.narrow, casts]
 
@@ -110,7 +111,8 @@ class Meter:
 
 
 def meter_for(entry: Entry) -> Meter | None:
-    """A meter for pieces of an entry, or for all of it; None where there is nothing to measure and no cast to count."""
+    """A meter for the pieces of an entry, or for all of it; None if there is nothing to measure and no cast to
+    count."""
     casts = any(isinstance(op, Cast) for op in entry.ops)
     return None if entry.exact and not casts else Meter(entry.exact)
 

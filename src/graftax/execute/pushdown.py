@@ -1,9 +1,10 @@
-"""Which source values a slice of a target needs, found by pushing the slice back through the ops.
+"""Find the source values that a slice of a target needs, by pushing the slice back through the ops.
 
-A slice is a loop nest: extents, and for each axis of the tensor one affine expression of the loop counters. Going back
-through an index op changes the expressions, splits a loop where a merged axis wraps, or cuts one where a concat has a
-border. What arrives at the sources is a list of pieces, each a strided copy: out[offset + loops . strides] =
-source[offset + loops . strides], with value ops on top. Pieces do not overlap and cover the slice.
+A slice is a loop nest: extents, and for each axis of the tensor one affine expression of the loop counters. An index op
+changes the expressions on the way back; it splits a loop where a merged axis wraps, and cuts a loop at the border of a
+concat. At the sources the slice has become a list of pieces. Each piece is a strided copy, with value ops on top:
+out[offset + loops . strides] = source[offset + loops . strides]. Pieces do not overlap, and together they cover the
+slice.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Box = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class SourceView:
-    """Elements of one source: `offset` plus one stride for each loop, in C order of the source."""
+    """A strided view of one source: `offset`, and one stride for each loop, in the source's C order."""
 
     source: int
     offset: int
@@ -46,7 +47,7 @@ class Const:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """A value op on what its arguments give, element by element; `output` is which of its outputs."""
+    """A value op applied to its arguments element by element; `output` is the index of its output."""
 
     op: Op
     args: tuple[Value, ...]
@@ -57,7 +58,7 @@ Value = SourceView | Const | Apply
 
 @dataclass(frozen=True, slots=True)
 class TilePiece:
-    """out[offset + loops . strides] = value, for all loop counters below `extents`. Elements, not bytes."""
+    """out[offset + loops . strides] = value, for all loop counters below `extents`. Counts elements, not bytes."""
 
     extents: tuple[int, ...]
     offset: int
@@ -80,7 +81,7 @@ def _leaves(value: Value) -> Iterator[SourceView]:
             yield from _leaves(arg)
 
 
-# ---------------------------------------------------------------- the walk
+# ---------------------------------------------------------------- pushing back
 
 
 def push(
@@ -91,11 +92,11 @@ def push(
     most: int = MOST_PIECES,
     within: Box | None = None,
 ) -> list[TilePiece]:
-    """The pieces that make `box` of the chain's output `target`, as a C-contiguous tile of the box's extents; or at its
-    place in a tile of the larger box `within`.
+    """The pieces that make `box` of the chain's output `target`. They fill a C-contiguous tile of the box's extents;
+    with `within`, a larger box, they fill their place in a tile of `within`.
 
-    Conditions of checked ops (repeated rows, dropped padding, ties) are not looked at here. Raises NotLocal where an
-    op needs whole tensors (norms), or the slice falls into more than `most` pieces.
+    This function does not check the conditions of checked ops (repeated rows, dropped padding, ties). Raises NotLocal
+    if an op needs whole tensors (norms), or if the slice splits into more than `most` pieces.
     """
     extents = tuple(stop - start for start, stop in box)
     outer = box if within is None else within
@@ -113,7 +114,7 @@ def push(
 
 
 class _Push:
-    """One push: the specs along the chain, and how many pieces are left."""
+    """One push: the specs along the chain, and the number of pieces that remain."""
 
     __slots__ = ("left", "ops", "specs")
 
@@ -125,7 +126,7 @@ class _Push:
         self.left = most
 
     def back(self, place: int, tensor: int, nest: Nest) -> Iterator[TilePiece]:
-        """The pieces of `nest`, a selection of output `tensor` of the first `place` ops."""
+        """The pieces of `nest`, which selects from output `tensor` of the first `place` ops."""
         if place == 0:
             self.left -= 1
             if self.left < 0:
@@ -182,7 +183,7 @@ def _at_source(tensor: int, spec: TensorSpec, nest: Nest) -> TilePiece:
 
 
 Back = Iterator[tuple[int, Nest]]
-"""(input tensor, selection of it), parts of one selection of an output."""
+"""(input tensor, selection of it): the parts of one selection of an output."""
 
 
 def _term(op: Unsum, tensor: int) -> tuple[int, int]:
@@ -208,10 +209,9 @@ def _rearrange(op: Rearrange, before: Sequence[TensorSpec], tensor: int, nest: N
 def _split_groups(
     nest: Nest, groups: Sequence[Sequence[str]], sizes: dict[str, int]
 ) -> Iterator[tuple[dict[str, Affine], Nest]]:
-    """The index of every named axis, for a tensor whose axes are merged `groups` of them.
+    """The index of every named axis, for a tensor whose axes merge `groups` of named axes.
 
-    The expressions of named axes found so far ride along as further axes of the nest, so that splitting a loop keeps
-    them right.
+    The expressions found so far become further axes of the nest, so that splitting a loop keeps them right.
     """
     names: list[str] = []
     todo: list[Nest] = [nest]
@@ -317,15 +317,15 @@ _STEPS: dict[type[Any], Callable[[Any, Sequence[TensorSpec], int, Nest], Back]] 
     RequireZero: _same,
     Unsum: _unsum,
 }
-"""op -> how a selection of one of its outputs falls on its inputs"""
+"""op -> how a selection of one output maps to its inputs"""
 
 
 # ---------------------------------------------------------------- tidying
 
 
 def _coalesced(piece: TilePiece) -> TilePiece:
-    """The piece with as few loops as can be: those of one iteration dropped, those that continue each other joined;
-    outermost in the output first."""
+    """The piece with as few loops as possible: loops of one iteration are dropped, and loops that continue each other
+    are joined. The outermost loop of the output comes first."""
     rows = [(piece.strides, *(leaf.strides for leaf in piece.leaves()))]
     columns = list(zip(*rows[0], strict=True)) if piece.extents else []
     loops = [(n, column) for n, column in zip(piece.extents, columns, strict=True) if n > 1]
