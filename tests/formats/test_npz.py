@@ -188,7 +188,7 @@ def test_object_arrays_are_unsafe(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         np.savez(tmp_path / "x.npz", fine=np.ones(2), bad=np.array([{}], dtype=object))
-    with pytest.raises(UnsafeInputError, match="bad: an object array") as info:
+    with pytest.raises(UnsafeInputError, match="bad: this is an object array") as info:
         npz.open(tmp_path / "x.npz")
     assert info.value.exit_code == 4
 
@@ -234,12 +234,12 @@ def test_other_dtypes(tmp_path, array):
         (npy(header(descr="'|f4'"), b"\0" * 8), "dtype"),
         (npy(header(descr="''"), b"\0" * 8), "dtype"),
         (npy(header(descr="4"), b"\0" * 8), "record"),
-        (npy("{'descr': '<f4', 'shape': (2,)}", b"\0" * 8), "has not the keys"),
-        (npy(header()[:-1] + "'more': 1}", b"\0" * 8), "has not the keys"),
+        (npy("{'descr': '<f4', 'shape': (2,)}", b"\0" * 8), "must have the keys"),
+        (npy(header()[:-1] + "'more': 1}", b"\0" * 8), "must have the keys"),
         (npy("__import__('os').system('true')"), "not a dict of plain values"),
         (npy("(" * 9000, pad=False), "not a dict of plain values"),
         (npy("-" * 9000 + "1", pad=False), "not a dict of plain values"),
-        (npy(" " * 60000, pad=False), "longer than any"),
+        (npy(" " * 60000, pad=False), "its header is truncated or too long"),
         (npy(header(), b"\0" * 8, (4, 0)), "version 4.0"),
         (npy(header(), b"\0" * 8)[1:], "does not begin"),
         (b"", "does not begin"),
@@ -316,7 +316,7 @@ def test_zip_that_can_be_read_in_two_ways(tmp_path):
     path = archive(tmp_path / "x.npz", [("a.npy", fine), ("b.npy", fine)])
     data = path.read_bytes()
     path.write_bytes(data.replace(b"a.npy", b"c.npy", 1))
-    with pytest.raises(FormatError, match="not what the table says"):
+    with pytest.raises(FormatError, match="disagrees with the table of contents"):
         npz.open(path)
     table = data.rfind(b"PK\x01\x02")
     overlap = data[: table + 42] + struct.pack("<I", 0) + data[table + 46 :]
@@ -327,7 +327,7 @@ def test_zip_that_can_be_read_in_two_ways(tmp_path):
     with pytest.raises(FormatError):
         npz.open(path)
     archive(path, [("a.npy", fine)], zipfile.ZIP_BZIP2)
-    with pytest.raises(FormatError, match="packed by method 12"):
+    with pytest.raises(FormatError, match="compressed by method 12"):
         npz.open(path)
     encrypted = bytearray(archive(path, [("a.npy", fine)]).read_bytes())
     encrypted[encrypted.find(b"PK\x01\x02") + 8] |= 1

@@ -297,7 +297,7 @@ def test_a_server_that_stays_silent(site: Site, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(remote_connect, "TIMEOUT", 0.05)
     hold = threading.Event()
     site.answer = lambda handler, path, count: hold.wait(20) and False
-    with pytest.raises(StorageError, match="the server stays silent"):
+    with pytest.raises(StorageError, match="the server does not answer"):
         open_path(site.url("model.safetensors"))
     hold.set()
 

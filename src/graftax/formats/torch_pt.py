@@ -1,8 +1,8 @@
 """torch .pt, .pth and .bin files: the zip archives and the older plain pickles that torch.save writes.
 
-They are read without torch and without running anything of them: `pickles` reads the structure as inert values,
-`torch_tree` finds the weights in it, and the bytes of a tensor are read by position when they are asked for.
-`torch_write` writes them, without torch as well.
+They are read without torch and without running any of their content. `pickles` reads the structure as inert values,
+`torch_nest` finds the weights in it, and the bytes of a tensor are read by position on demand. `torch_write` writes
+such files, also without torch.
 
 Formats: zip: NAME/data.pkl, NAME/data/KEY, NAME/byteorder. Legacy: five pickles (magic number, protocol, system, the
 object, the keys of its storages), then for each key its element count (int64) and its bytes.
@@ -36,8 +36,9 @@ _ZIP_NAMES = ("data.pkl", "constants.pkl", "version", "byteorder", ".format_vers
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What a file holds: the unpickled value, the bytes that are stored for each storage, how to get `length` of them
-    from `start` on, and how to fill a buffer with them, where they are not compressed (`stored`)."""
+    """The content of a file: the unpickled value; the size stored for each storage; a function to get `length` bytes
+    from `start` on; a function to fill a buffer with them; and whether a storage is uncompressed (`stored`), which
+    filling requires."""
 
     root: Any
     records: dict[str, int]
@@ -48,7 +49,7 @@ class _Content:
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """A zip with the members of torch, a pickle, or a file with torch's endings that starts like an old one."""
+    """True for a zip with torch's members, a pickle, or a file with torch's endings that begins like an old one."""
     name = zip_read.first_member_name(head)
     if name is not None:
         inner = name.partition("/")[2] or name
@@ -60,13 +61,13 @@ def sniff(path: Path, head: bytes) -> bool:
 
 
 def open(path: Path) -> Checkpoint:
-    """The state_dict in the file. Raises UnsafeInputError where reading it all would run code or passes a limit,
-    FormatError where it is malformed, PlanError where several containers hold weights or they are quantized."""
+    """The state_dict in the file. Raises UnsafeInputError if reading everything would run code or exceeds a limit,
+    FormatError if the file is malformed, PlanError if several containers hold weights or the weights are quantized."""
     return _checkpoint(path, None)
 
 
 def open_container(path: Path, name: str) -> Checkpoint:
-    """As `open`, of the container `name` in the file ('model', 'a/b'; '.' for everything)."""
+    """As `open`, for the container `name` in the file ('model', 'a/b'; '.' for everything)."""
     return _checkpoint(path, name)
 
 
@@ -117,7 +118,7 @@ def _content(source: StampedFile) -> _Content:
         return _read_zip(source, label)
     if head[257:262] == b"ustar":
         raise UnsafeInputError(
-            f"{label} is a tar file of torch before 0.1.10, which no restricted reader knows",
+            f"{label} is a tar file of torch before 0.1.10, which no restricted reader supports",
             next="Ask for the weights as .safetensors, or as a .pt file of a newer torch.",
         )
     return _read_legacy(source, label)
@@ -134,7 +135,7 @@ def _read_zip(source: StampedFile, label: str) -> _Content:
         )
     if f"{prefix}data.pkl" not in members:
         raise FormatError(f"{label} is a zip archive, but not one that torch.save writes: it has no data.pkl")
-    # torch.serialization.set_crc32_options(False) leaves every CRC zero: then there is none to check
+    # torch.serialization.set_crc32_options(False) leaves every CRC zero: then there is nothing to check
     checked = any(member.crc for member in members.values())
     pickle_member = members[f"{prefix}data.pkl"]
     check_limit("header", pickle_member.size, label)
@@ -152,7 +153,7 @@ def _read_zip(source: StampedFile, label: str) -> _Content:
         member = record(storage)
         if member.method != zip_read.STORED:
             return zip_read.read_member(source, member, checked)[start : start + length]
-        if length == member.size and member.name not in positions.starts:  # one pass will do
+        if length == member.size and member.name not in positions.starts:  # one pass is enough
             return zip_read.read_member(source, member, checked)
         data = bytearray(length)
         positions.read_into(member, start, memoryview(data))
@@ -178,7 +179,7 @@ def _read_legacy(source: StampedFile, label: str) -> _Content:
         )
     if _legacy_pickle(stream, source, label) != 1001:
         raise FormatError(f"{label} has an unknown version of torch's legacy format")
-    _legacy_pickle(stream, source, label)  # the sizes of C types on the machine that wrote it
+    _legacy_pickle(stream, source, label)  # skip the sizes of C types on the machine that wrote it
     storages: dict[str, Storage] = {}
     root = _legacy_pickle(stream, source, label, storages)
     keys = _legacy_pickle(stream, source, label)
@@ -200,7 +201,7 @@ def _read_legacy(source: StampedFile, label: str) -> _Content:
         if at > source.size:
             raise FormatError(f"{label} is truncated in storage {escape(key)}")
     if at != source.size:
-        raise FormatError(f"{label} has {source.size - at} bytes behind its end")
+        raise FormatError(f"{label} has {source.size - at} bytes after its end")
 
     def fetch(storage: Storage, start: int, length: int) -> bytearray:
         return source.read(places[storage.key] + start, length)
@@ -214,12 +215,12 @@ def _read_legacy(source: StampedFile, label: str) -> _Content:
 def _legacy_pickle(
     stream: io.BytesIO, source: StampedFile, label: str, storages: dict[str, Storage] | None = None
 ) -> Any:
-    """The next of the pickles that a legacy file begins with."""
+    """The next of the pickles at the beginning of a legacy file."""
     try:
         return pickles.load(stream, label, storages)
     except FormatError:
         if source.size > limit("header") and stream.tell() >= limit("header"):
-            raise beyond("header", f"{label}: a pickle that does not end in {limit('header'):,}") from None
+            raise beyond("header", f"{label}: a pickle does not end within {limit('header'):,}") from None
         raise
 
 
@@ -227,7 +228,7 @@ def _legacy_pickle(
 
 
 def _specs(tensors: dict[str, Tensor], content: _Content, source: StampedFile) -> dict[str, TensorSpec]:
-    """The spec of each tensor, once all of them fit into their storages and ask for no more than a limit allows."""
+    """The spec of each tensor, after checking that all tensors fit into their storages and stay within the limits."""
     label = escape(source.path)
     wrong: list[Failure] = []
     dense = 0
@@ -237,7 +238,7 @@ def _specs(tensors: dict[str, Tensor], content: _Content, source: StampedFile) -
         try:
             size = element_count(tensor.shape, label) * tensor.itemsize
         except FormatError:
-            wrong.append(Failure("no array has this shape", label, name, found=escape(tensor.shape)))
+            wrong.append(Failure("no array can have this shape", label, name, found=escape(tensor.shape)))
             continue
         need = (tensor.offset + _span(tensor)) * tensor.itemsize if size else 0
         record = content.records.get(storage.key)
@@ -246,20 +247,20 @@ def _specs(tensors: dict[str, Tensor], content: _Content, source: StampedFile) -
             what = f"the record of its storage {escape(storage.key)} is missing or damaged"
             wrong.append(Failure(what, label, name, f"{storage.total} bytes", found, "Fetch the file again."))
         elif tensor.offset < 0 or min(tensor.strides, default=0) < 0:
-            wrong.append(Failure("a negative offset or stride", label, name))
+            wrong.append(Failure("it has a negative offset or stride", label, name))
         elif need > storage.nbytes:
             wrong.append(Failure("its storage is too short", label, name, f"{need} bytes", f"{storage.nbytes} bytes"))
         elif size > most * storage.nbytes:
-            check_ratio("dense", size, storage.nbytes, f"{label}: {escape(name)} asks for too much")
+            check_ratio("dense", size, storage.nbytes, f"{label}: {escape(name)} needs too much memory")
         dense += size
     if wrong:
         raise FormatError(f"{label}: {len(wrong)} of {len(tensors)} tensors are malformed", wrong)
-    check_ratio("dense", dense, source.size, f"the tensors of {label} ask for too much")
+    check_ratio("dense", dense, source.size, f"the tensors of {label} need too much memory")
     return {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last one that a tensor reaches; 0 for an empty one."""
+    """The number of elements from the first to the last one that a tensor reaches; 0 for an empty tensor."""
     if 0 in tensor.shape:
         return 0
     return 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.strides, strict=True))
@@ -275,7 +276,7 @@ def _contiguous(tensor: Tensor) -> bool:
 
 
 def _as_it_is(tensor: Tensor, content: _Content) -> bool:
-    """Do the bytes lie in the file as its values in C order, little end first?"""
+    """True if the bytes in the file are the values in C order, little endian."""
     if not content.stored(tensor.storage) or tensor.conj or tensor.neg:
         return False
     return _contiguous(tensor) and not (content.swapped and tensor.itemsize > 1)
@@ -308,7 +309,7 @@ def _array(tensor: Tensor, spec: TensorSpec, content: _Content) -> np.ndarray[An
 
 
 def _aliases(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """name -> the first name that is the same view of the same bytes."""
+    """name -> the first name with the same view of the same bytes."""
     first: dict[tuple[Any, ...], str] = {}
     out: dict[str, str] = {}
     for name, tensor in tensors.items():
