@@ -174,7 +174,7 @@ def test_a_plan_runs_into_shards(source: Path, whole: Any, mesh: Any, tmp_path: 
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ({"fc": P("data")}, PlanError, "nothing says where it goes"),
+        ({"fc": P("data")}, PlanError, "sharding= does not cover this leaf"),
         ({"**": P(), "fd/kernel": P()}, PlanError, r"fd/kernel.*matches nothing.*\n.*fc/kernel"),
         ({"**": P("tensor")}, PlanError, "axis tensor is neither a mesh axis nor in the rules"),
         ({"**": P(), "fc/bias": P(None, "model")}, PlanError, r"fc/bias: .*more axes than float32\[16\]"),

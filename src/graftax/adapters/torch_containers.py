@@ -1,4 +1,4 @@
-"""Which part of a live nest of torch tensors are the weights: the answer that the .pt reader gives for a file."""
+"""Find the weights in a live nest of torch tensors: the same result that the .pt reader gives for a file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _NOWHERE = inert.Storage("", "", 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class LiveWeights:
-    """The weights of a nest: name -> tensor, name -> its keys from the top, what stands where in it, and what was left
-    out (name -> what it is)."""
+    """The weights of a nest: name -> tensor; name -> its keys from the top; the name of the container; keys that are
+    not text; and what was left out (name -> what it is)."""
 
     tensors: dict[str, torch.Tensor]
     places: dict[str, tuple[Any, ...]]
@@ -30,13 +30,13 @@ class LiveWeights:
 
 
 def choose(tree: Mapping[Any, Any], label: str) -> LiveWeights:
-    """The state_dict in `tree`: itself, or the one container of weights in it.
+    """The state_dict in `tree`: the tree itself, or its only container of weights.
 
-    Raises PlanError where several containers could be meant (each is named) and for quantized tensors; FormatError for
-    tensors that are not plain dense ones.
+    Raises PlanError if several containers are possible (each is named) and for quantized tensors; FormatError for
+    tensors that are not plain and dense.
     """
     found: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
-    proxies: list[Any] = []  # keeps them alive, so that no id is used twice
+    proxies: list[Any] = []  # keeps them alive, so that no id is reused
     others: list[tuple[Any, ...]] = []
 
     def proxy(node: Any, keys: tuple[Any, ...]) -> Any:
@@ -74,9 +74,9 @@ def choose(tree: Mapping[Any, Any], label: str) -> LiveWeights:
     mixed = [keys for keys in others if keys[:-1] in within]
     if mixed:
         raise UsageError(
-            f"{escape(label)} holds torch tensors and other arrays side by side, for example "
+            f"{escape(label)} mixes torch tensors with other arrays, for example "
             f"{escape('.'.join(map(str, mixed[0])))}",
-            next="Make them tensors, or pass them apart.",
+            next="Convert them to tensors, or pass them separately.",
         )
     return LiveWeights(
         {name: tensor for name, (tensor, _) in pairs.items()},
@@ -88,7 +88,7 @@ def choose(tree: Mapping[Any, Any], label: str) -> LiveWeights:
 
 
 def _proxy_of(tensor: torch.Tensor) -> inert.Tensor | inert.RefusedTensor:
-    """What the .pt reader has for a tensor. Where its values are does not matter for the choice."""
+    """The record that the .pt reader makes for a tensor. The place of its values does not matter here."""
     import torch
 
     if tensor.is_quantized:
@@ -102,8 +102,8 @@ def _proxy_of(tensor: torch.Tensor) -> inert.Tensor | inert.RefusedTensor:
 
 
 def replaced(tree: Any, new: Mapping[tuple[Any, ...], Any]) -> Any:
-    """`tree` with other leaves at the keys of `new`: containers on the way are new ones of the same type, order and
-    attributes, everything else is the same object."""
+    """`tree` with new leaves at the keys of `new`. The containers on the way are new, with the same type, order and
+    attributes; everything else is the same object."""
     ways = {keys[:i] for keys in new for i in range(len(keys))}
 
     def visit(node: Any, keys: tuple[Any, ...]) -> Any:

@@ -164,7 +164,7 @@ class _Spool:
     """A tensor in a temporary file, which holds only the parts that were put there."""
 
     def __init__(self, length: int) -> None:
-        self._file = tempfile.TemporaryFile(prefix="graftax-")  # noqa: SIM115 (closed when it is let go)
+        self._file = tempfile.TemporaryFile(prefix="graftax-")  # noqa: SIM115 (closed when it is released)
         self._length = length
         self._there = bytearray(-(-length // STEP))  # one per step
 
