@@ -181,7 +181,7 @@ def test_a_plan_runs_into_shards(source: Path, whole: Any, mesh: Any, tmp_path: 
         ({"**": P(), "layers/w/kernel": P(None, None, "data", "model")}, PlanError, "more axes"),
         ({"**": P(), "fc/kernel": P("data", "data")}, PlanError, "fc/kernel.*duplicate"),
         ({"**": P(), "fc/kernel": P(P.UNCONSTRAINED)}, PlanError, "leaves an axis open|UNCONSTRAINED"),
-        ({"**": P(), "fc": 3}, UsageError, r"sharding='3' at fc \(int\) is no sharding"),
+        ({"**": P(), "fc": 3}, UsageError, r"sharding='3' at fc \(int\) is not a sharding"),
         ({}, UsageError, "empty"),
         ("hots", UsageError, "'hots'.*Accepted"),
     ],
@@ -198,7 +198,7 @@ def test_all_uneven_shapes_are_named_at_once(source: Path, mesh: Any) -> None:
         gx.port(source, abstract(), rules=RULES, sharding=gx.on_mesh(rows, {"temperature": P(), "**": P("r")}))
     first = str(caught.value.failures[0])
     assert "fc/kernel: float32[24,16] cannot be cut by PartitionSpec('r') on mesh axes r=5" in first
-    assert "axis 0 has 24 rows, and 5 do not divide it" in first
+    assert "axis 0 has 24 rows, which 5 shards do not divide evenly" in first
 
 
 def test_a_mesh_alone_needs_names_in_like(source: Path, mesh: Any) -> None:
