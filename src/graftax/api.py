@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Unpack
 from graftax.adapters import plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
 from graftax.errors import Failure, GraftaxError, UsageError, worded
-from graftax.execute.device_placement import place_leaves, same_work, together
+from graftax.execute.device_placement import joint_stage, place_leaves, same_work
 from graftax.execute.distributed import peers
 from graftax.execute.eager import load
 from graftax.execute.fingerprint import fingerprint
@@ -24,7 +24,7 @@ from graftax.plans import Plan, PlanOptions, WriteOptions
 from graftax.plans.options import PlanAndWriteKeywords, PlanKeywords, options_of, takes
 from graftax.plans.plan import MadeFrom
 from graftax.tree import Checkpoint, Side
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 
 Tree = Any
 """A checkpoint (path, hub id, `pkg.mod:factory`) or a live tree: state_dict, torch Module, Linen variables,
@@ -109,7 +109,7 @@ def run_plan(made: Plan, source: Tree, sharding: Any = None, rngs: Any = None, r
     `port`."""
     like = None if made.made_from is None else made.made_from.like
     spans = spans_processes(sharding, like if sharding is None and peers() is not None else None)
-    with together("planning", spans):
+    with joint_stage("planning", spans):
         opened = open_weights(source, side=made.source.side)
         where = _places(made, like, sharding)
     return _made(made, opened, like, where, spans, rngs, receipt)
@@ -128,11 +128,11 @@ def _leaves(
     """path -> leaf of the Flax tree that the plan makes. If it `spans` processes, all of them succeed or all of them
     fail."""
     same_work(made, source, like, where, spans)
-    with together("loading", spans):
+    with joint_stage("loading", spans):
         return place_leaves(made, source, like, where, receipt, spans)
 
 
-@nothing_collected()
+@gc_paused()
 def _made(
     made: Plan,
     source: Checkpoint,
@@ -210,7 +210,7 @@ def _planned(
         spans = spans_processes(None, like)
     else:
         spans = spans_processes(sharding, None)
-    with together("planning", spans):
+    with joint_stage("planning", spans):
         opened, opened_like = open_both(source, like, options.source_side, options.to)
         made = make_plan(opened, opened_like, options)
         made.require_complete()
@@ -240,7 +240,7 @@ def port_file(
     """
     planning = options_of(port_file, PlanOptions, positional, options)
     writing = options_of(port_file, WriteOptions, (), options)
-    with together("planning", spans=True):
+    with joint_stage("planning", spans=True):
         if plan is not None:
             opened = open_weights(source, side=plan.source.side)
             opened_like = None if like is None else open_weights(like, side=plan.like.side)
@@ -266,9 +266,9 @@ def write_plan(
 
     joined = peers()
     if joined is not None:
-        from graftax.execute.shared_write import write_together
+        from graftax.execute.shared_write import write_shared
 
-        return write_together(joined, made, source, like, str(out), options, advance)
+        return write_shared(joined, made, source, like, str(out), options, advance)
     made.require_complete()
     receipt = Receipt()
     budget = parse_size(options.max_memory)

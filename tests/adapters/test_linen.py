@@ -520,7 +520,7 @@ def test_map_of_other_mappings():
 
 
 def test_variables_are_not_changed_in_place():
-    with pytest.raises(UsageError, match="not changed in place"):
+    with pytest.raises(UsageError, match="cannot be changed in place"):
         adapters.assign({"params": {"w": jnp.ones(2)}}, {"params/w": np.zeros(2, np.float32)})
     with pytest.raises(UsageError, match="pass the variables"):
         adapters.map_leaves(adapters.linen(nn.Dense(2), jnp.zeros((1, 2))), {})

@@ -358,7 +358,7 @@ def test_assign_checks_everything_first(net, path):
 def test_assign_needs_values(abstract):
     with pytest.raises(UsageError, match=r"no values.*[\s\S]*gx\.port"):
         adapters.assign(abstract, {"own": np.zeros(3, np.float32)})
-    with pytest.raises(UsageError, match="not changed in place"):
+    with pytest.raises(UsageError, match="cannot be changed in place"):
         adapters.assign(nnx.state(nnx.Linear(1, 1, rngs=nnx.Rngs(0))), {})
 
 

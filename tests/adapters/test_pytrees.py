@@ -145,7 +145,7 @@ def test_an_abstract_tree_of_classes() -> None:
 
 @pytest.mark.parametrize("thing", [Struct(1.0, None), jax.tree_util.Partial(len), object()])
 def test_a_class_without_arrays_is_refused(thing: Any) -> None:
-    with pytest.raises(UsageError, match="is no tree of weights"):
+    with pytest.raises(UsageError, match="is not a tree of weights"):
         open_tree(thing)
 
 

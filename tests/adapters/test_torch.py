@@ -325,7 +325,7 @@ def test_a_number_in_a_state_dict_is_listed():
 
 
 def test_tensors_beside_other_arrays_are_refused():
-    with pytest.raises(UsageError, match="side by side"):
+    with pytest.raises(UsageError, match="mixes torch tensors with other arrays"):
         opening.open_tree({"fc.weight": torch.ones(2, 2), "fc.bias": np.ones(2)})
 
 

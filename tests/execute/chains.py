@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from graftax.errors import LayoutError
-from graftax.execute.pushdown import Const, Leaf, Piece, Value
+from graftax.execute.pushdown import Const, SourceView, TilePiece, Value
 from graftax.ops import Op
 from graftax.ops.chains import bind_chain
 from graftax.ops.checked_ops import Crop, Pad, Repeat
@@ -120,7 +120,7 @@ def _rearrange(rng: random.Random, shape: tuple[int, ...]) -> Rearrange | None:
     return Rearrange(f"{' '.join(left)} -> {' '.join(right)}", tuple(sizes)) if len(right) <= 5 else None
 
 
-def made(pieces: list[Piece], given: tuple[np.ndarray[Any, Any], ...], shape: tuple[int, ...], dtype: Any) -> Any:
+def made(pieces: list[TilePiece], given: tuple[np.ndarray[Any, Any], ...], shape: tuple[int, ...], dtype: Any) -> Any:
     """The tile that the pieces make, element by element; every element must be written once, and no source overrun."""
     out, seen = np.empty(math.prod(shape), dtype), np.zeros(math.prod(shape), np.int64)
     for piece in pieces:
@@ -141,7 +141,7 @@ def _strided(flat: Any, offset: int, extents: tuple[int, ...], strides: tuple[in
 
 
 def _value(value: Value, given: tuple[np.ndarray[Any, Any], ...], extents: tuple[int, ...]) -> Any:
-    if isinstance(value, Leaf):
+    if isinstance(value, SourceView):
         return _strided(given[value.source].reshape(-1), value.offset, extents, value.strides)
     if isinstance(value, Const):
         return np.full(extents, value.value, value.dtype)

@@ -63,16 +63,16 @@ def stored(array: np.ndarray[Any, Any], read_bytes: list[int], apart: bool) -> f
 def main(seed: int, count: int) -> None:
     rng = random.Random(seed)
     chained = compared = cut = part = rows = 0
-    by_rows = sharded.by_rows
+    fill_by_rows = sharded.fill_by_rows
 
     def counted(wanted: Any, *rest: Any) -> bool:
         nonlocal rows
         wanted = list(wanted)
-        done = by_rows(wanted, *rest)
+        done = fill_by_rows(wanted, *rest)
         rows += done and len(wanted) > 1
         return done
 
-    sharded.by_rows = counted
+    sharded.fill_by_rows = counted
     for number in range(count):
         given = chains.sources(rng)
         specs = tuple(TensorSpec(a.shape, "float32") for a in given)

@@ -174,14 +174,14 @@ def test_a_plan_runs_into_shards(source: Path, whole: Any, mesh: Any, tmp_path: 
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ({"fc": P("data")}, PlanError, "nothing says where it goes"),
+        ({"fc": P("data")}, PlanError, "sharding= does not cover this leaf"),
         ({"**": P(), "fd/kernel": P()}, PlanError, r"fd/kernel.*matches nothing.*\n.*fc/kernel"),
         ({"**": P("tensor")}, PlanError, "axis tensor is neither a mesh axis nor in the rules"),
         ({"**": P(), "fc/bias": P(None, "model")}, PlanError, r"fc/bias: .*more axes than float32\[16\]"),
         ({"**": P(), "layers/w/kernel": P(None, None, "data", "model")}, PlanError, "more axes"),
         ({"**": P(), "fc/kernel": P("data", "data")}, PlanError, "fc/kernel.*duplicate"),
         ({"**": P(), "fc/kernel": P(P.UNCONSTRAINED)}, PlanError, "leaves an axis open|UNCONSTRAINED"),
-        ({"**": P(), "fc": 3}, UsageError, r"sharding='3' at fc \(int\) is no sharding"),
+        ({"**": P(), "fc": 3}, UsageError, r"sharding='3' at fc \(int\) is not a sharding"),
         ({}, UsageError, "empty"),
         ("hots", UsageError, "'hots'.*Accepted"),
     ],
@@ -198,7 +198,7 @@ def test_all_uneven_shapes_are_named_at_once(source: Path, mesh: Any) -> None:
         gx.port(source, abstract(), rules=RULES, sharding=gx.on_mesh(rows, {"temperature": P(), "**": P("r")}))
     first = str(caught.value.failures[0])
     assert "fc/kernel: float32[24,16] cannot be cut by PartitionSpec('r') on mesh axes r=5" in first
-    assert "axis 0 has 24 rows, and 5 do not divide it" in first
+    assert "axis 0 has 24 rows, which 5 shards do not divide evenly" in first
 
 
 def test_a_mesh_alone_needs_names_in_like(source: Path, mesh: Any) -> None:
@@ -540,8 +540,8 @@ def test_a_sharded_folder_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest
     gx.port_file(given, given, tmp_path / "m", to="torch", shard_size="2MB")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     rows: list[bool] = []
-    inner = sharded.by_rows
-    monkeypatch.setattr(sharded, "by_rows", lambda *a: (rows.append(inner(*a)), rows[-1])[1])
+    inner = sharded.fill_by_rows
+    monkeypatch.setattr(sharded, "fill_by_rows", lambda *a: (rows.append(inner(*a)), rows[-1])[1])
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     like = {f"l{i}": {"kernel": jax.ShapeDtypeStruct((768, 512), "float32")} for i in range(3)}
     receipt = Receipt()

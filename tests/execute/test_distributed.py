@@ -51,7 +51,7 @@ class Store:
             return {key.rpartition("/")[2]: text for key, text in self.held.items() if key.startswith(prefix + "/")}
 
 
-def together(count: int, work: Callable[[Peers], Any]) -> list[Any]:
+def in_processes(count: int, work: Callable[[Peers], Any]) -> list[Any]:
     """What `work` gave, or raised, in each of `count` processes."""
     store = Store()
 
@@ -86,7 +86,7 @@ def test_all_go_on_with_what_each_gave():
         own.agree("plan")
         return own.agree("count", give={"bytes": own.index})
 
-    assert together(4, work) == [[{"bytes": i} for i in range(4)]] * 4
+    assert in_processes(4, work) == [[{"bytes": i} for i in range(4)]] * 4
 
 
 def test_a_failure_of_one_is_raised_by_all_with_the_same_text_at_once():
@@ -95,7 +95,7 @@ def test_a_failure_of_one_is_raised_by_all_with_the_same_text_at_once():
         own.agree("write", failed)
 
     began = time.monotonic()
-    raised = together(4, work)
+    raised = in_processes(4, work)
     assert time.monotonic() - began < 1
     assert {type(error) for error in raised} == {StorageError}
     assert len({str(error) for error in raised}) == 1
@@ -109,12 +109,12 @@ def test_several_failures_give_one_text():
     def work(own: Peers) -> None:
         own.agree("write", StorageError(f"own trouble {own.index}"))
 
-    assert len({str(error) for error in together(4, work)}) == 1
+    assert len({str(error) for error in in_processes(4, work)}) == 1
 
 
 def test_who_works_sees_another_fail():
     def work(own: Peers) -> None:
-        with own.together("write"):
+        with own.joint_stage("write"):
             if own.index == 1:
                 raise FormatError("torn")
             for _ in range(100):
@@ -123,7 +123,7 @@ def test_who_works_sees_another_fail():
             raise AssertionError("nothing was seen")
 
     began = time.monotonic()
-    raised = together(3, work)
+    raised = in_processes(3, work)
     assert time.monotonic() - began < 1.5
     assert len({str(error) for error in raised}) == 1
     assert {type(error) for error in raised} == {FormatError}
@@ -131,11 +131,11 @@ def test_who_works_sees_another_fail():
 
 def test_an_error_of_another_kind_is_told_and_stays_what_it_is():
     def work(own: Peers) -> None:
-        with own.together("write"):
+        with own.joint_stage("write"):
             if own.index == 0:
                 raise ZeroDivisionError("a bug")
 
-    own, other = together(2, work)
+    own, other = in_processes(2, work)
     assert isinstance(own, ZeroDivisionError)
     assert type(other) is GraftaxError
     assert other.exit_code == 70
@@ -146,14 +146,14 @@ def test_an_error_of_another_kind_is_told_and_stays_what_it_is():
 def test_what_all_know_of_is_not_told_again():
     def inner(own: Peers) -> None:
         try:
-            with own.together("inner"):
+            with own.joint_stage("inner"):
                 if own.index == 0:
                     raise OSError(28, "full")
         except OSError as error:
             raise StorageError("wrapped") from error
 
     def outer(own: Peers) -> None:
-        with own.together("outer"):
+        with own.joint_stage("outer"):
             inner(own)
 
     def work(own: Peers) -> Any:
@@ -161,7 +161,7 @@ def test_what_all_know_of_is_not_told_again():
             outer(own)
         return own.agree("again", give=own.index, timeout=2)
 
-    assert together(2, work) == [[0, 1]] * 2
+    assert in_processes(2, work) == [[0, 1]] * 2
 
 
 def test_what_must_end_ends_everywhere_before_any_raises():
@@ -179,7 +179,7 @@ def test_what_must_end_ends_everywhere_before_any_raises():
         finally:
             assert sorted(ended) == [0, 2]
 
-    raised = together(3, work)
+    raised = in_processes(3, work)
     assert {type(error) for error in raised} == {GraftaxError}
     assert len({str(error) for error in raised}) == 1
     assert "process 1 of 3" in str(raised[0])
@@ -187,7 +187,7 @@ def test_what_must_end_ends_everywhere_before_any_raises():
 
 
 def test_what_ends_well_everywhere_raises_nothing():
-    assert together(2, lambda own: own.finish("write", lambda: None)) == [None, None]
+    assert in_processes(2, lambda own: own.finish("write", lambda: None)) == [None, None]
 
 
 def test_who_finishes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch):
@@ -199,16 +199,16 @@ def test_who_finishes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     def work(own: Peers) -> None:
         own.finish("write", lambda: time.sleep(1.2 * own.index), timeout=0.4)
 
-    assert together(2, work) == [None, None]
+    assert in_processes(2, work) == [None, None]
 
 
 def test_an_interrupt_is_told():
     def work(own: Peers) -> None:
-        with own.together("write"):
+        with own.joint_stage("write"):
             if own.index == 0:
                 raise KeyboardInterrupt
 
-    own, other = together(2, work)
+    own, other = in_processes(2, work)
     assert isinstance(own, KeyboardInterrupt)
     assert "process 0 of 2" in str(other)
     assert "was interrupted" in str(other)
@@ -220,7 +220,7 @@ def test_after_a_failure_they_agree_again():
             own.agree("write", StorageError("full") if own.index else None)
         return own.agree("again", give=own.index)
 
-    assert together(3, work) == [[0, 1, 2]] * 3
+    assert in_processes(3, work) == [[0, 1, 2]] * 3
 
 
 def test_who_does_not_come_is_named_by_all_also_when_late():
@@ -234,7 +234,7 @@ def test_who_does_not_come_is_named_by_all_also_when_late():
         finally:
             late.set()
 
-    raised = together(3, work)
+    raised = in_processes(3, work)
     assert {type(error) for error in raised} == {StorageError}
     assert len({str(error) for error in raised}) == 1
     assert "1 of 3 processes (1)" in str(raised[0])
@@ -248,18 +248,18 @@ def test_who_works_long_is_waited_for(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(distributed, name, 0.05)
 
     def work(own: Peers) -> list[Any]:
-        with own.together("outer", timeout=0.5):
+        with own.joint_stage("outer", timeout=0.5):
             own.agree("first")
             time.sleep(1.2 * own.index)
             own.agree("second", timeout=0.5)
             time.sleep(1.2 * own.index)
         return own.agree("after", give=own.index)
 
-    assert together(2, work) == [[0, 1]] * 2
+    assert in_processes(2, work) == [[0, 1]] * 2
 
 
 def test_processes_at_different_steps_are_told_apart():
-    raised = together(2, lambda own: own.agree(f"step {own.index}"))
+    raised = in_processes(2, lambda own: own.agree(f"step {own.index}"))
     assert {type(error) for error in raised} == {UsageError}
     assert "process 0 at 'step 0'; process 1 at 'step 1'" in str(raised[0])
     assert str(raised[0]) == str(raised[1])
@@ -273,7 +273,7 @@ def test_different_work_is_refused_with_the_names_of_what_differs():
             del same["w7"]
         own.agree("plan", same=same)
 
-    raised = together(3, work)
+    raised = in_processes(3, work)
     assert {type(error) for error in raised} == {PlanError}
     assert len({str(error) for error in raised}) == 1
     assert {failure.key for failure in raised[0].failures} == {"w3", "w7", "extra"}
@@ -281,7 +281,7 @@ def test_different_work_is_refused_with_the_names_of_what_differs():
 
 
 def test_the_same_work_is_done():
-    assert together(2, lambda own: own.agree("plan", same={"a": "1"}, give=own.index)) == [[0, 1]] * 2
+    assert in_processes(2, lambda own: own.agree("plan", same={"a": "1"}, give=own.index)) == [[0, 1]] * 2
 
 
 def test_what_travels_is_bounded():
@@ -289,7 +289,7 @@ def test_what_travels_is_bounded():
         many = [Failure("x" * 10_000, key=str(i)) for i in range(1000)]
         own.agree("read", FormatError("bad", many) if own.index else None)
 
-    raised = together(2, work)
+    raised = in_processes(2, work)
     assert len(str(raised[0]).encode()) <= 2000
     assert len(raised[0].failures) == 20
     assert len(raised[0].failures[0].what) == 400
@@ -358,15 +358,15 @@ def test_every_file_has_one_writer_and_shares_are_even(sizes: list[int], count: 
 
 @given(st.lists(st.integers(0, 100), max_size=4), st.integers(1, 64))
 def test_axes_are_cut_evenly(shape: list[int], count: int):
-    parts = partition.cuts(tuple(shape), count, range(len(shape)))
+    parts = partition.parts_per_axis(tuple(shape), count, range(len(shape)))
     assert all(extent % part == 0 for extent, part in zip(shape, parts, strict=True))
     assert count % int(np.prod(parts, dtype=np.int64)) == 0
 
 
 def test_axes_are_cut_as_far_as_they_can_be():
-    assert partition.cuts((6, 32), 16, [0, 1]) == [2, 8]
-    assert partition.cuts((6, 32), 16, [1, 0]) == [1, 16]
-    assert partition.cuts((7,), 4, [0]) == [1]
+    assert partition.parts_per_axis((6, 32), 16, [0, 1]) == [2, 8]
+    assert partition.parts_per_axis((6, 32), 16, [1, 0]) == [1, 16]
+    assert partition.parts_per_axis((7,), 4, [0]) == [1]
 
 
 def test_a_transposed_kernel_is_cut_where_its_source_is():
@@ -377,9 +377,9 @@ def test_a_transposed_kernel_is_cut_where_its_source_is():
 
 
 def test_counts_are_added_and_taken_apart():
-    assert partition.added([[1, True, [2]], [3, False, [4]]]) == [4, False, [6]]
-    assert partition.subtracted([4, True, [6]], [3, True, [4]]) == [1, True, [2]]
-    assert partition.subtracted([4], None) == [4]
+    assert partition.sum_counts([[1, True, [2]], [3, False, [4]]]) == [4, False, [6]]
+    assert partition.subtract_counts([4, True, [6]], [3, True, [4]]) == [1, True, [2]]
+    assert partition.subtract_counts([4], None) == [4]
 
 
 def test_a_leaf_written_in_parts_is_checked_part_by_part():

@@ -27,7 +27,7 @@ from graftax.ops import apply_chain, invert_chain
 from graftax.ops.rearrange import Rearrange
 from graftax.plans import End, Entry, Plan
 from graftax.tree import Checkpoint, Storage, TensorSpec
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 
 from . import chains
 
@@ -270,7 +270,7 @@ def test_collection_is_paused_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
     import gc
 
     def fail() -> Iterator[None]:
-        with nothing_collected():
+        with gc_paused():
             assert not gc.isenabled()
             yield
             raise ValueError

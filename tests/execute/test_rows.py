@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from graftax.execute import fill_tile
-from graftax.execute.fill_tile import Stored, by_rows
+from graftax.execute.fill_tile import Stored, fill_by_rows
 from graftax.execute.meter import evaluate
-from graftax.execute.pushdown import Apply, Leaf, Piece
+from graftax.execute.pushdown import Apply, SourceView, TilePiece
 from graftax.ops import Cast
 from graftax.tree import TensorSpec
 
@@ -35,10 +35,10 @@ def stored(array: Array, read: list[tuple[int, int]]) -> Stored:
     return Stored(TensorSpec(array.shape, array.dtype.name), never, scatter)
 
 
-def transposed(shape: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int], at: int = 0) -> Piece:
+def transposed(shape: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int], at: int = 0) -> TilePiece:
     """source[rows, columns].T as a tile from element `at` on."""
     n, m = rows[1] - rows[0], columns[1] - columns[0]
-    return Piece((m, n), at, (n, 1), Leaf(0, rows[0] * shape[1] + columns[0], (1, shape[1])))
+    return TilePiece((m, n), at, (n, 1), SourceView(0, rows[0] * shape[1] + columns[0], (1, shape[1])))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -51,7 +51,7 @@ def test_random_parts_of_rows(seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
         dtype = rng.choice([np.uint8, np.uint16, np.float32, np.float64])
         array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
         rows = sorted(rng.sample(range(shape[0] + 1), 2))
-        wanted: list[tuple[Array, Piece]] = []
+        wanted: list[tuple[Array, TilePiece]] = []
         parts: list[tuple[int, int]] = []
         for _ in range(rng.randrange(1, 5)):
             low, high = sorted(rng.sample(range(shape[1] + 1), 2))
@@ -59,7 +59,7 @@ def test_random_parts_of_rows(seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
             out = np.full((high - low) * (rows[1] - rows[0]) + 3, 77, dtype)
             wanted.append((out, transposed(shape, (rows[0], rows[1]), (low, high), at=3)))
         read: list[tuple[int, int]] = []
-        assert by_rows(wanted, [stored(array, read)], np.empty(1 << 16, np.uint8), evaluate)
+        assert fill_by_rows(wanted, [stored(array, read)], np.empty(1 << 16, np.uint8), evaluate)
         for (out, _), (low, high) in zip(wanted, parts, strict=True):
             assert np.array_equal(out[3:].reshape(high - low, -1), array[rows[0] : rows[1], low:high].T)
             assert (out[:3] == 77).all()
@@ -76,7 +76,7 @@ def test_columns_far_apart_are_not_rows() -> None:
     read: list[tuple[int, int]] = []
     out = np.full(8, 77, np.uint8)
     wanted = [(out, transposed(array.shape, (0, 4), (5, 7)))]
-    assert not by_rows(wanted, [stored(array, read)], np.empty(1 << 21, np.uint8), evaluate)
+    assert not fill_by_rows(wanted, [stored(array, read)], np.empty(1 << 21, np.uint8), evaluate)
     assert not read
     assert (out == 77).all()
 
@@ -91,8 +91,8 @@ def test_value_ops_are_given_about_a_megabyte_at_a_time() -> None:
         return made
 
     plain = transposed(array.shape, (0, 256), (0, 1 << 15))
-    cast = Piece(plain.extents, plain.offset, plain.strides, Apply(Cast("float32", "float16"), (plain.value,)))
+    cast = TilePiece(plain.extents, plain.offset, plain.strides, Apply(Cast("float32", "float16"), (plain.value,)))
     out = np.empty(array.size, np.float16)
-    assert by_rows([(out, cast)], [stored(array, [])], np.empty(64 << 20, np.uint8), how)
+    assert fill_by_rows([(out, cast)], [stored(array, [])], np.empty(64 << 20, np.uint8), how)
     assert np.array_equal(out.reshape(1 << 15, 256), array.T.astype(np.float16))
     assert max(seen) <= 1 << 20

@@ -19,7 +19,7 @@ from graftax.errors import PlanError
 from graftax.execute import fill_tile, streamed
 from graftax.execute.loop_nests import NotLocal
 from graftax.execute.meter import Meter
-from graftax.execute.pushdown import Leaf, Piece
+from graftax.execute.pushdown import SourceView, TilePiece
 from graftax.tree import TensorSpec
 
 RULES = """rules = [
@@ -209,7 +209,9 @@ def test_a_meter_counts_what_is_read_straight_into_its_place() -> None:
     raw = memoryview(array.tobytes())
     source = fill_tile.Stored(TensorSpec((40,), "float32"), lambda start, buffer: _copied(buffer, raw[start:]))
     out, meter = np.zeros(30, np.float32), Meter(exact=False)
-    fill_tile.fill(out, [Piece((30,), 0, (1,), Leaf(0, 5, (1,)))], [source], np.zeros(1 << 16, np.uint8), meter)
+    fill_tile.fill_tile(
+        out, [TilePiece((30,), 0, (1,), SourceView(0, 5, (1,)))], [source], np.zeros(1 << 16, np.uint8), meter
+    )
     assert np.array_equal(out, array[5:35])
     assert (meter.equal, meter.total) == (30, 30)
 

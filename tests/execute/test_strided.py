@@ -90,7 +90,7 @@ def test_parts_of_rows_are_read_in_one_go(data: st.DataObject) -> None:
     small, strided.SMALL = strided.SMALL, 0  # small pieces are done otherwise
     try:
         scratch = np.full(data.draw(st.integers(1 << 12, 1 << 20)), 255, np.uint8)
-        fill_tile.fill(out, pieces, [fill_tile.Stored(spec, read, scatter)], scratch)
+        fill_tile.fill_tile(out, pieces, [fill_tile.Stored(spec, read, scatter)], scratch)
     finally:
         strided.SMALL = small
     assert (out.reshape(right - left, bottom - top) == source.T[left:right, top:bottom]).all()

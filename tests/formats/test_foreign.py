@@ -228,7 +228,7 @@ def test_what_may_be_slices_or_an_ensemble_is_opened_and_hinted_at_where_it_does
     assert not plan.complete
     assert hinted == ("consolidated" not in form)
     if "/" not in form:
-        with pytest.raises(FormatError, match="holds 2 of them"):
+        with pytest.raises(FormatError, match="holds 2 checkpoints"):
             open_path(tmp_path)
     (tmp_path / form.format(1)).unlink()
     assert list(open_path(source)) == ["w"]
@@ -267,5 +267,5 @@ def test_mlx_keeps_channels_last(tmp_path: Path):
 def test_folders_that_cannot_be_looked_into_say_nothing(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     os.symlink("nowhere", tmp_path / "link")
-    with pytest.raises(FormatError, match="no checkpoint"):
+    with pytest.raises(FormatError, match="not a checkpoint"):
         open_path(tmp_path)

@@ -78,9 +78,9 @@ def test_every_format_opens_what_it_wrote(tmp_path: Path):
         (b"\x1f\x8b\x08" + bytes(100), "gzip"),
         (b"\x28\xb5\x2f\xfd" + bytes(100), "zstd"),
         (b"\xc1\x01" * 40, r"begins with \\xc1\\x01"),
-        (b"\xff" * 100, "of no format"),
+        (b"\xff" * 100, "not in a format"),
         (b"PK\x05\x06" + bytes(18), "format|zip"),
-        (b'{"hello": 1}', "no spec file"),
+        (b'{"hello": 1}', "not a spec file"),
         (b'{"hello": ', "broken JSON"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_missing_file_says_what_is_near(model: Path):
 
 def test_a_folder_put_aside_is_named(tmp_path: Path):
     (tmp_path / "run.graftax-old").mkdir()
-    with pytest.raises(StorageError, match=r"run\.graftax-old is what a stopped run put aside"):
+    with pytest.raises(StorageError, match=r"run\.graftax-old was put aside by a stopped run"):
         open_path(tmp_path / "run")
 
 
@@ -171,7 +171,7 @@ def test_a_file_without_permission(model: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(FormatError, match="a folder, but no checkpoint"):
+    with pytest.raises(FormatError, match="a folder, but not a checkpoint"):
         open_path(tmp_path)
     for name in ("a.safetensors", "b.safetensors"):
         save(tmp_path / name, output_of(TORCH))
@@ -241,7 +241,7 @@ def test_a_folder_of_several_lists_them_all(tmp_path: Path):
     torch.save({"w": torch.ones(1)}, tmp_path / "last.ckpt")
     save(tmp_path / "step", output_of(FLAX, "flax"))
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(FormatError, match="holds 10 of them") as caught:
+    with pytest.raises(FormatError, match="holds 10 checkpoints") as caught:
         open_path(tmp_path)
     assert all(name in str(caught.value) for name in (*names, "last.ckpt", "step"))
 
@@ -276,7 +276,7 @@ def test_a_part_may_be_a_folder_below(tmp_path: Path):
     save(tmp_path / "run" / "7" / "items", output_of(TORCH), format="hf_folder")
     assert list(open_path(f"{tmp_path}/run::7/items")) == list(TORCH)
     assert list(open_path(f"{tmp_path}/run::7/items/fc")) == ["weight", "bias"]
-    with pytest.raises(FormatError, match="no checkpoint"):
+    with pytest.raises(FormatError, match="not a checkpoint"):
         open_path(f"{tmp_path}/run::8/items")
 
 
@@ -509,7 +509,7 @@ def test_a_missing_shard(tmp_path: Path):
         ({"fc.weight": ONE, "fc.bias": TWO, "fc.more": ONE}, "fc.more"),
         ({"fc.weight": ONE}, ""),
         ({"fc.bias": TWO, "fc.weight": TWO}, "in no shard"),
-        (f'{{"weight_map": {{"fc.weight": "{ONE}", "fc.weight": "{TWO}"}}}}', "stands twice"),
+        (f'{{"weight_map": {{"fc.weight": "{ONE}", "fc.weight": "{TWO}"}}}}', "occurs twice"),
         ('{"metadata": {}}', "expected `weight_map`"),
         ('{"weight_map": ["a"]}', "expected `weight_map`"),
         ('{"weight_map": {"a": 1}}', "expected `weight_map`"),
@@ -530,7 +530,7 @@ def test_an_index_that_disagrees_with_its_shards(tmp_path: Path, weight_map: Any
 def test_a_tensor_in_two_shards(tmp_path: Path):
     folder = shards(tmp_path)
     safetensors.numpy.save_file(TORCH, folder / ONE)
-    with pytest.raises(FormatError, match="does not name it there"):
+    with pytest.raises(FormatError, match="the index does not list it"):
         open_path(folder)
 
 
@@ -817,5 +817,5 @@ def test_a_folder_with_one_checkpoint_of_no_known_ending_is_that_one(tmp_path: P
     assert (list(found), found.side, found.config) == (["a.weight"], "torch", {"width": 2})
     assert list(open_path(f"{tmp_path}::a")) == ["weight"]
     torch.save({"a.weight": torch.ones(2, 2)}, tmp_path / "best.ckpt")
-    with pytest.raises(FormatError, match="holds 2 of them"):
+    with pytest.raises(FormatError, match="holds 2 checkpoints"):
         open_path(tmp_path)

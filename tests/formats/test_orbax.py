@@ -272,15 +272,15 @@ F32 = TensorSpec((2,), "float32")
 @pytest.mark.parametrize(
     ("specs", "real_keys", "containers", "text"),
     [
-        ({"a.b": F32, "a/b": F32}, {}, {}, r"a\.b: a key with a '\.' in it"),
-        ({"a/x.y": F32}, {}, {}, r"a/x\.y: a key with a '\.' in it"),
-        ({"a/0": F32, "a/x": F32}, {"a/0": 0}, {}, "numbers and text are keys of one dict"),
-        ({"wn/scale": F32}, {"wn": ("a", "b")}, {}, "a key that is a tuple"),
+        ({"a.b": F32, "a/b": F32}, {}, {}, r"a\.b: a key contains '\.'"),
+        ({"a/x.y": F32}, {}, {}, r"a/x\.y: a key contains '\.'"),
+        ({"a/0": F32, "a/x": F32}, {"a/0": 0}, {}, "one dict has numbers and text as keys"),
+        ({"wn/scale": F32}, {"wn": ("a", "b")}, {}, "a key is a tuple"),
         ({"a": TensorSpec((0, 3), "float32")}, {}, {}, "arrays of size zero"),
-        ({"a": TensorSpec((4,), "uint4")}, {}, {}, "Orbax stores no uint4"),
+        ({"a": TensorSpec((4,), "uint4")}, {}, {}, "Orbax cannot store uint4"),
         ({"a\udc80": F32}, {}, {}, "half of a surrogate pair"),
         ({"l/0": F32, "l/2": F32}, {"l/0": 0, "l/2": 2}, {"l": "list"}, "a list with the items 0, 2"),
-        ({}, {}, {}, "no empty trees"),
+        ({}, {}, {}, "cannot store an empty tree"),
     ],
 )
 def test_refused_before_anything_is_written(tmp_path, specs, real_keys, containers, text):
@@ -321,7 +321,7 @@ def test_unfinished(tmp_path, ours):
     assert len(orbax_folder.open(tmp_path / "root")) > 0  # what a stopped run left beside a finished step is no step
     about = json.loads((whole / "_CHECKPOINT_METADATA").read_text())
     (tmp_path / "root" / "2" / "_CHECKPOINT_METADATA").write_text(json.dumps(about | {"commit_timestamp_nsecs": None}))
-    with pytest.raises(FormatError, match="no time of its commit"):
+    with pytest.raises(FormatError, match="has no commit time"):
         orbax_folder.open(tmp_path / "root")
 
 
@@ -390,14 +390,14 @@ def entry(*keys, kind="np.ndarray", key_type=2):
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda t: t.update(tree_metadata=[]), FormatError, "describes no tree"),
+        (lambda t: t.update(tree_metadata=[]), FormatError, "does not describe a tree"),
         (lambda t: t["tree_metadata"].update(x={}), FormatError, "leaf without keys"),
-        (lambda t: t["tree_metadata"].update(x=entry("a", key_type=3)), FormatError, "no key of a dict"),
-        (lambda t: t["tree_metadata"].update(x=entry("a", key_type=1)), FormatError, "no key of a dict"),
-        (lambda t: t["tree_metadata"].update(x=entry(5)), FormatError, "no key of a dict"),
+        (lambda t: t["tree_metadata"].update(x=entry("a", key_type=3)), FormatError, "not a key of a dict"),
+        (lambda t: t["tree_metadata"].update(x=entry("a", key_type=1)), FormatError, "not a key of a dict"),
+        (lambda t: t["tree_metadata"].update(x=entry(5)), FormatError, "not a key of a dict"),
         (lambda t: t["tree_metadata"].update(x=entry("a.b"), y=entry("a", "b")), FormatError, r"clash"),
         (lambda t: t["tree_metadata"].update(x=entry("absent")), FormatError, "absent is missing or damaged"),
-        (lambda t: t["tree_metadata"].update(x=entry("a", kind=None)), FormatError, "no kind of value"),
+        (lambda t: t["tree_metadata"].update(x=entry("a", kind=None)), FormatError, "has no value type"),
         (lambda t: t["tree_metadata"].update(x=entry(*"a" * 65)), UnsafeInputError, "levels of nesting"),
         (lambda t: t.update(use_zarr3=True), FormatError, "missing or damaged"),
         (lambda t: t["tree_metadata"].clear(), FormatError, "holds no arrays|does not list"),
@@ -453,7 +453,7 @@ def test_out_of_its_folder(tmp_path, theirs):
     (tmp_path / "secret").write_bytes((path / "manifest.ocdbt").read_bytes())
     (path / "manifest.ocdbt").unlink()
     (path / "manifest.ocdbt").symlink_to(tmp_path / "secret")
-    with pytest.raises(UnsafeInputError, match="leads out of itself"):
+    with pytest.raises(UnsafeInputError, match="must not link out of its folder"):
         orbax_folder.open(path)
 
 

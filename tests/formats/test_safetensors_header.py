@@ -33,15 +33,15 @@ def file_of(tmp_path: Path, header: Any, data: bytes = b"", length: int | None =
 
 EIGHT = bytes(8)
 MALFORMED: dict[str, tuple[Any, bytes, str]] = {
-    "duplicate tensor": ('{"a":%s,"a":%s}' % ((json.dumps(entry()),) * 2), EIGHT, "stands twice"),
-    "duplicate field": ('{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', EIGHT, "stands twice"),
-    "duplicate metadata": ('{"__metadata__":{"k":"1","k":"2"}}', b"", "stands twice"),
+    "duplicate tensor": ('{"a":%s,"a":%s}' % ((json.dumps(entry()),) * 2), EIGHT, "occurs twice"),
+    "duplicate field": ('{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', EIGHT, "occurs twice"),
+    "duplicate metadata": ('{"__metadata__":{"k":"1","k":"2"}}', b"", "occurs twice"),
     "not JSON": ('{"a":', b"", "broken JSON"),
     "JSON with a tail": ('{}{"a":1}', b"", "broken JSON"),
     "not UTF-8": (b'{"\xff":1}', b"", "not UTF-8"),
     "half a surrogate": (f'{{"\\ud800":{json.dumps(entry())}}}', EIGHT, "not UTF-8"),
-    "not an object": (b"[1, 2]", b"", "of no format"),
-    "starts with a space": (b" {}", b"", "of no format"),
+    "not an object": (b"[1, 2]", b"", "not in a format"),
+    "starts with a space": (b" {}", b"", "not in a format"),
     "NaN": ('{"a":NaN}', b"", "NaN is not JSON"),
     "nested too deeply": ("{" + '"a":{' * 100_000, b"", "nested too deeply"),
     "huge integer": ('{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % ("9" * 5000), EIGHT, "header"),

@@ -505,9 +505,9 @@ def test_abstract_trees_are_refused(mlp: dict[str, Any]) -> None:
         (torch.nn.Linear(2, 3), "load_into"),
         (nn.Dense(5), "gx.linen"),
         (gx.linen(nn.Dense(5), X), "variables"),
-        (3, "no tree"),
+        (3, "not a tree"),
         ({}, "holds no weights"),
-        (jnp.ones(3), "no tree"),
+        (jnp.ones(3), "not a tree"),
     ],
     ids=lambda v: type(v).__name__,
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from graftax.tree import TensorSpec
-from graftax.tree.training_tree import own_parts, split
+from graftax.tree.training_tree import find_training_state, own_parts
 
 WEIGHTS = {"Dense_0": {"kernel": (3, 4), "bias": (4,)}, "LayerNorm_0": {"scale": (4,), "bias": (4,)}}
 COUNT = "int32"
@@ -28,7 +28,7 @@ def flat(tree, above=""):
 
 def weights_in(tree):
     specs = flat(tree)
-    found = split(specs)
+    found = find_training_state(specs)
     assert not found.copies
     assert not found.doubtful
     return found, {path for path in specs if not found.leaves_out(path)}
@@ -114,8 +114,11 @@ def test_batch_stats_stay_beside_params():
 
 @pytest.mark.parametrize("name", ["ema_params", "params_ema", "ema", "target_params", "polyak_weights"])
 def test_copies_of_the_weights_are_a_question(name):
-    assert split(flat({"params": WEIGHTS, name: WEIGHTS, "opt_state": ADAM})).copies == ("params", name)
-    assert split(flat({"params": WEIGHTS, name: {"Dense_9": {"kernel": (5, 5)}}, "opt_state": ADAM})).copies == ()
+    assert find_training_state(flat({"params": WEIGHTS, name: WEIGHTS, "opt_state": ADAM})).copies == ("params", name)
+    assert (
+        find_training_state(flat({"params": WEIGHTS, name: {"Dense_9": {"kernel": (5, 5)}}, "opt_state": ADAM})).copies
+        == ()
+    )
 
 
 RUN = {"step": COUNT, "params": WEIGHTS, "opt_state": ADAM}
@@ -147,7 +150,7 @@ BARE = {**WEIGHTS, "opt_state": ADAM}
     ],
 )
 def test_networks_in_training_side_by_side_are_a_question(tree, names):
-    found = split(flat(tree))
+    found = find_training_state(flat(tree))
     assert found.copies == names
     kept = {path for path in flat(tree) if not found.leaves_out(path)}
     assert all(path.startswith(tuple(f"{name}/" for name in names)) for path in kept)
@@ -175,11 +178,11 @@ def test_moments_need_no_known_name(tree, left):
 
 
 def test_one_copy_under_an_optimizers_name_is_doubtful():
-    assert split(flat({"encoder": WEIGHTS, "optimizer": {"mlp": WEIGHTS}})).doubtful == {"optimizer": ()}
+    assert find_training_state(flat({"encoder": WEIGHTS, "optimizer": {"mlp": WEIGHTS}})).doubtful == {"optimizer": ()}
 
 
 def test_an_optimizer_of_another_structure_is_doubtful():
-    found = split(flat({"params": WEIGHTS, "opt_state": {"0": {"count": COUNT, "precond": (5, 7)}}}))
+    found = find_training_state(flat({"params": WEIGHTS, "opt_state": {"0": {"count": COUNT, "precond": (5, 7)}}}))
     assert found.doubtful == {"opt_state": ("opt_state/0/precond",)}
     assert "opt_state" not in found.left
 

@@ -114,7 +114,7 @@ def test_an_average_of_the_weights_is_a_question(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["msgpack", "live"])
 def test_an_optimizer_of_another_structure_is_asked_about(tmp_path, kind):
     source = stored(kind, {"params": PARAMS, "opt_state": {"0": {"count": COUNT, "odd": np.ones((5, 7))}}}, tmp_path)
-    with pytest.raises(PlanError, match="1 leaves mirror no weight") as info:
+    with pytest.raises(PlanError, match="1 leaves match no weight") as info:
         gx.plan(source, like())
     assert ('tree["params"]' if kind == "live" else f"{source}::params") in str(info.value)
 

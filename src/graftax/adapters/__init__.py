@@ -1,4 +1,4 @@
-"""Live objects of torch, Linen and NNX <-> flat trees. A framework is imported only where an object of it is met."""
+"""Live objects of torch, Linen and NNX <-> flat trees. A framework is imported only when an object of it appears."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ACCEPTED = (
 
 
 def open_live(obj: Any, label: str | None = None, side: Side | None = None) -> Checkpoint:
-    """A live tree as a Checkpoint. Nothing is computed and no values are read. `side` says what it is where it declares
-    no side itself.
+    """A live tree as a Checkpoint. Nothing is computed and no values are read. `side` applies only if the object does
+    not declare its own side.
 
-    Raises UsageError for what is no live tree of weights.
+    Raises UsageError if the object is not a live tree of weights.
     """
     kind = kind_of(obj)
     name = label or _LABELS.get(kind, type(obj).__name__)
@@ -49,7 +49,7 @@ def open_live(obj: Any, label: str | None = None, side: Side | None = None) -> C
 
     opened = flax_tree.open_container(obj, name, side)
     if not opened and not opened.left:  # a live module without weights is fine
-        raise UsageError(f"{escape(name)} holds no weights: there is no array in it")
+        raise UsageError(f"{escape(name)} holds no weights: it contains no arrays")
     return opened
 
 
@@ -62,8 +62,8 @@ _LABELS = {
 
 
 def kind_of(obj: Any) -> str:
-    """Which adapter an object belongs to: "torch module", "torch state_dict", "linen model", "nnx module", "nnx state",
-    "nnx split" (GraphDef, State), or "container". UsageError for anything else, with what to pass instead."""
+    """The adapter that an object belongs to: "torch module", "torch state_dict", "linen model", "nnx module", "nnx
+    state", "nnx split" (GraphDef, State), or "container". UsageError for anything else, with what to pass instead."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(obj, torch.nn.Module):
         return "torch module"
@@ -85,8 +85,8 @@ def kind_of(obj: Any) -> str:
 
 
 def optimizer_paths(obj: Any) -> dict[str, int]:
-    """path -> how many of its parts are an optimizer's own (3 of opt_state/0/mu/Dense_0/kernel), for each leaf of
-    `live_leaves` that is no weight but what an optimizer keeps. Told by types: an nnx.Optimizer, a state of optax, the
+    """path -> the number of its parts that belong to the optimizer (3 of opt_state/0/mu/Dense_0/kernel), for each leaf
+    of `live_leaves` that belongs to an optimizer. They are recognised by type: an nnx.Optimizer, a state of optax, the
     `opt_state` of a class."""
     obj = _live(obj)
     kind = kind_of(obj)
@@ -103,7 +103,7 @@ def optimizer_paths(obj: Any) -> dict[str, int]:
 
 
 def _refuse(obj: Any, nnx: Any) -> None:
-    """UsageError for what is no tree of arrays, with the way to one where it is known."""
+    """UsageError for an object that is not a tree of arrays, with the way to get one if it is known."""
     if isinstance(obj, (Mapping, list)) or (isinstance(obj, tuple) and not _is_graphdef(obj, nnx)):
         if obj:
             return
@@ -119,11 +119,11 @@ def _refuse(obj: Any, nnx: Any) -> None:
         hint = f"{escape(name)} is a class: pass an instance of it."
     elif _is_graphdef(obj, nnx):
         hint = "Pass (GraphDef, State) with one State: nnx.merge_state joins several."
-    raise UsageError(f"{type(obj).__module__}.{escape(name)} is no tree of weights", next=hint)
+    raise UsageError(f"{type(obj).__module__}.{escape(name)} is not a tree of weights", next=hint)
 
 
 def _is_tree_class(obj: Any, nnx: Any) -> bool:
-    """An object of a class that jax knows as a tree, with arrays in it."""
+    """True for an object of a class that is registered with jax as a tree, with arrays in it."""
     from graftax.adapters import containers
 
     if _is_graphdef(obj, nnx) or containers.is_variable(obj) or containers.children_of(obj) is None:
@@ -139,14 +139,14 @@ def _is_graphdef(obj: Any, nnx: Any) -> bool:
 
 
 def linen(module: Any, *example_args: Any, rngs: Any = None, method: Any = None, **kwargs: Any) -> LinenModel:
-    """A Linen module as `like` or source side: its variables' shapes are traced on the example inputs, nothing is
+    """A Linen module as `like` or source side. The shapes of its variables are traced on the example inputs; nothing is
     computed.
 
-    example_args, kwargs  what the module is called with; arrays may be jax.ShapeDtypeStruct
-    rngs                  as for `module.init`; a seed or {name: seed} too
-    method                the method to call, where that is not `__call__`
+      example_args, kwargs  the arguments of the module's call; arrays may be jax.ShapeDtypeStruct
+      rngs                  as for `module.init`; also a seed, or {name: seed}
+      method                the method to call, if not `__call__`
 
-    Raises UsageError if `module` is no Linen module.
+    Raises UsageError if `module` is not a Linen module.
     """
     from graftax.adapters import linen_tree
 
@@ -155,10 +155,10 @@ def linen(module: Any, *example_args: Any, rngs: Any = None, method: Any = None,
 
 def assign(obj: Any, arrays: Mapping[str, Any], given: bool = False) -> None:
     """Set the weights at the paths of `arrays` in a live torch Module or nnx.Module, in place: all or none. given: the
-    arrays may be used as they are; an nnx.Module then takes them as its leaves, else in memory of its own, placed as
-    its leaves are. What was assigned is read back.
+    arrays may be used as they are, and an nnx.Module takes them as its leaves. Otherwise they are copied, and placed as
+    the module's leaves are. Assigned values are read back.
 
-    Everything is checked first. Raises PlanError for what does not fit, UsageError for an object that is immutable.
+    Everything is checked first. Raises PlanError for arrays that do not fit, UsageError for an immutable object.
     """
     kind = kind_of(obj)
     if kind == "torch module":
@@ -170,16 +170,16 @@ def assign(obj: Any, arrays: Mapping[str, Any], given: bool = False) -> None:
 
         return nnx_tree.assign_module(obj, arrays, given)
     raise UsageError(
-        f"{_LABELS.get(kind, 'a Linen module')} is not changed in place; that is for a torch Module or an nnx.Module",
-        next="gx.port(source, like) gives a new tree.",
+        f"{_LABELS.get(kind, 'a Linen module')} cannot be changed in place; only a torch Module or an nnx.Module can",
+        next="gx.port(source, like) returns a new tree.",
     )
 
 
 def map_leaves(obj: Any, new: Mapping[str, Any]) -> Any:
-    """The same kind of object with other leaves at the paths of `new`; every other leaf is the same object.
+    """The same kind of object with new leaves at the paths of `new`; every other leaf is the same object.
 
-    Containers keep their type, key order, boxes and attributes; a new leaf gets the old one's dtype (checked),
-    framework, sharding and device. A Module gives a new Module (nnx) or a state_dict (torch). `obj` is not changed.
+    Containers keep their type, key order, boxes and attributes. A new leaf gets the old leaf's dtype (checked),
+    framework, sharding and device. A Module gives a new Module (nnx) or a state_dict (torch). `obj` does not change.
     Raises PlanError for paths, shapes and dtypes that do not fit, UsageError for gx.linen(...), which has no leaves.
     """
     obj = _live(obj)
@@ -189,7 +189,7 @@ def map_leaves(obj: Any, new: Mapping[str, Any]) -> Any:
 
         return torch_tree.map_module(obj, new) if kind == "torch module" else torch_tree.map_state(obj, new)
     if kind == "linen model":
-        raise UsageError("gx.linen(...) has shapes and no leaves to replace; pass the variables")
+        raise UsageError("gx.linen(...) has only shapes, no leaves to replace; pass the variables")
     if kind == "nnx module":
         from graftax.adapters import nnx_tree
 
@@ -202,10 +202,10 @@ def map_leaves(obj: Any, new: Mapping[str, Any]) -> Any:
 
 
 def live_leaves(obj: Any) -> dict[str, Any]:
-    """path -> the leaf itself as the object holds it (a tensor, a jax or NumPy array, a ShapeDtypeStruct), also of what
-    an optimizer keeps (`optimizer_paths`).
+    """path -> the leaf itself as the object holds it (a tensor, a jax or NumPy array, a ShapeDtypeStruct), including
+    optimizer leaves (`optimizer_paths`).
 
-    UsageError for gx.linen(...), which has none.
+    UsageError for gx.linen(...), which has no leaves.
     """
     obj = _live(obj)
     kind = kind_of(obj)
@@ -214,7 +214,7 @@ def live_leaves(obj: Any) -> dict[str, Any]:
 
         return torch_tree.leaf_table(obj)
     if kind == "linen model":
-        raise UsageError("gx.linen(...) has shapes and no leaves; pass the variables")
+        raise UsageError("gx.linen(...) has only shapes, no leaves; pass the variables")
     from graftax.adapters import flax_tree
 
     if kind == "nnx module":
@@ -230,12 +230,12 @@ def _live(obj: Any) -> Any:
     if not isinstance(obj, Checkpoint):
         return obj
     if obj.live.object is None:
-        raise UsageError(f"{escape(obj.label)} is no live object: it was read from a file")
+        raise UsageError(f"{escape(obj.label)} is not a live object: it was read from a file")
     return obj.live.object
 
 
 def _like_old(path: str, old: Any, new: Any) -> Any:
-    """NumPy where NumPy was, jax placed as the old leaf elsewhere; always a copy."""
+    """A NumPy array if the old leaf was one, else a jax array placed as the old leaf; always a copy."""
     import numpy as np
 
     from graftax.adapters import jax_arrays
@@ -251,9 +251,9 @@ def _like_old(path: str, old: Any, new: Any) -> Any:
 def plain_tree(
     end: Any, arrays: Mapping[str, Any], host: bool = False, adopt: bool = False, final: bool = False
 ) -> Any:
-    """`arrays` in the plain container of a side: an OrderedDict of tensors (torch), a nested dict of jax arrays (Flax,
-    with the keys and lists of `end.real_keys` and `end.containers`). host=True gives NumPy arrays; adopt=True
-    that `arrays` may become part of the result (see `jax_arrays`); final=True that they are the leaves (Flax).
+    """`arrays` in the plain container of a side: an OrderedDict of tensors (torch), or a nested dict of jax arrays
+    (Flax, with the keys and lists of `end.real_keys` and `end.containers`). host=True gives NumPy arrays. adopt=True:
+    `arrays` may become part of the result (see `jax_arrays`). final=True: they are the leaves (Flax).
 
     end: anything with `side`, `specs`, `real_keys` and `containers`: a Checkpoint, or the end of a plan.
     """
@@ -263,7 +263,7 @@ def plain_tree(
 
 
 def to_jax(array: Any, like_leaf: Any = None) -> Any:
-    """`array` as a jax array of the same dtype, placed as `like_leaf` is, in memory of its own. A dtype that jax would
+    """`array` as a jax array of the same dtype, in its own memory, placed as `like_leaf` is. A dtype that jax would
     narrow (64 bits without jax_enable_x64) stays a NumPy array."""
     from graftax.adapters import jax_arrays
 
@@ -271,7 +271,7 @@ def to_jax(array: Any, like_leaf: Any = None) -> Any:
 
 
 def to_torch(array: Any, like_leaf: Any = None) -> torch.Tensor:
-    """`array` as a tensor of the same dtype (bf16 and f8 too), in memory of its own, on the device of `like_leaf`."""
+    """`array` as a tensor of the same dtype (bf16 and f8 too), in its own memory, on the device of `like_leaf`."""
     from graftax.adapters import torch_arrays
 
     return torch_arrays.to_torch(array, like_leaf)

@@ -1,9 +1,9 @@
-"""Nested containers of arrays: their leaves as flat paths, and the same containers with other leaves.
+"""Nested containers of arrays: their leaves as flat paths, and the same containers with new leaves.
 
-Works on dicts (also OrderedDict and other subclasses), FrozenDict, nnx.State, lists, tuples, named tuples, the classes
-that jax knows (`pytrees`), and on the boxes around a leaf: `flax.core.meta.AxisMetadata` (Linen `Partitioned`) and
-`nnx.Variable`. A box adds no part to a path. Nothing here imports a framework: a box can only be met where its
-framework is loaded.
+Supports dicts (also OrderedDict and other subclasses), FrozenDict, nnx.State, lists, tuples, named tuples, and the
+classes that are registered with jax (`pytrees`); also the boxes around a leaf: `flax.core.meta.AxisMetadata` (Linen
+`Partitioned`) and `nnx.Variable`. A box adds no part to a path. Nothing here imports a framework: a box exists only if
+its framework is loaded.
 """
 
 from __future__ import annotations
@@ -21,35 +21,37 @@ from graftax.tree import Key, escape_part
 
 DEPTH = 64
 NOT_WEIGHTS = ("RngState", "Cache", "Intermediate")
-"""Classes of `flax.nnx` whose variables are no weights; `flax.nnx.training.optimizer.OptState` is the fourth."""
+"""Classes of `flax.nnx` whose variables are not weights. `flax.nnx.training.optimizer.OptState` is a fourth."""
 LINEN_STATE = frozenset({"cache", "intermediates", "perturbations"})
-"""Linen collections that are no weights: what Cache, Intermediate and Perturbation are in NNX."""
+"""Linen collections that are not weights, like Cache, Intermediate and Perturbation in NNX."""
 
 Leaf = Any
 Visit = Callable[[str, Leaf], Leaf]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a tree holds, each with its keys.
+class TreeArrays:
+    """The arrays of a tree, each with its keys.
 
     weights    arrays that are weights
-    optimizer  arrays that an optimizer keeps, and how many of the keys are its own: 3 of opt_state/0/mu/Dense_0/kernel
+    optimizer  arrays of an optimizer, with the number of keys that belong to the optimizer: 3 of
+               opt_state/0/mu/Dense_0/kernel
     """
 
     weights: list[tuple[tuple[Key, ...], Leaf]]
     optimizer: list[tuple[tuple[Key, ...], Leaf, int]]
 
 
-def found_in(tree: Any) -> Found:
+def found_in(tree: Any) -> TreeArrays:
     """The arrays of `tree`, in the tree's own order, out of their boxes.
 
-    Variables that are no weights, random keys and None are passed over; in the classes that jax knows, what is no array
-    too. Raises UsageError for another leaf that is no array and for a key that no path can hold.
+    Variables that are not weights, random keys and None are skipped. In classes that are registered with jax, values
+    that are not arrays are skipped too. Raises UsageError for any other leaf that is not an array, and for a key that a
+    path cannot hold.
     """
     linen = is_variables(tree)
-    found = Found([], [])
-    _Walk(found, lambda keys: linen and keys[0] in LINEN_STATE).visit(tree, (), False, None)
+    found = TreeArrays([], [])
+    _ArrayWalk(found, lambda keys: linen and keys[0] in LINEN_STATE).visit(tree, (), False, None)
     return found
 
 
@@ -60,21 +62,21 @@ def leaves(tree: Any) -> Iterator[tuple[tuple[Key, ...], Leaf]]:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Inside the state of an optimizer: how many keys are known to be its own; `field`: the last names a field of one
-    of its states (mu), behind which a weight's path begins."""
+    """The position inside an optimizer's state: `count` leading keys belong to the optimizer. `field`: the last of them
+    names a field of a state (mu), after which the path of a weight begins."""
 
     count: int
     field: bool
 
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
-    found: Found
+class _ArrayWalk:
+    found: TreeArrays
     aside: Callable[[tuple[Key, ...]], bool]
 
     def visit(self, node: Any, keys: tuple[Key, ...], loose: bool, kept: Kept | None) -> None:
-        """loose: inside a class of jax's. kept: how many keys are known to be an optimizer's own, where this is its
-        state."""
+        """loose: the node is inside a class that is registered with jax. kept: inside an optimizer's state, the keys
+        that belong to the optimizer."""
         if len(keys) > DEPTH:
             raise FormatError(f"nested deeper than {DEPTH} levels at {escape(path_of(keys[:4]))}/...")
         if keys and self.aside(keys):
@@ -130,10 +132,11 @@ class _Walk:
 
 
 def remade(tree: Any, visit: Visit) -> Any:
-    """`tree` again: containers, boxes and key order of the same kind, every array replaced by `visit(path, leaf)`.
+    """A copy of `tree`: the same kinds of containers, boxes and key order, with every array replaced by `visit(path,
+    leaf)`.
 
-    What is neither a weight nor an optimizer's stays the same object; boxes are new ones, so that neither tree changes
-    with the other.
+    Anything that is neither a weight nor optimizer state stays the same object. Boxes are new objects, so that a change
+    of one tree does not change the other.
     """
     linen = is_variables(tree)
     return _remade(tree, (), visit, lambda keys: linen and keys[0] in LINEN_STATE)
@@ -165,7 +168,7 @@ def path_of(keys: tuple[Key, ...]) -> str:
 
 
 def shape_of_tree(tree: Any) -> tuple[dict[str, Key], dict[str, str]]:
-    """(real_keys, containers) as `tree.Checkpoint` has them: keys that are not text, containers that are not plain
+    """(real_keys, containers) as `tree.Checkpoint` has them: keys that are not text, and containers that are not plain
     dicts. An nnx.State counts as a plain dict."""
     real_keys: dict[str, Key] = {}
     kinds: dict[str, str] = {}
@@ -191,7 +194,7 @@ def shape_of_tree(tree: Any) -> tuple[dict[str, Key], dict[str, str]]:
 
 
 def kinds_above(prefix: str, kinds: Mapping[str, str]) -> bool:
-    """Is a container above `prefix` a FrozenDict already? It freezes what it holds."""
+    """True if a container above `prefix` is already a FrozenDict: it freezes everything in it."""
     return any(
         kind == "FrozenDict" and (not path or prefix.startswith(f"{path}/"))
         for path, kind in kinds.items()
@@ -199,13 +202,13 @@ def kinds_above(prefix: str, kinds: Mapping[str, str]) -> bool:
     )
 
 
-# ---------------------------------------------------------------- what a node is
+# ---------------------------------------------------------------- kinds of nodes
 
 
 @lru_cache(maxsize=256)
 def is_plain_array(kind: type) -> bool:
-    """The usual leaf, told by its type alone: it is no container, no box and no random key. Large trees are quicker for
-    it."""
+    """True for the usual leaf types, which need no further test: not a container, a box or a random key. This speeds up
+    large trees."""
     name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
     return name in {"numpy.ndarray", "jaxlib.ArrayImpl"}
 
@@ -246,7 +249,7 @@ def with_children(node: Any, children: dict[Key, Any]) -> Any:
 
 
 def _raw(node: Any) -> Any:
-    """The dict below an nnx.State or a FrozenDict, whose own items would be wrapped (a FrozenDict's: copied) anew."""
+    """The dict inside an nnx.State or a FrozenDict. Their own items would wrap (FrozenDict: copy) each value anew."""
     if type(node).__module__.startswith("flax.nnx"):
         return getattr(node, "raw_mapping", node)
     return getattr(node, "_dict", node) if type(node).__name__ == "FrozenDict" else node
@@ -268,12 +271,12 @@ def _checked(key: Any, keys: tuple[Key, ...]) -> Key:
 
 
 def is_variables(tree: Any) -> bool:
-    """Does `tree` have Linen's collections at the top?"""
+    """True if `tree` has Linen's collections at the top."""
     return isinstance(tree, Mapping) and "params" in tree and not type(tree).__module__.startswith("flax.nnx")
 
 
 def is_array(node: Any) -> bool:
-    """An array, or what stands for one: anything with a shape and a dtype that is not a torch tensor."""
+    """True for an array or a stand-in: anything with a shape and a dtype that is not a torch tensor."""
     return hasattr(node, "shape") and hasattr(node, "dtype") and not is_tensor(node)
 
 
@@ -283,7 +286,7 @@ def is_tensor(node: Any) -> bool:
 
 
 def is_random_key(node: Any) -> bool:
-    """A typed jax key: no NumPy dtype can hold it."""
+    """True for a typed jax key: no NumPy dtype can hold it."""
     dtype = getattr(node, "dtype", None)
     return type(dtype).__module__.startswith("jax") and str(dtype).startswith("key<")
 
@@ -294,7 +297,7 @@ def is_axis_box(node: Any) -> bool:
 
 
 def axis_value(box: Any) -> Any:
-    """What a box holds, without the sharding constraint that `unbox` of a Partitioned applies under a mesh."""
+    """The content of a box, without the sharding constraint that `unbox` of a Partitioned applies under a mesh."""
     meta = sys.modules["flax.core.meta"]
     return box.unbox(apply_constraint=False) if isinstance(box, meta.Partitioned) else box.unbox()
 
@@ -309,7 +312,7 @@ def is_variable(node: Any) -> bool:
 
 
 def is_weight(variable: Any) -> bool:
-    """Param, BatchStat and the user's own types are weights; random, cache, intermediate and optimizer state is not."""
+    """True for Param, BatchStat and the user's own types; False for random, cache, intermediate and optimizer state."""
     nnx = _nnx()
     if isinstance(variable, tuple(getattr(nnx, name) for name in NOT_WEIGHTS)):
         return False
@@ -317,13 +320,13 @@ def is_weight(variable: Any) -> bool:
 
 
 def is_optimizer_variable(variable: Any) -> bool:
-    """The moments and the step that an nnx.Optimizer keeps."""
+    """True for the moments and the step of an nnx.Optimizer."""
     optimizer = sys.modules.get("flax.nnx.training.optimizer")
     return optimizer is not None and isinstance(variable, optimizer.OptState)
 
 
 def _is_module(node: Any) -> bool:
-    """An nnx.Module, which jax knows as a tree too: it is taken whole, for it may share Variables with others."""
+    """True for an nnx.Module. jax treats it as a tree too, but here it stays whole, because it may share Variables."""
     nnx = _nnx()
     return nnx is not None and isinstance(node, getattr(nnx, "Pytree", nnx.Module))
 
@@ -334,7 +337,7 @@ def _must_hold_array(variable: Any) -> bool:
 
 
 def variable_value(variable: Any) -> Any:
-    """The stored value of an nnx.Variable, past any hooks; of an array reference, the array in it."""
+    """The stored value of an nnx.Variable, without running hooks; for an array reference, its array."""
     value = variable.get_raw_value() if hasattr(variable, "get_raw_value") else variable.raw_value
     return value[...] if _is_ref(value) else value
 
@@ -347,7 +350,7 @@ def variable_with(variable: Any, value: Any) -> Any:
 
 
 def set_variable(variable: Any, value: Any) -> None:
-    """Store `value` in a Variable, in place, past any hooks."""
+    """Store `value` in a Variable, in place, without running hooks."""
     held = variable.get_raw_value() if hasattr(variable, "get_raw_value") else variable.raw_value
     if _is_ref(held):
         held[...] = value

@@ -22,9 +22,9 @@ Make = Callable[[str, Any, Any], Any]
 def open_container(tree: Any, label: str, side: Side | None = None) -> Checkpoint:
     """The weights of a nested container as a Checkpoint.
 
-    A flat dict of arrays is taken as it is named: its names are paths, or torch keys. jax arrays, Variables and boxes
-    are Flax's; dicts and lists of NumPy arrays declare nothing: `side` says it, else all names do (`sides`).
-    Raises UsageError for what is no array, FormatError for dtypes that are no weights'.
+    The names of a flat dict of arrays are taken as they are: as paths, or as torch keys. jax arrays, Variables and
+    boxes are Flax's. Dicts and lists of NumPy arrays declare no side: then `side` decides, or else all names together
+    (`sides`). Raises UsageError for a leaf that is not an array, FormatError for dtypes that weights cannot have.
     """
     if is_flat(tree):
         return _open_flat(tree, label, side)
@@ -48,7 +48,8 @@ def open_container(tree: Any, label: str, side: Side | None = None) -> Checkpoin
 
 
 def _rebuilder(tree: Any, found: Mapping[str, Any], side: Side | None) -> Callable[..., Any]:
-    """How a tree like this is made of new arrays: of NumPy arrays where it is a torch tree of these."""
+    """A function that makes a tree like this from new arrays; from NumPy arrays if it is a torch tree of NumPy
+    arrays."""
     host = side == "torch" and _all_numpy(found)
 
     def rebuild(arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False) -> Any:
@@ -62,8 +63,8 @@ def _all_numpy(found: Mapping[str, Any]) -> bool:
 
 
 def _side_of(found: Mapping[str, Any], plain: bool, stated: Side | None) -> tuple[Side | None, SideBy]:
-    """(side, what told it). Flax's containers and classes are Flax's. So are jax arrays in plain dicts, unless their
-    names speak for torch: `safetensors.flax.load_file` gives jax arrays of a torch file, too."""
+    """(side, what decided it). Flax's containers and classes are Flax's. So are jax arrays in plain dicts, unless their
+    names are torch's: `safetensors.flax.load_file` also gives jax arrays for a torch file."""
     signs = Signs.of(found)
     if not plain and not (signs.torch and signs.side == "torch"):
         return "flax", "kind"
@@ -75,7 +76,7 @@ def _side_of(found: Mapping[str, Any], plain: bool, stated: Side | None) -> tupl
 
 
 def _is_plain(tree: Any) -> bool:
-    """Is it made of dicts, lists and tuples alone, and no container or box of Flax's?"""
+    """True if it consists only of dicts, lists and tuples, without a container or box of Flax."""
     if containers.is_plain_array(type(tree)):
         return True
     children = containers.children_of(tree)
@@ -85,7 +86,7 @@ def _is_plain(tree: Any) -> bool:
 
 
 def _keyed(opened: Checkpoint) -> Checkpoint:
-    """A nested torch tree by its keys: what a nest adds to a key is joined by '.', as in a .pt file."""
+    """A nested torch tree by its keys: the keys of nested levels are joined by '.', as in a .pt file."""
     keys = {".".join(map(unescape_part, path.split("/"))): path for path in opened}
     if len(keys) < len(opened):
         raise FormatError(f"{escape(opened.label)}: two leaves have the same key", next="Rename one.")
@@ -98,8 +99,8 @@ def _slashes(path: str) -> list[int]:
 
 
 def leaf_table(tree: Any, label: str, optimizer: bool = False) -> dict[str, Any]:
-    """path -> leaf of every weight, with `optimizer` also of what an optimizer keeps. FormatError where two keys give
-    one path ('1' and 1)."""
+    """path -> leaf of every weight; with `optimizer` also the optimizer leaves. FormatError if two keys give the same
+    path ('1' and 1)."""
     if is_flat(tree):
         return _flat_table(tree, label)
     arrays = containers.found_in(tree)
@@ -117,28 +118,28 @@ def _table(pairs: Iterable[tuple[tuple[Key, ...], Any]], label: str) -> dict[str
     return found
 
 
-def _left_out(arrays: containers.Found) -> dict[str, str]:
+def _left_out(arrays: containers.TreeArrays) -> dict[str, str]:
     """Where an optimizer's state lies -> what it is."""
     counts = Counter(containers.path_of(keys[:1] if keys else ()) for keys, _, _ in arrays.optimizer)
-    return {name: f"what an optimizer keeps: {count} leaves" for name, count in counts.items()}
+    return {name: f"optimizer state: {count} leaves" for name, count in counts.items()}
 
 
 def specs_of(found: Mapping[str, Any], label: str) -> dict[str, TensorSpec]:
-    """path -> spec. FormatError that lists every leaf whose dtype no checkpoint can hold."""
+    """path -> spec. FormatError that lists every leaf whose dtype a checkpoint cannot hold."""
     specs: dict[str, TensorSpec] = {}
     failures: list[Failure] = []
     for path, leaf in found.items():
         try:
             specs[path] = dtypes.spec_of(leaf)
         except (GraftaxError, TypeError):
-            failures.append(Failure("a dtype that no checkpoint can hold", key=path, found=escape(leaf.dtype)))
+            failures.append(Failure("a checkpoint cannot hold this dtype", key=path, found=escape(leaf.dtype)))
     if failures:
-        raise FormatError(f"{escape(label)} has {len(failures)} leaves that are no weights", failures)
+        raise FormatError(f"{escape(label)} has {len(failures)} leaves that cannot be weights", failures)
     return specs
 
 
 def reader_of(found: Mapping[str, Any]) -> Callable[[str], np.ndarray[Any, Any]] | None:
-    """path -> values, or None where no leaf has any."""
+    """path -> values; None if no leaf has values."""
     if found and all(jax_arrays.is_abstract(leaf) for leaf in found.values()):
         return None
     return lambda path: jax_arrays.to_host(found[path], dtypes.spec_of(found[path]), escape(path))
@@ -148,14 +149,14 @@ def reader_of(found: Mapping[str, Any]) -> Callable[[str], np.ndarray[Any, Any]]
 
 
 def rebuild_container(tree: Any, arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False) -> Any:
-    """A container like `tree` with `arrays` as its leaves: jax arrays placed as the old leaves are; NumPy arrays with
-    sharding="host"; as they are with sharding="given"; placed by `sharding`, a jax Sharding, otherwise. Their dtypes
-    are those of `arrays`, as a plan has settled them. adopt: see `jax_arrays`."""
+    """A container like `tree` with `arrays` as its leaves. The leaves are jax arrays placed as the old leaves are; with
+    sharding="host" NumPy arrays; with sharding="given" the arrays as they are; with a jax Sharding they are placed by
+    it. Dtypes are those of `arrays`, as the plan decided. adopt: see `jax_arrays`."""
     return make_container(tree, arrays, maker(sharding, adopt), any_dtype=True)
 
 
 def maker(sharding: Any = None, adopt: bool = False) -> Make:
-    """How new leaves are made."""
+    """A function that makes new leaves."""
     given = jax_arrays.once(adopt)
 
     def make(path: str, old: Any, new: Any) -> Any:
@@ -170,7 +171,7 @@ def maker(sharding: Any = None, adopt: bool = False) -> Make:
 
 
 class _Placement:
-    """A stand-in for a leaf of which only the sharding matters."""
+    """A stand-in for a leaf, of which only the sharding matters."""
 
     __slots__ = ("sharding",)
 
@@ -179,10 +180,9 @@ class _Placement:
 
 
 def make_container(tree: Any, arrays: Mapping[str, Any], make: Make, any_dtype: bool = False) -> Any:
-    """`tree` again with the leaves that `arrays` names made by `make`; every other leaf is the same object.
+    """A copy of `tree` in which `make` makes the leaves that `arrays` names; every other leaf is the same object.
 
-    Raises PlanError for a path that is not in the tree and for a shape or (unless `any_dtype`) a dtype that differs,
-    all of them.
+    Raises one PlanError for all paths that are not in the tree, and all shape or (unless `any_dtype`) dtype mismatches.
     """
     found: dict[str, Any] = {}
     misfits: list[str] = []
@@ -204,13 +204,14 @@ def make_container(tree: Any, arrays: Mapping[str, Any], make: Make, any_dtype: 
         new = containers.with_children(tree, {key: visit(_name_of(key), old) for key, old in tree.items()})
     else:
         new = containers.remade(tree, visit)
-    if misfits or len(found) != len(arrays):  # look at the whole tree only to say what is near
+    if misfits or len(found) != len(arrays):  # search the whole tree only to name the nearest paths
         check_fit(leaf_table(tree, "the tree", optimizer=True), arrays, "the tree", any_dtype)
     return new
 
 
 def check_fit(found: Mapping[str, Any], arrays: Mapping[str, Any], label: str, any_dtype: bool = False) -> None:
-    """Is every array of a path that exists, and of its shape and dtype? PlanError that lists what is not."""
+    """PlanError unless every array belongs to an existing path and has its shape and dtype; it lists all that do
+    not."""
     failures = [misfit for path in arrays if (misfit := _misfit(path, found, arrays[path], any_dtype))]
     if failures:
         raise PlanError(f"{len(failures)} of {len(arrays)} arrays do not fit {escape(label)}", failures)
@@ -219,7 +220,7 @@ def check_fit(found: Mapping[str, Any], arrays: Mapping[str, Any], label: str, a
 def _misfit(path: str, found: Mapping[str, Any], array: Any, any_dtype: bool) -> Failure | None:
     if path not in found:
         near = nearest(path, found)
-        return Failure("no such leaf", key=path, next=f"Near: {near}" if near else "")
+        return Failure("unexpected key", key=path, next=f"Near: {near}" if near else "")
     spec = dtypes.spec_of(found[path])
     if spec.packed and str(getattr(array, "dtype", "")) == "uint8" and tuple(array.shape) == (spec.nbytes,):
         return None
@@ -228,9 +229,9 @@ def _misfit(path: str, found: Mapping[str, Any], array: Any, any_dtype: bool) ->
     try:
         given = dtypes.spec_of(array)
     except (GraftaxError, TypeError):
-        return Failure("not an array of NumPy or jax", key=path, expected=str(spec), found=escape(array.dtype))
+        return Failure("not a NumPy or jax array", key=path, expected=str(spec), found=escape(array.dtype))
     if given.shape != spec.shape or (given.dtype != spec.dtype and not any_dtype):
-        return Failure("another shape or dtype", key=path, expected=str(spec), found=str(given))
+        return Failure("shape or dtype mismatch", key=path, expected=str(spec), found=str(given))
     return None
 
 
@@ -238,7 +239,7 @@ def _misfit(path: str, found: Mapping[str, Any], array: Any, any_dtype: bool) ->
 
 
 def is_flat(tree: Any) -> bool:
-    """A dict of one level that holds arrays only: its names may be whole paths, also as the tuples that
+    """True for a dict of one level that holds only arrays. Its names may be whole paths, also as the tuples that
     `flatten_dict(params)` gives."""
     if not isinstance(tree, Mapping) or not tree:
         return False
@@ -250,7 +251,7 @@ def is_flat(tree: Any) -> bool:
 
 
 def _name_of(key: Key) -> str:
-    """A key of a flat dict as a path: a tuple's items are its parts."""
+    """A key of a flat dict as a path; the items of a tuple become its parts."""
     return containers.path_of(key) if isinstance(key, tuple) else str(key)
 
 

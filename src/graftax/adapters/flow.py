@@ -1,7 +1,7 @@
-"""Which axes of a map the entries of a tensor's axes run over: what the traces of both frameworks keep book of.
+"""Track which axes of a feature map the entries of a tensor's axes run over. The traces of both frameworks use this.
 
-A value is a tuple of *dims*, a dim the *atoms* that it runs over, outermost first: a flattened map of 8 channels has
-the dims (n) (c h w). A value that is None is not known. Atoms of length 1 are left out: they have no order.
+A value is a tuple of *dims*. A dim is a tuple of the *atoms* that it runs over, outermost first: a flattened map of 8
+channels has the dims (n) (c h w). None is an unknown value. Atoms of length 1 are left out, because they have no order.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from graftax.tree import Axes, Trace
 
 SPATIAL = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
-"""Names of the spatial axes of a convolution, as its kernel has them."""
+"""Names of the spatial axes of a convolution, in the order of its kernel."""
 BATCH = "n"
 OUT, LEAF = "out:", "leaf:"
-"""What a matrix makes (followed by its leaf), and what a leaf itself runs over."""
+"""Prefixes of atom names: the output axis of a matrix (followed by its leaf), and a leaf's own axis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """One axis: its name, its length where it is known, and which part of the whole axis it is."""
+    """One axis: its name, its length if known, and which part of the whole axis it is."""
 
     name: str
     size: int | None = None
@@ -44,14 +44,15 @@ def dim(name: str, size: int | None) -> Dim:
 
 
 def resized(of: Dim, size: int | None) -> Dim | None:
-    """A dim with another length, where it is one axis; None where it is several."""
+    """A dim with another length if it is one axis; None if it is several."""
     if size == 1 or not of:
         return () if size == 1 or size is None else None
     return (replace(of[0], size=size),) if len(of) == 1 else None
 
 
 def joined(a: Dims, b: Dims) -> Dims | None:
-    """The dims of an operation on two values entry by entry; axes that one lacks (length 1) are the other's."""
+    """The dims of an elementwise operation on two values. An axis that one value lacks (length 1) comes from the
+    other."""
     if len(a) < len(b):
         a, b = b, a
     out: list[Dim] = list(a[: len(a) - len(b)])
@@ -70,19 +71,19 @@ def _names(of: Dim) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _named(of: Dim) -> int:
-    """0 for a leaf's own axis, which takes the axes of what it is joined with; 1 for what a matrix made, 2 for others.
-    Two of the last are not to be joined, for nothing says which of them it is."""
+    """A rank for joining: 0 for a leaf's own axis, which takes the axes of its partner; 1 for the output of a matrix; 2
+    for others. Two axes of rank 2 cannot be joined, because nothing shows which one it is."""
     if len(of) != 1 or not of[0].name.startswith((LEAF, OUT)):
         return 2
     return int(of[0].name.startswith(OUT))
 
 
 Target = int | Dim
-"""The new length of an axis, -1, or the axes whose lengths it is the product of (`x.shape[0]`)."""
+"""The new length of an axis, -1, or the axes whose lengths multiply to it (`x.shape[0]`)."""
 
 
 def reshaped(dims: Dims, targets: Sequence[Target]) -> Dims | None:
-    """The dims after a row-major change of shape; None where some axis is cut in a way that lengths do not tell."""
+    """The dims after a row-major reshape; None if an axis is cut in a way that the lengths do not determine."""
     atoms = [atom for of in dims for atom in of]
     free = next((i for i, target in enumerate(targets) if target == -1), None)
     left = list(targets if free is None else targets[:free])
@@ -96,7 +97,7 @@ def reshaped(dims: Dims, targets: Sequence[Target]) -> Dims | None:
         head.append(found)
     tail: list[Dim] = []
     for n, target in enumerate(reversed(right)):
-        alone = n + 1 == len(right) and len(dims) > 1  # all but the batch, of which nothing else is left
+        alone = n + 1 == len(right) and len(dims) > 1  # everything except the batch
         found = _take(atoms, target, True, alone and bool(atoms) and atoms[0].name == BATCH, len(atoms) - 1)
         if found is None:
             return None
@@ -107,7 +108,7 @@ def reshaped(dims: Dims, targets: Sequence[Target]) -> Dims | None:
 
 
 def _whole(of: Dim) -> Dim:
-    """Neighbouring parts of one axis as that axis again."""
+    """Neighbouring parts of one axis, joined to that axis."""
     out: list[Atom] = []
     for atom in of:
         out.append(atom)
@@ -123,7 +124,7 @@ def _halves(a: Atom, b: Atom) -> bool:
 
 
 def _take(atoms: list[Atom], target: Target, back: bool, rest: bool, most: int) -> Dim | None:
-    """Take the atoms that make one axis off an end of `atoms`. rest: where lengths are not known it is `most` atoms."""
+    """Take the atoms of one axis off an end of `atoms`. rest: if lengths are unknown, take `most` atoms."""
     if target in (1, ()):
         return ()
     if not isinstance(target, int):
@@ -163,30 +164,30 @@ def _drop(atoms: list[Atom], count: int, back: bool) -> None:
     del atoms[len(atoms) - count if back else 0 : len(atoms) if back else count]
 
 
-# ---------------------------------------------------------------- what is noted of leaves
+# ---------------------------------------------------------------- findings about leaves
 
 
 @dataclass(slots=True)
 class Notes:
-    """What a trace finds of leaves; a leaf that is used in two ways that differ is known no more."""
+    """What a trace finds out about leaves. A leaf that is used in two different ways becomes unknown."""
 
     columns: dict[str, Axes | None] = field(default_factory=dict[str, "Axes | None"])
     rows: dict[str, Axes | None] = field(default_factory=dict[str, "Axes | None"])
     beside: dict[str, set[str]] = field(default_factory=dict[str, "set[str]"])
 
     def inputs(self, leaf: str, of: Dim | None) -> None:
-        """A matrix takes these."""
+        """Record that a matrix takes these axes."""
         _note(self.columns, leaf, None if of is None else _axes(of))
 
     def vector(self, leaf: str, of: Dim | None) -> None:
-        """A vector is added to these, or multiplied by them."""
+        """Record that a vector is added to these axes, or multiplies them."""
         if of is not None and len(of) == 1 and of[0].name.startswith(OUT) and not of[0].part:
             self.beside.setdefault(of[0].name.removeprefix(OUT), set()).add(leaf)
         else:
             _note(self.rows, leaf, None if of is None else _axes(of))
 
     def into_map(self, feature: Dim, spatial: Sequence[Dim]) -> None:
-        """A convolution takes a map with these axes: those that a matrix made are its rows."""
+        """Record that a convolution takes a map with these axes: axes that a matrix made are its rows."""
         parts: list[tuple[tuple[int, ...], str, int | None]] = []
         leaves: set[str] = set()
         for name, of in (("c", feature), *zip(SPATIAL[len(spatial)], spatial, strict=True)):
@@ -211,7 +212,7 @@ def _note(table: dict[str, Axes | None], leaf: str, axes: Axes | None) -> None:
 
 
 def _axes(of: Dim) -> Axes | None:
-    """The axes of a map by their names, if each is whole; what a matrix made is no map."""
+    """The axes of a map by their names, if each is whole; None for the output of a matrix, which is not a map."""
     names = [atom.name for atom in of]
     if len(of) == 1 and names[0].startswith(OUT) and not of[0].part:
         return (("x", of[0].size),)

@@ -1,8 +1,8 @@
-"""Arrays between NumPy and jax: never a changed dtype, never shared writable memory.
+"""Arrays between NumPy and jax. The dtype never changes, and writable memory is never shared.
 
-Ownership: what comes out never shares memory with what went in. Only where a caller says `adopt` (these arrays are
-mine, and I give them away) an array that is writable and has its memory to itself is used without a copy; readers of
-live objects hand out read-only views, which are copied even then.
+Ownership: a result never shares memory with its input. The exception is `adopt`, with which a caller gives its arrays
+away: an array that is writable and is the only user of its memory is then used without a copy. Readers of live objects
+return read-only views, which are copied even then.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def to_jax(array: Any, like: Any = None, *, adopt: bool = False) -> Any:
     """`array` as a jax array of the same dtype, placed as `like` is (a jax.Array, or a ShapeDtypeStruct with a
-    sharding; else the default device).
+    sharding; else on the default device).
 
-    A dtype that jax would narrow (int64, uint64, float64, complex128 unless jax_enable_x64 is set) stays a NumPy array
-    on the host. The result never shares memory with `array`, unless `adopt` says that the caller gives it away.
+    A dtype that jax would narrow (int64, uint64, float64, complex128, unless jax_enable_x64 is set) stays a NumPy array
+    on the host. The result never shares memory with `array`, unless the caller gives it away with `adopt`.
     """
     import jax
     import numpy as np
@@ -35,13 +35,13 @@ def to_jax(array: Any, like: Any = None, *, adopt: bool = False) -> Any:
     host = own(np.asarray(array), adopt)
     if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
         return host
-    host.flags.writeable = False  # jax may keep it as it is
+    host.flags.writeable = False  # jax may use this memory
     return _placed(host, like)
 
 
 def all_to_jax(arrays: Mapping[str, Any], shardings: Mapping[str, Any], given: Callable[[Any], bool]) -> dict[str, Any]:
-    """As `to_jax` for each of `arrays`, with as few calls of jax: on the device of the sharding of its name, or on
-    jax's default device. given: which of them are given away (see `once`)."""
+    """As `to_jax` for each of `arrays`, with as few jax calls as possible: on the device of the sharding with its name,
+    or on jax's default device. given: whether an array is given away (see `once`)."""
     import jax
     import numpy as np
 
@@ -54,7 +54,7 @@ def all_to_jax(arrays: Mapping[str, Any], shardings: Mapping[str, Any], given: C
         if host.dtype not in wide:
             wide[host.dtype] = jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype
         if not wide[host.dtype]:
-            host.flags.writeable = False  # jax may keep it as it is
+            host.flags.writeable = False  # jax may use this memory
             (loose if shardings.get(name) is None else bound).append(name)
     out.update(zip(loose, jax.device_put([out[name] for name in loose]), strict=True))
     homes = [shardings[name] for name in bound]
@@ -63,7 +63,8 @@ def all_to_jax(arrays: Mapping[str, Any], shardings: Mapping[str, Any], given: C
 
 
 def once(adopt: bool) -> Callable[[Any], bool]:
-    """Says of each array whether it may be adopted: where the caller allows it, and its memory was not given before."""
+    """A function that tells whether an array may be adopted: the caller allows it, and its memory was not given away
+    before."""
     seen: set[int] = set()
 
     def given(array: Any) -> bool:
@@ -77,7 +78,7 @@ def once(adopt: bool) -> Callable[[Any], bool]:
 
 
 def own(array: np.ndarray[Any, Any], adopt: bool = False) -> np.ndarray[Any, Any]:
-    """`array` in C order, in the machine's byte order and in memory of its own: itself if `adopt` and it can be."""
+    """`array` in C order, in the machine's byte order and in its own memory; `array` itself if `adopt` allows it."""
     import numpy as np
 
     if adopt and array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative and _alone(array):
@@ -86,7 +87,7 @@ def own(array: np.ndarray[Any, Any], adopt: bool = False) -> np.ndarray[Any, Any
 
 
 def _alone(array: np.ndarray[Any, Any]) -> bool:
-    """Does the array span all of the memory that it lies in?"""
+    """True if the array spans all of its memory."""
     import numpy as np
 
     base: Any = array
@@ -103,13 +104,13 @@ def _placed(array: Any, like: Any) -> Any:
     if sharding is None or not isinstance(sharding, jax.sharding.Sharding):
         return jax.device_put(array)
     if isinstance(like, jax.Array) and not getattr(like, "committed", True):
-        return jax.device_put(array)  # an uncommitted array may move to where it is used: keep that
+        return jax.device_put(array)  # keep an uncommitted array uncommitted: it may move to where it is used
     return jax.device_put(array, sharding)
 
 
 def to_host(leaf: Any, spec: TensorSpec, name: str = "") -> np.ndarray[Any, Any]:
-    """The values of a NumPy or jax leaf as a read-only array, without a copy where that can be; packed types as their
-    bytes. PlanError for a leaf without values, UsageError for one that this process cannot read."""
+    """The values of a NumPy or jax leaf as a read-only array, without a copy if possible; packed types as their bytes.
+    PlanError for a leaf without values, UsageError for a leaf that this process cannot read."""
     import numpy as np
 
     if is_abstract(leaf):
@@ -129,13 +130,14 @@ def to_host(leaf: Any, spec: TensorSpec, name: str = "") -> np.ndarray[Any, Any]
 
 
 def from_storage(array: Any, spec: TensorSpec) -> Any:
-    """The values of a packed tensor that travelled as its bytes, one byte a code; any other array as it is."""
+    """The values of a packed tensor from its bytes, one byte per code; any other array unchanged."""
     packed = spec.packed and getattr(array, "ndim", 0) == 1 and str(array.dtype) == "uint8"
     return dtypes.unpack(array, spec) if packed else array
 
 
 def is_abstract(leaf: Any) -> bool:
-    """A shape and a dtype without values: jax.ShapeDtypeStruct, a tracer, or anything else that is no array."""
+    """True for a shape and a dtype without values: jax.ShapeDtypeStruct, a tracer, or anything else that is not an
+    array."""
     import numpy as np
 
     if isinstance(leaf, (np.ndarray, np.generic)):
@@ -145,18 +147,18 @@ def is_abstract(leaf: Any) -> bool:
 
 
 def is_tracer(leaf: Any) -> bool:
-    """An array inside jit, grad or vmap, whose values are not known yet."""
+    """True for an array inside jit, grad or vmap, whose values are not known yet."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(leaf, jax.core.Tracer)
 
 
 def traced_product(leaf: Any, factor: float) -> Any:
-    """leaf * factor, in float32 where the leaf is narrower, in the leaf's dtype."""
+    """leaf * factor in the leaf's dtype, computed in float32 if the leaf is narrower."""
     return (_widened(leaf) * factor).astype(leaf.dtype)
 
 
 def traced_sum(leaf: Any, added: np.ndarray[Any, Any]) -> Any:
-    """leaf + added, in float32 where the leaf is narrower, in the leaf's dtype."""
+    """leaf + added in the leaf's dtype, computed in float32 if the leaf is narrower."""
     wide = _widened(leaf)
     return (wide + added.astype(wide.dtype)).astype(leaf.dtype)
 

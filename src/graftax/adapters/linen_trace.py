@@ -1,4 +1,4 @@
-"""Which axes of a map each matrix of a Linen model takes and makes, read from the jaxpr of its call."""
+"""Which axes of a feature map each matrix of a Linen model takes and makes, read from the jaxpr of its call."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SAME = frozenset((
     "gt", "ge", "and", "or", "not", "is_finite", "reduce_precision", "optimization_barrier", "add_any",
     "copy_p", "sharding_constraint",
 ))  # fmt: skip
-"""Entry by entry: every axis of what comes out is that axis of what goes in."""
+"""Elementwise operations: every output axis is the same input axis."""
 _INSIDE = frozenset((
     "pjit", "jit", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint", "remat",
     "remat2", "closed_call", "core_call", "custom_lin",
 ))  # fmt: skip
-"""Calls of an inner jaxpr with the very same operands."""
+"""Calls of an inner jaxpr with the same operands."""
 _REDUCES = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"))
 
 
 def trace_call(call: Callable[[Any, list[Any]], Any], variables: Any, arrays: list[Any]) -> Trace:
-    """call: (variables, arrays) -> outputs, as jax can trace it. Raises what tracing raises."""
+    """call: (variables, arrays) -> outputs, traceable by jax. Raises any error of tracing."""
     import jax
 
     closed = jax.make_jaxpr(call)(variables, arrays)
@@ -64,7 +64,7 @@ def _walk(jaxpr: Any, env: dict[Any, Value], notes: Notes) -> None:
 
 
 def _read(env: Mapping[Any, Value], atom: Any) -> Value:
-    """The value of a variable; a literal is a scalar, or not known."""
+    """The value of a variable. A literal is a scalar or unknown."""
     if hasattr(atom, "val"):
         return () if not getattr(atom.val, "shape", ()) else None
     return env.get(atom)
@@ -128,13 +128,13 @@ def _conv(numbers: Any, given: list[Value], shape: tuple[int, ...], notes: Notes
 
 
 def _dot(numbers: Any, given: list[Value], eqn: Any, notes: Notes) -> Value:
-    """x @ kernel, the kernel (in, out); every other product is not known."""
+    """x @ kernel, with a kernel (in, out); any other product is unknown."""
     (left, right), batch = numbers
     x, kernel = given
     leaf = _leaf_of(kernel)
     shapes = [tuple(atom.aval.shape) for atom in eqn.invars]
     if any(batch) or len(left) != 1 or not leaf or len(shapes[1]) != 2 or tuple(right) != (0,):
-        for value in given:  # a leaf that is used otherwise as well is not known
+        for value in given:  # a leaf with a second kind of use becomes unknown
             if _leaf_of(value):
                 notes.inputs(_leaf_of(value), None)
         return None
@@ -144,7 +144,7 @@ def _dot(numbers: Any, given: list[Value], eqn: Any, notes: Notes) -> Value:
 
 
 def _leaf_of(value: Value) -> str:
-    """The leaf that a value is, its axes in their own order; '' where it is none."""
+    """The leaf that a value is, with its axes in their own order; '' if it is not a leaf."""
     names = {atom.name.rpartition(":")[0] for of in value or () for atom in of}
     places = [atom.name.rpartition(":")[2] for of in value or () for atom in of]
     name = names.pop() if len(names) == 1 else ""
@@ -152,8 +152,8 @@ def _leaf_of(value: Value) -> str:
 
 
 def _together(given: list[Value], shape: tuple[int, ...], notes: Notes) -> Value:
-    """Values of one shape, or scalars, entry by entry. A vector among them runs over the axes of the others; one that
-    is not known (the statistics of a norm) has those of the others too."""
+    """Combine values of one shape, or scalars, elementwise. A vector among them runs over the axes of the others. An
+    unknown value (the statistics of a norm) gets the axes of the others too."""
     full = [value for value in given if value is not None and (value != () or not shape)]
     if not full:
         return None if None in given else ((),) * len(shape)
@@ -169,13 +169,13 @@ def _together(given: list[Value], shape: tuple[int, ...], notes: Notes) -> Value
 
 
 def _rank(value: Dims, name: str) -> int:
-    """Axes of the leaf whose axis `name` is."""
+    """The number of axes of the leaf that has an axis `name`."""
     leaf = name.rpartition(":")[0]
     return sum(atom.name.rpartition(":")[0] == leaf for of in value for atom in of)
 
 
 def _side_by_side(given: list[Value], axis: int, shape: tuple[int, ...]) -> Value:
-    """Maps side by side along their channels."""
+    """Maps concatenated along their channels."""
     parts = [value[axis] if value is not None else () for value in given]
     first = given[0]
     if first is None or not all(len(of) == 1 and of[0].name == "c" and not of[0].part for of in parts):
@@ -184,5 +184,5 @@ def _side_by_side(given: list[Value], axis: int, shape: tuple[int, ...]) -> Valu
 
 
 def _cropped(of: Dim, size: int) -> Dim | None:
-    """A spatial axis of another length; channels are not those of the convolution any more."""
+    """A spatial axis with another length. Channels with another length are no longer those of the convolution."""
     return resized(of, size) if of and of[0].name in ("d", "h", "w") else None

@@ -1,4 +1,4 @@
-"""Linen modules: `linen(module, *example_args)` and what a traced call of it shows. Only jax.eval_shape runs."""
+"""Linen modules: `linen(module, *example_args)`, and what a traced call of it shows. Only jax.eval_shape runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinenModel:
-    """A Linen module with example inputs: what `graftax.linen` gives. Its shapes are found when it is used."""
+    """A Linen module with example inputs, as `graftax.linen` returns it. Its shapes are traced on use."""
 
     module: nn.Module
     args: tuple[Any, ...] = ()
@@ -31,13 +31,13 @@ class LinenModel:
 
 
 def linen(module: nn.Module, *example_args: Any, rngs: Any = None, method: Any = None, **kwargs: Any) -> LinenModel:
-    """A Linen module as `like` or as the other end of a port; nothing of it is computed, only shapes are traced.
+    """A Linen module as `like` or as the other end of a port. Nothing is computed; only shapes are traced.
 
-    example_args, kwargs  what the module is called with; arrays may be jax.ShapeDtypeStruct
-    rngs                  as for `module.init`; their values do not matter here
-    method                the method to call, where that is not `__call__`
+      example_args, kwargs  the arguments of the module's call; arrays may be jax.ShapeDtypeStruct
+      rngs                  as for `module.init`; their values do not matter here
+      method                the method to call, if not `__call__`
 
-    Raises UsageError if `module` is no Linen module.
+    Raises UsageError if `module` is not a Linen module.
     """
     from flax import linen as nn
 
@@ -49,7 +49,8 @@ def linen(module: nn.Module, *example_args: Any, rngs: Any = None, method: Any =
 
 @dataclass(slots=True)
 class Seen:
-    """What the trace saw of one module: its object, in which order it came, and the shapes inside its first call."""
+    """What the trace saw of one module: its object, its place in the call order, and the shapes inside its first
+    call."""
 
     module: Any
     order: int
@@ -60,7 +61,7 @@ class Seen:
 
 
 def open_linen(model: LinenModel, label: str) -> Checkpoint:
-    """The variables that `model.module.init` would give, with its modules in call order. Nothing is computed.
+    """The variables that `model.module.init` would make, with its modules in call order. Nothing is computed.
 
     Raises GraftaxError (exit code 70) if the module fails on its example inputs.
     """
@@ -87,7 +88,7 @@ def open_linen(model: LinenModel, label: str) -> Checkpoint:
 def trace(model: LinenModel) -> tuple[Any, dict[tuple[str, ...], Seen]]:
     """(abstract variables in the order in which init makes them, path -> what was seen), by jax.eval_shape.
 
-    Collections that are no weights (`containers.LINEN_STATE`) are left out.
+    Collections that are not weights (`containers.LINEN_STATE`) are left out.
     """
     import jax
     from flax import linen as nn
@@ -97,7 +98,7 @@ def trace(model: LinenModel) -> tuple[Any, dict[tuple[str, ...], Seen]]:
 
     def watch(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         path = tuple(context.module.path)
-        if context.method_name == "setup" or "<" in context.method_name:  # lifted modules pass through a lambda
+        if context.method_name == "setup" or "<" in context.method_name:  # lifted modules call through a lambda
             return next_fun(*args, **kwargs)
         info = seen.setdefault(path, Seen(context.module, len(seen)))
         out = next_fun(*args, **kwargs)
@@ -134,7 +135,7 @@ def trace(model: LinenModel) -> tuple[Any, dict[tuple[str, ...], Seen]]:
 
 
 def maps_of(model: LinenModel, variables: Any) -> Trace:
-    """The axes of flattened maps, by a second traced call; nothing is known where that cannot be followed."""
+    """The axes of flattened maps, from a second traced call. The result is empty if the call cannot be followed."""
     from graftax.adapters import linen_trace
 
     dynamic, static = _split((model.args, dict(model.kwargs)))
@@ -147,7 +148,7 @@ def maps_of(model: LinenModel, variables: Any) -> Trace:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return linen_trace.trace_call(call, variables, dynamic)
-    except Exception:  # a call that differs from init (state that only init makes): the flatten stays a question
+    except Exception:  # the call differs from init (state that only init makes): the flatten stays a question
         return Trace()
 
 
@@ -159,7 +160,8 @@ def _call_rngs(rngs: Any) -> Any:
 
 
 def modules_of(seen: Mapping[tuple[str, ...], Seen], specs: Mapping[str, TensorSpec]) -> dict[str, Module]:
-    """module path -> Module, in the order of first calls. Leaves: path below the module -> path with its collection."""
+    """module path -> Module, in the order of first calls. Its leaves: path below the module -> path with the
+    collection."""
     below: dict[str, dict[str, str]] = {join_path(path): {} for path in seen}
     for full in sorted(specs, key=lambda path: not path.startswith("params/")):
         collection, _, inside = full.partition("/")
@@ -214,7 +216,7 @@ def _shape_of(values: list[Any]) -> tuple[int, ...] | None:
 
 
 def _split(value: Any) -> tuple[list[Any], Any]:
-    """(the arrays in `value`, the rest with a hole for each). Flags and text stay what they are: not traced."""
+    """(the arrays in `value`, the rest with a hole for each). Flags and text are not traced; they stay as they are."""
     import jax
 
     leaves, structure = jax.tree.flatten(value)
@@ -231,7 +233,7 @@ def _join(arrays: list[Any], static: Any) -> Any:
 
 
 def _rngs(rngs: Any) -> Any:
-    """Seeds as keys: gx.linen takes `rngs=0` and `rngs={"params": 0}` too."""
+    """Seeds as keys: gx.linen also accepts `rngs=0` and `rngs={"params": 0}`."""
     import jax
 
     if isinstance(rngs, Mapping):
@@ -240,7 +242,7 @@ def _rngs(rngs: Any) -> Any:
 
 
 def _order(tree: Any) -> Any:
-    """The keys of nested mappings in their order, which eval_shape sorts away."""
+    """The keys of nested mappings in their own order, which eval_shape replaces by sorted order."""
     if isinstance(tree, Mapping):
         return {key: _order(child) for key, child in tree.items()}
     return None

@@ -16,16 +16,16 @@ from graftax.tree.dtypes import same_bits
 def open_nnx(node: Any, label: str) -> Checkpoint:
     """An nnx.Module (abstract too), an nnx.State or (GraphDef, State) as a Checkpoint.
 
-    Weights are Param, BatchStat, the user's own Variable types and raw arrays (the scales of nnx.WeightNorm); random,
-    cache, intermediate and optimizer state stays as it is. `aliases` maps the other paths of a shared Param to the one
-    that is listed.
+    Weights are Param, BatchStat, the user's own Variable types, and raw arrays (the scales of nnx.WeightNorm). Random,
+    cache, intermediate and optimizer state stays as it is. `aliases` maps the other paths of a shared Param to the
+    listed one.
     """
     from flax import nnx
 
     if isinstance(node, tuple):
         try:
             module = nnx.merge(*node, copy=True)
-        except ValueError:  # only a part of the state: names and values are known, modules are not
+        except ValueError:  # the state is only a part: its names and values are known, its modules are not
             module = None
         return _open_state(node[1], node, module, label)
     if isinstance(node, nnx.State):
@@ -71,16 +71,16 @@ def _open_state(state: Any, native: Any, module: Any, label: str) -> Checkpoint:
 
 
 def _rebuilt(state: Any, arrays: Mapping[str, Any], sharding: Any, adopt: bool) -> Any:
-    """The State with other leaves. PlanError where the model would get other values from it."""
+    """The State with new leaves. PlanError if the model would read other values from it."""
     made = flax_tree.rebuild_container(state, arrays, sharding, adopt)
     failures = _shown_otherwise(made, arrays)
     if failures:
-        raise PlanError("these Variables do not give back what they are given:", failures)
+        raise PlanError("these Variables return other values than they were given:", failures)
     return made
 
 
 def _shown(state: Any, base: Checkpoint) -> Callable[[str], Any] | None:
-    """A reader that refuses leaves of which the model gets another value than the one that is stored."""
+    """A reader that refuses leaves for which the model reads another value than the stored one."""
     read = base.storage.reader
     own = {path for path, leaf in _variables(state) if containers.is_variable(leaf) and _overrides(leaf, "get_value")}
     if read is None or not own:
@@ -96,16 +96,16 @@ def _shown(state: Any, base: Checkpoint) -> Callable[[str], Any] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """A Module as nnx.split gives it, and the keys of raw arrays that have no values: NNX takes these for static
-    attributes of the GraphDef (nnx.eval_shape of a WeightNorm), here they are leaves of the state."""
+class SplitModule:
+    """A Module as nnx.split gives it, and the keys of raw arrays without values. NNX takes such arrays for static
+    attributes of the GraphDef (nnx.eval_shape of a WeightNorm); here they are leaves of the state."""
 
     graphdef: Any
     state: Any
     abstract: tuple[tuple[Key, ...], ...]
 
 
-def split_module(module: Any) -> Parts:
+def split_module(module: Any) -> SplitModule:
     import jax
     from flax import nnx
     from jax.core import Tracer
@@ -124,11 +124,11 @@ def split_module(module: Any) -> Parts:
         if keys[-1] not in node:
             node[keys[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             abstract.append(keys)
-    return Parts(graphdef, state, tuple(abstract))
+    return SplitModule(graphdef, state, tuple(abstract))
 
 
-def join_module(parts: Parts, state: Any) -> Any:
-    """A new Module of `parts` with `state`."""
+def join_module(parts: SplitModule, state: Any) -> Any:
+    """A new Module from `parts` and `state`."""
     from flax import nnx
 
     raw: list[tuple[tuple[Key, ...], Any]] = []
@@ -153,10 +153,10 @@ def join_module(parts: Parts, state: Any) -> Any:
 
 
 def with_random_state(state: Any, rngs: Any) -> Any:
-    """`state`, its abstract random state made from `rngs` (an nnx.Rngs, or a seed), in place of a fresh container.
+    """`state` with its abstract random state made from `rngs` (an nnx.Rngs, or a seed), in a new container.
 
-    Without `rngs` abstract state stays abstract, and a warning names it: the module then works wherever nothing random
-    is drawn.
+    Without `rngs` abstract state stays abstract, and a warning names it: the module then works as long as nothing
+    random is drawn.
     """
     import jax
     import jax.numpy as jnp
@@ -167,10 +167,8 @@ def with_random_state(state: Any, rngs: Any) -> Any:
     left = [path for path, leaf in waiting if rngs is None or not isinstance(leaf, nnx.RngState)]
     if left:
         names = ", ".join(escape(path) for path in left[:3]) + (" ..." if len(left) > 3 else "")
-        hint = "pass rngs=nnx.Rngs(seed) to make random state" if rngs is None else "they are no random state"
-        warnings.warn(
-            f"{len(left)} leaves that are no weights have no values and stay abstract ({names}); {hint}", stacklevel=3
-        )
+        hint = "pass rngs=nnx.Rngs(seed) to make random state" if rngs is None else "they are not random state"
+        warnings.warn(f"{len(left)} non-weight leaves have no values and stay abstract ({names}); {hint}", stacklevel=3)
     made: Any = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
     for path, variable in random:
         spec = containers.variable_value(variable)
@@ -201,15 +199,15 @@ def _is_abstract_state(leaf: Any) -> bool:
 
 
 def _as_data(nnx: Any, value: Any) -> Any:
-    """NNX noted the attribute as static when it had no values."""
+    """Mark the attribute as data: NNX marked it as static when it had no values."""
     return nnx.data(value) if hasattr(nnx, "data") else value
 
 
-# ---------------------------------------------------------------- what the graph shows
+# ---------------------------------------------------------------- aliases and modules of the graph
 
 
 def aliases_of(node: Any, base: Checkpoint) -> dict[str, str]:
-    """Other path of a shared Variable, or of what a shared Module holds -> the path that is listed."""
+    """The other path of a shared Variable, or of a leaf in a shared Module -> the listed path."""
     from flax import nnx
 
     aliases: dict[str, str] = {}
@@ -227,8 +225,8 @@ def aliases_of(node: Any, base: Checkpoint) -> dict[str, str]:
 
 
 def modules_of(node: Any, base: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Module]:
-    """module path -> Module, parents first, in the order in which attributes were set. A leaf that is shared is listed
-    under its own role with the path that the state has."""
+    """module path -> Module, parents first, in the order in which attributes were set. A shared leaf appears under its
+    own role with the path that the state has."""
     from flax import nnx
 
     found: dict[Any, Any] = {tuple(path): module for path, module in nnx.iter_modules(node)}
@@ -254,7 +252,7 @@ def modules_of(node: Any, base: Checkpoint, aliases: Mapping[str, str]) -> dict[
 
 
 def _rank(node: Any, keys: tuple[Key, ...]) -> tuple[int, ...]:
-    """Where `keys` comes in the order of attributes, dict keys and list items, from the root down."""
+    """The position of `keys` in the order of attributes, dict keys and list items, from the root down."""
     out: list[int] = []
     current: Any = node
     for key in keys:
@@ -266,7 +264,7 @@ def _rank(node: Any, keys: tuple[Key, ...]) -> tuple[int, ...]:
             out.append(key)
             current = current[key] if key < len(current) else None
         elif hasattr(current, "__dict__") and (key in vars(current) or str(key) in vars(current)):
-            name: Any = key if key in vars(current) else str(key)  # an nnx.List keeps its items under either
+            name: Any = key if key in vars(current) else str(key)  # an nnx.List may use either kind of key
             out.append(list(vars(current)).index(name))
             current = vars(current)[name]
         else:
@@ -279,23 +277,23 @@ def _rank(node: Any, keys: tuple[Key, ...]) -> tuple[int, ...]:
 
 
 def map_module(module: Any, arrays: Mapping[str, Any], make: flax_tree.Make) -> Any:
-    """A new Module with other leaves at the paths of `arrays`; every other leaf is the same array object."""
+    """A new Module with new leaves at the paths of `arrays`; every other leaf is the same array object."""
     parts = split_module(module)
     return join_module(parts, flax_tree.make_container(parts.state, arrays, make))
 
 
 def assign_module(module: Any, arrays: Mapping[str, Any], given: bool = False) -> None:
     """Set the values of a Module's weights in place. Everything is checked and every array made before the first is
-    set; then it is read back, and on a failure gets its old values. `given`: the arrays become the leaves as they are.
-    PlanError lists what does not fit or is not held."""
+    set. Then the values are read back, and on a failure the old values are restored. `given`: the arrays become the
+    leaves as they are. PlanError lists the leaves that do not fit or do not read back."""
     state = split_module(module).state
     found = flax_tree.leaf_table(state, "the module")
     flax_tree.check_fit(found, arrays, "the module")
     abstract = [path for path in arrays if jax_arrays.is_abstract(found[path])]
     if abstract:
         raise UsageError(
-            f"{len(abstract)} leaves have no values to be set in place, the first is {escape(abstract[0])}",
-            next="gx.port(source, module) gives a new Module.",
+            f"{len(abstract)} leaves have no values that could be set in place; the first is {escape(abstract[0])}",
+            next="gx.port(source, module) returns a new Module.",
         )
     make = flax_tree.maker("given" if given else None)
     new = {path: make(path, found[path], array) for path, array in arrays.items()}
@@ -309,13 +307,14 @@ def assign_module(module: Any, arrays: Mapping[str, Any], given: bool = False) -
     if failures:
         _set(module, state, old, hooks=False)
         raise PlanError(
-            f"nothing was assigned to the {escape(type(module).__name__)}: it does not hold what it was given", failures
+            f"nothing was assigned to the {escape(type(module).__name__)}: it does not read back what it was given",
+            failures,
         )
 
 
 def _set(module: Any, state: Any, new: Mapping[str, Any], hooks: bool = True) -> None:
-    """Store `new` (path -> leaf) in the Variables of a Module, through a set_value of their own; and in its raw arrays.
-    state: the Module's, for its paths."""
+    """Store `new` (path -> leaf) in the Variables of a Module, through their own set_value if they have one, and in its
+    raw arrays. state: the Module's state, for its paths."""
     from flax import nnx
 
     raw: dict[Any, Any] = {}
@@ -342,18 +341,18 @@ def _set(module: Any, state: Any, new: Mapping[str, Any], hooks: bool = True) ->
 
 
 def _at(module: Any, keys: Iterable[Key]) -> Any:
-    """What a Module holds at a path."""
+    """The value that a Module holds at a path."""
     for key in keys:
         if isinstance(key, str) and not isinstance(module, Mapping):
-            module = getattr(module, key)  # of named tuples too
+            module = getattr(module, key)  # works for named tuples too
         else:
             module = cast("Any", module)[key]
     return module
 
 
 def _not_held(module: Any, new: Mapping[str, Any]) -> list[Failure]:
-    """The paths at which a Module does not hold the new leaf, bit for bit (two Variables over one array reference), and
-    those of which its code gets another value."""
+    """The paths at which a Module does not hold the new leaf bit for bit (two Variables over one array reference), and
+    those at which its code reads another value."""
     state = split_module(module).state
     now = flax_tree.leaf_table(state, "the module")
     failures = [
@@ -365,21 +364,21 @@ def _not_held(module: Any, new: Mapping[str, Any]) -> list[Failure]:
 
 
 def _shown_otherwise(state: Any, paths: Collection[str]) -> list[Failure]:
-    """The Variables of a State at `paths` that give the model another value than the one they store: a get_value of
-    their own, or on_get_value."""
+    """The Variables of a State at `paths` for which the model reads another value than the stored one, through their
+    own get_value or on_get_value."""
     out: list[Failure] = []
     for path, variable in _variables(state):
         if path not in paths or not containers.is_variable(variable) or not _overrides(variable, "get_value"):
             continue
         stored = containers.variable_value(variable)
         if not jax_arrays.is_abstract(stored) and not _same(variable.get_value(), stored):
-            text = f"the model gets another value than is stored: {type(variable).__name__} has a get_value of its own"
-            out.append(Failure(text, key=path, next="Port with plain Variables, and set the values afterwards."))
+            text = f"the model reads another value than the stored one: {type(variable).__name__} has its own get_value"
+            out.append(Failure(text, key=path, next="Port with plain Variables, then set the values."))
     return out
 
 
 def _overrides(variable: Any, name: str) -> bool:
-    """Has a Variable a `get_value` or `set_value` of its own, or hooks (deprecated) that do the same?"""
+    """True if a Variable has its own `get_value` or `set_value`, or (deprecated) hooks that do the same."""
     from flax import nnx
 
     own = getattr(type(variable), name, None) is not getattr(nnx.Variable, name, None)
@@ -387,7 +386,7 @@ def _overrides(variable: Any, name: str) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Bit for bit. Arrays of which a part lies with other processes are not looked at."""
+    """True if equal bit for bit. An array of which a part lies in other processes is not compared."""
     import numpy as np
 
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in (a, b)):

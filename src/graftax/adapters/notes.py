@@ -1,4 +1,5 @@
-"""What a live tree says of where its leaves lie: their shardings, and the axis names in the boxes around them."""
+"""What a live tree says about the placement of its leaves: their shardings, and the axis names in the boxes around
+them."""
 
 from __future__ import annotations
 
@@ -9,19 +10,19 @@ from typing import Any
 from graftax.adapters import containers
 
 Rules = tuple[tuple[str, Any], ...]
-"""(name of an axis of a weight, mesh axis, several of them, or None), the first that is free first."""
+"""(name of a weight's axis, a mesh axis, several of them, or None); the first rule whose mesh axes are free applies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is known of one leaf.
+    """What is known about the placement of one leaf.
 
-    sharding  its own: a jax Sharding, on real devices or on an AbstractMesh; None where it has none
-    free      it is an array that jax may move to where it is used: its sharding binds nobody
-    names     of its axes, from a box: mesh axes, or logical names that rules translate
-    mesh      the box's
-    rules     the box's
-    linen     the box is Linen's: of several rules for a name the first that is free holds
+    sharding  its own sharding: a jax Sharding, on real devices or on an AbstractMesh; None if it has none
+    free      it is an array that jax may move to where it is used, so its sharding is not binding
+    names     the names of its axes, from a box: mesh axes, or logical names that rules translate
+    mesh      the mesh of the box
+    rules     the rules of the box
+    linen     the box is Linen's: of several rules for a name, the first whose mesh axes are free applies
     """
 
     sharding: Any = None
@@ -33,14 +34,14 @@ class Note:
 
 
 def notes_of(tree: Any) -> dict[str, Note]:
-    """path -> Note of every leaf of a nested container; paths as `containers.leaves` has them."""
+    """path -> Note of every leaf of a nested container, with the paths of `containers.leaves`."""
     found: dict[str, Note] = {}
     _walk(tree, (), Note(), found)
     return found
 
 
 def note_of_leaf(leaf: Any, box: Note | None = None) -> Note:
-    """The Note of a bare leaf, inside what is known from its box."""
+    """The Note of a bare leaf, given the Note of its box."""
     own = getattr(leaf, "sharding", None)
     if own is None or not is_sharding(own):
         return box or Note()
@@ -49,7 +50,7 @@ def note_of_leaf(leaf: Any, box: Note | None = None) -> Note:
 
 
 def is_sharding(obj: Any) -> bool:
-    """A jax Sharding, on devices or on an AbstractMesh (of which most properties raise)."""
+    """True for a jax Sharding, on devices or on an AbstractMesh (whose properties mostly raise)."""
     return hasattr(type(obj), "shard_shape") and hasattr(type(obj), "device_set")
 
 
@@ -67,14 +68,14 @@ def _walk(node: Any, keys: tuple[Any, ...], box: Note, found: dict[str, Note]) -
 
 
 def _of_box(box: Any) -> Note:
-    """Linen's Partitioned and LogicallyPartitioned."""
+    """The Note of Linen's Partitioned and LogicallyPartitioned."""
     names = getattr(box, "names", None)
     rules = getattr(box, "rules", None) or ()
     return Note(None, False, None if names is None else tuple(names), getattr(box, "mesh", None), tuple(rules), True)
 
 
 def _of_variable(variable: Any) -> Note:
-    """An nnx.Variable's `out_sharding` (once `sharding_names`), mesh and rules."""
+    """The Note of an nnx.Variable: its `out_sharding` (formerly `sharding_names`), mesh and rules."""
     known: Mapping[str, Any] = variable.get_metadata()
     said = next((known[name] for name in ("out_sharding", "sharding_names", "sharding") if known.get(name)), None)
     mesh, rules = known.get("mesh"), tuple(known.get("sharding_rules") or ())

@@ -1,4 +1,4 @@
-"""Plain containers for trees that come from no live object."""
+"""Plain containers for trees that do not come from a live object."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool, adopt: bool, fin
             import torch  # noqa: F401
         except ModuleNotFoundError as error:
             raise UsageError(
-                "torch tensors are asked for, and torch is not installed",
+                "the result would be torch tensors, but torch is not installed",
                 next='pip install "graftax[torch]", or sharding="host" for NumPy arrays.',
             ) from error
         from graftax.adapters import torch_arrays
@@ -38,7 +38,7 @@ def plain_tree(end: Any, arrays: Mapping[str, Any], host: bool, adopt: bool, fin
 
 
 def with_lists(tree: dict[Key, Any], kinds: Mapping[str, str], prefix: str = "") -> Any:
-    """Nested dicts with the lists and tuples that `kinds` names; a FrozenDict comes back as a plain dict."""
+    """Nested dicts with the lists and tuples that `kinds` names. A FrozenDict becomes a plain dict."""
     from graftax.tree import escape_part
 
     if not kinds:

@@ -1,7 +1,7 @@
-"""Trees of classes that jax knows: registered dataclasses, flax.struct, named tuples, equinox modules, a TrainState.
+"""Trees of classes that are registered with jax: dataclasses, flax.struct, named tuples, equinox modules, a TrainState.
 
-Their fields are named as `jax.tree_util.tree_flatten_with_path` names them. What no array is among their leaves (an
-activation function, a number, None) stays as it is; metadata fields are part of the class.
+Fields have the names that `jax.tree_util.tree_flatten_with_path` gives. A leaf that is not an array (an activation
+function, a number, None) stays as it is; metadata fields are part of the class.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from graftax.tree import Key
 
 OPTIMIZER = frozenset({"opt_state", "opt_states", "optimizer_state", "optim_state", "optimizer_states"})
-"""Fields of a class that hold what an optimizer keeps."""
+"""Fields of a class that hold optimizer state."""
 _NESTS = frozenset({"inner_state", "inner_opt_state", "base_state", "opt_state"})
 """Fields of optax's states that hold another state."""
 _NAMED_NESTS = frozenset({"inner_states"})
@@ -24,7 +24,8 @@ def is_named_tuple(node: Any) -> bool:
 
 
 def is_class_node(node: Any) -> bool:
-    """Is this an object of a class that is registered with jax, and no leaf? Containers of Python are none."""
+    """True for an object of a class that is registered with jax and is not a leaf. Python's own containers do not
+    count."""
     if node is None or isinstance(node, (dict, list, tuple, type)):
         return False
     util = _util()
@@ -34,8 +35,8 @@ def is_class_node(node: Any) -> bool:
 
 
 def children_of(node: Any) -> list[tuple[Key, Any]]:
-    """(name, child) of a class node. A name is that of the attribute or the key; a child of a class that gives none is
-    counted."""
+    """(name, child) of a class node. A name is that of the attribute or the key; if the class gives no names, children
+    are numbered."""
     pairs, _ = _util().tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
     return [(_name(keys[0], index), child) for index, (keys, child) in enumerate(pairs)]
 
@@ -55,28 +56,29 @@ def _name(key: Any, index: int) -> Key:
 
 
 def _util() -> Any:
-    """jax.tree_util, where jax is loaded: no object can be registered with it otherwise."""
+    """jax.tree_util if jax is loaded; without jax no object can be registered with it."""
     return sys.modules.get("jax.tree_util")
 
 
-# ---------------------------------------------------------------- what an optimizer keeps
+# ---------------------------------------------------------------- optimizer state
 
 
 def is_optimizer_state(node: Any) -> bool:
-    """A state of optax, or a named tuple of the two moments of Adam; the scale of flax's mixed precision."""
+    """True for a state of optax, a named tuple of Adam's two moments, or the scale of flax's mixed precision."""
     if is_named_tuple(node):
         return type(node).__module__.partition(".")[0] == "optax" or {"mu", "nu"} <= set(node._fields)
     return type(node).__module__ == "flax.training.dynamic_scale"
 
 
 def holds_optimizer(node: Any, children: list[tuple[Key, Any]]) -> bool:
-    """A class with a field for the optimizer's state, as flax's TrainState; its `step` is not a weight either."""
+    """True for a class with a field for the optimizer's state, as flax's TrainState; its `step` is not a weight
+    either."""
     return not isinstance(node, (dict, list, tuple)) and any(key in OPTIMIZER for key, _ in children)
 
 
 def own_parts(keys: tuple[Key, ...], start: int) -> int:
-    """How many of the first keys of a leaf of an optimizer are the optimizer's own, the others being a weight's path:
-    3 of (opt_state, 0, mu, Dense_0, kernel). start: what stands before its state."""
+    """The number of leading keys of an optimizer's leaf that belong to the optimizer; the rest is the path of a weight:
+    3 of (opt_state, 0, mu, Dense_0, kernel). start: the number of keys before the optimizer's state."""
     index = start
     while index < len(keys):
         key = keys[index]

@@ -13,12 +13,12 @@ from typing import Any
 from graftax.tree import whole_words
 
 SKIP = object()
-"""What is no setting."""
+"""Stands for a value that is not a setting."""
 _DEPTH = 4
 
 
 def simple(value: Any, depth: int = 0) -> Any:
-    """`value` as plain data, or SKIP: dtypes by name, functions by their name, lists as tuples."""
+    """`value` as plain data, or SKIP. Dtypes and functions are given by name, lists as tuples."""
     if isinstance(value, enum.Enum):
         return value.name
     if value is None or type(value) in (bool, int, float, str, complex):
@@ -57,10 +57,10 @@ def _dtype_name(value: Any) -> str | None:
 
 
 def collect(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs whose value is a setting; names that begin with '_' are left out."""
+    """The pairs whose value is a setting. Names that begin with '_' are left out."""
     out: dict[str, Any] = {}
     for name, value in pairs:
-        if not isinstance(name, str) or name.startswith("_"):  # items of an nnx.List have numbers
+        if not isinstance(name, str) or name.startswith("_"):  # items of an nnx.List have numbers as names
             continue
         plain = simple(value)
         if plain is not SKIP:
@@ -77,12 +77,12 @@ def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-# ---------------------------------------------------------------- what a call runs
+# ---------------------------------------------------------------- the code that a call runs
 
 _FUNCTIONS = frozenset(("linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d", "_conv_forward"))
 _FUNCTIONS |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 _FUNCTIONS |= {"layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"}
-"""What the framework's layers hand their weights to, laid out as the layer keeps them."""
+"""Functions that take the weights of the framework's layers, in the layout that the layer keeps."""
 _MOVES = frozenset(("t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"))
 _MOVES |= {"einsum", "matmul", "mm", "addmm", "bmm", "dot", "tensordot", "dot_general", "inner"}
 
@@ -96,8 +96,8 @@ _FRAMEWORKS = ("torch", "jax", "flax", "jaxlib")
 
 
 def calls_of(kind: type, held: Mapping[str, Any], hooks: Iterable[Any] = ()) -> tuple[tuple[str, ...], bool]:
-    """`calls` of a live module of the class, which holds the attributes `held` and runs `hooks` around its call. What
-    is set on it stands first: a forward of its own, a hook, another product than the framework's."""
+    """`calls` of a live module of the class, which has the attributes `held` and runs `hooks` around its call.
+    Functions set on the module itself come first: its own forward, a hook, a product other than the framework's."""
     names, own_math = calls(kind)
     base_names = frozenset(cls.__name__ for cls in kind.__mro__)
     first: list[str] = []
@@ -136,9 +136,9 @@ def _function_name(function: Any) -> str:
 
 @cache
 def calls(kind: type) -> tuple[tuple[str, ...], bool]:
-    """The classes that define what a call of the class runs, the one that runs first; and whether one of those that
-    run overrides another without handing its weights on to it, or to its function: then they may lie otherwise than
-    the base's."""
+    """The classes that define what a call of the class runs, the first to run first; and whether one of them overrides
+    another without passing its weights on to it or to its function. In that case the weights may have another layout
+    than the base class's."""
     mro = kind.__mro__[:-1]
     found: list[tuple[type, list[Any]]] = []
     for place, cls in enumerate(mro):
@@ -154,29 +154,30 @@ def calls(kind: type) -> tuple[tuple[str, ...], bool]:
     for cls, held in found[:-1]:
         own_math = own_math or not all(_hands_on(method, base_names - {cls.__name__}) for method in held)
         if _of_framework(cls) or not any(_on_base(_names_in(method), base_names) for method in held):
-            break  # it calls none of those that it overrides
+            break  # it calls none of the methods that it overrides
     return tuple(_qualified(cls) for cls, _ in found), own_math
 
 
 def _hands_on(method: Any, bases: frozenset[str]) -> bool:
-    """Does a method call the one it overrides, or the layer's function, and move no axes of the weights itself?"""
+    """True if a method calls the one it overrides, or the layer's function, and does not move axes of the weights
+    itself."""
     code = _code(method)
     if code is None:
-        return True  # an attribute, or a compiled function: nothing to read
+        return True  # an attribute or a compiled function: there is no code to read
     names = _names_of(code)
     on_base = _on_base(names, bases) or any(name in _CALL for name in _closed_over(method))
     if on_base and code.co_name in _CALL and names & frozenset(_CALL) and not names & _WEIGHTS:
-        return True  # what it moves are the axes of activations
+        return True  # it moves only axes of activations
     return not names & _MOVES and (on_base or bool(names & _FUNCTIONS))
 
 
 def _on_base(names: set[str], bases: frozenset[str]) -> bool:
-    """By `super()`, or as `Linear.forward(self, x)`."""
+    """True for a call by `super()`, or of the form `Linear.forward(self, x)`."""
     return "__class__" in names or bool(names & frozenset(_CALL) and names & bases)
 
 
 def _closed_over(function: Any) -> list[str]:
-    """The names of the functions that a closure holds."""
+    """The names of the functions in a closure."""
     variables = inspect.getclosurevars(function).nonlocals if inspect.isroutine(function) else {}
     return [getattr(value, "__name__", "") for value in variables.values() if callable(value)]
 

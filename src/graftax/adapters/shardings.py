@@ -1,7 +1,7 @@
-"""`sharding=`: where each leaf of a tree goes, from what the user gives and from what like carries.
+"""`sharding=`: where each leaf of a tree goes, from the user's argument and from like.
 
-Nothing is replicated silently: an axis name that neither the mesh nor the rules know, a leaf that nothing covers, and a
-shape that cannot be cut as asked are errors, all of them at once.
+Nothing is replicated silently. These are errors, all reported at once: an axis name that neither the mesh nor the rules
+know, a leaf that no selector covers, and a shape that cannot be divided as requested.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from graftax.tree.dtypes import numpy_dtype
 
 HOST = "host"
 Place = Any
-"""Where one leaf goes: a jax Sharding; None for jax's default device; "host" for a NumPy array."""
+"""The place of one leaf: a jax Sharding; None for jax's default device; "host" for a NumPy array."""
 _ACCEPTED = (
     "Accepted: None (as like), 'host' (NumPy), a jax Sharding, a Mesh (with like's own axis names), "
     "gx.on_mesh(mesh, specs, rules), a tree of Shardings or PartitionSpecs, or {selector: one of these}."
@@ -29,7 +29,7 @@ _ACCEPTED = (
 
 @dataclass(frozen=True, slots=True)
 class OnMesh:
-    """What `on_mesh` gives: a mesh, and how the leaves lie on it."""
+    """The result of `on_mesh`: a mesh, and how the leaves are laid out on it."""
 
     mesh: Any
     specs: Any = None
@@ -37,15 +37,15 @@ class OnMesh:
 
 
 def on_mesh(mesh: Any, specs: Any = None, rules: Any = None) -> OnMesh:
-    """How the leaves of a tree lie on `mesh`, for `sharding=`.
+    """The layout of a tree's leaves on `mesh`, for `sharding=`.
 
-    specs  a PartitionSpec for all leaves, a tree of them, or {selector: PartitionSpec}; None: the names that like
-           carries (Linen's Partitioned and LogicallyPartitioned boxes, NNX's out_sharding)
-    rules  {axis name: mesh axis} or pairs of them, for names that are no mesh axes; a mesh axis may be a tuple of
-           several, and None says that the axis is not cut. Of pairs with one name the first whose mesh axes the leaf
-           does not use yet holds, as in Linen.
+      specs  a PartitionSpec for all leaves, a tree of them, or {selector: PartitionSpec}; None: the axis names of like
+             (Linen's Partitioned and LogicallyPartitioned boxes, NNX's out_sharding)
+      rules  {axis name: mesh axis} or pairs of them, for names that are not mesh axes. A mesh axis may be a tuple of
+             several; None means that the axis is not cut. Of pairs with one name, the first applies whose mesh axes the
+             leaf does not use yet, as in Linen.
 
-    Raises UsageError where `mesh` is no jax.sharding.Mesh or the rules are malformed.
+    Raises UsageError if `mesh` is not a jax.sharding.Mesh or the rules are malformed.
     """
     if not _is_mesh(mesh):
         raise UsageError(
@@ -57,9 +57,7 @@ def on_mesh(mesh: Any, specs: Any = None, rules: Any = None) -> OnMesh:
     except (TypeError, ValueError):
         raise UsageError("rules are {axis name: mesh axis}, or pairs of these") from None
     failures = [
-        Failure(
-            "a rule for a mesh axis that is not there", key=str(name), expected=_axes_text(mesh), found=escape(part)
-        )
+        Failure("the rule names an unknown mesh axis", key=str(name), expected=_axes_text(mesh), found=escape(part))
         for name, axis in listed
         for part in _axes(axis)
         if part not in mesh.axis_names
@@ -72,33 +70,34 @@ def on_mesh(mesh: Any, specs: Any = None, rules: Any = None) -> OnMesh:
 def places(
     sharding: Any, specs: Mapping[str, TensorSpec], side: Side, label: str, like: Checkpoint | None
 ) -> dict[str, Place]:
-    """path -> Place of every leaf of `specs`, the tree that comes out (its `side`, its `label` for messages).
+    """path -> Place of every leaf of `specs`, the output tree (with its `side`, and its `label` for messages).
 
-    sharding=None follows `like`. Raises UsageError for what is no sharding, PlanError with every leaf that cannot lie
-    as asked.
+    sharding=None follows `like`. Raises UsageError for an argument that is not a sharding, PlanError with every leaf
+    that cannot be laid out as requested.
     """
     notes = _notes(like)
     if sharding is None and not notes:
         return dict.fromkeys(specs)
     if sharding is not None and side == "torch":
         raise UsageError(
-            "torch tensors are not laid out by sharding=",
-            next="Leave it out; sharding='host' gives NumPy arrays where that is wanted.",
+            "sharding= does not apply to torch tensors",
+            next="Leave it out, or use sharding='host' for NumPy arrays.",
         )
-    wanted = _Wanted(specs, side, notes, [])
+    wanted = _PlacementCheck(specs, side, notes, [])
     found = wanted.of(sharding)
     for path, place in found.items():
         wanted.check(path, place, followed=sharding is None)
     if wanted.failures:
         raise PlanError(
-            f"{len(wanted.failures)} of {len(specs)} leaves of {escape(label)} cannot be laid out as asked:",
+            f"{len(wanted.failures)} of {len(specs)} leaves of {escape(label)} cannot be laid out as requested:",
             wanted.failures,
         )
     return found
 
 
 def spans_processes(sharding: Any, like: Checkpoint | None) -> bool:
-    """Does `sharding` (None: what `like` carries) name devices of several processes? Then all of them load together."""
+    """True if `sharding` (None: the sharding of `like`) names devices of several processes. Then all of them load
+    together."""
     if sharding is None:
         notes = _notes(like)
         ambient = _ambient_mesh() if notes else None
@@ -115,7 +114,7 @@ def spans_processes(sharding: Any, like: Checkpoint | None) -> bool:
 
 
 def _spans(obj: Any) -> bool:
-    """A Sharding or a Mesh with devices of several processes."""
+    """True for a Sharding or a Mesh with devices of several processes."""
     devices = obj.devices.flat if _is_mesh(obj) else obj.device_set if _is_real(obj) else ()
     return len({device.process_index for device in devices}) > 1
 
@@ -125,8 +124,8 @@ def _notes(like: Checkpoint | None) -> Mapping[str, Note]:
 
 
 @dataclass(slots=True)
-class _Wanted:
-    """One look at what is asked of the leaves `specs`, with what goes wrong."""
+class _PlacementCheck:
+    """The requested placement of the leaves `specs`, and the failures found."""
 
     specs: Mapping[str, TensorSpec]
     side: Side
@@ -158,7 +157,7 @@ class _Wanted:
         note = self.notes.get(path, Note())
         own = note.sharding
         if _is_real(own) and note.free:
-            own = None  # it binds nobody: what its box says counts
+            own = None  # it is not binding: the box decides
         if _is_real(own):
             return own
         if own is None and note.names is None:
@@ -166,8 +165,8 @@ class _Wanted:
         mesh = note.mesh if _is_mesh(note.mesh) else _ambient_mesh()
         if mesh is None:
             if own is None and not _many_processes():
-                return None  # names without a mesh: there is nothing to cut for
-            self._fail(path, "like names axes, and there is no mesh", next="Give sharding=mesh, or use jax.set_mesh.")
+                return None  # names without a mesh: nothing needs to be cut
+            self._fail(path, "like names axes, but no mesh is given", next="Give sharding=mesh, or use jax.set_mesh.")
             return None
         if own is not None and not own.mesh.empty and dict(own.mesh.shape) != dict(mesh.shape):
             self._fail(path, "like is laid out for another mesh", _axes_text(own.mesh), _axes_text(mesh))
@@ -178,15 +177,15 @@ class _Wanted:
         known = {path: note for path, note in self.notes.items() if path in self.specs}
         if not any(note.names is not None or _spec_of(note.sharding) is not None for note in known.values()):
             raise UsageError(
-                "a mesh is given, and like carries no axis names or specs to lay its leaves out by",
-                next="Say how: sharding=gx.on_mesh(mesh, {'**/kernel': PartitionSpec(...), '**': PartitionSpec()}).",
+                "a mesh is given, but like has no axis names or specs for its leaves",
+                next="Give specs: sharding=gx.on_mesh(mesh, {'**/kernel': PartitionSpec(...), '**': PartitionSpec()}).",
             )
         out = {path: self._noted(path, known.get(path, Note()), mesh, rules) for path in self.specs}
         return {path: place for path, place in out.items() if place is not None}
 
     def _noted(self, path: str, note: Note, mesh: Any, rules: Rules) -> Place:
-        """What a note says, on `mesh`: with rules of the user's own its names count first, else a spec that jax or
-        Flax has worked out already."""
+        """The place that a note gives on `mesh`. With the user's own rules its names count first; otherwise a spec that
+        jax or Flax has already computed counts first."""
         spec = _spec_of(note.sharding)
         settled = spec is not None and any(part is not None for part in spec)
         if note.names is not None and (rules or not settled):
@@ -196,7 +195,7 @@ class _Wanted:
     # ------------------------------------------------------------ from the user
 
     def _spread(self, given: Any) -> dict[str, Any]:
-        """path -> what `given` says of it, a Sharding, a PartitionSpec or "host"."""
+        """path -> what `given` says of it: a Sharding, a PartitionSpec or "host"."""
         if _is_place(given):
             return dict.fromkeys(self.specs, given)
         wanted = _selectors(given)
@@ -206,12 +205,12 @@ class _Wanted:
             out.update(dict.fromkeys(hits, place))
         for path in paths:
             if path not in out:
-                self._fail(path, "nothing says where it goes", next="Add it, or '**' for all that is left.")
+                self._fail(path, "sharding= does not cover this leaf", next="Add it, or '**' for all remaining leaves.")
         return {path: out[path] for path in paths if path in out}
 
     def _hits(self, paths: list[str], raw: str, text: str, place: Any) -> tuple[tuple[int, int], list[str], Any]:
-        """(rank, paths, place) of a selector: '**', then other globs, then a subtree, the longer the later, then a leaf
-        by name. What comes later wins."""
+        """(rank, paths, place) of a selector. The ranks rise in this order: '**', other globs, a subtree (longer paths
+        rank higher), a leaf by name. The highest rank wins."""
         for name in dict.fromkeys((raw, text)):
             if name in self.specs:
                 return (2, 0), [name], place
@@ -227,12 +226,12 @@ class _Wanted:
     def _made(self, path: str, place: Any, mesh: Any, rules: Rules) -> Place:
         if not _is_spec(place):
             if mesh is not None and place != HOST:
-                raise UsageError("on_mesh takes PartitionSpecs; a Sharding brings its own mesh: give it as sharding=")
+                raise UsageError("on_mesh takes PartitionSpecs; a Sharding has its own mesh: pass it as sharding=")
             return place
         on = mesh if mesh is not None else _ambient_mesh()
         if on is None:
             raise UsageError(
-                "PartitionSpecs are given, and no mesh",
+                "PartitionSpecs are given without a mesh",
                 next="sharding=gx.on_mesh(mesh, specs), or call inside jax.set_mesh(mesh).",
             )
         return self._translated(path, tuple(place), on, (*rules, *_context_rules()), True)
@@ -240,7 +239,7 @@ class _Wanted:
     # ------------------------------------------------------------ names -> mesh axes
 
     def _translated(self, path: str, names: tuple[Any, ...], mesh: Any, rules: Rules, ordered: bool) -> Place:
-        """A sharding of axis names that rules may translate. A mesh axis that no rule names stands for itself."""
+        """A sharding from axis names that rules may translate. A mesh axis that no rule names stands for itself."""
         ruled = {name for name, _ in rules}
         twice = sorted({name for name in names if isinstance(name, str) and name in ruled and names.count(name) > 1})
         if twice:
@@ -274,18 +273,18 @@ class _Wanted:
             return None
         try:
             return NamedSharding(mesh, PartitionSpec(*parts))
-        except Exception as error:  # jax has classes of its own for an axis that stands twice and the like
+        except Exception as error:  # jax raises its own classes for a repeated axis and the like
             self._fail(path, f"{text}: {escape(error, 300)}")
             return None
 
-    # ------------------------------------------------------------ does it fit
+    # ------------------------------------------------------------ checks
 
     def check(self, path: str, place: Place, followed: bool) -> None:
-        """A failure where the leaf cannot be cut so, or jax would narrow its dtype."""
+        """Record a failure if the leaf cannot be divided like this, or if jax would narrow its dtype."""
         if place is None or place == HOST:
             return
         if _is_abstract(place):
-            self._fail(path, "its sharding is on an AbstractMesh, without devices", next="Give sharding=mesh.")
+            self._fail(path, "its sharding is on an AbstractMesh, which has no devices", next="Give sharding=mesh.")
             return
         spec, parts = self.specs[path], _spec_of(place)
         how = f"{_spec_text(parts)} on {_axes_text(place.mesh)}" if parts is not None else escape(place)
@@ -294,11 +293,13 @@ class _Wanted:
         elif parts is not None and any(_is_open(part) for part in parts):
             self._fail(path, f"{how} leaves an axis open", next="Name a mesh axis, or None.")
         elif (why := _uneven(spec.shape, parts, place)) is not None:
-            self._fail(path, f"{spec} cannot be cut by {how}: {why}", next="Shards of one leaf are equal.")
+            self._fail(
+                path, f"{spec} cannot be cut by {how}: {why}", next="All shards of one leaf must have the same shape."
+            )
         elif jax_narrows(spec) and not (followed and len(place.device_set) == 1):
             self._fail(
                 path,
-                f"jax holds no {spec.dtype} without jax_enable_x64",
+                f"jax cannot hold {spec.dtype} without jax_enable_x64",
                 next="jax.config.update('jax_enable_x64', True), dtype= another, or 'host' for this leaf.",
             )
 
@@ -307,18 +308,18 @@ class _Wanted:
 
 
 def jax_narrows(spec: TensorSpec) -> bool:
-    """Would jax, as it is configured, hold the leaf in a narrower dtype?"""
+    """True if jax, as configured, would hold the leaf in a narrower dtype."""
     import jax
 
     dtype = numpy_dtype(spec.dtype)
     return jax.dtypes.canonicalize_dtype(dtype) != dtype
 
 
-# ---------------------------------------------------------------- what the user gives
+# ---------------------------------------------------------------- the user's argument
 
 
 def _selectors(given: Any) -> list[tuple[str, str, Any]]:
-    """(selector as it stands, the same as a path, place) of a tree of places or a flat map of selectors."""
+    """(selector as written, the selector as a path, place) from a tree of places or a flat map of selectors."""
     out: list[tuple[str, str, Any]] = []
 
     linen = containers.is_variables(given)
@@ -326,7 +327,7 @@ def _selectors(given: Any) -> list[tuple[str, str, Any]]:
     def visit(node: Any, keys: tuple[Any, ...]) -> None:
         aside = linen and keys and keys[0] in containers.LINEN_STATE
         if aside or (containers.is_variable(node) and not containers.is_weight(node)):
-            return  # random state, caches: they are not loaded
+            return  # random state and caches are not loaded
         inner = containers.variable_value(node) if containers.is_variable(node) else node
         inner = containers.axis_value(inner) if containers.is_axis_box(inner) else inner
         where = containers.path_of(keys)
@@ -337,7 +338,9 @@ def _selectors(given: Any) -> list[tuple[str, str, Any]]:
         children = containers.children_of(inner)
         if children is None:
             at = f" at {escape(where)}" if where else ""
-            raise UsageError(f"sharding={escape(inner)!r}{at} ({type(inner).__name__}) is no sharding", next=_ACCEPTED)
+            raise UsageError(
+                f"sharding={escape(inner)!r}{at} ({type(inner).__name__}) is not a sharding", next=_ACCEPTED
+            )
         for key, child in children:
             visit(child, (*keys, key))
 
@@ -361,7 +364,7 @@ def _is_mesh(obj: Any) -> bool:
 
 
 def _is_real(obj: Any) -> bool:
-    """A Sharding over devices."""
+    """True for a Sharding over devices."""
     return is_sharding(obj) and not _is_abstract(obj)
 
 
@@ -375,26 +378,26 @@ def _spec_of(sharding: Any) -> tuple[Any, ...] | None:
 
 
 def _axes(part: Any) -> tuple[Any, ...]:
-    """The mesh axes that one axis of a leaf is cut by."""
+    """The mesh axes that divide one axis of a leaf."""
     if part is None or _is_open(part):
         return ()
     return tuple(part) if isinstance(part, (tuple, list)) else (part,)
 
 
 def _is_open(part: Any) -> bool:
-    """PartitionSpec.UNCONSTRAINED."""
+    """True for PartitionSpec.UNCONSTRAINED."""
     return type(part).__name__ == "UnconstrainedSingleton"
 
 
 def _uneven(shape: tuple[int, ...], parts: tuple[Any, ...] | None, sharding: Any) -> str | None:
-    """Why a shape cannot be cut so; None where it can."""
+    """The reason why a shape cannot be divided like this; None if it can."""
     try:
         sharding.shard_shape(shape)
     except (ValueError, IndexError) as error:
         for axis, part in enumerate(parts or ()):
             count = math.prod(sharding.mesh.shape[name] for name in _axes(part))
             if shape[axis] % count:
-                return f"axis {axis} has {shape[axis]} rows, and {count} do not divide it"
+                return f"axis {axis} has {shape[axis]} rows, which {count} shards do not divide evenly"
         return escape(error, 300)
     return None
 
@@ -407,11 +410,11 @@ def _axes_text(mesh: Any) -> str:
     return "mesh axes " + ", ".join(f"{escape(name)}={count}" for name, count in mesh.shape.items())
 
 
-# ---------------------------------------------------------------- what is set around the call
+# ---------------------------------------------------------------- context of the call
 
 
 def _ambient_mesh() -> Any:
-    """The mesh of jax.set_mesh; None where none is set."""
+    """The mesh of jax.set_mesh; None if none is set."""
     import jax
 
     get = getattr(jax.sharding, "get_mesh", None)

@@ -20,19 +20,19 @@ NAMES = (
     *("float32", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
     *("complex64", "complex128"),
 )
-"""dtypes that torch and graftax call by one name."""
+"""dtypes with the same name in torch and graftax."""
 
 
 @cache
 def torch_dtypes() -> dict[str, torch.dtype]:
-    """name -> torch dtype, for those that the installed torch has."""
+    """name -> torch dtype, for the dtypes of the installed torch."""
     import torch
 
     return {name: getattr(torch, name) for name in NAMES if hasattr(torch, name)}
 
 
 def spec_of_tensor(tensor: torch.Tensor) -> TensorSpec:
-    """The spec of a tensor, without its values. FormatError for tensors that are not plain dense ones: quantized,
+    """The spec of a tensor, without its values. FormatError for a tensor that is not plain and dense: quantized,
     sparse, nested, not yet initialised."""
     import torch
 
@@ -47,19 +47,19 @@ def spec_of_tensor(tensor: torch.Tensor) -> TensorSpec:
     if name in PAIRS:
         return TensorSpec((*shape[:-1], shape[-1] * 2), PAIRS[name])
     if name not in torch_dtypes():
-        raise FormatError(f"has dtype {escape(name)}, which no checkpoint can hold")
+        raise FormatError(f"has dtype {escape(name)}, which a checkpoint cannot hold")
     return TensorSpec(shape, name)
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """False on the meta device and for fake tensors."""
+    """False for tensors on the meta device and for fake tensors."""
     return tensor.device.type != "meta" and type(tensor).__name__ != "FakeTensor"
 
 
 def to_numpy(tensor: torch.Tensor, name: str = "") -> np.ndarray[Any, Any]:
-    """The values as a read-only array, a view where the tensor is dense on the CPU; packed types as their bytes.
+    """The values as a read-only array, which is a view if the tensor is dense on the CPU; packed types as their bytes.
 
-    PlanError for a tensor without values, FormatError for one that holds its values in a form of its own.
+    PlanError for a tensor without values, FormatError for a tensor whose values are not in plain memory.
     """
     if not has_values(tensor):
         raise PlanError(f"{name or 'the tensor'} has a shape and a dtype, but no values (device {tensor.device})")
@@ -69,7 +69,7 @@ def to_numpy(tensor: torch.Tensor, name: str = "") -> np.ndarray[Any, Any]:
     try:
         plain = tensor.detach().cpu().resolve_conj().resolve_neg()
         return _view(plain, spec)
-    except (RuntimeError, NotImplementedError) as exc:  # a subclass that holds no plain memory
+    except (RuntimeError, NotImplementedError) as exc:  # a subclass without plain memory
         raise FormatError(
             f"{name or 'the tensor'}, {with_article(type(tensor).__name__)}, cannot be read: {escape(exc, 300)}"
         ) from exc
@@ -90,11 +90,11 @@ def _view(plain: torch.Tensor, spec: TensorSpec) -> np.ndarray[Any, Any]:
 
 
 def to_torch(array: Any, like: Any = None, *, adopt: bool = False) -> torch.Tensor:
-    """`array` (NumPy or jax) as a tensor of the same dtype, dense, in memory of its own, without gradient; on the
+    """`array` (NumPy or jax) as a dense tensor of the same dtype, in its own memory, without gradient. It is on the
     device of `like` if that is a tensor with values, else on the CPU.
 
-    adopt: the caller gives the array away; it is used as it is where it can be. FormatError where the installed torch
-    has no such dtype.
+    adopt: the caller gives the array away, and it is used without a copy if possible. FormatError if the installed
+    torch does not have the dtype.
     """
     import numpy as np
     import torch
@@ -115,11 +115,11 @@ def to_torch(array: Any, like: Any = None, *, adopt: bool = False) -> torch.Tens
 
 
 def from_packed(array: Any, spec: TensorSpec, like: Any = None) -> torch.Tensor:
-    """A tensor of two codes to an element from the bytes of a packed one."""
+    """A tensor with two codes per element, from the bytes of a packed tensor."""
     import torch
 
     found = next((name for name, plain in PAIRS.items() if plain == spec.dtype and hasattr(torch, name)), None)
     if found is None or not spec.shape or spec.shape[-1] % 2:
-        raise UsageError(f"torch {torch.__version__} holds no {spec}")
+        raise UsageError(f"torch {torch.__version__} cannot hold {spec}")
     raw = to_torch(array, like).reshape(*spec.shape[:-1], spec.shape[-1] // 2)
     return raw.view(getattr(torch, found))

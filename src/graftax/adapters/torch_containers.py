@@ -1,4 +1,4 @@
-"""Which part of a live nest of torch tensors are the weights: the answer that the .pt reader gives for a file."""
+"""Find the weights in a live nest of torch tensors: the same result that the .pt reader gives for a file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _NOWHERE = inert.TorchStorage("", "", 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """The weights of a nest: name -> tensor, name -> its keys from the top, what stands where in it, and what was left
-    out (name -> what it is)."""
+class LiveWeights:
+    """The weights of a nest: name -> tensor; name -> its keys from the top; the name of the container; keys that are
+    not text; and what was left out (name -> what it is)."""
 
     tensors: dict[str, torch.Tensor]
     places: dict[str, tuple[Any, ...]]
@@ -29,14 +29,14 @@ class Chosen:
     left: dict[str, str]
 
 
-def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
-    """The state_dict in `tree`: itself, or the one container of weights in it.
+def choose(tree: Mapping[Any, Any], label: str) -> LiveWeights:
+    """The state_dict in `tree`: the tree itself, or its only container of weights.
 
-    Raises PlanError where several containers could be meant (each is named) and for quantized tensors; FormatError for
-    tensors that are not plain dense ones.
+    Raises PlanError if several containers are possible (each is named) and for quantized tensors; FormatError for
+    tensors that are not plain and dense.
     """
     found: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}
-    proxies: list[Any] = []  # keeps them alive, so that no id is used twice
+    proxies: list[Any] = []  # keeps them alive, so that no id is reused
     others: list[tuple[Any, ...]] = []
 
     def proxy(node: Any, keys: tuple[Any, ...]) -> Any:
@@ -53,7 +53,11 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
             return [proxy(child, (*keys, index)) for index, child in enumerate(node)]
         if containers.is_array(node) and node.shape:
             others.append(keys)
-        return node if node is None or isinstance(node, (bool, int, float, str)) else inert.Opaque(type(node).__name__)
+        return (
+            node
+            if node is None or isinstance(node, (bool, int, float, str))
+            else inert.OpaqueValue(type(node).__name__)
+        )
 
     root = proxy(tree, ())
     try:
@@ -70,11 +74,11 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
     mixed = [keys for keys in others if keys[:-1] in within]
     if mixed:
         raise UsageError(
-            f"{escape(label)} holds torch tensors and other arrays side by side, for example "
+            f"{escape(label)} mixes torch tensors with other arrays, for example "
             f"{escape('.'.join(map(str, mixed[0])))}",
-            next="Make them tensors, or pass them apart.",
+            next="Convert them to tensors, or pass them separately.",
         )
-    return Chosen(
+    return LiveWeights(
         {name: tensor for name, (tensor, _) in pairs.items()},
         {name: keys for name, (_, keys) in pairs.items()},
         chosen.container,
@@ -83,23 +87,23 @@ def choose(tree: Mapping[Any, Any], label: str) -> Chosen:
     )
 
 
-def _proxy_of(tensor: torch.Tensor) -> inert.Tensor | inert.Refused:
-    """What the .pt reader has for a tensor. Where its values are does not matter for the choice."""
+def _proxy_of(tensor: torch.Tensor) -> inert.Tensor | inert.RefusedTensor:
+    """The record that the .pt reader makes for a tensor. The place of its values does not matter here."""
     import torch
 
     if tensor.is_quantized:
-        return inert.Refused("quantized", str(tensor.dtype))
+        return inert.RefusedTensor("quantized", str(tensor.dtype))
     if tensor.layout is not torch.strided:
-        return inert.Refused("sparse", str(tensor.layout))
+        return inert.RefusedTensor("sparse", str(tensor.layout))
     if tensor.is_nested:
-        return inert.Refused("nested")
+        return inert.RefusedTensor("nested")
     shape = (1,) if torch.nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
     return inert.Tensor(_NOWHERE, str(tensor.dtype).removeprefix("torch."), 1, 0, shape, shape)
 
 
 def replaced(tree: Any, new: Mapping[tuple[Any, ...], Any]) -> Any:
-    """`tree` with other leaves at the keys of `new`: containers on the way are new ones of the same type, order and
-    attributes, everything else is the same object."""
+    """`tree` with new leaves at the keys of `new`. The containers on the way are new, with the same type, order and
+    attributes; everything else is the same object."""
     ways = {keys[:i] for keys in new for i in range(len(keys))}
 
     def visit(node: Any, keys: tuple[Any, ...]) -> Any:

@@ -1,8 +1,9 @@
-"""Arrays into a live torch Module, in place: through its own `load_state_dict`, read back bit for bit, or nothing.
+"""Load arrays into a live torch Module in place: through its own `load_state_dict`, then read back bit for bit; on any
+difference nothing is loaded.
 
-A Module's state_dict may be anything: copies, other names, values that a hook changes. What it takes back is known only
-by trying: its hooks run as for every checkpoint, then its state_dict is read again. Where that is not what was to be
-loaded, every parameter, buffer and attribute gets its old value again.
+A Module's state_dict may hold anything: copies, other names, values that a hook changes. Only a trial shows what the
+Module accepts: its hooks run as for every checkpoint, then its state_dict is read again. If it differs from what was
+loaded, every parameter, buffer and attribute is restored.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def assign_module(module: torch.nn.Module, arrays: Mapping[str, Any], given: bool = False) -> None:
-    """Load `arrays` (key of the state_dict -> array) into a Module in place; optimizers and hooks stay as they are.
+    """Load `arrays` (key of the state_dict -> array) into a Module in place. Optimizers and hooks stay as they are.
 
-    Everything is checked and every tensor made before the first is written; an interrupt waits for the last. given: the
-    arrays may be used as they are, without a copy.
+    Everything is checked and every tensor made before the first is written; an interrupt waits until the last is
+    written. given: the arrays may be used without a copy.
 
-    Raises PlanError for what does not fit or does not read back as it was loaded, UsageError for tensors that cannot be
-    written; then the Module is what it was.
+    Raises PlanError for arrays that do not fit or do not read back as loaded, UsageError for tensors that cannot be
+    written. After an error the Module is unchanged.
     """
     state = torch_tree.tensors_of(module)
     torch_tree.check_fit(state, arrays)
@@ -37,10 +38,10 @@ def assign_module(module: torch.nn.Module, arrays: Mapping[str, Any], given: boo
         raise UsageError(
             f"{len(stuck)} tensors cannot be written in place",
             stuck,
-            next="gx.port(source, module) gives a state_dict.",
+            next="gx.port(source, module) returns a state_dict.",
         )
     differ = [
-        Failure(f"is the same memory as {escape(first)}, and is given other values", key=key)
+        Failure(f"shares memory with {escape(first)}, but gets other values", key=key)
         for key, first in torch_tree.aliases_of(state).items()
         if key in arrays and first in arrays and not torch_tree.same_values(arrays[key], arrays[first])
     ]
@@ -61,7 +62,7 @@ def _not_writable(tensor: torch.Tensor) -> str:
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return "was made under torch.inference_mode"
     if any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True)):
-        return "is expanded: several elements are one place in memory"
+        return "is expanded: several elements share one place in memory"
     return ""
 
 
@@ -86,18 +87,18 @@ def _load(module: torch.nn.Module, state: Mapping[str, torch.Tensor], new: Mappi
         raise interrupts[0]
     if failures:
         raise PlanError(
-            f"nothing was loaded into the {escape(type(module).__name__)}: it does not take what its state_dict gives",
+            f"nothing was loaded into the {escape(type(module).__name__)}: it does not accept its own state_dict",
             [*_overlaps(state, new), *failures],
-            next="gx.port(source, module) gives the state_dict, for the module's own way of loading it.",
+            next="gx.port(source, module) returns the state_dict: load it in the module's own way.",
         )
 
 
 def _ways(
     module: torch.nn.Module, state: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]
 ) -> Iterator[Mapping[str, Any]]:
-    """The state_dicts that a Module may take: one like its own; and, where hooks give other names when it is saved, one
-    with the names of its parameters and buffers, if each tensor is known to be one of these."""
-    whole: Any = copy.copy(torch_tree.state_of(module))  # with its `_metadata`, which hooks read
+    """The state_dicts that a Module may accept: one like its own and, if hooks rename keys on saving, one with the
+    names of its parameters and buffers, provided that each tensor is known to be one of these."""
+    whole: Any = copy.copy(torch_tree.state_of(module))  # keep its `_metadata`, which hooks read
     for key, tensor in new.items():
         whole[key] = tensor
     yield whole
@@ -112,8 +113,8 @@ def _tried(
     new: Mapping[str, torch.Tensor],
     interrupts: list[KeyboardInterrupt],
 ) -> list[Failure]:
-    """What went wrong; empty where everything reads back as it was loaded. Keys that the Module leaves out of its
-    state_dict are missing here too, so that loading is not strict; reading back is."""
+    """What went wrong; empty if everything reads back as loaded. Keys that the Module omits from its state_dict are
+    missing here too, so loading is not strict; reading back is."""
     load: Callable[..., Any] = module.load_state_dict
     options = torch_tree.taken(load, strict=False)
     try:
@@ -123,41 +124,42 @@ def _tried(
             interrupts.append(exc)
             load(way, **options)
         return _not_loaded(module, new)
-    except Exception as exc:  # the user's hooks, or torch's list of what does not fit
+    except Exception as exc:  # from the user's hooks, or torch's list of mismatches
         return [Failure(f"load_state_dict failed: {type(exc).__name__}: {escape(exc, 600)}")]
 
 
 def _not_loaded(module: torch.nn.Module, new: Mapping[str, torch.Tensor]) -> list[Failure]:
-    """The keys whose tensors in the state_dict are not the new ones, bit for bit."""
+    """The keys whose tensors in the state_dict differ from the new ones in any bit."""
     now = torch_tree.tensors_of(module)
     failures: list[Failure] = []
     for key, tensor in new.items():
         if key not in now:
             failures.append(Failure("is no longer in the state_dict", key=key))
         elif not same_bits(torch_arrays.to_numpy(now[key], key), torch_arrays.to_numpy(tensor, key)):
-            failures.append(Failure("does not read back as it was loaded", key=key))
+            failures.append(Failure("does not read back as loaded", key=key))
     return failures
 
 
 def _overlaps(state: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> list[Failure]:
-    """A failure for each tensor that shares a part of its memory with another: their new values may not agree there."""
+    """A failure for each tensor that shares part of its memory with another, because their new values may differ
+    there."""
     spans = sorted(
         (*torch_tree.span_of(state[key]), key) for key in new if state[key].numel() and not state[key].is_meta
     )
     out: list[Failure] = []
     for (store, _, end, first), (other, start, _, key) in pairwise(spans):
         if store == other and start < end:
-            text = f"overlaps in memory with {escape(first)}, and their new values do not agree there"
-            out.append(Failure(text, key=key, next="Give each of them memory of its own: p.data = p.data.clone()."))
+            text = f"overlaps in memory with {escape(first)}, where their new values differ"
+            out.append(Failure(text, key=key, next="Give each its own memory: p.data = p.data.clone()."))
     return out
 
 
-# ---------------------------------------------------------------- what was there
+# ---------------------------------------------------------------- the state before loading
 
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """A Module's attributes, and the values of all its tensors. The copies take as much memory as the Module."""
+    """A Module's attributes, and the values of all its tensors. The copies need as much memory as the Module."""
 
     attributes: list[tuple[torch.nn.Module, dict[str, Any]]]
     tensors: list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]]
@@ -182,7 +184,7 @@ class _Before:
     def restore(self) -> None:
         import torch
 
-        for part, held in self.attributes:  # what hooks derive from weights, too
+        for part, held in self.attributes:  # including values that hooks derive from weights
             now = vars(part)
             for name in now.keys() - held.keys():
                 del now[name]

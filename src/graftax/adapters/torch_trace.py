@@ -1,7 +1,8 @@
-"""What a torch Module does with its maps and in which order it calls its parts, by torch.fx: no inputs are needed.
+"""How a torch Module reshapes its feature maps, and in which order it calls its parts, found by torch.fx without
+inputs.
 
-The module itself is never run: a copy without values and hooks is. What fx cannot follow (control flow on values) is
-not known; a Sequential inside it is then followed by itself.
+The module itself never runs; a copy without values and hooks does. Anything that fx cannot follow (control flow on
+values) is unknown; then each Sequential inside is followed by itself.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from torch.nn import functional
 from graftax.adapters.flow import BATCH, LEAF, OUT, Atom, Dim, Dims, Notes, channels, dim, joined, reshaped, resized
 from graftax.tree import Trace
 
-_MOST = 5_000  # modules beyond which nothing is traced
+_MOST = 5_000  # a module with more parts is not traced
 
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """`x.shape`, or one or a product of its entries: the dims whose lengths it holds."""
+    """`x.shape`, or one entry, or a product of entries: the dims whose lengths it holds."""
 
     dims: Dims
     one: bool = False
 
 
 Value = Any
-"""Dims, a _Size, a plain argument, or None: not known."""
+"""Dims, a _Size, a plain argument, or None if unknown."""
 
 
 def trace_module(module: nn.Module) -> Trace:
     """The order of calls and the axes of flattened maps, as far as fx can follow them. Never raises for a module that
-    cannot be traced: then nothing is known."""
+    cannot be traced: the result is then empty."""
     if sum(1 for _ in module.modules()) > _MOST:
         return Trace()
     hollow = _hollow(module)
@@ -65,7 +66,7 @@ def trace_module(module: nn.Module) -> Trace:
 
 
 def _hollow(module: nn.Module) -> nn.Module | None:
-    """A copy of the module's structure on the meta device, without hooks; None where it cannot be copied."""
+    """A copy of the module's structure on the meta device, without hooks; None if it cannot be copied."""
     memo: dict[int, Any] = {}
     try:
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -73,7 +74,7 @@ def _hollow(module: nn.Module) -> nn.Module | None:
                 empty = torch.empty_like(tensor, device="meta")
                 memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
         made = copy.deepcopy(module, memo)
-    except Exception:  # attributes of the user's own that cannot be copied
+    except Exception:  # the user's attributes may refuse to be copied
         return None
     for part in made.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -86,7 +87,7 @@ def _graph(module: nn.Module) -> fx.Graph | None:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return fx.Tracer().trace(module)
-    except Exception:  # the user's forward, on stand-ins for tensors: whatever it raises, nothing is known
+    except Exception:  # the user's forward runs on stand-ins for tensors: on any error nothing is known
         return None
 
 
@@ -95,7 +96,7 @@ def _graph(module: nn.Module) -> fx.Graph | None:
 
 @dataclass(slots=True)
 class _Run:
-    """One walk over a graph: the values of its nodes, and what is noted."""
+    """One walk over a graph: the values of its nodes, and the findings."""
 
     root: nn.Module
     notes: Notes = field(default_factory=Notes)
@@ -130,11 +131,11 @@ class _Run:
 
     def _called(self, path: str, prefix: str) -> None:
         parts = path.split(".")
-        for n in range(len(prefix.split(".")) + 1 if prefix else 1, len(parts) + 1):  # what is above is not called yet
+        for n in range(len(prefix.split(".")) + 1 if prefix else 1, len(parts) + 1):  # the parents are not called yet
             self.order.setdefault(".".join(parts[:n]), len(self.order))
 
     def _leaf(self, path: str) -> Value:
-        """A bare parameter: its own axes."""
+        """A bare parameter, with its own axes."""
         found: Any = self.root
         for part in path.split("."):
             found = getattr(found, part, None)
@@ -179,7 +180,7 @@ class _Run:
         return ((Atom(BATCH),), made) if given is None else (*given[:-1], made)
 
     def _norm(self, path: str, module: nn.Module, given: Value) -> None:
-        """A norm's vectors run over the axes of what it normalises."""
+        """Record that a norm's vectors run over the axes that it normalises."""
         vectors = [name for name, found in [*module.named_parameters(), *module.named_buffers()] if found.ndim == 1]
         if not vectors or isinstance(module, nn.PReLU):
             return
@@ -220,7 +221,7 @@ class _Run:
         changed = _CHANGES.get(name)
         try:
             return changed(given, rest, kwargs) if changed is not None else None
-        except (IndexError, TypeError, ValueError):  # arguments that are not plain
+        except (IndexError, TypeError, ValueError):  # arguments that are not plain values
             return None
 
 
@@ -244,7 +245,7 @@ _POOLS = frozenset((
 
 @cache
 def _names() -> dict[Any, str]:
-    """function -> its name: several of torch.nn.functional are called `fn`."""
+    """function -> its name; several functions of torch.nn.functional have the name `fn`."""
     out = {
         getattr(operator, name): name for name in ("add", "sub", "mul", "truediv", "iadd", "imul", "isub", "getitem")
     }
@@ -356,7 +357,7 @@ _CHANGES: dict[str, Callable[[Dims, Sequence[Value], Any], Value]] = {
 
 
 def _pooled(given: Value, output: Any) -> Value:
-    """Batch and channels as they are, spatial axes of another length: `output` of an adaptive pool, else not known."""
+    """Batch and channels unchanged; spatial axes with another length: `output` of an adaptive pool, else unknown."""
     if given is None or len(given) < 3:
         return None
     spatial = given[2:]
@@ -368,7 +369,7 @@ def _pooled(given: Value, output: Any) -> Value:
 
 
 def _joined_maps(given: Value, axis: Any) -> Value:
-    """Maps side by side along their channels."""
+    """Maps concatenated along their channels."""
     parts = given if isinstance(given, list) else []
     if not parts or not all(isinstance(part, tuple) for part in parts) or not isinstance(axis, int):
         return None

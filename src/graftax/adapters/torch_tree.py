@@ -1,4 +1,4 @@
-"""Torch: Modules (on the meta device too) and state_dicts."""
+"""Torch Modules (also on the meta device) and state_dicts as checkpoints, and back."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
-    """A torch Module: the keys of its state_dict, and the kind and settings of every module. FormatError for tensors
-    that are not plain dense ones."""
+    """A torch Module: the keys of its state_dict, and the class and settings of every module. FormatError for tensors
+    that are not plain and dense."""
     state = tensors_of(module)
     specs = _specs(state, label)
     names = own_names(module, state)
@@ -41,9 +41,9 @@ def open_module(module: torch.nn.Module, label: str) -> Checkpoint:
 
 
 def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
-    """A state_dict, or the one that a training checkpoint holds. What is left out is in its metadata.
+    """A state_dict, or the one that a training checkpoint holds. Its metadata list what is left out.
 
-    PlanError where several containers could be meant; FormatError for tensors that are not plain dense ones.
+    PlanError if several containers are possible; FormatError for tensors that are not plain and dense.
     """
     chosen = torch_containers.choose(tree, label)
     state = chosen.tensors
@@ -67,7 +67,7 @@ def open_state_dict(tree: Mapping[Any, Any], label: str) -> Checkpoint:
 
 
 def is_torch_tree(tree: Any) -> bool:
-    """Does a nest of mappings and lists hold a torch tensor?"""
+    """True if a nest of mappings and lists holds a torch tensor."""
     torch = sys.modules.get("torch")
     return torch is not None and _holds(tree, torch.Tensor, 0)
 
@@ -82,30 +82,31 @@ def _holds(node: Any, kind: type, depth: int) -> bool:
 
 
 def state_of(module: torch.nn.Module, keep_vars: bool = False) -> Mapping[str, Any]:
-    """The state_dict, from overrides that know no `keep_vars` too."""
+    """The state_dict, also from overrides that do not accept `keep_vars`."""
     return module.state_dict(**taken(module.state_dict, keep_vars=keep_vars))
 
 
 def taken(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    """Those of `options` that an override of torch's method takes."""
+    """The `options` that an override of torch's method accepts."""
     known = inspect.signature(function).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     return {name: value for name, value in options.items() if anything or name in known}
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a Module's state_dict, its own Parameters where it gives them; see `_tensors`."""
+    """The tensors of a Module's state_dict, as its own Parameters if it returns them; see `_tensors`."""
     return _tensors(state_of(module, keep_vars=True))
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Without `_extra_state`, counters and settings. FormatError for quantized weights packed into a tuple."""
+    """The tensors without `_extra_state`, counters and settings. FormatError for quantized weights packed into a
+    tuple."""
     packed = [key for key, value in state.items() if _holds_quantized(value)]
     if packed:
         failures = [
-            Failure("holds quantized weights", key=key, next="Port the model before it is quantized.") for key in packed
+            Failure("holds quantized weights", key=key, next="Port the model before quantizing it.") for key in packed
         ]
-        raise FormatError(f"{len(packed)} entries of the state_dict are no plain tensors", failures)
+        raise FormatError(f"{len(packed)} entries of the state_dict are not plain tensors", failures)
     return {key: value for key, value in state.items() if containers.is_tensor(value)}
 
 
@@ -114,8 +115,8 @@ def _holds_quantized(value: Any) -> bool:
 
 
 def own_names(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
-    """key of the state_dict -> the names of the Parameters and buffers that are this very tensor, its own name first.
-    A key whose tensor is a copy, or another view, is left out."""
+    """key of the state_dict -> the names of the Parameters and buffers that are this same tensor, its own name first. A
+    key whose tensor is a copy, or another view, is left out."""
     import torch
 
     places: dict[Any, list[str]] = {}
@@ -142,7 +143,7 @@ def _specs(state: Mapping[str, torch.Tensor], label: str) -> dict[str, TensorSpe
         except GraftaxError as exc:
             failures.append(Failure(str(exc), key=key))
     if failures:
-        raise FormatError(f"{escape(label)} has {len(failures)} tensors that no checkpoint can hold", failures)
+        raise FormatError(f"{escape(label)} has {len(failures)} tensors that a checkpoint cannot hold", failures)
     return specs
 
 
@@ -153,7 +154,7 @@ def _reader(state: Mapping[str, torch.Tensor]) -> Callable[[str], Any] | None:
 
 
 def aliases_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """key -> an earlier key that is the same memory, read the same way. Empty tensors are nobody's alias."""
+    """key -> an earlier key with the same memory, read the same way. Empty tensors have no alias."""
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     for key, tensor in state.items():
@@ -168,7 +169,7 @@ def aliases_of(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _place(tensor: torch.Tensor) -> Any:
-    """Where a tensor's values are, and how they are read; an empty tensor's is its own."""
+    """Where a tensor's values are, and how they are read. An empty tensor has a place of its own."""
     if not tensor.numel():
         return "empty", id(tensor)
     return _address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
@@ -182,7 +183,7 @@ def span_of(tensor: torch.Tensor) -> tuple[str, int, int]:
 
 
 def _address(tensor: torch.Tensor) -> Any:
-    """What tells one storage from another; a meta tensor's has no address, so its own identity."""
+    """A value that identifies a storage. A meta tensor has no address, so its identity is used."""
     if not torch_arrays.has_values(tensor):
         return "meta", tensor.untyped_storage()._cdata
     try:
@@ -198,7 +199,7 @@ def modules_of(
     module: torch.nn.Module, specs: Iterable[str], own: Mapping[str, str] | None = None
 ) -> dict[str, Module]:
     """Every module with its class, bases, settings and the leaves below it, in the order of registration. own: key ->
-    the name that the module has for the tensor, where a hook saves it under another."""
+    the module's own name for the tensor, if a hook saves it under another."""
     found = dict(module.named_modules(remove_duplicate=False))
     below: dict[str, dict[str, str]] = {path: {} for path in found}
     for key in specs:
@@ -212,14 +213,14 @@ def modules_of(
 
 
 def _module(path: str, module: torch.nn.Module, leaves: dict[str, str], copied: bool) -> Module:
-    """copied: its state_dict gives other tensors than it holds, which may lie in another way."""
+    """copied: the state_dict gives other tensors than the module holds, possibly in another layout."""
     kind = type(module)
-    if hasattr(module, "parametrizations"):  # torch puts a class of its own in front
+    if hasattr(module, "parametrizations"):  # torch puts its own class in front
         kind = kind.__mro__[1]
-    name = getattr(module, "original_name", kind.__name__)  # of a scripted module
+    name = getattr(module, "original_name", kind.__name__)  # the class name of a scripted module
     plain = settings.collect((key, value) for key, value in vars(module).items() if key != "training")
     for role, value in [*module._parameters.items(), *module._buffers.items()]:
-        plain.setdefault(role, value is not None)  # is there a bias?
+        plain.setdefault(role, value is not None)  # whether it has a bias
     if hasattr(module, "parametrizations"):
         for role in module.parametrizations:  # pyright: ignore
             plain.setdefault(role, True)
@@ -242,7 +243,7 @@ def _trace(module: torch.nn.Module) -> Trace:
 
 
 def _config(module: torch.nn.Module) -> Mapping[str, Any] | None:
-    """The module's own config as the config.json that it would be saved with."""
+    """The module's own config, as the config.json that saving it would write."""
     config = getattr(module, "config", None)
     as_dict = getattr(config, "to_dict", None)
     made = as_dict() if callable(as_dict) and not isinstance(config, type) else None
@@ -255,9 +256,9 @@ def _config(module: torch.nn.Module) -> Mapping[str, Any] | None:
 def rebuild_state(
     state: Mapping[str, torch.Tensor], arrays: Mapping[str, Any], sharding: Any = None, adopt: bool = False
 ) -> Any:
-    """An OrderedDict of tensors with the keys of `state`; where it has one tensor under two keys and their new values
-    are equal, so does the result. Their dtypes are those of `arrays`, as a plan has settled them. sharding="host" gives
-    NumPy arrays. adopt: see `jax_arrays`.
+    """An OrderedDict of tensors with the keys of `state`. If `state` has one tensor under two keys and their new values
+    are equal, the result does too. Dtypes are those of `arrays`, as the plan decided. sharding="host" gives NumPy
+    arrays. adopt: see `jax_arrays`.
 
     PlanError for a key or an array that does not fit.
     """
@@ -277,7 +278,7 @@ def rebuild_state(
 
 
 def same_values(a: Any, b: Any) -> bool:
-    """Bit for bit, NaN and all."""
+    """True if equal bit for bit, including NaN."""
     import numpy as np
 
     from graftax.tree.dtypes import same_bits
@@ -286,7 +287,7 @@ def same_values(a: Any, b: Any) -> bool:
 
 
 def maker(sharding: Any = None, adopt: bool = False) -> Callable[[str, Any, Any], Any]:
-    """How new tensors are made."""
+    """A function that makes new tensors."""
     given = jax_arrays.once(adopt)
 
     def make(key: str, old: Any, new: Any) -> Any:
@@ -301,28 +302,28 @@ def maker(sharding: Any = None, adopt: bool = False) -> Callable[[str, Any, Any]
 
 
 def check_fit(state: Mapping[str, torch.Tensor], arrays: Mapping[str, Any], any_dtype: bool = False) -> None:
-    """Is every array of a key that exists, and of its shape and dtype? PlanError that lists what is not."""
+    """PlanError unless every array belongs to an existing key and has its shape and dtype; it lists all that do not."""
     from graftax.tree import dtypes
 
     failures: list[Failure] = []
     for key, array in arrays.items():
         if key not in state:
             near = nearest(key, state)
-            failures.append(Failure("no such tensor", key=key, next=f"Near: {near}" if near else ""))
+            failures.append(Failure("unexpected key", key=key, next=f"Near: {near}" if near else ""))
             continue
         spec = torch_arrays.spec_of_tensor(state[key])
         if spec.packed and tuple(getattr(array, "shape", ())) == (spec.nbytes,):
             continue
         given = torch_arrays.spec_of_tensor(array) if containers.is_tensor(array) else dtypes.spec_of(array)
         if given.shape != spec.shape or (given.dtype != spec.dtype and not any_dtype):
-            failures.append(Failure("another shape or dtype", key=key, expected=str(spec), found=str(given)))
+            failures.append(Failure("shape or dtype mismatch", key=key, expected=str(spec), found=str(given)))
     if failures:
         raise PlanError(f"{len(failures)} of {len(arrays)} arrays do not fit the module", failures)
 
 
 def map_state(tree: Mapping[Any, Any], arrays: Mapping[str, Any]) -> Any:
-    """A state_dict (or the dict around it) of the same type, order and attributes with other tensors at the keys of
-    `arrays`, on the old ones' devices; every other value is the same object."""
+    """A state_dict (or the dict around it) of the same type, order and attributes, with new tensors at the keys of
+    `arrays`, on the devices of the old ones. Every other value is the same object."""
     chosen = torch_containers.choose(tree, "the state_dict")
     check_fit(chosen.tensors, arrays)
     return torch_containers.replaced(
@@ -331,7 +332,7 @@ def map_state(tree: Mapping[Any, Any], arrays: Mapping[str, Any]) -> Any:
 
 
 def map_module(module: torch.nn.Module, arrays: Mapping[str, Any]) -> Any:
-    """The state_dict of a Module with other tensors at the keys of `arrays`; the Module is not changed."""
+    """The state_dict of a Module with new tensors at the keys of `arrays`. The Module does not change."""
     state = state_of(module)
     check_fit(_tensors(state), arrays)
     return torch_containers.replaced(state, {(key,): _like_old(state[key], array) for key, array in arrays.items()})
@@ -347,7 +348,7 @@ def leaf_table(tree: Any) -> dict[str, torch.Tensor]:
 
 
 def _like_old(old: torch.Tensor, new: Any) -> torch.Tensor:
-    """A new tensor, a copy, on the device of the old one, and a Parameter where that is one."""
+    """A new tensor, as a copy, on the device of the old one; a Parameter if the old one is."""
     import torch
 
     spec = torch_arrays.spec_of_tensor(old)

@@ -1,7 +1,7 @@
-"""What an entry takes for granted of its values, looked at tile by tile: also of rows that no target has.
+"""Check, tile by tile, what an entry assumes about its values, including values that no target holds.
 
-An op that holds for some values only (`ops.CONDITIONS`) judges whole tensors when it is applied. Here its own judgement
-is asked for tiles of the tensors that come to it, made of just the bytes of the sources that they need.
+An op in `ops.CONDITIONS` is valid only for some values, and checks whole tensors when it is applied. This module runs
+the same check on tiles of the op's inputs, and reads only the source bytes that each tile needs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from graftax.errors import PlanError
-from graftax.execute.fill_tile import Values, fill
+from graftax.execute.fill_tile import Values, fill_tile
 from graftax.execute.memory import allocate
 from graftax.execute.pushdown import push
 from graftax.execute.tiling import Edges, box_steps, grid
@@ -28,8 +28,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Region:
-    """A box of the tensors that come to an op, which stand beside each other in its judgement: `judge` gives the op
-    that judges tiles of these extents. On `axis` tiles have a multiple of `grain` rows."""
+    """A box of an op's input tensors that the op checks together. `judge` gives the op that checks tiles of these
+    extents. On `axis`, a tile has a multiple of `grain` rows."""
 
     tensors: tuple[int, ...]
     box: Edges
@@ -41,9 +41,9 @@ class _Region:
 def check_conditions(
     ops: tuple[Op, ...], specs: tuple[TensorSpec, ...], sources: Sequence[Values], scratch: Array, most: int
 ) -> None:
-    """Look at the values that the ops have conditions on, with tiles of `most` bytes in all.
+    """Check the conditions that the ops place on values, with tiles of `most` bytes in total.
 
-    PlanError where a condition does not hold; NotLocal where tensors have to be whole for it.
+    PlanError if a condition does not hold; NotLocal if the check needs whole tensors.
     """
     for place, op in enumerate(ops):
         if isinstance(op, CONDITIONS):
@@ -77,7 +77,7 @@ def _check(
         made: list[Array] = []
         for tensor, room in zip(region.tensors, rooms, strict=True):
             flat = room[: math.prod(shape)]
-            fill(flat, push(before, specs, tensor, tile), sources, scratch)
+            fill_tile(flat, push(before, specs, tensor, tile), sources, scratch)
             made.append(flat.reshape(shape))
         judge = region.judge(shape)
         try:
@@ -86,7 +86,7 @@ def _check(
             raise PlanError(str(error).replace(judge.text, op.text), error.failures) from None
 
 
-# ---------------------------------------------------------------- what each op has to see
+# ---------------------------------------------------------------- the regions each op checks
 
 
 def _regions(op: Op, specs: tuple[TensorSpec, ...]) -> Iterator[_Region]:
@@ -133,5 +133,5 @@ _TABLE: dict[type[Any], Callable[[Any, tuple[TensorSpec, ...]], Iterator[_Region
     Crop: _crop,
     RequireZero: _require_zero,
 }
-"""op -> the regions of the tensors that come to it which it judges"""
+"""op -> the regions of its input tensors that it checks"""
 assert set(_TABLE) == set(CONDITIONS)

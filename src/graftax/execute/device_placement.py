@@ -1,4 +1,4 @@
-"""Run a plan into the leaves that come out: shards where a sharding is given, jax's default device, or NumPy."""
+"""Run a plan and place the output leaves: as shards of a given sharding, on jax's default device, or in NumPy."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ from graftax.formats.io.files import kept_open
 from graftax.ops import Keep
 from graftax.plans import Plan
 from graftax.tree import Checkpoint, TensorSpec
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 
 IN_FLIGHT = 256 << 20
-"""Bytes of shards on their way to devices with memory of their own, beyond which the host waits."""
+"""Bytes of shards that may be on their way to devices at once. Beyond this the host waits. Only devices with memory of
+their own count."""
 
 
 @contextmanager
-def together(stage: str, spans: bool) -> Iterator[None]:
-    """Where a load `spans` several processes, all of them end the block, or all raise what failed in one of them."""
+def joint_stage(stage: str, spans: bool) -> Iterator[None]:
+    """If a load `spans` several processes, they all finish the block, or all raise the error of the one that failed."""
     peers = distributed.peers() if spans else None
     if peers is None:
         yield
         return
-    with peers.together(stage):
+    with peers.joint_stage(stage):
         yield
 
 
 def same_work(
     plan: Plan, source: Checkpoint, like: Checkpoint | None, places: Mapping[str, Place], spans: bool
 ) -> None:
-    """Where a load spans several processes: PlanError in all of them unless all are to make the same leaves the same
-    way, of the same tensors."""
+    """If a load spans several processes, raise PlanError in all of them unless all will make the same leaves in the
+    same way from the same tensors."""
     if not spans:
         return
-    with together("reading the source", spans):
+    with joint_stage("reading the source", spans):
         work = same_work_of(plan, source, like)
         meshes = {id(mesh): mesh for place in places.values() if (mesh := getattr(place, "mesh", None)) is not None}
         devices = {key: hashlib.sha256(mesh.device_ids.tobytes()).hexdigest()[:16] for key, mesh in meshes.items()}
@@ -61,10 +62,10 @@ def same_work(
 def place_leaves(
     plan: Plan, source: Checkpoint, like: Checkpoint | None, places: Mapping[str, Place], receipt: Receipt, spans: bool
 ) -> dict[str, Any]:
-    """path -> leaf, as `places` say, in like's order; each in memory of its own. Each process reads what its own
-    devices hold. A dtype that jax would narrow stays a NumPy array where no sharding is asked for.
+    """path -> leaf, placed as `places` says, in like's order, each in its own memory. Each process reads only what its
+    own devices hold. Without a sharding, a dtype that jax would narrow stays a NumPy array.
 
-    Raises what `Stream` raises, UsageError for a kept leaf whose values other processes hold.
+    Raises the errors of `Stream`, and UsageError for a kept leaf whose values lie in other processes.
     """
     run = Stream(plan, source, like, receipt, None)
     peers = distributed.peers() if spans else None
@@ -93,11 +94,11 @@ def place_leaves(
 def _place_shards(
     run: Stream, plan: Plan, places: Mapping[str, Any], peers: distributed.Peers | None, out: dict[str, Any]
 ) -> None:
-    """Makes the leaves of these shardings, put into `out`; those of one entry by one thread, one after the other, and
-    so all that are made of tensors that are held whole."""
+    """Make the leaves of these shardings and put them into `out`. One thread makes the leaves of one entry, one after
+    another; one thread also makes all leaves that need whole tensors."""
     if not places:
         return
-    jobs: list[list[str]] = [[]]  # the first: what is made of whole tensors
+    jobs: list[list[str]] = [[]]  # the first: leaves made from whole tensors
     for entry in plan.entries:
         names = [name for name in entry.targets if name in places]
         if run.apart(entry):
@@ -123,19 +124,19 @@ def _place_shards(
 
         return make
 
-    with nothing_collected(), kept_open():
+    with gc_paused(), kept_open():
         in_order([names for names in jobs if names], worker, workers)
 
 
 def _on_one_device(place: Place, spec: TensorSpec) -> bool:
-    """Is the leaf made whole in this process, for the host or for one device?"""
+    """True if this process makes the whole leaf, for the host or for one device."""
     if place is None or place == HOST or jax_narrows(spec):
         return True
     return len(place.device_set) == 1 and len(place.addressable_devices) == 1
 
 
 class _Flight:
-    """Arrays on their way to devices: the host waits where that is more than IN_FLIGHT."""
+    """Arrays on their way to devices. The host waits when they exceed IN_FLIGHT bytes."""
 
     __slots__ = ("_arrays", "_nbytes")
 
@@ -157,7 +158,7 @@ class _Flight:
 
 
 def _remote(like: Checkpoint | None, kept: list[str]) -> dict[str, Any]:
-    """The kept leaves whose values this process holds a part of only."""
+    """The kept leaves of which this process holds only a part."""
     if like is None or not kept:
         return {}
     leaves = live_leaves(like)
@@ -165,13 +166,13 @@ def _remote(like: Checkpoint | None, kept: list[str]) -> dict[str, Any]:
 
 
 def _kept(name: str, leaf: Any, place: Place) -> Any:
-    """A leaf that lies on several processes, copied where it is."""
+    """A leaf that spans several processes, copied in place."""
     import jax
 
     if place == HOST or place is None or not leaf.sharding.is_equivalent_to(place, leaf.ndim):
         raise UsageError(
-            f"{escape(name)} is kept from like, where it lies on several processes as {escape(leaf.sharding)}",
-            next="Give it that sharding, or gather it first.",
+            f"{escape(name)} is kept from like, where it spans several processes as {escape(leaf.sharding)}",
+            next="Pass that sharding, or gather the leaf first.",
         )
     shards = [jax.numpy.copy(shard.data) for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, place, shards, dtype=leaf.dtype)

@@ -1,8 +1,8 @@
-"""Several processes of one `jax.distributed` job agree: each says that it is ready or what failed, and all go on, or
-all raise the same error.
+"""Agreement between the processes of one `jax.distributed` job. Each process reports that it is ready or what failed;
+then all continue, or all raise the same error.
 
-Everything goes through the coordinator's key-value store, which costs milliseconds and moves no weights. A process that
-is killed is told of by JAX: the others are ended with its message once the heartbeat is overdue.
+The processes talk through the coordinator's key-value store. This costs milliseconds and moves no weights. JAX reports
+a killed process: it ends the others with its own message once the heartbeat is overdue.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ from graftax.errors import Failure, GraftaxError, PlanError, StorageError, escap
 
 TIMEOUT = 300.0
 """Seconds without a sign of life after which a process counts as missing."""
-_LOOK = 0.25  # seconds between two looks for a peer's failure while working
-_BEAT = 5.0  # seconds between two signs of life, which a thread gives while a process works
-_WAIT = 1.0  # seconds of one wait, after which signals are served
-_SHOWN = 5  # names of what differs
+_LOOK = 0.25  # seconds between two checks for a peer's failure while working
+_BEAT = 5.0  # seconds between two signs of life; a thread gives them while the process works
+_WAIT = 1.0  # seconds of one wait; signals are handled after it
+_SHOWN = 5  # differing names that a message shows
 _FAILURES = 20  # failures that travel with an error
 _TEXT = 400  # characters of one of their fields
 
 
 class Store(Protocol):
-    """The coordinator's key-value store. RuntimeError where it is gone."""
+    """The coordinator's key-value store. Raises RuntimeError if the store is gone."""
 
     def put(self, key: str, text: str, again: bool = False) -> bool:
-        """False where the key is there already; `again`: replace it."""
+        """Store a text. False if the key exists already; `again`: replace its text."""
         ...
 
     def wait(self, key: str, seconds: float) -> str | None:
-        """The text of a key as soon as it is there; None after `seconds`."""
+        """The text of a key, as soon as it exists; None after `seconds`."""
         ...
 
     def folder(self, prefix: str) -> dict[str, str]:
-        """All keys right below `prefix/`, by their last part. Does not wait."""
+        """The texts of all keys directly below `prefix/`, by the last part of the key. Does not wait."""
         ...
 
 
-# ---------------------------------------------------------------- who is there
+# ---------------------------------------------------------------- the processes
 
 
 def processes() -> tuple[int, int]:
-    """(index, count) of this process in its `jax.distributed` job; (0, 1) where there is none. Never imports jax."""
+    """(index, count) of this process in its `jax.distributed` job; (0, 1) without a job. Never imports jax."""
     found = _runtime()
     return (0, 1) if found is None else found[1:]
 
 
 def peers() -> Peers | None:
-    """This process among the others of its job; None where it is alone."""
+    """This process and the others of its job; None if the process is alone."""
     global _joined
     found = _runtime()
     if found is None or found[2] < 2:
@@ -75,7 +75,7 @@ def agree(
     give: Any = None,
     timeout: float = TIMEOUT,
 ) -> list[Any]:
-    """`Peers.agree` of this job; alone it raises `error`, or gives `[give]`."""
+    """`Peers.agree` of this job. A process that is alone raises `error`, or returns `[give]`."""
     joined = peers()
     if joined is not None:
         return joined.agree(stage, error, same, give, timeout)
@@ -88,8 +88,8 @@ _joined: tuple[Any, Peers] | None = None
 
 
 def _runtime() -> tuple[Any, int, int] | None:
-    """(client, index, count) of an initialised jax.distributed. The only place that looks inside jax: there is no
-    public way to the store (jax 0.5 to 0.10), and `jax.process_index()` would start the backend."""
+    """(client, index, count) of an initialised jax.distributed. Only this function looks inside jax: jax 0.5 to 0.10
+    has no public way to the store, and `jax.process_index()` would start the backend."""
     module = sys.modules.get("jax._src.distributed")
     if module is None:
         return None
@@ -137,14 +137,14 @@ class _JaxStore:
 
 @dataclass(slots=True, eq=False)
 class Peers:
-    """This process (`index` of `count`) and the others. All must call `agree` equally often, in the same order."""
+    """This process (`index` of `count`) and the others. All must call `agree` equally often and in the same order."""
 
     index: int
     count: int
     store: Store
     _turn: int = 0
     _looked: float = 0.0
-    _failed: BaseException | None = None  # what was raised last, and all know of
+    _failed: BaseException | None = None  # the last error that every process has raised
 
     def agree(
         self,
@@ -154,37 +154,39 @@ class Peers:
         give: Any = None,
         timeout: float = TIMEOUT,
     ) -> list[Any]:
-        """Waits until every process has said that it is done with `stage`; gives what each gave (JSON data, by index).
+        """Wait until every process reports that it finished `stage`. Returns what each process gave (JSON data, by
+        index).
 
-        error    what failed here: all processes raise it, as soon as they wait or look
-        same     name -> text, which must not differ between processes: PlanError with the names that do
-        timeout  seconds without a sign of life of a process after which all raise StorageError
+          error    what failed in this process: all processes raise it as soon as they wait or look
+          same     name -> text that must be equal in all processes; PlanError names those that differ
+          timeout  seconds without a sign of life of a process after which all raise StorageError
         """
         turn, self._turn = self._turn, self._turn + 1
         if error is not None:
-            self._decide(turn, _told(self._name(), error))
-            raised = self._failed = _raised(self._verdict(turn, stage, timeout))
+            self._decide(turn, _error_record(self._name(), error))
+            raised = self._failed = _error_of(self._verdict(turn, stage, timeout))
             raised.questions = error.questions
             raise raised from error
         digest = "" if same is None else _digest("\n".join(f"{name}\t{text}" for name, text in sorted(same.items())))
         record = json.dumps({"stage": stage, "same": digest, "give": give})
         self._put(turn, "here", str(self.index), record)
         here = self._folder(turn, "here")
-        if len(here) == self.count:  # whoever comes last sees all
-            self._decide(turn, _judged([json.loads(here[str(i)]) for i in range(self.count)]))
+        if len(here) == self.count:  # the last process to arrive sees all records
+            self._decide(turn, _verdict_on([json.loads(here[str(i)]) for i in range(self.count)]))
         verdict = self._verdict(turn, stage, timeout)
         if "text" in verdict:
-            self._failed = _raised(verdict)
+            self._failed = _error_of(verdict)
             raise self._failed
         if verdict["differ"]:
-            self._tell_difference(same or {}, timeout)
+            self._raise_difference(same or {}, timeout)
         if not verdict["gave"]:
             return [None] * self.count
         here = self._folder(turn, "here")
         return [json.loads(here[str(i)])["give"] for i in range(self.count)]
 
     def look(self) -> None:
-        """While working: raises what another process failed with meanwhile. Asks a few times a second at most."""
+        """Call this while working: it raises an error that another process has reported meanwhile. It asks the store
+        only a few times a second."""
         now = time.monotonic()
         if now - self._looked < _LOOK:
             return
@@ -192,12 +194,14 @@ class Peers:
         for text in self._folder(self._turn, "verdict").values():
             verdict = json.loads(text)
             if "text" in verdict:
-                raise _raised(verdict)
+                raise _error_of(verdict)
 
     @contextmanager
-    def together(self, stage: str, timeout: float = TIMEOUT) -> Iterator[None]:
-        """`agree` at the end of the block, with what it raised; what all have raised already passes. An error that is
-        no GraftaxError is told to the others and raised here as it is. Until then this process counts as alive."""
+    def joint_stage(self, stage: str, timeout: float = TIMEOUT) -> Iterator[None]:
+        """Run the block as a stage that all processes finish or fail together: `agree` at its end, with the error that
+        the block raised. An error that all processes have already raised passes unchanged. An error that is not a
+        GraftaxError is reported to the others and raised here unchanged. Until the end of the block this process counts
+        as alive."""
         try:
             with self._alive():
                 yield
@@ -210,15 +214,15 @@ class Peers:
                 raise
             turn, self._turn = self._turn, self._turn + 1
             what = "was interrupted" if isinstance(error, KeyboardInterrupt) else _line(error)
-            self._decide(turn, _told(self._name(), GraftaxError(what)))
+            self._decide(turn, _error_record(self._name(), GraftaxError(what)))
             self._failed = error
             raise
         else:
             self.agree(stage, timeout=timeout)
 
     def finish(self, stage: str, action: Callable[[], None], timeout: float = TIMEOUT) -> None:
-        """Runs what must not be cut short: all processes end it, however it ends, before any raises what failed in one.
-        Until then this process counts as alive."""
+        """Run an action that must not be cut short. Every process completes it, with or without an error, before any
+        process raises an error of another. Until then this process counts as alive."""
         failed: Exception | None = None
         try:
             with self._alive():
@@ -226,15 +230,15 @@ class Peers:
         except Exception as error:
             failed = error
         what = failed if failed is None or isinstance(failed, GraftaxError) else GraftaxError(_line(failed))
-        told = self.agree(stage, give=None if what is None else _told(self._name(), what), timeout=timeout)
+        told = self.agree(stage, give=None if what is None else _error_record(self._name(), what), timeout=timeout)
         first = next((verdict for verdict in told if verdict is not None), None)
         if first is not None:
-            self._failed = _raised(first)
+            self._failed = _error_of(first)
             raise self._failed from failed
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        """Signs of life while the block runs: who waits for this process goes on waiting."""
+        """Give signs of life while the block runs, so that processes waiting for this one keep waiting."""
         ended = threading.Event()
 
         def beat() -> None:
@@ -243,7 +247,7 @@ class Peers:
                 number += 1
                 try:
                     self._put(self._turn, "alive", str(self.index), str(number), again=True)
-                except GraftaxError:  # the coordinator has gone: JAX ends this process
+                except GraftaxError:  # the coordinator is gone: JAX ends this process
                     return
 
         threading.Thread(target=beat, name="graftax-alive", daemon=True).start()
@@ -263,11 +267,11 @@ class Peers:
             return self.store.folder(f"graftax/{turn}/{kind}")
 
     def _decide(self, turn: int, verdict: Mapping[str, Any]) -> None:
-        """The first verdict of a turn stands; a later one is not taken."""
+        """Store the verdict of a turn. The first verdict stands; a later one is ignored."""
         self._put(turn, "verdict", "0", json.dumps(verdict))
 
     def _verdict(self, turn: int, stage: str, timeout: float) -> dict[str, Any]:
-        """The verdict of a turn, waited for; a process that gives no sign of life for too long ends the wait."""
+        """Wait for the verdict of a turn. The wait ends when a process gives no sign of life for too long."""
         signs: tuple[dict[str, str], dict[str, str]] | None = None
         since = looked = time.monotonic()
         while True:
@@ -291,8 +295,8 @@ class Peers:
     def _name(self) -> str:
         return f"process {self.index} of {self.count} (on {escape(platform.node() or 'this host')})"
 
-    def _tell_difference(self, same: Mapping[str, str], timeout: float) -> None:
-        """Every process raises the same PlanError, with the names of what differs from process 0."""
+    def _raise_difference(self, same: Mapping[str, str], timeout: float) -> None:
+        """Raise the same PlanError in every process, naming what differs from process 0."""
         first = self.agree("what process 0 has", give=dict(same) if self.index == 0 else None, timeout=timeout)[0]
         names = [*first, *(name for name in same if name not in first)]
         mine = [name for name in names if first.get(name) != same.get(name)]
@@ -300,7 +304,7 @@ class Peers:
         self._failed = PlanError(
             f"the {self.count} processes were given different work; nothing was written",
             [
-                Failure(f"is not the same in process {i} as in process 0 ({count} such)", key=name)
+                Failure(f"differs between process 0 and process {i} ({count} differences)", key=name)
                 for i, (count, shown) in enumerate(told)
                 for name in shown
             ],
@@ -311,7 +315,7 @@ class Peers:
 
 @contextmanager
 def _reached() -> Iterator[None]:
-    """An error of the store: process 0 keeps it, and has gone."""
+    """Handle an error of the store: process 0 keeps the store, so process 0 is gone."""
     try:
         yield
     except GraftaxError:
@@ -320,15 +324,15 @@ def _reached() -> Iterator[None]:
         first = str(error).partition("\n")[0]
         raise StorageError(
             f"the coordinator of jax.distributed (process 0) cannot be reached: {escape(first)}",
-            next="See the messages of process 0: it has ended, or the network between has.",
+            next="See the messages of process 0: it has ended, or the network to it has failed.",
         ) from error
 
 
 # ---------------------------------------------------------------- verdicts
 
 
-def _judged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The verdict on what all processes said."""
+def _verdict_on(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The verdict on the reports of all processes."""
     stages = [record["stage"] for record in records]
     if len(set(stages)) > 1:
         at = "; ".join(f"process {stages.index(stage)} at {escape(stage)!r}" for stage in dict.fromkeys(stages))
@@ -340,7 +344,7 @@ def _judged(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _told(name: str, error: GraftaxError) -> dict[str, Any]:
+def _error_record(name: str, error: GraftaxError) -> dict[str, Any]:
     failures = [{k: v[:_TEXT] for k, v in asdict(failure).items()} for failure in error.failures[:_FAILURES]]
     return {"kind": type(error).__name__, "text": f"{name} failed: {error}", "failures": failures}
 
@@ -358,8 +362,8 @@ def _missing(gone: list[int], count: int, stage: str, timeout: float) -> dict[st
     return {"kind": "StorageError", "text": text, "failures": []}
 
 
-def _raised(verdict: Mapping[str, Any]) -> GraftaxError:
-    """The error of a verdict: the same text in every process."""
+def _error_of(verdict: Mapping[str, Any]) -> GraftaxError:
+    """The error of a verdict, with the same text in every process."""
     kind = getattr(errors, verdict["kind"], GraftaxError)
     known = isinstance(kind, type) and issubclass(kind, GraftaxError)
     error = (kind if known else GraftaxError)(verdict["text"])

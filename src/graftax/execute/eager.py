@@ -1,7 +1,7 @@
-"""Many targets at once, whole and in memory: what loading is.
+"""Make many whole targets in memory at once: this is what loading does.
 
-Large targets are made in parts by several threads (reading and copying let go of Python's lock), small ones share
-memory. What comes out, and which error, does not depend on the number of threads.
+Several threads make large targets in parts, because reading and copying release Python's lock. Small targets share
+memory. The result, and the error that is raised, do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from graftax.errors import PlanError
-from graftax.execute.fill_tile import Simple, cut, fill, simple
+from graftax.execute.fill_tile import Simple, cut_piece, fill_tile, simple
 from graftax.execute.memory import allocate_all
 from graftax.execute.meter import meter_for
-from graftax.execute.pushdown import Piece
+from graftax.execute.pushdown import TilePiece
 from graftax.execute.streamed import SCRATCH, Stream, named
 from graftax.formats.io.files import kept_open
 from graftax.plans import Entry
 from graftax.tree import Checkpoint
 from graftax.tree.dtypes import numpy_dtype
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 
 Array = np.ndarray[Any, Any]
 Job = TypeVar("Job")
 Span = Callable[[str, int, memoryview], None]
 
 _JOB = 8 << 20
-"""Bytes of targets that a thread makes before it asks for more."""
+"""Bytes of targets that a thread makes before it takes the next job."""
 _LARGE, _ALONE = 1 << 20, 32 << 20
 """Bytes of a large target, and bytes of large targets in all under which one thread is as fast."""
 _MOST_WORKERS = 8
@@ -42,22 +42,23 @@ _VALUES = 1 << 20
 
 
 class _Task(NamedTuple):
-    """Some of the pieces of one target. `pieces` is None where it is made of whole tensors, by the stream."""
+    """Some pieces of one target. `pieces` is None if the stream makes the target from whole tensors."""
 
     entry: Entry | None
     name: str
     out: Array | None = None
-    pieces: Sequence[Piece] | None = None
+    pieces: Sequence[TilePiece] | None = None
 
 
 def load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | None = None) -> dict[str, Array]:
-    """target -> its array, in the order of `names`, each in aligned memory that may be given away (one that is kept
-    from like, or that its source holds as it is, may be read-only: not anybody's to give). A packed one's bytes.
+    """target -> its array, in the order of `names`. Each array lies in aligned memory that may be given away.
+    Exception: an array kept from like, or taken unchanged from its source, may be read-only and must not be given away.
+    A packed target comes as its bytes.
 
-    workers: threads; None: as many as there are processors, 8 at most. Raises what `Stream.array` raises, for the first
-    of the targets that fail.
+    workers: the number of threads; None: one per processor, at most 8. Raises what `Stream.array` raises for the first
+    target that fails.
     """
-    with nothing_collected(), kept_open():
+    with gc_paused(), kept_open():
         return _load(run, source, names, workers)
 
 
@@ -66,7 +67,7 @@ def _load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | 
     found = {name: run.local(name) for name in names}
     sizes = {name: local.spec.nbytes for name, local in found.items() if local is not None}
     rooms = dict(zip(sizes, allocate_all(list(sizes.values())), strict=True))
-    tasks: dict[Any, list[_Task]] = {}  # by entry: its sources are opened once
+    tasks: dict[Any, list[_Task]] = {}  # by entry, so that its sources are opened once
     for name, local in found.items():
         if local is None:
             out[name] = np.empty(0)  # keeps the order
@@ -84,7 +85,7 @@ def _load(run: Stream, source: Checkpoint, names: Iterable[str], workers: int | 
 
 
 def _jobs(groups: Iterable[Sequence[_Task]], source: Checkpoint) -> Iterable[list[_Task]]:
-    """The tasks in portions of about _JOB bytes; those of an entry whose sources are read whole stay together."""
+    """The tasks in portions of about _JOB bytes. Tasks of one entry stay together if its sources are read whole."""
     storage = source.storage
     everything = storage.span is not None and not storage.whole
     job: list[_Task] = []
@@ -102,7 +103,7 @@ def _jobs(groups: Iterable[Sequence[_Task]], source: Checkpoint) -> Iterable[lis
                 continue
             width = task.out.itemsize
             for piece in task.pieces:
-                for part in cut(piece, 2 * _JOB // width):
+                for part in cut_piece(piece, 2 * _JOB // width):
                     if job and job[-1].out is task.out:
                         job[-1] = _Task(task.entry, task.name, task.out, (*(job[-1].pieces or ()), part))
                     else:
@@ -120,7 +121,7 @@ def _jobs(groups: Iterable[Sequence[_Task]], source: Checkpoint) -> Iterable[lis
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Shared:
-    """What all workers use."""
+    """What all workers share."""
 
     run: Stream
     source: Checkpoint
@@ -128,7 +129,7 @@ class _Shared:
 
 
 class _Worker:
-    """One thread's: its reader, and what it knows of pieces it has met."""
+    """One thread: its reader, and its record of the pieces that it has met."""
 
     __slots__ = ("_known", "_reader", "_room", "_shared")
 
@@ -167,16 +168,16 @@ class _Worker:
         sources, scratch = self._reader.opened(entry), self._reader.scratch
         try:
             if meter is None:
-                fill(task.out, rest, sources, scratch)
+                fill_tile(task.out, rest, sources, scratch)
                 return
             for piece in rest:
-                fill(task.out, list(cut(piece, _VALUES)), sources, scratch, meter)
+                fill_tile(task.out, list(cut_piece(piece, _VALUES)), sources, scratch, meter)
         except PlanError as error:
             raise named(entry, error) from error
         run.counted(entry, meter)
 
-    def _simply(self, entry: Entry, out: Array, piece: Piece, span: Span) -> bool:
-        """Fills a small piece; False for one that is not."""
+    def _simply(self, entry: Entry, out: Array, piece: TilePiece, span: Span) -> bool:
+        """Fill a piece the simple way. False if the piece is not simple."""
         known = self._known
         found = known[id(piece)] if id(piece) in known else known.setdefault(id(piece), simple(piece, out.itemsize))
         if found is None:
@@ -191,17 +192,17 @@ class _Worker:
 
 
 def workers_for(sizes: Iterable[int]) -> int:
-    """How many threads make targets of so many bytes. One makes small ones: that is done with Python's lock held, most
-    of the time."""
+    """The number of threads for targets of these sizes. One thread makes small targets, because most of that work holds
+    Python's lock."""
     large = sum(nbytes for nbytes in sizes if nbytes >= _LARGE)
     return min(_processors(), _MOST_WORKERS) if large >= _ALONE else 1
 
 
 def in_order(jobs: Sequence[Job], worker: Callable[[], Callable[[Job], None]], workers: int) -> None:
-    """Do the jobs, begun in their order, by as many threads as `workers` says, this one among them; each thread makes
-    one `worker()`.
+    """Do the jobs, started in their order, with `workers` threads including this one. Each thread makes one `worker()`.
 
-    Raises what the first of the jobs that fail raises: all before it were begun, and are finished; none is begun after.
+    Raises the error of the first job that fails. All jobs before it were started and are finished; no job is started
+    after it.
     """
     turn = threading.Lock()
     waiting = iter(enumerate(jobs))
@@ -218,13 +219,13 @@ def in_order(jobs: Sequence[Job], worker: Callable[[], Callable[[Job], None]], w
             while (given := take()) is not None:
                 place, job = given
                 do(job)
-        except BaseException as error:  # raised below, where the jobs were asked for
+        except BaseException as error:  # raised below, in the calling thread
             failed[place] = error
 
     others = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(jobs)) - 1)]
     begun: list[threading.Thread] = []
     try:
-        with contextlib.suppress(RuntimeError):  # no more threads are to be had
+        with contextlib.suppress(RuntimeError):  # the system gives no more threads
             for thread in others:
                 begun.append(thread)
                 thread.start()
@@ -236,11 +237,11 @@ def in_order(jobs: Sequence[Job], worker: Callable[[], Callable[[Job], None]], w
 
 
 def _join(threads: Sequence[threading.Thread], failed: dict[int, BaseException]) -> None:
-    threads = [thread for thread in threads if thread.ident is not None]  # those that could be started
+    threads = [thread for thread in threads if thread.ident is not None]  # the threads that could start
     try:
         for thread in threads:
             thread.join()
-    except BaseException as error:  # interrupted: they finish what they have begun
+    except BaseException as error:  # interrupted: the threads finish their current job
         failed.setdefault(-1, error)
         for thread in threads:
             thread.join()

@@ -1,6 +1,8 @@
-"""Fill a tile from its pieces: read what they need of each source, in as few and long reads as memory allows, and copy.
+"""Fill a tile from its pieces: read what the pieces need of each source, in as few and as long reads as memory allows,
+and copy it into place.
 
-Sources are arrays in memory, or bytes that are read by position; a scratch bounds how much is read at a time.
+A source is an array in memory, or a stored tensor that is read by position. A scratch buffer bounds how much is read at
+a time.
 """
 
 from __future__ import annotations
@@ -13,20 +15,21 @@ import numpy as np
 
 from graftax.execute import strided
 from graftax.execute.meter import evaluate as plain
-from graftax.execute.pushdown import Apply, Leaf, Piece, Value
+from graftax.execute.pushdown import Apply, SourceView, TilePiece, Value
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.dtypes import numpy_dtype
 
 Array = np.ndarray[Any, Any]
 
 DENSE = 3
-"""A span is read whole if at least one of DENSE of its elements is wanted, or if it is short."""
+"""A span is read whole if at least 1/DENSE of its elements is needed, or if it is short."""
 SHORT = 128 << 10
-"""Bytes that cost less to read and skip than a second read does."""
+"""Reading and skipping this many bytes costs less than a second read."""
 _SKIPPED = 16 << 10
-"""Bytes between two parts of rows that are always read over: from the page cache they cost what one more call does."""
+"""Gaps up to this many bytes between parts of rows are always read: from the page cache this costs as much as one more
+call."""
 _NEAR = 1 << 20
-"""Bytes that stay in a core's cache between their being read and their being written."""
+"""This many bytes stay in a core's cache between reading and writing."""
 _MOST_BUFFERS = 1024
 """Linux fills so many in one call."""
 
@@ -55,8 +58,8 @@ class Held:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """A tensor in a file. `read(start, buffer)` fills the buffer from byte `start` of its values (C order, little
-    end first); `scatter(start, buffers)`, where there is one, fills several, one after the other."""
+    """A tensor in a file. `read(start, buffer)` fills the buffer from byte `start` of the values (C order, little
+    endian). `scatter(start, buffers)`, if present, fills several buffers one after another."""
 
     spec: TensorSpec
     read: Callable[[int, memoryview], None]
@@ -75,9 +78,9 @@ def held(array: Array, spec: TensorSpec) -> Held:
     return Held(spec, np.ascontiguousarray(array).reshape(-1))
 
 
-def opened(source: Checkpoint, name: str, count: Callable[[int], None], whole: Callable[[str], Array]) -> Values:
-    """A tensor of a checkpoint: read by position where that can be done, else read now, by `whole`. `count` is told of
-    the bytes that are read, unless the checkpoint is a live tree."""
+def open_values(source: Checkpoint, name: str, count: Callable[[int], None], whole: Callable[[str], Array]) -> Values:
+    """A tensor of a checkpoint, read by position if possible, else read now by `whole`. `count` receives the number of
+    bytes read, except for a live tree."""
     spec, storage = source.specs[name], source.storage
     span, scatter = storage.span, storage.scatter
     if span is None or not storage.by_position(name):
@@ -97,20 +100,20 @@ def opened(source: Checkpoint, name: str, count: Callable[[int], None], whole: C
     return Stored(spec, read, None if scatter is None else read_apart)
 
 
-Evaluate = Callable[[Value, tuple[int, ...], Callable[[Leaf], Array]], Array]
+Evaluate = Callable[[Value, tuple[int, ...], Callable[[SourceView], Array]], Array]
 """(value, extents, leaf -> its strided view) -> the array of a piece."""
 
 
-def fill(
-    out: Array, pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array, evaluate: Evaluate = plain
+def fill_tile(
+    out: Array, pieces: Sequence[TilePiece], sources: Sequence[Values], scratch: Array, evaluate: Evaluate = plain
 ) -> None:
-    """Write all pieces into `out`, a flat tile. `scratch` is what may be used for reading, as bytes; a piece that needs
-    more at a time is done in parts."""
+    """Write all pieces into `out`, a flat tile. `scratch` is the memory for reading, as bytes. A piece that needs more
+    is done in parts."""
     for piece in pieces:
-        _fill(out, piece, sources, scratch, evaluate)
+        _fill_piece(out, piece, sources, scratch, evaluate)
 
 
-def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> None:
+def _fill_piece(out: Array, piece: TilePiece, sources: Sequence[Values], scratch: Array, evaluate: Evaluate) -> None:
     leaves = [leaf for leaf in piece.leaves() if not sources[leaf.source].in_memory]
     if leaves:
         if evaluate is plain and _straight(piece):
@@ -119,11 +122,11 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
             raw = out[piece.offset : piece.offset + piece.count].view(np.uint8)
             values.read(leaves[0].offset * out.itemsize, memoryview(raw))  # pyright: ignore[reportArgumentType]
             return
-        if piece.count * out.itemsize > strided.SMALL and by_rows([(out, piece)], sources, scratch, evaluate):
+        if piece.count * out.itemsize > strided.SMALL and fill_by_rows([(out, piece)], sources, scratch, evaluate):
             return
     room = scratch.nbytes // max(len(leaves), 1) // 16 * 16
-    if not isinstance(piece.value, Leaf):
-        room = min(room, 4 * _NEAR)  # value ops make arrays of several times this
+    if not isinstance(piece.value, SourceView):
+        room = min(room, 4 * _NEAR)  # value ops make arrays several times this size
     for leaf in leaves:
         width = sources[leaf.source].spec.bits // 8
         low, high = _reach(leaf, piece.extents)
@@ -135,7 +138,7 @@ def _fill(out: Array, piece: Piece, sources: Sequence[Values], scratch: Array, e
     target = _window(out, piece.offset, piece.extents, piece.strides)
     taken = 0
 
-    def view(leaf: Leaf) -> Array:
+    def view(leaf: SourceView) -> Array:
         nonlocal taken
         values = sources[leaf.source]
         if values.in_memory:
@@ -156,8 +159,8 @@ def _put(target: Array, value: Array) -> None:
 
 
 class _Rows(NamedTuple):
-    """Rows of a stored source, or the same part of rows: `count` times `run` elements, the first at `start`, each a
-    `step` after the one before. `outer`: the loop of the piece that goes from row to row."""
+    """Rows of a stored source, or the same part of each row: `count` runs of `run` elements. The first run begins at
+    `start`; each next run is `step` further. `outer` is the loop of the piece that goes from row to row."""
 
     source: int
     start: int
@@ -167,8 +170,8 @@ class _Rows(NamedTuple):
     outer: int
 
 
-def _rows(piece: Piece, sources: Sequence[Values]) -> _Rows | None:
-    """The rows that a piece is made of; None where it is not made of rows of one file that are read at a time."""
+def _rows(piece: TilePiece, sources: Sequence[Values]) -> _Rows | None:
+    """The rows that a piece takes; None if the piece does not take rows of one file that are read a few at a time."""
     leaves = list(piece.leaves())
     if len(leaves) != 1 or len(piece.extents) < 2:
         return None
@@ -187,15 +190,17 @@ def _rows(piece: Piece, sources: Sequence[Values]) -> _Rows | None:
     return _Rows(leaf.source, leaf.offset, run, piece.extents[outer], leaf.strides[outer], outer)
 
 
-def by_rows(wanted: Iterable[tuple[Array, Piece]], sources: Sequence[Values], scratch: Array, how: Evaluate) -> bool:
-    """Fill tiles from pieces that take rows, or parts of rows, each row read once for all of them; False, and nothing
-    done, where they are not such pieces.
+def fill_by_rows(
+    wanted: Iterable[tuple[Array, TilePiece]], sources: Sequence[Values], scratch: Array, how: Evaluate
+) -> bool:
+    """Fill tiles from pieces that take rows, or parts of rows, and read each row once for all of them. Returns False,
+    without writing anything, if the pieces are of another kind.
 
-    The rows are read some bytes apart, and written while they are in the cache: a column of them does not fall into one
-    cache set, as it would in most matrices, and nothing is copied between reading and writing. What lies between parts
-    of rows is read over one short piece of memory, that stays in the cache.
+    The rows lie a few bytes apart in the scratch, so that a column of them does not fall into one cache set. They are
+    written while they are still in the cache, and nothing is copied in between. The gaps between parts of rows are read
+    into one short buffer, which stays in the cache.
     """
-    groups: dict[tuple[int, ...], list[tuple[Array, Piece, _Rows]]] = {}
+    groups: dict[tuple[int, ...], list[tuple[Array, TilePiece, _Rows]]] = {}
     for out, piece in wanted:
         rows = _rows(piece, sources)
         if rows is None:
@@ -213,7 +218,7 @@ def by_rows(wanted: Iterable[tuple[Array, Piece]], sources: Sequence[Values], sc
 
 
 def _covered(spans: Iterable[tuple[int, int]]) -> int:
-    """How much spans cover together."""
+    """The length that the spans cover together."""
     count, until = 0, 0
     for start, stop in sorted(spans):
         count += max(0, stop - max(start, until))
@@ -223,10 +228,10 @@ def _covered(spans: Iterable[tuple[int, int]]) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _RowReader:
-    """Pieces that take parts of the same rows, and how these are read: `nbytes` of a row from byte `first` on, `gap`
-    bytes after which the next one begins, `pitch` bytes apart in the scratch, `at_once` of them."""
+    """Pieces that take parts of the same rows, and how to read the rows: `nbytes` of each row from byte `first` on; the
+    next row begins `gap` bytes later. In the scratch the rows lie `pitch` bytes apart, `at_once` at a time."""
 
-    group: Sequence[tuple[Array, Piece, _Rows]]
+    group: Sequence[tuple[Array, TilePiece, _Rows]]
     values: Stored
     first: int
     nbytes: int
@@ -236,9 +241,9 @@ class _RowReader:
 
     @staticmethod
     def plan(
-        group: Sequence[tuple[Array, Piece, _Rows]], sources: Sequence[Values], scratch: Array
+        group: Sequence[tuple[Array, TilePiece, _Rows]], sources: Sequence[Values], scratch: Array
     ) -> _RowReader | None:
-        """None where that is not the way to read them."""
+        """None if reading row by row is not the best way."""
         rows = [one for _, _, one in group]
         values = sources[rows[0].source]
         assert isinstance(values, Stored)
@@ -249,12 +254,12 @@ class _RowReader:
         if gap < 0 or nbytes + gap - needed > min(max((DENSE - 1) * needed, _SKIPPED), SHORT):
             return None
         pitch = -(-nbytes // strided.PAD_BYTES) * strided.PAD_BYTES + strided.PAD_BYTES
-        # Value ops make arrays of several times what they are given.
-        copied = all(isinstance(piece.value, Leaf) for _, piece, _ in group)
+        # Value ops make arrays several times the size of their input.
+        copied = all(isinstance(piece.value, SourceView) for _, piece, _ in group)
         near = max(_NEAR // pitch, strided.rows_of(width) if copied else 1)
         wanted = min(near, _MOST_BUFFERS // (2 if gap else 1), rows[0].count)
         at_once = min(wanted, (scratch.nbytes - gap) // pitch)
-        if 4 * at_once < wanted:  # long rows in little memory: better a part of each
+        if 4 * at_once < wanted:  # long rows, little memory: a part of each row is better
             return None
         return _RowReader(group, values, first * width, nbytes, gap, pitch, at_once)
 
@@ -272,8 +277,10 @@ class _RowReader:
             for out, piece, own in self.group:
                 self._write(out, piece, own, start, n, raw, how)
 
-    def _write(self, out: Array, piece: Piece, rows: _Rows, start: int, n: int, raw: memoryview, how: Evaluate) -> None:
-        """Rows start..start + n of a piece, from the scratch."""
+    def _write(
+        self, out: Array, piece: TilePiece, rows: _Rows, start: int, n: int, raw: memoryview, how: Evaluate
+    ) -> None:
+        """Write rows start..start + n of a piece from the scratch."""
         dtype = numpy_dtype(self.values.spec.dtype)
         outer, leaf = rows.outer, next(piece.leaves())
         extents = (*piece.extents[:outer], n, *piece.extents[outer + 1 :])
@@ -288,9 +295,17 @@ class _RowReader:
 
 
 def _parts(
-    out: Array, piece: Piece, loop: int, leaf: Leaf, room: int, sources: Any, scratch: Array, evaluate: Evaluate
+    out: Array,
+    piece: TilePiece,
+    loop: int,
+    leaf: SourceView,
+    room: int,
+    sources: Any,
+    scratch: Array,
+    evaluate: Evaluate,
 ) -> None:
-    """The piece in parts along one loop: as many iterations at a time as a dense span in the scratch allows."""
+    """Fill the piece in parts along one loop. Each part has as many iterations as a dense span in the scratch
+    allows."""
     count = piece.extents[loop]
     alone = replace(piece, extents=(*piece.extents[:loop], 1, *piece.extents[loop + 1 :]))
     low, high = _reach(leaf, alone.extents)
@@ -299,12 +314,13 @@ def _parts(
     at_once = max(1, min(count // 2, (room - inner) // max(step, 1) + 1)) if dense else 1
     for start in range(0, count, at_once):
         part = _iterations(piece, loop, start, min(at_once, count - start))
-        _fill(out, part, sources, scratch, evaluate)
+        _fill_piece(out, part, sources, scratch, evaluate)
 
 
 class Simple(NamedTuple):
-    """A piece that takes a small part of one file as it is, or a run of it, in bytes: worked out once for all tensors
-    of one shape. `inner`: where its values are in what is read, and their strides; None: read straight to its place."""
+    """A piece that copies a small part of one file, or one run of it. All lengths are in bytes, and the plan is reused
+    for all tensors of one shape. `inner`: where the values lie in the bytes read, and their strides; None: the bytes
+    are read straight to their place."""
 
     source: int
     start: int
@@ -316,7 +332,7 @@ class Simple(NamedTuple):
     inner: tuple[int, tuple[int, ...]] | None
 
     def fill(self, out: memoryview, read: Callable[[int, memoryview], None], scratch: memoryview) -> None:
-        """Into the bytes of a tile; `read` reads from the piece's source."""
+        """Fill the bytes of a tile; `read` reads from the piece's source."""
         if self.inner is None:
             read(self.start, out[self.offset : self.offset + self.nbytes])
             return
@@ -326,10 +342,10 @@ class Simple(NamedTuple):
         target[...] = np.ndarray(self.extents, self.dtype, scratch, offset, strides)
 
 
-def simple(piece: Piece, width: int) -> Simple | None:
-    """The piece as a Simple, where it is one, for elements of `width` bytes that come from a file."""
+def simple(piece: TilePiece, width: int) -> Simple | None:
+    """The piece as a Simple, for elements of `width` bytes from a file; None if the piece is not simple."""
     leaf, dtype = piece.value, strided.BITS.get(width)
-    if not isinstance(leaf, Leaf) or dtype is None:
+    if not isinstance(leaf, SourceView) or dtype is None:
         return None
     offset = piece.offset * width
     if _straight(piece):
@@ -343,8 +359,9 @@ def simple(piece: Piece, width: int) -> Simple | None:
     return Simple(leaf.source, low * width, nbytes, dtype, piece.extents, offset, strides, inner)
 
 
-def cut(piece: Piece, most: int) -> Iterator[Piece]:
-    """The piece in parts of about `most` elements: along one loop, so that each takes a stretch of its source."""
+def cut_piece(piece: TilePiece, most: int) -> Iterator[TilePiece]:
+    """The piece in parts of about `most` elements, cut along one loop so that each part takes one stretch of its
+    source."""
     if piece.count <= most:
         yield piece
         return
@@ -357,9 +374,9 @@ def cut(piece: Piece, most: int) -> Iterator[Piece]:
         yield _iterations(piece, loop, start, min(step, count - start))
 
 
-def _iterations(piece: Piece, loop: int, start: int, count: int) -> Piece:
+def _iterations(piece: TilePiece, loop: int, start: int, count: int) -> TilePiece:
     """`count` iterations of one loop, from `start` on."""
-    return Piece(
+    return TilePiece(
         (*piece.extents[:loop], count, *piece.extents[loop + 1 :]),
         piece.offset + start * piece.strides[loop],
         piece.strides,
@@ -368,22 +385,22 @@ def _iterations(piece: Piece, loop: int, start: int, count: int) -> Piece:
 
 
 def _moved(value: Value, loop: int, by: int) -> Value:
-    if isinstance(value, Leaf):
+    if isinstance(value, SourceView):
         return replace(value, offset=value.offset + by * value.strides[loop])
     if isinstance(value, Apply):
         return replace(value, args=tuple(_moved(arg, loop, by) for arg in value.args))
     return value
 
 
-def _straight(piece: Piece) -> bool:
-    """A run of the source that is a run of the tile."""
-    if not isinstance(piece.value, Leaf):
+def _straight(piece: TilePiece) -> bool:
+    """True if the piece copies one run of the source to one run of the tile."""
+    if not isinstance(piece.value, SourceView):
         return False
     return not piece.extents or (len(piece.extents) == 1 and piece.strides == piece.value.strides == (1,))
 
 
-def _reach(leaf: Leaf, extents: tuple[int, ...]) -> tuple[int, int]:
-    """The first and the last element that a leaf touches."""
+def _reach(leaf: SourceView, extents: tuple[int, ...]) -> tuple[int, int]:
+    """The first and the last element that a source view touches."""
     ends = [s * (n - 1) for s, n in zip(leaf.strides, extents, strict=True)]
     return leaf.offset + sum(e for e in ends if e < 0), leaf.offset + sum(e for e in ends if e > 0)
 
@@ -391,5 +408,5 @@ def _reach(leaf: Leaf, extents: tuple[int, ...]) -> tuple[int, int]:
 def _window(flat: Array, offset: int, extents: tuple[int, ...], strides: tuple[int, ...]) -> Array:
     """A strided view; NumPy checks that it stays inside `flat`."""
     width = flat.itemsize
-    raw = flat.view(np.uint8).data  # the buffer protocol knows no bfloat16
+    raw = flat.view(np.uint8).data  # the buffer protocol does not know bfloat16
     return np.ndarray(extents, flat.dtype, raw, offset * width, [s * width for s in strides])

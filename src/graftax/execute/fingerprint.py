@@ -1,4 +1,4 @@
-"""What the values of a run come from, as a digest: equal for two runs only if they make the same tensors."""
+"""A digest of everything that determines the output of a run: two runs with equal digests make the same tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from graftax.tree import Checkpoint
 
 
 def fingerprint(plan: Plan, source: Checkpoint, like: Checkpoint | None) -> str:
-    """A digest of the plan and of the files that its values are read from: their sizes, inodes and times of change.
+    """A digest of the plan and of the files it reads: their sizes, inodes and modification times.
 
-    UsageError where values come from anything but files: by nothing would a change of them show.
+    UsageError if some values do not come from files, because a change of those values would not show.
     """
     kept = any(entry.ops and isinstance(entry.ops[0], Keep) for entry in plan.entries)
     ends = [source, like] if kept and like is not None else [source]
@@ -27,7 +27,7 @@ def fingerprint(plan: Plan, source: Checkpoint, like: Checkpoint | None) -> str:
 def _files(end: Checkpoint) -> list[list[int]]:
     if not end.storage.files:
         raise UsageError(
-            f"{escape(end.label)} is not in files, so that nothing shows whether it is still the same",
+            f"{escape(end.label)} is not stored in files, so a change of it would not be noticed",
             next=f"Port it without {worded('--resume', 'resume=True')}, or save it first.",
         )
     stats = [os.stat(path) for path in end.storage.files]

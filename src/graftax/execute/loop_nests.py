@@ -1,4 +1,4 @@
-"""Selections of a tensor as loop nests: for each axis one affine expression of the loop counters."""
+"""Selections of a tensor as loop nests: one affine expression of the loop counters for each axis."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 MOST_PIECES = 1 << 16
-"""A selection that falls into more is not local."""
+"""A selection that splits into more pieces is not local."""
 
 
 class NotLocal(Exception):
-    """The slice cannot be made from a bounded part of the sources: run the whole entry and cut."""
+    """The slice cannot be made from a bounded part of the sources. Run the whole entry and cut its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class Nest:
-    """Loops (extents, strides in the output, output offset) and one expression for each axis of the current tensor."""
+    """Loops (extents, strides in the output, offset in the output) and one expression for each axis of the current
+    tensor."""
 
     extents: tuple[int, ...]
     offset: int
@@ -45,14 +46,14 @@ class Nest:
         return tuple(change(e) for e in self.axes)
 
     def reversed(self, loop: int) -> Nest:
-        """The same with one loop running backwards."""
+        """The same selection with one loop running backwards."""
         n = self.extents[loop] - 1
         axes = self.mapped(lambda e: Affine(e.base + n * e.by[loop], _with(e.by, loop, -e.by[loop])))
         offset = self.offset + n * self.strides[loop]
         return Nest(self.extents, offset, _with(self.strides, loop, -self.strides[loop]), axes)
 
     def positive(self, axis: int) -> Nest:
-        """The same with no negative coefficient on `axis`."""
+        """The same selection without negative coefficients on `axis`."""
         out = self
         for loop, c in enumerate(self.axes[axis].by):
             if c < 0:
@@ -60,13 +61,13 @@ class Nest:
         return out
 
     def cut(self, loop: int, start: int, stop: int) -> Nest:
-        """Iterations start..stop of one loop; a loop of one iteration stays, as a constant."""
+        """Iterations start..stop of one loop. A loop with one iteration remains, as a constant."""
         axes = self.mapped(lambda e: Affine(e.base + start * e.by[loop], e.by))
         offset = self.offset + start * self.strides[loop]
         return Nest(_with(self.extents, loop, stop - start), offset, self.strides, axes)
 
     def nested(self, loop: int, inner: int) -> Nest:
-        """One loop as two: the old one steps by `inner`, a new last loop runs inside it."""
+        """One loop split into two: the old loop steps by `inner`, and a new last loop runs inside it."""
         axes = self.mapped(lambda e: Affine(e.base, (*_with(e.by, loop, e.by[loop] * inner), e.by[loop])))
         extents = (*_with(self.extents, loop, self.extents[loop] // inner), inner)
         strides = (*_with(self.strides, loop, self.strides[loop] * inner), self.strides[loop])
@@ -78,7 +79,7 @@ def _with(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
 
 
 def active(nest: Nest, by: Sequence[int]) -> list[int]:
-    """The loops that change an expression of these coefficients."""
+    """The loops that change an expression with these coefficients."""
     return [loop for loop, c in enumerate(by) if c and nest.extents[loop] > 1]
 
 
@@ -91,7 +92,7 @@ def times(a: Affine, factor: int) -> Affine:
 
 
 def divided(nest: Nest, axis: int, size: int) -> Iterator[Nest]:
-    """Parts in which `axis` is its quotient by `size`, and its remainder is a further last axis."""
+    """Parts of the selection in which `axis` holds its quotient by `size`, and a new last axis holds the remainder."""
     todo = [nest]
     while todo:
         one = todo.pop().positive(axis)
@@ -122,7 +123,7 @@ def divided(nest: Nest, axis: int, size: int) -> Iterator[Nest]:
 
 
 def zones(nest: Nest, axis: int, sizes: Sequence[int]) -> Iterator[tuple[int, Nest]]:
-    """(zone, part): the parts of a selection that lie in one of the consecutive zones of an axis."""
+    """(zone, part): the parts of a selection in each of the consecutive zones of an axis."""
     todo = [nest]
     while todo:
         one = todo.pop().positive(axis)
@@ -137,7 +138,7 @@ def zones(nest: Nest, axis: int, sizes: Sequence[int]) -> Iterator[tuple[int, Ne
         loop = max(active(one, e.by), key=lambda j: e.by[j])
         step, count = e.by[loop], one.extents[loop]
         inner = one.last(axis) - e.base - step * (count - 1)
-        below = max(0, min(count, -(-(end - e.base - inner) // step)))  # iterations that lie before the border whole
+        below = max(0, min(count, -(-(end - e.base - inner) // step)))  # iterations that end before the border
         begun = max(0, min(count, -(-(end - e.base) // step)))  # iterations that begin before it
         if begun < count:
             todo.append(one.cut(loop, begun, count))

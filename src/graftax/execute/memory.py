@@ -1,4 +1,4 @@
-"""Host memory that jax can take over as it is: aligned, private, in huge pages where it is large."""
+"""Host memory that jax can use without a copy: aligned, private, and in huge pages if it is large."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 ALIGNMENT = 64
-"""What XLA's CPU client asks of a buffer that it is to use without a copy."""
+"""The alignment that XLA's CPU client requires to use a buffer without a copy."""
 _HUGE = 2 << 20
 _GROUP = 4 << 20
 """Arrays that are too small for huge pages of their own share about so much: what one that is left keeps alive."""
 
 
 class _Memory:
-    """The owner of just the bytes of an array: by it the adapters know that the array has its memory to itself."""
+    """The owner of exactly the bytes of one array. It tells the adapters that nothing else uses this memory."""
 
     __slots__ = ("__array_interface__", "_keep", "nbytes")
 
@@ -30,14 +30,14 @@ class _Memory:
 
 
 def allocate(nbytes: int) -> Bytes:
-    """Flat, writable bytes at a multiple of 64, not initialised. 2 MiB and more get memory of their own in huge pages:
-    a first touch of 4 KiB pages costs five times what the copy into them does."""
+    """Flat, writable, uninitialised bytes at a multiple of 64. From 2 MiB on they are a separate block in huge pages:
+    the first touch of 4 KiB pages costs five times as much as the copy into them."""
     return np.asarray(_Memory(_aligned(nbytes)))
 
 
 def allocate_all(sizes: Sequence[int]) -> list[Bytes]:
-    """As `allocate`, for each of `sizes`. Small ones that follow each other share memory, a few MiB at a time, which is
-    freed with the last of them."""
+    """As `allocate`, for each of `sizes`. Small neighbours share a block of a few MiB, which is freed with the last of
+    them."""
     out: list[Bytes] = []
     group: list[int] = []
     filled = 0
@@ -76,7 +76,7 @@ def _aligned(nbytes: int) -> Bytes:
     start = -_address(raw) % _HUGE
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)  # none that would be used in part only
+            pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)  # no page that would be used only in part
     return raw[start : start + nbytes]
 
 

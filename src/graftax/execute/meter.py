@@ -1,4 +1,5 @@
-"""Measure, tile by tile, what value ops lose: invert each tile and count the source values that come back."""
+"""Measure, tile by tile, what value ops lose: invert each tile and count the source values that a round trip
+restores."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from graftax.execute.pushdown import Apply, Const, Leaf, Value
+from graftax.execute.pushdown import Apply, Const, SourceView, Value
 from graftax.ops import Cast
 from graftax.ops.base import count_same_bits
 from graftax.ops.casting import CastCount, cast_array
@@ -16,12 +17,12 @@ from graftax.plans import Entry
 from graftax.tree.dtypes import numpy_dtype
 
 Array = np.ndarray[Any, Any]
-View = Callable[[Leaf], Array]
+View = Callable[[SourceView], Array]
 
 
 def evaluate(value: Value, extents: tuple[int, ...], view: View) -> Array:
-    """The array of a piece: leaves by `view`, value ops on top."""
-    if isinstance(value, Leaf):
+    """The array of a piece: `view` gives the source views, and the value ops run on top."""
+    if isinstance(value, SourceView):
         return view(value)
     if isinstance(value, Const):
         return _constant(value, extents)
@@ -30,8 +31,8 @@ def evaluate(value: Value, extents: tuple[int, ...], view: View) -> Array:
 
 @dataclass(slots=True)
 class Meter:
-    """Evaluates the pieces of one entry, and counts: `equal` of `total` source values come back bit for bit,
-    `equal_in_float32` would if the entry were held in float32 (16-bit sources only)."""
+    """Evaluates the pieces of one entry and counts. A round trip restores `equal` of `total` source values bit for bit.
+    It would restore `equal_in_float32` if the entry were held in float32 (16-bit sources only)."""
 
     exact: bool
     equal: int = 0
@@ -41,9 +42,9 @@ class Meter:
     casts: CastCount = field(default_factory=CastCount)
 
     def __call__(self, value: Value, extents: tuple[int, ...], view: View) -> Array:
-        seen: dict[Leaf, Array] = {}
+        seen: dict[SourceView, Array] = {}
 
-        def once(leaf: Leaf) -> Array:
+        def once(leaf: SourceView) -> Array:
             if leaf not in seen:
                 seen[leaf] = view(leaf)
             return seen[leaf]
@@ -57,7 +58,7 @@ class Meter:
         return made
 
     def add(self, other: Meter) -> None:
-        """Counts what another meter of the same entry has counted."""
+        """Add the counts of another meter of the same entry."""
         self.equal += other.equal
         self.total += other.total
         self.equal_in_float32 += other.equal_in_float32
@@ -65,7 +66,7 @@ class Meter:
         self.casts += other.casts
 
     def as_json(self) -> list[Any]:
-        """What was counted, for `from_json`."""
+        """The counts, for `from_json`."""
         casts = [getattr(self.casts, field.name) for field in fields(self.casts)]
         return [self.equal, self.total, self.equal_in_float32, self.narrow, casts]
 
@@ -85,7 +86,7 @@ class Meter:
         return value.op.apply(given)[0]
 
     def _back(self, value: Value, made: Array, view: View) -> None:
-        if isinstance(value, Leaf):
+        if isinstance(value, SourceView):
             given = view(value)
             self.total += given.size
             self.equal += count_same_bits(given, made)
@@ -100,7 +101,7 @@ class Meter:
         return given[0] if isinstance(value.op, Cast) else value.op.apply(given)[0]
 
     def _back32(self, value: Value, made: Array, view: View) -> None:
-        if isinstance(value, Leaf):
+        if isinstance(value, SourceView):
             given = view(value)
             self.equal_in_float32 += count_same_bits(given, made.astype(given.dtype))
         elif isinstance(value, Apply):
@@ -110,7 +111,8 @@ class Meter:
 
 
 def meter_for(entry: Entry) -> Meter | None:
-    """A meter for pieces of an entry, or for all of it; None where there is nothing to measure and no cast to count."""
+    """A meter for the pieces of an entry, or for all of it; None if there is nothing to measure and no cast to
+    count."""
     casts = any(isinstance(op, Cast) for op in entry.ops)
     return None if entry.exact and not casts else Meter(entry.exact)
 

@@ -1,4 +1,4 @@
-"""What each of several processes makes of one checkpoint: pure arithmetic, the same in all of them."""
+"""Divide the work on one checkpoint among several processes: pure arithmetic, with the same result in all of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Part = tuple[int, int]
 
 
 def divide_tiles(groups: Iterable[Mapping[str, Sequence[int]]], count: int) -> list[dict[str, Part]]:
-    """For each of `count` processes: target -> the tiles that it makes, so that each makes about as many bytes, all in
-    one stretch. A group (target -> the bytes of its tiles) of several targets is made by one process; a group of one
-    is cut between tiles."""
+    """For each of `count` processes: target -> the tiles that it makes. Each process gets about the same number of
+    bytes, in one stretch. A group is: target -> the bytes of its tiles. One process makes all of a group with several
+    targets; a group with one target may be cut between tiles."""
     listed = list(groups)
     total = sum(sum(sizes) for group in listed for sizes in group.values())
     out: list[dict[str, Part]] = [{} for _ in range(count)]
@@ -38,7 +38,7 @@ def divide_tiles(groups: Iterable[Mapping[str, Sequence[int]]], count: int) -> l
 
 
 def divide_whole(sizes: Sequence[int], count: int) -> list[int]:
-    """The process of each of these files: the largest first, each to the one that has least."""
+    """The process of each file: the largest file comes first, and each goes to the process with the fewest bytes."""
     load = [0] * count
     owners = [0] * len(sizes)
     for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -48,13 +48,13 @@ def divide_whole(sizes: Sequence[int], count: int) -> list[int]:
 
 
 def _owner(done: int, nbytes: int, total: int, count: int) -> int:
-    """Whose stretch the middle of these bytes lies in."""
+    """The process whose stretch contains the middle of these bytes."""
     return min(count - 1, (2 * done + nbytes) * count // max(2 * total, 1))
 
 
-def cuts(shape: tuple[int, ...], count: int, order: Sequence[int]) -> list[int]:
-    """Into how many equal parts to cut each axis, `count` parts in all at most: of the axes of `order` the first as
-    often as it can be."""
+def parts_per_axis(shape: tuple[int, ...], count: int, order: Sequence[int]) -> list[int]:
+    """The number of equal parts to cut each axis into, at most `count` parts in total. The first axes of `order` are
+    cut as often as possible."""
     out = [1] * len(shape)
     left = count
     for axis in order:
@@ -64,7 +64,8 @@ def cuts(shape: tuple[int, ...], count: int, order: Sequence[int]) -> list[int]:
 
 
 def best_order(entry: Entry, target: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> list[int]:
-    """The axes of a target, that one first which, cut in two, leaves the longest runs in the sources of its entry."""
+    """The axes of a target. The axis comes first that, cut in two, leaves the longest runs in the sources of the
+    entry."""
     sources = tuple(specs[name] for name in entry.sources)
     index = entry.targets.index(target)
 
@@ -78,26 +79,26 @@ def best_order(entry: Entry, target: str, shape: tuple[int, ...], specs: Mapping
     return sorted(range(len(shape)), key=run, reverse=True) if all(shape) else list(range(len(shape)))
 
 
-def spread(shape: tuple[int, ...], devices: Sequence[Any], order: Sequence[int]) -> Any:
-    """A sharding of an array of this shape over all devices: as many parts as its axes can be cut into, in `order`; the
-    rest of the devices hold copies."""
+def spread_sharding(shape: tuple[int, ...], devices: Sequence[Any], order: Sequence[int]) -> Any:
+    """A sharding of an array of this shape over all devices. Its axes are cut into as many parts as possible, in
+    `order`; the remaining devices hold copies."""
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    parts = cuts(shape, len(devices), order)
+    parts = parts_per_axis(shape, len(devices), order)
     names = [f"axis_{axis}" for axis in range(len(shape))]
     grid = np.asarray(devices, dtype=object).reshape(*parts, len(devices) // math.prod(parts))
     return NamedSharding(Mesh(grid, (*names, "copies")), PartitionSpec(*names))
 
 
-def added(counts: Iterable[Any]) -> Any:
-    """The sum of counts of one form: whole numbers are added, of others the largest counts, truths hold if all do,
-    lists item by item."""
+def sum_counts(counts: Iterable[Any]) -> Any:
+    """The sum of counts of one form. Whole numbers are added, other numbers give the largest, booleans hold if all
+    hold, and lists are summed item by item."""
     return _joined(list(counts), sum)
 
 
-def subtracted(after: Any, before: Any) -> Any:
-    """What came to `before` (None: nothing yet) to give `after`."""
+def subtract_counts(after: Any, before: Any) -> Any:
+    """What was added to `before` (None: nothing) to reach `after`."""
     return after if before is None else _joined([after, before], lambda pair: pair[0] - pair[1])
 
 

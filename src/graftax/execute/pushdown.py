@@ -1,9 +1,10 @@
-"""Which source values a slice of a target needs, found by pushing the slice back through the ops.
+"""Find the source values that a slice of a target needs, by pushing the slice back through the ops.
 
-A slice is a loop nest: extents, and for each axis of the tensor one affine expression of the loop counters. Going back
-through an index op changes the expressions, splits a loop where a merged axis wraps, or cuts one where a concat has a
-border. What arrives at the sources is a list of pieces, each a strided copy: out[offset + loops . strides] =
-source[offset + loops . strides], with value ops on top. Pieces do not overlap and cover the slice.
+A slice is a loop nest: extents, and for each axis of the tensor one affine expression of the loop counters. An index op
+changes the expressions on the way back; it splits a loop where a merged axis wraps, and cuts a loop at the border of a
+concat. At the sources the slice has become a list of pieces. Each piece is a strided copy, with value ops on top:
+out[offset + loops . strides] = source[offset + loops . strides]. Pieces do not overlap, and together they cover the
+slice.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Box = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
-    """Elements of one source: `offset` plus one stride for each loop, in C order of the source."""
+class SourceView:
+    """A strided view of one source: `offset`, and one stride for each loop, in the source's C order."""
 
     source: int
     offset: int
@@ -46,18 +47,18 @@ class Const:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """A value op on what its arguments give, element by element; `output` is which of its outputs."""
+    """A value op applied to its arguments element by element; `output` is the index of its output."""
 
     op: Op
     args: tuple[Value, ...]
 
 
-Value = Leaf | Const | Apply
+Value = SourceView | Const | Apply
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """out[offset + loops . strides] = value, for all loop counters below `extents`. Elements, not bytes."""
+class TilePiece:
+    """out[offset + loops . strides] = value, for all loop counters below `extents`. Counts elements, not bytes."""
 
     extents: tuple[int, ...]
     offset: int
@@ -68,19 +69,19 @@ class Piece:
     def count(self) -> int:
         return math.prod(self.extents)
 
-    def leaves(self) -> Iterator[Leaf]:
+    def leaves(self) -> Iterator[SourceView]:
         yield from _leaves(self.value)
 
 
-def _leaves(value: Value) -> Iterator[Leaf]:
-    if isinstance(value, Leaf):
+def _leaves(value: Value) -> Iterator[SourceView]:
+    if isinstance(value, SourceView):
         yield value
     elif isinstance(value, Apply):
         for arg in value.args:
             yield from _leaves(arg)
 
 
-# ---------------------------------------------------------------- the walk
+# ---------------------------------------------------------------- pushing back
 
 
 def push(
@@ -90,12 +91,12 @@ def push(
     box: Box,
     most: int = MOST_PIECES,
     within: Box | None = None,
-) -> list[Piece]:
-    """The pieces that make `box` of the chain's output `target`, as a C-contiguous tile of the box's extents; or at its
-    place in a tile of the larger box `within`.
+) -> list[TilePiece]:
+    """The pieces that make `box` of the chain's output `target`. They fill a C-contiguous tile of the box's extents;
+    with `within`, a larger box, they fill their place in a tile of `within`.
 
-    Conditions of checked ops (repeated rows, dropped padding, ties) are not looked at here. Raises NotLocal where an
-    op needs whole tensors (norms), or the slice falls into more than `most` pieces.
+    This function does not check the conditions of checked ops (repeated rows, dropped padding, ties). Raises NotLocal
+    if an op needs whole tensors (norms), or if the slice splits into more than `most` pieces.
     """
     extents = tuple(stop - start for start, stop in box)
     outer = box if within is None else within
@@ -108,12 +109,12 @@ def push(
     )
     if 0 in extents:
         return []
-    walk = _Walk(tuple(ops), tuple(sources), most)
+    walk = _Push(tuple(ops), tuple(sources), most)
     return [_coalesced(piece) for piece in walk.back(len(ops), target, Nest(extents, offset, tuple(strides), axes))]
 
 
-class _Walk:
-    """One push: the specs along the chain, and how many pieces are left."""
+class _Push:
+    """One push: the specs along the chain, and the number of pieces that remain."""
 
     __slots__ = ("left", "ops", "specs")
 
@@ -124,8 +125,8 @@ class _Walk:
             self.specs.append(infer_chain((op,), self.specs[-1]))
         self.left = most
 
-    def back(self, place: int, tensor: int, nest: Nest) -> Iterator[Piece]:
-        """The pieces of `nest`, a selection of output `tensor` of the first `place` ops."""
+    def back(self, place: int, tensor: int, nest: Nest) -> Iterator[TilePiece]:
+        """The pieces of `nest`, which selects from output `tensor` of the first `place` ops."""
         if place == 0:
             self.left -= 1
             if self.left < 0:
@@ -135,7 +136,7 @@ class _Walk:
         op, before = self.ops[place - 1], self.specs[place - 1]
         if isinstance(op, Fill) or (isinstance(op, Unsum) and _term(op, tensor)[1]):
             value = op.value if isinstance(op, Fill) else 0.0
-            yield Piece(nest.extents, nest.offset, nest.strides, Const(value, self.specs[place][tensor].dtype))
+            yield TilePiece(nest.extents, nest.offset, nest.strides, Const(value, self.specs[place][tensor].dtype))
         elif isinstance(op, (Cast, Scale, Offset)):
             for piece in self.back(place - 1, tensor, nest):
                 yield replace(piece, value=Apply(op, (piece.value,)))
@@ -149,7 +150,7 @@ class _Walk:
         else:
             raise NotLocal(f"{op.text} needs whole tensors")
 
-    def _sum(self, op: Sum, place: int, tensor: int, nest: Nest) -> Piece:
+    def _sum(self, op: Sum, place: int, tensor: int, nest: Nest) -> TilePiece:
         found = [list(self.back(place - 1, term, nest)) for term in op.groups[tensor]]
         first = found[0][0]
         layouts = {(p.extents, p.offset, p.strides) for pieces in found for p in pieces}
@@ -160,17 +161,17 @@ class _Walk:
         alone = Sum((tuple(range(len(found))),))
         return replace(first, value=Apply(alone, tuple(pieces[0].value for pieces in found)))
 
-    def _pad(self, op: Pad, place: int, tensor: int, nest: Nest) -> Iterator[Piece]:
+    def _pad(self, op: Pad, place: int, tensor: int, nest: Nest) -> Iterator[TilePiece]:
         spec = self.specs[place - 1][tensor]
         for zone, part in zones(nest, op.axis, (op.before, spec.shape[op.axis], op.after)):
             if zone == 1:
                 e = part.axes[op.axis]
                 yield from self.back(place - 1, tensor, part.with_axis(op.axis, Affine(e.base - op.before, e.by)))
             else:
-                yield Piece(part.extents, part.offset, part.strides, Const(op.fill, spec.dtype))
+                yield TilePiece(part.extents, part.offset, part.strides, Const(op.fill, spec.dtype))
 
 
-def _at_source(tensor: int, spec: TensorSpec, nest: Nest) -> Piece:
+def _at_source(tensor: int, spec: TensorSpec, nest: Nest) -> TilePiece:
     step, offset = 1, 0
     strides = [0] * len(nest.extents)
     for e, extent in zip(reversed(nest.axes), reversed(spec.shape), strict=True):
@@ -178,11 +179,11 @@ def _at_source(tensor: int, spec: TensorSpec, nest: Nest) -> Piece:
         for loop, c in enumerate(e.by):
             strides[loop] += c * step
         step *= extent
-    return Piece(nest.extents, nest.offset, nest.strides, Leaf(tensor, offset, tuple(strides)))
+    return TilePiece(nest.extents, nest.offset, nest.strides, SourceView(tensor, offset, tuple(strides)))
 
 
 Back = Iterator[tuple[int, Nest]]
-"""(input tensor, selection of it), parts of one selection of an output."""
+"""(input tensor, selection of it): the parts of one selection of an output."""
 
 
 def _term(op: Unsum, tensor: int) -> tuple[int, int]:
@@ -208,10 +209,9 @@ def _rearrange(op: Rearrange, before: Sequence[TensorSpec], tensor: int, nest: N
 def _split_groups(
     nest: Nest, groups: Sequence[Sequence[str]], sizes: dict[str, int]
 ) -> Iterator[tuple[dict[str, Affine], Nest]]:
-    """The index of every named axis, for a tensor whose axes are merged `groups` of them.
+    """The index of every named axis, for a tensor whose axes merge `groups` of named axes.
 
-    The expressions of named axes found so far ride along as further axes of the nest, so that splitting a loop keeps
-    them right.
+    The expressions found so far become further axes of the nest, so that splitting a loop keeps them right.
     """
     names: list[str] = []
     todo: list[Nest] = [nest]
@@ -317,15 +317,15 @@ _STEPS: dict[type[Any], Callable[[Any, Sequence[TensorSpec], int, Nest], Back]] 
     RequireZero: _same,
     Unsum: _unsum,
 }
-"""op -> how a selection of one of its outputs falls on its inputs"""
+"""op -> how a selection of one output maps to its inputs"""
 
 
 # ---------------------------------------------------------------- tidying
 
 
-def _coalesced(piece: Piece) -> Piece:
-    """The piece with as few loops as can be: those of one iteration dropped, those that continue each other joined;
-    outermost in the output first."""
+def _coalesced(piece: TilePiece) -> TilePiece:
+    """The piece with as few loops as possible: loops of one iteration are dropped, and loops that continue each other
+    are joined. The outermost loop of the output comes first."""
     rows = [(piece.strides, *(leaf.strides for leaf in piece.leaves()))]
     columns = list(zip(*rows[0], strict=True)) if piece.extents else []
     loops = [(n, column) for n, column in zip(piece.extents, columns, strict=True) if n > 1]
@@ -339,11 +339,11 @@ def _coalesced(piece: Piece) -> Piece:
     strides = [tuple(column[i] for _, column in joined) for i in range(len(rows[0]))]
     rest = iter(strides[1:])
     value = _restrided(piece.value, rest)
-    return Piece(tuple(n for n, _ in joined), piece.offset, strides[0], value)
+    return TilePiece(tuple(n for n, _ in joined), piece.offset, strides[0], value)
 
 
 def _restrided(value: Value, strides: Iterator[tuple[int, ...]]) -> Value:
-    if isinstance(value, Leaf):
+    if isinstance(value, SourceView):
         return replace(value, strides=next(strides))
     if isinstance(value, Apply):
         return replace(value, args=tuple(_restrided(arg, strides) for arg in value.args))

@@ -1,4 +1,4 @@
-"""What one thread reads a checkpoint with."""
+"""The reader of one thread: its buffer and its open sources."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from graftax.execute.fill_tile import Values, opened
+from graftax.execute.fill_tile import Values, open_values
 from graftax.execute.memory import allocate
 from graftax.plans import Entry
 from graftax.tree import Checkpoint
@@ -17,12 +17,12 @@ Lock = AbstractContextManager[Any]
 
 
 class Reader:
-    """Memory to read into, and the sources of the entry that is worked on, kept until another is asked for: a file that
-    cannot be read by position is read once for all tiles and targets.
+    """A buffer to read into, and the sources of the current entry. The sources stay open until another entry is asked
+    for, so a file that cannot be read by position is read once for all tiles and targets.
 
-    source  the checkpoint
-    nbytes  of the scratch; only what is used of it is taken from the system
-    lock    held while the checkpoint reads a tensor whole, which not every one can do for two threads at once
+      source  the checkpoint
+      nbytes  size of the scratch; the system provides only the part that is used
+      lock    held while the checkpoint reads a whole tensor, which not every reader can do for two threads at once
     """
 
     __slots__ = ("_entry", "_lock", "_source", "_values", "nbytes", "scratch")
@@ -31,15 +31,15 @@ class Reader:
         self._source, self._lock = source, lock
         self.scratch = allocate(nbytes)
         self.nbytes = 0
-        """Bytes that were read of the source's values, since somebody took note of them."""
+        """Bytes of the source's values that were read since the last call of `noted`."""
         self._entry: Entry | None = None
         self._values: list[Values] = []
 
     def opened(self, entry: Entry) -> list[Values]:
         """The entry's sources."""
         if self._entry is not entry:
-            self.let_go()  # what was held, before more is read
-            self._values = [opened(self._source, name, self._count, self._whole) for name in entry.sources]
+            self.let_go()  # release the old values before reading more
+            self._values = [open_values(self._source, name, self._count, self._whole) for name in entry.sources]
             self._entry = entry
         return self._values
 
@@ -47,7 +47,7 @@ class Reader:
         self._entry, self._values = None, []
 
     def noted(self) -> int:
-        """`nbytes`, which begin again at 0."""
+        """Return `nbytes` and reset it to 0."""
         nbytes, self.nbytes = self.nbytes, 0
         return nbytes
 

@@ -1,4 +1,4 @@
-"""What a run did: the receipt, and how much of what it changed comes back."""
+"""The receipt of a run: what it did, and how much of what it changed a round trip restores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from graftax.ops.casting import CastCount
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """How much of an inexact entry comes back bit for bit: `equal` of `total` source values. `change`: the largest
-    relative change by its cast, None where it has none; `cast_alone`: nothing else of it is inexact."""
+    """How much of an inexact entry a round trip restores bit for bit: `equal` of `total` source values. `change`: the
+    largest relative change by its cast, None without a cast. `cast_alone`: the cast is the only inexact op."""
 
     targets: tuple[str, ...]
     equal: int
@@ -41,11 +41,12 @@ class Measured:
 
 @dataclass(slots=True)
 class Receipt:
-    """What a run did: leaves and bytes written, exactness as measured, casts as counted, what was dropped and why, what
-    no source filled and how it was, and what the writer has to say.
+    """What a run did: leaves and bytes written, measured exactness, counted casts, dropped tensors with the reason,
+    missing leaves with how they were filled, and the writer's notes.
 
-    Where the source's files are read by position also: the bytes that this process read of their values; of a load into
-    shards the bytes that its shards are made of, and leaf -> why, where more than twice these were read.
+    For a source read by position it also holds the number of bytes that this process read. For a load into shards it
+    also holds the number of bytes that the shards needed, and leaf -> reason for each leaf that read more than twice
+    what it needed.
     """
 
     leaves: int = 0
@@ -66,7 +67,7 @@ class Receipt:
 
     @property
     def text(self) -> str:
-        """`lossless: yes`, or how much of which entries comes back."""
+        """`lossless: yes`, or which entries are not lossless and how much of them a round trip restores."""
         lossy = [entry for entry in self.measured if not entry.lossless]
         lines = ["lossless: yes" if not lossy else f"lossless: but for {len(lossy)} entries"]
         lines += [f"  {entry}" for entry in lossy[:8]]

@@ -1,4 +1,4 @@
-"""What must not differ between processes that write one checkpoint together, as short texts to compare."""
+"""Short texts to compare between processes that write one checkpoint together: they must be equal in all."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from graftax.ops import Keep, Op, op_to_json
 from graftax.plans import Plan
 from graftax.tree import Checkpoint
 
-_SAMPLES, _SAMPLE = 16, 4096  # places in a file that are compared, and their bytes
-_FILES = 1000  # files of which so much is read
+_SAMPLES, _SAMPLE = 16, 4096  # number of samples of a file, and bytes of each
+_FILES = 1000  # number of files that are sampled
 
 
 def same_work(made: Plan, source: Checkpoint, like: Checkpoint | None) -> dict[str, str]:
-    """name -> what must not differ between processes: the plan, what decides on dtypes, and samples of the files that
+    """name -> text that must be equal in all processes: the plan, what decides dtypes, and samples of the files that
     are read."""
     import jax
 
@@ -35,12 +35,12 @@ def same_work(made: Plan, source: Checkpoint, like: Checkpoint | None) -> dict[s
 
 
 def _plain(op: Op) -> str:
-    """An op as text, without what only its process knows it by."""
+    """An op as text, without identifiers that hold in one process only."""
     return json.dumps(op_to_json(op), sort_keys=True, default=lambda value: type(value).__name__)
 
 
 def sample(path: Path) -> str:
-    """A digest of a file's size and of what is in a few places of it."""
+    """A digest of a file's size and of samples of its content."""
     try:
         stamp = files.stamp(path)
         places = sorted({max(0, stamp.size - _SAMPLE) * i // (_SAMPLES - 1) for i in range(_SAMPLES)})

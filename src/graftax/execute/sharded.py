@@ -1,4 +1,4 @@
-"""A target straight into the shards of a jax.Array: each process reads what its own devices need, each byte once."""
+"""Make a target directly as the shards of a jax.Array: each process reads what its own devices need, each byte once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from graftax.execute.fill_tile import DENSE, SHORT, Evaluate, Held, Stored, Values, by_rows, fill
+from graftax.execute.fill_tile import DENSE, SHORT, Evaluate, Held, Stored, Values, fill_by_rows, fill_tile
 from graftax.execute.memory import allocate_all
-from graftax.execute.pushdown import Apply, Box, Leaf, Piece, Value, push
+from graftax.execute.pushdown import Apply, Box, SourceView, TilePiece, Value, push
 from graftax.execute.tiling import Edges, box_steps, grid
 from graftax.ops import Op
 from graftax.tree import TensorSpec
@@ -22,9 +22,9 @@ Array = np.ndarray[Any, Any]
 
 
 def sharding_boxes(shape: tuple[int, ...], sharding: Any) -> dict[Edges, list[Any]]:
-    """What the devices of this process hold of an array: box -> its devices (several where it is replicated).
+    """The boxes of an array that the devices of this process hold: box -> its devices (several if it is replicated).
 
-    ValueError as jax gives it, where the shape cannot be divided so.
+    Raises jax's ValueError if the shape cannot be divided this way.
     """
     out: dict[Edges, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -37,12 +37,13 @@ def sharding_boxes(shape: tuple[int, ...], sharding: Any) -> dict[Edges, list[An
 
 
 def local_bytes(spec: TensorSpec, sharding: Any) -> int:
-    """What the devices of this process hold of a tensor, each part once."""
+    """The bytes of a tensor that the devices of this process hold, each part counted once."""
     return sum(map(_count, sharding_boxes(spec.shape, sharding))) * spec.bits // 8
 
 
 def assemble(shape: tuple[int, ...], sharding: Any, parts: dict[Edges, Array], dtype: Any) -> Any:
-    """The jax.Array whose local shards are `parts`. Their memory may become the array's: it is not written again."""
+    """The jax.Array whose local shards are `parts`. The array may take over their memory, so nothing may write to it
+    again."""
     import jax
 
     kind = sharding.memory_kind
@@ -60,30 +61,30 @@ def fill_boxes(
     specs: tuple[TensorSpec, ...],
     index: int,
     spec: TensorSpec,
-    made: Mapping[Edges, Sequence[Piece]],
+    made: Mapping[Edges, Sequence[TilePiece]],
     sources: Sequence[Values],
     scratch: Array,
     evaluate: Evaluate,
 ) -> tuple[dict[Edges, Array], int]:
-    """Every box of a target, given with its pieces, in aligned memory that jax can take over, and how many bytes of the
-    sources they are made of. NotLocal where a part of a box falls into too many pieces."""
+    """Every box of a target, filled from its pieces, in aligned memory that jax can take over; and the number of source
+    bytes that the boxes need. NotLocal if a part of a box splits into too many pieces."""
     needed = needed_bytes([piece for pieces in made.values() for piece in pieces], sources)
     dtype = numpy_dtype(spec.dtype)
     rooms = allocate_all([_count(box) * dtype.itemsize for box in made])
     out = {box: room.view(dtype) for box, room in zip(made, rooms, strict=True)}
     if _apart(made.values(), sources):
         for box, flat in out.items():
-            fill(flat, made[box], sources, scratch, evaluate)
-    elif not by_rows(
+            fill_tile(flat, made[box], sources, scratch, evaluate)
+    elif not fill_by_rows(
         [(out[box], piece) for box, pieces in made.items() for piece in pieces], sources, scratch, evaluate
     ):
         _by_windows(ops, specs, index, spec, out, sources, scratch, evaluate)
     return {box: flat.reshape([stop - start for start, stop in box]) for box, flat in out.items()}, needed
 
 
-def needed_bytes(pieces: Sequence[Piece], sources: Sequence[Values]) -> int:
-    """Bytes of the sources that the pieces are made of; what a piece repeats, or several take, counts once (where they
-    take the same part of a source: parts that overlap otherwise count for each)."""
+def needed_bytes(pieces: Sequence[TilePiece], sources: Sequence[Values]) -> int:
+    """The source bytes that the pieces need. A part that one piece repeats, or that several pieces take, counts once.
+    Parts that overlap without being equal count for each piece."""
     taken = {
         (leaf.source, leaf.offset, tuple(sorted((s, n) for n, s in zip(piece.extents, leaf.strides, strict=True) if s)))
         for piece in pieces
@@ -95,27 +96,28 @@ def needed_bytes(pieces: Sequence[Piece], sources: Sequence[Values]) -> int:
     return sum(min(n, values.spec.size) * values.spec.bits // 8 for n, values in zip(count, sources, strict=True))
 
 
-def short_runs(pieces: Sequence[Piece], sources: Sequence[Values]) -> str:
-    """The shortest run of stored values that the pieces take, in words: why more is read than is needed."""
+def short_runs(pieces: Sequence[TilePiece], sources: Sequence[Values]) -> str:
+    """A sentence with the shortest run of stored values that the pieces take: it explains why more was read than
+    needed."""
     runs = [
         run_of(piece, leaf) * sources[leaf.source].spec.bits // 8
         for piece in pieces
         for leaf in piece.leaves()
         if not sources[leaf.source].in_memory
     ]
-    return f"its shards take runs of {min(runs, default=0):,} bytes: what lies between costs less to read than to skip"
+    return f"its shards need runs of {min(runs, default=0):,} bytes, and reading the gaps costs less than skipping them"
 
 
-def _apart(boxes: Iterable[Sequence[Piece]], sources: Sequence[Values]) -> bool:
-    """Do the boxes take their values from stretches of the stored sources that do not overlap?"""
+def _apart(boxes: Iterable[Sequence[TilePiece]], sources: Sequence[Values]) -> bool:
+    """True if the boxes take their values from stretches of the stored sources that do not overlap."""
     taken = sorted(
         (source, low, high) for pieces in boxes for source, (low, high, _, _) in _spans(pieces, sources).items()
     )
     return all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(taken))
 
 
-def run_of(piece: Piece, leaf: Leaf) -> int:
-    """Elements of the source in one run, without a gap."""
+def run_of(piece: TilePiece, leaf: SourceView) -> int:
+    """The number of source elements in one run without a gap."""
     run = 1
     for stride, extent in sorted(zip(map(abs, leaf.strides), piece.extents, strict=True)):
         if stride == 0:
@@ -126,7 +128,7 @@ def run_of(piece: Piece, leaf: Leaf) -> int:
     return run
 
 
-# ---------------------------------------------------------------- short runs, wanted by several boxes
+# ---------------------------------------------------------------- short runs that several boxes need
 
 
 def _by_windows(
@@ -139,12 +141,12 @@ def _by_windows(
     scratch: Array,
     evaluate: Evaluate,
 ) -> None:
-    """Tiles with long runs in the source: what each spans there is read once, and cut up into the boxes that want a
-    part of it."""
+    """Fill the boxes by tiles with long runs in the source. The span of each tile is read once and divided among the
+    boxes that need a part of it."""
     union = [(min(box[a][0] for box in out), max(box[a][1] for box in out)) for a in range(len(spec.shape))]
     whole = TensorSpec(tuple(stop - start for start, stop in union), spec.dtype)
     origin = [start for start, _ in union]
-    most = room = scratch.nbytes - SHORT  # the rest is for sources that are not read at once
+    most = room = scratch.nbytes - SHORT  # the rest is for sources that are read in parts
     while True:
         steps = box_steps(ops, specs, index, whole, most, contiguous=False, origin=origin, rows=False)
         first = push(ops, specs, index, [(start, start + step) for start, step in zip(origin, steps, strict=True)])
@@ -163,12 +165,14 @@ def _by_windows(
         opened, firsts, taken = _opened(push(ops, specs, index, hull), sources, scratch)
         for box, common in parts:
             pieces = push(ops, specs, index, common, within=box)
-            fill(out[box], [_rebased(piece, firsts) for piece in pieces], opened, scratch[taken:], evaluate)
+            fill_tile(out[box], [_rebased(piece, firsts) for piece in pieces], opened, scratch[taken:], evaluate)
 
 
-def _opened(pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array) -> tuple[list[Values], list[int], int]:
-    """(the sources, the element that each begins with, bytes taken of the scratch): what the pieces span of a stored
-    one is in memory, where reading it at once is the cheaper way and it fits."""
+def _opened(
+    pieces: Sequence[TilePiece], sources: Sequence[Values], scratch: Array
+) -> tuple[list[Values], list[int], int]:
+    """(the sources, the first element of each, the scratch bytes used). The span of a stored source is read into memory
+    if it fits and one read is cheaper."""
     opened, firsts, taken = list(sources), [0] * len(sources), 0
     for place, (low, high, needed, runs) in _spans(pieces, sources).items():
         values = sources[place]
@@ -183,19 +187,19 @@ def _opened(pieces: Sequence[Piece], sources: Sequence[Values], scratch: Array) 
     return opened, firsts, taken
 
 
-def _rebased(piece: Piece, firsts: Sequence[int]) -> Piece:
-    """The piece for sources of which the first elements are left out."""
+def _rebased(piece: TilePiece, firsts: Sequence[int]) -> TilePiece:
+    """The piece for sources whose first elements are left out."""
 
     def moved(value: Value) -> Value:
-        if isinstance(value, Leaf):
+        if isinstance(value, SourceView):
             return replace(value, offset=value.offset - firsts[value.source])
         return replace(value, args=tuple(map(moved, value.args))) if isinstance(value, Apply) else value
 
     return replace(piece, value=moved(piece.value))
 
 
-def _spans(pieces: Sequence[Piece], sources: Sequence[Values]) -> dict[int, tuple[int, int, int, int]]:
-    """stored source -> (first byte, last byte + 1, bytes needed of it, runs of these) of what the pieces take."""
+def _spans(pieces: Sequence[TilePiece], sources: Sequence[Values]) -> dict[int, tuple[int, int, int, int]]:
+    """stored source -> (first byte, last byte + 1, bytes needed, number of runs) of what the pieces take."""
     out: dict[int, tuple[int, int, int, int]] = {}
     for piece in pieces:
         for leaf in piece.leaves():

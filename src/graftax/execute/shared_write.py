@@ -1,9 +1,9 @@
 """Write one checkpoint with all processes of a `jax.distributed` job, on a file system that they share.
 
-Process 0 checks the destination, stages, and puts the result in place, as it would alone; between these every process
-writes its part of what is staged. safetensors: tiles of the tensors, each at its place in the one file. A sharded
-folder: whole shards. Orbax: its own multi-host commit of arrays that are spread over all devices. Other formats are
-made front to back by process 0 alone.
+Process 0 checks the destination, makes the staging folder, and puts the result in place, as a single process would. In
+between, every process writes its part. For safetensors the parts are tiles, each at its place in the one file. For a
+sharded folder they are whole shards. Orbax uses its own multi-host commit of arrays that are spread over all devices.
+Process 0 alone writes all other formats, from front to back.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.dtypes import numpy_dtype
 
 _MARK = "job"
-"""A file of the staging folder with a number that every process must find there."""
-_SEEN = 10.0  # seconds in which a network file system shows what another host has made
-_LEAST = 32 << 20  # bytes of a stream's budget: smaller tiles would cost more than even shares give
+"""The name of a file in the staging folder. It holds a number that every process must find there."""
+_SEEN = 10.0  # seconds until a network file system shows a file that another host made
+_LEAST = 32 << 20  # bytes of a stream's budget: smaller tiles would cost more than an even division gains
 
 
-def write_together(
+def write_shared(
     joined: Peers,
     made: Plan,
     source: Checkpoint,
@@ -49,15 +49,15 @@ def write_together(
     wanted: WriteOptions,
     advance: Callable[[int], None],
 ) -> Receipt:
-    """As `api.write_plan`, called by every process with the same arguments. Each gives the receipt of the whole.
+    """As `api.write_plan`, called by every process with the same arguments. Each returns the receipt of the whole.
 
-    Raises in all processes alike: what any of them failed with; PlanError where they were given different work,
-    StorageError where they do not see the same files.
+    All processes raise the same error: the error of any of them, PlanError if they were given different work, or
+    StorageError if they do not see the same files.
     """
-    with joined.together("reading the source"):
+    with joined.joint_stage("reading the source"):
         made.require_complete()
         if wanted.resume:
-            raise UsageError("several processes cannot resume what was stopped", next="Leave out resume=.")
+            raise UsageError("several processes cannot resume a stopped run", next="Leave out resume=.")
         total = sum(spec.nbytes for spec in made.like.specs.values())
         budget = min(parse_size(wanted.max_memory), max(_LEAST, total // (2 * joined.count)))
         shard_bytes = None if wanted.shard_size is None else parse_size(wanted.shard_size)
@@ -74,7 +74,7 @@ def write_together(
     writer = _WRITERS.get(row.name) or _alone(row)
 
     def part(payload: Path) -> None:
-        with joined.together("writing"):
+        with joined.joint_stage("writing"):
             saving.guarded(lambda: writer.write(payload, output, work), path)
 
     def lead(payload: Path) -> None:
@@ -87,7 +87,7 @@ def write_together(
 
     if joined.index == 0:
         inputs = (source,) if like is None else (source, like)
-        with joined.together("putting it in place"):
+        with joined.joint_stage("putting it in place"):
             receipt.notes = saving.save(
                 out,
                 output,
@@ -99,7 +99,7 @@ def write_together(
             ).notes
     else:
         payload, mark = joined.agree("staging")[0]
-        with joined.together("finding the staging folder"):
+        with joined.joint_stage("finding the staging folder"):
             _find(Path(payload).parent / _MARK, mark)
         part(Path(payload))
         joined.agree("putting it in place")
@@ -112,8 +112,9 @@ def write_together(
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    """What this process makes, as tiles that a writer asks for and as the log that it tells of them (`base.Tiles`,
-    `base.Log`). `parts`: target -> its tiles that are made here. Looks for another's failure at every tile."""
+    """The work of this process: the tiles that a writer asks for, and the log that the writer reports to (`base.Tiles`,
+    `base.Log`). `parts`: target -> the tiles that this process makes. Every tile checks whether another process has
+    failed."""
 
     joined: Peers
     plan: Plan
@@ -127,7 +128,7 @@ class _Work:
 
     @classmethod
     def of(cls, joined: Peers, plan: Plan, stream: Stream, out: Path, output: Output) -> _Work:
-        """`output` has the targets of the plan in their order, some below a name."""
+        """`output` has the targets of the plan in their order; it may hold them below a name."""
         names = dict(zip(output.specs, plan.like.specs, strict=True))
         home = {name: (i, entry) for i, entry in enumerate(plan.entries) for name in entry.targets}
         return cls(joined, plan, stream, out, names, {}, home, {}, {})
@@ -136,7 +137,7 @@ class _Work:
         return dict.fromkeys(self.plan.like.specs, _ALL)
 
     def arrays(self) -> Iterator[tuple[str, Any]]:
-        """Everything, whole."""
+        """Every target, whole."""
         for name, target in self.names.items():
             self.joined.look()
             yield name, self.stream.array(target)
@@ -174,14 +175,14 @@ class _Work:
     def written(
         self, path: Path, flush: Callable[[], None], notes: Mapping[str, Any] | None = None, last: bool = False
     ) -> None:
-        if last:  # the others rely on it as soon as this one says that it has written
+        if last:  # the others rely on the data as soon as this process reports it
             flush()
 
-    # ------------------------------------------------------------ what was measured
+    # ------------------------------------------------------------ measured counts
 
     def count_parts(self) -> None:
-        """Notes what was measured of the entries that this process made tiles of; once, of those that are made whole by
-        each that needs a part."""
+        """Record the counts of the entries that this process made tiles of. An entry that several processes make whole
+        is counted once."""
         for number, entry in enumerate(self.plan.entries):
             if not any(target in self.parts for target in entry.targets):
                 continue
@@ -190,26 +191,26 @@ class _Work:
                 self.counted[number] = counts
 
     def count_more(self, target: str, before: Any) -> None:
-        """Notes what was measured of a target's entry since `before`."""
+        """Record what was counted for a target's entry since `before`."""
         number, entry = self.home[target]
         counts = self.stream.counts(entry.targets[0])
         if counts is None or (self.joined.index and self._whole(entry)):
-            return  # made whole by all, who measured the same
-        more = partition.subtracted(counts, before)
-        self.counted[number] = partition.added([self.counted[number], more]) if number in self.counted else more
+            return  # every process made it whole and has the same counts
+        more = partition.subtract_counts(counts, before)
+        self.counted[number] = partition.sum_counts([self.counted[number], more]) if number in self.counted else more
 
     def _whole(self, entry: Entry) -> bool:
         return any(self.stream.whole(target) for target in entry.targets)
 
     def settle(self, receipt: Receipt) -> None:
-        """The receipt of what all processes made."""
+        """Complete the receipt with what all processes made."""
         found: dict[int, list[Any]] = {}
         for given in self.joined.agree("counting", give=list(self.counted.items())):
             for number, counts in given or []:
                 found.setdefault(number, []).append(counts)
         for number, entry in enumerate(self.plan.entries):
             if entry.targets:
-                self.stream.restore(entry.targets[0], partition.added(found[number]) if number in found else None)
+                self.stream.restore(entry.targets[0], partition.sum_counts(found[number]) if number in found else None)
         self.stream.close()
         receipt.leaves = len(self.plan.like.specs)
         receipt.nbytes = sum(spec.nbytes for spec in self.plan.like.specs.values())
@@ -218,19 +219,20 @@ class _Work:
 _ALL = (0, 1 << 62)
 
 
-# ---------------------------------------------------------------- how each format is written
+# ---------------------------------------------------------------- one writer for each format
 
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """`begin` makes, in process 0, what the others write into; `write` writes the part of this process."""
+    """`begin` runs in process 0 and makes what the others write into; `write` writes the part of this process."""
 
     begin: Callable[[Path, Output, _Work], None]
     write: Callable[[Path, Output, _Work], None]
 
 
 def _begin_file(payload: Path, output: Output, work: _Work) -> None:
-    """The header, and room for all: of it no other process may ask, where a file system makes room by writing."""
+    """Write the header and reserve space for everything. No other process may reserve it, because some file systems
+    reserve space by writing."""
     work.parts = {}
     safetensors_file.write(payload, replace(output, tiles=work, log=work))
 
@@ -240,7 +242,7 @@ def _one_file(payload: Path, output: Output, work: _Work) -> None:
     specs = work.plan.like.specs
     groups: list[dict[str, list[int]]] = []
     seen: set[str] = set()
-    for target in sorted(specs, key=lambda target: -specs[target].bits):  # as they stand in the file
+    for target in sorted(specs, key=lambda target: -specs[target].bits):  # their order in the file
         if target not in seen:
             others = work.home[target][1].targets
             group = (target,) if all(sizes[other] is not None for other in others) else others
@@ -256,7 +258,7 @@ def _begin_folder(payload: Path, output: Output, work: _Work) -> None:
 
 
 def _shards(payload: Path, output: Output, work: _Work) -> None:
-    """Every shard by one process; the index last, when all are there."""
+    """One process writes each shard. The index comes last, when all shards exist."""
     shards, joined = hf_folder.shards(payload, output), work.joined
     sizes = [sum(spec.nbytes for spec in specs.values()) for specs in shards.values()]
     owners = zip(shards.items(), partition.divide_whole(sizes, joined.count), strict=True)
@@ -270,7 +272,7 @@ def _shards(payload: Path, output: Output, work: _Work) -> None:
 
 
 def _orbax(payload: Path, output: Output, work: _Work) -> None:
-    """Arrays spread over all devices, so that each process reads, makes and writes only its part of each."""
+    """Spread arrays over all devices, so that each process reads, makes and writes only its part of each."""
     import jax
 
     orbax_write.check(output)
@@ -285,20 +287,20 @@ def _orbax(payload: Path, output: Output, work: _Work) -> None:
             arrays[name], digests[name] = _by_one(target, spec, work)
         else:
             order = partition.best_order(work.home[target][1], target, spec.shape, work.plan.source.specs)
-            arrays[name] = work.stream.sharded(target, partition.spread(spec.shape, devices, order))
+            arrays[name] = work.stream.sharded(target, partition.spread_sharding(spec.shape, devices, order))
             digests[name] = orbax_write.piece_digests(arrays[name], spec)
         work.stream.done(target)
-        if digests[name]:  # else others hold the same values, and count them
+        if digests[name]:  # else another process holds the same values and counts them
             work.count_more(target, before)
     (payload.parent / f"digests-{joined.index}").write_text(json.dumps(digests), encoding="utf-8")
     joined.agree("making the arrays")
 
     def part(action: Callable[[], None]) -> None:
-        # To the end: what tensorstore writes into a folder that another process has removed never ends.
+        # Run this to the end: tensorstore never finishes writing into a folder that another process has removed.
         joined.finish("writing the arrays", lambda: saving.guarded(action, work.out))
 
     join = orbax_write.save_shared(payload, output, arrays, joined.count, part)
-    if joined.index == 0:  # the others wait, as for all of `write`
+    if joined.index == 0:  # the others wait, as during all of `write`
         join()
         for index in range(1, joined.count):
             found = json.loads((payload.parent / f"digests-{index}").read_text(encoding="utf-8"))
@@ -308,7 +310,7 @@ def _orbax(payload: Path, output: Output, work: _Work) -> None:
 
 
 def _by_one(target: str, spec: TensorSpec, work: _Work) -> tuple[Any, dict[str, str]]:
-    """A leaf that jax would narrow: process 0 writes it, as a NumPy array; the others name its shape."""
+    """A leaf that jax would narrow. Process 0 writes it as a NumPy array; the others give only its shape."""
     if work.joined.index == 0:
         return orbax_write.host_leaf(work.stream.array(target), spec)
     return np.broadcast_to(np.zeros((), numpy_dtype(spec.dtype)), spec.shape), {}
@@ -319,7 +321,7 @@ def _nothing(payload: Path, output: Output, work: _Work) -> None:
 
 
 def _alone(row: Format) -> _Writer:
-    """A format that is made front to back: by process 0, while the others wait."""
+    """The writer of a format that is written front to back: process 0 writes while the others wait."""
 
     def write(payload: Path, output: Output, work: _Work) -> None:
         if work.joined.index == 0:
@@ -338,7 +340,7 @@ _WRITERS = {
 
 
 def _find(path: Path, mark: str) -> None:
-    """Waits until a file that process 0 made is seen here, too."""
+    """Wait until this process sees a file that process 0 made."""
     until = time.monotonic() + _SEEN
     while True:
         try:
@@ -348,7 +350,7 @@ def _find(path: Path, mark: str) -> None:
             pass
         if time.monotonic() > until:
             raise StorageError(
-                f"{escape(path.parent)}, which process 0 made, is not seen here: the hosts share no file system",
+                f"process 0 made {escape(path.parent)}, but this process cannot see it: the hosts share no file system",
                 next="Write to a folder that is the same on all hosts (NFS, Lustre, a mounted bucket).",
             )
         time.sleep(0.05)

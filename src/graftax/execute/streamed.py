@@ -1,4 +1,5 @@
-"""Run a plan tile by tile: a target is made in pieces that fit a budget, from just the bytes that each needs."""
+"""Run a plan tile by tile: each target is made in pieces that fit a memory budget, from only the bytes that each piece
+needs."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ import numpy as np
 from graftax.errors import PlanError, escape, option, worded
 from graftax.execute import tiling
 from graftax.execute.conditions import check_conditions
-from graftax.execute.fill_tile import fill
+from graftax.execute.fill_tile import fill_tile
 from graftax.execute.loop_nests import NotLocal
 from graftax.execute.memory import allocate
 from graftax.execute.meter import Meter, evaluate, meter_for
-from graftax.execute.pushdown import Box, Piece, push
+from graftax.execute.pushdown import Box, TilePiece, push
 from graftax.execute.reading import Reader
 from graftax.execute.receipt import Measured, Receipt
 from graftax.execute.sharded import assemble, fill_boxes, sharding_boxes, short_runs
@@ -47,25 +48,26 @@ OVER = 2
 
 
 _BY_SHAPE = (Rearrange, RearrangeEach, Split, Concat, Stack, Unstack, Cast)
-"""Ops that have no numbers of their own but those of shapes: equal ones make equal pieces, to the bit."""
+"""Ops whose only numbers are those of shapes: equal ops make equal pieces, to the bit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """A target that can be made in parts: its entry, its spec, and the pieces of all of it."""
+    """A target that can be made in parts: its entry, its spec, and the pieces of the whole target."""
 
     entry: Entry
     spec: TensorSpec
-    pieces: list[Piece]
+    pieces: list[TilePiece]
 
 
 class Stream:
-    """The targets of a plan, each as tiles on demand, in any order. `receipt` is filled as they are made.
+    """The targets of a plan, each as tiles on demand, in any order. `receipt` fills up as they are made.
 
-    budget   bytes of memory to work in; None: a tensor at a time
-    advance  is told of the bytes of targets as they are handed out
-    Raises PlanError where the plan is incomplete, `source` is not what was planned for, an op's condition fails, or an
-    entry needs more memory than the budget.
+      budget   bytes of memory to work in; None: one tensor at a time
+      advance  is called with the bytes of targets as they are handed out
+
+    Raises PlanError if the plan is incomplete, `source` does not match the planned source, the condition of an op
+    fails, or an entry needs more memory than the budget.
     """
 
     def __init__(
@@ -84,14 +86,14 @@ class Stream:
         self._tile = max(_LEAST, budget // _TILE_SHARE) if budget is not None else 1 << 62
         self._room = allocate(_LEAST)
         self.lock = threading.RLock()
-        """Of what is counted, read whole and made whole."""
+        """Guards the counts, the whole reads and the whole targets."""
         self._reader = self.reader(max(_LEAST, budget // _SCRATCH_SHARE) if budget is not None else SCRATCH)
         self._home = {name: (entry, i) for entry in plan.entries for i, name in enumerate(entry.targets)}
         self._whole: dict[int, dict[str, Array]] = {}
         self._meters: dict[int, Meter] = {}
-        self._conditions: dict[int, bool] = {}  # entry -> they were looked at, and hold
+        self._conditions: dict[int, bool] = {}  # entry -> its conditions were checked and hold
         self._skipped: set[str] = set()
-        self._pushed: dict[Any, list[Piece]] = {}
+        self._pushed: dict[Any, list[TilePiece]] = {}
         self._kept = 0  # pieces in all of these
         for entry in plan.entries:
             if entry.dropped is not None:
@@ -101,8 +103,8 @@ class Stream:
                 receipt.filled.update(dict.fromkeys(entry.targets, why))
 
     def tiles(self, target: str, contiguous: bool = False, first: int = 0) -> Iterator[Tile]:
-        """The bytes of one target in tiles that cover it once, from number `first` on; `contiguous`: in order, without
-        gaps."""
+        """The bytes of one target in tiles that cover it once, starting with tile number `first`; `contiguous`: in
+        order, without gaps."""
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
         self._count(spec)
@@ -123,8 +125,8 @@ class Stream:
             raise named(entry, error) from error
 
     def tile_sizes(self, target: str) -> list[int] | None:
-        """Bytes of each tile that `tiles` gives; None where the target cannot be cut, or only by reading all of its
-        sources for every part."""
+        """The bytes of each tile that `tiles` gives; None if the target cannot be cut, or if every part would read all
+        of its sources."""
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
         boxes = self._boxes(entry, index, spec, False)
@@ -133,12 +135,12 @@ class Stream:
         return [math.prod(stop - start for start, stop in box) * spec.bits // 8 for box in boxes]
 
     def whole(self, target: str) -> bool:
-        """Is it made whole, with all targets of its entry?"""
+        """True if the target is made whole, together with all targets of its entry."""
         entry, index = self._home[target]
         return self._boxes(entry, index, self._plan.like.specs[target], False) is None
 
     def skip(self, target: str) -> None:
-        """This target is not asked for: it was made by an earlier run."""
+        """Nobody asks for this target: an earlier run made it."""
         spec = self._plan.like.specs[target]
         self._skipped.add(target)
         self._count(spec)
@@ -146,30 +148,30 @@ class Stream:
 
     @property
     def unit(self) -> int:
-        """What tells how targets are cut into tiles."""
+        """A value that identifies how targets are cut into tiles."""
         return self._tile
 
     def counts(self, target: str) -> Any:
-        """What was measured so far of the entry that makes this target, as JSON; None where nothing is."""
+        """The counts so far of the entry that makes this target, as JSON; None if nothing is counted."""
         meter = self._meters.get(id(self._home[target][0]))
         return None if meter is None else meter.as_json()
 
     def restore(self, target: str, counts: Any) -> None:
-        """Takes what `counts` gave in an earlier run."""
+        """Take over what `counts` gave in an earlier run."""
         entry = self._home[target][0]
         self._meters.pop(id(entry), None)
         if counts is not None:
             self._meters[id(entry)] = Meter.from_json(entry.exact, counts)
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
-        """(target, array) of every leaf in like's order, each in aligned memory of its own that may be given away."""
+        """(target, array) of every leaf in like's order, each in its own aligned memory that may be given away."""
         for name in self._plan.like.specs:
             yield name, self.array(name)
             self._advance(self._plan.like.specs[name].nbytes)
             self.done(name)
 
     def array(self, target: str) -> Array:
-        """One target whole, in aligned memory of its own; a packed one's bytes."""
+        """One whole target in its own aligned memory; a packed target as its bytes."""
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
         self._count(spec)
@@ -185,8 +187,8 @@ class Stream:
             raise named(entry, error) from error
 
     def local(self, target: str) -> Local | None:
-        """What makes one target whole, where its parts can be made by themselves (`eager.load` does); else None: ask
-        `array` for it."""
+        """How to make a target whose parts can be made independently (`eager.load` makes them); None if not: then call
+        `array`."""
         entry, index = self._home[target]
         spec = self._plan.like.specs[target]
         if self._whole_only(entry, spec):
@@ -204,26 +206,27 @@ class Stream:
                 self._meters.setdefault(id(entry), Meter(entry.exact)).add(meter)
 
     def note(self, reader: Reader) -> int:
-        """Puts what was read by now into the receipt; gives it."""
+        """Add the bytes read so far to the receipt, and return them."""
         read = reader.noted()
         with self.lock:
             self._receipt.bytes_read += read
         return read
 
     def apart(self, entry: Entry) -> bool:
-        """May several threads make the targets of such entries at once? Not where each would hold tensors whole."""
+        """True if no target of such an entry needs a whole tensor in memory: then several threads may make them at
+        once."""
         in_parts = self._source.storage.in_parts(entry.sources)
         return in_parts and not any(self._whole_only(entry, self._plan.like.specs[name]) for name in entry.targets)
 
     def reader(self, nbytes: int) -> Reader:
-        """For one more thread."""
+        """A reader for one more thread."""
         return Reader(self._source, nbytes, self.lock)
 
     def sharded(self, target: str, sharding: Any, reader: Reader | None = None) -> Any:
-        """One target as a jax.Array laid out by `sharding`: only what the devices of this process hold is read. A jax
-        dtype is needed: see `adapters.to_jax` for those that jax would narrow.
+        """One target as a jax.Array laid out by `sharding`. It reads only what the devices of this process hold. The
+        dtype must be one that jax holds; for dtypes that jax would narrow see `adapters.to_jax`.
 
-        May be called by several threads, each with a reader of its own, for targets of different entries.
+        Several threads may call this, each with its own reader, for targets of different entries.
         """
         entry, _ = self._home[target]
         spec = self._plan.like.specs[target]
@@ -232,7 +235,7 @@ class Stream:
         try:
             parts = None if self._whole_only(entry, spec) else self._parts(target, boxes, reader)
             if parts is None:
-                reader.let_go()  # what it holds, before tensors are made whole
+                reader.let_go()  # release what it holds before making whole tensors
                 parts = self._cut(entry, target, boxes)
         except PlanError as error:
             raise named(entry, error) from error
@@ -241,7 +244,7 @@ class Stream:
         return assemble(spec.shape, sharding, parts, numpy_dtype(spec.dtype))
 
     def _parts(self, target: str, boxes: Sequence[Edges], reader: Reader) -> dict[Edges, Array] | None:
-        """The boxes of a target; None where they cannot be made by themselves."""
+        """The boxes of a target; None if they cannot be made independently."""
         entry, index = self._home[target]
         spec, specs, meter = self._plan.like.specs[target], self._specs(entry), meter_for(entry)
         how = meter or evaluate
@@ -275,11 +278,11 @@ class Stream:
             share = sum(part.size for part in parts.values()) / max(whole.size, 1)
             used = sum(given.nbytes for given in self._specs(entry)) / max(len(entry.targets), 1)
             read = self._receipt.bytes_read - before
-            self._needed(target, int(share * used), read, f"{chain_text(entry.ops)} is made of whole tensors")
+            self._needed(target, int(share * used), read, f"{chain_text(entry.ops)} needs whole tensors")
         return parts
 
     def _needed(self, target: str, needed: int, read: int, why: str) -> None:
-        """Counts what the shards of a target are made of; says why, where much more was read."""
+        """Count the bytes that the shards of a target need. If much more was read, record why."""
         if self._source.storage.format == "live":
             return
         self._receipt.bytes_needed += needed
@@ -294,25 +297,25 @@ class Stream:
         self._receipt.nbytes += spec.nbytes
 
     def _whole_only(self, entry: Entry, spec: TensorSpec) -> bool:
-        """Kept leaves come from like, packed ones are moved as their bytes, and ops that hold for some values only look
-        at all of them: at rows that no target has, too (but see `_looked_at`)."""
+        """True if the entry must run on whole tensors: kept leaves come from like, packed tensors move as their bytes,
+        and checked ops must see all values, including rows that no target has (but see `_looked_at`)."""
         kept = bool(entry.ops) and isinstance(entry.ops[0], Keep)
         packed = spec.packed or any(given.packed for given in self._specs(entry))
         return kept or packed or _checked(entry)
 
     def _filled(
-        self, entry: Entry, pieces: list[Piece], count: int, spec: TensorSpec, room: Callable[[int], Array]
+        self, entry: Entry, pieces: list[TilePiece], count: int, spec: TensorSpec, room: Callable[[int], Array]
     ) -> Array:
         dtype = numpy_dtype(spec.dtype)
         out = room(count * dtype.itemsize).view(dtype)
         meter = meter_for(entry)
-        fill(out, pieces, self._reader.opened(entry), self._reader.scratch, meter or evaluate)
+        fill_tile(out, pieces, self._reader.opened(entry), self._reader.scratch, meter or evaluate)
         self.counted(entry, meter)
         self.note(self._reader)
         return out
 
     def _boxes(self, entry: Entry, index: int, spec: TensorSpec, contiguous: bool) -> Iterator[Edges] | None:
-        """The boxes of a target that fit a tile; None where it cannot be cut."""
+        """The boxes of a target that fit a tile; None if the target cannot be cut."""
         checked = _checked(entry)
         if not spec.size and not checked:
             return iter(())
@@ -321,15 +324,14 @@ class Stream:
         ops, specs = entry.ops, self._specs(entry)
         try:
             steps = tiling.box_steps(ops, specs, index, spec, self._tile, contiguous)
-            # What is not local shows at the first.
+            # The first box shows whether the target is local.
             self._pieces(entry, index, spec, tuple((0, step) for step in steps))
         except NotLocal:
             return None
         return tiling.grid([(0, n) for n in spec.shape], steps)
 
-    def _pieces(self, entry: Entry, index: int, spec: TensorSpec, box: Edges) -> list[Piece]:
-        """The pieces of a box of a target. Those of a box that comes again are kept: of many layers they are the
-        same."""
+    def _pieces(self, entry: Entry, index: int, spec: TensorSpec, box: Edges) -> list[TilePiece]:
+        """The pieces of a box of a target. They are kept for equal boxes: many layers need the same pieces."""
         specs = self._specs(entry)
         key = (entry.ops, specs, index, box)
         pieces = self._pushed.get(key)
@@ -343,8 +345,8 @@ class Stream:
         return pieces
 
     def _looked_at(self, entry: Entry) -> bool:
-        """Were the values that the ops have conditions on seen to hold, tile by tile? Not where that is no gain, or the
-        tensors have to be whole anyhow. PlanError where they do not hold."""
+        """True if the conditions of the ops were checked tile by tile and hold. False if that saves nothing, or if the
+        tensors must be whole anyway. PlanError if a condition does not hold."""
         key = id(entry)
         if key not in self._conditions:
             large = self._budget is not None and self._needed_whole(entry) > self._tile
@@ -360,19 +362,19 @@ class Stream:
         return self._conditions[key]
 
     def _needed_whole(self, entry: Entry) -> int:
-        """Bytes of all tensors of an entry."""
+        """The bytes of all tensors of an entry."""
         made = sum(self._plan.like.specs[target].nbytes for target in entry.targets)
         return made + sum(spec.nbytes for spec in self._specs(entry))
 
     def _made(self, entry: Entry, bounded: bool = False) -> dict[str, Array]:
         """All targets of an entry that cannot be cut, kept until the last of them was asked for. `bounded`: PlanError
-        where that takes more than the budget."""
+        if they need more than the budget."""
         key = id(entry)
         if key not in self._whole:
             needed = self._needed_whole(entry)
             if bounded and self._budget is not None and needed > max(self._budget, _LEAST):
                 raise PlanError(
-                    f"{chain_text(entry.ops)} needs its tensors whole: {size_text(needed)}, more than the "
+                    f"{chain_text(entry.ops)} needs whole tensors in memory: {size_text(needed)}, more than the "
                     f"{size_text(self._budget)} of {worded('--max-memory', 'max_memory')}",
                     next=f"Give {option('max_memory', f'{-(-needed // 2**20)}MiB')} or more.",
                 )
@@ -386,13 +388,13 @@ class Stream:
         return self._whole[key]
 
     def _buffer(self, nbytes: int) -> Array:
-        """Room for a tile; used again for the next one."""
+        """Memory for one tile; the next tile reuses it."""
         if self._room.nbytes < nbytes:
             self._room = allocate(nbytes)
         return self._room[:nbytes]
 
     def done(self, target: str) -> None:
-        """Nobody asks for this target again: what was held for it is let go."""
+        """Nobody asks for this target again: release what is held for it."""
         entry, _ = self._home[target]
         with self.lock:
             held_arrays = self._whole.get(id(entry))
@@ -402,7 +404,7 @@ class Stream:
                     del self._whole[id(entry)]
 
     def close(self) -> None:
-        """Writes what was measured into the receipt."""
+        """Write the measured counts into the receipt."""
         for entry in self._plan.entries:
             meter = self._meters.get(id(entry))
             if meter is None:
@@ -430,7 +432,7 @@ def _checked(entry: Entry) -> bool:
 
 
 def named(entry: Entry, error: PlanError) -> PlanError:
-    """The error, with the entry that it is of."""
+    """The error, with the name of its entry."""
     return PlanError(f"{escape(entry.text, 400)}: {error}", error.failures)
 
 
@@ -441,7 +443,7 @@ def _tile(out: Array, box: Box, spec: TensorSpec) -> Tile:
     for axis in range(len(steps) - 2, -1, -1):
         steps[axis] = steps[axis + 1] * spec.shape[axis + 1]
     begin = sum(start * step for (start, _), step in zip(box, steps, strict=True))
-    # The axes from `cut` on make one run; those before it must be of one index, but for one.
+    # The axes from `cut` on form one run; before it only one axis may have more than one index.
     cut = len(steps)
     run = width
     while cut and (cut == len(steps) or box[cut] == (0, spec.shape[cut])):

@@ -1,9 +1,9 @@
 """Strided copies at the speed of memory: transposes go through a small scratch that stays in the cache.
 
-NumPy copies `dst[...] = src` element by element in the order of one side, and where the other side jumps from page to
-page every element costs a cache line and a TLB entry. A block read along the source's rows into a scratch, and written
-from there along the destination's rows, touches each line once. The scratch rows are 64 bytes longer than the block,
-so that a column of it does not fall into one cache set.
+NumPy copies `dst[...] = src` element by element, in the order of one side. If the other side jumps from page to page,
+every element costs a cache line and a TLB entry. This module reads a block along the source's rows into a scratch, then
+writes it along the destination's rows, so each line is touched once. The scratch rows are 64 bytes longer than the
+block, so that a column of the scratch does not fall into one cache set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ a megabyte: what a core's own cache holds; fewer rows would end NumPy's inner lo
 PAD_BYTES = 64
 BITS = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
 SMALL = 1 << 19
-"""Bytes up to which NumPy's own loop is as fast: all of it stays in a core's cache."""
+"""Up to this many bytes NumPy's own loop is as fast, because everything stays in a core's cache."""
 
 
 def copy(dst: Array, src: Array) -> None:
@@ -45,13 +45,14 @@ def copy(dst: Array, src: Array) -> None:
 
 
 def bits(array: Array) -> Array:
-    """The array as unsigned integers of its width: ml_dtypes and complex copy as slowly as objects otherwise."""
+    """The array as unsigned integers of its width. NumPy copies ml_dtypes and complex arrays as slowly as objects."""
     plain = BITS.get(array.dtype.itemsize)
     return array if plain is None else array.view(plain)
 
 
 def _ordered(dst: Array, src: Array) -> tuple[Array, Array]:
-    """Both with the destination's axes outermost first, none of one, those that continue each other joined."""
+    """Both arrays with the destination's outermost axes first, without axes of length one, and with axes that continue
+    each other joined."""
     order = sorted((a for a in range(dst.ndim) if dst.shape[a] > 1), key=lambda a: -abs(dst.strides[a]))
     loops: list[tuple[int, int, int]] = []
     for axis in order:
@@ -67,19 +68,19 @@ def _ordered(dst: Array, src: Array) -> tuple[Array, Array]:
 
 
 def rows_of(width: int) -> int:
-    """How many rows a block has whose elements are of so many bytes."""
+    """The number of rows of a block whose elements have this many bytes."""
     return _ROWS.get(width, 64)
 
 
 def _blocked(dst: Array, src: Array, inner: int) -> None:
-    """Copy block by block. The last axis and those before it are the destination's run; `inner`, and the axes that
-    continue it in the source, are the source's."""
+    """Copy block by block. The destination's run is the last axis and those before it; the source's run is `inner` and
+    the axes that continue it in the source."""
     width, rank = dst.itemsize, dst.ndim
     block = [1] * rank
     free = set(range(rank - 1))
     run = _claim(block, free, dst.shape, src.strides, inner, _RUN.get(width, 256))
     rows = _claim(block, free, dst.shape, dst.strides, rank - 1, rows_of(width))
-    order = [*reversed(rows), *reversed(run)]  # of the scratch: the source's run inside
+    order = [*reversed(rows), *reversed(run)]  # the axes of the scratch: the source's run is innermost
     kept = sorted(order)
     turned = [kept.index(a) for a in order]
     heads = len(rows)
@@ -96,8 +97,8 @@ def _blocked(dst: Array, src: Array, inner: int) -> None:
 def _claim(
     block: list[int], free: set[int], shape: tuple[int, ...], strides: tuple[int, ...], axis: int, most: int
 ) -> list[int]:
-    """Widen the block along `axis` and the free axes that continue it, to `most` elements; gives them, innermost
-    first."""
+    """Widen the block along `axis` and the free axes that continue it, up to `most` elements. Returns these axes,
+    innermost first."""
     claimed: list[int] = []
     place: int | None = axis
     while place is not None and most > 1:
@@ -113,7 +114,7 @@ def _claim(
 
 
 def _blocks(shape: tuple[int, ...], block: list[int], kept: list[int]) -> Iterator[tuple[Any, ...]]:
-    """Where each block is: slices on the axes that the scratch has, numbers on the others."""
+    """The position of each block: slices on the axes that the scratch has, numbers on the others."""
     steps: list[Iterable[Any]] = [
         [slice(i, min(i + b, n)) for i in range(0, n, b)] if axis in kept else range(n)
         for axis, (n, b) in enumerate(zip(shape, block, strict=True))

@@ -1,4 +1,4 @@
-"""How to cut a target into tiles that fit a budget, with runs on disk as long as can be."""
+"""Cut a target into tiles that fit a budget, with runs on disk as long as possible."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from graftax.ops import Op
 from graftax.tree import TensorSpec
 
 SHORT = 2 << 10
-"""Bytes: a tile that is one run of the target is written past the page cache, which outweighs runs of the source that
-are no shorter than this: they come from the cache after the first tile."""
+"""Bytes. A tile that is one run of the target is written past the page cache. This gains more than longer source runs
+do, if source runs have at least this length: after the first tile they come from the cache."""
 
 Edges = tuple[tuple[int, int], ...]
 
@@ -27,12 +27,12 @@ def box_steps(
     origin: Sequence[int] | None = None,
     rows: bool = True,
 ) -> list[int]:
-    """How long a tile is on every axis of a target (or of a box of it, of the extents of `spec`, at `origin`), for
-    tiles of `most` bytes.
+    """The length of a tile on every axis, for tiles of `most` bytes. The tiles cover a target, or a box of it with the
+    extents of `spec` at `origin`.
 
-    Halves the axis that leaves the longest runs in the sources, and in the target where the tile goes to disk (`rows`:
-    a tile is rows of one run at even distances, best of all a single one). contiguous: leading axes first. NotLocal as
-    `push`.
+    Each step halves the axis that leaves the longest runs in the sources. If the tile goes to disk, the runs in the
+    target count too (`rows`: a tile is rows of one run at even distances, ideally a single run). contiguous: halve
+    leading axes first. NotLocal as `push`.
     """
     width = spec.bits // 8
     steps = list(spec.shape)
@@ -94,7 +94,7 @@ def _target_run(steps: list[int], shape: tuple[int, ...]) -> int:
 
 
 def _even_rows(steps: list[int], shape: tuple[int, ...]) -> bool:
-    """Before a tile's run, one axis at most has more than one index."""
+    """True if at most one axis before a tile's run has more than one index."""
     axis = len(steps)
     while axis and (axis == len(steps) or steps[axis] == shape[axis]):
         axis -= 1

@@ -1,4 +1,4 @@
-"""Run an entry on whole arrays: for ops that need their tensors whole."""
+"""Run an entry on whole arrays, for ops that need whole tensors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Array = np.ndarray[Any, Any]
 
 
 def check_source(plan: Plan, source: Checkpoint) -> None:
-    """PlanError unless `source` is of the side that was planned for, where it declares one, and has, with values, every
-    tensor that was planned for, and no other."""
+    """PlanError unless `source` matches the planned source: the same side (if it declares one), every planned tensor
+    with values, and no unexpected key."""
     if source.side not in (None, plan.source.side):
         raise PlanError(
-            f"the plan was made for a {plan.source.side} tree, and {escape(source.label)} is a {source.side} one",
+            f"the plan expects a {plan.source.side} tree, but {escape(source.label)} is a {source.side} tree",
             next="Plan again for this source: the layouts differ.",
         )
     failures: list[Failure] = []
@@ -30,12 +30,13 @@ def check_source(plan: Plan, source: Checkpoint) -> None:
         for name in entry.sources:
             want, have = plan.source.specs[name], source.get(name)
             if have != want:
-                failures.append(Failure("not what was planned for", source.label, name, str(want), str(have or "none")))
+                what = "shape or dtype mismatch with the plan" if have else "missing key"
+                failures.append(Failure(what, source.label, name, str(want), str(have or "none")))
     additional = _additional(plan, source)
     for name in additional:
-        failures.append(Failure("the plan was not made for it", source.label, name, "none", str(source[name])))
+        failures.append(Failure("unexpected key", source.label, name, "none", str(source[name])))
     if failures:
-        way_out = ", or give a source without what the plan was not made for." if additional else "."
+        way_out = ", or pass a source without the unexpected keys." if additional else "."
         raise PlanError(
             f"the plan does not fit {escape(source.label)}", failures, next=f"Plan again for this source{way_out}"
         )
@@ -44,10 +45,10 @@ def check_source(plan: Plan, source: Checkpoint) -> None:
 
 
 def _additional(plan: Plan, source: Checkpoint) -> list[str]:
-    """The tensors of `source` that the plan does not know: it would skip them without a word.
+    """The unexpected keys of `source`: the plan would skip them silently.
 
-    Not among them: another name of a tensor that it knows, and what `Plan.inverse` left out and named in an assumption
-    (the inverse of an inverse runs on the first source again).
+    Two kinds do not count: a second name of a tensor that the plan knows, and a tensor that `Plan.inverse` left out and
+    named in an assumption (the inverse of an inverse runs on the first source again).
     """
     known = plan.source.specs
     unknown = [name for name in source if name not in known]
@@ -59,7 +60,7 @@ def _additional(plan: Plan, source: Checkpoint) -> list[str]:
 
 
 def run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None) -> tuple[tuple[Array, ...], Meter | None]:
-    """All targets of one entry, whole, and what was counted on the way, if there was anything to."""
+    """All targets of one entry, whole, and the meter that counted on the way; None if there was nothing to count."""
     if entry.ops and isinstance(entry.ops[0], Keep):
         if like is None:
             entry.ops[0].apply(())
@@ -73,7 +74,8 @@ def run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None) -> tupl
 
 
 def _run_measured(entry: Entry, given: tuple[Array, ...], meter: Meter) -> tuple[Array, ...]:
-    """Run the entry and its inverse; count the source values that come back, and those that would in float32."""
+    """Run the entry and its inverse. Count the source values that the round trip restores, and those that it would
+    restore in float32."""
     arrays = given
     for op in entry.ops:
         if isinstance(op, Cast):
@@ -93,7 +95,7 @@ def _run_measured(entry: Entry, given: tuple[Array, ...], meter: Meter) -> tuple
 
 
 def _equal_in_float32(entry: Entry, given: tuple[Array, ...]) -> int:
-    """How many 16-bit source values would come back if the entry were held in float32."""
+    """The number of 16-bit source values that a round trip would restore if the entry were held in float32."""
     ops = tuple(op for op in entry.ops if not isinstance(op, Cast))
     there = apply_chain(ops, tuple(array.astype(np.float32) for array in given))
     back = apply_chain(invert_chain(ops), there)
@@ -101,5 +103,5 @@ def _equal_in_float32(entry: Entry, given: tuple[Array, ...]) -> int:
 
 
 def _equal(old: tuple[Array, ...], new: tuple[Array, ...]) -> int:
-    """Values with the same bits."""
+    """The number of values with the same bits."""
     return sum(count_same_bits(a, b) for a, b in zip(old, new, strict=True))

@@ -1,4 +1,4 @@
-"""Checkpoint formats: a module each, one table. Opening tells what a thing is by its content; saving is atomic."""
+"""Checkpoint formats: one module for each, and one table. Opening recognises a format by content; saving is atomic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["FORMATS", "Output", "open_path", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    """`save` when it is first asked for: inspecting a header needs none of what it imports."""
+    """Import `save` on first use: inspecting a header needs none of its imports."""
     if name == "save":
         from graftax.formats.saving import save
 

@@ -1,5 +1,5 @@
-"""The arrays of an Orbax item, and of what came before Orbax: zarr, in an OCDBT database or in folders of their own,
-read through tensorstore on the host."""
+"""Read the arrays of an Orbax item, and of formats older than Orbax, through tensorstore on the host. They are zarr
+arrays, in an OCDBT database or in one folder each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftax.errors import Failure, FormatError, UnsafeInputError, UsageError, escape
 from graftax.formats.io import files
-from graftax.formats.orbax_tree import Tree
+from graftax.formats.orbax_tree import OrbaxTree
 from graftax.tree import DTYPES, Key, TensorSpec, join_path
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ def _tensorstore() -> Any:
         import tensorstore
     except ImportError as error:
         raise UsageError(
-            "reading the arrays of an Orbax checkpoint takes tensorstore", next="pip install orbax-checkpoint"
+            "reading the arrays of an Orbax checkpoint needs tensorstore", next="pip install orbax-checkpoint"
         ) from error
     return tensorstore
 
 
-def _spec(item: Path, tree: Tree, name: str) -> dict[str, Any]:
+def _spec(item: Path, tree: OrbaxTree, name: str) -> dict[str, Any]:
     """The tensorstore spec of an array."""
     folder = os.path.abspath(item)
     if tree.ocdbt:
@@ -40,8 +40,8 @@ def _spec(item: Path, tree: Tree, name: str) -> dict[str, Any]:
     return {"driver": driver, "kvstore": store, "fill_missing_data_reads": not tree.complete}
 
 
-def opened(item: Path, tree: Tree, names: list[str]) -> Iterator[Any]:
-    """The stores of these arrays; FormatError for one that is not there or damaged."""
+def opened(item: Path, tree: OrbaxTree, names: list[str]) -> Iterator[Any]:
+    """The stores of these arrays. FormatError for an array that is missing or damaged."""
     ts = _tensorstore()
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
     specs = [_spec(item, tree, name) for name in names]
@@ -58,14 +58,14 @@ def _damaged(item: Path, name: str, error: Exception) -> FormatError:
     return FormatError(f"{escape(item)}: the array {escape(name)} is missing or damaged", next=escape(text, 300))
 
 
-def stores(item: Path, tree: Tree) -> dict[tuple[Key, ...], tuple[TensorSpec, int]]:
-    """keys -> (spec, bytes that reading it takes) of every leaf."""
+def stores(item: Path, tree: OrbaxTree) -> dict[tuple[Key, ...], tuple[TensorSpec, int]]:
+    """keys -> (spec, bytes that reading needs) of every leaf."""
     out: dict[tuple[Key, ...], tuple[TensorSpec, int]] = {}
     wrong: list[Failure] = []
     for leaf, store in zip(tree.leaves, opened(item, tree, [leaf.name for leaf in tree.leaves]), strict=True):
         dtype = str(store.dtype.name)
         if dtype not in DTYPES:
-            wrong.append(Failure(f"dtype {escape(dtype)} is none that a checkpoint holds", key=join_path(leaf.keys)))
+            wrong.append(Failure(f"unsupported dtype {escape(dtype)}", key=join_path(leaf.keys)))
             continue
         spec = TensorSpec(tuple(int(n) for n in store.shape), dtype)
         layout = store.chunk_layout
@@ -78,7 +78,7 @@ def stores(item: Path, tree: Tree) -> dict[tuple[Key, ...], tuple[TensorSpec, in
     return out
 
 
-def read(item: Path, tree: Tree, name: str, spec: TensorSpec) -> np.ndarray[Any, Any]:
+def read(item: Path, tree: OrbaxTree, name: str, spec: TensorSpec) -> np.ndarray[Any, Any]:
     import numpy as np
 
     from graftax.tree.dtypes import spec_of, storage_bytes

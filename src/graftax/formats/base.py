@@ -1,8 +1,9 @@
-"""What every format module provides, and what a writer is handed.
+"""What every format module provides, and what a writer receives.
 
 A format module has three functions and nothing else that others call; one that is only read has the first two:
 
-    sniff(path, head) -> bool     is this file (its first 512 bytes) or folder (head == b"") mine? Never raises.
+    sniff(path, head) -> bool     True if this file (its first 512 bytes) or folder (head == b"") has this format.
+                                  Never raises.
     open(path) -> Checkpoint      names, shapes and dtypes now, values on `read`;
                                   FormatError, UnsafeInputError, StorageError
     write(path, output) -> None   everything of `output` at `path`, a staging name; `formats.save` commits it afterwards
@@ -24,22 +25,13 @@ if TYPE_CHECKING:
 
 
 LEFTOVER = ".graftax-old"
-"""Ending of the name that an old folder has while a new one takes its place (where the two cannot be exchanged)."""
+"""Ending of an old folder's name while a new folder takes its place (if the two cannot be exchanged)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A row of FORMATS.
-
-    module    imported when it is used
-    endings   of file names
-    folder    it is a folder, not a file
-    sides     what it may hold
-    holds     the dtypes it stores bit for bit
-    resumes   its writer goes on where a stopped run was
-    writes    it can be written; a format that is only read needs no `write`
-    weights   it holds values, not only shapes and dtypes
-    """
+    """A row of FORMATS. `holds` names the dtypes that the format stores bit for bit; `module` is imported on first use;
+    if `resumes`, its writer can continue a stopped run."""
 
     name: str
     module: str
@@ -57,8 +49,8 @@ class Format:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """A part of a tensor's bytes: `data` is (rows, run) of uint8, row i at byte `start` + i x `step`. Good until the
-    next tile is asked for: its memory is used again."""
+    """A part of a tensor's bytes. `data` is (rows, run) of uint8; row i is at byte `start` + i x `step`. The tile is
+    valid until the next tile is requested, because its memory is reused."""
 
     start: int
     data: np.ndarray[Any, Any]
@@ -66,19 +58,20 @@ class Tile:
 
 
 class Tiles(Protocol):
-    """Tensors on demand: what a writer asks in its own order, each path once.
+    """Tensors on demand. A writer requests them in its own order, each path once.
 
-    The rest is for runs that are resumed: `unit` says how tensors are cut into tiles, `counts` what was measured of a
-    tensor (and those that are made with it) so far, as JSON, which `restore` takes back in a later run.
+    The other members serve resumed runs. `unit` identifies how tensors are cut into tiles. `counts` gives the counts so
+    far of a tensor (and of those made with it) as JSON; `restore` takes them back in a later run.
     """
 
     def tiles(self, target: str, contiguous: bool = False, first: int = 0) -> Iterator[Tile]:
-        """Tiles that cover the tensor's bytes once, from number `first` on; `contiguous`: in order, each of one row."""
+        """Tiles that cover the tensor's bytes once, starting with tile number `first`; `contiguous`: in order, each of
+        one row."""
         ...
 
     def done(self, target: str) -> None: ...
     def skip(self, target: str) -> None:
-        """Of this tensor no tile is asked for: it was made by an earlier run."""
+        """No tile of this tensor will be requested: an earlier run made it."""
         ...
 
     @property
@@ -92,26 +85,26 @@ class Log(Protocol):
 
     @property
     def notes(self) -> Mapping[str, Any]:
-        """What the writer had noted when the earlier run was stopped."""
+        """The writer's notes from the earlier, stopped run."""
         ...
 
     def written(
         self, path: Path, flush: Callable[[], None], notes: Mapping[str, Any] | None = None, last: bool = False
     ) -> None:
-        """All tiles handed out so far were written to `path`, and `flush` brings them to the disk. `last`: no more come
-        for this file."""
+        """All tiles handed out so far were written to `path`; `flush` brings them to the disk. `last`: this file is
+        complete."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """What to write: `specs` in the order of the file, `tensors` once each in any order (C-contiguous or not: the
-    writer makes them so), and what a tree needs to come back as it was. Paths are flat; `container` is the name of
-    the nested dict that a .pt file holds them in (`out.pt::model`). A writer that can takes the tensors from `tiles`
-    instead, where that is given, in the order of its file. `metadata` go into safetensors in place of graftax's own:
-    surgery leaves a file's as they are. With a `log` its files may be there in part already: it tells the log of what
-    it wrote. `leaves`, where it is given, is every leaf in the order of a msgpack file; one with bytes goes there as it
-    is (a Python number, None, an empty map) in place of a tensor."""
+    """What to write: `specs` in the order of the file; `tensors`, each once and in any order (the writer makes them
+    C-contiguous); and what is needed to restore the tree as it was. Paths are flat; `container` names the nested dict
+    that holds them in a .pt file (`out.pt::model`). If `tiles` is given, a writer that supports it takes the tensors
+    from there, in the order of its file. `metadata` replaces graftax's own metadata in safetensors: surgery leaves a
+    file's metadata unchanged. With a `log`, parts of the files may exist already, and the writer reports to the log
+    what it wrote. `leaves`, if given, lists every leaf in the order of a msgpack file; a leaf with bytes is written as
+    these bytes (a Python number, None, an empty map) in place of a tensor."""
 
     specs: Mapping[str, TensorSpec]
     tensors: Iterable[tuple[str, np.ndarray[Any, Any]]]

@@ -1,4 +1,4 @@
-"""Open one file: its format is told by its content, and its name is only asked for hints."""
+"""Open one file: its content decides the format, and its name gives only hints."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ HEAD = 512
 
 
 def open_file(path: Path, config: bool = True, part: str = "", shard: bool = False) -> Checkpoint:
-    """The checkpoint in one file, or the `part` of it that was named, with the config.json beside it. A `shard` that an
-    index names is a file of tensors, never another index. Raises as `open_path`."""
+    """The checkpoint in one file, or the named `part` of it, with the config.json beside it. A `shard` that an index
+    names must be a file of tensors, not another index. Raises as `open_path`."""
     head = files.read_head(path, HEAD)
     label = escape(path)
-    if not safetensors_file.sniff(path, head):  # its first bytes, a length, may be anything's
+    if not safetensors_file.sniff(path, head):  # its first bytes are a length, which any file may begin with
         foreign.refuse_foreign(path, head, label)
     if not shard:
         foreign.refuse_slice(path, label)
@@ -34,11 +34,11 @@ def open_file(path: Path, config: bool = True, part: str = "", shard: bool = Fal
         hinted = by_ending(path.suffix)
         claim = f", though it ends in {path.suffix}" if hinted else ""
         raise FormatError(
-            f"{label} is of no format that graftax knows{claim}: it begins with {escape(repr(head[:16])[2:-1])}",
+            f"{label} is not in a format that graftax knows{claim}: it begins with {escape(repr(head[:16])[2:-1])}",
             next=f"Known: {', '.join(row.name for row in FORMATS.values())}.",
         )
     module = row.load()
-    if part and hasattr(module, "open_container"):  # a .pt file nests dicts that flat names do not show
+    if part and hasattr(module, "open_container"):  # a .pt file has nested dicts that flat names do not show
         found: Checkpoint = module.open_container(path, part)
     else:
         found = module.open(path)
@@ -50,8 +50,8 @@ def open_file(path: Path, config: bool = True, part: str = "", shard: bool = Fal
 
 
 def checked(found: Checkpoint, label: str) -> Checkpoint:
-    """`found`, which must hold tensors (a header or a spec may say that there are none), under names that are no deeper
-    than trees may be. FormatError, UnsafeInputError."""
+    """`found`, if it holds tensors (a header or a spec may list none) and its names are not nested deeper than trees
+    may be. Else FormatError or UnsafeInputError."""
     if not found.specs and found.storage.format not in ("safetensors", "spec"):
         raise FormatError(f"{label} holds no tensors", next=_other(found.storage.metadata))
     deepest = limit("depth")
@@ -69,16 +69,16 @@ def _other(metadata: Mapping[str, str]) -> str:
 
 
 def identify(path: Path, head: bytes, index: bool = True) -> Format | None:
-    """The format whose signs the content shows; the `index` of a set is none where it is not asked for. The one its
-    ending names is asked first, which saves imports."""
+    """The format whose signs the content shows. `index`: whether the index of a sharded set is accepted. The format of
+    the file's ending is tried first, which saves imports."""
     rows = [row for row in FORMATS.values() if row.folder == (head == b"") or (row.name == "hf_folder" and index)]
     rows.sort(key=lambda row: path.suffix.lower() not in row.endings)
     return next((row for row in rows if row.load().sniff(path, head)), None)
 
 
 def config_of(folder: Path) -> Mapping[str, Any] | None:
-    """config.json in a folder. Nothing is promised about a folder that was not named: what is not a JSON object
-    there is not a model's settings."""
+    """The config.json of a folder. If the file is not a JSON object, it is ignored: the user did not name this folder,
+    so nothing is expected of it."""
     beside = folder / "config.json"
     if not os.path.isfile(beside):
         return None

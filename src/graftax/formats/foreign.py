@@ -1,8 +1,8 @@
-"""Files and folders that hold weights in ways graftax does not read: what each is, and the way out.
+"""Files and folders whose weights graftax does not read: what each one is, and what the user can do.
 
-One table, a row a kind. A row's signs are bytes at the beginning, names, or what a folder holds; all that a row gives
-must be there. Slices of tensors are told by names that nothing else has; for other names there is a hint, where the
-tensors do not fit.
+One table with one row for each kind. The signs of a row are bytes at the beginning, names, or the content of a folder;
+all signs of a row must be present. Slices of tensors are recognised by unmistakable names; for other names there is a
+hint if the tensors do not fit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from graftax.formats.io import files
 from graftax.formats.io.zip_read import first_member_name
 
 _ELSEWHERE = "Save the weights as .safetensors with the library that wrote it."
-_AGAIN = "Download it again: this is what a site shows."
+_AGAIN = "Download it again: this is a web page of the site."
 _KERAS = (
     "With Keras: numpy.savez('weights.npz', **{w.path: w.numpy() for w in keras.saving.load_model(PATH).weights}), "
     "then open weights.npz."
@@ -53,11 +53,13 @@ _UNPACK = "Unpack it, then open what is in it."
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """What it is (with an article) and what to do. begins: bytes from `at` on, in lower case, one of which must be
-    there (of text the white space before them does not count); contains: bytes that must be among the first 512;
-    names: globs of the file's name, one of which must fit; inside: globs joined by '|', each of which must fit a name
-    in the folder (folders end in '/'). weights: it holds some; a web page does not. unsafe: reading it runs code.
-    torch: torch.save writes its files."""
+    """A kind of file: `what` it is (with an article), and `next`: what to do.
+
+    begins: bytes at offset `at`, in lower case, one of which must be present (in text, leading white space is skipped).
+    contains: bytes that must be among the first 512. names: globs for the file's name, one of which must match. inside:
+    globs joined by '|', each of which must match a name in the folder (folders end in '/'). weights: True if it holds
+    weights; a web page does not. unsafe: reading it runs code. torch: torch.save writes such files.
+    """
 
     what: str
     next: str
@@ -73,24 +75,24 @@ class Foreign:
 
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))
 _TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
-"""The magic number of torch.save's legacy files, which are pickles, too."""
+"""The magic number of torch.save's legacy files, which are pickles too."""
 _PROTOBUF = (b"\x08",)
 _ZARR_FILES = (".zarray", ".zgroup", ".zmetadata", ".zattrs", "zarr.json")
 _ZLIB = (b"x\x01", b"x^", b"x\x9c", b"x\xda")
 
 FOREIGN: tuple[Foreign, ...] = (
-    # no weights at all: what a download can be in a checkpoint's place
+    # no weights: what a download can produce in place of a checkpoint
     Foreign(
         "a Git LFS pointer, not the file it stands for",
         "Fetch the file itself: git lfs pull",
         (b"version https://git-lfs",),
         weights=False,
     ),
-    Foreign("an HTML page saved in a checkpoint's place", _AGAIN, (b"<!doctype html", b"<html"), weights=False),
+    Foreign("an HTML page saved in place of a checkpoint", _AGAIN, (b"<!doctype html", b"<html"), weights=False),
     Foreign("an OpenVINO model", _ELSEWHERE, (b"<?xml",), contains=b"<net "),
     Foreign(
         "an XML document (often a storage service's error)",
-        "Download it again, and look at what it says.",
+        "Read its text, then download it again.",
         (b"<?xml",),
         weights=False,
     ),
@@ -159,9 +161,9 @@ FOREIGN: tuple[Foreign, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """How the files (or folders) of a set are called that each hold a slice of every tensor: `pattern`, which nothing
-    else is called, with the slice's numbers. alone: all but number 0 are a slice also where the others are not beside
-    it."""
+    """The names of a set of files (or folders) that each hold a slice of every tensor. `pattern` matches these names
+    and no others, and captures the number of the slice. alone: every file except number 0 counts as a slice even if the
+    others are missing."""
 
     what: str
     next: str
@@ -202,17 +204,17 @@ RANKED: tuple[Ranked, ...] = (
     ),
 )
 _MARKS = ("rank", "consolidated", "layer_", "part", "shard")
-"""A name of RANKED has one of these."""
+"""Every name of RANKED contains one of these."""
 _PERHAPS = re.compile(
     r"(?:.*[._-])?(?:rank|shard|part|(?:tp|mp|tensor[_-]?parallel|model[_-]?parallel)[._-]?(?:rank)?)[._-]?(\d+)(?:[._-].*)?",
     re.ASCII,
 )
-"""What slices are called, too, and so are the members of an ensemble, folds, or adapters of several ranks."""
+"""Ambiguous names: slices have them, and so do members of an ensemble, folds, or adapters of several ranks."""
 _NO_WEIGHTS = re.compile(r"(?:.*[._-])?(?:rng|random|optim\w*|scheduler|scaler)(?:[._-].*)?", re.ASCII)
 
 
 def refuse_foreign(path: Path, head: bytes, label: str) -> None:
-    """FormatError where a file is empty or of a kind in FOREIGN, UnsafeInputError where reading that would run code."""
+    """FormatError if a file is empty or of a kind in FOREIGN; UnsafeInputError if reading that kind would run code."""
     if not head:
         raise FormatError(f"{label} is empty (0 bytes)", next="Download or write it again.")
     if (row := foreign_file(path.name, head)) is not None:
@@ -220,8 +222,8 @@ def refuse_foreign(path: Path, head: bytes, label: str) -> None:
 
 
 def foreign_file(name: str, head: bytes) -> Foreign | None:
-    """The row that a file's name and first 512 bytes show."""
-    ours = _is_torch(head)  # then whatever its name
+    """The row that matches a file's name and first 512 bytes."""
+    ours = _is_torch(head)  # then its name does not matter
     lower = head.lower()
     text = lower.removeprefix(b"\xef\xbb\xbf").lstrip()[:32]
     rows = (row for row in FOREIGN if not row.inside and (row.torch or not ours))
@@ -229,8 +231,8 @@ def foreign_file(name: str, head: bytes) -> Foreign | None:
 
 
 def _is_torch(head: bytes) -> bool:
-    """Are these the first bytes of what torch.save writes: a zip whose first member is NAME/data.pkl, or, of old, a
-    pickle of its magic number?"""
+    """True if these are the first bytes of a file by torch.save: a zip whose first member is NAME/data.pkl, or, in old
+    files, a pickle of torch's magic number."""
     if head[:2] in _PICKLES:
         return _TORCH in head[:32]
     return (first_member_name(head) or "").endswith("/data.pkl")
@@ -245,33 +247,34 @@ def _shows(row: Foreign, name: str, head: bytes, lower: bytes, text: bytes) -> b
 
 
 def refuse_prefix(text: str) -> None:
-    """FormatError where `text`, which no file is called, is what TensorFlow calls a checkpoint of several files."""
+    """FormatError if `text`, which is not an existing file, is the name prefix of a TensorFlow checkpoint of several
+    files."""
     if os.path.isfile(f"{text}.index"):
         raise FormatError(
-            f"{escape(text)} is a TensorFlow checkpoint, of no format that graftax reads",
+            f"{escape(text)} is a TensorFlow checkpoint, a format that graftax does not read",
             next=_TENSORFLOW.replace("PREFIX", repr(text)),
         )
 
 
 def refuse_mlx(shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
-    """FormatError where weights that MLX wrote may be convolutions: it keeps their channels last, under names as of
-    torch, which keeps them second; of 3 channels and 3 x 3 taps the shape does not show it."""
+    """FormatError if weights that MLX wrote may be convolutions. MLX keeps channels last under torch's names, while
+    torch keeps them second. With 3 channels and 3 x 3 taps the shape does not tell."""
     convolutions = [
-        Failure("it may be a convolution, whose channels MLX keeps last", label, name, found=escape(shape))
+        Failure("this may be a convolution: MLX keeps its channels last", label, name, found=escape(shape))
         for name, shape in shapes.items()
         if 3 <= len(shape) <= 5 and name.endswith("weight")
     ]
     if convolutions:
         raise FormatError(
-            f"{label} was written by MLX, and {len(convolutions)} of its tensors are not laid out as torch has them:",
+            f"{label} was written by MLX, and {len(convolutions)} of its tensors do not have torch's layout:",
             convolutions,
             next="In MLX: w.moveaxis(-1, 1) of every convolution, then mx.save_safetensors with {'format': 'pt'}.",
         )
 
 
 def refuse_slice(path: Path, label: str) -> None:
-    """FormatError where a file, or the folder that it is in, is one of a set that holds slices of tensors."""
-    here = Path(os.path.abspath(path)) if isinstance(path, Path) else path  # another is a file at a URL
+    """FormatError if a file, or its folder, belongs to a set that holds slices of tensors."""
+    here = Path(os.path.abspath(path)) if isinstance(path, Path) else path  # anything else is a file at a URL
     for place in (here, here.parent) if isinstance(here, Path) else (here,):
         if (found := _ranks(place.name)) is None:
             continue
@@ -288,7 +291,7 @@ def refuse_slice(path: Path, label: str) -> None:
 
 
 def _ranks(name: str) -> tuple[Ranked, tuple[int, ...]] | None:
-    """The row whose set a name belongs to, and its numbers there."""
+    """The row whose set a name belongs to, and the numbers in the name."""
     if not any(mark in name for mark in _MARKS) or _NO_WEIGHTS.fullmatch(name):
         return None
     for row in RANKED:
@@ -317,8 +320,9 @@ def _form(name: str) -> str | None:
 
 
 def perhaps_slices(paths: Iterable[Path]) -> str:
-    """What to think of where tensors do not fit, and a file of theirs, or its folder, is called as slices of a set may
-    be, beside another of the set; empty where none is. Only values could tell them from an ensemble."""
+    """A hint for tensors that do not fit: their file, or its folder, has a name that slices of a set may have, and
+    another of the set stands beside it. Empty if there is no such file. Only the values could tell slices from an
+    ensemble."""
     for place in (place for path in paths if isinstance(path, Path) for place in (path, path.parent)):
         if (form := _form(place.name)) is None:
             continue
@@ -332,7 +336,7 @@ def perhaps_slices(paths: Iterable[Path]) -> str:
 
 
 def refuse_foreign_folder(path: Path, names: Iterable[str]) -> None:
-    """FormatError where a folder with these `names` is one of FOREIGN, or holds a set of RANKED."""
+    """FormatError if a folder with these `names` is one of FOREIGN, or holds a set of RANKED."""
     names = list(names)
     listed = [f"{name}/" if os.path.isdir(path / name) else name for name in names]
     for row in FOREIGN:
@@ -344,7 +348,8 @@ def refuse_foreign_folder(path: Path, names: Iterable[str]) -> None:
 
 
 def refuse_foreign_inside(path: Path, names: Iterable[str], depth: int = 2) -> None:
-    """As `refuse_foreign_folder`, where something in the folder is foreign: a file, or a folder up to `depth` below."""
+    """As `refuse_foreign_folder`, for a folder that contains something foreign: a file, or a folder up to `depth`
+    levels below."""
     for name in list(names)[:_LOOKED_AT]:
         place = path / name
         try:
@@ -355,11 +360,11 @@ def refuse_foreign_inside(path: Path, names: Iterable[str], depth: int = 2) -> N
             elif (head := files.read_head(place)) and (row := foreign_file(name, head)) and row.weights:
                 raise _refusal(row, escape(place))
         except (OSError, StorageError):
-            continue  # what cannot be looked at says nothing of the folder
+            continue  # an unreadable entry shows nothing about the folder
 
 
 _LOOKED_AT = 50
-"""Files and folders of a folder that are looked at."""
+"""The number of entries of a folder that are checked."""
 
 
 def _fits(name: str, globs: str) -> bool:
@@ -367,5 +372,5 @@ def _fits(name: str, globs: str) -> bool:
 
 
 def _refusal(row: Foreign, label: str) -> FormatError | UnsafeInputError:
-    known = ", of no format that graftax reads" if row.weights else ""
+    known = ", a format that graftax does not read" if row.weights else ""
     return (UnsafeInputError if row.unsafe else FormatError)(f"{label} is {row.what}{known}", next=row.next)

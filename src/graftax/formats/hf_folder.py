@@ -1,6 +1,6 @@
-"""A folder of checkpoint files: shards with an index.json, or one file, and config.json beside them.
+"""A folder of checkpoint files: shards with an index.json, or a single file, with config.json beside them.
 
-The index is Hugging Face's: {"metadata": {..}, "weight_map": {tensor: file}}. Shards may be of any file format.
+The index is Hugging Face's: {"metadata": {..}, "weight_map": {tensor: file}}. Shards may have any file format.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ WEIGHTS = (
     "adapter_model.bin",
     "consolidated.safetensors",
 )
-"""Names a model's weights go by, the preferred first: of several formats in one folder the first is opened."""
-SHARD_SIZE = 5_000_000_000  # bytes, as the hub has it
+"""Usual names of a model's weights, preferred first: if a folder holds several formats, the first name is opened."""
+SHARD_SIZE = 5_000_000_000  # bytes, the hub's default
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """A folder with weights in it; also the index itself."""
+    """True for a folder with weights in it, and for the index itself."""
     if head:
         return path.name.endswith(INDEX) and head.lstrip()[:1] == b"{"
     return _weights(path) is not None
 
 
 def _weights(folder: Path) -> str | None:
-    """The name of the index or file that holds the weights; None where there is none, or which one is not clear."""
+    """The name of the index or file that holds the weights; None if there is none or the choice is unclear."""
     try:
         names = set(os.listdir(folder))
     except OSError:
         return None
-    for name in WEIGHTS:  # the file before the index, as transformers does
+    for name in WEIGHTS:  # the file before the index, as in transformers
         if name in names:
             return name
         if name + INDEX in names:
@@ -67,10 +67,10 @@ def _weights(folder: Path) -> str | None:
 
 
 def open(path: Path) -> Checkpoint:
-    """All tensors of a folder (or of the index named). Raises FormatError, UnsafeInputError, StorageError."""
+    """All tensors of a folder (or of the named index). Raises FormatError, UnsafeInputError, StorageError."""
     folder, name = (path, _weights(path)) if os.path.isdir(path) else (path.parent, path.name)
     if name is None:
-        raise FormatError(f"{escape(path)} holds no weights, or more than one set of them")
+        raise FormatError(f"{escape(path)} holds no weights, or several sets of weights")
     config = _config(folder)
     if name.endswith(INDEX):
         found = _open_sharded(folder, name)
@@ -95,7 +95,9 @@ def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
     label = escape(index)
     shard_of = weight_map(strict_json.parse_object(files.read_whole(index), label), label)
     names = dict.fromkeys(shard_of.values())
-    paths = gathered(names, lambda name: files.inside(folder, name, label), label)  # all names before any file
+    paths = gathered(
+        names, lambda name: files.inside(folder, name, label), label
+    )  # check all names before opening a file
     shards = gathered(names, lambda name: open_file(paths[name], config=False, shard=True), label)
     return joined(str(folder), shard_of, shards, (index,), label)
 
@@ -103,8 +105,8 @@ def _open_sharded(folder: Path, index_name: str) -> Checkpoint:
 def joined(
     label: str, shard_of: Mapping[str, str], shards: Mapping[str, Checkpoint], index: tuple[Path, ...], where: str
 ) -> Checkpoint:
-    """All shards as one checkpoint, `shard_of` from tensor to shard. FormatError where the index, called `where`, says
-    something else than they do."""
+    """All shards as one checkpoint; `shard_of`: tensor -> shard. FormatError if the index, called `where`, disagrees
+    with the shards."""
     failures = _disagreements(shard_of, shards, where)
     if failures:
         raise FormatError(f"{where}: the index and its shards disagree ({len(failures)} tensors):", failures)
@@ -147,8 +149,8 @@ def joined(
 
 
 def _side(names: Iterable[str], shards: Mapping[str, Checkpoint], where: str) -> tuple[Side | None, SideBy]:
-    """(side, what told it) of a set: what its shards declare, else all of their names. FormatError where they declare
-    both sides."""
+    """(side, what decided it) of a set: the side that its shards declare, else the side of all their names. FormatError
+    if the shards declare both sides."""
     kinds: dict[str, Side] = {}
     kinds |= {name: shard.side for name, shard in shards.items() if shard.side is not None and shard.side_by == "kind"}
     declared = dict(kinds)
@@ -159,14 +161,15 @@ def _side(names: Iterable[str], shards: Mapping[str, Checkpoint], where: str) ->
         raise FormatError(
             f"{where}: some shards declare torch, others Flax",
             failures,
-            next="They are no one checkpoint: fetch or write the set again.",
+            next="They do not form one checkpoint: fetch or write the set again.",
         )
     side: Side | None = sides.pop() if sides else None
     return (side, "kind") if kinds else settled(side, names)
 
 
 def _shared_metadata(shards: Iterable[Checkpoint]) -> dict[str, str]:
-    """What the metadata of all shards say alike; nothing where graftax wrote them, for that is of each shard alone."""
+    """The metadata entries that all shards share. Empty if graftax wrote the shards, because its metadata describe one
+    shard each."""
     found = [shard.storage.metadata for shard in shards if shard.storage.format == "safetensors"]
     if not found or any("graftax" in metadata for metadata in found):
         return {}
@@ -174,17 +177,16 @@ def _shared_metadata(shards: Iterable[Checkpoint]) -> dict[str, str]:
 
 
 def weight_map(value: Mapping[str, Any], label: str) -> dict[str, str]:
-    """From tensor to shard, as an index says. FormatError, UnsafeInputError."""
+    """Tensor -> shard, as an index says. FormatError, UnsafeInputError."""
     found = value.get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):  # pyright: ignore
-        raise FormatError(f"{label}: expected `weight_map`, from tensor names to file names")
+        raise FormatError(f"{label}: expected `weight_map`, a map from tensor names to file names")
     check_limit("leaves", len(found), label)  # pyright: ignore[reportUnknownArgumentType]
     return found  # pyright: ignore[reportUnknownVariableType]
 
 
 def gathered(names: Iterable[str], action: Callable[[str], Value], label: str) -> dict[str, Value]:
-    """What `action` gives for every shard. The failures of all of them are raised at once, with the code of the
-    gravest."""
+    """The result of `action` for every shard. All failures are raised at once, with the exit code of the gravest."""
     out: dict[str, Value] = {}
     errors: list[GraftaxError] = []
     failures: list[Failure] = []
@@ -202,7 +204,7 @@ def gathered(names: Iterable[str], action: Callable[[str], Value], label: str) -
 
 
 def _disagreements(weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint], label: str) -> list[Failure]:
-    """Tensors that are not where the index says, or that it does not name."""
+    """Tensors that are not in the shard that the index names, or that the index does not list."""
     out: list[Failure] = []
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
@@ -211,7 +213,7 @@ def _disagreements(weight_map: Mapping[str, str], shards: Mapping[str, Checkpoin
             out.append(Failure("is not in the shard the index names", label, tensor, escape(shard), found))
     for name, shard in shards.items():
         out.extend(
-            Failure("is in a shard, but the index does not name it there", label, tensor, found=escape(name))
+            Failure("is in a shard where the index does not list it", label, tensor, found=escape(name))
             for tensor in shard
             if weight_map.get(tensor) != name
         )
@@ -222,7 +224,8 @@ def _disagreements(weight_map: Mapping[str, str], shards: Mapping[str, Checkpoin
 
 
 def write(path: Path, output: Output) -> None:
-    """safetensors shards of at most `shard_size` bytes of data each (a larger tensor stands alone) and their index."""
+    """safetensors shards with at most `shard_size` bytes of data each (a larger tensor gets its own shard), and their
+    index."""
     path.mkdir(exist_ok=output.log is not None)
     files_of = shards(path, output)
     safetensors_file.write_files(files_of, output)
@@ -230,7 +233,7 @@ def write(path: Path, output: Output) -> None:
 
 
 def shards(path: Path, output: Output) -> dict[Path, dict[str, TensorSpec]]:
-    """The files of the folder, each with the tensors that it is to hold."""
+    """The files of the folder, each with the tensors that it will hold."""
     groups = _split(output.specs, output.shard_size or SHARD_SIZE)
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     return {path / name: group for name, group in zip(names, groups, strict=True)}
@@ -248,7 +251,7 @@ def write_index(path: Path, files_of: Mapping[Path, Mapping[str, TensorSpec]], o
 
 
 def _split(specs: Mapping[str, TensorSpec], size: int) -> list[dict[str, TensorSpec]]:
-    """`specs` cut into runs of at most `size` bytes."""
+    """`specs` divided into runs of at most `size` bytes."""
     groups: list[dict[str, TensorSpec]] = [{}]
     filled = 0
     for name, spec in specs.items():

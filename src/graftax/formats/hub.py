@@ -18,7 +18,8 @@ _REVISION = re.compile(r"[\w.-]+")
 
 
 def cache_folder() -> Path:
-    """Where the cache is: HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, HF_HOME/hub, else below the user's cache folder."""
+    """The cache folder: HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, HF_HOME/hub, else a folder below the user's cache
+    folder."""
     env = os.environ
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if env.get(name):
@@ -30,14 +31,14 @@ def cache_folder() -> Path:
 
 
 def is_id(text: str) -> bool:
-    """Could this be `org/name` (or one of the hub's early ids without an org)?"""
+    """True if this could be `org/name` (or one of the hub's early ids without an org)."""
     return _ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
 def snapshot(text: str) -> Path | None:
-    """The folder of a hub id's snapshot in the cache; None where the cache does not have the id.
+    """The folder of a hub id's snapshot in the cache; None if the cache does not have the id.
 
-    Raises FormatError, StorageError where the id is there, but its snapshot is not.
+    Raises FormatError or StorageError if the id is in the cache without its snapshot.
     """
     if not is_id(text):
         return None

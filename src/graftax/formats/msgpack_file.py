@@ -1,12 +1,12 @@
-"""Flax msgpack files: what flax.serialization.msgpack_serialize and to_bytes write, without importing flax or jax.
+"""Flax msgpack files, as flax.serialization.msgpack_serialize and to_bytes write them. Imports neither flax nor jax.
 
-A reader that walks the file by position: names, shapes and dtypes cost the small parts of it only, and values are read
-one leaf at a time. A map's keys are text or whole numbers and both stay what they are.
+The reader walks the file by position: names, shapes and dtypes need only small reads, and values are read one leaf at a
+time. The keys of a map are text or whole numbers, and keep their type.
 
-Wire format (flax/serialization.py): arrays are extension 1, a msgpack triple (shape, dtype name, bytes in C order);
-NumPy scalars extension 3, the same; Python complex numbers extension 2, a pair. An array of more than 2**30 bytes is a
-map {'__msgpack_chunked_array__': True, 'shape': {'0': ..}, 'chunks': {'0': array, ..}}. Types below one byte take one
-byte an element.
+Wire format (flax/serialization.py): an array is extension 1, a msgpack triple (shape, dtype name, bytes in C order); a
+NumPy scalar is extension 3, with the same content; a Python complex number is extension 2, a pair. An array of more
+than 2**30 bytes is a map {'__msgpack_chunked_array__': True, 'shape': {'0': ..}, 'chunks': {'0': array, ..}}. Types
+below one byte use one byte per element.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import FormatError, escape
 from graftax.formats.base import Output
 from graftax.formats.io.direct import DirectFile
-from graftax.formats.io.source import Source, open_source
+from graftax.formats.io.source import StampedFile, open_stamped
 from graftax.formats.io.system import storage_error
 from graftax.formats.msgpack_walk import CHUNKED, FIXED_EXT, NDARRAY, Array, Aside, Text, itemsize, mark, parse
 from graftax.formats.writing import byte_runs, refuse
@@ -35,7 +35,7 @@ CHUNK = 1 << 30
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """A map whose first key is text or a whole number."""
+    """True for a map whose first key is text or a whole number."""
     if head == b"\x80":
         return True
     if len(head) < 2 or not (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)):
@@ -45,13 +45,14 @@ def sniff(path: Path, head: bytes) -> bool:
 
 
 def open(path: Path) -> Checkpoint:
-    """The tree in the file. Python numbers are 0-d leaves (int64, uint64, float64, bool, complex128), so that none is
-    lost; text, bytes, None and empty containers are listed in the metadata. Arrays that stand in folders beside the
-    file are read from there (see `aside`).
+    """The tree in the file. Python numbers become 0-d leaves (int64, uint64, float64, bool, complex128), so that none
+    is lost. Text, bytes, None and empty containers are listed in the metadata. Arrays in folders beside the file are
+    read from there (see `aside`).
 
-    Raises FormatError where it is malformed or holds what no checkpoint does, UnsafeInputError beyond a limit.
+    Raises FormatError if the file is malformed or holds something that a checkpoint cannot hold, UnsafeInputError
+    beyond a limit.
     """
-    source = open_source(path)
+    source = open_stamped(path)
     label = escape(path)
     root = parse(source, label)
     arrays: dict[str, Array] = {}
@@ -128,13 +129,13 @@ def _stores_aside(path: Path, asides: Mapping[str, Aside], label: str) -> tuple[
 def _leaves(
     node: Any, keys: tuple[Key, ...], real_keys: dict[str, Key], containers: dict[str, str]
 ) -> Iterator[tuple[tuple[Key, ...], Array | Text | Aside]]:
-    """(keys, leaf), and on the way what flat names do not say."""
+    """(keys, leaf) of every leaf. On the way it records what flat names cannot express."""
     if keys and type(keys[-1]) is int:
         real_keys[join_path(keys)] = keys[-1]
     if isinstance(node, (Array, Text, Aside)):
         yield keys, node
         return
-    if not node:  # the root: others are leaves
+    if not node:  # the root; elsewhere an empty container is a leaf
         yield keys, Text("an empty list" if isinstance(node, list) else "an empty map")
         return
     if isinstance(node, list):
@@ -146,7 +147,7 @@ def _leaves(
 # ---------------------------------------------------------------- values
 
 
-def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
+def _read(source: StampedFile, array: Array, where: str) -> np.ndarray[Any, Any]:
     import numpy as np
 
     from graftax.tree.dtypes import codes_of, from_storage, numpy_dtype, pack
@@ -159,12 +160,12 @@ def _read(source: Source, array: Array, where: str) -> np.ndarray[Any, Any]:
         return from_storage(data, array.spec)
     codes = codes_of(np.frombuffer(data, np.uint8), array.spec)
     if codes is None:
-        raise FormatError(f"{where}: a byte that is no code of {array.spec.dtype}")
+        raise FormatError(f"{where}: a byte is not a code of {array.spec.dtype}")
     return pack(codes, array.spec.bits)
 
 
-def _read_parts(source: Source, array: Array, start: int, buffer: memoryview) -> None:
-    """Fills `buffer` from byte `start` of the elements on, which lie in several stretches of the file."""
+def _read_parts(source: StampedFile, array: Array, start: int, buffer: memoryview) -> None:
+    """Fill `buffer` from byte `start` of the elements, which lie in several stretches of the file."""
     done = passed = 0
     for at, size in array.parts:
         skip = start + done - passed
@@ -182,16 +183,16 @@ def _read_parts(source: Source, array: Array, start: int, buffer: memoryview) ->
 
 def write(path: Path, output: Output) -> None:
     """The bytes that flax.serialization.msgpack_serialize(tree, in_place=True) gives for the nested tree, in the order
-    of `output.specs`; lists and tuples are msgpack arrays. One tensor at most is in memory at a time, and the order in
-    which they come does not matter.
+    of `output.specs`. Lists and tuples become msgpack arrays. At most one tensor is in memory at a time, and tensors
+    may come in any order.
 
-    Raises PlanError for keys that msgpack has no place for.
+    Raises PlanError for keys that msgpack cannot hold.
     """
     from graftax.tree.dtypes import unpack
 
     tuples = [f"{prefix}/" for prefix, key in output.real_keys.items() if isinstance(key, tuple)]
     below = [path for path in output.specs if any(f"{path}/".startswith(prefix) for prefix in tuples)]
-    refuse(output, "msgpack", dict.fromkeys(below, "a key that is a tuple"))
+    refuse(output, "msgpack", dict.fromkeys(below, "a key is a tuple"))
     tree = nest({path: path for path in output.leaves or output.specs}, output.real_keys)
     pieces: list[tuple[int, bytes]] = []
     places: dict[str, list[tuple[int, int]]] = {}
@@ -208,7 +209,7 @@ def write(path: Path, output: Output) -> None:
             for start, piece in pieces:
                 file.write_at(start, piece)
             for name, spec, begin, data in byte_runs(output):
-                if spec.packed:  # comes whole
+                if spec.packed:  # it comes whole
                     data = unpack(data, spec).reshape(-1).view("uint8")
                 done = 0
                 for start, size in places.get(name, ()):
@@ -226,7 +227,7 @@ def write(path: Path, output: Output) -> None:
 
 
 def _layout(node: Any, prefix: str, output: Output) -> Iterator[bytes | tuple[str, int]]:
-    """The file in order: bytes as they are, and (path, size) where the elements of a tensor go."""
+    """The file in order: fixed bytes, and (path, size) where the elements of a tensor go."""
     import msgpack
 
     if isinstance(node, str):
@@ -268,7 +269,7 @@ def _array_layout(path: str, spec: TensorSpec) -> Iterator[bytes | tuple[str, in
 
 
 def _array_head(shape: tuple[int, ...], dtype: str, size: int) -> bytes:
-    """Everything of an array extension but its elements."""
+    """An array extension up to its elements."""
     inner = b"\x93" + _packed(shape) + _packed(dtype) + _sized(size, {1: 0xC4, 2: 0xC5, 4: 0xC6})
     length = len(inner) + size
     fixed = {extent: code for code, extent in FIXED_EXT.items()}
@@ -278,7 +279,7 @@ def _array_head(shape: tuple[int, ...], dtype: str, size: int) -> bytes:
 
 
 def _sized(number: int, marks: dict[int, int]) -> bytes:
-    """A mark and a length in as few bytes as will hold it."""
+    """A mark and a length in the fewest bytes that hold them."""
     width = 1 if number < 1 << 8 else 2 if number < 1 << 16 else 4
     return bytes([marks[width]]) + number.to_bytes(width, "big")
 

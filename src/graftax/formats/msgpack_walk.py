@@ -1,4 +1,4 @@
-"""Flax msgpack, parsed by position: the tree with the place of every array in the file, and none of their bytes."""
+"""Parse Flax msgpack by position: the tree with the place of every array in the file, without reading the arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftax.errors import FormatError, escape
-from graftax.formats.io.source import Source
+from graftax.formats.io.source import StampedFile
 from graftax.tree import DTYPES, Key, TensorSpec
 from graftax.tree.limits import check_limit, element_count, limit
 
@@ -31,8 +31,8 @@ FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Array:
-    """A leaf: its spec and the stretches of the file that hold its elements; a Python number has no stretch but
-    `value`, and `place`, the stretch of the whole."""
+    """A leaf: its spec, and the stretches of the file that hold its elements. A Python number has `value` in place of
+    stretches, and `place`, the stretch of the whole leaf."""
 
     spec: TensorSpec
     parts: tuple[tuple[int, int], ...]
@@ -42,8 +42,8 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A leaf that is no array and no number, in words, and the stretch of the file that holds it; of text the first
-    4,096 bytes as they are."""
+    """A leaf that is neither an array nor a number: a description, and the stretch of the file that holds it. For text
+    it keeps the first 4,096 bytes."""
 
     text: str
     raw: str = ""
@@ -52,7 +52,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """A leaf whose array stands elsewhere: what the file says of it, by whom it was written, and where that is."""
+    """A leaf whose array is stored outside the file: what the file says of it, who wrote it, and where the array is."""
 
     said: str
     writer: str
@@ -60,15 +60,15 @@ class Aside:
 
 
 PLACEHOLDERS = {b"PLACEHOLDER://": "Orbax before 0.5", b"//GDAPlaceholder:": "flax.training.checkpoints"}
-"""Texts that stand for an array and end in its name -> who writes them."""
+"""Texts that stand for an array and end in its name -> the program that writes them."""
 _LONGEST_NAME = 4096
 
 
 @dataclass(slots=True)
-class _Walk:
-    """A position in the file. Small things are read through a block; the bytes of arrays are stepped over."""
+class _Cursor:
+    """A position in the file. Small values are read through a block; the bytes of arrays are skipped."""
 
-    source: Source
+    source: StampedFile
     label: str
     at: int = 0
     block: bytes = b""
@@ -91,7 +91,7 @@ class _Walk:
         return self.block[begin : begin + length]
 
     def skip(self, length: int) -> int:
-        """Where the stretch begins that is stepped over."""
+        """Skip a stretch and return where it begins."""
         at = self.at
         if at + length > self.source.size:
             raise FormatError(f"{self.label} is truncated: {at + length - self.source.size:,} bytes are missing")
@@ -99,7 +99,7 @@ class _Walk:
         return at
 
     def token(self) -> tuple[str, Any]:
-        """(kind, its value or length) of what comes next; for "ext" (type, length)."""
+        """(kind, value or length) of the next token; for "ext": (type, length)."""
         first = self.take(1)[0]
         kind, form = mark(first)
         if kind == "bad":
@@ -114,7 +114,8 @@ class _Walk:
 
 
 def mark(first: int) -> tuple[str, str]:
-    """What a first byte begins, and the format (or, in the fixed forms, the value) of the number that belongs to it."""
+    """The kind of value that a first byte begins, and the format of the number that follows (in the fixed forms: the
+    number itself)."""
     if first in _MARKS:
         return _MARKS[first]
     if first in FIXED_EXT:
@@ -128,17 +129,17 @@ def mark(first: int) -> tuple[str, str]:
     return ("str", str(first & 0x1F)) if first < 0xC0 else ("bad", "0")
 
 
-def parse(source: Source, label: str) -> dict[Key, Any] | list[Any]:
+def parse(source: StampedFile, label: str) -> dict[Key, Any] | list[Any]:
     """The tree in the file: dicts and lists with Array, Text and Aside at the leaves.
 
-    Raises FormatError where it is malformed or no tree, UnsafeInputError beyond a limit.
+    Raises FormatError if the file is malformed or not a tree, UnsafeInputError beyond a limit.
     """
-    walk = _Walk(source, label, most=2 * limit("leaves"), deepest=limit("depth"), longest=limit("header"))
+    walk = _Cursor(source, label, most=2 * limit("leaves"), deepest=limit("depth"), longest=limit("header"))
     root = _found(walk, "", 0)
     if walk.at != source.size:
-        raise FormatError(f"{label} has {source.size - walk.at:,} bytes behind its end")
+        raise FormatError(f"{label} has {source.size - walk.at:,} bytes after its end")
     if not isinstance(root, (dict, list)):
-        raise FormatError(f"{label} holds one value and no tree")
+        raise FormatError(f"{label} holds a single value, not a tree")
     return root
 
 
@@ -147,8 +148,8 @@ def itemsize(spec: TensorSpec) -> int:
     return max(spec.bits // 8, 1)
 
 
-def _value(walk: _Walk, where: str, depth: int) -> Any:
-    """The value that comes next: dict, list, Array, Text or Aside. An empty container is a leaf in words."""
+def _value(walk: _Cursor, where: str, depth: int) -> Any:
+    """The next value: dict, list, Array, Text or Aside. An empty container is a Text leaf."""
     start = walk.at
     found = _found(walk, where, depth)
     if isinstance(found, Text) or (isinstance(found, Array) and found.value is not None):
@@ -158,7 +159,7 @@ def _value(walk: _Walk, where: str, depth: int) -> Any:
     return found
 
 
-def _found(walk: _Walk, where: str, depth: int) -> Any:
+def _found(walk: _Cursor, where: str, depth: int) -> Any:
     walk.values += 1
     if depth > walk.deepest or walk.values > walk.most:
         check_limit("depth", depth, walk.label)
@@ -191,7 +192,7 @@ def _number(value: bool | int | float | complex) -> Array:
     return Array(TensorSpec((), name), (), value)
 
 
-def _map(walk: _Walk, count: int, where: str, depth: int) -> Any:
+def _map(walk: _Cursor, count: int, where: str, depth: int) -> Any:
     out: dict[Key, Any] = {}
     for _ in range(count):
         kind, value = walk.token()
@@ -215,7 +216,7 @@ def _map(walk: _Walk, count: int, where: str, depth: int) -> Any:
 
 
 def _stored_aside(node: dict[Key, Any]) -> Aside | None:
-    """The array that a tensorstore spec stands for, as T5X writes it in its place."""
+    """The array that a tensorstore spec stands for, as T5X writes it."""
     driver, store = node.get("driver"), node.get("kvstore")
     if not isinstance(driver, Text) or not isinstance(store, dict):
         return None
@@ -230,7 +231,7 @@ def _joined(chunked: dict[Key, Any], where: str) -> Array:
     """The array whose chunks a map holds."""
     shape, chunks = ({} if isinstance(part, Text) else part for part in map(chunked.get, ("shape", "chunks")))
     if set(chunked) != {CHUNKED, "shape", "chunks"} or not isinstance(shape, dict) or not isinstance(chunks, dict):
-        raise FormatError(f"{where}: a chunked array without shape and chunks")
+        raise FormatError(f"{where}: a chunked array lacks its shape or chunks")
     for numbered in (shape, chunks):
         if set(numbered) != {str(i) for i in range(len(numbered))}:
             raise FormatError(f"{where}: the parts of a chunked array are not numbered from 0")
@@ -247,7 +248,7 @@ def _joined(chunked: dict[Key, Any], where: str) -> Array:
     return Array(TensorSpec(extents, dtypes.pop()), tuple(piece for part in parts for piece in part.parts))
 
 
-def _extension(walk: _Walk, code: int, length: int, where: str) -> Array:
+def _extension(walk: _Cursor, code: int, length: int, where: str) -> Array:
     end = walk.at + length
     where = f"{walk.label}: {escape(where)}"
     if end > walk.source.size:
@@ -256,14 +257,14 @@ def _extension(walk: _Walk, code: int, length: int, where: str) -> Array:
         pair = [walk.token() for _ in range(3)]
         kinds = [kind for kind, _ in pair]
         if kinds != ["array", "number", "number"] or pair[0][1] != 2 or walk.at != end:
-            raise FormatError(f"{where}: a complex number that is no pair")
+            raise FormatError(f"{where}: a complex number is not a pair")
         return _number(complex(pair[1][1], pair[2][1]))
     if code not in (NDARRAY, SCALAR):
         raise FormatError(f"{where}: extension type {code}, which flax does not write")
     kind, parts = walk.token()
     kind2, axes = walk.token()
     if (kind, parts, kind2) != ("array", 3, "array") or axes > 64:
-        raise FormatError(f"{where}: an array without shape, dtype and bytes")
+        raise FormatError(f"{where}: an array lacks its shape, dtype or bytes")
     shape: Any = tuple(number if kind == "number" else None for kind, number in (walk.token() for _ in range(axes)))
     count = element_count(shape, where)
     kind, size = walk.token()

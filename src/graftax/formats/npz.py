@@ -1,8 +1,8 @@
-"""npz archives: a zip of .npy files, one array each; and a lone .npy file, which is read, not written. Names, shapes
+"""npz archives: a zip of .npy files with one array each. A single .npy file can be read, but not written. Names, shapes
 and dtypes are read without NumPy.
 
-They hold NumPy's own dtypes only: NumPy writes bfloat16, float8 and int4 arrays as bytes without a type, so those are
-refused on both ways. Object arrays are pickles, which run code, and are refused.
+npz holds only NumPy's own dtypes. NumPy writes bfloat16, float8 and int4 arrays as bytes without a type, so these are
+refused for reading and writing. Object arrays are pickles, which run code, and are refused.
 
 Source of the layout: NumPy's NEP 1 (.npy, versions 1.0 to 3.0).
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
 from graftax.formats.base import Output
 from graftax.formats.io import zip_read
-from graftax.formats.io.source import Source, open_source
+from graftax.formats.io.source import StampedFile, open_stamped
 from graftax.formats.io.zip_write import write_archive
 from graftax.formats.writing import byte_runs, refuse
 from graftax.tree import Checkpoint, Storage, TensorSpec
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAGIC = b"\x93NUMPY"
-_HEADER = 1 << 14  # bytes of a .npy header; NumPy itself reads 10,000 of its text
-_FIRST = 256  # bytes that nearly every header fits into
+_HEADER = 1 << 14  # longest .npy header in bytes; NumPy itself reads 10,000 bytes of its text
+_FIRST = 256  # nearly every header fits into this many bytes
 _USUAL = re.compile(r"\{'descr': '([^'\\]{2,4})', 'fortran_order': (True|False), 'shape': \(([0-9, ]{0,200})\), \}")
 _CODES = {
     "bool": "|b1", "int8": "|i1", "int16": "<i2", "int32": "<i4", "int64": "<i8",
     "uint8": "|u1", "uint16": "<u2", "uint32": "<u4", "uint64": "<u8",
     "float16": "<f2", "float32": "<f4", "float64": "<f8", "complex64": "<c8", "complex128": "<c16",
 }  # fmt: skip
-"""Our dtype name -> NumPy's `descr`, which is also all that is read (and its big-endian form)."""
+"""Our dtype name -> NumPy's `descr`. Only these, and their big-endian forms, are read."""
 _TEXT = ("U", "S", "a")
-"""First letters of the `descr` of text: no weight, but it may stand beside weights."""
+"""First letters of the `descr` of text, which is not a weight but may stand beside weights."""
 _NAMES = {code[1:]: name for name, code in _CODES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """How an array lies in its .npy file: where its data starts, its spec, the order of axes and of bytes."""
+class _NpyLayout:
+    """The layout of an array in its .npy file: where its data starts, its spec, and the order of axes and of bytes."""
 
     start: int
     spec: TensorSpec
@@ -55,11 +55,11 @@ class _Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """One array of an archive: its member, and how it lies there."""
+class _StoredArray:
+    """One array of an archive: its member, and its layout there."""
 
     member: zip_read.Member
-    layout: _Layout
+    layout: _NpyLayout
 
     @property
     def spec(self) -> TensorSpec:
@@ -67,15 +67,16 @@ class _Entry:
 
 
 class _Bad(Exception):
-    """A header that is not understood; `open` collects these."""
+    """A header that cannot be understood; `open` collects these."""
 
 
 class _Left(Exception):
-    """An array that is no weight and is left out, in words."""
+    """An array that is not a weight and is left out; the message says what it is."""
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """A zip whose first member is a .npy file, or an empty one or any other with npz's ending; a .npy file."""
+    """True for a .npy file, and for a zip whose first member is a .npy file. A zip that is empty, or that begins with
+    another member, needs npz's ending."""
     if head[:6] == MAGIC:
         return True
     name = zip_read.first_member_name(head)
@@ -85,17 +86,17 @@ def sniff(path: Path, head: bytes) -> bool:
 
 
 def open(path: Path) -> Checkpoint:
-    """The arrays of numbers in the archive under their names (without `.npy`), in the archive's order; text is left
-    out, and listed in the metadata. Of a lone .npy file its array, called `array`, whose side nothing tells.
+    """The arrays of numbers in the archive, named without `.npy`, in the archive's order. Text is left out and listed
+    in the metadata. A single .npy file gives one leaf called `array`, without a side.
 
-    Raises FormatError where it is malformed or holds what is no array of numbers, UnsafeInputError for object arrays
-    and beyond a limit.
+    Raises FormatError if the file is malformed or holds something other than arrays of numbers, UnsafeInputError for
+    object arrays and beyond a limit.
     """
-    source = open_source(path)
+    source = open_stamped(path)
     label = escape(path)
     if bytes(source.read(0, min(source.size, 6))) == MAGIC:
         return _open_lone(path, source, label)
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, _StoredArray] = {}
     wrong: list[Failure] = []
     code: list[Failure] = []
     left: dict[str, str] = {}
@@ -108,7 +109,7 @@ def open(path: Path) -> Checkpoint:
         except _Left as what:
             left[name.removesuffix(".npy")] = str(what)
         except UnsafeInputError:
-            code.append(Failure("an object array: reading it would run code", label, name.removesuffix(".npy")))
+            code.append(Failure("this is an object array: reading it would run code", label, name.removesuffix(".npy")))
         except (_Bad, FormatError) as error:
             wrong.append(Failure(str(error), label, name.removesuffix(".npy")))
     if code:
@@ -145,7 +146,7 @@ LONE = "array"
 """The name of the one leaf of a .npy file."""
 
 
-def _open_lone(path: Path, source: Source, label: str) -> Checkpoint:
+def _open_lone(path: Path, source: StampedFile, label: str) -> Checkpoint:
     try:
         layout = _layout(lambda count: bytes(source.read(0, min(source.size, count))), source.size)
     except UnsafeInputError:
@@ -174,12 +175,12 @@ def _open_lone(path: Path, source: Source, label: str) -> Checkpoint:
     )
 
 
-def _entry(source: Source, member: zip_read.Member) -> _Entry:
-    return _Entry(member, _layout(lambda count: bytes(zip_read.read_start(source, member, count)), member.size))
+def _entry(source: StampedFile, member: zip_read.Member) -> _StoredArray:
+    return _StoredArray(member, _layout(lambda count: bytes(zip_read.read_start(source, member, count)), member.size))
 
 
-def _layout(read_start: Callable[[int], bytes], size: int) -> _Layout:
-    """What the header of a .npy file of `size` bytes says; `read_start` gives so many of its first bytes."""
+def _layout(read_start: Callable[[int], bytes], size: int) -> _NpyLayout:
+    """The layout in the header of a .npy file of `size` bytes; `read_start(n)` gives its first n bytes."""
     head = read_start(_FIRST)
     if head[:6] != MAGIC or len(head) < 12:
         raise _Bad("it does not begin like a .npy file")
@@ -191,7 +192,7 @@ def _layout(read_start: Callable[[int], bytes], size: int) -> _Layout:
     if at + length > len(head):
         head = read_start(_HEADER)
     if at + length > len(head):
-        raise _Bad("its header is truncated or longer than any")
+        raise _Bad("its header is truncated or too long")
     try:
         text = head[at : at + length].decode("utf-8" if version == (3, 0) else "latin1").strip()
     except UnicodeDecodeError:
@@ -203,20 +204,20 @@ def _layout(read_start: Callable[[int], bytes], size: int) -> _Layout:
     if at + length + count * spec.bits // 8 != size:
         need, found_bytes = count * spec.bits // 8, size - at - length
         raise _Bad(f"{spec} takes {need:,} bytes, found {found_bytes:,}")
-    return _Layout(at + length, spec, fortran, descr[0] == ">")
+    return _NpyLayout(at + length, spec, fortran, descr[0] == ">")
 
 
-def _as_it_is(layout: _Layout) -> bool:
-    """Do the bytes lie in the file as its values in C order, little end first?"""
+def _as_it_is(layout: _NpyLayout) -> bool:
+    """True if the bytes in the file are the values in C order, little endian."""
     rows = not layout.fortran or len(layout.spec.shape) < 2
     return rows and not (layout.swapped and layout.spec.bits > 8)
 
 
 def _fields(text: str) -> tuple[Any, bool, tuple[Any, ...]]:
-    """descr, fortran_order and shape of a header's dict; `element_count` judges the shape."""
+    """descr, fortran_order and shape from a header's dict; `element_count` checks the shape."""
     if (usual := _USUAL.fullmatch(text)) is not None:
         extents = usual[3].removesuffix(",").split(",") if usual[3] else []
-        # "(3)" is a number and no tuple, "(03,)" no number: the careful way below refuses both
+        # "(3)" is a number, not a tuple; "(03,)" is not a number: the careful parser below refuses both
         if (len(extents) != 1 or usual[3].endswith(",")) and all(n.strip().isdecimal() for n in extents):
             numbers = [n.strip() for n in extents]
             if all(n == "0" or n[0] != "0" for n in numbers):
@@ -228,7 +229,7 @@ def _fields(text: str) -> tuple[Any, bool, tuple[Any, ...]]:
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         raise _Bad("its header is not a dict of plain values") from None
     if not isinstance(found, dict) or set(found) != {"descr", "fortran_order", "shape"}:
-        raise _Bad("its header has not the keys descr, fortran_order and shape")
+        raise _Bad("its header must have the keys descr, fortran_order and shape")
     if type(found["fortran_order"]) is not bool or not isinstance(found["shape"], tuple):
         raise _Bad("its header is malformed")
     return found["descr"], found["fortran_order"], found["shape"]
@@ -237,29 +238,29 @@ def _fields(text: str) -> tuple[Any, bool, tuple[Any, ...]]:
 def _dtype(descr: Any) -> str:
     """Our name for a `descr`."""
     if not isinstance(descr, str):
-        raise _Bad("a record of several fields; only arrays of numbers are read")
+        raise _Bad("it is a record of several fields; only arrays of numbers are read")
     if descr.lstrip("<>|=")[:1] == "O":
         raise UnsafeInputError("object array")
     if descr.lstrip("<>|=")[:1] in _TEXT:
         raise _Left(f"text ({escape(descr, 20)}), not read")
     if descr.lstrip("<>|=")[:1] == "V":
         raise _Bad(
-            f"bytes without a type ({escape(descr)}): NumPy writes bfloat16 (V2), float8 and int4 (V1) so, and nothing "
-            "tells which it was; write it again as .safetensors"
+            f"bytes without a type ({escape(descr)}): NumPy writes bfloat16 (V2), float8 and int4 (V1) this way, and "
+            "nothing shows which it was; write it again as .safetensors"
         )
     name = _NAMES.get(descr[1:])
     if name is None or descr[0] not in "<>|=" or (descr[0] == "|") != (_CODES[name][0] == "|"):
-        raise _Bad(f"dtype {escape(descr)!r} is no number that a checkpoint holds")
+        raise _Bad(f"dtype {escape(descr)!r} is not a number type that a checkpoint can hold")
     return name
 
 
-def _read(source: Source, entry: _Entry) -> np.ndarray[Any, Any]:
+def _read(source: StampedFile, entry: _StoredArray) -> np.ndarray[Any, Any]:
     data = zip_read.read_member(source, entry.member)
     return _array(memoryview(data)[entry.layout.start :], entry.layout)
 
 
-def _array(buffer: bytearray | memoryview, layout: _Layout) -> np.ndarray[Any, Any]:
-    """The values of an array from its bytes as they lie in the file."""
+def _array(buffer: bytearray | memoryview, layout: _NpyLayout) -> np.ndarray[Any, Any]:
+    """The values of an array, from its bytes in the file."""
     import numpy as np
 
     from graftax.tree.dtypes import numpy_dtype
@@ -279,8 +280,8 @@ def _array(buffer: bytearray | memoryview, layout: _Layout) -> np.ndarray[Any, A
 
 
 def write(path: Path, output: Output) -> None:
-    """An archive that numpy.load reads: stored, not compressed, members in the order of `output.specs`, no times of the
-    day, the data of each array at a multiple of 64 bytes. One tensor at most is in memory at a time.
+    """An archive that numpy.load reads: members are stored, not compressed, in the order of `output.specs`, without
+    time stamps. The data of each array begins at a multiple of 64 bytes. At most one tensor is in memory at a time.
 
     Raises PlanError for dtypes that are not NumPy's own.
     """
@@ -298,7 +299,7 @@ def write(path: Path, output: Output) -> None:
 
 
 def _runs(output: Output, heads: Mapping[str, bytes]) -> Iterator[tuple[str, int, tuple[Any, ...]]]:
-    """The members in parts, the first with its header."""
+    """The members in parts; the first part has the header."""
     for name, _, start, data in byte_runs(output):
         member, head = f"{name}.npy", heads[name]
         yield (member, len(head) + start, (data,)) if start else (member, 0, (head, data))

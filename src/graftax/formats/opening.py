@@ -1,4 +1,4 @@
-"""open_path: text -> Checkpoint. What a file is, is told by its content; its name is only asked for hints."""
+"""open_path: text -> Checkpoint. The content of a file decides its format; its name gives only hints."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from graftax.tree.parts import sub_checkpoint
 from graftax.tree.sides import in_own_names
 
 _SHARD = re.compile(r"-[0-9]+-of-[0-9]+\.\w+$")
-_BY_CONTENT = ("safetensors", "torch", "npz")  # which no other file is taken for
-_LISTED = 1200  # bytes of the names in a folder that a message lists
+_BY_CONTENT = ("safetensors", "torch", "npz")  # no other file looks like these
+_LISTED = 1200  # bytes of a folder's names that a message lists
 
 
 def open_path(path: str | Path) -> Checkpoint:
-    """A checkpoint from a file, a folder, `PATH::NAME` (a container or sub-tree inside), a hub id in the local cache or
-    a URL.
+    """A checkpoint from a file, a folder, `PATH::NAME` (a container or sub-tree inside), a hub id in the local cache,
+    or a URL.
 
-    A path that exists wins over every other reading. Only names, shapes and dtypes are read now.
+    An existing path wins over every other reading. Only names, shapes and dtypes are read now.
 
     Raises StorageError (missing, unreadable), FormatError (malformed, unknown), UnsafeInputError, PlanError (no such
     NAME inside).
@@ -38,7 +38,7 @@ def open_path(path: str | Path) -> Checkpoint:
 
 
 def _found(text: str) -> Checkpoint:
-    """As `open_path`, with the names that the file has."""
+    """As `open_path`, with the names as they are in the file."""
     if os.path.lexists(text) if "\0" not in text else False:
         return _open_existing(Path(text), text)
     if is_url(text):
@@ -59,7 +59,7 @@ def _found(text: str) -> Checkpoint:
 
 
 def _open_inside(head: str, name: str) -> Checkpoint:
-    """`PATH::NAME`: a sub-tree of the checkpoint at PATH, or of one in a folder below it."""
+    """`PATH::NAME`: a sub-tree of the checkpoint at PATH, or of a checkpoint in a folder below PATH."""
     if not name:
         raise UsageError(f"{escape(head)}:: names nothing; PATH::NAME needs a name")
     try:
@@ -82,7 +82,7 @@ def _open_inside(head: str, name: str) -> Checkpoint:
 
 
 def _only_step(folder: str) -> Path | None:
-    """The one step of an Orbax CheckpointManager's folder, below which its items are."""
+    """The only step of an Orbax CheckpointManager's folder; its items are in there."""
     from graftax.formats.orbax_folder import steps_in
 
     steps = steps_in(Path(folder))
@@ -90,7 +90,8 @@ def _only_step(folder: str) -> Path | None:
 
 
 def _missing(text: str) -> StorageError:
-    """Nothing is at `text`: what is near, and where else was looked. FormatError for a TensorFlow checkpoint."""
+    """The error if nothing is at `text`: names near it, and the other places that were searched. FormatError for a
+    TensorFlow checkpoint."""
     path = Path(text)
     if "\0" in text:
         return StorageError(f"{escape(text)} cannot be the name of a file")
@@ -98,7 +99,7 @@ def _missing(text: str) -> StorageError:
     hints: list[str] = []
     old = path.with_name(path.name + LEFTOVER) if path.name else path
     if path.name and os.path.lexists(old):
-        hints.append(f"{escape(old)} is what a stopped run put aside: rename it back.")
+        hints.append(f"{escape(old)} was put aside by a stopped run: rename it back.")
     try:
         names = os.listdir(path.parent)
     except OSError:
@@ -130,13 +131,13 @@ def _open_existing(path: Path, label: str) -> Checkpoint:
 
 
 def open_folder(path: Path) -> Checkpoint:
-    """The checkpoint that a folder is. Raises as `open_path`."""
+    """The checkpoint in a folder. Raises as `open_path`."""
     row = identify(path, b"")
     try:
         names = sorted(os.listdir(path))
     except OSError as exc:
         raise system.storage_error(exc, path) from None
-    # An Orbax checkpoint may be told by a folder below; the files of others are never part of one.
+    # Orbax may recognise a checkpoint by a folder below; a folder with foreign files is never an Orbax checkpoint.
     others = row is not None and row.name == "orbax" and any(_is_file_of_weights(path / name) for name in names)
     if row is not None and not others:
         return checked(row.load().open(path), escape(path))
@@ -148,18 +149,18 @@ def open_folder(path: Path) -> Checkpoint:
     inside = _checkpoints(path, names)
     if len(inside) > 1:
         raise FormatError(
-            f"{escape(path)} is a folder, but no checkpoint: it holds {len(inside)} of them",
-            next=f"Inside, to be named one by one: {_listed(path, inside)}\n"
+            f"{escape(path)} is a folder, not a checkpoint: it holds {len(inside)} checkpoints",
+            next=f"Name one of the checkpoints inside: {_listed(path, inside)}\n"
             f"{foreign.perhaps_slices(path / name for name in inside)}".rstrip(),
         )
-    if inside and os.path.isfile(path / inside[0]):  # by its content, as the only `last.ckpt`
+    if inside and os.path.isfile(path / inside[0]):  # recognised by its content, for example a single `last.ckpt`
         found = open_file(path / inside[0])
         return replace(found, label=str(path / inside[0]), storage=replace(found.storage, folder=path))
     inside = inside or [name for name in names if os.path.isdir(path / name)]
     raise FormatError(
-        f"{escape(path)} is a folder, but no checkpoint: expected a sharded set with its index.json, one "
-        "checkpoint file, or what Orbax writes",
-        next=f"Inside, to be named one by one: {_listed(path, inside)}" if inside else "",
+        f"{escape(path)} is a folder, but not a checkpoint: expected a sharded set with its index.json, one "
+        "checkpoint file, or an Orbax checkpoint",
+        next=f"Name one of the checkpoints inside: {_listed(path, inside)}" if inside else "",
     )
 
 
@@ -167,8 +168,8 @@ _SAVED = re.compile(r"checkpoint_?\d+(?:\.\d+)?", re.ASCII)
 
 
 def _saved(path: Path, names: list[str]) -> Checkpoint | None:
-    """The one that flax.training.checkpoints saved in a folder, a file without an ending each. PlanError where there
-    are several."""
+    """The one checkpoint that flax.training.checkpoints saved in a folder: one file without an ending for each step.
+    PlanError if there are several."""
     steps = sorted((name for name in names if _SAVED.fullmatch(name) and os.path.isfile(path / name)), key=natural_key)
     if not steps:
         return None
@@ -182,8 +183,8 @@ def _saved(path: Path, names: list[str]) -> Checkpoint | None:
 
 
 def _checkpoints(folder: Path, names: Sequence[str]) -> list[str]:
-    """What in a folder looks like a checkpoint: by the ending or, as of `last.ckpt`, by the content. The shards of a
-    set are one, named by its index."""
+    """The entries of a folder that look like checkpoints, by their ending or (for example `last.ckpt`) by their
+    content. The shards of a set count as one, named by its index."""
     sets = [name for name in names if name.endswith(".index.json")]
     single = [name for name in names if name not in sets and not (sets and _SHARD.search(name))]
     return [*sets, *(name for name in single if _is_checkpoint(folder / name))]
@@ -207,7 +208,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _listed(path: Path, names: Sequence[str]) -> str:
-    """The names below a folder, as many as a message holds."""
+    """The names in a folder, as many as fit into a message."""
     shown: list[str] = []
     for name in names:
         text = escape(path / name)

@@ -1,16 +1,16 @@
 """Orbax checkpoints: the folder of one tree, a step of a CheckpointManager, or a manager's root with one step.
 
-They are read through tensorstore, which Orbax itself stores arrays with: leaf by leaf, on the host, without jax, and
-without the devices or sharding that they were saved with. Names come from the `_METADATA` of the tree.
+They are read through tensorstore, which Orbax itself uses to store arrays: leaf by leaf, on the host, without jax, and
+without the devices or sharding of the run that saved them. Names come from the `_METADATA` of the tree.
 
-Layouts (orbax-checkpoint 0.5 to 0.12): ITEM/_METADATA describes the tree; the arrays are zarr (version 2 or 3), named
-by their keys joined by '.', in an OCDBT database (manifest.ocdbt) or in folders of their own. STEP/_CHECKPOINT_METADATA
-stands beside its items' folders, ROOT holds the steps' folders. A folder that is being written has
-`.orbax-checkpoint-tmp` in its name. Before 0.5 (and in T5X) an item has a msgpack file `checkpoint` instead of
-_METADATA, and a folder for each array that is not in it: see `aside`.
+Layouts (orbax-checkpoint 0.5 to 0.12): ITEM/_METADATA describes the tree. The arrays are zarr (version 2 or 3), named
+by their keys joined by '.', in an OCDBT database (manifest.ocdbt) or in one folder each. STEP/_CHECKPOINT_METADATA
+stands beside the folders of the step's items; ROOT holds the folders of the steps. A folder that is still being written
+has `.orbax-checkpoint-tmp` in its name. Before 0.5 (and in T5X) an item has a msgpack file `checkpoint` instead of
+_METADATA, and a folder for each array that is not in this file: see `aside`.
 
-What graftax wrote has graftax.json in it: the order and SHA-256 of every leaf, and the keys and containers that Orbax
-forgets. Orbax itself keeps no checksum of values: a flipped bit in another checkpoint is not noticed.
+A checkpoint that graftax wrote has graftax.json in it: the order and SHA-256 of every leaf, and the keys and containers
+that Orbax does not keep. Orbax itself keeps no checksum of values: a flipped bit in another checkpoint goes unnoticed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from graftax.errors import Failure, FormatError, PlanError, StorageError, Unsafe
 from graftax.formats import array_store, msgpack_file, orbax_write, tree_meta
 from graftax.formats.io import files, strict_json
 from graftax.formats.io.source import check_ratio
-from graftax.formats.orbax_tree import OCDBT, TREE, Tree, read_tree, real_keys, unfinished, unwrapped, without_random
+from graftax.formats.orbax_tree import (
+    OCDBT,
+    TREE,
+    OrbaxTree,
+    read_tree,
+    real_keys,
+    unfinished,
+    unwrapped,
+    without_random,
+)
 from graftax.tree import Checkpoint, Key, Storage, TensorSpec, join_path, natural_key
 from graftax.tree.limits import check_limit
 from graftax.tree.training_state import family
@@ -49,7 +58,8 @@ storage_fault = orbax_write.storage_fault
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """A folder with one of Orbax's own files, or with steps or items in it that have one; also an unfinished one."""
+    """True for a folder with one of Orbax's own files, or with steps or items that have one; also for an unfinished
+    checkpoint."""
     if head or not os.path.isdir(path):
         return False
     if TEMPORARY in path.name or _marked(path) or os.path.exists(path / OCDBT):
@@ -58,11 +68,11 @@ def sniff(path: Path, head: bytes) -> bool:
 
 
 def open(path: Path) -> Checkpoint:
-    """The tree in the folder. Random keys (and their counters) are no weights: they are listed in the metadata, as are
-    text, None and empty containers. The `value` level of an NNX State is taken away, and its list indices are numbers.
+    """The tree in the folder. Random keys (and their counters) are not weights: they are listed in the metadata, as are
+    text, None and empty containers. The `value` level of an NNX State is removed, and its list indices become numbers.
 
-    Raises FormatError where it is unfinished or malformed, PlanError where it holds several steps or items,
-    UnsafeInputError where it leads out of its folder or passes a limit.
+    Raises FormatError if the checkpoint is unfinished or malformed, PlanError if it holds several steps or items,
+    UnsafeInputError if it leads out of its folder or exceeds a limit.
     """
     item = _locate(path)
     if _old(item):
@@ -72,7 +82,7 @@ def open(path: Path) -> Checkpoint:
     tree = read_tree(item)
     stamps = {name: files.stamp(item / name) for name in (TREE, OCDBT) if os.path.exists(item / name)}
     own, size = _own_files(item, path, tree)
-    ours = os.path.exists(item / OURS)  # then nothing is to be told from the look of the tree
+    ours = os.path.exists(item / OURS)  # then the tree needs no interpretation
     weights, notes = (tree, {}) if ours else without_random(item, tree)
     plain = tree if ours else unwrapped(weights)
     stores = array_store.stores(item, plain)
@@ -81,7 +91,7 @@ def open(path: Path) -> Checkpoint:
         raise FormatError(f"{label} holds two leaves of one name")
     if not specs:
         raise FormatError(f"{label} holds no arrays", next=", ".join(tree.left)[:200])
-    check_ratio("dense", sum(need for _, need in stores.values()), size, f"the arrays of {label} ask for too much")
+    check_ratio("dense", sum(need for _, need in stores.values()), size, f"the arrays of {label} need too much memory")
     manifest = _manifest(item, specs) if ours else None
     names = {join_path(leaf.keys): leaf.name for leaf in plain.leaves}
     keys, containers = real_keys(plain, plain is not weights), plain.containers
@@ -95,7 +105,7 @@ def open(path: Path) -> Checkpoint:
                 raise files.changed(item / file)
         array = array_store.read(item, plain, names[name], specs[name])
         if manifest is not None and not orbax_write.intact(array, specs[name], manifest.digests[name]):
-            raise FormatError(f"{label}: {escape(name)} is damaged: it is not what graftax.json says was written")
+            raise FormatError(f"{label}: {escape(name)} is damaged: it does not match graftax.json")
         return array
 
     from graftax.formats.by_content import config_of
@@ -125,7 +135,7 @@ def _marked(path: Path) -> bool:
 
 
 def _old(path: Path) -> bool:
-    """Is it an item of Orbax before 0.5, or of T5X?"""
+    """True for an item of Orbax before 0.5, or of T5X."""
     try:
         return not os.path.isfile(path / TREE) and msgpack_file.sniff(path / OLD, files.read_head(path / OLD))
     except StorageError:
@@ -133,12 +143,12 @@ def _old(path: Path) -> bool:
 
 
 def _is_step(path: Path) -> bool:
-    """Is it a step of a manager? Old ones have nothing but their items' folders."""
+    """True for a step of a manager. Old steps contain only the folders of their items."""
     return bool(_STEP_NAME.fullmatch(path.name)) and (_marked(path) or any(map(_old, _folders(path))))
 
 
 def _folders(path: Path) -> list[Path]:
-    """The folders in a folder, in natural order; none where it cannot be read."""
+    """The folders in a folder, in natural order; none if it cannot be read."""
     try:
         with os.scandir(path) as entries:
             found = [Path(entry.path) for entry in entries if entry.is_dir()]
@@ -188,12 +198,12 @@ def steps_in(path: Path) -> list[Path]:
 
 
 def _is_state(name: str) -> bool:
-    """Is an item of this name what a run keeps beside its weights?"""
+    """True if an item of this name is training state."""
     return is_optimizer_name(name) or bool(family(name))
 
 
 def _other_items(item: Path, path: Path) -> dict[str, str]:
-    """The items with trees beside the one that is read, where that was not named itself."""
+    """The other items with trees beside the one that is read; empty if the user named the item itself."""
     if item == path:
         return {}
     beside = [child.name for child in _folders(item.parent) if child != item and os.path.isfile(child / TREE)]
@@ -203,17 +213,17 @@ def _other_items(item: Path, path: Path) -> dict[str, str]:
 def _check_committed(path: Path) -> None:
     found = strict_json.parse_object(files.read_whole(path / STEP), escape(path / STEP))
     if found.get("init_timestamp_nsecs") is not None and found.get("commit_timestamp_nsecs") is None:
-        raise unfinished(path, f"{STEP} has no time of its commit")
+        raise unfinished(path, f"{STEP} has no commit time")
 
 
-def _own_files(item: Path, path: Path, tree: Tree) -> tuple[list[Path], int]:
-    """The files of the checkpoint from `path` down, and their bytes. UnsafeInputError where a link leads out."""
+def _own_files(item: Path, path: Path, tree: OrbaxTree) -> tuple[list[Path], int]:
+    """The files of the checkpoint from `path` down, and their total bytes. UnsafeInputError if a link leads out."""
     root = os.path.realpath(path)
     own: list[Path] = []
     total = 0
     arrays = set() if tree.ocdbt else {leaf.name.partition("/")[0] for leaf in tree.leaves}
     step = path
-    while True:  # the levels above the item: root, step
+    while True:  # the levels above the item: step, root
         own += [Path(entry.path) for entry in os.scandir(step) if entry.name in _OWN_FILES and entry.is_file()]
         if step == item:
             break
@@ -227,7 +237,9 @@ def _own_files(item: Path, path: Path, tree: Tree) -> tuple[list[Path], int]:
     for file in own:
         real = os.path.realpath(file)
         if not real.startswith(root + os.sep):
-            raise UnsafeInputError(f"{escape(path)} leads out of itself: {escape(file)} is a link to {escape(real)}")
+            raise UnsafeInputError(
+                f"{escape(path)} must not link out of its folder: {escape(file)} is a link to {escape(real)}"
+            )
         total += os.path.getsize(file) if os.path.isfile(file) else 0
     return own, total
 
@@ -240,17 +252,17 @@ class _Manifest:
 
 
 def _manifest(item: Path, specs: Mapping[str, TensorSpec]) -> _Manifest:
-    """graftax.json, which must list exactly the leaves that are there."""
+    """graftax.json, which must list exactly the existing leaves."""
     label = escape(item / OURS)
     found = strict_json.parse_object(files.read_whole(item / OURS), label)
     digests = found.get("sha256")
     if found.get("schema") != 1 or not isinstance(digests, dict):
-        raise FormatError(f"{label} is not of schema 1", next="It was written by a newer graftax, or changed.")
+        raise FormatError(f"{label} is not of schema 1", next="A newer graftax wrote it, or it was changed.")
     if set(digests) != set(specs):
         odd = sorted(set(digests) ^ set(specs))
         raise FormatError(f"{label} does not list the {len(specs)} leaves beside it", [Failure("differs", key=odd[0])])
     real_keys, containers = tree_meta.decode_tree(found, label)
     wrong = [name for name, digest in digests.items() if not orbax_write.is_digest(digest, specs[name])]
     if wrong:
-        raise FormatError(f"{label}: {len(wrong)} digests are of no form", [Failure("no digest", key=wrong[0])])
+        raise FormatError(f"{label}: {len(wrong)} digests are malformed", [Failure("no digest", key=wrong[0])])
     return _Manifest(digests, real_keys, containers)

@@ -1,8 +1,8 @@
-"""Orbax run so that it ends when it fails: nothing of it still writes, or speaks, once its error has been raised.
+"""Run Orbax so that it stops when it fails: after its error is raised, none of its threads still writes or logs.
 
-Orbax writes each group of arrays in a thread of its own with an event loop of its own, and leaves both at the first
-error: what it had begun goes on writing into a folder that is being removed, and tells a closed loop of it. So its
-loops finish what they have begun before they close, and its threads are waited for.
+Orbax writes each group of arrays in its own thread with its own event loop, and leaves both at the first error. The
+work it had started would continue to write into a folder that is being removed, and would report to a closed loop. So
+here its loops finish their work before they close, and its threads are joined.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 
 def finished(action: Callable[[], None]) -> None:
-    """Runs what calls Orbax, in a thread of its own: where the caller's has a running event loop (a notebook), Orbax
-    cannot save. Raises what `action` raises, once all that Orbax began has ended."""
+    """Run code that calls Orbax in a thread of its own: Orbax cannot save in a thread with a running event loop (a
+    notebook). Raises what `action` raises, after everything that Orbax started has ended."""
     raised: list[BaseException] = []
 
     def run() -> None:
         try:
             action()
-        except BaseException as error:  # handed on below
+        except BaseException as error:  # raised again below
             raised.append(error)
 
     with _quiet(), _loops_that_finish():
@@ -33,11 +33,11 @@ def finished(action: Callable[[], None]) -> None:
         thread.start()
         try:
             thread.join()
-        finally:  # also where Ctrl-C comes meanwhile
+        finally:  # even if Ctrl-C arrives meanwhile
             thread.join()
             for other in set(threading.enumerate()) - others:
                 if type(other).__module__.partition(".")[0] == "orbax":
-                    threading.Thread.join(other)  # Orbax's own would raise
+                    threading.Thread.join(other)  # Orbax's own join would raise
     if raised:
         raise raised[0]
 
@@ -64,9 +64,9 @@ class _Policy(asyncio.DefaultEventLoopPolicy):
 
 @contextmanager
 def _loops_that_finish() -> Iterator[None]:
-    """Orbax asks asyncio for its loops; only the policy can choose which it gets."""
+    """Make asyncio give Orbax loops that finish: only the policy can choose the loop."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of policies, from Python 3.14 on
+        warnings.simplefilter("ignore", DeprecationWarning)  # policies are deprecated from Python 3.14 on
         before = asyncio.get_event_loop_policy()
         asyncio.set_event_loop_policy(_Policy())
         try:
@@ -77,7 +77,8 @@ def _loops_that_finish() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings that Orbax logs of its own settings; errors are raised, and are told by their exception."""
+    """Silence the warnings that Orbax logs about its own settings. Errors are raised and reported by their
+    exception."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

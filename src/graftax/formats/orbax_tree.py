@@ -1,4 +1,5 @@
-"""The tree that an Orbax item holds, from its `_METADATA`: keys, kinds of keys, what is no array and what no weight."""
+"""The tree that an Orbax item holds, from its `_METADATA`: keys, kinds of keys, entries that are not arrays, and
+entries that are not weights."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _SEQUENCE, _DICT = 1, 2  # key types in _METADATA
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class OrbaxLeaf:
     """An array of the tree: its keys, and its name in the store."""
 
     keys: tuple[Key, ...]
@@ -27,15 +28,15 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
-    """What _METADATA says: the leaves, and what is no array (path -> what it is)."""
+class OrbaxTree:
+    """The content of _METADATA: the leaves, and the entries that are not arrays (path -> what it is)."""
 
-    leaves: list[Leaf]
+    leaves: list[OrbaxLeaf]
     left: dict[str, str]
     containers: dict[str, str]
     ocdbt: bool
     zarr3: bool
-    complete: bool  # data equal to the fill value is stored, too: what is missing is lost
+    complete: bool  # data equal to the fill value is stored too, so missing data is lost data
 
 
 def unfinished(path: Path, why: str) -> FormatError:
@@ -45,15 +46,15 @@ def unfinished(path: Path, why: str) -> FormatError:
     )
 
 
-def read_tree(item: Path) -> Tree:
-    """_METADATA, understood and checked."""
+def read_tree(item: Path) -> OrbaxTree:
+    """Parse and check _METADATA."""
     label = escape(item / TREE)
     found = strict_json.parse_object(files.read_whole(item / TREE), label)
     entries = found.get("tree_metadata")
     if not isinstance(entries, dict):
-        raise FormatError(f"{label} describes no tree")
+        raise FormatError(f"{label} does not describe a tree")
     check_limit("leaves", len(entries), label)
-    leaves: list[Leaf] = []
+    leaves: list[OrbaxLeaf] = []
     left: dict[str, str] = {}
     containers: dict[str, str] = {}
     for entry in entries.values():
@@ -61,11 +62,11 @@ def read_tree(item: Path) -> Tree:
         value = entry.get("value_metadata")
         kind = value.get("value_type") if isinstance(value, dict) else None
         if not isinstance(value, dict) or not isinstance(kind, str):
-            raise FormatError(f"{label}: {escape(join_path(keys))} has no kind of value")
+            raise FormatError(f"{label}: {escape(join_path(keys))} has no value type")
         if value.get("skip_deserialize") or kind == "string":
             left[join_path(keys)] = f"text, None or an empty container ({escape(kind)})"
         else:
-            leaves.append(Leaf(keys, ".".join(texts), kind))
+            leaves.append(OrbaxLeaf(keys, ".".join(texts), kind))
     names = [leaf.name for leaf in leaves]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -74,11 +75,11 @@ def read_tree(item: Path) -> Tree:
     if found.get("use_ocdbt", ocdbt) and not ocdbt:
         raise unfinished(item, f"it has no {OCDBT}")
     whole = found.get("store_array_data_equal_to_fill_value") is True
-    return Tree(leaves, left, containers, ocdbt, bool(found.get("use_zarr3")), whole)
+    return OrbaxTree(leaves, left, containers, ocdbt, bool(found.get("use_zarr3")), whole)
 
 
 def _keys(entry: Any, label: str, containers: dict[str, str]) -> tuple[tuple[Key, ...], list[str]]:
-    """The keys of a leaf, as they are and as text; lists on the way are noted."""
+    """The keys of a leaf, typed and as text; lists on the way are recorded."""
     listed = entry.get("key_metadata") if isinstance(entry, dict) else None
     if not isinstance(listed, list):
         raise FormatError(f"{label}: a leaf without keys")
@@ -88,7 +89,7 @@ def _keys(entry: Any, label: str, containers: dict[str, str]) -> tuple[tuple[Key
     for step in listed:
         key, kind = (step.get("key"), step.get("key_type")) if isinstance(step, dict) else (None, None)
         if not isinstance(key, str) or kind not in (_SEQUENCE, _DICT) or (kind == _SEQUENCE and not key.isdecimal()):
-            raise FormatError(f"{label}: {escape(key)} is no key of a dict or a list")
+            raise FormatError(f"{label}: {escape(key)} is not a key of a dict or a list")
         if kind == _SEQUENCE:
             containers[join_path(keys)] = "list"
         keys.append(int(key) if kind == _SEQUENCE else key)
@@ -96,7 +97,7 @@ def _keys(entry: Any, label: str, containers: dict[str, str]) -> tuple[tuple[Key
     return tuple(keys), texts
 
 
-def without_random(item: Path, tree: Tree) -> tuple[Tree, dict[str, str]]:
+def without_random(item: Path, tree: OrbaxTree) -> tuple[OrbaxTree, dict[str, str]]:
     """The tree without random keys and the counters beside them, and a note for each."""
     random: dict[str, str] = {}
     folder = item / "array_metadatas"
@@ -107,14 +108,14 @@ def without_random(item: Path, tree: Tree) -> tuple[Tree, dict[str, str]]:
             extra = about.get("ext_metadata") if isinstance(about, dict) else None
             if isinstance(about, dict) and isinstance(extra, dict) and "random_key_impl" in extra:
                 random[str(about.get("param_name"))] = str(extra["random_key_impl"])
-    # NNX keeps a stream as {'key': RngKey, 'count': RngCount}, each with or without its `value` level
+    # NNX stores a stream as {'key': RngKey, 'count': RngCount}, each with or without its `value` level
     counters = {
         re.sub(r"(^|\.)key(\.value)?$", r"\1count\2", name): f"the counter of {name}"
         for name in random
         if re.search(r"(^|\.)key(\.value)?$", name)
     }
     notes: dict[str, str] = {}
-    kept: list[Leaf] = []
+    kept: list[OrbaxLeaf] = []
     for leaf in tree.leaves:
         if leaf.name in random:
             notes[join_path(leaf.keys)] = f"a random key ({escape(random[leaf.name])}), left out"
@@ -125,20 +126,20 @@ def without_random(item: Path, tree: Tree) -> tuple[Tree, dict[str, str]]:
     return (replace(tree, leaves=kept) if notes else tree), notes
 
 
-def unwrapped(tree: Tree) -> Tree:
-    """The tree of an NNX State without the `value` that ends the keys of every leaf; any other tree as it is."""
+def unwrapped(tree: OrbaxTree) -> OrbaxTree:
+    """The tree of an NNX State without the `value` at the end of every leaf's keys; any other tree unchanged."""
     if not tree.leaves or any(len(leaf.keys) < 2 or leaf.keys[-1] != "value" for leaf in tree.leaves):
         return tree
-    leaves = [Leaf(leaf.keys[:-1], leaf.name, leaf.kind) for leaf in tree.leaves]
+    leaves = [OrbaxLeaf(leaf.keys[:-1], leaf.name, leaf.kind) for leaf in tree.leaves]
     if len({leaf.keys for leaf in leaves}) != len(leaves):
         return tree
     return replace(tree, leaves=leaves)
 
 
-def real_keys(tree: Tree, state: bool) -> dict[str, Key]:
-    """The keys that are numbers: list indices, and in NNX trees the digits that Orbax made text of.
+def real_keys(tree: OrbaxTree, state: bool) -> dict[str, Key]:
+    """The keys that are numbers: list indices and, in NNX trees, digits that Orbax turned into text.
 
-    A tree is NNX's where it had the `value` level of a State (`state`); or, as from nnx.to_pure_dict, where it has no
+    A tree is NNX's in two cases: it had the `value` level of a State (`state`), or, as from nnx.to_pure_dict, it has no
     collection `params` and the keys of a dict are exactly 0 to n-1.
     """
     children: dict[tuple[Key, ...], dict[Key, None]] = {}

@@ -1,7 +1,7 @@
-"""Writing Orbax checkpoints: with Orbax's own StandardCheckpointHandler, so that StandardCheckpointer().restore(path)
-reads them, and with graftax.json beside, which holds what Orbax forgets.
+"""Write Orbax checkpoints with Orbax's own StandardCheckpointHandler, so that StandardCheckpointer().restore(path)
+reads them. graftax.json beside them holds what Orbax does not keep.
 
-Not the same bytes twice: Orbax writes the time of the commit, and OCDBT gives its data files random names. Names,
+The bytes differ from run to run: Orbax writes the commit time, and OCDBT gives its data files random names. Names,
 values and graftax.json are the same.
 """
 
@@ -31,17 +31,17 @@ MANIFEST = "graftax.json"
 
 
 def storage_fault(path: str, spec: TensorSpec) -> str | None:
-    """Why Orbax cannot store such a leaf; None where it can."""
+    """The reason why Orbax cannot store such a leaf; None if it can."""
     if spec.packed and spec.dtype != "int4":
-        return f"Orbax stores no {spec.dtype}"
-    return "Orbax stores no arrays of size zero" if spec.size == 0 else None
+        return f"Orbax cannot store {spec.dtype}"
+    return "Orbax cannot store arrays of size zero" if spec.size == 0 else None
 
 
 def write(path: Path, output: Output) -> None:
-    """The nested tree as one Orbax item at `path`, which must not exist. All tensors are in memory at once.
+    """Write the nested tree as one Orbax item at `path`, which must not exist. All tensors are in memory at once.
 
-    Raises PlanError, before anything is written, for what Orbax would refuse midway or store wrongly: keys with '.'
-    in them, numbers and text as keys of one dict, keys that are tuples or no text, arrays of size zero.
+    Raises PlanError, before anything is written, for what Orbax would refuse midway or store wrongly: keys that contain
+    '.', a dict with both numbers and text as keys, keys that are tuples or other non-text, arrays of size zero.
     """
     check(output)
     arrays: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def check(output: Output) -> None:
 
 
 def save_tree(path: Path, output: Output, arrays: Mapping[str, Any]) -> None:
-    """Orbax's own part of the checkpoint."""
+    """Write Orbax's own part of the checkpoint."""
     import orbax.checkpoint as ocp
 
     def save() -> None:
@@ -74,14 +74,15 @@ def save_shared(
     output: Output,
     arrays: Mapping[str, Any],
     processes: int,
-    together: Callable[[Callable[[], None]], None],
+    run_jointly: Callable[[Callable[[], None]], None],
 ) -> Callable[[], None]:
-    """As `save_tree`, called by all `processes` of a job, over whose devices the arrays are spread: each writes its
-    parts, in what `together` runs: where it fails in one it raises in all. Gives what the first process has to do then,
-    to join the parts.
+    """As `save_tree`, called by all `processes` of a job; the arrays are spread over their devices. Each process writes
+    its parts inside `run_jointly`, which raises an error of one process in all of them. Returns the action that the
+    first process must run afterwards to join the parts.
 
-    Orbax waits for all processes before and after it writes, for many minutes if need be: what fails in one has to be
-    told to the others before they wait. So its last step, which only the first process does, is left to the caller.
+    Orbax waits for all processes before and after it writes, for many minutes if necessary. So an error in one process
+    must reach the others before they wait. This is why the caller runs Orbax's last step, which only the first process
+    does.
     """
     import orbax.checkpoint as ocp
     from etils import epath
@@ -92,10 +93,10 @@ def save_shared(
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=shared)
     save, finalize = handler.save, handler.finalize
 
-    def save_together(*args: Any, **more: Any) -> None:
-        together(lambda: save(*args, **more))
+    def save_jointly(*args: Any, **more: Any) -> None:
+        run_jointly(lambda: save(*args, **more))
 
-    handler.save = save_together
+    handler.save = save_jointly
     handler.finalize = lambda directory: None
 
     def write_shared() -> None:
@@ -111,10 +112,10 @@ def _tree(output: Output, arrays: Mapping[str, Any]) -> Any:
 
 
 def finish(path: Path, output: Output, digests: Mapping[str, Pieces], as_host: bool = False) -> None:
-    """graftax.json beside what Orbax wrote. as_host: the leaves are described as NumPy arrays, as they are where one
-    process writes: Orbax could restore them without a target only on as many devices as wrote them."""
+    """Write graftax.json beside Orbax's files. as_host: describe the leaves as NumPy arrays, as they are when one
+    process writes. Otherwise Orbax could restore them without a target only on as many devices as wrote them."""
     done = path / "commit_success.txt"
-    if done.exists():  # its presence counts; Orbax writes the staging path into it
+    if done.exists():  # only its presence matters; Orbax writes the staging path into it
         done.write_text("Checkpoint commit was successful\n", encoding="utf-8")
     about = {
         "schema": 1,
@@ -144,11 +145,11 @@ def _describe_as_host(path: Path) -> None:
 # ---------------------------------------------------------------- leaves and their digests
 
 Pieces = dict[str, str]
-"""SHA-256 of the parts of a leaf by their places, as `0:4,0:8`: rows 0 to 3, columns 0 to 7."""
+"""SHA-256 of the parts of a leaf, keyed by place: `0:4,0:8` is rows 0 to 3, columns 0 to 7."""
 
 
 def host_leaf(array: np.ndarray[Any, Any], spec: TensorSpec) -> tuple[Any, Pieces]:
-    """A leaf as Orbax takes it from the host, and its digest."""
+    """A leaf in the form that Orbax takes from the host, and its digest."""
     from graftax.tree.dtypes import storage_bytes
 
     data = storage_bytes(array, spec)
@@ -156,7 +157,7 @@ def host_leaf(array: np.ndarray[Any, Any], spec: TensorSpec) -> tuple[Any, Piece
 
 
 def piece_digests(array: Any, spec: TensorSpec) -> Pieces:
-    """The digests of the parts of a jax.Array that this process writes: of copies the first counts."""
+    """The digests of the parts of a jax.Array that this process writes; among copies the first counts."""
     import numpy as np
 
     from graftax.tree.dtypes import storage_bytes
@@ -174,8 +175,8 @@ def piece_digests(array: Any, spec: TensorSpec) -> Pieces:
 
 
 def intact(array: np.ndarray[Any, Any], spec: TensorSpec, digests: Any) -> bool:
-    """Is a leaf what graftax.json says was written? `digests`: one SHA-256 of its values (C order, little end first; of
-    packed types their bytes), or those of its parts."""
+    """True if a leaf matches its digests in graftax.json. `digests`: one SHA-256 of its values (C order, little endian;
+    for packed types the bytes), or the digests of its parts."""
     from graftax.tree.dtypes import storage_bytes
 
     if isinstance(digests, str):
@@ -190,7 +191,7 @@ def intact(array: np.ndarray[Any, Any], spec: TensorSpec, digests: Any) -> bool:
 
 
 def is_digest(value: Any, spec: TensorSpec) -> bool:
-    """Is it what a manifest may hold for such a leaf: a digest, or digests of parts of it?"""
+    """True if a manifest may hold this value for such a leaf: a digest, or the digests of its parts."""
     if isinstance(value, str):
         return True
     if not isinstance(value, dict) or spec.packed:
@@ -209,7 +210,7 @@ def _edges(place: str) -> list[tuple[int, int]]:
 
 
 def _told(pieces: Pieces, spec: TensorSpec) -> str | Pieces:
-    """One digest where there is one of the whole."""
+    """A single digest if there is one of the whole leaf, else the digests of its parts."""
     return pieces.get(_whole(spec)) or pieces
 
 
@@ -234,7 +235,7 @@ def _faults(output: Output) -> dict[str, str]:
     """path -> why Orbax cannot hold it."""
     faults: dict[str, str] = {}
     if not output.specs:
-        return {"": "Orbax stores no empty trees"}
+        return {"": "Orbax cannot store an empty tree"}
     kinds: dict[str, set[type]] = {}
     for path, spec in output.specs.items():
         if (fault := storage_fault(path, spec)) is not None:
@@ -249,7 +250,7 @@ def _faults(output: Output) -> dict[str, str]:
     mixed = [f"{parent}/" if parent else "" for parent, found in kinds.items() if len(found) > 1]
     for path in output.specs:
         if any(path.startswith(prefix) for prefix in mixed):
-            faults.setdefault(path, "numbers and text are keys of one dict, which Orbax cannot order")
+            faults.setdefault(path, "one dict has numbers and text as keys, which Orbax cannot order")
     for path, kind in output.containers.items():
         if kind in ("list", "tuple"):
             items = _children(output.specs, path)
@@ -260,11 +261,11 @@ def _faults(output: Output) -> dict[str, str]:
 
 def _key_fault(key: Key) -> str | None:
     if isinstance(key, tuple):
-        return "a key that is a tuple, which Orbax would make text of"
+        return "a key is a tuple, which Orbax would turn into text"
     if isinstance(key, str) and "." in key:
-        return "a key with a '.' in it: Orbax joins keys by '.', and could not tell it from a nested one"
+        return "a key contains '.': Orbax joins keys by '.', so it could not tell this key from nested keys"
     if isinstance(key, str) and any("\ud800" <= char <= "\udfff" for char in key):
-        return "a key that is no text (half of a surrogate pair)"
+        return "a key is not valid text (half of a surrogate pair)"
     return None
 
 
@@ -274,7 +275,7 @@ def _children(paths: Mapping[str, Any], prefix: str) -> set[str]:
 
 
 def _contained(node: Any, prefix: str, containers: Mapping[str, str]) -> Any:
-    """The tree with lists and tuples where they were. A FrozenDict is a dict to Orbax."""
+    """The tree with its lists and tuples restored. Orbax treats a FrozenDict as a dict."""
     if not isinstance(node, dict):
         return node
     start = f"{prefix}/" if prefix else ""

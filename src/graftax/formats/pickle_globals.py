@@ -1,15 +1,17 @@
-"""Which classes and functions a checkpoint's pickle may name, and which of them it may call.
+"""The classes and functions that a checkpoint's pickle may name, and those that it may call.
 
-Nothing that a pickle names is ever imported or called here, whatever this module says of it. But a file that is opened
-today by an inert reader is loaded tomorrow by another one, and weights that are themselves objects cannot be read. So
+This package never imports or calls anything that a pickle names. But a file that an inert reader opens today may be
+loaded by another reader tomorrow, and weights that are themselves objects cannot be read. Therefore:
 
-- torch's own constructors of tensors (`pickle_values.ALLOWED`) are understood;
-- objects of any other class are kept as their class's name. Such a class may be named where it is no part of Python's
-  standard library, or is one of the data types in DATA (NumPy's arrays and scalars, paths, dates, namespaces ...);
-- everything else of the standard library (os, subprocess, builtins.eval, pickle, ctypes ...) refuses the file as
-  unsafe, called or not, also where it is reached through a module that imported it. So does a dunder in a name;
-- a plain function that is called refuses the file, too, whoever wrote it: only classes make data. A function is told by
-  how the pickle calls it (REDUCE) and by a name that begins in lower case; the constructors in DATA are known.
+- torch's own constructors of tensors (`inert.ALLOWED`) are understood;
+- an object of any other class is kept as the name of its class. The pickle may name such a class if it is not part of
+  Python's standard library, or if it is one of the data types in DATA (NumPy's arrays and scalars, paths, dates,
+  namespaces ...);
+- any other name of the standard library (os, subprocess, builtins.eval, pickle, ctypes ...) refuses the file as unsafe,
+  called or not, even if it is reached through a module that imported it. So does a dunder in a name;
+- a call of a plain function also refuses the file, whoever wrote the function: only classes make data. A function is
+  recognised by how the pickle calls it (REDUCE) and by a name that begins in lower case; the constructors in DATA are
+  exempt.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ DATA = frozenset(
         *("numpy.dtype", "numpy.ndarray"),
     }
 )
-"""Constructors of plain data, by the names under which pickles call them."""
+"""Constructors of plain data, by the names that pickles use for them."""
 _SHOWN = {
     "numpy.core.multiarray._reconstruct": "numpy.ndarray",
     "numpy._core.multiarray._reconstruct": "numpy.ndarray",
@@ -61,24 +63,24 @@ _SHOWN = {
 RECONSTRUCTORS = frozenset(
     {"copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__"}
 )
-"""They make an object of the class that is their first argument."""
+"""Constructors that make an object of the class in their first argument."""
 
 _GONE = (
     "__builtin__ copy_reg cPickle cStringIO StringIO commands popen2 os2 exceptions imp distutils asyncore asynchat "
     "smtpd pipes cgi cgitb crypt nntplib telnetlib xdrlib aifc audioop chunk imghdr mailcap msilib nis ossaudiodev "
     "sndhdr spwd sunau uu pip setuptools pkg_resources"
 )
-"""Standard modules of other Pythons, and those that install code."""
+"""Standard modules of other Python versions, and modules that install code."""
 _STANDARD = frozenset(sys.stdlib_module_names) | frozenset(_GONE.split())
 
 
 _RUN = frozenset({"Popen", "CDLL", "PyDLL", "InteractiveInterpreter", "InteractiveConsole"})
-"""Classes that run what they are given, under whatever module they are found again."""
+"""Classes that run their arguments, under any module that exposes them."""
 
 
 def may_be_named(module: str, name: str) -> bool:
-    """May a pickle name this class or function? `name` may be a chain (`Outer.Inner`), but not over a module of the
-    standard library that `module` had imported."""
+    """True if a pickle may name this class or function. `name` may be a chain (`Outer.Inner`), but not through a module
+    of the standard library that `module` imported."""
     full = f"{module}.{name}"
     if full in DATA:
         return True
@@ -89,10 +91,10 @@ def may_be_named(module: str, name: str) -> bool:
 
 
 def may_be_called(full: str) -> bool:
-    """May a pickle call it, as it calls a class to make an object of it? Of what `may_be_named`."""
+    """True if a pickle may call it, as it calls a class to make an object. `may_be_named` must hold already."""
     return full in DATA or full.rpartition(".")[2].lstrip("_")[:1].isupper()
 
 
 def shown(full: str) -> str:
-    """The class that such a constructor makes objects of."""
+    """The class of the objects that such a constructor makes."""
     return _SHOWN.get(full, full)

@@ -1,10 +1,10 @@
-"""Pickles of tensors, read as inert values: nothing is imported, nothing is called, and what a pickle asks for is only
-written down. This is what makes a .pt file safe to open, with or without torch.
+"""Read pickles of tensors as inert values: nothing is imported and nothing is called; what the pickle asks for is only
+recorded. This makes a .pt file safe to open, with or without torch.
 
-`load` runs a pickle on a stack machine whose values are dicts, lists, tuples, numbers, text and the records of
-`pickle_values`. What torch's own restricted reader knows (ALLOWED) becomes a tensor, a dict or an Opaque. An object of
-another class becomes an Object, its class's name and nothing more; `pickle_globals` says which names refuse the file.
-Whether an object may stand where it stands is for the reader of the tree to say: among weights it may not.
+`load` runs a pickle on a stack machine whose values are dicts, lists, tuples, numbers, text and the records of `inert`.
+What torch's own restricted reader knows (ALLOWED) becomes a tensor, a dict or an OpaqueValue. An object of another
+class becomes an Object: the name of its class and nothing more. `pickle_globals` decides which names refuse the file.
+The reader of the tree decides whether an object may stand at its place: among weights it may not.
 
 Sources: the opcodes are those of Python's pickletools.
 """
@@ -25,7 +25,7 @@ from graftax.tree.inert import (
     Global,
     Malformed,
     Object,
-    Opaque,
+    OpaqueValue,
     TorchStorage,
     brief,
     set_item,
@@ -42,13 +42,13 @@ class _State:
     marks: list[list[Any]] = field(default_factory=list[list[Any]])
     memo: dict[int, Any] = field(default_factory=dict[int, Any])
     refused: dict[str, None] = field(default_factory=dict[str, None])
-    foreign: dict[str, None] = field(default_factory=dict[str, None])  # named, and not refused
+    foreign: dict[str, None] = field(default_factory=dict[str, None])  # names that are not refused
     storages: dict[str, TorchStorage] = field(default_factory=dict[str, TorchStorage])
-    attributes: int = 0  # taken by getattr
+    attributes: int = 0  # number of attributes taken by getattr
     made: int = 0
     label: str = ""
-    most: int = 0  # objects
-    deepest: int = 0  # marks
+    most: int = 0  # limit on objects
+    deepest: int = 0  # limit on nested marks
 
 
 def _since_mark(state: _State) -> list[Any]:
@@ -77,7 +77,7 @@ def _global(state: _State, arg: Any) -> None:
 
 def _named(state: _State, module: str, name: str) -> Global:
     full = f"{module}.{name}"
-    if full == _GETATTR:  # refused unless each call of it takes a name from a class that may be named
+    if full == _GETATTR:  # refused unless each call takes a name from a class that may be named
         state.foreign[full] = None
     elif full not in ALLOWED:
         (state.foreign if may_be_named(module, name) else state.refused)[full] = None
@@ -87,7 +87,7 @@ def _named(state: _State, module: str, name: str) -> Global:
 def _stack_global(state: _State, arg: Any) -> None:
     name, module = state.stack.pop(), state.stack.pop()
     if not isinstance(name, str) or not isinstance(module, str):
-        raise Malformed("a global without a name")
+        raise Malformed("a global has no name")
     _global(state, f"{module} {name}")
 
 
@@ -118,21 +118,21 @@ def _inst(state: _State, arg: Any) -> None:
 
 
 def _call(state: _State, function: Any, args: Any, is_class: bool = False) -> None:
-    """Push what the call would give. A class makes an Object; of another function only torch's are known."""
+    """Push the result of the call. A class makes an Object; of other functions only torch's are known."""
     name = function.name if isinstance(function, Global) else type(function).__name__
-    if isinstance(function, (Object, Opaque)):
+    if isinstance(function, (Object, OpaqueValue)):
         state.refused[f"{getattr(function, 'name', name)}()"] = None
         return _made(state, function)
     if not isinstance(function, Global) or not isinstance(args, tuple):
-        raise Malformed(f"a call of {escape(name)}")
+        raise Malformed(f"it calls {escape(name)}")
     if name in CALLS:
         try:
             made = CALLS[name](*args)
         except (TypeError, RecursionError) as error:
-            raise Malformed(f"a call of {name} with the wrong arguments") from error
+            raise Malformed(f"it calls {name} with the wrong arguments") from error
         return _made(state, made)
     if name in ALLOWED:
-        raise Malformed(f"a call of {escape(name)}")
+        raise Malformed(f"it calls {escape(name)}")
     if name == _GETATTR:
         return _made(state, _attribute(state, args))
     if name not in state.refused and not is_class and not may_be_called(name):
@@ -144,7 +144,7 @@ def _call(state: _State, function: Any, args: Any, is_class: bool = False) -> No
 
 
 def _attribute(state: _State, args: tuple[Any, ...]) -> Any:
-    """A class's attribute, which is another name of something; a method of an object."""
+    """An attribute of a class, which is another name of something; or a method of an object."""
     owner, name = args if len(args) == 2 else (None, None)
     state.attributes += 1
     if isinstance(name, str) and name.isidentifier():
@@ -157,12 +157,12 @@ def _attribute(state: _State, args: tuple[Any, ...]) -> Any:
 
 
 def _build(state: _State, arg: Any) -> None:
-    """The state of an object: an OrderedDict's `_metadata`, or what a class would have taken."""
+    """Set the state of an object: an OrderedDict's `_metadata`, or the state that a class would take."""
     value = state.stack.pop()
     if isinstance(state.stack[-1], Object):
         state.stack[-1].held.append(value)
-    elif not isinstance(state.stack[-1], (dict, Opaque)):
-        raise Malformed("a state set on what has none")
+    elif not isinstance(state.stack[-1], (dict, OpaqueValue)):
+        raise Malformed("a state is set on a value that has none")
 
 
 def _append(state: _State, arg: Any) -> None:
@@ -178,8 +178,8 @@ def _appends(state: _State, arg: Any) -> None:
 def _extend(target: Any, items: list[Any]) -> None:
     if isinstance(target, (list, Object)):
         (target.held if isinstance(target, Object) else target).extend(items)
-    elif not isinstance(target, Opaque):
-        raise Malformed("an item appended to what is no list")
+    elif not isinstance(target, OpaqueValue):
+        raise Malformed("an item is appended to a value that is not a list")
 
 
 def _setitem(state: _State, arg: Any) -> None:
@@ -190,7 +190,7 @@ def _setitem(state: _State, arg: Any) -> None:
 def _setitems(state: _State, arg: Any) -> None:
     items = _since_mark(state)
     if len(items) % 2:
-        raise Malformed("a key without a value")
+        raise Malformed("a key has no value")
     target = state.stack[-1]
     for i in range(0, len(items), 2):
         set_item(target, items[i], items[i + 1])
@@ -206,7 +206,7 @@ def _mark(state: _State, arg: Any) -> None:
 def _tuple(count: int) -> Callable[[_State, Any], None]:
     def handler(state: _State, arg: Any) -> None:
         if len(state.stack) < count:
-            raise Malformed("a tuple of what is not there")
+            raise Malformed("a tuple needs items that are not on the stack")
         items = tuple(state.stack[-count:])
         del state.stack[-count:]
         _made(state, items)
@@ -228,22 +228,22 @@ def _persistent(state: _State, arg: Any) -> None:
     if isinstance(pid, tuple) and pid and pid[0] in ("module", b"module"):
         # torch < 0.4 kept a module's source text here, beside its class
         named = pid[1] if len(pid) > 1 else None
-        return _push(state, named if isinstance(named, Global) else Opaque("a module"))
+        return _push(state, named if isinstance(named, Global) else OpaqueValue("a module"))
     if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage", b"storage"):
-        raise Malformed("a persistent object that is no storage")
+        raise Malformed("a persistent object is not a storage")
     kind = pid[1].name.rpartition(".")[2] if isinstance(pid[1], Global) else ""
     key, count = _text(pid[2]), pid[4]
     if kind not in STORAGES or key is None or type(count) is not int or count < 0:
-        raise Malformed(f"a storage of {kind or brief(pid[1])}")
+        raise Malformed(f"a storage has the unknown type {kind or brief(pid[1])}")
     itemsize = STORAGES[kind][1]
     start, length = 0, count
     if len(pid) == 6 and pid[5] is not None:
         window = pid[5]
         if not isinstance(window, tuple) or len(window) != 3 or any(type(n) is not int for n in window[1:]):
-            raise Malformed("a storage's window that is none")
+            raise Malformed("a storage's window is malformed")
         start, length = window[1], window[2]
         if start < 0 or length < 0 or start + length > count:
-            raise Malformed("a storage's window beyond its end")
+            raise Malformed("a storage's window ends beyond the storage")
     storage = TorchStorage(key, kind, start * itemsize, length * itemsize, count * itemsize)
     state.storages[key] = storage
     return _made(state, storage)
@@ -251,7 +251,7 @@ def _persistent(state: _State, arg: Any) -> None:
 
 def _additems(state: _State, arg: Any) -> None:
     items = _since_mark(state)
-    if isinstance(state.stack[-1], Object):  # a set's own are not looked at
+    if isinstance(state.stack[-1], Object):  # the items of a set are not inspected
         state.stack[-1].held.extend(items)
 
 
@@ -281,7 +281,7 @@ _MACHINE: dict[str, Callable[[_State, Any], None]] = {
     "EMPTY_TUPLE": lambda state, arg: _push(state, ()),
     "EMPTY_DICT": lambda state, arg: _made(state, {}),
     "EMPTY_LIST": lambda state, arg: _made(state, []),
-    "EMPTY_SET": lambda state, arg: _made(state, Opaque("set()")),
+    "EMPTY_SET": lambda state, arg: _made(state, OpaqueValue("set()")),
     "FROZENSET": lambda state, arg: _made(state, Object("builtins.frozenset", _since_mark(state))),
     "BYTEARRAY8": lambda state, arg: _push(state, bytes(arg)),
     "ADDITEMS": _additems,
@@ -314,20 +314,21 @@ _MACHINE: dict[str, Callable[[_State, Any], None]] = {
 
 
 def load(stream: BinaryIO, label: str, storages: dict[str, TorchStorage] | None = None) -> Any:
-    """The value of the pickle that starts at the stream's position; the stream stands behind it afterwards. `storages`
-    takes up every storage that the pickle names, also for an object (key -> one of those with it).
+    """The value of the pickle that starts at the stream's position; afterwards the stream is at the end of the pickle.
+    `storages` collects every storage that the pickle names, also for an object (key -> one of the storages with this
+    key).
 
-    Raises UnsafeInputError, naming every global that is none of torch's or the limit that is passed, and FormatError
-    for a pickle that is truncated or makes no sense. Nothing is imported and nothing of the file is called.
+    Raises UnsafeInputError, naming every global that is not torch's, or the limit that is exceeded; and FormatError for
+    a pickle that is truncated or malformed. Nothing is imported and nothing of the file is called.
     """
-    # Of a tensor's 7 objects 4 stay, and tensors stand in optimizers, too; a tensor takes four marks, a container one.
+    # 4 of a tensor's 7 objects stay; optimizers hold tensors too; a tensor takes four marks, a container one.
     state = _State(label=label, most=3 * limit("leaves"), deepest=4 * limit("depth"))
     problem: Exception | None = None
     try:
         for opcode, arg, _ in pickletools.genops(stream):
             handler = _MACHINE.get(opcode.name)
             if handler is None:
-                raise Malformed(f"the opcode {opcode.name}, which no checkpoint needs")
+                raise Malformed(f"it has the opcode {opcode.name}, which no checkpoint needs")
             handler(state, arg)
         if len(state.stack) != 1 or state.marks:
             raise Malformed("values are left over at its end")

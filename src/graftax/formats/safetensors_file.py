@@ -1,4 +1,5 @@
-"""safetensors: one file. The header is read at once and strictly, values by position when they are asked for."""
+"""safetensors, a single file. The header is read at once and checked strictly; values are read by position on
+demand."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ _FORMAT_OF: dict[Side, str] = {"torch": "pt", "flax": "flax"}
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """Where the bytes of each tensor are: `Storage.native` of a safetensors file."""
+    """The place of each tensor's bytes: `Checkpoint.native` of a safetensors file."""
 
     path: Path
     stamp: system.Stamp
@@ -38,7 +39,7 @@ class TensorFile:
     ranges: Mapping[str, Range]
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """A tensor's values; a packed one's bytes. StorageError where the file changed."""
+        """A tensor's values; for a packed tensor its bytes. StorageError if the file changed."""
         import numpy as np
 
         from graftax.tree.dtypes import from_storage
@@ -49,13 +50,13 @@ class TensorFile:
         return from_storage(raw, self.specs[name])
 
     def span(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fills `buffer` from byte `start` of a tensor on."""
+        """Fill `buffer` from byte `start` of a tensor."""
         files.read_into(self.path, self.stamp, self._place(name, start, start + len(buffer)), buffer)
 
     def scatter(self, name: str, start: int, buffers: list[memoryview]) -> int:
-        """Fills the buffers, one after the other, from byte `start` of a tensor on. How many bytes that were."""
+        """Fill the buffers one after another from byte `start` of a tensor. Returns the number of bytes."""
         nbytes = files.read_apart(self.path, self.stamp, self._place(name, start, start), buffers)
-        self._place(name, start, start + nbytes)  # thousands of buffers: their lengths are summed once
+        self._place(name, start, start + nbytes)  # there may be thousands of buffers: sum their lengths once
         return nbytes
 
     def read_bytes(self, name: str, start: int, stop: int) -> bytearray:
@@ -63,7 +64,7 @@ class TensorFile:
         return files.read_bytes(self.path, self.stamp, self._place(name, start, stop), stop - start)
 
     def _place(self, name: str, start: int, stop: int) -> int:
-        """Where byte `start` of a tensor is in the file. IndexError where the tensor does not reach to `stop`."""
+        """The place of byte `start` of a tensor in the file. IndexError if the tensor ends before `stop`."""
         begin, end = self.ranges[name]
         if not 0 <= start <= stop <= end - begin:
             raise IndexError(f"{name}: bytes {start} to {stop} of {end - begin}")
@@ -71,7 +72,7 @@ class TensorFile:
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """A length, then '{'. A length beyond any disk is only believed of a file that calls itself safetensors."""
+    """A length, then '{'. A length beyond any disk is believed only if the file's name ends in .safetensors."""
     return head[PREFIX : PREFIX + 1] == b"{" and (head[5:8] == b"\0\0\0" or path.suffix == ".safetensors")
 
 
@@ -107,7 +108,7 @@ def open(path: Path) -> Checkpoint:
 
 
 def _own_metadata(metadata: Mapping[str, str], label: str) -> tuple[dict[str, Key], dict[str, str], bool]:
-    """(real_keys, containers, True) as graftax wrote them; nothing where it did not write the file."""
+    """(real_keys, containers, True) from graftax's metadata; empty and False if graftax did not write the file."""
     text = metadata.get("graftax")
     if text is None:
         return {}, {}, False
@@ -120,7 +121,7 @@ def _own_metadata(metadata: Mapping[str, str], label: str) -> tuple[dict[str, Ke
 
 
 def own_metadata(side: Side, real_keys: Mapping[str, Key], containers: Mapping[str, str]) -> dict[str, str]:
-    """What graftax writes into `__metadata__`."""
+    """The entries that graftax writes into `__metadata__`."""
     value = {"schema": SCHEMA, **tree_meta.encode_tree(real_keys, containers)}
     return {
         "format": _FORMAT_OF[side],
@@ -132,13 +133,13 @@ def own_metadata(side: Side, real_keys: Mapping[str, Key], containers: Mapping[s
 
 
 def write(path: Path, output: Output) -> None:
-    """Everything of `output` in one file; tensors land at their place in whatever order they come."""
+    """Write all of `output` into one file. Tensors may come in any order; each goes to its place."""
     write_files({path: output.specs}, output)
 
 
 def write_files(shards: Mapping[Path, Mapping[str, TensorSpec]], output: Output) -> None:
-    """Several files at once, each with the tensors it is to hold: headers first, then every tensor as it comes, or in
-    the order of the files where they are made on demand."""
+    """Write several files at once, each with its own tensors. The headers come first; then every tensor as it arrives
+    or, if tensors are made on demand, in the order of the files."""
     heads: dict[Path, bytes] = {}
     place: dict[str, tuple[Path, Range]] = {}
     for path, specs in shards.items():
@@ -195,7 +196,7 @@ def _write_arrays(heads: Mapping[Path, bytes], place: Mapping[str, tuple[Path, R
                     os.close(fd)
                 fd, current = os.open(path, os.O_WRONLY | os.O_CLOEXEC), path
             system.write_at(fd, begin, memoryview(data))  # pyright: ignore[reportArgumentType]
-            del data  # before the next is made
+            del data  # free it before the next is made
     finally:
         if fd >= 0:
             os.close(fd)

@@ -1,7 +1,7 @@
 """The header of a safetensors file: 8 bytes of length, then JSON {name: {dtype, shape, data_offsets}}. No NumPy here.
 
-Stricter than the official reader (0.8), which takes duplicate names, the last one winning. Format: the safetensors
-repository's README; 4- and 6-bit types count in bits and must fill whole bytes.
+Stricter than the official reader (0.8), which accepts duplicate names and keeps the last one. Format: the README of the
+safetensors repository; 4- and 6-bit types count in bits and must fill whole bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
 from graftax.formats.io import strict_json
 from graftax.tree import TensorSpec
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 from graftax.tree.limits import check_limit, limit, variable
 
 NAMES: dict[str, str] = {
@@ -28,10 +28,10 @@ NAMES: dict[str, str] = {
 """dtype in the file -> dtype name"""
 CODES = {name: code for code, name in NAMES.items()}
 PREFIX = 8
-_MAX_RANK = 64  # axes that a NumPy array can have
+_MAX_RANK = 64  # the most axes that a NumPy array can have
 _MAX_BYTES = 1 << 62
-_BIG_HEADER = 4 << 20  # from here on a header is looked through before it is parsed
-_SLACK = 10_000  # signs of JSON that its text may hold beside the tensors' own
+_BIG_HEADER = 4 << 20  # from this size on, a header is scanned before it is parsed
+_SLACK = 10_000  # JSON signs that the header may have beyond those of the tensors
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 Range = tuple[int, int]
@@ -39,7 +39,7 @@ Range = tuple[int, int]
 
 
 def header_length(prefix: bytes, file_size: int, label: str) -> int:
-    """Bytes of JSON that follow the first 8. Raises FormatError, UnsafeInputError (over the limit)."""
+    """The bytes of JSON that follow the first 8 bytes. Raises FormatError, UnsafeInputError (over the limit)."""
     if len(prefix) < PREFIX:
         raise FormatError(f"{label} is truncated: {file_size} bytes, a safetensors file has at least 10")
     (length,) = struct.unpack("<Q", prefix[:PREFIX])
@@ -56,13 +56,13 @@ def parse_header(
 ) -> tuple[dict[str, TensorSpec], dict[str, Range], dict[str, str]]:
     """(specs, byte ranges, metadata) of the header text `raw`, in the header's order.
 
-    Every byte behind the header must belong to one tensor. Raises FormatError listing every bad entry, and
-    UnsafeInputError where a limit is passed; nothing is allocated that the numbers of the header ask for.
+    Every byte after the header must belong to exactly one tensor. Raises FormatError listing every bad entry, and
+    UnsafeInputError beyond a limit. The numbers in the header never cause an allocation.
     """
     if raw[:1] != b"{":
         raise FormatError(f"{label}: the header must begin with '{{', found {raw[:1]!r}")
     _look_through(raw, label)
-    with nothing_collected():  # a hundred thousand small objects: half of the time
+    with gc_paused():  # a hundred thousand small objects: this saves half of the time
         return _parse(strict_json.parse_object(raw, f"{label}: header", flat=True), PREFIX + len(raw), file_size, label)
 
 
@@ -73,7 +73,7 @@ def _parse(
     check_limit("leaves", len(entries), label)
     specs: dict[str, TensorSpec] = {}
     ranges: dict[str, Range] = {}
-    known: dict[tuple[Any, ...], TensorSpec] = {}  # a hundred thousand tensors have some dozens of shapes
+    known: dict[tuple[Any, ...], TensorSpec] = {}  # a hundred thousand tensors have a few dozen shapes
     failures: list[Failure] = []
     for name, entry in entries.items():
         fault = _entry_fault(entry)
@@ -90,13 +90,13 @@ def _parse(
     if not failures:
         failures = _layout_faults(ranges, start, file_size, label)
     if failures:
-        raise FormatError(f"{label}: the header is inconsistent ({len(failures)} faults):", failures)
+        raise FormatError(f"{label}: the header has {len(failures)} faults:", failures)
     return specs, ranges, metadata
 
 
 def _look_through(raw: bytes, label: str) -> None:
-    """Before a large header is parsed: too many tensors, or brackets and commas no header needs, would take far more
-    memory than the header itself."""
+    """Scan a large header before parsing it: too many tensors, or more brackets and commas than a header needs, would
+    take far more memory than the header itself."""
     if len(raw) < _BIG_HEADER:
         return
     tensors = raw.count(b'"data_offsets"')
@@ -104,7 +104,7 @@ def _look_through(raw: bytes, label: str) -> None:
     plain = raw.count(b"[") <= 2 * tensors + _SLACK and raw.count(b"{") <= tensors + _SLACK
     if plain and raw.count(b",") <= 16 * tensors + _SLACK:
         return
-    # Not so plain; text (a training log in the metadata) may hold any of these, so it goes first.
+    # The quick count failed. Text (a training log in the metadata) may hold any of these signs, so remove it first.
     bare = re.sub(rb'"(?:[^"\\]|\\.)*"', b"0", raw, flags=re.DOTALL)
     objects, lists, commas = bare.count(b"{"), bare.count(b"["), bare.count(b",")
     check_limit("leaves", objects, label)
@@ -124,7 +124,7 @@ def _metadata(value: Any, label: str) -> dict[str, str]:
 
 
 def _entry_fault(entry: Any) -> str | None:
-    """What is wrong with one tensor's entry; None if nothing."""
+    """The fault of one tensor's entry; None if it has none."""
     if type(entry) is not dict or entry.keys() != _FIELDS:  # pyright: ignore[reportUnknownMemberType]
         return "its entry must have dtype, shape and data_offsets, and nothing else"
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]  # pyright: ignore
@@ -140,7 +140,7 @@ def _entry_fault(entry: Any) -> str | None:
     bits = _BITS[code]
     extent = bits
     for n in shape:  # pyright: ignore
-        extent *= n or 1  # an empty shape of endless axes is refused, too
+        extent *= n or 1  # an empty shape with huge axes is refused too
         if extent > 8 * _MAX_BYTES:
             return f"shape {escape(shape)} is larger than any file"
     total = 0 if 0 in shape else extent  # pyright: ignore
@@ -152,7 +152,7 @@ def _entry_fault(entry: Any) -> str | None:
 
 
 def _whole(values: list[Any]) -> bool:
-    """All of them integers (not booleans) from 0."""
+    """True if all are integers (not booleans) from 0."""
     for value in values:  # noqa: SIM110 (a generator takes twice the time, a hundred thousand times)
         if type(value) is not int or value < 0:
             return False
@@ -163,7 +163,7 @@ _BITS = {code: TensorSpec((), name).bits for code, name in NAMES.items()}
 
 
 def _layout_faults(ranges: Mapping[str, Range], start: int, file_size: int, label: str) -> list[Failure]:
-    """Overlaps, holes, bytes that are missing at the end or left over."""
+    """Overlaps, holes, and missing or surplus bytes at the end."""
     out: list[Failure] = []
     at = start
     for name, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
@@ -184,8 +184,9 @@ def _layout_faults(ranges: Mapping[str, Range], start: int, file_size: int, labe
 def build_header(
     specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], label: str
 ) -> tuple[bytes, dict[str, Range]]:
-    """(the first bytes of the file, byte ranges) for `specs`. Names keep their order; the data of wide types comes
-    first, so that every tensor is aligned to its own width (torch's reader needs that), and the header is padded to 8.
+    """(the first bytes of the file, byte ranges) for `specs`. Names keep their order. The data of wide types comes
+    first, so that every tensor is aligned to its own width (torch's reader requires this); the header is padded to a
+    multiple of 8.
 
     Raises FormatError for what the format cannot hold.
     """
@@ -210,11 +211,11 @@ def build_header(
 
 
 def storage_fault(name: str, spec: TensorSpec) -> str | None:
-    """Why safetensors cannot hold this tensor; None if it can."""
+    """The reason why safetensors cannot hold this tensor; None if it can."""
     if spec.dtype not in CODES:
         return f"safetensors has no {spec.dtype}"
     if spec.size * spec.bits % 8:
-        return f"{spec} does not fill whole bytes, which safetensors asks for"
+        return f"{spec} does not fill whole bytes, as safetensors requires"
     if name == "__metadata__":
         return "safetensors keeps this name for itself"
     try:

@@ -1,4 +1,4 @@
-"""save: a tree of tensors into a file or folder of any format, in one step, or not at all."""
+"""save: write a tree of tensors into a file or folder of any format, completely or not at all."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from graftax.formats.sidecars import Sidecars
 
 _DISK_FULL = {"no space left on device": errno.ENOSPC, "file too large": errno.EFBIG, "quota exceeded": errno.EDQUOT}
-"""What libraries that write by themselves make of a full disk -> the errno it was."""
+"""Messages of libraries with their own writers, for a full disk -> the original errno."""
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What `save` did: where, in which format, and what it tidied up before (lines for the user)."""
+    """What `save` did: where, in which format, and what it cleaned up before (lines for the user)."""
 
     path: Path
     format: str
@@ -50,23 +50,24 @@ def save(
     write: Callable[[Path], None] | None = None,
     sidecars: Sidecars | None = None,
 ) -> Saved:
-    """Write `output` at `path`, or at `PATH::NAME` below NAME. The ending picks the format, `format` overrides it.
+    """Write `output` at `path`, or at `PATH::NAME` below NAME. The ending picks the format; `format` overrides it.
 
-    Everything is checked before anything is written; what was at `path` stays until the new is complete and synced.
-    `inputs` are what the tensors are read from: never overwritten. `origin`, a digest of what the tensors of
-    `output.tiles` are made of and how, makes the run one that may be resumed: what it made stays if it is stopped, and
-    the next of the same origin, path, format and options goes on from there. `write` is called with the staging name
-    in place of the format's own writer. `sidecars` are copied into a folder, after its weights.
+    Everything is checked before anything is written. What was at `path` stays until the new file is complete and
+    synced. `inputs` are the files that the tensors are read from; they are never overwritten. `origin` makes the run
+    resumable: it is a digest of everything that determines the tensors of `output.tiles`. If such a run is stopped, its
+    output stays, and the next run with the same origin, path, format and options continues it. `write`, if given, is
+    called with the staging name in place of the format's own writer. `sidecars` are copied into a folder after its
+    weights.
 
-    Raises UsageError (format), PlanError (a dtype or side the format cannot hold), StorageError (destination refused,
-    disk full); whatever `output.tensors` raises.
+    Raises UsageError (format), PlanError (a dtype or side that the format cannot hold), StorageError (destination
+    refused, disk full), and whatever `output.tensors` raises.
     """
     out, row, output = prepare(path, output, format)
     _check_parent(out)
     resumed = origin is not None and row.resumes
-    notes = guarded(lambda: put_back(out), out)  # what else is stale goes when all is checked
+    notes = guarded(lambda: put_back(out), out)  # other stale files are removed after all checks
     if origin is not None and not resumed:
-        notes.append(f"{row.name} is written as a whole: nothing of it can be resumed after a stop")
+        notes.append(f"{row.name} is written as a whole: a stopped run cannot be resumed")
     if not row.folder:
         sidecars = None
     _check_destination(out, row, clobber, sidecars)
@@ -79,7 +80,7 @@ def save(
 
 
 def prepare(path: str | Path, output: Output, format: str | None) -> tuple[Path, Format, Output]:
-    """Where, as what, and the output as it goes there (below a NAME). UsageError, PlanError as `save`."""
+    """The path, the format, and the output as it goes there (below a NAME). UsageError, PlanError as `save`."""
     out, name = split_target(path)
     row = choose_format(out, output.side, format, output.shard_size)
     if name:
@@ -123,7 +124,7 @@ def _go_on(
     origin: str,
     sidecars: Sidecars | None,
 ) -> Saved:
-    """As `_write`, from where a stopped run was."""
+    """As `_write`, continuing a stopped run."""
     assert output.tiles is not None
     with staged(out, folder=row.folder, clobber=clobber, keep=True) as place:
         journal = Journal(place.payload, _key(out, row, output, origin), output.tiles)
@@ -136,7 +137,7 @@ def _go_on(
 
 
 def _key(out: Path, row: Format, output: Output, origin: str) -> str:
-    """A digest of all that the bytes of a file depend on."""
+    """A digest of everything that the bytes of a file depend on."""
     specs = [[name, spec.dtype, list(spec.shape)] for name, spec in output.specs.items()]
     tree = tree_meta.encode_tree(output.real_keys, output.containers)
     form = [version("graftax"), row.name, out.name, output.side, output.shard_size, output.container, specs, tree]
@@ -144,7 +145,7 @@ def _key(out: Path, row: Format, output: Output, origin: str) -> str:
 
 
 def guarded(action: Any, out: Path) -> Any:
-    """What `action` gives; an OSError on the way, also one that a library wrapped, becomes a StorageError."""
+    """The result of `action`. An OSError, even one that a library wrapped, becomes a StorageError."""
     try:
         return action()
     except GraftaxError:
@@ -163,11 +164,11 @@ def guarded(action: Any, out: Path) -> Any:
         raise
 
 
-# ---------------------------------------------------------------- where and as what
+# ---------------------------------------------------------------- destination and format
 
 
 def split_target(path: str | Path) -> tuple[Path, str]:
-    """(PATH, NAME) of `PATH::NAME`; NAME is empty where there is none, or where a path of that whole text exists."""
+    """(PATH, NAME) of `PATH::NAME`. NAME is empty if there is none, or if a path with the whole text exists."""
     text = str(path)
     if "\0" in text or not text:
         raise StorageError(f"{escape(text) or repr(text)} cannot be the name of a file")
@@ -200,13 +201,13 @@ def choose_format(out: Path, side: Side, format: str | None, shard_size: int | N
         )
     if side not in row.sides:
         raise PlanError(
-            f"{escape(out)}: {row.name} holds {' and '.join(row.sides)} trees, this is a {side} tree",
-            next=f"For {side}: {', '.join(r.name for r in FORMATS.values() if side in r.sides and r.writes)}.",
+            f"{escape(out)}: {row.name} holds {' and '.join(row.sides)} trees, but this is a {side} tree",
+            next=f"For {side}: {', '.join(r.name for r in FORMATS.values() if side in r.sides and r.name != 'spec')}.",
         )
     if shard_size is not None and row.name != "hf_folder":
         raise UsageError(
-            f"{escape(out)}: a shard size needs a folder of shards, {row.name} is none",
-            next=f"Give a folder's name and {option('format', 'hf_folder')}.",
+            f"{escape(out)}: a shard size needs a folder of shards, but {row.name} is a single file",
+            next=f"Name a folder and give {option('format', 'hf_folder')}.",
         )
     return row
 
@@ -235,7 +236,7 @@ def _nested(output: Output, name: str, row: Format) -> Output:
 
 @dataclass(frozen=True, slots=True)
 class _Below:
-    """Tiles of a tree that stands below a name: `cut` characters come before the target's own."""
+    """Tiles of a tree below a name: a target's own name begins after `cut` characters."""
 
     under: Tiles
     cut: int
@@ -274,12 +275,12 @@ def _check_fits(row: Format, output: Output) -> None:
         raise PlanError(f"{len(failures)} of {len(output.specs)} tensors do not fit into {row.name}:", failures)
 
 
-# ---------------------------------------------------------------- may it be written?
+# ---------------------------------------------------------------- checks of the destination
 
 
 def _check_parent(out: Path) -> None:
     if out.name in {"", ".", ".."}:
-        raise StorageError(f"{escape(out)} is no name to write to", next="Name a file or folder to be made.")
+        raise StorageError(f"{escape(out)} is not a name that can be written", next="Name a new file or folder.")
     parent = out.parent
     if not os.path.isdir(parent):
         what = "is not a folder" if os.path.exists(parent) else "does not exist"
@@ -287,7 +288,7 @@ def _check_parent(out: Path) -> None:
 
 
 def _check_destination(out: Path, row: Format, clobber: bool, sidecars: Sidecars | None) -> None:
-    """StorageError where what is at `out` must not be replaced."""
+    """StorageError if `out` exists and must not be replaced."""
     try:
         mode = os.lstat(out).st_mode
     except FileNotFoundError:
@@ -295,11 +296,9 @@ def _check_destination(out: Path, row: Format, clobber: bool, sidecars: Sidecars
     except OSError as exc:
         raise system.storage_error(exc, out) from None
     if not clobber:
-        raise StorageError(
-            f"{escape(out)} exists, and is not to be replaced ({worded('--no-clobber', 'clobber=False')})"
-        )
+        raise StorageError(f"{escape(out)} exists and must not be replaced ({worded('--no-clobber', 'clobber=False')})")
     if stat.S_ISLNK(mode):
-        # The link itself is replaced, never what it leads to: that may be a blob of the hub cache.
+        # The link itself is replaced, never its target, which may be a blob of the hub cache.
         if os.path.isdir(out):
             raise StorageError(f"{escape(out)} is a link to a folder", next="Name the folder itself, or a new name.")
         return
@@ -312,20 +311,20 @@ def _check_destination(out: Path, row: Format, clobber: bool, sidecars: Sidecars
 
 
 _LONE = frozenset({"model.safetensors", "pytorch_model.bin"})
-"""Names under which a folder's only checkpoint file is the checkpoint itself."""
+"""If a folder's only checkpoint file has one of these names, the folder is the checkpoint."""
 
 
 def _refuse_foreign_files(out: Path, sidecars: Sidecars | None) -> None:
-    """StorageError where the folder holds anything but the checkpoint in it, and copies of the same sidecars."""
+    """StorageError if the folder holds anything other than the checkpoint in it and copies of the same sidecars."""
     from graftax.formats.opening import open_folder
 
     try:
         own = {os.path.abspath(path) for path in open_folder(out).storage.files}
         if len(own) == 1 and os.path.basename(next(iter(own))) not in _LONE:
-            own = set()  # one file of a name that no writer of folders gives is the user's
+            own = set()  # a single file with a name that no folder writer uses belongs to the user
     except GraftaxError as exc:
         raise StorageError(
-            f"the folder {escape(out)} exists, and is not a checkpoint that graftax can read",
+            f"the folder {escape(out)} exists and is not a checkpoint that graftax can read",
             [Failure(str(exc), file=str(out))],
             next="Choose another name, or remove the folder yourself.",
         ) from None
@@ -345,12 +344,12 @@ def _refuse_foreign_files(out: Path, sidecars: Sidecars | None) -> None:
 
 
 def _links(here: str, folders: list[str]) -> list[str]:
-    """Links to folders, which os.walk does not enter."""
+    """Links to folders, which os.walk does not follow."""
     return [name for name in folders if os.path.islink(os.path.join(here, name))]
 
 
 def _refuse_own_input(out: Path, inputs: Iterable[str | Path | Checkpoint]) -> None:
-    """StorageError where writing `out` would replace, or write into, what is being read."""
+    """StorageError if writing `out` would replace, or write into, a file that is being read."""
     target = Path(os.path.realpath(out))
     sources = [p for item in inputs for p in (item.storage.files if isinstance(item, Checkpoint) else (Path(item),))]
     for source in sources:

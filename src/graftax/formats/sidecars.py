@@ -1,6 +1,6 @@
-"""What stands beside the weights in a model folder: settings, tokenizer, licence, code. It is copied as it is into a
-folder that is made of that one. Other weights and training state are not: they would not be those of the new folder.
-"""
+"""Sidecars: the files beside the weights in a model folder (settings, tokenizer, licence, code). They are copied
+unchanged into a new folder that is made from this one. Other weights and training state are not copied: they do not
+belong to the new weights."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from graftax.tree import Checkpoint
 
 _HEAD = 512
 _DEPTH = 2
-"""Folders below the model's that are looked into: `1_Pooling/config.json`."""
+"""Levels of sub-folders that are searched: `1_Pooling/config.json`."""
 _CACHES = frozenset({"__pycache__", "runs", "logs", "wandb"})
 _SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Sidecars:
-    """name in the folder -> the file to copy, and the names of what is left out."""
+    """name in the folder -> the file to copy; and the names that are left out."""
 
     folder: Path
     copied: dict[str, Path]
     left: tuple[str, ...]
 
     def copy(self, to: Path) -> None:
-        """Copies the files into the folder `to`. StorageError where one changes meanwhile; OSError."""
+        """Copy the files into the folder `to`. StorageError if one changes meanwhile; OSError."""
         for name, path in self.copied.items():
             target = to / name
             target.parent.mkdir(exist_ok=True, parents=True)
@@ -45,13 +45,13 @@ class Sidecars:
                 raise files.changed(path)
 
     def holds(self, name: str, path: Path) -> bool:
-        """Will the new folder have a file of this name and of the same bytes as the one at `path`?"""
+        """True if the new folder will have a file with this name and the same bytes as the file at `path`."""
         mine = self.copied.get(name)
         return mine is not None and not os.path.islink(path) and filecmp.cmp(mine, path, shallow=False)
 
     @property
     def notes(self) -> list[str]:
-        """What was copied and what was not, a line each."""
+        """One line each on what was copied and what was not."""
         lines: list[str] = []
         if self.copied:
             lines.append(f"copied unchanged from {escape(self.folder)}: {_some(self.copied)}")
@@ -61,7 +61,7 @@ class Sidecars:
 
 
 def beside(checkpoint: Checkpoint) -> Sidecars | None:
-    """The sidecars of a checkpoint that was opened as a model folder; None of any other."""
+    """The sidecars of a checkpoint that was opened as a model folder; None for any other checkpoint."""
     folder = checkpoint.storage.folder
     if folder is None:
         return None
@@ -76,21 +76,21 @@ def beside(checkpoint: Checkpoint) -> Sidecars | None:
                     left.append(name)
                 else:
                     copied[name] = path
-        except UnsafeInputError:  # a link out of the folder
+        except UnsafeInputError:  # a link that leads out of the folder
             left.append(name)
     return Sidecars(folder, copied, tuple(left))
 
 
 def for_port(source: Checkpoint, like: Checkpoint | None, leaves: Iterable[str]) -> Sidecars | None:
-    """What goes with a port that makes these `leaves`: the files beside LIKE; where LIKE is no folder, those beside the
-    source, if the leaves are the source's own, so that its settings hold for them."""
+    """The sidecars for a port that makes these `leaves`: the files beside LIKE. If LIKE is not a folder, the files
+    beside the source, provided that the leaves are the source's own, so that its settings apply to them."""
     if like is not None and like.storage.folder is not None:
         return beside(like)
     return beside(source) if source.specs.keys() == set(leaves) else None
 
 
 def _names(folder: Path, prefix: str, depth: int) -> Iterator[str]:
-    """The files of a folder and of those below it, hidden ones and caches apart."""
+    """The files of a folder and its sub-folders, without hidden ones and caches."""
     for name in sorted(os.listdir(folder / prefix)):
         place = folder / prefix / name
         if name.startswith(".") or name in _CACHES:
@@ -102,7 +102,7 @@ def _names(folder: Path, prefix: str, depth: int) -> Iterator[str]:
 
 
 def _is_weights(path: Path) -> bool:
-    """Weights, an index of them or training state, by name or by content."""
+    """True for weights, an index of weights, or training state, by name or by content."""
     if path.name.endswith(INDEX) or ((row := by_ending(path.suffix)) is not None and row.weights):
         return True
     try:

@@ -1,4 +1,4 @@
-"""A spec file: names, shapes and dtypes as JSON, without values. What `inspect --spec` prints and LIKE takes."""
+"""A spec file: names, shapes and dtypes as JSON, without values. `inspect --spec` prints it, and LIKE accepts it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ VERSION = 1
 
 
 def dump_spec(checkpoint: Checkpoint) -> str:
-    """The spec of a checkpoint, a line a tensor; the same text for the same tree. Its side is declared only where the
-    checkpoint does: what names told, they tell again."""
+    """The spec of a checkpoint, one line for each tensor; equal trees give equal text. It declares a side only if the
+    checkpoint does: if names decided the side, they decide it again for the spec."""
     tensors = [
         f"  {_text(path)}: {_text({'shape': list(spec.shape), 'dtype': spec.dtype})}"
         for path, spec in checkpoint.specs.items()
@@ -39,7 +39,7 @@ def _text(value: Any) -> str:
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """Any JSON object but the index of a sharded set: what it lacks of a spec is said when it is opened."""
+    """True for any JSON object except the index of a sharded set. Opening reports what is missing for a spec."""
     return head.lstrip()[:1] == b"{" and not path.name.endswith(".index.json")
 
 
@@ -48,7 +48,7 @@ def open(path: Path) -> Checkpoint:
     label = escape(path)
     value = strict_json.parse_object(files.read_whole(path), label)
     if "graftax_spec" not in value:
-        raise FormatError(f"{label} is JSON, but no spec file", next="`graftax inspect --spec` writes one.")
+        raise FormatError(f"{label} is JSON, but not a spec file", next="`graftax inspect --spec` writes one.")
     if value["graftax_spec"] != VERSION:
         raise FormatError(f"{label}: spec version {escape(value['graftax_spec'])}; this graftax knows {VERSION}")
     side = value.get("side")
@@ -73,7 +73,7 @@ def _side(value: Any) -> Side | None:
 
 def _specs(value: Any, label: str) -> dict[str, TensorSpec]:
     if not isinstance(value, dict):
-        raise FormatError(f"{label}: expected `tensors`, from names to shape and dtype")
+        raise FormatError(f"{label}: expected `tensors`, a map from names to shape and dtype")
     check_limit("leaves", len(value), label)  # pyright: ignore[reportUnknownArgumentType]
     specs: dict[str, TensorSpec] = {}
     failures: list[Failure] = []
@@ -87,10 +87,10 @@ def _specs(value: Any, label: str) -> dict[str, TensorSpec]:
         else:
             specs[str(name)] = TensorSpec(tuple(shape), dtype)  # pyright: ignore[reportUnknownArgumentType]
     if failures:
-        raise FormatError(f"{label}: {len(failures)} tensors are not well described:", failures)
+        raise FormatError(f"{label}: {len(failures)} tensors have a malformed entry:", failures)
     return specs
 
 
 def write(path: Path, output: Output) -> None:
-    """Refused: a spec holds no values."""
+    """Always refused: a spec file holds no values."""
     raise UsageError(f"{escape(path.name)}: a spec file holds no values", next="`graftax inspect --spec` writes one.")

@@ -1,4 +1,5 @@
-"""FORMATS: one row each, in the order in which content is asked. A new format is a module and a row here."""
+"""FORMATS: one row for each format, in the order in which files are tested. A new format needs a module and a row
+here."""
 
 from __future__ import annotations
 
@@ -23,23 +24,23 @@ FORMATS: dict[str, Format] = {
         Format("spec", "graftax.formats.spec_file", (".json",), False, _BOTH, _ALL, writes=False, weights=False),
         Format("orbax", "graftax.formats.orbax_folder", (), True, ("flax",), _COMMON),
         Format("hf_folder", "graftax.formats.hf_folder", (), True, _BOTH, _SAFETENSORS, True),
-        # Last: most bytes are the start of some msgpack value.
+        # Last: almost any byte can begin a msgpack value.
         Format("msgpack", "graftax.formats.msgpack_file", (".msgpack",), False, ("flax",), _MSGPACK, True),
     )
 }
-"""name -> row. `holds` names what a format brings back bit for bit."""
+"""name -> row. `holds` names the dtypes that a format restores bit for bit."""
 
 NO_ENDING: dict[Side, str] = {"torch": "hf_folder", "flax": "orbax"}
-"""What an OUT without an ending is."""
+"""side -> the format of an OUT without an ending."""
 
 
 def by_ending(ending: str) -> Format | None:
-    """The format of '.safetensors' and the like; None for an ending no format claims."""
+    """The format of '.safetensors' and the like; None for an ending of no format."""
     return next((row for row in FORMATS.values() if ending.lower() in row.endings), None)
 
 
 def by_name(name: str) -> Format:
-    """The format called `name`; an ending without its dot will do, too. UsageError for another."""
+    """The format called `name`, or with the ending `name` (without its dot). UsageError for any other text."""
     row = FORMATS.get(name) or by_ending(f".{name.lstrip('.')}")
     if row is None:
         raise UsageError(f"unknown format {escape(name)!r}; known: {', '.join(FORMATS)}")
@@ -47,5 +48,5 @@ def by_name(name: str) -> Format:
 
 
 def holders(dtype: str, side: Side) -> list[str]:
-    """The formats that can be written and hold this dtype."""
+    """The writable formats that hold this dtype."""
     return [r.name for r in FORMATS.values() if r.writes and dtype in r.holds and side in r.sides]

@@ -1,8 +1,8 @@
 """torch .pt, .pth and .bin files: the zip archives and the older plain pickles that torch.save writes.
 
-They are read without torch and without running anything of them: `pickles` reads the structure as inert values,
-`torch_tree` finds the weights in it, and the bytes of a tensor are read by position when they are asked for.
-`torch_write` writes them, without torch as well.
+They are read without torch and without running any of their content. `pickles` reads the structure as inert values,
+`torch_nest` finds the weights in it, and the bytes of a tensor are read by position on demand. `torch_write` writes
+such files, also without torch.
 
 Formats: zip: NAME/data.pkl, NAME/data/KEY, NAME/byteorder. Legacy: five pickles (magic number, protocol, system, the
 object, the keys of its storages), then for each key its element count (int64) and its bytes.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import Failure, FormatError, UnsafeInputError, escape
 from graftax.formats import pickles, torch_write
 from graftax.formats.io import zip_read
-from graftax.formats.io.source import Source, check_ratio, open_source
+from graftax.formats.io.source import StampedFile, check_ratio, open_stamped
 from graftax.tree import Checkpoint, Storage, TensorSpec
 from graftax.tree.inert import STORAGES, Tensor, TorchStorage
 from graftax.tree.limits import beyond, check_limit, element_count, limit
@@ -36,8 +36,9 @@ _ZIP_NAMES = ("data.pkl", "constants.pkl", "version", "byteorder", ".format_vers
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What a file holds: the unpickled value, the bytes that are stored for each storage, how to get `length` of them
-    from `start` on, and how to fill a buffer with them, where they are not compressed (`stored`)."""
+    """The content of a file: the unpickled value; the size stored for each storage; a function to get `length` bytes
+    from `start` on; a function to fill a buffer with them; and whether a storage is uncompressed (`stored`), which
+    filling requires."""
 
     root: Any
     records: dict[str, int]
@@ -48,7 +49,7 @@ class _Content:
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """A zip with the members of torch, a pickle, or a file with torch's endings that starts like an old one."""
+    """True for a zip with torch's members, a pickle, or a file with torch's endings that begins like an old one."""
     name = zip_read.first_member_name(head)
     if name is not None:
         inner = name.partition("/")[2] or name
@@ -60,18 +61,18 @@ def sniff(path: Path, head: bytes) -> bool:
 
 
 def open(path: Path) -> Checkpoint:
-    """The state_dict in the file. Raises UnsafeInputError where reading it all would run code or passes a limit,
-    FormatError where it is malformed, PlanError where several containers hold weights or they are quantized."""
+    """The state_dict in the file. Raises UnsafeInputError if reading everything would run code or exceeds a limit,
+    FormatError if the file is malformed, PlanError if several containers hold weights or the weights are quantized."""
     return _checkpoint(path, None)
 
 
 def open_container(path: Path, name: str) -> Checkpoint:
-    """As `open`, of the container `name` in the file ('model', 'a/b'; '.' for everything)."""
+    """As `open`, for the container `name` in the file ('model', 'a/b'; '.' for everything)."""
     return _checkpoint(path, name)
 
 
 def _checkpoint(path: Path, name: str | None) -> Checkpoint:
-    source = open_source(path)
+    source = open_stamped(path)
     content = _content(source)
     label = escape(path)
     chosen = choose(content.root, name, label)
@@ -112,20 +113,20 @@ def _checkpoint(path: Path, name: str | None) -> Checkpoint:
 # ---------------------------------------------------------------- the two kinds of file
 
 
-def _content(source: Source) -> _Content:
+def _content(source: StampedFile) -> _Content:
     label = escape(source.path)
     head = bytes(source.read(0, min(512, source.size)))
     if head[:2] == b"PK":
         return _read_zip(source, label)
     if head[257:262] == b"ustar":
         raise UnsafeInputError(
-            f"{label} is a tar file of torch before 0.1.10, which no restricted reader knows",
+            f"{label} is a tar file of torch before 0.1.10, which no restricted reader supports",
             next="Ask for the weights as .safetensors, or as a .pt file of a newer torch.",
         )
     return _read_legacy(source, label)
 
 
-def _read_zip(source: Source, label: str) -> _Content:
+def _read_zip(source: StampedFile, label: str) -> _Content:
     members = zip_read.zip_members(source)
     tops = {name.partition("/")[0] for name in members}
     prefix = f"{next(iter(tops))}/" if len(tops) == 1 else ""
@@ -136,7 +137,7 @@ def _read_zip(source: Source, label: str) -> _Content:
         )
     if f"{prefix}data.pkl" not in members:
         raise FormatError(f"{label} is a zip archive, but not one that torch.save writes: it has no data.pkl")
-    # torch.serialization.set_crc32_options(False) leaves every CRC zero: then there is none to check
+    # torch.serialization.set_crc32_options(False) leaves every CRC zero: then there is nothing to check
     checked = any(member.crc for member in members.values())
     pickle_member = members[f"{prefix}data.pkl"]
     check_limit("header", pickle_member.size, label)
@@ -154,7 +155,7 @@ def _read_zip(source: Source, label: str) -> _Content:
         member = record(storage)
         if member.method != zip_read.STORED:
             return zip_read.read_member(source, member, checked)[start : start + length]
-        if length == member.size and member.name not in positions.starts:  # one pass will do
+        if length == member.size and member.name not in positions.starts:  # one pass is enough
             return zip_read.read_member(source, member, checked)
         data = bytearray(length)
         positions.read_into(member, start, memoryview(data))
@@ -171,7 +172,7 @@ def _read_zip(source: Source, label: str) -> _Content:
     return _Content(root, records, fetch, fill, stored, order_text == b"big")
 
 
-def _read_legacy(source: Source, label: str) -> _Content:
+def _read_legacy(source: StampedFile, label: str) -> _Content:
     block = bytes(source.read(0, min(source.size, limit("header"))))
     stream = io.BytesIO(block)
     if _legacy_pickle(stream, source, label) != MAGIC:
@@ -180,7 +181,7 @@ def _read_legacy(source: Source, label: str) -> _Content:
         )
     if _legacy_pickle(stream, source, label) != 1001:
         raise FormatError(f"{label} has an unknown version of torch's legacy format")
-    _legacy_pickle(stream, source, label)  # the sizes of C types on the machine that wrote it
+    _legacy_pickle(stream, source, label)  # skip the sizes of C types on the machine that wrote it
     storages: dict[str, TorchStorage] = {}
     root = _legacy_pickle(stream, source, label, storages)
     keys = _legacy_pickle(stream, source, label)
@@ -202,7 +203,7 @@ def _read_legacy(source: Source, label: str) -> _Content:
         if at > source.size:
             raise FormatError(f"{label} is truncated in storage {escape(key)}")
     if at != source.size:
-        raise FormatError(f"{label} has {source.size - at} bytes behind its end")
+        raise FormatError(f"{label} has {source.size - at} bytes after its end")
 
     def fetch(storage: TorchStorage, start: int, length: int) -> bytearray:
         return source.read(places[storage.key] + start, length)
@@ -214,22 +215,22 @@ def _read_legacy(source: Source, label: str) -> _Content:
 
 
 def _legacy_pickle(
-    stream: io.BytesIO, source: Source, label: str, storages: dict[str, TorchStorage] | None = None
+    stream: io.BytesIO, source: StampedFile, label: str, storages: dict[str, TorchStorage] | None = None
 ) -> Any:
-    """The next of the pickles that a legacy file begins with."""
+    """The next of the pickles at the beginning of a legacy file."""
     try:
         return pickles.load(stream, label, storages)
     except FormatError:
         if source.size > limit("header") and stream.tell() >= limit("header"):
-            raise beyond("header", f"{label}: a pickle that does not end in {limit('header'):,}") from None
+            raise beyond("header", f"{label}: a pickle does not end within {limit('header'):,}") from None
         raise
 
 
 # ---------------------------------------------------------------- tensors
 
 
-def _specs(tensors: dict[str, Tensor], content: _Content, source: Source) -> dict[str, TensorSpec]:
-    """The spec of each tensor, once all of them fit into their storages and ask for no more than a limit allows."""
+def _specs(tensors: dict[str, Tensor], content: _Content, source: StampedFile) -> dict[str, TensorSpec]:
+    """The spec of each tensor, after checking that all tensors fit into their storages and stay within the limits."""
     label = escape(source.path)
     wrong: list[Failure] = []
     dense = 0
@@ -239,7 +240,7 @@ def _specs(tensors: dict[str, Tensor], content: _Content, source: Source) -> dic
         try:
             size = element_count(tensor.shape, label) * tensor.itemsize
         except FormatError:
-            wrong.append(Failure("no array has this shape", label, name, found=escape(tensor.shape)))
+            wrong.append(Failure("no array can have this shape", label, name, found=escape(tensor.shape)))
             continue
         need = (tensor.offset + _span(tensor)) * tensor.itemsize if size else 0
         record = content.records.get(storage.key)
@@ -248,20 +249,20 @@ def _specs(tensors: dict[str, Tensor], content: _Content, source: Source) -> dic
             what = f"the record of its storage {escape(storage.key)} is missing or damaged"
             wrong.append(Failure(what, label, name, f"{storage.total} bytes", found, "Fetch the file again."))
         elif tensor.offset < 0 or min(tensor.strides, default=0) < 0:
-            wrong.append(Failure("a negative offset or stride", label, name))
+            wrong.append(Failure("it has a negative offset or stride", label, name))
         elif need > storage.nbytes:
             wrong.append(Failure("its storage is too short", label, name, f"{need} bytes", f"{storage.nbytes} bytes"))
         elif size > most * storage.nbytes:
-            check_ratio("dense", size, storage.nbytes, f"{label}: {escape(name)} asks for too much")
+            check_ratio("dense", size, storage.nbytes, f"{label}: {escape(name)} needs too much memory")
         dense += size
     if wrong:
         raise FormatError(f"{label}: {len(wrong)} of {len(tensors)} tensors are malformed", wrong)
-    check_ratio("dense", dense, source.size, f"the tensors of {label} ask for too much")
+    check_ratio("dense", dense, source.size, f"the tensors of {label} need too much memory")
     return {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last one that a tensor reaches; 0 for an empty one."""
+    """The number of elements from the first to the last one that a tensor reaches; 0 for an empty tensor."""
     if 0 in tensor.shape:
         return 0
     return 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.strides, strict=True))
@@ -277,7 +278,7 @@ def _contiguous(tensor: Tensor) -> bool:
 
 
 def _as_it_is(tensor: Tensor, content: _Content) -> bool:
-    """Do the bytes lie in the file as its values in C order, little end first?"""
+    """True if the bytes in the file are the values in C order, little endian."""
     if not content.stored(tensor.storage) or tensor.conj or tensor.neg:
         return False
     return _contiguous(tensor) and not (content.swapped and tensor.itemsize > 1)
@@ -310,7 +311,7 @@ def _array(tensor: Tensor, spec: TensorSpec, content: _Content) -> np.ndarray[An
 
 
 def _aliases(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """name -> the first name that is the same view of the same bytes."""
+    """name -> the first name with the same view of the same bytes."""
     first: dict[tuple[Any, ...], str] = {}
     out: dict[str, str] = {}
     for name, tensor in tensors.items():

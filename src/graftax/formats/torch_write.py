@@ -1,9 +1,9 @@
 """Write .pt files tile by tile and without torch: the zip archive that torch.save makes of a state_dict.
 
-The pickle holds, for each tensor, the call that torch's own unpickler makes of it (`torch._utils._rebuild_tensor_v2`,
-`_v3` for dtypes that have no storage class) and names its storage by a number; the bytes are the member `data/NUMBER`.
-What torch.save puts beside them is there too: the versions, the byte order, the alignment. A hash of the content, which
-torch's reader does not ask for, is not.
+For each tensor the pickle holds the call that torch's unpickler makes (`torch._utils._rebuild_tensor_v2`, or `_v3` for
+dtypes that have no storage class) and the number of its storage. The bytes are the member `data/NUMBER`. The archive
+also has the version, byte order and alignment that torch.save writes. It has no hash of the content, because torch's
+reader does not check one.
 
 Source: torch/serialization.py (`_save`), torch/_tensor.py (`_reduce_ex_internal`), torch 2.13.
 """
@@ -25,24 +25,24 @@ from graftax.tree.inert import DTYPES, STORAGES
 
 _TOP = "archive"
 _STORAGES = {name: kind for kind, (name, _) in STORAGES.items() if name is not None}
-"""Our dtype name -> the class of its storages, for those that have one."""
+"""Our dtype name -> its storage class, for dtypes that have one."""
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
 def write(path: Path, output: Output) -> None:
-    """An OrderedDict of tensors, in the order of `output.specs`; in the nested dicts that `output.container` ('a/b')
-    names. Each tensor has a storage of its own. The same input gives the same bytes.
+    """Write an OrderedDict of tensors, in the order of `output.specs`, inside the nested dicts that `output.container`
+    ('a/b') names. Each tensor has its own storage. The same input gives the same bytes.
 
     Raises PlanError for a dtype that torch does not have, StorageError.
     """
     lacking = [
-        Failure("torch has no tensors of this kind", key=name, found=str(spec))
+        Failure("torch has no tensors of this dtype", key=name, found=str(spec))
         for name, spec in output.specs.items()
         if spec.dtype not in DTYPES
     ]
     if lacking:
         raise PlanError(
-            "a .pt file cannot hold this", lacking, next=f"Write .safetensors, or cast with {option('dtype')}."
+            "a .pt file cannot hold these tensors", lacking, next=f"Write .safetensors, or cast with {option('dtype')}."
         )
     before = {
         f"{_TOP}/data.pkl": _pickled(output.specs, output.container),
@@ -86,7 +86,7 @@ def _pickled(specs: Mapping[str, TensorSpec], container: str | None) -> bytes:
 
 
 def _tensor(spec: TensorSpec, number: int) -> bytes:
-    """The call that makes a tensor, contiguous, of storage `number`."""
+    """The call that makes a contiguous tensor of storage `number`."""
     kind = _STORAGES.get(spec.dtype)
     name = f"torch\n{kind}" if kind else "torch.storage\nUntypedStorage"
     length = spec.size if kind else spec.nbytes

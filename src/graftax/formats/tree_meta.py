@@ -1,4 +1,5 @@
-"""What flat names cannot say of a tree, as JSON and back: keys that are not text, containers other than dict."""
+"""What flat names cannot express about a tree, as JSON and back: keys that are not text, and containers other than
+dict."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def encode_tree(real_keys: Mapping[str, Key], containers: Mapping[str, str]) -> 
 
 
 def decode_tree(value: Any, label: str) -> tuple[dict[str, Key], dict[str, str]]:
-    """(real_keys, containers) from what `encode_tree` gave. FormatError where it is anything else."""
+    """(real_keys, containers) from the output of `encode_tree`. FormatError for anything else."""
     if not isinstance(value, dict):
         raise FormatError(f"{label}: expected a JSON object")
     keys: Any = value.get("keys", {})  # pyright: ignore
@@ -57,7 +58,8 @@ def decode_tree(value: Any, label: str) -> tuple[dict[str, Key], dict[str, str]]
 
 
 def below(prefixes: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """The items of `prefixes` that are a path's own or lead to one: what one shard needs of a whole tree's."""
+    """The items of `prefixes` that are a path or a prefix of one: the part of a whole tree's items that one shard
+    needs."""
     if not prefixes:
         return {}
     used: set[str] = {""}

@@ -1,4 +1,4 @@
-"""What the writers share: tensors in any order, each exactly once, as their bytes."""
+"""Shared by the writers: tensors in any order, each exactly once, as their bytes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def refuse(output: Output, row: str, reason: dict[str, str]) -> None:
-    """PlanError where `reason` (path -> why) is not empty: what the format `row` cannot hold, and which formats can
-    hold all of it."""
+    """PlanError if `reason` (path -> why) is not empty: it lists what the format `row` cannot hold, and which formats
+    can hold everything."""
     if not reason:
         return
     from graftax.formats.table import FORMATS, holders
@@ -30,28 +30,28 @@ def refuse(output: Output, row: str, reason: dict[str, str]) -> None:
 
 
 def tensor_bytes(output: Output) -> Iterator[tuple[str, TensorSpec, np.ndarray[Any, Any]]]:
-    """(path, spec, bytes in C order, little end first, as a flat uint8 array) as the tensors arrive.
+    """(path, spec, bytes in C order, little endian, as a flat uint8 array) as the tensors arrive.
 
-    Raises FormatError where an array is not what its spec says, PlanError where a path comes twice or not at all.
+    Raises FormatError if an array does not match its spec, PlanError if a path comes twice or not at all.
     """
     from graftax.tree.dtypes import storage_bytes
 
     due = dict.fromkeys(output.specs)
     for path, array in output.tensors:
         if path not in due:
-            raise PlanError("a tensor came twice, or without a spec", [Failure("not expected", key=path)])
+            raise PlanError("a tensor came twice, or without a spec", [Failure("unexpected key", key=path)])
         del due[path]
         data = storage_bytes(array, output.specs[path])
         yield path, output.specs[path], data
-        del array, data  # before the next is made
+        del array, data  # free them before the next is made
     if due:
-        raise PlanError(f"{len(due)} tensors never came", [Failure("no values", key=path) for path in due])
+        raise PlanError(f"{len(due)} tensors never came", [Failure("missing key", key=path) for path in due])
 
 
 def byte_runs(output: Output) -> Iterator[tuple[str, TensorSpec, int, np.ndarray[Any, Any]]]:
-    """(path, spec, start, bytes from `start` of the tensor on), every tensor from its front to its end before the next.
-    Where tensors are made on demand they come in the order of `output.specs`, a tile at a time; `bytes` is good until
-    the next one is asked for."""
+    """(path, spec, start, bytes from `start` of the tensor on). Every tensor comes from front to end before the next.
+    Tensors that are made on demand come in the order of `output.specs`, one tile at a time; then the bytes are valid
+    until the next item is requested."""
     if output.tiles is None:
         for path, spec, data in tensor_bytes(output):
             yield path, spec, 0, data

@@ -27,7 +27,7 @@ from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal
 from graftax.rules.state import Named
 from graftax.tree import Checkpoint, Side
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 
 __all__ = ["infer"]
 
@@ -46,7 +46,7 @@ def infer(
     rest. `settled`: what the rules have decided. Its keys are taken, except those of `named`, whose rules state only
     which leaves belong together. `lex`: the words to know (default: the standard ones). `missing`: like leaves that a
     rule marks `missing`; they are not asked about."""
-    with nothing_collected():
+    with gc_paused():
         return _infer(source, like, source_side, like_side, settled, lex or lexicon(), named, missing)
 
 

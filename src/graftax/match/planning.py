@@ -22,7 +22,7 @@ from graftax.plans.options import Dtype
 from graftax.plans.plan import MadeFrom
 from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
 from graftax.tree import DTYPES, Checkpoint, Side, Storage, TensorSpec, match_paths, nearest
-from graftax.tree.gc_paused import nothing_collected
+from graftax.tree.gc_paused import gc_paused
 from graftax.tree.placeholders import refuse_placeholders
 from graftax.tree.sides import OTHER, Signs
 
@@ -36,7 +36,7 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions)
     refuse_quantized(source)
     refuse_placeholders(source.specs, escape(source.label))
     rules = load_rules(options.rules)
-    with nothing_collected():  # with a hundred thousand entries, garbage collection would take a quarter of the time
+    with gc_paused():  # with a hundred thousand entries, garbage collection would take a quarter of the time
         return _make_plan(source, like, options, rules)
 
 

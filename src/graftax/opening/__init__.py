@@ -15,10 +15,10 @@ __all__ = ["call_factory", "is_factory", "open_text", "open_tree", "open_weights
 
 
 def open_tree(obj: Any, label: str | None = None, side: Side | None = None) -> Checkpoint:
-    """Whatever the library takes as a source or a like, as a Checkpoint. Nothing is computed and no values are read.
-    `side` says what it is where it declares no side itself.
+    """The Checkpoint of anything that the library takes as a source or a like. It computes nothing and reads no values.
+    `side` applies only if `obj` does not declare its own side.
 
-    Raises UsageError for what it does not take, and what reading raises for paths.
+    Raises UsageError for an unsupported object; for a path, also the errors of reading it.
     """
     if isinstance(obj, Checkpoint):
         return read_as(obj, side)
@@ -28,14 +28,16 @@ def open_tree(obj: Any, label: str | None = None, side: Side | None = None) -> C
 
 
 def open_weights(obj: Any, side: Side | None = None) -> Checkpoint:
-    """As `open_tree`, without what a training run keeps beside its weights; PlanError where that is not certain."""
+    """As `open_tree`, without the training state that stands beside the weights. PlanError if it is unclear what is
+    training state."""
     return weights_of(open_tree(obj, side=side))
 
 
 def open_text(text: str, side: Side | None = None) -> Checkpoint:
-    """The checkpoint that `text` names: an existing path, or `pkg.mod:factory`; else what `formats.open_path` finds.
+    """The checkpoint that `text` names: an existing path, `pkg.mod:factory`, or anything that `formats.open_path`
+    finds.
 
-    Raises UsageError (exit code 2) where a factory cannot be imported, GraftaxError (70) where it fails itself.
+    Raises UsageError (exit code 2) if a factory cannot be imported, GraftaxError (70) if the factory itself fails.
     """
     if is_factory(text):
         return made_by(text, side)

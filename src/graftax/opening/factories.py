@@ -20,7 +20,7 @@ _FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<name>[^\W\d]
 
 
 def made_by(text: str, side: Side | None = None) -> Checkpoint:
-    """What the factory that `text` names returns, opened. UsageError where it is no tree of weights."""
+    """Call the factory that `text` names and open its result. UsageError if the result is not a tree of weights."""
     made = call_factory(text)
     try:
         with _quiet():
@@ -32,12 +32,12 @@ def made_by(text: str, side: Side | None = None) -> Checkpoint:
 
 
 def is_factory(text: str) -> bool:
-    """Is `text` read as `pkg.mod:factory`? Not where a path of that name exists."""
+    """True if `text` reads as `pkg.mod:factory` and no path of that name exists."""
     return not _exists(text) and _FACTORY.fullmatch(text) is not None
 
 
 def _exists(text: str) -> bool:
-    """Is `text`, or what stands before a '::' in it, a path that exists?"""
+    """True if `text`, or the part of it before a '::', is an existing path."""
     if "\0" in text:
         return False
     pieces = text.split("::")
@@ -45,10 +45,10 @@ def _exists(text: str) -> bool:
 
 
 def call_factory(text: str) -> Any:
-    """What the function at `pkg.mod:factory` returns. The current folder is importable; what the code prints goes to
-    stderr, for stdout carries results.
+    """Call the function at `pkg.mod:factory` and return its result. The current folder is importable. Output of the
+    user's code goes to stderr, because stdout carries results.
 
-    Raises UsageError where the module or the name is not there or needs arguments, GraftaxError (70) where its code
+    Raises UsageError if the module or the name does not exist or needs arguments, GraftaxError (70) if the user's code
     fails.
     """
     match = _FACTORY.fullmatch(text)
@@ -83,7 +83,7 @@ def _call(target: Any, match: re.Match[str], text: str) -> Any:
 
 
 def _needed(target: Any) -> str:
-    """The arguments that a call cannot do without; '' where there are none, or nothing is known of them."""
+    """The arguments that a call requires; '' if it requires none or the signature is unknown."""
     try:
         parameters = [*inspect.signature(target).parameters.values()]
         if isinstance(target, type) and "self" in (own := inspect.signature(target.__init__).parameters):
@@ -95,7 +95,7 @@ def _needed(target: Any) -> str:
 
 
 def _wrapped(target: Any) -> str:
-    """A factory around `target`, to be pasted."""
+    """A factory around `target`, ready to paste."""
     name = escape(target.__name__)
     bases = {f"{cls.__module__}.{cls.__qualname__}" for cls in getattr(target, "__mro__", ())}
     call = f"{name}(...)"
@@ -107,7 +107,7 @@ def _wrapped(target: Any) -> str:
 
 
 def _is_model(target: Any) -> bool:
-    """A live module, which is callable, but with inputs: `pkg.mod:model` names it as it is."""
+    """True for a live module: it is callable, but takes inputs. `pkg.mod:model` names it as it is."""
     kinds = () if isinstance(target, type) else type(target).__mro__
     return any(kind.__module__.partition(".")[0] in ("torch", "flax") for kind in kinds)
 
@@ -126,14 +126,14 @@ def _import(name: str, text: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What the user's code prints goes to stderr."""
+    """Send the output of the user's code to stderr."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 @contextmanager
 def _current_folder() -> Iterator[None]:
-    """The current folder is importable, first of all, as it is for `python -m`."""
+    """Put the current folder first on the import path, as `python -m` does."""
     here = os.getcwd()
     added = here not in sys.path and "" not in sys.path
     if added:

@@ -9,7 +9,7 @@ from typing import Any
 from graftax.errors import escape
 from graftax.formats.io.sizes import size_text
 from graftax.tree import Checkpoint, TensorSpec, natural_key
-from graftax.tree.training_tree import split
+from graftax.tree.training_tree import find_training_state
 
 _SHOWN = 12
 """How many names beside the weights the text shows."""
@@ -45,7 +45,7 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
         "dtypes": dtypes,
         "aliases": dict(checkpoint.storage.aliases),
         "metadata": dict(checkpoint.storage.metadata),
-        "left": {**checkpoint.left, **({} if checkpoint.chosen else split(checkpoint.specs).left)},
+        "left": {**checkpoint.left, **({} if checkpoint.chosen else find_training_state(checkpoint.specs).left)},
         "tensors": tensors,
     }
 

@@ -1,7 +1,8 @@
-"""dtype names <-> NumPy dtypes, and arrays <-> their bytes on disk. Imports NumPy and ml_dtypes on first use only.
+"""dtype names <-> NumPy dtypes, and arrays <-> their bytes on disk. NumPy and ml_dtypes are imported on first use.
 
-Types below 8 bits (`TensorSpec.packed`) take one byte each in NumPy and several to a byte on disk, little end first:
-two 4-bit codes in a byte, four 6-bit codes in three. They travel through graftax as their bytes, a flat uint8 array.
+A type below 8 bits (`TensorSpec.packed`) takes one byte per element in NumPy. On disk several elements share bytes,
+little endian: two 4-bit codes in one byte, four 6-bit codes in three. Inside graftax such tensors travel as their bytes
+on disk, a flat uint8 array.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NUMPY_OWN = frozenset(
 
 @cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of a name of `tree.DTYPES`, in the machine's byte order. FormatError for another name."""
+    """The NumPy dtype of a name of `tree.DTYPES`, in the machine's byte order. FormatError for any other name."""
     import numpy as np
 
     if name in NUMPY_OWN:
@@ -40,7 +41,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def dtype_name(dtype: Any) -> str:
-    """The name of a NumPy or ml_dtypes dtype, whatever its byte order. FormatError for one that is not in
+    """The name of a NumPy or ml_dtypes dtype, whatever its byte order. FormatError for a dtype that is not in
     `tree.DTYPES`: objects, text, dates, records, float128."""
     import numpy as np
 
@@ -52,7 +53,7 @@ def dtype_name(dtype: Any) -> str:
 
 @lru_cache(maxsize=256)
 def _name(dtype: np.dtype[Any]) -> str:
-    """NumPy works the name out anew each time, which a tree of ten thousand leaves would feel."""
+    """Cached: NumPy computes the name anew each time, which is slow for a tree of ten thousand leaves."""
     return dtype.name
 
 
@@ -62,7 +63,7 @@ def spec_of(array: Any) -> TensorSpec:
 
 
 def pack(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """One code a byte -> `bits` bits a code, flat, little end first; the last byte is filled with zero bits."""
+    """One code per byte -> `bits` bits per code, flat, little endian. Zero bits fill the last byte."""
     import numpy as np
 
     low: np.ndarray[Any, np.dtype[np.uint8]] = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
@@ -76,7 +77,7 @@ def pack(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, np.dtype[np.
 
 
 def unpack(storage: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[Any, Any]:
-    """The bytes of a packed tensor as an array of its shape and ml_dtypes dtype, one byte a code."""
+    """The bytes of a packed tensor as an array of its shape and ml_dtypes dtype, one byte per code."""
     import numpy as np
 
     spread = np.unpackbits(np.asarray(storage, np.uint8), bitorder="little")[: spec.size * spec.bits]
@@ -86,8 +87,8 @@ def unpack(storage: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[Any, A
 
 
 def codes_of(raw: np.ndarray[Any, np.dtype[np.uint8]], spec: TensorSpec) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
-    """The codes of a packed dtype that was written one byte an element, with the upper bits zero or, of signed
-    integers, filled with the sign: ml_dtypes has kept int4 both ways. None where a byte is no such code."""
+    """The codes of a packed dtype that was written with one byte per element. The upper bits are zero or, for signed
+    integers, copies of the sign: ml_dtypes has stored int4 both ways. None if some byte is not such a code."""
     import numpy as np
 
     low = np.bitwise_and(raw, np.uint8((1 << spec.bits) - 1))
@@ -99,10 +100,11 @@ def codes_of(raw: np.ndarray[Any, np.dtype[np.uint8]], spec: TensorSpec) -> np.n
 
 
 def storage_bytes(array: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """What goes to disk: the values in C order, little end first, as a flat uint8 array of `spec.nbytes`. A view where
-    the array is contiguous already, else a copy. A packed tensor may come as its bytes or as one byte a code.
+    """The bytes that go to disk: the values in C order, little endian, as a flat uint8 array of `spec.nbytes`. This is
+    a view if the array is already contiguous, else a copy. A packed tensor may come as its bytes or as one byte per
+    code.
 
-    Raises FormatError where the array is not what `spec` says.
+    Raises FormatError if the array does not match `spec`.
     """
     import numpy as np
 
@@ -111,7 +113,7 @@ def storage_bytes(array: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[A
     name = dtype_name(array.dtype)
     if name != spec.dtype or tuple(array.shape) != spec.shape:
         found = f"{name}[{','.join(map(str, array.shape))}]"
-        raise FormatError(f"the array is not what its spec says: expected {spec}, found {found}")
+        raise FormatError(f"the array does not match its spec: expected {spec}, found {found}")
     if spec.packed:
         return pack(array, spec.bits)
     if array.dtype.newbyteorder("<") != array.dtype:
@@ -120,10 +122,10 @@ def storage_bytes(array: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[A
 
 
 def from_storage(storage: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
-    """The array whose bytes are `storage` (bytes, bytearray, memoryview or a uint8 array), without a copy: writable
-    where the buffer is. A packed tensor stays its bytes: a flat uint8 array (`unpack` gives its codes).
+    """The array whose bytes are `storage` (bytes, bytearray, memoryview or a uint8 array), without a copy. It is
+    writable if the buffer is. A packed tensor stays as its bytes, a flat uint8 array (`unpack` gives its codes).
 
-    Raises FormatError where the length is not `spec.nbytes`.
+    Raises FormatError if the length is not `spec.nbytes`.
     """
     import numpy as np
 

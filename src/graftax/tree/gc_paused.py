@@ -1,4 +1,4 @@
-"""Garbage collection paused while very many small objects are made, none of them garbage."""
+"""Pause garbage collection while very many small objects are made, none of which is garbage."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def nothing_collected() -> Iterator[None]:
-    """No garbage collection; a caller's own pause is left as it is."""
+def gc_paused() -> Iterator[None]:
+    """Pause garbage collection in the block. If the caller has paused it already, it stays paused afterwards."""
     paused = gc.isenabled()
     gc.disable()
     try:

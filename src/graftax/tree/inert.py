@@ -1,8 +1,8 @@
-"""What a pickle of tensors asks for, as inert values: records for tensors, storages and objects, and what torch's own
-functions would make. Nothing is imported and nothing is called.
+"""The inert values of a pickle of tensors: records for tensors, storages and objects, and the results of torch's own
+functions. Nothing is imported and nothing is called.
 
-Sources: what the torch functions take is read off what torch.save of torch 1.x to 2.13 writes, and every reading is
-compared with torch.load(weights_only=True) in the tests.
+Sources: the arguments of the torch functions were read from what torch.save of torch 1.x to 2.13 writes. The tests
+compare every reading with torch.load(weights_only=True).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from graftax.errors import Failure, UnsafeInputError, escape, with_article
 
-# torch storage class -> (dtype, bytes of an element). None: a type that no flat tree holds.
+# torch storage class -> (dtype, bytes of an element). None: a type that a flat tree cannot hold.
 STORAGES: dict[str, tuple[str | None, int]] = {
     "FloatStorage": ("float32", 4), "DoubleStorage": ("float64", 8), "HalfStorage": ("float16", 2),
     "BFloat16Storage": ("bfloat16", 2), "LongStorage": ("int64", 8), "IntStorage": ("int32", 4),
@@ -33,7 +33,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 }  # fmt: skip
 """torch dtype -> (our name, bytes of an element)."""
 
-_NO_WEIGHTS = {  # torch dtypes that may be named beside weights, or refused tensor by tensor
+_NO_WEIGHTS = {  # torch dtypes that a pickle may name beside weights; a tensor of one is refused
     "complex32", "quint8", "qint8", "qint32", "quint4x2", "quint2x4", "float4_e2m1fn_x2",
     *(f"{sign}int{bits}" for sign in ("u", "") for bits in range(1, 8)), *(f"bits{kind}" for kind in ("8", "16")),
     "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric",
@@ -50,7 +50,7 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class TorchStorage:
-    """Bytes outside the pickle. `start` and `nbytes` are a window into record `key`, whose length is `total`."""
+    """Bytes outside the pickle. `start` and `nbytes` are a window into record `key`, which has `total` bytes."""
 
     key: str
     kind: str
@@ -74,25 +74,26 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Refused:
-    """A tensor that no flat tree can hold: `kind` is "quantized", "sparse", "meta", ...; `detail` its scheme."""
+class RefusedTensor:
+    """A tensor that a flat tree cannot hold: `kind` is "quantized", "sparse", "meta", ...; `detail` is its scheme."""
 
-    dtype: ClassVar[str] = ""  # as a tensor's, among tensors: it has none, and no shape
+    dtype: ClassVar[str] = ""  # among tensors it is asked for its dtype and shape: it has neither
     shape: ClassVar[None] = None
     kind: str
     detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Opaque:
-    """Anything else that torch's own reader allows beside weights: a device, a layout, a set."""
+class OpaqueValue:
+    """Any other value that torch's own reader allows beside weights: a device, a layout, a set."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Object:
-    """An object of a class that torch's own reader does not know: the class's name, and what the pickle gives it."""
+    """An object of a class that torch's own reader does not know: the name of the class, and what the pickle gives
+    it."""
 
     name: str
     held: list[Any] = field(default_factory=list[Any])
@@ -103,19 +104,19 @@ class Malformed(Exception):
 
 
 def is_foreign(value: Any) -> bool:
-    """An object, class or function that torch's own reader does not know."""
+    """True for an object, class or function that torch's own reader does not know."""
     return isinstance(value, Object) or (isinstance(value, Global) and value.name not in ALLOWED)
 
 
 def objects_in(value: Any) -> tuple[list[str], int]:
-    """(names of the foreign classes, number of tensors) in an inert value, each of its parts visited once."""
+    """(names of the foreign classes, number of tensors) in an inert value. Each part is visited once."""
     names: dict[str, None] = {}
     tensors = 0
     seen: set[int] = set()
     todo = [value]
     while todo:
         part = todo.pop()
-        if isinstance(part, (Tensor, Refused)):
+        if isinstance(part, (Tensor, RefusedTensor)):
             tensors += id(part) not in seen
         elif is_foreign(part):
             names[part.name] = None
@@ -126,14 +127,14 @@ def objects_in(value: Any) -> tuple[list[str], int]:
 
 
 def children(value: dict[Any, Any] | list[Any] | tuple[Any, ...] | Object) -> list[Any]:
-    """What a container or an object holds."""
+    """The values that a container or an object holds."""
     if isinstance(value, Object):
         return value.held
     return list(value.values() if isinstance(value, dict) else value)
 
 
 def brief(value: Any) -> str:
-    """A value for a message; a container by its type alone, because its text can be exponentially long."""
+    """A value for a message. A container is shown by its type alone, because its text can be exponentially long."""
     return escape(value, 40) if isinstance(value, (str, int, float, bytes)) else type(value).__name__
 
 
@@ -142,12 +143,12 @@ def brief(value: Any) -> str:
 
 def _ints(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)) or any(type(item) is not int for item in value):
-        raise Malformed(f"{brief(value)} is no shape or stride")
+        raise Malformed(f"{brief(value)} is not a shape or stride")
     return tuple(value)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None, bits: Any = None) -> Any:
-    if isinstance(storage, Refused):
+    if isinstance(storage, RefusedTensor):
         return storage
     if not isinstance(storage, TorchStorage) or type(offset) is not int:
         raise Malformed("a tensor without a storage")
@@ -158,10 +159,10 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = No
         name, itemsize = DTYPES.get(short, (None, 1))
     if name is None:
         found = dtype.name if isinstance(dtype, Global) else f"torch.{storage.kind}"
-        return Refused("quantized" if "Q" in storage.kind else "dtype", found)
+        return RefusedTensor("quantized" if "Q" in storage.kind else "dtype", found)
     bits = bits or {}
     if not isinstance(bits, dict) or set(bits) - {"conj", "neg"}:
-        return Refused("subclass", "a plain tensor with a state of its own")
+        return RefusedTensor("subclass", "a plain tensor with a state of its own")
     shape, strides = _ints(shape), _ints(strides)
     if len(shape) != len(strides):
         raise Malformed(f"a tensor with {len(shape)} extents and {len(strides)} strides")
@@ -181,24 +182,24 @@ def _tensor_v3(
 
 
 def _parameter(data: Any, *_: Any) -> Any:
-    if not isinstance(data, (Tensor, Refused)):
+    if not isinstance(data, (Tensor, RefusedTensor)):
         raise Malformed("a parameter without a tensor")
     return data
 
 
 def _typed(function: Any, kind: Any, args: Any, state: Any = None) -> Any:
-    """A tensor with attributes of its own (they are left out), or of a subclass."""
+    """A tensor with attributes of its own (they are dropped), or of a subclass."""
     if not isinstance(function, Global) or not isinstance(args, tuple):
-        raise Malformed("a tensor of a type that is none")
+        raise Malformed("the type of a tensor is not a class")
     plain = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
     if not isinstance(kind, Global) or kind.name not in plain:
-        return Refused("subclass", kind.name if isinstance(kind, Global) else "")
-    return CALLS[function.name](*args) if function.name in CALLS else Refused("subclass", function.name)
+        return RefusedTensor("subclass", kind.name if isinstance(kind, Global) else "")
+    return CALLS[function.name](*args) if function.name in CALLS else RefusedTensor("subclass", function.name)
 
 
-def _quantized(storage: Any, offset: Any, shape: Any, strides: Any, scheme: Any = None, *_: Any) -> Refused:
+def _quantized(storage: Any, offset: Any, shape: Any, strides: Any, scheme: Any = None, *_: Any) -> RefusedTensor:
     first = scheme[0] if isinstance(scheme, tuple) and scheme else None
-    return Refused("quantized", first.name if isinstance(first, Global) else "")
+    return RefusedTensor("quantized", first.name if isinstance(first, Global) else "")
 
 
 def _ordered(items: Any = ()) -> dict[Any, Any]:
@@ -207,7 +208,7 @@ def _ordered(items: Any = ()) -> dict[Any, Any]:
     out: dict[Any, Any] = {}
     for item in items:
         if not isinstance(item, (list, tuple)) or len(item) != 2:
-            raise Malformed("a dict made of no pairs")
+            raise Malformed("a dict is made of items that are not pairs")
         set_item(out, item[0], item[1])
     return out
 
@@ -217,18 +218,18 @@ def _defaultdict(factory: Any = None, *_: Any) -> dict[Any, Any]:
 
 
 def set_item(target: Any, key: Any, value: Any) -> None:
-    """`target[key] = value`, for keys that are quick to hash."""
-    if isinstance(target, Opaque):
+    """`target[key] = value`, for keys that are cheap to hash."""
+    if isinstance(target, OpaqueValue):
         return
     if isinstance(target, Object):
         target.held.append(value)
         return
     if not isinstance(target, dict):
-        raise Malformed("an item set on what is no dict")
+        raise Malformed("an item is set on a value that is not a dict")
     if (
         (isinstance(key, tuple) and len(key) <= 64 and all(isinstance(part, (str, int, float)) for part in key))
         or key is None
-        or isinstance(key, (str, int, float, bytes, Global, Opaque, Object))
+        or isinstance(key, (str, int, float, bytes, Global, OpaqueValue, Object))
     ):
         target[key] = value
     else:  # nested tuples can take exponential time to hash
@@ -237,7 +238,7 @@ def set_item(target: Any, key: Any, value: Any) -> None:
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
-        raise Malformed("bytes in an encoding that is not latin1")
+        raise Malformed("bytes are in an encoding other than latin1")
     return text.encode("latin1")
 
 
@@ -246,11 +247,11 @@ def _size(items: Any = ()) -> tuple[int, ...]:
 
 
 def _aside(kind: str) -> Callable[..., Any]:
-    return lambda *args: Refused(kind)
+    return lambda *args: RefusedTensor(kind)
 
 
 def _opaque(name: str) -> Callable[..., Any]:
-    return lambda *args: Opaque(f"{name}({', '.join(map(brief, args[:2]))})")
+    return lambda *args: OpaqueValue(f"{name}({', '.join(map(brief, args[:2]))})")
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -286,7 +287,8 @@ ALLOWED = frozenset(
 
 
 def unsafe_pickle(label: str, names: list[str], where: list[Failure] | None = None) -> UnsafeInputError:
-    """The error for a file whose weights cannot be had without these classes or functions; `where` they are needed."""
+    """The error for a file whose weights cannot be read without these classes or functions; `where` lists the places
+    that need them."""
     modules = [name for name in names if name.startswith(("torch.nn.modules.", "torch.jit.", "torch.fx."))]
     if modules:
         what = f"a pickled module ({escape(modules[0])}), which is code and not only weights"

@@ -1,4 +1,4 @@
-"""How much a file may ask for before it is refused as unsafe, each with an environment variable that raises it."""
+"""Limits on what a file may ask for before it is refused as unsafe. An environment variable raises each limit."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ LIMITS: dict[str, tuple[int, str]] = {
 """name -> (the limit, what it counts). `GRAFTAX_LIMIT_<NAME>` overrides it."""
 
 SLACK = 16 << 20
-"""Bytes that no ratio forbids: a small file of zeros packs well."""
+"""No ratio forbids up to this many bytes: a small file of zeros packs well."""
 
 
 def variable(name: str) -> str:
-    """The environment variable of a limit."""
+    """The name of the environment variable of a limit."""
     return f"GRAFTAX_LIMIT_{name.upper()}"
 
 
 def limit(name: str) -> int:
-    """The limit now. UsageError where its variable is not a whole number above zero."""
+    """The current value of a limit. UsageError if its variable is not a whole number above zero."""
     text = os.environ.get(variable(name))
     if text is None:
         return LIMITS[name][0]
@@ -36,7 +36,7 @@ def limit(name: str) -> int:
 
 
 def beyond(name: str, what: str) -> UnsafeInputError:
-    """The error for `what`, which passes the limit of that name."""
+    """The error for `what`, which exceeds the limit of that name."""
     return UnsafeInputError(
         f"{what}; the limit is {limit(name):,} {LIMITS[name][1]}",
         next=f"If you trust this file, set {variable(name)} to a larger number.",
@@ -44,14 +44,14 @@ def beyond(name: str, what: str) -> UnsafeInputError:
 
 
 def check_limit(name: str, found: int, label: str) -> None:
-    """UnsafeInputError where `found` passes the limit."""
+    """UnsafeInputError if `found` exceeds the limit."""
     if found > limit(name):
         raise beyond(name, f"{label}: {found:,}")
 
 
 def element_count(shape: Iterable[object], label: str) -> int:
-    """The elements of a shape that a file gives. FormatError where an extent is no whole number from 0, where the
-    extents other than 0 multiply beyond 2**59 (NumPy wants the bytes of empty arrays, too, below 2**63), or where
+    """The number of elements of a shape that a file gives. FormatError if an extent is not a whole number from 0, if
+    the product of the nonzero extents exceeds 2**59 (NumPy wants even the bytes of empty arrays below 2**63), or if
     there are more than 64 axes."""
     count = 1
     empty = False

@@ -1,7 +1,7 @@
 """Paths: one string for each leaf, its parts, and its words.
 
-Flax paths join their parts with '/'; a '/' inside a part is `~1` and a '~' is `~0` (as in JSON pointers). Torch keys
-are dotted and stay as torch writes them.
+A Flax path joins its parts with '/'. Inside a part a '/' is `~1` and a '~' is `~0`, as in JSON pointers. Torch keys are
+dotted and stay as torch writes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from graftax.tree.specs import Key, Side
 
 @lru_cache(maxsize=65536)
 def escape_part(part: Key) -> str:
-    """A part as text inside a Flax path: '~' is `~0`, '/' is `~1`; a tuple's items are joined by '/' first."""
+    """A part as text inside a Flax path: '~' becomes `~0`, '/' becomes `~1`. The items of a tuple are first joined by
+    '/'."""
     text = "/".join(map(str, part)) if isinstance(part, tuple) else str(part)
     return text.replace("~", "~0").replace("/", "~1")
 
@@ -40,8 +41,8 @@ def split_words(part: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=65536)
 def whole_words(name: str) -> frozenset[str]:
-    """The words of a name without its numbers, cut at signs and capitals, and cut at signs alone: `RoPE_0` is ro, pe
-    and rope. A name says only what one of its whole words says: `post_norm` does not hold `pos`."""
+    """The words of a name without its numbers, split in two ways: at signs and capitals, and at signs alone. `RoPE_0`
+    gives ro, pe and rope. Only whole words count: `post_norm` does not contain `pos`."""
     plain = _DIGITS.sub(" ", name)
     return frozenset(split_words(plain)) | frozenset(_LETTERS.findall(plain.lower()))
 
@@ -73,8 +74,8 @@ def flatten(tree: Any, prefix: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key
 
 
 def nest(flat: Mapping[str, Any], keys: Mapping[str, Key] | None = None) -> dict[Key, Any]:
-    """Nested dicts from Flax paths. `keys` maps a path prefix to its last key, where that is not text:
-    `{"blocks/0": 0}`."""
+    """Nested dicts from Flax paths. `keys` maps a path prefix to its last key if that key is not text: `{"blocks/0":
+    0}`."""
     out: dict[Key, Any] = {}
     known = keys or {}
     for path, leaf in flat.items():

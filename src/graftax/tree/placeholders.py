@@ -1,4 +1,4 @@
-"""Empty tensors that stand for weights which lie elsewhere: what DeepSpeed's ZeRO stage 3 leaves in a state_dict."""
+"""Empty tensors that stand for weights in other files, as DeepSpeed's ZeRO stage 3 leaves them in a state_dict."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from graftax.errors import Failure, FormatError
 
 
 def refuse_placeholders(tensors: Mapping[str, Any], label: str, sharded: bool = False) -> None:
-    """FormatError where the tensors are placeholders: float32[0] and the like, without a single axis more. `sharded`:
-    the file says that DeepSpeed wrote it, so that one will do; otherwise every floating tensor must be one, and one
-    alone is taken for what it is."""
+    """FormatError if the tensors are placeholders: float32[0] and the like, with one axis only. `sharded`: the file
+    says that DeepSpeed wrote it, so one placeholder is enough. Otherwise every floating tensor must be one, and a
+    single tensor is taken as it is."""
     empty = [name for name, tensor in tensors.items() if tuple(tensor.shape) == (0,) and "float" in tensor.dtype]
     floating = [name for name, tensor in tensors.items() if "float" in tensor.dtype]
     if not empty or not (sharded or (len(empty) == len(floating) and len(empty) > 1)):

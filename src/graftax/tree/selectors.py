@@ -22,7 +22,8 @@ def nearest(path: str, paths: Iterable[str], count: int = 3) -> str:
 
 @lru_cache(maxsize=4096)
 def glob_pattern(pattern: str, separator: str) -> re.Pattern[str]:
-    """A glob over whole paths as a regular expression: '*', '?', '[..]' stay in a part, '**' spans parts, also none."""
+    """A glob over whole paths as a regular expression. '*', '?' and '[..]' stay inside a part; '**' spans any number of
+    parts, also none."""
     sep = re.escape(separator)
     inner = f"[^{sep}]"
     out: list[str] = []
@@ -30,7 +31,7 @@ def glob_pattern(pattern: str, separator: str) -> re.Pattern[str]:
     for i, part in enumerate(parts):
         last = i + 1 == len(parts)
         if part == "**":
-            # A closing '**' is any tail with the separator before it; elsewhere it swallows the separator behind it.
+            # A closing '**' also matches the separator before it; elsewhere '**' also matches the separator after it.
             tail = ".*" if i == 0 else f"(?:{sep}.+)?"
             out.append(tail if last else f"(?:{inner}+{sep})*")
             continue
@@ -66,10 +67,10 @@ def is_glob(pattern: str) -> bool:
 
 
 def match_paths(paths: Sequence[str], pattern: str, side: Side) -> list[str]:
-    """The paths a selector picks, in the tree's order. An exact path wins over a glob; the collection may be omitted
-    when only `params` matches. Nothing found is an empty list: the caller says what is near.
+    """The paths that a selector picks, in the tree's order. An exact path wins over a glob. The collection may be
+    omitted if only `params` matches. No match gives an empty list: the caller names the nearest paths.
 
-    Raises PlanError where the collection was omitted and others than `params` match too.
+    Raises PlanError if the collection was omitted and collections other than `params` match too.
     """
     found = _match_whole(paths, pattern, side)
     if found or side == "torch":

@@ -1,9 +1,10 @@
-"""torch or Flax: what a checkpoint declares counts first; where it declares nothing, all its names speak together.
+"""Decide the side, torch or Flax: a declaration of the checkpoint counts first; without one, all names are judged
+together.
 
-A declaration is the kind of the thing (a .pt file, a msgpack or Orbax tree, a live module, torch tensors), or the
-metadata of a safetensors file. Names are an assumption at best: '/' between their parts is how Flax trees are
-flattened, '.' is how torch writes keys, and `kernel` and `embedding` are Flax's leaves, `weight` is torch's. Where
-these signs disagree, or '.' is the only one, nothing is decided, and the user says it.
+A checkpoint declares its side by its kind (a .pt file, a msgpack or Orbax tree, a live module, torch tensors), or by
+the metadata of a safetensors file. Names give an assumption at best. '/' between parts is how Flax trees are flattened,
+'.' is how torch writes keys; `kernel` and `embedding` are Flax leaves, `weight` is a torch leaf. If these signs
+disagree, or '.' is the only sign, nothing is decided, and the user must name the side.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from graftax.tree.renaming import Renaming
 OTHER: dict[Side, Side] = {"torch": "flax", "flax": "torch"}
 FLAX_LEAVES = frozenset({"kernel", "embedding"})
 _FLAX_TOO = frozenset({"scale", "bias", "mean", "var"})
-"""Leaves of Flax's own modules that torch code names so as well: RMSNorm's `scale`."""
+"""Leaf names of Flax's own modules that torch code uses as well: RMSNorm's `scale`."""
 _TORCH = re.compile(
     r"weight(?:_(?:g|v|orig|u|[ih]h_l[0-9]+\w*|hr_l[0-9]+\w*))?|[qkv]_proj_weight|in_proj_(?:weight|bias)"
     r"|running_(?:mean|var)|num_batches_tracked|bias_[ih]h_l[0-9]+\w*"
@@ -26,13 +27,13 @@ _TORCH = re.compile(
 _TORCH_ALONE = re.compile(
     r"in_proj_(?:weight|bias)|running_(?:mean|var)|num_batches_tracked|(?:weight|bias)_[ih]h_l[0-9]+\w*"
 )
-"""What no Flax module calls a leaf."""
+"""Leaf names that no Flax module uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """What names say, counted: names whose last separator is '/' and '.', and modules (what stands before it) that have
-    a leaf called as only Flax does, as Flax and others do, and as torch does."""
+    """Counts of the signs in the names: names whose last separator is '/' or '.', and modules (the text before that
+    separator) that have a leaf with a name of Flax only, of Flax and others, or of torch."""
 
     slashed: int
     dotted: int
@@ -66,29 +67,30 @@ class Signs:
 
     @property
     def side(self) -> Side | None:
-        """The side that all names together show; None where they show none, or disagree."""
+        """The side that all names together show; None if they show none or disagree."""
         if self.slashed and self.dotted:
             return None
         if self.slashed:
             return "flax" if self.torch <= self.flax else None
-        if self.dotted:  # of itself '.' is nobody's: flatten_dict(params, sep=".") writes it too
+        if self.dotted:  # '.' alone decides nothing: flatten_dict(params, sep=".") writes it too
             return "torch" if self.torch and self.torch >= 2 * self.flax else None
         return "flax" if self.bare_flax else None
 
     @property
     def silent(self) -> bool:
-        """Do the names say nothing at all, for neither side?"""
+        """True if the names show nothing for either side."""
         return not (self.slashed or self.dotted or self.flax or self.scale or self.torch)
 
     def contradicts(self, side: Side) -> bool:
-        """Do the names speak so plainly against `side` that a declaration of it must be a mistake?"""
+        """True if the names contradict `side` so clearly that a declaration of it must be a mistake."""
         if side == "torch":
             return bool(self.slashed and not self.dotted and self.flax > self.torch)
         return bool(self.dotted and not self.slashed and self.torch_alone and not self.flax)
 
     def allows(self, side: Side) -> bool:
-        """May these names, of jax arrays or of a part, be of `side`, if something else says so? Not where their leaves
-        rather are the other side's; under '.', which torch writes, Flax's must be the clear majority."""
+        """True if these names, of jax arrays or of a part, may belong to `side` when something else says so. False if
+        more leaves have names of the other side. With '.', which torch writes, Flax leaf names must be the clear
+        majority."""
         if side == "torch":
             return not self.flax or self.torch >= 2 * self.flax
         if self.torch_alone or self.torch > self.flax:
@@ -106,26 +108,26 @@ class Signs:
 
 
 def side_of_names(names: Iterable[str]) -> Side | None:
-    """The side that names alone show, all of them together; None where they show none, or disagree."""
+    """The side that all names together show; None if they show none or disagree."""
     return Signs.of(names).side
 
 
 def side_of_part(whole: Side | None, names: Iterable[str]) -> Side | None:
-    """The side that the names of a part show; that which all names show where the part's own only allow it: `weight`
-    and `bias`, without a separator."""
+    """The side that the names of a part show. If they only allow the side of the whole (`weight` and `bias`, without a
+    separator), it is the side of the whole."""
     signs = Signs.of(names)
     return signs.side or (whole if whole is not None and signs.allows(whole) else None)
 
 
 def separator_of(names: Iterable[str]) -> Side:
-    """The side whose separator the names bear: how selectors read them where the side itself is not known."""
+    """The side whose separator the names use: selectors read them this way if the side itself is unknown."""
     signs = Signs.of(names)
     return "torch" if signs.dotted and not signs.slashed else "flax"
 
 
 def settled(declared: Side | None, names: Iterable[str]) -> tuple[Side | None, SideBy]:
-    """(side, what told it) for metadata that declare a side, or None, and all names. No side where the names contradict
-    the metadata flatly: one of the two is a mistake."""
+    """(side, what decided it), from the side that metadata declare (or None) and all names. No side if the names flatly
+    contradict the metadata: one of the two is a mistake."""
     signs = Signs.of(names)
     if declared is None:
         return signs.side, "names"
@@ -133,21 +135,21 @@ def settled(declared: Side | None, names: Iterable[str]) -> tuple[Side | None, S
 
 
 def declared_by(checkpoint: Checkpoint) -> Side | None:
-    """The side that a checkpoint's metadata declare, whatever its names say."""
+    """The side that a checkpoint's metadata declare, whatever its names show."""
     return (
         SIDE_OF_FORMAT.get(checkpoint.storage.metadata.get("format", "")) if checkpoint.side_by == "metadata" else None
     )
 
 
 SIDE_OF_FORMAT: dict[str, Side] = {"pt": "torch", "flax": "flax"}
-"""`format` in the metadata of safetensors; np, tf, mlx and others declare neither."""
+"""`format` in the metadata of safetensors. np, tf, mlx and others declare no side."""
 
 
 # ---------------------------------------------------------------- the names in a checkpoint
 
 
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """The same leaves, as far as `names` lists them (new name -> old one), under their new names."""
+    """The leaves that `names` lists (new name -> old name), under their new names."""
     renaming = Renaming.by(names)
     return replace(
         checkpoint,
@@ -158,7 +160,7 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
 
 
 def split_at_dots(checkpoint: Checkpoint) -> Checkpoint:
-    """A Flax tree whose names are joined by '.', as transformers writes them, with paths instead."""
+    """A Flax tree whose names are joined by '.', as transformers writes them, with '/'-paths instead."""
     if not all("/" not in name for name in checkpoint) or not any("." in name for name in checkpoint):
         return checkpoint
     names = {"/".join(map(escape_part, name.split("."))): name for name in checkpoint}
@@ -167,12 +169,13 @@ def split_at_dots(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def in_own_names(checkpoint: Checkpoint) -> Checkpoint:
-    """A file's names as its side writes them: those that metadata call Flax's are split at their dots."""
+    """A file's names as its side writes them: names that the metadata declare as Flax are split at their dots."""
     return split_at_dots(checkpoint) if checkpoint.side == "flax" and checkpoint.side_by == "metadata" else checkpoint
 
 
 def read_as(checkpoint: Checkpoint, side: Side | None) -> Checkpoint:
-    """The checkpoint as one of `side`, where it does not declare one itself. Names that are plainly Flax's stay so."""
+    """The checkpoint as one of `side`, unless it declares its own side. Names that are clearly Flax's stay as they
+    are."""
     if side is None or (checkpoint.side is not None and checkpoint.side_by != "names"):
         return checkpoint
     if checkpoint.side is not None and side == "torch" and Signs.of(checkpoint).contradicts(side):

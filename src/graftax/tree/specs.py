@@ -1,4 +1,4 @@
-"""The spec of a leaf: its shape and dtype. The dtypes graftax knows, and the words for a side and a key."""
+"""The spec of a leaf: its shape and dtype. Also the dtypes that graftax knows, and the types of a side and a key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graftax.errors import FormatError, escape
 
 Side = Literal["torch", "flax"]
 SideBy = Literal["kind", "metadata", "names", "stated"]
-"""What told a side: the kind of the file or object, a file's metadata, names alone, or the user."""
+"""What decided a side: the kind of the file or object, a file's metadata, names alone, or the user."""
 Key = str | int | tuple[Any, ...]
 """One part of a path as the live tree holds it: text, a list index, or (NNX weight norm) a tuple."""
 # name: (bits, kind), names as NumPy and ml_dtypes write them; kind: f float, i int, u unsigned, b bool, c complex
@@ -26,7 +26,7 @@ DTYPES: dict[str, tuple[int, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What is known of a leaf without reading it: its shape and its dtype's name."""
+    """The shape and dtype name of a leaf: what is known without reading its values."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -37,7 +37,7 @@ class TensorSpec:
 
     @property
     def bits(self) -> int:
-        """Bits of one element; 4 and 6 for the packed types."""
+        """Bits of one element: 4 or 6 for the packed types."""
         return DTYPES[self.dtype][0]
 
     @property
@@ -51,7 +51,8 @@ class TensorSpec:
 
     @property
     def packed(self) -> bool:
-        """Stored several to a byte: such a tensor travels as its bytes (a flat uint8 array) and only under identity."""
+        """True if several elements share a byte on disk. Such a tensor travels as its bytes (a flat uint8 array) and
+        only under identity."""
         return self.bits < 8
 
     @property
@@ -63,7 +64,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk, counted in bits: two 4-bit codes share one."""
+        """Bytes on disk, computed from bits: two 4-bit codes share one byte."""
         return (self.size * self.bits + 7) // 8
 
     def __str__(self) -> str:

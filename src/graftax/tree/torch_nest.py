@@ -1,11 +1,11 @@
-"""Which part of what a .pt file holds are the weights, and the flat names in it.
+"""Find the weights in the content of a .pt file, and give them flat names.
 
 A file made by torch.save holds whatever its author put in it: a state_dict, or a dict with the state_dict, optimizer
-states, counters and settings. `choose` finds the state_dict where only one reading is possible: what may be a weight
-beside it is read with it, so that it is asked for. `training_state` knows what is none.
+states, counters and settings. `choose` finds the state_dict if only one reading is possible. Tensors beside it that may
+be weights are read too, so that the plan asks about them. `training_state` knows what is not a weight.
 
-Objects of other classes (`pickle_values.Object`) are listed where they stand beside the weights. Among the weights, or
-where nothing but an object holds tensors, they refuse the file as unsafe: those weights need the class.
+Objects of other classes (`inert.Object`) are listed if they stand beside the weights. The file is refused as unsafe if
+such an object stands among the weights, or if only an object holds tensors: reading those weights would need the class.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from graftax.tree.inert import (
     ALLOWED,
     Global,
     Object,
-    Opaque,
-    Refused,
+    OpaqueValue,
+    RefusedTensor,
     Tensor,
     TorchStorage,
     objects_in,
@@ -30,26 +30,26 @@ from graftax.tree.inert import (
 from graftax.tree.limits import check_limit, limit
 from graftax.tree.placeholders import refuse_placeholders
 from graftax.tree.training_state import (
+    has_training_name,
     holds_optimizer,
-    is_beside,
-    is_called_beside,
     is_count,
     is_counter,
     is_lightning,
     is_note,
     is_optimizer,
     is_random_bytes,
+    is_training_state,
     is_usual,
 )
 
 LONE = "tensor"
-"""The name of the one leaf of a file that holds a bare tensor."""
+"""The name of the leaf of a file that holds one bare tensor."""
 WHOLE = "."
-"""`PATH::.` is the whole content, all containers flattened into one tree."""
+"""`PATH::.` is the whole content, with all containers flattened into one tree."""
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenWeights:
     """The weights: flat name -> tensor, the container's name, and what was left out (name -> what it is)."""
 
     tensors: dict[str, Tensor]
@@ -60,7 +60,7 @@ class Chosen:
 
 @dataclass(slots=True)
 class _Census:
-    """How many tensors and nodes each container holds, shared ones counted as often as they are reached."""
+    """The number of tensors and nodes in each container. A shared part counts as often as it is reached."""
 
     label: str
     known: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
@@ -70,7 +70,7 @@ class _Census:
         return self.count(value)[0]
 
     def count(self, value: Any, depth: int = 0) -> tuple[int, int]:
-        if isinstance(value, (Tensor, Refused)):
+        if isinstance(value, (Tensor, RefusedTensor)):
             return 1, 1
         if not isinstance(value, (dict, list, tuple)):
             return 0, 1
@@ -90,11 +90,11 @@ class _Census:
         return tensors, nodes
 
 
-def choose(root: Any, name: str | None, label: str) -> Chosen:
-    """The weights in `root`, or in the container `name` of it ('model', 'a/b', 'a.b'; '.' for all of it).
+def choose(root: Any, name: str | None, label: str) -> ChosenWeights:
+    """The weights in `root`, or in its container `name` ('model', 'a/b', 'a.b'; '.' for everything).
 
-    Raises PlanError where several containers could be meant (each is named), where `name` is not there, and for
-    quantized tensors; FormatError where there are no tensors or some that no flat tree can hold.
+    Raises PlanError if several containers are possible (each is named), if `name` does not exist, and for quantized
+    tensors; FormatError if there are no tensors, or tensors that a flat tree cannot hold.
     """
     census = _Census(label)
     census.count(root)
@@ -115,7 +115,7 @@ def choose(root: Any, name: str | None, label: str) -> Chosen:
             node = {key: value for key, value in node.items() if key not in aside}
         if _is_run(node):
             node = _without_optimizers(node, "", left, census)
-    if isinstance(node, (Tensor, Refused)):
+    if isinstance(node, (Tensor, RefusedTensor)):
         node = {LONE: node}
     if not isinstance(node, (dict, list, tuple)) or not census.tensors(node):
         raise _nothing(node, name, label, census)
@@ -126,11 +126,11 @@ def choose(root: Any, name: str | None, label: str) -> Chosen:
 
 
 _SHARDED = frozenset({"param_shapes", "ds_config", "ds_version", "zero_stage"})
-"""What DeepSpeed writes beside a module whose parameters may lie in other files."""
+"""Keys that DeepSpeed writes beside a module whose parameters may lie in other files."""
 
 
 def _nothing(node: Any, name: str | None, label: str, census: _Census) -> FormatError | UnsafeInputError:
-    """The error for a node without tensors of its own: an object may hold some."""
+    """The error for a node without tensors of its own; an object in it may hold some."""
     classes, tensors = objects_in(node)
     if "numpy.ndarray" in classes and not tensors:
         return _among_weights({escape(name or "the file"): classes}, label)
@@ -143,8 +143,8 @@ def _nothing(node: Any, name: str | None, label: str, census: _Census) -> Format
 
 
 def metadata(container: str, left: dict[str, str]) -> dict[str, str]:
-    """A checkpoint's metadata: what is beside the weights, and under `container` where the weights were found. What is
-    itself called so is `./container`."""
+    """A checkpoint's metadata: what stands beside the weights, and under `container` where the weights were found. An
+    entry that is itself called `container` becomes `./container`."""
     return ({"container": container} if container else {}) | {
         "./container" if name == "container" else name: what for name, what in left.items()
     }
@@ -158,35 +158,37 @@ def describe(value: Any, census: _Census) -> str:
         return f"{kind} of {len(value)}" + (f", {count} tensors, not read" if count else "")
     if isinstance(value, Tensor):
         return f"tensor {value.dtype}{list(value.shape)}, not read"
-    if isinstance(value, Refused):
+    if isinstance(value, RefusedTensor):
         return f"{value.kind} tensor"
     if isinstance(value, TorchStorage):
         return f"storage of {value.nbytes} bytes"
     if isinstance(value, Object):
         count = objects_in(value)[1]
         return f"object {escape(value.name)}" + (f", {count} tensors, not read" if count else "")
-    if isinstance(value, (Opaque, Global)):
-        return escape(value.text if isinstance(value, Opaque) else value.name)
+    if isinstance(value, (OpaqueValue, Global)):
+        return escape(value.text if isinstance(value, OpaqueValue) else value.name)
     return f"{type(value).__name__} {escape(value)}"
 
 
 def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) -> Any:
-    """The key of the one container in `node` that holds the weights; None where `node` itself is that container."""
+    """The key of the one container in `node` that holds the weights; None if `node` itself is that container."""
     filled = {key: value for key, value in node.items() if census.tensors(value)}
     lightning = is_lightning(node)
-    nested = {k: value for k, value in filled.items() if _is_nested(value) and not is_beside(k, value, lightning)}
+    nested = {
+        k: value for k, value in filled.items() if _is_nested(value) and not is_training_state(k, value, lightning)
+    }
     direct = {k: v for k, v in filled.items() if not _is_nested(v) and not is_random_bytes(k, v)}
     found = [key for key, value in nested.items() if isinstance(value, dict)]
-    # an object with tensors, under the name of a model, may be the one that is meant
+    # an object with tensors, under the name of a model, may hold the weights that are meant
     found += [key for key in _holding(node) if is_usual(key)]
     usual = [key for key in found if is_usual(key)]
-    # networks with an optimizer each are separate, and a part that may be training state is none of a network
-    apart = [key for key in found if is_called_beside(key) or _is_run(node[key])] if len(found) > 1 else []
+    # networks with an optimizer each are separate; a part that may be training state is not part of a network
+    apart = [key for key in found if has_training_name(key) or _is_run(node[key])] if len(found) > 1 else []
     if not found or (len(found) > 1 and not usual and not apart):
         return None
     mixed = any(not is_counter(key, value) for key, value in direct.items())
     if not apart and (mixed or any(not isinstance(value, dict) for value in nested.values())):
-        return None  # what may be weights stands here already: what is nested below belongs to them
+        return None  # possible weights stand at this level: nested containers belong to them
     if len(found) == 1:
         return found[0] if usual or not (direct or _holding(node)) else None
     prefix = "/".join(path)
@@ -205,7 +207,7 @@ def _only(node: dict[Any, Any], path: list[str], label: str, census: _Census) ->
 
 
 def _down(node: Any, name: str, label: str, census: _Census) -> tuple[list[str], Any]:
-    """From a run down to the container of its weights: the names on the way, and the container."""
+    """Go down from a run to the container of its weights: the names on the way, and the container."""
     path, end = [name], node
     try:
         while _is_run(end) and (key := _only(end, path, label, census)) is not None:
@@ -217,18 +219,18 @@ def _down(node: Any, name: str, label: str, census: _Census) -> tuple[list[str],
 
 
 def _is_run(value: Any) -> bool:
-    """Is this a network in training: weights and the state of their optimizer?"""
+    """True for a network in training: weights, and the state of their optimizer."""
     return isinstance(value, dict) and holds_optimizer(value) and not is_optimizer(value)
 
 
 def _holding(node: dict[Any, Any]) -> list[Any]:
-    """The keys of objects that hold tensors, and are not of those that a run notes: modules, for one."""
+    """The keys of objects that hold tensors and are not run metadata, for example modules."""
     return [k for k, value in node.items() if isinstance(value, Object) and not is_note(k) and objects_in(value)[1]]
 
 
 def _aside(node: dict[Any, Any], census: _Census) -> dict[Any, Any]:
-    """What of `node` is read with none of the rest: the states of optimizers and, where a container with a usual name
-    shows that `node` is a training checkpoint, whatever else has the name of what training saves."""
+    """The part of `node` that is never read as weights: optimizer states and, if a container with a usual name shows
+    that `node` is a training checkpoint, everything else with the name of training state."""
     run = any(is_usual(key) and isinstance(value, dict) and census.tensors(value) for key, value in node.items())
     lightning = is_lightning(node)
 
@@ -236,7 +238,7 @@ def _aside(node: dict[Any, Any], census: _Census) -> dict[Any, Any]:
         if not run or not census.tensors(value):
             return is_optimizer(value)
         return (
-            is_beside(key, value, lightning)
+            is_training_state(key, value, lightning)
             if _is_nested(value)
             else is_random_bytes(key, value) or is_counter(key, value)
         )
@@ -245,7 +247,7 @@ def _aside(node: dict[Any, Any], census: _Census) -> dict[Any, Any]:
 
 
 def _without_optimizers(node: Any, prefix: str, left: dict[str, str], census: _Census) -> dict[Any, Any]:
-    """A nest without the states of optimizers anywhere in it, which are listed in `left`."""
+    """A nest without the optimizer states anywhere in it; they are listed in `left`."""
     kept: dict[Any, Any] = {}
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         name = f"{prefix}{_shown(key)}"
@@ -261,9 +263,9 @@ def _is_nested(value: Any) -> bool:
 
 
 def _resolve(root: Any, name: str, label: str, census: _Census) -> Any:
-    """What `name` picks: a key as it is, else the longest key that it starts with, then the rest below that, else what
-    bears it as a prefix of its keys ("module." of DataParallel); in the whole file, else in the container of weights
-    that is read where none is named."""
+    """The value that `name` picks. It tries, in this order: an exact key; the longest key that `name` starts with, then
+    the rest below it; the entries whose keys have `name` as a prefix ("module." of DataParallel). It looks in the whole
+    file first, then in the container of weights that is read by default."""
     found = next(_ways(root, name, 0), None)
     if found is None:
         found = next(_ways(_default(root, label, census), name, 0), None)
@@ -291,7 +293,7 @@ def _ways(node: Any, name: str, depth: int) -> Iterator[Any]:
 
 
 def _default(node: Any, label: str, census: _Census) -> Any:
-    """The container of weights that is read where none is named, as far as there is one."""
+    """The container of weights that is read if no name is given; as far down as the choice is clear."""
     try:
         while isinstance(node, dict) and (key := _only(node, [], label, census)) is not None:
             node = node[key]
@@ -301,14 +303,14 @@ def _default(node: Any, label: str, census: _Census) -> Any:
 
 
 def _shown(key: Any) -> str:
-    """A key as a list of what was left out shows it."""
-    if isinstance(key, (Object, Global, Opaque)):
-        return escape(key.text if isinstance(key, Opaque) else key.name)
+    """A key, as the list of left-out entries shows it."""
+    if isinstance(key, (Object, Global, OpaqueValue)):
+        return escape(key.text if isinstance(key, OpaqueValue) else key.name)
     return _text(key, "") if isinstance(key, (bytes, str)) else escape(str(key))
 
 
 def _text(key: Any, label: str) -> str:
-    """A key as text. FormatError for one that no name can be made of."""
+    """A key as text. FormatError for a key that cannot be a name."""
     if isinstance(key, bytes):
         return key.decode("utf-8", "backslashreplace")
     if isinstance(key, (str, int)) and not isinstance(key, bool):
@@ -318,22 +320,22 @@ def _text(key: Any, label: str) -> str:
 
 def _flatten(
     node: Any, container: str, label: str, left: dict[str, str], census: _Census, objects_are_beside: bool = False
-) -> Chosen:
+) -> ChosenWeights:
     tensors: dict[str, Tensor] = {}
     real_keys: dict[str, Key] = {}
-    refused: list[tuple[str, Refused]] = []
+    refused: list[tuple[str, RefusedTensor]] = []
     objects: dict[str, list[str]] = {}
 
     def visit(value: Any, prefix: str, depth: int) -> None:
         check_limit("depth", depth, label)
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, child in pairs:
-            holds = isinstance(child, (Tensor, Refused)) or census.tensors(child)
+            holds = isinstance(child, (Tensor, RefusedTensor)) or census.tensors(child)
             text = _text(key, label) if holds else _shown(key)
             name = f"{prefix}.{text}" if prefix else text
             if type(key) is int:
                 real_keys[name] = key
-            if isinstance(child, Refused):
+            if isinstance(child, RefusedTensor):
                 refused.append((name, child))
             elif not isinstance(child, Tensor):
                 if holds:
@@ -352,12 +354,12 @@ def _flatten(
         raise _among_weights(objects, label)
     if refused:
         raise _refusal(refused, label)
-    return Chosen(tensors, container, left, {key: real_keys[key] for key in real_keys if key not in left})
+    return ChosenWeights(tensors, container, left, {key: real_keys[key] for key in real_keys if key not in left})
 
 
 def _is_aside(key: Any, depth: int) -> bool:
-    """May an object of any class go by this name among weights? Where torch keeps what is no weight of a module, and at
-    the top what training calls its own."""
+    """True if an object of any class may have this name among weights: the name under which torch keeps extra state of
+    a module or, at the top, a name of run metadata."""
     name = key if isinstance(key, str) else ""
     return name.rpartition(".")[2] == "_extra_state" or (depth == 0 and (is_count(name) or is_note(name)))
 
@@ -374,7 +376,7 @@ def _among_weights(objects: dict[str, list[str]], label: str) -> UnsafeInputErro
     return unsafe_pickle(label, names, failures)
 
 
-def _refusal(refused: list[tuple[str, Refused]], label: str) -> FormatError | PlanError | UnsafeInputError:
+def _refusal(refused: list[tuple[str, RefusedTensor]], label: str) -> FormatError | PlanError | UnsafeInputError:
     foreign = [item.detail for _, item in refused if item.kind == "subclass" and _is_class(item.detail)]
     if foreign:
         return unsafe_pickle(label, list(dict.fromkeys(foreign)))
@@ -391,12 +393,12 @@ def _refusal(refused: list[tuple[str, Refused]], label: str) -> FormatError | Pl
         )
     schemes = ", ".join(sorted({item.detail.removeprefix("torch.") or "quantized" for _, item in refused}))
     return PlanError(
-        f"{label} holds {len(refused)} quantized tensors ({escape(schemes)}); their codes alone are no weights",
+        f"{label} holds {len(refused)} quantized tensors ({escape(schemes)}); their codes alone are not weights",
         failures,
         next="Dequantize where the file was made: tensor.dequantize().",
     )
 
 
 def _is_class(name: str) -> bool:
-    """The name of a class that torch's own reader does not know."""
+    """True if this is the name of a class that torch's own reader does not know."""
     return "." in name and name not in ALLOWED

@@ -1,6 +1,7 @@
-"""The containers of weights in a tree with training state: the one that holds all, or several to be told apart.
+"""Find the containers of weights in a tree with training state: one that holds all of them, or several that the user
+must choose from.
 
-`training_tree` says what is left out; here is what stands around the rest.
+`training_tree` decides which parts are training state; this module works on the rest.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ _OF_COPY = frozenset({"params", "parameters", "weights", "model", "variables", "
 
 
 @dataclass(slots=True)
-class Found:
+class StateSearch:
     left: dict[Parts, str] = field(default_factory=dict[Parts, str])
     copies: list[Parts] = field(default_factory=list[Parts])
     doubtful: dict[Parts, list[Parts]] = field(default_factory=dict[Parts, "list[Parts]"])
-    rooted: set[Parts] = field(default_factory=set[Parts])  # where the moments mirror the names of all containers
+    rooted: set[Parts] = field(default_factory=set[Parts])  # nodes whose moments repeat the names of all containers
 
 
 def leaves_in(node: Node, above: Parts = ()) -> Iterator[tuple[Parts, TensorSpec]]:
@@ -46,7 +47,7 @@ def is_copy(name: str) -> bool:
 
 
 def copies_in(kept: Node, run: bool) -> list[str]:
-    """The containers that hold the same weights: the one in training, and averages of it."""
+    """The containers that hold the same weights: the trained ones, and averages of them."""
     named = [k for k, v in kept.items() if isinstance(v, dict) and is_copy(k)]
     if not named or not (run or "params" in kept):
         return []
@@ -58,8 +59,9 @@ def copies_in(kept: Node, run: bool) -> list[str]:
     return [first, *same] if same else []
 
 
-def add_runs(kept: Node, at: Parts, found: Found) -> None:
-    """Networks in training side by side (actor and critic), or one beside a copy of it: each is a container."""
+def add_runs(kept: Node, at: Parts, found: StateSearch) -> None:
+    """Record networks in training that stand side by side (actor and critic), or a network beside a copy of it. Each is
+    a container."""
     left: dict[str, set[Parts]] = {}
     for path in found.left:
         if path[: len(at)] == at and len(path) > len(at) + 1:
@@ -83,8 +85,8 @@ def add_runs(kept: Node, at: Parts, found: Found) -> None:
             found.copies.append(_only_container(kept[name], path, found))
 
 
-def _network(node: Node, at: Parts, found: Found) -> set[tuple[Parts, tuple[int, ...]]]:
-    """The weights below `at`, by their paths in the container that holds all of them."""
+def _network(node: Node, at: Parts, found: StateSearch) -> set[tuple[Parts, tuple[int, ...]]]:
+    """The weights below `at`, by their paths inside the container that holds all of them."""
     inside = _only_container(node, at, found)
     return {
         (_bare((*at, *leaf)[len(inside) :]), spec.shape)
@@ -94,8 +96,8 @@ def _network(node: Node, at: Parts, found: Found) -> set[tuple[Parts, tuple[int,
     }
 
 
-def _only_container(node: Node, at: Parts, found: Found) -> Parts:
-    """The container that holds all weights below `at`, as far down as names of containers go."""
+def _only_container(node: Node, at: Parts, found: StateSearch) -> Parts:
+    """The container that holds all weights below `at`, as deep as container names go."""
     while True:
         kept = [name for name, value in node.items() if (*at, name) not in found.left and value != {}]
         child = node[kept[0]] if len(kept) == 1 else None
@@ -110,8 +112,8 @@ def _bare(leaf: Parts) -> Parts:
     return leaf[1:] if leaf[0] == "params" else leaf
 
 
-def prefix_of(root: Node, found: Found) -> Parts:
-    """The container of all weights, looked for as far down as something was left out."""
+def prefix_of(root: Node, found: StateSearch) -> Parts:
+    """The container of all weights. The search goes as deep as something was left out."""
     at: Parts = ()
     node = root
     while any(path[: len(at)] == at for path in found.left):

@@ -1,7 +1,8 @@
-"""What a training run saves beside its weights, told from a name's whole words and from what stands under it.
+"""Recognise training state (what a training run saves beside its weights) by the whole words of a name and by the
+structure under it.
 
-A name that merely holds such a word (`upscaler`, `optimizer_head`, `strng`) says nothing: only names all of whose words
-are known are believed. This module knows names, and nests of torch tensors; `training_tree` reads trees of paths.
+A name that only contains such a word (`upscaler`, `optimizer_head`, `strng`) proves nothing: all words of the name must
+be known. This module handles names and nests of torch tensors; `training_tree` handles trees of paths.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ USUAL = frozenset(
 """Names that training scripts give the container of a model's weights."""
 _NOTES = frozenset({"args", "arguments", "config", "configs", "cfg", "conf", "settings", "options", "opts", "meta"})
 _NOTES |= {"metadata", "info", "version", "date", "time", "timestamp", "path", "git", "metrics", "metric", "results"}
-"""Words for what a run notes of itself. They say nothing of tensors: a model may have its `options`."""
+"""Words for run metadata. They prove nothing about tensors: a model may have its own `options`."""
 _SETTINGS = frozenset({"hparams", "hyperparams", "hyperparameters"})
 _SMALL = frozenset({"scheduler", "scaler", "loops"})
-"""Families whose states are numbers: larger tensors under such a name are something else (a scaler of features)."""
+"""Families whose states are single numbers. A larger tensor under such a name is something else (a feature scaler)."""
 
 _FIELDS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"})
 _FIELDS |= {"acc_delta", "sum", "ax", "mu", "prev", "step_size", "exp_avg_sq_row", "exp_avg_sq_col", "momentum"}
-"""Fields that torch's optimizers and common others keep for each parameter."""
+"""Fields that torch's and other common optimizers keep for each parameter."""
 
 _COUNTS = frozenset({"epoch", "epochs", "step", "steps", "iteration", "iterations", "iter", "iters", "seed"})
 _COUNTS |= {"loss", "losses", "acc", "accuracy", "lr"}
@@ -45,14 +46,14 @@ _OF_COUNTS = frozenset({"global", "best", "current", "last", "val", "valid", "va
 _OF_COUNTS |= {"eval", "num", "n", "count", "total", "start", "min", "max", "avg", "average"}
 _BEST = frozenset({"score", "metric", "fitness", "prec", "precision", "recall", "auc", "f", "map", "iou", "miou"})
 _BEST |= {"psnr", "ssim", "ppl", "perplexity", "error", "err", "wer", "bleu", "val"}
-"""What a run keeps the best of. Without `best` in front these are names that a model may use."""
+"""Quantities of which a run keeps the best value. Without `best` in front, a model may use these names."""
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^A-Za-z0-9]+")
 
 
 def family(name: Any) -> str:
-    """What of a training run goes by this name: "optimizer", "scheduler", "scaler", "rng", "callbacks", "loops" or
-    "settings"; "" for a name that says nothing."""
+    """The kind of training state with this name: "optimizer", "scheduler", "scaler", "rng", "callbacks", "loops" or
+    "settings"; "" for any other name."""
     words = words_of(name)
     rest = words - _QUALIFIERS
     if "".join(_in_order(name)) in _SETTINGS:
@@ -65,7 +66,7 @@ def family(name: Any) -> str:
 
 
 def is_count(name: Any) -> bool:
-    """Is this what training calls a number of its own: an epoch, a step, a loss, the best accuracy?"""
+    """True for the name of a number of the training run: an epoch, a step, a loss, the best accuracy."""
     words = words_of(name)
     if words & _COUNTS and words <= _COUNTS | _OF_COUNTS:
         return True
@@ -74,19 +75,19 @@ def is_count(name: Any) -> bool:
 
 
 def is_usual(name: Any) -> bool:
-    """Does a container of a model's weights go by this name?"""
+    """True for a usual name of the container of a model's weights."""
     return isinstance(name, str) and name.lower() in USUAL
 
 
 def is_note(name: Any) -> bool:
-    """Is this what a run notes of itself or of its training: its arguments, a date, an optimizer?"""
+    """True for a name of run metadata: its arguments, a date, an optimizer."""
     words = words_of(name)
     return bool(family(name)) or bool(words & _NOTES and words <= _NOTES | _OF_COUNTS | _QUALIFIERS | {"hyper", "run"})
 
 
-def is_beside(name: Any, value: Any, lightning: bool = False) -> bool:
-    """Is a dict or list with tensors something other than weights? By its own structure: a name alone says nothing, and
-    needs tensors of the kind that such a thing has. In a checkpoint of Lightning (`lightning`) the names say it."""
+def is_training_state(name: Any, value: Any, lightning: bool = False) -> bool:
+    """True if a dict or list with tensors is training state by its own structure. A name alone is not enough: the
+    tensors must be of the kind that such state has. In a Lightning checkpoint (`lightning`) the name is enough."""
     if is_optimizer(value) or _is_grad_scaler(value):
         return True
     kind = family(name)
@@ -102,26 +103,27 @@ def is_beside(name: Any, value: Any, lightning: bool = False) -> bool:
     return isinstance(value, (list, tuple)) and is_count(name) and all(map(_is_small, tensors))
 
 
-def is_called_beside(name: Any) -> bool:
-    """Does the name alone say that this is no weights? Where the structure does not (`is_beside`), it is a question."""
+def has_training_name(name: Any) -> bool:
+    """True if the name alone marks this as training state. If the structure does not confirm it (`is_training_state`),
+    graftax asks."""
     kind = family(name)
     return bool(kind) and (kind not in _SMALL or "lr" in words_of(name) or kind == "loops")
 
 
 def is_lightning(run: Any) -> bool:
-    """Is this a checkpoint as Lightning writes it?"""
+    """True for a checkpoint as Lightning writes it."""
     return isinstance(run, dict) and "pytorch-lightning_version" in run
 
 
 def holds_optimizer(value: Any) -> bool:
-    """Is an optimizer's state anywhere in it?"""
+    """True if an optimizer's state stands anywhere in it."""
     if not isinstance(value, (dict, list, tuple)):
         return False
     return is_optimizer(value) or any(map(holds_optimizer, _children(value)))
 
 
 def is_optimizer(value: Any) -> bool:
-    """The state of a torch optimizer, or nothing but such states."""
+    """True for the state of a torch optimizer, or for a container of only such states."""
     if isinstance(value, dict) and "param_groups" in value:
         groups = value["param_groups"]
         return isinstance(groups, (list, tuple)) and all(isinstance(group, dict) for group in groups)
@@ -132,11 +134,12 @@ def is_optimizer(value: Any) -> bool:
 
 
 def _is_optimizer_part(value: Any) -> bool:
-    """What has an optimizer's name: does it hold the fields of one, or wrap one, and no container of weights?"""
+    """True if a value with an optimizer's name holds or wraps the fields of an optimizer, and no container of
+    weights."""
     if not isinstance(value, dict):
         return False
     state = value.get("state")
-    if isinstance(state, dict) and state and all(type(key) is int for key in state):  # by the parameters' numbers
+    if isinstance(state, dict) and state and all(type(key) is int for key in state):  # keyed by parameter number
         return True
     if holds_optimizer(value):
         return not any(is_usual(key) and key != "state" and isinstance(child, dict) for key, child in value.items())
@@ -155,17 +158,18 @@ def _is_optimizer_part(value: Any) -> bool:
 
 
 def is_random_bytes(name: Any, tensor: Any) -> bool:
-    """The bytes of a random generator, as torch.get_rng_state gives them."""
+    """True for the bytes of a random generator, as torch.get_rng_state gives them."""
     return _dtype(tensor) == "uint8" and family(name) == "rng"
 
 
 def is_counter(name: Any, tensor: Any) -> bool:
-    """A number of the training run that is a tensor of one element."""
+    """True for a number of the training run that is stored as a tensor of one element."""
     return _is_small(tensor) and is_count(name)
 
 
 def tensors_in(value: Any) -> Iterator[Any]:
-    """Every tensor in a nest: whatever has a dtype. What holds too many, or itself, must have been refused before."""
+    """Every tensor in a nest: every value with a dtype. The caller must have refused nests that are too large or
+    contain themselves."""
     if isinstance(value, (dict, list, tuple)):
         for child in _children(value):
             yield from tensors_in(child)
@@ -174,7 +178,7 @@ def tensors_in(value: Any) -> Iterator[Any]:
 
 
 def _is_random(tensor: Any) -> bool:
-    """Bytes of a torch generator, the 624 words of a Mersenne Twister, or a number."""
+    """True for the bytes of a torch generator, the 624 words of a Mersenne Twister, or a number."""
     shape = tuple(getattr(tensor, "shape", ()))
     return "int" in _dtype(tensor) and (
         _is_small(tensor) or shape == (624,) or (_dtype(tensor), len(shape)) == ("uint8", 1)

@@ -1,8 +1,9 @@
-"""Training state in a tree of paths: what a TrainState, an nnx.Optimizer or an optax chain puts beside the parameters.
+"""Find the training state in a tree of paths: what a TrainState, an nnx.Optimizer or an optax chain puts beside the
+parameters.
 
-A name alone leaves nothing out, for a model may have a submodule `optimizer` or a parameter `step`. Structure confirms
-it: the moments of an optimizer mirror the weights beside it, path by path, and the rest of it are single numbers. What
-has the name of an optimizer's state and another structure is `doubtful`, and asked about.
+A name alone is not enough, because a model may have a submodule `optimizer` or a parameter `step`. The structure must
+confirm it: an optimizer's moments mirror the weights beside it, path by path, and the rest of its state are single
+numbers. A part with the name of an optimizer's state but another structure is `doubtful`, and graftax asks about it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 from graftax.tree import TensorSpec
 from graftax.tree.training_containers import (
-    Found,
     Node,
     Parts,
+    StateSearch,
     add_runs,
     copies_in,
     is_copy,
@@ -28,7 +29,7 @@ from graftax.tree.training_state import family, is_count, is_usual, words_of
 
 _NUMBER = re.compile("[0-9]+")
 _DEPTH = 4
-"""Levels of containers around a training state (`{"model": {"state": {"params": ...}}}`)."""
+"""Levels of containers that may surround a training state (`{"model": {"state": {"params": ...}}}`)."""
 _MOMENTS = frozenset(
     {"mu", "nu", "mu_hat", "nu_hat", "trace", "momentum", "momentum_buffer", "velocity", "sum_of_squares", "acc_grads"}
     | {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "v_row", "v_col", "grad_ema", "grad_sq_ema", "param_states"}
@@ -36,12 +37,12 @@ _MOMENTS = frozenset(
     | {"mini_step", "gradient_step", "notfinite_count", "ns_coeffs"}
     | {"diff_params_memory", "diff_updates_memory", "weights_memory"}
 )
-"""Fields of optax's states, flax.optim's and torch's. Alone they say nothing: a VAE has a layer `mu`."""
+"""Fields of the states of optax, flax.optim and torch. Alone they prove nothing: a VAE has a layer `mu`."""
 _COEFFICIENTS = frozenset({"ns_coeffs", "weights_memory"})
-"""Fields that hold a few numbers of the optimizer's own: Muon's polynomial, L-BFGS's weights."""
+"""Fields that hold a few numbers of the optimizer itself: Muon's polynomial, L-BFGS's weights."""
 _OPTIMIZER = frozenset({"opt", "optax", "tx", "state", "states", "dict", "dicts"})
 _OF_STATES = frozenset({"state", "ema"})
-"""Usual names of containers that are fields of an optimizer's state as well."""
+"""Usual container names that are also fields of an optimizer's state."""
 _STREAMS = frozenset({"rng", "rngs", "prng", "key", "keys", "dropout", "random", "noise", "seed"})
 _RANDOM = _STREAMS | {
     "default",
@@ -62,14 +63,14 @@ _SMALL = frozenset({"scheduler", "scaler", "loops"})
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """What of a tree are no weights.
+class TrainingState:
+    """The parts of a tree that are not weights.
 
-    prefix    the container that holds all of the weights, as a path; "" where there is none
+    prefix    path of the container that holds all of the weights; "" if there is none
     left      path of a part -> what it is
-    copies    paths of containers that hold weights each, copies of a network or several networks: one has to be named
-    doubtful  path of a part with the name of an optimizer's state -> the leaves in it that are none of one; none where
-              it is a copy of the weights, no more
+    copies    paths of containers that each hold weights: copies of a network, or several networks; one must be named
+    doubtful  path of a part with the name of an optimizer's state -> its leaves that do not fit an optimizer; no leaves
+              if the part is just one copy of the weights
     """
 
     prefix: str = ""
@@ -78,7 +79,7 @@ class Split:
     doubtful: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
 
     def leaves_out(self, path: str) -> bool:
-        """Is this leaf, or a container that it is in, left out?"""
+        """True if this leaf, or a container around it, is left out."""
         at = -1
         while (at := path.find("/", at + 1)) >= 0:
             if path[:at] in self.left:
@@ -87,20 +88,20 @@ class Split:
 
 
 def may_hold_state(paths: Iterable[str]) -> bool:
-    """Does any name say that there may be something for `split`?"""
+    """True if some name could be training state, so that `find_training_state` is worth calling."""
     parts = {part for path in paths for part in path.split("/")}
-    parts = {_NUMBER.sub("", part) for part in parts}  # layers_0 to layers_9999 say the same
+    parts = {_NUMBER.sub("", part) for part in parts}  # layers_0 to layers_9999 count as one name
     return any(
         part in _MOMENTS or is_optimizer_name(part) or _is_count(part) or is_copy(part) or words_of(part) & _STREAMS
         for part in parts
     )
 
 
-def split(specs: Mapping[str, TensorSpec]) -> Split:
-    """What of a tree with '/'-joined paths are no weights; an empty Split for the weights alone, and for a tree that
-    has only training state (it was named)."""
+def find_training_state(specs: Mapping[str, TensorSpec]) -> TrainingState:
+    """The parts of a tree with '/'-joined paths that are not weights. The result is empty for weights alone, and for a
+    tree of only training state (the user named it)."""
     if not may_hold_state(specs):
-        return Split()
+        return TrainingState()
     root: Node = {}
     for path, spec in specs.items():
         node = root
@@ -108,16 +109,16 @@ def split(specs: Mapping[str, TensorSpec]) -> Split:
         for part in above:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                return Split()  # a flat dict whose names are no paths
+                return TrainingState()  # a flat dict whose names are not paths
             node = child
         if isinstance(node.get(last), dict):
-            return Split()
+            return TrainingState()
         node[last] = spec
-    found = Found()
+    found = StateSearch()
     _search(root, (), found)
     if not (found.left or found.copies or found.doubtful):
-        return Split()
-    return Split(
+        return TrainingState()
+    return TrainingState(
         "/".join(prefix_of(root, found)),
         {"/".join(path): what for path, what in found.left.items()},
         tuple("/".join(path) for path in found.copies),
@@ -126,9 +127,9 @@ def split(specs: Mapping[str, TensorSpec]) -> Split:
 
 
 def own_parts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """path -> how many of its parts are an optimizer's own (3 of opt_state/0/mu/Dense_0/kernel), for each leaf that
-    `split` leaves out: the rest is the path of the weight that it mirrors."""
-    found = split(specs)
+    """path -> the number of its leading parts that belong to the optimizer (3 of opt_state/0/mu/Dense_0/kernel), for
+    each leaf that `find_training_state` leaves out. The rest is the path of the weight that the leaf mirrors."""
+    found = find_training_state(specs)
     aside = [path for path in specs if found.leaves_out(path)] if found.left else []
     weights = {path for path in specs if not found.leaves_out(path)}
     above = max((path.count("/") for path in found.left), default=0)  # containers around a run
@@ -141,11 +142,11 @@ def own_parts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
 
 
 def _starts(path: str) -> list[int]:
-    """Where the parts of a path begin."""
+    """The positions at which the parts of a path begin."""
     return [0, *(i + 1 for i, char in enumerate(path) if char == "/")]
 
 
-def _search(node: Node, at: Parts, found: Found) -> None:
+def _search(node: Node, at: Parts, found: StateSearch) -> None:
     sure: dict[str, str] = {}
     named = [name for name, value in node.items() if isinstance(value, dict) and is_optimizer_name(name)]
     others = {name: value for name, value in node.items() if name not in named}
@@ -180,10 +181,10 @@ def _search(node: Node, at: Parts, found: Found) -> None:
     found.copies += [(*at, name) for name in copies_in(kept, bool(sure))]
     if len(at) < _DEPTH:
         for name, value in kept.items():
-            if isinstance(value, dict) and name != "params":  # which is the model itself
+            if isinstance(value, dict) and name != "params":  # `params` is the model itself
                 _search(value, (*at, name), found)
     add_runs(kept, at, found)
-    if not sure and any(path[: len(at)] == at for path in found.left):  # a run with its counters around it
+    if not sure and any(path[: len(at)] == at for path in found.left):  # the counters stand around the run
         found.left |= {(*at, name): what for name, what in _other_state(node, {"": ""}).items()}
 
 
@@ -196,21 +197,22 @@ def is_optimizer_name(name: str) -> bool:
 
 
 def _is_run(node: Node, named: bool) -> bool:
-    """Is this weights with an optimizer's state of their own, or does it hold such? Then it is no optimizer's state,
-    though all of it mirrors another network in training. named: it has the name of an optimizer's state."""
+    """True for weights with an optimizer's state of their own, or a node that holds such. This is not an optimizer's
+    state, even if all of it mirrors another network in training. named: it has the name of an optimizer's state."""
     own = {name for name in node if is_optimizer_name(name)}
     parts = {k: v for k, v in node.items() if isinstance(v, dict) and v and (k in own or k not in _MOMENTS)}
     for name, child in parts.items():
         if (is_usual(name) and name not in _OF_STATES and not _has_moments(child)) or (name == "params" and not named):
             return True
-    if named:  # optax's own states nest, too: SAM's has `opt_state` beside `cache`
+    if named:  # optax's own states nest too: SAM's has `opt_state` beside `cache`
         return False
     weights = [child for name, child in parts.items() if name not in own]
     return 0 < len(weights) < len(parts) or any(_is_run(child, False) for child in weights)
 
 
 def _copies_in(state: Node, weights: Node) -> int:
-    """How many whole copies of the weights stand in a state, each below a field of it, by paths and shapes."""
+    """The number of whole copies of the weights in a state, each below a field of the state, compared by paths and
+    shapes."""
     sets = [dict(leaves_in(weights))]
     for part in weights.values():
         if isinstance(part, dict):
@@ -232,20 +234,20 @@ def _has_moments(node: Node) -> bool:
 
 
 def _is_counted(node: Node) -> bool:
-    """Does a counter stand in it, as in most optimizers' states? A model's copy (`momentum/encoder`) has none."""
+    """True if it holds a counter, as most optimizer states do. A model's copy (`momentum/encoder`) has none."""
     return any(is_small(spec) and spec.kind in "iu" and _is_count(leaf[-1]) for leaf, spec in leaves_in(node))
 
 
 @dataclass(slots=True)
 class _Mirror:
-    """The weights that a state may mirror: their paths, from the containers' names on (`full`) or below these."""
+    """The weights that a state may mirror: their paths with the container names (`full`) or below them (`below`)."""
 
     full: dict[Parts, set[tuple[int, ...]]]
     below: dict[Parts, set[tuple[int, ...]]]
     totals: set[int]
-    rooted: int = 0  # leaves that were found by their full paths
+    rooted: int = 0  # leaves found by their full paths
     inner: int = 0
-    same: int = 0  # leaves whose whole path is a weight's: no field of an optimizer stands before or behind it
+    same: int = 0  # leaves whose whole path is a weight's, without an optimizer field before or after it
 
     @classmethod
     def of(cls, containers: Node) -> _Mirror:
@@ -261,8 +263,8 @@ class _Mirror:
         return cls(full, below, {sum(sizes), *sizes})
 
     def holds(self, leaf: Parts, spec: TensorSpec) -> bool:
-        """Does the leaf of a state mirror a weight? By its name and its shape; by its name alone where a field of an
-        optimizer's state stands before it (factored and stacked moments have other shapes) or behind it."""
+        """True if the leaf of a state mirrors a weight: its name and shape match. The name alone is enough if an
+        optimizer field stands before it (factored and stacked moments have other shapes) or after it."""
         for stop in (len(leaf), len(leaf) - 1):
             for start in range(stop):
                 tail = leaf[start:stop]
@@ -281,7 +283,8 @@ class _Mirror:
 
 
 def _none_of_an_optimizer(state: Node, mirror: _Mirror) -> list[Parts]:
-    """The leaves of a state that are neither numbers nor random keys nor mirror a weight."""
+    """The leaves of a state that do not fit an optimizer: they are not numbers, not random keys, and do not mirror a
+    weight."""
     mirror.rooted = mirror.inner = mirror.same = 0
     return [
         leaf
@@ -293,12 +296,13 @@ def _none_of_an_optimizer(state: Node, mirror: _Mirror) -> list[Parts]:
     ]
 
 
-# ---------------------------------------------------------------- what else a run keeps
+# ---------------------------------------------------------------- other training state
 
 
 def _other_state(node: Node, optimizers: Mapping[str, str]) -> dict[str, str]:
-    """Counters, random keys, loss scales and the like beside weights. They are believed beside an optimizer's state;
-    beside `params`, where Linen keeps collections and no single arrays, whole numbers and random keys are as well."""
+    """Counters, random keys, loss scales and the like beside weights. They are recognised beside an optimizer's state.
+    Beside `params`, where Linen keeps collections and not single arrays, whole numbers and random keys are recognised
+    too."""
     variables = isinstance(node.get("params"), dict)
     if not variables and not optimizers:
         return {}
@@ -341,7 +345,7 @@ def _is_random(name: str, value: Any) -> bool:
 
 
 def _is_key(name: str, spec: TensorSpec) -> bool:
-    """The data of a jax random key: uint32[2], or [4], or many of them."""
+    """True for the data of a jax random key: uint32[2] or [4], or an array of them."""
     return spec.dtype == "uint32" and bool(spec.shape) and spec.shape[-1] in (2, 4) and words_of(name) <= _RANDOM
 
 

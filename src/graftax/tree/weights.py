@@ -1,7 +1,8 @@
-"""The weights of a checkpoint: a training state's parameters without its optimizer, counters and random keys.
+"""The weights of a checkpoint: the parameters of a training state, without its optimizer, counters and random keys.
 
-A reader gives a tree as it is stored, so that inspect, select and replace see all of it. What a plan is made from is
-this module's answer: the same leaves, less what `training_tree` knows to be none, which is listed in `left`.
+A reader returns a tree as it is stored, so that inspect, select and replace see all of it. A plan uses the result of
+this module: the same leaves without those that `training_tree` identifies as training state, which are listed in
+`left`.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import Any
 from graftax.errors import Failure, PlanError, escape
 from graftax.tree import Checkpoint
 from graftax.tree.parts import sub_checkpoint
-from graftax.tree.training_tree import Split, split
+from graftax.tree.training_tree import TrainingState, find_training_state
 
 
 def weights_of(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without what a training run keeps beside its weights, which is listed in `left`. A container that
-    holds all of the weights (`model`) is left out of their paths; `params` stays, as in Linen's variables.
+    """The checkpoint without the training state beside its weights, which is listed in `left`. If one container
+    (`model`) holds all of the weights, its name is removed from their paths; `params` stays, as in Linen's variables.
 
-    A live module's own kinds say what its weights are; the readers of .pt files have said it already.
-    Raises PlanError where several containers hold the weights (the average of them, too), and where a part has the name
-    of an optimizer's state but is not known to be one: the container has to be named.
+    The module types of a live module show what its weights are; the readers of .pt files have already decided it.
+    Raises PlanError if several containers hold the weights (an average of them counts too), or if a part has the name
+    of an optimizer's state but its structure does not confirm it: then the user must name the container.
     """
     if checkpoint.chosen or checkpoint.live.modules or checkpoint.side == "torch":
         return checkpoint
-    found = split(checkpoint.specs)
+    found = find_training_state(checkpoint.specs)
     if found.copies:
         raise _several(checkpoint, found)
     if found.doubtful:
@@ -36,7 +37,7 @@ def weights_of(checkpoint: Checkpoint) -> Checkpoint:
     return _inside(_without(checkpoint, found), found, checkpoint)
 
 
-def _without(whole: Checkpoint, found: Split) -> Checkpoint:
+def _without(whole: Checkpoint, found: TrainingState) -> Checkpoint:
     specs = {path: spec for path, spec in whole.specs.items() if not found.leaves_out(path)}
     aliases = {path: to for path, to in whole.storage.aliases.items() if path in specs and to in specs}
     return replace(
@@ -51,24 +52,24 @@ def _without(whole: Checkpoint, found: Split) -> Checkpoint:
     )
 
 
-def _inside(weights: Checkpoint, found: Split, whole: Checkpoint) -> Checkpoint:
+def _inside(weights: Checkpoint, found: TrainingState, whole: Checkpoint) -> Checkpoint:
     """The weights below the container that holds all of them."""
     if not found.prefix:
         return weights
     return replace(sub_checkpoint(weights, found.prefix), label=whole.label, left=weights.left, chosen=True)
 
 
-# ---------------------------------------------------------------- which of them
+# ---------------------------------------------------------------- questions to the user
 
 
 def _named(checkpoint: Checkpoint, path: str) -> str:
-    """How to say that a part of the checkpoint is meant."""
+    """How the user names this part of the checkpoint."""
     if checkpoint.storage.format == "live":
         return "".join(f'["{escape(part)}"]' for part in path.split("/"))
     return f"{escape(checkpoint.label)}::{escape(path)}"
 
 
-def _several(checkpoint: Checkpoint, found: Split) -> PlanError:
+def _several(checkpoint: Checkpoint, found: TrainingState) -> PlanError:
     names = [_named(checkpoint, path) for path in found.copies]
     live = checkpoint.storage.format == "live"
     return PlanError(
@@ -83,27 +84,27 @@ def _several(checkpoint: Checkpoint, found: Split) -> PlanError:
     )
 
 
-def _doubtful(checkpoint: Checkpoint, found: Split) -> PlanError:
+def _doubtful(checkpoint: Checkpoint, found: TrainingState) -> PlanError:
     tops = list(dict.fromkeys(path.partition("/")[0] for path in checkpoint if not _within(path, found.doubtful)))
     tops = [top for top in tops if top not in checkpoint and top not in found.left]
     names = [_named(checkpoint, top) for top in tops[:3]] or ["the container of the weights"]
     live = checkpoint.storage.format == "live"
     return PlanError(
-        f"{escape(checkpoint.label)} seems to hold an optimizer's state beside its weights, but its structure does not "
-        "show it",
+        f"{escape(checkpoint.label)} may hold an optimizer's state beside its weights, but its structure does not "
+        "confirm it",
         [
             Failure(
-                f"{len(odd)} leaves mirror no weight, such as {escape(odd[0])}"
+                f"{len(odd)} leaves match no weight, for example {escape(odd[0])}"
                 if odd
-                else "a copy of the weights without a number of an optimizer: moments, or another network",
+                else "a copy of the weights without a step counter: optimizer moments or another network",
                 key=path,
             )
             for path, odd in found.doubtful.items()
         ],
         next=f"Pass the weights alone: {' or '.join(f'tree{name}' for name in names)}. "
-        'If all of it are weights: {"params": tree}.'
+        'If everything in it is weights: {"params": tree}.'
         if live
-        else f"Name the weights: {' or '.join(names)}; if all of it are weights: {escape(checkpoint.label)}::.",
+        else f"Name the weights: {' or '.join(names)}; if everything in it is weights: {escape(checkpoint.label)}::.",
     )
 
 

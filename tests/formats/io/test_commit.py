@@ -100,7 +100,7 @@ def test_the_ending_picks_the_format(tmp_path: Path, name: str, side: Side, opti
         ("no/x.safetensors", "torch", {}, StorageError, "mkdir -p"),
         ("file/x.safetensors", "torch", {}, StorageError, "is not a folder"),
         ("x\0", "torch", {}, StorageError, r"x\\x00"),
-        ("..", "torch", {}, StorageError, "no name to write to"),
+        ("..", "torch", {}, StorageError, "is not a name that can be written"),
     ],
 )
 def test_what_is_refused_by_name(
@@ -190,7 +190,7 @@ def test_no_clobber_also_where_it_comes_to_be_meanwhile(
             (tmp_path / name).write_text("theirs")
         yield from NEW.items()
 
-    with pytest.raises(StorageError, match="came to be meanwhile"):
+    with pytest.raises(StorageError, match="was created meanwhile"):
         save(tmp_path / name, Output(output_of(NEW).specs, tensors(), "torch"), clobber=False)
     assert os.listdir(tmp_path) == [name]
     assert everything(tmp_path) == ({} if name == "folder" else {name: b"theirs"})
@@ -389,7 +389,7 @@ def test_a_real_limit_on_file_size(tmp_path: Path):
     for name in TARGETS:
         out = str(tmp_path / name)
         done = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True, check=True)
-        assert "larger than a file may be here" in done.stdout
+        assert "it is larger than files may be here" in done.stdout
     assert os.listdir(tmp_path) == []
 
 
@@ -459,7 +459,7 @@ def test_the_next_run_restores_what_was_put_aside(tmp_path: Path):
     out, old = tmp_path / "folder", tmp_path / "folder.graftax-old"
     save(out, output_of(OLD))
     os.rename(out, old)
-    with pytest.raises(StorageError, match=r"folder\.graftax-old is what a stopped run put aside"):
+    with pytest.raises(StorageError, match=r"folder\.graftax-old was put aside by a stopped run"):
         open_path(out)
     with pytest.raises(StorageError, match="clobber=False"):
         save(out, output_of(NEW), clobber=False)

@@ -1,8 +1,8 @@
-"""All or nothing: write to a staging name beside the destination, then put it in place in one step.
+"""All or nothing: write to a staging name beside the destination, then put the result in place in one step.
 
-The staging folder is `.<name>.graftax-<random>` in the destination's folder, locked (flock) while its run lives. What a
-killed run left is therefore known by its free lock, and the next run to the same destination removes it. A run that
-may be resumed after a stop has one of a fixed name instead, `.<name>.graftax-resume`, which stays until it succeeds.
+The staging folder is `.<name>.graftax-<random>` in the destination's folder, and is locked (flock) while its run lives.
+So a free lock identifies the remains of a killed run, and the next run to the same destination removes them. A run that
+may be resumed has a folder with a fixed name instead, `.<name>.graftax-resume`, which stays until the run succeeds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errn
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Where to write (`payload`, of the destination's own name), and what was tidied up on the way in. With `keep` a
-    run that was stopped may have left it there in part."""
+    """The place to write to (`payload`, with the destination's own name), and what was cleaned up before. With `keep`,
+    a stopped run may have left a part of the payload there."""
 
     payload: Path
     notes: list[str] = field(default_factory=list[str])
@@ -39,15 +39,15 @@ class Staging:
 
 @contextmanager
 def staged(out: Path, *, folder: bool, clobber: bool = True, keep: bool = False) -> Iterator[Staging]:
-    """A place to write `out`; it replaces `out` when the block ends well, and vanishes when it does not, unless `keep`:
-    then it is the same place for every run, one at a time, until one ends well.
+    """A place to write `out`. The result replaces `out` if the block ends without an error, and is removed otherwise.
+    With `keep` it is never removed: every run gets the same place, one run at a time, until one ends without an error.
 
     The block creates `payload`: a file, or a folder if `folder`. Its files are fsynced and get mode 0666 & ~umask, or
-    that of the file they replace. `out` must have been checked (`saving`); what another process puts there meanwhile
-    is replaced, or kept if not `clobber`.
+    the mode of the file that they replace. The caller must have checked `out` (`saving`). If another process creates
+    `out` meanwhile, it is replaced, or kept if not `clobber`.
 
-    Raises OSError as the system gives it; StorageError where `out` came to be and must not be replaced, or where
-    another run has the place to keep.
+    Raises the system's OSError; StorageError if `out` appeared and must not be replaced, or if another run holds the
+    resume folder.
     """
     notes = clear_stale(out, keep)
     place, lock = _kept_staging(out) if keep else _make_staging(out)
@@ -59,7 +59,7 @@ def staged(out: Path, *, folder: bool, clobber: bool = True, keep: bool = False)
             raise StorageError(f"nothing was written for {escape(out)}")
         _settle(payload, out, files_mode, folders_mode)
         if keep and folder and os.path.lexists(out):
-            # They are exchanged, and then the payload is what was at `out` before: no journal may speak of it.
+            # The two are exchanged, and then the payload is the old `out`: no journal may describe it.
             journal_path(payload).unlink(missing_ok=True)
             _sync(place)
         _put(payload, out, folder, clobber)
@@ -74,7 +74,7 @@ def staged(out: Path, *, folder: bool, clobber: bool = True, keep: bool = False)
 
 
 def _remove(place: Path) -> None:
-    """Removes a folder, also where Ctrl-C comes meanwhile."""
+    """Remove a folder, even if Ctrl-C arrives meanwhile."""
     try:
         shutil.rmtree(place, ignore_errors=True)
     except KeyboardInterrupt:
@@ -87,13 +87,13 @@ def _remove(place: Path) -> None:
 
 def _prefix(out: Path) -> str:
     name = out.name
-    while len(os.fsencode(name)) > 200:  # a name may take 255 bytes
+    while len(os.fsencode(name)) > 200:  # a name may have at most 255 bytes
         name = name[: len(name) - 1]
     return f".{name}{_STAGING}"
 
 
 def _make_staging(out: Path) -> tuple[Path, int]:
-    """A new, locked staging folder and the descriptor that holds the lock."""
+    """A new, locked staging folder, and the descriptor that holds the lock."""
     while True:
         place = out.parent / f"{_prefix(out)}{os.urandom(4).hex()}"
         try:
@@ -103,11 +103,11 @@ def _make_staging(out: Path) -> tuple[Path, int]:
             _remove(place)
             raise
         if lock is not None:
-            return place, lock  # else another run took it for a stale one just now
+            return place, lock  # else another run has just taken it for a stale folder
 
 
 def _kept_staging(out: Path) -> tuple[Path, int]:
-    """The staging folder for runs that may be resumed, made where there is none, and the descriptor of its lock."""
+    """The staging folder for resumable runs, created if missing, and the descriptor of its lock."""
     place = resume_place(out)
     for _ in range(10):
         with contextlib.suppress(FileExistsError):
@@ -115,7 +115,7 @@ def _kept_staging(out: Path) -> tuple[Path, int]:
         lock = _lock(place)
         if lock is None and os.path.isdir(place) and not os.path.islink(place):
             raise StorageError(
-                f"another run writes {escape(out)}, to be resumed after a stop (it has {escape(place)} locked)",
+                f"another resumable run is writing {escape(out)} (it has locked {escape(place)})",
                 next="Let it end, or stop it first.",
             )
         if lock is None:
@@ -126,27 +126,28 @@ def _kept_staging(out: Path) -> tuple[Path, int]:
         locks = _flocks(lock)
         os.close(lock)
         if not locks:
-            raise StorageError(f"the file system of {escape(out)} has no locks, which resuming needs")
+            raise StorageError(f"the file system of {escape(out)} has no file locks, which resuming needs")
         raise StorageError(
-            f"{escape(place)} was made by another user, or may be written by others",
+            f"{escape(place)} belongs to another user, or others may write to it",
             next="Remove it, or choose a name.",
         )
     raise StorageError(f"{escape(place)} cannot be made: something else is there", next="Remove what is there.")
 
 
 def resume_place(out: Path) -> Path:
-    """Where a run that may be resumed stages `out`."""
+    """The folder in which a resumable run stages `out`."""
     return out.parent / f"{_prefix(out)}{_RESUME}"
 
 
 def journal_path(payload: Path) -> Path:
-    """The file beside a payload that says what of it is done (see `journal`); never of the payload's own name."""
+    """The file beside a payload that records which parts of it are done (see `journal`). Its name always differs from
+    the payload's."""
     return payload.with_name("journal" if payload.name != "journal" else "journal-of-it")
 
 
 def _lock(place: Path) -> int | None:
-    """A descriptor of the folder that holds its lock; None where another holds it, or the folder has gone.
-    On a file system without locks it is returned unlocked: then nothing is ever stale."""
+    """A descriptor of the folder that holds its lock; None if another process holds it or the folder is gone. On a file
+    system without locks the descriptor is unlocked: then no folder ever counts as stale."""
     try:
         fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -168,8 +169,8 @@ def _lock(place: Path) -> int | None:
 
 
 def clear_stale(out: Path, keep: bool = False) -> list[str]:
-    """Removes what killed runs left for this destination (with `keep` not what can be resumed), puts back what one had
-    put aside; says so."""
+    """Remove what killed runs left for this destination (with `keep`, except what can be resumed), and restore what one
+    had put aside. Returns notes on it."""
     notes = put_back(out)
     ours = re.compile(re.escape(_prefix(out)) + ("[0-9a-f]{8}" if keep else f"([0-9a-f]{{8}}|{_RESUME})"))
     with os.scandir(out.parent) as entries:
@@ -189,7 +190,7 @@ def clear_stale(out: Path, keep: bool = False) -> list[str]:
 
 
 def put_back(out: Path) -> list[str]:
-    """Puts back what a stopped run had put aside, where nothing took its place; says so."""
+    """Restore what a stopped run had put aside, if nothing took its place. Returns notes on it."""
     old = _put_aside(out)
     if old is None or os.path.lexists(out):
         return []
@@ -198,13 +199,13 @@ def put_back(out: Path) -> list[str]:
 
 
 def _put_aside(out: Path) -> Path | None:
-    """The folder that a run had put aside, to put another in its place."""
+    """The folder that a run had put aside to make room for another."""
     old = out.with_name(out.name + LEFTOVER)
     return old if os.path.isdir(old) and not os.path.islink(old) else None
 
 
 def _flocks(fd: int) -> bool:
-    """Does this file system lock at all?"""
+    """True if this file system supports locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -216,7 +217,8 @@ def _flocks(fd: int) -> bool:
 
 
 def _natural_modes(place: Path) -> tuple[int, int]:
-    """Modes of a new file and a new folder here. Asked of the system: reading the umask means setting it."""
+    """The modes of a new file and a new folder here. They are measured, because reading the umask requires setting
+    it."""
     probe = place / f"probe-{os.urandom(4).hex()}"
     os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     file_mode = stat.S_IMODE(os.stat(probe).st_mode)
@@ -228,7 +230,7 @@ def _natural_modes(place: Path) -> tuple[int, int]:
 
 
 def _settle(payload: Path, out: Path, files_mode: int, folders_mode: int) -> None:
-    """Modes and fsync for everything of `payload`."""
+    """Set the modes and fsync everything of `payload`."""
     if not os.path.isdir(payload):
         os.chmod(payload, _mode_of(out, files_mode))
         _sync(payload)
@@ -264,7 +266,7 @@ def _sync(path: Path) -> None:
 
 
 def _put(payload: Path, out: Path, folder: bool, clobber: bool) -> None:
-    """`payload` becomes `out` in one step; an old folder ends up where `payload` was."""
+    """Make `payload` become `out` in one step; an old folder ends up at the place of `payload`."""
     if not clobber:
         _put_new(payload, out)
     elif folder and os.path.lexists(out):
@@ -277,12 +279,12 @@ def _put_new(payload: Path, out: Path) -> None:
     try:
         _renameat2(payload, out, _NOREPLACE)
     except FileExistsError:
-        raise StorageError(f"{escape(out)} came to be meanwhile, and is not to be replaced") from None
+        raise StorageError(f"{escape(out)} was created meanwhile and must not be replaced") from None
     except OSError as exc:
         if exc.errno not in _UNSUPPORTED:
             raise
         if os.path.lexists(out):
-            raise StorageError(f"{escape(out)} came to be meanwhile, and is not to be replaced") from None
+            raise StorageError(f"{escape(out)} was created meanwhile and must not be replaced") from None
         os.rename(payload, out)
 
 
@@ -305,7 +307,7 @@ def _exchange(payload: Path, out: Path) -> None:
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> None:
-    """renameat2(2), which os does not have. OSError ENOSYS where the C library has none."""
+    """renameat2(2), which `os` does not offer. OSError ENOSYS if the C library lacks it."""
     import ctypes
 
     call: Callable[..., int] | None = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -1,7 +1,7 @@
-"""Write a large file front to back past the page cache: the copy into the cache, its page faults and its write-back
-cost more than the write. A thread writes while the caller makes the next bytes.
+"""Write a large file front to back, bypassing the page cache: copying into the cache, its page faults and its
+write-back cost more than the write itself. A thread writes while the caller makes the next bytes.
 
-Where a file system refuses O_DIRECT the same calls go through the page cache.
+If a file system refuses O_DIRECT, the same calls go through the page cache.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any
 from graftax.formats.io import system
 
 BLOCK = 4096
-"""What O_DIRECT asks of offsets, lengths and addresses, on every disk in use."""
+"""The alignment that O_DIRECT requires of offsets, lengths and addresses, on every disk in use."""
 BUFFERS = 3
 BUFFER_BYTES = 8 << 20
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY}
 
 
 class DirectFile:
-    """A file of a known size, written by `append` (front to back) and `write_at` (anywhere). Of one that was there
-    before, what is not written stays. Leaving the `with` block writes what is left; the caller syncs. Raises OSError as
-    the system gives it, the first time it shows."""
+    """A file of a known size, written by `append` (front to back) and `write_at` (anywhere). If the file existed
+    before, bytes that are not written stay. Leaving the `with` block writes the rest; the caller syncs. Raises the
+    system's OSError at the first call that sees it."""
 
     def __init__(self, path: Path, size: int, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._size = size
         self._plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         self._direct = -1
         try:
-            if os.fstat(self._plain).st_size != size:  # else another process may be writing in it
+            if os.fstat(self._plain).st_size != size:  # else another process may be writing to it
                 _reserve(self._plain, size)
             self._direct = _open_direct(path)
         except BaseException:
@@ -48,24 +48,24 @@ class DirectFile:
         self._failed: list[BaseException] = []
         self._length = length
         self._buffer: mmap.mmap | None = None
-        self._used = 0  # bytes of the buffer that are filled
-        self._start = 0  # where the buffer begins in the file
+        self._used = 0  # filled bytes of the buffer
+        self._start = 0  # the buffer's place in the file
         self._writer = threading.Thread(target=self._write, name="graftax-writer", daemon=True)
         self._writer.start()
 
     @property
     def place(self) -> int:
-        """Where the next `append` goes."""
+        """The place of the next `append`."""
         return self._start + self._used
 
     def append(self, data: Any) -> None:
-        """Bytes (or a flat uint8 array) at the current place."""
+        """Write bytes (or a flat uint8 array) at the current place."""
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         while len(view):
             if self._buffer is None:
                 self._buffer = self._take()
-            # A buffer ends at a block border of the file. One that begins inside a block, which goes through the page
-            # cache, ends with that block.
+            # A buffer ends at a block border of the file. A buffer that begins inside a block goes through the page
+            # cache and ends with that block.
             inside = self._start % BLOCK
             room = (BLOCK - inside if inside else self._length) - self._used
             part = view[:room]
@@ -76,19 +76,19 @@ class DirectFile:
                 self._hand_over()
 
     def skip(self, place: int) -> None:
-        """The next `append` goes to `place`; what lies between is written by `write_at`, or stays zero."""
+        """The next `append` goes to `place`. The bytes in between are written by `write_at`, or stay zero."""
         if self.place != place:
             self._hand_over()
             self._start = place
 
     def write_at(self, offset: int, data: Any) -> None:
-        """Bytes anywhere that `append` does not write."""
+        """Write bytes anywhere that `append` does not write."""
         system.write_at(self._plain, offset, memoryview(data).cast("B"))
 
     def flush(self) -> None:
-        """Everything written so far is on the disk when this returns."""
+        """When this returns, everything written so far is on the disk."""
         self._hand_over()
-        idle = [self._take() for _ in range(BUFFERS)]  # all are free once all is written
+        idle = [self._take() for _ in range(BUFFERS)]  # all buffers are free once everything is written
         for buffer in idle:
             self._free.put(buffer)
         if self._failed:
@@ -132,12 +132,13 @@ class DirectFile:
             if not self._failed:
                 try:
                     self._write_one(memoryview(buffer)[:length], start)
-                except BaseException as exc:  # raised by whoever waits for a buffer
+                except BaseException as exc:  # raised for the caller that waits for a buffer
                     self._failed.append(exc)
             self._free.put(buffer)
 
     def _write_one(self, data: memoryview, start: int) -> None:
-        """Whole blocks directly; the rest, and a buffer that does not begin at a block, through the page cache."""
+        """Whole blocks are written directly. The rest, and a buffer that does not begin at a block, go through the page
+        cache."""
         whole = len(data) // BLOCK * BLOCK if self._direct >= 0 and start % BLOCK == 0 else 0
         if whole:
             try:
@@ -166,7 +167,7 @@ def _open_direct(path: Path) -> int:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Room on the disk for the whole file: a full disk shows at once, and blocks are not allocated one by one."""
+    """Reserve disk space for the whole file: a full disk shows at once, and blocks are not allocated one by one."""
     try:
         if size:
             os.posix_fallocate(fd, 0, size)

@@ -1,4 +1,4 @@
-"""Regular files read by position, never mapped: a file that shrinks while it is read is an error, not a SIGBUS."""
+"""Read regular files by position, never mapped: a file that shrinks meanwhile gives an error, not a SIGBUS."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from graftax.formats.io.system import CHUNK, Stamp, kind_of, storage_error
 from graftax.formats.remote.file import RemoteFile
 from graftax.tree.limits import check_limit
 
-_BUFFERS = 1024  # and into so many buffers
-_MOST_KEPT = 64  # files that are open at once, of the 256 to 1024 that a process may have
+_BUFFERS = 1024  # and into this many buffers
+_MOST_KEPT = 64  # files kept open at once; a process may have 256 to 1024
 
 
 def _stamp(info: os.stat_result) -> Stamp:
@@ -32,7 +32,7 @@ def _is(info: os.stat_result, expected: Stamp) -> bool:
 
 
 def stamp(path: Path | RemoteFile) -> Stamp:
-    """The stamp of a regular file. StorageError where there is none, or it is a pipe, device, socket or folder."""
+    """The stamp of a regular file. StorageError if it is missing, or is a pipe, device, socket or folder."""
     if isinstance(path, RemoteFile):
         return path.stamp()
     try:
@@ -47,17 +47,17 @@ def stamp(path: Path | RemoteFile) -> Stamp:
 
 
 def changed(path: Path) -> StorageError:
-    """The error for a file that is not what it was when it was opened."""
+    """The error for a file that changed after it was opened."""
     return StorageError(f"{escape(path)} changed while it was read", next="Read it again once its writer is done.")
 
 
 def read_into(path: Path | RemoteFile, expected: Stamp, offset: int, buffer: memoryview) -> None:
-    """Fill `buffer` from `offset` on. StorageError where the file is not the one of the stamp any more."""
+    """Fill `buffer` from `offset` on. StorageError if the file no longer matches its stamp."""
     read_apart(path, expected, offset, [buffer])
 
 
 def read_apart(path: Path | RemoteFile, expected: Stamp, offset: int, buffers: Sequence[memoryview]) -> int:
-    """Fill several buffers, one after the other, with what follows `offset`; as `read_into`. Gives their bytes."""
+    """Fill several buffers, one after another, from `offset` on; as `read_into`. Returns the number of bytes."""
     if isinstance(path, RemoteFile):
         path.read_into(offset, buffers)
         return sum(map(len, buffers))
@@ -69,13 +69,13 @@ def read_apart(path: Path | RemoteFile, expected: Stamp, offset: int, buffers: S
                 some = buffers[start : start + _BUFFERS]
                 wanted = sum(map(len, some))
                 if wanted > CHUNK or os.preadv(handle.fd, some, offset) != wanted:
-                    _read_each(path, handle.fd, offset, some)  # in whatever lengths they come
+                    _read_each(path, handle.fd, offset, some)  # reads may return any length
                 offset += wanted
             if not _is(os.fstat(handle.fd), expected):
                 raise changed(path)
             return offset - begun
         finally:
-            del handle  # which an error's traceback would keep open
+            del handle  # an error's traceback would keep it open
     except OSError as exc:
         raise storage_error(exc, path) from None
 
@@ -93,7 +93,7 @@ class _Handle:
 
 
 def _open(path: Path, expected: Stamp) -> _Handle:
-    # Not blocking: a pipe put in the file's place must not hang us.
+    # Non-blocking: a pipe put in place of the file must not block us.
     handle = _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
     if not _is(os.fstat(handle.fd), expected):
         raise changed(path)
@@ -121,9 +121,9 @@ _keeping = threading.Lock()
 
 @contextmanager
 def kept_open() -> Iterator[None]:
-    """While this lasts, files that are read stay open, in all threads: opening costs more than reading a small tensor.
+    """In this block, files that are read stay open, in all threads: opening costs more than reading a small tensor.
 
-    What is read is what was there when the file was opened, or an error, as ever.
+    As always, a read returns the content from when the file was opened, or raises an error.
     """
     global _keepers
     with _keeping:
@@ -145,13 +145,13 @@ def read_bytes(path: Path | RemoteFile, expected: Stamp, offset: int, length: in
 
 
 def read_head(path: Path | RemoteFile, length: int = 512) -> bytes:
-    """The first bytes of a regular file, fewer where it is shorter."""
+    """The first bytes of a regular file, fewer if it is shorter."""
     found = stamp(path)
     return bytes(read_bytes(path, found, 0, min(length, found.size)))
 
 
 def read_whole(path: Path | RemoteFile, limit: str = "header") -> bytes:
-    """A small file whole. UnsafeInputError where it passes the limit of that name."""
+    """All of a small file. UnsafeInputError if it exceeds the limit of that name."""
     found = stamp(path)
     check_limit(limit, found.size, escape(path))
     return bytes(read_bytes(path, found, 0, found.size))
@@ -161,8 +161,8 @@ def read_whole(path: Path | RemoteFile, limit: str = "header") -> bytes:
 
 
 def inside(folder: Path, name: str, label: str) -> Path:
-    """`folder`/`name` for a `name` that a file gave. It must stay in the folder, links followed; only the links of the
-    hub cache into its own `blobs` may leave it.
+    """`folder`/`name` for a `name` that a file gave. After following links it must stay in the folder; only the links
+    of the hub cache into its own `blobs` may leave it.
 
     Raises UnsafeInputError.
     """
@@ -183,5 +183,5 @@ def inside(folder: Path, name: str, label: str) -> Path:
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the files of a snapshot in the hub cache really are: <repo>/snapshots/<revision>/.. -> <repo>/blobs."""
+    """The real folder of the files of a snapshot in the hub cache: <repo>/snapshots/<revision>/.. -> <repo>/blobs."""
     return [p.parent / "blobs" for p in root.parents if p.name == "snapshots" and (p.parent / "blobs").is_dir()]

@@ -1,9 +1,10 @@
-"""The journal of a run that may be stopped and resumed: which tiles of which tensors are on the disk already.
+"""The journal of a run that may be stopped and resumed: it records which tiles of which tensors are already on the
+disk.
 
-It stands in the staging folder: a line with the key of what is made (plan, sources, format, options), then a line each
-time that data was brought to the disk, data first. A line is the CRC-32 of its JSON, a blank and the JSON; what follows
-the first line that is torn counts for nothing. Tensors are counted in the order in which the writer asks for them,
-which depends on nothing but what the key covers.
+It stands in the staging folder. Its first line has the key of the output (plan, sources, format, options). One more
+line follows each time data reaches the disk; the data is synced before the line is written. A line is the CRC-32 of its
+JSON, a blank and the JSON; the first torn line and everything after it are ignored. Tensors are counted in the order in
+which the writer requests them, which depends only on what the key covers.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from graftax.formats.io.commit import journal_path
 SCHEMA = 1
 SYNC_BYTES = 128 << 20
 SYNC_SECONDS = 2.0
-"""How much work a stop may cost: after so many bytes or seconds what was written is brought to the disk and noted."""
+"""The most work that a stop may cost: after this many bytes or seconds, written data is synced and recorded."""
 
 
 class Journal:
-    """Tiles that leave out what an earlier run has made, and the log of what this one makes (`base.Tiles`, `base.Log`).
+    """Tiles without those that an earlier run made, and the log of what this run makes (`base.Tiles`, `base.Log`).
 
-    payload  what is written, in a staging folder that is held by this run alone
-    key      what is made, and of what: with another key nothing of an earlier run is used
+    payload  what is written, in a staging folder that only this run holds
+    key      what is made, and from what: with another key nothing of an earlier run is used
     """
 
     def __init__(self, payload: Path, key: str, under: Tiles) -> None:
@@ -42,22 +43,24 @@ class Journal:
         records, length = _records(path)
         if records and (records[0] != _head(key) or not _all_there(place, records)):
             self.told.append(
-                f"started anew: what {escape(place)} held was made from another source or plan, in another form, or is "
-                "not there any more"
+                f"started anew: the content of {escape(place)} was made from another source or plan, or in another "
+                "form, or is gone"
             )
             records = []
         if not records:
             length = 0
             _remove(payload)
         self._notes: dict[str, Any] = {}
-        self._finished = self._tile = 0  # tensors that are done, tiles of the one after them
+        self._finished = self._tile = 0  # finished tensors, and finished tiles of the next one
         counts: dict[str, Any] = {}
         for record in records[1:]:
             self._finished, self._tile = record["finished"], record["tile"]
             self._notes |= record["notes"]
             counts |= record["counts"]
         self._target, self._before = "", None
-        if self._tile and records[-1]["unit"] != under.unit:  # cut otherwise now: from the tensor's beginning
+        if (
+            self._tile and records[-1]["unit"] != under.unit
+        ):  # the tiles are cut differently now: start the tensor again
             counts[records[-1]["target"]] = records[-1]["before"]
             self._tile = 0
         elif self._tile:
@@ -65,7 +68,7 @@ class Journal:
         for target, counted in counts.items():
             under.restore(target, counted)
         if self._finished or self._tile:
-            self.told.append(f"resumed after {self._finished} leaves, which a stopped run had made")
+            self.told.append(f"resumed after {self._finished} leaves that a stopped run had made")
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, length)
         os.lseek(self._fd, length, os.SEEK_SET)
@@ -93,7 +96,7 @@ class Journal:
         self._target, self._tile = target, first
         self._touched.append(target)
         for tile in self._under.tiles(target, contiguous, first):
-            self._tile += 1  # once the writer says `written`
+            self._tile += 1  # counts once the writer calls `written`
             self._bytes += tile.data.nbytes
             yield tile
 
@@ -132,7 +135,7 @@ class Journal:
         flush()
         name = os.path.relpath(path, self._place)
         if name not in self._files:
-            for folder in {path.parent, self._place}:  # the names have to be on the disk as well
+            for folder in {path.parent, self._place}:  # the file names must reach the disk too
                 _sync_folder(folder)
             info = os.stat(path)
             self._files[name] = [info.st_ino, info.st_size]
@@ -149,7 +152,7 @@ class Journal:
                 "file": [name, *self._files[name]],
             }
         )
-        # Of a tensor that is not done yet more will be counted.
+        # A tensor that is not done yet will be counted further.
         self._touched = [self._target] if self._tile else []
         self._noted = {}
         self._bytes, self._since = 0, time.monotonic()
@@ -170,7 +173,7 @@ def _head(key: str) -> dict[str, Any]:
 
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records that are whole, and the bytes that they take."""
+    """The complete records, and the number of bytes that they take."""
     try:
         raw = path.read_bytes()
     except OSError:
@@ -187,7 +190,7 @@ def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _all_there(place: Path, records: list[dict[str, Any]]) -> bool:
-    """Every file that the records speak of is still the one that was written."""
+    """True if every file that the records name is unchanged."""
     for name, inode, size in {tuple(record["file"]) for record in records[1:]}:
         try:
             info = os.lstat(place / name)

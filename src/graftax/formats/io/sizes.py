@@ -10,7 +10,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_size(text: int | str) -> int:
-    """Bytes of `5GB` (powers of ten), `512MiB` (powers of two) or a plain number. UsageError where it is neither."""
+    """Bytes of `5GB` (powers of ten), `512MiB` (powers of two) or a plain number. UsageError for anything else."""
     if isinstance(text, bool) or not isinstance(text, (int, str)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"{escape(repr(text))} is not a size", next="Give 5GB, 512MiB or a whole number of bytes.")
     if isinstance(text, int):
@@ -26,7 +26,7 @@ def parse_size(text: int | str) -> int:
 
 
 def size_text(count: int) -> str:
-    """Bytes for a person: 1.4 GB."""
+    """A number of bytes for a person: 1.4 GB."""
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":

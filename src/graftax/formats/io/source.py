@@ -1,4 +1,4 @@
-"""A file and how it was when it was opened: what the readers of pickles, zips and msgpack read from, by position."""
+"""A file and its state when it was opened: the readers of pickles, zips and msgpack read from it by position."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from graftax.tree.limits import SLACK, limit, variable
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A regular file, and the stamp by which a change is noticed."""
+class StampedFile:
+    """A regular file, and the stamp that reveals a change."""
 
     path: Path
     stamp: system.Stamp
@@ -24,13 +24,13 @@ class Source:
     def read(self, offset: int, length: int) -> bytearray:
         """`length` bytes from `offset`, in a buffer that the caller may keep and change.
 
-        Raises FormatError where the file is too short for that, StorageError where it changed or cannot be read.
+        Raises FormatError if the file is too short, StorageError if it changed or cannot be read.
         """
         self._check(offset, length)
         return files.read_bytes(self.path, self.stamp, offset, length)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills `buffer` from `offset` on; raises as `read`."""
+        """Fill `buffer` from `offset` on; raises as `read`."""
         self._check(offset, len(buffer))
         files.read_into(self.path, self.stamp, offset, buffer)
 
@@ -42,13 +42,13 @@ class Source:
             )
 
 
-def open_source(path: Path) -> Source:
-    """`path` as a Source. StorageError where it is missing, unreadable or not a regular file."""
-    return Source(path, files.stamp(path))
+def open_stamped(path: Path) -> StampedFile:
+    """`path` as a StampedFile. StorageError if it is missing, unreadable or not a regular file."""
+    return StampedFile(path, files.stamp(path))
 
 
 def check_ratio(name: str, large: int, small: int, what: str) -> None:
-    """UnsafeInputError where `large` bytes for `small` ones pass the limit `name` (and SLACK); `what` begins the
+    """UnsafeInputError if `large` bytes for `small` stored ones exceed the limit `name` (and SLACK); `what` begins the
     message."""
     if large > limit(name) * small + SLACK:
         ratio = -(-large // max(small, 1))

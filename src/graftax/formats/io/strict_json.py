@@ -1,7 +1,7 @@
-"""JSON from a file nobody vouches for: no duplicate keys, no NaN, no broken text, no endless nesting.
+"""JSON from an untrusted file: no duplicate keys, no NaN, no broken text, no unlimited nesting.
 
-Nothing that is handed out is nested deeper than the limit: whoever walks it, or writes it into a message, may do so by
-recursion."""
+Returned values are never nested deeper than the limit, so callers may walk or print them recursively.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftax.errors import FormatError, escape
 from graftax.tree.limits import limit
 
 
-class _Refused(ValueError):
+class _RefusedJson(ValueError):
     pass
 
 
@@ -22,25 +22,25 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"the key {escape(key)!r} stands twice in one object")
+                raise _RefusedJson(f"the key {escape(key)!r} occurs twice in one object")
             seen.add(key)
     return out
 
 
 def _constant(text: str) -> NoReturn:
-    raise _Refused(f"{text} is not JSON")
+    raise _RefusedJson(f"{text} is not JSON")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def parse(raw: bytes, label: str, flat: bool = False) -> Any:
-    """The value that the JSON text `raw` holds; `label` names the file. FormatError says where it is broken, or
-    that it is nested beyond the limit."""
+    """The value of the JSON text `raw`; `label` names the file. FormatError says where the JSON is broken, or that it
+    is nested beyond the limit."""
     try:
         text = raw.decode("utf-8")
         value = _DECODER.decode(text)
-        if "\\u" in text:  # half a surrogate pair is not text, and cannot be written again
+        if "\\u" in text:  # half a surrogate pair is not text and cannot be written again
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError as exc:
         raise FormatError(f"{label}: not UTF-8 text (byte {exc.start})") from None  # pyright: ignore
@@ -48,7 +48,7 @@ def parse(raw: bytes, label: str, flat: bool = False) -> Any:
         raise FormatError(f"{label}: broken JSON, {exc.msg} at character {exc.pos}") from None
     except RecursionError:
         raise FormatError(f"{label}: JSON nested too deeply") from None
-    except ValueError as exc:  # _Refused, or an integer of thousands of digits
+    except ValueError as exc:  # _RefusedJson, or an integer of thousands of digits
         raise FormatError(f"{label}: {escape(exc)}") from None
     if not flat:
         _check_depth(value, text, label)
@@ -56,7 +56,7 @@ def parse(raw: bytes, label: str, flat: bool = False) -> Any:
 
 
 def _check_depth(value: Any, text: str, label: str) -> None:
-    """FormatError where the value is nested beyond the limit."""
+    """FormatError if the value is nested beyond the limit."""
     deepest = limit("depth")
     if text.count("[") + text.count("{") <= deepest:
         return
@@ -74,8 +74,8 @@ def _check_depth(value: Any, text: str, label: str) -> None:
 
 
 def parse_object(raw: bytes, label: str, flat: bool = False) -> dict[str, Any]:
-    """As `parse`, where an object is expected. flat: the caller looks at everything in it and takes nothing nested, so
-    that its depth is not measured."""
+    """As `parse`, for an object. flat: the caller checks every value in it and accepts nothing nested, so the depth is
+    not measured."""
     value = parse(raw, label, flat)
     if not isinstance(value, dict):
         raise FormatError(f"{label}: expected a JSON object, found {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""What the operating system says of a file: its stamp, its errors in words; and writing all of a buffer."""
+"""What the operating system reports about a file: its stamp, and its errors in words. Also: write all of a buffer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from graftax.errors import StorageError, escape
 
-CHUNK = 1 << 30  # Linux moves at most 2 GiB a call
+CHUNK = 1 << 30  # Linux moves at most 2 GiB per call
 KINDS: tuple[tuple[int, str], ...] = (
     (stat.S_IFDIR, "a folder"),
     (stat.S_IFIFO, "a named pipe (FIFO)"),
@@ -27,19 +27,19 @@ REASONS: dict[int, tuple[str, str]] = {
     errno.ENAMETOOLONG: ("has a name that is too long", ""),
     errno.ENOSPC: ("could not be written: the disk is full", "Free some space, then run it again."),
     errno.EDQUOT: ("could not be written: the quota is used up", "Free some space, then run it again."),
-    errno.EFBIG: ("could not be written: larger than a file may be here", "See `ulimit -f`."),
+    errno.EFBIG: ("could not be written: it is larger than files may be here", "See `ulimit -f`."),
 }
 
 
 def storage_error(exc: OSError, path: object) -> StorageError:
-    """What an OSError on `path` means to a user."""
+    """The meaning of an OSError on `path` for a user."""
     what, then = REASONS.get(exc.errno or 0, (exc.strerror or str(exc), ""))
     return StorageError(f"{escape(path)} {what}", next=then)
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells that a file is still the one that was opened."""
+    """The values that show that a file is still the one that was opened."""
 
     device: int
     inode: int
@@ -48,12 +48,12 @@ class Stamp:
 
 
 def kind_of(mode: int) -> str:
-    """What a path is, in words, where it is not a regular file."""
+    """What a path is, in words, if it is not a regular file."""
     return next((words for kind, words in KINDS if stat.S_IFMT(mode) == kind), "not a regular file")
 
 
 def write_at(fd: int, offset: int, data: memoryview) -> None:
-    """All of `data` at `offset`. OSError as the system gives it."""
+    """Write all of `data` at `offset`. Raises the system's OSError."""
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done : done + CHUNK], offset + done)

@@ -1,8 +1,8 @@
-"""Zip archives, as torch and NumPy write them: a strict table of contents, members read by position and checked by
-their CRC. `zip_write` writes them.
+"""Zip archives as torch and NumPy write them: a strict table of contents; members are read by position and checked by
+their CRC. `zip_write` writes such archives.
 
-Strict, because a zip can be read in two ways (by its local headers or its central directory), can hide data in gaps
-and overlaps, and can ask for 1000 times its size: only archives with a single reading pass.
+The reader is strict because a zip can be read in two ways (by its local headers or its central directory), can hide
+data in gaps and overlaps, and can unpack to 1000 times its size. It accepts only archives that have a single reading.
 
 Source of the layout: PKWARE APPNOTE.TXT 6.3.10, sections 4.3 to 4.5.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from graftax.errors import FormatError, UnsafeInputError, escape
-from graftax.formats.io.source import Source, check_ratio
+from graftax.formats.io.source import StampedFile, check_ratio
 from graftax.tree.limits import check_limit
 
 LOCAL = struct.Struct("<4s5H3I2H")
@@ -31,7 +31,7 @@ _FULL = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file in the archive: where its local header starts and where its data must end at the latest."""
+    """A file in the archive: where its local header starts, and where its data must end at the latest."""
 
     name: str
     method: int
@@ -42,10 +42,10 @@ class Member:
     bound: int
 
 
-def zip_members(source: Source) -> dict[str, Member]:
+def zip_members(source: StampedFile) -> dict[str, Member]:
     """Name -> member, in the order of the archive's table.
 
-    Raises FormatError for anything but one clean archive from the first byte to the last, UnsafeInputError for
+    Raises FormatError for anything other than one clean archive from the first byte to the last, UnsafeInputError for
     encrypted members and for a compression ratio beyond the limit.
     """
     table, start = _central_directory(source)
@@ -66,17 +66,17 @@ def zip_members(source: Source) -> dict[str, Member]:
             member.name, member.method, member.crc, member.stored, member.size, member.start, bound
         )
     total = sum(member.size for member in members)
-    check_ratio("ratio", total, source.size, f"{escape(source.path)} unpacks to too much")
+    check_ratio("ratio", total, source.size, f"{escape(source.path)} unpacks to too many bytes")
     return out
 
 
-def data_offset(source: Source, member: Member) -> int:
-    """Where the data of a member starts. FormatError where its local header says something else than the table."""
+def data_offset(source: StampedFile, member: Member) -> int:
+    """Where the data of a member starts. FormatError if its local header disagrees with the table."""
     return _opened(source, member, 0)[0]
 
 
-def _opened(source: Source, member: Member, length: int) -> tuple[int, bytearray]:
-    """Where the data of a member starts, and its first bytes: `length` of them or fewer."""
+def _opened(source: StampedFile, member: Member, length: int) -> tuple[int, bytearray]:
+    """Where the data of a member starts, and its first bytes: at most `length` of them."""
     encoded = member.name.encode("utf-8", "surrogateescape")
     other = member.name.encode("cp437", "replace")
     guess = LOCAL.size + len(encoded) + (128 + length if length else 0)
@@ -84,16 +84,15 @@ def _opened(source: Source, member: Member, length: int) -> tuple[int, bytearray
     sig, _, _, method, _, _, _, _, _, name_length, extra_length = LOCAL.unpack_from(raw)
     name = bytes(raw[LOCAL.size : LOCAL.size + name_length])
     if sig != b"PK\x03\x04" or method != member.method or name not in (encoded, other):
-        raise _broken(source, f"the header of member {escape(member.name)} is not what the table says")
+        raise _broken(source, f"the header of member {escape(member.name)} disagrees with the table of contents")
     start = member.start + LOCAL.size + name_length + extra_length
     if start + member.stored > member.bound:
         raise _broken(source, f"member {escape(member.name)} overlaps the next one or the table of contents")
     return start, raw[start - member.start : start - member.start + min(length, member.stored)]
 
 
-def read_member(source: Source, member: Member, check: bool = True) -> bytearray:
-    """All bytes of a member. FormatError where they are not as many as promised, or (with `check`) do not have its
-    CRC."""
+def read_member(source: StampedFile, member: Member, check: bool = True) -> bytearray:
+    """All bytes of a member. FormatError if their number is wrong or (with `check`) their CRC differs."""
     data = source.read(data_offset(source, member), member.stored)
     if member.method == DEFLATED:
         data = _inflate(source, member, data, member.size + 1)
@@ -102,16 +101,16 @@ def read_member(source: Source, member: Member, check: bool = True) -> bytearray
     return data
 
 
-def read_start(source: Source, member: Member, length: int) -> bytearray:
-    """The first bytes of a member, `length` at most, unchecked."""
+def read_start(source: StampedFile, member: Member, length: int) -> bytearray:
+    """The first bytes of a member, at most `length`, unchecked."""
     offset, data = _opened(source, member, length)
     if len(data) < min(length, member.stored):
         data = source.read(offset, min(length, member.stored))
     return data if member.method == STORED else _inflate(source, member, data, length, partial=True)
 
 
-def check_crc(source: Source, member: Member) -> None:
-    """FormatError where the bytes of a stored member do not have its CRC."""
+def check_crc(source: StampedFile, member: Member) -> None:
+    """FormatError if the bytes of a stored member do not have its CRC."""
     offset, crc = data_offset(source, member), 0
     room = memoryview(bytearray(min(_CHUNK, member.size)))
     for done in range(0, member.size, _CHUNK):
@@ -124,15 +123,14 @@ def check_crc(source: Source, member: Member) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Stored members read by position, each checked by its CRC before the first of it is given out."""
+    """Stored members read by position. Each is checked by its CRC before its first byte is returned."""
 
-    source: Source
+    source: StampedFile
     checked: bool = True
     starts: dict[str, int] = field(default_factory=dict[str, int])
 
     def read_into(self, member: Member, start: int, buffer: memoryview) -> None:
-        """Fills `buffer` from byte `start` of a stored member on. FormatError where the member is damaged, or does not
-        reach so far."""
+        """Fill `buffer` from byte `start` of a stored member. FormatError if the member is damaged or too short."""
         if start < 0 or start + len(buffer) > member.size:
             raise _broken(self.source, f"member {escape(member.name)} is too short")
         begin = self.starts.get(member.name)
@@ -144,18 +142,18 @@ class Positions:
 
 
 def first_member_name(head: bytes) -> str | None:
-    """The name of the member that a zip's first bytes show, as much of it as is there; None where it is no zip."""
+    """The name of the member in a zip's first bytes, as much of it as they hold; None if they are not of a zip."""
     if len(head) < LOCAL.size or head[:4] != b"PK\x03\x04":
         return None
     length = LOCAL.unpack_from(head)[9]
     return head[LOCAL.size : LOCAL.size + length].decode("utf-8", "replace")
 
 
-def _broken(source: Source, what: str) -> FormatError:
+def _broken(source: StampedFile, what: str) -> FormatError:
     return FormatError(f"{escape(source.path)} is not a sound zip archive: {what}")
 
 
-def _inflate(source: Source, member: Member, data: bytearray, length: int, partial: bool = False) -> bytearray:
+def _inflate(source: StampedFile, member: Member, data: bytearray, length: int, partial: bool = False) -> bytearray:
     engine = zlib.decompressobj(-15)
     try:
         out = bytearray(engine.decompress(data, length))
@@ -166,10 +164,10 @@ def _inflate(source: Source, member: Member, data: bytearray, length: int, parti
     return out
 
 
-def _central_directory(source: Source) -> tuple[bytearray, int]:
+def _central_directory(source: StampedFile) -> tuple[bytearray, int]:
     """The table of contents and where it starts."""
     if source.size < END.size:
-        raise _broken(source, "it is too short to be one")
+        raise _broken(source, "it is too short")
     end_at = source.size - END.size
     sig, disk, disk2, here, count, size, start, comment = END.unpack(source.read(end_at, END.size))
     if sig != b"PK\x05\x06":
@@ -181,7 +179,7 @@ def _central_directory(source: Source) -> tuple[bytearray, int]:
         sig, _, at, _ = LOCATOR64.unpack(source.read(end_at - LOCATOR64.size, LOCATOR64.size))
         if sig == b"PK\x06\x07":
             if at + END64.size != end_at - LOCATOR64.size:
-                raise _broken(source, "its zip64 end is elsewhere than it says")
+                raise _broken(source, "its zip64 end is not where it says")
             sig, _, _, _, _, _, _, count, size, start = END64.unpack(source.read(at, END64.size))
             if sig != b"PK\x06\x06":
                 raise _broken(source, "its zip64 end is missing")
@@ -193,7 +191,7 @@ def _central_directory(source: Source) -> tuple[bytearray, int]:
     return source.read(start, size), start
 
 
-def _entries(source: Source, table: bytearray, start: int) -> Iterator[Member]:
+def _entries(source: StampedFile, table: bytearray, start: int) -> Iterator[Member]:
     at = 0
     while at < len(table):
         if at + CENTRAL.size > len(table) or table[at : at + 4] != b"PK\x01\x02":
@@ -210,7 +208,7 @@ def _entries(source: Source, table: bytearray, start: int) -> Iterator[Member]:
         if flags & 0x41:
             raise UnsafeInputError(f"{escape(source.path)}: member {escape(name)} is encrypted")
         if method not in (STORED, DEFLATED):
-            raise _broken(source, f"member {escape(name)} is packed by method {method}; only deflate is read")
+            raise _broken(source, f"member {escape(name)} is compressed by method {method}; only deflate is supported")
         size, stored, offset = _wide(extra, size, stored, offset)
         if (method == STORED and size != stored) or offset + LOCAL.size + stored > start:
             raise _broken(source, f"member {escape(name)} has impossible sizes")
@@ -218,7 +216,7 @@ def _entries(source: Source, table: bytearray, start: int) -> Iterator[Member]:
 
 
 def _wide(extra: bytes, size: int, stored: int, offset: int) -> tuple[int, int, int]:
-    """The three numbers, each from the zip64 extra field where the 32-bit one is full."""
+    """The three numbers; a number whose 32-bit field is full comes from the zip64 extra field."""
     wide: list[int] = []
     at = 0
     while at + 4 <= len(extra):

@@ -1,5 +1,5 @@
-"""Write zip archives with stored members, whose places are known before a byte is written: the bytes depend on nothing
-but the content, data lies at multiples of 64 bytes, and a tensor comes in parts.
+"""Write zip archives with stored members. All places are known before a byte is written: the bytes depend only on the
+content, data begins at multiples of 64 bytes, and a tensor may come in parts.
 
 Source of the layout: PKWARE APPNOTE.TXT 6.3.10, sections 4.3 to 4.5.
 """
@@ -19,44 +19,44 @@ from graftax.formats.io.system import storage_error
 from graftax.formats.io.zip_read import CENTRAL, END, END64, LOCAL, LOCATOR64, STORED
 
 _FULL = 0xFFFFFFFF
-_DATE = (1 << 5) | 1  # 1 January 1980, midnight: the first day a zip knows
+_DATE = (1 << 5) | 1  # 1 January 1980, midnight: the first day that a zip can express
 _ALIGN = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a stored member goes: its header from `start`, its data from `data` on."""
+class MemberPlace:
+    """The place of a stored member: its header begins at `start`, its data at `data`."""
 
     start: int
     data: int
     size: int
 
 
-def places(sizes: Mapping[str, int]) -> tuple[dict[str, Place], int]:
-    """Where each member of these sizes goes, its data at a multiple of 64 bytes, and where the table of contents
-    starts: known before a byte is written, so that members can be written in any order."""
-    out: dict[str, Place] = {}
+def places(sizes: Mapping[str, int]) -> tuple[dict[str, MemberPlace], int]:
+    """The place of each member of these sizes, with its data at a multiple of 64 bytes, and the start of the table of
+    contents. They are known before a byte is written, so members can be written in any order."""
+    out: dict[str, MemberPlace] = {}
     at = 0
     for name, size in sizes.items():
         # header, name, zip64 field (20 bytes), and a field of padding (4 bytes at least)
         before = at + LOCAL.size + len(_encoded(name)) + 24
         data = -(-before // _ALIGN) * _ALIGN
-        out[name] = Place(at, data, size)
+        out[name] = MemberPlace(at, data, size)
         at = data + size
     return out, at
 
 
-def member_header(name: str, place: Place, crc: int) -> bytes:
-    """Everything of a member before its data."""
+def member_header(name: str, place: MemberPlace, crc: int) -> bytes:
+    """The bytes of a member before its data."""
     raw = _encoded(name)
     extra = place.data - place.start - LOCAL.size - len(raw)
     pad = extra - 24
     head = LOCAL.pack(b"PK\x03\x04", 45, _flags(name), STORED, 0, _DATE, crc, _FULL, _FULL, len(raw), extra)
-    # 0x4246 is the field that torch pads with, too
+    # torch pads with the field 0x4246 too
     return head + raw + struct.pack("<2H2Q2H", 1, 16, place.size, place.size, 0x4246, pad) + b"\0" * pad
 
 
-def directory(members: Mapping[str, Place], crcs: Mapping[str, int], start: int) -> bytes:
+def directory(members: Mapping[str, MemberPlace], crcs: Mapping[str, int], start: int) -> bytes:
     """The table of contents, which begins at `start`, and the end of the archive."""
     out = bytearray()
     for name, place in members.items():
@@ -83,8 +83,9 @@ def _flags(name: str) -> int:
 def write_archive(
     path: Path, sizes: Mapping[str, int], runs: Iterable[tuple[str, int, tuple[Any, ...]]], log: Log | None
 ) -> None:
-    """The archive of members of these sizes, in this order. `runs`: (member, start, pieces of bytes from `start` of it
-    on), a member from its front to its end before the next; what an earlier run wrote, by the `log`, does not come.
+    """Write an archive with members of these sizes, in this order. `runs`: (member, start, pieces of bytes from `start`
+    on); each member comes from front to end before the next. Bytes that an earlier run wrote, according to the `log`,
+    do not come.
 
     Raises StorageError.
     """

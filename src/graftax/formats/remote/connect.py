@@ -1,4 +1,4 @@
-"""Connections to web servers, kept open and used again; through the proxy that the environment names, where it does."""
+"""Connections to web servers that are kept open and reused; through a proxy if the environment names one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from graftax.errors import UsageError
 from graftax.formats.remote.url import Address
 
 TIMEOUT = 30.0
-"""Seconds that a server may stay silent."""
+"""The longest silence of a server, in seconds."""
 _SAFE = "/%:@!$&'()*+,;=~-._"
 
 
 class Connections:
-    """Idle connections by where they lead. Used by several threads, one connection by one thread at a time."""
+    """Idle connections by address. Several threads share them; each connection serves one thread at a time."""
 
     def __init__(self) -> None:
         self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = {}
@@ -27,7 +27,7 @@ class Connections:
         self._context: ssl.SSLContext | None = None
 
     def take(self, address: Address) -> tuple[http.client.HTTPConnection, bool]:
-        """(a connection, whether it was used before: the server may have closed it since)."""
+        """(a connection, whether it was used before). The server may have closed a used connection meanwhile."""
         with self._lock:
             idle = self._idle.get(address.origin)
             if idle:
@@ -37,25 +37,25 @@ class Connections:
         return _connect(address, self._context), False
 
     def give(self, address: Address, connection: http.client.HTTPConnection) -> None:
-        """Back for the next one, once its answer was read to the end."""
+        """Return a connection for the next request, after its answer was read to the end."""
         with self._lock:
             self._idle.setdefault(address.origin, []).append(connection)
 
 
 def target_of(address: Address) -> str:
-    """What a request for the address names: its path, the whole URL for a proxy."""
+    """The target of a request to the address: its path, or the whole URL for a proxy."""
     path = quote(address.path, safe=_SAFE) + (f"?{quote(address.query, safe=_SAFE + '?')}" if address.query else "")
     plain = address.scheme == "http" and _proxy(address) is not None
     return f"http://{address.host}{path}" if plain else path
 
 
 def login(user: str) -> str:
-    """The value of an Authorization header for `USER:PASSWORD` as a URL has it."""
+    """The value of an Authorization header for `USER:PASSWORD` from a URL."""
     return "Basic " + base64.b64encode(unquote(user).encode("utf-8")).decode("ascii")
 
 
 def extra_headers(address: Address) -> Mapping[str, str]:
-    """What a proxy wants to know with every request."""
+    """The headers that a proxy requires with every request."""
     proxy = _proxy(address)
     if address.scheme == "http" and proxy is not None and proxy.user:
         return {"Proxy-Authorization": login(proxy.user)}
@@ -63,7 +63,7 @@ def extra_headers(address: Address) -> Mapping[str, str]:
 
 
 def _proxy(address: Address) -> Address | None:
-    """The proxy that http_proxy, https_proxy and no_proxy say."""
+    """The proxy that http_proxy, https_proxy and no_proxy select."""
     text = getproxies().get(address.scheme)
     host = urlsplit(f"//{address.host}").hostname or ""
     if not text or proxy_bypass(host):

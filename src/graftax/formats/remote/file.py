@@ -1,7 +1,9 @@
-"""A file elsewhere, read by ranges. It stands where readers expect a Path, and keeps what came and was not asked for.
+"""A remote file, read by ranges. It takes the place of a Path for the readers, and keeps bytes that arrived without
+being asked for.
 
-Small tensors that lie side by side are fetched in one request and kept in memory for a while; a large one that is read
-in pieces is kept in a temporary file, so that no byte of it is fetched twice; one that is read at once is kept nowhere.
+Small tensors that lie side by side are fetched in one request and kept in memory for a while. A large tensor that is
+read in pieces is kept in a temporary file, so that none of its bytes is fetched twice. A tensor that is read at once is
+not kept.
 """
 
 from __future__ import annotations
@@ -20,23 +22,23 @@ from graftax.formats.io.system import Stamp, storage_error, write_at
 from graftax.formats.remote.url import Address
 
 HEAD = 1 << 18
-"""Bytes of the first request: most headers fit."""
+"""Bytes of the first request: most headers fit into them."""
 BLOCK = 1 << 22
-"""What is fetched around a small read, where it is not known which bytes belong together."""
+"""Bytes fetched around a small read while it is unknown which bytes belong together."""
 SMALL, GROUP = 1 << 20, 1 << 23
 """Tensors up to SMALL bytes that lie side by side are fetched together, up to GROUP bytes."""
 HELD = 1 << 25
-"""Bytes kept in memory."""
+"""The most bytes kept in memory."""
 PART, AT_ONCE = 1 << 22, 4
-"""A long read is made in parts of this size, so many at a time."""
+"""A long read is split into parts of this size; this many parts run at a time."""
 SPOOLS, STEP = 12, 1 << 21
 """Temporary files, one for each large tensor that is read in pieces (by several threads: a file each, at least), and
 the unit in which they are filled."""
 
 
 class Transport(Protocol):
-    """How ranges are fetched. `start` first; `fetch` by several threads; `settle` once all of a read is there. They
-    raise StorageError, also where the file has changed."""
+    """How ranges are fetched. `start` comes first; several threads call `fetch`; `settle` is called when a whole read
+    has arrived. All raise StorageError, also if the file has changed."""
 
     def start(self, length: int) -> tuple[int, bytes]: ...
     def fetch(self, offset: int, buffer: memoryview) -> None: ...
@@ -44,13 +46,13 @@ class Transport(Protocol):
 
 
 class RemoteFile:
-    """A file at an address, opened: its size and its first bytes are known."""
+    """An open file at an address: its size and its first bytes are known."""
 
     def __init__(self, address: Address, transport: Transport) -> None:
         self.address = address
         self._transport = transport
         self.size, self._head = transport.start(HEAD)
-        self._bounds: Sequence[int] = range(0, self.size + BLOCK, BLOCK)  # the last may lie behind the end
+        self._bounds: Sequence[int] = range(0, self.size + BLOCK, BLOCK)  # the last may lie beyond the end
         self._held: OrderedDict[int, bytearray] = OrderedDict()
         self._spools: OrderedDict[int, _Spool] = OrderedDict()
         self._lock = threading.RLock()
@@ -67,12 +69,12 @@ class RemoteFile:
         return self.address.suffix
 
     def stamp(self) -> Stamp:
-        """In the place of a file's stamp: only its size is told. A change shows in the answers to later requests."""
+        """Takes the place of a local file's stamp, with the size only. Later answers reveal a change."""
         return Stamp(0, 0, self.size, 0)
 
     def lay_out(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Tells where the tensors are: what is fetched together from here on."""
-        bounds, last = [0], False  # whether the last unit is of small tensors
+        """Set where the tensors are. From now on this decides which bytes are fetched together."""
+        bounds, last = [0], False  # whether the last unit holds small tensors
         for begin, end in sorted(range for range in ranges if range[0] < range[1]):
             small = end - begin <= SMALL
             if not (small and last and end - bounds[-1] <= GROUP) and begin > bounds[-1]:
@@ -84,7 +86,7 @@ class RemoteFile:
             self._spools.clear()
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill the buffers, one after the other, with what follows `offset`. Raises StorageError."""
+        """Fill the buffers, one after another, from `offset` on. Raises StorageError."""
         end = offset + sum(map(len, buffers))
         if end > self.size:
             raise StorageError(f"{self} has {self.size:,} bytes, expected {end:,}")
@@ -96,7 +98,7 @@ class RemoteFile:
                 offset += done
 
     def _some(self, at: int, end: int, buffer: memoryview) -> int:
-        """Fills the beginning of `buffer`, which is wanted from `at` to `end`; gives how many bytes."""
+        """Fill the beginning of `buffer`, which is to receive bytes `at` to `end`. Returns the number of bytes."""
         if at < len(self._head):
             return _copy(self._head, at, min(end, len(self._head)), buffer)
         unit = bisect.bisect_right(self._bounds, at) - 1
@@ -121,7 +123,7 @@ class RemoteFile:
         return spool.read(at - low, buffer[: stop - at])
 
     def _straight(self, unit: int, end: int, buffer: memoryview) -> int:
-        """Units that are wanted whole go where they are wanted, all in one."""
+        """Fetch units that are wanted whole straight into `buffer`, in one read."""
         low, after = self._bounds[unit], unit + 1
         last = len(self._bounds) - 1
         while after < last and min(self._bounds[after + 1], self.size) <= end and after not in self._held:
@@ -159,15 +161,15 @@ def _copy(data: bytes | bytearray, start: int, stop: int, buffer: memoryview) ->
 
 
 class _Spool:
-    """A tensor in a temporary file, of which only what was put there is there."""
+    """A tensor in a temporary file, which holds only the parts that were put there."""
 
     def __init__(self, length: int) -> None:
-        self._file = tempfile.TemporaryFile(prefix="graftax-")  # noqa: SIM115 (closed when it is let go)
+        self._file = tempfile.TemporaryFile(prefix="graftax-")  # noqa: SIM115 (closed when it is released)
         self._length = length
-        self._there = bytearray(-(-length // STEP))  # one a step
+        self._there = bytearray(-(-length // STEP))  # one per step
 
     def lacking(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """What of start..stop is not there yet: (place, length), each fetched at once."""
+        """The missing parts of start..stop: (place, length), each fetched in one request."""
         out: list[tuple[int, int]] = []
         for step in range(start // STEP, -(-stop // STEP)):
             if self._there[step]:

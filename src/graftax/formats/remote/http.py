@@ -1,5 +1,5 @@
-"""http and https: ranges of one file. What a server answers is not believed until its status, its Content-Range and its
-length say that it is the range that was asked for, of the file that was opened.
+"""http and https: ranges of one file. A server's answer is accepted only if its status, its Content-Range and its
+length confirm that it is the requested range of the opened file.
 
 Source: RFC 9110, sections 8.8 (validators), 14 (ranges), 15.4 (redirects).
 """
@@ -18,29 +18,29 @@ from graftax.formats.remote.retry import Again, NotFoundError, retried
 from graftax.formats.remote.url import HTTP, Address
 
 LONGEST = 300.0
-"""Seconds that one answer may take."""
-_AT_MOST = 1 << 20  # bytes taken at a time
+"""The most seconds that one answer may take."""
+_AT_MOST = 1 << 20  # bytes read at a time
 REDIRECTS = 10
 _MOVED = {301, 302, 303, 307, 308}
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 _EXPIRED = {400, 401, 403, 404, 410}
-"""What a store may say of a signed address that a redirect led to, once its time is over."""
+"""Answers of a store for a signed redirect address that has expired."""
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _VALIDATORS = ("ETag", "Last-Modified")
 _BROKEN = (OSError, http.client.HTTPException)
 _DOWNLOAD = "Download the file and name that."
 
 WHY: Mapping[int, tuple[str, str]] = {
-    401: ("may not be read: it asks for a login", f"Give it as https://USER:PASSWORD@HOST/... {_DOWNLOAD}"),
-    403: ("may not be read: forbidden", _DOWNLOAD),
+    401: ("cannot be read: it needs a login", f"Give it as https://USER:PASSWORD@HOST/... {_DOWNLOAD}"),
+    403: ("cannot be read: access is forbidden", _DOWNLOAD),
     404: ("does not exist", ""),
-    410: ("does not exist any more", ""),
+    410: ("no longer exists", ""),
 }
 """status -> what it means, and what to do"""
 
 
 class HttpFile:
-    """A file at an address. Its size and what tells a change are those of the first answer."""
+    """A file at an address. The first answer determines its size and the validators that reveal a change."""
 
     def __init__(self, address: Address, connections: Connections) -> None:
         self._asked = self._now = address
@@ -52,7 +52,7 @@ class HttpFile:
         return retried(str(self._asked), lambda: self._begin(length))
 
     def fetch(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` on. Raises StorageError: unreadable, or not the file that was opened."""
+        """Fill `buffer` from `offset` on. Raises StorageError if it is unreadable or not the file that was opened."""
         done = 0
 
         def rest() -> None:
@@ -65,7 +65,7 @@ class HttpFile:
         retried(str(self._asked), rest)
 
     def settle(self) -> None:
-        """Every answer was checked as it came."""
+        """Nothing to do: every answer was checked as it arrived."""
 
     def _begin(self, length: int) -> tuple[int, bytes]:
         buffer = bytearray(length)
@@ -79,8 +79,8 @@ class HttpFile:
     # ------------------------------------------------------------ one request
 
     def _range(self, first: int, buffer: memoryview) -> Iterator[int]:
-        """Asks for a range once, and gives the counts of bytes as they come into `buffer`: fewer than asked for where
-        the answer breaks off, which raises Again if the connection says so."""
+        """Request a range once, and yield the counts of bytes as they arrive in `buffer`. There are fewer than
+        requested if the answer breaks off; then it raises Again if the connection reports an error."""
         where, connection, answer = self._ask(first, first + len(buffer) - 1)
         left = self._length(answer, first, len(buffer))
         end = time.monotonic() + LONGEST
@@ -105,7 +105,7 @@ class HttpFile:
             connection.close()
 
     def _ask(self, first: int, last: int) -> tuple[Address, http.client.HTTPConnection, http.client.HTTPResponse]:
-        """The answer to a request for a range, redirects followed: (where it came from, its connection, the answer)."""
+        """The answer to a request for a range, after redirects: (where it came from, its connection, the answer)."""
         where, remembered = self._now, self._now != self._asked
         for _ in range(REDIRECTS + 1):
             connection, answer = self._send(where, first, last)
@@ -126,10 +126,11 @@ class HttpFile:
         try:
             there = where.moved(location or "")
         except UsageError as error:
-            raise StorageError(f"{self._asked} is redirected to what is no address: {error}") from None
+            raise StorageError(f"{self._asked} is redirected to a malformed address: {error}") from None
         if there.scheme not in HTTP or (where.scheme == "https" and there.scheme == "http"):
             raise StorageError(
-                f"{self._asked} is redirected to {there}, which is not protected as it is", next=_DOWNLOAD
+                f"{self._asked} is redirected to {there}, which is less protected than the original address",
+                next=_DOWNLOAD,
             )
         return there
 
@@ -137,7 +138,7 @@ class HttpFile:
         self, where: Address, first: int, last: int
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity", "User-Agent": "graftax"}
-        if self._asked.user and where.origin == self._asked.origin:  # nobody else is told
+        if self._asked.user and where.origin == self._asked.origin:  # send the login to nobody else
             headers["Authorization"] = login(self._asked.user)
         used = True
         while True:
@@ -150,13 +151,14 @@ class HttpFile:
                 raise StorageError(f"{self._asked} is not trusted: {escape(error.verify_message)}") from None
             except _BROKEN as error:
                 connection.close()
-                if not used:  # one that lay idle may have been closed by the server, which is no failure
+                if not used:  # the server may have closed an idle connection; this is not a failure
                     raise Again(f"no connection: {_why(error)}") from error
 
-    # ------------------------------------------------------------ what an answer must say
+    # ------------------------------------------------------------ checks of an answer
 
     def _length(self, answer: http.client.HTTPResponse, first: int, wanted: int) -> int:
-        """How many bytes the answer carries; 0 of an empty file. Raises Again, NotFoundError, StorageError."""
+        """The number of bytes that the answer carries; 0 for an empty file. Raises Again, NotFoundError,
+        StorageError."""
         label, status = str(self._asked), answer.status
         if status in _PASSING:
             raise Again(f"the server answers {status}", _pause(answer.getheader("Retry-After")))
@@ -166,7 +168,7 @@ class HttpFile:
         if status == 416 and self._seen is not None:
             raise _changed(label)
         if status == 200:
-            raise StorageError(f"{label}: the server knows no ranges, it sends the file whole", next=_DOWNLOAD)
+            raise StorageError(f"{label}: the server does not support ranges: it sends the whole file", next=_DOWNLOAD)
         if status != 206:
             what, then = WHY.get(status, (f"cannot be read: the server answers {status}", _DOWNLOAD))
             raise (NotFoundError if status in (403, 404, 410) else StorageError)(
@@ -176,7 +178,7 @@ class HttpFile:
         found = _RANGE.fullmatch(given.strip())
         if found is None or answer.getheader("Content-Encoding", "identity").lower() != "identity":
             raise StorageError(
-                f"{label}: the server does not say which bytes it sends, or packs them "
+                f"{label}: the server does not say which bytes it sends, or compresses them "
                 f"(Content-Range {escape(repr(given))})",
                 next=_DOWNLOAD,
             )
@@ -185,14 +187,14 @@ class HttpFile:
         count, length = end - begin + 1, answer.getheader("Content-Length")
         if begin != first or not 0 < count <= wanted or end >= size or (length is not None and length != str(count)):
             raise StorageError(
-                f"{label}: the server sends other bytes than were asked for (expected {first}-{first + wanted - 1}, "
+                f"{label}: the server sent other bytes than requested (expected {first}-{first + wanted - 1}, "
                 f"found {begin}-{end} of {size}, {escape(length)} bytes)",
                 next=_DOWNLOAD,
             )
         return count
 
     def _same(self, answer: http.client.HTTPResponse, size: int) -> None:
-        """StorageError where this is not the file of the first answer."""
+        """StorageError if this is not the file of the first answer."""
         told = {name: value for name in _VALIDATORS if (value := answer.getheader(name))} | {"size": str(size)}
         if self._seen is None:
             self._seen = told
@@ -206,12 +208,12 @@ def _changed(label: str) -> StorageError:
 
 
 def _pause(text: str | None) -> float | None:
-    """Seconds that Retry-After asks for; its form with a date is not looked at."""
+    """The seconds that Retry-After asks for; its form with a date is ignored."""
     return float(text) if text and text.isascii() and text.isdigit() and len(text) < 6 else None
 
 
 def _why(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
-        return "the server stays silent"
+        return "the server does not answer"
     text = getattr(error, "strerror", None) or str(error)
     return escape(f"{type(error).__name__}: {text}" if text else type(error).__name__)

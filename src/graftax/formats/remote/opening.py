@@ -1,7 +1,7 @@
-"""open_url: a checkpoint at a URL. Headers and values are read by ranges; nothing is downloaded whole beforehand.
+"""open_url: a checkpoint at a URL. Headers and values are read by ranges; nothing is downloaded whole in advance.
 
-What a single file or an index of shards may be is what it may be on a disk, and the same readers read it; a folder (a
-URL that ends in '/') is looked into for the names that weights go by.
+A single file, or an index of shards, may have any format that a local file may have, and the same readers read it. In a
+folder (a URL that ends in '/') the usual names of weights are tried.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from graftax.tree import Checkpoint
 from graftax.tree.parts import sub_checkpoint
 
 Opener = Callable[[Address], RemoteFile]
-"""Opens a file: one request, for its size and its first bytes. Raises NotFoundError, StorageError."""
+"""Opens a file with one request for its size and first bytes. Raises NotFoundError, StorageError."""
 AT_ONCE = 8
-"""Shards whose headers are asked for at the same time."""
+"""The number of shards whose headers are requested at the same time."""
 
 
 def open_url(text: str) -> Checkpoint:
     """The checkpoint at a URL, or the part of it that `URL::NAME` names. Only names, shapes and dtypes are read now.
 
-    Raises UsageError (scheme, a package that is missing), StorageError (missing, unreadable, changed, a server without
+    Raises UsageError (unknown scheme, a missing package), StorageError (missing, unreadable, changed, a server without
     ranges), FormatError, UnsafeInputError, PlanError (no such NAME inside).
     """
     url, part = split_part(text)
@@ -40,13 +40,13 @@ def open_url(text: str) -> Checkpoint:
     sharded = file.name.endswith(hf_folder.INDEX)
     found = _sharded(file, opener, part) if sharded else _single(file, part)
     if found.config is None:
-        # As on a disk: what is not a model's settings is an error only beside the shards of a model.
+        # As on a disk: a config.json that is not a JSON object is an error only beside the shards of a model.
         found = replace(found, config=_config(file.address, opener, strict=sharded or not address.name))
-    return replace(found, storage=replace(found.storage, files=()))  # nothing of it is in the file system
+    return replace(found, storage=replace(found.storage, files=()))  # none of its files is in the file system
 
 
 def _opener(address: Address) -> Opener:
-    """Opens files in the same place, over the same connections."""
+    """A function that opens files in the same place, over the same connections."""
     if address.scheme in HTTP:
         from graftax.formats.remote.connect import Connections
         from graftax.formats.remote.http import HttpFile
@@ -60,7 +60,7 @@ def _opener(address: Address) -> Opener:
 
 
 def _inside(folder: Address, opener: Opener) -> RemoteFile:
-    """The index or file that holds the weights in a folder. StorageError where none has one of the usual names."""
+    """The index or file that holds the weights in a folder. StorageError if no file has one of the usual names."""
     for name in hf_folder.WEIGHTS:
         for candidate in (name, name + hf_folder.INDEX):
             try:
@@ -72,7 +72,7 @@ def _inside(folder: Address, opener: Opener) -> RemoteFile:
 
 
 def _as_path(file: RemoteFile) -> Path:
-    """Readers ask only `files` for what is at a path, and that knows both."""
+    """The file typed as a Path: readers access a path only through `files`, which handles both."""
     return cast("Path", file)
 
 
@@ -89,7 +89,7 @@ def _sharded(index: RemoteFile, opener: Opener, part: str) -> Checkpoint:
     label = str(index)
     weight_map = hf_folder.weight_map(strict_json.parse_object(files.read_whole(_as_path(index)), label), label)
     names = dict.fromkeys(weight_map.values())
-    places = hf_folder.gathered(names, index.address.beside, label)  # all names before any file is asked for
+    places = hf_folder.gathered(names, index.address.beside, label)  # check all names before requesting a file
     with ThreadPoolExecutor(AT_ONCE) as pool:
         asked = {
             name: pool.submit(lambda place: _single(opener(place), "", shard=True), place)
@@ -101,8 +101,8 @@ def _sharded(index: RemoteFile, opener: Opener, part: str) -> Checkpoint:
 
 
 def _config(weights: Address, opener: Opener, strict: bool) -> dict[str, Any] | None:
-    """config.json in the same folder. One that cannot be read fails as the weights would; one that is not JSON only if
-    `strict`."""
+    """config.json in the same folder. If it cannot be read, it fails as the weights would; if it is not JSON, it fails
+    only if `strict`."""
     try:
         file = opener(weights.beside("config.json"))
         return strict_json.parse_object(files.read_whole(_as_path(file)), str(file))

@@ -1,4 +1,4 @@
-"""A request that fails for a reason that may pass is made again, a few times, with pauses that grow."""
+"""Retry a request that failed for a temporary reason, a few times, with growing pauses."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Value = TypeVar("Value")
 
 TRIES = 5
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
-"""Seconds; the pause doubles each time, and varies so that many readers do not come back at once."""
+"""Seconds. The pause doubles each time, and varies randomly so that many readers do not return at once."""
 
 
 class Again(Exception):
-    """A request failed, and may work when it is made again. `pause`: seconds that the server asks to wait."""
+    """A request failed, but a retry may work. `pause`: seconds that the server asks to wait."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -25,13 +25,13 @@ class Again(Exception):
 
 
 class NotFoundError(StorageError):
-    """Nothing is at the address, or nothing that we may see."""
+    """Nothing is at the address, or nothing that we may read."""
 
 
 def retried(label: str, action: Callable[[], Value]) -> Value:
-    """What `action` gives; it is called again while it raises Again, TRIES times in all.
+    """The result of `action`; it is called again while it raises Again, at most TRIES times in total.
 
-    Raises StorageError where it fails for good, and whatever else `action` raises.
+    Raises StorageError if it fails for good, and whatever else `action` raises.
     """
     for failed in range(1, TRIES + 1):
         try:

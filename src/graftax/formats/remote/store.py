@@ -1,4 +1,4 @@
-"""Object stores, by fsspec: s3, gs, az and their like, each by the package that brings it."""
+"""Object stores through fsspec: s3, gs, az and the like; each needs its own package."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _VALIDATORS = (
     *("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "created", "generation"),
     *("md5Hash", "crc32c", "VersionId", "version_id", "blob_id", "last_commit"),
 )
-"""What stores tell of a file that changes with it."""
+"""Entries of a store's file information that change when the file changes."""
 _FINAL = (ValueError, TypeError, NotImplementedError, ImportError, AttributeError)
 
 
 class StoreFile:
-    """A file in a store. Its size and what tells a change are looked up when it is opened and after every read."""
+    """A file in a store. Its size and the values that reveal a change are looked up at opening and after every read."""
 
     def __init__(self, address: Address, store: Any) -> None:
         self._address = address
@@ -41,7 +41,7 @@ class StoreFile:
             retried(str(self._address), lambda: self._fill(offset, buffer))
 
     def settle(self) -> None:
-        """StorageError where the file is not the one that was opened."""
+        """StorageError if the file is not the one that was opened."""
         if retried(str(self._address), self._told) != self._seen:
             raise StorageError(
                 f"{self._address} changed while it was read", next="Read it again once its writer is done."
@@ -50,7 +50,7 @@ class StoreFile:
     def _fill(self, offset: int, buffer: memoryview) -> None:
         data = self._called(self._store.cat_file, start=offset, end=offset + len(buffer))
         if len(data) != len(buffer):
-            raise Again(f"{len(data):,} bytes came of {len(buffer):,}")
+            raise Again(f"only {len(data):,} of {len(buffer):,} bytes arrived")
         buffer[:] = data
 
     def _told(self) -> dict[str, str]:
@@ -58,11 +58,14 @@ class StoreFile:
         if info.get("type") == "directory":
             raise NotFoundError(f"{self._address} is a folder", next="Its URL ends in '/', or names a file in it.")
         if not isinstance(info.get("size"), int):
-            raise StorageError(f"{self._address}: the store does not tell its size", next="Download it and name that.")
+            raise StorageError(
+                f"{self._address}: the store does not report its size", next="Download it and name that."
+            )
         return {"size": str(info["size"])} | {name: str(info[name]) for name in _VALIDATORS if info.get(name)}
 
     def _called(self, function: Any, **options: Any) -> Any:
-        """What a call of the store gives. Its messages are not passed on: they may hold addresses with secrets."""
+        """The result of a call of the store. Its messages are not passed on, because they may hold addresses with
+        secrets."""
         try:
             return function(self._path, **options)
         except FileNotFoundError:
@@ -72,7 +75,7 @@ class StoreFile:
                 f"{self._address} is a folder", next="Its URL ends in '/', or names a file in it."
             ) from None
         except PermissionError:
-            raise NotFoundError(f"{self._address} may not be read: permission denied") from None
+            raise NotFoundError(f"{self._address} cannot be read: permission denied") from None
         except Exception as error:
             name = escape(type(error).__name__)
             if isinstance(error, _FINAL) or "Credential" in name:
@@ -81,14 +84,14 @@ class StoreFile:
 
 
 def filesystem(address: Address) -> Any:
-    """fsspec's file system for the address. UsageError where a package is not installed."""
+    """fsspec's file system for the address. UsageError if a package is not installed."""
     package = STORES[address.scheme]
     try:
         from fsspec.core import url_to_fs
     except ImportError:
         raise _absent(address, "fsspec") from None
     try:
-        # A listing that was read before would hide that a file has changed.
+        # A cached listing would hide that a file has changed.
         return url_to_fs(address.url, use_listings_cache=False, skip_instance_cache=True)[0]
     except ImportError:
         raise _absent(address, package) from None
@@ -99,6 +102,6 @@ def filesystem(address: Address) -> Any:
 def _absent(address: Address, package: str) -> UsageError:
     more = "" if package == "fsspec" else f" {package}"
     return UsageError(
-        f"{address}: {package} is not installed, which reads {address.scheme}://",
+        f"{address}: reading {address.scheme}:// needs {package}, which is not installed",
         next=f"pip install 'graftax[remote]'{more}",
     )

@@ -1,4 +1,4 @@
-"""URLs that name a checkpoint: what they are made of, and how they are shown without what is secret in them."""
+"""URLs that name a checkpoint: their parts, and how to show them without their secrets."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ STORES: dict[str, str] = {
     "hf": "huggingface_hub",
     "memory": "fsspec",
 }
-"""scheme of a store that fsspec reads -> the package that brings it. http and https need none."""
+"""scheme of a store that fsspec reads -> the package that it needs. http and https need none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The parts of a URL. `host` is lower case, with its port; `user` is what stands before '@', `query` what follows
-    '?'. str() and repr() hide both: they may be credentials."""
+    """The parts of a URL. `host` is lower case and includes the port; `user` is the part before '@', `query` the part
+    after '?'. str() and repr() hide both, because they may be credentials."""
 
     scheme: str
     user: str = field(repr=False)
@@ -44,7 +44,7 @@ class Address:
 
     @property
     def url(self) -> str:
-        """All of it, secrets too."""
+        """The whole URL, including secrets."""
         user = f"{self.user}@" if self.user else ""
         query = f"?{self.query}" if self.query else ""
         return f"{self.scheme}://{user}{self.host}{self.path}{query}"
@@ -56,7 +56,7 @@ class Address:
 
     @property
     def suffix(self) -> str:
-        """The ending of the name, with its dot; as of a Path."""
+        """The ending of the name, with its dot, as for a Path."""
         stem, dot, ending = self.name.rpartition(".")
         return f".{ending}" if dot and stem and ending else ""
 
@@ -65,9 +65,10 @@ class Address:
         return self.scheme, self.host
 
     def beside(self, name: str) -> Address:
-        """The file of this name in the same folder. `name` came from a file: it must be a plain relative path.
+        """The file of this name in the same folder. `name` came from a file, so it must be a plain relative path.
 
-        Raises UnsafeInputError."""
+        Raises UnsafeInputError.
+        """
         parts = name.split("/")
         if not name or "\\" in name or "\0" in name or "://" in name or any(p in {"", ".", ".."} for p in parts):
             raise UnsafeInputError(
@@ -78,7 +79,7 @@ class Address:
         return replace(self, path=f"{self.path.rpartition('/')[0]}/{raw}")
 
     def moved(self, location: str) -> Address:
-        """Where a server's `Location` leads from here. Raises UsageError where it is no URL of the web."""
+        """The address that a server's `Location` leads to from here. Raises UsageError if it is not a web URL."""
         try:
             joined = urljoin(replace(self, user="").url, location)
         except ValueError:
@@ -87,12 +88,12 @@ class Address:
 
 
 def is_url(text: str) -> bool:
-    """Does it begin like a URL ('s3://..')?"""
+    """True if it begins like a URL ('s3://..')."""
     return _URL.match(text) is not None
 
 
 def parse(text: str) -> Address:
-    """The parts of a URL. Raises UsageError where its scheme is not known, or it names nothing."""
+    """The parts of a URL. Raises UsageError if its scheme is unknown, or it names nothing."""
     if any(ord(char) <= 32 or ord(char) == 127 for char in text):
         raise UsageError(
             f"{shown(text)} has a blank or a control character in it", next="Write it as %20 and the like."
@@ -107,7 +108,7 @@ def parse(text: str) -> Address:
         hint = "Name the path itself." if scheme == "file" else f"Known: {', '.join((*HTTP, *STORES))}."
         raise UsageError(f"{shown(text)}: unknown scheme {escape(scheme)!r}", next=hint)
     user = found.netloc.rpartition("@")[0]
-    if scheme not in HTTP:  # the name of a bucket: as it is, and '?' or '#' may be in a key
+    if scheme not in HTTP:  # a bucket name stays as it is, and a key may contain '?' or '#'
         rest = text.partition("://")[2]
         authority, slash, path = rest.partition("/")
         user, _, place = authority.rpartition("@")
@@ -119,7 +120,7 @@ def parse(text: str) -> Address:
 
 
 def split_part(text: str) -> tuple[str, str]:
-    """(URL, NAME) of `URL::NAME`; NAME is empty where there is none. '::' in the host ([::1]) splits nothing."""
+    """(URL, NAME) of `URL::NAME`; NAME is empty if there is none. '::' in the host ([::1]) does not count."""
     start = text.index("://") + 3
     slash = text.find("/", start)
     at = text.rfind("::")
@@ -131,7 +132,7 @@ def split_part(text: str) -> tuple[str, str]:
 
 
 def shown(text: str) -> str:
-    """A URL as text, of which nothing need be sound, without what could be a secret in it."""
+    """A URL as text, possibly malformed, without anything that could be a secret."""
     scheme, _, rest = text.partition("://")
-    _, at, place = rest.rpartition("@")  # a password may hold '/', '?' and '#' that nobody has quoted
+    _, at, place = rest.rpartition("@")  # a password may contain unquoted '/', '?' and '#'
     return escape(f"{scheme}://{'***@' if at else ''}{place.partition('?')[0]}")
