@@ -348,7 +348,7 @@ def test_random_keys_are_left_alone():
 
 def test_other_objects_say_what_is_accepted():
     for thing in (3, None, jnp.ones(3), object(), set()):
-        with pytest.raises(UsageError, match="no tree of weights"):
+        with pytest.raises(UsageError, match="not a tree of weights"):
             opening.open_tree(thing)
     with pytest.raises(UsageError, match="empty dict"):
         opening.open_tree({})
