@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class PlanParts:
 
 
 @contextmanager
-def damaged_plan(label: str) -> Iterator[None]:
+def damaged_plan(label: str) -> Generator[None]:
     """Turn any error in a plan's data into a RulesError that names the plan."""
     try:
         yield

@@ -80,17 +80,18 @@ class Live:
         """The evidence of the leaves that `names` keeps, under their new paths, and of the modules that it keeps. The
         object stays the whole one, and `rebuild` gives one like it that has only these leaves."""
         trace, placed, rebuild = self.trace, self.placed, self.rebuild
+
+        def rebuilt(arrays: Mapping[str, Any], **options: Any) -> Any:
+            assert rebuild is not None
+            return rebuild({names.old(path): array for path, array in arrays.items()}, **options)
+
         return replace(
             self,
             modules={path: module.renamed(path, names) for path, module in names.nodes(self.modules).items()},
             buffers=names.paths(self.buffers),
             trace=None if trace is None else lambda: trace().renamed(names),
             placed=None if placed is None else lambda: names.leaves(placed()),
-            rebuild=None
-            if rebuild is None
-            else lambda arrays, **options: rebuild(
-                {names.old(path): array for path, array in arrays.items()}, **options
-            ),
+            rebuild=rebuild and rebuilt,
         )
 
     def below(self, prefix: str) -> Live:

@@ -53,12 +53,25 @@ class Storage:
 
     def renamed(self, names: Renaming) -> Storage:
         """The storage of the leaves that `names` keeps, under their new paths."""
-        old, reader, span, scatter = names.old, self.reader, self.span, self.scatter
+        reader, span, scatter = self.reader, self.span, self.scatter
+
+        def read(path: str) -> np.ndarray[Any, Any]:
+            assert reader is not None
+            return reader(names.old(path))
+
+        def fill(path: str, start: int, buffer: memoryview) -> None:
+            assert span is not None
+            span(names.old(path), start, buffer)
+
+        def fill_all(path: str, start: int, buffers: list[memoryview]) -> int:
+            assert scatter is not None
+            return scatter(names.old(path), start, buffers)
+
         return replace(
             self,
-            reader=None if reader is None else lambda path: reader(old(path)),
-            span=None if span is None else lambda path, start, buffer: span(old(path), start, buffer),
-            scatter=None if scatter is None else lambda path, start, buffers: scatter(old(path), start, buffers),
+            reader=reader and read,
+            span=span and fill,
+            scatter=scatter and fill_all,
             whole=names.paths(self.whole),
             aliases={
                 path: new for path, to in names.leaves(self.aliases).items() if (new := names.new(to)) is not None
