@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftax.errors import RulesError, StorageError
-from graftax.rules import load_rules, rule_line, write_rules
+from graftax.rules import load_rules, rule_line
 from graftax.rules.text import ORDER, rule_lines
 
 LINE = '{ torch = "fc.weight", flax = "fc/kernel" }'
@@ -241,7 +241,7 @@ def test_a_written_line_reads_back(keys):
     line = rule_line(**keys)
     assert "\n" not in line
     assert tomllib.loads(f"rule = {line}")["rule"] == keys
-    text = write_rules([("a comment\nof \x1b two lines", line), line])
+    text = f"rules = [\n  # a comment\n  # of two lines\n  {line},\n  {line},\n]\n"
     assert tomllib.loads(text)["rules"] == [keys, keys]
     assert rule_lines(text) == [4, 5]
 

@@ -101,7 +101,8 @@ def test_a_negative_number_is_not_written():
 def test_an_escaped_key_matches_itself_only(key):
     for side in ("torch", "flax"):
         made = parse_template(escape_key(key), side)
-        assert made.literal
+        assert not made.names
+        assert not made.wilds
         assert made.match(key) is not None
         assert made.render({}, ()) == key
         assert made.match(key + "x") is None

@@ -4,7 +4,7 @@ LAYERS is one table. `connect` finds every way in which it connects two modules,
 leaf.
 """
 
-from graftax.layers.attention import FUSED, fused_qkv_ops, rotary_ops
+from graftax.layers.attention import FUSED, fused_qkv_ops
 from graftax.layers.base import (
     By,
     Connection,
@@ -45,7 +45,6 @@ __all__ = [
     "leaf_connections",
     "overriding",
     "own_layout",
-    "rotary_ops",
     "settings_differ",
     "settled",
 ]

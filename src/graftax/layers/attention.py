@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from graftax.errors import LayoutError
 from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
-from graftax.ops import Concat, Op, Rearrange, RearrangeEach, Split
+from graftax.ops import Op, Rearrange, RearrangeEach, Split
 
 _PARTS = ("query", "key", "value")
 
@@ -171,30 +171,6 @@ def fused_forms(facts: LayerFacts) -> Iterable[LayerForm]:
         yield LayerForm(
             f"fused {fused}", tuple(steps), "linear", rule=f'fused = "{fused}"', by="shapes", why=why, settled=False
         )
-
-
-def rotary_ops(shape: Shape, heads: int, rotary: int | None = None) -> tuple[Op, ...]:
-    """Rows of a query or key weight (rows, in), or of its bias or per-head norm scale (rows), from interleaved rotary
-    pairs to halves: W.reshape(H, h/2, 2, D).swapaxes(1, 2). Pass the key's own number of heads for a key, and 1 for a
-    scale (h,). With partial rotary, only the first `rotary` rows of each head move. LayoutError if the sizes do not
-    fit."""
-    if not shape or not heads or shape[0] % heads:
-        raise LayoutError(f"rotary: {shape[:1]} rows are no multiple of {heads} heads")
-    head = shape[0] // heads
-    turned = head if rotary is None else rotary
-    if turned % 2 or not 0 < turned <= head:
-        raise LayoutError(f"rotary over {turned} of {head} rows a head: an even number of at most {head} is needed")
-    tail = "" if len(shape) == 1 else " i"
-    fixed = (("h", heads), ("p", 2))
-    if turned == head:
-        return (Rearrange(f"(h d p){tail} -> (h p d){tail}", fixed),)
-    return (
-        Rearrange(f"(h d){tail} -> h d{tail}", fixed[:1]),
-        Split(1, (turned, head - turned)),
-        RearrangeEach((f"h (d p){tail} -> h (p d){tail}", ""), (fixed, ())),
-        Concat(1, (turned, head - turned)),
-        Rearrange(f"h d{tail} -> (h d){tail}", (("d", head), ("h", heads))),
-    )
 
 
 ATTENTION_ROWS: tuple[Layer, ...] = (

@@ -11,6 +11,6 @@ from graftax.rules.apply import RuleOutcome, apply_rules
 from graftax.rules.load import Rules, load_rules
 from graftax.rules.model import Rule
 from graftax.rules.template import escape_key
-from graftax.rules.text import rule_line, write_rules
+from graftax.rules.text import rule_line
 
-__all__ = ["Rule", "RuleOutcome", "Rules", "apply_rules", "escape_key", "load_rules", "rule_line", "write_rules"]
+__all__ = ["Rule", "RuleOutcome", "Rules", "apply_rules", "escape_key", "load_rules", "rule_line"]

@@ -19,8 +19,6 @@ _TEXT = re.compile(r"^\s*(?:rules\s*=|\[\[\s*rules\s*\]\]|\{)", re.MULTILINE)
 _LIMIT = 16 << 20
 """The most bytes of a rules file."""
 
-RulesLike = "str | Path | Mapping[str, Any] | Iterable[Any] | Rules | None"
-
 
 @dataclass(frozen=True, slots=True)
 class Rules:

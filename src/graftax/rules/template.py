@@ -81,10 +81,6 @@ class Template:
     regex: re.Pattern[str]
     shapes: re.Pattern[str]
 
-    @property
-    def literal(self) -> bool:
-        return not self.names and not self.wilds
-
     def match(self, key: str) -> Binding | None:
         """The binding with which this template renders `key`, or None."""
         found = self.regex.fullmatch(key)

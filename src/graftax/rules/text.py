@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from graftax.errors import RulesError, escape
@@ -31,16 +31,6 @@ def rule_line(**keys: Any) -> str:
     known = [name for name in ORDER if keys.get(name) is not None]
     rest = [name for name, value in keys.items() if name not in ORDER and value is not None]
     return "{ " + ", ".join(f"{_key(name)} = {_value(keys[name])}" for name in (*known, *rest)) + " }"
-
-
-def write_rules(lines: Iterable[str | tuple[str, str]]) -> str:
-    """A rules file: one line per rule. An item (comment, line) gets the comment above its line."""
-    out = ["rules = ["]
-    for item in lines:
-        comment, line = ("", item) if isinstance(item, str) else item
-        out += [f"  # {escape(row, 400)}".rstrip() for row in comment.splitlines()]
-        out.append(f"  {line.strip().rstrip(',')},")
-    return "\n".join([*out, "]", ""])
 
 
 def _key(name: str) -> str:

@@ -92,13 +92,3 @@ def apply(name: str, x: Array) -> Array:
     """Apply an activation of ACTIVATIONS; overflow gives infinities, which fit nothing."""
     with np.errstate(all="ignore"):
         return ACTIVATIONS[name].f(x)
-
-
-def rows_apply(name: str, x: Array) -> Array:
-    """softmax or log softmax over the last axis; they are not elementwise, so ACTIVATIONS lacks them."""
-    top = x - x.max(axis=-1, keepdims=True)
-    total = np.log(np.exp(top).sum(axis=-1, keepdims=True))
-    return top - total if name == "log softmax" else np.exp(top - total)
-
-
-ROWS: Mapping[str, str] = {"softmax": "nn.softmax(x)", "log softmax": "nn.log_softmax(x)"}

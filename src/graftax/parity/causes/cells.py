@@ -3,7 +3,7 @@ gives Flax's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +78,6 @@ def run(x: Array, weights: Weights, cell: Cell) -> Array:
 
 
 _State = tuple[Array, Array]
-_Step = Callable[[Array, _State, Weights, Cell], _State]
 
 
 def _lstm(x: Array, state: _State, w: Weights, cell: Cell) -> _State:
