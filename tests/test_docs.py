@@ -46,7 +46,7 @@ def blocks(page: Path) -> list[Block]:
 
 def pairs(found: list[Block]) -> Iterator[tuple[Block, str | None]]:
     """Each block with the ```text block behind it, if there is one."""
-    for block, following in zip(found, [*found[1:], None], strict=True):
+    for block, following in zip(found, [*found[1:], *[None] * bool(found)], strict=True):
         if block.kind != "text":
             yield block, following.text if following is not None and following.kind == "text" else None
 

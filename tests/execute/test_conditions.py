@@ -81,7 +81,7 @@ def test_bits_count() -> None:
     given = [np.full(SHAPE, np.nan, np.float32) for _ in range(2)]
     assert judged_in_tiles((Same(2),), given, 64) == ""
     given[1][3, 4] = -given[1][3, 4]
-    assert "tied differ" in judged_in_tiles((Same(2),), given, 64)
+    assert "as tied, but their values differ" in judged_in_tiles((Same(2),), given, 64)
 
 
 def test_every_op_with_a_condition_is_here() -> None:
@@ -124,6 +124,6 @@ def test_a_port_within_a_budget_looks_at_them_and_holds_no_tensor_whole(
     assert opened.read(made).tobytes() == (table if tied else table[:2000]).tobytes()
     arrays["head.weight" if tied else "vocab/embedding"][2023, 299] = 1
     for out in ("p.safetensors", "p.npz"):
-        with pytest.raises(PlanError, match="tied differ" if tied else "would drop rows"):
+        with pytest.raises(PlanError, match="as tied, but their values differ" if tied else "would drop rows"):
             port(out)
         assert not (tmp_path / out).exists()

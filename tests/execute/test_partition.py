@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graftax.execute.meter import Meter
-from graftax.execute.partition import added, subtracted
+from graftax.execute.partition import subtract_counts, sum_counts
 from graftax.ops.casting import CastCount
 
 
@@ -16,6 +16,6 @@ def test_counts_are_added_and_the_largest_change_is_kept() -> None:
     for part in parts:
         whole.add(part)
     assert whole == Meter(False, 8, 10, 1, False, CastCount(10, 2, 2, 3, 0.5))
-    assert Meter.from_json(False, added(part.as_json() for part in parts)) == whole
-    came = Meter.from_json(False, subtracted(whole.as_json(), parts[0].as_json()))
+    assert Meter.from_json(False, sum_counts(part.as_json() for part in parts)) == whole
+    came = Meter.from_json(False, subtract_counts(whole.as_json(), parts[0].as_json()))
     assert came.casts == parts[1].casts

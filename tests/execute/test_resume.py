@@ -350,7 +350,7 @@ def test_two_runs_do_not_resume_the_same(source: Path, tmp_path: Path) -> None:
     fd = os.open(place, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        with pytest.raises(StorageError, match="another run writes"):
+        with pytest.raises(StorageError, match="another resumable run is writing"):
             port(source, out)
         port(source, out, resume=False)  # has a place of its own
         assert place.is_dir()
@@ -365,7 +365,7 @@ def test_a_place_that_others_may_write_to_is_refused(source: Path, tmp_path: Pat
     place = commit.resume_place(tmp_path / "out.safetensors")
     place.mkdir()
     place.chmod(0o777)
-    with pytest.raises(StorageError, match="may be written by others"):
+    with pytest.raises(StorageError, match="others may write to it"):
         port(source, tmp_path / "out.safetensors")
 
 
@@ -378,7 +378,7 @@ def test_without_resume_nothing_is_kept(source: Path, tmp_path: Path, monkeypatc
 
 def test_what_is_not_in_files_is_not_resumed(tmp_path: Path) -> None:
     tree = {"a": np.ones((2, 3), np.float32)}
-    with pytest.raises(UsageError, match="not in files"):
+    with pytest.raises(UsageError, match="not stored in files"):
         gx.port_file(tree, tree, tmp_path / "o.npz", to="flax", resume=True)
 
 

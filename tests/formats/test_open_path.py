@@ -175,7 +175,7 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path):
         open_path(tmp_path)
     for name in ("a.safetensors", "b.safetensors"):
         save(tmp_path / name, output_of(TORCH))
-    with pytest.raises(FormatError, match=r"one by one: .*a\.safetensors, .*b\.safetensors"):
+    with pytest.raises(FormatError, match=r"Name one of the checkpoints inside: .*a\.safetensors, .*b\.safetensors"):
         open_path(tmp_path)
 
 

@@ -325,7 +325,7 @@ def test_same_and_copy(shape, count, dtype, seed):
     if count > 1 and array.size:
         other = array.copy()
         other.reshape(-1).view(np.uint8)[-1] ^= 1
-        with pytest.raises(PlanError, match="differ in their values"):
+        with pytest.raises(PlanError, match="as tied, but their values differ"):
             Same(count).apply((*[array] * (count - 1), other))
 
 

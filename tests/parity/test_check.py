@@ -367,7 +367,7 @@ def test_a_module_left_in_train_mode_is_an_error():
         def __call__(self, x):
             return fn.Dense(4)(x)
 
-    with pytest.raises(ModelError, match="left in train mode") as caught:
+    with pytest.raises(ModelError, match="are in train mode") as caught:
         gx.check_parity(module, Flax(), np.ones((2, 4), np.float32))
     assert "torch 1: Dropout" in str(caught.value)
 

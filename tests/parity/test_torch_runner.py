@@ -276,7 +276,7 @@ def test_an_error_names_the_module_and_the_users_line(net: Net):
 )
 def test_a_layer_left_in_train_mode_is_named(make: Any, says: str):
     module = nn.Sequential(nn.Linear(4, 4), make())
-    with pytest.raises(ModelError, match="left in train mode") as caught:
+    with pytest.raises(ModelError, match="are in train mode") as caught:
         TorchRunner(module).run((X,), {})
     assert f"torch 1: {says}" in str(caught.value)
     assert ".eval()" in str(caught.value)
