@@ -102,6 +102,21 @@ def test_no_module_imports_itself_through_others():
         pytest.fail(" -> ".join(error.args[1]))
 
 
+BY_NAME = {
+    "__init__.py": "public names, on first use",
+    "plans/__init__.py": "its own names, on first use",
+    "plans/plan.py": "graftax.api: a plan's methods `run` and `answer` are those of the front, which stands above it",
+    "formats/base.py": "the module of a row of FORMATS",
+    "opening/factories.py": "the user's own module",
+}
+"""Modules that import by name, where no import statement shows it."""
+
+
+def test_imports_by_name_are_few_and_stated():
+    found = {str(path.relative_to(SRC)) for path in SRC.rglob("*.py") if "import_module(" in path.read_text("utf-8")}
+    assert found == set(BY_NAME)
+
+
 def longest(name: str, modules: Mapping[str, Path]) -> str | None:
     """The module that `name` (a module, or a name in one) belongs to."""
     while name and name not in modules:

@@ -19,11 +19,9 @@ from graftax.cli import run
 from graftax.cli.commands import app
 from graftax.cli.flags import options_given
 from graftax.errors import UsageError, flag
-from graftax.formats.table import FORMATS
 from graftax.plans import PlanOptions, WriteOptions
 from graftax.plans.options import (
     Dtype,
-    Format,
     PlanAndWriteKeywords,
     PlanKeywords,
     WriteKeywords,
@@ -64,12 +62,6 @@ def test_every_field_has_a_default_and_one_help_line():
 def test_the_dtypes_are_those_that_a_cast_gives():
     floats = [name for name, (bits, kind) in DTYPES.items() if kind == "f" and bits >= 8]
     assert get_args(Dtype) == ("source", "like", *floats)
-
-
-def test_the_formats_are_those_that_can_be_written():
-    rows = [row for row in FORMATS.values() if row.name != "spec"]
-    names = {row.name for row in rows} | {ending.lstrip(".") for row in rows for ending in row.endings}
-    assert set(get_args(Format)) == names
 
 
 # ---------------------------------------------------------------- the library
@@ -143,7 +135,7 @@ def test_options_of_writing_are_not_for_plan():
 def test_a_value_given_twice_and_too_many():
     with pytest.raises(TypeError, match=r"plan\(\): multiple values for argument 'rules'"):
         gx.plan(*ENDS, None, rules=None)
-    with pytest.raises(TypeError, match=r"port\(\): too many positional arguments"):
+    with pytest.raises(TypeError, match=r"port\(\) takes at most 8 positional arguments but 9 were given"):
         gx.port(*ENDS, None, "error", "error", None, "flax", "error", "host")
 
 
@@ -158,6 +150,7 @@ def test_a_value_given_twice_and_too_many():
         ({"to": "jax"}, "to='jax' is not one of torch, flax"),
         ({"source_side": "jax"}, "source_side='jax' is not one of torch, flax"),
         ({"dtype": "int8"}, "dtype='int8' is not one of source, like, float16, "),
+        ({"dtype": np.dtype("float32")}, "dtype='float32' is not one of source, like, float16, "),
         ({"dtype": {"fc/bias": "half"}}, "dtype='half' is not one of source, like, float16, "),
         ({"dtype": {"fc/bias": None}}, "dtype='None' is not one of source, like, float16, "),
     ],
@@ -225,3 +218,32 @@ def test_help_loads_the_options_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["graftax.plans", "graftax.plans.options"]
+
+
+def test_options_beside_a_finished_plan_are_refused(tmp_path):
+    plan = gx.plan(*ENDS, **SIDES)
+    out = tmp_path / "out.npz"
+    with pytest.raises(UsageError, match="the plan is finished: missing, dtype cannot change it"):
+        gx.port_file(*ENDS, out, plan=plan, dtype="float16", missing="zeros")
+    with pytest.raises(UsageError, match="plan= is a str, not a Plan") as error:
+        gx.port_file(*ENDS, out, plan="plan.json")  # type: ignore[arg-type]
+    assert "gx.load_plan" in str(error.value)
+    plan.save(tmp_path / "plan.json")
+    np.savez(tmp_path / "t.npz", **TORCH)
+    words = ["port", str(tmp_path / "t.npz"), "--plan", str(tmp_path / "plan.json"), "-o", str(out)]
+    assert run([*words, "--suggest", str(tmp_path / "s.toml")]) == 2
+    assert run([*words, "--missing", "error"]) == 2
+    assert not out.exists()
+    assert run([*words, "--format", ".NPZ"]) == 0
+    gx.port_file(*ENDS, out, plan=plan, max_memory="1MiB")
+
+
+def test_the_help_of_a_choice_lists_it():
+    doc = " ".join((inspect.getdoc(gx.plan) or "").split())
+    assert '"error", "keep", "zeros".' in doc
+    assert '"torch", "flax".' in doc
+
+
+def test_too_many_positional_arguments_are_counted():
+    with pytest.raises(TypeError, match=r"plan\(\) takes at most 8 positional arguments but 10 were given"):
+        gx.plan(*ENDS, None, "error", "error", None, None, "error", None, None)

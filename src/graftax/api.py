@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
@@ -240,6 +240,8 @@ def port_file(
     """
     planning = options_of(port_file, PlanOptions, positional, options)
     writing = options_of(port_file, WriteOptions, (), options)
+    if plan is not None:
+        _refuse_what_a_plan_settled(plan, planning)
     with joint_stage("planning", spans=True):
         if plan is not None:
             opened = open_weights(source, side=plan.source.side)
@@ -249,6 +251,15 @@ def port_file(
             opened, opened_like = open_both(source, like, planning.source_side, planning.to)
             made = make_plan(opened, opened_like, planning)
     return write_plan(made, opened, opened_like, out, writing)
+
+
+def _refuse_what_a_plan_settled(plan: Any, options: PlanOptions) -> None:
+    """UsageError for a plan that is none, and for options beside a plan that would not be obeyed."""
+    if not isinstance(plan, Plan):
+        raise UsageError(f"plan= is a {type(plan).__name__}, not a Plan", next="gx.load_plan(path) reads a saved one.")
+    given = [f.name for f in fields(PlanOptions) if getattr(options, f.name) != f.default]
+    if given:
+        raise UsageError(f"the plan is finished: {', '.join(given)} cannot change it", next="Plan again with them.")
 
 
 def write_plan(

@@ -54,6 +54,9 @@ def test_a_truncated_one_is_refused(idx: Path):
     idx.write_bytes(idx.read_bytes()[:-1])
     with pytest.raises(FormatError, match="asks for 60 bytes, it has 59"):
         gx.open_checkpoint(idx)
+    idx.write_bytes(bytes([0, 0, 12, 8]) + bytes(8))
+    with pytest.raises(FormatError, match="asks for 36 bytes, it has 12"):
+        gx.open_checkpoint(idx)
 
 
 def test_it_is_not_written(idx: Path, tmp_path: Path):

@@ -204,7 +204,7 @@ def test_the_inverse_of_kept_and_filled_leaves():
 
 def test_a_plan_without_a_front_is_data():
     asked = built(*ENTRIES[:1], questions=(Question("match", "?", (), (), (Candidate("{ torch = 'x' }"),)),))
-    with pytest.raises(UsageError, match="cannot be answered"):
+    with pytest.raises(UsageError, match="does not know its source and like"):
         asked.answer(0, 0)
     with pytest.raises(PlanError, match="open question"):
         asked.run({})
@@ -236,10 +236,28 @@ def test_a_plan_is_data():
         again = pickle.loads(pickle.dumps(plan))
         assert again == plan == Plan.from_json(json.loads(json.dumps(plan.as_json(candidates=None))))
         assert again.made_from is None
+        assert hash(again) == hash(plan)
+        assert copy.copy(plan) is plan
+        assert copy.deepcopy(plan) is plan
         assert plan != replace(plan, reads=("another",))
     values = {"a.weight": np.full((4, 4), 1, "float32"), "b.weight": np.full((4, 4), 2, "float32")}
+    with pytest.raises(UsageError, match="does not know its source and like any more"):
+        pickle.loads(pickle.dumps(asked)).answer(0, 0)
     tree = pickle.loads(pickle.dumps(asked.answer(0, 0))).run(values)
     assert {float(module["kernel"][0, 0]) for module in tree["params"].values()} == {1.0, 2.0}
+
+
+def test_a_plan_that_fills_with_nan_is_its_own_copy(tmp_path):
+    for value in (float("nan"), float("inf"), -float("inf"), -0.0, 2.0):
+        made = Plan.build(
+            end("torch", {}), end("flax", {"a": (2,)}), Proposal((Entry((), ("a",), (Fill(value, (2,), "float32"),)),))
+        )
+        made.save(tmp_path / "p.json")
+        json.loads((tmp_path / "p.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert Plan.load(tmp_path / "p.json") == made == pickle.loads(pickle.dumps(made))
+        assert Plan.load(tmp_path / "p.json").inverse == made.inverse
+    assert Fill(0.0, (), "float32") != Fill(-0.0, (), "float32")
+    assert Fill(0, (), "float32") == Fill(0.0, (), "float32")
 
 
 def test_an_answer_that_is_not_there_names_the_choices():

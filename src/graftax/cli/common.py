@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from graftax.cli.flags import options_given
+from graftax.cli.flags import option_names, options_given
 from graftax.errors import GraftaxError, StorageError, UsageError, escape, flag
 from graftax.plans import PlanOptions
 
@@ -57,9 +57,12 @@ def planned(
     from graftax.plans import Plan
 
     if plan_path is not None:
-        clash = [flag(f.name) for f in fields(PlanOptions) if f.name in given]
+        clash = [flag(name) for name in option_names(PlanOptions) if name in given]
+        clash += ["--suggest"] * (suggest is not None)
         if clash:
-            raise UsageError(f"--plan is finished: {', '.join(clash)} cannot change it", next="Plan again with them.")
+            raise UsageError(
+                f"the plan of --plan is finished: {', '.join(clash)} cannot change it", next="Plan again with them."
+            )
         made = Plan.load(plan_path)
         opened, opened_like = open_both(source, like, made.source.side, made.like.side)
         return made, opened, opened_like

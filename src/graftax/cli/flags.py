@@ -45,6 +45,11 @@ def options_given(kind: type[Options], given: Mapping[str, Any]) -> Options:
     return kind(**values)
 
 
+def option_names(kind: type) -> list[str]:
+    """The parameters of a command that set the fields of `kind`."""
+    return [_name(f) for f in fields(kind)]
+
+
 def _name(option: Field[Any]) -> str:
     """The parameter of the command: what is True by default is turned off, with --no-NAME."""
     return f"no_{option.name}" if option.default is True else option.name

@@ -41,7 +41,7 @@ def by_ending(ending: str) -> Format | None:
 
 def by_name(name: str) -> Format:
     """The format called `name`, or with the ending `name` (without its dot). UsageError for any other text."""
-    row = FORMATS.get(name) or by_ending(f".{name.lstrip('.')}")
+    row = FORMATS.get(name) or by_ending(f".{name.lstrip('.')}") if isinstance(name, str) else None
     if row is None:
         raise UsageError(f"unknown format {escape(name)!r}; known: {', '.join(FORMATS)}")
     return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,7 +66,7 @@ def chain_text(ops: Sequence[Op]) -> str:
 def op_to_json(op: Op) -> dict[str, Any]:
     """The op as JSON data: its name and its fields."""
     fields = dataclasses.fields(cast("Any", op))
-    return {"op": op.name} | {field.name: getattr(op, field.name) for field in fields}
+    return {"op": op.name} | {field.name: _as_json(getattr(op, field.name)) for field in fields}
 
 
 def op_from_json(data: Mapping[str, Any]) -> Op:
@@ -79,7 +80,7 @@ def op_from_json(data: Mapping[str, Any]) -> Op:
     if not set(rest) <= names:
         raise RulesError(f"op {name} has no field {escape(', '.join(sorted(set(rest) - names)))}")
     hints = _field_types(cls)
-    values = {key: _tuples(value) for key, value in rest.items()}
+    values = {key: _of_json(value, hints[key]) for key, value in rest.items()}
     for key, value in values.items():
         if not _is(value, hints[key]):
             raise RulesError(f"op {name}: {key} is {escape(repr(value), 80)}")
@@ -112,7 +113,16 @@ def _is(value: Any, kind: Any) -> bool:
     return value is None if kind is type(None) else isinstance(value, kind)
 
 
-def _tuples(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in cast("list[Any]", value))
-    return value
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+"""JSON has no numbers for these; a plan has them as text."""
+
+
+def _as_json(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _of_json(value: Any, kind: Any) -> Any:
+    """A field as its op has it: lists are tuples, and text is a number that is not finite where a number is due."""
+    if isinstance(value, str) and (kind is float or float in typing.get_args(kind)):
+        return _NOT_FINITE.get(value, value)
+    return tuple(_of_json(item, None) for item in cast("list[Any]", value)) if isinstance(value, list) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from graftax.errors import LayoutError, PlanError
@@ -10,9 +10,9 @@ from graftax.ops.base import Arrays, Specs, at_least, holds
 from graftax.tree import TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Fill:
-    """No source -> a tensor of `value`. The inverse drops it."""
+    """No source -> a tensor of `value`. The inverse drops it. NaN equals NaN, so that a plan equals its own copy."""
 
     name: ClassVar[str] = "fill"
     exact = True
@@ -20,6 +20,12 @@ class Fill:
     shape: tuple[int, ...]
     dtype: str
     reason: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fill) and _fields(self) == _fields(other)
+
+    def __hash__(self) -> int:
+        return hash(_fields(self))
 
     @property
     def inverse(self) -> Drop:
@@ -47,7 +53,7 @@ class Fill:
         return (pack(out, spec.bits) if spec.packed else out,)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Drop:
     """Drop a tensor for a stated reason. The inverse fills the recorded spec with `fill`, or keeps like's values if
     this op undoes a Keep. With fill=None there is no inverse: a dropped tensor is never made up on the way back."""
@@ -59,6 +65,12 @@ class Drop:
     dtype: str = ""
     fill: float | None = None
     keep: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Drop) and _fields(self) == _fields(other)
+
+    def __hash__(self) -> int:
+        return hash(_fields(self))
 
     @property
     def inverse(self) -> Fill | Keep:
@@ -111,4 +123,16 @@ class Keep:
         return (TensorSpec(self.shape, self.dtype),)
 
     def apply(self, arrays: Arrays) -> Arrays:
-        raise PlanError("a kept leaf takes its value from like; give the same `like` again")
+        raise PlanError(
+            "a kept leaf takes its value from like, and a loaded plan has none",
+            next="Give the same like again: gx.port_file(source, like, out, plan=plan).",
+        )
+
+
+def _fields(op: Fill | Drop) -> tuple[object, ...]:
+    """The fields, numbers as text: so NaN equals NaN, and -0.0 is not 0.0."""
+    values = (getattr(op, field.name) for field in fields(op))
+    return tuple(
+        repr(float(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        for value in values
+    )

@@ -167,11 +167,13 @@ def _regroups(have: Shape, want: Shape) -> bool:
 
 
 def _broadcasts(have: Shape, want: Shape, scale: float) -> list[Turn]:
-    """Turns for axes of length one on either side: a position embedding with batch 1 against one with the whole
-    batch."""
-    if len(have) == len(want) and have != want and all(a == b or 1 in (a, b) for a, b in zip(have, want, strict=True)):
-        return [Turn(tuple(range(len(have))), None, scale, want)]
-    return []
+    """Turns for axes of length one on one of the sides: a position embedding with batch 1 against one with the whole
+    batch. Axes that would grow beside others that would shrink are another array."""
+    if len(have) != len(want) or have == want:
+        return []
+    pairs = list(zip(have, want, strict=True))
+    grows, shrinks = all(a in (1, b) for a, b in pairs), all(b in (1, a) for a, b in pairs)
+    return [Turn(tuple(range(len(have))), None, scale, want)] if grows or shrinks else []
 
 
 # ---------------------------------------------------------------- what the plan says

@@ -233,6 +233,8 @@ def _joined(
     loops = [path for path in others if WRAPPERS.keys() & set(flax[path].bases)]
     if loops and any(RECURRENT & set(torch[path].bases) for path in ones):
         others = [path for path in others if path in loops or any(_below(loop, path, "/") for loop in loops)]
+    elif loops:  # torch's own loop calls a cell, step by step: so does the Flax loop
+        others = [path for path in others if path not in loops] or others
     left, right = _chains(ones, "."), _chains(others, "/")
     if len(left) == len(right):
         both = list(zip(left, right, strict=True))

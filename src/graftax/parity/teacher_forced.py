@@ -162,17 +162,20 @@ class MeasuredMatch:
 
 
 def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: bool) -> tuple[MeasuredMatch, ...]:
-    """Match Flax arrays to torch arrays. The first floating array (the first integer array, if there are no others)
-    must find a match, else nothing is matched. Each later array takes the first torch array that agrees within NEAR, or
-    the one at the same place if the shapes fit."""
-    found: list[MeasuredMatch] = []
-    used: set[int] = set()
+    """Match Flax arrays to torch arrays. First every Flax array takes the first torch array that agrees within NEAR:
+    cells and attention take and give the same arrays in another order, and a first call may lack the state that Flax
+    starts with as zeros. Then a floating array must be matched (an integer one, if there are no others), else nothing
+    is: the first one takes what its shape fits, or leaves it to another that comes nearer. Each later array takes the
+    torch array at the same place if the shapes fit."""
     floats = [i for i, array in enumerate(ours) if _floating(array)]
-    ranked = (floats or list(range(len(ours))))[:1]
-    ranked += [i for i in range(len(ours)) if i not in ranked]
-    for n, i in enumerate(ranked):
-        first: tuple[int, MeasuredMatch] | None = None
-        chosen: tuple[int, MeasuredMatch] | None = None
+    first = (floats or list(range(len(ours))))[:1]
+    ranked = first + [i for i in range(len(ours)) if i not in first]
+    found: dict[int, MeasuredMatch] = {}
+    used: set[int] = set()
+    misses: dict[int, list[MeasuredMatch]] = {}
+    """Matches by shape that do not agree."""
+    for i in ranked:
+        misses[i] = []
         for j, array in enumerate(theirs):
             if j in used or _floating(array) != _floating(ours[i]):
                 continue
@@ -181,19 +184,31 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
                 continue
             want = turn(array)
             fit = MeasuredMatch(Match(i, j, turn, tuple(array.shape)), want, beneath_mask(ours[i], want))
-            first = first or (j, fit)
             if fit.error <= NEAR:
-                chosen = j, fit
+                found[i] = fit
+                used.add(j)
                 break
-        if chosen is None and first is not None:
-            in_place = first[0] == len(found) and ours[i].ndim > 2 and not _is_mask(ours[i])
-            chosen = first if n == 0 or (in_place and not _is_mask(theirs[first[0]])) else None
-        if chosen is not None:
-            used.add(chosen[0])
-            found.append(chosen[1])
-        elif n == 0:
-            return ()
-    return tuple(found)
+            misses[i].append(fit)
+    for n, i in enumerate(ranked):
+        left = [fit for fit in misses[i] if fit.match.torch not in used]
+        if i in found or not left:
+            continue
+        fit, taken = left[0], fit_count(found, ranked[:n])
+        if n == 0 and not found:
+            rivals = [other for k in ranked for other in misses[k][:1] if other.match.torch == fit.match.torch]
+            fit = min(rivals, key=lambda other: other.error)
+        elif n > 0:
+            in_place = fit.match.torch == taken and ours[i].ndim > 2
+            if not in_place or _is_mask(ours[i]) or _is_mask(theirs[fit.match.torch]):
+                continue
+        used.add(fit.match.torch)
+        found[fit.match.flax] = fit
+    return tuple(found[i] for i in ranked if i in found)
+
+
+def fit_count(found: Mapping[int, MeasuredMatch], arrays: list[int]) -> int:
+    """How many of these Flax arrays are matched."""
+    return sum(i in found for i in arrays)
 
 
 def beneath_mask(got: Any, want: Any) -> float:

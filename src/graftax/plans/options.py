@@ -25,8 +25,6 @@ Dtype = Literal[
     "source", "like", "float16", "bfloat16", "float32", "float64",
     "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
 ]  # fmt: skip
-Format = Literal["safetensors", "torch", "pt", "pth", "bin", "npz", "msgpack", "orbax", "hf_folder"]
-"""A format that can be written, by its name or by an ending."""
 Size = int | str
 """Bytes, or text such as "512MiB" or "5GB"."""
 
@@ -78,7 +76,7 @@ class PlanOptions:
             if isinstance(value, Mapping) and any(get_origin(part) is Mapping for part in parts):
                 given = list(cast("Mapping[str, Any]", value).values())
             for word in given:
-                if word not in words:
+                if not isinstance(word, str) or word not in words:
                     raise UsageError(f"{name}={escape(word)!r} is not one of {', '.join(words)}")
 
 
@@ -98,7 +96,7 @@ class PlanKeywords(TypedDict, total=False):
 class WriteOptions:
     """How the result of a plan is written. The help of a field that is True by default says what False does."""
 
-    format: Format | None = field(default=None, metadata=_help("A format's name, whatever the ending."))
+    format: str | None = field(default=None, metadata=_help("A format's name, whatever the ending."))
     max_memory: Size = field(
         default="512MiB",
         metadata=_help(
@@ -120,7 +118,7 @@ class WriteOptions:
 class WriteKeywords(TypedDict, total=False):
     """The fields of `WriteOptions` as keywords."""
 
-    format: Format | None
+    format: str | None
     max_memory: Size
     shard_size: Size | None
     resume: bool
@@ -176,9 +174,12 @@ def takes(*kinds: type) -> Callable[[Function], Function]:
 
 def _help_lines(kinds: Sequence[type]) -> str:
     """name  help, for each option."""
-    rows = {
-        f"{f.name}=False" if f.default is True else f.name: f.metadata["help"] for kind in kinds for f in fields(kind)
-    }
+    rows: dict[str, str] = {}
+    for kind in kinds:
+        types = field_types(kind)
+        for f in fields(kind):
+            words = ", ".join(f'"{word}"' for word in choices(types[f.name]))
+            rows[f"{f.name}=False" if f.default is True else f.name] = f.metadata["help"] + f" {words}." * bool(words)
     width = max(map(len, rows)) + 2
     return "\n".join(
         textwrap.fill(text, 116, initial_indent=name.ljust(width), subsequent_indent=" " * width)
@@ -200,6 +201,11 @@ def options_of(
                 + (f". Did you mean {near!r}?" if near else "")
             )
     own = {f.name: keywords[f.name] for f in fields(kind) if f.name in keywords}  # pyright: ignore[reportArgumentType]
+    most = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in known.values())
+    by_position = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(kind).parameters.values())
+    if len(positional) > by_position:
+        given = most - by_position + len(positional)
+        raise TypeError(f"{function.__name__}() takes at most {most} positional arguments but {given} were given")
     try:
         inspect.signature(kind).bind(*positional, **own)
     except TypeError as error:

@@ -50,6 +50,15 @@ class Plan:
     reads: tuple[str, ...] = ()
     made_from: MadeFrom | None = field(default=None, repr=False, compare=False)
 
+    def __copy__(self) -> Plan:
+        return self  # nothing changes a plan
+
+    def __deepcopy__(self, memo: Any) -> Plan:
+        return self
+
+    def __hash__(self) -> int:
+        return hash((self.source.label, self.like.label, self.entries, self.questions))
+
     def __getstate__(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in _PICKLED)
 
@@ -96,14 +105,12 @@ class Plan:
 
     # ------------------------------------------------------------ doing
 
-    def run(self, source: Any, **options: Any) -> Any:
-        """The tree that this plan makes from `source`, in like's own kind of container. PlanError if the plan is
-        incomplete.
-
-        options: sharding, rngs and receipt, as in `graftax.port`.
+    def run(self, source: Any, sharding: Any = None, rngs: Any = None, receipt: Any = None) -> Any:
+        """The tree that this plan makes from `source`, in like's own kind of container if it knows like. sharding, rngs
+        and receipt: as in `graftax.port`. PlanError if the plan is incomplete.
         """
         self.require_complete()
-        return _front().run_plan(self, source, **options)
+        return _front().run_plan(self, source, sharding, rngs, receipt)
 
     def answer(self, question: Question | int, choice: Candidate | int | str) -> Plan:
         """A new plan in which one candidate settles a question (the object, its index, or a rule line). This plan is
@@ -116,7 +123,10 @@ class Plan:
             choice = cast("Candidate", _item(asked.candidates, choice, "candidate"))
         rule = choice.rule if isinstance(choice, Candidate) else choice
         if self.made_from is None:
-            raise UsageError("a plan read from a file cannot be answered; plan again with the rule", next=rule)
+            raise UsageError(
+                "this plan does not know its source and like any more: it was loaded, unpickled or inverted",
+                next=f"Plan again with this rule: {rule}",
+            )
         return _front().plan_again(self.made_from, rule)
 
     def _asked(self, question: Question | int) -> Question:
@@ -203,7 +213,7 @@ class Plan:
     def from_json(cls, data: Any, label: str = "plan") -> Plan:
         """The plan that `as_json` gave. RulesError if the data is not a plan; everything is validated again."""
         with damaged_plan(label):
-            parts = parts_of_json(data, label)
+            parts = parts_of_json(data)
             # A failure may hold keys that no entry names; without failures, every key must be named.
             plan = cls.build(*parts.ends, parts.proposal, partial=bool(parts.failures))
         found = tuple(failure for failure in plan.failures if failure not in parts.failures)

@@ -71,10 +71,10 @@ def damaged_plan(label: str) -> Generator[None]:
         raise RulesError(f"{escape(label)} is damaged: {type(error).__name__} {escape(error)}") from error
 
 
-def parts_of_json(data: Any, label: str) -> PlanParts:
+def parts_of_json(data: Any) -> PlanParts:
     """The parts of the plan that `plan_as_json` gave. RulesError, or an error that `damaged_plan` turns into one."""
     if not isinstance(data, dict) or cast("dict[str, Any]", data).get("graftax_plan") != SCHEMA:
-        raise RulesError(f"{escape(label)} is not a graftax plan of schema {SCHEMA}")
+        raise RulesError(f"not a graftax plan of schema {SCHEMA}")
     table = cast("dict[str, Any]", data)
     source, like = _end_from_json(table["source"]), _end_from_json(table["like"])
     entries = tuple(
@@ -133,8 +133,8 @@ def write_json(data: Any, path: Path) -> None:
         raw = json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # a name with half a surrogate pair
         raw = json.dumps(data, indent=1).encode() + b"\n"
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        staged = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with staged.open("wb") as file:
                 file.write(raw)
