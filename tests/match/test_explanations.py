@@ -25,7 +25,7 @@ def test_names(pairing: Callable[..., Any]) -> None:
         ("b.q_proj.weight", "params/b/query/kernel", (D, D), LIN),
         ("b.k_proj.weight", "params/b/key/kernel", (D, D), LIN),
     ]
-    assert _evidence(pairing(rows).infer(), "params/b/query/kernel")[0].startswith("the names share q")
+    assert _evidence(pairing(rows).infer(), "params/b/query/kernel")[0].startswith("both names mean: q")
     blank = [(a.replace("q_proj", "foo").replace("k_proj", "bar"), *rest) for a, *rest in rows]
     assert _open(pairing(blank).infer(), "params/b/query/kernel")
 
@@ -37,7 +37,7 @@ def test_the_order_of_numbers(pairing: Callable[..., Any]) -> None:
     found = pairing(rows).infer()
     assert _evidence(found, "params/b/Conv_0/kernel")[0] in (
         "the numbers are in the same order",
-        "the names share conv 1 of 2, b, conv",
+        "both names mean: b, conv, and both are number 1 of 2 convs",
     )
     torn = [(a.replace("conv2", "conv"), *rest) for a, *rest in rows]
     assert _open(pairing(torn).infer(), "params/b/Conv_0/kernel")
@@ -105,7 +105,7 @@ def test_without_the_names_that_decided_an_entry_it_is_open_or_decided_otherwise
         assert plan.complete
         words: dict[str, tuple[str, str]] = {}
         for entry in plan.entries:
-            if entry.sources and entry.targets and entry.evidence[0].startswith("the names share "):
+            if entry.sources and entry.targets and entry.evidence[0].startswith(("both names mean: ", "both are number ")):
                 words.setdefault(entry.sources[0].split(".")[-2], (entry.targets[0], entry.evidence[0]))
         for word, (target, why) in words.items():
             if word.isdigit():
