@@ -105,7 +105,8 @@ def test_without_the_names_that_decided_an_entry_it_is_open_or_decided_otherwise
         assert plan.complete
         words: dict[str, tuple[str, str]] = {}
         for entry in plan.entries:
-            if entry.sources and entry.targets and entry.evidence[0].startswith(("both names mean: ", "both are number ")):
+            named = entry.evidence[0].startswith(("both names mean: ", "both are number ")) if entry.evidence else False
+            if entry.sources and entry.targets and named:
                 words.setdefault(entry.sources[0].split(".")[-2], (entry.targets[0], entry.evidence[0]))
         for word, (target, why) in words.items():
             if word.isdigit():
