@@ -30,6 +30,17 @@ def test_names(pairing: Callable[..., Any]) -> None:
     assert _open(pairing(blank).infer(), "params/b/query/kernel")
 
 
+def test_a_word_that_the_place_says_is_told_as_the_place(pairing: Callable[..., Any]) -> None:
+    rows = [
+        ("layers.{i:0..2}.fc.weight", "params/layers_{i}/fc/kernel", (F, D), LIN),
+        ("head.weight", "params/head/kernel", (D, D), LIN),
+        ("norm.weight", "params/norm/scale", (D,)),
+        ("proj.weight", "params/proj/scale", (D,)),
+    ]
+    why = _evidence(pairing(rows).infer(), "params/norm/scale")[0]
+    assert why.endswith("both names mean: norm (the only one outside the blocks)")
+
+
 def test_the_order_of_numbers(pairing: Callable[..., Any]) -> None:
     rows = [
         (f"b.conv{n + 1}.weight", f"params/b/Conv_{n}/kernel", (8, 8, 3, 3), "o i a b -> a b i o") for n in range(2)
