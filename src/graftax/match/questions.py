@@ -239,7 +239,7 @@ def _says(pairing: Sequence[Pair], layouts: Sequence[str], names: Mapping[int, s
     if names is None:
         (pair,) = pairing
         joined = ", but " if pair.shared else ", and "
-        why = pair.says if pair.shared else "the shape matches" if pair.blocked else "only the shape matches"
+        why = pair.says if pair.shared else "only the shape matches"
         return "; ".join([f"{why}{joined}{pair.blocked}" if pair.blocked else why, *said])
     ends = [f"{names[id(p.torch)]} with {names[id(p.flax)]}" for p in pairing if id(p.torch) in names]
     return "; ".join([f"it pairs {', '.join(ends)}", *said] if ends else said or ["the shapes match"])
