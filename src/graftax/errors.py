@@ -98,7 +98,8 @@ class Failure:
         head = escape(self.key) if self.key else ""
         text = f"{head}: {self.what}" if head else self.what
         if self.expected or self.found:
-            text += f" (expected {self.expected or '-'}, found {self.found or '-'})"
+            ends = (("expected", self.expected), ("found", self.found))
+            text += f" ({', '.join(f'{word} {end}' for word, end in ends if end)})"
         return f"{text}\n    {self.next}" if self.next else text
 
     def as_json(self) -> dict[str, str]:

@@ -129,3 +129,55 @@ def test_an_open_question_is_answered_in_the_callers_way(tmp_path: Path, capsys:
     shown = capsys.readouterr().err
     assert "--rules R.toml" in shown
     assert ".answer(" not in shown
+
+
+def test_a_side_by_names_is_told_by_what_the_names_show(tmp_path: Path):
+    from safetensors.numpy import save_file
+
+    save_file({"fc.weight": np.ones((3, 2), "f4")}, tmp_path / "t.safetensors")
+    (found,) = gx.plan(
+        tmp_path / "t.safetensors", {"params": {"fc": {"kernel": np.ones((2, 3), "f4")}}}, to="flax"
+    ).assumptions
+    assert found.text == (
+        f"side: {tmp_path / 't.safetensors'} does not say whether it is torch or Flax; its names look like torch "
+        "(1 name with '.', 1 module with a weight or the like)"
+    )
+    assert found.check == 'source_side="torch" states it'
+
+
+def test_codes_and_their_scales_are_named():
+    codes = {"a.weight": np.ones((2, 4), "i1"), "a.weight_scale": np.ones(2, "f4")}
+    with pytest.raises(gx.errors.PlanError) as caught:
+        gx.plan(codes, {"params": {"a": {"kernel": np.ones((4, 2), "f4")}}}, source_side="torch", to="flax")
+    (failure,) = caught.value.failures
+    assert str(failure) == (
+        "a.weight: holds quantized codes; a.weight_scale holds their scales (expected plain values, found int8[2,4])"
+    )
+    assert "config.json" not in str(caught.value)
+
+
+def test_a_failure_leaves_out_the_end_it_does_not_know():
+    assert str(gx.errors.Failure("is odd", found="float32[2]")) == "is odd (found float32[2])"
+    assert str(gx.errors.Failure("is odd", expected="2", found="3")) == "is odd (expected 2, found 3)"
+
+
+def test_a_tensor_is_no_container_and_a_name_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch = pytest.importorskip("torch")
+    torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "t.pt")
+    assert run(["inspect", f"{tmp_path / 't.pt'}::fc.weight"]) == 1
+    assert "fc.weight is one tensor, not a container of tensors" in (told := capsys.readouterr().err)
+    assert "--key fc.weight" in told
+    assert run(["inspect", ""]) == 5
+    assert "the name of the checkpoint is empty" in capsys.readouterr().err
+    path = str(tmp_path / "t.pt")
+    assert run(["replace", path, "fc.weight", "--from", path, "--layout", "foo", "-o", str(tmp_path / "o.pt")]) == 2
+    assert "--layout foo is not one of linear, " in capsys.readouterr().err
+
+
+def test_a_rule_that_matches_nothing_says_what_its_braces_stand_for():
+    source = {"bn.x.w": np.ones((2, 2), "f4")}
+    rules = 'rules = [{ torch = "bn.{x}.w", flax = "params/bn_{x}/kernel" }]'
+    like = {"params": {"bn_0": {"kernel": np.ones((2, 2), "f4")}}}
+    (failure, *_) = gx.plan(source, like, rules, source_side="torch", to="flax").failures
+    assert failure.what.startswith("matches no key of ")
+    assert "{x} stands for a number; use * for any text in a part." in failure.next

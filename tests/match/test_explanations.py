@@ -25,9 +25,20 @@ def test_names(pairing: Callable[..., Any]) -> None:
         ("b.q_proj.weight", "params/b/query/kernel", (D, D), LIN),
         ("b.k_proj.weight", "params/b/key/kernel", (D, D), LIN),
     ]
-    assert _evidence(pairing(rows).infer(), "params/b/query/kernel")[0].startswith("the names share q")
+    assert _evidence(pairing(rows).infer(), "params/b/query/kernel")[0].startswith("both names mean: q")
     blank = [(a.replace("q_proj", "foo").replace("k_proj", "bar"), *rest) for a, *rest in rows]
     assert _open(pairing(blank).infer(), "params/b/query/kernel")
+
+
+def test_a_word_that_the_place_says_is_told_as_the_place(pairing: Callable[..., Any]) -> None:
+    rows = [
+        ("layers.{i:0..2}.fc.weight", "params/layers_{i}/fc/kernel", (F, D), LIN),
+        ("head.weight", "params/head/kernel", (D, D), LIN),
+        ("norm.weight", "params/norm/scale", (D,)),
+        ("proj.weight", "params/proj/scale", (D,)),
+    ]
+    why = _evidence(pairing(rows).infer(), "params/norm/scale")[0]
+    assert why.endswith("both names mean: norm (the only one outside the blocks)")
 
 
 def test_the_order_of_numbers(pairing: Callable[..., Any]) -> None:
@@ -37,7 +48,7 @@ def test_the_order_of_numbers(pairing: Callable[..., Any]) -> None:
     found = pairing(rows).infer()
     assert _evidence(found, "params/b/Conv_0/kernel")[0] in (
         "the numbers are in the same order",
-        "the names share conv 1 of 2, b, conv",
+        "both names mean: b, conv, and both are number 1 of 2 convs",
     )
     torn = [(a.replace("conv2", "conv"), *rest) for a, *rest in rows]
     assert _open(pairing(torn).infer(), "params/b/Conv_0/kernel")
@@ -105,7 +116,8 @@ def test_without_the_names_that_decided_an_entry_it_is_open_or_decided_otherwise
         assert plan.complete
         words: dict[str, tuple[str, str]] = {}
         for entry in plan.entries:
-            if entry.sources and entry.targets and entry.evidence[0].startswith("the names share "):
+            named = entry.evidence[0].startswith(("both names mean: ", "both are number ")) if entry.evidence else False
+            if entry.sources and entry.targets and named:
                 words.setdefault(entry.sources[0].split(".")[-2], (entry.targets[0], entry.evidence[0]))
         for word, (target, why) in words.items():
             if word.isdigit():

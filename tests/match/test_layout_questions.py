@@ -254,6 +254,8 @@ def test_a_square_convolution_that_may_be_transposed_is_asked(name: str, kernel:
     assert question.kind == "layout"
     assert 'layout = "conv"' in rules_of(question) or 'layout = "conv_transpose"' in rules_of(question)
     assert 'layout = "conv_transpose default"' in rules_of(question)
+    for candidate in question.candidates:
+        assert f'layout = "{candidate.evidence.partition("the layout is ")[2]}"' in candidate.rule
 
 
 def asked_of_one_layer(pairing, pair: Pair) -> set[str]:

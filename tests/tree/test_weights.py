@@ -80,7 +80,7 @@ def test_a_plan_is_made_from_the_weights(tmp_path, tree, kind):
     out = plan.run(source)
     assert all(torch.equal(out[key], value) for key, value in WANT.items())
     assert set(plan.source.left) == set(tree) - {"params", "model"}
-    (line,) = [line for line in str(plan).splitlines() if line.startswith("beside the weights of")]
+    (line,) = [line for line in str(plan).splitlines() if line.startswith("left out of ")]
     assert "an optimizer's state, 13 leaves" in line
     plan.save(tmp_path / "plan.json")
     again = gx.load_plan(tmp_path / "plan.json")

@@ -53,7 +53,7 @@ def inspect_command(
     spec: Annotated[bool, Flag] = False,
     json: Json = False,
 ) -> Outcome:
-    """What is in a checkpoint: names, shapes, dtypes.
+    """Print the names, shapes and dtypes in a checkpoint.
 
     Parameters
     ----------
@@ -92,7 +92,8 @@ def plan_command(
     json: Json = False,
     **options: Any,
 ) -> Outcome:
-    """What goes where, and how, from SOURCE to LIKE; nothing is moved. Exit 1 where something is open.
+    """Show which source tensor becomes which leaf of LIKE, and how. Writes no weights. Exits 1 if a question or misfit
+    remains.
 
     Parameters
     ----------
@@ -197,9 +198,9 @@ def diff_command(
     like
         The tree that A is ported to.
     from_
-        The side of A, where it does not declare it.
+        Whether A is torch or Flax, if it does not say so itself.
     to
-        The side of LIKE and of B, where they do not declare it.
+        Whether LIKE and B are torch or Flax, if they do not say so themselves.
     atol
         Absolute tolerance; without atol and rtol every bit counts.
     rtol

@@ -92,6 +92,8 @@ def _only_step(folder: str) -> Path | None:
 def _missing(text: str) -> StorageError:
     """The error if nothing is at `text`: names near it, and the other places that were searched. FormatError for a
     TensorFlow checkpoint."""
+    if not text:
+        return StorageError("the name of the checkpoint is empty")
     path = Path(text)
     if "\0" in text:
         return StorageError(f"{escape(text)} cannot be the name of a file")

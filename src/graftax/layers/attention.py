@@ -50,7 +50,7 @@ def attention_form(facts: LayerFacts) -> Iterable[LayerForm]:
     yield LayerForm(
         variant,
         steps,
-        why="torch's MultiheadAttention is split in 3, transposed, then cut into heads",
+        why="Flax's attention has an axis for the heads, torch's MultiheadAttention has none",
     )
 
 

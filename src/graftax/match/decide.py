@@ -98,11 +98,10 @@ def _clear(board: Board) -> list[Pair]:
             continue  # norm1 against norm2: both may count the same thing, from 0 and from 1, or different things
         if all(other.total <= pair.total - MARGIN for other in rivals):
             by_name = all(other.score <= pair.score - MARGIN for other in rivals)
-            shared = ", ".join(pair.shared)
             if by_name:
-                pair.why = f"the names share {shared}" if shared else "the names agree"
+                pair.why = pair.says or "the names agree"
             else:
-                pair.why = "a sibling is paired" + (f", and the names share {shared}" if shared else "")
+                pair.why = "a sibling is paired" + (f", and {pair.says}" if pair.shared else "")
             out.append(pair)
     return out
 
@@ -131,7 +130,7 @@ def _last(board: Board, root: bool, rivalled: set[int], taken: list[Pair]) -> li
             continue
         pair.why = "no other pair fits"
         if root and pair.any_shared:
-            pair.why += f", and the names share {', '.join(pair.shared)}"
+            pair.why += f", and {pair.says}"
         out.append(pair)
     return out
 

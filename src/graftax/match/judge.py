@@ -197,7 +197,7 @@ def _judge(
                 if rank == place:
                     matched = True
                     shared += 0.6
-                    said.append((0.6, f"{what} {rank + 1} of {count}".strip()))
+                    said.append((0.6, f"number {rank + 1} of {count}{f' {what}s' if what else ''}"))
                 else:
                     blocked = blocked or f"they are {what or 'numbers'} {rank + 1} and {place + 1} of {count}"
     pair.head = (
@@ -231,7 +231,11 @@ def _judge(
         blocked = "one is a bare parameter, and its name has a word that the other lacks"
     pair.blocked = blocked
     said.sort(reverse=True)
-    pair.shared = tuple(concept for _, concept in said[:4])
+    pair.shared = tuple(text for _, text in said[:4])
+    if "final" in pair.shared and not all("final" in concepts(name.raw, lex) for name in (a, b)):
+        # `name_final_norm` added the word: no name has it.
+        alone = "norm (the only one outside the blocks)"
+        pair.shared = (*(text for text in pair.shared if text not in ("final", "norm")), alone)
 
 
 _ANY_HEAD = frozenset(("linear", "proj", "layer", "stage", "model", "list"))

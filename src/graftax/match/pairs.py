@@ -54,6 +54,15 @@ class Pair:
     def total(self) -> float:
         return self.score + self.bonus
 
+    @property
+    def says(self) -> str:
+        """What both names say, as evidence: the meanings of their words, and their places among numbered siblings; ''
+        if they share nothing."""
+        places = [text for text in self.shared if text.startswith("number ")]
+        meant = [text for text in self.shared if text not in places]
+        texts = [f"both names mean: {', '.join(meant)}"] if meant else []
+        return ", and ".join([*texts, *([f"both are {' and '.join(places)}"] if places else [])])
+
 
 @dataclass(slots=True, eq=False)
 class Scope:

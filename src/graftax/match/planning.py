@@ -122,11 +122,12 @@ def _by_names(source: Checkpoint, like: Checkpoint | None, options: PlanOptions)
     if source.side is None and options.source_side is None and options.to is not None and _silent(source, options):
         other, named = OTHER[options.to], option("to", options.to)
         text = f"side: {escape(source.label)} shows no side; with {named} the plan assumes that it is {other}"
-        out.append(Assumption(text, f"{option('source_side', other)} says so"))
+        out.append(Assumption(text, f"{option('source_side', other)} states it"))
     for end, name in ((source, "source_side"), (like, "to")):
         if end is not None and end.side is not None and end.side_by == "names":
-            text = f"side: {escape(end.label)} declares none, but its names show {end.side}: {Signs.of(end).text}"
-            out.append(Assumption(text, f"{option(name, end.side)} says so"))
+            shown = f"{'Flax' if end.side == 'flax' else end.side} ({Signs.of(end).text})"
+            text = f"side: {escape(end.label)} does not say whether it is torch or Flax; its names look like {shown}"
+            out.append(Assumption(text, f"{option(name, end.side)} states it"))
     return out
 
 

@@ -166,20 +166,22 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         return
     failures = [
         Failure(
-            f"codes of {item.scheme}, scaled by {escape(item.beside)}",
+            f"holds quantized codes; {escape(item.beside)} holds their scales"
+            if item.scheme == SCALED
+            else f"is quantized ({item.scheme}), as {escape(item.beside)} shows",
             checkpoint.label,
             item.codes,
             found=str(checkpoint[item.codes]),
-            expected="values",
+            expected="plain values",
         )
         if item.codes
         else Failure(f"config.json: quantization_config says {escape(item.scheme)}", checkpoint.label)
         for item in found
     ]
     names = ", ".join(dict.fromkeys(escape(item.scheme) for item in found))
+    stated = " If the weights are plain already, keep them apart from that config.json." if not found[0].codes else ""
     raise PlanError(
         f"{escape(checkpoint.label)} is quantized ({names}):",
         failures,
-        next="Dequantize it first: load it with the library that wrote it and save plain float weights. "
-        "If the weights are plain already, keep them apart from that config.json.",
+        next=f"Dequantize it first: load it with the library that wrote it and save plain float weights.{stated}",
     )

@@ -109,9 +109,7 @@ def _reading(
         labels = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
         for known in labels[:2]:
             rule = column_rule(scope, pair.torch, pair.flax, link, known, sides, open_=True, asked=True)
-            where = (
-                f"it is stacked on axis {', '.join(map(str, known[0]))}" if known[0] else f"the layout is {known[1]}"
-            )
+            where = f"it is stacked on axis {', '.join(map(str, known[0]))}" if known[0] else _layout(known, rule)
             found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), where))
     what = "stack axes" if choice.kind == "stack" else "layouts"
     names = ", ".join(fold_names(torch if turned else flax)[:4])
@@ -124,6 +122,12 @@ def _reading(
         return Question("flatten", text, torch if turned else flax, flax if turned else torch, tuple(found))
     text = f"{names}: the shape fits {len(found)} {what}, and nothing tells which is right"
     return Question(choice.kind, text, torch if turned else flax, flax if turned else torch, tuple(found))
+
+
+def _layout(label: Label, rule: str) -> str:
+    """The layout of a candidate, in the word that its rule line states."""
+    stated = "conv_transpose" if label[1] == "conv" and 'layout = "conv_transpose"' in rule else label[1]
+    return f"the layout is {stated}"
 
 
 _FORMS = {"block": "the parts lie one after the other", "interleaved": "the parts lie head by head"}
@@ -234,8 +238,9 @@ def _says(pairing: Sequence[Pair], layouts: Sequence[str], names: Mapping[int, s
     said = [text for text in dict.fromkeys(layouts) if text]
     if names is None:
         (pair,) = pairing
-        why = f"the names share {', '.join(pair.shared)}" if pair.shared else "only the shape matches"
-        return "; ".join([f"{why}, but {pair.blocked}" if pair.blocked else why, *said])
+        joined = ", but " if pair.shared else ", and "
+        why = pair.says if pair.shared else "only the shape matches"
+        return "; ".join([f"{why}{joined}{pair.blocked}" if pair.blocked else why, *said])
     ends = [f"{names[id(p.torch)]} with {names[id(p.flax)]}" for p in pairing if id(p.torch) in names]
     return "; ".join([f"it pairs {', '.join(ends)}", *said] if ends else said or ["the shapes match"])
 
@@ -308,7 +313,7 @@ def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) 
         said = None if choice.trap is not None and not label[0] else label  # a next question asks for the order
         rule = column_rule(scope, pair.torch, pair.flax, link, said, sides, open_=choice.label is None)
         axis = f"it is stacked on axis {', '.join(map(str, label[0]))}" if choice.kind == "stack" and label[0] else ""
-        layout = f"the layout is {label[1]}" if label[1] else ""
+        layout = _layout(label, rule) if label[1] else ""
         way = "; ".join(filter(None, (axis, layout)))
         out.append((rule, way if choice.label is None and said is not None else ""))
     return list(dict(out).items())

@@ -283,13 +283,15 @@ def _question(
         Candidate(
             ", ".join(edge.line for edge in pairing),
             tuple(name for edge in pairing for name in edge.source.names),
-            "only the shape matches",
+            "the shape matches" if len(pairing) == 1 else "the shapes match",
         )
         for pairing in islice(pairings, _PAIRINGS)
     ]
     text = (
-        f"{', '.join(fold_names(targets)[:4])}: names do not pair {'it' if len(columns) == 1 else 'them'}, but "
-        f"unpaired source tensors have {'its shape' if len(columns) == 1 else 'their shapes'}; choose one, or mark it "
-        "missing"
+        f"no source tensor was matched to {', '.join(fold_names(targets)[:4])} by name; these have its shape: choose "
+        "one, or mark it missing"
+        if len(columns) == 1
+        else f"no source tensors were matched to {', '.join(fold_names(targets)[:4])} by name; these have their "
+        "shapes: choose a pairing, or mark them missing"
     )
     return Question("match", text, targets, tuple(sources), tuple(candidates))

@@ -207,7 +207,8 @@ def _notes(golden: Golden, layers: bool, source: Checkpoint) -> tuple[str, ...]:
             "the golden file holds outputs only; a golden file recorded with layers names the layer that diverges"
         )
     if not source.has_values:
-        notes.append("the weights were not audited: a golden file holds none (give torch's checkpoint as source=)")
+        given = option("source")
+        notes.append(f"the weights were not audited: a golden file holds none (give torch's checkpoint as {given})")
     return tuple(notes)
 
 

@@ -42,13 +42,15 @@ class PlanOptions:
     missing: Missing = field(
         default="error",
         metadata=_help(
-            "A missing key, a leaf of `like` that no source tensor fills: an error, unless this says otherwise "
-            "(keep: `like`'s own value)."
+            "What to do with missing keys (leaves of `like` that no source tensor fills): an error, keep `like`'s own "
+            "value, or zeros."
         ),
     )
     unused: Unused = field(
         default="error",
-        metadata=_help("An unexpected key, which no leaf of `like` takes: an error, unless this says otherwise."),
+        metadata=_help(
+            "What to do with unexpected keys (source tensors that no leaf of `like` takes): an error, or drop them."
+        ),
     )
     dtype: Dtype | Mapping[str, Dtype] | None = field(
         default=None,
@@ -57,12 +59,17 @@ class PlanOptions:
     source_side: Side | None = field(
         default=None,
         kw_only=True,
-        metadata=_help("The side of `source`, where it does not declare it: names alone are an assumption."),
+        metadata=_help("Whether `source` is torch or Flax, if it does not say so itself."),
     )
-    to: Side | None = field(default=None, metadata=_help("The side that comes out, where `like` does not declare it."))
+    to: Side | None = field(
+        default=None,
+        metadata=_help("Whether `like`, or what is written, is torch or Flax, if `like` does not say so itself."),
+    )
     overflow: Overflow = field(
         default="error",
-        metadata=_help("A value that the dtype of a cast cannot hold: an error, or its largest finite value."),
+        metadata=_help(
+            "What to do when a cast meets a value too large for its dtype: an error, or its largest finite value."
+        ),
     )
 
     def check(self) -> None:
@@ -96,12 +103,14 @@ class PlanKeywords(TypedDict, total=False):
 class WriteOptions:
     """How the result of a plan is written. The help of a field that is True by default says what False does."""
 
-    format: str | None = field(default=None, metadata=_help("A format's name, whatever the ending."))
+    format: str | None = field(
+        default=None, metadata=_help("The format to write, instead of the one that the ending of `out` picks.")
+    )
     max_memory: Size = field(
         default="512MiB",
         metadata=_help(
-            "What .safetensors (also in shards), .pt, .msgpack and .npz are written within, however large a tensor is; "
-            "Orbax is handed all tensors at once."
+            "Use at most this much memory while writing .safetensors, .pt, .msgpack and .npz, however large a tensor "
+            "is; Orbax needs all tensors at once."
         ),
     )
     shard_size: Size | None = field(default=None, metadata=_help("The size of a shard, such as 5GB; needs a folder."))

@@ -81,7 +81,11 @@ def left_out(left: Mapping[str, str], shown: int = 12) -> str:
 def left_out_lines(plan: Plan) -> list[str]:
     """A line for each end of a plan that holds more than its weights."""
     ends = (plan.source, plan.like)
-    return [f"beside the weights of {escape(end.label)}, left out: {left_out(end.left)}" for end in ends if end.left]
+    return [
+        f"left out of {escape(end.label)} (only its weights are ported): {left_out(end.left)}"
+        for end in ends
+        if end.left
+    ]
 
 
 def plan_text(plan: Plan) -> str:

@@ -97,7 +97,8 @@ def inspection_text(data: Mapping[str, Any]) -> str:
     dtypes = ", ".join(f"{count} {name}" for name, count in data["dtypes"].items())
     side = f"{data['side']} by its names" if data["side"] and data["side_by"] == "names" else data["side"]
     lines = [
-        f"{escape(data['label'])}: {data['format']}, {side or 'side unknown'}, {data['leaves']} leaves, "
+        f"{escape(data['label'])}: format {data['format']}, side {side or 'unknown'}, "
+        f"{data['leaves']} {'leaf' if data['leaves'] == 1 else 'leaves'}, "
         f"{data['parameters']:,} parameters, {size_text(data['bytes'])} ({dtypes or 'empty'})"
     ]
     if data["opened"]:

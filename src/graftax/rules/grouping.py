@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -298,10 +299,16 @@ def _fault(rule: Rule, what: str, label: str, key: str, hint: str = "") -> Failu
     return Failure(what, label, key, next=hint or f"See {rule.where}.")
 
 
+_NUMBER = re.compile(r"(?<!\{)\{[a-z_]\w*\}")
+
+
 def no_match(rule: Rule, template: Template, index: KeyIndex, label: str) -> Failure:
     """The failure for a template that matches nothing; it lists near keys."""
     near = nearest(template.text, index.order)
     hint = f"Near: {near}. " if near else ""
+    number = _NUMBER.search(template.text)
+    if number is not None:
+        hint += f"{number[0]} stands for a number; use * for any text in a part. "
     return _fault(rule, f"matches no key of {escape(label)}", label, template.text, f"{hint}Check {rule.where}.")
 
 

@@ -268,7 +268,7 @@ def _output(
     row = choose_format(split_target(fspath(out))[0], side, format)
     if checkpoint.side is None and row.name not in _UNDECLARED:
         raise PlanError(
-            f"{escape(checkpoint.label)} may be torch or Flax: its {Signs.of(specs).text}; {row.name} would say {side}",
+            f"{escape(checkpoint.label)} may be torch or Flax ({Signs.of(specs).text}); {row.name} would say {side}",
             next=f"Write {' or '.join(_UNDECLARED)}, or port it first, with {option('source_side')}.",
         )
     metadata = None

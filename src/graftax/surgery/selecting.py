@@ -254,7 +254,7 @@ def choose(tree: SelectableTree, edits: Iterable[Edit], expect: int | None) -> t
     if expect is not None and len(picked) != expect and (picked or not failures):
         failures.append(
             Failure(
-                "another number of leaves is selected",
+                "wrong number of selected leaves",
                 expected=str(expect),
                 found=str(len(picked)),
                 next=f"They are: {listed(picked)}" if picked else "",

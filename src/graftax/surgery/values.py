@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from graftax.errors import PlanError, UsageError, escape, worded
+from graftax.errors import PlanError, UsageError, escape, option, worded
 from graftax.tree import TensorSpec
 
 if TYPE_CHECKING:
@@ -403,7 +403,7 @@ def from_checkpoint(
     from graftax.surgery.donors import LAYOUTS, FromCheckpoint
 
     if layout is not None and layout not in LAYOUTS:
-        raise UsageError(f"layout={escape(layout)!r} is not one of {', '.join(LAYOUTS)}")
+        raise UsageError(f"{option('layout', escape(layout))} is not one of {', '.join(LAYOUTS)}")
     if key is not None and not isinstance(key, str):
         raise UsageError(f"key={escape(repr(key))} is not text; in a list or a dict, name it by its path ('layers/0')")
     return FromCheckpoint(path, key, layout, bool(cast))

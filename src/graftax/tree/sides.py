@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from graftax.errors import counted
 from graftax.tree import Checkpoint, Side, SideBy, escape_part
 from graftax.tree.renaming import Renaming
 
@@ -100,11 +101,10 @@ class Signs:
     @property
     def text(self) -> str:
         """What the names show, for a message."""
-        seps = [f"{count} with '{sep}'" for sep, count in (("/", self.slashed), (".", self.dotted)) if count]
-        kinds = (("kernel or embedding", self.flax), ("scale", self.scale), ("weight or the like", self.torch))
-        modules = [f"{count} with {what}" for what, count in kinds if count]
-        names = f"names: {', '.join(seps) or 'neither / nor .'}"
-        return f"{names}; modules: {', '.join(modules)}" if modules else names
+        seps = [f"{counted(n, 'name')} with '{sep}'" for sep, n in (("/", self.slashed), (".", self.dotted)) if n]
+        kinds = (("a kernel or embedding", self.flax), ("a scale", self.scale), ("a weight or the like", self.torch))
+        modules = [f"{counted(n, 'module')} with {what}" for what, n in kinds if n]
+        return ", ".join([*(seps or ["no name with '/' or '.'"]), *modules])
 
 
 def side_of_names(names: Iterable[str]) -> Side | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftax.errors import Failure, FormatError, PlanError, UnsafeInputError, escape
+from graftax.errors import Failure, FormatError, PlanError, UnsafeInputError, escape, option
 from graftax.tree import Key, nearest
 from graftax.tree.inert import (
     ALLOWED,
@@ -271,6 +271,13 @@ def _resolve(root: Any, name: str, label: str, census: _Census) -> Any:
         found = next(_ways(_default(root, label, census), name, 0), None)
     if found is not None:
         return found
+    for node in (root, _default(root, label, census)):
+        one = {str(key): value for key, value in node.items()}.get(name) if isinstance(node, dict) else None
+        if one is not None and not isinstance(one, Object) and census.tensors(one):
+            raise PlanError(
+                f"{label}: {escape(name)} is one tensor, not a container of tensors",
+                next=f"As the tensor that a replacement takes: {option('key', escape(name))}",
+            )
     keys = [_text(key, label) for key, value in root.items() if census.tensors(value)] if isinstance(root, dict) else []
     near = nearest(name, keys) or ", ".join(escape(key) for key in keys[:10])
     raise PlanError(f"{label} has no container {escape(name)!r}", next=f"Near: {near}" if near else "")
