@@ -34,7 +34,7 @@ Like = Annotated[
     str | None, Parameter(help="What to produce: a checkpoint, a spec file (inspect --spec), or pkg.mod:factory.")
 ]
 Suggest = Annotated[str | None, Parameter(help="Write the open questions here, as a rules file to edit.")]
-Strict = Annotated[bool, Parameter(negative="", help="Exit 1 where the plan rests on an assumption.")]
+Strict = Annotated[bool, Parameter(negative="", help="Exit 1 if the plan rests on any assumption.")]
 
 
 def open_source(text: str) -> Any:

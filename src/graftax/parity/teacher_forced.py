@@ -193,7 +193,7 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
         left = [fit for fit in misses[i] if fit.match.torch not in used]
         if i in found or not left:
             continue
-        fit, taken = left[0], fit_count(found, ranked[:n])
+        fit, taken = left[0], sum(k in found for k in ranked[:n])
         if n == 0 and not found:
             rivals = [other for k in ranked for other in misses[k][:1] if other.match.torch == fit.match.torch]
             fit = min(rivals, key=lambda other: other.error)
@@ -204,11 +204,6 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
         used.add(fit.match.torch)
         found[fit.match.flax] = fit
     return tuple(found[i] for i in ranked if i in found)
-
-
-def fit_count(found: Mapping[int, MeasuredMatch], arrays: list[int]) -> int:
-    """How many of these Flax arrays are matched."""
-    return sum(i in found for i in arrays)
 
 
 def beneath_mask(got: Any, want: Any) -> float:
