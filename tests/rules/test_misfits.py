@@ -238,23 +238,26 @@ def test_no_like_and_a_stack_that_does_not_begin_at_zero():
     assert not outcome([rule | {"l": "3..5"}], source, None, "flax").proposal.failures
 
 
-def test_ten_thousand_keys_and_fifty_rules_take_less_than_half_a_second():
+def test_the_time_of_rules_grows_with_the_number_of_keys():
+    """Four times the keys take about four times as long, not sixteen times."""
     leaves = [f"block{b}.part{p}" for b in range(5) for p in range(10)]
-    torch = {f"layers.{i}.{leaf}.weight": (4, 6) for i in range(200) for leaf in leaves}
-    flax = {f"layers_{i}/{leaf.replace('.', '/')}/kernel": (6, 4) for i in range(200) for leaf in leaves}
     rules = load_rules(
         [
             {"torch": f"layers.{{i}}.{leaf}.weight", "flax": f"layers_{{i}}/{leaf.replace('.', '/')}/kernel"}
             for leaf in leaves
         ]
     )
-    ends = abstract(torch, "torch"), abstract(flax, "flax")
-    assert len(torch) == 10_000
-    times: list[float] = []
-    for _ in range(3):
-        start = time.process_time()
-        found = apply_rules(rules, *ends, "torch", "flax")
-        times.append(time.process_time() - start)
-    assert len(found.proposal.entries) == 10_000
-    assert not found.proposal.failures
-    assert min(times) < 0.5, times
+    seconds: list[float] = []
+    for layers in (50, 200):
+        torch = {f"layers.{i}.{leaf}.weight": (4, 6) for i in range(layers) for leaf in leaves}
+        flax = {f"layers_{i}/{leaf.replace('.', '/')}/kernel": (6, 4) for i in range(layers) for leaf in leaves}
+        ends = abstract(torch, "torch"), abstract(flax, "flax")
+        times: list[float] = []
+        for _ in range(3):
+            start = time.process_time()
+            found = apply_rules(rules, *ends, "torch", "flax")
+            times.append(time.process_time() - start)
+        assert len(found.proposal.entries) == len(torch) == 50 * layers
+        assert not found.proposal.failures
+        seconds.append(min(times))
+    assert seconds[1] < 9 * seconds[0], seconds
