@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from json import loads as parse_json
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
@@ -74,7 +74,7 @@ def inspect_command(
             from graftax.formats.spec_file import dump_spec
 
             text = dump_spec(checkpoint)
-            return Outcome(_json(text), text.rstrip("\n"))
+            return Outcome(parse_json(text), text.rstrip("\n"))
         data = inspection(checkpoint, stats=stats, hashes=hashes)
         return Outcome(data, "" if json else inspection_text(data))
 
@@ -257,10 +257,6 @@ def _rules_for_diff(a: str, b: str, like: str | None) -> str:
         return ""
     steps = f"graftax plan {a} --like {like} --rules R.toml -o plan.json, then graftax diff {a} {b} --plan plan.json"
     return f"diff takes no rules: {escape(steps, 600)} (plan --suggest R.toml writes what is open as rules)."
-
-
-def _json(text: str) -> Any:
-    return json.loads(text)
 
 
 def _opened(text: str, *ends: Any) -> str:

@@ -132,12 +132,7 @@ def _compile_seconds(flax: Runner) -> float:
 
 
 def layer_rows(reference: Reference, calls: CallMap, tap: ForcedTap, threshold: float) -> list[LayerRow]:
-    """One row for each call of a pair, in the order in which the torch calls began.
-
-    Flax goes on with its own output after a call that could not be compared. What arrives at later layers may then
-    carry what float32 loses in such a call and before it, so their floor allows for torch's own loss there.
-    """
-    unforced = 0.0
+    """One row for each call of a pair, in the order in which the torch calls began."""
     by_torch = {there: here for here, there in calls.sites.items()}
     rows: list[LayerRow] = []
     for site in reference.began:
@@ -145,13 +140,11 @@ def layer_rows(reference: Reference, calls: CallMap, tap: ForcedTap, threshold: 
         if here is None or site not in reference.records:
             continue
         record, pair = reference.records[site], calls.pairs[here]
-        met = tap.met.get(here) or Met(site, text="the Flax module was not called")
+        met = tap.met.get(here) or Met(site, in_floor=record.in_error, text="the Flax module was not called")
         status: Status = "ok"
         if met.in_error is None and met.out_error is None:
             status = "not compared"
-            unforced = max(unforced, record.free_error or 0.0)
-        in_floor = record.in_error if record.in_error is None else max(record.in_error, unforced)
-        if alarms(met.in_error, in_floor, threshold) or alarms(met.out_error, record.out_error, threshold):
+        if alarms(met.in_error, met.in_floor, threshold) or alarms(met.out_error, record.out_error, threshold):
             status = "diverges"
         rows.append(
             LayerRow(
@@ -160,7 +153,7 @@ def layer_rows(reference: Reference, calls: CallMap, tap: ForcedTap, threshold: 
                 here,
                 " / ".join(pair.kinds),
                 met.in_error,
-                in_floor,
+                met.in_floor,
                 met.out_error,
                 record.out_error,
                 met.free_error,

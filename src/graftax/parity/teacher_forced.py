@@ -36,10 +36,11 @@ class Match:
 @dataclass(slots=True, eq=False)
 class Met:
     """What the forced pass saw at one Flax call: the errors (None: nothing could be compared), the reason why not, and
-    the matched arrays."""
+    the matched arrays. in_floor: the error of the input that float32 explains."""
 
     site: Site
     in_error: float | None = None
+    in_floor: float = 0.0
     out_error: float | None = None
     free_error: float | None = None
     text: str = ""
@@ -72,11 +73,15 @@ class ForcedTap:
     extra: dict[str, int] = field(default_factory=dict[str, int])
     """Flax path -> how many calls have no torch call."""
     _open: dict[Site, Arrays] = field(default_factory=dict[Site, Arrays])
+    _unforced: float = 0.0
+    """Flax goes on with its own output after a layer whose output could not be matched. What arrives at later layers
+    may then carry what float32 loses up to there: the most that torch itself loses in such a layer and before it."""
 
     def restart(self) -> None:
         """Forget a run that did not finish."""
         for table in (self.met, self.kept, self.extra, self._open):
             table.clear()
+        self._unforced = 0.0
 
     def enter(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Args | None:
         there = self.calls.sites.get(site)
@@ -84,7 +89,7 @@ class ForcedTap:
             self.extra[site.path] = self.extra.get(site.path, 0) + 1
             return None
         record = self.reference.records[there]
-        met = self.met[site] = Met(there)
+        met = self.met[site] = Met(there, in_floor=max(record.in_error, self._unforced))
         arrived: Args = (args, kwargs)
         if not site.path:  # the model itself keeps its own inputs
             self._open[site] = Arrays(arrived, arrived)
@@ -100,7 +105,7 @@ class ForcedTap:
         met.in_error = max(fit.error for fit in found)
         given: Args = values.rebuilt(arrived, _is_array, _with_wants(ours, found))
         self._open[site] = Arrays(arrived, given)
-        if alarms(met.in_error, record.in_error, self.threshold):
+        if alarms(met.in_error, met.in_floor, self.threshold):
             self._keep(site, self._open[site])
         return given
 
@@ -108,11 +113,13 @@ class ForcedTap:
         began = self._open.pop(site, None)
         if began is None:
             return None
-        met, record = self.met[site], self.reference.records[self.met[site].site]
+        met, record, pair = self.met[site], self.reference.records[self.met[site].site], self.calls.pairs[site]
         ours = [array for _, array in values.arrays(output)]
         theirs = [array for _, array in values.arrays(record.output)]
-        found = fits(ours, theirs, self.alignments[self.calls.pairs[site]], outward=True)
+        found = fits(ours, theirs, self.alignments[pair], outward=True)
         if not found:
+            if pair.leaf:  # the layers inside a container were given their own inputs
+                self._unforced = max(self._unforced, record.free_error)
             met.text = met.text or f"its output {_shapes(ours)} could not be matched to torch's {_shapes(theirs)}"
             return None
         met.outward = tuple(fit.match for fit in found)
@@ -164,16 +171,15 @@ class MeasuredMatch:
 def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: bool) -> tuple[MeasuredMatch, ...]:
     """Match Flax arrays to torch arrays. First every Flax array takes the first torch array that agrees within NEAR:
     cells and attention take and give the same arrays in another order, and a first call may lack the state that Flax
-    starts with as zeros. Then a floating array must be matched (an integer one, if there are no others), else nothing
-    is: the first one takes what its shape fits, or leaves it to another that comes nearer. Each later array takes the
-    torch array at the same place if the shapes fit."""
+    starts with as zeros. If none agrees, the first floating array (the first integer array, if there are no others)
+    takes what its shape fits, or leaves it to another that comes nearer. Each later array takes the torch array at the
+    same place if the shapes fit. Nothing is matched if only masks or integers are, and there are other arrays."""
     floats = [i for i, array in enumerate(ours) if _floating(array)]
     first = (floats or list(range(len(ours))))[:1]
     ranked = first + [i for i in range(len(ours)) if i not in first]
     found: dict[int, MeasuredMatch] = {}
     used: set[int] = set()
-    misses: dict[int, list[MeasuredMatch]] = {}
-    """Matches by shape that do not agree."""
+    misses: dict[int, list[MeasuredMatch]] = {}  # matches by shape that do not agree
     for i in ranked:
         misses[i] = []
         for j, array in enumerate(theirs):
@@ -203,6 +209,9 @@ def fits(ours: list[Any], theirs: list[Any], alignment: Alignment, *, outward: b
                 continue
         used.add(fit.match.torch)
         found[fit.match.flax] = fit
+    telling = [i for i in floats if not _is_mask(ours[i])]
+    if telling and not any(i in found for i in telling):
+        return ()
     return tuple(found[i] for i in ranked if i in found)
 
 
