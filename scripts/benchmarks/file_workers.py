@@ -5,7 +5,6 @@ A job: source, bin, like, truth, out, config (the folder of the model), hugging 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -37,11 +36,15 @@ def _renamed(job: Job) -> dict[str, tuple[str, tuple[int, ...] | None]]:
 
 def graftax(job: Job) -> tuple[Any, Any]:
     """The plan is inferred from names and shapes, and run."""
-    import graftax as gx
+    import graftax.api
+    import graftax.execute.streamed
+    import graftax.formats.safetensors_file
+    import graftax.formats.spec_file
+    import graftax.match.planning
 
-    for module in ("planning", "api", "execute.streamed", "formats.safetensors_file", "formats.spec_file"):
-        importlib.import_module(f"graftax.{module}")
-    return lambda: gx.port_file(job["source"], job["like"], job["out"], max_memory=job["max_memory"]), _checked(job)
+    return lambda: graftax.port_file(job["source"], job["like"], job["out"], max_memory=job["max_memory"]), _checked(
+        job
+    )
 
 
 def naive_numpy(job: Job) -> tuple[Any, Any]:
