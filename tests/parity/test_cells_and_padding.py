@@ -138,3 +138,39 @@ def test_a_map_that_torch_pads_before_the_layer():
     x = np.random.default_rng(1).normal(size=(5, 1, 16, 1)).astype(np.float32)
     report = gx.check_parity(Padded().eval(), PaddedInside(), x, layout="NCHW -> NHWC", out_layout="NCHW -> NHWC")
     assert report, str(report)
+
+
+class Cancelling(nn.Module):
+    """A wide layer whose terms cancel, so that float32 loses digits in it, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4096, 8)
+        self.head = nn.Linear(8, 2)
+        with torch.no_grad():
+            self.inner.weight[:, 2048:] = -self.inner.weight[:, :2048] * (1 + 1e-2 * torch.randn(8, 2048))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(x))
+
+
+class InPieces(nnx.Module):
+    """Uses the weights of the wide layer without calling it, and sums in another order."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.inner = nnx.Linear(4096, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, out = self.inner.kernel[...], self.inner.bias[...]
+        for part in range(0, 4096, 64):
+            out = out + x[:, part : part + 64] @ kernel[part : part + 64]
+        return self.head(out)
+
+
+def test_a_layer_that_flax_never_calls_does_not_alarm_the_next_one():
+    torch.manual_seed(0)
+    x = np.tile(np.abs(np.random.default_rng(0).normal(size=(4, 2048))), 2).astype(np.float32) + 3
+    module, model = Cancelling().eval(), InPieces(nnx.Rngs(0))
+    report = gx.check_parity(module, gx.port(module, model), x)
+    assert report, str(report)

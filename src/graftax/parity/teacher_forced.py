@@ -76,12 +76,18 @@ class ForcedTap:
     _unforced: float = 0.0
     """Flax goes on with its own output after a layer whose output could not be matched. What arrives at later layers
     may then carry what float32 loses up to there: the most that torch itself loses in such a layer and before it."""
+    _begun: int = 0
+    _uncalled: dict[Site, float] = field(default_factory=dict[Site, float])
+    """Flax calls that torch made before the present one and Flax did not: what torch loses up to each."""
+    _layers: list[tuple[Site, Site]] = field(init=False)
+    """(torch call, Flax call) of every layer, in torch's order."""
+    _place: dict[Site, int] = field(init=False)
 
     def restart(self) -> None:
         """Forget a run that did not finish."""
-        for table in (self.met, self.kept, self.extra, self._open):
+        for table in (self.met, self.kept, self.extra, self._open, self._uncalled):
             table.clear()
-        self._unforced = 0.0
+        self._unforced, self._begun = 0.0, 0
 
     def enter(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Args | None:
         there = self.calls.sites.get(site)
@@ -89,7 +95,8 @@ class ForcedTap:
             self.extra[site.path] = self.extra.get(site.path, 0) + 1
             return None
         record = self.reference.records[there]
-        met = self.met[site] = Met(there, in_floor=max(record.in_error, self._unforced))
+        floor = max(record.in_error, self._unforced, self._lost_before(there))
+        met = self.met[site] = Met(there, in_floor=floor)
         arrived: Args = (args, kwargs)
         if not site.path:  # the model itself keeps its own inputs
             self._open[site] = Arrays(arrived, arrived)
@@ -108,6 +115,23 @@ class ForcedTap:
         if alarms(met.in_error, met.in_floor, self.threshold):
             self._keep(site, self._open[site])
         return given
+
+    def __post_init__(self) -> None:
+        by_torch = {there: here for here, there in self.calls.sites.items()}
+        self._layers = [
+            (site, here)
+            for site in self.reference.began
+            if (here := by_torch.get(site)) is not None and self.calls.pairs[here].leaf
+        ]
+        self._place = {site: n for n, (site, _) in enumerate(self._layers)}
+
+    def _lost_before(self, there: Site) -> float:
+        """What torch loses in layers before `there` that Flax has not called: nothing gave Flax their outputs."""
+        for site, here in self._layers[self._begun : self._place.get(there, 0)]:
+            if here not in self.met:
+                self._uncalled[here] = self.reference.records[site].free_error
+        self._begun = max(self._begun, self._place.get(there, 0))
+        return max((lost for here, lost in self._uncalled.items() if here not in self.met), default=0.0)
 
     def leave(self, site: Site, output: Any) -> Any:
         began = self._open.pop(site, None)

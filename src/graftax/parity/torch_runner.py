@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from graftax.adapters import torch_arrays, torch_tree
+from graftax.adapters import torch_arrays, torch_float64, torch_tree
 from graftax.errors import GraftaxError, ModelError, ReplayError, UsageError, escape
-from graftax.parity import float64, summing, torch_state, values
+from graftax.parity import summing, torch_state, values
 from graftax.parity.records import Site, Tap
 from graftax.tree import Checkpoint, Module
 
@@ -104,12 +104,12 @@ class TorchRunner:
     def _running(self) -> Iterator[Shares]:
         """Set up torch and the module for one run, and restore both afterwards."""
         narrow = {value.dtype for value in self.module.state_dict(keep_vars=True).values() if hasattr(value, "dtype")}
-        wide = self.dtype is torch.float64 or self._meta or narrow & set(float64.WIDER[torch.float32])
+        wide = self.dtype is torch.float64 or self._meta or narrow & set(torch_float64.WIDER[torch.float32])
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch_state.kept(self.module))
             stack.enter_context(torch.no_grad())
             if wide:
-                widening = stack.enter_context(float64.precision(self.dtype, self._filled, self._random))
+                widening = stack.enter_context(torch_float64.precision(self.dtype, self._filled, self._random))
                 self._used = widening.used
             yield Shares()
 
