@@ -17,13 +17,13 @@ SRC = Path(__file__).parent.parent / "src" / "graftax"
 # The rooms of the house, from the ground up: a room may import what stands below it.
 ORDER = (
     *("errors", "tree", "ops", "plans", "layers", "rules", "match"),
-    *("formats", "adapters", "opening", "execute", "surgery", "api", "parity", "report", "cli"),
+    *("formats", "adapters", "probe", "execute", "surgery", "api", "parity", "report", "cli"),
 )
 GROUND = {"errors", "tree"}
 NARROW = {
     "formats": GROUND,
     "adapters": GROUND,
-    "opening": GROUND | {"formats", "adapters"},
+    "probe": GROUND | {"ops", "plans", "layers", "adapters"},
     "execute": GROUND | {"ops", "plans", "formats", "adapters"},
 }
 """Rooms that know less than all that stands below them."""
@@ -32,7 +32,7 @@ FACADES = {"types", "examples"}
 ROOMS = 18
 
 FRAMEWORKS = {"torch", "jax", "flax", "orbax", "tensorstore"}
-MAY_IMPORT_FRAMEWORKS = {"adapters", "formats", "execute", "parity", "examples"}
+MAY_IMPORT_FRAMEWORKS = {"adapters", "formats", "execute", "parity", "probe", "examples"}
 LAZY_CORE = ("errors", "tree", "ops", "plans", "layers", "rules", "match", "match.planning", "surgery")
 
 
@@ -107,7 +107,7 @@ BY_NAME = {
     "plans/__init__.py": "its own names, on first use",
     "plans/plan.py": "graftax.api: a plan's methods `run` and `answer` are those of the front, which stands above it",
     "formats/base.py": "the module of a row of FORMATS",
-    "opening/factories.py": "the user's own module",
+    "execute/factories.py": "the user's own module",
 }
 """Modules that import by name, where no import statement shows it."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from graftax.adapters.shardings import on_mesh
     from graftax.api import load_into, load_plan, open_checkpoint, plan, port, port_file
     from graftax.parity.check import assert_parity, check_parity
-    from graftax.parity.inputs import Inputs
+    from graftax.probe.inputs import Inputs
     from graftax.surgery import replace
     from graftax.surgery.values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
 
@@ -33,7 +33,7 @@ _HOMES = {
     "on_mesh": "adapters.shardings",
     "check_parity": "parity.check",
     "assert_parity": "parity.check",
-    "Inputs": "parity.inputs",
+    "Inputs": "probe.inputs",
     "replace": "surgery",
     "constant": "surgery.values",
     "zeros": "surgery.values",

@@ -15,11 +15,11 @@ from graftax.execute.device_placement import joint_stage, place_leaves, same_wor
 from graftax.execute.distributed import peers
 from graftax.execute.eager import load
 from graftax.execute.fingerprint import fingerprint
+from graftax.execute.opening import open_weights
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
 from graftax.formats.foreign import perhaps_slices
 from graftax.match.planning import make_plan as infer_plan
-from graftax.opening import open_weights
 from graftax.plans import Plan, PlanOptions, WriteOptions
 from graftax.plans.options import PlanAndWriteKeywords, PlanKeywords, options_of, takes
 from graftax.plans.plan import MadeFrom

@@ -27,7 +27,7 @@ def test_importing_the_adapters_imports_no_framework():
     run(
         "import sys, graftax.adapters\n"
         "import graftax.adapters.torch_tree, graftax.adapters.linen_tree, graftax.adapters.nnx_tree\n"
-        "import graftax.opening.factories, graftax.adapters.plain\n"
+        "import graftax.execute.factories, graftax.adapters.plain\n"
         "loaded = {'torch', 'jax', 'flax', 'numpy', 'orbax'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
     )

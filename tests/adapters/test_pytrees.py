@@ -18,7 +18,7 @@ from flax.training.train_state import TrainState
 import graftax as gx
 from graftax.adapters import live_leaves, optimizer_paths
 from graftax.errors import PlanError, UsageError
-from graftax.opening import open_tree
+from graftax.execute.opening import open_tree
 from graftax.report.inspecting import inspection, inspection_text
 from graftax.surgery import select
 

@@ -361,7 +361,7 @@ def test_modules_are_known_under_the_names_that_a_hook_gives() -> None:
         net.register_state_dict_post_hook(hook)
         return net
 
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
 
     modules = open_tree(make()).live.modules
     assert dict(modules["0"].leaves) == {"weight": "body.0.weight", "bias": "body.0.bias"}

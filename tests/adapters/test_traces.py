@@ -134,7 +134,7 @@ def linen_trace(call: Any, shape: tuple[int, ...]) -> Any:
     import jax
 
     import graftax as gx
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
 
     class Model(nn.Module):
         @nn.compact

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 def _ends(module: Any, model: Any, *inputs: Any) -> tuple[Any, Any]:
     import graftax as gx
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
 
     return open_tree(module), open_tree(gx.linen(model, *inputs))
 
@@ -168,7 +168,7 @@ def test_files_alone_say_that_a_counter_is_no_order_of_calls() -> None:
     import jax
 
     import graftax as gx
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
 
     names = open_tree(_linen(_inner_first, 1, 8))
     tree: dict[str, Any] = {"params": {}}

@@ -85,8 +85,8 @@ def like(**shapes: tuple[int, ...]) -> Checkpoint:
 
 
 def planned(source: Any, target: Any, rules: Any = None) -> gx.Plan:
+    from graftax.execute.opening import open_tree
     from graftax.match.planning import make_plan
-    from graftax.opening import open_tree
     from graftax.plans import PlanOptions
 
     ends = [end if isinstance(end, Checkpoint) else open_tree(end) for end in (source, target)]

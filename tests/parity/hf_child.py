@@ -32,7 +32,7 @@ from transformers.models.vit.modeling_flax_vit import FlaxViTForImageClassificat
 from transformers.models.wav2vec2.modeling_flax_wav2vec2 import FlaxWav2Vec2Module  # noqa: E402
 
 import graftax as gx  # noqa: E402
-from graftax.opening import open_tree  # noqa: E402
+from graftax.execute.opening import open_tree  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 CLIP = jnp.clip

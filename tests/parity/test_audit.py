@@ -12,7 +12,7 @@ from torch import nn
 
 import graftax as gx
 from graftax.adapters import live_leaves
-from graftax.opening import open_tree
+from graftax.execute.opening import open_tree
 from graftax.parity.audit import Expected, audit, compared, largest_ulp
 
 

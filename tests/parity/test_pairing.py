@@ -11,7 +11,7 @@ from flax import nnx
 from torch import nn
 
 import graftax as gx
-from graftax.opening import open_tree
+from graftax.execute.opening import open_tree
 from graftax.parity.pairing import CallMap, ModulePair, find_pairs
 from graftax.parity.records import Site
 

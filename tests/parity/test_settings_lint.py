@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from graftax.opening import open_tree
+from graftax.execute.opening import open_tree
 from graftax.parity.pairing import ModulePair
 from graftax.parity.settings_lint import lint_settings
 from graftax.tree import Module

@@ -82,7 +82,7 @@ def test_attention_and_lstm_are_taken_apart() -> None:
 
 
 def _arrays(nest: Any) -> list[np.ndarray]:
-    from graftax.parity.values import arrays
+    from graftax.adapters.nests import arrays
 
     return [array for _, array in arrays(nest)]
 

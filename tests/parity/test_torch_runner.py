@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graftax.errors import ModelError, ReplayError
-from graftax.opening import open_tree
+from graftax.execute.opening import open_tree
 from graftax.parity.records import Site
 from graftax.parity.torch_runner import TorchRunner
 

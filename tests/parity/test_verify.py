@@ -18,8 +18,8 @@ from graftax.cli import run
 from graftax.cli.verify import _suggesting
 from graftax.errors import PlanError, UsageError
 from graftax.parity.input_files import example_inputs, named_inputs, read_inputs
-from graftax.parity.inputs import Inputs
 from graftax.plans import Candidate, Question
+from graftax.probe.inputs import Inputs
 
 FACTORIES = """
 import numpy as np

@@ -14,7 +14,7 @@ from flax import nnx
 
 import graftax as gx
 from graftax.errors import PlanError, UsageError
-from graftax.opening import open_tree
+from graftax.execute.opening import open_tree
 from graftax.surgery.loading import load_arrays, require_module
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import graftax as gx
 from graftax.errors import FormatError, PlanError, UsageError
-from graftax.opening import open_tree
+from graftax.execute.opening import open_tree
 from graftax.tree.sides import Signs, separator_of, side_of_names
 
 torch = pytest.importorskip("torch")

@@ -208,7 +208,7 @@ def diff_command(
     """
     from graftax.api import open_both
     from graftax.errors import DifferenceError
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
     from graftax.report.comparing import comparison, comparison_text
 
     first, second = open_both(a, b, from_, to, open_tree)

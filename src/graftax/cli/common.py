@@ -39,7 +39,7 @@ Strict = Annotated[bool, Parameter(negative="", help="Exit 1 if the plan rests o
 
 def open_source(text: str) -> Any:
     """Open the checkpoint that an argument of the command line names."""
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
 
     return open_tree(text)
 

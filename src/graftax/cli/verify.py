@@ -155,7 +155,7 @@ def _check_options(
 
 def _made(text: str) -> Any:
     """The live object of a factory. UsageError for a checkpoint, which cannot be run."""
-    from graftax.opening import factories
+    from graftax.execute import factories
 
     if not factories.is_factory(text):
         raise UsageError(
@@ -169,7 +169,7 @@ def _with_weights(module: Any, source: str | None) -> tuple[Any, str | None]:
     """(the torch module, the checkpoint that its run reads weights from). A module that has values gets the weights
     loaded; for one on the meta device they are read layer by layer."""
     from graftax.adapters import kind_of
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
 
     if source is None or kind_of(module) != "torch module" or not open_tree(module).has_values:
         return module, source

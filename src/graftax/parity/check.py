@@ -41,7 +41,7 @@ def check_parity(
     torch_module  a torch.nn.Module in evaluation mode; weights on the meta device are read from `source`
     flax_model    gx.linen(module, *example), a Linen module, or an nnx.Module (its mode is not changed: call .eval()
     first)
-    inputs        one array or a tuple for both sides, or gx.Inputs(torch=((args), {kw}), flax=((args), {kw}))
+    inputs        one array or a tuple for both sides, or gx.Inputs(...), in which layouts can travel
     weights       Flax variables, State, module or checkpoint; or a torch state_dict or checkpoint, which is ported.
                   None: the values in flax_model; if it has none, torch_module's weights, ported by gx.plan
     rules, plan   rules as for gx.plan; or a finished plan from torch to Flax
@@ -55,21 +55,22 @@ def check_parity(
     error. Neither model is changed. Raises PlanError if the weights cannot be planned, ModelError if a model's own code
     fails or was left in train mode, UsageError.
     """
-    from graftax.opening import open_tree, open_weights
+    from graftax.adapters.layouts import declared
+    from graftax.execute.opening import open_tree, open_weights
     from graftax.parity import compare, pipeline, prepare
-    from graftax.parity.align import declared
     from graftax.parity.audit import Expected, audit
-    from graftax.parity.inputs import Inputs
     from graftax.parity.reference import make_reference
     from graftax.parity.torch_runner import runners
+    from graftax.probe.inputs import calls_of, inputs_of
 
     clock = pipeline.Clock()
     torch_module = getattr(torch_module, "_orig_mod", torch_module)  # the module inside torch.compile's wrapper
-    calls = inputs if isinstance(inputs, Inputs) else None
+    given = inputs_of(inputs, layout, out_layout)
+    layout, out_layout = given.layout, given.out_layout
     torch_tree = open_tree(torch_module)
     values_of = torch_tree if source is None else open_weights(source)
-    torch64, torch32 = runners(torch_module, None if source is None else values_of, calls and calls.torch_call)
-    torch_call, flax_call = prepare.calls_of(inputs, layout, flax_model)
+    torch64, torch32 = runners(torch_module, None if source is None else values_of, given.torch_call)
+    torch_call, flax_call = calls_of(given, flax_model)
     like = prepare.flax_like(flax_model, flax_call)
     with pipeline.LayoutHint(layout, flax_call):
         flax_tree = open_tree(like)
@@ -77,7 +78,7 @@ def check_parity(
         torch_tree, flax_tree, rules, plan, needed=weights is None and not flax_tree.has_values
     )
     with pipeline.LayoutHint(layout, flax_call):
-        flax = prepare.flax_side(like, flax_tree, weights, made, values_of, rngs, seed, calls and calls.flax_call)
+        flax = prepare.flax_side(like, flax_tree, weights, made, values_of, rngs, seed, given.flax_call)
     clock.lap("prepare")
 
     pairs = find_pairs(

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from graftax.parity import values
-from graftax.parity.align import Layout, Turn, alignment_of, reordered, same_ones, with_layout
+from graftax.adapters import nests
+from graftax.adapters.layouts import Layout, with_layout
+from graftax.parity.align import Turn, alignment_of, reordered, same_ones
 from graftax.parity.metrics import alarms, output_row, relative_l2
 from graftax.parity.pairing import RECURRENT, CallMap, ModulePair
 from graftax.parity.records import THRESHOLD, UNIT, Reference, Runner, Site
@@ -113,7 +114,7 @@ def _is_state(reference: Reference, array: Any) -> bool:
         state
         for site, record in reference.records.items()
         if site.path in layers
-        for path, state in values.arrays(record.output)
+        for path, state in nests.arrays(record.output)
         if path != "0"  # all steps
     ]
     return any(state.shape == array.shape and relative_l2(state, array) <= UNIT for state in states)
@@ -195,9 +196,9 @@ def output_rows(
 
     An output of another shape without a declared layout is compared in the order of axes that fits, and the row says
     so. An output with one more or one less axis of length one counts as another output."""
-    want = values.arrays(with_layout(reference.outputs, layout))
-    low = [array for _, array in values.arrays(with_layout(reference.outputs_float32, layout))]
-    got = values.arrays(output)
+    want = nests.arrays(with_layout(reference.outputs, layout))
+    low = [array for _, array in nests.arrays(with_layout(reference.outputs_float32, layout))]
+    got = nests.arrays(output)
     by_path = dict(got)
     together = {path for path, _ in want} <= by_path.keys()
     rows: list[OutputRow] = []

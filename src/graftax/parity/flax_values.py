@@ -18,9 +18,8 @@ from flax import linen as nn
 from flax import nnx
 from jax.core import Tracer
 
-from graftax.adapters import containers
+from graftax.adapters import containers, nests
 from graftax.errors import GraftaxError, escape
-from graftax.parity import values
 
 _DEPTH = 32
 
@@ -181,4 +180,4 @@ def replaced(old: Any, arrays: Sequence[np.ndarray[Any, Any]], new: Any, where: 
 
 def _arrays_of(nest: Any) -> Iterator[tuple[str, Any]]:
     is_leaf: Callable[[Any], bool] = lambda item: isinstance(item, (np.ndarray, np.generic, jax.Array))  # noqa: E731
-    return values.leaves(nest, is_leaf)
+    return nests.leaves(nest, is_leaf)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from graftax.adapters.nests import children
 from graftax.errors import FormatError, UsageError, escape, with_article
-from graftax.parity.values import children
 from graftax.tree import escape_part
 
 if TYPE_CHECKING:

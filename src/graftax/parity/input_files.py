@@ -8,8 +8,8 @@ from typing import Any
 
 from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import Failure, UsageError, escape, option
-from graftax.opening import factories
-from graftax.parity.inputs import Inputs
+from graftax.execute import factories
+from graftax.probe.inputs import Inputs
 
 _POSITION = re.compile(r"(?:arg|arr_)(0|[1-9][0-9]{0,3})")
 _SIDE = re.compile(r"(torch|flax)[./](.+)", re.DOTALL)

@@ -162,10 +162,10 @@ class LayoutHint:
     """Adds a hint to a model's error: the images may need another layout. `call`: the call of the model of `side`."""
 
     def __init__(self, layout: Any, call: Any, side: str = "Flax") -> None:
-        from graftax.parity import values
+        from graftax.adapters import nests
 
         self.side = side
-        shapes = [array.shape for _, array in values.arrays(call) if array.dtype.kind == "f" and array.ndim > 3]
+        shapes = [array.shape for _, array in nests.arrays(call) if array.dtype.kind == "f" and array.ndim > 3]
         self.shapes = [] if layout is not None else shapes
 
     def __enter__(self) -> None:
@@ -270,7 +270,7 @@ class Search:
     def _before(self, row: LayerRow, count: int = 8) -> tuple[tuple[LayerRow, Any], ...]:
         """The layers whose calls ended before this call began (if a container's own code is at fault: before it ended),
         the nearest first, with their outputs in Flax's layout."""
-        from graftax.parity import values
+        from graftax.adapters import nests
 
         rows = {other.site_torch: other for other in self.report.layers}
         out: list[tuple[LayerRow, Any]] = []
@@ -282,6 +282,6 @@ class Search:
             if what != "out" or other is None or met is None or not met.outward:
                 continue
             match = met.outward[0]
-            arrays = values.arrays(self.reference.records[site].output)
+            arrays = nests.arrays(self.reference.records[site].output)
             out.append((other, match.turn(arrays[match.torch][1])))
         return tuple(reversed(out[-count:]))

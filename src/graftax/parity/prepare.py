@@ -12,16 +12,13 @@ from graftax.adapters.linen_tree import LinenModel
 from graftax.api import host_arrays
 from graftax.api import plan as make_plan
 from graftax.errors import PlanError, UsageError, escape, with_article
-from graftax.opening import open_weights
-from graftax.parity import values
-from graftax.parity.align import declared, with_layout
+from graftax.execute.opening import open_weights
 from graftax.parity.audit import Expected
-from graftax.parity.inputs import Inputs, call_of
 from graftax.parity.records import Runner, Tap
 from graftax.plans import Plan
+from graftax.probe.inputs import Call
 from graftax.tree import Checkpoint
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 HELD = 1 << 30
 """The most bytes of weights that are made at once for a Flax model without values. Larger weights are read and ported
 module by module when a module is called, again in each run."""
@@ -62,64 +59,6 @@ class Read(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.tree)
-
-
-# ---------------------------------------------------------------- inputs
-
-
-def calls_of(inputs: Any, layout: Any, like: Any) -> tuple[Call, Call]:
-    """(torch's call, Flax's call) in NumPy. If only one is given, `layout` converts it for the other. Arguments of
-    gx.linen(...) that are not arrays (`train=False`) are part of Flax's call."""
-    turn = declared(layout)
-    if isinstance(inputs, Inputs):
-        torch, flax = inputs.side("torch"), inputs.side("flax")
-    else:
-        torch, flax = call_of(inputs), None
-    given = torch if torch is not None else flax
-    if given is None:
-        raise UsageError("there are no inputs", next="Pass an array, a tuple of arrays, or gx.Inputs(torch=, flax=).")
-    if torch is None:
-        back = {path: one.inverse for path, one in turn.items()} if isinstance(turn, Mapping) else turn and turn.inverse
-        torch = _turned(given, back)
-    return on_host(torch), with_example(_turned(given, turn) if flax is None else on_host(flax), like)
-
-
-def _turned(call: Call, layout: Any) -> Call:
-    args, kwargs = on_host(call)
-    return tuple(with_layout(args, layout)), dict(with_layout(kwargs, layout))
-
-
-def with_example(call: Call, like: Any) -> Call:
-    """The call, plus the flags of gx.linen(...) that it lacks."""
-    if not isinstance(like, LinenModel):
-        return call
-    args, kwargs = call
-    args += tuple(value for value in like.args[len(args) :] if not _is_array(value))
-    flags = {name: value for name, value in like.kwargs.items() if not _is_array(value)}
-    return args, {**flags, **kwargs}
-
-
-def on_host(nest: Any) -> Any:
-    """A nest with its tensors and jax arrays as NumPy arrays; random keys and flags unchanged."""
-    return values.rebuilt(nest, _is_array, [to_host(leaf) for _, leaf in values.leaves(nest, _is_array)])
-
-
-def to_host(array: Any) -> Any:
-    import numpy as np
-
-    if isinstance(array, (np.ndarray, np.generic)):
-        return np.asarray(array)
-    if type(array).__module__.startswith("torch"):
-        from graftax.adapters import torch_arrays
-
-        return torch_arrays.to_numpy(array, "an input")
-    if "key<" in str(array.dtype):
-        return array
-    return np.asarray(array)
-
-
-def _is_array(value: Any) -> bool:
-    return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 # ---------------------------------------------------------------- the Flax side

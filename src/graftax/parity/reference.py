@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from graftax.adapters import nests
 from graftax.errors import ModelError, escape
-from graftax.parity import values
 from graftax.parity.metrics import relative_l2
 from graftax.parity.records import Record, Reference, Runner, Site
 
@@ -143,20 +143,20 @@ class _Forced:
 def _furthest(one: Any, other: Any, want: Any) -> Any:
     """The nest `one`, with each array replaced by that of `other` if it is further off `want`. An infinite error does
     not count: it shows no rounding."""
-    found = [values.arrays(nest) for nest in (one, other, want)]
+    found = [nests.arrays(nest) for nest in (one, other, want)]
     if len({tuple(path for path, _ in arrays) for arrays in found}) > 1:
         return one
     chosen: list[Any] = []
     for (_, a), (_, b), (_, c) in zip(*found, strict=True):
         further = relative_l2(a, c) < relative_l2(b, c) < float("inf")
         chosen.append(b if further else a)
-    return values.rebuilt(one, lambda value: hasattr(value, "shape") and hasattr(value, "dtype"), chosen)
+    return nests.rebuilt(one, lambda value: hasattr(value, "shape") and hasattr(value, "dtype"), chosen)
 
 
 def nest_error(got: Any, want: Any) -> float:
     """The largest relative L2 of the arrays of two nests of one structure. 0.0 if the structures differ: float32's
     error is then unknown, and the floor is UNIT."""
-    a, b = values.arrays(got), values.arrays(want)
+    a, b = nests.arrays(got), nests.arrays(want)
     if [path for path, _ in a] != [path for path, _ in b]:
         return 0.0
     errors = [relative_l2(x, y) for (_, x), (_, y) in zip(a, b, strict=True)]

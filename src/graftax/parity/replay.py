@@ -39,16 +39,18 @@ def record_golden(
 
     Raises what gx.check_parity raises for the torch side, UsageError for inputs that a file cannot hold, StorageError.
     """
-    from graftax.opening import open_tree, open_weights
-    from graftax.parity import pipeline, prepare
-    from graftax.parity.inputs import Inputs
+    from graftax.execute.opening import open_tree, open_weights
+    from graftax.parity import pipeline
     from graftax.parity.reference import make_reference
     from graftax.parity.torch_runner import runners
+    from graftax.probe.inputs import calls_of, inputs_of
 
     tree = open_tree(torch_module)
     values_of = None if source is None else open_weights(source)
-    torch64, torch32 = runners(torch_module, values_of, inputs.torch_call if isinstance(inputs, Inputs) else None)
-    torch_call, flax_call = prepare.calls_of(inputs, layout, flax_model)
+    given = inputs_of(inputs, layout, out_layout)
+    layout, out_layout = given.layout, given.out_layout
+    torch64, torch32 = runners(torch_module, values_of, given.torch_call)
+    torch_call, flax_call = calls_of(given, flax_model)
     watch = _watched(tree, flax_model, flax_call, rules, plan) if layers else []
     with pipeline.LayoutHint(layout, torch_call, "torch"):
         reference = make_reference(torch64, torch32, *torch_call, watch)
@@ -95,17 +97,18 @@ def check_golden(
     Layers are judged if they were recorded. Raises what gx.check_parity raises for the Flax side, FormatError for a
     malformed golden file.
     """
-    from graftax.opening import open_tree, open_weights
+    from graftax.adapters.layouts import declared
+    from graftax.execute.opening import open_tree, open_weights
     from graftax.parity import compare, pipeline, prepare
-    from graftax.parity.align import declared
     from graftax.parity.audit import Expected, audit
     from graftax.parity.pairing import find_pairs
+    from graftax.probe.inputs import with_example
 
     clock = pipeline.Clock()
     kept = golden if isinstance(golden, Golden) else load_golden(golden)
     torch = kept.checkpoint()
     values_of = torch if source is None else open_weights(source)
-    call = prepare.with_example((kept.flax_args, dict(kept.flax_kwargs)), flax_model)
+    call = with_example((kept.flax_args, dict(kept.flax_kwargs)), flax_model)
     like = prepare.flax_like(flax_model, call)
     with pipeline.LayoutHint(kept.layout, call):
         tree = open_tree(like)
@@ -188,7 +191,7 @@ class NoTorch:
 
 def _watched(tree: Checkpoint, flax_model: Any, call: Any, rules: Any, plan: Plan | None) -> list[str]:
     """The torch modules that have a counterpart; without a Flax model, all modules that hold weights."""
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
     from graftax.parity import pipeline, prepare
     from graftax.parity.pairing import find_pairs
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from graftax.parity import values
+from graftax.adapters import nests
 from graftax.parity.align import NEAR, Alignment, Turn
 from graftax.parity.metrics import alarms, relative_l2
 from graftax.parity.pairing import CallMap, ModulePair
@@ -101,8 +101,8 @@ class ForcedTap:
         if not site.path:  # the model itself keeps its own inputs
             self._open[site] = Arrays(arrived, arrived)
             return None
-        ours = [array for _, array in values.arrays(arrived)]
-        theirs = [array for _, array in values.arrays((record.args, record.kwargs))]
+        ours = [array for _, array in nests.arrays(arrived)]
+        theirs = [array for _, array in nests.arrays((record.args, record.kwargs))]
         found = fits(ours, theirs, self.alignments[self.calls.pairs[site]], outward=False)
         if not found:
             met.text = f"its input {_shapes(ours)} could not be matched to torch's {_shapes(theirs)}"
@@ -110,7 +110,7 @@ class ForcedTap:
             return None
         met.inward = tuple(fit.match for fit in found)
         met.in_error = max(fit.error for fit in found)
-        given: Args = values.rebuilt(arrived, _is_array, _with_wants(ours, found))
+        given: Args = nests.rebuilt(arrived, _is_array, _with_wants(ours, found))
         self._open[site] = Arrays(arrived, given)
         if alarms(met.in_error, met.in_floor, self.threshold):
             self._keep(site, self._open[site])
@@ -138,8 +138,8 @@ class ForcedTap:
         if began is None:
             return None
         met, record, pair = self.met[site], self.reference.records[self.met[site].site], self.calls.pairs[site]
-        ours = [array for _, array in values.arrays(output)]
-        theirs = [array for _, array in values.arrays(record.output)]
+        ours = [array for _, array in nests.arrays(output)]
+        theirs = [array for _, array in nests.arrays(record.output)]
         found = fits(ours, theirs, self.alignments[pair], outward=True)
         if not found:
             if pair.leaf:  # the layers inside a container were given their own inputs
@@ -148,7 +148,7 @@ class ForcedTap:
             return None
         met.outward = tuple(fit.match for fit in found)
         met.out_error = max(fit.error for fit in found)
-        wanted = values.rebuilt(output, _is_array, _with_wants(ours, found))
+        wanted = nests.rebuilt(output, _is_array, _with_wants(ours, found))
         if site in self.kept or alarms(met.out_error, record.out_error, self.threshold):
             self._keep(site, Arrays(began.arrived, began.given, output, wanted))
         return wanted if site.path else None
@@ -174,8 +174,8 @@ class FreeTap:
         met = self.met.get(site)
         if met is None or not met.outward:
             return
-        ours = [array for _, array in values.arrays(output)]
-        theirs = [array for _, array in values.arrays(self.reference.records[met.site].output)]
+        ours = [array for _, array in nests.arrays(output)]
+        theirs = [array for _, array in nests.arrays(self.reference.records[met.site].output)]
         met.free_error = max(
             relative_l2(ours[match.flax], match.turn(theirs[match.torch]))
             for match in met.outward

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from graftax.adapters import torch_arrays, torch_float64, torch_tree
+from graftax.adapters import nests, torch_arrays, torch_float64, torch_tree
 from graftax.errors import GraftaxError, ModelError, ReplayError, UsageError, escape
-from graftax.parity import summing, torch_state, values
+from graftax.parity import summing, torch_state
 from graftax.parity.records import Site, Tap
 from graftax.tree import Checkpoint, Module
 
@@ -199,22 +199,22 @@ class TorchRunner:
     # ------------------------------------------------------------ values
 
     def _values(self, nest: Any, shares: Shares) -> Any:
-        return values.mapped(nest, _is_tensor, shares.array)
+        return nests.mapped(nest, _is_tensor, shares.array)
 
     def _tensors(self, nest: Any) -> Any:
         """Arrays of any framework as tensors; floating ones in the run's dtype."""
-        found = [_as_tensor(leaf) for _, leaf in values.leaves(nest, _is_array)]
+        found = [_as_tensor(leaf) for _, leaf in nests.leaves(nest, _is_array)]
         made = [t.to(self.dtype) if t.is_floating_point() and t.dtype != self.dtype else t for t in found]
-        return values.rebuilt(nest, _is_array, made)
+        return nests.rebuilt(nest, _is_array, made)
 
     def _replaced(self, nest: Any, new: Any) -> Any:
         """`nest` with its tensors replaced by the arrays of `new`, if both have the same number of them."""
-        old = [tensor for _, tensor in values.leaves(nest, _is_tensor)]
-        arrays = [array for _, array in values.arrays(new)]
+        old = [tensor for _, tensor in nests.leaves(nest, _is_tensor)]
+        arrays = [array for _, array in nests.arrays(new)]
         if len(old) != len(arrays):
             return nest
         made = [_like(tensor, array) for tensor, array in zip(old, arrays, strict=True)]
-        return values.rebuilt(nest, _is_tensor, made)
+        return nests.rebuilt(nest, _is_tensor, made)
 
     def _filled(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """The values of a meta weight, from the source."""

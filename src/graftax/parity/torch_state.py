@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from graftax.adapters import nests
 from graftax.errors import Failure, ModelError, escape
-from graftax.parity import values
 
 Paths = dict[str, torch.nn.Module]
 
@@ -126,7 +126,7 @@ def model_error(error: Exception, paths: Paths, module: torch.nn.Module, given: 
         if library not in file.parents and here not in file.parents:
             line = f"{file}:{trace.tb_lineno} in {frame.f_code.co_name}"
         trace = trace.tb_next
-    shapes = [_shape(leaf) for _, leaf in values.leaves(given, lambda v: hasattr(v, "shape"))]
+    shapes = [_shape(leaf) for _, leaf in nests.leaves(given, lambda v: hasattr(v, "shape"))]
     return ModelError(
         f"the torch model failed in {escape(kind)} at {escape(path) or '(the model)'}: "
         f"{type(error).__name__}: {escape(error, 600)}",

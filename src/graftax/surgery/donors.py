@@ -59,8 +59,8 @@ class FromCheckpoint:
 
         Raises StorageError, FormatError, UnsafeInputError; PlanError for a quantized checkpoint or one without values.
         """
+        from graftax.execute.opening import open_tree
         from graftax.match.quantized import refuse_quantized
-        from graftax.opening import open_tree
 
         if isinstance(self.source, Checkpoint) and self.target is not None:
             return self

@@ -116,7 +116,7 @@ def traced_leaf(path: str, spec: TensorSpec, value: Any, leaf: Any) -> Any:
 def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callable[[], Checkpoint]) -> None:
     """Misfit for a torch tensor that fits a Flax leaf both unchanged and transposed from torch's layout: a square
     weight. An array of NumPy or jax is taken unchanged."""
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
 
     target = target_of(home(), path)
     if target.side != "torch":

@@ -105,7 +105,7 @@ class LiveTree:
 
     def opened(self) -> Checkpoint:
         """The same tree as a Checkpoint, whose modules tell the layouts."""
-        from graftax.opening import open_tree
+        from graftax.execute.opening import open_tree
 
         return open_tree(self.native)
 

@@ -49,7 +49,7 @@ def load_arrays(module: Any, arrays: Mapping[str, Any], given: bool = False) -> 
     """
     require_module(module)
     from graftax.adapters import assign
-    from graftax.opening import open_tree
+    from graftax.execute.opening import open_tree
 
     opened = open_tree(module)
     failures = _failures(opened, arrays)

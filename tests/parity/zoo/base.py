@@ -14,7 +14,7 @@ import torch
 from flax import nnx
 
 import graftax as gx
-from graftax.opening import open_tree
+from graftax.execute.opening import open_tree
 
 APIS = ("linen", "nnx")
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from graftax.adapters.nests import mapped
 from graftax.errors import GraftaxError
 from graftax.parity.causes.elementwise import Operand
 from graftax.parity.causes.fused import fused_entry
@@ -17,7 +18,6 @@ from graftax.parity.causes.numbers import Array, arrays, is_number, relative
 from graftax.parity.causes.reorder import Known
 from graftax.parity.causes.weights import FlaxLeaf, slices
 from graftax.parity.divergence import Divergence
-from graftax.parity.values import mapped
 from graftax.plans import Entry
 
 _OPERANDS = 28

@@ -10,9 +10,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from graftax import opening
+from graftax.execute import opening
 from graftax.errors import GraftaxError, PlanError, StorageError, UsageError
-from graftax.opening import factories
+from graftax.execute import factories
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from graftax.adapters import open_live
-from graftax.opening.factories import call_factory, is_factory, made_by
+from graftax.execute.factories import call_factory, is_factory, made_by
 from graftax.tree import Checkpoint, Side
 from graftax.tree.sides import read_as
 from graftax.tree.weights import weights_of

@@ -1,0 +1,130 @@
+"""The inputs with which two models are run: the same for both sides, or different ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graftax.adapters import nests
+from graftax.adapters.layouts import declared, with_layout
+from graftax.adapters.linen_tree import LinenModel
+from graftax.errors import UsageError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Layouts = str | Mapping[str, str] | None
+"""'NCHW -> NHWC', or one for each path of a nest."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The calls of the two models, if one array for both is not enough.
+
+        gx.Inputs(images, layout="NCHW -> NHWC")
+        gx.Inputs(torch=((ids,), {"attention_mask": mask}), flax=((ids, mask), {}))
+
+    both          the inputs of both sides, as torch takes them: an array, a tuple of them, or (args, kwargs)
+    torch, flax   (args, kwargs), or args alone; None: the other side's, converted
+    torch_call    function (module, *args, **kwargs) -> outputs: picks outputs or calls another method
+    flax_call     the same for the Flax side; `module` is a bound Linen module or an nnx.Module
+    layout        how Flax's inputs lie, from torch's, where only one side's are given
+    out_layout    the same for the outputs
+    """
+
+    both: Any = None
+    torch: Any = None
+    flax: Any = None
+    torch_call: Callable[..., Any] | None = None
+    flax_call: Callable[..., Any] | None = None
+    layout: Layouts = None
+    out_layout: Layouts = None
+
+    def __post_init__(self) -> None:
+        if self.both is not None and (self.torch is not None or self.flax is not None):
+            raise UsageError(
+                "gx.Inputs: inputs for both sides, and for one of them",
+                next="Pass gx.Inputs(x), or gx.Inputs(torch=..., flax=...).",
+            )
+
+    def side(self, name: str) -> Call | None:
+        """(args, kwargs) of a side, or None where it is not given."""
+        given = self.both if self.both is not None and name == "torch" else getattr(self, name)
+        return None if given is None else call_of(given)
+
+
+def call_of(given: Any) -> Call:
+    """(args, kwargs) from the form a user writes: (args, {kw}), a tuple or list of args, {kw}, or one array."""
+    if (
+        isinstance(given, tuple)
+        and len(given) == 2
+        and isinstance(given[0], (tuple, list))
+        and isinstance(given[1], Mapping)
+        and all(isinstance(name, str) for name in given[1])
+    ):
+        return tuple(given[0]), dict(given[1])
+    if isinstance(given, (tuple, list)):
+        return tuple(given), {}
+    if isinstance(given, Mapping):
+        return (), {str(name): value for name, value in given.items()}
+    return (given,), {}
+
+
+def inputs_of(given: Any, layout: Layouts = None, out_layout: Layouts = None) -> Inputs:
+    """What a user gives as inputs as an Inputs. layout and out_layout given beside them count before its own."""
+    made = given if isinstance(given, Inputs) else Inputs(given)
+    return Inputs(
+        made.both, made.torch, made.flax, made.torch_call, made.flax_call,
+        made.layout if layout is None else layout, made.out_layout if out_layout is None else out_layout,
+    )  # fmt: skip
+
+
+def calls_of(inputs: Inputs, like: Any) -> tuple[Call, Call]:
+    """(torch's call, Flax's call) in NumPy. If only one is given, `layout` converts it for the other. Arguments of
+    gx.linen(...) that are not arrays (`train=False`) are part of Flax's call."""
+    turn = declared(inputs.layout)
+    torch, flax = inputs.side("torch"), inputs.side("flax")
+    given = torch if torch is not None else flax
+    if given is None:
+        raise UsageError("there are no inputs", next="Pass an array, a tuple of arrays, or gx.Inputs(torch=, flax=).")
+    if torch is None:
+        back = {path: one.inverse for path, one in turn.items()} if isinstance(turn, Mapping) else turn and turn.inverse
+        torch = _turned(given, back)
+    return on_host(torch), with_example(_turned(given, turn) if flax is None else on_host(flax), like)
+
+
+def _turned(call: Call, layout: Any) -> Call:
+    args, kwargs = on_host(call)
+    return tuple(with_layout(args, layout)), dict(with_layout(kwargs, layout))
+
+
+def with_example(call: Call, like: Any) -> Call:
+    """The call, plus the flags of gx.linen(...) that it lacks."""
+    if not isinstance(like, LinenModel):
+        return call
+    args, kwargs = call
+    args += tuple(value for value in like.args[len(args) :] if not _is_array(value))
+    flags = {name: value for name, value in like.kwargs.items() if not _is_array(value)}
+    return args, {**flags, **kwargs}
+
+
+def on_host(nest: Any) -> Any:
+    """A nest with its tensors and jax arrays as NumPy arrays; random keys and flags unchanged."""
+    return nests.rebuilt(nest, _is_array, [_to_host(leaf) for _, leaf in nests.leaves(nest, _is_array)])
+
+
+def _to_host(array: Any) -> Any:
+    import numpy as np
+
+    if isinstance(array, (np.ndarray, np.generic)):
+        return np.asarray(array)
+    if type(array).__module__.startswith("torch"):
+        from graftax.adapters import torch_arrays
+
+        return torch_arrays.to_numpy(array, "an input")
+    if "key<" in str(array.dtype):
+        return array
+    return np.asarray(array)
+
+
+def _is_array(value: Any) -> bool:
+    return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")

@@ -1,0 +1,93 @@
+"""What one run of the torch model made: every value, and which parameter met which value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from graftax.probe.values import Values
+
+Array = Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """A tensor that a leaf may hold: a tensor of the state_dict, some of its rows, or the sum of two of them.
+
+    keys   names in the state_dict: one, or the terms of a sum, or (g, v) of a weight norm
+    rows   the rows along axis 0 that are taken, in order; None for all
+    how    "tensor", "sum", or "weight_norm <axis>"
+    array  its values in the run, float64
+    names  other names of the same tensor (ties)
+    """
+
+    keys: tuple[str, ...]
+    array: Array
+    rows: tuple[int, ...] | None = None
+    how: str = "tensor"
+    names: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        made = " + ".join(self.keys) if self.how == "sum" else self.keys[-1]
+        return made if self.rows is None else f"{made}[{_ranges(self.rows)}]"
+
+
+def _ranges(rows: Sequence[int]) -> str:
+    """0:8, or 0 3 6 ..."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return f"{rows[0]}:{rows[-1] + 1}"
+    return " ".join(map(str, rows[:3])) + (" ..." if len(rows) > 3 else "")
+
+
+@dataclass(slots=True)
+class Record:
+    """values, the sources in order of first use, and the twins: value -> sources that were used with it, in order."""
+
+    values: Values
+    sources: list[Source] = field(default_factory=list[Source])
+    twins: dict[int, list[int]] = field(default_factory=dict[int, "list[int]"])
+    outputs: list[Array] = field(default_factory=list[Array])
+    used: list[int] = field(default_factory=list[int])
+    _pieces: dict[tuple[Any, ...], int] = field(default_factory=dict[tuple[Any, ...], int])
+
+    def meets(self, value: int | None, source: int) -> None:
+        """Note that the model used the source with this value."""
+        if source not in self.used:
+            self.used.append(source)
+        if value is not None:
+            row = self.twins.setdefault(value, [])
+            if source not in row:
+                row.append(source)
+
+    def piece(self, of: int, rows: tuple[int, ...]) -> int:
+        """The source of some rows of another."""
+        key = (of, rows)
+        if key not in self._pieces:
+            whole = self.sources[of]
+            part = Source(whole.keys, whole.array[np.array(rows)], rows, whole.how, whole.names)
+            self._pieces[key] = len(self.sources)
+            self.sources.append(part)
+        return self._pieces[key]
+
+    def total(self, terms: Sequence[int]) -> int:
+        """The source that is the sum of others."""
+        key = ("sum", *sorted(terms))
+        if key not in self._pieces:
+            parts = [self.sources[term] for term in terms]
+            made = Source(tuple(k for part in parts for k in part.keys), sum(part.array for part in parts), None, "sum")
+            self._pieces[key] = len(self.sources)
+            self.sources.append(made)
+        return self._pieces[key]
+
+    def folded(self, terms: Sequence[int], axis: int, array: Array) -> int:
+        """The source that is the weight of a weight norm (g, v)."""
+        key = ("weight_norm", axis, *terms)
+        if key not in self._pieces:
+            keys = tuple(self.sources[term].keys[0] for term in terms)
+            self._pieces[key] = len(self.sources)
+            self.sources.append(Source(keys, array, None, f"weight_norm {axis}"))
+        return self._pieces[key]
