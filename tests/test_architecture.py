@@ -23,7 +23,7 @@ GROUND = {"errors", "tree"}
 NARROW = {
     "formats": GROUND,
     "adapters": GROUND,
-    "probe": GROUND | {"ops", "plans", "layers", "adapters"},
+    "probe": GROUND | {"ops", "plans", "layers", "rules", "adapters"},
     "execute": GROUND | {"ops", "plans", "formats", "adapters"},
 }
 """Rooms that know less than all that stands below them."""
@@ -106,6 +106,7 @@ BY_NAME = {
     "__init__.py": "public names, on first use",
     "plans/__init__.py": "its own names, on first use",
     "plans/plan.py": "graftax.api: a plan's methods `run` and `answer` are those of the front, which stands above it",
+    "api.py": "graftax.parity.proving: parity stands above the front, and a port with inputs is proved by it",
     "formats/base.py": "the module of a row of FORMATS",
     "execute/factories.py": "the user's own module",
 }

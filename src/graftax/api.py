@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from os import PathLike
@@ -14,15 +17,18 @@ from graftax.errors import Failure, GraftaxError, UsageError, worded
 from graftax.execute.device_placement import joint_stage, place_leaves, same_work
 from graftax.execute.distributed import peers
 from graftax.execute.eager import load
+from graftax.execute.factories import call_factory
 from graftax.execute.fingerprint import fingerprint
 from graftax.execute.opening import open_weights
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
 from graftax.formats.foreign import perhaps_slices
 from graftax.match.planning import make_plan as infer_plan
-from graftax.plans import Plan, PlanOptions, WriteOptions
+from graftax.plans import Plan, PlanOptions, Proof, WriteOptions
 from graftax.plans.options import PlanAndWriteKeywords, PlanKeywords, options_of, takes
 from graftax.plans.plan import MadeFrom
+from graftax.plans.serialization import write_json
+from graftax.probe.both import both_models
 from graftax.tree import Checkpoint, Side
 from graftax.tree.gc_paused import gc_paused
 
@@ -84,13 +90,24 @@ def open_both(
 def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> Plan:
     """The plan for two opened checkpoints. If tensors do not fit and the source's files may be slices, a failure says
     so."""
-    made = infer_plan(source, like, options)
+    both = both_models(source, like, options, _live(options.source_model))
+    made = infer_plan(source, like, options, None if both is None else both.prove)
+    made = made if both is None else both.noted(made)
     fits = not made.failures and all(question.candidates for question in made.questions)
     hint = "" if fits else perhaps_slices(source.storage.files)
     if not hint:
         return made
     slices = Failure("its tensors may be slices of larger tensors", source.label, next=hint)
     return replace(made, failures=(*made.failures, slices))
+
+
+def _inputs_given(options: PlanOptions) -> bool:
+    return options.inputs is not None and options.inputs is not False
+
+
+def _live(model: Any) -> Any:
+    """The live model that `source_model` is, or names."""
+    return call_factory(model) if isinstance(model, str) else model
 
 
 def plan_again(made_from: MadeFrom, rule: str) -> Plan:
@@ -102,6 +119,32 @@ def plan_again(made_from: MadeFrom, rule: str) -> Plan:
 def load_plan(path: str | PathLike[str]) -> Plan:
     """The plan that `Plan.save` wrote, ready to run on the source it was made for. RulesError, StorageError."""
     return Plan.load(Path(path))
+
+
+def prove_port(made: Plan, source: Checkpoint) -> Plan:
+    """The plan with the proof that both models agree on the source's weights, where it was made with inputs; the plan
+    itself where it was not. ParityError with `.report` if they do not agree."""
+    if made.made_from is None or not _inputs_given(made.made_from.options):
+        return made
+    made_from = made.made_from
+    both = both_models(made_from.source, made_from.like, made_from.options, _live(made_from.options.source_model))
+    if both is None or both.inputs is None:
+        return made
+    # Parity stands above the front, as both use it.
+    proving = importlib.import_module("graftax.parity.proving")
+    report = proving.prove_port(made, both.module, both.model, both.inputs, source, both.flipped)
+    ratio = max((row.ratio for row in report.outputs), default=0.0)
+    proof = replace(made.proof or Proof(0), source=_values_hash(source, made), ratio=float(ratio))
+    return replace(made, proof=proof)
+
+
+def _values_hash(source: Checkpoint, made: Plan) -> str:
+    """sha256 of the names and bytes of the tensors that the plan reads."""
+    digest = hashlib.sha256()
+    for name in sorted(name for entry in made.entries for name in entry.sources if entry.dropped is None):
+        digest.update(name.encode())
+        digest.update(source.read(name).tobytes())
+    return digest.hexdigest()
 
 
 def run_plan(made: Plan, source: Tree, sharding: Any = None, rngs: Any = None, receipt: Receipt | None = None) -> Any:
@@ -214,6 +257,7 @@ def _planned(
         opened, opened_like = open_both(source, like, options.source_side, options.to)
         made = make_plan(opened, opened_like, options)
         made.require_complete()
+        made = prove_port(made, opened)
         where = _places(made, opened_like, sharding)
     return made, opened, opened_like, where, spans
 
@@ -257,7 +301,7 @@ def _refuse_what_a_plan_settled(plan: Any, options: PlanOptions) -> None:
     """UsageError for a plan that is none, and for options beside a plan that would not be obeyed."""
     if not isinstance(plan, Plan):
         raise UsageError(f"plan= is a {type(plan).__name__}, not a Plan", next="gx.load_plan(path) reads a saved one.")
-    given = [f.name for f in fields(PlanOptions) if getattr(options, f.name) != f.default]
+    given = [f.name for f in fields(PlanOptions) if getattr(options, f.name) is not f.default]
     if given:
         raise UsageError(f"the plan is finished: {', '.join(given)} cannot change it", next="Plan again with them.")
 
@@ -281,6 +325,7 @@ def write_plan(
 
         return write_shared(joined, made, source, like, str(out), options, advance)
     made.require_complete()
+    made = prove_port(made, source)
     receipt = Receipt()
     budget = parse_size(options.max_memory)
     tiles = Stream(made, source, like, receipt, budget, advance)
@@ -292,6 +337,7 @@ def write_plan(
         made.like.containers,
         None if options.shard_size is None else parse_size(options.shard_size),
         tiles=tiles,
+        proof=None if made.proof is None else made.proof.as_json(),
     )
     inputs = (source,) if like is None else (source, like)
     origin = fingerprint(made, source, like) if options.resume else None
@@ -306,6 +352,8 @@ def write_plan(
         sidecars=sidecars,
     )
     receipt.notes = saved.notes
+    if made.proof is not None and saved.format not in ("safetensors", "hf_folder"):
+        write_json(made.proof.as_json(), Path(f"{os.fspath(out)}.proof.json"))
     nbytes = sum(spec.nbytes for spec in made.like.specs.values())
     if saved.format == "orbax" and nbytes > budget:
         allowed = f"{size_text(budget)} of {worded('--max-memory', 'max_memory')}"

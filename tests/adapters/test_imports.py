@@ -38,7 +38,8 @@ def test_linen_and_nnx_work_without_torch():
         """
 import jax, jax.numpy as jnp, numpy as np
 from flax import linen as nn, nnx
-from graftax import adapters, opening
+from graftax import adapters
+from graftax.execute import opening
 
 like = opening.open_tree(adapters.linen(nn.Dense(3), jnp.zeros((1, 2))))
 arrays = {path: np.ones(spec.shape, spec.dtype) for path, spec in like.items()}
@@ -62,7 +63,8 @@ def test_torch_works_without_jax():
     run(
         """
 import torch
-from graftax import adapters, opening
+from graftax import adapters
+from graftax.execute import opening
 
 module = torch.nn.Linear(2, 3)
 checkpoint = opening.open_tree(module)
@@ -78,11 +80,11 @@ assert set(opening.open_tree(module.state_dict())) == {"weight", "bias"}
 
 def test_opening_an_object_of_one_framework_does_not_import_the_other():
     run(
-        "import sys, torch\nfrom graftax import opening\nopening.open_tree(torch.nn.Linear(2, 3))\n"
+        "import sys, torch\nfrom graftax.execute import opening\nopening.open_tree(torch.nn.Linear(2, 3))\n"
         "assert not {'jax', 'flax'} & set(sys.modules)\n"
     )
     run(
-        "import sys, jax.numpy as jnp\nfrom graftax import opening\n"
+        "import sys, jax.numpy as jnp\nfrom graftax.execute import opening\n"
         "opening.open_tree({'params': {'w': jnp.ones(1)}})\n"
         "assert not {'torch', 'flax'} & set(sys.modules)\n"
     )

@@ -16,7 +16,8 @@ from flax.core import FrozenDict, freeze
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftax import adapters, opening
+from graftax import adapters
+from graftax.execute import opening
 from graftax.errors import FormatError, GraftaxError, PlanError, UsageError
 from graftax.tree import TensorSpec
 

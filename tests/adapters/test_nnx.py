@@ -13,7 +13,8 @@ import optax
 import pytest
 from flax import nnx
 
-from graftax import adapters, opening
+from graftax import adapters
+from graftax.execute import opening
 from graftax.adapters import settings
 from graftax.adapters.nnx_tree import _rank
 from graftax.errors import PlanError, UsageError

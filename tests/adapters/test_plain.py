@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from graftax import adapters, opening
+from graftax import adapters
+from graftax.execute import opening
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.dtypes import pack
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from graftax import adapters, opening
+from graftax import adapters
+from graftax.execute import opening
 from graftax.adapters.torch_arrays import torch_dtypes
 from graftax.errors import FormatError, PlanError, UsageError
 from graftax.tree import TensorSpec

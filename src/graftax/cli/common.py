@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -69,6 +69,10 @@ def planned(
     options = options_given(PlanOptions, given)
     if like is None and options.rules is None:
         raise UsageError("say what to produce: --like LIKE (or --rules R.toml alone, where rules name every target)")
+    if isinstance(options.inputs, str):
+        from graftax.parity.input_files import read_inputs
+
+        options = replace(options, inputs=read_inputs(options.inputs))
     opened, opened_like = open_both(source, like, options.source_side, options.to)
     made = make_plan(opened, opened_like, options)
     if suggest is not None:

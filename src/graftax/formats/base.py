@@ -104,7 +104,8 @@ class Output:
     from there, in the order of its file. `metadata` replaces graftax's own metadata in safetensors: surgery leaves a
     file's metadata unchanged. With a `log`, parts of the files may exist already, and the writer reports to the log
     what it wrote. `leaves`, if given, lists every leaf in the order of a msgpack file; a leaf with bytes is written as
-    these bytes (a Python number, None, an empty map) in place of a tensor."""
+    these bytes (a Python number, None, an empty map) in place of a tensor. `proof`: what was proved about the tensors,
+    as JSON data; it goes into graftax's own metadata where a format has them."""
 
     specs: Mapping[str, TensorSpec]
     tensors: Iterable[tuple[str, np.ndarray[Any, Any]]]
@@ -117,3 +118,4 @@ class Output:
     log: Log | None = None
     metadata: Mapping[str, str] | None = None
     leaves: Mapping[str, bytes | None] | None = None
+    proof: Mapping[str, Any] | None = None

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from graftax.errors import FormatError, escape
 from graftax.formats import tree_meta
@@ -120,13 +120,44 @@ def _own_metadata(metadata: Mapping[str, str], label: str) -> tuple[dict[str, Ke
     return keys, containers, True
 
 
-def own_metadata(side: Side, real_keys: Mapping[str, Key], containers: Mapping[str, str]) -> dict[str, str]:
+def own_metadata(
+    side: Side,
+    real_keys: Mapping[str, Key],
+    containers: Mapping[str, str],
+    proof: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """The entries that graftax writes into `__metadata__`."""
-    value = {"schema": SCHEMA, **tree_meta.encode_tree(real_keys, containers)}
+    value: dict[str, Any] = {"schema": SCHEMA, **tree_meta.encode_tree(real_keys, containers)}
+    if proof is not None:
+        value["proof"] = dict(proof)
     return {
         "format": _FORMAT_OF[side],
         "graftax": json.dumps(value, ensure_ascii=False, separators=(",", ":")),
     }
+
+
+def proof_in(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """The proof that graftax wrote into a file's metadata."""
+    found = _own_value(metadata)
+    proof = found.get("proof")
+    return cast("Mapping[str, Any]", proof) if isinstance(proof, dict) else None
+
+
+def without_proof(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A file's metadata for other tensors than those that were proved."""
+    found = _own_value(metadata)
+    if "proof" not in found:
+        return dict(metadata)
+    rest = {name: value for name, value in found.items() if name != "proof"}
+    return {**metadata, "graftax": json.dumps(rest, ensure_ascii=False, separators=(",", ":"))}
+
+
+def _own_value(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(metadata.get("graftax", "{}"))
+    except ValueError:
+        return {}
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
 
 # ---------------------------------------------------------------- writing
@@ -149,6 +180,7 @@ def write_files(shards: Mapping[Path, Mapping[str, TensorSpec]], output: Output)
                 output.side,
                 tree_meta.below(output.real_keys, specs),
                 tree_meta.below(output.containers, specs),
+                output.proof,
             )
         heads[path], ranges = build_header(specs, metadata, path.name)
         place.update({name: (path, range) for name, range in ranges.items()})

@@ -5,7 +5,7 @@ Producers propose entries. This module settles the sides, the leftovers and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from graftax.errors import Failure, PlanError, UsageError, escape, option
@@ -21,26 +21,33 @@ from graftax.plans import Assumption, End, Entry, Plan, PlanOptions, Proposal, w
 from graftax.plans.options import Dtype
 from graftax.plans.plan import MadeFrom
 from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
+from graftax.rules.state import Named
 from graftax.tree import DTYPES, Checkpoint, Side, Storage, TensorSpec, match_paths, nearest
 from graftax.tree.gc_paused import gc_paused
 from graftax.tree.placeholders import refuse_placeholders
 from graftax.tree.sides import OTHER, Signs
 
+Prover = Callable[[Proposal, Sequence[Named]], Proposal]
+"""(what the rules decided, the rules that state only what belongs together) -> entries for the leaves that running both
+models proves."""
 
-def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> Plan:
+
+def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions, prove: Prover | None = None) -> Plan:
     """The plan for `source` -> `like`. It holds its questions and misfits; they are not raised.
 
-    like=None: the rules alone state what comes out. Raises UsageError, RulesError, PlanError (sides, quantized source).
+    like=None: the rules alone state what comes out. prove: decides leaves before anything is inferred. Raises UsageError, RulesError, PlanError (sides, quantized source).
     """
     options.check()
     refuse_quantized(source)
     refuse_placeholders(source.specs, escape(source.label))
     rules = load_rules(options.rules)
     with gc_paused():  # with a hundred thousand entries, garbage collection would take a quarter of the time
-        return _make_plan(source, like, options, rules)
+        return _make_plan(source, like, options, rules, prove)
 
 
-def _make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions, rules: Rules) -> Plan:
+def _make_plan(
+    source: Checkpoint, like: Checkpoint | None, options: PlanOptions, rules: Rules, prove: Prover | None
+) -> Plan:
     given = like
     source_side, like_side = _sides(source, like, options, bool(rules.rules))
     ruled = apply_rules(rules, source, like, source_side, like_side)
@@ -48,7 +55,8 @@ def _make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions
         like = _like_of_rules(source, ruled, like_side)
         found = Proposal()
     else:
-        tabled = by_table(source, like, source_side, like_side, ruled.proposal)
+        proved = Proposal() if prove is None else prove(ruled.proposal, ruled.named)
+        tabled = proved.joined(by_table(source, like, source_side, like_side, ruled.proposal.joined(proved)))
         known = ruled.proposal.joined(tabled)
         spoken = replace(known, entries=known.entries + known.broken)  # nothing else may take these keys
         refuse_unmerged(source, like, (name for e in spoken.entries for name in (*e.sources, *e.targets)))

@@ -110,7 +110,7 @@ def planned(
     modules that it leaves open are not paired. PlanError if the plan is needed and incomplete."""
     from graftax.api import plan as make_plan
 
-    made = plan if plan is not None else make_plan(torch, flax, rules=rules, unused="drop", dtype="like")
+    made = plan if plan is not None else make_plan(torch, flax, rules=rules, unused="drop", dtype="like", inputs=False)
     if needed:
         made.require_complete()
     unused = [name for entry in made.entries if "unused" in (entry.dropped or "") for name in entry.sources]

@@ -102,7 +102,7 @@ def weights_of(
     given = open_weights(weights)
     if given.side == "torch":
         fits = plan is not None and all(given.get(name) == spec for name, spec in plan.source.specs.items())
-        made = plan if plan is not None and fits else make_plan(given, like, dtype="like")
+        made = plan if plan is not None and fits else make_plan(given, like, dtype="like", inputs=False)
         return _ported(made, given, tree), True
     missing = [name for name in tree if name not in given]
     if not missing and all(given[name].shape == tree[name].shape for name in tree):
@@ -111,7 +111,7 @@ def weights_of(
     if set(bare) == set(tree):
         arrays = Read(given)
         return {path: arrays[name] for path, name in bare.items()}, False
-    made = make_plan(given, like, dtype="like")
+    made = make_plan(given, like, dtype="like", inputs=False)
     if not made.complete:
         raise PlanError(
             f"weights do not fit the Flax model: {len(missing)} of {len(tree)} leaves are missing keys, "

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from graftax.plans.entries import End, Entry, with_ops
     from graftax.plans.options import PlanOptions, WriteOptions
     from graftax.plans.plan import Plan
+    from graftax.plans.proof import Proof
     from graftax.plans.questions import PARITY, Assumption, Candidate, Proposal, Question
 
 _HOMES = {
     "entries": ("End", "Entry", "with_ops"),
     "options": ("PlanOptions", "WriteOptions"),
     "plan": ("Plan",),
+    "proof": ("Proof",),
     "questions": ("PARITY", "Assumption", "Candidate", "Proposal", "Question"),
 }
 
@@ -29,6 +31,7 @@ __all__ = [
     "Entry",
     "Plan",
     "PlanOptions",
+    "Proof",
     "Proposal",
     "Question",
     "WriteOptions",

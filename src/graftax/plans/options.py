@@ -72,6 +72,23 @@ class PlanOptions:
         ),
     )
 
+    inputs: Any = field(
+        default=None,
+        kw_only=True,
+        metadata=_help(
+            "One input of both models: running them then decides and proves the plan. Without it an example that "
+            "`like` brings is used; False switches that off."
+        ),
+    )
+    source_model: Any = field(
+        default=None, kw_only=True, metadata=_help("The live model of a `source` that is a file, for `inputs`.")
+    )
+    layout: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=_help("How Flax's inputs lie if `inputs` are as torch takes them, such as 'NCHW -> NHWC'."),
+    )
+
     def check(self) -> None:
         """UsageError where a value is not one of its choices."""
         for name, kind in field_types(PlanOptions).items():
@@ -97,6 +114,9 @@ class PlanKeywords(TypedDict, total=False):
     source_side: Side | None
     to: Side | None
     overflow: Overflow
+    inputs: Any
+    source_model: Any
+    layout: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from graftax.ops import invert_chain
 from graftax.plans.check import fit, keys_twice, unmentioned
 from graftax.plans.entries import End, Entry
 from graftax.plans.options import PlanOptions
+from graftax.plans.proof import Proof
 from graftax.plans.questions import Assumption, Candidate, Proposal, Question
 from graftax.plans.serialization import damaged_plan, parts_of_json, plan_as_json, read_json, write_json
 from graftax.plans.text import plan_text
@@ -48,6 +49,7 @@ class Plan:
     assumptions: tuple[Assumption, ...] = ()
     failures: tuple[Failure, ...] = ()
     reads: tuple[str, ...] = ()
+    proof: Proof | None = None
     made_from: MadeFrom | None = field(default=None, repr=False, compare=False)
 
     def __copy__(self) -> Plan:
@@ -158,7 +160,7 @@ class Plan:
         )
         source = replace(self.source, specs=left)
         assumptions = (*self.assumptions, *noted)
-        return Plan(self.like, source, tuple(entries), (), assumptions, (), self.reads)
+        return Plan(self.like, source, tuple(entries), (), assumptions, (), self.reads, self.proof)
 
     # ------------------------------------------------------------ making
 
@@ -217,7 +219,7 @@ class Plan:
             # A failure may hold keys that no entry names; without failures, every key must be named.
             plan = cls.build(*parts.ends, parts.proposal, partial=bool(parts.failures))
         found = tuple(failure for failure in plan.failures if failure not in parts.failures)
-        return replace(plan, failures=(*parts.failures, *found))
+        return replace(plan, failures=(*parts.failures, *found), proof=parts.proof)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from graftax.errors import Failure, GraftaxError, RulesError, StorageError, escape, option
 from graftax.ops import op_from_json, op_to_json
 from graftax.plans.entries import End, Entry
+from graftax.plans.proof import Proof, proof_of_json
 from graftax.plans.questions import Assumption, Candidate, Proposal, Question
 from graftax.tree import Key, TensorSpec
 
@@ -48,6 +49,7 @@ def plan_as_json(plan: Plan, candidates: int | None) -> dict[str, Any]:
         "assumptions": [assumption.as_json() for assumption in plan.assumptions],
         "failures": [failure.as_json() for failure in plan.failures],
         "reads": list(plan.reads),
+        "proof": None if plan.proof is None else plan.proof.as_json(),
     }
 
 
@@ -58,6 +60,7 @@ class PlanParts:
     ends: tuple[End, End]
     proposal: Proposal
     failures: tuple[Failure, ...]
+    proof: Proof | None = None
 
 
 @contextmanager
@@ -104,7 +107,8 @@ def parts_of_json(data: Any) -> PlanParts:
         Failure(**{str(key): str(value) for key, value in item.items()}) for item in table.get("failures", ())
     )
     reads = _names(table.get("reads", ()))
-    return PlanParts((source, like), Proposal(entries, questions, assumptions, (), reads), failures)
+    proposal = Proposal(entries, questions, assumptions, (), reads)
+    return PlanParts((source, like), proposal, failures, proof_of_json(table.get("proof")))
 
 
 def read_json(path: Path) -> Any:

@@ -109,6 +109,9 @@ def plan_text(plan: Plan) -> str:
         lines += [f"questions ({len(plan.questions)}):", *(f"  {question}" for question in plan.questions)]
     if plan.failures:
         lines += [f"misfits ({len(plan.failures)}):", *(f"  {failure}" for failure in plan.failures)]
+    if plan.proof is not None:
+        lines.append(f"proof: {plan.proof}")
+        lines += [f"  settled: {escape(fact, 400)}" for fact in plan.proof.facts]
     lines.append(lossless_text(plan))
     lines.append("complete: yes" if plan.complete else "complete: no")
     return "\n".join(lines)

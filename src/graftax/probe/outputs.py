@@ -9,9 +9,6 @@ import numpy as np
 
 from graftax.adapters.layouts import Layout
 
-NEAR = 1e-5
-"""Largest difference of two outputs in float64, as a part of the largest entry."""
-
 Array = Any
 
 

@@ -17,9 +17,10 @@ Array = Any
 class Source:
     """A tensor that a leaf may hold: a tensor of the state_dict, some of its rows, or the sum of two of them.
 
-    keys   names in the state_dict: one, or the terms of a sum, or (g, v) of a weight norm
-    rows   the rows along axis 0 that are taken, in order; None for all
-    how    "tensor", "sum", or "weight_norm <axis>"
+    keys   names in the state_dict: one, or the terms of a sum, or (g, v) of a weight norm, or (w, u, v) of a spectral
+           norm
+    rows   the rows along `axis` that are taken, in order; None for all. `element`: the one row, without that axis
+    how    "tensor", "sum", "weight_norm <axis>" or "spectral_norm"
     array  its values in the run, float64
     names  other names of the same tensor (ties)
     """
@@ -29,11 +30,13 @@ class Source:
     rows: tuple[int, ...] | None = None
     how: str = "tensor"
     names: tuple[str, ...] = ()
+    axis: int = 0
+    element: bool = False
 
     @property
     def text(self) -> str:
         made = " + ".join(self.keys) if self.how == "sum" else self.keys[-1]
-        return made if self.rows is None else f"{made}[{_ranges(self.rows)}]"
+        return made if self.rows is None else f"{made}[{':, ' * self.axis}{_ranges(self.rows)}]"
 
 
 def _ranges(rows: Sequence[int]) -> str:
@@ -52,6 +55,7 @@ class Record:
     twins: dict[int, list[int]] = field(default_factory=dict[int, "list[int]"])
     outputs: list[Array] = field(default_factory=list[Array])
     used: list[int] = field(default_factory=list[int])
+    made_of: dict[int, tuple[int, ...]] = field(default_factory=dict[int, "tuple[int, ...]"])
     _pieces: dict[tuple[Any, ...], int] = field(default_factory=dict[tuple[Any, ...], int])
 
     def meets(self, value: int | None, source: int) -> None:
@@ -63,12 +67,13 @@ class Record:
             if source not in row:
                 row.append(source)
 
-    def piece(self, of: int, rows: tuple[int, ...]) -> int:
-        """The source of some rows of another."""
-        key = (of, rows)
+    def piece(self, of: int, rows: tuple[int, ...], axis: int = 0, element: bool = False) -> int:
+        """The source of some rows of another that is whole; of the one row without its axis, if `element`."""
+        key = (of, rows, axis, element)
         if key not in self._pieces:
             whole = self.sources[of]
-            part = Source(whole.keys, whole.array[np.array(rows)], rows, whole.how, whole.names)
+            array = np.take(whole.array, rows[0] if element else np.array(rows), axis)
+            part = Source(whole.keys, array, rows, whole.how, whole.names, axis, element)
             self._pieces[key] = len(self.sources)
             self.sources.append(part)
         return self._pieces[key]
@@ -82,6 +87,20 @@ class Record:
             self._pieces[key] = len(self.sources)
             self.sources.append(made)
         return self._pieces[key]
+
+    def spectral(self, terms: Sequence[int], array: Array) -> int:
+        """The source that is a weight over its spectral norm (w, u, v)."""
+        key = ("spectral_norm", *terms)
+        if key not in self._pieces:
+            keys = tuple(self.sources[term].keys[0] for term in terms)
+            self._pieces[key] = len(self.sources)
+            self.sources.append(Source(keys, array, None, "spectral_norm"))
+        return self._pieces[key]
+
+    def alone(self, value: int | None, sources: tuple[int, ...]) -> None:
+        """Note that the model made the value from these sources alone."""
+        if value is not None:
+            self.made_of.setdefault(value, sources)
 
     def folded(self, terms: Sequence[int], axis: int, array: Array) -> int:
         """The source that is the weight of a weight norm (g, v)."""

@@ -33,10 +33,14 @@ def _lstm(x: Any, h: Any, c: Any, wi: Any, wh: Any, bi: Any, bh: Any) -> tuple[A
 
 
 def _gru(x: Any, h: Any, wi: Any, wh: Any, bi: Any, bh: Any) -> Any:
-    r, z, _ = _summed(x, h, wi, wh, bi, bh, 3)
-    an, bn = functional.linear(x, wi, bi).chunk(3, -1)[2], functional.linear(h, wh, bh).chunk(3, -1)[2]
+    """The third gate's two biases stay apart, so nothing is made of their sum, nor of the other gates' single ones."""
+    wi, wh = wi.chunk(3), wh.chunk(3)
+    r, z = (x @ wi[n].t() + h @ wh[n].t() for n in range(2))
+    if bi is not None:
+        sums, bi, bh = (bi + bh).chunk(3), bi.chunk(3)[2], bh.chunk(3)[2]
+        r, z = r + sums[0], z + sums[1]
     r, z = torch.sigmoid(r), torch.sigmoid(z)
-    n = torch.tanh(an + r * bn)
+    n = torch.tanh(functional.linear(x, wi[2], bi) + r * functional.linear(h, wh[2], bh))
     return n + z * (h - n)
 
 

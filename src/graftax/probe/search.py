@@ -19,6 +19,7 @@ import numpy as np
 from graftax.layers.readings import readings
 from graftax.ops import Fill, Offset, Op, Scale, apply_chain
 from graftax.probe.evaluate import evaluate, widened
+from graftax.probe.limits import Limits
 from graftax.probe.program import Program, Step
 from graftax.probe.record import Record
 from graftax.probe.rewrite import Unknown
@@ -79,14 +80,6 @@ class Found:
     dead_end: str = ""
     evaluations: int = 0
     backtracks: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a search may use: seconds, and trial evaluations."""
-
-    seconds: float = 60.0
-    evaluations: int = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +196,7 @@ class Search:
         self.choices: dict[int, Choice] = {}
         for n, array in self.forced.items():
             self.known[self.unknowns[n].value] = array
-        self.used_by: dict[Any, list[int]] = {}
+        self.used_by: dict[str, list[tuple[int, int]]] = {}
         self.trail: list[tuple[str, int]] = []
         self.flat = {}
         self.blocked = 0
@@ -325,6 +318,10 @@ class Search:
                 self._set(value, self._filled(value, leaves), self._causes(value))
                 return None
             lazily = product and step.name == "dot_general" and len(leaves) == 2 and self._both_lazy(step)
+            if len(leaves) == 2 and not product and self._decided(
+                _Frame(slot, 0, len(self.trail), self._alone(value, *sorted(leaves)), 0, value), frames
+            ):
+                return None
             if not lazily:
                 self._lazy(value, leaves, False, 0)
                 return None
@@ -333,16 +330,9 @@ class Search:
             if not leaves:
                 self._set(value, self._filled(value, frozenset()), self._causes(value))
                 return None
-        frame = _Frame(slot, 0, len(self.trail), iter(()), 0, value)
         if len(leaves) <= LEAVES:
-            frame.options = self._options(step, value, leaves)
-            option = next(frame.options, None)
-            if option is not None:
-                bit = 1 << len(frames)
-                frame.bit = bit
-                frame.conflict = self._causes(value) | self.blocked
-                frames.append(frame)
-                self._take(frame, option)
+            frame = _Frame(slot, 0, len(self.trail), self._options(step, value, leaves), 0, value)
+            if self._decided(frame, frames):
                 return None
         if len(leaves) == 1 and product and not self._moves(value, leaves):
             self._set(value, self._filled(value, leaves), self._causes(value))
@@ -353,6 +343,18 @@ class Search:
             return self._causes(value) | self.blocked
         self._lazy(value, leaves, True, age)
         return None
+
+    def _decided(self, frame: _Frame, frames: list[_Frame]) -> bool:
+        """Take the first option of a new frame, if it has one."""
+        self.blocked = 0
+        option = next(frame.options, None)
+        if option is None:
+            return False
+        frame.bit = 1 << len(frames)
+        frame.conflict = self._causes(frame.value) | self.blocked
+        frames.append(frame)
+        self._take(frame, option)
+        return True
 
     def _both_lazy(self, step: Step) -> bool:
         return all(n not in self.known for n in step.ins)
@@ -401,8 +403,8 @@ class Search:
                 self.reasons.pop(key, None)
 
     def _free(self, source: int) -> None:
-        key = self._tensor(source)
-        self.used_by[key].pop()
+        for key in self.record.sources[source].keys:
+            self.used_by[key].pop()
 
     # ------------------------------------------------------------ evaluation
 
@@ -489,7 +491,8 @@ class Search:
         for unknown, choice in chosen.items():
             self.choices[unknown] = choice
             for source, ops in zip(choice.sources, choice.ops, strict=False):
-                self.used_by.setdefault(self._tensor(source), []).append(frame.bit)
+                for key in self.record.sources[source].keys:
+                    self.used_by.setdefault(key, []).append((source, frame.bit))
                 self.habits[self._place(source, unknown)] = ops
             self.trail.append(("choice", unknown))
             self.reasons[unknown] = _named(self.slots[frame.slot][0])
@@ -505,7 +508,7 @@ class Search:
     def _tensor(self, source: int) -> Any:
         """What is used up when a source is taken: the tensor and the rows."""
         item = self.record.sources[source]
-        return item.keys, item.rows
+        return item.keys, item.rows, item.axis
 
     def _class_of(self, value: int) -> list[int]:
         """The values of the record that a known value is."""
@@ -521,9 +524,10 @@ class Search:
 
     def _options(self, step: Step, value: int, leaves: frozenset[int]) -> Iterator[Option]:
         """What the leaves may hold, so that the value is one that torch made; the likeliest first."""
-        self.blocked = 0
         operands = self._operands(value)
         inputs = {c for n in operands for c in self._class_of(n)}
+        if not inputs and step.name not in STRICT and self.how.twins:
+            return iter(())
         if len(leaves) == 1:
             (unknown,) = leaves
             return self._one(value, unknown, inputs)
@@ -543,14 +547,14 @@ class Search:
             return False
         item = self.record.sources[source]
         busy = False
-        for (keys, rows), bits in self.used_by.items():
-            if not bits or not set(keys) & set(item.keys):
-                continue
-            if keys != item.keys and len(keys) > 1 and len(item.keys) > 1:
-                continue
-            if item.rows is None or rows is None or set(item.rows) & set(rows):
-                busy = True
-                for bit in bits:
+        for key in item.keys:
+            for other, bit in self.used_by.get(key, ()):
+                theirs = self.record.sources[other]
+                if theirs.keys != item.keys and len(theirs.keys) > 1 and len(item.keys) > 1:
+                    continue
+                apart = item.rows is not None and theirs.rows is not None and item.axis == theirs.axis
+                if not apart or set(item.rows or ()) & set(theirs.rows or ()):
+                    busy = True
                     self.blocked |= bit
         return busy
 
@@ -590,7 +594,8 @@ class Search:
         """Equal for the same tensor of sibling modules and leaves of one shape."""
         item = self.record.sources[source]
         whole = self.first.get(item.keys[0], source)
-        return self.places.get(whole, whole), item.how, self.unknowns[unknown].shape, len(item.rows or ())
+        rows = len(item.rows or ()), item.axis
+        return self.places.get(whole, whole), item.how, self.unknowns[unknown].shape, rows
 
     def _changed(
         self, value: int, unknown: int, inputs: Collection[int], rest: Mapping[int, Array]
@@ -732,6 +737,21 @@ class Search:
             number = self._accepted(made, inputs)
             if number is not None:
                 yield dict(zip(leaves, picked, strict=True)), number
+
+    def _alone(self, value: int, *leaves: int) -> Iterator[Option]:
+        """Two leaves that meet before any data (queries and their positions), if torch made such a value too."""
+        for number, sources in self.record.made_of.items():
+            for pair in itertools.permutations(sources):
+                items = [self.record.sources[source].array for source in pair]
+                shapes = [self.unknowns[n].shape for n in leaves]
+                if [i.size for i in items] != [math.prod(s) for s in shapes] or any(map(self._blocked, pair)):
+                    continue
+                ways = [itertools.islice(readings(i.shape, s), 4) for i, s in zip(items, shapes, strict=True)]
+                for ops in itertools.product(*ways):
+                    picked = {n: Choice((s,), (o,)) for n, s, o in zip(leaves, pair, ops, strict=True)}
+                    given = {self.unknowns[n].value: choice.array(self.record) for n, choice in picked.items()}
+                    if number in self.record.values.find(self._value(value, self._rest(value) | given)):
+                        yield picked, number
 
     def _pool(self, unknown: int, inputs: Collection[int]) -> list[Choice]:
         shape = self.unknowns[unknown].shape

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,25 @@ import torch
 from graftax.adapters import nests, torch_arrays
 from graftax.adapters.layouts import declared
 from graftax.adapters.linen_tree import LinenModel
-from graftax.errors import GraftaxError, ModelError
+from graftax.errors import GraftaxError, ModelError, escape
+from graftax.ops import apply_chain
 from graftax.plans import Entry
 from graftax.probe.entries import entries_of, nodes_of
 from graftax.probe.flax_side import FlaxForward, fixed_values, flax_forward, input_arrays
 from graftax.probe.inputs import Call, Inputs, calls_of
-from graftax.probe.outputs import NEAR, difference
+from graftax.probe.limits import GROSS, NEAR, Limits
+from graftax.probe.outputs import difference
 from graftax.probe.program import Program
 from graftax.probe.record import Record
 from graftax.probe.redraw import axes_between, drawn_like, ids_of, probe_copy
-from graftax.probe.rewrite import Unknown, apart, unknowns_of
-from graftax.probe.search import Found, Limits, Search
+from graftax.probe.rewrite import Unknown, apart, piece, unknowns_of
+from graftax.probe.search import Found, Search
 from graftax.probe.siblings import siblings_of
 from graftax.probe.torch_record import record_torch
 from graftax.probe.values import OutOfBudget
 
+LOOSE = 1e-3
+"""For models whose code differs a little: the difference allowed in a value that decides."""
 SEEDS = (0, 1)
 """The first redraw finds the plan, the second confirms it."""
 
@@ -43,6 +48,8 @@ class Settled:
     stopped     why nothing, or not all, was found; "" if everything was
     dead_end    the step of the Flax model where the deepest attempt ended
     seconds, evaluations   what it took
+    models, inputs  hashes of the code of both models and of the inputs, as in plans.Proof
+    attempt     both models, to run them again
     """
 
     entries: tuple[Entry, ...] = ()
@@ -53,10 +60,30 @@ class Settled:
     dead_end: str = ""
     seconds: float = 0.0
     evaluations: int = 0
+    models: tuple[tuple[str, str], ...] = ()
+    inputs: str = ""
+    attempt: Attempt | None = None
 
     @property
     def proved(self) -> bool:
         return not self.stopped and self.error <= NEAR
+
+    @property
+    def differs(self) -> bool:
+        """True if the mapping was found, but the models' code differs a little: an epsilon, an activation."""
+        return bool(self.entries) and not self.proved
+
+    def error_of(self, entries: Sequence[Entry]) -> float | None:
+        """The difference of the outputs with the leaves that these entries make, on redrawn weights; None if some leaf has
+        none, or the models could not be run."""
+        if self.attempt is None:
+            return None
+        record, arrays = self.attempt.redrawn(SEEDS[1])
+        forced = self.attempt.forced(record, entries)
+        if len(forced) < len(self.attempt.unknowns):
+            return None
+        error, _ = self.attempt.confirmed(Found(), record, arrays, forced)
+        return error
 
 
 @dataclass(slots=True)
@@ -85,30 +112,68 @@ class Attempt:
         probe = probe_copy(self.module, seed)
         torch_call, arrays = _redrawn(self.torch_call, self.flax_call, seed, ids_of(probe) if self.example else None)
         args, kwargs = nests.mapped(torch_call, _is_array, _to_torch)
-        return record_torch(probe, args, kwargs, self.inputs.torch_call), arrays
+        try:
+            return record_torch(probe, args, kwargs, self.inputs.torch_call), arrays
+        except (GraftaxError, OutOfBudget):
+            raise
+        except Exception as error:
+            kind, text = type(self.module).__name__, escape(str(error).strip(), 500)
+            raise ModelError(f"the torch model {escape(kind)} failed: {type(error).__name__}: {text}") from error
 
-    def search(self, record: Record, arrays: Sequence[Any], limits: Limits) -> Found:
+    def code(self) -> tuple[tuple[str, str], ...]:
+        """sha256 of each model's code: the modules of torch with their settings, the steps of Flax."""
+        steps = "\n".join(f"{s.name} {s.ins} {s.outs} {_plain(s.params)}" for s in self.program.steps)
+        return ("torch", _sha(repr(self.module))), ("flax", _sha(steps))
+
+    def digest(self) -> str:
+        """sha256 of the inputs of both models."""
+        arrays = [*(a for _, a in nests.leaves(self.torch_call, _is_array)), *input_arrays(*self.flax_call)]
+        return _sha(*(f"{np.asarray(a).dtype}{np.shape(a)}".encode() + np.asarray(a).tobytes() for a in arrays))
+
+    def search(
+        self, record: Record, arrays: Sequence[Any], limits: Limits, forced: Mapping[int, Any], near: float = NEAR
+    ) -> Found:
         layout = declared(self.inputs.out_layout)
         return Search(
             self.program,
             self.unknowns,
             record,
             fixed_values(self.program, self.forward, arrays),
-            lambda outs: difference(outs, record.outputs, layout) <= NEAR,
+            lambda outs: difference(outs, record.outputs, layout) <= near,
             siblings=siblings_of(record),
+            forced=forced,
             limits=limits,
         ).run()
 
-    def confirmed(self, found: Found, record: Record, arrays: Sequence[Any]) -> tuple[float, str]:
+    def forced(self, record: Record, entries: Sequence[Entry]) -> dict[int, Any]:
+        """unknown -> the array that rules say, with the record's weights."""
+        by_name = {
+            name: s.array
+            for s in record.sources
+            if s.how == "tensor" and s.rows is None
+            for name in (*s.keys, *s.names)
+        }
+        leaves: dict[str, Any] = {}
+        for entry in entries:
+            if all(name in by_name for name in entry.sources):
+                made = apply_chain(entry.ops, tuple(by_name[name] for name in entry.sources))
+                leaves.update(zip(entry.targets, made, strict=True))
+        return {n: piece(leaves[u.path], u.cuts) for n, u in enumerate(self.unknowns) if u.path in leaves}
+
+    def confirmed(
+        self, found: Found, record: Record, arrays: Sequence[Any], forced: Mapping[int, Any]
+    ) -> tuple[float, str]:
         """(the difference of the outputs, the first step that decided something and does not hold) on another redraw."""
         fixed = fixed_values(self.program, self.forward, arrays)
-        search = Search(self.program, self.unknowns, record, fixed, lambda outs: True)
+        search = Search(self.program, self.unknowns, record, fixed, lambda outs: True, forced=forced)
         return search.replay(found, lambda outs: difference(outs, record.outputs, declared(self.inputs.out_layout)))
 
 
-def settle(module: Any, model: Any, inputs: Inputs | None, limits: Limits | None = None) -> Settled:
+def settle(
+    module: Any, model: Any, inputs: Inputs | None, limits: Limits | None = None, forced: Sequence[Entry] = ()
+) -> Settled:
     """Find what `model` (gx.linen(...) or an nnx.Module) holds of the torch `module`, by running both. Neither is
-    changed. inputs=None: they are drawn from the example of gx.linen, with images channels first and last in turn.
+    changed. inputs=None: they are drawn from the example of gx.linen, with images channels first and last in turn. forced: entries that hold, because rules say so.
 
     ModelError if a model cannot be run or traced on given inputs."""
     limits = limits or Limits()
@@ -117,7 +182,7 @@ def settle(module: Any, model: Any, inputs: Inputs | None, limits: Limits | None
     for torch_call, flax_call in _calls(model, inputs):
         try:
             attempt = Attempt.of(module, model, torch_call, flax_call, inputs or Inputs(), inputs is None)
-            found = _settled(attempt, limits)
+            found = _settled(attempt, limits, forced)
         except (GraftaxError, OutOfBudget) as error:
             if inputs is not None and isinstance(error, GraftaxError):
                 raise
@@ -126,32 +191,61 @@ def settle(module: Any, model: Any, inputs: Inputs | None, limits: Limits | None
             best = found
         if found.proved or time.monotonic() - start > limits.seconds:
             break
-    from dataclasses import replace
-
     return replace(best, seconds=time.monotonic() - start)
 
 
-def _settled(attempt: Attempt, limits: Limits) -> Settled:
+def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settled:
     record, arrays = attempt.redrawn(SEEDS[0])
-    found = attempt.search(record, arrays, limits)
-    unknowns = attempt.unknowns
+    fixed = attempt.forced(record, forced)
+    found = attempt.search(record, arrays, limits, fixed)
+    near, dead_end = NEAR, found.dead_end
+    if not found.complete:  # the code of the models may differ a little
+        record.values.tolerance, near = LOOSE, GROSS
+        found = attempt.search(record, arrays, limits, fixed, GROSS)
     if not found.complete:
-        return Settled(stopped="no plan makes the models agree", dead_end=found.dead_end, evaluations=found.evaluations)
+        return Settled(
+            stopped="no plan makes the models agree", dead_end=dead_end, evaluations=found.evaluations, attempt=attempt
+        )
     other, others = attempt.redrawn(SEEDS[1])
-    error, broken = attempt.confirmed(found, other, others)
-    if broken or not error <= NEAR:
+    other.values.tolerance = record.values.tolerance
+    error, broken = attempt.confirmed(found, other, others, attempt.forced(other, forced))
+    if broken or not error <= near:
         return Settled(
             stopped=f"what was found does not hold on other weights and inputs (off by {error:.1e})",
             error=error,
             dead_end=broken or "the outputs",
             evaluations=found.evaluations,
+            attempt=attempt,
         )
-    nodes = nodes_of(unknowns, found.choices, record.sources)
+    nodes = nodes_of(attempt.unknowns, found.choices, record.sources)
     shapes = {key: tuple(value.shape) for key, value in attempt.module.state_dict().items() if hasattr(value, "shape")}
-    evidence = dict.fromkeys(nodes, f"proved by running both models (outputs within {error:.0e})")
-    entries, unsaid = entries_of(nodes, shapes, evidence)
-    left = tuple(dict.fromkeys(unknown.path for n, unknown in enumerate(unknowns) if n not in found.choices))
-    return Settled(tuple(entries), left, unsaid, error, evaluations=found.evaluations)
+    how = "proved" if near == NEAR else "found"
+    entries, unsaid = entries_of(nodes, shapes, dict.fromkeys(nodes, f"{how} by running both models"))
+    stopped = "" if near == NEAR else f"the mapping was found, and the models differ (outputs off by {error:.1e})"
+    return Settled(
+        tuple(entries),
+        tuple(dict.fromkeys(attempt.unknowns[n].path for n in found.open)),
+        unsaid,
+        error,
+        stopped,
+        dead_end if stopped else "",
+        evaluations=found.evaluations,
+        models=attempt.code(),
+        inputs=attempt.digest(),
+        attempt=attempt,
+    )
+
+
+def _sha(*parts: str | bytes) -> str:
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(part.encode() if isinstance(part, str) else part)
+    return made.hexdigest()
+
+
+def _plain(params: Mapping[str, Any]) -> str:
+    """Parameters as text, without what differs from process to process."""
+    return ",".join(f"{k}={v}" for k, v in params.items() if isinstance(v, (int, float, str, tuple)))
 
 
 # ---------------------------------------------------------------- inputs
@@ -221,6 +315,3 @@ def _to_torch(array: Any) -> Any:
 
 def _is_array(value: Any) -> bool:
     return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-__all__ = ["ModelError", "Settled", "settle"]

@@ -29,19 +29,29 @@ _VIEWS = frozenset((
     "movedim", "swapaxes", "diagonal", "as_strided", "to", "numpy_T", "mT",
 ))  # fmt: skip
 """Ops that move values and compute none."""
-_PIECES = 16
-"""Most pieces that one product is cut into."""
+_COPIES = frozenset(("clone", "contiguous", "alias", "detach", "_to_copy", "lift_fresh", "to"))
+"""Views and copies that keep the order of the entries."""
+_PIECES = 64
+"""Most pieces that one product, or one stack of weights, is cut into."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Which entries of a source a tensor holds: their flat numbers, in the tensor's layout."""
+
+    source: int
+    index: torch.Tensor
 
 
 @dataclass(slots=True)
 class _Shadow:
-    """What is known of a product x @ W + b, or of a view of it: the product without b, the row of W that each entry
-    comes from, and the sources W and b."""
+    """What is known of a product x @ W + b, or of a view of it: the product without b, the column of the product that
+    each entry comes from, and the entries of W and b that belong to each column."""
 
     product: torch.Tensor
-    rows: torch.Tensor
-    weight: int
-    bias: int | None
+    columns: torch.Tensor
+    weight: _Place
+    bias: _Place | None
     given: int | None
 
 
@@ -55,6 +65,7 @@ class TorchRecorder(TorchDispatchMode):
         """id of a tensor made from parameters alone -> the sources."""
         self._whole = dict(parameters)
         """id of a tensor that is a parameter, or a view of all of it -> the source."""
+        self._places: dict[int, _Place] = {}
         self._number: dict[int, int | None] = {}
         self._shadows: dict[int, _Shadow] = {}
         self._alive: list[Any] = []
@@ -89,6 +100,8 @@ class TorchRecorder(TorchDispatchMode):
             return
         if only and name in ("add", "mul", "div", "_weight_norm_interface", "_weight_norm"):
             self._derived(name, given, made, sources)
+        if only and len(given) == 2 and made and all(id(t) in self._whole for t in given):
+            self.record.alone(self._value(made[0]), tuple(self._whole[id(t)] for t in given))
         numbers = {id(t): self._value(t) for t in given if id(t) not in self._whole}
         write = _WRITE_OUT.get(name)
         if write is not None:
@@ -99,6 +112,8 @@ class TorchRecorder(TorchDispatchMode):
             self._product(args[0], args[1], None, made[0], made[0])
         if name == "add":
             self._biased(given, made)
+        if name in ("bmm", "add", "mul"):
+            self._by_item(name, given, made[0])
         for t in made:
             self._number.pop(id(t), None)
             if name not in _PRODUCTS:
@@ -141,12 +156,18 @@ class TorchRecorder(TorchDispatchMode):
     ) -> None:
         """A view, or a copy, of a tensor."""
         key = id(given)
+        place = self._place(given)
+        if place is not None:
+            index = [place.index.contiguous()] if name in _COPIES else _viewed(func, place.index, args, kwargs)
+            for t, one in zip(made, index, strict=False):
+                if one.shape == t.shape:
+                    self._places[id(t)] = _Place(place.source, one)
         for t in made:
             repeated = name == "expand" and t.ndim == 3 and given.ndim == 2  # what x @ W makes of W for a batch
             if key in self._whole and (t.numel() == given.numel() or repeated or given.ndim == t.ndim == 3):
                 self._whole[id(t)] = self._whole[key]
             elif key in self._of:
-                self._part(given, t)
+                self._part(t)
             elif t.numel() == given.numel():
                 number = self._value(given)
                 self._number[id(t)] = number
@@ -159,36 +180,102 @@ class TorchRecorder(TorchDispatchMode):
         if shadow is not None and name not in ("expand", "unfold", "as_strided", "diagonal"):
             self._cut(func, args, kwargs, shadow, made)
 
-    def _part(self, given: torch.Tensor, made: torch.Tensor) -> None:
-        """Some rows of a parameter: W[a:b], W.chunk(3)[i]."""
-        source = self._whole.get(id(given))
-        if source is None or made.ndim == 0 or made.dtype != given.dtype or given.ndim == 0:
-            return
-        whole = self.record.sources[source].array
-        if whole.shape != tuple(given.shape) or made.ndim != given.ndim or made.shape[1:] != given.shape[1:]:
-            return
-        start = (made.storage_offset() - given.storage_offset()) // max(given.stride(0), 1)
-        if made.stride() == given.stride() and 0 <= start <= whole.shape[0] - made.shape[0]:
-            self._whole[id(made)] = self.record.piece(source, tuple(range(start, start + made.shape[0])))
+    def _place(self, tensor: torch.Tensor) -> _Place | None:
+        """Where the entries of a parameter, or of a view of one, lie in its source."""
+        key = id(tensor)
+        if key not in self._places and key in self._whole:
+            whole = self.record.sources[self._whole[key]]
+            if whole.rows is None and whole.array.shape == tuple(tensor.shape):
+                index = torch.arange(tensor.numel()).reshape(tensor.shape)
+                self._places[key] = _Place(self._whole[key], index)
+        return self._places.get(key)
+
+    def _part(self, made: torch.Tensor) -> None:
+        """Some rows of a parameter: W[a:b], W.chunk(3)[i], W[:, a:b], W[i]."""
+        place = self._places.get(id(made))
+        source = None if place is None else self._located(place)
+        if source is not None:
+            self._whole[id(made)] = source
+
+    def _located(self, place: _Place) -> int | None:
+        """The source that holds these entries: all, or some rows along one axis. None if it is neither."""
+        shape = self.record.sources[place.source].array.shape
+        index = place.index
+        spans: list[tuple[int, ...]] = [(int(at),) for at in np.unravel_index(int(index.reshape(-1)[0]), shape)]
+        count = 1
+        for axis, size in enumerate(index.shape):
+            line = index[tuple(slice(None) if a == axis else 0 for a in range(index.ndim))].numpy()
+            at = np.unravel_index(line, shape)
+            moved = [a for a, row in enumerate(at) if (row != row[0]).any()]
+            if not moved:  # repeated
+                continue
+            if len(moved) > 1:
+                return place.source if index.numel() == int(np.prod(shape)) else None
+            spans[moved[0]] = tuple(int(row) for row in at[moved[0]])
+            count *= size
+        if count != int(np.prod([len(span) for span in spans])):
+            return None
+        return self._piece(place.source, spans)
+
+    def _piece(self, source: int, spans: Sequence[tuple[int, ...]]) -> int | None:
+        """The source of these rows along each axis."""
+        shape = self.record.sources[source].array.shape
+        short = [axis for axis, span in enumerate(spans) if len(span) < shape[axis]]
+        if not short:
+            return source
+        rows = spans[short[0]]
+        if len(short) > 1 or list(rows) != sorted(rows):
+            return None
+        return self.record.piece(source, rows, short[0], len(rows) == 1 and len(shape) > 1)
 
     def _cut(self, func: Any, args: Any, kwargs: Any, shadow: _Shadow, made: Sequence[torch.Tensor]) -> None:
-        """A view of a product: the same view of the product without its bias, and the rows of the weight that remain."""
-        products = list(_tensors(func(shadow.product, *args[1:], **kwargs)))
-        rows = list(_tensors(func(shadow.rows, *args[1:], **kwargs)))
-        if len(products) != len(made) or len(made) > _PIECES:
+        """A view of a product: the same view of the product without its bias, and what remains of the weight."""
+        products = _viewed(func, shadow.product, args, kwargs)
+        columns = _viewed(func, shadow.columns, args, kwargs)
+        if not len(products) == len(columns) == len(made) <= _PIECES:
             return
-        for t, product, row in zip(made, products, rows, strict=True):
-            self._alive += [product, row]
-            now = _Shadow(product, row, shadow.weight, shadow.bias, shadow.given)
-            count = self.record.sources[shadow.weight].array.shape[0]
+        for t, product, column in zip(made, products, columns, strict=True):
+            self._alive += [product, column]
             number = self._value(product)
-            if row.numel() < shadow.rows.numel():
-                kept = _in_order(row)
-                if 1 <= len(kept) < count:
-                    self.record.meets(shadow.given, self.record.piece(shadow.weight, kept))
+            if column.numel() < shadow.columns.numel():
+                kept = np.zeros(shadow.weight.index.numel(), bool)
+                kept[column.reshape(-1).numpy()] = True
+                if not kept.all():
+                    self._meets_part(shadow.given, shadow.weight, kept)
                     if shadow.bias is not None:
-                        self.record.meets(number, self.record.piece(shadow.bias, kept))
-            self._shadows[id(t)] = now
+                        self._meets_part(number, shadow.bias, kept)
+            self._shadows[id(t)] = _Shadow(product, column, shadow.weight, shadow.bias, shadow.given)
+
+    def _meets_part(self, number: int | None, place: _Place, kept: Any) -> None:
+        """The model used the part of a source that makes some columns of a product with this value."""
+        shape = self.record.sources[place.source].array.shape
+        flat = place.index.reshape(-1).numpy()
+        full, part = np.unravel_index(flat, shape), np.unravel_index(flat[kept], shape)
+        spans = [
+            tuple(range(size)) if (one == one[0]).all() else tuple(int(row) for row in np.unique(some))
+            for size, one, some in zip(shape, full, part, strict=True)
+        ]
+        moved = [len(span) for span, one in zip(spans, full, strict=True) if not (one == one[0]).all()]
+        source = self._piece(place.source, spans) if int(np.prod(moved)) == int(kept.sum()) else None
+        if source is not None:
+            self.record.meets(number, source)
+
+    def _by_item(self, name: str, given: Sequence[torch.Tensor], made: torch.Tensor) -> None:
+        """Weights stacked along their first axis (experts): every item met its own row of the data."""
+        for t in given:
+            place = self._place(t)
+            rows = len(made) if made.ndim > 1 else 0
+            others = [u for u in given if u is not t and u.ndim == made.ndim and len(u) == rows]
+            if place is None or t.ndim != made.ndim or len(t) != rows or not 1 < rows <= _PIECES or not others:
+                continue
+            if name != "bmm" and (t.ndim < 3 or 1 not in t.shape[1:]):
+                continue
+            items = [self._located(_Place(place.source, place.index[n])) for n in range(rows)]
+            if len(set(items)) == rows:
+                for n, item in enumerate(items):
+                    if item is not None:
+                        self.record.meets(self.record.values.add(_array(others[0][n])), item)
+                        self.record.values.add(_array(made[n]))
 
     def _derived(
         self, name: str, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor], sources: frozenset[int]
@@ -198,12 +285,27 @@ class TorchRecorder(TorchDispatchMode):
             return
         out = _array(made[0])
         items = [self.record.sources[s] for s in sorted(sources)]
-        if name == "add" and len(items) == 2 and all(item.array.shape == out.shape for item in items):
+        if name == "div" and len(items) == 3 and id(given[0]) in self._whole:
+            self._spectral(self._whole[id(given[0])], sources, out, made[0])
+        elif name == "add" and len(items) == 2 and all(item.array.shape == out.shape for item in items):
             if np.allclose(items[0].array + items[1].array, out):
                 self._whole[id(made[0])] = self.record.total(sorted(sources))
         elif len(items) == 2 and {item.array.ndim for item in items} == {out.ndim}:
             for g, v in (sorted(sources), sorted(sources, reverse=True)):
                 self._folded(g, v, out, made[0])
+
+    def _spectral(self, weight: int, sources: frozenset[int], out: Any, made: torch.Tensor) -> None:
+        """W / (u W v), with W as a matrix of one axis and the rest."""
+        w = self.record.sources[weight].array
+        u, v = (source for source in sources if source != weight)
+        for one, other in ((u, v), (v, u)):
+            left, right = self.record.sources[one].array, self.record.sources[other].array
+            for axis in range(min(w.ndim, 2)):
+                matrix = np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
+                if left.shape == (matrix.shape[0],) and right.shape == (matrix.shape[1],) and w.shape == out.shape:
+                    if np.allclose(w / (left @ matrix @ right), out):
+                        self._whole[id(made)] = self.record.spectral((weight, one, other), out)
+                        return
 
     def _folded(self, g: int, v: int, out: Any, made: torch.Tensor) -> None:
         scale, weight = self.record.sources[g].array, self.record.sources[v].array
@@ -218,10 +320,11 @@ class TorchRecorder(TorchDispatchMode):
         """x @ W + b, where b is added by itself."""
         pairs = [(one, other) for one in given for other in given if one is not other]
         for product, bias in pairs:
-            shadow, sources = self._shadows.get(id(product)), self._sources(bias)
-            if shadow is not None and shadow.bias is None and len(sources) == 1 and id(bias) in self._whole:
-                self._shadows[id(made[0])] = replace(shadow, bias=sources[0])
-                return
+            shadow, place = self._shadows.get(id(product)), self._place(bias)
+            if shadow is not None and shadow.bias is None and place is not None:
+                if place.index.numel() == shadow.weight.index.numel() == product.shape[-1]:
+                    self._shadows[id(made[0])] = replace(shadow, bias=place)
+                    return
 
     # ------------------------------------------------------------ ops with several parameters
 
@@ -235,15 +338,15 @@ class TorchRecorder(TorchDispatchMode):
             self.record.meets(self._value(turned), source)
         for source in self._sources(bias):
             self.record.meets(number, source)
-        if len(weights) == 1 and id(turned) in self._whole:
-            shape = self.record.sources[weights[0]].array.shape
-            if len(shape) >= 2 and shape[0] == product.shape[-1]:
-                rows = torch.arange(shape[0]).expand(product.shape)
-                biases = self._sources(bias)
-                self._shadows[id(out)] = _Shadow(
-                    product, rows, weights[0], biases[0] if len(biases) == 1 else None, self._value(x)
-                )
-                self._alive += [product, rows]
+        place = self._place(turned)
+        if place is not None and 1 < product.shape[-1] == turned.shape[-1]:
+            columns = torch.arange(product.shape[-1]).expand(product.shape).contiguous()
+            first = _Place(place.source, place.index[(0,) * (turned.ndim - 1)])
+            added = None if bias is None else self._place(bias)
+            if added is not None and added.index.numel() != product.shape[-1]:
+                added = None
+            self._shadows[id(out)] = _Shadow(product, columns, first, added, self._value(x))
+            self._alive += [product, columns]
 
     def _addmm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
         bias, x, weight = args[:3]
@@ -286,7 +389,7 @@ class TorchRecorder(TorchDispatchMode):
         axes = tuple(range(x.ndim - len(shape), x.ndim))
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         normed = x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
-        self._norm(x, [(normed, ()), *([(normed * weight, (weight,))] if weight is not None else [])])
+        self._norm(x, [(normed, (weight,)), *([(normed * weight, (weight,))] if weight is not None else [])])
 
     def _group_norm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
         x, weight, bias, n, c, _, groups, eps = args[:8]
@@ -343,11 +446,15 @@ def _kept(shape: Sequence[int], axis: int) -> tuple[int, ...]:
     return tuple(size if a == axis else 1 for a, size in enumerate(shape))
 
 
-def _in_order(rows: torch.Tensor) -> tuple[int, ...]:
-    """The distinct rows, in the order in which they first occur."""
-    flat = rows.reshape(-1).numpy()
-    found, first = np.unique(flat, return_index=True)
-    return tuple(int(row) for row in found[np.argsort(first)])
+def _viewed(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The same view of another tensor; [] where its memory does not allow that."""
+    try:
+        return list(_tensors(func(tensor, *args[1:], **kwargs)))
+    except RuntimeError:
+        try:
+            return list(_tensors(func(tensor.contiguous(), *args[1:], **kwargs)))
+        except RuntimeError:
+            return []
 
 
 def _tensors(nest: Any) -> Iterator[torch.Tensor]:

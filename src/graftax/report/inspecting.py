@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
-from graftax.errors import escape
+from graftax.errors import GraftaxError, escape
+from graftax.formats.io import strict_json
 from graftax.formats.io.sizes import size_text
+from graftax.plans.proof import proof_of_json
 from graftax.tree import Checkpoint, TensorSpec, natural_key
 from graftax.tree.training_tree import find_training_state
 
@@ -46,8 +49,25 @@ def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = Fa
         "aliases": dict(checkpoint.storage.aliases),
         "metadata": dict(checkpoint.storage.metadata),
         "left": {**checkpoint.left, **({} if checkpoint.chosen else find_training_state(checkpoint.specs).left)},
+        "proof": _proof(checkpoint),
         "tensors": tensors,
     }
+
+
+def _proof(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """What a port proved about the file: from its metadata, or from the file beside it."""
+    if not checkpoint.storage.files:
+        return None
+    from graftax.formats.safetensors_file import proof_in
+
+    found = proof_in(checkpoint.storage.metadata)
+    beside = Path(f"{checkpoint.storage.files[0]}.proof.json")
+    if found is not None or not beside.is_file():
+        return found
+    try:
+        return strict_json.parse_object(beside.read_bytes(), str(beside))
+    except (GraftaxError, OSError):
+        return None
 
 
 def opened_file(checkpoint: Checkpoint) -> str | None:
@@ -101,6 +121,11 @@ def inspection_text(data: Mapping[str, Any]) -> str:
         f"{data['leaves']} {'leaf' if data['leaves'] == 1 else 'leaves'}, "
         f"{data['parameters']:,} parameters, {size_text(data['bytes'])} ({dtypes or 'empty'})"
     ]
+    if data["proof"]:
+        try:
+            lines.append(f"proof: {proof_of_json(data['proof'])}")
+        except (KeyError, TypeError, ValueError, AttributeError):
+            lines.append("proof: damaged")
     if data["opened"]:
         lines.append(f"opened: {escape(data['opened'], 400)}")
     rows: list[tuple[str, ...]] = []

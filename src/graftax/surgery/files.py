@@ -262,6 +262,7 @@ def _output(
     """The output to write. A safetensors file keeps its own names and metadata. The output declares a side only if the
     checkpoint does: PlanError if the format of `out` would declare one."""
     from graftax.formats.base import Output
+    from graftax.formats.safetensors_file import without_proof
     from graftax.formats.saving import choose_format, split_target
 
     side = checkpoint.side or ("flax" if any("/" in path for path in specs) else "torch")
@@ -274,7 +275,7 @@ def _output(
     metadata = None
     if checkpoint.side_by != "kind":
         storage = checkpoint.storage
-        metadata = dict(storage.metadata) if storage.format in ("safetensors", "hf_folder") else {}
+        metadata = without_proof(storage.metadata) if storage.format in ("safetensors", "hf_folder") else {}
         if storage.stored and row.name in ("safetensors", "hf_folder"):
             name_of = storage.stored
             specs = {name_of[path]: spec for path, spec in specs.items()}

@@ -1,0 +1,276 @@
+"""Both models of a plan, run to decide and to prove it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from graftax.adapters.linen_tree import LinenModel
+from graftax.errors import Failure, RulesError, UsageError, escape, option
+from graftax.ops import Drop, Keep, Rearrange, bind_chain, invert_chain
+from graftax.plans import Assumption, Entry, Plan, PlanOptions, Proof, Proposal
+from graftax.probe.inputs import Inputs, inputs_of
+from graftax.probe.limits import DRAWN, GIVEN, GROSS, NEAR, Limits
+from graftax.rules.state import Named
+from graftax.rules.text import rule_line
+from graftax.tree import Checkpoint
+
+
+@dataclass(slots=True)
+class BothModels:
+    """The two live models of a plan.
+
+    flipped  the plan goes from Flax to torch
+    inputs   None: they are drawn from the example of gx.linen
+    settled  what running showed, after `prove`
+    """
+
+    module: Any
+    model: Any
+    source: Checkpoint
+    like: Checkpoint
+    flipped: bool
+    inputs: Inputs | None
+    settled: Any = None
+    proved: frozenset[str] = field(default_factory=frozenset[str])
+
+    def prove(self, ruled: Proposal, named: Sequence[Named]) -> Proposal:
+        """Entries for every leaf that running decides. RulesError if it refutes a rule."""
+        from graftax.probe.settle import settle
+
+        loose = {id(item.entry) for item in named}
+        fixed = [e for e in ruled.entries if id(e) not in loose and e.targets and not _kept(e)]
+        forced = [self._turned(entry) for entry in fixed]
+        limits = DRAWN if self.inputs is None else GIVEN
+        self.settled = settle(self.module, self.model, self.inputs, limits, forced)
+        if not self.settled.proved:
+            self._refute(forced, fixed, limits)
+        if not self.settled.entries:
+            return Proposal()
+        entries = tuple(self._back(entry) for entry in self.settled.entries)
+        self._check_named(entries, named)
+        taken = {name for e in ruled.entries if id(e) not in loose for name in (*e.sources, *e.targets)}
+        entries = tuple(e for e in entries if not taken & {*e.sources, *e.targets})
+        self.proved = frozenset(name for e in entries for name in e.targets)
+        return Proposal(entries)
+
+    def noted(self, plan: Plan) -> Plan:
+        """The plan with its proof; assumptions about leaves that are proved are facts."""
+        settled = self.settled
+        if settled is None:
+            return plan
+        if not settled.proved:
+            return self._not_proved(plan)
+        known = [a for a in plan.assumptions if a.targets and self.proved.issuperset(a.targets)]
+        left = tuple(a for a in plan.assumptions if a not in known)
+        proof = Proof(
+            len(self.proved),
+            settled.open,
+            float(settled.error),
+            tuple(dict.fromkeys(_fact(assumption) for assumption in known)),
+            settled.models,
+            settled.inputs,
+        )
+        return replace(plan, assumptions=left, proof=proof)
+
+    def _not_proved(self, plan: Plan) -> Plan:
+        """The plan with what running showed of it."""
+        settled = self.settled
+        where = f"; the models part at {escape(settled.dead_end, 200)}" if settled.dead_end else ""
+        check = "gx.check_parity names the layer where the models differ"
+        if settled.differs:
+            text = f"{escape(settled.stopped, 300)}{where}"
+            return replace(plan, assumptions=(*plan.assumptions, Assumption(text, check)))
+        entries = [self._turned(entry) for entry in plan.entries if entry.targets and not _kept(entry)]
+        error = settled.error_of(entries) if plan.complete else None
+        if error is not None and error <= NEAR:
+            return replace(plan, proof=Proof(sum(len(e.targets) for e in entries), error=error))
+        if error is not None and error > GROSS:
+            off = "by more than can be said" if error == float("inf") else f"by {error:.1e} of the largest value"
+            failure = Failure(
+                f"running both models refutes this plan: on redrawn weights the outputs are off {off}{where}",
+                plan.source.label,
+                plan.like.label,
+                next=f"{check}; {option('inputs', 'False')} takes the plan as names and shapes make it.",
+            )
+            return replace(plan, failures=(*plan.failures, failure))
+        if error is None and self.inputs is None:
+            return plan
+        text = f"running did not decide the plan: {escape(settled.stopped, 300)}{where}"
+        return replace(plan, assumptions=(*plan.assumptions, Assumption(text, check)))
+
+    # ------------------------------------------------------------ directions
+
+    def _turned(self, entry: Entry) -> Entry:
+        """A rule's entry from torch to Flax."""
+        if not self.flipped:
+            return entry
+        return self._inverted(entry, self.source)
+
+    def _back(self, entry: Entry) -> Entry:
+        """A found entry in the direction of the plan."""
+        return self._inverted(entry, self.like) if self.flipped else entry
+
+    @staticmethod
+    def _inverted(entry: Entry, given: Checkpoint) -> Entry:
+        ops, _ = bind_chain(entry.ops, tuple(given.specs[name] for name in entry.sources))
+        return Entry(entry.targets, entry.sources, invert_chain(ops), entry.evidence)
+
+    # ------------------------------------------------------------ rules
+
+    def _refute(self, forced: Sequence[Entry], rules: Sequence[Entry], limits: Limits) -> None:
+        """RulesError if the models agree without the rules, and not with them."""
+        from graftax.probe.settle import settle
+
+        if not forced:
+            return
+        free = settle(self.module, self.model, self.inputs, limits)
+        if not free.proved:
+            return
+        with_rule = "no plan makes the outputs agree"
+        failures: list[Failure] = []
+        for entry, rule in zip(forced, rules, strict=True):
+            holds = [found for found in free.entries if set(found.targets) & set(entry.targets)]
+            if not holds or all(same_effect(entry, found, self.module) for found in holds):
+                continue
+            lines = ", ".join(self._line(self._back(found)) for found in holds)
+            failures.append(
+                Failure(
+                    f"running both models refutes this rule: with it {with_rule}; without it they agree to "
+                    f"{free.error:.0e}",
+                    rule.evidence[0] if rule.evidence else "",
+                    rule.text,
+                    next=f"What holds: {lines}",
+                )
+            )
+        if failures:
+            raise RulesError("rules that the models contradict:", failures)
+
+    def _check_named(self, entries: Iterable[Entry], named: Sequence[Named]) -> None:
+        """RulesError if a rule says that leaves belong together, and running shows otherwise."""
+        by_target = {target: entry for entry in entries for target in entry.targets}
+        failures: list[Failure] = []
+        for item in named:
+            found = [by_target[name] for name in item.entry.targets if name in by_target]
+            wrong = [entry for entry in found if not set(item.entry.sources) & set(entry.sources)]
+            if wrong:
+                lines = ", ".join(self._line(entry) for entry in wrong)
+                failures.append(
+                    Failure(
+                        "running both models refutes this rule: these do not belong together (the outputs agree to "
+                        f"{self.settled.error:.0e} without it)",
+                        item.rule.evidence,
+                        item.entry.text,
+                        next=f"What holds: {lines}",
+                    )
+                )
+        if failures:
+            raise RulesError("rules that the models contradict:", failures)
+
+    def _line(self, entry: Entry) -> str:
+        """The rule line of an entry, as far as one rule can say it."""
+        sides = ("flax", "torch") if self.flipped else ("torch", "flax")
+        ends = {
+            side: names[0] if len(names) == 1 else list(names)
+            for side, names in zip(sides, (entry.sources, entry.targets), strict=True)
+        }
+        if not entry.ops:
+            return rule_line(**ends, layout="identity")
+        if len(entry.ops) == 1 and isinstance(entry.ops[0], Rearrange):
+            op = entry.ops[0]
+            grouped = {name for name, _ in op.sizes if any(name in group.split() for group in _groups(op.pattern))}
+            return rule_line(**ends, ops=op.pattern, **{n: size for n, size in op.sizes if n in grouped})
+        return escape(entry.text, 300)
+
+
+def _groups(pattern: str) -> list[str]:
+    return [part.partition(")")[0] for part in pattern.split("(")[1:]]
+
+
+def _kept(entry: Entry) -> bool:
+    return any(isinstance(op, (Keep, Drop)) for op in entry.ops)
+
+
+def _fact(assumption: Assumption) -> str:
+    return f"{assumption.text}: proved"
+
+
+def same_effect(rule: Entry, found: Entry, module: Any) -> bool:
+    """Do two entries give every leaf that both fill the same values, for any values? Tried on random ones."""
+    import numpy as np
+
+    from graftax.errors import GraftaxError
+    from graftax.ops import apply_chain
+
+    random = np.random.default_rng(0)
+    state = module.state_dict()
+    drawn = {
+        name: random.standard_normal(tuple(state[name].shape)).astype(np.float32)
+        for name in {*rule.sources, *found.sources}
+        if name in state
+    }
+    try:
+        one, other = (
+            dict(zip(e.targets, apply_chain(e.ops, tuple(drawn[n] for n in e.sources)), strict=True))
+            for e in (rule, found)
+        )
+    except (GraftaxError, KeyError, ValueError):
+        return False
+    return all(np.array_equal(one[name], other[name]) for name in one.keys() & other.keys())
+
+
+def both_models(
+    source: Checkpoint, like: Checkpoint | None, options: PlanOptions, model: Any = None
+) -> BothModels | None:
+    """The live models of both ends; None if there are not two, or `inputs` is False. model: the live model of a source
+    that is a file.
+
+    UsageError if inputs are given and a model is missing.
+    """
+    given = options.inputs
+    if like is None or given is False:
+        return None
+    ends = [source.live.object if model is None else model, like.live.object]
+    flipped = _is_flax(ends[0]) and _is_torch(ends[1])
+    torch_end, flax_end = ends[::-1] if flipped else ends
+    if not (_is_torch(torch_end) and _is_flax(flax_end)):
+        if given is None:
+            return None
+        lacking = [
+            end.label
+            for end, live in zip((source, like), ends, strict=True)
+            if not _is_torch(live) and not _is_flax(live)
+        ]
+        ways = (
+            f"{option('source_model', 'M:F')} names the live model of a source that is a file; like is then live too."
+        )
+        if not lacking:
+            raise UsageError(
+                "inputs decide a plan between a torch module and a Flax model; these are not one of each", next=ways
+            )
+        raise UsageError(f"inputs need both models live; {', '.join(map(escape, lacking))} has only weights", next=ways)
+    inputs = None if given is None else inputs_of(given, options.layout)
+    torch_tree, flax_tree = (like, source) if flipped else (source, like)
+    keys = torch_end.state_dict().keys()
+    if not set(torch_tree.specs) <= set(keys):
+        if given is None:
+            return None
+        raise UsageError(
+            f"the torch model and {escape(torch_tree.label)} have other keys",
+            next="Give the model whose state_dict the source is.",
+        )
+    return BothModels(torch_end, flax_end, source, like, flipped, inputs)
+
+
+def _is_torch(obj: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(obj, torch.nn.Module)
+
+
+def _is_flax(obj: Any) -> bool:
+    if isinstance(obj, LinenModel):
+        return True
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(obj, nnx.Module)
