@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graftax.api import load_into, load_plan, open_checkpoint, plan, port, port_file
     from graftax.parity.check import assert_parity, check_parity
     from graftax.probe.inputs import Inputs
+    from graftax.report.suggesting import suggest
     from graftax.surgery import replace
     from graftax.surgery.values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
 
@@ -34,6 +35,7 @@ _HOMES = {
     "check_parity": "parity.check",
     "assert_parity": "parity.check",
     "Inputs": "probe.inputs",
+    "suggest": "report.suggesting",
     "replace": "surgery",
     "constant": "surgery.values",
     "zeros": "surgery.values",
@@ -66,6 +68,7 @@ __all__ = [
     "quantized",
     "replace",
     "scaled",
+    "suggest",
     "types",
     "zeros",
 ]

@@ -6,6 +6,7 @@ the shapes allow: axes of either side that are a product of the other's (heads, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -19,11 +20,21 @@ _LETTERS = "abcdefghijklmnop"
 Shape = tuple[int, ...]
 
 
-def readings(source: Shape, target: Shape, maps: Collection[Shape] = ()) -> Iterator[tuple[Op, ...]]:
+def readings(source: Shape, target: Shape, maps: Collection[Shape] = ()) -> tuple[tuple[Op, ...], ...]:
     """Every reading of a tensor of shape `source` as a leaf of shape `target`, the usual ones first.
 
     maps: shapes, such as (C, H, W), whose product may be one axis of the source: a map that was flattened.
     """
+    fit = tuple(shape for shape in maps if math.prod(shape) in source)
+    return _readings(tuple(source), tuple(target), fit)
+
+
+@functools.lru_cache(4096)
+def _readings(source: Shape, target: Shape, maps: tuple[Shape, ...]) -> tuple[tuple[Op, ...], ...]:
+    return tuple(_found(source, target, maps))
+
+
+def _found(source: Shape, target: Shape, maps: Collection[Shape]) -> Iterator[tuple[Op, ...]]:
     if math.prod(source) != math.prod(target):
         return
     flattened = any(math.prod(shape) in source for shape in maps)

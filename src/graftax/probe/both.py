@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import Failure, RulesError, UsageError, escape, option
 from graftax.ops import Drop, Keep, Rearrange, bind_chain, invert_chain
 from graftax.plans import Assumption, Entry, Plan, PlanOptions, Proof, Proposal
+from graftax.probe.flax_side import is_flax
 from graftax.probe.inputs import Inputs, inputs_of
 from graftax.probe.limits import DRAWN, GIVEN, GROSS, NEAR, Limits
 from graftax.rules.state import Named
@@ -233,15 +233,15 @@ def both_models(
     if like is None or given is False:
         return None
     ends = [source.live.object if model is None else model, like.live.object]
-    flipped = _is_flax(ends[0]) and _is_torch(ends[1])
-    torch_end, flax_end = ends[::-1] if flipped else ends
-    if not (_is_torch(torch_end) and _is_flax(flax_end)):
+    flipped = is_flax(ends[0]) and is_torch(ends[1])
+    origin, flax_end = ends[::-1] if flipped else ends
+    if not ((is_torch(origin) or is_flax(origin)) and is_flax(flax_end)):
         if given is None:
             return None
         lacking = [
             end.label
             for end, live in zip((source, like), ends, strict=True)
-            if not _is_torch(live) and not _is_flax(live)
+            if not is_torch(live) and not is_flax(live)
         ]
         ways = (
             f"{option('source_model', 'M:F')} names the live model of a source that is a file; like is then live too."
@@ -253,24 +253,26 @@ def both_models(
         raise UsageError(f"inputs need both models live; {', '.join(map(escape, lacking))} has only weights", next=ways)
     inputs = None if given is None else inputs_of(given, options.layout)
     torch_tree, flax_tree = (like, source) if flipped else (source, like)
-    keys = torch_end.state_dict().keys()
-    if not set(torch_tree.specs) <= set(keys):
-        if given is None:
-            return None
-        raise UsageError(
-            f"the torch model and {escape(torch_tree.label)} have other keys",
-            next="Give the model whose state_dict the source is.",
-        )
-    return BothModels(torch_end, flax_end, source, like, flipped, inputs)
+    for end, tree in ((origin, torch_tree), (flax_end, flax_tree)):
+        if not set(tree.specs) <= _keys(end):
+            if given is None:
+                return None
+            raise UsageError(
+                f"the live model and {escape(tree.label)} have other keys",
+                next="Give the model whose weights they are.",
+            )
+    return BothModels(origin, flax_end, source, like, flipped, inputs)
 
 
-def _is_torch(obj: Any) -> bool:
+def _keys(model: Any) -> set[str]:
+    """The keys of a model's weights and buffers."""
+    if is_torch(model):
+        return set(model.state_dict())
+    from graftax.adapters import open_live
+
+    return set(open_live(model, None, None).specs)
+
+
+def is_torch(obj: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(obj, torch.nn.Module)
-
-
-def _is_flax(obj: Any) -> bool:
-    if isinstance(obj, LinenModel):
-        return True
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(obj, nnx.Module)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from graftax.adapters import containers, jax_arrays, linen_tree
+from graftax.adapters import containers, jax_arrays, linen_tree, nests
 from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import GraftaxError, ModelError, escape
 from graftax.probe.evaluate import widened
@@ -24,6 +25,7 @@ class FlaxForward:
     paths, specs  its floating weights, and an array or ShapeDtypeStruct of each
     fixed         its other leaves (counters, keys), with their values
     run           (path -> array, args, kwargs) -> outputs
+    positive      weights that are statistics: variances among them must not be negative
     kind          the class name of the model
     """
 
@@ -32,6 +34,7 @@ class FlaxForward:
     fixed: Mapping[str, Any]
     run: Callable[[Mapping[str, Any], tuple[Any, ...], Mapping[str, Any]], Any]
     kind: str
+    positive: frozenset[str] = frozenset()
 
     def program(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
         """The steps of one call. ModelError if the model cannot be traced."""
@@ -73,8 +76,6 @@ def flax_forward(model: Any, call: Callable[..., Any] | None = None) -> FlaxForw
 
 
 def _linen(model: LinenModel, call: Callable[..., Any] | None) -> FlaxForward:
-    import jax
-
     variables, _ = linen_tree.trace(model)
     found = [(containers.path_of(keys), leaf) for keys, leaf in containers.leaves(variables)]
     floating = [(path, leaf) for path, leaf in found if _floating(leaf)]
@@ -87,18 +88,12 @@ def _linen(model: LinenModel, call: Callable[..., Any] | None) -> FlaxForward:
         options = {} if model.method is None else {"method": model.method}
         return model.module.apply(tree, *args, mutable=False, **options, **{**model.kwargs, **kwargs})
 
-    del jax
-    return FlaxForward(
-        tuple(path for path, _ in floating),
-        tuple(leaf for _, leaf in floating),
-        fixed,
-        run,
-        type(model.module).__name__,
-    )
+    paths = tuple(path for path, _ in floating)
+    statistics = frozenset(path for path in paths if not path.startswith("params/"))
+    return FlaxForward(paths, tuple(leaf for _, leaf in floating), fixed, run, type(model.module).__name__, statistics)
 
 
 def _nnx(module: Any, call: Callable[..., Any] | None) -> FlaxForward:
-    import jax
     from flax import nnx
 
     graph, state = nnx.split(module)
@@ -121,8 +116,16 @@ def _nnx(module: Any, call: Callable[..., Any] | None) -> FlaxForward:
         model.eval()
         return call(model, *args, **kwargs) if call is not None else model(*args, **kwargs)
 
-    del jax
-    return FlaxForward(tuple(floating), tuple(floating.values()), fixed, run, type(module).__name__)
+    statistics = frozenset(
+        path for keys, variable in flat if (path := containers.path_of(keys)) in floating and not _is_param(variable)
+    )
+    return FlaxForward(tuple(floating), tuple(floating.values()), fixed, run, type(module).__name__, statistics)
+
+
+def _is_param(variable: Any) -> bool:
+    from flax import nnx
+
+    return isinstance(variable, nnx.Param)
 
 
 def _made_up(value: Any) -> Any:
@@ -145,3 +148,16 @@ def fixed_values(program: Program, forward: FlaxForward, inputs: Sequence[Any]) 
     out = {program.leaves[path]: widened(value) for path, value in forward.fixed.items()}
     out.update({n: widened(array) for n, array in zip(program.inputs, inputs, strict=True)})
     return out
+
+
+def as_arrays(call: Call) -> Call:
+    """A call with its arrays as NumPy."""
+    return nests.mapped(
+        call, lambda x: not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype"), np.asarray
+    )
+
+
+def is_flax(obj: Any) -> bool:
+    """True for gx.linen(...) and an nnx.Module."""
+    nnx = sys.modules.get("flax.nnx")
+    return isinstance(obj, LinenModel) or (nnx is not None and isinstance(obj, nnx.Module))

@@ -86,20 +86,22 @@ class Found:
 class Pass:
     """How strict a pass is. twins: only tensors that torch used with the same data, where there are any; reuse: a tensor
     may fill a second leaf; changed: also tensors with an offset or a factor, and constants where torch has nothing;
-    strict: products without a twin are dead ends."""
+    strict: products without a twin are dead ends; near: a dead end takes back the choices next to it only, a reading
+    that permutes a value is tried only if later values then are torch's, and a product of two data must be torch's."""
 
     twins: bool = True
     reuse: bool = False
     changed: bool = False
     strict: bool = True
+    near: bool = False
 
 
 PASSES = (
-    Pass(),
+    Pass(near=True),
+    Pass(near=True, changed=True),
+    Pass(near=True, changed=True, reuse=True, twins=False),
     Pass(changed=True),
-    Pass(twins=False),
-    Pass(twins=False, strict=False),
-    Pass(reuse=True),
+    Pass(twins=False, changed=True, strict=False),
     Pass(twins=False, reuse=True, changed=True),
 )
 
@@ -149,6 +151,7 @@ class Search:
             out: (step, j) for step in program.steps for j, out in enumerate(step.outs)
         }
         self.slots = [(step, j) for step in program.steps for j in range(len(step.outs))]
+        self.place_of = {step.outs[j]: n for n, (step, j) in enumerate(self.slots)}
         self.fixed = {**{n: widened(array) for n, array in program.constants.items()}, **fixed}
         self.data = self._data()
         self.first = {s.keys[0]: n for n, s in reversed(list(enumerate(record.sources))) if s.rows is None}
@@ -282,9 +285,11 @@ class Search:
         self.deadline, self.most = time.monotonic() + 3600, 1 << 60
         self.known, self.choices = dict(self.fixed), {}
         for n, unknown in enumerate(self.unknowns):
-            self.known[unknown.value] = (
-                found.choices[n].array(self.record) if n in found.choices else self._random_fill(n)
-            )
+            if n in self.forced:
+                self.known[unknown.value] = self.forced[n]
+            else:
+                held = n in found.choices
+                self.known[unknown.value] = found.choices[n].array(self.record) if held else self._random_fill(n)
         broken = ""
         events = set(found.events)
         for step, j in self.slots:
@@ -308,10 +313,10 @@ class Search:
             return None
         leaves = frozenset[int]().union(*(self._open_of(n) for n in step.ins))
         if not leaves:
-            self._set(value, self._made(step, value), self._cause_of(step))
-            return None
+            self._set(value, self._value(value), self._cause_of(step))
+            return self._strays(step, value, frames) if self.how.near else None
         mixed = any(n in self.mixed for n in step.ins if n not in self.known)
-        meets = any(n in self.known and n in self.data and not self._constant(n) for n in step.ins)
+        meets = any(self._tells(n) for n in step.ins)
         product = step.name in STRICT
         if not mixed and not meets:
             if product and any(n in self.known for n in step.ins) and not self._moves(value, leaves):
@@ -339,10 +344,39 @@ class Search:
             return None
         age = 1 + max((self.age.get(n, 0) for n in step.ins), default=0)
         ends = (product and len(leaves) == 1 and self.how.strict) or age > PATIENCE or len(leaves) > LEAVES
-        if ends:
-            return self._causes(value) | self.blocked
-        self._lazy(value, leaves, True, age)
+        if ends and any(n in self.data for n in step.ins):
+            return (self._nearest(value, frames) if self.how.near else self._causes(value)) | self.blocked
+        self._lazy(value, leaves, mixed or any(n in self.data for n in step.ins), age)
         return None
+
+    def _tells(self, value: int) -> bool:
+        """Known, and either data or made from decided leaves: more than a constant."""
+        return value in self.known and (value in self.data or self.cause.get(value, 0) > 0) and not self._constant(value)
+
+    def _strays(self, step: Step, value: int, frames: list[_Frame]) -> int | None:
+        """The conflict of a product of two data that torch did not make, not even up to a factor."""
+        if step.name != "dot_general" or not all(self._tells(n) for n in step.ins):
+            return None
+        made = self.known[value]
+        if made.size < 2 or self.record.values.find(made) or self.record.values.factors(made):
+            return None
+        return self._nearest(value, frames) or None
+
+    def _nearest(self, value: int, frames: list[_Frame]) -> int:
+        """The choices next to a value: those of the products that it is made of, and of what was added to them since."""
+        bits = {frame.value: frame.bit for frame in frames}
+        out = 0
+        seen: set[int] = set()
+        stack = [value]
+        while stack:
+            n = stack.pop()
+            if n in seen or n not in self.producer:
+                continue
+            seen.add(n)
+            out |= bits.get(n, 0)
+            if n not in bits or self.producer[n][0].name not in STRICT:
+                stack += self.producer[n][0].ins
+        return out
 
     def _decided(self, frame: _Frame, frames: list[_Frame]) -> bool:
         """Take the first option of a new frame, if it has one."""
@@ -351,7 +385,7 @@ class Search:
         if option is None:
             return False
         frame.bit = 1 << len(frames)
-        frame.conflict = self._causes(frame.value) | self.blocked
+        frame.conflict = self.blocked | (0 if self.how.near else self._causes(frame.value))
         frames.append(frame)
         self._take(frame, option)
         return True
@@ -427,9 +461,6 @@ class Search:
             local.update(zip(step.outs, outs, strict=True))
             stack.pop()
         return self.known[value] if value in self.known else local[value]
-
-    def _made(self, step: Step, value: int) -> Array:
-        return self._value(value)
 
     def _count(self) -> None:
         self.evaluations += 1
@@ -520,13 +551,15 @@ class Search:
 
     def _operands(self, value: int) -> list[int]:
         """The known data that a value is made of: those that meet the leaf first."""
-        return [n for n in self._slice(value) if n in self.known and n in self.data and not self._constant(n)]
+        return [n for n in self._slice(value) if self._tells(n)]
 
     def _options(self, step: Step, value: int, leaves: frozenset[int]) -> Iterator[Option]:
         """What the leaves may hold, so that the value is one that torch made; the likeliest first."""
         operands = self._operands(value)
         inputs = {c for n in operands for c in self._class_of(n)}
-        if not inputs and step.name not in STRICT and self.how.twins:
+        twins = any(number in self.record.twins for number in inputs)
+        whole = any(self.known[n].size >= math.prod(self.program.shapes[value]) for n in operands)
+        if self.how.twins and step.name not in STRICT and not twins and not (inputs and whole):
             return iter(())
         if len(leaves) == 1:
             (unknown,) = leaves
@@ -567,7 +600,8 @@ class Search:
             item = self.record.sources[source]
             if item.array.size != size or self._blocked(source):
                 continue
-            accepted: list[tuple[bool, int, Option]] = []
+            permuted: list[tuple[int, Option]] = []
+            least = -1
             habit = self.habits.get(self._place(source, unknown))
             ways = readings(item.array.shape, target.shape, maps)
             for rank, ops in enumerate(ways if habit is None else dict.fromkeys((habit, *ways))):
@@ -577,18 +611,42 @@ class Search:
                 if number is None:
                     continue
                 option = ({unknown: choice}, number)
-                natural = self.record.values.same_layout(made, number)
-                if rank == 0 and (natural or habit is not None):
+                if (rank == 0 and habit is not None) or self.record.values.same_layout(made, number):
                     yield option
+                    least = max(least, self._ahead(value, made)) if self.how.near else least
                 else:
-                    accepted.append((not natural, rank, option))
-            for _, _, option in sorted(accepted, key=lambda row: row[:2]):
-                yield option
+                    permuted.append((self._ahead(value, made), option))
+            permuted.sort(key=lambda row: -row[0])
+            for ahead, option in permuted:
+                if ahead > least:
+                    yield option
         if self.how.changed:
             yield from self._changed(value, unknown, inputs, rest)
         yield from self._several(value, unknown, inputs, rest)
         if self.how.changed:
             yield from self._constants(value, unknown, inputs, rest)
+
+    def _ahead(self, value: int, made: Array) -> int:
+        """How many of the values that follow from one, without another leaf, are torch's: a permutation of what is
+        rotated, added or multiplied later is not."""
+        local: dict[int, Array] = {value: made}
+        deep = {value}
+        found: set[int] = set()
+        start = self.place_of[value] + 1
+        for step, j in self.slots[start : start + 400]:
+            if len(deep) > 30:
+                break
+            if step.outs[j] in local or not all(n in local or n in self.known for n in step.ins):
+                continue
+            self._count()
+            local.update(zip(step.outs, evaluate(step, [local.get(n, self.known.get(n)) for n in step.ins]), strict=True))
+            if not any(n in deep for n in step.ins):
+                continue
+            deep.update(step.outs)
+            for n in step.outs:
+                if np.asarray(local[n]).dtype.kind == "f":
+                    found.update(self.record.values.find(local[n])[:1])
+        return len(found)
 
     def _place(self, source: int, unknown: int) -> Any:
         """Equal for the same tensor of sibling modules and leaves of one shape."""
@@ -603,13 +661,14 @@ class Search:
         """Twins with another offset (a norm stored as scale - 1) or factor (a query scale folded in)."""
         target = self.unknowns[unknown]
         vector = len([size for size in target.shape if size > 1]) == 1
+        used = {op.factor for c in self.choices.values() for ops in c.ops for op in ops if isinstance(op, Scale)}
         twins = dict.fromkeys(s for number in inputs for s in self.record.twins.get(number, ()))
         for source in twins:
             item = self.record.sources[source]
             if item.array.size != math.prod(target.shape) or self._blocked(source):
                 continue
             for ops in itertools.islice(readings(item.array.shape, target.shape), 4):
-                for more in (Offset(-1.0), Offset(1.0)) if vector else ():
+                for more in (Offset(-1.0), Offset(1.0), *map(Scale, sorted(used))) if vector else ():
                     choice = Choice((source,), ((*ops, more),))
                     made = self._value(value, {**rest, target.value: choice.array(self.record)})
                     number = self._accepted(made, inputs)
@@ -671,11 +730,14 @@ class Search:
             number = self._accepted(made, inputs)
             if number is not None:
                 yield {unknown: choice}, number
-            elif self._each_part(value, target, choice, made, rest):
-                number = self.record.values.add(made)
-                if number is not None:
-                    self.in_parts.add(value)
-                    yield {unknown: choice}, number
+                continue
+            parts = self._each_part(value, target, choice, made, rest)
+            number = self.record.values.add(made) if parts else None
+            if number is not None:
+                self.in_parts.add(value)
+                for twin in (source for part in parts for source in self.record.twins.get(part, ())):
+                    self.record.meets(number, twin)
+                yield {unknown: choice}, number
 
     def _joined(self, target: Unknown, inputs: Collection[int]) -> Iterator[Choice]:
         shape = target.shape
@@ -709,8 +771,12 @@ class Search:
                     for ops in zip(*ways, strict=False):
                         yield Choice(tuple(group), ops, ("concat", axis))
 
-    def _each_part(self, value: int, target: Unknown, choice: Choice, made: Array, rest: Mapping[int, Array]) -> bool:
-        """Is the part of the value that each source makes one that torch made? The part is found by changing the source."""
+    def _each_part(
+        self, value: int, target: Unknown, choice: Choice, made: Array, rest: Mapping[int, Array]
+    ) -> list[int]:
+        """torch's value for the part that each source makes; [] if one is not torch's. The part is found by changing the
+        source."""
+        parts: list[int] = []
         whole = choice.array(self.record)
         for region in _regions(choice, self.record, whole.shape):
             changed = whole.copy()
@@ -718,17 +784,21 @@ class Search:
             other = self._value(value, {**rest, target.value: changed})
             moved = ~np.isclose(other, made, rtol=1e-9, atol=1e-12)
             part = made[moved]
-            if part.size < 2 or part.size == made.size or not self.record.values.find(part):
-                return False
-        return True
+            found = self.record.values.find(part) if 2 <= part.size < made.size else []
+            if not found:
+                return []
+            parts.append(found[0])
+        return parts
 
     # ------------------------------------------------------------ two or three leaves at once
 
     def _joint(self, value: int, leaves: tuple[int, ...], inputs: Collection[int]) -> Iterator[Option]:
         """Leaves that first meet data together: a variance and a scale; two tables added up; latents and a projection."""
         rest = {self.unknowns[n].value: self._random_fill(n) for n in self._all_open(value) if n not in leaves}
-        pools = [self._pool(n, inputs) for n in leaves]
-        for picked in itertools.islice(itertools.product(*pools), 4000):
+        most = 64 if len(leaves) == 2 else 16
+        pools = [list(enumerate(self._pool(n, inputs)[:most])) for n in leaves]
+        for ranked in sorted(itertools.product(*pools), key=lambda row: sum(rank for rank, _ in row)):
+            picked = [choice for _, choice in ranked]
             sources = [c.sources[0] for c in picked]
             if len({self._tensor(s) for s in sources}) < len(sources):
                 continue

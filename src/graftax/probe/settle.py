@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from graftax.adapters import nests, torch_arrays
+from graftax.adapters import nests
 from graftax.adapters.layouts import declared
 from graftax.adapters.linen_tree import LinenModel
-from graftax.errors import GraftaxError, ModelError, escape
+from graftax.errors import GraftaxError
 from graftax.ops import apply_chain
 from graftax.plans import Entry
+from graftax.probe.draw import axes_between, drawn_like
 from graftax.probe.entries import entries_of, nodes_of
-from graftax.probe.flax_side import FlaxForward, fixed_values, flax_forward, input_arrays
-from graftax.probe.inputs import Call, Inputs, calls_of
+from graftax.probe.flax_origin import FlaxOrigin
+from graftax.probe.flax_side import FlaxForward, as_arrays, fixed_values, flax_forward, input_arrays, is_flax
+from graftax.probe.hashes import sha, steps_hash
+from graftax.probe.inputs import Call, Inputs, calls_of, with_example
 from graftax.probe.limits import GROSS, NEAR, Limits
 from graftax.probe.outputs import difference
 from graftax.probe.program import Program
 from graftax.probe.record import Record
-from graftax.probe.redraw import axes_between, drawn_like, ids_of, probe_copy
 from graftax.probe.rewrite import Unknown, apart, piece, unknowns_of
 from graftax.probe.search import Found, Search
 from graftax.probe.siblings import siblings_of
-from graftax.probe.torch_record import record_torch
 from graftax.probe.values import OutOfBudget
 
 LOOSE = 1e-3
@@ -86,13 +85,42 @@ class Settled:
         return error
 
 
+class Origin(Protocol):
+    """The model whose tensors are looked for."""
+
+    call: Call
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """key -> shape of its tensors."""
+        ...
+
+    def code(self) -> tuple[str, str]:
+        """(which side, sha256 of its code)."""
+        ...
+
+    def record(self, seed: int, call: Call) -> Record:
+        """The record of one call with redrawn weights."""
+        ...
+
+    def ids(self) -> int | None:
+        """How many ids all its tables have; None if it has none, or that is not known."""
+        ...
+
+
+def _origin(model: Any, call: Call, inputs: Inputs) -> Origin:
+    if is_flax(model):
+        return FlaxOrigin(model, call, inputs)
+    from graftax.probe.torch_origin import TorchOrigin  # torch may not be installed
+
+    return TorchOrigin(model, call, inputs)
+
+
 @dataclass(slots=True)
 class Attempt:
     """Both models, prepared for one pair of calls."""
 
-    module: Any
+    origin: Origin
     forward: FlaxForward
-    torch_call: Call
     flax_call: Call
     inputs: Inputs
     example: bool
@@ -100,35 +128,28 @@ class Attempt:
     unknowns: list[Unknown]
 
     @classmethod
-    def of(cls, module: Any, model: Any, torch_call: Call, flax_call: Call, inputs: Inputs, example: bool) -> Attempt:
+    def of(cls, module: Any, model: Any, calls: tuple[Call, Call], inputs: Inputs, example: bool) -> Attempt:
+        flax_call = calls[1]
         forward = flax_forward(model, inputs.flax_call)
-        program = forward.program(*_as_arrays(flax_call))
+        program = forward.program(*as_arrays(flax_call))
         unknowns = unknowns_of(program, forward.paths)
         apart(program, unknowns)
-        return cls(module, forward, torch_call, flax_call, inputs, example, program, unknowns)
+        return cls(_origin(module, calls[0], inputs), forward, flax_call, inputs, example, program, unknowns)
 
     def redrawn(self, seed: int) -> tuple[Record, list[Any]]:
-        """torch's record with redrawn weights and inputs, and the flat inputs of Flax."""
-        probe = probe_copy(self.module, seed)
-        torch_call, arrays = _redrawn(self.torch_call, self.flax_call, seed, ids_of(probe) if self.example else None)
-        args, kwargs = nests.mapped(torch_call, _is_array, _to_torch)
-        try:
-            return record_torch(probe, args, kwargs, self.inputs.torch_call), arrays
-        except (GraftaxError, OutOfBudget):
-            raise
-        except Exception as error:
-            kind, text = type(self.module).__name__, escape(str(error).strip(), 500)
-            raise ModelError(f"the torch model {escape(kind)} failed: {type(error).__name__}: {text}") from error
+        """The source's record with redrawn weights and inputs, and the flat inputs of Flax."""
+        ids = self.origin.ids() if self.example else None
+        call, arrays = _redrawn(self.origin.call, self.flax_call, seed, ids)
+        return self.origin.record(seed, call), arrays
 
     def code(self) -> tuple[tuple[str, str], ...]:
         """sha256 of each model's code: the modules of torch with their settings, the steps of Flax."""
-        steps = "\n".join(f"{s.name} {s.ins} {s.outs} {_plain(s.params)}" for s in self.program.steps)
-        return ("torch", _sha(repr(self.module))), ("flax", _sha(steps))
+        return self.origin.code(), ("flax", steps_hash(self.program))
 
     def digest(self) -> str:
         """sha256 of the inputs of both models."""
-        arrays = [*(a for _, a in nests.leaves(self.torch_call, _is_array)), *input_arrays(*self.flax_call)]
-        return _sha(*(f"{np.asarray(a).dtype}{np.shape(a)}".encode() + np.asarray(a).tobytes() for a in arrays))
+        arrays = [*(a for _, a in nests.leaves(self.origin.call, _is_array)), *input_arrays(*self.flax_call)]
+        return sha(*(f"{np.asarray(a).dtype}{np.shape(a)}".encode() + np.asarray(a).tobytes() for a in arrays))
 
     def search(
         self, record: Record, arrays: Sequence[Any], limits: Limits, forced: Mapping[int, Any], near: float = NEAR
@@ -179,9 +200,9 @@ def settle(
     limits = limits or Limits()
     start = time.monotonic()
     best = Settled(stopped="there is no example input")
-    for torch_call, flax_call in _calls(model, inputs):
+    for calls in _calls(module, model, inputs):
         try:
-            attempt = Attempt.of(module, model, torch_call, flax_call, inputs or Inputs(), inputs is None)
+            attempt = Attempt.of(module, model, calls, inputs or Inputs(), inputs is None)
             found = _settled(attempt, limits, forced)
         except (GraftaxError, OutOfBudget) as error:
             if inputs is not None and isinstance(error, GraftaxError):
@@ -218,7 +239,7 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
             attempt=attempt,
         )
     nodes = nodes_of(attempt.unknowns, found.choices, record.sources)
-    shapes = {key: tuple(value.shape) for key, value in attempt.module.state_dict().items() if hasattr(value, "shape")}
+    shapes = attempt.origin.shapes()
     how = "proved" if near == NEAR else "found"
     entries, unsaid = entries_of(nodes, shapes, dict.fromkeys(nodes, f"{how} by running both models"))
     stopped = "" if near == NEAR else f"the mapping was found, and the models differ (outputs off by {error:.1e})"
@@ -236,25 +257,20 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
     )
 
 
-def _sha(*parts: str | bytes) -> str:
-    made = hashlib.sha256()
-    for part in parts:
-        made.update(part.encode() if isinstance(part, str) else part)
-    return made.hexdigest()
-
-
-def _plain(params: Mapping[str, Any]) -> str:
-    """Parameters as text, without what differs from process to process."""
-    return ",".join(f"{k}={v}" for k, v in params.items() if isinstance(v, (int, float, str, tuple)))
-
-
 # ---------------------------------------------------------------- inputs
 
 
-def _calls(model: Any, inputs: Inputs | None) -> Iterator[tuple[Call, Call]]:
-    """Pairs of calls to try: the given ones, or those that an example allows."""
+def _calls(module: Any, model: Any, inputs: Inputs | None) -> Iterator[tuple[Call, Call]]:
+    """Pairs of calls (the source's, the like's) to try: the given ones, or those that an example allows."""
     if inputs is not None:
-        yield calls_of(inputs, model)
+        theirs, ours = calls_of(inputs, model)
+        yield with_example(theirs, module), ours
+        return
+    if is_flax(module):
+        example = next((m for m in (model, module) if isinstance(m, LinenModel)), None)
+        if example is not None:
+            call = nests.mapped((example.args, dict(example.kwargs)), _is_array, _drawn)
+            yield call, call
         return
     if not isinstance(model, LinenModel):
         return
@@ -302,15 +318,6 @@ def _redrawn(torch_call: Call, flax_call: Call, seed: int, ids: int | None) -> t
         new[n] = drawn_like(theirs[n], seed + 17 * n, ids)
         out.append(np.asarray(new[n]).transpose(axes).astype(array.dtype))
     return nests.rebuilt(torch_call, _is_array, new), out
-
-
-def _as_arrays(call: Call) -> Call:
-    return nests.mapped(call, _is_array, np.asarray)
-
-
-def _to_torch(array: Any) -> Any:
-    made = torch_arrays.to_torch(np.ascontiguousarray(array))
-    return made.long() if made.dtype in (torch.int32, torch.int16) else made
 
 
 def _is_array(value: Any) -> bool:

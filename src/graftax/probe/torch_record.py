@@ -68,6 +68,8 @@ class TorchRecorder(TorchDispatchMode):
         self._places: dict[int, _Place] = {}
         self._number: dict[int, int | None] = {}
         self._shadows: dict[int, _Shadow] = {}
+        self._left: dict[int, torch.Tensor] = {}
+        """id of a product of two data -> its left factor."""
         self._alive: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,6 +99,8 @@ class TorchRecorder(TorchDispatchMode):
                 self._of.pop(id(t))
         if name in _VIEWS and given:
             self._moved(name, func, args, kwargs, given[0], made)
+            if id(given[0]) in self._left and name not in ("select", "slice"):
+                self._left.update((id(t), self._left[id(given[0])]) for t in made)
             return
         if only and name in ("add", "mul", "div", "_weight_norm_interface", "_weight_norm"):
             self._derived(name, given, made, sources)
@@ -114,6 +118,10 @@ class TorchRecorder(TorchDispatchMode):
             self._biased(given, made)
         if name in ("bmm", "add", "mul"):
             self._by_item(name, given, made[0])
+        if name == "bmm" and not any(id(t) in self._of for t in given):
+            self._left[id(made[0])] = args[0]
+        if name in ("mul", "div"):
+            self._scaled(name, args, made[0])
         for t in made:
             self._number.pop(id(t), None)
             if name not in _PRODUCTS:
@@ -326,6 +334,31 @@ class TorchRecorder(TorchDispatchMode):
                     self._shadows[id(made[0])] = replace(shadow, bias=place)
                     return
 
+    def _scaled(self, name: str, args: Any, made: torch.Tensor) -> None:
+        """A product, or the left factor of one, by a number: what it is if the number is part of the weight."""
+        x, factor = args[:2]
+        if not isinstance(x, torch.Tensor):
+            x, factor = factor, x
+        if isinstance(factor, torch.Tensor):
+            if factor.numel() != 1 or id(factor) in self._of:
+                return
+            factor = float(factor)
+        factor = 1 / factor if name == "div" else factor
+        one = x if id(x) in self._shadows else self._left.get(id(x))
+        shadow = None if one is None else self._shadows.get(id(one))
+        if one is None or shadow is None:
+            return
+        product = shadow.product * factor
+        self._alive += [product, one]
+        number = self._value(product)
+        if shadow.bias is not None:
+            self.record.values.add(_array(one * factor))
+            bias = self._located(shadow.bias)
+            if bias is not None:
+                self.record.meets(number, bias)
+        if one is x:
+            self._shadows[id(made)] = replace(shadow, product=product)
+
     # ------------------------------------------------------------ ops with several parameters
 
     def _product(self, x: Any, turned: Any, bias: Any, out: torch.Tensor, product: torch.Tensor) -> None:
@@ -424,7 +457,7 @@ class TorchRecorder(TorchDispatchMode):
         self._norm(x, steps)
 
 
-_PRODUCTS = frozenset(("mm", "bmm", "addmm", "add"))
+_PRODUCTS = frozenset(("mm", "bmm", "addmm", "add", "mul", "div"))
 _WRITE_OUT = {
     "addmm": TorchRecorder._addmm, "convolution": TorchRecorder._convolution,
     "native_layer_norm": TorchRecorder._layer_norm, "native_group_norm": TorchRecorder._group_norm,

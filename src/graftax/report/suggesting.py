@@ -1,4 +1,5 @@
-"""The open questions of a plan as a rules file to edit. Each candidate is a line, commented out: nothing is guessed."""
+"""A plan as a rules file to edit: what was proved as rules, each candidate of an open question as a line that is
+commented out. Nothing is guessed."""
 
 from __future__ import annotations
 
@@ -12,8 +13,13 @@ HEADER = "# Uncomment one line for each question, then: --rules with this file."
 
 
 def suggestions(plan: Plan | PlanError) -> str:
-    """A rules file: the user uncomments one line for each question. Unedited, it loads with no rule."""
+    """A rules file: the user uncomments one line for each question. Unedited, it loads with the rules of what running
+    both models proved, and with no other."""
     lines = [HEADER, "rules = ["]
+    if isinstance(plan, Plan) and plan.proof is not None:
+        from graftax.report.rules_of_plan import rule_lines_of
+
+        lines += [f"  # {escape(str(plan.proof), 400)}", *rule_lines_of(plan)]
     for i, question in enumerate(plan.questions, 1):
         lines += ["", f"  # {i}. {_one_line(question.text)}"]
         for candidate in question.candidates:
@@ -22,6 +28,13 @@ def suggestions(plan: Plan | PlanError) -> str:
         if not question.candidates:
             lines.append("  # (no candidate: write a rule, or see the options missing and unused)")
     return "\n".join([*lines, "]", ""])
+
+
+def suggest(plan: Plan) -> str:
+    """The plan as the text of a rules file. What running both models proved stands as rules without sizes: they port a
+    larger model of the same code from files (`gx.port_file(source, like, out, rules=text)`). Candidates of open questions
+    are commented out."""
+    return suggestions(plan)
 
 
 def _one_line(text: str) -> str:
