@@ -128,11 +128,12 @@ def prove_port(made: Plan, source: Checkpoint) -> Plan:
         return made
     made_from = made.made_from
     both = both_models(made_from.source, made_from.like, made_from.options, _live(made_from.options.source_model))
-    if both is None or both.inputs is None:
+    if both is None or both.inputs is None or not both.is_torch:
         return made
+    own_weights = made_from.options.source_model is not None
     # Parity stands above the front, as both use it.
     proving = importlib.import_module("graftax.parity.proving")
-    report = proving.prove_port(made, both.module, both.model, both.inputs, source, both.flipped)
+    report = proving.prove_port(made, both.module, both.model, both.inputs, source, both.flipped, own_weights)
     ratio = max((row.ratio for row in report.outputs), default=0.0)
     proof = replace(made.proof or Proof(0), source=_values_hash(source, made), ratio=float(ratio))
     return replace(made, proof=proof)

@@ -130,6 +130,9 @@ def _unusual(order: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     rest = [i for i, axis in enumerate(axes) if axis > 1]
     same = list(range(len(order)))
     usual = [[*rest, *second, *first], same, [*rest, *first, *second]] if first else [same]
+    if len(first) == 3:  # heads whose halves are rotated, as heads whose pairs are
+        a, b, c = first
+        usual += [[*rest, *second, a, c, b], [a, c, b, *second, *rest]]
     kind = next((n for n, known in enumerate(usual) if list(order) == known), len(usual))
     return kind, len(order), sum(1 for a, b in itertools.pairwise(order) if b != a + 1)
 

@@ -36,6 +36,11 @@ class BothModels:
     settled: Any = None
     proved: frozenset[str] = field(default_factory=frozenset[str])
 
+    @property
+    def is_torch(self) -> bool:
+        """True if one of the two is a torch model: its float64 run is what parity is judged against."""
+        return is_torch(self.module)
+
     def prove(self, ruled: Proposal, named: Sequence[Named]) -> Proposal:
         """Entries for every leaf that running decides. RulesError if it refutes a rule."""
         from graftax.probe.settle import settle

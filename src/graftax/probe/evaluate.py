@@ -20,7 +20,8 @@ def evaluate(step: Step, given: Sequence[Array]) -> tuple[Array, ...]:
     """The outputs of a step. Floating arrays are float64 in and out."""
     rule = _RULES.get(step.name)
     if rule is not None:
-        out = rule(step.params, *given)
+        with np.errstate(all="ignore"):  # a candidate that does not fit may well overflow
+            out = rule(step.params, *given)
         return out if isinstance(out, tuple) else (out,)
     return _by_jax(step, given)
 

@@ -324,7 +324,7 @@ class Search:
                 return None
             lazily = product and step.name == "dot_general" and len(leaves) == 2 and self._both_lazy(step)
             if len(leaves) == 2 and not product and self._decided(
-                _Frame(slot, 0, len(self.trail), self._alone(value, *sorted(leaves)), 0, value), frames
+                _Frame(slot, 0, len(self.trail), self._alone(step, value, leaves), 0, value), frames
             ):
                 return None
             if not lazily:
@@ -344,8 +344,9 @@ class Search:
             return None
         age = 1 + max((self.age.get(n, 0) for n in step.ins), default=0)
         ends = (product and len(leaves) == 1 and self.how.strict) or age > PATIENCE or len(leaves) > LEAVES
-        if ends and any(n in self.data for n in step.ins):
-            return (self._nearest(value, frames) if self.how.near else self._causes(value)) | self.blocked
+        if ends and (self.how.near or any(n in self.data for n in step.ins)):
+            near = self.how.near and any(n in self.data for n in step.ins)
+            return (self._nearest(value, frames) if near else self._causes(value)) | self.blocked
         self._lazy(value, leaves, mixed or any(n in self.data for n in step.ins), age)
         return None
 
@@ -808,8 +809,9 @@ class Search:
             if number is not None:
                 yield dict(zip(leaves, picked, strict=True)), number
 
-    def _alone(self, value: int, *leaves: int) -> Iterator[Option]:
+    def _alone(self, step: Step, value: int, both: Collection[int]) -> Iterator[Option]:
         """Two leaves that meet before any data (queries and their positions), if torch made such a value too."""
+        leaves = list(dict.fromkeys(leaf for n in step.ins for leaf in sorted(self._open_of(n)) if leaf in both))
         for number, sources in self.record.made_of.items():
             for pair in itertools.permutations(sources):
                 items = [self.record.sources[source].array for source in pair]

@@ -339,13 +339,14 @@ class TorchRecorder(TorchDispatchMode):
         x, factor = args[:2]
         if not isinstance(x, torch.Tensor):
             x, factor = factor, x
+        one = x if id(x) in self._shadows else self._left.get(id(x))
+        shadow = None if one is None else self._shadows.get(id(one))
+        self._shadows.pop(id(made), None)
         if isinstance(factor, torch.Tensor):
             if factor.numel() != 1 or id(factor) in self._of:
                 return
             factor = float(factor)
         factor = 1 / factor if name == "div" else factor
-        one = x if id(x) in self._shadows else self._left.get(id(x))
-        shadow = None if one is None else self._shadows.get(id(one))
         if one is None or shadow is None:
             return
         product = shadow.product * factor
@@ -399,6 +400,17 @@ class TorchRecorder(TorchDispatchMode):
             number = self._value(plain)
             for source in self._sources(bias):
                 self.record.meets(number, source)
+
+    def _attention(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
+        """The scores of a fused attention."""
+        q, k = args[:2]
+        k = k if q.ndim < 4 or k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = q @ k.transpose(-1, -2)
+        self._left[id(scores)] = q
+        self._alive.append(scores)
+        self._value(scores)
+        scale = kwargs.get("scale")
+        self._scaled("mul", (scores, q.shape[-1] ** -0.5 if scale is None else scale), scores)
 
     def _norm(self, x: torch.Tensor, steps: Sequence[tuple[torch.Tensor, Sequence[Any]]]) -> None:
         """x, then each value that is made of it, with the parameters that are used with the one before."""
@@ -462,6 +474,7 @@ _WRITE_OUT = {
     "addmm": TorchRecorder._addmm, "convolution": TorchRecorder._convolution,
     "native_layer_norm": TorchRecorder._layer_norm, "native_group_norm": TorchRecorder._group_norm,
     "native_batch_norm": TorchRecorder._batch_norm, "_native_batch_norm_legit_no_training": TorchRecorder._batch_norm,
+    "_scaled_dot_product_flash_attention_for_cpu": TorchRecorder._attention,
     "_native_batch_norm_legit": TorchRecorder._batch_norm, "_fused_rms_norm": TorchRecorder._rms_norm,
 }  # fmt: skip
 
