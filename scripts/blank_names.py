@@ -326,8 +326,7 @@ class BlankPair:
     def __init__(self, pair: Any, seed: int = 0) -> None:
         self.pair, self.seed = pair, seed
         self.torch, self.keys = blank_torch(pair.torch_model(), seed)
-        made = pair.flax_model()
-        self.like, self.paths = blank_flax(gx.linen(made[0], *made[1]) if isinstance(made, tuple) else made, seed)
+        self.like, self.paths = blank_flax(_live(pair.flax_model()), seed)
         self.arrays = pair.inputs()
 
     def inputs(self) -> gx.Inputs:
@@ -367,10 +366,10 @@ class BlankPair:
         return "exact" if _distance(z, y) < TOLERANCE else "WRONG"
 
     def _run(self, values: Mapping[str, Any], args: tuple[Any, ...]) -> Any:
-        made = self.pair.flax_model()
-        if isinstance(made, tuple):
-            return made[0].apply(_nested(values), *args)
-        graph, state = nnx.split(made)
+        live = _live(self.pair.flax_model())
+        if not isinstance(live, nnx.Module):
+            return live.module.apply(_nested(values), *args)
+        graph, state = nnx.split(live)
         leaves = [
             (keys, variable.replace(jnp.asarray(values["/".join(map(str, keys))])))
             if "/".join(map(str, keys)) in values
@@ -380,6 +379,12 @@ class BlankPair:
         model = nnx.merge(graph, nnx.from_flat_state(leaves))
         model.eval()
         return model(*args)
+
+
+def _live(made: Any) -> Any:
+    """What flax_model() gives, as gx.plan takes it."""
+    model, example = made if isinstance(made, tuple) else (made, ())
+    return model if isinstance(model, nnx.Module) else gx.linen(model, *example)
 
 
 def _changed(module: nn.Module) -> nn.Module:

@@ -74,9 +74,10 @@ def _cuttings(source: Shape, target: Shape, maps: Collection[Shape]) -> Iterator
             ]
         mine += [list(shape) for shape in maps if math.prod(shape) == size and len(shape) > 1]
         ways.append([list(way) for way in dict.fromkeys(map(tuple, mine))])
-    yield from sorted(
-        (list(cut) for cut in itertools.islice(itertools.product(*ways), 512)), key=lambda cut: sum(map(len, cut))
-    )
+    whole = [[size] for size in source]
+    single = [[*whole[:axis], way, *whole[axis + 1 :]] for axis, mine in enumerate(ways) for way in mine]
+    several = (list(cut) for cut in itertools.islice(itertools.product(*ways), 512))
+    yield from sorted((*single, *several), key=lambda cut: sum(map(len, cut)))
 
 
 def _orders(atoms: Sequence[Sequence[int]], target: Shape) -> Iterator[tuple[tuple[int, ...], Rearrange | None]]:

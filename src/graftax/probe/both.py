@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from graftax.probe.inputs import Inputs, inputs_of
 from graftax.probe.limits import DRAWN, GIVEN, GROSS, NEAR, Limits
 from graftax.rules.state import Named
 from graftax.rules.text import rule_line
-from graftax.tree import Checkpoint
+from graftax.tree import Checkpoint, TensorSpec
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class BothModels:
         self._check_named(entries, named)
         taken = {name for e in ruled.entries if id(e) not in loose for name in (*e.sources, *e.targets)}
         entries = tuple(e for e in entries if not taken & {*e.sources, *e.targets})
-        self.proved = frozenset(name for e in entries for name in e.targets)
+        self.proved = frozenset(name for e in (*entries, *fixed) for name in e.targets)
         return Proposal(entries)
 
     def noted(self, plan: Plan) -> Plan:
@@ -92,18 +92,20 @@ class BothModels:
         error = settled.error_of(entries) if plan.complete else None
         if error is not None and error <= NEAR:
             return replace(plan, proof=Proof(sum(len(e.targets) for e in entries), error=error))
-        if error is not None and error > GROSS:
-            off = "by more than can be said" if error == float("inf") else f"by {error:.1e} of the largest value"
+        wrong = settled.wrong_reading(entries) if error is not None and error > GROSS else ""
+        if wrong or (self.inputs is not None and error is not None and error > GROSS):
+            what = f"{escape(wrong)} has its axes in another order" if wrong else "the outputs are far off"
             failure = Failure(
-                f"running both models refutes this plan: on redrawn weights the outputs are off {off}{where}",
+                f"running both models refutes this plan: on redrawn weights {what}{where}",
                 plan.source.label,
                 plan.like.label,
-                next=f"{check}; {option('inputs', 'False')} takes the plan as names and shapes make it.",
+                next=f"{check}; a rule says what holds; {option('inputs', 'False')} does not run the models.",
             )
             return replace(plan, failures=(*plan.failures, failure))
         if error is None and self.inputs is None:
             return plan
-        text = f"running did not decide the plan: {escape(settled.stopped, 300)}{where}"
+        off = "" if error is None else f"; with this plan the outputs are off by {error:.1e} of the largest"
+        text = f"running did not decide the plan: {escape(settled.stopped, 300)}{where}{off}"
         return replace(plan, assumptions=(*plan.assumptions, Assumption(text, check)))
 
     # ------------------------------------------------------------ directions
@@ -134,17 +136,17 @@ class BothModels:
         free = settle(self.module, self.model, self.inputs, limits)
         if not free.proved:
             return
-        with_rule = "no plan makes the outputs agree"
+        given = self.like if self.flipped else self.source
         failures: list[Failure] = []
         for entry, rule in zip(forced, rules, strict=True):
             holds = [found for found in free.entries if set(found.targets) & set(entry.targets)]
-            if not holds or all(same_effect(entry, found, self.module) for found in holds):
+            if not holds or all(same_effect(entry, found, given.specs) for found in holds):
                 continue
             lines = ", ".join(self._line(self._back(found)) for found in holds)
             failures.append(
                 Failure(
-                    f"running both models refutes this rule: with it {with_rule}; without it they agree to "
-                    f"{free.error:.0e}",
+                    f"running both models refutes this rule: with it no plan makes the outputs agree; without "
+                    f"it they agree to {free.error:.0e}",
                     rule.evidence[0] if rule.evidence else "",
                     rule.text,
                     next=f"What holds: {lines}",
@@ -177,6 +179,8 @@ class BothModels:
     def _line(self, entry: Entry) -> str:
         """The rule line of an entry, as far as one rule can say it."""
         sides = ("flax", "torch") if self.flipped else ("torch", "flax")
+        if not self.is_torch:
+            sides = "source", "target"
         ends = {
             side: names[0] if len(names) == 1 else list(names)
             for side, names in zip(sides, (entry.sources, entry.targets), strict=True)
@@ -202,7 +206,7 @@ def _fact(assumption: Assumption) -> str:
     return f"{assumption.text}: proved"
 
 
-def same_effect(rule: Entry, found: Entry, module: Any) -> bool:
+def same_effect(rule: Entry, found: Entry, specs: Mapping[str, TensorSpec]) -> bool:
     """Do two entries give every leaf that both fill the same values, for any values? Tried on random ones."""
     import numpy as np
 
@@ -210,11 +214,10 @@ def same_effect(rule: Entry, found: Entry, module: Any) -> bool:
     from graftax.ops import apply_chain
 
     random = np.random.default_rng(0)
-    state = module.state_dict()
     drawn = {
-        name: random.standard_normal(tuple(state[name].shape)).astype(np.float32)
-        for name in {*rule.sources, *found.sources}
-        if name in state
+        name: random.standard_normal(specs[name].shape).astype(np.float32)
+        for name in sorted({*rule.sources, *found.sources})
+        if name in specs
     }
     try:
         one, other = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,47 +118,53 @@ def _entry(group: Mapping[str, Node], shapes: Mapping[str, tuple[int, ...]], evi
         return Entry((), (path,), nodes[0].ops, (evidence[path],))
     if any(slot.source is None for node in nodes for slot in node.slots()):
         raise NoOps("a leaf holds constants beside tensors")
-    slots, joins = _arranged(nodes)
-    keys = list(dict.fromkeys(key for slot in slots if slot.source is not None for key in slot.source.keys))
-    ops: list[Op] = []
-    pieces: dict[Part, int] = {}
-    cut = _cut(slots, keys, shapes)
-    if cut is None:
-        pieces = {(key, None): n for n, key in enumerate(keys)}
-    else:
-        ops += cut[0]
-        pieces = {(key, rows): n * len(cut[1]) + i for n, key in enumerate(keys) for i, rows in enumerate(cut[1])}
-    wanted = [tuple(pieces[key, slot.source.rows] for key in slot.source.keys) for slot in slots if slot.source]
-    hows = {slot.source.how for slot in slots if slot.source}
+    error = NoOps("")
+    for paths in (list(group), sorted(group, key=lambda path: _first_part(group[path]))):
+        slots, joins = _arranged([group[path] for path in paths])
+        try:
+            keys, ops = _begun(slots, shapes)
+        except NoOps as found:
+            error = found
+            continue
+        said = list(dict.fromkeys(evidence[path] for path in group if evidence.get(path)))
+        return Entry(tuple(keys), tuple(paths), (*ops, *_each([slot.ops for slot in slots]), *joins), tuple(said))
+    raise error
+
+
+def _first_part(node: Node) -> Any:
+    """What a leaf takes first: leaves in this order take the parts of their tensors in order."""
+    source = node.slots()[0].source
+    return (source.keys, source.rows or ()) if source is not None else ()
+
+
+def _begun(slots: Sequence[Node], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[Op]]:
+    """(the keys of an entry, the ops that make of its tensors what each slot takes)."""
+    sources = [slot.source for slot in slots if slot.source is not None]
+    keys = list(dict.fromkeys(key for source in sources for key in source.keys))
+    hows = {source.how for source in sources}
+    if "spectral_norm" in hows:
+        raise NoOps("torch divides the weight by its spectral norm, and graftax has no op for w / (u W v)")
     if any(how.startswith("weight_norm") for how in hows):
-        if len(hows) > 1 or len(slots) > 1:
+        if len(sources) > 1:
             raise NoOps("a weight norm beside other tensors of one leaf")
-        ops.append(FoldWeightNorm(int(next(iter(hows)).split()[1])))
-        if keys != list(slots[0].source.keys if slots[0].source else ()):
-            raise NoOps("a weight norm in another order")
-    elif len({i for term in wanted for i in term}) < len(pieces):
-        raise NoOps("a part of a tensor fills no leaf")
-    elif any(len(term) > 1 for term in wanted):
-        if len({i for term in wanted for i in term}) != sum(map(len, wanted)):
-            raise NoOps("a tensor is a term of several sums")
-        ops.append(Sum(tuple(wanted)))
-    elif len(pieces) == 1 and len(wanted) > 1:
-        ops.append(Copy(len(wanted)))
-    elif [term[0] for term in wanted] != list(range(len(pieces))):
-        if sorted(term[0] for term in wanted) != list(range(len(pieces))):
+        return keys, [FoldWeightNorm(int(sources[0].how.split()[1]))]
+    for ops, pieces in _cuts(sources, keys, shapes):
+        place = {piece: n for n, piece in enumerate(pieces)}
+        wanted = [tuple(place[key, source.rows] for key in source.keys) for source in sources]
+        used = [n for term in wanted for n in term]
+        if len(set(used)) < len(pieces):
+            raise NoOps("a part of a tensor fills no leaf")
+        if any(len(term) > 1 for term in wanted):
+            if len(set(used)) != len(used):
+                raise NoOps("a tensor is a term of several sums")
+            return keys, [*ops, Sum(tuple(wanted))]
+        if len(pieces) == 1 and len(wanted) > 1:
+            return keys, [*ops, Copy(len(wanted))]
+        if used == list(range(len(pieces))):
+            return keys, ops
+        if len(set(used)) < len(used):
             raise NoOps("a tensor fills several leaves beside others")
-        if cut is None:
-            keys = [keys[term[0]] for term in wanted]
-        elif all(node.source is not None for node in nodes):  # the leaves in the order of the parts
-            order = sorted(range(len(wanted)), key=lambda n: wanted[n])
-            group = {path: group[path] for path in (list(group)[n] for n in order)}
-            slots = [slots[n] for n in order]
-        else:
-            raise NoOps("the parts of a tensor are joined in another order")
-    ops += _each([slot.ops for slot in slots])
-    ops += joins
-    said = list(dict.fromkeys(evidence[path] for path in group if evidence.get(path)))
-    return Entry(tuple(keys), tuple(group), tuple(ops), tuple(said))
+    raise NoOps("the parts of a tensor are joined in another order")
 
 
 def _arranged(nodes: Sequence[Node]) -> tuple[list[Node], list[Op]]:
@@ -194,36 +200,49 @@ def _extent(node: Node, axis: int) -> int:
     return _extent(node.children[0], axis - (axis > node.axis))
 
 
-def _cut(
-    slots: Sequence[Node], keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[list[Op], list[tuple[int, ...]]] | None:
-    """The ops that cut every tensor into the rows that the slots take, and these rows; None where whole tensors are
-    taken. All tensors of an entry are cut alike."""
-    taken = [slot.source.rows for slot in slots if slot.source is not None]
-    parts = sorted({rows for rows in taken if rows is not None}, key=lambda rows: rows[0])
+def _cuts(
+    sources: Sequence[Source], keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[list[Op], list[Part]]]:
+    """Ops that cut every tensor into the rows that the slots take, and (key, rows) of each tensor that they give: tensor
+    by tensor, or part by part. All tensors of an entry are cut alike."""
+    parts = sorted({source.rows for source in sources if source.rows is not None}, key=lambda rows: rows[0])
     if not parts:
-        return None
-    if any(rows is None for rows in taken):
+        yield [], [(key, None) for key in keys]
+        return
+    if any(source.rows is None for source in sources):
         raise NoOps("a tensor is taken whole and in parts")
-    extents = {shapes[key][0] for key in keys}
-    if len(extents) > 1:
-        raise NoOps("tensors of different lengths are cut together")
-    (extent,) = extents
-    runs = all(rows == tuple(range(rows[0], rows[0] + len(rows))) for rows in parts)
-    if runs:
-        full: list[tuple[int, ...]] = []
-        at = 0
-        for rows in parts:
-            if rows[0] > at:
-                raise NoOps("some rows of a tensor fill no leaf")
-            if rows[0] < at:
-                raise NoOps("rows of a tensor fill several leaves")
-            full.append(rows)
-            at = rows[-1] + 1
-        if at != extent:
-            raise NoOps("some rows of a tensor fill no leaf")
-        return ([] if len(full) == 1 else [Split(0, tuple(map(len, full)))]), full
-    return _interleaved(parts, keys, shapes, extent), parts
+    axes = {(source.axis, source.element) for source in sources}
+    extents = {shapes[key][axis] for key in keys for axis, _ in axes}
+    if len(axes) > 1 or len(extents) > 1:
+        raise NoOps("tensors that are cut in different ways share a leaf")
+    ((axis, element),), (extent,) = axes, extents
+    by_tensor = [(key, rows) for key in keys for rows in parts]
+    by_part = [(key, rows) for rows in parts for key in keys]
+    if any(rows != tuple(range(rows[0], rows[0] + len(rows))) for rows in parts):
+        if axis:
+            raise NoOps("rows of another axis than the first lie in no order")
+        ops = _interleaved(parts, keys, shapes, extent)
+        yield ops, by_part if isinstance(ops[-1], Unstack) else by_tensor
+        return
+    at = 0
+    for rows in parts:
+        if rows[0] != at:
+            raise NoOps("some rows of a tensor fill no leaf" if rows[0] > at else "rows of a tensor fill several leaves")
+        at = rows[-1] + 1
+    if at != extent:
+        raise NoOps("some rows of a tensor fill no leaf")
+    sizes = tuple(map(len, parts))
+    before, after = " ".join("opqrst"[:axis]), " ".join("uvwxyz"[: len(shapes[keys[0]]) - axis - 1])
+    if element:
+        yield [Unstack(axis, extent)], by_part
+        if len({len(shapes[key]) for key in keys}) == 1:
+            squeezed = Rearrange(f"{before} 1 {after} -> {before} {after}".strip())
+            yield [Split(axis, sizes), squeezed], by_tensor
+        return
+    yield ([] if len(parts) == 1 else [Split(axis, sizes)]), by_tensor
+    if len(set(sizes)) == 1 and len({len(shapes[key]) for key in keys}) == 1:
+        opened = Rearrange(f"{before} (t d) {after} -> {before} t d {after}".strip(), (("t", len(parts)),))
+        yield [opened, Unstack(axis, len(parts))], by_part
 
 
 def _interleaved(

@@ -86,7 +86,7 @@ def _linen(model: LinenModel, call: Callable[..., Any] | None) -> FlaxForward:
         if call is not None:
             return call(model.module.bind(tree), *args, **kwargs)
         options = {} if model.method is None else {"method": model.method}
-        return model.module.apply(tree, *args, mutable=False, **options, **{**model.kwargs, **kwargs})
+        return model.module.apply(tree, *args, mutable=False, **options, **kwargs)
 
     paths = tuple(path for path, _ in floating)
     statistics = frozenset(path for path in paths if not path.startswith("params/"))
@@ -97,7 +97,7 @@ def _nnx(module: Any, call: Callable[..., Any] | None) -> FlaxForward:
     from flax import nnx
 
     graph, state = nnx.split(module)
-    flat = [(tuple(keys), variable) for keys, variable in nnx.to_flat_state(state)]
+    flat: list[tuple[Any, Any]] = [(tuple(keys), variable) for keys, variable in nnx.to_flat_state(state)]
     weights = {containers.path_of(keys): leaf for keys, leaf in containers.leaves(state)}
     floating: dict[str, Any] = {}
     fixed: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def _made_up(value: Any) -> Any:
     """A value for a leaf that is no weight and has only a shape: a random key, or zeros."""
     import jax
 
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
         return jax.random.key(0)
     return np.zeros(value.shape, value.dtype)
 

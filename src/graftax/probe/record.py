@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,13 @@ def _ranges(rows: Sequence[int]) -> str:
 
 @dataclass(slots=True)
 class Record:
-    """values, the sources in order of first use, and the twins: value -> sources that were used with it, in order."""
+    """What a run made.
+
+    values, sources; used: the sources in order of first use; outputs
+    twins    value -> sources that were used with it, in order
+    made_of  value -> the two sources that it was made of, alone
+    joins    value -> the values that were joined in it along the last axis, and their lengths
+    """
 
     values: Values
     sources: list[Source] = field(default_factory=list[Source])
@@ -56,6 +63,9 @@ class Record:
     outputs: list[Array] = field(default_factory=list[Array])
     used: list[int] = field(default_factory=list[int])
     made_of: dict[int, tuple[int, ...]] = field(default_factory=dict[int, "tuple[int, ...]"])
+    joins: dict[int, tuple[tuple[int | None, int], ...]] = field(
+        default_factory=dict[int, "tuple[tuple[int | None, int], ...]"]
+    )
     _pieces: dict[tuple[Any, ...], int] = field(default_factory=dict[tuple[Any, ...], int])
 
     def meets(self, value: int | None, source: int) -> None:
@@ -101,6 +111,26 @@ class Record:
         """Note that the model made the value from these sources alone."""
         if value is not None:
             self.made_of.setdefault(value, sources)
+
+    def joined(self, value: int | None, parts: Sequence[tuple[int | None, int]]) -> None:
+        """Note that the model joined values along their last axis: each value, and its length there."""
+        if value is not None:
+            self.joins.setdefault(value, tuple(parts))
+
+    def parts_of(self, source: int, joined: int) -> list[int]:
+        """The pieces of a tensor that is multiplied by joined values, cut as they are; [] if it has no such axis."""
+        item = self.sources[source]
+        ends = list(itertools.accumulate((size for _, size in self.joins[joined]), initial=0))
+        if item.rows is not None or item.how != "tensor" or ends[-1] not in item.array.shape:
+            return []
+        axis = item.array.shape.index(ends[-1])
+        return [self.piece(source, tuple(range(a, b)), axis) for a, b in itertools.pairwise(ends)]
+
+    def close(self) -> None:
+        """Make every source that a search may take, so that two runs of one model have the same ones."""
+        for joined in self.joins:
+            for source in list(self.twins.get(joined, ())):
+                self.parts_of(source, joined)
 
     def folded(self, terms: Sequence[int], axis: int, array: Array) -> int:
         """The source that is the weight of a weight norm (g, v)."""

@@ -311,6 +311,9 @@ class Search:
         """Make one value known, lazy, or decide what it needs. A conflict at a dead end, else None."""
         if value in self.known:
             return None
+        for n in step.ins:
+            if n not in self.known and not self._open_of(n):  # its leaves were decided after it was passed
+                self._set(n, self._value(n), self._causes(n))
         leaves = frozenset[int]().union(*(self._open_of(n) for n in step.ins))
         if not leaves:
             self._set(value, self._value(value), self._cause_of(step))
@@ -732,6 +735,8 @@ class Search:
             if number is not None:
                 yield {unknown: choice}, number
                 continue
+            if len({self.record.sources[source].keys for source in choice.sources}) < len(choice.sources):
+                continue
             parts = self._each_part(value, target, choice, made, rest)
             number = self.record.values.add(made) if parts else None
             if number is not None:
@@ -743,6 +748,9 @@ class Search:
     def _joined(self, target: Unknown, inputs: Collection[int]) -> Iterator[Choice]:
         shape = target.shape
         twins = [s for number in inputs for s in self.record.twins.get(number, ())]
+        for number in inputs:
+            if number in self.record.joins:
+                yield from self._cut_alike(target, twins, number)
         for axis, count in enumerate(shape):
             inner = (*shape[:axis], *shape[axis + 1 :])
             if not 2 <= count <= 256 or not inner:
@@ -771,6 +779,25 @@ class Search:
                     ways = [list(itertools.islice(readings(i.shape, p), 4)) for i, p in zip(items, parts, strict=True)]
                     for ops in zip(*ways, strict=False):
                         yield Choice(tuple(group), ops, ("concat", axis))
+
+    def _cut_alike(self, target: Unknown, twins: Sequence[int], joined: int) -> Iterator[Choice]:
+        """A tensor that is multiplied by joined values, cut as they are: each part in a reading and an order of its own."""
+        parts = self.record.joins[joined]
+        length = sum(size for _, size in parts)
+        for source in twins:
+            pieces = self.record.parts_of(source, joined)
+            whole = self.record.sources[source].array.size
+            if not pieces or whole != math.prod(target.shape) or length not in target.shape:
+                continue
+            place = target.shape.index(length)
+            ways: list[list[tuple[Op, ...]]] = []
+            for piece, (value, size) in zip(pieces, parts, strict=True):
+                shape = (*target.shape[:place], size, *target.shape[place + 1 :])
+                maps = [] if value is None else self._maps([value], 0)
+                ways.append(list(readings(self.record.sources[piece].array.shape, shape, maps)[:12]))
+            for order in itertools.permutations(range(len(pieces))):
+                for ops in itertools.islice(itertools.product(*(ways[n] for n in order)), 64):
+                    yield Choice(tuple(pieces[n] for n in order), ops, ("concat", place))
 
     def _each_part(
         self, value: int, target: Unknown, choice: Choice, made: Array, rest: Mapping[int, Array]

@@ -25,6 +25,7 @@ from graftax.probe.limits import GROSS, NEAR, Limits
 from graftax.probe.outputs import difference
 from graftax.probe.program import Program
 from graftax.probe.record import Record
+from graftax.probe.refute import wrong_reading
 from graftax.probe.rewrite import Unknown, apart, piece, unknowns_of
 from graftax.probe.search import Found, Search
 from graftax.probe.siblings import siblings_of
@@ -83,6 +84,17 @@ class Settled:
             return None
         error, _ = self.attempt.confirmed(Found(), record, arrays, forced)
         return error
+
+    def wrong_reading(self, entries: Sequence[Entry]) -> str:
+        """A leaf whose axes these entries put in a wrong order, whatever else differs between the models; "" for none."""
+        if self.attempt is None:
+            return ""
+        attempt = self.attempt
+        record, arrays = attempt.redrawn(SEEDS[1])
+        fixed = fixed_values(attempt.program, attempt.forward, arrays)
+        keys = {path: e.sources for e in entries if len(e.sources) == 1 for path in e.targets}
+        held = attempt.forced(record, entries)
+        return wrong_reading(attempt.program, attempt.unknowns, record, fixed, held, keys)
 
 
 class Origin(Protocol):
@@ -267,9 +279,9 @@ def _calls(module: Any, model: Any, inputs: Inputs | None) -> Iterator[tuple[Cal
         yield with_example(theirs, module), ours
         return
     if is_flax(module):
-        example = next((m for m in (model, module) if isinstance(m, LinenModel)), None)
-        if example is not None:
-            call = nests.mapped((example.args, dict(example.kwargs)), _is_array, _drawn)
+        brings = next((m for m in (model, module) if isinstance(m, LinenModel)), None)
+        if brings is not None:
+            call: Call = nests.mapped((brings.args, dict(brings.kwargs)), _is_array, _drawn)
             yield call, call
         return
     if not isinstance(model, LinenModel):
@@ -283,8 +295,9 @@ def _calls(module: Any, model: Any, inputs: Inputs | None) -> Iterator[tuple[Cal
         def first(array: Any, moved: frozenset[int] = moved) -> Any:
             return np.moveaxis(array, -1, 1) if array.ndim in moved and array.dtype.kind == "f" else array
 
-        args = nests.mapped(example[0], _is_array, first)
-        yield (tuple(a for a in args if not isinstance(a, (bool, str))), {}), (example[0], {})
+        args, kwargs = nests.mapped(example, _is_array, first)
+        named = {name: value for name, value in kwargs.items() if _is_array(value)}
+        yield (tuple(a for a in args if not isinstance(a, (bool, str))), named), example
 
 
 def _drawn(array: Any) -> Any:

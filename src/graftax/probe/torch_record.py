@@ -34,6 +34,9 @@ _COPIES = frozenset(("clone", "contiguous", "alias", "detach", "_to_copy", "lift
 _PIECES = 64
 """Most pieces that one product, or one stack of weights, is cut into."""
 
+_JOINED = 4
+"""Most values whose joining is noted."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -116,6 +119,8 @@ class TorchRecorder(TorchDispatchMode):
             self._product(args[0], args[1], None, made[0], made[0])
         if name == "add":
             self._biased(given, made)
+        if name == "cat" and 1 < len(given) <= _JOINED and (args[1:] or (0,))[0] in (-1, made[0].ndim - 1):
+            self.record.joined(self._value(made[0]), [(self._value(t), t.shape[-1]) for t in given])
         if name in ("bmm", "add", "mul"):
             self._by_item(name, given, made[0])
         if name == "bmm" and not any(id(t) in self._of for t in given):
@@ -559,6 +564,7 @@ def record_torch(
         out = run(module, *args, **kwargs)
     if drawn:
         raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
+    record.close()
     record.outputs = [_array(t) for t in _tensors(_flat(out)) if t.is_floating_point()]
     return record
 

@@ -64,10 +64,7 @@ class _Ends:
         if names is None:
             return None
         sources, targets, index = names
-        ends: Keys = {
-            word: list(side) if len(side) > 1 else side[0]
-            for word, side in zip(self.words, (sources, targets), strict=True)
-        }
+        ends: Keys = dict(zip(self.words, map(_one_or_list, (sources, targets)), strict=True))
         ops = tuple(op for op in group[0].ops if not isinstance(op, Cast))
         for keys in _forms(ops, index):
             line = rule_line(**ends, **keys)
@@ -96,6 +93,10 @@ class _Ends:
         except (GraftaxError, KeyError):
             return False
         return one == other or [_plain(op) for op in one] == [_plain(op) for op in other]
+
+
+def _one_or_list(names: Sequence[str]) -> object:
+    return list(names) if len(names) > 1 else "".join(names)
 
 
 def _plain(op: Op) -> object:
@@ -152,14 +153,14 @@ def _templates(group: Sequence[Entry]) -> tuple[tuple[str, ...], tuple[str, ...]
     """(templates of the sources, of the targets, the index that only the sources have: they are stacked)."""
     first = group[0]
     if len(group) == 1:
-        folded = fold_names(first.sources)
-        varies = len(first.sources) > 1 and len(folded) == 1 and len({NUMBER.sub("", n) for n in first.sources}) == 1
+        every = list(first.sources)
+        varies = len(every) > 1 and len(fold_names(every)) == 1
         if varies and any(isinstance(op, Stack) for op in first.ops):
-            rows = [[int(n) for n in NUMBER.findall(name)] for name in first.sources]
-            places = [p for p in range(len(rows[0])) if len({row[p] for row in rows}) > 1]
+            rows = [[int(n) for n in NUMBER.findall(name)] for name in every]
+            places = [p for p, _ in enumerate(rows[0]) if len({row[p] for row in rows}) > 1]
             if len(places) == 1:
                 return (
-                    (_filled(first.sources[0], {places[0]: _INDICES[0]}),),
+                    (_filled(every[0], {places[0]: _INDICES[0]}),),
                     tuple(map(escape_key, first.targets)),
                     _INDICES[0],
                 )
