@@ -1,6 +1,6 @@
 """Take the names away from model pairs, on both sides, and count how many plans running alone decides.
 
-    python scripts/blank_names.py FOLDER [PAIR ...] [--seed N] [--json OUT]
+    python scripts/blank_names.py FOLDER [PAIR ...] [--seed N] [--keep-buffers] [--json OUT]
 
 FOLDER holds pairs as Python modules p*.py: torch_model() -> torch module, flax_model() -> (Linen module, example
 arguments) or an nnx.Module, inputs() -> torch's arguments in NumPy, fx(*inputs) -> Flax's (optional), true_map(state)
@@ -60,25 +60,26 @@ def words(seed: int) -> Iterator[str]:
 # ---------------------------------------------------------------- torch
 
 
-def blank_torch(module: nn.Module, seed: int = 0) -> tuple[nn.Module, dict[str, str]]:
-    """A copy whose children, parameters and buffers have random names, which its own code reaches by the old ones; and
-    new key -> old key of the state_dict."""
+def blank_torch(module: nn.Module, seed: int = 0, buffers: bool = True) -> tuple[nn.Module, dict[str, str]]:
+    """A copy whose children, parameters and (if asked) buffers have random names, which its own code reaches by the old
+    ones; and new key -> old key of the state_dict."""
     made = copy.deepcopy(module)
     old = list(made.state_dict())
     draw = words(seed)
     for each in list(made.modules()):
-        _blank_module(each, draw)
+        _blank_module(each, draw, buffers)
     return made, dict(zip(made.state_dict(), old, strict=True))
 
 
-def _blank_module(module: nn.Module, draw: Iterator[str]) -> None:
+def _blank_module(module: nn.Module, draw: Iterator[str], buffers: bool) -> None:
     names: dict[str, str] = {}
-    for table in (module._parameters, module._buffers, module._modules):
+    tables = (module._parameters, module._modules, *([module._buffers] if buffers else []))
+    for table in tables:
         items = [(name, next(draw), value) for name, value in table.items()]
         names |= {name: word for name, word, _ in items}
         table.clear()
         table.update((word, value) for _, word, value in items)
-    module._non_persistent_buffers_set = {names[name] for name in module._non_persistent_buffers_set}
+    module._non_persistent_buffers_set = {names.get(name, name) for name in module._non_persistent_buffers_set}
     if type(module) in RECURRENT:  # known by their class: plain attributes, which copies and casts keep
         module.__dict__.update((name, module._parameters[word]) for name, word in names.items())
     elif names:
@@ -212,32 +213,26 @@ class NnxHidden(nnx.Module):
 
     def __init__(self, inner: nnx.Module, draw: Iterator[str], names: dict[str, str]) -> None:
         graph, state = nnx.split(inner)
-        held: dict[str, Any] = {}
-        kept: list[tuple[Any, Any]] = []
-        self.words: dict[str, tuple[str, ...]] = nnx.data({}) if hasattr(nnx, "data") else {}
+        variables = {"/".join(map(str, keys)): (keys, variable) for keys, variable in nnx.to_flat_state(state)}
+        kept = [pair for pair in variables.values() if isinstance(pair[1], nnx.RngState)]
         places: dict[str, tuple[str, ...]] = {}
         folders: dict[tuple[Any, ...], tuple[str, ...]] = {(): ()}
-        for keys, variable in nnx.to_flat_state(state):
+        for path, (keys, variable) in variables.items():
             if isinstance(variable, nnx.RngState):
-                kept.append((keys, variable))
                 continue
             for n in range(1, len(keys)):
                 folders.setdefault(keys[:n], (*folders[keys[: n - 1]], next(draw)))
-            place = (*folders[keys[:-1]], next(draw))
+            *above, last = places[path] = (*folders[keys[:-1]], next(draw))
             at: Any = self
-            for word in place[:-1]:
+            for word in above:
                 if not hasattr(at, word):
                     setattr(at, word, NnxHolder())
                 at = getattr(at, word)
-            setattr(at, place[-1], type(variable)(variable.get_value()))
-            path = "/".join(map(str, keys))
-            places[path], held[path] = place, keys
-            names["/".join(place)] = path
-        del self.words
-        sample = {path: variable for path, variable in ((p, _variable(state, held[p])) for p in held)}
+            setattr(at, last, type(variable)(variable.get_value()))
+            names["/".join(places[path])] = path
 
         def run(values: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
-            new = [(held[path], sample[path].replace(value)) for path, value in values.items()]
+            new = [(variables[path][0], variables[path][1].replace(value)) for path, value in values.items()]
             model = nnx.merge(graph, nnx.from_flat_state([*new, *kept]))
             model.eval()
             return model(*args, **kwargs)
@@ -260,12 +255,6 @@ class _Static:
 
     def __init__(self, value: Any) -> None:
         self.value = value
-
-
-def _variable(state: Any, keys: tuple[Any, ...]) -> Any:
-    for key in keys:
-        state = state[key]
-    return state
 
 
 def _blank_nnx(model: nnx.Module, seed: int) -> tuple[Any, dict[str, str]]:
@@ -323,9 +312,9 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 class BlankPair:
     """A pair without names. `pair` is a module or an object as in the head of this file."""
 
-    def __init__(self, pair: Any, seed: int = 0) -> None:
-        self.pair, self.seed = pair, seed
-        self.torch, self.keys = blank_torch(pair.torch_model(), seed)
+    def __init__(self, pair: Any, seed: int = 0, buffers: bool = True) -> None:
+        self.pair = pair
+        self.torch, self.keys = blank_torch(pair.torch_model(), seed, buffers)
         self.like, self.paths = blank_flax(_live(pair.flax_model()), seed)
         self.arrays = pair.inputs()
 
@@ -430,6 +419,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("pairs", nargs="*")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-buffers", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     sys.path.insert(0, str(given.folder.resolve()))
@@ -439,7 +429,7 @@ def main() -> int:
         start = time.perf_counter()
         row: dict[str, Any] = {}
         try:
-            blank = BlankPair(importlib.import_module(name), given.seed)
+            blank = BlankPair(importlib.import_module(name), given.seed, not given.keep_buffers)
             plan = blank.plan()
             row["verdict"] = blank.verdict(plan)
             row["proof"] = None if plan.proof is None else str(plan.proof)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from graftax.adapters.layouts import Layout, declared, with_layout
 from graftax.errors import UsageError
 from graftax.ops import Rearrange, Scale
-from graftax.parity.align import Alignment, Features, Layout, alignment_of, declared, with_layout
+from graftax.parity.align import Alignment, Features, alignment_of
 from graftax.parity.pairing import ModulePair
 from graftax.plans import Entry
 from graftax.tree import Module, TensorSpec

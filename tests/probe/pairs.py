@@ -1,6 +1,6 @@
 """Small pairs of models whose widths are equal everywhere, so that shapes tell nothing; written twice, by hand.
 
-Each pair is a torch module and an independent Flax model, with the map from state_dict to leaves that is right. The Flax
+Each pair is a torch module and an independent Flax model, with the right map from state_dict to leaves. The Flax
 side takes faults: a setting that differs from torch's, or two layers of equal shape crossed.
 """
 
@@ -65,7 +65,9 @@ class Pair:
         if isinstance(made, tuple):
             return np.asarray(made[0].apply(nested(values), *given))
         graph, state = nnx.split(made)
-        leaves = [(path, v.replace(jnp.asarray(values["/".join(map(str, path))]))) for path, v in nnx.to_flat_state(state)]
+        leaves = [
+            (path, v.replace(jnp.asarray(values["/".join(map(str, path))]))) for path, v in nnx.to_flat_state(state)
+        ]
         model = nnx.merge(graph, nnx.from_flat_state(leaves))
         model.eval()
         return np.asarray(model(*given))
@@ -313,9 +315,7 @@ class FlaxBlock(fn.Module):
 def _block_map(state: State) -> dict[str, np.ndarray]:
     out = norms(state, ("n1", "pre"), ("n2", "post"))
     out |= linears(state, ("proj", "o"), ("up", "up"), ("down", "down"))
-    for name, kernel, bias in zip(
-        "srt", np.split(state["qkv.weight"], 3), np.split(state["qkv.bias"], 3), strict=True
-    ):
+    for name, kernel, bias in zip("srt", np.split(state["qkv.weight"], 3), np.split(state["qkv.bias"], 3), strict=True):
         out |= {f"params/{name}/kernel": kernel.T, f"params/{name}/bias": bias}
     return out
 
@@ -459,11 +459,11 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4)
-        self.router = nn.Linear(4, 4, bias=False)
-        self.experts = nn.ModuleList(Expert() for _ in range(4))
+        self.router = nn.Linear(4, count, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)
@@ -472,35 +472,51 @@ class Experts(nn.Module):
 
 
 class NnxExperts(nnx.Module):
-    def __init__(self, eps: float = 1e-5, act: Callable[..., Any] = jax.nn.silu, residual: bool = True) -> None:
+    def __init__(
+        self,
+        count: int,
+        at_once: bool = False,
+        eps: float = 1e-5,
+        act: Callable[..., Any] = jax.nn.silu,
+        residual: bool = True,
+    ) -> None:
         rngs = nnx.Rngs(0)
         self.pre = nnx.LayerNorm(4, epsilon=eps, rngs=rngs)
-        self.gate = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
-        self.wa, self.wb, self.wc = (nnx.Param(jnp.asarray(noise(4, 4, 4, seed=n))) for n in range(3))
-        self.act, self.residual = act, residual
+        self.gate = nnx.Linear(4, count, use_bias=False, rngs=rngs)
+        self.wa, self.wb, self.wc = (nnx.Param(jnp.asarray(noise(count, 4, 4, seed=n))) for n in range(3))
+        self.act, self.residual, self.at_once = act, residual, at_once
 
     def __call__(self, x: Any) -> Any:
         y = self.pre(x)
         hidden = self.act(jnp.einsum("bd,edf->ebf", y, self.wa[...])) * jnp.einsum("bd,edf->ebf", y, self.wb[...])
-        y = jnp.einsum("ebf,efd,be->bd", hidden, self.wc[...], jax.nn.softmax(self.gate(y)))
+        weights = jax.nn.softmax(self.gate(y))
+        if self.at_once:
+            y = jnp.einsum("ebf,efd,be->bd", hidden, self.wc[...], weights)
+        else:
+            y = jnp.einsum("ebd,be->bd", jnp.einsum("ebf,efd->ebd", hidden, self.wc[...]), weights)
         return x + y if self.residual else y
 
 
 def _experts_map(state: State) -> dict[str, np.ndarray]:
     out = linears(state, ("router", "gate"), root="") | norms(state, ("norm", "pre"), root="")
     for name, flax in (("w1", "wa"), ("w3", "wb"), ("w2", "wc")):
-        out[flax] = np.stack([state[f"experts.{n}.{name}.weight"].T for n in range(4)])
+        out[flax] = np.stack([state[f"experts.{n}.{name}.weight"].T for n in range(len(state["router.weight"]))])
     return out
 
 
-EXPERTS = Pair(
-    "experts",
-    lambda: redrawn(Experts()),
-    lambda **faults: NnxExperts(**faults),
-    lambda: (noise(5, 4),),
-    _experts_map,
-    ({"eps": 1e-3}, {"act": jax.nn.gelu}, {"residual": False}),
-)
+def _experts(name: str, count: int, at_once: bool) -> Pair:
+    return Pair(
+        name,
+        lambda: redrawn(Experts(count)),
+        lambda **faults: NnxExperts(count, at_once, **faults),
+        lambda: (noise(5, 4),),
+        _experts_map,
+        ({"eps": 1e-3}, {"act": jax.nn.gelu}, {"residual": False}),
+    )
+
+
+EXPERTS, CUBE = _experts("experts", 3, False), _experts("cube", 4, True)
+"""Three experts of width 4; and four, so that every axis is 4, joined with their weights in one einsum."""
 
 PAIRS = (MLP, CONV, BLOCK, TAGGER, STACK, EXPERTS)
 BY_NAME = {pair.name: pair for pair in PAIRS}

@@ -98,14 +98,17 @@ LINKS: dict[str, list[Link]] = {
             _stacked(f"layers.{{}}.{n}.weight", f"params/l/{n[0]}/kernel", 3, "stack", layout="linear")
             for n in ("gate", "up", "down")
         ),
-        *(_stacked(f"layers.{{}}.{n}.bias", f"params/l/{n[0]}/bias", 3, "stacked vector") for n in ("gate", "up", "down")),
+        *(
+            _stacked(f"layers.{{}}.{n}.bias", f"params/l/{n[0]}/bias", 3, "stacked vector")
+            for n in ("gate", "up", "down")
+        ),
         _stacked("layers.{}.norm.weight", "params/l/n/scale", 3, "stacked vector"),
         *_norm("ends.norm", "params/n"),
         Link(("ends.head.weight",), ("params/h/kernel",), {"layout": "linear"}, "kernel"),
     ],
     "experts": [
         *(
-            _stacked(f"experts.{{}}.{n}.weight", flax, 4, "stack", layout="linear")
+            _stacked(f"experts.{{}}.{n}.weight", flax, 3, "stack", layout="linear")
             for n, flax in (("w1", "wa"), ("w3", "wb"), ("w2", "wc"))
         ),
         Link(("router.weight",), ("gate/kernel",), {"layout": "linear"}, "kernel"),
@@ -166,7 +169,9 @@ def _heads(link: Link, links: Sequence[Link], draw: random.Random) -> str | None
 def _changed(link: Link, links: Sequence[Link], draw: random.Random) -> str | None:
     if len(link.torch) > 1 or len(link.flax) > 1 or link.kind == "flatten":
         return None
-    return link.line(**draw.choice(({"scale": 2.0}, {"scale": 0.5}, {"scale": -1.0}, {"offset": 1.0}, {"offset": 1e-2})))
+    return link.line(
+        **draw.choice(({"scale": 2.0}, {"scale": 0.5}, {"scale": -1.0}, {"offset": 1.0}, {"offset": 1e-2}))
+    )
 
 
 WRONG: tuple[Callable[..., str | None], ...] = (_crossed, _transposed, _reordered, _heads, _changed)
@@ -182,7 +187,7 @@ def wrong_rules(pair: str, seed: int) -> tuple[list[str], int]:
         if line is not None:
             break
     used = set(link.torch) | set(link.flax)
-    spoken = {name for name in re.findall(r'"([^"]+)"', line)}
+    spoken = set(re.findall(r'"([^"]+)"', line))
     right = [o for o in links if not (set(o.torch) | set(o.flax)) & (used | spoken)]
     lines = [o.line() for o in draw.sample(right, min(draw.randrange(3), len(right)))]
     at = draw.randrange(len(lines) + 1)
@@ -200,7 +205,9 @@ def judged(pair: Pair, lines: list[str], wrong: int) -> str:
         return "refused"
     if not plan.complete:
         said = "\n".join(map(str, plan.failures))
-        assert re.search(rf"line {wrong + 1}\b", said), f"incomplete, and line {wrong + 1} is not blamed:\n{text}\n{plan}"
+        assert re.search(rf"line {wrong + 1}\b", said), (
+            f"incomplete, and line {wrong + 1} is not blamed:\n{text}\n{plan}"
+        )
         return "refused"
     assert pair.right(plan), f"a wrong rule gave a complete plan:\n{text}\n{plan}"
     return "harmless"

@@ -56,6 +56,7 @@ def _make_plan(
         found = Proposal()
     else:
         proved = Proposal() if prove is None else prove(ruled.proposal, ruled.named)
+        ruled = _without_guesses(ruled, proved)
         tabled = proved.joined(by_table(source, like, source_side, like_side, ruled.proposal.joined(proved)))
         known = ruled.proposal.joined(tabled)
         spoken = replace(known, entries=known.entries + known.broken)  # nothing else may take these keys
@@ -72,6 +73,22 @@ def _make_plan(
     plan = Plan.build(*ends, proposal)
     made_from = MadeFrom(source, given, replace(options, rules=rules))
     return replace(plan, failures=plan.failures + _conditions(plan.entries, source), made_from=made_from)
+
+
+def _without_guesses(ruled: RuleOutcome, proved: Proposal) -> RuleOutcome:
+    """What the rules settle, without the layouts that silent rules leave to inference, where they are proved."""
+    held = {name for entry in proved.entries for name in entry.targets}
+    done = {id(item.entry) for item in ruled.named if held.intersection(item.entry.targets)}
+    if not done:
+        return ruled
+    keys = {item.failure.key for item in ruled.named if id(item.entry) in done and item.failure is not None}
+    proposal = replace(
+        ruled.proposal,
+        entries=tuple(entry for entry in ruled.proposal.entries if id(entry) not in done),
+        broken=tuple(entry for entry in ruled.proposal.broken if id(entry) not in done),
+        failures=tuple(failure for failure in ruled.proposal.failures if failure.key not in keys),
+    )
+    return replace(ruled, proposal=proposal, named=tuple(n for n in ruled.named if id(n.entry) not in done))
 
 
 # ---------------------------------------------------------------- sides

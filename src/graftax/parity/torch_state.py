@@ -115,7 +115,7 @@ def model_error(error: Exception, paths: Paths, module: torch.nn.Module, given: 
     path, kind = "", type(module).__name__
     line = ""
     library = Path(str(torch.__file__)).parent
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     trace = error.__traceback__
     while trace is not None:
         frame = trace.tb_frame

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graftax.errors import Failure, RulesError, UsageError, escape, option
-from graftax.ops import Drop, Keep, Rearrange, bind_chain, invert_chain
+from graftax.ops import Drop, Keep, bind_chain, invert_chain
 from graftax.plans import Assumption, Entry, Plan, PlanOptions, Proof, Proposal
 from graftax.probe.flax_side import is_flax
 from graftax.probe.inputs import Inputs, inputs_of
 from graftax.probe.limits import DRAWN, GIVEN, GROSS, NEAR, Limits
 from graftax.rules.state import Named
-from graftax.rules.text import rule_line
 from graftax.tree import Checkpoint, TensorSpec
 
 
@@ -160,14 +159,17 @@ class BothModels:
         by_target = {target: entry for entry in entries for target in entry.targets}
         failures: list[Failure] = []
         for item in named:
-            found = [by_target[name] for name in item.entry.targets if name in by_target]
+            found = list(dict.fromkeys(by_target[name] for name in item.entry.targets if name in by_target))
             wrong = [entry for entry in found if not set(item.entry.sources) & set(entry.sources)]
+            if not wrong and (item.rule.fused or item.rule.stack) and item.entry.ops:
+                specs = self.source.specs
+                wrong = [entry for entry in found if not same_parts(item.entry, entry, specs)]
             if wrong:
                 lines = ", ".join(self._line(entry) for entry in wrong)
                 failures.append(
                     Failure(
-                        "running both models refutes this rule: these do not belong together (the outputs agree to "
-                        f"{self.settled.error:.0e} without it)",
+                        "running both models refutes this rule: without it the outputs agree to "
+                        f"{self.settled.error:.0e}",
                         item.rule.evidence,
                         item.entry.text,
                         next=f"What holds: {lines}",
@@ -177,25 +179,12 @@ class BothModels:
             raise RulesError("rules that the models contradict:", failures)
 
     def _line(self, entry: Entry) -> str:
-        """The rule line of an entry, as far as one rule can say it."""
-        sides = ("flax", "torch") if self.flipped else ("torch", "flax")
-        if not self.is_torch:
-            sides = "source", "target"
-        ends = {
-            side: names[0] if len(names) == 1 else list(names)
-            for side, names in zip(sides, (entry.sources, entry.targets), strict=True)
-        }
-        if not entry.ops:
-            return rule_line(**ends, layout="identity")
-        if len(entry.ops) == 1 and isinstance(entry.ops[0], Rearrange):
-            op = entry.ops[0]
-            grouped = {name for name, _ in op.sizes if any(name in group.split() for group in _groups(op.pattern))}
-            return rule_line(**ends, ops=op.pattern, **{n: size for n, size in op.sizes if n in grouped})
-        return escape(entry.text, 300)
+        """The rule line of an entry; its text if no rule says it."""
+        from graftax.rules.of_plan import RuleWriter
 
-
-def _groups(pattern: str) -> list[str]:
-    return [part.partition(")")[0] for part in pattern.split("(")[1:]]
+        sides = (self.source.side or "torch", self.like.side or "flax")
+        lines = RuleWriter(self.source, self.like, sides).lines([entry])
+        return ", ".join(lines) if lines else escape(entry.text, 300)
 
 
 def _kept(entry: Entry) -> bool:
@@ -204,6 +193,35 @@ def _kept(entry: Entry) -> bool:
 
 def _fact(assumption: Assumption) -> str:
     return f"{assumption.text}: proved"
+
+
+def same_parts(rule: Entry, found: Entry, specs: Mapping[str, TensorSpec]) -> bool:
+    """Do two entries put the same elements of the sources into each leaf that both fill, and into each slice of a stacked
+    one, in whatever order? So much a rule says that leaves the layout open."""
+    import numpy as np
+
+    from graftax.errors import GraftaxError
+    from graftax.ops import Stack, apply_chain
+
+    start, numbered = 0, {}
+    for name in sorted({*rule.sources, *found.sources}):
+        size = specs[name].size
+        numbered[name] = np.arange(start, start + size, dtype=np.float64).reshape(specs[name].shape)
+        start += size
+    try:
+        one, other = (
+            dict(zip(e.targets, apply_chain(e.ops, tuple(numbered[n] for n in e.sources)), strict=True))
+            for e in (rule, found)
+        )
+    except (GraftaxError, KeyError, ValueError):
+        return False
+    axis = next((op.axis for op in reversed(rule.ops) if isinstance(op, Stack)), None)
+    for name in one.keys() & other.keys():
+        parts = [np.moveaxis(a, axis, 0) if axis is not None else a[None] for a in (one[name], other[name])]
+        flat = [np.sort(part.reshape(len(part), -1), axis=1) for part in parts]
+        if flat[0].shape != flat[1].shape or not np.array_equal(*flat):
+            return False
+    return True
 
 
 def same_effect(rule: Entry, found: Entry, specs: Mapping[str, TensorSpec]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftax.ops import Concat, Copy, FoldWeightNorm, Op, Rearrange, RearrangeEach, Split, Stack, Sum, Unstack
+from graftax.ops import Concat, Copy, FoldWeightNorm, Op, Rearrange, RearrangeEach, Same, Split, Stack, Sum, Unstack
 from graftax.plans import Entry
 from graftax.probe.record import Source
 from graftax.probe.rewrite import Unknown
@@ -79,19 +79,29 @@ def entries_of(
 
 
 def _named_apart(nodes: Mapping[str, Node]) -> dict[str, Node]:
-    """A tensor with several names that fills several leaves is taken by one name for each of them."""
+    """A tensor with several names (tied weights) that fills several leaves is taken by one name for each of them; names
+    that are left go with the first."""
+    uses: dict[str, int] = {}
+    for node in nodes.values():
+        if _tied(node.source):
+            uses[node.source.keys[0]] = uses.get(node.source.keys[0], 0) + 1  # pyright: ignore
     taken: dict[str, int] = {}
     out: dict[str, Node] = {}
     for path, node in nodes.items():
         source = node.source
-        if source is not None and source.how == "tensor" and source.rows is None and source.names:
+        if source is not None and _tied(source):
             names = (source.keys[0], *source.names)
             n = taken.get(names[0], 0)
             taken[names[0]] = n + 1
             if n < len(names):
-                node = Node(Source((names[n],), source.array), node.ops)
+                rest = names[uses[names[0]] :] if n == 0 else ()
+                node = Node(Source((names[n],), source.array, names=rest), node.ops)
         out[path] = node
     return out
+
+
+def _tied(source: Source | None) -> bool:
+    return source is not None and source.how == "tensor" and source.rows is None and bool(source.names)
 
 
 def _components(nodes: Mapping[str, Node]) -> list[list[tuple[str, Node]]]:
@@ -126,6 +136,9 @@ def _entry(group: Mapping[str, Node], shapes: Mapping[str, tuple[int, ...]], evi
         except NoOps as found:
             error = found
             continue
+        also = slots[0].source.names if len(keys) == 1 and _tied(slots[0].source) and slots[0].source else ()
+        if also:
+            keys, ops = [*keys, *also], [Same(1 + len(also)), *ops]
         said = list(dict.fromkeys(evidence[path] for path in group if evidence.get(path)))
         return Entry(tuple(keys), tuple(paths), (*ops, *_each([slot.ops for slot in slots]), *joins), tuple(said))
     raise error
@@ -227,7 +240,9 @@ def _cuts(
     at = 0
     for rows in parts:
         if rows[0] != at:
-            raise NoOps("some rows of a tensor fill no leaf" if rows[0] > at else "rows of a tensor fill several leaves")
+            raise NoOps(
+                "some rows of a tensor fill no leaf" if rows[0] > at else "rows of a tensor fill several leaves"
+            )
         at = rows[-1] + 1
     if at != extent:
         raise NoOps("some rows of a tensor fill no leaf")

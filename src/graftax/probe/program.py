@@ -194,8 +194,7 @@ def _where(eqn: Any) -> str:
     try:
         from jax.extend import source_info_util  # pyright: ignore
     except ImportError:
-        stack = str(getattr(eqn.source_info, "name_stack", ""))
-        return stack
+        return str(getattr(eqn.source_info, "name_stack", ""))
     return source_info_util.summarize(eqn.source_info)
 
 

@@ -1,7 +1,7 @@
 """torch's recurrent layers, step by step in plain ops, so that a record sees what each step and each gate makes.
 
-torch runs a whole sequence in one op, or multiplies all time steps at once; Flax runs cell by cell. The formulas are those
-of the documentation of torch.nn.LSTM, GRU, RNN and their cells.
+torch runs a whole sequence in one op, or multiplies all time steps at once; Flax runs cell by cell. The formulas are
+those of the documentation of torch.nn.LSTM, GRU, RNN and their cells.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rewrite a program so that each unknown is decided alone: leaves that are only used in pieces become one unknown a piece
+"""Rewrite a program so that each unknown is decided alone: leaves that are only used in pieces become one unknown each
 (scanned layers, leaf[i]), and concatenated leaves are multiplied and added piece by piece (OptimizedLSTMCell)."""
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _pieces(program: Program, whole: Unknown, out: list[Unknown]) -> None:
 
 
 def _cuts(users: Sequence[Step], whole: Unknown) -> dict[Cut, list[int]]:
-    """Each piece and the values that stand for it, if the leaf is used in pieces that lie side by side along one axis and
+    """Each piece and the values that stand for it, if the leaf is used in pieces that lie side by side on one axis and
     fill it; {} otherwise."""
     found: dict[Cut, list[int]] = {}
     for step in users:

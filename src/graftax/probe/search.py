@@ -1,7 +1,7 @@
 """Find the weights by running: which torch tensor, in which reading, makes each value of Flax one that torch made too.
 
-The program's steps are followed in order. A step that brings known data together with an undecided leaf is an *event*: a
-tensor is accepted for the leaf if the value that comes out is in torch's record. A product, a convolution or a lookup
+The program's steps are followed in order. A step that brings known data together with an undecided leaf is an *event*:
+a tensor is accepted for the leaf if the value that comes out is in torch's record. A product, a convolution or a lookup
 whose value torch never made is a dead end; then the last choice that it depends on is taken back. No name is read.
 """
 
@@ -55,7 +55,7 @@ class Choice:
         return np.stack(parts, self.join[1]) if self.join[0] == "stack" else np.concatenate(parts, self.join[1])
 
 
-Option = tuple[dict[int, Choice], int]
+Option = tuple[dict[int, Choice], int, Array]
 """A choice for each unknown that an event decides, and the value in torch's record that it makes."""
 
 
@@ -84,7 +84,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """How strict a pass is. twins: only tensors that torch used with the same data, where there are any; reuse: a tensor
+    """How strict a pass is. twins: only tensors that torch used with the same data, where there are any; reuse: one
     may fill a second leaf; changed: also tensors with an offset or a factor, and constants where torch has nothing;
     strict: products without a twin are dead ends; near: a dead end takes back the choices next to it only, a reading
     that permutes a value is tried only if later values then are torch's, and a product of two data must be torch's."""
@@ -176,7 +176,7 @@ class Search:
         best = Found()
         backtracks = 0
         for number, how in enumerate(PASSES):
-            left = len(PASSES) - number
+            left = 1 if number == len(PASSES) - 1 else 2
             self.deadline = time.monotonic() + (self.stop - time.monotonic()) / left
             self.most = self.evaluations + (self.limits.evaluations - self.evaluations) // left
             found = self._pass(how)
@@ -326,8 +326,10 @@ class Search:
                 self._set(value, self._filled(value, leaves), self._causes(value))
                 return None
             lazily = product and step.name == "dot_general" and len(leaves) == 2 and self._both_lazy(step)
-            if len(leaves) == 2 and not product and self._decided(
-                _Frame(slot, 0, len(self.trail), self._alone(step, value, leaves), 0, value), frames
+            if (
+                len(leaves) == 2
+                and not product
+                and self._decided(_Frame(slot, 0, len(self.trail), self._alone(step, value, leaves), 0, value), frames)
             ):
                 return None
             if not lazily:
@@ -355,7 +357,9 @@ class Search:
 
     def _tells(self, value: int) -> bool:
         """Known, and either data or made from decided leaves: more than a constant."""
-        return value in self.known and (value in self.data or self.cause.get(value, 0) > 0) and not self._constant(value)
+        return (
+            value in self.known and (value in self.data or self.cause.get(value, 0) > 0) and not self._constant(value)
+        )
 
     def _strays(self, step: Step, value: int, frames: list[_Frame]) -> int | None:
         """The conflict of a product of two data that torch did not make, not even up to a factor."""
@@ -367,7 +371,7 @@ class Search:
         return self._nearest(value, frames) or None
 
     def _nearest(self, value: int, frames: list[_Frame]) -> int:
-        """The choices next to a value: those of the products that it is made of, and of what was added to them since."""
+        """The choices next to a value: those of the products that it is made of, and of what was added to them."""
         bits = {frame.value: frame.bit for frame in frames}
         out = 0
         seen: set[int] = set()
@@ -522,7 +526,7 @@ class Search:
     # ------------------------------------------------------------ options
 
     def _take(self, frame: _Frame, option: Option) -> None:
-        chosen, number = option
+        chosen, number, made = option
         for unknown, choice in chosen.items():
             self.choices[unknown] = choice
             for source, ops in zip(choice.sources, choice.ops, strict=False):
@@ -533,7 +537,8 @@ class Search:
             self.reasons[unknown] = _named(self.slots[frame.slot][0])
             self._set(self.unknowns[unknown].value, choice.array(self.record), frame.bit)
         cause = self._causes(frame.value) | frame.bit
-        made = self._value(frame.value, self._rest(frame.value))
+        if made is None:
+            made = self._value(frame.value, self._rest(frame.value))
         self._set(frame.value, self.record.values.snapped(made, number), cause)
 
     def _rest(self, value: int) -> dict[int, Array]:
@@ -614,12 +619,12 @@ class Search:
                 number = self._accepted(made, inputs)
                 if number is None:
                     continue
-                option = ({unknown: choice}, number)
+                option = ({unknown: choice}, number, made)
                 if (rank == 0 and habit is not None) or self.record.values.same_layout(made, number):
                     yield option
                     least = max(least, self._ahead(value, made)) if self.how.near else least
                 else:
-                    permuted.append((self._ahead(value, made), option))
+                    permuted.append((self._ahead(value, made), ({unknown: choice}, number, None)))
             permuted.sort(key=lambda row: -row[0])
             for ahead, option in permuted:
                 if ahead > least:
@@ -643,7 +648,9 @@ class Search:
             if step.outs[j] in local or not all(n in local or n in self.known for n in step.ins):
                 continue
             self._count()
-            local.update(zip(step.outs, evaluate(step, [local.get(n, self.known.get(n)) for n in step.ins]), strict=True))
+            local.update(
+                zip(step.outs, evaluate(step, [local.get(n, self.known.get(n)) for n in step.ins]), strict=True)
+            )
             if not any(n in deep for n in step.ins):
                 continue
             deep.update(step.outs)
@@ -677,14 +684,14 @@ class Search:
                     made = self._value(value, {**rest, target.value: choice.array(self.record)})
                     number = self._accepted(made, inputs)
                     if number is not None:
-                        yield {unknown: choice}, number
+                        yield {unknown: choice}, number, made
                 plain = self._value(value, {**rest, target.value: Choice((source,), (ops,)).array(self.record)})
                 for factor in self.record.values.factors(plain):
                     choice = Choice((source,), ((*ops, Scale(factor)),))
                     made = self._value(value, {**rest, target.value: choice.array(self.record)})
                     number = self._accepted(made, inputs)
                     if number is not None:
-                        yield {unknown: choice}, number
+                        yield {unknown: choice}, number, made
 
     def _constants(
         self, value: int, unknown: int, inputs: Collection[int], rest: Mapping[int, Array]
@@ -699,7 +706,7 @@ class Search:
             made = self._value(value, {**rest, target.value: choice.array(self.record)})
             same = [n for n in self.record.values.find(made) if n in inputs]
             if same:
-                yield {unknown: choice}, same[0]
+                yield {unknown: choice}, same[0], made
 
     def _accepted(self, made: Array, inputs: Collection[int]) -> int | None:
         numbers = [n for n in self.record.values.find(made) if n not in inputs]
@@ -707,17 +714,19 @@ class Search:
 
     def _maps(self, inputs: Collection[int], size: int) -> list[tuple[int, ...]]:
         """Shapes of maps that may be flattened in the data, or unflattened from a value of this size."""
-        out: dict[tuple[int, ...], None] = {}
+        shapes: dict[tuple[int, ...], None] = {}
         for number in (*inputs, *self.record.values.of_size(size)):
-            for shape in sorted(self.record.values.items[number].shapes, key=len):
-                for start in range(1, len(shape) - 1):
-                    for stop in range(start + 2, min(len(shape), start + 4) + 1):
-                        out[shape[start:stop]] = None
-                if len(shape) > 2 and shape[-1] % 2 == 0 and shape[-1] > 2:  # heads whose halves or pairs are rotated
-                    half = shape[-1] // 2
-                    for heads in {size for size in shape[:-1] if size > 1}:
-                        out[heads, 2, half] = out[heads, half, 2] = None
-                    out[2, half] = out[half, 2] = None
+            shapes.update(dict.fromkeys(sorted(self.record.values.items[number].shapes, key=len)))
+        out: dict[tuple[int, ...], None] = {}
+        for shape in shapes:
+            for start in range(1, len(shape) - 1):
+                for stop in range(start + 2, min(len(shape), start + 4) + 1):
+                    out[shape[start:stop]] = None
+            if len(shape) > 2 and shape[-1] % 2 == 0 and shape[-1] > 2:  # heads whose halves or pairs are rotated
+                half = shape[-1] // 2
+                for heads in sorted({size for size in shape[:-1] if size > 1}):
+                    out[heads, 2, half] = out[heads, half, 2] = None
+                out[2, half] = out[half, 2] = None
         return list(out)
 
     # ------------------------------------------------------------ leaves made of several tensors
@@ -733,7 +742,7 @@ class Search:
             made = self._value(value, {**rest, target.value: choice.array(self.record)})
             number = self._accepted(made, inputs)
             if number is not None:
-                yield {unknown: choice}, number
+                yield {unknown: choice}, number, made
                 continue
             if len({self.record.sources[source].keys for source in choice.sources}) < len(choice.sources):
                 continue
@@ -743,7 +752,7 @@ class Search:
                 self.in_parts.add(value)
                 for twin in (source for part in parts for source in self.record.twins.get(part, ())):
                     self.record.meets(number, twin)
-                yield {unknown: choice}, number
+                yield {unknown: choice}, number, made
 
     def _joined(self, target: Unknown, inputs: Collection[int]) -> Iterator[Choice]:
         shape = target.shape
@@ -781,7 +790,7 @@ class Search:
                         yield Choice(tuple(group), ops, ("concat", axis))
 
     def _cut_alike(self, target: Unknown, twins: Sequence[int], joined: int) -> Iterator[Choice]:
-        """A tensor that is multiplied by joined values, cut as they are: each part in a reading and an order of its own."""
+        """A tensor that is multiplied by joined values, cut as they are: each part in its own reading, in any order."""
         parts = self.record.joins[joined]
         length = sum(size for _, size in parts)
         for source in twins:
@@ -802,8 +811,8 @@ class Search:
     def _each_part(
         self, value: int, target: Unknown, choice: Choice, made: Array, rest: Mapping[int, Array]
     ) -> list[int]:
-        """torch's value for the part that each source makes; [] if one is not torch's. The part is found by changing the
-        source."""
+        """torch's value for the part that each source makes; [] if one is not torch's. Changing a source shows its
+        part."""
         parts: list[int] = []
         whole = choice.array(self.record)
         for region in _regions(choice, self.record, whole.shape):
@@ -821,7 +830,7 @@ class Search:
     # ------------------------------------------------------------ two or three leaves at once
 
     def _joint(self, value: int, leaves: tuple[int, ...], inputs: Collection[int]) -> Iterator[Option]:
-        """Leaves that first meet data together: a variance and a scale; two tables added up; latents and a projection."""
+        """Leaves that first meet data together: a variance and a scale; two tables added; latents and a projection."""
         rest = {self.unknowns[n].value: self._random_fill(n) for n in self._all_open(value) if n not in leaves}
         most = 64 if len(leaves) == 2 else 16
         pools = [list(enumerate(self._pool(n, inputs)[:most])) for n in leaves]
@@ -834,7 +843,7 @@ class Search:
             made = self._value(value, rest | given)
             number = self._accepted(made, inputs)
             if number is not None:
-                yield dict(zip(leaves, picked, strict=True)), number
+                yield dict(zip(leaves, picked, strict=True)), number, made
 
     def _alone(self, step: Step, value: int, both: Collection[int]) -> Iterator[Option]:
         """Two leaves that meet before any data (queries and their positions), if torch made such a value too."""
@@ -850,7 +859,7 @@ class Search:
                     picked = {n: Choice((s,), (o,)) for n, s, o in zip(leaves, pair, ops, strict=True)}
                     given = {self.unknowns[n].value: choice.array(self.record) for n, choice in picked.items()}
                     if number in self.record.values.find(self._value(value, self._rest(value) | given)):
-                        yield picked, number
+                        yield picked, number, None
 
     def _pool(self, unknown: int, inputs: Collection[int]) -> list[Choice]:
         shape = self.unknowns[unknown].shape

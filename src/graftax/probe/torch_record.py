@@ -1,7 +1,7 @@
 """Record one float64 run of a torch model: its values, op by op and parameter by parameter, and their twins.
 
-An op that uses several parameters is written out one at a time (x @ W, then + b; x - mean, then xhat, then xhat * w), so
-that each Flax leaf can be decided alone. Only what torch itself computes on the way is written out: values that nobody
+An op that uses several parameters is written out one at a time (x @ W, then + b; x - mean, then xhat, then xhat * w),
+so that each Flax leaf can be decided alone. Only what torch itself computes on the way is written out: values that nobody
 makes are found by chance.
 """
 
@@ -24,7 +24,8 @@ from graftax.probe.values import Values
 
 _VIEWS = frozenset((
     "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "split", "split_with_sizes",
-    "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "chunk", "unbind", "slice", "select", "narrow", "squeeze",
+    "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "chunk", "unbind", "slice", "select", "narrow",
+    "squeeze",
     "unsqueeze", "expand", "alias", "clone", "contiguous", "flatten", "unfold", "detach", "_to_copy", "lift_fresh",
     "movedim", "swapaxes", "diagonal", "as_strided", "to", "numpy_T", "mT",
 ))  # fmt: skip
@@ -90,8 +91,7 @@ class TorchRecorder(TorchDispatchMode):
     # ------------------------------------------------------------ one op
 
     def _note(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, before: Any) -> None:
-        given = [t for t in _tensors((args, kwargs))]
-        made = [t for t in _tensors(out)]
+        given, made = list(_tensors((args, kwargs))), list(_tensors(out))
         self._alive += made
         sources = frozenset[int]().union(*(self._of.get(id(t), frozenset()) for t in given))
         only = bool(given) and all(id(t) in self._of for t in given)
@@ -315,10 +315,10 @@ class TorchRecorder(TorchDispatchMode):
             left, right = self.record.sources[one].array, self.record.sources[other].array
             for axis in range(min(w.ndim, 2)):
                 matrix = np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
-                if left.shape == (matrix.shape[0],) and right.shape == (matrix.shape[1],) and w.shape == out.shape:
-                    if np.allclose(w / (left @ matrix @ right), out):
-                        self._whole[id(made)] = self.record.spectral((weight, one, other), out)
-                        return
+                fits = (*left.shape, *right.shape) == matrix.shape and w.shape == out.shape
+                if fits and np.allclose(w / (left @ matrix @ right), out):
+                    self._whole[id(made)] = self.record.spectral((weight, one, other), out)
+                    return
 
     def _folded(self, g: int, v: int, out: Any, made: torch.Tensor) -> None:
         scale, weight = self.record.sources[g].array, self.record.sources[v].array
@@ -334,10 +334,11 @@ class TorchRecorder(TorchDispatchMode):
         pairs = [(one, other) for one in given for other in given if one is not other]
         for product, bias in pairs:
             shadow, place = self._shadows.get(id(product)), self._place(bias)
-            if shadow is not None and shadow.bias is None and place is not None:
-                if place.index.numel() == shadow.weight.index.numel() == product.shape[-1]:
-                    self._shadows[id(made[0])] = replace(shadow, bias=place)
-                    return
+            if shadow is None or shadow.bias is not None or place is None:
+                continue
+            if place.index.numel() == shadow.weight.index.numel() == product.shape[-1]:
+                self._shadows[id(made[0])] = replace(shadow, bias=place)
+                return
 
     def _scaled(self, name: str, args: Any, made: torch.Tensor) -> None:
         """A product, or the left factor of one, by a number: what it is if the number is part of the weight."""
@@ -442,7 +443,7 @@ class TorchRecorder(TorchDispatchMode):
         self._norm(x, [(normed, (weight,)), *([(normed * weight, (weight,))] if weight is not None else [])])
 
     def _group_norm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
-        x, weight, bias, n, c, _, groups, eps = args[:8]
+        x, weight, bias, n, _, _, groups, eps = args[:8]
         apart = x.reshape(n, groups, -1)
         centred = apart - apart.mean(-1, keepdim=True)
         normed = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).reshape(x.shape)
@@ -519,12 +520,12 @@ def _tensors(nest: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    """A tensor as float64 NumPy, a copy: ops may change it in place later."""
+def _array(tensor: torch.Tensor, copy: bool = False) -> Any:
+    """A tensor as float64 NumPy. What is kept must be a copy: ops may change it in place later."""
     plain = tensor.detach()
     if plain.is_complex():
         plain = torch.view_as_real(plain)
-    return plain.to(torch.float64, copy=True).contiguous().numpy()
+    return plain.to(torch.float64, copy=copy).contiguous().numpy()
 
 
 def record_torch(
@@ -546,7 +547,7 @@ def record_torch(
         same = names[_identity(tensor)]
         if same[0] == key:
             first[_identity(tensor)] = len(record.sources)
-            record.sources.append(Source((key,), _array(tensor), names=tuple(same[1:])))
+            record.sources.append(Source((key,), _array(tensor, copy=True), names=tuple(same[1:])))
         parameters[id(tensor)] = first[_identity(tensor)]
     drawn: list[str] = []
     run = call or (lambda module, *args, **kwargs: module(*args, **kwargs))
@@ -565,7 +566,7 @@ def record_torch(
     if drawn:
         raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
     record.close()
-    record.outputs = [_array(t) for t in _tensors(_flat(out)) if t.is_floating_point()]
+    record.outputs = [_array(t, copy=True) for t in _tensors(_flat(out)) if t.is_floating_point()]
     return record
 
 

@@ -1,7 +1,7 @@
 """Values that a model makes, found again by what is in them and not by how they are laid out.
 
-Two arrays are the same value if their sorted entries agree: NCHW and NHWC, heads apart or joined, flattened or not, time
-first or batch first are then all alike. Moments find the candidates; only these are sorted and compared in full.
+Two arrays are the same value if their sorted entries agree: NCHW and NHWC, heads apart or joined, flattened or not,
+time first or batch first are then all alike. Moments find the candidates; only these are sorted and compared in full.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from graftax.errors import counted
 
 TOLERANCE = 2e-6
-"""Largest difference of two sorted arrays, as a part of the largest entry: float32 constants (an epsilon, sqrt(2)) inside a
+"""Largest difference of two sorted arrays, as a part of the largest entry: float32 constants (an epsilon) inside a
 float64 run cause about 1e-7."""
 _FAR = 1e7
 """Entries beyond are masks (-inf, -1e9, the dtype's least value): they count as equal."""
@@ -57,8 +57,7 @@ class Values:
 
     def add(self, array: Array) -> int | None:
         """The number of the value; None for a constant, which tells nothing."""
-        clipped = np.clip(np.asarray(array, np.float64), -_FAR, _FAR)
-        moments = _moments(clipped)
+        clipped, moments = _clipped(np.asarray(array, np.float64))
         if moments is None:
             return None
         found = self._find(clipped, moments)
@@ -66,7 +65,7 @@ class Values:
             self.items[found[0]].shapes.add(clipped.shape)
             return found[0]
         number = len(self.items)
-        held = np.array(clipped, order="C", copy=clipped is array or not clipped.flags.c_contiguous)
+        held = np.array(clipped, order="C")
         self.items.append(Value(held, moments, {clipped.shape}, number))
         self.held += held.nbytes
         if self.held > self.most:
@@ -79,8 +78,9 @@ class Values:
 
     def find(self, array: Array) -> list[int]:
         """Every value that the array is, the first made first."""
-        clipped = np.clip(array, -_FAR, _FAR)
-        moments = _moments(clipped)
+        if np.size(array) not in self._by_size:
+            return []
+        clipped, moments = _clipped(array)
         return [] if moments is None else self._find(clipped, moments)
 
     def of_size(self, size: int) -> list[int]:
@@ -89,14 +89,14 @@ class Values:
 
     def factors(self, array: Array) -> list[float]:
         """Simple factors (2, 1/8, a root of a small number) by which the array would be a value of this run."""
-        moments = _moments(np.clip(array, -_FAR, _FAR))
+        _, moments = _clipped(array)
         out: dict[float, None] = {}
         for number in self.of_size(array.size) if moments is not None else ():
             theirs = self.items[number].moments
             assert moments is not None
             factor = theirs[2] / moments[2]
             if abs(factor - 1) > 1e-6 and all(
-                abs(a * factor - b) <= 1e-5 * b for a, b in zip(moments, theirs, strict=True)
+                abs(a * factor - b) <= 1e-5 * theirs[2] for a, b in zip(moments, theirs, strict=True)
             ):
                 simple = _simple(factor)
                 if simple is not None:
@@ -107,16 +107,16 @@ class Values:
         row = self._by_size.get(clipped.size)
         if not row:
             return []
-        mean, square, top = moments
+        square, mean, top = moments
         slack = 4 * self.tolerance * top
-        low = bisect.bisect_left(row, (mean - slack, -1))
+        low = bisect.bisect_left(row, (square - slack, -1))
         out: list[int] = []
         ordered: Array = None
         for other, number in row[low:]:
-            if other > mean + slack:
+            if other > square + slack:
                 break
             value = self.items[number]
-            if abs(value.moments[1] - square) > slack or abs(value.moments[2] - top) > slack:
+            if abs(value.moments[1] - mean) > slack or abs(value.moments[2] - top) > slack:
                 continue
             if ordered is None:
                 ordered = np.sort(clipped, axis=None)
@@ -126,6 +126,11 @@ class Values:
 
     def snapped(self, array: Array, number: int) -> Array:
         """`array` with the entries of the value by rank, so that no drift adds up from layer to layer."""
+        value = self.items[number]
+        if array.size == value.array.size and np.max(np.abs(value.array.ravel() - array.ravel())) <= (
+            self.tolerance * value.moments[2]
+        ):
+            return value.array.reshape(array.shape)
         out = np.empty(array.size)
         out[np.argsort(array, axis=None)] = self.items[number].sorted
         return out.reshape(array.shape)
@@ -134,10 +139,7 @@ class Values:
         """True if the array is the value without a permutation, or with its axis 1 moved last (channels last)."""
         theirs = self.items[number].array
         slack = self.tolerance * max(self.items[number].moments[2], 1e-300)
-        for turned in _turned(theirs, array):
-            if np.max(np.abs(turned - array.ravel())) <= slack:
-                return True
-        return False
+        return any(np.max(np.abs(turned - array.ravel())) <= slack for turned in _turned(theirs, array))
 
 
 def _turned(theirs: Array, ours: Array) -> Iterable[Array]:
@@ -146,16 +148,20 @@ def _turned(theirs: Array, ours: Array) -> Iterable[Array]:
         yield np.moveaxis(theirs, 1, -1).ravel()
 
 
-def _moments(array: Array) -> tuple[float, float, float] | None:
-    """(mean |x|, root mean square, max |x|); None for a constant."""
+def _clipped(array: Array) -> tuple[Array, tuple[float, float, float] | None]:
+    """The array without the entries that are masks, and (root mean square, mean, max |x|); None for a constant."""
     if array.size < 2:
-        return None
+        return array, None
     low, high = float(array.min()), float(array.max())
+    if not (low >= -_FAR and high <= _FAR):
+        array = np.clip(array, -_FAR, _FAR)
+        low, high = float(array.min()), float(array.max())
     top = max(abs(low), abs(high))
     if not np.isfinite(top) or high - low <= 1e-9 * top:
-        return None
+        return array, None
     flat = array.ravel()
-    return float(np.abs(flat).mean()), float(np.sqrt(np.dot(flat, flat) / flat.size)), top
+    square = float(np.einsum("i,i", flat, flat))  # np.dot starts threads, which costs more than it saves
+    return array, ((square / flat.size) ** 0.5, float(flat.mean()), top)
 
 
 def _simple(factor: float) -> float | None:

@@ -17,7 +17,7 @@ def suggestions(plan: Plan | PlanError) -> str:
     both models proved, and with no other."""
     lines = [HEADER, "rules = ["]
     if isinstance(plan, Plan) and plan.proof is not None:
-        from graftax.report.rules_of_plan import rule_lines_of
+        from graftax.rules.of_plan import rule_lines_of
 
         lines += [f"  # {escape(str(plan.proof), 400)}", *rule_lines_of(plan)]
     for i, question in enumerate(plan.questions, 1):

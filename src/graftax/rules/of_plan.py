@@ -7,27 +7,43 @@ comment.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from graftax.errors import GraftaxError, escape
-from graftax.ops import Cast, Concat, Op, Rearrange, RearrangeEach, Split, Stack, Unstack, bind_chain, parse_pattern
+from graftax.ops import (
+    Cast,
+    Concat,
+    Op,
+    Rearrange,
+    RearrangeEach,
+    Split,
+    Stack,
+    Unstack,
+    apply_chain,
+    bind_chain,
+    parse_pattern,
+)
 from graftax.plans import Entry, Plan
 from graftax.plans.names import NUMBER, fold_names
 from graftax.plans.text import columns
-from graftax.rules import apply_rules, load_rules
+from graftax.rules.apply import apply_rules
+from graftax.rules.load import load_rules
 from graftax.rules.template import escape_key
 from graftax.rules.text import rule_line
-from graftax.tree import Checkpoint, Side
+from graftax.tree import Checkpoint, Side, TensorSpec
 
 _INDICES = "lmnpqrs"
+_TRIED = 1 << 22
+"""Elements up to which two chains of ops are compared by what they do."""
 Keys = dict[str, object]
 
 
 def rule_lines_of(plan: Plan) -> list[str]:
     """A line for each column of the plan: a rule that makes it, with its evidence, or a comment."""
-    ends = _Ends(plan)
+    writer = RuleWriter.of(plan)
     out: list[str] = []
     for _, group in columns(entry for entry in plan.entries if entry.targets and entry.sources and not entry.unfilled):
-        lines = ends.lines(group)
+        lines = writer.lines(group)
         why = escape("; ".join(group[0].evidence), 160)
         if lines is None:
             out.append(f"  # no rule says this: {escape(group[0].text, 300)}   # {why}")
@@ -36,19 +52,22 @@ def rule_lines_of(plan: Plan) -> list[str]:
     return out
 
 
-class _Ends:
-    """Both ends of a plan, to try rules on."""
+@dataclass(frozen=True, slots=True)
+class RuleWriter:
+    """Writes entries from `source` to `like` as rules."""
 
-    def __init__(self, plan: Plan) -> None:
+    source: Checkpoint
+    like: Checkpoint
+    sides: tuple[Side, Side]
+
+    @classmethod
+    def of(cls, plan: Plan) -> RuleWriter:
+        sides = plan.source.side, plan.like.side
         made_from = plan.made_from
-        self.sides: tuple[Side, Side] = (plan.source.side, plan.like.side)
-        self.words = ("source", "target") if self.sides[0] == self.sides[1] else self.sides
         if made_from is not None and made_from.like is not None:
-            self.source, self.like = made_from.source, made_from.like
-        else:
-            self.source, self.like = (
-                Checkpoint(label=end.label, side=end.side, specs=dict(end.specs)) for end in (plan.source, plan.like)
-            )
+            return cls(made_from.source, made_from.like, sides)
+        ends = (Checkpoint(label=end.label, side=end.side, specs=dict(end.specs)) for end in (plan.source, plan.like))
+        return cls(*ends, sides)
 
     def lines(self, group: Sequence[Entry]) -> list[str] | None:
         """One line for the group, or one for each of its entries; None if no rule makes them."""
@@ -64,7 +83,8 @@ class _Ends:
         if names is None:
             return None
         sources, targets, index = names
-        ends: Keys = dict(zip(self.words, map(_one_or_list, (sources, targets)), strict=True))
+        words = ("source", "target") if self.sides[0] == self.sides[1] else self.sides
+        ends: Keys = dict(zip(words, map(_one_or_list, (sources, targets)), strict=True))
         ops = tuple(op for op in group[0].ops if not isinstance(op, Cast))
         for keys in _forms(ops, index):
             line = rule_line(**ends, **keys)
@@ -92,7 +112,25 @@ class _Ends:
             )
         except (GraftaxError, KeyError):
             return False
-        return one == other or [_plain(op) for op in one] == [_plain(op) for op in other]
+        return one == other or self._same_elements(one, other, specs)
+
+    @staticmethod
+    def _same_elements(one: Sequence[Op], other: Sequence[Op], specs: Sequence[TensorSpec]) -> bool:
+        """Do both put every element of the sources in the same place?"""
+        import numpy as np
+
+        if sum(spec.size for spec in specs) > _TRIED:
+            return [_plain(op) for op in one] == [_plain(op) for op in other]
+        ends = np.cumsum([0, *(spec.size for spec in specs)])
+        arrays = tuple(
+            np.arange(a, b, dtype=np.float64).reshape(spec.shape)
+            for a, b, spec in zip(ends[:-1], ends[1:], specs, strict=True)
+        )
+        try:
+            made = [apply_chain(tuple(ops), arrays) for ops in (one, other)]
+        except GraftaxError:
+            return False
+        return len(made[0]) == len(made[1]) and all(map(np.array_equal, *made))
 
 
 def _one_or_list(names: Sequence[str]) -> object:
