@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from os import PathLike
@@ -24,10 +23,10 @@ from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
 from graftax.formats.foreign import perhaps_slices
 from graftax.match.planning import make_plan as infer_plan
-from graftax.plans import Plan, PlanOptions, Proof, WriteOptions
+from graftax.plans import Plan, PlanOptions, WriteOptions
 from graftax.plans.options import PlanAndWriteKeywords, PlanKeywords, options_of, takes
 from graftax.plans.plan import MadeFrom
-from graftax.plans.serialization import write_json
+from graftax.plans.proof import valid
 from graftax.probe.both import both_models
 from graftax.tree import Checkpoint, Side
 from graftax.tree.gc_paused import gc_paused
@@ -124,6 +123,7 @@ def load_plan(path: str | PathLike[str]) -> Plan:
 def prove_port(made: Plan, source: Checkpoint) -> Plan:
     """The plan with the proof that both models agree on the source's weights, where it was made with inputs; the plan
     itself where it was not. ParityError with `.report` if they do not agree."""
+    made = replace(made, proof=valid(made.proof, made.entries))
     if made.made_from is None or not _inputs_given(made.made_from.options):
         return made
     made_from = made.made_from
@@ -135,7 +135,9 @@ def prove_port(made: Plan, source: Checkpoint) -> Plan:
     proving = importlib.import_module("graftax.parity.proving")
     report = proving.prove_port(made, both.module, both.model, both.inputs, source, both.flipped, own_weights)
     ratio = max((row.ratio for row in report.outputs), default=0.0)
-    proof = replace(made.proof or Proof(0), source=_values_hash(source, made), ratio=float(ratio))
+    if made.proof is None:  # parity holds on these weights; nothing is proved for others
+        return made
+    proof = replace(made.proof, source=_values_hash(source, made), ratio=float(ratio))
     return replace(made, proof=proof)
 
 
@@ -353,8 +355,6 @@ def write_plan(
         sidecars=sidecars,
     )
     receipt.notes = saved.notes
-    if made.proof is not None and saved.format not in ("safetensors", "hf_folder"):
-        write_json(made.proof.as_json(), Path(f"{os.fspath(out)}.proof.json"))
     nbytes = sum(spec.nbytes for spec in made.like.specs.values())
     if saved.format == "orbax" and nbytes > budget:
         allowed = f"{size_text(budget)} of {worded('--max-memory', 'max_memory')}"

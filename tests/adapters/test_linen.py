@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftax import adapters
-from graftax.execute import opening
 from graftax.errors import FormatError, GraftaxError, PlanError, UsageError
+from graftax.execute import opening
 from graftax.tree import TensorSpec
 
 NAMES = [

@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 
 from graftax import adapters
-from graftax.execute import opening
 from graftax.adapters import settings
 from graftax.adapters.nnx_tree import _rank
 from graftax.errors import PlanError, UsageError
+from graftax.execute import opening
 from graftax.tree import TensorSpec
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graftax import adapters
-from graftax.execute import opening
 from graftax.adapters.torch_arrays import torch_dtypes
 from graftax.errors import FormatError, PlanError, UsageError
+from graftax.execute import opening
 from graftax.tree import TensorSpec
 
 

@@ -10,9 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from graftax.execute import opening
 from graftax.errors import GraftaxError, PlanError, StorageError, UsageError
-from graftax.execute import factories
+from graftax.execute import factories, opening
 
 
 @pytest.fixture

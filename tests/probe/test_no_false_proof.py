@@ -24,8 +24,8 @@ from graftax.probe.settle import Settled, settle
 from .pairs import BLOCK, MLP, PAIRS, STACK, Pair, near, noise, other_inputs, redrawn, same, untrained
 
 QUICK = Limits(seconds=6.0, evaluations=30_000)
-FAST = 18
-ALL = 300
+FAST = 6
+ALL = 30
 
 
 # ---------------------------------------------------------------- judging

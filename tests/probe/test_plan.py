@@ -247,7 +247,7 @@ def test_inputs_need_two_models(tmp_path: Path) -> None:
         assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("inputs", [True, "a file", 3, (), {}, object()], ids=repr)
+@pytest.mark.parametrize("inputs", [True, "a file", 3, (), {}, object()], ids=lambda given: type(given).__name__)
 def test_inputs_that_are_no_arrays(inputs: Any) -> None:
     with pytest.raises(UsageError):
         gx.plan(BLOCK.torch_model(), BLOCK.like(), inputs=inputs)

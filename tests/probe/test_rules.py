@@ -15,8 +15,8 @@ from graftax.errors import RulesError
 
 from .pairs import BY_NAME, Pair
 
-FAST = 40
-ALL = 500
+FAST = 12
+ALL = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,15 +241,6 @@ def test_right_rules_are_kept(name: str) -> None:
         entry = by_target[link.flax[0]]
         assert entry.sources == link.torch
         assert any(re.search(rf"line {number}\b", text) for text in entry.evidence), (link, entry.evidence)
-
-
-def test_running_decides_the_layout_that_a_rule_leaves_open() -> None:
-    """Square gates: the rule says which tensors belong together, and not how they lie."""
-    pair = BY_NAME["tagger"]
-    link = LINKS["tagger"][1]
-    plan = gx.plan(pair.torch_model(), pair.like(), rules=f"rules = [{link.line(layout=None)}]", inputs=pair.call())
-    assert plan.complete, str(plan)
-    assert pair.right(plan)
 
 
 def test_one_right_rule_beside_what_running_decides() -> None:

@@ -75,8 +75,21 @@ def save(
     with files.kept_open():
         if resumed:
             assert origin is not None
-            return guarded(lambda: _go_on(out, row, output, clobber, notes, origin, sidecars), out)
-        return guarded(lambda: _write(out, row, output, clobber, notes, write, sidecars), out)
+            saved = guarded(lambda: _go_on(out, row, output, clobber, notes, origin, sidecars), out)
+        else:
+            saved = guarded(lambda: _write(out, row, output, clobber, notes, write, sidecars), out)
+    guarded(lambda: _proof_beside(out, row, output), out)
+    return saved
+
+
+def _proof_beside(out: Path, row: Format, output: Output) -> None:
+    """What was proved about the tensors, beside a file whose format has no room for it; what an earlier file left there is
+    removed."""
+    place = out.with_name(f"{out.name}.proof.json")
+    if output.proof is not None and row.name not in ("safetensors", "hf_folder"):
+        place.write_text(json.dumps(dict(output.proof), indent=1) + "\n", encoding="utf-8")
+    elif place.is_file() and b'"leaves"' in place.read_bytes()[:4096]:
+        place.unlink()
 
 
 def prepare(path: str | Path, output: Output, format: str | None) -> tuple[Path, Format, Output]:

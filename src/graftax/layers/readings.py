@@ -1,7 +1,8 @@
 """Readings: every way in which a Flax leaf may hold a torch tensor, as ops that print as rules.
 
-The conventions of the layer table come first ((out, in, ...) stored as (..., in, out)), then every order of the axes that
-the shapes allow: axes of either side that are a product of the other's (heads, flattened maps) are taken apart first.
+The conventions of the layer table come first ((out, in, ...) stored as (..., in, out)), then every order of the axes
+that the shapes allow: axes of either side that are a product of the other's (heads, flattened maps) are taken apart
+first.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from graftax.ops import invert_chain
 from graftax.plans.check import fit, keys_twice, unmentioned
 from graftax.plans.entries import End, Entry
 from graftax.plans.options import PlanOptions
-from graftax.plans.proof import Proof
+from graftax.plans.proof import Proof, entries_hash, valid
 from graftax.plans.questions import Assumption, Candidate, Proposal, Question
 from graftax.plans.serialization import damaged_plan, parts_of_json, plan_as_json, read_json, write_json
 from graftax.plans.text import plan_text
@@ -160,7 +160,9 @@ class Plan:
         )
         source = replace(self.source, specs=left)
         assumptions = (*self.assumptions, *noted)
-        return Plan(self.like, source, tuple(entries), (), assumptions, (), self.reads, self.proof)
+        proof = valid(self.proof, self.entries)
+        proof = None if proof is None else replace(proof, plan=entries_hash(entries))
+        return Plan(self.like, source, tuple(entries), (), assumptions, (), self.reads, proof)
 
     # ------------------------------------------------------------ making
 
@@ -219,7 +221,7 @@ class Plan:
             # A failure may hold keys that no entry names; without failures, every key must be named.
             plan = cls.build(*parts.ends, parts.proposal, partial=bool(parts.failures))
         found = tuple(failure for failure in plan.failures if failure not in parts.failures)
-        return replace(plan, failures=(*parts.failures, *found), proof=parts.proof)
+        return replace(plan, failures=(*parts.failures, *found), proof=valid(parts.proof, plan.entries))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from graftax.errors import escape
+from graftax.ops import op_to_json
+from graftax.plans.entries import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,7 @@ class Proof:
     facts    assumptions of the plan that the run settled
     models   sha256 of the code of both models, as it was traced: "torch", "flax"
     inputs   sha256 of the shapes, dtypes and values of the inputs
+    plan     sha256 of the entries: for other entries the proof is void
     source   sha256 of the source's tensors; "" until a port compared the outputs on them
     ratio    then the error of Flax's outputs over torch float32's own (5 is allowed)
     """
@@ -29,6 +34,7 @@ class Proof:
     facts: tuple[str, ...] = ()
     models: tuple[tuple[str, str], ...] = ()
     inputs: str = ""
+    plan: str = ""
     source: str = ""
     ratio: float | None = None
 
@@ -46,7 +52,7 @@ class Proof:
         """The proof as JSON data; `proof_of_json` reads it."""
         return {
             "leaves": self.leaves, "open": list(self.open), "error": self.error, "facts": list(self.facts),
-            "models": dict(self.models), "inputs": self.inputs, "source": self.source, "ratio": self.ratio,
+            "models": dict(self.models), "inputs": self.inputs, "plan": self.plan, "source": self.source, "ratio": self.ratio,
         }  # fmt: skip
 
 
@@ -62,6 +68,20 @@ def proof_of_json(data: Mapping[str, Any] | None) -> Proof | None:
         tuple(str(text) for text in data.get("facts", ())),
         tuple((str(side), str(code)) for side, code in data.get("models", {}).items()),
         str(data.get("inputs", "")),
+        str(data.get("plan", "")),
         str(data.get("source", "")),
         None if ratio is None else float(ratio),
     )
+
+
+def entries_hash(entries: Iterable[Entry]) -> str:
+    """sha256 of what goes where, and how."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry.sources, entry.targets, [op_to_json(op) for op in entry.ops]]).encode())
+    return digest.hexdigest()
+
+
+def valid(proof: Proof | None, entries: Iterable[Entry]) -> Proof | None:
+    """The proof, if it is about these entries."""
+    return proof if proof is not None and proof.plan == entries_hash(entries) else None

@@ -9,6 +9,7 @@ from graftax.errors import escape
 from graftax.ops import chain_text
 from graftax.plans.entries import Entry
 from graftax.plans.names import NUMBER, fold_names
+from graftax.plans.proof import entries_hash
 
 if TYPE_CHECKING:
     from graftax.plans.plan import Plan
@@ -109,7 +110,7 @@ def plan_text(plan: Plan) -> str:
         lines += [f"questions ({len(plan.questions)}):", *(f"  {question}" for question in plan.questions)]
     if plan.failures:
         lines += [f"misfits ({len(plan.failures)}):", *(f"  {failure}" for failure in plan.failures)]
-    if plan.proof is not None:
+    if plan.proof is not None and plan.proof.plan == entries_hash(plan.entries):
         lines.append(f"proof: {plan.proof}")
         lines += [f"  settled: {escape(fact, 400)}" for fact in plan.proof.facts]
     lines.append(lossless_text(plan))

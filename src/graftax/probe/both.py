@@ -10,11 +10,12 @@ from typing import Any
 from graftax.errors import Failure, RulesError, UsageError, escape, option
 from graftax.ops import Drop, Keep, bind_chain, invert_chain
 from graftax.plans import Assumption, Entry, Plan, PlanOptions, Proof, Proposal
+from graftax.plans.proof import entries_hash
 from graftax.probe.flax_side import is_flax
 from graftax.probe.inputs import Inputs, inputs_of
-from graftax.probe.limits import DRAWN, GIVEN, GROSS, NEAR, Limits
+from graftax.probe.limits import DRAWN, GIVEN, GROSS, NEAR, RULED
 from graftax.rules.state import Named
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import DTYPES, Checkpoint, TensorSpec
 
 
 @dataclass(slots=True)
@@ -48,13 +49,19 @@ class BothModels:
         fixed = [e for e in ruled.entries if id(e) not in loose and e.targets and not _kept(e)]
         forced = [self._turned(entry) for entry in fixed]
         limits = DRAWN if self.inputs is None else GIVEN
-        self.settled = settle(self.module, self.model, self.inputs, limits, forced)
-        if not self.settled.proved:
-            self._refute(forced, fixed, limits)
+        self.settled = settle(self.module, self.model, self.inputs, limits)
+        given = self.like if self.flipped else self.source
+        odd = [n for n, entry in enumerate(forced) if not self._as_found(entry, given)]
+        if odd or (forced and not self.settled.proved):
+            ruled_by = settle(self.module, self.model, self.inputs, RULED if self.settled.proved else limits, forced)
+            if self.settled.proved and not ruled_by.proved:
+                self._refute([fixed[n] for n in odd], [forced[n] for n in odd])
+            self.settled = ruled_by
         if not self.settled.entries:
             return Proposal()
         entries = tuple(self._back(entry) for entry in self.settled.entries)
         self._check_named(entries, named)
+        entries = tuple(_with_rules(entry, named) for entry in entries)
         taken = {name for e in ruled.entries if id(e) not in loose for name in (*e.sources, *e.targets)}
         entries = tuple(e for e in entries if not taken & {*e.sources, *e.targets})
         self.proved = frozenset(name for e in (*entries, *fixed) for name in e.targets)
@@ -67,6 +74,7 @@ class BothModels:
             return plan
         if not settled.proved:
             return self._not_proved(plan)
+        plan = self._without_counters(plan)
         known = [a for a in plan.assumptions if a.targets and self.proved.issuperset(a.targets)]
         left = tuple(a for a in plan.assumptions if a not in known)
         proof = Proof(
@@ -76,8 +84,31 @@ class BothModels:
             tuple(dict.fromkeys(_fact(assumption) for assumption in known)),
             settled.models,
             settled.inputs,
+            entries_hash(plan.entries),
         )
         return replace(plan, assumptions=left, proof=proof)
+
+    def _without_counters(self, plan: Plan) -> Plan:
+        """The plan without questions about integer buffers of torch: every leaf has its tensor, and Flax has none for
+        these."""
+        if self.flipped or any(not _floats(spec) for spec in plan.like.specs.values()):
+            return plan
+        buffers = self.source.live.buffers
+        entries, questions = list(plan.entries), []
+        for question in plan.questions:
+            names = question.sources
+            if (
+                question.kind != "unused"
+                or question.targets
+                or not all(name in buffers and not _floats(plan.source.specs[name]) for name in names)
+            ):
+                questions.append(question)
+                continue
+            for name in names:
+                spec = plan.source.specs[name]
+                drop = Drop("an integer buffer that no leaf holds; the models agree without it", spec.shape, spec.dtype)
+                entries.append(Entry((name,), (), (drop,), ("proved by running both models",)))
+        return replace(plan, entries=tuple(entries), questions=tuple(questions))
 
     def _not_proved(self, plan: Plan) -> Plan:
         """The plan with what running showed of it."""
@@ -90,7 +121,9 @@ class BothModels:
         entries = [self._turned(entry) for entry in plan.entries if entry.targets and not _kept(entry)]
         error = settled.error_of(entries) if plan.complete else None
         if error is not None and error <= NEAR:
-            return replace(plan, proof=Proof(sum(len(e.targets) for e in entries), error=error))
+            return replace(
+                plan, proof=Proof(sum(len(e.targets) for e in entries), error=error, plan=entries_hash(plan.entries))
+            )
         wrong = settled.wrong_reading(entries) if error is not None and error > GROSS else ""
         if wrong or (self.inputs is not None and error is not None and error > GROSS):
             what = f"{escape(wrong)} has its axes in another order" if wrong else "the outputs are far off"
@@ -126,33 +159,28 @@ class BothModels:
 
     # ------------------------------------------------------------ rules
 
-    def _refute(self, forced: Sequence[Entry], rules: Sequence[Entry], limits: Limits) -> None:
-        """RulesError if the models agree without the rules, and not with them."""
-        from graftax.probe.settle import settle
+    def _as_found(self, rule: Entry, given: Checkpoint) -> bool:
+        """Does a rule say what running found?"""
+        holds = [found for found in self.settled.entries if set(found.targets) & set(rule.targets)]
+        return {name for e in holds for name in e.targets} >= set(rule.targets) and all(
+            same_effect(rule, found, given.specs) for found in holds
+        )
 
-        if not forced:
-            return
-        free = settle(self.module, self.model, self.inputs, limits)
-        if not free.proved:
-            return
-        given = self.like if self.flipped else self.source
+    def _refute(self, rules: Sequence[Entry], forced: Sequence[Entry]) -> None:
+        """RulesError: the models agree without these rules, and do not with them."""
         failures: list[Failure] = []
-        for entry, rule in zip(forced, rules, strict=True):
-            holds = [found for found in free.entries if set(found.targets) & set(entry.targets)]
-            if not holds or all(same_effect(entry, found, given.specs) for found in holds):
-                continue
+        for rule, entry in zip(rules, forced, strict=True):
+            holds = [found for found in self.settled.entries if set(found.targets) & set(entry.targets)]
             lines = ", ".join(self._line(self._back(found)) for found in holds)
             failures.append(
                 Failure(
-                    f"running both models refutes this rule: with it no plan makes the outputs agree; without "
-                    f"it they agree to {free.error:.0e}",
-                    rule.evidence[0] if rule.evidence else "",
-                    rule.text,
-                    next=f"What holds: {lines}",
+                    f"running both models refutes this rule: with it no plan makes the outputs agree; without it they agree "
+                    f"to {self.settled.error:.0e}",
+                    key=_of_rule(rule.evidence[0] if rule.evidence else "", rule),
+                    next=f"What holds: {lines}" if lines else "",
                 )
             )
-        if failures:
-            raise RulesError("rules that the models contradict:", failures)
+        raise RulesError("rules that the models contradict:", failures)
 
     def _check_named(self, entries: Iterable[Entry], named: Sequence[Named]) -> None:
         """RulesError if a rule says that leaves belong together, and running shows otherwise."""
@@ -170,8 +198,7 @@ class BothModels:
                     Failure(
                         "running both models refutes this rule: without it the outputs agree to "
                         f"{self.settled.error:.0e}",
-                        item.rule.evidence,
-                        item.entry.text,
+                        key=_of_rule(item.rule.where, item.entry),
                         next=f"What holds: {lines}",
                     )
                 )
@@ -185,6 +212,20 @@ class BothModels:
         sides = (self.source.side or "torch", self.like.side or "flax")
         lines = RuleWriter(self.source, self.like, sides).lines([entry])
         return ", ".join(lines) if lines else escape(entry.text, 300)
+
+
+def _with_rules(entry: Entry, named: Sequence[Named]) -> Entry:
+    """The entry with the rules that say so, without its layout, as its first evidence."""
+    said = [item.rule.evidence for item in named if set(item.entry.targets) & set(entry.targets)]
+    return replace(entry, evidence=(*dict.fromkeys(said), *entry.evidence))
+
+
+def _floats(spec: TensorSpec) -> bool:
+    return DTYPES[spec.dtype][1] == "f"
+
+
+def _of_rule(where: str, entry: Entry) -> str:
+    return f"{where} ({escape(entry.text, 200)})" if where else escape(entry.text, 200)
 
 
 def _kept(entry: Entry) -> bool:

@@ -70,7 +70,7 @@ def entries_of(
     entries: list[Entry] = []
     failed: dict[str, str] = {}
     for paths in _components(_named_apart(nodes)):
-        group = {path: node for path, node in paths}
+        group = dict(paths)
         try:
             entries.append(_entry(group, shapes, evidence))
         except NoOps as error:
@@ -216,7 +216,7 @@ def _extent(node: Node, axis: int) -> int:
 def _cuts(
     sources: Sequence[Source], keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[list[Op], list[Part]]]:
-    """Ops that cut every tensor into the rows that the slots take, and (key, rows) of each tensor that they give: tensor
+    """Ops that cut every tensor into the rows that the slots take, and (key, rows) of each tensor they give: tensor
     by tensor, or part by part. All tensors of an entry are cut alike."""
     parts = sorted({source.rows for source in sources if source.rows is not None}, key=lambda rows: rows[0])
     if not parts:

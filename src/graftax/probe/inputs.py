@@ -72,6 +72,11 @@ def call_of(given: Any) -> Call:
 def inputs_of(given: Any, layout: Layouts = None, out_layout: Layouts = None) -> Inputs:
     """What a user gives as inputs as an Inputs. layout and out_layout given beside them count before its own."""
     made = given if isinstance(given, Inputs) else Inputs(given)
+    if not any(True for side in (made.both, made.torch, made.flax) for _ in nests.leaves(side, _is_array)):
+        raise UsageError(
+            f"the inputs hold no array: {type(given).__name__}",
+            next="Pass an array, a tuple of arrays, (args, kwargs) or gx.Inputs(...); inputs=False switches running off.",
+        )
     return Inputs(
         made.both, made.torch, made.flax, made.torch_call, made.flax_call,
         made.layout if layout is None else layout, made.out_layout if out_layout is None else out_layout,

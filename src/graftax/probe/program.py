@@ -24,6 +24,7 @@ _SAME = frozenset(
     ("copy", "copy_p", "stop_gradient", "reduce_precision", "sharding_constraint", "optimization_barrier")
 )
 """Primitives that give what they take."""
+_BRANCHES = frozenset(("while", "cond"))
 _CALLBACKS = frozenset(("pure_callback", "io_callback", "debug_callback", "python_callback"))
 INDEX, JOIN = "index", "join"
 """Steps of our own: element `at` of axis 0, and values stacked along a new axis 0 (what a scan takes and gives)."""
@@ -100,7 +101,7 @@ def program_of(closed: Any, paths: Sequence[str], inputs: int) -> Program:
             program.inputs.append(number)
     for variable, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
         env[variable] = program.constant(value)
-    walk = _Inliner(program)
+    walk = _Inliner(program, {*program.leaves.values(), *program.inputs})
     walk.run(closed.jaxpr, env)
     program.outputs = [walk.atom(env, atom) for atom in closed.jaxpr.outvars]
     return program
@@ -109,6 +110,8 @@ def program_of(closed: Any, paths: Sequence[str], inputs: int) -> Program:
 @dataclass(slots=True)
 class _Inliner:
     program: Program
+    moving: set[int]
+    """Values that depend on inputs or leaves."""
     unrolled: int = 0
 
     def atom(self, env: dict[Any, int], atom: Any) -> int:
@@ -126,11 +129,18 @@ class _Inliner:
             elif name in _SAME or (name == "convert_element_type" and self._widens(eqn, given[0])):
                 made = given
             else:
+                if name in _BRANCHES and any(n in self.moving for n in (given[:1] if name == "cond" else given)):
+                    raise ModelError(
+                        f"the Flax model has a {name} that depends on data: only the branch that happened to run would be "
+                        "probed"
+                    )
                 if name in _CALLBACKS:
                     raise ModelError(f"the Flax model calls back into Python ({escape(name)}): it cannot be probed")
                 made = [self.program.value(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
                 step = Step(name, eqn.params, tuple(given), tuple(made), _where(eqn), eqn)
                 self.program.steps.append(step)
+                if any(n in self.moving for n in given):
+                    self.moving.update(made)
             for variable, number in zip(eqn.outvars, made, strict=True):
                 env[variable] = number
 
@@ -166,6 +176,7 @@ class _Inliner:
             for number in scanned:
                 made = program.value(program.shapes[number][1:], program.dtypes[number])
                 program.step(INDEX, (number,), (made,), at=i)
+                self.moving.update((made,) if number in self.moving else ())
                 items.append(made)
             out = self._call((closed.jaxpr, closed.consts), [*fixed, *carry, *items])
             carry = out[:carried]
@@ -176,6 +187,7 @@ class _Inliner:
         for n, variable in enumerate(eqn.outvars[carried:]):
             made = program.value(variable.aval.shape, variable.aval.dtype)
             program.step(JOIN, [row[n] for row in rows], (made,))
+            self.moving.update((made,) if any(row[n] in self.moving for row in rows) else ())
             stacked.append(made)
         return [*carry, *stacked]
 

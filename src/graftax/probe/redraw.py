@@ -47,7 +47,7 @@ def probe_copy(module: nn.Module, seed: int) -> nn.Module:
                     normed or (tensor.ndim == 1 and tensor.numel() > 1 and bool((tensor == tensor[0]).all()))
                 ):
                     continue
-                _redraw(tensor, generator, positive=(buffer and name.endswith("var")) or (buffer and not normed))
+                _redraw(tensor, generator, positive=buffer and (not normed or tensor is owner.running_var))
     return made
 
 

@@ -56,7 +56,8 @@ class Choice:
 
 
 Option = tuple[dict[int, Choice], int, Array]
-"""A choice for each unknown that an event decides, and the value in torch's record that it makes."""
+"""A choice for each unknown that an event decides, the value in torch's record that it makes, and that value as Flax
+makes it (None: it is made again)."""
 
 
 @dataclass(slots=True)
@@ -150,7 +151,10 @@ class Search:
         self.producer: dict[int, tuple[Step, int]] = {
             out: (step, j) for step in program.steps for j, out in enumerate(step.outs)
         }
-        self.slots = [(step, j) for step in program.steps for j in range(len(step.outs))]
+        self.live = self._live()
+        every = [(step, j) for step in program.steps for j in range(len(step.outs))]
+        # What no output needs comes last: it takes what is left, and can contradict nothing.
+        self.slots = sorted(every, key=lambda slot: slot[0].outs[slot[1]] not in self.live)
         self.place_of = {step.outs[j]: n for n, (step, j) in enumerate(self.slots)}
         self.fixed = {**{n: widened(array) for n, array in program.constants.items()}, **fixed}
         self.data = self._data()
@@ -165,6 +169,15 @@ class Search:
         out = set(self.program.inputs)
         for step in self.program.steps:
             if any(n in out for n in step.ins):
+                out.update(step.outs)
+        return out
+
+    def _live(self) -> set[int]:
+        """The values that the outputs need."""
+        out = set(self.program.outputs)
+        for step in reversed(self.program.steps):
+            if any(n in out for n in step.outs):
+                out.update(step.ins)
                 out.update(step.outs)
         return out
 
@@ -204,6 +217,7 @@ class Search:
         self.flat = {}
         self.blocked = 0
         self.dead_end = ""
+        self.idle = False
         self.classes: dict[int, list[int]] = {}
         self.reasons: dict[int, str] = {}
         frames: list[_Frame] = []
@@ -224,7 +238,10 @@ class Search:
             if len(self.choices) > len(best.choices) or not best.dead_end:
                 best = Found(dict(self.choices), dict(self.reasons), dead_end=self.dead_end)
             backtracks += 1
-            again = self._back(frames, conflict)
+            try:
+                again = self._back(frames, conflict)
+            except OutOfBudget:
+                again = None
             if again is None:
                 best.backtracks = backtracks
                 return best
@@ -267,10 +284,7 @@ class Search:
             if conflict & frame.bit:
                 frame.conflict |= conflict & ~frame.bit
                 self.blocked = 0
-                try:
-                    option = next(frame.options, None)
-                except OutOfBudget:
-                    return None
+                option = next(frame.options, None)
                 frame.conflict |= self.blocked & (frame.bit - 1)
                 if option is not None:
                     self._take(frame, option)
@@ -311,13 +325,14 @@ class Search:
         """Make one value known, lazy, or decide what it needs. A conflict at a dead end, else None."""
         if value in self.known:
             return None
+        self.idle = value not in self.live
         for n in step.ins:
             if n not in self.known and not self._open_of(n):  # its leaves were decided after it was passed
                 self._set(n, self._value(n), self._causes(n))
         leaves = frozenset[int]().union(*(self._open_of(n) for n in step.ins))
         if not leaves:
             self._set(value, self._value(value), self._cause_of(step))
-            return self._strays(step, value, frames) if self.how.near else None
+            return self._strays(step, value, frames) if self.how.near and not self.idle else None
         mixed = any(n in self.mixed for n in step.ins if n not in self.known)
         meets = any(self._tells(n) for n in step.ins)
         product = step.name in STRICT
@@ -349,7 +364,7 @@ class Search:
             return None
         age = 1 + max((self.age.get(n, 0) for n in step.ins), default=0)
         ends = (product and len(leaves) == 1 and self.how.strict) or age > PATIENCE or len(leaves) > LEAVES
-        if ends and (self.how.near or any(n in self.data for n in step.ins)):
+        if ends and not self.idle and (self.how.near or any(n in self.data for n in step.ins)):
             near = self.how.near and any(n in self.data for n in step.ins)
             return (self._nearest(value, frames) if near else self._causes(value)) | self.blocked
         self._lazy(value, leaves, mixed or any(n in self.data for n in step.ins), age)
@@ -585,7 +600,7 @@ class Search:
 
     def _blocked(self, source: int) -> bool:
         """True if the tensor, or some of its rows, already fill a leaf; those choices then join the conflict."""
-        if self.how.reuse:
+        if self.how.reuse and not self.idle:
             return False
         item = self.record.sources[source]
         busy = False

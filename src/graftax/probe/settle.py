@@ -12,7 +12,7 @@ import numpy as np
 from graftax.adapters import nests
 from graftax.adapters.layouts import declared
 from graftax.adapters.linen_tree import LinenModel
-from graftax.errors import GraftaxError
+from graftax.errors import GraftaxError, ModelError, UsageError, escape
 from graftax.ops import apply_chain
 from graftax.plans import Entry
 from graftax.probe.draw import axes_between, drawn_like
@@ -213,12 +213,13 @@ def settle(
     start = time.monotonic()
     best = Settled(stopped="there is no example input")
     for calls in _calls(module, model, inputs):
+        _check_finite(calls)
         try:
             attempt = Attempt.of(module, model, calls, inputs or Inputs(), inputs is None)
             found = _settled(attempt, limits, forced)
         except (GraftaxError, OutOfBudget) as error:
             if inputs is not None and isinstance(error, GraftaxError):
-                raise
+                raise _with_hint(error, inputs, calls) from error
             found = Settled(stopped=str(error))
         if found.proved or len(found.entries) > len(best.entries) or not best.dead_end:
             best = found
@@ -267,6 +268,27 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
         inputs=attempt.digest(),
         attempt=attempt,
     )
+
+
+def _with_hint(error: GraftaxError, inputs: Inputs, calls: tuple[Call, Call]) -> GraftaxError:
+    """The error; if one array served both sides and may be an image, with the way to say its layout."""
+    shared = inputs.layout is None and (inputs.torch is None or inputs.flax is None)
+    if not isinstance(error, ModelError) or not shared or not any(a.ndim > 2 for a in input_arrays(*calls[1])):
+        return error
+    return ModelError(
+        str(error),
+        next="Both sides were given arrays of one layout; if Flax takes channels last, say so: "
+        "gx.Inputs(x, layout='NCHW -> NHWC') (--layout).",
+    )
+
+
+def _check_finite(calls: tuple[Call, Call]) -> None:
+    """UsageError for inputs that are not finite: every value that they make is equal to every other."""
+    for call in calls:
+        for path, array in nests.leaves(call, _is_array):
+            plain = np.asarray(array)
+            if plain.dtype.kind == "f" and not np.isfinite(plain).all():
+                raise UsageError(f"the input {escape(path)} is not finite (NaN or infinite values)")
 
 
 # ---------------------------------------------------------------- inputs

@@ -1,8 +1,8 @@
 """Record one float64 run of a torch model: its values, op by op and parameter by parameter, and their twins.
 
 An op that uses several parameters is written out one at a time (x @ W, then + b; x - mean, then xhat, then xhat * w),
-so that each Flax leaf can be decided alone. Only what torch itself computes on the way is written out: values that nobody
-makes are found by chance.
+so that each Flax leaf can be decided alone. Only what torch itself computes on the way is written out: values that
+nobody makes are found by chance.
 """
 
 from __future__ import annotations
@@ -249,8 +249,12 @@ class TorchRecorder(TorchDispatchMode):
             return
         for t, product, column in zip(made, products, columns, strict=True):
             self._alive += [product, column]
-            number = self._value(product)
-            if column.numel() < shadow.columns.numel():
+            if column.numel() == shadow.columns.numel():
+                number = self._number[id(product)] = self._value(shadow.product)
+                if number is not None:
+                    self.record.values.items[number].shapes.add(tuple(product.shape))
+            else:
+                number = self._value(product)
                 kept = np.zeros(shadow.weight.index.numel(), bool)
                 kept[column.reshape(-1).numpy()] = True
                 if not kept.all():
@@ -380,7 +384,7 @@ class TorchRecorder(TorchDispatchMode):
             self.record.meets(number, source)
         place = self._place(turned)
         if place is not None and 1 < product.shape[-1] == turned.shape[-1]:
-            columns = torch.arange(product.shape[-1]).expand(product.shape).contiguous()
+            columns = torch.arange(product.shape[-1]).expand(product.shape)
             first = _Place(place.source, place.index[(0,) * (turned.ndim - 1)])
             added = None if bias is None else self._place(bias)
             if added is not None and added.index.numel() != product.shape[-1]:
