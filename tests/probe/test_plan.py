@@ -489,3 +489,11 @@ def test_the_helper_reads_what_is_there(tmp_path: Path) -> None:
     assert flat({"a": {"b": np.zeros(2)}}).keys() == {"a/b"}
     np.savez(tmp_path / "x.npz", a=np.zeros(2))
     assert proof_of(tmp_path / "x.npz") is None
+
+
+def test_models_that_do_not_fit_into_memory_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftax.probe.both._memory", lambda: 1000)
+    with pytest.raises(UsageError, match="small configuration"):
+        gx.plan(Two().eval(), two(), inputs=np.ones((3, 4), "f4"))
+    monkeypatch.setattr("graftax.probe.both.DRAWN_MOST", 10)
+    assert gx.plan(Two().eval(), two()).proof is None

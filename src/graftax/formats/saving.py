@@ -83,8 +83,8 @@ def save(
 
 
 def _proof_beside(out: Path, row: Format, output: Output) -> None:
-    """What was proved about the tensors, beside a file whose format has no room for it; what an earlier file left there is
-    removed."""
+    """What was proved about the tensors, beside a file whose format has no room for it. What an earlier file left there
+    is removed."""
     place = out.with_name(f"{out.name}.proof.json")
     if output.proof is not None and row.name not in ("safetensors", "hf_folder"):
         place.write_text(json.dumps(dict(output.proof), indent=1) + "\n", encoding="utf-8")

@@ -35,7 +35,8 @@ models proves."""
 def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions, prove: Prover | None = None) -> Plan:
     """The plan for `source` -> `like`. It holds its questions and misfits; they are not raised.
 
-    like=None: the rules alone state what comes out. prove: decides leaves before anything is inferred. Raises UsageError, RulesError, PlanError (sides, quantized source).
+    like=None: the rules alone state what comes out. prove: decides leaves before anything is inferred. Raises
+    UsageError, RulesError, PlanError (sides, quantized source).
     """
     options.check()
     refuse_quantized(source)

@@ -19,8 +19,9 @@ from graftax.tree import Checkpoint
 def prove_port(
     plan: Plan, module: Any, model: Any, inputs: Inputs, source: Checkpoint, flipped: bool, own_weights: bool
 ) -> ParityReport:
-    """The report of both models with the source's weights: those of `model` are made by the plan; where the plan goes from
-    Flax to torch (`flipped`), a copy of `module` gets them. own_weights: the source has other weights than `module`.
+    """The report of both models with the source's weights: those of `model` are made by the plan; where the plan goes
+    from Flax to torch (`flipped`), a copy of `module` gets them. own_weights: the source has other weights than
+    `module`.
     ParityError with `.report` if the outputs differ.
     """
     if flipped:

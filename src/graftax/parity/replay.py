@@ -27,7 +27,7 @@ def record_golden(
     rules: Any = None,
     plan: Plan | None = None,
     layout: Any = None,
-    out_layout: str | None = None,
+    out_layout: Any = None,
     layers: bool = False,
 ) -> Golden:
     """Run the torch module in float64 and float32, and record what a replay needs; write it to `path` if one is given.

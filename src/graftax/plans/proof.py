@@ -52,7 +52,8 @@ class Proof:
         """The proof as JSON data; `proof_of_json` reads it."""
         return {
             "leaves": self.leaves, "open": list(self.open), "error": self.error, "facts": list(self.facts),
-            "models": dict(self.models), "inputs": self.inputs, "plan": self.plan, "source": self.source, "ratio": self.ratio,
+            "models": dict(self.models), "inputs": self.inputs, "plan": self.plan, "source": self.source,
+            "ratio": self.ratio,
         }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from graftax.plans import Assumption, Entry, Plan, PlanOptions, Proof, Proposal
 from graftax.plans.proof import entries_hash
 from graftax.probe.flax_side import is_flax
 from graftax.probe.inputs import Inputs, inputs_of
-from graftax.probe.limits import DRAWN, GIVEN, GROSS, NEAR, RULED
+from graftax.probe.limits import BYTES, DRAWN, DRAWN_MOST, GIVEN, GROSS, NEAR, RULED
 from graftax.rules.state import Named
 from graftax.tree import DTYPES, Checkpoint, TensorSpec
 
@@ -174,8 +175,8 @@ class BothModels:
             lines = ", ".join(self._line(self._back(found)) for found in holds)
             failures.append(
                 Failure(
-                    f"running both models refutes this rule: with it no plan makes the outputs agree; without it they agree "
-                    f"to {self.settled.error:.0e}",
+                    "running both models refutes this rule: with it no plan makes the outputs agree; without it they "
+                    f"agree to {self.settled.error:.0e}",
                     key=_of_rule(rule.evidence[0] if rule.evidence else "", rule),
                     next=f"What holds: {lines}" if lines else "",
                 )
@@ -237,8 +238,8 @@ def _fact(assumption: Assumption) -> str:
 
 
 def same_parts(rule: Entry, found: Entry, specs: Mapping[str, TensorSpec]) -> bool:
-    """Do two entries put the same elements of the sources into each leaf that both fill, and into each slice of a stacked
-    one, in whatever order? So much a rule says that leaves the layout open."""
+    """Do two entries put the same elements of the sources into each leaf that both fill, and into each slice of a
+    stacked one, in whatever order? So much a rule says that leaves the layout open."""
     import numpy as np
 
     from graftax.errors import GraftaxError
@@ -260,7 +261,7 @@ def same_parts(rule: Entry, found: Entry, specs: Mapping[str, TensorSpec]) -> bo
     for name in one.keys() & other.keys():
         parts = [np.moveaxis(a, axis, 0) if axis is not None else a[None] for a in (one[name], other[name])]
         flat = [np.sort(part.reshape(len(part), -1), axis=1) for part in parts]
-        if flat[0].shape != flat[1].shape or not np.array_equal(*flat):
+        if not np.array_equal(flat[0], flat[1]):
             return False
     return True
 
@@ -318,6 +319,8 @@ def both_models(
                 "inputs decide a plan between a torch module and a Flax model; these are not one of each", next=ways
             )
         raise UsageError(f"inputs need both models live; {', '.join(map(escape, lacking))} has only weights", next=ways)
+    if not _room(source, given):
+        return None
     inputs = None if given is None else inputs_of(given, options.layout)
     torch_tree, flax_tree = (like, source) if flipped else (source, like)
     for end, tree in ((origin, torch_tree), (flax_end, flax_tree)):
@@ -329,6 +332,30 @@ def both_models(
                 next="Give the model whose weights they are.",
             )
     return BothModels(origin, flax_end, source, like, flipped, inputs)
+
+
+def _room(source: Checkpoint, given: Any) -> bool:
+    """Is there memory to run both models? UsageError if there is not, and inputs are given."""
+    size = sum(spec.size for spec in source.specs.values())
+    if given is None:
+        return size <= DRAWN_MOST
+    needed, there = size * BYTES, _memory()
+    if there is not None and needed > there:
+        raise UsageError(
+            f"running both models takes about {needed / 2**30:.1f} GiB ({BYTES} bytes for each of {size:,} parameters), and "
+            f"the machine has {there / 2**30:.1f} GiB",
+            next="Prove a small configuration of the same code, and port with gx.suggest(plan): docs/proof.md. "
+            "inputs=False does not run the models.",
+        )
+    return True
+
+
+def _memory() -> int | None:
+    """The machine's memory in bytes; None if it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _keys(model: Any) -> set[str]:

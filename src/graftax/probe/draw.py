@@ -9,8 +9,8 @@ import numpy as np
 
 
 def drawn_like(array: Any, seed: int, ids: int | None = None) -> Any:
-    """Another input of the same shape, dtype and range. Flags, and integers with two values at most (masks), stay as they
-    are, unless they are all zero and `ids` says how many ids there are."""
+    """Another input of the same shape, dtype and range. Flags, and integers with two values at most (masks), stay as
+    they are, unless they are all zero and `ids` says how many ids there are."""
     plain = np.asarray(array)
     random = np.random.default_rng(seed)
     if plain.dtype.kind == "f" or "float" in plain.dtype.name:

@@ -54,6 +54,7 @@ def record_flax(program: Program, forward: FlaxForward, leaves: Mapping[str, Arr
         outs = evaluate(step, [known[n] for n in step.ins])
         known.update(zip(step.outs, outs, strict=True))
         _note(step, record, known, whole, made_of, program)
+    record.close()
     record.outputs = [np.asarray(known[n]) for n in program.outputs if np.asarray(known[n]).dtype.kind == "f"]
     return record
 

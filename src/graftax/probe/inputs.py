@@ -75,7 +75,7 @@ def inputs_of(given: Any, layout: Layouts = None, out_layout: Layouts = None) ->
     if not any(True for side in (made.both, made.torch, made.flax) for _ in nests.leaves(side, _is_array)):
         raise UsageError(
             f"the inputs hold no array: {type(given).__name__}",
-            next="Pass an array, a tuple of arrays, (args, kwargs) or gx.Inputs(...); inputs=False switches running off.",
+            next="Pass an array, a tuple of arrays, (args, kwargs) or gx.Inputs(...); inputs=False does not run them.",
         )
     return Inputs(
         made.both, made.torch, made.flax, made.torch_call, made.flax_call,

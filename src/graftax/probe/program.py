@@ -131,8 +131,8 @@ class _Inliner:
             else:
                 if name in _BRANCHES and any(n in self.moving for n in (given[:1] if name == "cond" else given)):
                     raise ModelError(
-                        f"the Flax model has a {name} that depends on data: only the branch that happened to run would be "
-                        "probed"
+                        f"the Flax model has a {name} that depends on data: only the branch that happened to run would "
+                        "be probed"
                     )
                 if name in _CALLBACKS:
                     raise ModelError(f"the Flax model calls back into Python ({escape(name)}): it cannot be probed")

@@ -22,7 +22,7 @@ def _summed(x: Any, h: Any, wi: Any, wh: Any, bi: Any, bh: Any, gates: int) -> l
     if bi is None:
         return parts
     bias = bi + bh
-    (a + b) + bias
+    torch.add(a + b, bias)  # for the record
     return [part + one for part, one in zip(parts, bias.chunk(gates), strict=True)]
 
 
@@ -61,7 +61,7 @@ def _layer(module: Any, kind: str, x: Any, state: Any, layer: int, reverse: bool
     made: list[Any] = []
     for t in range(x.shape[0] - 1, -1, -1) if reverse else range(x.shape[0]):
         if kind == "LSTM":
-            h, c = _lstm(x[t], *state, wi, wh, bi, bh)
+            h, c = _lstm(x[t], state[0], state[1], wi, wh, bi, bh)
             if module.proj_size:
                 h = h @ getattr(module, f"weight_hr{suffix}").t()
             state = (h, c)
@@ -107,7 +107,7 @@ def _forward(module: Any, kind: str, x: Any, given: Any = None) -> Any:
 
 
 def _cell(module: Any, kind: str, x: Any, given: Any = None) -> Any:
-    weights = module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh
+    wi, wh, bi, bh = module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh
     flat = x.dim() == 1
     x = x.unsqueeze(0) if flat else x
     if given is None:
@@ -116,9 +116,12 @@ def _cell(module: Any, kind: str, x: Any, given: Any = None) -> Any:
     elif flat:
         given = tuple(part.unsqueeze(0) for part in given) if kind == "LSTMCell" else given.unsqueeze(0)
     if kind == "LSTMCell":
-        made = _lstm(x, *given, *weights)
+        made = _lstm(x, given[0], given[1], wi, wh, bi, bh)
         return tuple(part.squeeze(0) for part in made) if flat else made
-    out = _gru(x, given, *weights) if kind == "GRUCell" else _rnn(x, given, *weights, _act(module.nonlinearity))
+    if kind == "GRUCell":
+        out = _gru(x, given, wi, wh, bi, bh)
+    else:
+        out = _rnn(x, given, wi, wh, bi, bh, _act(module.nonlinearity))
     return out.squeeze(0) if flat else out
 
 

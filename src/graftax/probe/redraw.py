@@ -13,8 +13,8 @@ from graftax.errors import ModelError, escape
 
 
 def probe_copy(module: nn.Module, seed: int) -> nn.Module:
-    """A float64 copy in eval mode, on the CPU, with redrawn floating parameters and statistics; ties stay ties, computed
-    buffers and integers stay as they are. ModelError if it cannot be copied, or if a buffer has no values."""
+    """A float64 copy in eval mode, on the CPU, with redrawn floating parameters and statistics; ties stay ties,
+    computed buffers and integers stay as they are. ModelError if it cannot be copied, or if a buffer has no values."""
     module = getattr(module, "_orig_mod", module)
     try:
         made = copy.deepcopy(module)

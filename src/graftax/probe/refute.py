@@ -1,5 +1,5 @@
-"""Look for a wrong reading in a plan that names and shapes made: a leaf of which running shows that its axes are in another
-order."""
+"""Look for a wrong reading in a plan that names and shapes made: a leaf whose axes are in another order, as running
+shows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def wrong_reading(
     keys: Mapping[str, Collection[str]],
 ) -> str:
     """The path of the first leaf that is multiplied with a value with which torch used the leaf's own tensor, and makes
-    another product than torch's; "" if there is none. Then the axes of the leaf are wrong, whatever else differs between
-    the models: an activation or a norm before it would have changed the value that it meets.
+    another product than torch's; "" if there is none. Then the axes of the leaf are wrong, whatever else differs
+    between the models: an activation or a norm before it would have changed the value that it meets.
 
     held: unknown -> its array under the plan; keys: path -> the tensor that fills it, for leaves of one tensor
     """

@@ -74,8 +74,8 @@ class Settled:
         return bool(self.entries) and not self.proved
 
     def error_of(self, entries: Sequence[Entry]) -> float | None:
-        """The difference of the outputs with the leaves that these entries make, on redrawn weights; None if some leaf has
-        none, or the models could not be run."""
+        """The difference of the outputs with the leaves that these entries make, on redrawn weights; None if some leaf
+        has none, or the models could not be run."""
         if self.attempt is None:
             return None
         record, arrays = self.attempt.redrawn(SEEDS[1])
@@ -86,7 +86,7 @@ class Settled:
         return error
 
     def wrong_reading(self, entries: Sequence[Entry]) -> str:
-        """A leaf whose axes these entries put in a wrong order, whatever else differs between the models; "" for none."""
+        """A leaf whose axes these entries put in a wrong order, whatever else differs; "" if none."""
         if self.attempt is None:
             return ""
         attempt = self.attempt
@@ -196,7 +196,8 @@ class Attempt:
     def confirmed(
         self, found: Found, record: Record, arrays: Sequence[Any], forced: Mapping[int, Any]
     ) -> tuple[float, str]:
-        """(the difference of the outputs, the first step that decided something and does not hold) on another redraw."""
+        """(the difference of the outputs, the first step that decided something and does not hold), on another
+        redraw."""
         fixed = fixed_values(self.program, self.forward, arrays)
         search = Search(self.program, self.unknowns, record, fixed, lambda outs: True, forced=forced)
         return search.replay(found, lambda outs: difference(outs, record.outputs, declared(self.inputs.out_layout)))
@@ -206,7 +207,8 @@ def settle(
     module: Any, model: Any, inputs: Inputs | None, limits: Limits | None = None, forced: Sequence[Entry] = ()
 ) -> Settled:
     """Find what `model` (gx.linen(...) or an nnx.Module) holds of the torch `module`, by running both. Neither is
-    changed. inputs=None: they are drawn from the example of gx.linen, with images channels first and last in turn. forced: entries that hold, because rules say so.
+    changed. inputs=None: they are drawn from the example of gx.linen, with images channels first
+    and last in turn. forced: entries that hold, because rules say so.
 
     ModelError if a model cannot be run or traced on given inputs."""
     limits = limits or Limits()

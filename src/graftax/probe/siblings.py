@@ -8,8 +8,8 @@ from graftax.probe.record import Record
 
 
 def siblings_of(record: Record) -> list[list[int]]:
-    """Lists of sources, in order, of one shape at one place of modules of one parent. Names are not read: a place is the
-    position of each part of a key among the parts that occur there."""
+    """Lists of sources, in order, of one shape at one place of modules of one parent. Names are not read: a place is
+    the position of each part of a key among the parts that occur there."""
     whole = [(n, s) for n, s in enumerate(record.sources) if s.how == "tensor" and s.rows is None]
     children: dict[str, dict[str, int]] = {}
     groups: dict[Any, list[tuple[int, int]]] = {}

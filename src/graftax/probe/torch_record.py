@@ -433,14 +433,14 @@ class TorchRecorder(TorchDispatchMode):
             number = self._value(value)
 
     def _layer_norm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
-        x, shape, weight, bias, eps = (*args, *(None,) * 5)[:5]
+        x, shape, weight, bias, eps = _filled(args, 5)
         axes = tuple(range(x.ndim - len(shape), x.ndim))
         centred = x - x.mean(axes, keepdim=True)
         normed = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
         self._affine(x, centred, normed, weight, bias, lambda p: p)
 
     def _rms_norm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
-        x, shape, weight, eps = (*args, *(None,) * 4)[:4]
+        x, shape, weight, eps = _filled(args, 4)
         axes = tuple(range(x.ndim - len(shape), x.ndim))
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         normed = x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
@@ -574,11 +574,18 @@ def record_torch(
     return record
 
 
+def _filled(args: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """The first arguments; None for those that are left out."""
+    return (*args[:count], *(None,) * (count - len(args)))
+
+
 def _flat(out: Any) -> Any:
     """Model outputs that are data classes or named mappings, as nested tuples."""
     if hasattr(out, "to_tuple"):
         return out.to_tuple()
-    if hasattr(out, "values") and not isinstance(out, torch.Tensor):
+    if isinstance(out, torch.Tensor):
+        return out
+    if hasattr(out, "values"):
         return tuple(out.values())
     if hasattr(out, "__dataclass_fields__"):
         return tuple(getattr(out, name) for name in out.__dataclass_fields__)

@@ -32,8 +32,8 @@ def suggestions(plan: Plan | PlanError) -> str:
 
 def suggest(plan: Plan) -> str:
     """The plan as the text of a rules file. What running both models proved stands as rules without sizes: they port a
-    larger model of the same code from files (`gx.port_file(source, like, out, rules=text)`). Candidates of open questions
-    are commented out."""
+    larger model of the same code from files (`gx.port_file(source, like, out, rules=text)`). Candidates of open
+    questions are commented out."""
     return suggestions(plan)
 
 

@@ -66,8 +66,10 @@ class RuleWriter:
         made_from = plan.made_from
         if made_from is not None and made_from.like is not None:
             return cls(made_from.source, made_from.like, sides)
-        ends = (Checkpoint(label=end.label, side=end.side, specs=dict(end.specs)) for end in (plan.source, plan.like))
-        return cls(*ends, sides)
+        source, like = (
+            Checkpoint(label=end.label, side=end.side, specs=dict(end.specs)) for end in (plan.source, plan.like)
+        )
+        return cls(source, like, sides)
 
     def lines(self, group: Sequence[Entry]) -> list[str] | None:
         """One line for the group, or one for each of its entries; None if no rule makes them."""
