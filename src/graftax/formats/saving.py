@@ -88,7 +88,7 @@ def _proof_beside(out: Path, row: Format, output: Output) -> None:
     place = out.with_name(f"{out.name}.proof.json")
     if output.proof is not None and row.name not in ("safetensors", "hf_folder"):
         place.write_text(json.dumps(dict(output.proof), indent=1) + "\n", encoding="utf-8")
-    elif place.is_file() and b'"leaves"' in place.read_bytes()[:4096]:
+    elif os.path.isfile(place) and b'"leaves"' in place.read_bytes()[:4096]:
         place.unlink()
 
 

@@ -135,7 +135,7 @@ class BothModels:
                 next=f"{check}; a rule says what holds; {option('inputs', 'False')} does not run the models.",
             )
             return replace(plan, failures=(*plan.failures, failure))
-        if error is None and self.inputs is None:
+        if error is None and self.inputs is None and not settled.broke:
             return plan
         off = "" if error is None else f"; with this plan the outputs are off by {error:.1e} of the largest"
         text = f"running did not decide the plan: {escape(settled.stopped, 300)}{where}{off}"
@@ -342,8 +342,8 @@ def _room(source: Checkpoint, given: Any) -> bool:
     needed, there = size * BYTES, _memory()
     if there is not None and needed > there:
         raise UsageError(
-            f"running both models takes about {needed / 2**30:.1f} GiB ({BYTES} bytes for each of {size:,} parameters), and "
-            f"the machine has {there / 2**30:.1f} GiB",
+            f"running both models takes about {needed / 2**30:.1f} GiB ({BYTES} bytes for each of {size:,} weights), "
+            f"and the machine has {there / 2**30:.1f} GiB",
             next="Prove a small configuration of the same code, and port with gx.suggest(plan): docs/proof.md. "
             "inputs=False does not run the models.",
         )

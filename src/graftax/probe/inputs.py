@@ -74,7 +74,7 @@ def inputs_of(given: Any, layout: Layouts = None, out_layout: Layouts = None) ->
     made = given if isinstance(given, Inputs) else Inputs(given)
     if not any(True for side in (made.both, made.torch, made.flax) for _ in nests.leaves(side, _is_array)):
         raise UsageError(
-            f"the inputs hold no array: {type(given).__name__}",
+            f"there are no inputs: {type(given).__name__} holds no array",
             next="Pass an array, a tuple of arrays, (args, kwargs) or gx.Inputs(...); inputs=False does not run them.",
         )
     return Inputs(

@@ -679,7 +679,8 @@ class Search:
         item = self.record.sources[source]
         whole = self.first.get(item.keys[0], source)
         rows = len(item.rows or ()), item.axis
-        return self.places.get(whole, whole), item.how, self.unknowns[unknown].shape, rows
+        place = (self.places[whole], -1) if whole in self.places else (-1, whole)
+        return place, item.array.shape, item.how, self.unknowns[unknown].shape, rows
 
     def _changed(
         self, value: int, unknown: int, inputs: Collection[int], rest: Mapping[int, Array]

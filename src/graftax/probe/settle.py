@@ -31,6 +31,8 @@ from graftax.probe.search import Found, Search
 from graftax.probe.siblings import siblings_of
 from graftax.probe.values import OutOfBudget
 
+BROKE = "running failed"
+"""How `stopped` begins where graftax itself failed on inputs that nobody gave."""
 LOOSE = 1e-3
 """For models whose code differs a little: the difference allowed in a value that decides."""
 SEEDS = (0, 1)
@@ -67,6 +69,11 @@ class Settled:
     @property
     def proved(self) -> bool:
         return not self.stopped and self.error <= NEAR
+
+    @property
+    def broke(self) -> bool:
+        """True if graftax itself failed."""
+        return self.stopped.startswith(BROKE)
 
     @property
     def differs(self) -> bool:
@@ -223,6 +230,11 @@ def settle(
             if inputs is not None and isinstance(error, GraftaxError):
                 raise _with_hint(error, inputs, calls) from error
             found = Settled(stopped=str(error))
+        except Exception as error:
+            if inputs is not None:
+                raise
+            # Nobody asked to run these models: the plan is made without it, and says so.
+            found = Settled(stopped=f"{BROKE}: {type(error).__name__}: {str(error)[:200]}")
         if found.proved or len(found.entries) > len(best.entries) or not best.dead_end:
             best = found
         if found.proved or time.monotonic() - start > limits.seconds:
