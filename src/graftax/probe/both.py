@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from graftax.errors import Failure, RulesError, UsageError, escape, option
-from graftax.ops import Drop, Keep, bind_chain, invert_chain
+from graftax.errors import Failure, GraftaxError, RulesError, UsageError, escape, option
+from graftax.ops import Drop, Keep, apply_chain, bind_chain, invert_chain
 from graftax.plans import Assumption, Entry, Plan, PlanOptions, Proof, Proposal
 from graftax.plans.proof import entries_hash
 from graftax.probe.flax_side import is_flax
@@ -242,24 +242,15 @@ def same_parts(rule: Entry, found: Entry, specs: Mapping[str, TensorSpec]) -> bo
     stacked one, in whatever order? So much a rule says that leaves the layout open."""
     import numpy as np
 
-    from graftax.errors import GraftaxError
-    from graftax.ops import Stack, apply_chain
+    from graftax.ops import Stack
 
     start, numbered = 0, {}
     for name in sorted({*rule.sources, *found.sources}):
-        size = specs[name].size
-        numbered[name] = np.arange(start, start + size, dtype=np.float64).reshape(specs[name].shape)
-        start += size
-    try:
-        one, other = (
-            dict(zip(e.targets, apply_chain(e.ops, tuple(numbered[n] for n in e.sources)), strict=True))
-            for e in (rule, found)
-        )
-    except (GraftaxError, KeyError, ValueError):
-        return False
+        numbered[name] = np.arange(start, start + specs[name].size, dtype=np.float64).reshape(specs[name].shape)
+        start += specs[name].size
     axis = next((op.axis for op in reversed(rule.ops) if isinstance(op, Stack)), None)
-    for name in one.keys() & other.keys():
-        parts = [np.moveaxis(a, axis, 0) if axis is not None else a[None] for a in (one[name], other[name])]
+    for pair in _made(rule, found, numbered):
+        parts = [np.moveaxis(a, axis, 0) if axis is not None else a[None] for a in pair]
         flat = [np.sort(part.reshape(len(part), -1), axis=1) for part in parts]
         if not np.array_equal(flat[0], flat[1]):
             return False
@@ -270,23 +261,27 @@ def same_effect(rule: Entry, found: Entry, specs: Mapping[str, TensorSpec]) -> b
     """Do two entries give every leaf that both fill the same values, for any values? Tried on random ones."""
     import numpy as np
 
-    from graftax.errors import GraftaxError
-    from graftax.ops import apply_chain
-
     random = np.random.default_rng(0)
     drawn = {
         name: random.standard_normal(specs[name].shape).astype(np.float32)
         for name in sorted({*rule.sources, *found.sources})
         if name in specs
     }
+    return all(np.array_equal(one, other) for one, other in _made(rule, found, drawn))
+
+
+def _made(rule: Entry, found: Entry, arrays: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """What both entries make of these arrays, for each leaf that both fill; two that differ if one of them cannot."""
+    import numpy as np
+
     try:
         one, other = (
-            dict(zip(e.targets, apply_chain(e.ops, tuple(drawn[n] for n in e.sources)), strict=True))
+            dict(zip(e.targets, apply_chain(e.ops, tuple(arrays[n] for n in e.sources)), strict=True))
             for e in (rule, found)
         )
     except (GraftaxError, KeyError, ValueError):
-        return False
-    return all(np.array_equal(one[name], other[name]) for name in one.keys() & other.keys())
+        return [(np.zeros(1), np.ones(1))]
+    return [(one[name], other[name]) for name in sorted(one.keys() & other.keys())]
 
 
 def both_models(
