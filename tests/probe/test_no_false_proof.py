@@ -25,7 +25,7 @@ from .pairs import BLOCK, MLP, PAIRS, STACK, Pair, near, noise, other_inputs, re
 
 QUICK = Limits(seconds=6.0, evaluations=30_000)
 FAST = 6
-ALL = 30
+ALL = 60
 
 
 # ---------------------------------------------------------------- judging
