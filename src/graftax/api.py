@@ -89,7 +89,8 @@ def open_both(
 def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> Plan:
     """The plan for two opened checkpoints. If tensors do not fit and the source's files may be slices, a failure says
     so."""
-    both = both_models(source, like, options, _live(options.source_model))
+    options = replace(options, source_model=_live(options.source_model))
+    both = both_models(source, like, options)
     made = infer_plan(source, like, options, None if both is None else both.prove)
     made = made if both is None else both.noted(made)
     fits = not made.failures and all(question.candidates for question in made.questions)
@@ -127,7 +128,7 @@ def prove_port(made: Plan, source: Checkpoint) -> Plan:
     if made.made_from is None or not _inputs_given(made.made_from.options):
         return made
     made_from = made.made_from
-    both = both_models(made_from.source, made_from.like, made_from.options, _live(made_from.options.source_model))
+    both = both_models(made_from.source, made_from.like, made_from.options)
     if both is None or both.inputs is None or not both.is_torch:
         return made
     own_weights = made_from.options.source_model is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -25,21 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 Line = tuple[Any, ...]
 
 
-def _script(name: str) -> ModuleType:
-    sys.path.insert(0, str(ROOT / "scripts"))  # scripts import their own parts
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def mutate() -> ModuleType:
+def mutate(script: Callable[[str], ModuleType]) -> ModuleType:
     """scripts/mutate_names.py as a module."""
-    return sys.modules.get("mutate_names") or _script("mutate_names")
+    return script("mutate_names")
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,12 @@ parameters, and three injected faults of each pair are found."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,27 +21,16 @@ NAMES = ("bert", "gpt2", "llama", "t5", "vit", "wav2vec2", "clip")
 PAIRED = 0.98
 
 
-def hf_env() -> Any:
-    """scripts/hf_env.py as a module."""
-    spec = importlib.util.spec_from_file_location("hf_env", ROOT / "scripts" / "hf_env.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(tmp_path_factory: pytest.TempPathFactory, script: Callable[[str], ModuleType]) -> Path:
     """The environment's Python: cached in the folder of GRAFTAX_HF_ENV, else made for this run."""
-    script = hf_env()
-    cached = os.environ.get(script.VARIABLE)
+    hf_env = script("hf_env")
+    cached = os.environ.get(hf_env.VARIABLE)
     folder = Path(cached) if cached else tmp_path_factory.mktemp("hf") / "env"
     try:
-        return script.make(folder.absolute())
-    except script.OutOfReach as error:
-        pytest.skip(f"{error} (an environment in the folder ${script.VARIABLE} needs no registry)")
+        return hf_env.make(folder.absolute())
+    except hf_env.OutOfReach as error:
+        pytest.skip(f"{error} (an environment in the folder ${hf_env.VARIABLE} needs no registry)")
 
 
 @pytest.fixture(scope="module")

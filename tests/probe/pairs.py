@@ -187,6 +187,15 @@ class Mlp(nn.Module):
         return self.fc3(x + torch.relu(self.bn2(self.fc2(x))))
 
 
+class FlaxIdle(fn.Module):
+    """A layer that no output needs, and one that makes the output."""
+
+    @fn.compact
+    def __call__(self, x: Any) -> Any:
+        fn.Dense(4, name="idle")(x)
+        return fn.Dense(4, name="busy")(x)
+
+
 class FlaxMlp(fn.Module):
     eps: float = 1e-5
     act: Callable[..., Any] = fn.relu

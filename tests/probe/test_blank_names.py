@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,15 +21,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "blank_names.py"
 
 
 @pytest.fixture(scope="module")
-def blank() -> ModuleType:
+def blank(script: Callable[[str], ModuleType]) -> ModuleType:
     """scripts/blank_names.py as a module."""
-    spec = importlib.util.spec_from_file_location("blank_names", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("blank_names")
 
 
 def settled(made: Any) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flax import linen as fn
 
 import graftax as gx
 from graftax.errors import GraftaxError, ParityError
@@ -21,7 +20,7 @@ from graftax.plans import Entry, Plan
 from graftax.probe.limits import Limits
 from graftax.probe.settle import Settled, settle
 
-from .pairs import BLOCK, MLP, PAIRS, STACK, Pair, near, noise, other_inputs, redrawn, same, untrained
+from .pairs import BLOCK, MLP, PAIRS, STACK, FlaxIdle, Pair, near, noise, other_inputs, redrawn, same, untrained
 
 QUICK = Limits(seconds=6.0, evaluations=30_000)
 FAST = 6
@@ -121,14 +120,9 @@ def test_crossed_layers_are_followed_by_what_they_do(pair: Pair) -> None:
 
 def test_a_layer_that_torch_does_not_have_is_not_proved() -> None:
     """No output depends on Flax's idle layer, so no run can say what it holds: it is not another layer's weights."""
-
-    class Idle(fn.Module):
-        @fn.compact
-        def __call__(self, x: Any) -> Any:
-            fn.Dense(4, name="idle")(x)
-            return fn.Dense(4, name="busy")(x)
-
-    found = settle(torch.nn.Sequential(torch.nn.Linear(4, 4)), gx.linen(Idle(), noise(1, 4)), gx.Inputs(noise(3, 4)))
+    found = settle(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), gx.linen(FlaxIdle(), noise(1, 4)), gx.Inputs(noise(3, 4))
+    )
     filled_in = {target for entry in found.entries for target in entry.targets}
     assert filled_in == {"params/busy/kernel", "params/busy/bias"}
     assert set(found.open) == {"params/idle/kernel", "params/idle/bias"}

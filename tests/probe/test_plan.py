@@ -24,7 +24,7 @@ from graftax.cli import run
 from graftax.errors import GraftaxError, ModelError, ParityError, UsageError
 from graftax.plans import Plan
 
-from .pairs import BLOCK, BY_NAME, CONV, EXPERTS, MLP, Pair, flat, nested, same
+from .pairs import BLOCK, BY_NAME, CONV, EXPERTS, MLP, FlaxIdle, Pair, flat, nested, same
 
 IMAGES = "NCHW -> NHWC"
 
@@ -146,12 +146,6 @@ def test_images_without_a_layout_are_told_of_it() -> None:
 
 
 def test_a_leaf_that_nothing_depends_on_is_open() -> None:
-    class Idle(fn.Module):
-        @fn.compact
-        def __call__(self, x: Any) -> Any:
-            fn.Dense(4, name="idle")(x)
-            return fn.Dense(4, name="busy")(x)
-
     class Torch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -160,7 +154,7 @@ def test_a_leaf_that_nothing_depends_on_is_open() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.busy(x)
 
-    plan = gx.plan(Torch(), gx.linen(Idle(), jnp.zeros((1, 4))), inputs=TWO)
+    plan = gx.plan(Torch(), gx.linen(FlaxIdle(), jnp.zeros((1, 4))), inputs=TWO)
     wrong = [e.text for e in plan.entries if "params/idle/kernel" in e.targets and e.sources != ("idle.weight",)]
     assert not wrong, f"proved, and wrong: {wrong}"
     assert plan.proof is not None

@@ -3,8 +3,6 @@ of reach."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -12,19 +10,12 @@ from types import ModuleType
 import pytest
 
 Weights = Callable[[str], Mapping[str, Path]]
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fetch_weights.py"
 
 
 @pytest.fixture(scope="session")
-def fetch_weights() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("fetch_weights", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def fetch_weights(script: Callable[[str], ModuleType]) -> ModuleType:
+    """scripts/fetch_weights.py as a module."""
+    return script("fetch_weights")
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,11 @@ def _leaves(value: Any, is_leaf: Callable[[Any], bool], path: str, depth: int) -
         yield from _leaves(child, is_leaf, f"{path}/{escape_part(key)}" if path else escape_part(key), depth + 1)
 
 
+def is_array(value: Any) -> bool:
+    """True for an array of any framework, and for its shape and dtype alone."""
+    return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")
+
+
 def arrays(value: Any) -> list[tuple[str, Any]]:
     """(path, array) of the NumPy arrays of a nest."""
     import numpy as np

@@ -203,9 +203,9 @@ class TorchRunner:
 
     def _tensors(self, nest: Any) -> Any:
         """Arrays of any framework as tensors; floating ones in the run's dtype."""
-        found = [_as_tensor(leaf) for _, leaf in nests.leaves(nest, _is_array)]
+        found = [_as_tensor(leaf) for _, leaf in nests.leaves(nest, nests.is_array)]
         made = [t.to(self.dtype) if t.is_floating_point() and t.dtype != self.dtype else t for t in found]
-        return nests.rebuilt(nest, _is_array, made)
+        return nests.rebuilt(nest, nests.is_array, made)
 
     def _replaced(self, nest: Any, new: Any) -> Any:
         """`nest` with its tensors replaced by the arrays of `new`, if both have the same number of them."""
@@ -293,10 +293,6 @@ def _as_tensor(array: Any) -> torch.Tensor:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
-
-
-def _is_array(value: Any) -> bool:
-    return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 @contextlib.contextmanager

@@ -120,12 +120,11 @@ class BothModels:
             text = f"{escape(settled.stopped, 300)}{where}"
             return replace(plan, assumptions=(*plan.assumptions, Assumption(text, check)))
         entries = [self._turned(entry) for entry in plan.entries if entry.targets and not _kept(entry)]
-        error = settled.error_of(entries) if plan.complete else None
+        error, wrong = settled.tried(entries) if plan.complete else (None, "")
         if error is not None and error <= NEAR:
             return replace(
                 plan, proof=Proof(sum(len(e.targets) for e in entries), error=error, plan=entries_hash(plan.entries))
             )
-        wrong = settled.wrong_reading(entries) if error is not None and error > GROSS else ""
         if wrong or (self.inputs is not None and error is not None and error > GROSS):
             what = f"{escape(wrong)} has its axes in another order" if wrong else "the outputs are far off"
             failure = Failure(
@@ -284,18 +283,16 @@ def _made(rule: Entry, found: Entry, arrays: Mapping[str, Any]) -> list[tuple[An
     return [(one[name], other[name]) for name in sorted(one.keys() & other.keys())]
 
 
-def both_models(
-    source: Checkpoint, like: Checkpoint | None, options: PlanOptions, model: Any = None
-) -> BothModels | None:
-    """The live models of both ends; None if there are not two, or `inputs` is False. model: the live model of a source
-    that is a file.
+def both_models(source: Checkpoint, like: Checkpoint | None, options: PlanOptions) -> BothModels | None:
+    """The live models of both ends; None if there are not two, or `inputs` is False. `options.source_model` is the live
+    model of a source that is a file.
 
     UsageError if inputs are given and a model is missing.
     """
     given = options.inputs
     if like is None or given is False:
         return None
-    ends = [source.live.object if model is None else model, like.live.object]
+    ends = [source.live.object if options.source_model is None else options.source_model, like.live.object]
     flipped = is_flax(ends[0]) and is_torch(ends[1])
     origin, flax_end = ends[::-1] if flipped else ends
     if not ((is_torch(origin) or is_flax(origin)) and is_flax(flax_end)):

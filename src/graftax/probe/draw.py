@@ -1,11 +1,18 @@
-"""Draw inputs: other values of the same shapes and ranges."""
+"""The calls of both models, and other inputs of the same shapes and ranges."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
+from graftax.adapters import nests
+from graftax.adapters.linen_tree import LinenModel
+from graftax.errors import UsageError, escape
+from graftax.probe.flax_side import input_arrays, is_flax
+from graftax.probe.inputs import Call, Inputs, calls_of, with_example
 
 
 def drawn_like(array: Any, seed: int, ids: int | None = None) -> Any:
@@ -38,3 +45,73 @@ def axes_between(one: Any, other: Any) -> tuple[int, ...] | None:
         if turned.shape == b.shape and np.array_equal(turned, b):
             return axes
     return None
+
+
+def check_finite(calls: tuple[Call, Call]) -> None:
+    """UsageError for inputs that are not finite: every value that they make is equal to every other."""
+    for call in calls:
+        for path, array in nests.leaves(call, nests.is_array):
+            plain = np.asarray(array)
+            if plain.dtype.kind == "f" and not np.isfinite(plain).all():
+                raise UsageError(f"the input {escape(path)} is not finite (NaN or infinite values)")
+
+
+def calls_to_try(module: Any, model: Any, inputs: Inputs | None) -> Iterator[tuple[Call, Call]]:
+    """Pairs of calls (the source's, the like's) to try: the given ones, or those that an example allows."""
+    if inputs is not None:
+        theirs, ours = calls_of(inputs, model)
+        yield with_example(theirs, module), ours
+        return
+    if is_flax(module):
+        brings = next((m for m in (model, module) if isinstance(m, LinenModel)), None)
+        if brings is not None:
+            call: Call = nests.mapped((brings.args, dict(brings.kwargs)), nests.is_array, _drawn)
+            yield call, call
+        return
+    if not isinstance(model, LinenModel):
+        return
+    example: Call = nests.mapped((model.args, dict(model.kwargs)), nests.is_array, _drawn)
+    arrays = [array for _, array in nests.leaves(example[0], nests.is_array)]
+    maps = {rank for rank in (array.ndim for array in arrays if array.dtype.kind == "f") if rank >= 3}
+    ways: list[frozenset[int]] = [frozenset(rank for rank in maps if rank > 3), frozenset(), frozenset(maps)]
+    for moved in dict.fromkeys(ways):
+
+        def first(array: Any, moved: frozenset[int] = moved) -> Any:
+            return np.moveaxis(array, -1, 1) if array.ndim in moved and array.dtype.kind == "f" else array
+
+        args, kwargs = nests.mapped(example, nests.is_array, first)
+        named = {name: value for name, value in kwargs.items() if nests.is_array(value)}
+        yield (tuple(a for a in args if not isinstance(a, (bool, str))), named), example
+
+
+def _drawn(array: Any) -> Any:
+    """An example input with values: noise for floats and for shapes alone, two items where there is one."""
+    shape = tuple(array.shape)
+    if shape and shape[0] == 1:
+        shape = (2, *shape[1:])
+    dtype = np.dtype(array.dtype)
+    if dtype.kind == "f" or "float" in dtype.name:
+        return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
+    if hasattr(array, "__array__"):
+        return np.ascontiguousarray(np.broadcast_to(np.asarray(array), shape))
+    return np.zeros(shape, dtype)
+
+
+def redrawn(torch_call: Call, flax_call: Call, seed: int, ids: int | None) -> tuple[Call, list[Any]]:
+    """Both calls with other arrays of the same shapes and ranges: torch's nest, Flax's arrays. Arrays of the two sides
+    that hold the same values are redrawn together; an array that has no counterpart stays as it is."""
+    theirs = [array for _, array in nests.leaves(torch_call, nests.is_array)]
+    new = list(theirs)
+    ours = [np.asarray(array) for array in input_arrays(*flax_call)]
+    left = list(range(len(theirs)))
+    out: list[Any] = []
+    for array in ours:
+        pairs = ((n, axes_between(theirs[n], array)) for n in left)
+        n, axes = next(((n, axes) for n, axes in pairs if axes is not None), (-1, None))
+        if axes is None:
+            out.append(array)
+            continue
+        left.remove(n)
+        new[n] = drawn_like(theirs[n], seed + 17 * n, ids)
+        out.append(np.asarray(new[n]).transpose(axes).astype(array.dtype))
+    return nests.rebuilt(torch_call, nests.is_array, new), out

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftax.ops import Concat, Copy, FoldWeightNorm, Op, Rearrange, RearrangeEach, Same, Split, Stack, Sum, Unstack
+from graftax.ops import (
+    Concat,
+    Copy,
+    FoldWeightNorm,
+    Op,
+    Rearrange,
+    RearrangeEach,
+    Same,
+    Split,
+    Stack,
+    Sum,
+    Unstack,
+    apply_chain,
+)
 from graftax.plans import Entry
 from graftax.probe.record import Source
 from graftax.probe.rewrite import Unknown
@@ -202,8 +215,6 @@ def _arranged(nodes: Sequence[Node]) -> tuple[list[Node], list[Op]]:
 def _extent(node: Node, axis: int) -> int:
     """The length of a node along an axis."""
     if node.source is not None:
-        from graftax.ops import apply_chain
-
         return apply_chain(node.ops, (node.source.array,))[0].shape[axis]
     if node.how == "concat":
         parts = [_extent(child, axis) for child in node.children]
@@ -298,9 +309,9 @@ def _each(chains: Sequence[tuple[Op, ...]]) -> list[Op]:
     """The ops of every slot: mapped over all of them if they are alike, else one pattern each."""
     if all(chain == chains[0] for chain in chains):
         return list(chains[0])
-    if all(len(chain) <= 1 and all(isinstance(op, Rearrange) for op in chain) for chain in chains):
-        steps: Iterable[Any] = [chain[0] if chain else None for chain in chains]
-        steps = list(steps)
-        patterns = tuple(step.pattern if step else "" for step in steps)
-        return [RearrangeEach(patterns, tuple(step.sizes if step else () for step in steps))]
+    steps = [chain[0] if chain else None for chain in chains]
+    moved = [step for step in steps if step is None or isinstance(step, Rearrange)]
+    if len(moved) == len(chains) and all(len(chain) <= 1 for chain in chains):
+        patterns = tuple(step.pattern if step else "" for step in moved)
+        return [RearrangeEach(patterns, tuple(step.sizes if step else () for step in moved))]
     raise NoOps("the parts of a leaf need different ops")

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftax.probe.flax_record import record_flax, redrawn_leaves
-from graftax.probe.flax_side import as_arrays, flax_forward, input_arrays
+from graftax.probe.flax_side import FlaxForward, as_arrays, flax_forward, input_arrays
 from graftax.probe.hashes import steps_hash
-from graftax.probe.inputs import Call, Inputs
+from graftax.probe.inputs import Call
+from graftax.probe.program import Program
 from graftax.probe.record import Record
 from graftax.probe.rewrite import Unknown, apart
 
@@ -17,23 +18,28 @@ from graftax.probe.rewrite import Unknown, apart
 class FlaxOrigin:
     """A Flax model whose leaves are looked for in another Flax model."""
 
-    model: Any
     call: Call
-    inputs: Inputs
+    forward: FlaxForward
+    program: Program
+
+    @classmethod
+    def of(cls, model: Any, call: Call) -> FlaxOrigin:
+        """ModelError if the model cannot be traced on this call."""
+        forward = flax_forward(model)
+        program = forward.program(*as_arrays(call))
+        apart(program, [Unknown(path, program.leaves[path], ()) for path in forward.paths])
+        return cls(call, forward, program)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        forward = flax_forward(self.model)
-        return {path: tuple(spec.shape) for path, spec in zip(forward.paths, forward.specs, strict=True)}
+        return {path: tuple(spec.shape) for path, spec in zip(self.forward.paths, self.forward.specs, strict=True)}
 
     def code(self) -> tuple[str, str]:
-        return "source", steps_hash(flax_forward(self.model).program(*as_arrays(self.call)))
+        return "source", steps_hash(self.program)
 
     def record(self, seed: int, call: Call) -> Record:
         """Its record with redrawn weights."""
-        forward = flax_forward(self.model)
-        program = forward.program(*as_arrays(call))
-        apart(program, [Unknown(path, program.leaves[path], ()) for path in forward.paths])
-        return record_flax(program, forward, redrawn_leaves(forward, seed), input_arrays(*call))
+        leaves = redrawn_leaves(self.forward, seed)
+        return record_flax(self.program, self.forward, leaves, input_arrays(*call))
 
     def ids(self) -> int | None:
         return None

@@ -152,9 +152,7 @@ def fixed_values(program: Program, forward: FlaxForward, inputs: Sequence[Any]) 
 
 def as_arrays(call: Call) -> Call:
     """A call with its arrays as NumPy."""
-    return nests.mapped(
-        call, lambda x: not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype"), np.asarray
-    )
+    return nests.mapped(call, nests.is_array, np.asarray)
 
 
 def is_flax(obj: Any) -> bool:

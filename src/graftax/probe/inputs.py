@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graftax.adapters import nests
@@ -72,15 +72,16 @@ def call_of(given: Any) -> Call:
 def inputs_of(given: Any, layout: Layouts = None, out_layout: Layouts = None) -> Inputs:
     """What a user gives as inputs as an Inputs. layout and out_layout given beside them count before its own."""
     made = given if isinstance(given, Inputs) else Inputs(given)
-    if not any(True for side in (made.both, made.torch, made.flax) for _ in nests.leaves(side, _is_array)):
+    if not any(True for side in (made.both, made.torch, made.flax) for _ in nests.leaves(side, nests.is_array)):
         raise UsageError(
             f"there are no inputs: {type(given).__name__} holds no array",
             next="Pass an array, a tuple of arrays, (args, kwargs) or gx.Inputs(...); inputs=False does not run them.",
         )
-    return Inputs(
-        made.both, made.torch, made.flax, made.torch_call, made.flax_call,
-        made.layout if layout is None else layout, made.out_layout if out_layout is None else out_layout,
-    )  # fmt: skip
+    return replace(
+        made,
+        layout=made.layout if layout is None else layout,
+        out_layout=made.out_layout if out_layout is None else out_layout,
+    )
 
 
 def calls_of(inputs: Inputs, like: Any) -> tuple[Call, Call]:
@@ -107,14 +108,14 @@ def with_example(call: Call, like: Any) -> Call:
     if not isinstance(like, LinenModel):
         return call
     args, kwargs = call
-    args += tuple(value for value in like.args[len(args) :] if not _is_array(value))
-    flags = {name: value for name, value in like.kwargs.items() if not _is_array(value)}
+    args += tuple(value for value in like.args[len(args) :] if not nests.is_array(value))
+    flags = {name: value for name, value in like.kwargs.items() if not nests.is_array(value)}
     return args, {**flags, **kwargs}
 
 
 def on_host(nest: Any) -> Any:
     """A nest with its tensors and jax arrays as NumPy arrays; random keys and flags unchanged."""
-    return nests.rebuilt(nest, _is_array, [_to_host(leaf) for _, leaf in nests.leaves(nest, _is_array)])
+    return nests.rebuilt(nest, nests.is_array, [_to_host(leaf) for _, leaf in nests.leaves(nest, nests.is_array)])
 
 
 def _to_host(array: Any) -> Any:
@@ -129,7 +130,3 @@ def _to_host(array: Any) -> Any:
     if "key<" in str(array.dtype):
         return array
     return np.asarray(array)
-
-
-def _is_array(value: Any) -> bool:
-    return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")

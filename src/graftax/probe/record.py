@@ -34,18 +34,6 @@ class Source:
     axis: int = 0
     element: bool = False
 
-    @property
-    def text(self) -> str:
-        made = " + ".join(self.keys) if self.how == "sum" else self.keys[-1]
-        return made if self.rows is None else f"{made}[{':, ' * self.axis}{_ranges(self.rows)}]"
-
-
-def _ranges(rows: Sequence[int]) -> str:
-    """0:8, or 0 3 6 ..."""
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return f"{rows[0]}:{rows[-1] + 1}"
-    return " ".join(map(str, rows[:3])) + (" ..." if len(rows) > 3 else "")
-
 
 @dataclass(slots=True)
 class Record:
@@ -88,23 +76,13 @@ class Record:
             self.sources.append(part)
         return self._pieces[key]
 
-    def total(self, terms: Sequence[int]) -> int:
-        """The source that is the sum of others."""
-        key = ("sum", *sorted(terms))
+    def derived(self, how: str, terms: Sequence[int], array: Array) -> int:
+        """The source that the model computes from others alone: their sum, a weight norm (g, v), a weight over its
+        spectral norm (w, u, v)."""
+        key = (how, *terms)
         if key not in self._pieces:
-            parts = [self.sources[term] for term in terms]
-            made = Source(tuple(k for part in parts for k in part.keys), sum(part.array for part in parts), None, "sum")
             self._pieces[key] = len(self.sources)
-            self.sources.append(made)
-        return self._pieces[key]
-
-    def spectral(self, terms: Sequence[int], array: Array) -> int:
-        """The source that is a weight over its spectral norm (w, u, v)."""
-        key = ("spectral_norm", *terms)
-        if key not in self._pieces:
-            keys = tuple(self.sources[term].keys[0] for term in terms)
-            self._pieces[key] = len(self.sources)
-            self.sources.append(Source(keys, array, None, "spectral_norm"))
+            self.sources.append(Source(tuple(k for term in terms for k in self.sources[term].keys), array, None, how))
         return self._pieces[key]
 
     def alone(self, value: int | None, sources: tuple[int, ...]) -> None:
@@ -131,12 +109,3 @@ class Record:
         for joined in self.joins:
             for source in list(self.twins.get(joined, ())):
                 self.parts_of(source, joined)
-
-    def folded(self, terms: Sequence[int], axis: int, array: Array) -> int:
-        """The source that is the weight of a weight norm (g, v)."""
-        key = ("weight_norm", axis, *terms)
-        if key not in self._pieces:
-            keys = tuple(self.sources[term].keys[0] for term in terms)
-            self._pieces[key] = len(self.sources)
-            self.sources.append(Source(keys, array, None, f"weight_norm {axis}"))
-        return self._pieces[key]

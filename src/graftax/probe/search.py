@@ -65,7 +65,6 @@ class Found:
     """The result of a search.
 
     choices   unknown -> what it holds
-    reasons   unknown -> the step that decided it
     open      unknowns that no value of this run depends on
     events    the values of the program that decided something; `parts`: those of which torch made each part alone
     complete  every other unknown is decided, and the outputs agree
@@ -73,14 +72,11 @@ class Found:
     """
 
     choices: dict[int, Choice] = field(default_factory=dict[int, Choice])
-    reasons: dict[int, str] = field(default_factory=dict[int, str])
     open: list[int] = field(default_factory=list[int])
     events: list[int] = field(default_factory=list[int])
     parts: frozenset[int] = frozenset()
     complete: bool = False
     dead_end: str = ""
-    evaluations: int = 0
-    backtracks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,19 +183,15 @@ class Search:
         """Pass after pass, until one is complete. The best incomplete one otherwise."""
         self.stop = time.monotonic() + self.limits.seconds
         best = Found()
-        backtracks = 0
         for number, how in enumerate(PASSES):
             left = 1 if number == len(PASSES) - 1 else 2
             self.deadline = time.monotonic() + (self.stop - time.monotonic()) / left
             self.most = self.evaluations + (self.limits.evaluations - self.evaluations) // left
             found = self._pass(how)
-            backtracks += found.backtracks
             if found.complete:
-                best = found
-                break
+                return found
             if len(found.choices) > len(best.choices):
                 best = found
-        best.evaluations, best.backtracks = self.evaluations, backtracks
         return best
 
     def _pass(self, how: Pass) -> Found:
@@ -219,31 +211,26 @@ class Search:
         self.dead_end = ""
         self.idle = False
         self.classes: dict[int, list[int]] = {}
-        self.reasons: dict[int, str] = {}
         frames: list[_Frame] = []
         best = Found()
-        slot, backtracks = 0, 0
+        slot = 0
         while True:
             try:
                 conflict = self._follow(slot, frames)
             except OutOfBudget:
-                best.backtracks = backtracks
                 return best
             if conflict is None:
-                found = Found(dict(self.choices), dict(self.reasons), self._left_open(), complete=True)
-                found.backtracks = backtracks
+                found = Found(dict(self.choices), self._left_open(), complete=True)
                 found.events = [frame.value for frame in frames]
                 found.parts = frozenset(self.in_parts)
                 return found
             if len(self.choices) > len(best.choices) or not best.dead_end:
-                best = Found(dict(self.choices), dict(self.reasons), dead_end=self.dead_end)
-            backtracks += 1
+                best = Found(dict(self.choices), dead_end=self.dead_end)
             try:
                 again = self._back(frames, conflict)
             except OutOfBudget:
                 again = None
             if again is None:
-                best.backtracks = backtracks
                 return best
             slot = again
 
@@ -266,7 +253,7 @@ class Search:
         outs: list[Array] = []
         conflict = 0
         for value in self.program.outputs:
-            if value not in self.known and self._still_open(value):
+            if value not in self.known and self._open_of(value):
                 self.dead_end = "the outputs"
                 return self._causes(value)
             outs.append(self._value(value))
@@ -338,7 +325,7 @@ class Search:
         product = step.name in STRICT
         if not mixed and not meets:
             if product and any(n in self.known for n in step.ins) and not self._moves(value, leaves):
-                self._set(value, self._filled(value, leaves), self._causes(value))
+                self._set(value, self._filled(value), self._causes(value))
                 return None
             lazily = product and step.name == "dot_general" and len(leaves) == 2 and self._both_lazy(step)
             if (
@@ -353,14 +340,14 @@ class Search:
         if len(leaves) > 1 or not product:
             leaves = self._that_move(value, leaves)
             if not leaves:
-                self._set(value, self._filled(value, frozenset()), self._causes(value))
+                self._set(value, self._filled(value), self._causes(value))
                 return None
         if len(leaves) <= LEAVES:
             frame = _Frame(slot, 0, len(self.trail), self._options(step, value, leaves), 0, value)
             if self._decided(frame, frames):
                 return None
         if len(leaves) == 1 and product and not self._moves(value, leaves):
-            self._set(value, self._filled(value, leaves), self._causes(value))
+            self._set(value, self._filled(value), self._causes(value))
             return None
         age = 1 + max((self.age.get(n, 0) for n in step.ins), default=0)
         ends = (product and len(leaves) == 1 and self.how.strict) or age > PATIENCE or len(leaves) > LEAVES
@@ -421,9 +408,6 @@ class Search:
             return frozenset()
         return frozenset(n for n in self.open.get(value, ()) if n not in self.choices and n not in self.forced)
 
-    def _still_open(self, value: int) -> frozenset[int]:
-        return self._open_of(value)
-
     def _constant(self, value: int) -> bool:
         """True for a known value whose entries are all equal: it tells nothing."""
         if value not in self.flat:
@@ -457,7 +441,6 @@ class Search:
             elif kind == "choice":
                 for source in self.choices.pop(key).sources:
                     self._free(source)
-                self.reasons.pop(key, None)
 
     def _free(self, source: int) -> None:
         for key in self.record.sources[source].keys:
@@ -520,9 +503,9 @@ class Search:
         shape = self.unknowns[unknown].shape
         return self.random.uniform(0.5, 1.5, shape)
 
-    def _filled(self, value: int, leaves: Collection[int]) -> Array:
+    def _filled(self, value: int) -> Array:
         """The value with random leaves: it does not depend on them."""
-        return self._value(value, {self.unknowns[n].value: self._random_fill(n) for n in self._all_open(value)})
+        return self._value(value, self._rest(value))
 
     def _all_open(self, value: int) -> frozenset[int]:
         """Every undecided unknown below a value, also those that do not move it."""
@@ -530,7 +513,7 @@ class Search:
 
     def _moves(self, value: int, leaves: Collection[int]) -> bool:
         """Does the value depend on these leaves at all?"""
-        fill = {self.unknowns[n].value: self._random_fill(n) for n in self._all_open(value)}
+        fill = self._rest(value)
         one = self._value(value, fill)
         other = self._value(value, fill | {self.unknowns[n].value: self._random_fill(n) for n in leaves})
         return not _close(one, other)
@@ -549,7 +532,6 @@ class Search:
                     self.used_by.setdefault(key, []).append((source, frame.bit))
                 self.habits[self._place(source, unknown)] = ops
             self.trail.append(("choice", unknown))
-            self.reasons[unknown] = _named(self.slots[frame.slot][0])
             self._set(self.unknowns[unknown].value, choice.array(self.record), frame.bit)
         cause = self._causes(frame.value) | frame.bit
         if made is None:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from graftax.adapters import nests
 from graftax.adapters.layouts import declared
-from graftax.adapters.linen_tree import LinenModel
-from graftax.errors import GraftaxError, ModelError, UsageError, escape
+from graftax.errors import GraftaxError, ModelError
 from graftax.ops import apply_chain
 from graftax.plans import Entry
-from graftax.probe.draw import axes_between, drawn_like
+from graftax.probe.draw import calls_to_try, check_finite, redrawn
 from graftax.probe.entries import entries_of, nodes_of
 from graftax.probe.flax_origin import FlaxOrigin
 from graftax.probe.flax_side import FlaxForward, as_arrays, fixed_values, flax_forward, input_arrays, is_flax
 from graftax.probe.hashes import sha, steps_hash
-from graftax.probe.inputs import Call, Inputs, calls_of, with_example
+from graftax.probe.inputs import Call, Inputs
 from graftax.probe.limits import GROSS, NEAR, Limits
 from graftax.probe.outputs import difference
 from graftax.probe.program import Program
@@ -49,7 +48,6 @@ class Settled:
     error       the largest difference of the outputs in the confirming run, as a part of the largest entry
     stopped     why nothing, or not all, was found; "" if everything was
     dead_end    the step of the Flax model where the deepest attempt ended
-    seconds, evaluations   what it took
     models, inputs  hashes of the code of both models and of the inputs, as in plans.Proof
     attempt     both models, to run them again
     """
@@ -60,8 +58,6 @@ class Settled:
     error: float = np.inf
     stopped: str = ""
     dead_end: str = ""
-    seconds: float = 0.0
-    evaluations: int = 0
     models: tuple[tuple[str, str], ...] = ()
     inputs: str = ""
     attempt: Attempt | None = None
@@ -80,28 +76,23 @@ class Settled:
         """True if the mapping was found, but the models' code differs a little: an epsilon, an activation."""
         return bool(self.entries) and not self.proved
 
-    def error_of(self, entries: Sequence[Entry]) -> float | None:
-        """The difference of the outputs with the leaves that these entries make, on redrawn weights; None if some leaf
-        has none, or the models could not be run."""
-        if self.attempt is None:
-            return None
-        record, arrays = self.attempt.redrawn(SEEDS[1])
-        forced = self.attempt.forced(record, entries)
-        if len(forced) < len(self.attempt.unknowns):
-            return None
-        error, _ = self.attempt.confirmed(Found(), record, arrays, forced)
-        return error
-
-    def wrong_reading(self, entries: Sequence[Entry]) -> str:
-        """A leaf whose axes these entries put in a wrong order, whatever else differs; "" if none."""
-        if self.attempt is None:
-            return ""
+    def tried(self, entries: Sequence[Entry]) -> tuple[float | None, str]:
+        """(the difference of the outputs with the leaves that these entries make, on redrawn weights; None if some leaf
+        has none, or the models could not be run; if they are far off, a leaf whose axes are in a wrong order, whatever
+        else differs: "" if none)."""
         attempt = self.attempt
+        if attempt is None:
+            return None, ""
         record, arrays = attempt.redrawn(SEEDS[1])
+        held = attempt.forced(record, entries)
+        if len(held) < len(attempt.unknowns):
+            return None, ""
+        error, _ = attempt.confirmed(Found(), record, arrays, held)
+        if error <= GROSS:
+            return error, ""
         fixed = fixed_values(attempt.program, attempt.forward, arrays)
         keys = {path: e.sources for e in entries if len(e.sources) == 1 for path in e.targets}
-        held = attempt.forced(record, entries)
-        return wrong_reading(attempt.program, attempt.unknowns, record, fixed, held, keys)
+        return error, wrong_reading(attempt.program, attempt.unknowns, record, fixed, held, keys)
 
 
 class Origin(Protocol):
@@ -128,7 +119,7 @@ class Origin(Protocol):
 
 def _origin(model: Any, call: Call, inputs: Inputs) -> Origin:
     if is_flax(model):
-        return FlaxOrigin(model, call, inputs)
+        return FlaxOrigin.of(model, call)
     from graftax.probe.torch_origin import TorchOrigin  # torch may not be installed
 
     return TorchOrigin(model, call, inputs)
@@ -158,7 +149,7 @@ class Attempt:
     def redrawn(self, seed: int) -> tuple[Record, list[Any]]:
         """The source's record with redrawn weights and inputs, and the flat inputs of Flax."""
         ids = self.origin.ids() if self.example else None
-        call, arrays = _redrawn(self.origin.call, self.flax_call, seed, ids)
+        call, arrays = redrawn(self.origin.call, self.flax_call, seed, ids)
         return self.origin.record(seed, call), arrays
 
     def code(self) -> tuple[tuple[str, str], ...]:
@@ -167,7 +158,7 @@ class Attempt:
 
     def digest(self) -> str:
         """sha256 of the inputs of both models."""
-        arrays = [*(a for _, a in nests.leaves(self.origin.call, _is_array)), *input_arrays(*self.flax_call)]
+        arrays = [*(a for _, a in nests.leaves(self.origin.call, nests.is_array)), *input_arrays(*self.flax_call)]
         return sha(*(f"{np.asarray(a).dtype}{np.shape(a)}".encode() + np.asarray(a).tobytes() for a in arrays))
 
     def search(
@@ -221,8 +212,8 @@ def settle(
     limits = limits or Limits()
     start = time.monotonic()
     best = Settled(stopped="there is no example input")
-    for calls in _calls(module, model, inputs):
-        _check_finite(calls)
+    for calls in calls_to_try(module, model, inputs):
+        check_finite(calls)
         try:
             attempt = Attempt.of(module, model, calls, inputs or Inputs(), inputs is None)
             found = _settled(attempt, limits, forced)
@@ -239,7 +230,7 @@ def settle(
             best = found
         if found.proved or time.monotonic() - start > limits.seconds:
             break
-    return replace(best, seconds=time.monotonic() - start)
+    return best
 
 
 def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settled:
@@ -251,9 +242,7 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
         record.values.tolerance, near = LOOSE, GROSS
         found = attempt.search(record, arrays, limits, fixed, GROSS)
     if not found.complete:
-        return Settled(
-            stopped="no plan makes the models agree", dead_end=dead_end, evaluations=found.evaluations, attempt=attempt
-        )
+        return Settled(stopped="no plan makes the models agree", dead_end=dead_end, attempt=attempt)
     other, others = attempt.redrawn(SEEDS[1])
     other.values.tolerance = record.values.tolerance
     error, broken = attempt.confirmed(found, other, others, attempt.forced(other, forced))
@@ -262,7 +251,6 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
             stopped=f"what was found does not hold on other weights and inputs (off by {error:.1e})",
             error=error,
             dead_end=broken or "the outputs",
-            evaluations=found.evaluations,
             attempt=attempt,
         )
     nodes = nodes_of(attempt.unknowns, found.choices, record.sources)
@@ -277,7 +265,6 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
         error,
         stopped,
         dead_end if stopped else "",
-        evaluations=found.evaluations,
         models=attempt.code(),
         inputs=attempt.digest(),
         attempt=attempt,
@@ -294,80 +281,3 @@ def _with_hint(error: GraftaxError, inputs: Inputs, calls: tuple[Call, Call]) ->
         next="Both sides were given arrays of one layout; if Flax takes channels last, say so: "
         "gx.Inputs(x, layout='NCHW -> NHWC') (--layout).",
     )
-
-
-def _check_finite(calls: tuple[Call, Call]) -> None:
-    """UsageError for inputs that are not finite: every value that they make is equal to every other."""
-    for call in calls:
-        for path, array in nests.leaves(call, _is_array):
-            plain = np.asarray(array)
-            if plain.dtype.kind == "f" and not np.isfinite(plain).all():
-                raise UsageError(f"the input {escape(path)} is not finite (NaN or infinite values)")
-
-
-# ---------------------------------------------------------------- inputs
-
-
-def _calls(module: Any, model: Any, inputs: Inputs | None) -> Iterator[tuple[Call, Call]]:
-    """Pairs of calls (the source's, the like's) to try: the given ones, or those that an example allows."""
-    if inputs is not None:
-        theirs, ours = calls_of(inputs, model)
-        yield with_example(theirs, module), ours
-        return
-    if is_flax(module):
-        brings = next((m for m in (model, module) if isinstance(m, LinenModel)), None)
-        if brings is not None:
-            call: Call = nests.mapped((brings.args, dict(brings.kwargs)), _is_array, _drawn)
-            yield call, call
-        return
-    if not isinstance(model, LinenModel):
-        return
-    example: Call = nests.mapped((model.args, dict(model.kwargs)), _is_array, _drawn)
-    arrays = [array for _, array in nests.leaves(example[0], _is_array)]
-    maps = {rank for rank in (array.ndim for array in arrays if array.dtype.kind == "f") if rank >= 3}
-    ways: list[frozenset[int]] = [frozenset(rank for rank in maps if rank > 3), frozenset(), frozenset(maps)]
-    for moved in dict.fromkeys(ways):
-
-        def first(array: Any, moved: frozenset[int] = moved) -> Any:
-            return np.moveaxis(array, -1, 1) if array.ndim in moved and array.dtype.kind == "f" else array
-
-        args, kwargs = nests.mapped(example, _is_array, first)
-        named = {name: value for name, value in kwargs.items() if _is_array(value)}
-        yield (tuple(a for a in args if not isinstance(a, (bool, str))), named), example
-
-
-def _drawn(array: Any) -> Any:
-    """An example input with values: noise for floats and for shapes alone, two items where there is one."""
-    shape = tuple(array.shape)
-    if shape and shape[0] == 1:
-        shape = (2, *shape[1:])
-    dtype = np.dtype(array.dtype)
-    if dtype.kind == "f" or "float" in dtype.name:
-        return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
-    if hasattr(array, "__array__"):
-        return np.ascontiguousarray(np.broadcast_to(np.asarray(array), shape))
-    return np.zeros(shape, dtype)
-
-
-def _redrawn(torch_call: Call, flax_call: Call, seed: int, ids: int | None) -> tuple[Call, list[Any]]:
-    """Both calls with other arrays of the same shapes and ranges: torch's nest, Flax's arrays. Arrays of the two sides
-    that hold the same values are redrawn together; an array that has no counterpart stays as it is."""
-    theirs = [array for _, array in nests.leaves(torch_call, _is_array)]
-    new = list(theirs)
-    ours = [np.asarray(array) for array in input_arrays(*flax_call)]
-    left = list(range(len(theirs)))
-    out: list[Any] = []
-    for array in ours:
-        pairs = ((n, axes_between(theirs[n], array)) for n in left)
-        n, axes = next(((n, axes) for n, axes in pairs if axes is not None), (-1, None))
-        if axes is None:
-            out.append(array)
-            continue
-        left.remove(n)
-        new[n] = drawn_like(theirs[n], seed + 17 * n, ids)
-        out.append(np.asarray(new[n]).transpose(axes).astype(array.dtype))
-    return nests.rebuilt(torch_call, _is_array, new), out
-
-
-def _is_array(value: Any) -> bool:
-    return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")

@@ -35,7 +35,7 @@ class TorchOrigin:
 
     def record(self, seed: int, call: Call) -> Record:
         """Its record with redrawn weights."""
-        args, kwargs = nests.mapped(call, _is_array, _to_torch)
+        args, kwargs = nests.mapped(call, nests.is_array, _to_torch)
         try:
             return record_torch(probe_copy(self.module, seed), args, kwargs, self.inputs.torch_call)
         except (GraftaxError, OutOfBudget):
@@ -51,7 +51,3 @@ class TorchOrigin:
 def _to_torch(array: Any) -> Any:
     made = torch_arrays.to_torch(np.ascontiguousarray(array))
     return made.long() if made.dtype in (torch.int32, torch.int16) else made
-
-
-def _is_array(value: Any) -> bool:
-    return not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype")

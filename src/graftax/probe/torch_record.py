@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftax.adapters import torch_float64
 from graftax.errors import ModelError, escape
+from graftax.ops import FoldWeightNorm
 from graftax.probe.record import Record, Source
 from graftax.probe.recurrent import stepwise
 from graftax.probe.values import Values
@@ -78,11 +79,8 @@ class TorchRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = (
-            func._schema.name.removeprefix("aten::").rstrip("_")
-            if func._schema.is_mutable
-            else func._schema.name.removeprefix("aten::")
-        )
+        name = func._schema.name.removeprefix("aten::")
+        name = name.rstrip("_") if func._schema.is_mutable else name
         before = _before(name, args)
         out = func(*args, **kwargs)
         self._note(name, func, args, kwargs, out, before)
@@ -306,7 +304,7 @@ class TorchRecorder(TorchDispatchMode):
             self._spectral(self._whole[id(given[0])], sources, out, made[0])
         elif name == "add" and len(items) == 2 and all(item.array.shape == out.shape for item in items):
             if np.allclose(items[0].array + items[1].array, out):
-                self._whole[id(made[0])] = self.record.total(sorted(sources))
+                self._whole[id(made[0])] = self.record.derived("sum", sorted(sources), items[0].array + items[1].array)
         elif len(items) == 2 and {item.array.ndim for item in items} == {out.ndim}:
             for g, v in (sorted(sources), sorted(sources, reverse=True)):
                 self._folded(g, v, out, made[0])
@@ -321,16 +319,15 @@ class TorchRecorder(TorchDispatchMode):
                 matrix = np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
                 fits = (*left.shape, *right.shape) == matrix.shape and w.shape == out.shape
                 if fits and np.allclose(w / (left @ matrix @ right), out):
-                    self._whole[id(made)] = self.record.spectral((weight, one, other), out)
+                    self._whole[id(made)] = self.record.derived("spectral_norm", (weight, one, other), out)
                     return
 
     def _folded(self, g: int, v: int, out: Any, made: torch.Tensor) -> None:
         scale, weight = self.record.sources[g].array, self.record.sources[v].array
         axes = [axis for axis in range(weight.ndim) if scale.shape == _kept(weight.shape, axis)]
         for axis in axes if weight.shape == out.shape else ():
-            others = tuple(a for a in range(weight.ndim) if a != axis)
-            if np.allclose(scale * weight / np.sqrt((weight**2).sum(others, keepdims=True)), out):
-                self._whole[id(made)] = self.record.folded((g, v), axis, out)
+            if np.allclose(FoldWeightNorm(axis).apply((scale, weight))[0], out):
+                self._whole[id(made)] = self.record.derived(f"weight_norm {axis}", (g, v), out)
                 return
 
     def _biased(self, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> None:

@@ -35,7 +35,6 @@ class Value:
     array: Array
     moments: tuple[float, float, float]
     shapes: set[tuple[int, ...]]
-    order: int
     _sorted: Array = None
 
     @property
@@ -66,7 +65,7 @@ class Values:
             return found[0]
         number = len(self.items)
         held = np.array(clipped, order="C")
-        self.items.append(Value(held, moments, {clipped.shape}, number))
+        self.items.append(Value(held, moments, {clipped.shape}))
         self.held += held.nbytes
         if self.held > self.most:
             raise OutOfBudget(
@@ -139,10 +138,10 @@ class Values:
         """True if the array is the value without a permutation, or with its axis 1 moved last (channels last)."""
         theirs = self.items[number].array
         slack = self.tolerance * max(self.items[number].moments[2], 1e-300)
-        return any(np.max(np.abs(turned - array.ravel())) <= slack for turned in _turned(theirs, array))
+        return any(np.max(np.abs(turned - array.ravel())) <= slack for turned in _turned(theirs))
 
 
-def _turned(theirs: Array, ours: Array) -> Iterable[Array]:
+def _turned(theirs: Array) -> Iterable[Array]:
     yield theirs.ravel()
     if theirs.ndim > 2:
         yield np.moveaxis(theirs, 1, -1).ravel()

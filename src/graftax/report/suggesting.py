@@ -12,9 +12,10 @@ from graftax.plans import Plan
 HEADER = "# Uncomment one line for each question, then: --rules with this file."
 
 
-def suggestions(plan: Plan | PlanError) -> str:
-    """A rules file: the user uncomments one line for each question. Unedited, it loads with the rules of what running
-    both models proved, and with no other."""
+def suggest(plan: Plan | PlanError) -> str:
+    """The plan as the text of a rules file: the user uncomments one line for each question. What running both models
+    proved stands as rules without sizes, and they port a larger model of the same code from files
+    (`gx.port_file(source, like, out, rules=text)`). Unedited, the file loads with no other rule."""
     lines = [HEADER, "rules = ["]
     if isinstance(plan, Plan) and plan.proof is not None:
         from graftax.rules.of_plan import rule_lines_of
@@ -30,13 +31,6 @@ def suggestions(plan: Plan | PlanError) -> str:
     return "\n".join([*lines, "]", ""])
 
 
-def suggest(plan: Plan) -> str:
-    """The plan as the text of a rules file. What running both models proved stands as rules without sizes: they port a
-    larger model of the same code from files (`gx.port_file(source, like, out, rules=text)`). Candidates of open
-    questions are commented out."""
-    return suggestions(plan)
-
-
 def _one_line(text: str) -> str:
     return escape(text, 2000)
 
@@ -50,6 +44,6 @@ def write_suggestions(plan: Plan | PlanError, path: str | Path) -> None:
     ):
         raise StorageError(f"{escape(path)} has rules that are in use", next="Choose another name for the suggestions.")
     try:
-        Path(path).write_text(suggestions(plan), encoding="utf-8")
+        Path(path).write_text(suggest(plan), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write {escape(path)}: {error.strerror}") from error
