@@ -21,9 +21,9 @@ from graftax.ops import (
     apply_chain,
 )
 from graftax.plans import Entry
+from graftax.probe.choices import Choice
 from graftax.probe.record import Source
 from graftax.probe.rewrite import Unknown
-from graftax.probe.search import Choice
 
 Part = tuple[Any, ...]
 

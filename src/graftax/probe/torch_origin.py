@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from graftax.adapters import nests, torch_arrays
+from graftax.adapters import nests, torch_arrays, torch_float64
 from graftax.errors import GraftaxError, ModelError, escape
 from graftax.probe.hashes import sha
 from graftax.probe.inputs import Call, Inputs
-from graftax.probe.record import Record
+from graftax.probe.record import Record, Source
+from graftax.probe.recurrent import stepwise
 from graftax.probe.redraw import ids_of, probe_copy
-from graftax.probe.torch_record import record_torch
-from graftax.probe.values import OutOfBudget
+from graftax.probe.torch_record import TorchRecorder, array_of, tensors
+from graftax.probe.values import OutOfBudget, Values
 
 
 @dataclass(slots=True)
@@ -46,6 +49,66 @@ class TorchOrigin:
 
     def ids(self) -> int | None:
         return ids_of(self.module)
+
+
+def record_torch(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], call: Any = None, most: int = 4 << 30
+) -> Record:
+    """The record of one run of `module`, whose floating tensors are float64. ModelError if the model fails, or if it
+    draws random numbers."""
+    state = module.state_dict(keep_vars=True)
+    record = Record(Values(most=most))
+    parameters: dict[int, int] = {}
+    names: dict[int, list[str]] = {}
+    for key, tensor in state.items():
+        if isinstance(tensor, torch.Tensor):
+            names.setdefault(_identity(tensor), []).append(key)
+    first: dict[int, int] = {}
+    for key, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            continue
+        same = names[_identity(tensor)]
+        if same[0] == key:
+            first[_identity(tensor)] = len(record.sources)
+            record.sources.append(Source((key,), array_of(tensor, copy=True), names=tuple(same[1:])))
+        parameters[id(tensor)] = first[_identity(tensor)]
+    drawn: list[str] = []
+    run = call or (lambda module, *args, **kwargs: module(*args, **kwargs))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    recorder = TorchRecorder(record, parameters)
+    with contextlib.ExitStack() as stack:
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(stepwise(module))
+        stack.enter_context(recorder)
+        stack.enter_context(torch_float64.precision(torch.float64, on_random=drawn.append))
+        for tensor in tensors((tuple(args), dict(kwargs))):
+            recorder.value(tensor)
+        out = run(module, *args, **kwargs)
+    if drawn:
+        raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
+    record.close()
+    record.outputs = [array_of(t, copy=True) for t in tensors(_flat(out)) if t.is_floating_point()]
+    return record
+
+
+def _flat(out: Any) -> Any:
+    """Model outputs that are data classes or named mappings, as nested tuples."""
+    if hasattr(out, "to_tuple"):
+        return out.to_tuple()
+    if isinstance(out, torch.Tensor):
+        return out
+    if hasattr(out, "values"):
+        return tuple(out.values())
+    if hasattr(out, "__dataclass_fields__"):
+        return tuple(getattr(out, name) for name in out.__dataclass_fields__)
+    return out
+
+
+def _identity(tensor: torch.Tensor) -> Any:
+    """Equal for two tensors that share all their values."""
+    return (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else id(tensor)
 
 
 def _to_torch(array: Any) -> Any:

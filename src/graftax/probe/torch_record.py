@@ -7,7 +7,6 @@ nobody makes are found by chance.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +15,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graftax.adapters import torch_float64
-from graftax.errors import ModelError, escape
 from graftax.ops import FoldWeightNorm
-from graftax.probe.record import Record, Source
-from graftax.probe.recurrent import stepwise
-from graftax.probe.values import Values
+from graftax.probe.record import Record
+from graftax.probe.torch_norms import NORMS, Made
 
 _VIEWS = frozenset((
     "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "split", "split_with_sizes",
@@ -89,7 +85,7 @@ class TorchRecorder(TorchDispatchMode):
     # ------------------------------------------------------------ one op
 
     def _note(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, before: Any) -> None:
-        given, made = list(_tensors((args, kwargs))), list(_tensors(out))
+        given, made = list(tensors((args, kwargs))), list(tensors(out))
         self._alive += made
         sources = frozenset[int]().union(*(self._of.get(id(t), frozenset()) for t in given))
         only = bool(given) and all(id(t) in self._of for t in given)
@@ -106,10 +102,12 @@ class TorchRecorder(TorchDispatchMode):
         if only and name in ("add", "mul", "div", "_weight_norm_interface", "_weight_norm"):
             self._derived(name, given, made, sources)
         if only and len(given) == 2 and made and all(id(t) in self._whole for t in given):
-            self.record.alone(self._value(made[0]), tuple(self._whole[id(t)] for t in given))
-        numbers = {id(t): self._value(t) for t in given if id(t) not in self._whole}
+            self.record.alone(self.value(made[0]), tuple(self._whole[id(t)] for t in given))
+        numbers = {id(t): self.value(t) for t in given if id(t) not in self._whole}
         write = _WRITE_OUT.get(name)
-        if write is not None:
+        if name in NORMS:
+            self._norm(args[0], NORMS[name](args, made[0]))
+        elif write is not None:
             write(self, args, kwargs, made, before)
         else:
             self._pairs(given, numbers)
@@ -118,7 +116,7 @@ class TorchRecorder(TorchDispatchMode):
         if name == "add":
             self._biased(given, made)
         if name == "cat" and 1 < len(given) <= _JOINED and (args[1:] or (0,))[0] in (-1, made[0].ndim - 1):
-            self.record.joined(self._value(made[0]), [(self._value(t), t.shape[-1]) for t in given])
+            self.record.joined(self.value(made[0]), [(self.value(t), t.shape[-1]) for t in given])
         if name in ("bmm", "add", "mul"):
             self._by_item(name, given, made[0])
         if name == "bmm" and not any(id(t) in self._of for t in given):
@@ -129,16 +127,16 @@ class TorchRecorder(TorchDispatchMode):
             self._number.pop(id(t), None)
             if name not in _PRODUCTS:
                 self._shadows.pop(id(t), None)
-            self._value(t)
+            self.value(t)
             if name == "bmm" and 1 < t.shape[0] <= 64:
                 for row in t.unbind(0):
-                    self.record.values.add(_array(row))
+                    self.record.values.add(array_of(row))
 
-    def _value(self, tensor: torch.Tensor) -> int | None:
+    def value(self, tensor: torch.Tensor) -> int | None:
         """The number of a tensor's value, recorded if it is new."""
         key = id(tensor)
         if key not in self._number:
-            self._number[key] = self.record.values.add(_array(tensor)) if tensor.numel() > 1 else None
+            self._number[key] = self.record.values.add(array_of(tensor)) if tensor.numel() > 1 else None
             self._alive.append(tensor)
         return self._number[key]
 
@@ -149,7 +147,7 @@ class TorchRecorder(TorchDispatchMode):
                 others = [u for u in given if u is not t]
                 for other in others:
                     number = numbers.get(id(other))
-                    self.record.meets(self._value(other) if number is None else number, source)
+                    self.record.meets(self.value(other) if number is None else number, source)
                 if not others:
                     self.record.meets(None, source)
 
@@ -180,13 +178,13 @@ class TorchRecorder(TorchDispatchMode):
             elif key in self._of:
                 self._part(t)
             elif t.numel() == given.numel():
-                number = self._value(given)
+                number = self.value(given)
                 self._number[id(t)] = number
                 if number is not None:
                     self.record.values.items[number].shapes.add(tuple(t.shape))
             elif name != "expand":
                 self._number.pop(id(t), None)
-                self._value(t)
+                self.value(t)
         shadow = self._shadows.get(key)
         if shadow is not None and name not in ("expand", "unfold", "as_strided", "diagonal"):
             self._cut(func, args, kwargs, shadow, made)
@@ -248,11 +246,11 @@ class TorchRecorder(TorchDispatchMode):
         for t, product, column in zip(made, products, columns, strict=True):
             self._alive += [product, column]
             if column.numel() == shadow.columns.numel():
-                number = self._number[id(product)] = self._value(shadow.product)
+                number = self._number[id(product)] = self.value(shadow.product)
                 if number is not None:
                     self.record.values.items[number].shapes.add(tuple(product.shape))
             else:
-                number = self._value(product)
+                number = self.value(product)
                 kept = np.zeros(shadow.weight.index.numel(), bool)
                 kept[column.reshape(-1).numpy()] = True
                 if not kept.all():
@@ -289,8 +287,8 @@ class TorchRecorder(TorchDispatchMode):
             if len(set(items)) == rows:
                 for n, item in enumerate(items):
                     if item is not None:
-                        self.record.meets(self.record.values.add(_array(others[0][n])), item)
-                        self.record.values.add(_array(made[n]))
+                        self.record.meets(self.record.values.add(array_of(others[0][n])), item)
+                        self.record.values.add(array_of(made[n]))
 
     def _derived(
         self, name: str, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor], sources: frozenset[int]
@@ -298,7 +296,7 @@ class TorchRecorder(TorchDispatchMode):
         """A tensor computed from parameters alone, if graftax can compute it too: a sum, a weight norm."""
         if len(made) == 0 or any(self.record.sources[s].rows is not None for s in sources):
             return
-        out = _array(made[0])
+        out = array_of(made[0])
         items = [self.record.sources[s] for s in sorted(sources)]
         if name == "div" and len(items) == 3 and id(given[0]) in self._whole:
             self._spectral(self._whole[id(given[0])], sources, out, made[0])
@@ -358,9 +356,9 @@ class TorchRecorder(TorchDispatchMode):
             return
         product = shadow.product * factor
         self._alive += [product, one]
-        number = self._value(product)
+        number = self.value(product)
         if shadow.bias is not None:
-            self.record.values.add(_array(one * factor))
+            self.record.values.add(array_of(one * factor))
             bias = self._located(shadow.bias)
             if bias is not None:
                 self.record.meets(number, bias)
@@ -371,12 +369,12 @@ class TorchRecorder(TorchDispatchMode):
 
     def _product(self, x: Any, turned: Any, bias: Any, out: torch.Tensor, product: torch.Tensor) -> None:
         """x @ W, with W as torch multiplies by it: (in, out)."""
-        number = self._value(product)
+        number = self.value(product)
         weights = self._sources(turned)
         for source in weights:
-            self.record.meets(self._value(x), source)
+            self.record.meets(self.value(x), source)
         for source in self._sources(x):
-            self.record.meets(self._value(turned), source)
+            self.record.meets(self.value(turned), source)
         for source in self._sources(bias):
             self.record.meets(number, source)
         place = self._place(turned)
@@ -386,7 +384,7 @@ class TorchRecorder(TorchDispatchMode):
             added = None if bias is None else self._place(bias)
             if added is not None and added.index.numel() != product.shape[-1]:
                 added = None
-            self._shadows[id(out)] = _Shadow(product, columns, first, added, self._value(x))
+            self._shadows[id(out)] = _Shadow(product, columns, first, added, self.value(x))
             self._alive += [product, columns]
 
     def _addmm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
@@ -397,14 +395,14 @@ class TorchRecorder(TorchDispatchMode):
 
     def _convolution(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
         x, weight, bias = args[:3]
-        given = self._value(x)
+        given = self.value(x)
         for source in self._sources(weight):
             self.record.meets(given, source)
         for source in self._sources(x):
-            self.record.meets(self._value(weight), source)
+            self.record.meets(self.value(weight), source)
         if bias is not None:
             plain = made[0] - bias.reshape(1, -1, *(1,) * (made[0].ndim - 2))
-            number = self._value(plain)
+            number = self.value(plain)
             for source in self._sources(bias):
                 self.record.meets(number, source)
 
@@ -415,84 +413,31 @@ class TorchRecorder(TorchDispatchMode):
         scores = q @ k.transpose(-1, -2)
         self._left[id(scores)] = q
         self._alive.append(scores)
-        self._value(scores)
+        self.value(scores)
         scale = kwargs.get("scale")
         self._scaled("mul", (scores, q.shape[-1] ** -0.5 if scale is None else scale), scores)
 
-    def _norm(self, x: torch.Tensor, steps: Sequence[tuple[torch.Tensor, Sequence[Any]]]) -> None:
+    def _norm(self, x: torch.Tensor, steps: Sequence[Made]) -> None:
         """x, then each value that is made of it, with the parameters that are used with the one before."""
-        number = self._value(x)
+        number = self.value(x)
         for value, parameters in steps:
             for parameter in parameters:
                 for source in self._sources(parameter):
                     self.record.meets(number, source)
             self._alive.append(value)
-            number = self._value(value)
-
-    def _layer_norm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
-        x, shape, weight, bias, eps = _filled(args, 5)
-        axes = tuple(range(x.ndim - len(shape), x.ndim))
-        centred = x - x.mean(axes, keepdim=True)
-        normed = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
-        self._affine(x, centred, normed, weight, bias, lambda p: p)
-
-    def _rms_norm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
-        x, shape, weight, eps = _filled(args, 4)
-        axes = tuple(range(x.ndim - len(shape), x.ndim))
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
-        normed = x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
-        self._norm(x, [(normed, (weight,)), *([(normed * weight, (weight,))] if weight is not None else [])])
-
-    def _group_norm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
-        x, weight, bias, n, _, _, groups, eps = args[:8]
-        apart = x.reshape(n, groups, -1)
-        centred = apart - apart.mean(-1, keepdim=True)
-        normed = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).reshape(x.shape)
-        self._affine(x, centred.reshape(x.shape), normed, weight, bias, lambda p: _along_channels(p, x))
-
-    def _batch_norm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
-        x, weight, bias, mean, var = args[:5]
-        if mean is None:
-            axes = (0, *range(2, x.ndim))
-            centred = x - x.mean(axes, keepdim=True)
-            var = centred.square().mean(axes)
-        else:
-            centred = x - _along_channels(mean, x)
-        eps = next((a for a in reversed(args) if isinstance(a, float)), 1e-5)
-        normed = centred * torch.rsqrt(_along_channels(var, x) + eps)
-        steps: list[tuple[torch.Tensor, Sequence[Any]]] = [(centred, (mean,)), (normed, (var, weight))]
-        if weight is not None:
-            steps.append((normed * _along_channels(weight, x), (weight,)))
-        if bias is not None:
-            steps.append((made[0], (bias,)))
-        self._norm(x, steps)
-
-    def _affine(self, x: Any, centred: Any, normed: Any, weight: Any, bias: Any, along: Any) -> None:
-        steps: list[tuple[torch.Tensor, Sequence[Any]]] = [(centred, ()), (normed, (weight,))]
-        if weight is not None:
-            steps.append((normed * along(weight), (weight,)))
-        if bias is not None:
-            steps.append((steps[-1][0] + along(bias), (bias,)))
-        self._norm(x, steps)
+            number = self.value(value)
 
 
 _PRODUCTS = frozenset(("mm", "bmm", "addmm", "add", "mul", "div"))
 _WRITE_OUT = {
     "addmm": TorchRecorder._addmm, "convolution": TorchRecorder._convolution,
-    "native_layer_norm": TorchRecorder._layer_norm, "native_group_norm": TorchRecorder._group_norm,
-    "native_batch_norm": TorchRecorder._batch_norm, "_native_batch_norm_legit_no_training": TorchRecorder._batch_norm,
     "_scaled_dot_product_flash_attention_for_cpu": TorchRecorder._attention,
-    "_native_batch_norm_legit": TorchRecorder._batch_norm, "_fused_rms_norm": TorchRecorder._rms_norm,
 }  # fmt: skip
 
 
 def _before(name: str, args: Any) -> Any:
     """What must be computed before an op that may change its operands: the product of addmm."""
     return torch.mm(args[1], args[2]) if name == "addmm" else None
-
-
-def _along_channels(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return parameter.reshape(1, -1, *(1,) * (x.ndim - 2))
 
 
 def _kept(shape: Sequence[int], axis: int) -> tuple[int, ...]:
@@ -502,93 +447,28 @@ def _kept(shape: Sequence[int], axis: int) -> tuple[int, ...]:
 def _viewed(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The same view of another tensor; [] where its memory does not allow that."""
     try:
-        return list(_tensors(func(tensor, *args[1:], **kwargs)))
+        return list(tensors(func(tensor, *args[1:], **kwargs)))
     except RuntimeError:
         try:
-            return list(_tensors(func(tensor.contiguous(), *args[1:], **kwargs)))
+            return list(tensors(func(tensor.contiguous(), *args[1:], **kwargs)))
         except RuntimeError:
             return []
 
 
-def _tensors(nest: Any) -> Iterator[torch.Tensor]:
+def tensors(nest: Any) -> Iterator[torch.Tensor]:
     if isinstance(nest, torch.Tensor):
         yield nest
     elif isinstance(nest, (list, tuple)):
         for item in nest:
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(nest, dict):
         for item in nest.values():
-            yield from _tensors(item)
+            yield from tensors(item)
 
 
-def _array(tensor: torch.Tensor, copy: bool = False) -> Any:
+def array_of(tensor: torch.Tensor, copy: bool = False) -> Any:
     """A tensor as float64 NumPy. What is kept must be a copy: ops may change it in place later."""
     plain = tensor.detach()
     if plain.is_complex():
         plain = torch.view_as_real(plain)
     return plain.to(torch.float64, copy=copy).contiguous().numpy()
-
-
-def record_torch(
-    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], call: Any = None, most: int = 4 << 30
-) -> Record:
-    """The record of one run of `module`, whose floating tensors are float64. ModelError if the model fails, or if it
-    draws random numbers."""
-    state = module.state_dict(keep_vars=True)
-    record = Record(Values(most=most))
-    parameters: dict[int, int] = {}
-    names: dict[int, list[str]] = {}
-    for key, tensor in state.items():
-        if isinstance(tensor, torch.Tensor):
-            names.setdefault(_identity(tensor), []).append(key)
-    first: dict[int, int] = {}
-    for key, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            continue
-        same = names[_identity(tensor)]
-        if same[0] == key:
-            first[_identity(tensor)] = len(record.sources)
-            record.sources.append(Source((key,), _array(tensor, copy=True), names=tuple(same[1:])))
-        parameters[id(tensor)] = first[_identity(tensor)]
-    drawn: list[str] = []
-    run = call or (lambda module, *args, **kwargs: module(*args, **kwargs))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    recorder = TorchRecorder(record, parameters)
-    with contextlib.ExitStack() as stack:
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(stepwise(module))
-        stack.enter_context(recorder)
-        stack.enter_context(torch_float64.precision(torch.float64, on_random=drawn.append))
-        for tensor in _tensors((tuple(args), dict(kwargs))):
-            recorder._value(tensor)
-        out = run(module, *args, **kwargs)
-    if drawn:
-        raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
-    record.close()
-    record.outputs = [_array(t, copy=True) for t in _tensors(_flat(out)) if t.is_floating_point()]
-    return record
-
-
-def _filled(args: Sequence[Any], count: int) -> tuple[Any, ...]:
-    """The first arguments; None for those that are left out."""
-    return (*args[:count], *(None,) * (count - len(args)))
-
-
-def _flat(out: Any) -> Any:
-    """Model outputs that are data classes or named mappings, as nested tuples."""
-    if hasattr(out, "to_tuple"):
-        return out.to_tuple()
-    if isinstance(out, torch.Tensor):
-        return out
-    if hasattr(out, "values"):
-        return tuple(out.values())
-    if hasattr(out, "__dataclass_fields__"):
-        return tuple(getattr(out, name) for name in out.__dataclass_fields__)
-    return out
-
-
-def _identity(tensor: torch.Tensor) -> Any:
-    """Equal for two tensors that share all their values."""
-    return (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else id(tensor)
