@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -17,9 +17,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Options = TypeVar("Options")
 
 
-def flags(**behind: type) -> Callable[[Command], Command]:
-    """For a command of `**options`: behind each parameter that is named, the fields of PlanOptions or WriteOptions.
-    The command gets those that were given; `options_given` reads them."""
+def flags(**behind: type | Sequence[inspect.Parameter]) -> Callable[[Command], Command]:
+    """For a command of `**options`: behind each parameter that is named, the fields of PlanOptions or WriteOptions, or
+    further parameters. The command gets those that were given; `options_given` reads the fields."""
 
     def named(command: Command) -> Command:
         parameters: list[inspect.Parameter] = []
@@ -28,7 +28,8 @@ def flags(**behind: type) -> Callable[[Command], Command]:
                 continue
             parameters.append(parameter)
             if parameter.name in behind:
-                parameters += _parameters(behind[parameter.name])
+                more = behind[parameter.name]
+                parameters += _parameters(more) if isinstance(more, type) else more
         command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command

@@ -1,0 +1,180 @@
+"""The values of surgery as options of a command, said once for `replace` (one value) and `ablate` (several).
+
+A row of VALUES is a flag that says what to put into a leaf; a row of DETAILS goes with some of them. A new value is one
+row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from graftax.errors import UsageError, escape, flag
+
+
+@dataclass(frozen=True, slots=True)
+class ValueFlag:
+    """A flag such as `--quantized BITS`.
+
+    name     the parameter of the command
+    kind     how its word is read; bool: it takes no word
+    help     its line of help
+    make     (the word, the details by name) -> the value
+    details  the names of the details that it takes
+    needs    those of them without which it is refused, with the reason
+    """
+
+    name: str
+    kind: type
+    help: str
+    make: Callable[[Any, Mapping[str, Any]], Any]
+    details: tuple[str, ...] = ()
+    needs: Mapping[str, str] | None = None
+
+    @property
+    def flag(self) -> str:
+        return flag(self.name.rstrip("_"))
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """An option that goes with some values, such as `--seed`."""
+
+    name: str
+    kind: type
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return flag(self.name.rstrip("_"))
+
+
+def _value(name: str, *details: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+    """`surgery.values.NAME(word, *details)`."""
+
+    def make(word: Any, given: Mapping[str, Any]) -> Any:
+        from graftax.surgery import values
+
+        words = () if word is True else (word,)
+        return getattr(values, name)(*words, *(given.get(detail) for detail in details))
+
+    return make
+
+
+def _constant(word: str, given: Mapping[str, Any]) -> Any:
+    from graftax.surgery import values
+
+    return values.constant(_number(word))
+
+
+_DRAWN = {"seed": "so that the draw can be repeated"}
+
+VALUES: tuple[ValueFlag, ...] = (
+    ValueFlag("constant", str, "Every value becomes this.", _constant),
+    ValueFlag("zeros", bool, "Every value becomes zero.", _value("zeros")),
+    ValueFlag(
+        "normal",
+        float,
+        "Every value is drawn from a normal distribution of this standard deviation (needs --seed).",
+        _value("normal", "seed"),
+        ("seed",),
+        _DRAWN,
+    ),
+    ValueFlag(
+        "add_normal",
+        float,
+        "Normal noise of this standard deviation is added to every value (needs --seed).",
+        _value("add_normal", "seed"),
+        ("seed",),
+        _DRAWN,
+    ),
+    ValueFlag("scaled", float, "Every value is multiplied by this.", _value("scaled")),
+    ValueFlag(
+        "quantized",
+        int,
+        "Every value is rounded to this many bits, symmetric per channel; the dtype stays.",
+        _value("quantized", "axis"),
+        ("axis",),
+    ),
+    ValueFlag(
+        "from_",
+        str,
+        "Another checkpoint to take the values from.",
+        _value("from_checkpoint", "key", "layout"),
+        ("key", "layout"),
+    ),
+)
+
+DETAILS: tuple[Detail, ...] = (
+    Detail("seed", int, "The seed of the draws; each leaf draws from (seed, path)."),
+    Detail(
+        "axis",
+        int,
+        "The channel axis of --quantized (default: the last axis of a matrix; other leaves need this option).",
+    ),
+    Detail("key", str, "The name of the tensor in that checkpoint."),
+    Detail(
+        "layout",
+        str,
+        "How the donor is stored, if its shape does not tell: linear, conv, identity, or a layout that the error "
+        "message offers.",
+    ),
+)
+
+
+def value_parameters(several: bool = False) -> list[inspect.Parameter]:
+    """The parameters of a command that takes values. several: each flag may be given more than once."""
+    made = [_parameter(row, row.kind is not bool and several) for row in VALUES]
+    return made + [_parameter(row, False) for row in DETAILS]
+
+
+def _parameter(row: ValueFlag | Detail, several: bool) -> inspect.Parameter:
+    about = Parameter(name=row.flag, negative="", help=row.help)
+    if row.kind is bool:
+        default, kind = False, bool
+    else:
+        default, kind = None, (list[row.kind] if several else row.kind) | None
+    return inspect.Parameter(
+        row.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about]
+    )
+
+
+def values_given(given: Mapping[str, Any], several: bool = False) -> list[Any]:
+    """The values that a command was given, in the order of VALUES: exactly one, or one at least where it takes
+    `several`. UsageError if none was given, if a detail goes with none of them, or if one lacks a detail."""
+    rows = [(row, word) for row in VALUES for word in _words(given.get(row.name))]
+    names = [row.flag for row, _ in rows]
+    if not rows or (len(rows) > 1 and not several):
+        known = ", ".join(row.flag for row in VALUES)
+        count = "at least" if several else "exactly"
+        raise UsageError(f"say what to put there: {count} one of {known}; got {', '.join(names) or 'none'}")
+    for detail in DETAILS:
+        takers = [row.flag for row in VALUES if detail.name in row.details]
+        if given.get(detail.name) is not None and not set(takers) & set(names):
+            raise UsageError(f"{detail.flag} goes with {' or '.join(takers)}, not with {', '.join(names)}")
+    for row, _ in rows:
+        for name, why in (row.needs or {}).items():
+            if given.get(name) is None:
+                raise UsageError(f"{row.flag} needs {flag(name)}, {why}")
+    return [row.make(word, given) for row, word in rows]
+
+
+def _words(word: Any) -> Iterable[Any]:
+    """Each word that a flag was given."""
+    if word is None or word is False:
+        return ()
+    return word if isinstance(word, list) else (word,)
+
+
+def _number(text: str) -> int | float:
+    """An integer where the text is one (int64 beyond 2^53 keeps its value), else a float. UsageError for neither."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise UsageError(f"--constant {escape(text)!r} is not a number")
