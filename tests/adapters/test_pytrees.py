@@ -172,13 +172,13 @@ def test_an_optimizer_is_reached_by_a_part_of_its_own_only(name: str) -> None:
     state = train_state(make())
     assert len(optimizer_paths(state)) == count
     assert list(open_tree(state)) == ["params/Dense_0/kernel", "params/Dense_0/bias"]
-    assert select(state, "**/kernel") == ("params/Dense_0/kernel",)
-    assert select(state, "**") == ("params/Dense_0/kernel", "params/Dense_0/bias")
-    assert select(state, "Dense_0/kernel") == ("params/Dense_0/kernel",)
-    assert select(state, lambda path, leaf: leaf.ndim == 2) == ("params/Dense_0/kernel",)
+    assert select(state, "**/kernel") == ["params/Dense_0/kernel"]
+    assert select(state, "**") == ["params/Dense_0/kernel", "params/Dense_0/bias"]
+    assert select(state, "Dense_0/kernel") == ["params/Dense_0/kernel"]
+    assert select(state, lambda path, leaf: leaf.ndim == 2) == ["params/Dense_0/kernel"]
     moment = "trace" if name == "momentum" else "mu"
     (path,) = select(state, f"**/{moment}/**/kernel")
-    assert select(state, path) == select(state, lambda p, _: p == path) == (path,)
+    assert select(state, path) == select(state, lambda p, _: p == path) == [path]
     assert set(select(state, "opt_state/**")) == set(optimizer_paths(state))
     out = gx.replace(state, path, gx.constant(2.0), expect=1)
     assert jax.tree.structure(out) == jax.tree.structure(state)
@@ -190,9 +190,9 @@ def test_an_optimizer_is_reached_by_a_part_of_its_own_only(name: str) -> None:
 def test_a_layer_called_mu_is_a_weight() -> None:
     """A VAE's: `**/mu/kernel` means the layer, not the moments of every layer, nor its own."""
     state = train_state(optax.adam(1.0), {"mu": dense(3, 4), "fc": dense(4, 2)})
-    assert select(state, "**/mu/kernel") == ("params/mu/kernel",)
-    assert select(state, "opt_state/0/mu/mu/kernel") == ("opt_state/0/mu/mu/kernel",)
-    assert select(state, "**/nu/mu/*") == ("opt_state/0/nu/mu/bias", "opt_state/0/nu/mu/kernel")
+    assert select(state, "**/mu/kernel") == ["params/mu/kernel"]
+    assert select(state, "opt_state/0/mu/mu/kernel") == ["opt_state/0/mu/mu/kernel"]
+    assert select(state, "**/nu/mu/*") == ["opt_state/0/nu/mu/bias", "opt_state/0/nu/mu/kernel"]
 
 
 def test_a_train_state_is_filled_and_read_by_its_weights() -> None:
@@ -219,7 +219,7 @@ def test_an_nnx_optimizer_opens_by_name(as_state: bool) -> None:
     before, after = live_leaves(tree), live_leaves(out)
     assert [path for path in before if after[path] is not before[path]] == ["opt_state/0/mu/kernel"]
     assert set(select(tree, nnx.optimizer.OptState)) == set(before)
-    assert select(tree, nnx.PathContains("nu")) == ("opt_state/0/nu/bias", "opt_state/0/nu/kernel")
+    assert select(tree, nnx.PathContains("nu")) == ["opt_state/0/nu/bias", "opt_state/0/nu/kernel"]
     for selector in ("**", "**/kernel", ..., nnx.Param, nnx.Variable):
         with pytest.raises(PlanError):
             select(tree, selector)
@@ -232,7 +232,7 @@ def test_a_module_beside_its_optimizer() -> None:
     both = nnx.ModelAndOptimizer(model, optax.adam(1.0), wrt=nnx.Param)
     assert list(open_tree(both)) == ["model/bias", "model/kernel"]
     assert open_tree(both).storage.metadata.keys() == {"opt_state", "step"}
-    assert select(both, "**/kernel") == ("model/kernel",)
+    assert select(both, "**/kernel") == ["model/kernel"]
     gx.load_into(both, {"model": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
     assert np.all(model.kernel.get_value() == 1)
     assert not np.any(both.opt_state[0].mu["kernel"].get_value())
@@ -245,5 +245,5 @@ def test_moments_of_a_users_own_optimizer() -> None:
 
     tree = {"params": {"fc": dense(3, 4)}, "opt": (Moments({"fc": dense(3, 4)}, {"fc": dense(3, 4)}),)}
     assert list(open_tree(tree)) == ["params/fc/kernel", "params/fc/bias"]
-    assert select(tree, "**/kernel") == ("params/fc/kernel",)
-    assert select(tree, "**/mu/fc/kernel") == ("opt/0/mu/fc/kernel",)
+    assert select(tree, "**/kernel") == ["params/fc/kernel"]
+    assert select(tree, "**/mu/fc/kernel") == ["opt/0/mu/fc/kernel"]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from graftax.adapters.jax_arrays import is_tracer
 from graftax.errors import Failure, GraftaxError, PlanError, escape
-from graftax.surgery.files import Change, Report, checkpoint_tree, replace_checkpoint, write_replacement
+from graftax.surgery.files import Change, Report, replace_checkpoint, selectable, write_replacement
 from graftax.surgery.leaves import VALUES, failures_of, new_leaf, own_copy, prepared, traced_leaf
 from graftax.surgery.live import LiveTree, live_tree
-from graftax.surgery.selecting import check_selector, choose, edits_of, pick
+from graftax.surgery.selecting import check_selector, choose, edits_of, excluded_from, pick
 from graftax.tree import Checkpoint
 
 if TYPE_CHECKING:
@@ -28,24 +28,29 @@ State = TypeVar("State")
 
 
 @overload
-def replace(tree: tuple[GraphDef, State], selector: Any, value: Any = None, *, expect: int | None = None) -> State: ...
+def replace(
+    tree: tuple[GraphDef, State], selector: Any, value: Any = None, *, expect: int | None = None, exclude: Any = None
+) -> State: ...
 
 
 @overload
-def replace(tree: T, selector: Any, value: Any = None, *, expect: int | None = None) -> T: ...
+def replace(tree: T, selector: Any, value: Any = None, *, expect: int | None = None, exclude: Any = None) -> T: ...
 
 
-def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None = None) -> Any:
+def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None = None, exclude: Any = None) -> Any:
     """A new tree like `tree` in which the selected leaves have new values; `tree` stays as it is.
 
     tree      Linen variables or params (dict, FrozenDict), any nest of arrays, a torch state_dict, an nnx.Module, a
               State, or (GraphDef, State), which gives a State
-    selector  a path; a glob ('*' stays in a part, '**' spans parts; a collection may be left out where only `params`
-              matches); a predicate (path, leaf) -> bool; an nnx filter such as nnx.Param; a list of these; or a dict
-              {selector: value}, in which an exact path wins over the others
+    selector  a path; a glob ('*' stays in a part, '**' spans parts, `{a,b}` is either; a collection may be left out
+              where only `params` matches); a predicate (path, leaf) -> bool; an nnx filter such as nnx.Param; a list of
+              these; or a dict {selector: value}, in which an exact path wins over the others. A path or a glob may end
+              in a basic index as NumPy's: `**/query/kernel[:, 3]` is that part of each leaf; the value then sees the
+              part as its leaf, and every other element keeps its bits
     value     constant(v) zeros() normal(stddev, seed) add_normal(stddev, seed) scaled(f) quantized(bits, axis)
               from_checkpoint(path, key, layout=None); an array; or a function of the old leaf
     expect    how many leaves must be selected
+    exclude   a selector of leaves that are not selected
 
     Container types, the order of keys, and the dtype and sharding of every leaf stay the same; a leaf that was not
     selected is the same object. An array is never broadcast and never cast. Only a selector that names a part of the
@@ -61,7 +66,7 @@ def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None =
     edits = edits_of(selector, value)
     live = live_tree(tree)
     edits = prepared(edits)
-    values, failures = choose(live.selectable(), edits, expect)
+    values, failures = choose(live.selectable(), edits, expect, exclude)
     new: dict[str, Any] = {}
     opened: list[Checkpoint] = []
 
@@ -134,14 +139,20 @@ def _same(a: Any, b: Any) -> bool:
     return same_bits(np.asarray(a), np.asarray(b))
 
 
-def select(tree: Any, selector: Any) -> tuple[str, ...]:
-    """The paths that `selector` picks in a live tree or an opened checkpoint, in the tree's order; see `replace`.
+def select(tree: Any, selector: Any, exclude: Any = None) -> list[str]:
+    """The paths that `selector` picks, in the tree's order, without those that `exclude` picks; see `replace`. A path
+    ends in the index where the selector picks a part of the leaf: `replace(tree, select(tree, s), value)` is
+    `replace(tree, s, value)`.
 
-    In a checkpoint a predicate gets the spec of a leaf. Raises PlanError if nothing is picked.
+    tree    whatever `replace` takes; also a path (PATH::NAME too), an opened checkpoint, a torch Module, a
+            gx.linen(...). In a checkpoint and a gx.linen(...) a predicate gets the spec of a leaf
+
+    Raises PlanError if nothing is picked, or if a leaf has no such part; the errors of reading a path.
     """
     check_selector(selector)
-    view = checkpoint_tree(tree) if isinstance(tree, Checkpoint) else live_tree(tree).selectable()
-    paths, failures = pick(view, selector)
-    if failures:
-        raise PlanError(f"nothing is selected in {escape(view.label)}:", failures)
-    return tuple(paths)
+    view = selectable(tree)
+    excluded, failures = excluded_from(view, exclude)
+    picked, failed = pick(view, selector, excluded)
+    if failures or failed:
+        raise PlanError(f"nothing is selected in {escape(view.label)}:", [*failures, *failed])
+    return [one.text for one in picked]

@@ -73,7 +73,7 @@ class FromCheckpoint:
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
         donor: Any = self.opened().source
         target = self.target or Target(side_of_names((path,)), by_names=True)
-        key = _donor_key(donor, self.key, path)
+        key = donor_key(donor, self.key, path)
         ops = layout_ops(donor, key, path, spec, target, self.layout)
         array = donor.read(key)
         if donor[key].packed and not ops:
@@ -82,7 +82,7 @@ class FromCheckpoint:
         return _as_dtype(out, donor, key, spec, self.cast)
 
 
-def _donor_key(donor: Checkpoint, key: str | None, path: str) -> str:
+def donor_key(donor: Checkpoint, key: str | None, path: str) -> str:
     if key is not None:
         if key in donor:
             return key

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import Failure, GraftaxError, PlanError, escape, option
 from graftax.surgery.donors import FromCheckpoint
 from graftax.surgery.leaves import failures_of, new_leaf, prepared
+from graftax.surgery.live import live_tree
 from graftax.surgery.selecting import Edit, SelectableTree, choose, edits_of, selector_text
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.sides import Signs, separator_of
@@ -96,17 +97,34 @@ def checkpoint_tree(checkpoint: Checkpoint) -> SelectableTree:
         checkpoint.side or separator_of(checkpoint),
         checkpoint.specs,
         checkpoint.specs.__getitem__,
+        lambda path: checkpoint.specs[path].shape,
         other_names=lambda: checkpoint.storage.aliases,
         optimizer={} if checkpoint.chosen or checkpoint.side == "torch" else own_parts(checkpoint.specs),
     )
 
 
+def selectable(tree: Any) -> SelectableTree:
+    """Whatever `select` takes, as selectors see it."""
+    from graftax.adapters import kind_of
+    from graftax.execute.opening import open_tree
+
+    if isinstance(tree, (str, PathLike, Checkpoint)) or kind_of(tree) == "linen model":
+        return checkpoint_tree(open_tree(tree))
+    return live_tree(tree, modules=True).selectable()
+
+
 def replace_checkpoint(
-    checkpoint: Checkpoint, edits: Mapping[Any, Any], expect: int | None = None, *, selected_only: bool = False
+    checkpoint: Checkpoint,
+    edits: Mapping[Any, Any],
+    expect: int | None = None,
+    *,
+    exclude: Any = None,
+    selected_only: bool = False,
 ) -> tuple[Mapping[str, TensorSpec], Iterator[tuple[str, Array]], Report]:
     """(specs, tensors, report) of a checkpoint in which the selected leaves have other values.
 
     edits          {selector: value}, as in `replace`
+    exclude        a selector of leaves that are not selected
     selected_only  give the selected leaves only, as a dry run does
 
     The selection is checked at once: PlanError if it fails. Values are made as the tensors are taken. Values that do
@@ -114,7 +132,7 @@ def replace_checkpoint(
     only afterwards.
     """
     chosen_edits = prepared(edits_of(edits, None))
-    values, failures = choose(checkpoint_tree(checkpoint), chosen_edits, expect)
+    values, failures = choose(checkpoint_tree(checkpoint), chosen_edits, expect, exclude)
     if not checkpoint.has_values:
         failures.insert(0, Failure("has names, shapes and dtypes, but no values", key=checkpoint.label))
     if failures:

@@ -8,20 +8,20 @@ from os import PathLike
 from typing import Any
 
 from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape, with_article
-from graftax.surgery.donors import FromCheckpoint, Target, misfit_hint, owner, readings_of
+from graftax.surgery.donors import FromCheckpoint, Target, donor_key, misfit_hint, owner, readings_of
 from graftax.surgery.live import spec_of_leaf
-from graftax.surgery.selecting import Edit
+from graftax.surgery.selecting import Edit, Parts
 from graftax.surgery.values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros, require_floating
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint, LeafIndex, TensorSpec
 
 VALUES = (Constant, Zeros, Normal, AddNormal, Scaled, Quantized, FromCheckpoint)
 
 
 class Misfit(PlanError):
-    """One leaf that cannot take its value; `failures` has exactly that one."""
+    """One leaf that cannot take its value: one failure, or one for each of its parts."""
 
-    def __init__(self, failure: Failure) -> None:
-        super().__init__("", [failure])
+    def __init__(self, *failures: Failure) -> None:
+        super().__init__("", failures)
 
 
 def prepared(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
@@ -74,26 +74,32 @@ def new_leaf(
     leaf: Callable[[], Any],
     host: Callable[[], Any],
     home: Callable[[], Checkpoint],
+    index: LeafIndex | None = None,
 ) -> Any:
     """The new leaf at `path`: an array of `spec` (packed types also as their bytes).
 
-    leaf  the old leaf, given to a user's function, which may change it
-    host  its values as NumPy
-    home  the tree as a Checkpoint, whose modules tell the layout for a donor
+    leaf   the old leaf, given to a user's function, which may change it
+    host   its values as NumPy
+    home   the tree as a Checkpoint, whose modules tell the layout for a donor
+    index  the part of the leaf that is replaced; `spec`, `leaf` and `host` are then those of the part
 
     Raises Misfit and other GraftaxErrors. An exception of a user's function passes through, with the path as a note.
     """
     from graftax.adapters.containers import is_tensor
 
+    if isinstance(value, Parts):
+        return _with_parts(path, spec, value, leaf, host, home)
+    name = path if index is None else f"{path}{index.text}"
     if isinstance(value, FromCheckpoint):
-        value = replace(value, target=target_of(home(), path))
+        target = target_of(home(), path)
+        value = replace(value, target=target if index is None else replace(target, module=None))
     if isinstance(value, VALUES):
-        return value.apply(path, spec, host() if value.reads else None)
+        return value.apply(name, spec, host() if value.reads else None)
     if callable(value) and not is_arraylike(value):
-        return given(path, spec, _called(value, path, leaf()), "the function gave")
-    new = given(path, spec, value)
+        return given(name, spec, _called(value, name, leaf()), "the function gave")
+    new = given(name, spec, value)
     if len(spec.shape) > 1 and is_tensor(value):
-        _refuse_two_readings(path, spec, value, home)
+        _refuse_two_readings(path, name, spec, value, home)
     return new
 
 
@@ -113,20 +119,20 @@ def traced_leaf(path: str, spec: TensorSpec, value: Any, leaf: Any) -> Any:
     return traced_sum(leaf, Normal(value.stddev, value.seed).apply(path, replace(spec, dtype="float32"), None))
 
 
-def _refuse_two_readings(path: str, spec: TensorSpec, tensor: Any, home: Callable[[], Checkpoint]) -> None:
+def _refuse_two_readings(path: str, name: str, spec: TensorSpec, tensor: Any, home: Callable[[], Checkpoint]) -> None:
     """Misfit for a torch tensor that fits a Flax leaf both unchanged and transposed from torch's layout: a square
     weight. An array of NumPy or jax is taken unchanged."""
     from graftax.execute.opening import open_tree
 
     target = target_of(home(), path)
     if target.side != "torch":
-        target = replace(target, side="flax")
+        target = replace(target, side="flax", module=target.module if name == path else None)
         readings = readings_of(open_tree({"weight": tensor}), "weight", path, spec, target)
         if len(readings) > 1:
             raise Misfit(
                 Failure(
                     "a torch tensor of this shape fits in more than one way",
-                    key=path,
+                    key=name,
                     next=f'Write gx.from_checkpoint({{"weight": tensor}}, layout=...): {" or ".join(readings)}.',
                 )
             )
@@ -216,6 +222,145 @@ def _readable(value: Any, path: str) -> Any:
     if is_abstract(value) and not is_tracer(value):
         raise PlanError(f"got {type(value).__name__}, which has a shape and a dtype, but no values")
     return value
+
+
+# ---------------------------------------------------------------- parts of one leaf
+
+
+def _with_parts(
+    path: str,
+    spec: TensorSpec,
+    parts: Parts,
+    leaf: Callable[[], Any],
+    host: Callable[[], Any],
+    home: Callable[[], Checkpoint],
+) -> Any:
+    """The old leaf with new values in its parts; every other element keeps its bits. A leaf on several devices stays
+    there: of its shards only those are read and written that a part reaches. PlanError that lists every part that does
+    not fit."""
+    from graftax.adapters.jax_arrays import is_tracer
+    from graftax.adapters.jax_parts import is_split, traced_with_part, with_parts
+
+    old = leaf()
+    base: Any = None
+    made: list[tuple[LeafIndex, Any]] = []
+    failures: list[Failure] = []
+    for index, value in parts.items:
+        try:
+            if index is not None:
+                made.append((index, _new_part(path, spec, index, value, old, host, home)))
+            elif is_tracer(old) and isinstance(value, VALUES) and value.reads:
+                base = traced_leaf(path, spec, value, old)
+            else:
+                base = new_leaf(path, spec, value, leaf, host, home)
+        except GraftaxError as error:
+            if error.exit_code != PlanError.exit_code:
+                raise
+            failures += failures_of(path if index is None else f"{path}{index.text}", error)
+    if failures:
+        raise Misfit(*failures)
+    if any(map(is_tracer, (old, base, *(part for _, part in made)))):
+        if is_tensor_leaf(old):
+            raise PlanError("a torch tensor cannot take a traced value")
+        whole = old if base is None else base
+        for index, part in made:
+            whole = traced_with_part(whole, index.key, part)
+        return whole
+    if base is None and is_split(old):
+        ranged = [(index.ranges(spec.shape), part) for index, part in made]
+        return with_parts(old, [(at, _array(part).reshape([*map(len, at)])) for at, part in ranged])
+    if base is not None or is_tensor_leaf(old) or type(old).__module__ != "numpy":
+        whole = _codes(host() if base is None else base, spec).copy()
+    else:
+        whole = _codes(old, spec)  # it is a copy already
+    for index, part in made:
+        whole[index.key] = _array(part)
+    return _packed(whole, spec)
+
+
+def _new_part(
+    path: str,
+    spec: TensorSpec,
+    index: LeafIndex,
+    value: Any,
+    old: Any,
+    host: Callable[[], Any],
+    home: Callable[[], Checkpoint],
+) -> Any:
+    """The new values of a part. A donor that has the size of the whole leaf gives the same part of itself."""
+    from graftax.adapters.jax_arrays import is_tracer
+
+    part = TensorSpec(index.part_shape(spec.shape), spec.dtype)
+    if isinstance(value, FromCheckpoint):
+        donor: Any = value.opened().source
+        key = donor_key(donor, value.key, path)
+        value = replace(value, key=key)
+        if donor[key].size == spec.size != part.size:
+            whole = new_leaf(path, spec, value, lambda: old, host, home)
+            return _codes(whole, spec)[index.key]
+    if is_tracer(old) and isinstance(value, VALUES) and value.reads:
+        return traced_leaf(f"{path}{index.text}", part, value, old[index.key])
+    return new_leaf(
+        path,
+        part,
+        value,
+        lambda: _leaf_part(path, spec, index, old, host),
+        lambda: _host_part(path, spec, index, old, host),
+        home,
+        index,
+    )
+
+
+def _leaf_part(path: str, spec: TensorSpec, index: LeafIndex, old: Any, host: Callable[[], Any]) -> Any:
+    """The part of the old leaf that a user's function gets: an array of the leaf's own kind, which it may change."""
+    from graftax.adapters.jax_arrays import to_jax
+    from graftax.adapters.jax_parts import is_split
+
+    if spec.packed:
+        return _host_part(path, spec, index, old, host).copy()
+    if is_split(old):
+        return to_jax(_host_part(path, spec, index, old, host))
+    if is_tensor_leaf(old):
+        from graftax.adapters.torch_arrays import to_torch
+
+        return to_torch(_host_part(path, spec, index, old, host), old)
+    return old[index.key] if type(old).__module__ != "numpy" else _array(old[index.key]).copy()
+
+
+def _host_part(path: str, spec: TensorSpec, index: LeafIndex, old: Any, host: Callable[[], Any]) -> Any:
+    """The values of a part of the old leaf as a NumPy array; packed types one code to a byte."""
+    from graftax.adapters.jax_parts import is_split, read_part
+
+    if is_split(old):
+        return read_part(old, index.ranges(spec.shape), path).reshape(index.part_shape(spec.shape))
+    return _array(_codes(host(), spec)[index.key])
+
+
+def is_tensor_leaf(leaf: Any) -> bool:
+    from graftax.adapters.containers import is_tensor
+
+    return is_tensor(leaf)
+
+
+def _array(values: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(values)
+
+
+def _codes(array: Any, spec: TensorSpec) -> Any:
+    """The array, with one code to a byte if its dtype is packed."""
+    from graftax.tree.dtypes import unpack
+
+    array = _array(array)
+    as_bytes = spec.packed and array.dtype == "uint8" and array.shape == (spec.nbytes,)
+    return unpack(array, spec) if as_bytes else array
+
+
+def _packed(array: Any, spec: TensorSpec) -> Any:
+    from graftax.tree.dtypes import pack
+
+    return pack(array, spec.bits) if spec.packed else array
 
 
 def own_copy(leaf: Any) -> Any:

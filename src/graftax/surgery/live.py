@@ -30,7 +30,7 @@ class LiveTree:
 
     @property
     def torch(self) -> bool:
-        return self.kind == "torch state_dict"
+        return self.kind in ("torch state_dict", "torch module")
 
     def spec(self, path: str) -> TensorSpec:
         """FormatError for a leaf whose dtype no checkpoint can hold."""
@@ -82,6 +82,7 @@ class LiveTree:
             side,
             self.leaves,
             self.leaves.__getitem__,
+            lambda path: self.spec(path).shape,
             (lambda wanted: _filtered(self.native, self.kind, self.leaves, wanted))
             if self.kind.startswith("nnx")
             else None,
@@ -123,22 +124,24 @@ def spec_of_leaf(leaf: Any) -> TensorSpec:
     return spec_of(leaf)
 
 
-def live_tree(obj: Any) -> LiveTree:
-    """The leaves of an object that `replace` edits. UsageError for other objects; it says how to edit them."""
+def live_tree(obj: Any, modules: bool = False) -> LiveTree:
+    """The leaves of an object that `replace` edits; with `modules` of a torch Module too. UsageError for other objects;
+    it says how to edit them."""
     if isinstance(obj, (str, PathLike, Checkpoint)):
         raise UsageError(
             "replace edits a live tree, not a file",
             next="On the command line: graftax replace CKPT SELECT ... -o OUT.",
         )
     kind = kind_of(obj)
-    if kind == "torch module":
+    if kind == "torch module" and not modules:
         raise UsageError(
             "replace gives a new tree and leaves the old one alone; a torch Module is changed in place",
             next="gx.load_into(module, gx.replace(module.state_dict(), ...))",
         )
     if kind == "linen model":
         raise UsageError("gx.linen(...) has shapes and no values", next="Pass the variables that module.init gave.")
-    label = {"nnx module": type(obj).__name__, "torch state_dict": "the state_dict", "container": "the tree"}
+    label = {"torch state_dict": "the state_dict", "container": "the tree"}
+    label |= dict.fromkeys(("nnx module", "torch module"), type(obj).__name__)
     return LiveTree(obj, kind, label.get(kind, "the State"), live_leaves(obj), optimizer_paths(obj))
 
 

@@ -1,19 +1,21 @@
 """Find the leaves that a selector picks, and the value that each of them takes.
 
 A selector is a path, a glob, a predicate `(path, leaf) -> bool`, an nnx filter (a Variable type, or an object from
-nnx.All, nnx.Not and the like), or a list of selectors. Failures are collected, not raised; only an object that is not a
-selector raises UsageError.
+nnx.All, nnx.Not and the like), or a list of selectors. A path or a glob may end in an index: then it picks that part of
+each leaf. Failures are collected, not raised; only an object that is not a selector raises UsageError.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, cast
 
-from graftax.errors import Failure, PlanError, UsageError, escape
-from graftax.tree import Side, glob_pattern, is_glob, match_paths, nearest, subtree
+from graftax.errors import Failure, PlanError, UsageError, escape, option
+from graftax.tree import LeafIndex, Side, glob_pattern, is_glob, match_paths, nearest, subtree
+from graftax.tree.leaf_index import cover, overlap, split_index
 
 Selector = Any
 LeafOf = Callable[[str], Any]
@@ -30,10 +32,35 @@ class Edit:
 
 
 @dataclass(frozen=True, slots=True)
+class Picked:
+    """One leaf that a selector picks, or the part of it at `index`. exact: the selector wrote out its path."""
+
+    path: str
+    index: LeafIndex | None = None
+    exact: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.path if self.index is None else f"{self.path}{self.index.text}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """The value of a leaf that takes new values in some of its parts and keeps the others.
+
+    items  (index, value), of which None is the whole leaf; a later item goes over an earlier one. Each value is made
+           from the old leaf.
+    """
+
+    items: tuple[tuple[LeafIndex | None, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SelectableTree:
     """The tree as selectors see it.
 
     paths, leaf_of  the paths, and the leaf at a path
+    shape_of        the shape of the leaf at a path
     filter_paths    nnx filter -> the paths that it passes; None: the tree has no Variables
     other_names     another name of a shared leaf -> the name that is listed
     optimizer       path of an optimizer state's leaf -> how many of its parts are the optimizer's own (3 of
@@ -44,6 +71,7 @@ class SelectableTree:
     side: Side
     paths: Collection[str]
     leaf_of: LeafOf
+    shape_of: Callable[[str], Sequence[int]]
     filter_paths: FilterPaths | None = None
     other_names: Callable[[], Mapping[str, str]] = dict
     optimizer: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -110,31 +138,61 @@ def selector_text(selector: Selector) -> str:
 
 # ---------------------------------------------------------------- one selector
 
+_NONE: frozenset[str] = frozenset()
 
-def pick(tree: SelectableTree, selector: Selector) -> tuple[list[str], list[Failure]]:
-    """(the paths that a selector picks, in the tree's order, the failures if it picks none)."""
+
+def pick(
+    tree: SelectableTree, selector: Selector, excluded: Collection[str] = _NONE
+) -> tuple[list[Picked], list[Failure]]:
+    """(the leaves that a selector picks, without the excluded ones, in the tree's order; the failures, among them that
+    it picks none)."""
     if isinstance(selector, (list, tuple)):
-        found: set[str] = set()
+        found: dict[str, dict[LeafIndex | None, Picked]] = {}
         failures: list[Failure] = []
         for item in cast("list[Any]", selector):
-            paths, failed = pick(tree, item)
-            found.update(paths)
+            picked, failed = pick(tree, item, excluded)
             failures += failed
-        return [path for path in tree.paths if path in found], failures
+            for one in picked:
+                same = found.setdefault(one.path, {}).get(one.index)
+                found[one.path][one.index] = one if same is None or one.exact else same
+        return [one for path in tree.paths for one in found.get(path, {}).values()], failures
     if isinstance(selector, str):
-        return _pick_text(tree, selector)
-    if _is_filter(selector):
-        if tree.filter_paths is None:
-            raise UsageError(
-                f"{selector_text(selector)} selects in NNX trees, and {escape(tree.label)} is none",
-                next="Use a path, a glob ('**/kernel') or a predicate (path, leaf) -> bool.",
-            )
-        paths = tree.filter_paths(selector)
+        picked, failures = _pick_text(tree, selector, excluded)
     else:
-        paths = [path for path in tree.paths if _passes(tree, selector, path)]
-    if paths:
-        return paths, []
+        picked, failures = [Picked(path) for path in _pick_paths(tree, selector)], []
+    kept = [one for one in picked if one.path not in excluded]
+    if kept or failures:
+        return kept, failures
+    if picked:
+        paths = listed(one.path for one in picked)
+        return [], [Failure(f"everything that {selector_text(selector)} selects is excluded: {paths}")]
     return [], [Failure(f"{selector_text(selector)} selects none of {len(tree.paths)} leaves")]
+
+
+def excluded_from(tree: SelectableTree, exclude: Selector) -> tuple[frozenset[str], list[Failure]]:
+    """(the paths that `exclude` keeps out of a selection, failures). A selector that matches nothing is a failure: a
+    misspelled one would let through what it was meant to keep. Optimizer state needs no naming here."""
+    if exclude is None:
+        return _NONE, []
+    check_selector(exclude)
+    picked, failures = pick(replace(tree, optimizer={}), exclude)
+    failures = [replace(failure, what=f"exclude: {failure.what}") for failure in failures]
+    for one in picked:
+        if one.index is not None:
+            failures.append(Failure(f"exclude: {escape(one.text)} is a part of a leaf", next="Exclude whole leaves."))
+    return frozenset(one.path for one in picked), failures
+
+
+def _pick_paths(tree: SelectableTree, selector: Any) -> list[str]:
+    """The paths that an nnx filter or a predicate passes."""
+    if not _is_filter(selector):
+        return [path for path in tree.paths if _passes(tree, selector, path)]
+    if tree.filter_paths is None:
+        raise UsageError(
+            f"{selector_text(selector)} selects in NNX trees, and {escape(tree.label)} is none",
+            next="Use a path, a glob ('**/kernel') or a predicate (path, leaf) -> bool.",
+        )
+    return tree.filter_paths(selector)
 
 
 def _passes(tree: SelectableTree, predicate: Callable[[str, Any], Any], path: str) -> bool:
@@ -152,18 +210,64 @@ def _is_filter(selector: Any) -> bool:
     return filters is not None and type(selector).__module__ == filters.__name__
 
 
-def _pick_text(tree: SelectableTree, selector: str) -> tuple[list[str], list[Failure]]:
-    side = tree.side
+def _pick_text(tree: SelectableTree, selector: str, excluded: Collection[str]) -> tuple[list[Picked], list[Failure]]:
+    """What a text selects: as a path, as a glob, or as either with an index at its end."""
+    whole, failures = _read(tree, selector)
+    split = split_index(selector)
+    if split is None or any(one.exact for one in whole):
+        return whole, failures or ([] if whole else [_nothing(tree, selector)])
+    base, index = split
+    inside, failed = _read(tree, base)
+    inside, left = _without(inside, excluded)
+    whole, dropped = _without(whole, excluded)
+    if inside and failures:  # the class matches, in several collections
+        return [], failures
+    if inside and whole:
+        return [], [_two_readings(selector, index, inside, whole)]
+    if whole or not (inside or left or failed):
+        return [*whole, *dropped], failures or ([] if whole or dropped else [_nothing(tree, base, selector)])
+    parts = [replace(one, index=index) for one in (*inside, *left)]
+    return parts, failed or _misfits(tree, inside, index)
+
+
+def _read(tree: SelectableTree, selector: str) -> tuple[list[Picked], list[Failure]]:
+    """The leaves that a text matches as a path or a glob; a failure if its collection is in doubt."""
     if selector in tree.paths:
-        return [selector], []
-    paths = list(tree.paths)
+        return [Picked(selector, exact=True)], []
     try:
         found = _reached(tree, selector)
     except PlanError as error:  # the collection was left out, and several collections match
         return [], [Failure(str(error).partition("\n")[0], next=str(error).partition("\n")[2])]
-    if found:
-        return found, []
-    return [], [_nothing(tree, paths, selector, side)]
+    exact = not is_glob(selector) or found == [f"params/{selector}"]
+    return [Picked(path, exact=exact) for path in found], []
+
+
+def _without(picked: list[Picked], excluded: Collection[str]) -> tuple[list[Picked], list[Picked]]:
+    """(those that stay, those that are excluded)."""
+    return [one for one in picked if one.path not in excluded], [one for one in picked if one.path in excluded]
+
+
+def _misfits(tree: SelectableTree, picked: Iterable[Picked], index: LeafIndex) -> list[Failure]:
+    """The leaves that do not have such a part."""
+    failures: list[Failure] = []
+    for one in picked:
+        try:
+            index.ranges(tree.shape_of(one.path))
+        except PlanError as error:
+            what, _, then = str(error).partition("\n")
+            failures.append(Failure(what, key=one.path, next=then))
+    return failures
+
+
+def _two_readings(selector: str, index: LeafIndex, inside: list[Picked], whole: list[Picked]) -> Failure:
+    """A bracket at the end that may be an index or a character class."""
+    paths = [one.path for one in whole]
+    names = paths[0] if len(paths) == 1 else f"{{{','.join(paths)}}}"
+    return Failure(
+        f"{selector_text(selector)} can be read in two ways: as the part {index.text} of "
+        f"{listed(one.path for one in inside)}, or with a character class as {listed(paths)}",
+        next=f"For the part: {option('exclude', escape(names, 400))}. For the other: select {escape(names, 400)!r}.",
+    )
 
 
 def _reached(tree: SelectableTree, selector: str) -> list[str]:
@@ -177,10 +281,10 @@ def _reached(tree: SelectableTree, selector: str) -> list[str]:
     return [path for path in tree.paths if path in found]
 
 
-def _nothing(tree: SelectableTree, paths: list[str], selector: str, side: Side) -> Failure:
+def _nothing(tree: SelectableTree, selector: str, written: str = "") -> Failure:
     """Why a text selector matches nothing: it names a subtree or another name of a shared leaf; else the nearest
-    paths."""
-    shown = selector_text(selector)
+    paths. written: the selector with its index."""
+    shown, side, paths = selector_text(written or selector), tree.side, list(tree.paths)
     sep = "/" if side == "flax" else "."
     inside = selector.rstrip(sep)
     for prefix in (inside, f"params{sep}{inside}"):
@@ -205,6 +309,10 @@ def _nothing(tree: SelectableTree, paths: list[str], selector: str, side: Side) 
         if turned:
             hint = f"The parts of these names are separated by '{sep}': {escape(selector.replace(other, sep))!r}."
             return Failure(f"{shown} matches nothing", next=hint)
+    start = selector.rfind("[")
+    if start > 0 and selector.endswith("]") and (selector[:start] in paths or _matched(paths, selector[:start], side)):
+        hint = "A part of a leaf is whole numbers, slices and '...', as in '[2]', '[:, 3]' and '[..., 1:4]'."
+        return Failure(f"{shown} matches nothing", next=hint)
     near = nearest(selector, paths) or listed(paths)
     return Failure(f"{shown} matches nothing", next=f"Near: {near}" if near else "The tree has no leaves.")
 
@@ -230,38 +338,86 @@ def _count(paths: list[str]) -> str:
 # ---------------------------------------------------------------- all edits
 
 
-def choose(tree: SelectableTree, edits: Iterable[Edit], expect: int | None) -> tuple[dict[str, Any], list[Failure]]:
-    """path -> value in the tree's order, and everything that does not hold.
+def choose(
+    tree: SelectableTree, edits: Iterable[Edit], expect: int | None, exclude: Selector = None
+) -> tuple[dict[str, Any], list[Failure]]:
+    """path -> value in the tree's order, and everything that does not hold. The value of a leaf of which only parts are
+    picked, or of which parts take other values than the rest, is `Parts`.
 
-    An exact path wins over a glob, a predicate or a filter. Two selectors of one rank that pick the same leaf are a
-    failure. `expect` counts all the leaves that are picked.
+    An exact path wins over a glob, a predicate or a filter. Two selectors of one rank that pick the same leaf, or parts
+    of it that overlap, are a failure. `expect` counts all the leaves that are picked.
     """
     if expect is not None and (isinstance(expect, bool) or not hasattr(expect, "__index__")):
         raise UsageError(f"expect={escape(repr(expect), 40)} is not a whole number")
-    failures: list[Failure] = []
-    exact: dict[str, Edit] = {}
-    wide: dict[str, Edit] = {}
+    excluded, failures = excluded_from(tree, exclude)
+    chosen: dict[str, list[tuple[Picked, Edit]]] = {}
     for edit in edits:
-        paths, failed = pick(tree, edit.selector)
+        picked, failed = pick(tree, edit.selector, excluded)
         failures += failed
-        chosen = exact if _is_exact(tree, edit.selector) else wide
-        for path in paths:
-            other = chosen.setdefault(path, edit)
-            if other is not edit:
-                text = f"is selected twice, by {selector_text(other.selector)} and by {selector_text(edit.selector)}"
-                failures.append(Failure(text, key=path, next="Narrow one of them; an exact path wins over a glob."))
-    picked = {path: exact.get(path) or wide[path] for path in tree.paths if path in exact or path in wide}
-    if expect is not None and len(picked) != expect and (picked or not failures):
+        for one in picked:
+            chosen.setdefault(one.path, []).append((one, edit))
+    made: dict[tuple[Any, ...], Parts] = {}
+    values: dict[str, Any] = {}
+    for path in tree.paths:
+        if path in chosen:
+            value, failed = _value_of(path, chosen[path], tree.shape_of, made)
+            failures += failed
+            values |= {} if value is None else {path: value}
+    if expect is not None and len(chosen) != expect and (chosen or not failures):
         failures.append(
             Failure(
                 "wrong number of selected leaves",
                 expected=str(expect),
-                found=str(len(picked)),
-                next=f"They are: {listed(picked)}" if picked else "",
+                found=str(len(chosen)),
+                next=f"They are: {listed(path for path in tree.paths if path in chosen)}" if chosen else "",
             )
         )
-    return {path: edit.value for path, edit in picked.items()}, failures
+    return values, failures
 
 
-def _is_exact(tree: SelectableTree, selector: Selector) -> bool:
-    return isinstance(selector, str) and (selector in tree.paths or not is_glob(selector))
+def _value_of(
+    path: str,
+    picks: list[tuple[Picked, Edit]],
+    shape_of: Callable[[str], Sequence[int]],
+    made: dict[tuple[Any, ...], Parts],
+) -> tuple[Any, list[Failure]]:
+    """The value of one leaf from everything that picks it (None if it has no such part), and the failures of picks that
+    cannot both hold. made: the
+    `Parts` so far, so that leaves with the same new parts share one."""
+    if len(picks) == 1 and picks[0][0].index is None:
+        return picks[0][1].value, []
+    shape = tuple(shape_of(path))
+    try:
+        reach = [tuple(map(range, shape)) if one.index is None else one.index.ranges(shape) for one, _ in picks]
+    except PlanError:  # `pick` has listed it
+        return None, []
+    failures: list[Failure] = []
+    hidden: set[int] = set()
+    for i, j in combinations(range(len(picks)), 2):
+        (first, by), (second, other) = picks[i], picks[j]
+        if not _meet(first, second, reach[i], reach[j]):
+            continue
+        if first.exact == second.exact:
+            failures.append(_twice(path, first, by, second, other))
+        else:
+            over, under = (i, j) if first.exact else (j, i)
+            hidden |= {under} if cover(reach[over], reach[under]) else set()
+    order = sorted((i for i in range(len(picks)) if i not in hidden), key=lambda i: picks[i][0].exact)
+    items = tuple((picks[i][0].index, picks[i][1].value) for i in order)
+    if len(items) == 1 and items[0][0] is None:
+        return items[0][1], failures
+    return made.setdefault(tuple((index, id(value)) for index, value in items), Parts(items)), failures
+
+
+def _meet(first: Picked, second: Picked, a: Sequence[range], b: Sequence[range]) -> bool:
+    """Do two picks of one leaf reach a common element? Two of the whole leaf do, even if it is empty."""
+    return (first.index is None and second.index is None) or overlap(a, b)
+
+
+def _twice(path: str, first: Picked, by: Edit, second: Picked, other: Edit) -> Failure:
+    if first.index is None and second.index is None:
+        text = f"is selected twice, by {selector_text(by.selector)} and by {selector_text(other.selector)}"
+        return Failure(text, key=path, next="Narrow one of them; an exact path wins over a glob.")
+    parts = " and ".join("the whole leaf" if one.index is None else one.index.text for one in (first, second))
+    text = f"is selected twice in part: {parts} overlap ({selector_text(by.selector)}, {selector_text(other.selector)})"
+    return Failure(text, key=path, next="Select parts that do not overlap; an exact path wins over a glob.")

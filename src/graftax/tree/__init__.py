@@ -1,6 +1,7 @@
 """Trees of named arrays: paths, specs, checkpoints, selectors. Pure Python: no framework, no NumPy."""
 
 from graftax.tree.checkpoint import Checkpoint
+from graftax.tree.leaf_index import LeafIndex
 from graftax.tree.live import Axes, Live, Module, Trace
 from graftax.tree.paths import (
     escape_part,
@@ -22,6 +23,7 @@ __all__ = [
     "Axes",
     "Checkpoint",
     "Key",
+    "LeafIndex",
     "Live",
     "Module",
     "Side",

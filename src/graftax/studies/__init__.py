@@ -1,1 +1,0 @@
-"""Studies of trained weights: what an edit does to the rest of the network."""
