@@ -17,7 +17,7 @@ SRC = Path(__file__).parent.parent / "src" / "graftax"
 # The rooms of the house, from the ground up: a room may import what stands below it.
 ORDER = (
     *("errors", "tree", "ops", "plans", "layers", "rules", "match"),
-    *("formats", "adapters", "probe", "execute", "surgery", "api", "parity", "report", "cli"),
+    *("formats", "adapters", "probe", "execute", "surgery", "api", "parity", "report", "studies", "cli"),
 )
 GROUND = {"errors", "tree"}
 NARROW = {
@@ -29,10 +29,10 @@ NARROW = {
 """Rooms that know less than all that stands below them."""
 FACADES = {"types", "examples"}
 """What only names or shows what the rooms hold."""
-ROOMS = 18
+ROOMS = 19
 
 FRAMEWORKS = {"torch", "jax", "flax", "orbax", "tensorstore"}
-MAY_IMPORT_FRAMEWORKS = {"adapters", "formats", "execute", "parity", "probe", "examples"}
+MAY_IMPORT_FRAMEWORKS = {"adapters", "formats", "execute", "parity", "probe", "studies", "examples"}
 LAZY_CORE = ("errors", "tree", "ops", "plans", "layers", "rules", "match", "match.planning", "surgery")
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graftax.parity.check import assert_parity, check_parity
     from graftax.probe.inputs import Inputs
     from graftax.report.suggesting import suggest
+    from graftax.studies.ablation import ablate
     from graftax.surgery import replace, select
     from graftax.surgery.values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
 
@@ -36,6 +37,7 @@ _HOMES = {
     "assert_parity": "parity.check",
     "Inputs": "probe.inputs",
     "suggest": "report.suggesting",
+    "ablate": "studies.ablation",
     "replace": "surgery",
     "select": "surgery",
     "constant": "surgery.values",
@@ -50,6 +52,7 @@ _MODULES = ("errors", "examples", "types")
 
 __all__ = [
     "Inputs",
+    "ablate",
     "add_normal",
     "assert_parity",
     "check_parity",

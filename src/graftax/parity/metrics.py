@@ -40,6 +40,28 @@ def relative_l2(got: Any, want: Any) -> float:
     return distance / scale if scale > 0 else distance
 
 
+def cosine(got: Any, want: Any) -> float:
+    """The cosine of two arrays as vectors: 1 if they are equal, 0 if only one is all zeros. NaN if the shapes differ,
+    or if a value is NaN or infinite on one side only."""
+    a, b = np.asarray(got), np.asarray(want)
+    if a.shape != b.shape:
+        return math.nan
+    a, b = _wide(a).reshape(-1), _wide(b).reshape(-1)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    if same.all():
+        return 1.0
+    usable = np.isfinite(a) | ~same  # a value that is infinite on both sides has no share
+    a, b = a[usable], b[usable]
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.nan
+    peaks = float(np.max(np.abs(a), initial=0.0)), float(np.max(np.abs(b), initial=0.0))
+    if not all(peaks):
+        return 0.0
+    a, b = a / peaks[0], b / peaks[1]  # squares stay in range
+    length = math.sqrt(float(np.vdot(a, a).real) * float(np.vdot(b, b).real))
+    return max(-1.0, min(1.0, float(np.vdot(b, a).real) / length))
+
+
 def _fast(a: Array, b: Array) -> float | None:
     """The same by float32 dot products, with a relative accuracy of 1e-4; None if a sum leaves float32's range."""
     with np.errstate(invalid="ignore", over="ignore"):

@@ -1,4 +1,4 @@
-"""A progress bar on stderr, if stderr is a terminal."""
+"""Progress bars on stderr, if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def progress_bar(plan: Plan) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("porting", total=total)
         yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def steps_bar(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Give a function to call after each of `total` steps. A bar shows how many are done and the time left."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)

@@ -20,24 +20,33 @@ MARK = "graftax parity report"
 
 def parity_html(report: ParityReport) -> str:
     """The page as text. Every name from a model or a file is escaped by the template."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    return page("parity.html", _context(report))
+
+
+def page(template: str, context: Mapping[str, Any], *folders: str) -> str:
+    """A page from a template of this package, or of the packages `folders`, which may include this one's styles."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("graftax.parity.report", "templates"),
+        loader=ChoiceLoader([PackageLoader(name, "templates") for name in ("graftax.parity.report", *folders)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(times=words.times, small=words.small, safe_name=lambda text: escape(text, 600))
-    return environment.get_template("parity.html").render(_context(report))
+    return environment.get_template(template).render(context)
 
 
 def save_parity_html(report: ParityReport, path: str | os.PathLike[str]) -> None:
     """Write the page in one step. StorageError if writing fails, or if the path holds another file."""
+    refuse_other_file(Path(path), MARK, "a parity report")
+    save_page(parity_html(report), path)
+
+
+def save_page(text: str, path: str | os.PathLike[str]) -> None:
+    """Write a page in one step. StorageError if writing fails."""
     out = Path(path)
-    refuse_other_file(out, MARK, "a parity report")
-    text = parity_html(report)
     staged = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         staged.write_text(text, encoding="utf-8")

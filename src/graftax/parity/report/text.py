@@ -32,8 +32,17 @@ def parity_text(report: ParityReport, width: int | None = None, color: bool = Fa
     color   with ANSI colours
     ascii   for an output that can only hold ASCII
     """
-    wanted = width or shutil.get_terminal_size((110, 40)).columns
-    columns = max(_WIDTHS[0], min(_WIDTHS[1], wanted))
+    columns = columns_of(width)
+    return printed(_parts(report, columns), columns, color, ascii)
+
+
+def columns_of(width: int | None = None) -> int:
+    """The columns of a report: `width`, or the terminal's, within what a table needs."""
+    return max(_WIDTHS[0], min(_WIDTHS[1], width or shutil.get_terminal_size((110, 40)).columns))
+
+
+def printed(parts: list[Any], columns: int, color: bool = False, ascii: bool = False) -> str:
+    """What rich prints of the parts of a report, as text without trailing blanks."""
     console = Console(
         file=io.StringIO(),
         width=columns,
@@ -44,7 +53,7 @@ def parity_text(report: ParityReport, width: int | None = None, color: bool = Fa
         emoji=False,
         legacy_windows=False,
     )
-    console.print(Group(*_parts(report, columns)), soft_wrap=False)
+    console.print(Group(*parts), soft_wrap=False)
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     text = "\n".join(line.rstrip() for line in text.rstrip().splitlines())
     return text.translate(_PLAIN) if ascii else text

@@ -1,0 +1,215 @@
+"""Run a Flax model on one input with many sets of weights: one jitted function, whose arguments are the weights.
+
+The precision of products and the devices are the caller's own, so that an output has the bits of the caller's own
+jitted call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import errors as flax_errors
+from flax import linen as nn
+from flax import nnx
+
+from graftax.adapters import kind_of, nests
+from graftax.adapters.linen_tree import LinenModel
+from graftax.errors import GraftaxError, PlanError, UsageError, option, with_article
+from graftax.execute.opening import open_tree
+from graftax.parity.flax_program import model_error
+from graftax.parity.prepare import flax_like
+from graftax.probe.inputs import Call, calls_of, inputs_of
+from graftax.tree import Checkpoint
+
+MODELS = frozenset({"linen model", "nnx module"})
+"""The kinds of object that can be run."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forward:
+    """A model and its input. `forward(weights)` gives the outputs.
+
+    weights  Linen: variables, or params alone (`bare`); NNX: a State, or a part of one (the model has the rest)
+    """
+
+    model: Any
+    call: Call
+    run: Callable[[Any], Any]
+    bare: bool
+
+    def __call__(self, weights: Any) -> Any:
+        try:
+            return self.run(weights)
+        except GraftaxError:
+            raise
+        except Exception as error:
+            self._require_fit(weights)
+            raise model_error(error, "", self.name, self.call) from error
+
+    @property
+    def name(self) -> str:
+        return type(self.model.module if isinstance(self.model, LinenModel) else self.model).__name__
+
+    def tree(self) -> Checkpoint:
+        """The model's leaves and modules. A Linen model is traced for it."""
+        return open_tree(self.model)
+
+    def _require_fit(self, weights: Any) -> None:
+        """PlanError if the weights are not those of the model, where its own leaves can be seen."""
+        try:
+            want, have = self.tree(), open_tree(weights)
+        except GraftaxError:
+            return
+        start = "params/" if self.bare else ""
+        found = {start + path: spec for path, spec in have.items()}
+        missing = [path for path in want if path not in found] if isinstance(self.model, LinenModel) else []
+        other = [path for path, spec in found.items() if path in want and want[path].shape != spec.shape]
+        if missing or other:
+            what = f"lack {missing[0]}" if missing else f"have {found[other[0]]} for {other[0]}, not {want[other[0]]}"
+            raise PlanError(
+                f"the weights do not fit the model: they {what} ({len(missing)} missing, {len(other)} of other shapes)",
+                next="Pass the variables that gx.port or the model's init gives.",
+            )
+
+
+def forward_of(what: Any, weights: Any, inputs: Any = None) -> Forward:
+    """The forward of a Flax model: gx.linen(...), a Linen module (with `inputs`) or an nnx.Module (with `inputs`).
+
+    Raises UsageError if there are no inputs, or only inputs that prove nothing.
+    """
+    given = None if inputs is None else inputs_of(inputs)
+    call = _example(what) if given is None else calls_of(given, what)[1]
+    model = flax_like(what, call)
+    own = None if given is None else given.flax_call
+    if isinstance(model, LinenModel):
+        bare = not (isinstance(weights, Mapping) and "params" in weights)
+        return Forward(model, call, _linen(model, call, bare, own), bare)
+    return Forward(model, call, _nnx(model, call, own), False)
+
+
+def state_of(weights: Any) -> Any:
+    """The weights as a forward takes them: the State of an nnx.Module or of a (GraphDef, State) pair, else as they
+    are."""
+    kind = kind_of(weights)
+    if kind == "nnx module":
+        return nnx.split(weights)[1]
+    return weights[1] if kind == "nnx split" else weights
+
+
+def is_model(what: Any) -> bool:
+    """True for an object that `forward_of` runs. UsageError for one that is neither a model nor a function of the
+    weights."""
+    if isinstance(what, (nn.Module, LinenModel)):
+        return True
+    if isinstance(what, type) or not (callable(what) or _kind(what) in MODELS):
+        named = f"the class {what.__name__}" if isinstance(what, type) else with_article(_kind(what) or "object")
+        raise UsageError(
+            f"{named} cannot be run",
+            next="Give gx.linen(model, *example), an nnx.Module, or a function of the weights.",
+        )
+    kind = _kind(what)
+    if kind == "torch module":
+        raise UsageError(
+            "a torch Module changes in place, and is no function of its weights",
+            next="Give one, and the state_dict: lambda weights: torch.func.functional_call(module, weights, (x,)).",
+        )
+    return kind in MODELS
+
+
+def _kind(what: Any) -> str:
+    try:
+        return kind_of(what)
+    except UsageError:
+        return ""
+
+
+# ---------------------------------------------------------------- the input
+
+
+def _example(what: Any) -> Call:
+    """The example of gx.linen(...). UsageError if it has no values, or only constants, with which most edits show no
+    effect."""
+    given = (what.args, what.kwargs) if isinstance(what, LinenModel) else ()
+    arrays = [array for _, array in nests.leaves(given, nests.is_array)]
+    if not arrays:
+        raise UsageError("the model has no example to run on", next=f"Give {option('inputs')}.")
+    if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+        raise UsageError("the example of gx.linen(...) has only shapes", next=f"Give real values: {option('inputs')}.")
+    if all(_constant(array) for array in arrays):
+        raise UsageError(
+            "the example of gx.linen(...) is constant, and shows little of what an edit does",
+            next=f"Give real values, there or as {option('inputs')}.",
+        )
+    assert isinstance(what, LinenModel)
+    return what.args, dict(what.kwargs)
+
+
+def _constant(array: Any) -> bool:
+    if jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return True
+    values = np.asarray(array).reshape(-1)
+    return not values.size or bool((values == values[0]).all())
+
+
+# ---------------------------------------------------------------- one jitted function
+
+
+def _linen(model: LinenModel, call: Call, bare: bool, own: Callable[..., Any] | None) -> Callable[[Any], Any]:
+    module, rngs = model.module, None if model.rngs is None else _keys(model.rngs)
+    mutable: Any = False
+
+    def forward(weights: Any, args: Any, kwargs: Any) -> Any:
+        variables = {"params": weights} if bare else weights
+        if own is None:
+            out = module.apply(variables, *args, rngs=rngs, method=model.method, mutable=mutable, **kwargs)
+        else:
+            out = nn.apply(own, module, mutable=mutable)(variables, *args, rngs=rngs, **kwargs)
+        return out if mutable is False else out[0]
+
+    jitted = _jitted(forward, call)
+
+    def run(weights: Any) -> Any:
+        nonlocal mutable
+        try:
+            return jitted(weights)
+        except flax_errors.ModifyScopeVariableError:
+            if mutable is not False:
+                raise
+            mutable = nn.DenyList(("params", "intermediates", "perturbations"))  # what it writes is discarded
+            return jitted(weights)
+
+    return run
+
+
+def _nnx(model: nnx.Module, call: Call, own: Callable[..., Any] | None) -> Callable[[Any], Any]:
+    graph, rest = nnx.split(model)
+
+    def forward(state: Any, args: Any, kwargs: Any) -> Any:
+        module = nnx.merge(graph, state)
+        return module(*args, **kwargs) if own is None else own(module, *args, **kwargs)  # pyright: ignore
+
+    jitted = _jitted(forward, call)
+    return lambda weights: jitted(nnx.merge_state(rest, weights))
+
+
+def _jitted(forward: Callable[[Any, Any, Any], Any], call: Call) -> Callable[[Any], Any]:
+    """`forward` of the weights, compiled once. The arrays of the call are arguments, its flags are constants."""
+    arrays = [jax.numpy.asarray(array) for _, array in nests.leaves(call, nests.is_array)]
+
+    def program(weights: Any, given: list[Any]) -> Any:
+        args, kwargs = nests.rebuilt(call, nests.is_array, given)
+        return forward(weights, args, kwargs)
+
+    function = jax.jit(program)
+    return lambda weights: function(weights, arrays)
+
+
+def _keys(rngs: Any) -> Any:
+    """Seeds as keys, as gx.linen takes them."""
+    if isinstance(rngs, Mapping):
+        return {name: _keys(value) for name, value in rngs.items()}
+    return jax.random.key(rngs) if isinstance(rngs, int) else rngs
