@@ -186,7 +186,8 @@ def _module(path: str, info: Seen, leaves: dict[str, str], specs: Mapping[str, T
     inner = {role: shape for role, shape in info.inner.items() if role in leaves and shape != specs[leaves[role]].shape}
     if inner:
         plain["inner_shapes"] = inner
-    return Module(path, kind.__name__, settings.bases(kind), plain, leaves, *settings.calls_of(kind, own))
+    told = *settings.calls_of(kind, own), settings.code_of(kind)
+    return Module(path, kind.__name__, settings.bases(kind), plain, leaves, *told)
 
 
 def _inner_shapes(module: Any) -> dict[str, tuple[int, ...]]:

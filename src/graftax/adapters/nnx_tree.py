@@ -246,6 +246,7 @@ def modules_of(node: Any, base: Checkpoint, aliases: Mapping[str, str]) -> dict[
             settings.collect(vars(found[keys]).items()),
             below[name],
             *settings.calls_of(type(found[keys]), vars(found[keys])),
+            settings.code_of(type(found[keys])),
         )
         for name, keys in zip(below, ranked, strict=True)
     }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
-from types import CodeType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from graftax.tree import whole_words
@@ -115,6 +116,39 @@ def calls_of(kind: type, held: Mapping[str, Any], hooks: Iterable[Any] = ()) -> 
                 own_math = own_math or code is None or bool(_names_of(code) & _TURNS)
     first += [_function_name(hook) for hook in map(_inner, hooks) if not _of_framework(hook)]
     return (*first, *names), own_math
+
+
+@cache
+def code_of(kind: type) -> str:
+    """A hash of the code of a class and of its bases that no framework defines, with the settings that it closes over:
+    equal for a class that is defined twice in the same way. "" if a framework defines all of it."""
+    digest = hashlib.sha256()
+    own = [cls for cls in kind.__mro__[:-1] if not _of_framework(cls)]
+    for cls in own:
+        for name, value in sorted(vars(cls).items()):
+            for part in (value.fget, value.fset) if isinstance(value, property) else (value,):
+                function = inspect.unwrap(getattr(part, "__func__", part))
+                if isinstance(function, FunctionType):
+                    digest.update(repr((name, _fingerprint(function))).encode())
+    return digest.hexdigest() if own else ""
+
+
+def _fingerprint(function: FunctionType) -> Any:
+    held = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    given = [simple(value) for value in (*held, *(function.__defaults__ or ()))]
+    return _code_text(function.__code__), [value for value in given if value is not SKIP]
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # a name that is not bound yet
+        return False
+
+
+def _code_text(code: CodeType) -> Any:
+    inner = [_code_text(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, inner
 
 
 def _inner(function: Any) -> Any:

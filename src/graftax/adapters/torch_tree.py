@@ -229,7 +229,7 @@ def _module(path: str, module: torch.nn.Module, leaves: dict[str, str], copied: 
     calls, own_math = settings.calls_of(kind, vars(module), _hooks(module))
     if copied:
         calls, own_math = (f"{bases[0]}.state_dict", *calls), True
-    return Module(path, name, bases, plain, leaves, calls, own_math)
+    return Module(path, name, bases, plain, leaves, calls, own_math, settings.code_of(kind))
 
 
 def _hooks(module: torch.nn.Module) -> list[Any]:

@@ -15,6 +15,7 @@ from graftax.match.engine import Result, match
 from graftax.match.groups import GroupLink
 from graftax.match.hints import head_count, read_hints
 from graftax.match.kinds import Kinds
+from graftax.match.live_layouts import by_live_modules
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, lexicon
 from graftax.match.pairs import Link, Pair, Scope
@@ -24,7 +25,7 @@ from graftax.match.recurrent import Recurrent, recurrent
 from graftax.match.ties import find_ties, tied_to
 from graftax.match.traced import Traces
 from graftax.ops import Drop, Op, Same, invert_chain
-from graftax.plans import Entry, Proposal
+from graftax.plans import Entry, Proposal, Question
 from graftax.rules.state import Named
 from graftax.tree import Checkpoint, Side
 from graftax.tree.gc_paused import gc_paused
@@ -114,9 +115,12 @@ def _infer(
             for name, reason in buffers.items()
             if name not in used
         ]
+    doubts: list[Question] = []
+    if source_side == like_side:
+        entries, doubts = by_live_modules(entries, source, like, like_side, settled.entries)
     words = (source_side, like_side) if source_side != like_side else ("source", "target")
     asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned, missing)
-    asked += [*cells.questions, *unsaid_questions(result.unsaid, turned)]
+    asked += [*doubts, *cells.questions, *unsaid_questions(result.unsaid, turned)]
     assumed = tuple(call_orders(result, ends))
     return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))
 

@@ -39,7 +39,7 @@ class Kinds:
 
     @classmethod
     def of(cls, torch: Checkpoint, flax: Checkpoint) -> Kinds:
-        return cls(_by_leaf(torch), _by_leaf(flax), (torch, flax))
+        return cls(owners_by_leaf(torch), owners_by_leaf(flax), (torch, flax))
 
     def __bool__(self) -> bool:
         return bool(self.torch or self.flax)
@@ -82,12 +82,12 @@ class Kinds:
             return None
         if link.torch.stack or link.flax.stack:  # the stack axis is open too
             return Choice(None, "", tuple(sorted(link.labels))) if max(len(s) for s, _ in shapes) > 1 else None
-        orders = _orders(shapes)
+        orders = axis_orders(shapes)
         if not orders:
             return None
         made = {((), _order_label(order)): order for order in orders}
         for label, order in made.items():
-            chain = (Rearrange(_order_text(order)),) if order != tuple(range(len(order))) else ()
+            chain = (Rearrange(order_text(order)),) if order != tuple(range(len(order))) else ()
             link.chains.update({(label, source, target): chain for source, target in shapes})
         link.labels = frozenset(made)
         if len(made) == 1:
@@ -102,7 +102,7 @@ class Kinds:
 _AXES = "abcde"
 
 
-def _orders(shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[int, ...]]:
+def axis_orders(shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[int, ...]]:
     """Every order of axes that turns the first shape of each pair into the second. Of orders that differ only in axes
     of length 1, one is given. The usual orders come first: the first axis moved last, and all axes reversed."""
     shapes = list(shapes)
@@ -121,15 +121,15 @@ def _orders(shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[t
 def _order_label(order: tuple[int, ...]) -> str:
     if order == tuple(range(len(order))):
         return "identity"
-    return "linear" if len(order) == 2 else f"axes {_order_text(order)}"
+    return "linear" if len(order) == 2 else f"axes {order_text(order)}"
 
 
-def _order_text(order: tuple[int, ...]) -> str:
+def order_text(order: tuple[int, ...]) -> str:
     names = _AXES[: len(order)]
     return f"{' '.join(names)} -> {' '.join(names[axis] for axis in order)}"
 
 
-def _by_leaf(side: Checkpoint) -> dict[str, Live]:
+def owners_by_leaf(side: Checkpoint) -> dict[str, Live]:
     """leaf -> the innermost live module that holds it"""
     out: dict[str, Live] = {}
     for module in sorted(side.live.modules.values(), key=lambda m: len(m.path)):

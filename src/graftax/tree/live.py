@@ -19,6 +19,7 @@ class Module:
     calls     what its call runs: functions set on this one module, then those of `bases` that define the call, the one
               that runs first
     own_math  that one overrides another and does not hand its weights on to the base's call or function
+    code      a hash of the user's own code that it runs; "" if all of it is a framework's
     """
 
     path: str
@@ -28,6 +29,7 @@ class Module:
     leaves: Mapping[str, str] = field(default_factory=dict[str, str])
     calls: tuple[str, ...] = ()
     own_math: bool = False
+    code: str = ""
 
     def renamed(self, path: str, names: Renaming) -> Module:
         """The module at its new path, with those of its leaves that `names` keeps."""

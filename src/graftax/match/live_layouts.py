@@ -1,0 +1,186 @@
+"""Ports within one side: the settings and classes of live modules decide how a leaf of one lies in the other.
+
+Matching copies a leaf as it is if its shape fits. Two live modules may still store it in different ways: by a setting
+that the layer table knows (ConvTranspose's transpose_kernel), or because a class of the user's own holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from graftax.errors import worded
+from graftax.layers.within_side import alike_settings, conversions, one_class, table_kind
+from graftax.match.kinds import axis_orders, order_text, owners_by_leaf
+from graftax.ops import Op, Rearrange, Stack, Unstack, chain_text
+from graftax.plans import Candidate, Entry, Question
+from graftax.plans.names import fold_names
+from graftax.plans.text import columns
+from graftax.rules.of_plan import RuleWriter
+from graftax.tree import Checkpoint, Module, Side, TensorSpec
+
+_MOST = 6
+"""Most layouts that a question offers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Doubt:
+    """Why nothing decides how a leaf lies, and the ops that it may have."""
+
+    why: str
+    ways: tuple[tuple[Op, ...], ...]
+
+
+def by_live_modules(
+    entries: Iterable[Entry], source: Checkpoint, like: Checkpoint, side: Side, settled: Iterable[Entry] = ()
+) -> tuple[list[Entry], list[Question]]:
+    """The entries, with the ops that the live modules of both ends show, and questions about the leaves for which they
+    show none. Modules of one name whose leaves only fit with other axes get entries too, if neither these entries nor
+    the `settled` ones hold them. Nothing changes if one of the ends is not live."""
+    entries = list(entries)
+    if not source.live.modules or not like.live.modules:
+        return entries, []
+    judge = _Judge(source, like, side, owners_by_leaf(source), owners_by_leaf(like))
+    out: list[Entry] = []
+    open_: dict[_Doubt, list[Entry]] = {}
+    for entry in (*entries, *judge.turned([*entries, *settled])):
+        found = judge.ops(entry)
+        if isinstance(found, _Doubt):
+            open_.setdefault(found, []).append(entry)
+        elif found == entry.ops:
+            out.append(entry)
+        else:
+            evidence = (*entry.evidence, "the settings of both live modules give this layout")
+            out.append(replace(entry, ops=found, evidence=evidence))
+    writer = RuleWriter(source, like, (side, side))
+    asked = [_question(group, doubt, writer) for doubt, some in open_.items() for _, group in columns(some)]
+    return out, asked
+
+
+@dataclass(slots=True)
+class _Judge:
+    source: Checkpoint
+    like: Checkpoint
+    side: Side
+    owners: Mapping[str, Module]
+    their_owners: Mapping[str, Module]
+    known: dict[object, Sequence[tuple[Op, ...]]] = field(default_factory=dict[object, "Sequence[tuple[Op, ...]]"])
+
+    def turned(self, known: Iterable[Entry]) -> list[Entry]:
+        """Entries for the leaves of modules of one name that no entry holds, if the only thing that keeps them from
+        one another is the order of axes."""
+        taken = {name for entry in known for name in entry.sources}
+        filled = {name for entry in known for name in entry.targets}
+        by_name = {_bare(name): name for name in self.source if name not in taken}
+        pairs = [(by_name[_bare(t)], t) for t in self.like if t not in filled and _bare(t) in by_name]
+        modules: dict[str, list[tuple[str, str]]] = {}
+        for name, target in pairs:
+            one, other = self.owners.get(name), self.their_owners.get(target)
+            if one is not None and other is not None:
+                modules.setdefault(one.path, []).append((name, target))
+        out: list[Entry] = []
+        for leaves in modules.values():
+            made = [self._turned(*pair) for pair in leaves]
+            if all(entry is not None for entry in made) and any(entry.ops for entry in made if entry is not None):
+                out += [entry for entry in made if entry is not None]
+        return out
+
+    def _turned(self, name: str, target: str) -> Entry | None:
+        """An entry for two leaves of one name: as they are, or with their axes in the one order that fits."""
+        specs = self.source.specs[name], self.like.specs[target]
+        entry = Entry((name,), (target,), (), ("both modules have this name",))
+        if specs[0].shape == specs[1].shape:
+            return entry
+        one, other = self.owners[name], self.their_owners[target]
+        if table_kind(one, self.side) and table_kind(other, self.side):
+            ways = self._by_table(entry, name, target, one, other)
+        else:
+            ways = [(Rearrange(order_text(order)),) for order in axis_orders([(specs[0].shape, specs[1].shape)])]
+        return replace(entry, ops=tuple(ways[0])) if len(ways) == 1 else None
+
+    def ops(self, entry: Entry) -> tuple[Op, ...] | _Doubt:
+        """The ops of the entry by the live modules that hold its leaves; a doubt if nothing decides."""
+        pairs = [(name, target) for name in entry.sources for target in entry.targets]
+        if not pairs or (len(entry.sources) > 1 and len(entry.targets) > 1):
+            return entry.ops
+        found = dict.fromkeys(self._pair(entry, *pair) for pair in pairs)
+        if len(found) == 1:
+            return next(iter(found))
+        doubt = next((each for each in found if isinstance(each, _Doubt)), None)
+        return doubt or _Doubt("the settings of its live modules differ from instance to instance", ())
+
+    def _pair(self, entry: Entry, name: str, target: str) -> tuple[Op, ...] | _Doubt:
+        one, other = self.owners.get(name), self.their_owners.get(target)
+        wide = [size for size in self.source.specs[name].shape if size > 1]
+        if one is None or other is None or len(wide) < 2:
+            return entry.ops
+        same = one_class(one, other)
+        if same and one.settings == other.settings:
+            return entry.ops
+        kinds = table_kind(one, self.side), table_kind(other, self.side)
+        if all(kinds):
+            ways = self._by_table(entry, name, target, one, other)
+            if len(ways) == 1:
+                return ways[0]
+            if kinds[0] == kinds[1] or entry.ops in ways:
+                return entry.ops
+        elif same and alike_settings(one, other):
+            return entry.ops
+        spec = self.like.specs[target] if _unstacks(entry) else self.source.specs[name]
+        ways = tuple(_placed(entry, way) for way in _orders(spec))
+        return _Doubt(_why(one, other, same), ways[:_MOST]) if len(ways) > 1 else entry.ops
+
+    def _by_table(self, entry: Entry, name: str, target: str, one: Module, other: Module) -> Sequence[tuple[Op, ...]]:
+        """The ops of the entry by the layer table: its own where the table changes nothing."""
+        ends = self.source.specs[name], self.like.specs[target]
+        stacked = any(isinstance(op, Stack) for op in entry.ops)
+        specs = (ends[0], ends[0]) if stacked else (ends[1], ends[1]) if _unstacks(entry) else ends
+        apart = stacked or _unstacks(entry)
+        as_is = () if apart else entry.ops
+        roles = tuple(path.rpartition("/" if self.side == "flax" else ".")[2] for path in (name, target))
+        key = *(repr((end.kind, end.calls, end.settings)) for end in (one, other)), roles, specs, as_is
+        if key not in self.known:
+            self.known[key] = conversions(self.side, one, other, roles, specs, as_is)
+        return [_placed(entry, way) for way in self.known[key]] if apart else self.known[key]
+
+
+def _bare(name: str) -> str:
+    """The path without the collection, which only Linen's have."""
+    return name.removeprefix("params/")
+
+
+def _unstacks(entry: Entry) -> bool:
+    return any(isinstance(op, Unstack) for op in entry.ops)
+
+
+def _placed(entry: Entry, way: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The ops of an entry with those of each single leaf: before they are stacked, or after they are unstacked."""
+    return (*entry.ops, *way) if _unstacks(entry) else (*way, *entry.ops)
+
+
+def _orders(spec: TensorSpec) -> list[tuple[Op, ...]]:
+    """The orders of axes that keep the shape; first, the axes as they are."""
+    orders = axis_orders([(spec.shape, spec.shape)])
+    orders.sort(key=lambda order: order != tuple(range(len(order))))
+    return [() if order == tuple(range(len(order))) else (Rearrange(order_text(order)),) for order in orders]
+
+
+def _why(one: Module, other: Module, same: bool) -> str:
+    if same:
+        return f"both live modules are {one.kind}, with settings that differ"
+    return f"one live module is {one.kind} and the other {other.kind}"
+
+
+def _question(group: Sequence[Entry], doubt: _Doubt, writer: RuleWriter) -> Question:
+    sources = tuple(name for entry in group for name in entry.sources)
+    targets = tuple(name for entry in group for name in entry.targets)
+    found: list[Candidate] = []
+    for ops in doubt.ways:
+        lines = writer.lines([replace(entry, ops=ops) for entry in group])
+        if lines:
+            said = "as it is" if ops == doubt.ways[0] else f"its axes in another order: {chain_text(ops)}"
+            found.append(Candidate(", ".join(lines), sources, said))
+    names = ", ".join(fold_names(targets)[:4])
+    decides = f"running both models ({worded('--inputs', 'inputs=')}) decides it"
+    text = f"{names}: {doubt.why}, so they may store its axes in different orders; {decides}"
+    return Question("layout", text, targets, sources, tuple(found))
