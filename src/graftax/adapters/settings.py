@@ -127,7 +127,8 @@ def code_of(kind: type) -> str:
     for cls in own:
         for name, value in sorted(vars(cls).items()):
             for part in (value.fget, value.fset) if isinstance(value, property) else (value,):
-                function = inspect.unwrap(getattr(part, "__func__", part))
+                function: Any = getattr(part, "__func__", part)
+                function = inspect.unwrap(function) if callable(function) else None
                 if isinstance(function, FunctionType):
                     digest.update(repr((name, _fingerprint(function))).encode())
     return digest.hexdigest() if own else ""

@@ -137,7 +137,8 @@ class _Judge:
         specs = (ends[0], ends[0]) if stacked else (ends[1], ends[1]) if _unstacks(entry) else ends
         apart = stacked or _unstacks(entry)
         as_is = () if apart else entry.ops
-        roles = tuple(path.rpartition("/" if self.side == "flax" else ".")[2] for path in (name, target))
+        dot = "/" if self.side == "flax" else "."
+        roles = name.rpartition(dot)[2], target.rpartition(dot)[2]
         key = *(repr((end.kind, end.calls, end.settings)) for end in (one, other)), roles, specs, as_is
         if key not in self.known:
             self.known[key] = conversions(self.side, one, other, roles, specs, as_is)
