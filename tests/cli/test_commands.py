@@ -500,7 +500,7 @@ def test_a_folder_with_a_file_of_the_users_is_not_replaced(linear: Path, capsys)
     assert (folder / "best.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "plan", "port", "replace", "verify", "diff", "layers"])
+@pytest.mark.parametrize("command", ["", "inspect", "plan", "port", "replace", "ablate", "verify", "diff", "layers"])
 def test_help_is_wrapped_once(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from graftax import __version__
+from graftax.cli.ablate import ablate_command
 from graftax.cli.common import (
     Flag,
     Json,
@@ -246,6 +247,7 @@ def layers_command(*, json: Json = False) -> Outcome:
 
 app.command(replace_command, name="replace")
 app.command(verify_command, name="verify")
+app.command(ablate_command, name="ablate")
 
 
 # ---------------------------------------------------------------- helpers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -42,6 +43,25 @@ def open_source(text: str) -> Any:
     from graftax.execute.opening import open_tree
 
     return open_tree(text)
+
+
+def live_model(text: str) -> Any:
+    """The live model of a factory. UsageError for a checkpoint, which cannot be run."""
+    from graftax.execute import factories
+
+    if not factories.is_factory(text):
+        raise UsageError(
+            f"{escape(text)} is no pkg.mod:factory, and a checkpoint alone cannot be run",
+            next="Give a function that returns the model; --source and --weights take checkpoints.",
+        )
+    return factories.call_factory(text)
+
+
+def stdout_style() -> dict[str, bool]:
+    """How a report is printed: with the colours and in the encoding that stdout can show."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return {"color": color, "ascii": not encoding.startswith("utf")}
 
 
 def planned(

@@ -74,7 +74,11 @@ def run(app: App, argv: Sequence[str]) -> int:
 def _too_many(error: UnusedCliTokensError, command: str) -> str:
     """The message for arguments that the command does not take."""
     words = " ".join(escape(word) for word in error.unused_tokens or ())
-    hint = "; one SELECT is taken, and a glob such as '**/kernel' picks several leaves" if command == "replace" else ""
+    hint = (
+        "; one SELECT is taken, and a glob such as '**/kernel' picks several leaves"
+        if command in ("replace", "ablate")
+        else ""
+    )
     return f"{command} takes no more arguments: {words}{hint}"
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from graftax.cli.common import Flag, Json, Outcome, refuse_own_input
+from graftax.cli.common import Flag, Json, Outcome, live_model, refuse_own_input, stdout_style
 from graftax.errors import ParityError, PlanError, UsageError, escape
 
 if TYPE_CHECKING:
@@ -80,7 +78,7 @@ def verify_command(
     for out in (record, report):
         if out is not None:
             refuse_own_input(out, golden, source, weights, inputs, rules, plan)
-    model = None if flax is None else _made(flax)
+    model = None if flax is None else live_model(flax)
     finished = None
     if plan is not None:
         from graftax.plans import Plan
@@ -95,7 +93,7 @@ def verify_command(
             return _outcome(check_golden(golden, model, weights, **judged), report, json)
     given, notes = _inputs(inputs, model)
     assert torch is not None
-    module, shared["source"] = _with_weights(_made(torch), source)
+    module, shared["source"] = _with_weights(live_model(torch), source)
     judged |= shared
     found: ParityReport | None = None
     if model is not None:
@@ -153,18 +151,6 @@ def _check_options(
         raise UsageError("--inputs is missing", next="Without --flax there is no example to take them from.")
 
 
-def _made(text: str) -> Any:
-    """The live object of a factory. UsageError for a checkpoint, which cannot be run."""
-    from graftax.execute import factories
-
-    if not factories.is_factory(text):
-        raise UsageError(
-            f"{escape(text)} is no pkg.mod:factory, and a checkpoint alone cannot be run",
-            next="Give a function that returns the model; --source and --weights take checkpoints.",
-        )
-    return factories.call_factory(text)
-
-
 def _with_weights(module: Any, source: str | None) -> tuple[Any, str | None]:
     """(the torch module, the checkpoint that its run reads weights from). A module that has values gets the weights
     loaded; for one on the meta device they are read layer by layer."""
@@ -204,6 +190,4 @@ def _text(found: ParityReport) -> str:
     """The report in the encoding and colours that stdout can show."""
     from graftax.parity.report.text import parity_text
 
-    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
-    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    return parity_text(found, color=color, ascii=not encoding.startswith("utf"))
+    return parity_text(found, **stdout_style())

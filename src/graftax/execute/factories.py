@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from graftax.adapters import open_live
-from graftax.errors import GraftaxError, UsageError, escape
+from graftax.errors import GraftaxError, UsageError, escape, with_article
 from graftax.tree import Checkpoint, Side
 
 _FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
@@ -51,14 +51,27 @@ def call_factory(text: str) -> Any:
     Raises UsageError if the module or the name does not exist or needs arguments, GraftaxError (70) if the user's code
     fails.
     """
+    with _current_folder(), _quiet():
+        target = _found(text)
+        return target if not callable(target) or _is_model(target) else _called(target, text)
+
+
+def named_function(text: str) -> Any:
+    """The function at `pkg.mod:function`, which is not called. The current folder is importable. UsageError if there is
+    none."""
+    with _current_folder(), _quiet():
+        target = _found(text)
+    if not callable(target):
+        raise UsageError(f"{escape(text)} is {with_article(type(target).__name__)}, not a function")
+    return target
+
+
+def _found(text: str) -> Any:
+    """What `pkg.mod:name` names."""
     match = _FACTORY.fullmatch(text)
     if match is None:
         raise UsageError(f"{escape(text)} is not of the form pkg.mod:factory")
-    with _current_folder(), _quiet():
-        return _call(_import(match["module"], text), match, text)
-
-
-def _call(target: Any, match: re.Match[str], text: str) -> Any:
+    target = _import(match["module"], text)
     for part in match["name"].split("."):
         if not hasattr(target, part):
             known = ", ".join(escape(name) for name in vars(target) if callable(vars(target)[name]) and name[0] != "_")
@@ -67,8 +80,10 @@ def _call(target: Any, match: re.Match[str], text: str) -> Any:
                 next=f"It has: {known[:400]}" if known and hasattr(target, "__dict__") else "",
             )
         target = getattr(target, part)
-    if not callable(target) or _is_model(target):
-        return target
+    return target
+
+
+def _called(target: Any, text: str) -> Any:
     missing = _needed(target)
     if missing:
         what = f"the class {escape(text)}" if isinstance(target, type) else escape(text)
@@ -78,7 +93,8 @@ def _call(target: Any, match: re.Match[str], text: str) -> Any:
     except GraftaxError:
         raise
     except (Exception, SystemExit) as exc:
-        run = f"`python -c 'import {match['module']} as m; m.{match['name']}()'` shows its traceback."
+        module, _, name = text.partition(":")
+        run = f"`python -c 'import {module} as m; m.{name}()'` shows its traceback."
         raise GraftaxError(f"the factory {escape(text)} failed: {_last_words(exc)}", next=escape(run)) from exc
 
 
