@@ -12,12 +12,11 @@ from typing import Any, TypeVar, Unpack
 
 from graftax.adapters import plain_tree
 from graftax.adapters.shardings import HOST, Place, places, spans_processes
-from graftax.errors import Failure, GraftaxError, UsageError, worded
+from graftax.errors import Failure, GraftaxError, UsageError
 from graftax.execute.device_placement import joint_stage, place_leaves, same_work
 from graftax.execute.distributed import peers
 from graftax.execute.eager import load
 from graftax.execute.factories import call_factory
-from graftax.execute.fingerprint import fingerprint
 from graftax.execute.opening import open_weights
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
@@ -319,8 +318,7 @@ def write_plan(
     advance: Callable[[int], None] = lambda count: None,
 ) -> Receipt:
     """Run a plan into a file or folder. `advance` is told of the bytes as they are made."""
-    from graftax.formats import Output, save
-    from graftax.formats.io.sizes import parse_size, size_text
+    from graftax.execute.writing import write
     from graftax.formats.sidecars import for_port
 
     joined = peers()
@@ -330,39 +328,7 @@ def write_plan(
         return write_shared(joined, made, source, like, str(out), options, advance)
     made.require_complete()
     made = prove_port(made, source)
-    receipt = Receipt()
-    budget = parse_size(options.max_memory)
-    tiles = Stream(made, source, like, receipt, budget, advance)
-    output = Output(
-        made.like.specs,
-        tiles.arrays(),
-        made.like.side,
-        made.like.real_keys,
-        made.like.containers,
-        None if options.shard_size is None else parse_size(options.shard_size),
-        tiles=tiles,
-        proof=None if made.proof is None else made.proof.as_json(),
-    )
-    inputs = (source,) if like is None else (source, like)
-    origin = fingerprint(made, source, like) if options.resume else None
-    sidecars = for_port(source, like, made.like.specs)
-    saved = save(
-        str(out),
-        output,
-        format=options.format,
-        clobber=options.clobber,
-        inputs=inputs,
-        origin=origin,
-        sidecars=sidecars,
-    )
-    receipt.notes = saved.notes
-    nbytes = sum(spec.nbytes for spec in made.like.specs.values())
-    if saved.format == "orbax" and nbytes > budget:
-        allowed = f"{size_text(budget)} of {worded('--max-memory', 'max_memory')}"
-        held = f"orbax is handed all tensors at once: {size_text(nbytes)}, beyond the {allowed}"
-        receipt.notes = (*receipt.notes, held)
-    tiles.close()
-    return receipt
+    return write(made, source, like, out, options, for_port(source, like, made.like.specs), advance)
 
 
 @takes(PlanOptions)

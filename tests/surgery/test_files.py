@@ -236,7 +236,7 @@ def test_select_in_a_file(model: Path) -> None:
 
 def test_the_difference_counts_bits_and_measures_values() -> None:
     """-0.0 is another bit pattern, NaN is no distance, and pieces add up."""
-    from graftax.surgery.files import _difference
+    from graftax.surgery.changes import difference as _difference
 
     old = np.array([0.0, 1.0, np.nan, np.inf, 2.0], np.float32)
     new = np.array([-0.0, 1.0, np.nan, 1.0, 2.5], np.float32)

@@ -160,7 +160,7 @@ def port_command(
         return Outcome(data, "", no)
     if dry_run:
         return Outcome(data | {"plan": made.as_json()}, "" if json else f"{made}\n{escape(out)}: not written (dry run)")
-    with progress_bar(made) as advance:
+    with progress_bar("porting", sum(spec.nbytes for spec in made.like.specs.values())) as advance:
         receipt = write_plan(made, opened, opened_like, out, options_given(WriteOptions, options), advance)
     data |= {"written": True, "receipt": receipt.as_json()}
     lines = [_opened(_written(out, receipt.leaves, receipt.nbytes), opened, opened_like), receipt.text]

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
+from cyclopts import Parameter
+
 from graftax.cli.common import Flag, Json, Out, Outcome, open_source
-from graftax.cli.flags import flags
+from graftax.cli.flags import flags, options_given
 from graftax.cli.value_flags import value_parameters, values_given
 from graftax.errors import escape
+from graftax.plans import WriteOptions
+
+_LIKE = "A tree with the same leaves whose modules tell what each leaf is: pkg.mod:factory."
 
 
-@flags(select=value_parameters())
+@flags(select=value_parameters(), out=WriteOptions)
 def replace_command(
     ckpt: str,
     select: str,
     /,
     *,
+    like: Annotated[str | None, Parameter(help=_LIKE)] = None,
     out: Out,
     expect: int | None = None,
-    no_clobber: Annotated[bool, Flag] = False,
     dry_run: Annotated[bool, Flag] = False,
     json: Json = False,
-    **words: Any,
+    **options: Any,
 ) -> Outcome:
     """Replace the leaves that SELECT picks; every other leaf stays bit for bit.
 
@@ -32,19 +38,19 @@ def replace_command(
     select
         A path or a glob: * stays in a part, ** spans parts.
     out
-        Where to write; OUT may not be CKPT.
+        Where to write; OUT may not be CKPT. The ending picks the format, as for port.
     expect
         How many leaves SELECT must pick.
-    no_clobber
-        Refuse an OUT that exists.
     dry_run
         Say what would change, write nothing.
     """
     from graftax.errors import PlanError
+    from graftax.report.progress import progress_bar
     from graftax.report.surgery_text import replacement_text
     from graftax.surgery import write_replacement
 
-    (value,) = values_given(words)
+    (value,) = values_given(options)
+    writing = options_given(WriteOptions, options)
     checkpoint = open_source(ckpt)
     storage = checkpoint.storage
     if storage.format == "torch" and storage.metadata and "::" not in ckpt:
@@ -54,9 +60,11 @@ def replace_command(
             f"{escape(ckpt)} holds more than its weights ({others}), which a replacement would leave behind",
             next=f"To write the weights alone: {escape(ckpt)}::{escape(inside)}",
         )
-    report = write_replacement(
-        checkpoint, select, value, None if dry_run else out, expect=expect, clobber=not no_clobber
-    )
+    with progress_bar("replacing", 0 if dry_run else sum(spec.nbytes for spec in checkpoint.specs.values())) as advance:
+        report = write_replacement(
+            checkpoint, select, value, None if dry_run else out, expect=expect, like=like, advance=advance,
+            **asdict(writing),
+        )  # fmt: skip
     return Outcome(
         {"out": out, "written": not dry_run} | report, "" if json else replacement_text(report, out, dry_run)
     )

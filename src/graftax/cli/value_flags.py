@@ -71,6 +71,12 @@ def _constant(word: str, given: Mapping[str, Any]) -> Any:
     return values.constant(_number(word))
 
 
+def _from_checkpoint(word: str, given: Mapping[str, Any]) -> Any:
+    from graftax.surgery import values
+
+    return values.from_checkpoint(word, given.get("key"), given.get("layout"), cast=given.get("cast", False))
+
+
 _DRAWN = {"seed": "so that the draw can be repeated"}
 
 VALUES: tuple[ValueFlag, ...] = (
@@ -104,8 +110,8 @@ VALUES: tuple[ValueFlag, ...] = (
         "from_",
         str,
         "Another checkpoint to take the values from.",
-        _value("from_checkpoint", "key", "layout"),
-        ("key", "layout"),
+        _from_checkpoint,
+        ("key", "layout", "cast"),
     ),
 )
 
@@ -123,6 +129,7 @@ DETAILS: tuple[Detail, ...] = (
         "How the donor is stored, if its shape does not tell: linear, conv, identity, or a layout that the error "
         "message offers.",
     ),
+    Detail("cast", bool, "Round a floating tensor of that checkpoint to the dtype of the leaf."),
 )
 
 
@@ -154,7 +161,7 @@ def values_given(given: Mapping[str, Any], several: bool = False) -> list[Any]:
         raise UsageError(f"say what to put there: {count} one of {known}; got {', '.join(names) or 'none'}")
     for detail in DETAILS:
         takers = [row.flag for row in VALUES if detail.name in row.details]
-        if given.get(detail.name) is not None and not set(takers) & set(names):
+        if given.get(detail.name) not in (None, False) and not set(takers) & set(names):
             raise UsageError(f"{detail.flag} goes with {' or '.join(takers)}, not with {', '.join(names)}")
     for row, _ in rows:
         for name, why in (row.needs or {}).items():

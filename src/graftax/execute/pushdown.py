@@ -21,6 +21,7 @@ from graftax.ops.edge_ops import Fill
 from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
 from graftax.ops.rearrange import Rearrange, parse_pattern
 from graftax.ops.rearrange_each import RearrangeEach
+from graftax.ops.replace_op import Replace
 from graftax.ops.value_ops import Cast, Offset, Scale, Sum, Unsum
 from graftax.tree import TensorSpec
 
@@ -137,7 +138,10 @@ class _Push:
         if isinstance(op, Fill) or (isinstance(op, Unsum) and _term(op, tensor)[1]):
             value = op.value if isinstance(op, Fill) else 0.0
             yield TilePiece(nest.extents, nest.offset, nest.strides, Const(value, self.specs[place][tensor].dtype))
-        elif isinstance(op, (Cast, Scale, Offset)):
+        elif isinstance(op, Replace) and op.local and not op.reads:
+            value = Apply(op, (Const(0.0, op.dtype),))  # gives the extents; nothing is read
+            yield TilePiece(nest.extents, nest.offset, nest.strides, value)
+        elif isinstance(op, (Cast, Scale, Offset)) or (isinstance(op, Replace) and op.local):
             for piece in self.back(place - 1, tensor, nest):
                 yield replace(piece, value=Apply(op, (piece.value,)))
         elif isinstance(op, Sum):

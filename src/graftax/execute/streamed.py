@@ -23,7 +23,7 @@ from graftax.execute.reading import Reader
 from graftax.execute.receipt import Measured, Receipt
 from graftax.execute.sharded import assemble, fill_boxes, sharding_boxes, short_runs
 from graftax.execute.tiling import Edges
-from graftax.execute.whole import check_source, run_entry
+from graftax.execute.whole import check_source, reads_sources, run_entry
 from graftax.formats.base import Tile
 from graftax.formats.io.sizes import size_text
 from graftax.ops import CONDITIONS, Cast, Keep, chain_text
@@ -364,7 +364,11 @@ class Stream:
     def _needed_whole(self, entry: Entry) -> int:
         """The bytes of all tensors of an entry."""
         made = sum(self._plan.like.specs[target].nbytes for target in entry.targets)
-        return made + sum(spec.nbytes for spec in self._specs(entry))
+        return made + self._read_whole(entry)
+
+    def _read_whole(self, entry: Entry) -> int:
+        """The bytes of the sources that are read to run an entry whole."""
+        return sum(spec.nbytes for spec in self._specs(entry)) if reads_sources(entry) else 0
 
     def _made(self, entry: Entry, bounded: bool = False) -> dict[str, Array]:
         """All targets of an entry that cannot be cut, kept until the last of them was asked for. `bounded`: PlanError
@@ -380,7 +384,7 @@ class Stream:
                 )
             made, meter = run_entry(entry, self._source, self._like)
             if self._source.storage.format != "live":
-                self._receipt.bytes_read += sum(spec.nbytes for spec in self._specs(entry))
+                self._receipt.bytes_read += self._read_whole(entry)
             named_made = zip(entry.targets, made, strict=True)
             self._whole[key] = {name: array for name, array in named_made if name not in self._skipped}
             if meter is not None:

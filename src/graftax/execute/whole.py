@@ -8,7 +8,7 @@ import numpy as np
 
 from graftax.errors import Failure, PlanError, escape
 from graftax.execute.meter import Meter, meter_for
-from graftax.ops import Cast, Keep, apply_chain, invert_chain
+from graftax.ops import Cast, Keep, Replace, apply_chain, invert_chain
 from graftax.ops.base import count_same_bits
 from graftax.ops.casting import cast_array
 from graftax.plans import Entry, Plan
@@ -66,11 +66,18 @@ def run_entry(entry: Entry, source: Checkpoint, like: Checkpoint | None) -> tupl
             entry.ops[0].apply(())
         assert like is not None
         return tuple(like.read(name) for name in entry.targets), None
+    if not reads_sources(entry):
+        return apply_chain(entry.ops, (None,)), None
     given = tuple(source.read(name) for name in entry.sources)
     meter = meter_for(entry)
     if meter is None:
         return apply_chain(entry.ops, given), None
     return _run_measured(entry, given, meter), meter
+
+
+def reads_sources(entry: Entry) -> bool:
+    """False if an entry gives its leaf a value that does not depend on the old one."""
+    return not (entry.ops and isinstance(entry.ops[0], Replace) and not entry.ops[0].reads)
 
 
 def _run_measured(entry: Entry, given: tuple[Array, ...], meter: Meter) -> tuple[Array, ...]:

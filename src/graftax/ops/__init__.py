@@ -31,6 +31,7 @@ from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
 from graftax.ops.norm_ops import FoldWeightNorm, SpectralSigma, SpectralVector, UnfoldWeightNorm
 from graftax.ops.rearrange import Rearrange, axis_groups, parse_pattern, transpose
 from graftax.ops.rearrange_each import RearrangeEach
+from graftax.ops.replace_op import LeafValue, Misfit, Replace, misfit_of
 from graftax.ops.value_ops import Cast, Offset, Scale, Sum, Unsum
 from graftax.tree.dtypes import same_bits
 
@@ -48,12 +49,15 @@ __all__ = [
     "Flip",
     "FoldWeightNorm",
     "Keep",
+    "LeafValue",
+    "Misfit",
     "Offset",
     "Op",
     "Pad",
     "Rearrange",
     "RearrangeEach",
     "Repeat",
+    "Replace",
     "RequireZero",
     "Same",
     "Scale",
@@ -73,6 +77,7 @@ __all__ = [
     "chain_text",
     "infer_chain",
     "invert_chain",
+    "misfit_of",
     "op_from_json",
     "op_to_json",
     "parse_pattern",

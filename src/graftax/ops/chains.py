@@ -18,6 +18,7 @@ from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
 from graftax.ops.norm_ops import FoldWeightNorm, SpectralSigma, SpectralVector, UnfoldWeightNorm
 from graftax.ops.rearrange import Rearrange
 from graftax.ops.rearrange_each import RearrangeEach
+from graftax.ops.replace_op import Replace
 from graftax.ops.value_ops import Cast, Offset, Scale, Sum, Unsum
 
 OPS: dict[str, type[Any]] = {
@@ -26,7 +27,7 @@ OPS: dict[str, type[Any]] = {
         Rearrange, RearrangeEach, Split, Concat, Stack, Unstack, Flip, Repeat, Unrepeat, Pad, Crop, Same, Copy,
         RequireZero,
         Cast, Scale, Offset, Sum, Unsum, FoldWeightNorm, UnfoldWeightNorm, SpectralSigma, SpectralVector,
-        Fill, Drop, Keep,
+        Fill, Drop, Keep, Replace,
     )
 }  # fmt: skip
 CONDITIONS: tuple[type[Any], ...] = (Same, RequireZero, Unrepeat, Crop)
@@ -64,7 +65,9 @@ def chain_text(ops: Sequence[Op]) -> str:
 
 
 def op_to_json(op: Op) -> dict[str, Any]:
-    """The op as JSON data: its name and its fields."""
+    """The op as JSON data: its name and its fields. PlanError if it holds a Python function."""
+    if isinstance(op, Replace):
+        return op.as_json()
     fields = dataclasses.fields(cast("Any", op))
     return {"op": op.name} | {field.name: _as_json(getattr(op, field.name)) for field in fields}
 

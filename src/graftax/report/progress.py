@@ -6,22 +6,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from graftax.plans import Plan
-
 
 @contextmanager
-def progress_bar(plan: Plan) -> Iterator[Callable[[int], None]]:
-    """Give a function to call with the number of bytes written. A bar shows their sum, the rate and the time left."""
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function to call with the number of bytes written, of `total`. A bar shows `what` is done, their sum, the
+    rate and the time left."""
     if not sys.stderr.isatty():
         yield lambda count: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    total = sum(spec.nbytes for spec in plan.like.specs.values())
-    columns = (TextColumn("porting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("porting", total=total)
+        task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from graftax.adapters.jax_arrays import is_tracer
 from graftax.errors import Failure, GraftaxError, PlanError, escape
+from graftax.ops import misfit_of
 from graftax.surgery.files import Change, Report, replace_checkpoint, selectable, write_replacement
-from graftax.surgery.leaves import VALUES, failures_of, new_leaf, own_copy, prepared, traced_leaf
+from graftax.surgery.leaves import VALUES, new_leaf, own_copy, prepared, traced_leaf
 from graftax.surgery.live import LiveTree, live_tree
 from graftax.surgery.selecting import check_selector, choose, edits_of, excluded_from, pick
 from graftax.tree import Checkpoint
@@ -87,7 +88,7 @@ def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None =
         except GraftaxError as error:
             if error.exit_code != PlanError.exit_code:
                 raise
-            failures += failures_of(path, error)
+            failures += misfit_of(path, error).failures
     failures += [
         Failure("a torch tensor cannot take a traced value", key=path)
         for path, made in new.items()

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, ClassVar
 
-from graftax.errors import LayoutError, PlanError, UsageError, escape, option
+from graftax.errors import LayoutError, PlanError, UsageError, escape, option, worded
 from graftax.layers import Connection, layouts, leaf_connections
-from graftax.ops import Op, apply_chain, chain_text, invert_chain
+from graftax.ops import Cast, Op, apply_chain, chain_text, invert_chain
 from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
 from graftax.tree.sides import FLAX_LEAVES, OTHER, side_of_names
 
@@ -70,16 +70,19 @@ class FromCheckpoint:
             raise PlanError(f"the donor {escape(donor.label)} has names, shapes and dtypes, but no values")
         return replace(self, source=donor)
 
-    def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
+    def way(self, path: str, spec: TensorSpec) -> tuple[Checkpoint, str, tuple[Op, ...]]:
+        """(the donor, its tensor, the ops that make the leaf of it). PlanError if it does not fit, or if its layout is
+        unknown; what opening it raises."""
         donor: Any = self.opened().source
         target = self.target or Target(side_of_names((path,)), by_names=True)
         key = donor_key(donor, self.key, path)
         ops = layout_ops(donor, key, path, spec, target, self.layout)
-        array = donor.read(key)
-        if donor[key].packed and not ops:
-            return array
-        (out,) = apply_chain(ops, (array,))
-        return _as_dtype(out, donor, key, spec, self.cast)
+        return donor, key, (*ops, *_cast_ops(donor, key, spec, self.cast))
+
+    def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
+        donor, key, ops = self.way(path, spec)
+        (out,) = apply_chain(ops, (donor.read(key),))
+        return out
 
 
 def donor_key(donor: Checkpoint, key: str | None, path: str) -> str:
@@ -99,22 +102,20 @@ def donor_key(donor: Checkpoint, key: str | None, path: str) -> str:
     )
 
 
-def _as_dtype(array: Any, donor: Checkpoint, key: str, spec: TensorSpec, cast: bool) -> Any:
-    """The donor in the leaf's dtype. Another dtype is an error unless a floating one may be cast."""
+def _cast_ops(donor: Checkpoint, key: str, spec: TensorSpec, cast: bool) -> tuple[Op, ...]:
+    """The op that rounds the donor to the leaf's dtype. Another dtype is an error unless a floating one may be cast."""
     have = donor[key].dtype
     if have == spec.dtype:
-        return array
+        return ()
     floating = donor[key].floating and spec.floating and not donor[key].packed and not spec.packed
     if not (cast and floating):
         raise PlanError(
             f"the donor {escape(key)} of {escape(donor.label)} is {have}, the leaf is {spec.dtype}",
-            next=f"Nothing is cast unasked: cast=True (in the library) rounds it to {spec.dtype}."
+            next=f"Nothing is cast unasked: {worded('--cast', 'cast=True')} rounds it to {spec.dtype}."
             if floating
             else "A cast touches floating leaves only: give an array of the leaf's dtype.",
         )
-    from graftax.ops.casting import cast_array
-
-    return cast_array(array, spec.dtype)[0]
+    return (Cast(have, spec.dtype),)
 
 
 # ---------------------------------------------------------------- layout

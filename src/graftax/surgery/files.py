@@ -1,22 +1,20 @@
-"""Surgery from file to file: replace the selected leaves and copy every other leaf bit for bit, with a hash to prove
-it.
-
-Tensors are read, replaced and written one at a time.
-"""
+"""Surgery from file to file: the selected leaves change, every other leaf is copied bit for bit, and a hash of each
+proves it. It is a plan, which the executors run as they run the plan of a port."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from graftax.errors import Failure, GraftaxError, PlanError, escape, option
-from graftax.surgery.donors import FromCheckpoint
-from graftax.surgery.leaves import failures_of, new_leaf, prepared
+from graftax.errors import Failure, PlanError, UsageError, escape, option, worded
+from graftax.plans.options import WriteKeywords, WriteOptions, options_of, takes
+from graftax.surgery.changes import Change, Report
+from graftax.surgery.leaves import prepared, value_text
+from graftax.surgery.ledger import Ledger
 from graftax.surgery.live import live_tree
-from graftax.surgery.selecting import Edit, SelectableTree, choose, edits_of, selector_text
+from graftax.surgery.planning import Replacement, plan_replacement
+from graftax.surgery.selecting import SelectableTree, choose, edits_of, selector_text
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.sides import Signs, separator_of
 from graftax.tree.training_tree import own_parts
@@ -24,70 +22,11 @@ from graftax.tree.training_tree import own_parts
 if TYPE_CHECKING:
     import numpy as np
 
-    from graftax.formats.base import Output
+    from graftax.execute.streamed import Stream
 
     Array = np.ndarray[Any, Any]
 
-_PIECE = 1 << 20  # values compared at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One leaf before and after: sha256 of its bytes as files hold them (C order, little end first), how many values
-    have other bits, and the largest difference of finite values (None for packed, complex and unchanged leaves)."""
-
-    path: str
-    spec: TensorSpec
-    selected: bool
-    before: str
-    after: str
-    changed: int | None = 0
-    largest: float | None = None
-
-    @property
-    def untouched(self) -> bool:
-        return self.before == self.after
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "shape": list(self.spec.shape),
-            "dtype": self.spec.dtype,
-            "selected": self.selected,
-            "before": self.before,
-            "after": self.after,
-            "changed": self.changed,
-            "values": self.spec.size,
-            "largest": self.largest,
-        }
-
-
-@dataclass(slots=True)
-class Report:
-    """The report of a replacement. `changes` grows as the tensors are taken; `untied`: (name, other name) of tensors
-    that no longer share memory."""
-
-    leaves: int
-    selected: tuple[str, ...]
-    edits: tuple[tuple[str, str], ...]
-    untied: tuple[tuple[str, str], ...] = ()
-    changes: list[Change] = field(default_factory=list[Change])
-
-    @property
-    def untouched(self) -> int:
-        """How many leaves kept their hash."""
-        return sum(change.untouched for change in self.changes)
-
-    def as_json(self) -> dict[str, Any]:
-        """`changes`: the selected leaves; `untouched`: path -> hash of the others."""
-        return {
-            "leaves": self.leaves,
-            "selected": list(self.selected),
-            "edits": [{"selector": selector, "value": value} for selector, value in self.edits],
-            "untied": [list(pair) for pair in self.untied],
-            "changes": [change.as_json() for change in self.changes if change.selected],
-            "untouched": {change.path: change.after for change in self.changes if not change.selected},
-        }
+__all__ = ["Change", "Report", "checkpoint_tree", "replace_checkpoint", "write_replacement"]
 
 
 def checkpoint_tree(checkpoint: Checkpoint) -> SelectableTree:
@@ -114,23 +53,29 @@ def selectable(tree: Any) -> SelectableTree:
 
 
 def replace_checkpoint(
-    checkpoint: Checkpoint,
-    edits: Mapping[Any, Any],
-    expect: int | None = None,
-    *,
-    exclude: Any = None,
-    selected_only: bool = False,
+    checkpoint: Checkpoint, edits: Mapping[Any, Any], expect: int | None = None, *, exclude: Any = None
 ) -> tuple[Mapping[str, TensorSpec], Iterator[tuple[str, Array]], Report]:
     """(specs, tensors, report) of a checkpoint in which the selected leaves have other values.
 
-    edits          {selector: value}, as in `replace`
-    exclude        a selector of leaves that are not selected
-    selected_only  give the selected leaves only, as a dry run does
+    edits    {selector: value}, as in `replace`
+    exclude  a selector of leaves that are not selected
 
     The selection is checked at once: PlanError if it fails. Values are made as the tensors are taken. Values that do
-    not fit raise one PlanError that lists them all, at the latest after the last tensor. A writer must therefore commit
-    only afterwards.
+    not fit raise one PlanError that lists them all, at the latest after the last tensor.
     """
+    from graftax.execute.receipt import Receipt
+    from graftax.execute.streamed import Stream
+
+    values, report = _chosen(checkpoint, edits, expect, exclude)
+    made = plan_replacement(checkpoint, values)
+    ledger = _watch(checkpoint, made, report)(Stream(made.plan, made.source, None, Receipt(), None))
+    return checkpoint.specs, ledger.arrays(), report
+
+
+def _chosen(
+    checkpoint: Checkpoint, edits: Mapping[Any, Any], expect: int | None, exclude: Any
+) -> tuple[dict[str, Any], Report]:
+    """path -> value of the selected leaves, and the report to be filled. PlanError if the selection fails."""
     chosen_edits = prepared(edits_of(edits, None))
     values, failures = choose(checkpoint_tree(checkpoint), chosen_edits, expect, exclude)
     if not checkpoint.has_values:
@@ -138,96 +83,23 @@ def replace_checkpoint(
     if failures:
         raise PlanError(f"nothing was replaced in {escape(checkpoint.label)}:", failures)
     untied = tuple((name, to) for name, to in checkpoint.storage.aliases.items() if (name in values) != (to in values))
-    report = Report(
-        len(checkpoint),
-        tuple(values),
-        tuple((selector_text(edit.selector), _value_text(edit)) for edit in chosen_edits),
-        untied,
-    )
-    return checkpoint.specs, _tensors(checkpoint, values, report, selected_only), report
+    texts = tuple((selector_text(edit.selector), value_text(edit.value)) for edit in chosen_edits)
+    return values, Report(len(checkpoint), tuple(values), texts, untied)
 
 
-def _value_text(edit: Edit) -> str:
-    text = getattr(edit.value, "text", None)
-    return text if isinstance(text, str) else escape(type(edit.value).__name__)
+def _watch(checkpoint: Checkpoint, made: Replacement, report: Report) -> Callable[[Stream], Ledger]:
+    paths = dict(zip(made.plan.like.specs, checkpoint, strict=True))
+    return lambda stream: Ledger(stream, checkpoint, paths, report, made.failures)
 
 
-def _tensors(
-    checkpoint: Checkpoint, values: Mapping[str, Any], report: Report, selected_only: bool
-) -> Iterator[tuple[str, Array]]:
-    failures: list[Failure] = []
-    for path, spec in checkpoint.items():
-        chosen = path in values
-        if not chosen and (selected_only or failures):  # nothing will be written: only check the other values
-            continue
-        old = checkpoint.read(path)
-        if not chosen:
-            digest = sha256(old, spec)
-            report.changes.append(Change(path, spec, False, digest, digest))
-            yield path, old
-            continue
-        try:
-            new = new_leaf(path, spec, values[path], old.copy, lambda: old, lambda: checkpoint)  # noqa: B023
-            new = _as_numpy(new)
-        except GraftaxError as error:
-            if error.exit_code != PlanError.exit_code:
-                raise
-            failures += failures_of(path, error)
-            continue
-        report.changes.append(_change(path, spec, old, new))
-        if not failures:
-            yield path, new
-    if failures:
-        raise PlanError(f"nothing was replaced in {escape(checkpoint.label)}:", failures)
-
-
-def _as_numpy(array: Any) -> Array:
-    import numpy as np
-
-    return np.asarray(array)
-
-
-def sha256(array: Array, spec: TensorSpec) -> str:
-    """The hash of a tensor's bytes as files hold them."""
-    from graftax.tree.dtypes import storage_bytes
-
-    return hashlib.sha256(storage_bytes(array, spec).data).hexdigest()
-
-
-def _change(path: str, spec: TensorSpec, old: Array, new: Array) -> Change:
-    before, after = sha256(old, spec), sha256(new, spec)
-    if before == after:
-        return Change(path, spec, True, before, after)
-    if spec.packed:
-        return Change(path, spec, True, before, after, None)
-    return Change(path, spec, True, before, after, *_difference(old, new, spec.kind))
-
-
-def _difference(old: Array, new: Array, kind: str) -> tuple[int, float | None]:
-    """(values with other bits, the largest difference between finite ones)."""
-    import numpy as np
-
-    size = old.dtype.itemsize
-    first, second = np.ascontiguousarray(old).reshape(-1), np.ascontiguousarray(new).reshape(-1)
-    changed, largest = 0, 0.0
-    for start in range(0, first.size, _PIECE):
-        a, b = first[start : start + _PIECE], second[start : start + _PIECE]
-        changed += int((a.view(np.uint8).reshape(-1, size) != b.view(np.uint8).reshape(-1, size)).any(axis=1).sum())
-        if kind in "fiub":
-            wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-            both = np.isfinite(wide_a) & np.isfinite(wide_b)
-            with np.errstate(over="ignore"):
-                largest = max(largest, float(np.abs(wide_a[both] - wide_b[both]).max(initial=0.0)))
-    return changed, largest if kind in "fiub" else None
-
-
-# ---------------------------------------------------------------- for the command line
+# ---------------------------------------------------------------- to a file
 
 
 _LEAVES = frozenset({"npz", "msgpack", "orbax"})
 """Formats whose metadata names the leaves that are not weights."""
 
 
+@takes(WriteOptions)
 def write_replacement(
     checkpoint: Checkpoint,
     selector: Any,
@@ -235,70 +107,124 @@ def write_replacement(
     out: str | PathLike[str] | None,
     *,
     expect: int | None = None,
-    format: str | None = None,
-    clobber: bool = True,
+    exclude: Any = None,
+    like: Any = None,
+    advance: Callable[[int], None] = lambda count: None,
+    **options: Unpack[WriteKeywords],
 ) -> dict[str, Any]:
     """Write `checkpoint` to `out` with the selected leaves replaced, atomically; out=None computes and writes nothing.
 
-    Gives the report as JSON data. Raises what `replace_checkpoint` and `formats.save` raise.
+    selector, value, expect, exclude  as in `replace`
+    like                              a tree with the same leaves whose modules tell what each is
+    advance                           is told of the bytes as they are made
+
+    Gives the report as JSON data. Raises PlanError for a selection that fails and for values that do not fit (all of
+    them), StorageError, and UsageError to resume with values that are no data. The options:
     """
-    inputs = [checkpoint]
-    if isinstance(value, FromCheckpoint):
-        value = value.opened()
-        inputs.append(value.source)
-    specs, tensors, report = replace_checkpoint(checkpoint, {selector: value}, expect, selected_only=out is None)
+    writing = options_of(write_replacement, WriteOptions, (), options)
+    values, report = _chosen(checkpoint, {selector: value}, expect, exclude)
+    side = checkpoint.side or ("flax" if any("/" in path for path in checkpoint) else "torch")
+    form = "" if out is None else _format(checkpoint, side, out, writing.format)
+    stored = checkpoint.storage.stored
+    names = {path: stored[path] for path in checkpoint} if stored and form in ("safetensors", "hf_folder") else {}
+    made = plan_replacement(checkpoint, values, _home(checkpoint, like), names)
+    watch = _watch(checkpoint, made, report)
     if out is None:
-        for _ in tensors:
-            pass
+        _check(made, watch, writing)
         return report.as_json()
-    from graftax.formats.saving import save
+    notes = _write(checkpoint, made, out, form, writing, watch, report, advance)
+    order = {path: i for i, path in enumerate(checkpoint)}
+    report.changes.sort(key=lambda change: order[change.path])
+    return report.as_json() | {"notes": notes}
+
+
+def _home(checkpoint: Checkpoint, like: Any) -> Checkpoint | None:
+    """The opened `like`. PlanError if it is not a tree of the same leaves."""
+    from graftax.execute.opening import open_weights
+
+    if like is None:
+        return None
+    return open_weights(like, side=checkpoint.side)
+
+
+def _check(made: Replacement, watch: Callable[[Stream], Ledger], options: WriteOptions) -> None:
+    """Make the selected leaves and write nothing."""
+    from graftax.execute.receipt import Receipt
+    from graftax.execute.streamed import Stream
+    from graftax.formats.io.sizes import parse_size
+
+    watch(Stream(made.plan, made.source, None, Receipt(), parse_size(options.max_memory))).check()
+
+
+def _write(
+    checkpoint: Checkpoint,
+    made: Replacement,
+    out: str | PathLike[str],
+    form: str,
+    options: WriteOptions,
+    watch: Callable[[Stream], Ledger],
+    report: Report,
+    advance: Callable[[int], None],
+) -> list[str]:
+    """Run the plan into `out`; gives the notes for the user."""
+    from graftax.execute.distributed import peers
+    from graftax.execute.writing import Kept, write
+    from graftax.formats.safetensors_file import without_proof
     from graftax.formats.sidecars import beside
 
-    output = _output(checkpoint, specs, tensors, out, format)
-    is_msgpack = format == "msgpack" if format else fspath(out).endswith(".msgpack")
-    verbatim = _verbatim(checkpoint, set(report.selected)) if is_msgpack else {}
-    if verbatim:
-        output = replace(output, leaves=verbatim)
-    saved = save(fspath(out), output, format=format, clobber=clobber, inputs=inputs, sidecars=beside(checkpoint))
-    gone = [name for name in checkpoint.storage.metadata if name not in specs and name not in verbatim]
-    left = gone if checkpoint.storage.format in _LEAVES else []
-    notes = [*saved.notes, *([f"not copied (not weights): {', '.join(map(escape, left[:8]))}"] if left else [])]
-    return report.as_json() | {"notes": notes}
+    if peers() is not None:
+        raise UsageError("surgery on a file is for one process", next="Do it before jax.distributed.initialize().")
+    if options.resume:
+        _require_data(made)
+    storage = checkpoint.storage
+    metadata = None
+    if checkpoint.side_by != "kind":  # graftax's own metadata would declare a side
+        metadata = without_proof(storage.metadata) if storage.format in ("safetensors", "hf_folder") else {}
+    verbatim = _verbatim(checkpoint, set(report.selected)) if form == "msgpack" else {}
+
+    def watched(stream: Stream) -> Ledger:
+        ledger = watch(stream)
+        ledger.refuse()
+        return ledger
+
+    kept = Kept(watched, metadata, verbatim or None)
+    receipt = write(made.plan, made.source, None, out, options, beside(checkpoint), advance, kept=kept)
+    gone = [name for name in storage.metadata if name not in checkpoint and name not in verbatim]
+    left = gone if storage.format in _LEAVES else []
+    return [*receipt.notes, *([f"not copied (not weights): {', '.join(map(escape, left[:8]))}"] if left else [])]
+
+
+def _require_data(made: Replacement) -> None:
+    """UsageError if a stopped run could not be resumed, because a change of the values would not be noticed."""
+    how = worded("--resume", "resume=True")
+    try:
+        made.plan.as_json()
+    except PlanError as error:
+        raise UsageError(str(error), next=f"Replace it without {how}.") from error
+    for donor in made.donors:
+        if not donor.storage.files:
+            raise UsageError(
+                f"{escape(donor.label)} is not stored in files, so a change of it would not be noticed",
+                next=f"Replace it without {how}, or save it first.",
+            )
 
 
 _UNDECLARED = ("safetensors", "hf_folder", "npz")
 """Formats that hold a tree without saying its side."""
 
 
-def _output(
-    checkpoint: Checkpoint,
-    specs: Mapping[str, TensorSpec],
-    tensors: Iterator[tuple[str, Array]],
-    out: str | PathLike[str],
-    format: str | None,
-) -> Output:
-    """The output to write. A safetensors file keeps its own names and metadata. The output declares a side only if the
-    checkpoint does: PlanError if the format of `out` would declare one."""
-    from graftax.formats.base import Output
-    from graftax.formats.safetensors_file import without_proof
+def _format(checkpoint: Checkpoint, side: Any, out: str | PathLike[str], format: str | None) -> str:
+    """The name of the format of `out`. PlanError if it would declare a side that the checkpoint does not declare."""
     from graftax.formats.saving import choose_format, split_target
 
-    side = checkpoint.side or ("flax" if any("/" in path for path in specs) else "torch")
-    row = choose_format(split_target(fspath(out))[0], side, format)
-    if checkpoint.side is None and row.name not in _UNDECLARED:
+    name = choose_format(split_target(fspath(out))[0], side, format).name
+    if checkpoint.side is None and name not in _UNDECLARED:
         raise PlanError(
-            f"{escape(checkpoint.label)} may be torch or Flax ({Signs.of(specs).text}); {row.name} would say {side}",
+            f"{escape(checkpoint.label)} may be torch or Flax ({Signs.of(checkpoint.specs).text}); {name} would say "
+            f"{side}",
             next=f"Write {' or '.join(_UNDECLARED)}, or port it first, with {option('source_side')}.",
         )
-    metadata = None
-    if checkpoint.side_by != "kind":
-        storage = checkpoint.storage
-        metadata = without_proof(storage.metadata) if storage.format in ("safetensors", "hf_folder") else {}
-        if storage.stored and row.name in ("safetensors", "hf_folder"):
-            name_of = storage.stored
-            specs = {name_of[path]: spec for path, spec in specs.items()}
-            tensors = ((name_of[path], array) for path, array in tensors)
-    return Output(specs, tensors, side, checkpoint.real_keys, checkpoint.containers, metadata=metadata)
+    return name
 
 
 def _verbatim(checkpoint: Checkpoint, selected: set[str]) -> dict[str, bytes | None]:

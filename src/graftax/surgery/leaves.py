@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape, with_article
+from graftax.ops import LeafValue, Misfit, misfit_of
+from graftax.ops.replace_op import value_data
 from graftax.surgery.donors import FromCheckpoint, Target, donor_key, misfit_hint, owner, readings_of
 from graftax.surgery.live import spec_of_leaf
 from graftax.surgery.selecting import Edit, Parts
@@ -15,13 +17,6 @@ from graftax.surgery.values import AddNormal, Constant, Normal, Quantized, Scale
 from graftax.tree import Checkpoint, LeafIndex, TensorSpec
 
 VALUES = (Constant, Zeros, Normal, AddNormal, Scaled, Quantized, FromCheckpoint)
-
-
-class Misfit(PlanError):
-    """One leaf that cannot take its value: one failure, or one for each of its parts."""
-
-    def __init__(self, *failures: Failure) -> None:
-        super().__init__("", failures)
 
 
 def prepared(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
@@ -67,6 +62,115 @@ def is_arraylike(value: Any) -> bool:
 # ---------------------------------------------------------------- one leaf
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """An array in memory, of the leaf's shape and dtype."""
+
+    reads: ClassVar[bool] = False
+    array: Any
+
+    @property
+    def text(self) -> str:
+        return escape(type(self.array).__name__)
+
+    def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
+        return given(path, spec, self.array)
+
+    def as_data(self) -> Any:
+        raise PlanError(
+            "an array in memory is not written into a plan, and a stopped run with it cannot be resumed",
+            next="Save it, and give gx.from_checkpoint(path, key).",
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """What the user's function makes of the old leaf. In memory it gets the leaf itself, from a file a NumPy array; if
+    it can be changed in place, a copy. An exception of the function passes through, with the path as a note."""
+
+    reads: ClassVar[bool] = True
+    function: Callable[..., Any]
+
+    @property
+    def text(self) -> str:
+        return escape(type(self.function).__name__)
+
+    def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
+        return self.of(path, spec, own_copy(old))
+
+    def of(self, path: str, spec: TensorSpec, old: Any) -> Any:
+        """As `apply`, for an old leaf that the function may change."""
+        return given(path, spec, _called(self.function, path, old), "the function gave")
+
+    def as_data(self) -> Any:
+        raise PlanError(
+            "a Python function is no data: it is not written into a plan, and a stopped run with it cannot be resumed"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InParts:
+    """New values in parts of the leaf; the other elements stay. `home`: as in `new_leaf`."""
+
+    reads: ClassVar[bool] = True
+    parts: Parts
+    home: Callable[[], Checkpoint]
+
+    @property
+    def text(self) -> str:
+        shown = (("" if index is None else f"{index.text} ") + value_text(value) for index, value in self.parts.items)
+        return ", ".join(shown)
+
+    def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
+        return _with_parts(path, spec, self.parts, lambda: own_copy(old), lambda: old, self.home)
+
+    def as_data(self) -> Any:
+        items = [
+            {"index": None if index is None else index.text, "value": value_data(_kind_of(value))}
+            for index, value in self.parts.items
+        ]
+        return {"value": "parts", "items": items}
+
+
+def value_text(value: Any) -> str:
+    """A value as the report shows it."""
+    return _kind_of(value).text
+
+
+def _kind_of(value: Any) -> LeafValue:
+    """What the user gave, as a value of any leaf, not yet compared with one."""
+    if isinstance(value, VALUES):
+        return value
+    return Computed(value) if callable(value) and not is_arraylike(value) else Given(value)
+
+
+def leaf_value(
+    path: str, spec: TensorSpec, value: Any, home: Callable[[], Checkpoint], index: LeafIndex | None = None
+) -> LeafValue:
+    """What the user gave, as the value of the leaf at `path`.
+
+    home   the tree as a Checkpoint, whose modules tell the layout for a donor
+    index  the part of the leaf that is replaced; `spec` is then that of the part
+
+    Misfit if an array does not fit the leaf; PlanError.
+    """
+    from graftax.adapters.containers import is_tensor
+
+    if isinstance(value, Parts):
+        return InParts(value, home)
+    name = path if index is None else f"{path}{index.text}"
+    if isinstance(value, FromCheckpoint):
+        target = target_of(home(), path)
+        return replace(value, target=target if index is None else replace(target, module=None))
+    made = _kind_of(value)
+    if isinstance(made, Given):
+        new = given(name, spec, value)
+        if len(spec.shape) > 1 and is_tensor(value):
+            _refuse_two_readings(path, name, spec, value, home)
+        return Given(new)
+    return made
+
+
 def new_leaf(
     path: str,
     spec: TensorSpec,
@@ -85,22 +189,13 @@ def new_leaf(
 
     Raises Misfit and other GraftaxErrors. An exception of a user's function passes through, with the path as a note.
     """
-    from graftax.adapters.containers import is_tensor
-
     if isinstance(value, Parts):
         return _with_parts(path, spec, value, leaf, host, home)
     name = path if index is None else f"{path}{index.text}"
-    if isinstance(value, FromCheckpoint):
-        target = target_of(home(), path)
-        value = replace(value, target=target if index is None else replace(target, module=None))
-    if isinstance(value, VALUES):
-        return value.apply(name, spec, host() if value.reads else None)
-    if callable(value) and not is_arraylike(value):
-        return given(name, spec, _called(value, name, leaf()), "the function gave")
-    new = given(name, spec, value)
-    if len(spec.shape) > 1 and is_tensor(value):
-        _refuse_two_readings(path, name, spec, value, home)
-    return new
+    made = leaf_value(path, spec, value, home, index)
+    if isinstance(made, Computed):
+        return made.of(name, spec, leaf())
+    return made.apply(name, spec, host() if made.reads else None)
 
 
 def traced_leaf(path: str, spec: TensorSpec, value: Any, leaf: Any) -> Any:
@@ -256,7 +351,7 @@ def _with_parts(
         except GraftaxError as error:
             if error.exit_code != PlanError.exit_code:
                 raise
-            failures += failures_of(path if index is None else f"{path}{index.text}", error)
+            failures += misfit_of(path if index is None else f"{path}{index.text}", error).failures
     if failures:
         raise Misfit(*failures)
     if any(map(is_tracer, (old, base, *(part for _, part in made)))):
@@ -370,11 +465,3 @@ def own_copy(leaf: Any) -> Any:
     if is_tensor(leaf):
         return leaf.detach().clone()
     return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
-
-
-def failures_of(path: str, error: GraftaxError) -> list[Failure]:
-    """An error about one leaf as failures that name it."""
-    if isinstance(error, Misfit):
-        return list(error.failures)
-    what, _, then = str(error).partition("\n")
-    return [Failure(what, key=path, next=then.strip())]

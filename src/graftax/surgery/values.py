@@ -1,8 +1,8 @@
 """The values that surgery puts into a leaf: constant, zeros, normal, add_normal, scaled, quantized, from_checkpoint.
 
-A value is data. `apply(path, spec, old)` returns a new NumPy array of the old leaf's shape and dtype, or raises
-PlanError; the dtype never changes unasked. Arithmetic is in float64, piece by piece, and is rounded once, to nearest
-even.
+A value is data (`ops.LeafValue`). `apply(path, spec, old)` returns a new NumPy array of the old leaf's shape and dtype,
+or raises PlanError; the dtype never changes unasked. Arithmetic is in float64, piece by piece, and is rounded once, to
+nearest even.
 NumPy is imported on first use.
 """
 
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftax.errors import PlanError, UsageError, escape, option, worded
 from graftax.tree import TensorSpec
@@ -30,17 +30,6 @@ BITS = (2, 16)  # of quantized: least, most
 Number = bool | int | float | complex
 
 
-@runtime_checkable
-class Value(Protocol):
-    """The interface of every value. `reads`: apply needs `old`; otherwise `old` may be None."""
-
-    reads: ClassVar[bool]
-
-    @property
-    def text(self) -> str: ...
-    def apply(self, path: str, spec: TensorSpec, old: Any) -> Any: ...
-
-
 # ---------------------------------------------------------------- fills
 
 
@@ -50,6 +39,7 @@ class Constant:
     dtype cannot approximate is refused: overflow, underflow to zero, a fraction or NaN in an integer leaf."""
 
     reads: ClassVar[bool] = False
+    local: ClassVar[bool] = True
     value: Number
 
     @property
@@ -68,6 +58,7 @@ class Zeros:
     """Zero everywhere; False in a boolean leaf."""
 
     reads: ClassVar[bool] = False
+    local: ClassVar[bool] = True
 
     @property
     def text(self) -> str:
@@ -193,6 +184,7 @@ class Scaled:
     """The leaf times `factor`, multiplied in float64 and rounded once. NaN and infinity stay (infinity x 0 is NaN)."""
 
     reads: ClassVar[bool] = True
+    local: ClassVar[bool] = True
     factor: float
 
     @property
