@@ -22,6 +22,7 @@ def replace_command(
     select: str,
     /,
     *,
+    exclude: str | None = None,
     like: Annotated[str | None, Parameter(help=_LIKE)] = None,
     out: Out,
     expect: int | None = None,
@@ -37,6 +38,8 @@ def replace_command(
         The checkpoint to operate on.
     select
         A path or a glob: * stays in a part, ** spans parts.
+    exclude
+        A path or a glob of leaves that stay as they are.
     out
         Where to write; OUT may not be CKPT. The ending picks the format, as for port.
     expect
@@ -62,8 +65,8 @@ def replace_command(
         )
     with progress_bar("replacing", 0 if dry_run else sum(spec.nbytes for spec in checkpoint.specs.values())) as advance:
         report = write_replacement(
-            checkpoint, select, value, None if dry_run else out, expect=expect, like=like, advance=advance,
-            **asdict(writing),
+            checkpoint, select, value, None if dry_run else out, expect=expect, exclude=exclude, like=like,
+            advance=advance, **asdict(writing),
         )  # fmt: skip
     return Outcome(
         {"out": out, "written": not dry_run} | report, "" if json else replacement_text(report, out, dry_run)
