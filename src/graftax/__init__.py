@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from graftax.api import load_into, load_plan, open_checkpoint, plan, port, port_file
     from graftax.parity.check import assert_parity, check_parity
     from graftax.probe.inputs import Inputs
+    from graftax.report.comparing import diff
+    from graftax.report.inspecting import inspect
     from graftax.report.suggesting import suggest
     from graftax.studies.ablation import ablate
     from graftax.surgery import replace, select
@@ -37,6 +39,8 @@ _HOMES = {
     "assert_parity": "parity.check",
     "Inputs": "probe.inputs",
     "suggest": "report.suggesting",
+    "inspect": "report.inspecting",
+    "diff": "report.comparing",
     "ablate": "studies.ablation",
     "replace": "surgery",
     "select": "surgery",
@@ -57,9 +61,11 @@ __all__ = [
     "assert_parity",
     "check_parity",
     "constant",
+    "diff",
     "errors",
     "examples",
     "from_checkpoint",
+    "inspect",
     "linen",
     "load_into",
     "load_plan",

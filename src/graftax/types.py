@@ -4,6 +4,8 @@ from graftax.execute.receipt import Measured, Receipt
 from graftax.ops import Op
 from graftax.parity.report.model import Cause, LayerRow, OutputRow, ParityReport, SettingRow, WeightRow
 from graftax.plans import Assumption, Candidate, End, Entry, Plan, Question
+from graftax.report.comparing import Diff, DifferenceRow
+from graftax.report.inspecting import Inspection, LeafRow
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
 __all__ = [
@@ -11,9 +13,13 @@ __all__ = [
     "Candidate",
     "Cause",
     "Checkpoint",
+    "Diff",
+    "DifferenceRow",
     "End",
     "Entry",
+    "Inspection",
     "LayerRow",
+    "LeafRow",
     "Measured",
     "Module",
     "Op",

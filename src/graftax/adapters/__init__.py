@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftax.errors import UsageError, escape
-from graftax.tree import Checkpoint, Side
+from graftax.tree import Checkpoint, Side, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -223,6 +223,26 @@ def live_leaves(obj: Any) -> dict[str, Any]:
         return flax_tree.leaf_table(nnx_tree.split_module(obj).state, "the module", optimizer=True)
     tree = obj[1] if kind == "nnx split" else obj
     return flax_tree.leaf_table(tree, "the tree", optimizer=True)
+
+
+def spec_of_leaf(leaf: Any) -> TensorSpec:
+    """The spec of an array of any framework. FormatError for a dtype that no checkpoint can hold."""
+    from graftax.adapters.containers import is_tensor
+
+    if is_tensor(leaf):
+        from graftax.adapters.torch_arrays import spec_of_tensor
+
+        return spec_of_tensor(leaf)
+    from graftax.tree.dtypes import spec_of
+
+    return spec_of(leaf)
+
+
+def leaf_reader(leaves: Mapping[str, Any]) -> Callable[[str], Any] | None:
+    """path -> the values of a NumPy or jax leaf as a read-only NumPy array; None if no leaf has values."""
+    from graftax.adapters import flax_tree
+
+    return flax_tree.reader_of(leaves)
 
 
 def _live(obj: Any) -> Any:

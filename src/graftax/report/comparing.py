@@ -4,15 +4,145 @@ differ."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, NoReturn
 
-from graftax.errors import escape
+from graftax.api import host_arrays, make_plan, open_both
+from graftax.errors import UsageError, escape, option
+from graftax.execute.opening import open_all, open_weights
 from graftax.ops import same_bits
 from graftax.ops.base import count_same_bits
+from graftax.plans import Plan, PlanOptions
 from graftax.report.inspecting import aligned
-from graftax.tree import TensorSpec
+from graftax.tree import Checkpoint, Side, TensorSpec
 
 Reader = Callable[[str], Any]
+_SHOWN = 12
+"""How many names of what is not compared the text shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class DifferenceRow:
+    """One leaf that differs.
+
+    what      "values", "spec" (shape or dtype), "only_in_a" or "only_in_b"
+    a, b      the specs where they differ
+    count, of how many of its values differ (by bits, or beyond the tolerance), and how many there are
+    max_abs   the largest |a - b|; None for packed leaves and where it is not finite
+    relative  the norm of a - b by that of b; None where there is none
+    """
+
+    path: str
+    what: str
+    a: str | None = None
+    b: str | None = None
+    count: int | None = None
+    of: int | None = None
+    max_abs: float | None = None
+    relative: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Diff:
+    """The differences of two checkpoints or live trees. It prints as `graftax diff` does. It has no truth value: say
+    `.equal`.
+
+    labels  what A and B are called
+    hint    the next step where A and B are of different sides
+    """
+
+    data: Mapping[str, Any]
+    labels: tuple[str, str]
+    hint: str = ""
+
+    @property
+    def equal(self) -> bool:
+        """Both have the same leaves, equal in shape, dtype and every bit, or within the tolerance. What the text lists
+        as not compared does not count."""
+        return self.data["equal"]
+
+    @property
+    def rows(self) -> list[DifferenceRow]:
+        """The leaves that differ, then those that only A has, then those that only B has."""
+        rows = [DifferenceRow(**row) for row in self.data["differ"]]
+        return rows + [DifferenceRow(path, what) for what in ("only_in_a", "only_in_b") for path in self.data[what]]
+
+    def as_json(self) -> dict[str, Any]:
+        """The result of `graftax diff --json`."""
+        return dict(self.data)
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("a Diff has no truth value, as it might mean either: say diff.equal, or not diff.equal")
+
+    def __str__(self) -> str:
+        return "\n".join([comparison_text(self.data), *([self.hint] if self.hint else [])])
+
+    __repr__ = __str__
+
+
+def diff(
+    a: Any,
+    b: Any,
+    *,
+    plan: Plan | str | PathLike[str] | None = None,
+    like: Any = None,
+    source_side: Side | None = None,
+    to: Side | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> Diff:
+    """Compare two checkpoints or live trees leaf by leaf, as `graftax diff` does.
+
+    a, b         whatever `inspect` takes; b is the one that differences are relative to
+    plan, like   a plan (or its file), or the tree, that the weights of `a` are ported by to b's side first; the weights
+                 of `b` are then compared
+    source_side  whether `a` is torch or Flax, if it does not say so itself; `to`: `like` and `b`
+    atol, rtol   with either, values agree where |a - b| <= atol + rtol |b|; without, every bit counts
+
+    Raises PlanError where the plan is incomplete, UsageError for a tree without values, the errors of reading.
+    """
+    if plan is not None and like is not None:
+        raise UsageError(f"give {option('plan')} or {option('like')}, not both")
+    ported = plan is not None or like is not None
+    made = plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan))
+    if made is not None:
+        source_side, to = made.source.side, made.like.side
+    first, second = open_both(a, b, source_side, to, open_weights if ported else open_all)
+    assert second is not None
+    for checkpoint in (first, second):
+        if not checkpoint.has_values:
+            raise UsageError(f"{escape(checkpoint.label)} has no values to compare")
+    specs, read = first.specs, first.read
+    if ported:
+        target = None if like is None else open_weights(like, side=to)
+        made = made or make_plan(first, target, PlanOptions(source_side=source_side, to=to))
+        made.require_complete(_rules_for_diff(a, b, like))
+        arrays, _ = host_arrays(made, first, target)
+        specs, read = made.like.specs, arrays.__getitem__
+    data = comparison(specs, read, second.specs, second.read, atol, rtol)
+    data["not_compared"] = list(dict.fromkeys([*_left_out(first), *_left_out(second)]))
+    mixed = not ported and not data["equal"] and {first.side, second.side} == {"torch", "flax"}
+    how = f"give {option('like', b if isinstance(b, str) else '')} or {option('plan')}"
+    hint = f"A is {first.side} and B is {second.side}: {how}." if mixed else ""
+    return Diff(data, (first.label, second.label), hint)
+
+
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    """What stands beside the leaves that are compared: an optimizer's state, run metadata."""
+    beside = lambda name: not any(path == name or path.startswith(f"{name}/") for path in checkpoint.specs)  # noqa: E731
+    return [name for name in checkpoint.left if beside(name)]
+
+
+def _rules_for_diff(a: Any, b: Any, like: Any) -> str:
+    """The next step if diff's own plan is incomplete: diff takes no rules."""
+    if like is None:
+        return ""
+    if not all(isinstance(end, str) for end in (a, b, like)):
+        return "diff takes no rules: plan = gx.plan(a, like, rules=...), then gx.diff(a, b, plan=plan)."
+    steps = f"graftax plan {a} --like {like} --rules R.toml -o plan.json, then graftax diff {a} {b} --plan plan.json"
+    return f"diff takes no rules: {escape(steps, 600)} (plan --suggest R.toml writes what is open as rules)."
 
 
 def comparison(
@@ -91,4 +221,8 @@ def comparison_text(data: Mapping[str, Any]) -> str:
     counts = f"{same} leaves equal, {len(data['differ'])} differ"
     if data["only_in_a"] or data["only_in_b"]:
         counts += f", {len(data['only_in_a'])} only in A, {len(data['only_in_b'])} only in B"
-    return "\n".join([*lines, counts])
+    left = data.get("not_compared", [])
+    more = f" and {len(left) - _SHOWN} more (--json)" if len(left) > _SHOWN else ""
+    return "\n".join(
+        [*lines, counts, *([f"not compared: {', '.join(map(escape, left[:_SHOWN]))}{more}"] if left else [])]
+    )

@@ -3,19 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from graftax.errors import GraftaxError, escape
+from graftax.execute.opening import open_all
 from graftax.formats.io import strict_json
 from graftax.formats.io.sizes import size_text
 from graftax.plans.proof import proof_of_json
 from graftax.tree import Checkpoint, TensorSpec, natural_key
+from graftax.tree.gc_paused import gc_paused
 from graftax.tree.training_tree import find_training_state
 
 _SHOWN = 12
 """How many names beside the weights the text shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeafRow:
+    """One leaf of an inspection. stats and sha256 where they were asked for; stats is None for packed and complex
+    leaves too."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    stats: Mapping[str, Any] | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Inspection:
+    """The names, shapes and dtypes of a checkpoint or live tree. It prints as `graftax inspect` does."""
+
+    data: Mapping[str, Any]
+
+    @property
+    def rows(self) -> list[LeafRow]:
+        """The leaves, in the tree's order."""
+        return [
+            LeafRow(path, tuple(row["shape"]), row["dtype"], row.get("stats"), row.get("sha256"))
+            for path, row in self.data["tensors"].items()
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """The result of `graftax inspect --json`."""
+        return dict(self.data)
+
+    def __str__(self) -> str:
+        return inspection_text(self.data)
+
+    __repr__ = __str__
+
+
+def inspect(x: Any, stats: bool = False, *, hashes: bool = False) -> Inspection:
+    """What is in a checkpoint or a live tree, as `graftax inspect` shows it.
+
+    x       a path (PATH::NAME too), an opened checkpoint, a torch Module or state_dict, Linen variables, gx.linen(...),
+            an nnx.Module or State, any tree of arrays or ShapeDtypeStruct that jax knows; its optimizer state is listed
+    stats   min, max, mean, std of the finite values of each leaf, and how many are zero, NaN and infinite
+    hashes  sha256 of each leaf
+
+    Without stats and hashes no values are read. Raises the errors of reading a path; UsageError for what is no tree of
+    arrays, PlanError for stats or hashes of an abstract one.
+    """
+    with gc_paused():  # saves a third of the time at a hundred thousand rows
+        return Inspection(inspection(open_all(x), stats=stats, hashes=hashes))
 
 
 def inspection(checkpoint: Checkpoint, *, stats: bool = False, hashes: bool = False) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, ClassVar
 
+from graftax.adapters import spec_of_leaf
 from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape, with_article
 from graftax.ops import LeafValue, Misfit, misfit_of
 from graftax.ops.replace_op import value_data
 from graftax.surgery.donors import FromCheckpoint, Target, donor_key, misfit_hint, owner, readings_of
-from graftax.surgery.live import spec_of_leaf
 from graftax.surgery.selecting import Edit, Parts
 from graftax.surgery.values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros, require_floating
 from graftax.tree import Checkpoint, LeafIndex, TensorSpec

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from graftax.adapters import kind_of, live_leaves, optimizer_paths
+from graftax.adapters import kind_of, live_leaves, optimizer_paths, spec_of_leaf
 from graftax.errors import PlanError, UsageError, escape
 from graftax.surgery.selecting import SelectableTree
 from graftax.tree import Checkpoint, TensorSpec
@@ -109,19 +109,6 @@ class LiveTree:
         from graftax.execute.opening import open_tree
 
         return open_tree(self.native)
-
-
-def spec_of_leaf(leaf: Any) -> TensorSpec:
-    """The spec of an array of any framework. FormatError for a dtype that no checkpoint can hold."""
-    from graftax.adapters.containers import is_tensor
-
-    if is_tensor(leaf):
-        from graftax.adapters.torch_arrays import spec_of_tensor
-
-        return spec_of_tensor(leaf)
-    from graftax.tree.dtypes import spec_of
-
-    return spec_of(leaf)
 
 
 def live_tree(obj: Any, modules: bool = False) -> LiveTree:

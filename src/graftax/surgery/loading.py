@@ -60,7 +60,7 @@ def load_arrays(module: Any, arrays: Mapping[str, Any], given: bool = False) -> 
 
 
 def _failures(module: Checkpoint, arrays: Mapping[str, Any]) -> list[Failure]:
-    from graftax.surgery.live import spec_of_leaf
+    from graftax.adapters import spec_of_leaf
 
     out: list[Failure] = []
     for path, spec in module.items():
