@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graftax.report.inspecting import inspect
     from graftax.report.suggesting import suggest
     from graftax.studies.ablation import ablate
+    from graftax.studies.comparing import compare
     from graftax.surgery import replace, select
     from graftax.surgery.values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
 
@@ -42,6 +43,7 @@ _HOMES = {
     "inspect": "report.inspecting",
     "diff": "report.comparing",
     "ablate": "studies.ablation",
+    "compare": "studies.comparing",
     "replace": "surgery",
     "select": "surgery",
     "constant": "surgery.values",
@@ -60,6 +62,7 @@ __all__ = [
     "add_normal",
     "assert_parity",
     "check_parity",
+    "compare",
     "constant",
     "diff",
     "errors",

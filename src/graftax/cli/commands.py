@@ -24,6 +24,7 @@ from graftax.cli.common import (
     planned,
     refuse_own_input,
 )
+from graftax.cli.compare import compare_command
 from graftax.cli.flags import flags, options_given
 from graftax.cli.help_text import HelpText
 from graftax.cli.replace import replace_command
@@ -225,6 +226,7 @@ def layers_command(*, json: Json = False) -> Outcome:
 
 app.command(replace_command, name="replace")
 app.command(verify_command, name="verify")
+app.command(compare_command, name="compare")
 app.command(ablate_command, name="ablate")
 
 

@@ -104,7 +104,7 @@ class Program:
     def _attempt(
         self, weights: Any, given: list[Any], node: Any, watch: Any, tap: Tap | None, jit: bool, blocked: bool
     ) -> Any:
-        built = self.current = self._find(given, node, frozenset(watch) if tap else frozenset(), tap, jit)
+        built = self.current = self._find(weights, given, node, frozenset(watch) if tap else frozenset(), tap, jit)
         channel = self.channel
         channel.begin(watch, tap, built.traced, blocked)
         try:
@@ -133,10 +133,12 @@ class Program:
 
         return jax.jit(program)
 
-    def _find(self, given: list[Any], node: Any, watch: frozenset[str], tap: Tap | None, jit: bool) -> Built:
+    def _find(
+        self, weights: Any, given: list[Any], node: Any, watch: frozenset[str], tap: Tap | None, jit: bool
+    ) -> Built:
         """The program for such a call. Its number becomes part of the cache keys of functions that the model jits
         itself, so that code traced for other watched modules, or without a tap, is not reused."""
-        shapes = tuple((array.shape, str(array.dtype)) for array in given)
+        shapes = tuple((jax.numpy.shape(leaf), str(leaf.dtype)) for leaf in [*given, *jax.tree.leaves(weights)])
         replaces = tap is not None and getattr(tap, "replaces", True)
         key = (jit, watch, tap is None, replaces, shapes, flax_values.fingerprint(node))
         built = self._built.get(key)

@@ -200,10 +200,10 @@ def _copies(given: Any) -> list[Any]:
 
 
 def _kept(arrays: list[Any], made: list[Any], changed: list[bool]) -> list[Any]:
-    """`made` where it changed, else the arrays themselves. A weakly typed array is never replaced: without the weak
-    type the model's next op would promote differently."""
+    """`made` where it changed, else the arrays themselves. What replaces a weakly typed array is weakly typed too: the
+    model's next op would promote it differently otherwise."""
     return [
-        new if change and not getattr(old, "weak_type", False) else old
+        old if not change else old.at[...].set(new) if getattr(old, "weak_type", False) else new
         for old, new, change in zip(arrays, made, changed, strict=True)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -111,6 +112,12 @@ class LinenRunner:
         finally:
             self._filler = ScopeFiller(LazyLeaves(None))
 
+    def with_weights(self, variables: Any) -> LinenRunner:
+        """A runner of the same model with other variables of the same structure; the two share compiled programs."""
+        other = copy.copy(self)
+        other.variables, other._placed = variables, None
+        return other
+
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()
 
@@ -166,14 +173,7 @@ class LinenRunner:
         return bound
 
     def _called(self, bound: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.call is not None:
-            return self.call(bound, *args, **kwargs)
-        if self.method is None:
-            return bound(*args, **kwargs)  # pyright: ignore
-        if isinstance(self.method, str):
-            return getattr(bound, self.method)(*args, **kwargs)
-        function: Any = getattr(self.method, "__func__", self.method)
-        return function(bound, *args, **kwargs)
+        return (self.call or method_call(self.method))(bound, *args, **kwargs)
 
     def _applied(self, body: Callable[[nn.Module], Any], module: nn.Module, variables: Any, rngs: Any) -> Any:
         """body(module bound to the variables). Its writes to collections are discarded."""
@@ -277,6 +277,13 @@ class LinenRunner:
             ) from error
         self._survey = seen
         return seen
+
+
+def method_call(method: Any) -> Callable[..., Any]:
+    """A function (bound module, *args, **kwargs) -> outputs that calls this method (None: `__call__`)."""
+    if method is None or isinstance(method, str):
+        return lambda bound, *args, **kwargs: getattr(bound, method or "__call__")(*args, **kwargs)
+    return getattr(method, "__func__", method)
 
 
 def _is_call(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

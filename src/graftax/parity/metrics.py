@@ -133,12 +133,20 @@ def metrics_of(got: Array, want: Array) -> Mapping[str, float]:
             return out
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
         out["top1"] = float(np.mean(np.argmax(a, -1) == np.argmax(b, -1)))
-        p, q = _log_softmax(b), _log_softmax(a)
-        out["kl"] = float(np.mean(np.sum(np.where(np.exp(p) > 0, np.exp(p) * (p - q), 0.0), -1)))
+        out["kl"] = float(np.mean(kl_of_rows(b, a)))
         norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         cosine = np.where(norms > 0, np.sum(a * b, -1) / np.where(norms > 0, norms, 1.0), 1.0)
         out["cosine"] = float(np.min(cosine))
     return out
+
+
+def kl_of_rows(p: Array, q: Array) -> Array:
+    """KL(p | q) in nats of the softmax over the last axis of two arrays of logits, one value for each row. Equal rows
+    give 0; a NaN on one side only gives infinity."""
+    a, b = _log_softmax(p.astype(np.float64)), _log_softmax(q.astype(np.float64))
+    found = np.sum(np.where(np.exp(a) == 0, 0.0, np.exp(a) * (a - b)), -1)
+    same = np.all((p == q) | (np.isnan(p) & np.isnan(q)), -1)
+    return np.where(same, 0.0, np.where(np.isnan(found), np.inf, np.maximum(found, 0.0)))
 
 
 def _log_softmax(x: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -103,6 +104,14 @@ class NnxRunner:
             return self._program.run(state, args, kwargs, watch, tap, False if lazy.owned else compiled)
         finally:
             self._lazy = LazyLeaves(None)
+
+    def with_weights(self, module: nnx.Module) -> NnxRunner:
+        """A runner of the same model with the state of `module`, a module of the same structure; the two share compiled
+        programs."""
+        other = copy.copy(self)
+        other.module = module
+        other._state = jax.tree.map(_own, nnx.split(module)[1])
+        return other
 
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()

@@ -168,6 +168,58 @@ class LazyRunner:
         return self.runner.not_traced()
 
 
+@dataclass(slots=True, eq=False)
+class FlaxRunners:
+    """Makes runners of one Flax model with different weights. They share compiled programs.
+
+    like    gx.linen(...) or an nnx.Module; `tree` is what open_tree gives for it
+    rngs    for modules that draw random numbers; seed: for the random state of an nnx.Module that has none
+    call    as `flax_call` of gx.Inputs
+    """
+
+    like: Any
+    tree: Checkpoint
+    rngs: Any = None
+    seed: int = 0
+    call: Any = None
+    _first: Any = None
+
+    def of(self, weights: Mapping[str, Any] | None) -> Runner:
+        """A runner with these weights (path -> array); None: with those that an nnx.Module holds. Weights of a `large`
+        model are read when a module is called."""
+        if large(self.tree):
+            assert weights is not None
+            return LazyRunner(self._first or self._made(self._abstract()), self.tree, weights)
+        if weights is None:
+            return self._made(self.like)
+        assert self.tree.live.rebuild is not None
+        if isinstance(self.like, LinenModel):
+            return self._made(self.tree.live.rebuild(dict(weights)))
+        return self._made(self.tree.live.rebuild(dict(weights), rngs=self.seed if self.rngs is None else self.rngs))
+
+    def _abstract(self) -> Any:
+        if not isinstance(self.like, LinenModel):
+            return self.like
+        from graftax.adapters.linen_tree import trace
+
+        return trace(self.like)[0]
+
+    def _made(self, holder: Any) -> Any:
+        """The runner of Linen variables or of an nnx.Module."""
+        if self._first is not None:
+            return self._first.with_weights(holder)
+        modules = self.tree.live.modules
+        if isinstance(self.like, LinenModel):
+            from graftax.parity.linen_runner import LinenRunner
+
+            self._first = LinenRunner(self.like, holder, rngs=self.rngs, call=self.call, modules=modules)
+        else:
+            from graftax.parity.nnx_runner import NnxRunner
+
+            self._first = NnxRunner(holder, call=self.call, modules=modules)
+        return self._first
+
+
 def flax_side(
     like: Any,
     tree: Checkpoint,
@@ -180,28 +232,12 @@ def flax_side(
 ) -> FlaxSide:
     """The Flax model with its weights, ready to run. Raises what `weights_of` raises."""
     arrays, ported = weights_of(like, tree, weights, plan, source)
-    lazy = large(tree)
     own = weights is None and tree.has_values
+    runners = FlaxRunners(like, tree, rngs, seed, call)
 
-    def runner(leaves: Mapping[str, Any]) -> Runner:
-        values: Mapping[str, Any] = ChainMap(dict(leaves), arrays) if leaves else arrays  # pyright: ignore
-        made: Any
-        if isinstance(like, LinenModel):
-            from graftax.adapters.linen_tree import trace
-            from graftax.parity.linen_runner import LinenRunner
+    def again(leaves: Mapping[str, Any]) -> Runner:
+        return runners.of(ChainMap(dict(leaves), arrays))  # pyright: ignore
 
-            assert tree.live.rebuild is not None
-            variables = trace(like)[0] if lazy else tree.live.rebuild(dict(values))
-            made = LinenRunner(like, variables, rngs=rngs, call=call, modules=tree.live.modules)
-        else:
-            from graftax.parity.nnx_runner import NnxRunner
-
-            module = like
-            if not lazy and (leaves or not own):
-                assert tree.live.rebuild is not None
-                module = tree.live.rebuild(dict(values), rngs=seed if rngs is None else rngs)
-            made = NnxRunner(module, call=call, modules=tree.live.modules)
-        return LazyRunner(made, tree, values) if lazy else made
-
+    runner = runners.of(None if own and not isinstance(like, LinenModel) else arrays)
     name = type(like.module if isinstance(like, LinenModel) else like).__name__
-    return FlaxSide(tree, arrays, runner({}), ported, name, runner)
+    return FlaxSide(tree, arrays, runner, ported, name, again)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftax.adapters import nests
@@ -35,7 +35,7 @@ def make_reference(
     also: modules without a counterpart, recorded for the search for causes. ModelError if the user's code fails, draws
     random numbers or was left in train mode."""
     start = time.perf_counter()
-    recorder = _Recorder()
+    recorder = Recorder()
     outputs = torch64.run(args, kwargs, watch=[*watch, *also], tap=recorder)
     not_traced = {path: why for path, why in torch64.not_traced().items() if path in watch}
     free = _Free(recorder.found)
@@ -80,21 +80,32 @@ def _require_deterministic(torch64: Any, torch32: Any, args: Any, kwargs: Any, o
         )
 
 
-class _Recorder:
-    """Records every call. An array that is the same object at several sites is kept once."""
+class Recorder:
+    """Records every call. An array that is the same object at several sites is kept once.
 
-    def __init__(self) -> None:
+    keep  what is kept of the Values of a call
+    """
+
+    def __init__(self, keep: Callable[[Any], Any] = lambda values: values) -> None:
+        self.keep = keep
         self.found: dict[Site, Record] = {}
         self.ended: dict[Site, None] = {}
         self.events: list[tuple[str, Site]] = []
 
+    def restart(self) -> None:
+        """Forget a run that did not finish."""
+        self.found.clear()
+        self.ended.clear()
+        self.events.clear()
+
     def enter(self, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        args, kwargs = self.keep((args, kwargs))
         self.found[site] = Record(args, kwargs, None)
         self.events.append(("in", site))
 
     def leave(self, site: Site, output: Any) -> None:
         began = self.found[site]
-        self.found[site] = Record(began.args, began.kwargs, output)
+        self.found[site] = Record(began.args, began.kwargs, self.keep(output))
         self.ended[site] = None
         self.events.append(("out", site))
 

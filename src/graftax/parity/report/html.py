@@ -24,7 +24,8 @@ def parity_html(report: ParityReport) -> str:
 
 
 def page(template: str, context: Mapping[str, Any], *folders: str) -> str:
-    """A page from a template of this package, or of the packages `folders`, which may include this one's styles."""
+    """A page from a template of this package, or of the packages `folders`, which may extend base.html and import
+    chart.html of this one."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

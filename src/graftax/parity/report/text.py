@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -18,7 +19,19 @@ if TYPE_CHECKING:
     from graftax.parity.report.model import ParityReport
 
 _PLAIN = str.maketrans(
-    {"↔": "<->", "–": "-", "∞": "inf", "…": "...", "✓": "v", "✗": "x", "·": ".", "→": "->", "×": "x", "▶": ">"}
+    {
+        "↔": "<->",
+        "–": "-",
+        "∞": "inf",
+        "…": "...",
+        "●": "*",
+        "✓": "v",
+        "✗": "x",
+        "·": ".",
+        "→": "->",
+        "×": "x",
+        "▶": ">",
+    }
 )
 _WIDTHS = (64, 160)
 _SHOWN = 6  # rows of weights, settings and reasons
@@ -59,6 +72,15 @@ def printed(parts: list[Any], columns: int, color: bool = False, ascii: bool = F
     return text.translate(_PLAIN) if ascii else text
 
 
+def sections(titled: Iterable[tuple[str, Any]]) -> list[Any]:
+    """The parts of titled tables; those without a body are left out."""
+    parts: list[Any] = []
+    for title, body in titled:
+        if body is not None:
+            parts += ["", Text(title, "bold"), Padding(body, (0, 0, 0, 2), expand=False)]
+    return parts
+
+
 def _parts(report: ParityReport, width: int) -> list[Any]:
     parts: list[Any] = [
         Text(words.headline(report), "bold green" if report.ok else "bold red"),
@@ -69,16 +91,14 @@ def _parts(report: ParityReport, width: int) -> list[Any]:
     elif not report.ok:
         parts += ["", Text(words.no_layer_text(report))]
         parts += [_causes(report)] if report.causes else []
-    for title, body in (
+    parts += sections((
         ("outputs", _outputs(report)),
         (f"{_which_layers(report)}: error as a multiple of float32's own", _layers(report, width)),
         ("weights that differ from those the plan makes from torch's", _weights(report)),
         ("settings that differ", _settings(report)),
-        ("not traced", _lines(words.by_reason(report.not_traced))),
-        ("notes", _lines([escape(note, 600) for note in report.notes])),
-    ):
-        if body is not None:
-            parts += ["", Text(title, "bold"), Padding(body, (0, 0, 0, 2), expand=False)]
+        ("not traced", listed(words.by_reason(report.not_traced))),
+        ("notes", listed([escape(note, 600) for note in report.notes])),
+    ))  # fmt: skip
     tail = _tail(report)
     return [*parts, "", Text(tail, "dim")] if tail else parts
 
@@ -122,7 +142,7 @@ def _causes(report: ParityReport, grid: Table | None = None, here: str = "") -> 
 def _outputs(report: ParityReport) -> Table | None:
     if not report.outputs:
         return None
-    table = _table()
+    table = plain_table()
     for name, justify in (("", "left"), ("", "left"), ("shape", "left"), ("error", "right"), ("× float32", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
     table.add_column("", overflow="fold")
@@ -157,7 +177,7 @@ def _layers(report: ParityReport, width: int) -> Table | None:
         left += len("free run") + 2
         del ratios["free run"]
     room = left // 2 - 2
-    table = _table()
+    table = plain_table()
     table.add_column("", no_wrap=True)
     table.add_column("torch", no_wrap=True)
     table.add_column("Flax", no_wrap=True)
@@ -230,7 +250,8 @@ def _settings(report: ParityReport) -> Table | None:
     return grid
 
 
-def _lines(lines: list[str]) -> Text | None:
+def listed(lines: list[str]) -> Text | None:
+    """Lines, of which the first few are shown."""
     if not lines:
         return None
     more = [f"… {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
@@ -247,7 +268,8 @@ def _tail(report: ParityReport) -> str:
     return "; ".join(parts)
 
 
-def _table() -> Table:
+def plain_table() -> Table:
+    """A table without borders."""
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graftax.parity.report import words
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 UNIT = 2.0**-24  # the smallest error that float32 is held to
 WIDTH, HEIGHT = 1120, 340
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 36, 52
-_FEW = 16  # up to this many calls get a label each under the chart
+FEW = 16  # up to this many calls get a label each under the chart
 GAUGE = 132  # width of the small scale in a row of the tree
 _GAUGE_SPAN = (-0.7, 6.0)  # its ends, as powers of ten of a ratio
 
@@ -67,25 +67,56 @@ class Chart:
     right: float = WIDTH - RIGHT
 
 
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Where things stand in a chart of `count` calls and of errors between 10^low and 10^high."""
+
+    count: int
+    low: int
+    high: int
+
+    @property
+    def step(self) -> float:
+        return (WIDTH - LEFT - RIGHT) / self.count
+
+    def x(self, i: float) -> float:
+        return round(LEFT + self.step * (i + 0.5), 2)
+
+    def y(self, error: float) -> float:
+        """An error of 0 stands at the bottom, one that is not finite above the chart."""
+        if math.isnan(error) or math.isinf(error):
+            return float(TOP - 4)
+        power = math.log10(error) if error > 0 else self.low
+        bottom = HEIGHT - BOTTOM
+        share = (min(max(power, self.low), self.high) - self.low) / (self.high - self.low)
+        return round(bottom - (bottom - TOP) * share, 2)
+
+    def ticks(self) -> tuple[tuple[float, int], ...]:
+        return tuple((self.y(10.0**power), power) for power in range(self.low, self.high + 1))
+
+    def line(self, errors: Iterable[tuple[int, float | None]]) -> str:
+        """SVG path data through the errors at these calls, with a gap where an error is None."""
+        path, pen = "", False
+        for i, error in errors:
+            path += "" if error is None else f"{'L' if pen else 'M'}{self.x(i)},{self.y(error)} "
+            pen = error is not None
+        return path.strip()
+
+
+def decades(values: Iterable[float]) -> tuple[int, int]:
+    """The powers of ten that hold these numbers; at least three apart."""
+    found = list(values)
+    low, high = math.floor(math.log10(min(found))), math.ceil(math.log10(max(found)))
+    return low, max(high, low + 3)
+
+
 def chart(report: ParityReport) -> Chart | None:
     """The error (relative L2) of every layer call on a log scale; None if no layer was compared."""
     numbered = [(i, row) for i, row in enumerate(report.layers) if row.site_torch.path]  # the model itself is no layer
     rows = [row for _, row in numbered]
     if not any(row.status != "not compared" for row in rows):
         return None
-    low, high = _decades(report)
-    step = (WIDTH - LEFT - RIGHT) / len(rows)
-    bottom = HEIGHT - BOTTOM
-
-    def x_of(i: float) -> float:
-        return round(LEFT + step * (i + 0.5), 2)
-
-    def y_of(error: float) -> float:
-        if math.isnan(error) or math.isinf(error):
-            return float(TOP - 4)
-        power = math.log10(error) if error > 0 else low
-        return round(bottom - (bottom - TOP) * (min(max(power, low), high) - low) / (high - low), 2)
-
+    scale = Scale(len(rows), *_decades(report))
     points: list[Point] = []
     for i, (number, row) in enumerate(numbered):
         for shape, error, ratio in (("in", row.in_error, row.in_ratio), ("out", row.out_error, row.out_ratio)):
@@ -94,23 +125,25 @@ def chart(report: ParityReport) -> Chart | None:
             what = "itself" if shape == "out" else "the code before it"
             title = f"{row.site_torch} ↔ {row.site_flax}, {what}: {words.small(error)}, {words.times(ratio)}x float32"
             bad = not ratio <= report.threshold
-            points.append(Point(x_of(i), y_of(error), shape, bad, number, title, not math.isfinite(error)))
+            points.append(Point(scale.x(i), scale.y(error), shape, bad, number, title, not math.isfinite(error)))
     points.sort(key=lambda point: point.bad)  # marks that alarm are drawn last
     floors = [max(row.out_floor, UNIT) for row in rows]
-    edge = [(LEFT, floors[0]), *((x_of(i), floor) for i, floor in enumerate(floors)), (WIDTH - RIGHT, floors[-1])]
-    below = [f"{x},{y_of(floor)}" for x, floor in edge]
-    above = [f"{x},{y_of(floor * report.threshold)}" for x, floor in reversed(edge)]
+    edge = [(LEFT, floors[0]), *((scale.x(i), floor) for i, floor in enumerate(floors)), (WIDTH - RIGHT, floors[-1])]
+    below = [f"{x},{scale.y(floor)}" for x, floor in edge]
+    above = [f"{x},{scale.y(floor * report.threshold)}" for x, floor in reversed(edge)]
     first = next((i for i, row in enumerate(rows) if row is report.first), None)
-    first_x = None if first is None else x_of(first)
+    first_x = None if first is None else scale.x(first)
     anchor = "middle"
     if first_x is not None and not LEFT + 70 < first_x < WIDTH - 70:
         anchor = "start" if first_x < WIDTH / 2 else "end"
+    few = len(rows) <= FEW
+    keys = [(row.site_torch, row.site_torch.path) if few else (block_of(row), block_of(row)) for row in rows]
     return Chart(
-        ticks=tuple((y_of(10.0**power), power) for power in range(low, high + 1)),
+        ticks=scale.ticks(),
         band=" ".join(below + above),
-        free=_free_path(rows, x_of, y_of),
+        free=scale.line((i, row.free_error) for i, row in enumerate(rows) if row.pair.leaf),  # containers begin earlier
         points=tuple(points),
-        zones=tuple(_zones(rows, step)),
+        zones=tuple(zones(keys, scale.step, ".")),
         first_x=first_x,
         anchor=anchor,
     )
@@ -123,34 +156,18 @@ def _decades(report: ParityReport) -> tuple[int, int]:
         values += [max(row.out_floor, UNIT), max(row.out_floor, UNIT) * report.threshold]
         errors = (row.in_error, row.out_error, row.free_error)
         values += [error for error in errors if error is not None and math.isfinite(error) and error > 1e-12]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    return low, max(high, low + 3)
+    return decades(values)
 
 
-def _free_path(rows: Sequence[LayerRow], x_of: Callable[[float], float], y_of: Callable[[float], float]) -> str:
-    """The error of an ordinary run as a line through the layers, with a gap where it was not compared."""
-    path, pen = "", False
-    for i, row in enumerate(rows):
-        if not row.pair.leaf:  # a container's call begins before those of its layers
-            continue
-        if row.free_error is None:
-            pen = False
-            continue
-        path += f"{'L' if pen else 'M'}{x_of(i)},{y_of(row.free_error)} "
-        pen = True
-    return path.strip()
-
-
-def _zones(rows: Sequence[LayerRow], step: float) -> Iterator[Zone]:
-    """The blocks of layers. A block that is too narrow for its label gets none; a number may stand at every few
-    blocks."""
+def zones(keys: Sequence[tuple[Any, str]], step: float, separator: str) -> Iterator[Zone]:
+    """The blocks of calls, from the (block, its name) of every call. A block that is too narrow for its label gets
+    none; a number may stand at every few blocks."""
     start, taken, last = 0, -1e9, ""
-    few = len(rows) <= _FEW
-    for number, (key, group) in enumerate(groupby(rows, key=lambda row: row.site_torch if few else block_of(row))):
+    few = len(keys) <= FEW
+    for number, ((_, name), group) in enumerate(groupby(keys)):
         size = len(list(group))
         x, width = LEFT + step * start, step * size
-        name = key if isinstance(key, str) else key.path
-        end = name.rpartition(".")[2]
+        end = name.rpartition(separator)[2]
         fits_whole = 6.6 * len(name) + 10 <= width
         label = end if few or (end.isdigit() and not fits_whole) else name
         label = words.escape(label if len(label) <= 24 else f"{label[:22]}…")

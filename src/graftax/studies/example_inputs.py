@@ -1,0 +1,79 @@
+"""The call on which a study runs a Flax model: the user's inputs, or the example of gx.linen(...) if it is a real
+batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from graftax.adapters import jax_arrays, nests
+from graftax.adapters.linen_tree import LinenModel
+from graftax.errors import UsageError, escape, option
+from graftax.probe.inputs import calls_of, inputs_of
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def flax_call(inputs: Any, like: Any) -> tuple[Call, Any]:
+    """((args, kwargs) in NumPy, the function that calls the model or None) for a Flax model.
+
+    inputs  an array, a tuple of them, (args, kwargs), gx.Inputs(...), or None for the example of gx.linen(...)
+
+    UsageError for inputs without values; for an example that is no batch (a constant array, shapes alone); and if there
+    is no example.
+    """
+    if inputs is None:
+        return _example(like), None
+    given = inputs_of(inputs)
+    for call in (given.both, given.flax, given.torch):
+        for path, leaf in nests.leaves(call, nests.is_array):
+            if jax_arrays.is_abstract(leaf):
+                raise UsageError(f"{option('inputs')} {escape(path) or 'the array'} has a shape, but no values")
+    return calls_of(given, like)[1], given.flax_call
+
+
+def _example(like: Any) -> Call:
+    held: Mapping[str, Any] = {}
+    if isinstance(like, LinenModel):
+        named = [*((f"argument {i}", value) for i, value in enumerate(like.args)), *like.kwargs.items()]
+        held = {
+            escape(f"{name}/{path}" if path else name): leaf
+            for name, value in named
+            for path, leaf in nests.leaves(value, nests.is_array)
+        }
+    if not held:
+        what = "gx.linen(...) holds no example" if isinstance(like, LinenModel) else "an nnx.Module has no example"
+        raise UsageError(f"{what} to run on", next=f"Pass a real batch: {option('inputs')}.")
+    hint = f"Wrap the model with a real batch, gx.linen(module, *batch), or pass one: {option('inputs')}."
+    for name, leaf in held.items():
+        if jax_arrays.is_abstract(leaf):
+            raise UsageError(f"the example of gx.linen(...) has only the shape of {name}", next=hint)
+    flat = {name: _is_constant(leaf) for name, leaf in held.items()}
+    floating = [name for name, leaf in held.items() if flat[name] and _is_floating(leaf)]
+    if floating or all(flat.values()):
+        name = (floating or list(flat))[0]
+        raise UsageError(
+            f"the example of gx.linen(...) is no batch: {name} holds one value everywhere, so its result would say "
+            "nothing about real inputs",
+            next=hint,
+        )
+    assert isinstance(like, LinenModel)
+    from graftax.probe.inputs import on_host
+
+    return on_host(tuple(like.args)), on_host(dict(like.kwargs))
+
+
+def _is_constant(array: Any) -> bool:
+    """Is it an array of several values that are all the same? A random key is not looked at."""
+    import numpy as np
+
+    if "key<" in str(array.dtype) or np.size(array) < 2:
+        return False
+    flat = np.asarray(array).reshape(-1)
+    return bool((flat == flat[0]).all())
+
+
+def _is_floating(array: Any) -> bool:
+    import numpy as np
+
+    return "key<" not in str(array.dtype) and np.dtype(array.dtype).kind in "fcV"
