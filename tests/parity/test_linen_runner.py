@@ -166,6 +166,44 @@ def test_shared_modules_and_attend(compiled: bool):
 
 
 @MODES
+def test_a_weakly_typed_input_is_put_in_and_stays_weak(compiled: bool):
+    class Gate(nn.Module):
+        @nn.compact
+        def __call__(self, mask: Any, x: Any) -> Any:
+            assert mask.weak_type
+            return (x.astype(jnp.bfloat16) * mask).astype(jnp.float32)  # a strong float32 mask would widen it
+
+    class Gated(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return Gate(name="gate")(jnp.where(x > 0, 1.0, 0.0), x)
+
+    class Opened:
+        """Puts a mask of ones in."""
+
+        def enter(self, site: Site, args: Any, kwargs: Any) -> Any:
+            return (np.ones_like(args[0]), args[1]), kwargs
+
+        def leave(self, site: Site, output: Any) -> None:
+            return None
+
+    runner = LinenRunner(gx.linen(Gated(), X), {}, compiled=compiled)
+    out = runner.run((X,), {}, watch=["gate"], tap=Opened())
+    assert same(out, np.asarray(X.astype(jnp.bfloat16), np.float32))
+
+
+def test_runners_of_other_weights_share_the_compiled_program():
+    runner = runner_of(Mlp(), X)
+    other = runner.with_weights(jax.tree.map(lambda leaf: leaf * 2, runner.variables))
+    first = runner.run((X,), {})
+    seconds = runner.compile_seconds
+    assert seconds > 0
+    assert close(other.run((X,), {}), plain(other, X))
+    assert other.compile_seconds == seconds
+    assert same(runner.run((X,), {}), first)
+
+
+@MODES
 def test_rnn_and_its_cell(compiled: bool):
     x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
     runner = runner_of(Tagger(), x, compiled=compiled)

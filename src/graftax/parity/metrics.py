@@ -143,10 +143,11 @@ def metrics_of(got: Array, want: Array) -> Mapping[str, float]:
 def kl_of_rows(p: Array, q: Array) -> Array:
     """KL(p | q) in nats of the softmax over the last axis of two arrays of logits, one value for each row. Equal rows
     give 0; a NaN on one side only gives infinity."""
-    a, b = _log_softmax(p.astype(np.float64)), _log_softmax(q.astype(np.float64))
-    found = np.sum(np.where(np.exp(a) == 0, 0.0, np.exp(a) * (a - b)), -1)
-    same = np.all((p == q) | (np.isnan(p) & np.isnan(q)), -1)
-    return np.where(same, 0.0, np.where(np.isnan(found), np.inf, np.maximum(found, 0.0)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        a, b = _log_softmax(p.astype(np.float64)), _log_softmax(q.astype(np.float64))
+        found = np.sum(np.where(np.exp(a) == 0, 0.0, np.exp(a) * (a - b)), -1)
+        same = np.all((p == q) | (np.isnan(p) & np.isnan(q)), -1)
+        return np.where(same, 0.0, np.where(np.isnan(found), np.inf, np.maximum(found, 0.0)))
 
 
 def _log_softmax(x: Array) -> Array:

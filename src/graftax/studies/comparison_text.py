@@ -127,14 +127,6 @@ class CallLine:
     rows: tuple[ModuleRow, ...]
     gap: bool = False
 
-    @property
-    def gap_text(self) -> str:
-        """'… 23 calls, itself 0, free run at most 1.2e-03'."""
-        return (
-            f"… {words.count(len(self.rows), 'call')}, itself at most {words.small(_most(self.rows, 'itself'))}, "
-            f"free run at most {words.small(_most(self.rows, 'free'))}"
-        )
-
 
 def call_lines(rows: Sequence[ModuleRow], shown: int = SHOWN) -> list[CallLine]:
     """All calls, if there are few. Of many: those whose own output moves, the most first, and gaps between them."""
@@ -206,7 +198,9 @@ def _modules(found: Comparison, width: int) -> Table | None:
     room = width - 60
     for line in lines:
         if line.gap:
-            table.add_row("", Text(words.shortened(line.gap_text, width - 48, " "), "dim"), "")
+            what = Text(f"… {words.count(len(line.rows), 'call')}, at most", "dim")
+            most = [words.small(_most(line.rows, name)) for name in ("itself", "free")]
+            table.add_row("", what, "", Text(most[0], "dim"), "", Text(most[1], "dim"))
             continue
         row = line.rows[0]
         own = row.itself is not None and row.itself.error > 0

@@ -23,7 +23,11 @@ def weights_for(given: Any, tree: Checkpoint, name: str) -> Mapping[str, Array]:
         raise PlanError(f"{label} has shapes, but no values")
     names = dict.fromkeys(tree)
     bare = {f"params/{path}": path for path in weights}
-    own = bare if not set(names) <= set(weights) and set(names) <= set(bare) else {path: path for path in weights}
+    own = (
+        bare
+        if len(names.keys() & bare.keys()) > len(names.keys() & weights.keys())
+        else {path: path for path in weights}
+    )
     failures = [Failure("is a missing key", key=path) for path in names if path not in own]
     failures += [
         Failure("is an unexpected key: the model has no such leaf", key=path) for path in own if path not in tree
