@@ -247,3 +247,69 @@ def test_moments_of_a_users_own_optimizer() -> None:
     assert list(open_tree(tree)) == ["params/fc/kernel", "params/fc/bias"]
     assert select(tree, "**/kernel") == ["params/fc/kernel"]
     assert select(tree, "**/mu/fc/kernel") == ["opt/0/mu/fc/kernel"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class OwnAdam:
+    params: Any
+    m: Any
+    v: Any
+    step: Any
+
+
+class OwnMoments(NamedTuple):
+    count: Any
+    m: Any
+    v: Any
+
+
+def two() -> dict[str, Any]:
+    return {"fc1": dense(3, 4), "fc2": dense(4, 2)}
+
+
+COUNT = np.int32(0)
+RUNS = {
+    "fields of a dataclass": lambda: OwnAdam(two(), two(), two(), 0),
+    "their counter an array": lambda: OwnAdam(two(), two(), two(), jnp.int32(0)),
+    "a named tuple beside": lambda: (two(), OwnMoments(COUNT, two(), two())),
+    "keys of a dict": lambda: {"params": two(), "mu": two(), "nu": two(), "count": COUNT},
+    "a dict of moments": lambda: {"params": two(), "opt": {"m": two(), "v": two(), "t": COUNT}},
+    "a field of a dataclass": lambda: Struct({"params": two(), "opt_state": optax.adam(1.0).init(two())}, None),
+    "a chain beside": lambda: [two(), optax.chain(optax.clip(1.0), optax.adamw(1.0)).init(two())],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_moments_are_reached_by_name_only(name: str) -> None:
+    tree = RUNS[name]()
+    weights = select(tree, "**/kernel")
+    assert [path.split("/")[-2:] for path in weights] == [["fc1", "kernel"], ["fc2", "kernel"]]
+    out = gx.replace(tree, "**/kernel", gx.constant(1.0), expect=2)
+    before, after = live_leaves(tree), live_leaves(out)
+    assert [path for path in before if after[path] is not before[path]] == weights
+    first = next(path for path in before if path.endswith("fc1/kernel") and path not in weights)
+    moment = first.split("/")[-3]
+    assert first in select(tree, f"**/{moment}/**")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"params": {name: dense(4, 4) for name in "qkvm"}},
+        {name: dense(4, 4) for name in "qkvm"},
+        {"params": {"mu": dense(3, 4), "nu": dense(3, 4), "count": np.ones(1, np.float32)}},
+        {"model": dense(4, 4), "m": dense(4, 4), "v": dense(4, 4), "steps": np.ones((4, 4), np.float32)},
+        OwnAdam(dense(4, 4), dense(4, 4), dense(4, 2), 0),
+    ],
+    ids=["qkvm of params", "qkvm", "layers mu and nu", "no counter", "another structure"],
+)
+def test_layers_that_are_called_as_moments_are_weights(tree: Any) -> None:
+    if isinstance(tree, OwnAdam):
+        del tree.v["bias"]
+    assert len(select(tree, "**")) == len(live_leaves(tree))
+
+
+def test_parameters_of_lookahead_are_weights() -> None:
+    params = optax.LookaheadParams.init_synced(two())
+    assert select(params, "fast/**/kernel") == ["fast/fc1/kernel", "fast/fc2/kernel"]

@@ -107,10 +107,11 @@ class _ArrayWalk:
         loose = loose or not isinstance(node, (Mapping, list, tuple))
         state = pytrees.is_optimizer_state(node)
         trained = kept is None and pytrees.holds_optimizer(node, children)
+        moments = pytrees.own_moments(node, children) if loose and kept is None else ()
         for key, child in children:
             below = kept
-            if state or (trained and (key in pytrees.OPTIMIZER or key == "step")):
-                below = Kept(len(keys) + 1, field=state)
+            if state or key in moments or (trained and (key in pytrees.OPTIMIZER or key == "step")):
+                below = Kept(len(keys) + 1, field=state or key in moments)
             self.visit(child, (*keys, _checked(key, keys)), loose, below)
 
     def _variable(self, node: Any, keys: tuple[Key, ...], loose: bool, kept: Kept | None) -> None:

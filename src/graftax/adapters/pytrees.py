@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from graftax.tree import Key
+from graftax.tree.training_state import MOMENTS_OF_ADAM, is_count
 
 OPTIMIZER = frozenset({"opt_state", "opt_states", "optimizer_state", "optim_state", "optimizer_states"})
 """Fields of a class that hold optimizer state."""
@@ -64,7 +65,10 @@ def _util() -> Any:
 
 
 def is_optimizer_state(node: Any) -> bool:
-    """True for a state of optax, a named tuple of Adam's two moments, or the scale of flax's mixed precision."""
+    """True for a state of optax, a named tuple of Adam's two moments, or the scale of flax's mixed precision. optax's
+    LookaheadParams are weights."""
+    if type(node).__name__ == "LookaheadParams":
+        return False
     if is_named_tuple(node):
         return type(node).__module__.partition(".")[0] == "optax" or {"mu", "nu"} <= set(node._fields)
     return type(node).__module__ == "flax.training.dynamic_scale"
@@ -74,6 +78,20 @@ def holds_optimizer(node: Any, children: list[tuple[Key, Any]]) -> bool:
     """True for a class with a field for the optimizer's state, as flax's TrainState; its `step` is not a weight
     either."""
     return not isinstance(node, (dict, list, tuple)) and any(key in OPTIMIZER for key, _ in children)
+
+
+def own_moments(node: Any, children: list[tuple[Key, Any]]) -> frozenset[Key]:
+    """The fields of a class that hold an optimizer's moments beside `params`, each with the structure of `params`, and
+    its counter. Empty if there is no counter."""
+    fields = dict(children)
+    counters = [name for name in fields if is_count(name) or name == "count"]
+    if isinstance(node, (dict, list, tuple)) or "params" not in fields or not counters:
+        return frozenset()
+    like = _util().tree_structure(fields["params"])
+    found = [
+        pair for pair in MOMENTS_OF_ADAM if all(n in fields and _util().tree_structure(fields[n]) == like for n in pair)
+    ]
+    return frozenset([*(name for pair in found for name in pair), *counters]) if found else frozenset()
 
 
 def own_parts(keys: tuple[Key, ...], start: int) -> int:

@@ -40,6 +40,10 @@ _FIELDS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "mome
 _FIELDS |= {"acc_delta", "sum", "ax", "mu", "prev", "step_size", "exp_avg_sq_row", "exp_avg_sq_col", "momentum"}
 """Fields that torch's and other common optimizers keep for each parameter."""
 
+MOMENTS_OF_ADAM = (("mu", "nu"), ("m", "v"), ("exp_avg", "exp_avg_sq"))
+"""What those call the two moments who write their own optimizer. The names prove nothing unless both repeat the weights
+beside a counter: attention has a matrix `v`."""
+
 _COUNTS = frozenset({"epoch", "epochs", "step", "steps", "iteration", "iterations", "iter", "iters", "seed"})
 _COUNTS |= {"loss", "losses", "acc", "accuracy", "lr"}
 _OF_COUNTS = frozenset({"global", "best", "current", "last", "val", "valid", "validation", "train", "training", "test"})

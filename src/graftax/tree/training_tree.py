@@ -25,7 +25,7 @@ from graftax.tree.training_containers import (
     leaves_in,
     prefix_of,
 )
-from graftax.tree.training_state import family, is_count, is_usual, words_of
+from graftax.tree.training_state import MOMENTS_OF_ADAM, family, is_count, is_usual, words_of
 
 _NUMBER = re.compile("[0-9]+")
 _DEPTH = 4
@@ -92,7 +92,12 @@ def may_hold_state(paths: Iterable[str]) -> bool:
     parts = {part for path in paths for part in path.split("/")}
     parts = {_NUMBER.sub("", part) for part in parts}  # layers_0 to layers_9999 count as one name
     return any(
-        part in _MOMENTS or is_optimizer_name(part) or _is_count(part) or is_copy(part) or words_of(part) & _STREAMS
+        part in _MOMENTS
+        or part in ("m", "v")
+        or is_optimizer_name(part)
+        or _is_count(part)
+        or is_copy(part)
+        or words_of(part) & _STREAMS
         for part in parts
     )
 
@@ -147,11 +152,16 @@ def _starts(path: str) -> list[int]:
 
 
 def _search(node: Node, at: Parts, found: StateSearch) -> None:
-    sure: dict[str, str] = {}
+    sure = _own_moments(node)
     named = [name for name, value in node.items() if isinstance(value, dict) and is_optimizer_name(name)]
     others = {name: value for name, value in node.items() if name not in named}
     for name, state in node.items():
-        if not isinstance(state, dict) or name == "params" or not (name in named or _has_moments(state)):
+        if (
+            name in sure
+            or not isinstance(state, dict)
+            or name == "params"
+            or not (name in named or _has_moments(state))
+        ):
             continue
         if _is_run(state, name in named):
             continue
@@ -229,8 +239,35 @@ def _copies_in(state: Node, weights: Node) -> int:
     return sum(within(child) for child in state.values() if isinstance(child, dict))
 
 
+def _own_moments(node: Node) -> dict[str, str]:
+    """The two moments that stand beside the weights themselves, and not in an optimizer's state: each repeats every
+    weight of a container with a usual name, and a counter stands beside them."""
+    counters = any(not isinstance(child, dict) and is_small(child) and _is_count(name) for name, child in node.items())
+    weights = [_shapes(child) for name, child in node.items() if isinstance(child, dict) and is_usual(name)]
+    out: dict[str, str] = {}
+    for pair in MOMENTS_OF_ADAM if counters else ():
+        moments = [node.get(name) for name in pair]
+        if all(isinstance(moment, dict) and _shapes(moment) in weights for moment in moments):
+            out |= {name: f"an optimizer's moment, {_count(node[name])}" for name in pair}
+    return out
+
+
+def _shapes(node: Node) -> dict[Parts, tuple[int, ...]]:
+    return {path: spec.shape for path, spec in leaves_in(node)}
+
+
 def _has_moments(node: Node) -> bool:
+    if _is_twin_state(node):
+        return True
     return any(name in _MOMENTS or (isinstance(child, dict) and _has_moments(child)) for name, child in node.items())
+
+
+def _is_twin_state(node: Node) -> bool:
+    """True for a counter beside two moments of one structure."""
+    return any(
+        all(isinstance(node.get(name), dict) for name in pair) and _shapes(node[pair[0]]) == _shapes(node[pair[1]])
+        for pair in MOMENTS_OF_ADAM
+    ) and _is_counted(node)
 
 
 def _is_counted(node: Node) -> bool:
