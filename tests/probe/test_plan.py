@@ -234,7 +234,7 @@ def test_inputs_need_two_models(tmp_path: Path) -> None:
         (tmp_path / "m.pt", BLOCK.like()),
         (state, BLOCK.like()),
         (BLOCK.torch_model(), nested(BLOCK.true_map(BLOCK.state(BLOCK.torch_model())))),
-        (BLOCK.torch_model(), BLOCK.torch_model()),
+        (BLOCK.torch_model(), state),
     ):
         with pytest.raises(UsageError) as caught:
             gx.plan(source, like, inputs=BLOCK.inputs())

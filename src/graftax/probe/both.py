@@ -39,8 +39,9 @@ class BothModels:
 
     @property
     def is_torch(self) -> bool:
-        """True if one of the two is a torch model: its float64 run is what parity is judged against."""
-        return is_torch(self.module)
+        """True if one of the two is a torch model, the other a Flax model: torch's float64 run is what parity is judged
+        against."""
+        return is_torch(self.module) and not is_torch(self.model)
 
     def prove(self, ruled: Proposal, named: Sequence[Named]) -> Proposal:
         """Entries for every leaf that running decides. RulesError if it refutes a rule."""
@@ -295,7 +296,8 @@ def both_models(source: Checkpoint, like: Checkpoint | None, options: PlanOption
     ends = [source.live.object if options.source_model is None else options.source_model, like.live.object]
     flipped = is_flax(ends[0]) and is_torch(ends[1])
     origin, flax_end = ends[::-1] if flipped else ends
-    if not ((is_torch(origin) or is_flax(origin)) and is_flax(flax_end)):
+    both_torch = is_torch(origin) and is_torch(flax_end) and given is not None  # torch has no example to draw from
+    if not both_torch and not ((is_torch(origin) or is_flax(origin)) and is_flax(flax_end)):
         if given is None:
             return None
         lacking = [
@@ -306,10 +308,6 @@ def both_models(source: Checkpoint, like: Checkpoint | None, options: PlanOption
         ways = (
             f"{option('source_model', 'M:F')} names the live model of a source that is a file; like is then live too."
         )
-        if not lacking:
-            raise UsageError(
-                "inputs decide a plan between a torch module and a Flax model; these are not one of each", next=ways
-            )
         raise UsageError(f"inputs need both models live; {', '.join(map(escape, lacking))} has only weights", next=ways)
     if not _room(source, given):
         return None

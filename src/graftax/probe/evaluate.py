@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from graftax.probe.program import INDEX, JOIN, Step
+from graftax.probe.program import INDEX, JOIN, RUN, Step
 
 Array = Any
 
 
 def evaluate(step: Step, given: Sequence[Array]) -> tuple[Array, ...]:
     """The outputs of a step. Floating arrays are float64 in and out."""
+    if RUN in step.params:
+        return step.params[RUN](*given)
     rule = _RULES.get(step.name)
     if rule is not None:
         with np.errstate(all="ignore"):  # a candidate that does not fit may well overflow

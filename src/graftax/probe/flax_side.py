@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,9 +13,27 @@ from graftax.adapters import containers, jax_arrays, linen_tree, nests
 from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import GraftaxError, ModelError, escape
 from graftax.probe.evaluate import widened
+from graftax.probe.hashes import steps_hash
 from graftax.probe.program import Program, trace
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class Forward(Protocol):
+    """A model that can be followed step by step while its leaves are unknown; see FlaxForward."""
+
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+
+    @property
+    def fixed(self) -> Mapping[str, Any]: ...
+
+    @property
+    def others(self) -> Mapping[str, str]: ...
+
+    def program(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program: ...
+
+    def code(self, program: Program) -> tuple[str, str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +45,7 @@ class FlaxForward:
     run           (path -> array, args, kwargs) -> outputs
     positive      weights that are statistics: variances among them must not be negative
     kind          the class name of the model
+    others        another path of a leaf -> the path that is looked for: none, since Flax lists a leaf once
     """
 
     paths: tuple[str, ...]
@@ -35,6 +54,11 @@ class FlaxForward:
     run: Callable[[Mapping[str, Any], tuple[Any, ...], Mapping[str, Any]], Any]
     kind: str
     positive: frozenset[str] = frozenset()
+    others: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def code(self, program: Program) -> tuple[str, str]:
+        """(which side, sha256 of its code)."""
+        return "flax", steps_hash(program)
 
     def program(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
         """The steps of one call. ModelError if the model cannot be traced."""
@@ -143,7 +167,7 @@ def _floating(leaf: Any) -> bool:
     return jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
 
 
-def fixed_values(program: Program, forward: FlaxForward, inputs: Sequence[Any]) -> dict[int, Any]:
+def fixed_values(program: Program, forward: Forward, inputs: Sequence[Any]) -> dict[int, Any]:
     """value -> array of a program's inputs and of the leaves that are no unknowns."""
     out = {program.leaves[path]: widened(value) for path, value in forward.fixed.items()}
     out.update({n: widened(array) for n, array in zip(program.inputs, inputs, strict=True)})

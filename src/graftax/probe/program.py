@@ -28,6 +28,8 @@ _BRANCHES = frozenset(("while", "cond"))
 _CALLBACKS = frozenset(("pure_callback", "io_callback", "debug_callback", "python_callback"))
 INDEX, JOIN = "index", "join"
 """Steps of our own: element `at` of axis 0, and values stacked along a new axis 0 (what a scan takes and gives)."""
+RUN = "run"
+"""The parameter of a step that brings its own function, as the ops of torch do: arrays -> a tuple of arrays."""
 
 
 @dataclass(frozen=True, slots=True)

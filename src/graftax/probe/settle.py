@@ -17,8 +17,8 @@ from graftax.plans import Entry
 from graftax.probe.draw import calls_to_try, check_finite, redrawn
 from graftax.probe.entries import entries_of, nodes_of
 from graftax.probe.flax_origin import FlaxOrigin
-from graftax.probe.flax_side import FlaxForward, as_arrays, fixed_values, flax_forward, input_arrays, is_flax
-from graftax.probe.hashes import sha, steps_hash
+from graftax.probe.flax_side import Forward, as_arrays, fixed_values, flax_forward, input_arrays, is_flax
+from graftax.probe.hashes import sha
 from graftax.probe.inputs import Call, Inputs
 from graftax.probe.limits import GROSS, NEAR, Limits
 from graftax.probe.outputs import difference
@@ -125,12 +125,20 @@ def _origin(model: Any, call: Call, inputs: Inputs) -> Origin:
     return TorchOrigin(model, call, inputs)
 
 
+def _forward(model: Any, inputs: Inputs) -> Forward:
+    if is_flax(model):
+        return flax_forward(model, inputs.flax_call)
+    from graftax.probe.torch_program import TorchForward  # torch may not be installed
+
+    return TorchForward.of(model, inputs.flax_call or inputs.torch_call)
+
+
 @dataclass(slots=True)
 class Attempt:
     """Both models, prepared for one pair of calls."""
 
     origin: Origin
-    forward: FlaxForward
+    forward: Forward
     flax_call: Call
     inputs: Inputs
     example: bool
@@ -140,7 +148,7 @@ class Attempt:
     @classmethod
     def of(cls, module: Any, model: Any, calls: tuple[Call, Call], inputs: Inputs, example: bool) -> Attempt:
         flax_call = calls[1]
-        forward = flax_forward(model, inputs.flax_call)
+        forward = _forward(model, inputs)
         program = forward.program(*as_arrays(flax_call))
         unknowns = unknowns_of(program, forward.paths)
         apart(program, unknowns)
@@ -154,7 +162,7 @@ class Attempt:
 
     def code(self) -> tuple[tuple[str, str], ...]:
         """sha256 of each model's code: the modules of torch with their settings, the steps of Flax."""
-        return self.origin.code(), ("flax", steps_hash(self.program))
+        return self.origin.code(), self.forward.code(self.program)
 
     def digest(self) -> str:
         """sha256 of the inputs of both models."""
@@ -189,6 +197,7 @@ class Attempt:
             if all(name in by_name for name in entry.sources):
                 made = apply_chain(entry.ops, tuple(by_name[name] for name in entry.sources))
                 leaves.update(zip(entry.targets, made, strict=True))
+        leaves = {path: leaves[other] for other, path in self.forward.others.items() if other in leaves} | leaves
         return {n: piece(leaves[u.path], u.cuts) for n, u in enumerate(self.unknowns) if u.path in leaves}
 
     def confirmed(
@@ -219,7 +228,7 @@ def settle(
             found = _settled(attempt, limits, forced)
         except (GraftaxError, OutOfBudget) as error:
             if inputs is not None and isinstance(error, GraftaxError):
-                raise _with_hint(error, inputs, calls) from error
+                raise _with_hint(error, inputs, calls) if is_flax(model) != is_flax(module) else error from error
             found = Settled(stopped=str(error))
         except Exception as error:
             if inputs is not None:
@@ -254,13 +263,16 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
             attempt=attempt,
         )
     nodes = nodes_of(attempt.unknowns, found.choices, record.sources)
+    others = attempt.forward.others
+    nodes |= {other: nodes[path] for other, path in others.items() if path in nodes}
+    opened = dict.fromkeys(attempt.unknowns[n].path for n in found.open)
     shapes = attempt.origin.shapes()
     how = "proved" if near == NEAR else "found"
     entries, unsaid = entries_of(nodes, shapes, dict.fromkeys(nodes, f"{how} by running both models"))
     stopped = "" if near == NEAR else f"the mapping was found, and the models differ (outputs off by {error:.1e})"
     return Settled(
         tuple(entries),
-        tuple(dict.fromkeys(attempt.unknowns[n].path for n in found.open)),
+        tuple(name for path in opened for name in (path, *(o for o, p in others.items() if p == path))),
         unsaid,
         error,
         stopped,

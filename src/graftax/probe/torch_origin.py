@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from graftax.adapters import nests, torch_arrays, torch_float64
+from graftax.adapters import nests, torch_float64
 from graftax.errors import GraftaxError, ModelError, escape
 from graftax.probe.hashes import sha
 from graftax.probe.inputs import Call, Inputs
 from graftax.probe.record import Record, Source
 from graftax.probe.recurrent import stepwise
 from graftax.probe.redraw import ids_of, probe_copy
-from graftax.probe.torch_record import TorchRecorder, array_of, tensors
+from graftax.probe.torch_nests import array_of, flat_outputs, tensors, to_torch
+from graftax.probe.torch_record import TorchRecorder
 from graftax.probe.values import OutOfBudget, Values
 
 
@@ -38,7 +38,7 @@ class TorchOrigin:
 
     def record(self, seed: int, call: Call) -> Record:
         """Its record with redrawn weights."""
-        args, kwargs = nests.mapped(call, nests.is_array, _to_torch)
+        args, kwargs = nests.mapped(call, nests.is_array, to_torch)
         try:
             return record_torch(probe_copy(self.module, seed), args, kwargs, self.inputs.torch_call)
         except (GraftaxError, OutOfBudget):
@@ -89,28 +89,10 @@ def record_torch(
     if drawn:
         raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
     record.close()
-    record.outputs = [array_of(t, copy=True) for t in tensors(_flat(out)) if t.is_floating_point()]
+    record.outputs = [array_of(t, copy=True) for t in tensors(flat_outputs(out)) if t.is_floating_point()]
     return record
-
-
-def _flat(out: Any) -> Any:
-    """Model outputs that are data classes or named mappings, as nested tuples."""
-    if hasattr(out, "to_tuple"):
-        return out.to_tuple()
-    if isinstance(out, torch.Tensor):
-        return out
-    if hasattr(out, "values"):
-        return tuple(out.values())
-    if hasattr(out, "__dataclass_fields__"):
-        return tuple(getattr(out, name) for name in out.__dataclass_fields__)
-    return out
 
 
 def _identity(tensor: torch.Tensor) -> Any:
     """Equal for two tensors that share all their values."""
     return (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else id(tensor)
-
-
-def _to_torch(array: Any) -> Any:
-    made = torch_arrays.to_torch(np.ascontiguousarray(array))
-    return made.long() if made.dtype in (torch.int32, torch.int16) else made

@@ -7,7 +7,7 @@ nobody makes are found by chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftax.ops import FoldWeightNorm
 from graftax.probe.record import Record
+from graftax.probe.torch_nests import array_of, tensors
 from graftax.probe.torch_norms import NORMS, Made
 
 _VIEWS = frozenset((
@@ -106,7 +107,7 @@ class TorchRecorder(TorchDispatchMode):
         numbers = {id(t): self.value(t) for t in given if id(t) not in self._whole}
         write = _WRITE_OUT.get(name)
         if name in NORMS:
-            self._norm(args[0], NORMS[name](args, made[0]))
+            self._norm(args[0], NORMS[name](args))
         elif write is not None:
             write(self, args, kwargs, made, before)
         else:
@@ -453,22 +454,3 @@ def _viewed(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any) -> list[tor
             return list(tensors(func(tensor.contiguous(), *args[1:], **kwargs)))
         except RuntimeError:
             return []
-
-
-def tensors(nest: Any) -> Iterator[torch.Tensor]:
-    if isinstance(nest, torch.Tensor):
-        yield nest
-    elif isinstance(nest, (list, tuple)):
-        for item in nest:
-            yield from tensors(item)
-    elif isinstance(nest, dict):
-        for item in nest.values():
-            yield from tensors(item)
-
-
-def array_of(tensor: torch.Tensor, copy: bool = False) -> Any:
-    """A tensor as float64 NumPy. What is kept must be a copy: ops may change it in place later."""
-    plain = tensor.detach()
-    if plain.is_complex():
-        plain = torch.view_as_real(plain)
-    return plain.to(torch.float64, copy=copy).contiguous().numpy()
