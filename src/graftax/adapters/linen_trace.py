@@ -1,11 +1,14 @@
-"""Which axes of a feature map each matrix of a Linen model takes and makes, read from the jaxpr of its call."""
+"""Which axes of a feature map each matrix of a Linen model takes and makes, and on which axes its leaves are stacked,
+read from the jaxpr of its call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from graftax.adapters.flow import LEAF, OUT, Dim, Dims, Notes, channels, dim, joined, reshaped, resized
+from graftax.adapters.linen_stacks import marked, stacked_axes
 from graftax.tree import Trace, join_path
 
 Value = Dims | None
@@ -30,7 +33,8 @@ def trace_call(call: Callable[[Any, list[Any]], Any], variables: Any, arrays: li
     """call: (variables, arrays) -> outputs, traceable by jax. Raises any error of tracing."""
     import jax
 
-    closed = jax.make_jaxpr(call)(variables, arrays)
+    with marked():
+        closed = jax.make_jaxpr(call)(variables, arrays)
     notes = Notes()
     env: dict[Any, Value] = {}
     leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
@@ -39,7 +43,7 @@ def trace_call(call: Callable[[Any, list[Any]], Any], variables: Any, arrays: li
         label = f"{LEAF}{names[n]}:" if n < len(names) else f"x{n}:"
         env[variable] = tuple(dim(f"{label}{axis}", size) for axis, size in enumerate(variable.aval.shape))
     _walk(closed.jaxpr, env, notes)
-    return notes.trace()
+    return replace(notes.trace(), stacked=stacked_axes(closed.jaxpr, names))
 
 
 def _keys(path: Any) -> list[Any]:

@@ -3,7 +3,7 @@ question."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from graftax.match.flatten import Suspect
@@ -39,12 +39,14 @@ class Choice:
 @dataclass(slots=True)
 class Habits:
     """What the rectangular leaves of the whole match show. votes: `linear` or `identity` by (scope, kinds); transposed:
-    paths without numbers whose convolution can only be a transposed one; convs: whether there are convolutions."""
+    paths without numbers whose convolution can only be a transposed one; convs: whether there are convolutions;
+    stacked: (leaf, True on the Flax end) -> the axes on which a trace shows it stacked, if one does."""
 
     votes: dict[tuple[object, str, str], set[str]] = field(default_factory=dict[tuple[object, str, str], set[str]])
     axes: dict[int, Choice] = field(default_factory=dict[int, Choice])
     transposed: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
     convs: bool = False
+    stacked: Callable[[str, bool], tuple[int, ...] | None] = lambda leaf, flax: None
 
     def learn(self, scope: Scope, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
@@ -227,13 +229,18 @@ def stack_axes(scope: Scope, pairs: Sequence[Pair], habits: Habits) -> None:
         for link in links:
             axes = {axes for axes, _ in link.labels}
             fits = axes if fits is None else fits & axes
-        choice = _one_axis(links, fits or set())
+        choice = _one_axis(links, fits or set(), habits)
         for link in links:
             habits.axes[id(link)] = choice
 
 
-def _one_axis(links: list[Link], fits: set[tuple[int, ...]]) -> Choice:
+def _one_axis(links: list[Link], fits: set[tuple[int, ...]], habits: Habits) -> Choice:
     places = {tuple(_placed(link, axes) for link in links): axes for axes in sorted(fits, reverse=True)}
+    if len(places) > 1:
+        shown = {place: axes for place, axes in places.items() if _traced(links, place, habits)}
+        if len(shown) == 1:
+            ((_, axes),) = shown.items()
+            return Choice((axes, ""), f"it is stacked on axis {', '.join(map(str, axes))}, as the traced model has it")
     if len(places) == 1:
         axes = max(fits, key=lambda a: (min(a) >= 0, a))
         return Choice(
@@ -243,6 +250,16 @@ def _one_axis(links: list[Link], fits: set[tuple[int, ...]]) -> Choice:
         return Choice(None, "", tuple((axes, "") for axes in sorted(places.values())), "stack")
     # No axis fits all leaves: each leaf is judged alone, and an open leaf is a question.
     return Choice(None, "", tuple(sorted({label for link in links for label in link.labels})), "stack")
+
+
+def _traced(links: list[Link], places: Sequence[tuple[int, ...]], habits: Habits) -> bool:
+    """True if a trace shows that every leaf is stacked on these axes."""
+    for link, axes in zip(links, places, strict=True):
+        side = link.flax if link.torch.stack else link.torch
+        for paths in side.paths.values():
+            if any(habits.stacked(path, bool(link.torch.stack)) != tuple(sorted(axes)) for path in paths):
+                return False
+    return True
 
 
 def _placed(link: Link, axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -116,6 +116,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
     lost_f = stack_into(left_f, by_f, False, left_t, scopes)
     result = Result([], lost_t, lost_f, doubts=doubts, kinds=ends.kinds)
     habits = result.habits
+    habits.stacked = ends.traces.stacked
     for scope in scopes:
         scope.wrappers, scope.experts = wrappers, experts
         result.settled += settle_kinds(scope, ends)

@@ -32,6 +32,10 @@ class Traces:
     def flax(self) -> Trace:
         return self._made("flax", self.flax_trace)
 
+    def stacked(self, leaf: str, flax: bool) -> tuple[int, ...] | None:
+        """The axes on which a leaf is stacked, from the front; None if no trace shows it."""
+        return (self.flax if flax else self.torch).stacked.get(leaf)
+
     def _made(self, side: str, trace: Callable[[], Trace] | None) -> Trace:
         if side not in self.known:
             self.known[side] = trace() if trace is not None else Trace()
