@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -134,14 +135,19 @@ def difference(old: Array, new: Array, kind: str) -> tuple[int, float | None]:
     """(values with other bits, the largest difference between finite ones) of two flat arrays of one dtype."""
     import numpy as np
 
-    size = old.dtype.itemsize
-    first, second = (np.ascontiguousarray(array).view(np.uint8).reshape(-1, size) for array in (old, new))
-    changed = int(np.count_nonzero((first != second).any(axis=1)))
+    width = old.dtype.itemsize
+    word = np.dtype(f"u{min(width, 8)}")
+    off = np.not_equal(np.ascontiguousarray(old).view(word), np.ascontiguousarray(new).view(word))
+    changed = int(np.count_nonzero(off if width <= 8 else off.reshape(-1, width // 8).any(axis=1)))
     if kind not in "fiub":
         return changed, None
     if not changed:
         return 0, 0.0
-    wide, made = old.astype(np.float64), new.astype(np.float64)
-    both = np.isfinite(wide) & np.isfinite(made)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
+        wide = old.astype(np.float64)
+        largest = float(np.abs(np.subtract(wide, new.astype(np.float64), out=wide), out=wide).max())
+        if math.isfinite(largest):
+            return changed, largest
+        wide, made = old.astype(np.float64), new.astype(np.float64)
+        both = np.isfinite(wide) & np.isfinite(made)
         return changed, float(np.abs(wide[both] - made[both]).max(initial=0.0))

@@ -14,7 +14,7 @@ from graftax.surgery.leaves import prepared, value_text
 from graftax.surgery.ledger import Ledger
 from graftax.surgery.live import live_tree
 from graftax.surgery.planning import Replacement, plan_replacement
-from graftax.surgery.selecting import SelectableTree, choose, edits_of, selector_text
+from graftax.surgery.selecting import Edit, SelectableTree, choose, edits_of, selector_text
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.sides import Signs, separator_of
 from graftax.tree.training_tree import own_parts
@@ -66,24 +66,24 @@ def replace_checkpoint(
     from graftax.execute.receipt import Receipt
     from graftax.execute.streamed import Stream
 
-    values, report = _chosen(checkpoint, edits, expect, exclude)
+    values, report = _chosen(checkpoint, edits_of(edits, None), expect, exclude)
     made = plan_replacement(checkpoint, values)
     ledger = _watch(checkpoint, made, report)(Stream(made.plan, made.source, None, Receipt(), None))
     return checkpoint.specs, ledger.arrays(), report
 
 
 def _chosen(
-    checkpoint: Checkpoint, edits: Mapping[Any, Any], expect: int | None, exclude: Any
+    checkpoint: Checkpoint, edits: tuple[Edit, ...], expect: int | None, exclude: Any
 ) -> tuple[dict[str, Any], Report]:
     """path -> value of the selected leaves, and the report to be filled. PlanError if the selection fails."""
-    chosen_edits = prepared(edits_of(edits, None))
-    values, failures = choose(checkpoint_tree(checkpoint), chosen_edits, expect, exclude)
+    edits = prepared(edits)
+    values, failures = choose(checkpoint_tree(checkpoint), edits, expect, exclude)
     if not checkpoint.has_values:
         failures.insert(0, Failure("has names, shapes and dtypes, but no values", key=checkpoint.label))
     if failures:
         raise PlanError(f"nothing was replaced in {escape(checkpoint.label)}:", failures)
     untied = tuple((name, to) for name, to in checkpoint.storage.aliases.items() if (name in values) != (to in values))
-    texts = tuple((selector_text(edit.selector), value_text(edit.value)) for edit in chosen_edits)
+    texts = tuple((selector_text(edit.selector), value_text(edit.value)) for edit in edits)
     return values, Report(len(checkpoint), tuple(values), texts, untied)
 
 
@@ -122,7 +122,7 @@ def write_replacement(
     them), StorageError, and UsageError to resume with values that are no data. The options:
     """
     writing = options_of(write_replacement, WriteOptions, (), options)
-    values, report = _chosen(checkpoint, {selector: value}, expect, exclude)
+    values, report = _chosen(checkpoint, edits_of(selector, value), expect, exclude)
     side = checkpoint.side or ("flax" if any("/" in path for path in checkpoint) else "torch")
     form = "" if out is None else _format(checkpoint, side, out, writing.format)
     stored = checkpoint.storage.stored
