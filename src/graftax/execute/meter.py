@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from graftax.execute.pushdown import Apply, Const, SourceView, Value
-from graftax.ops import Cast, Replace
+from graftax.ops import Cast
 from graftax.ops.base import count_same_bits
 from graftax.ops.casting import CastCount, cast_array
 from graftax.plans import Entry
@@ -113,7 +113,7 @@ class Meter:
 def meter_for(entry: Entry) -> Meter | None:
     """A meter for the pieces of an entry, or for all of it; None if there is nothing to measure (surgery has no way
     back) and no cast to count."""
-    if any(isinstance(op, Replace) for op in entry.ops):
+    if entry.replaced:
         return None
     casts = any(isinstance(op, Cast) for op in entry.ops)
     return None if entry.exact and not casts else Meter(entry.exact)

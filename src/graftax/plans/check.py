@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from graftax.errors import Failure, GraftaxError, escape
-from graftax.ops import Op, Replace, Specs, bind_chain
+from graftax.ops import Op, Specs, bind_chain
 from graftax.plans.entries import End, Entry
 from graftax.plans.questions import Question
 
@@ -28,7 +28,7 @@ def fit(entry: Entry, source: End, like: End) -> Entry | Failure:
         return Failure(f"{escape(end.label)} has no such key", key=name, next="Check the spelling in the rule.")
     try:
         # The memo must not keep the arrays that surgery puts into leaves.
-        bind = bind_chain if any(isinstance(op, Replace) for op in entry.ops) else _bound
+        bind = bind_chain if entry.replaced else _bound
         ops, found = bind(entry.ops, given)
         if found == wanted:
             return entry if ops is entry.ops else Entry(entry.sources, entry.targets, ops, entry.evidence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from graftax.ops import Drop, Fill, Keep, Op, chain_text
+from graftax.ops import Drop, Fill, Keep, Op, Replace, chain_text
 from graftax.tree import Checkpoint, Key, Side, TensorSpec
 
 
@@ -51,6 +51,11 @@ class Entry:
     def unfilled(self) -> bool:
         """True if no source fills the targets: they are filled with a constant or kept from like."""
         return bool(self.ops) and isinstance(self.ops[0], (Fill, Keep))
+
+    @property
+    def replaced(self) -> bool:
+        """True if surgery gives the target another value than its source's."""
+        return any(isinstance(op, Replace) for op in self.ops)
 
     @property
     def exact(self) -> bool:

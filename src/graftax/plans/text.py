@@ -63,9 +63,11 @@ def column_rows(plan: Plan) -> list[dict[str, str | int]]:
 
 def lossless_text(plan: Plan) -> str:
     """`lossless: yes`, or the entries that are not lossless."""
-    lossy = [entry for entry in plan.entries if not entry.exact and entry.dropped is None]
+    replaced = sum(entry.replaced for entry in plan.entries)
+    lossy = [entry for entry in plan.entries if not (entry.exact or entry.replaced) and entry.dropped is None]
     dropped = sum(entry.dropped is not None for entry in plan.entries)
-    aside = f" ({dropped} dropped, listed above)" if dropped else ""
+    counts = [f"{n} {what}" for n, what in ((dropped, "dropped"), (replaced, "replaced")) if n]
+    aside = f" ({', '.join(counts)}, listed above)" if counts else ""
     if not lossy:
         return f"lossless: yes{aside}"
     names = fold_names(n for entry in lossy for n in entry.targets)
