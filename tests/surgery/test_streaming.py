@@ -222,6 +222,18 @@ def test_a_stopped_run_goes_on(
     assert content(out) == content(other)
 
 
+def test_a_part_from_a_donor_is_data(source: Path, flax_donor: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    value = gx.from_checkpoint(flax_donor, "params/fc/kernel")
+    plain = written(source, out, value, "wide.weight[1:3]", max_memory="4MiB")
+    resumed = written(source, out, value, "wide.weight[1:3]", max_memory="4MiB", resume=True)
+    assert plain == resumed
+    assert plain["changes"][0]["changed"] == 2 * 700
+    assert flax_donor.name in str(plain["edits"])
+    with pytest.raises(StorageError, match="is also an input"):
+        written(source, flax_donor, value, "wide.weight[1:3]", max_memory="4MiB")
+
+
 def write_edits(source: Path, out: Path, edits: dict[str, Any], **more: Any) -> dict[str, Any]:
     return written(source, out, None, edits, **more)  # pyright: ignore[reportArgumentType]
 
@@ -248,14 +260,16 @@ def test_another_value_starts_anew(source: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("value", "words"),
     [
+        ({"wide.weight[0]": np.zeros(700, np.float32)}, "array in memory"),
         (lambda old: old, "Python function"),
         (np.zeros((300, 700), np.float32), "array in memory"),
         (gx.from_checkpoint({"w": np.zeros((300, 700), np.float32)}, "w", layout="identity"), "not stored in files"),
     ],
 )
 def test_resume_needs_values_that_are_data(source: Path, tmp_path: Path, value: Any, words: str) -> None:
+    edits = value if isinstance(value, dict) else {"wide.weight": value}
     with pytest.raises(UsageError, match=words):
-        written(source, tmp_path / "out.safetensors", value, "wide.weight", resume=True, max_memory="8MiB")
+        write_edits(source, tmp_path / "out.safetensors", edits, resume=True, max_memory="8MiB")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -26,10 +26,11 @@ from graftax.execute.tiling import Edges
 from graftax.execute.whole import check_source, reads_sources, run_entry
 from graftax.formats.base import Tile
 from graftax.formats.io.sizes import size_text
-from graftax.ops import CONDITIONS, Cast, Keep, chain_text
+from graftax.ops import CONDITIONS, Cast, Keep, Replace, chain_text
 from graftax.ops.index_ops import Concat, Split, Stack, Unstack
 from graftax.ops.rearrange import Rearrange
 from graftax.ops.rearrange_each import RearrangeEach
+from graftax.ops.replace_op import RunMaker
 from graftax.plans import Entry, Plan
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.dtypes import numpy_dtype, storage_bytes, unpack
@@ -109,6 +110,9 @@ class Stream:
         spec = self._plan.like.specs[target]
         self._count(spec)
         try:
+            if contiguous and (make := self._in_order(entry, spec)) is not None:
+                yield from self._runs(entry, spec, make, first)
+                return
             boxes = self._boxes(entry, index, spec, contiguous)
             if boxes is None:
                 if first == 0:
@@ -123,6 +127,25 @@ class Stream:
                 self._advance(count * spec.bits // 8)
         except PlanError as error:
             raise named(entry, error) from error
+
+    def _in_order(self, entry: Entry, spec: TensorSpec) -> RunMaker | None:
+        """What makes the leaf of surgery from front to end (`ops.LeafValue.in_order`), if anything does."""
+        op = entry.ops[0] if len(entry.ops) == 1 else None
+        return op.in_order() if isinstance(op, Replace) and not spec.packed else None
+
+    def _runs(self, entry: Entry, spec: TensorSpec, make: RunMaker, first: int) -> Iterator[Tile]:
+        """The tiles of a leaf that is made from front to end. Those before `first` are made and left out."""
+        width = spec.bits // 8
+        count = max(1, min(self._tile, self._reader.scratch.nbytes) // width)
+        source = self._reader.opened(entry)[0] if reads_sources(entry) else None
+        for number, start in enumerate(range(0, spec.size, count)):
+            stop = min(start + count, spec.size)
+            old = None if source is None else source.span(start, stop, self._reader.scratch)
+            new = make(TensorSpec((stop - start,), spec.dtype), old)
+            self.note(self._reader)
+            if number >= first:
+                yield Tile(start * width, storage_bytes(new, TensorSpec((stop - start,), spec.dtype)).reshape(1, -1), 0)
+            self._advance((stop - start) * width)
 
     def tile_sizes(self, target: str) -> list[int] | None:
         """The bytes of each tile that `tiles` gives; None if the target cannot be cut, or if every part would read all

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from graftax.errors import Failure, GraftaxError, LayoutError, PlanError
 from graftax.ops.base import Arrays, Specs
 from graftax.tree import TensorSpec
+
+RunMaker = Callable[[TensorSpec, Any], Any]
 
 
 class LeafValue(Protocol):
@@ -17,6 +21,8 @@ class LeafValue(Protocol):
 
     A value may also have
       local    True: each new element depends on the old element alone, so `apply` works on any part of a leaf
+      in_order (path) -> what makes the leaf from front to end, a flat run after the other: (spec of the run, its old
+               values) -> its new values; or None if it needs the whole leaf
       as_data  () -> JSON data that says everything about it; PlanError if it is no data. Without it the value is a
                dataclass whose fields are data.
     """
@@ -64,6 +70,12 @@ class Replace:
         """True if a part of the new leaf can be made from the same part of the old one."""
         return bool(getattr(self.value, "local", False))
 
+    def in_order(self) -> RunMaker | None:
+        """What makes the leaf from front to end; None if the value does not say how. It raises as `apply`."""
+        start = getattr(self.value, "in_order", None)
+        make = None if start is None else start(self.path)
+        return None if make is None else lambda spec, old: self._guarded(make, spec, old)
+
     @property
     def reads(self) -> bool:
         return bool(self.value.reads)
@@ -89,13 +101,12 @@ class Replace:
         (old,) = arrays
         whole = self.spec
         if self.local and not whole.packed and old is not None:
-            return (np.asarray(self.made(TensorSpec(tuple(old.shape), self.dtype), old)),)
-        return (np.asarray(self.made(whole, old)),)
+            whole = TensorSpec(tuple(old.shape), self.dtype)
+        return (np.asarray(self._guarded(lambda spec, old: self.value.apply(self.path, spec, old), whole, old)),)
 
-    def made(self, spec: TensorSpec, old: Any) -> Any:
-        """What the value makes of a leaf, or of a part of it, of this spec, in whatever framework the value gives."""
+    def _guarded(self, make: RunMaker, spec: TensorSpec, old: Any) -> Any:
         try:
-            return self.value.apply(self.path, spec, old)
+            return make(spec, old)
         except GraftaxError as error:
             if error.exit_code != PlanError.exit_code:
                 raise
@@ -113,12 +124,27 @@ class Replace:
 
 
 def value_data(value: Any) -> Any:
-    """A value as JSON data: its kind and its fields."""
+    """A value, or a field of one, as JSON data. PlanError for what is no data."""
     if (as_data := getattr(value, "as_data", None)) is not None:
         return as_data()
     if dataclasses.is_dataclass(value):
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(value).__name__).lower()
-        return {"value": kind} | {
-            field.name: value_data(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    return value
+        fields = {field.name: value_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"value": kind, **fields}
+    if isinstance(value, (tuple, list)):
+        return [value_data(item) for item in cast("Sequence[Any]", value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no numbers for these
+    if isinstance(value, complex):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise not_data("an array in memory" if hasattr(value, "shape") else f"a {type(value).__name__}")
+
+
+def not_data(what: str) -> PlanError:
+    """The error for a part of a value that no file can hold."""
+    return PlanError(
+        f"{what} is no data: it is not written into a plan, and a stopped run with it cannot be resumed",
+        next="Save arrays in a file, and give gx.from_checkpoint(path, key).",
+    )

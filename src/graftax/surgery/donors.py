@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from graftax.errors import LayoutError, PlanError, UsageError, escape, option, worded
 from graftax.layers import Connection, layouts, leaf_connections
 from graftax.ops import Cast, Op, apply_chain, chain_text, invert_chain
+from graftax.ops.replace_op import not_data
 from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
 from graftax.tree.sides import FLAX_LEAVES, OTHER, side_of_names
 
@@ -53,6 +54,17 @@ class FromCheckpoint:
         label = self.source.label if isinstance(self.source, Checkpoint) else self.source
         shown = escape(label) if isinstance(label, (str, PathLike)) or isinstance(self.source, Checkpoint) else "..."
         return f"from_checkpoint({shown}, {escape(self.key)})" if self.key is not None else f"from_checkpoint({shown})"
+
+    def as_data(self) -> dict[str, Any]:
+        """What it takes and from where, as JSON data. PlanError for a live tree."""
+        if isinstance(self.source, Checkpoint):
+            label, live = self.source.label, not self.source.storage.files
+        else:
+            label, live = str(self.source), not isinstance(self.source, (str, PathLike))
+        if live:
+            raise not_data("a live tree")
+        fields = {"key": self.key, "layout": self.layout, "cast": self.cast}
+        return {"value": "from_checkpoint", "source": label, **fields}
 
     def opened(self) -> FromCheckpoint:
         """The same value with its checkpoint open, so that many leaves open it once.

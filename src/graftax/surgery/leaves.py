@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from graftax.adapters import spec_of_leaf
 from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape, with_article
 from graftax.ops import LeafValue, Misfit, misfit_of
-from graftax.ops.replace_op import value_data
+from graftax.ops.replace_op import not_data, value_data
 from graftax.surgery.donors import FromCheckpoint, Target, donor_key, misfit_hint, owner, readings_of
 from graftax.surgery.selecting import Edit, Parts
 from graftax.surgery.values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros, require_floating
@@ -77,10 +77,7 @@ class Given:
         return given(path, spec, self.array)
 
     def as_data(self) -> Any:
-        raise PlanError(
-            "an array in memory is not written into a plan, and a stopped run with it cannot be resumed",
-            next="Save it, and give gx.from_checkpoint(path, key).",
-        )
+        raise not_data("an array in memory")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,9 +100,7 @@ class Computed:
         return given(path, spec, _called(self.function, path, old), "the function gave")
 
     def as_data(self) -> Any:
-        raise PlanError(
-            "a Python function is no data: it is not written into a plan, and a stopped run with it cannot be resumed"
-        )
+        raise not_data("a Python function")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
