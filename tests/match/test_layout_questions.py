@@ -346,3 +346,32 @@ def test_a_weight_norm_of_its_own_is_a_linear(pairing) -> None:
             {"fc/kernel_v": (8, rows), "fc/kernel_g": (1, rows), "h/kernel": (rows, 3)},
         )
         assert decided(pairing, pair)["fc/kernel_v"] == 1
+
+
+@pytest.mark.parametrize("sides", [(6, 4), (4, 4)], ids=["rectangular", "square"])
+def test_a_bare_map_without_convolutions(pairing, sides: tuple[int, int]) -> None:
+    """(1, C, H, W) becomes (1, H, W, C); where all are equal nothing shows it, also where no layer is a convolution."""
+    c, h = sides
+    pair: Pair = (
+        {"synthesis.input.const": (1, c, h, h), "mapping.fc.weight": (8, 6)},
+        {"synthesis/input/const": (1, h, h, c), "mapping/fc/kernel": (6, 8)},
+    )
+    if c != h:
+        assert decided(pairing, pair)["synthesis/input/const"] == 1
+        return
+    rules = [candidate.rule for candidate in asked(pairing, pair)["synthesis/input/const"].candidates]
+    assert any("n c h w -> n h w c" in rule for rule in rules)
+    assert any('layout = "identity"' in rule for rule in rules)
+
+
+def test_a_square_table_that_becomes_a_bare_parameter(pairing) -> None:
+    """A bare parameter has its own code, which may put the heads first; between two lookup tables nothing moves."""
+    pair: Pair = (
+        {"block.0.attention_bias.weight": (8, 8), "shared.weight": (50, 6)},
+        {"relpos/rel_embedding": (8, 8), "tok/embedding": (50, 6)},
+    )
+    rules = [candidate.rule for candidate in asked(pairing, pair)["relpos/rel_embedding"].candidates]
+    assert any('layout = "linear"' in rule for rule in rules)
+    assert any('layout = "identity"' in rule for rule in rules)
+    tables: Pair = {"pos_embed.weight": (8, 8)}, {"pos_embed/embedding": (8, 8)}
+    assert decided(pairing, tables)["pos_embed/embedding"] == 0

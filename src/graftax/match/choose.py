@@ -83,6 +83,10 @@ def _is_table(pair: Pair, scope: Scope) -> bool:
     return bool({scope.name(pair.torch, True).last, scope.name(pair.flax, False).last} & _TABLES)
 
 
+def _both_tables(pair: Pair, scope: Scope) -> bool:
+    return all(name.last in _TABLES for name in (scope.name(pair.torch, True), scope.name(pair.flax, False)))
+
+
 def says_transposed(words: Sequence[str]) -> bool:
     """True if a convolution of this name may be a transposed one."""
     return bool(words) and (words[-1] in _UP_LAST or not _DECONV.isdisjoint(concepts(words, lexicon())))
@@ -111,7 +115,7 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
         (label,) = labels
         return Choice(label, _ONLY.get(label[1], label[1]))
     if any(word == "channels last" for _, word in labels):
-        if _may_be_map(link, pair, habits) or any(word == "reshape" for _, word in labels):
+        if _may_be_map(link, pair) or any(word == "reshape" for _, word in labels):
             return Choice(None, "", tuple(sorted(labels)))
         labels = frozenset(label for label in labels if label[1] != "channels last")
         if len(labels) == 1:
@@ -143,19 +147,22 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
     return heads or Choice(None, "", tuple(sorted(labels)))
 
 
-def _may_be_map(link: Link, pair: Pair, habits: Habits) -> bool:
-    """True for a norm over a map, its bias, or a bare map in a model with convolutions."""
+def _may_be_map(link: Link, pair: Pair) -> bool:
+    """True for a norm over a map, its bias, or a bare map. A model without a convolution may hold one too: a learnt
+    input, or a table of positions."""
     rank = len(next(iter(link.torch.shapes.values())))
     kinds = {other.flax.kind for other in pair.links if len(next(iter(other.torch.shapes.values()))) == rank}
-    return "norm" in kinds or (rank > 2 and habits.convs)
+    return "norm" in kinds or rank > 2
 
 
 def _square(link: Link, by_reading: dict[str, Label], pair: Pair, scope: Scope, habits: Habits) -> Choice:
     """The reading of a square matrix: a Linear's, unless its kind or its siblings show another."""
     torch, flax = link.torch, link.flax
-    if flax.kind != "kernel" and _is_table(pair, scope):
-        return Choice(by_reading["identity"], "a lookup table stays as it is")
     near, far = habits.orientation(scope, link)
+    if flax.kind != "kernel" and _is_table(pair, scope):
+        if (torch.kind == "raw") != (flax.kind == "raw") and not _both_tables(pair, scope):
+            return Choice(None, "", tuple(sorted(by_reading.values())))  # a bare parameter may put any axis first
+        return Choice(by_reading["identity"], "a lookup table stays as it is")
     if torch.kind == "raw" and flax.kind == "raw":
         if "linear" in far:
             return Choice(None, "", tuple(sorted(by_reading.values())))

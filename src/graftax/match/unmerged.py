@@ -45,6 +45,14 @@ SCHEMES = (
         beside="_orig",
     ),
     Unmerged(
+        "a spectrally normed weight",
+        re.compile(r"(?:^|[./])[^./]+_u$"),
+        "Make the weights plain before saving (torch.nn.utils.remove_spectral_norm), wrap the Flax layer in "
+        "SpectralNorm under the same name, or write a rule for each leaf.",
+        ("_u",),
+        beside="_orig",
+    ),
+    Unmerged(
         "a low-rank adapter",
         re.compile(r"(?:^|[./])(?:lora_(?:embedding_)?[abAB]|lora_(?:down|up)|lora[./](?:down|up)|lora_magnitude_vector)"
                    r"(?:[./]|$)"),
@@ -90,4 +98,23 @@ def _leaves(end: Checkpoint, scheme: Unmerged) -> list[str]:
 
 
 def _beside(name: str, ending: str, names: Set[str]) -> bool:
-    return not ending or name.removesuffix("_mask") + ending in names
+    return not ending or name.rpartition("_")[0] + ending in names
+
+
+_NORMED = re.compile(
+    r"(?P<owner>.*?)(?:"
+    r"[._](?P<old>g|v|orig|u)"
+    r"|parametrizations\.weight\.(?P<new>original[01]?|0\._[uv])"
+    r")"
+)
+
+
+def normed_parts(end: Checkpoint) -> set[str]:
+    """The leaves of torch that make a weight together with others of their module: the g and v of weight norm, the
+    weight, u and v of spectral norm. One alone is no weight."""
+    found: dict[str, dict[str, str]] = {}
+    for name in end:
+        if (part := _NORMED.fullmatch(name)) is not None:
+            found.setdefault(part["owner"], {})[part["old"] or part["new"]] = name
+    wholes = ({"g", "v"}, {"orig", "u"}, {"original0", "original1"}, {"original", "0._u"})
+    return {name for parts in found.values() if any(w <= parts.keys() for w in wholes) for name in parts.values()}

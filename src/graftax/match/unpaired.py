@@ -18,6 +18,7 @@ from graftax.layers import leaf_connections
 from graftax.match.buffers import buffer_name
 from graftax.match.names import concepts, lexicon
 from graftax.match.sides import tokens_of
+from graftax.match.unmerged import normed_parts
 from graftax.plans import Candidate, Proposal, Question
 from graftax.plans.names import fold_names
 from graftax.rules import escape_key, rule_line
@@ -79,6 +80,9 @@ def unpaired(proposal: Proposal, source: Checkpoint, like: Checkpoint, source_si
     targets = [n for n in like if n not in filled and n not in asked and _module(n, like_side) not in homes]
     free = [n for n in source if n not in used and _module(n, source_side) not in starts]
     free = [n for n in free if not buffer_name(n, source[n])]
+    ours, theirs = normed_parts(source), normed_parts(like)
+    if not (ours and theirs):  # a part of a weight is no weight
+        free, targets = [n for n in free if n not in ours], [n for n in targets if n not in theirs]
     sources = [c for c in _columns(free, source) if not offered.issuperset(c.names)] if targets else []
     wanted = [c for c in _columns(targets, like) if _varied(c.spec.shape)] if sources else []
     sides: tuple[Side, Side] = (source_side, like_side)

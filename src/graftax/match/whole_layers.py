@@ -175,7 +175,8 @@ def _composites(
     if len(free_torch) < len(torch):
         free_torch, free_flax = _with_siblings(free_torch, torch, "torch"), _with_siblings(free_flax, flax, "flax")
     patterns = (_RECURRENT, _REPARAMETRISED)
-    owners = [owner for pattern in patterns for owner in _torch_owners(free_torch, pattern, torch)]
+    found_by = [_torch_owners(free_torch, pattern, torch) for pattern in patterns]
+    owners = [owner for found in found_by for owner in found]
     if not owners:
         return Proposal()
     cells = _flax_cells(free_flax)
@@ -188,13 +189,18 @@ def _composites(
         groups.setdefault(
             tuple(only.values()), Owner(top, only, None if len(inner) != 1 else flax.live.modules.get(inner[0]))
         )
+    for owner in _normed_layers(free_flax, flax) if found_by[1] else ():
+        groups.setdefault(tuple(owner.roles.values()), owner)
+    plain = {id(owner): owner for owner in (_plain_layers(free_flax, flax) if found_by[1] else ())}
+    for owner in plain.values():  # the norm may be folded
+        groups.setdefault(tuple(owner.roles.values()), owner)
     fits: list[tuple[Owner, Owner, Connection]] = []
     refusals: list[tuple[Failure, Owner, Owner]] = []
     for owner in owners:
         for group in groups.values():
             found = _settled(owner, group, torch, flax) if group.roles else None
             if isinstance(found, Failure):
-                refusals.append((found, owner, group))
+                refusals += [(found, owner, group)] if id(group) not in plain else []
             elif found is not None:
                 fits.append((owner, group, found))
     taken = _pairs(fits)
@@ -227,6 +233,40 @@ def _scaled(names: list[str]) -> list[str]:
         if parts[-1].endswith(("~1kernel~1scale", "~1kernel~1u", "kernel~1u", "~1scale")) or "scales" in parts[:-1]:
             out.append("/".join(parts[:-2]))
     return out
+
+
+def _normed_layers(names: list[str], flax: Checkpoint) -> list[Owner]:
+    """Layers with the leaves that a wrapper beside them adds: `wn/conv~1kernel~1scale` belongs to the layer `conv`."""
+    added: dict[str, dict[str, str]] = {}
+    for name in names:
+        wrapper, _, role = _plain(name).rpartition("/")
+        layer, between, _ = role.partition("~1kernel~1")
+        if between:
+            parent = wrapper.rpartition("/")[0]
+            added.setdefault(f"{parent}/{layer}" if parent else layer, {})[role] = name
+    out: list[Owner] = []
+    for path, roles in added.items():
+        below = _below(names, path, "flax")
+        if below:
+            out.append(Owner(path, below | roles, flax.live.modules.get(path)))
+    return out
+
+
+def _plain_layers(names: list[str], flax: Checkpoint) -> list[Owner]:
+    """Modules whose leaves, a kernel and perhaps a bias, lie right below them, and that keep no norm elsewhere."""
+    layers: dict[str, dict[str, str]] = {}
+    normed: set[str] = set()
+    for name in names:
+        path, _, role = _plain(name).rpartition("/")
+        layers.setdefault(path, {})[role] = name
+        normed.add(role.partition("~1kernel~1")[0] if "~1kernel~1" in role else "")
+    wrappers = tuple(f"{path}/" for path in _scaled(names) if path)
+    return [
+        Owner(path, roles, flax.live.modules.get(path))
+        for path, roles in layers.items()
+        if "kernel" in roles and roles.keys() <= {"kernel", "bias"}
+        if path.rpartition("/")[2] not in normed and not path.startswith(wrappers)
+    ]
 
 
 def _in(path: str, cell: str) -> bool:
