@@ -231,7 +231,10 @@ def test_a_square_torch_tensor_for_a_part_of_a_kernel_is_asked_about() -> None:
         ("**/kernel[0]", 0.5, r"kernel\[0\]: got a bare number.*constant\(0.5\)"),
         ("**/kernel[0]", lambda leaf: leaf[:2], r"kernel\[0\]: the function gave"),
         ("**/kernel[None, 0]", gx.zeros(), r"matches nothing.*whole numbers, slices"),
+        ("**/kernel[[0, 1]]", gx.zeros(), r"matches nothing.*whole numbers, slices"),
         ("a[0]", gx.zeros(), r"'a\[0\]' names a subtree"),
+        ("[a]", gx.zeros(), r"'\[a\]' matches subtrees only"),
+        ("params[0]/*", gx.zeros(), r"'params\[0\]/\*' matches nothing"),
         ("**/kernle[0]", gx.zeros(), r"'\*\*/kernle\[0\]' matches nothing"),
     ],
 )
@@ -246,6 +249,7 @@ def test_expect_counts_leaves() -> None:
     tree = kernel(b={"kernel": jnp.ones((2, 2))})
     gx.replace(tree, "**/kernel[0]", gx.zeros(), expect=2)
     gx.replace(tree, {"a/kernel[0]": gx.zeros(), "a/kernel[1]": gx.zeros()}, expect=1)
+    gx.replace(tree, ["a/kernel[0]", "a/kernel[1]"], gx.zeros(), expect=1)
     with pytest.raises(PlanError, match="expected 1, found 2"):
         gx.replace(tree, "**/kernel[0]", gx.zeros(), expect=1)
 
@@ -299,6 +303,8 @@ def test_several_parts_of_a_leaf() -> None:
         # An exact path goes over a glob, and each value is made from the old leaf.
         pairs = [("**/kernel", gx.scaled(10)), ("a/kernel[0]", gx.scaled(2))][::order]
         np.testing.assert_array_equal(edited(dict(pairs), expect=1), old * [[2], [10], [10]])
+        pairs = [("**/kernel[:, 0]", gx.constant(8)), ("a/kernel[0]", gx.constant(9))][::order]
+        assert edited(dict(pairs))[:2, :2].tolist() == [[9, 9], [8, 5]]
         pairs = [("**/kernel[0]", gx.constant(1j)), ("a/kernel", gx.scaled(2))][::order]  # the first is not even made
         np.testing.assert_array_equal(edited(dict(pairs)), 2 * old)
 

@@ -225,7 +225,7 @@ def _pick_text(tree: SelectableTree, selector: str, excluded: Collection[str]) -
     if inside and whole:
         return [], [_two_readings(selector, index, inside, whole)]
     if whole or not (inside or left or failed):
-        return [*whole, *dropped], failures or ([] if whole or dropped else [_nothing(tree, base, selector)])
+        return [*whole, *dropped], failures or ([] if whole or dropped else [_nothing_with_index(tree, base, selector)])
     parts = [replace(one, index=index) for one in (*inside, *left)]
     return parts, failed or _misfits(tree, inside, index)
 
@@ -309,12 +309,19 @@ def _nothing(tree: SelectableTree, selector: str, written: str = "") -> Failure:
         if turned:
             hint = f"The parts of these names are separated by '{sep}': {escape(selector.replace(other, sep))!r}."
             return Failure(f"{shown} matches nothing", next=hint)
-    start = selector.rfind("[")
-    if start > 0 and selector.endswith("]") and (selector[:start] in paths or _matched(paths, selector[:start], side)):
+    before = [selector[:i] for i, char in enumerate(selector) if char == "[" and i and selector.endswith("]")]
+    if any(base in paths or _matched(paths, base, side) for base in before):
         hint = "A part of a leaf is whole numbers, slices and '...', as in '[2]', '[:, 3]' and '[..., 1:4]'."
         return Failure(f"{shown} matches nothing", next=hint)
     near = nearest(selector, paths) or listed(paths)
     return Failure(f"{shown} matches nothing", next=f"Near: {near}" if near else "The tree has no leaves.")
+
+
+def _nothing_with_index(tree: SelectableTree, base: str, selector: str) -> Failure:
+    """Why neither reading of a bracket at the end matches: the class may match modules, not leaves."""
+    sep = "/" if tree.side == "flax" else "."
+    modules = _matched(list(tree.paths), f"{selector}{sep}**", tree.side)
+    return _nothing(tree, selector) if modules else _nothing(tree, base, selector)
 
 
 def _matched(paths: list[str], pattern: str, side: Side) -> list[str]:

@@ -12,7 +12,7 @@ from types import EllipsisType
 
 from graftax.errors import PlanError, counted
 
-_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
 _PARTS = tuple[int | None, int | None, int | None]
 
 
