@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import graftax as gx
-from graftax.errors import PlanError, StorageError, UsageError
+from graftax.errors import PlanError, RulesError, StorageError, UsageError
 from graftax.execute import streamed
 from graftax.execute.receipt import Receipt
 from graftax.execute.streamed import Stream
@@ -328,6 +328,12 @@ def test_a_plan_with_a_function_runs_and_is_not_saved(source: Path, tmp_path: Pa
     assert not (tmp_path / "plan.json").exists()
     with pytest.raises(PlanError, match="cannot be undone"):
         _ = plan.inverse
+    data = plan_replacement(checkpoint, {"one": gx.scaled(2)}).plan
+    assert "one -> one   becomes scaled(2)" in str(data)
+    assert "lossless: yes (1 replaced, listed above)" in str(data)
+    data.save(tmp_path / "plan.json")
+    with pytest.raises(RulesError, match="replaces leaves is not read"):
+        gx.load_plan(tmp_path / "plan.json")
 
 
 def test_the_memo_of_plans_keeps_no_array(source: Path) -> None:

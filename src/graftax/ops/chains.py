@@ -79,6 +79,11 @@ def op_from_json(data: Mapping[str, Any]) -> Op:
     cls = OPS.get(name) if isinstance(name, str) else None
     if cls is None:
         raise RulesError(f"unknown op {escape(name)!r}; known: {', '.join(OPS)}")
+    if cls is Replace:
+        raise RulesError(
+            "a plan that replaces leaves is not read from a file",
+            next="Replace again: graftax replace, or gx.replace.",
+        )
     names = {field.name for field in dataclasses.fields(cls)}
     if not set(rest) <= names:
         raise RulesError(f"op {name} has no field {escape(', '.join(sorted(set(rest) - names)))}")
