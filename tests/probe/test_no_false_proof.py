@@ -24,7 +24,7 @@ from .pairs import BLOCK, MLP, PAIRS, STACK, FlaxIdle, Pair, near, noise, other_
 
 QUICK = Limits(seconds=6.0, evaluations=30_000)
 FAST = 6
-ALL = 60
+ALL = 42
 
 
 # ---------------------------------------------------------------- judging

@@ -16,7 +16,7 @@ from graftax.errors import RulesError
 from .pairs import BY_NAME, Pair
 
 FAST = 12
-ALL = 150
+ALL = 72
 
 
 @dataclass(frozen=True, slots=True)
