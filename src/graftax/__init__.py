@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graftax.report.suggesting import suggest
     from graftax.studies.ablation import ablate
     from graftax.studies.comparing import compare
+    from graftax.studies.parts import Part, part
     from graftax.surgery import replace, select
     from graftax.surgery.values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
 
@@ -44,6 +45,8 @@ _HOMES = {
     "diff": "report.comparing",
     "ablate": "studies.ablation",
     "compare": "studies.comparing",
+    "part": "studies.parts",
+    "Part": "studies.parts",
     "replace": "surgery",
     "select": "surgery",
     "constant": "surgery.values",
@@ -58,6 +61,7 @@ _MODULES = ("errors", "examples", "types")
 
 __all__ = [
     "Inputs",
+    "Part",
     "ablate",
     "add_normal",
     "assert_parity",
@@ -75,6 +79,7 @@ __all__ = [
     "normal",
     "on_mesh",
     "open_checkpoint",
+    "part",
     "plan",
     "port",
     "port_file",

@@ -70,7 +70,7 @@ def check_parity(
     torch_tree = open_tree(torch_module)
     values_of = torch_tree if source is None else open_weights(source)
     torch64, torch32 = runners(torch_module, None if source is None else values_of, given.torch_call)
-    torch_call, flax_call = calls_of(given, flax_model)
+    torch_call, flax_call = calls_of(given, flax_model, torch_module)
     like = prepare.flax_like(flax_model, flax_call)
     with pipeline.LayoutHint(layout, flax_call):
         flax_tree = open_tree(like)

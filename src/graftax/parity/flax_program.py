@@ -6,6 +6,7 @@ eager one without (12 layers of hidden size 256: 0.9 s against 1.3 s, first runs
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ import jax
 from graftax.errors import GraftaxError, ModelError, escape
 from graftax.parity import flax_values
 from graftax.parity.flax_tap import Channel, Traced
+from graftax.parity.listening import Listener, Marks
 from graftax.parity.records import Tap
 
 PRECISION = "highest"
@@ -48,12 +50,14 @@ class Program:
     explain    an exception of the model -> ModelError
     mend       an exception of the model -> is another try worthwhile?
     compiled   True, False, or None: compiled unless it cannot be
+    precision  of matrix products; None: the caller's own
     """
 
     forward: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
     explain: Callable[[Exception, Any], ModelError]
     mend: Callable[[Exception], bool] = lambda error: False
     compiled: bool | None = None
+    precision: str | None = PRECISION
     channel: Channel = field(default_factory=Channel)
     current: Built = field(default_factory=Built)
     compile_seconds: float = 0.0
@@ -68,15 +72,19 @@ class Program:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         watch: Collection[str],
-        tap: Tap | None,
+        tap: Tap | Listener | None,
         compiled: bool | None = None,
+        unrolled: bool = False,
     ) -> Any:
-        """The outputs as Values. ModelError if the model fails; an exception of the tap passes through unchanged."""
+        """The outputs as Values. ModelError if the model fails; an exception of the tap passes through unchanged.
+        unrolled: in an eager run, loops and jitted functions run step by step, except inside the watched modules."""
         arrays, node = flax_values.spread((tuple(args), dict(kwargs)))
         wanted = self.compiled if compiled is None else compiled
         ways = [(True, False)] if wanted is not False else []
         ways += [(False, False), (False, True)] if wanted is not True else []
-        with self._lock, jax.default_matmul_precision(PRECISION):
+        before = bool(jax.config.jax_disable_jit)  # pyright: ignore
+        self.channel.jit_disabled = before
+        with self._lock, self._exact(), jax.disable_jit(before or unrolled):
             given = [jax.numpy.asarray(array) for array in arrays]
             while True:
                 jit, blocked = ways[0]
@@ -101,8 +109,30 @@ class Program:
                     self.compiled = False
                 return out
 
+    def jaxpr(
+        self, weights: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Collection[str], marks: Marks
+    ) -> Any:
+        """The program of a call, in which the calls of the watched modules are marked. Raises what tracing raises."""
+        arrays, node = flax_values.spread((tuple(args), dict(kwargs)))
+        self._numbers += 1
+        self.current = Built(node=node, number=self._numbers)
+
+        def program(weights: Any, arrays: list[Any]) -> list[Any]:
+            args, kwargs = flax_values.refill(node, arrays)
+            return flax_values.spread(self.forward(weights, args, kwargs))[0]
+
+        with self._lock, self._exact(), jax.disable_jit(False):
+            self.channel.begin(watch, marks, self.current.traced, False)
+            try:
+                return jax.make_jaxpr(program)(weights, [jax.numpy.asarray(array) for array in arrays]).jaxpr
+            finally:
+                self.channel.end()
+
+    def _exact(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.precision is None else jax.default_matmul_precision(self.precision)
+
     def _attempt(
-        self, weights: Any, given: list[Any], node: Any, watch: Any, tap: Tap | None, jit: bool, blocked: bool
+        self, weights: Any, given: list[Any], node: Any, watch: Any, tap: Any, jit: bool, blocked: bool
     ) -> Any:
         built = self.current = self._find(weights, given, node, frozenset(watch) if tap else frozenset(), tap, jit)
         channel = self.channel
@@ -133,9 +163,7 @@ class Program:
 
         return jax.jit(program)
 
-    def _find(
-        self, weights: Any, given: list[Any], node: Any, watch: frozenset[str], tap: Tap | None, jit: bool
-    ) -> Built:
+    def _find(self, weights: Any, given: list[Any], node: Any, watch: frozenset[str], tap: Any, jit: bool) -> Built:
         """The program for such a call. Its number becomes part of the cache keys of functions that the model jits
         itself, so that code traced for other watched modules, or without a tap, is not reused."""
         shapes = tuple((jax.numpy.shape(leaf), str(leaf.dtype)) for leaf in [*given, *jax.tree.leaves(weights)])

@@ -20,11 +20,13 @@ import numpy as np
 from flax.core import tracers
 from jax.experimental import io_callback
 
-from graftax.parity import flax_values
+from graftax.parity import flax_values, listening
+from graftax.parity.listening import Heard, Listener, Marks, Own, Owner
 from graftax.parity.records import Site, Tap
 
+VMAP = "inside vmap"
 NO_CALLBACK = {
-    ("jax/_src/api.py", "vmap_f"): "inside vmap",
+    ("jax/_src/api.py", "vmap_f"): VMAP,
     ("jax/_src/api.py", "value_and_grad_f"): "inside a gradient",
     ("jax/_src/api.py", "vjp"): "inside a gradient",
     ("jax/_src/api.py", "jvp"): "inside a gradient",
@@ -55,11 +57,13 @@ class Traced:
 class Channel:
     """The calls of a runner's watched modules on their way to the tap.
 
-    tap       the tap of this run; callbacks of compiled code find it here
+    tap       the tap, listener or marks of this run; callbacks of compiled code find it here
     blocked   no callbacks in traced code (the retry after a transformation refused them)
+    jit_disabled  the caller's own setting, which holds inside modules that a listener hears
     """
 
-    tap: Tap | None = None
+    tap: Any = None
+    jit_disabled: bool = False
     watch: frozenset[str] = frozenset()
     blocked: bool = False
     traced: Traced = field(default_factory=Traced)
@@ -74,7 +78,7 @@ class Channel:
 
     # ------------------------------------------------------------ a run
 
-    def begin(self, watch: Collection[str], tap: Tap | None, traced: Traced, blocked: bool) -> None:
+    def begin(self, watch: Collection[str], tap: Tap | Listener | Marks | None, traced: Traced, blocked: bool) -> None:
         self.tap, self.watch, self.traced, self.blocked = tap, frozenset(watch), traced, blocked
         self.base = tracers.current_trace()
         self.seen, self.methods, self._open, self._active = {}, {}, {}, []
@@ -104,10 +108,16 @@ class Channel:
     # ------------------------------------------------------------ a call
 
     def call(
-        self, path: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], proceed: Callable[..., Any]
+        self,
+        path: str,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        proceed: Callable[..., Any],
+        own: Own,
     ) -> Any:
         """The output of a module's call, with the tap at its entry and exit. If the module calls a method on itself,
-        that is part of the same call."""
+        that is part of the same call. `own`: the module itself, for a listener."""
         if self.tap is None or path not in self.watch or path in self._active:
             return proceed(*args, **kwargs)
         if self._busy == threading.get_ident():  # the tap itself runs something
@@ -117,18 +127,27 @@ class Channel:
             where = _place()
             if where == "":  # Flax traces this only to discard it
                 return proceed(*args, **kwargs)
+            if isinstance(self.tap, Marks):
+                return self._within(path, proceed, *self.tap.mark(args, dict(kwargs), own().state))
+            if where == VMAP and isinstance(self.tap, Listener):
+                return self._heard(path, method, args, kwargs, proceed, own(), vmapped=True)
             reason = where or (ELSEWHERE if self.blocked else None)
             if reason is not None:
                 self.traced.refused.setdefault(path, reason)
                 return proceed(*args, **kwargs)
             self.traced.emitted.add(path)
+        if isinstance(self.tap, Listener):
+            return self._heard(path, method, args, kwargs, proceed, own(), vmapped=False)
         args, kwargs = self._pass((args, dict(kwargs)), tracing, path, method, self._entering)
+        out = self._within(path, proceed, args, kwargs)
+        return self._pass(out, tracing, path, method, self._leaving)
+
+    def _within(self, path: str, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._active.append(path)
         try:
-            out = proceed(*args, **kwargs)
+            return proceed(*args, **kwargs)
         finally:
             self._active.pop()
-        return self._pass(out, tracing, path, method, self._leaving)
 
     def _pass(self, nest: Any, tracing: bool, path: str, method: str, ask: Callable[..., Any]) -> Any:
         """`nest`, or the nest that the tap returns instead."""
@@ -144,7 +163,9 @@ class Channel:
             if new is None:
                 return nest
             made = [jax.numpy.asarray(item) for item in new]
-            return flax_values.refill(node, _kept(arrays, made, [n is not h for n, h in zip(new, held, strict=True)]))
+            return flax_values.refill(
+                node, flax_values.kept(arrays, made, [n is not h for n, h in zip(new, held, strict=True)])
+            )
         self._waiting = True
         if not getattr(self.tap, "replaces", True):
 
@@ -161,16 +182,20 @@ class Channel:
 
         shapes = [jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(a.dtype)) for a in arrays]
         made = io_callback(host, shapes, *arrays, ordered=True)
-        return flax_values.refill(node, _kept(arrays, made, [True] * len(made)))
+        return flax_values.refill(node, flax_values.kept(arrays, made, [True] * len(made)))
 
     def _entering(self, path: str, method: str, node: flax_values.Node, held: list[Any]) -> list[Any] | None:
         """Report a call to the tap. Returns the arrays to call the module with, or None."""
+        site = self._next(path, method)
+        self._open.setdefault(path, []).append(site)
+        return self._through_tap(lambda tap, given: tap.enter(site, given[0], given[1]), site, node, held)
+
+    def _next(self, path: str, method: str) -> Site:
         site = Site(path, self.seen.get(path, 0))
         self.seen[path] = site.call + 1
         if method != "__call__":
             self.methods[site] = method
-        self._open.setdefault(path, []).append(site)
-        return self._through_tap(lambda tap, given: tap.enter(site, given[0], given[1]), site, node, held)
+        return site
 
     def _leaving(self, path: str, method: str, node: flax_values.Node, held: list[Any]) -> list[Any] | None:
         site = self._open[path].pop()
@@ -193,19 +218,64 @@ class Channel:
         finally:
             self._busy = 0
 
+    # ------------------------------------------------------------ a call that a listener hears
+
+    def _heard(
+        self,
+        path: str,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        proceed: Callable[..., Any],
+        owner: Owner,
+        vmapped: bool,
+    ) -> Any:
+        listener: Listener = self.tap
+        fixed = self._next(path, method) if vmapped else None  # callbacks inside vmap have no order
+
+        def began(call: Heard) -> None:
+            site = fixed
+            if site is None:
+                site = self._next(path, method)
+                self._open.setdefault(path, []).append(site)
+            listener.began(site, method, owner.object, call)
+
+        def ended(output: Heard) -> None:
+            listener.ended(self._open[path].pop() if fixed is None else fixed, output)
+
+        tracing = self.tracing
+        args, kwargs, _ = self._tell((args, kwargs, owner.state), tracing, vmapped, began)
+        with jax.disable_jit(self.jit_disabled):
+            out = self._within(path, proceed, args, kwargs)
+        return self._tell(out, tracing, vmapped, ended)
+
+    def _tell(self, nest: Any, tracing: bool, vmapped: bool, hear: Callable[[Heard], None]) -> Any:
+        def guarded(heard: Heard) -> None:
+            if self.tap is None or self.failure is not None:
+                return
+            self._busy = threading.get_ident()
+            try:
+                hear(heard)
+            except BaseException as failure:  # not through XLA: raised when the run is over
+                self.failure = failure
+            finally:
+                self._busy = 0
+
+        if tracing:
+            self._waiting = True
+            return listening.passed(nest, vmapped, guarded)
+        if self._waiting:  # callbacks of traced code come first
+            jax.effects_barrier()
+            self._waiting = False
+        guarded(Heard(nest))
+        if self.failure is not None:
+            raise self.failure
+        return nest
+
 
 def _copies(given: Any) -> list[Any]:
     """Copies of the arrays: a callback gets XLA's buffers, which XLA reuses."""
     return [np.array(item) for item in given]
-
-
-def _kept(arrays: list[Any], made: list[Any], changed: list[bool]) -> list[Any]:
-    """`made` where it changed, else the arrays themselves. What replaces a weakly typed array is weakly typed too: the
-    model's next op would promote it differently otherwise."""
-    return [
-        old if not change else old.at[...].set(new) if getattr(old, "weak_type", False) else new
-        for old, new, change in zip(arrays, made, changed, strict=True)
-    ]
 
 
 def _place() -> str | None:

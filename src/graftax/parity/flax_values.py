@@ -26,7 +26,8 @@ _DEPTH = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
-    """A nest without its arrays: kind 'array' (number `index`), 'leaf' (`value` itself) or a container."""
+    """A nest without its arrays: kind 'array' (number `index`), 'key' (a random key of the kind `value`, whose data are
+    array number `index`), 'leaf' (`value` itself) or a container."""
 
     kind: str
     value: Any = None
@@ -44,21 +45,25 @@ def is_array(value: Any) -> bool:
     return False
 
 
-def spread(nest: Any) -> tuple[list[Any], Node]:
-    """(the arrays of a nest in order, the rest)."""
+def spread(nest: Any, keys: bool = False) -> tuple[list[Any], Node]:
+    """(the arrays of a nest in order, the rest). keys: the data of random keys are arrays too; otherwise keys are part
+    of the rest."""
     arrays: list[Any] = []
-    return arrays, _spread(nest, arrays, 0)
+    return arrays, _spread(nest, arrays, keys, 0)
 
 
-def _spread(value: Any, arrays: list[Any], depth: int) -> Node:
+def _spread(value: Any, arrays: list[Any], with_keys: bool, depth: int) -> Node:
     if is_array(value):
         arrays.append(containers.variable_value(value) if isinstance(value, nnx.Variable) else value)
         return Node("array", index=len(arrays) - 1)
+    if with_keys and containers.is_random_key(value):
+        arrays.append(jax.random.key_data(value))
+        return Node("key", jax.random.key_impl(value), len(arrays) - 1)
     parts = _children(value) if depth < _DEPTH else None
     if parts is None:
         return Node("leaf", value)
     kind, keys, items = parts
-    return Node(kind, value, 0, keys, tuple(_spread(item, arrays, depth + 1) for item in items))
+    return Node(kind, value, 0, keys, tuple(_spread(item, arrays, with_keys, depth + 1) for item in items))
 
 
 def _children(value: Any) -> tuple[str, tuple[Any, ...], Sequence[Any]] | None:
@@ -96,6 +101,8 @@ def refill(node: Node, arrays: Sequence[Any]) -> Any:
     """The nest again, in containers of its own kinds, with these arrays."""
     if node.kind == "array":
         return arrays[node.index]
+    if node.kind == "key":
+        return jax.random.wrap_key_data(arrays[node.index], impl=node.value)
     if node.kind == "leaf":
         return node.value
     items = [refill(child, arrays) for child in node.children]
@@ -181,3 +188,12 @@ def replaced(old: Any, arrays: Sequence[np.ndarray[Any, Any]], new: Any, where: 
 def _arrays_of(nest: Any) -> Iterator[tuple[str, Any]]:
     is_leaf: Callable[[Any], bool] = lambda item: isinstance(item, (np.ndarray, np.generic, jax.Array))  # noqa: E731
     return nests.leaves(nest, is_leaf)
+
+
+def kept(arrays: list[Any], made: list[Any], changed: list[bool]) -> list[Any]:
+    """`made` where it changed, else the arrays themselves. What replaces a weakly typed array is weakly typed too: the
+    model's next op would promote it differently otherwise."""
+    return [
+        old if not change else old.at[...].set(new) if getattr(old, "weak_type", False) else new
+        for old, new, change in zip(arrays, made, changed, strict=True)
+    ]

@@ -73,6 +73,34 @@ def alone(
     return made, out
 
 
+def variables_of(module: nn.Module) -> dict[str, Any]:
+    """The variables of a bound module as plain dicts, which later writes do not change."""
+    return {name: _plain(tree) for name, tree in module.variables.items() if name not in _MADE}
+
+
+def _plain(tree: Any) -> Any:
+    return {key: _plain(child) for key, child in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def unbound(module: nn.Module) -> nn.Module:
+    """A copy of a bound module that can be run alone. ReplayError if modules that are its attributes stand beside it in
+    the model, so that their weights are not below its path."""
+    beside = [path for path, _ in _places(module, module.copy(parent=None, name=None).bind({"params": {}}))]
+    outside = [path for path in beside if path[: len(module.path)] != tuple(module.path)]
+    if outside:
+        names = ", ".join(escape(join_path(path)) for path in outside[:4]) + (", ..." if len(outside) > 4 else "")
+        above = join_path(module.path[:-1])
+        raise ReplayError(
+            f"the modules that this {type(module).__name__} calls stand beside it, not below its path: {names}",
+            next=f"Take one of these, or the module above: {escape(repr(above))}{'' if above else ' (the model)'}.",
+        )
+    return module.copy(parent=None, name=None)
+
+
+_MADE = frozenset({"intermediates", "perturbations"})
+"""Collections that a call only writes."""
+
+
 def _places(old: nn.Module, new: nn.Module) -> Iterator[tuple[Keys, Keys]]:
     """(path in the model, path below the copy) of the module and of the modules that are its attributes. An attribute
     module may stand beside it in the model (the cell of an nn.RNN); in the copy it lies below."""

@@ -19,6 +19,7 @@ from graftax.parity.flax_program import Program
 from graftax.parity.lazy_weights import LazyLeaves, Supply
 from graftax.parity.linen_lazy_weights import ScopeFiller
 from graftax.parity.linen_replay import Surveyed
+from graftax.parity.listening import Listener, Marks, Owner
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module, join_path
 
@@ -35,6 +36,7 @@ class LinenRunner:
     rngs       {name: key or seed} for modules that draw random numbers
     modules    `Live.modules` of the model, if the caller has it already
     compiled   True: under jax.jit; False: eager; None: compiled unless the model cannot be traced
+    precision  of matrix products; None: the caller's own
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LinenRunner:
         call: Callable[..., Any] | None = None,
         modules: Mapping[str, Module] | None = None,
         compiled: bool | None = None,
+        precision: str | None = flax_program.PRECISION,
     ) -> None:
         self._wrapper = model if isinstance(model, LinenModel) else None
         module: Any = model.module if isinstance(model, LinenModel) else model
@@ -67,7 +70,7 @@ class LinenRunner:
         self._blame: tuple[str, str] = ("", type(module).__name__)
         self._failed: BaseException | None = None
         self._filler = ScopeFiller(LazyLeaves(None))
-        self._program = Program(self._forward, self._explain, self._mend, compiled)
+        self._program = Program(self._forward, self._explain, self._mend, compiled, precision)
 
     # ------------------------------------------------------------ the protocol
 
@@ -117,6 +120,22 @@ class LinenRunner:
         other = copy.copy(self)
         other.variables, other._placed = variables, None
         return other
+
+    def listen(
+        self, path: str, listener: Listener, args: tuple[Any, ...], kwargs: Mapping[str, Any], unrolled: bool
+    ) -> None:
+        """Run eagerly with a listener at one module. unrolled: every loop runs step by step."""
+        self._example = (tuple(args), dict(kwargs))
+        self._program.run((self._weights(None)[0], self.rngs), args, kwargs, [path], listener, False, unrolled)
+
+    def jaxpr(self, path: str, marks: Marks, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The program of a call, in which the calls of one module are marked. Raises what tracing raises."""
+        try:
+            return self._program.jaxpr((self._weights(None)[0], self.rngs), args, kwargs, [path], marks)
+        except Exception as error:
+            if self._mend(error):
+                return self.jaxpr(path, marks, args, kwargs)
+            raise
 
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()
@@ -199,7 +218,9 @@ class LinenRunner:
         try:
             with self._filler.fill(module, path, method):
                 if hasattr(kind, method) and _is_call(method, args, kwargs):  # lifted functions are no methods
-                    out = self._program.channel.call(path, method, args, kwargs, proceed)
+                    out = self._program.channel.call(
+                        path, method, args, kwargs, proceed, lambda: Owner(module, linen_replay.variables_of(module))
+                    )
                 else:
                     out = proceed(*args, **kwargs)
                 return flax_values.waited(out) if path in self._filler.lazy.owned else out

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from flax import nnx
 
 TAG = "_graftax_site"
@@ -44,6 +45,23 @@ def covering(module: nnx.Module, see: See) -> Iterator[None]:
         with _lock:
             for place in wanted:
                 _uncover(*place)
+
+
+def taken(module: nnx.Module) -> tuple[tuple[Any, Any], list[Any]]:
+    """((GraphDef, structure of its state), the leaves of its state) of a module as it is now."""
+    graphdef, state = nnx.split(module)
+    leaves, structure = jax.tree.flatten(state)
+    return (graphdef, structure), leaves
+
+
+def alone(graph: tuple[Any, Any], leaves: list[Any]) -> Any:
+    """A module of its own from what `taken` gave, without tags."""
+    graphdef, structure = graph
+    module = nnx.merge(graphdef, structure.unflatten(leaves), copy=True)
+    for _, item in nnx.iter_modules(module):
+        if TAG in vars(item):
+            delattr(item, TAG)
+    return module
 
 
 def _cover(kind: type, name: str) -> None:

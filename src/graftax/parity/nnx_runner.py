@@ -18,6 +18,7 @@ from graftax.parity import flax_program, flax_values, lazy_weights, nnx_cover
 from graftax.parity.flax_program import Program
 from graftax.parity.lazy_weights import LazyLeaves, Supply
 from graftax.parity.linen_replay import sliced
+from graftax.parity.listening import Listener, Marks, Owner
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module
 
@@ -33,6 +34,7 @@ class NnxRunner:
               outputs
     modules   `Live.modules` of the model, if the caller has it already
     compiled  True: under jax.jit; False: eager; None: compiled unless the model cannot be traced
+    precision of matrix products; None: the caller's own
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class NnxRunner:
         call: Callable[..., Any] | None = None,
         modules: Mapping[str, Module] | None = None,
         compiled: bool | None = None,
+        precision: str | None = flax_program.PRECISION,
     ) -> None:
         if not isinstance(module, nnx.Module):
             raise UsageError(f"NnxRunner takes a flax.nnx.Module, not {type(module).__name__}")
@@ -64,7 +67,7 @@ class NnxRunner:
         self._failed: BaseException | None = None
         self._lazy = LazyLeaves(None)
         self._filling: set[str] = set()
-        self._program = Program(self._forward, self._explain, compiled=compiled)
+        self._program = Program(self._forward, self._explain, compiled=compiled, precision=precision)
 
     # ------------------------------------------------------------ the protocol
 
@@ -112,6 +115,17 @@ class NnxRunner:
         other.module = module
         other._state = jax.tree.map(_own, nnx.split(module)[1])
         return other
+
+    def listen(
+        self, path: str, listener: Listener, args: tuple[Any, ...], kwargs: Mapping[str, Any], unrolled: bool
+    ) -> None:
+        """Run eagerly with a listener at one module. unrolled: every loop runs step by step."""
+        self._example = (tuple(args), dict(kwargs))
+        self._program.run(self._weights(None)[0], args, kwargs, [path], listener, False, unrolled)
+
+    def jaxpr(self, path: str, marks: Marks, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The program of a call, in which the calls of one module are marked. Raises what tracing raises."""
+        return self._program.jaxpr(self._weights(None)[0], args, kwargs, [path], marks)
 
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()
@@ -208,7 +222,9 @@ class NnxRunner:
         try:
             with self._supplied(module, path):
                 if method == "__call__" or flax_values.spread((args, kwargs))[0]:
-                    out = self._program.channel.call(path, method, args, kwargs, proceed)
+                    out = self._program.channel.call(
+                        path, method, args, kwargs, proceed, lambda: Owner(*nnx_cover.taken(module))
+                    )
                 else:
                     out = proceed(*args, **kwargs)
                 return flax_values.waited(out) if path in self._lazy.owned else out

@@ -50,7 +50,7 @@ def record_golden(
     given = inputs_of(inputs, layout, out_layout)
     layout, out_layout = given.layout, given.out_layout
     torch64, torch32 = runners(torch_module, values_of, given.torch_call)
-    torch_call, flax_call = calls_of(given, flax_model)
+    torch_call, flax_call = calls_of(given, flax_model, torch_module)
     watch = _watched(tree, flax_model, flax_call, rules, plan) if layers else []
     with pipeline.LayoutHint(layout, torch_call, "torch"):
         reference = make_reference(torch64, torch32, *torch_call, watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,18 +85,44 @@ def inputs_of(given: Any, layout: Layouts = None, out_layout: Layouts = None) ->
     )
 
 
-def calls_of(inputs: Inputs, like: Any) -> tuple[Call, Call]:
+def calls_of(inputs: Inputs, like: Any, torch_module: Any = None) -> tuple[Call, Call]:
     """(torch's call, Flax's call) in NumPy. If only one is given, `layout` converts it for the other. Arguments of
-    gx.linen(...) that are not arrays (`train=False`) are part of Flax's call."""
+    gx.linen(...) that are not arrays (`train=False`) are part of Flax's call. Of a call given for both sides, torch
+    gets no flag that the forward of `torch_module` does not take."""
     turn = declared(inputs.layout)
     torch, flax = inputs.side("torch"), inputs.side("flax")
     given = torch if torch is not None else flax
+    common = inputs.torch is None and inputs.torch_call is None and torch_module is not None
     if given is None:
         raise UsageError("there are no inputs", next="Pass an array, a tuple of arrays, or gx.Inputs(torch=, flax=).")
     if torch is None:
         back = {path: one.inverse for path, one in turn.items()} if isinstance(turn, Mapping) else turn and turn.inverse
         torch = _turned(given, back)
+    if common:
+        torch = _taken_by(torch_module, torch)
     return on_host(torch), with_example(_turned(given, turn) if flax is None else on_host(flax), like)
+
+
+def _taken_by(module: Any, call: Call) -> Call:
+    """The call without the flags (arguments that hold no array) that the module's forward does not take."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (AttributeError, TypeError, ValueError):  # a forward without a signature
+        return call
+    args, kwargs = call
+    kinds = [parameter.kind for parameter in parameters]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        names = {p.name for p in parameters if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)}
+        kwargs = {name: value for name, value in kwargs.items() if name in names or not _is_flag(value)}
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        most = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        while len(args) > most and _is_flag(args[-1]):
+            args = args[:-1]
+    return args, kwargs
+
+
+def _is_flag(value: Any) -> bool:
+    return not any(True for _ in nests.leaves(value, nests.is_array))
 
 
 def _turned(call: Call, layout: Any) -> Call:
