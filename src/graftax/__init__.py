@@ -26,7 +26,18 @@ if TYPE_CHECKING:
     from graftax.studies.comparing import compare
     from graftax.studies.parts import Part, part
     from graftax.surgery import replace, select
-    from graftax.surgery.values import add_normal, constant, from_checkpoint, normal, quantized, scaled, zeros
+    from graftax.surgery.values import (
+        add_normal,
+        constant,
+        from_checkpoint,
+        mean,
+        mix,
+        normal,
+        quantized,
+        rounded,
+        scaled,
+        zeros,
+    )
 
 _HOMES = {
     "plan": "api",
@@ -54,6 +65,9 @@ _HOMES = {
     "normal": "surgery.values",
     "add_normal": "surgery.values",
     "scaled": "surgery.values",
+    "mean": "surgery.values",
+    "mix": "surgery.values",
+    "rounded": "surgery.values",
     "quantized": "surgery.values",
     "from_checkpoint": "surgery.values",
 }
@@ -76,6 +90,8 @@ __all__ = [
     "linen",
     "load_into",
     "load_plan",
+    "mean",
+    "mix",
     "normal",
     "on_mesh",
     "open_checkpoint",
@@ -85,6 +101,7 @@ __all__ = [
     "port_file",
     "quantized",
     "replace",
+    "rounded",
     "scaled",
     "select",
     "suggest",

@@ -150,20 +150,3 @@ def is_tracer(leaf: Any) -> bool:
     """True for an array inside jit, grad or vmap, whose values are not known yet."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(leaf, jax.core.Tracer)
-
-
-def traced_product(leaf: Any, factor: float) -> Any:
-    """leaf * factor in the leaf's dtype, computed in float32 if the leaf is narrower."""
-    return (_widened(leaf) * factor).astype(leaf.dtype)
-
-
-def traced_sum(leaf: Any, added: np.ndarray[Any, Any]) -> Any:
-    """leaf + added in the leaf's dtype, computed in float32 if the leaf is narrower."""
-    wide = _widened(leaf)
-    return (wide + added.astype(wide.dtype)).astype(leaf.dtype)
-
-
-def _widened(leaf: Any) -> Any:
-    import jax.numpy as jnp
-
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from graftax.errors import LayoutError
 from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.leaf_axes import ATTENTION_AXES
 from graftax.ops import Op, Rearrange, RearrangeEach, Split
 
 _PARTS = ("query", "key", "value")
@@ -212,6 +213,7 @@ ATTENTION_ROWS: tuple[Layer, ...] = (
                 "Set num_kv_heads=num_heads, or average and repeat the torch heads first.",
             ),
         ),
+        axes=ATTENTION_AXES,
         note="in_proj_weight (3D, D): split in 3, transpose, THEN cut into heads (D, H, h); out (H, h, D). kdim and "
         "vdim give three weights. A boolean mask means the opposite in Flax.",
     ),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Shape, Step
 from graftax.layers.conv import conv_pattern
+from graftax.layers.leaf_axes import SLOPE_AXES
 from graftax.ops import Rearrange
 
 _STANDARD = frozenset({"kernel", "scale", "embedding", "mean", "var", "negative_slope"})
@@ -105,6 +106,7 @@ BARE_ROWS: tuple[Layer, ...] = (
                 "as it is.",
             ),
         ),
+        axes=SLOPE_AXES,
         note="(1,) in torch, a scalar in Flax.",
     ),
     Layer(

@@ -151,6 +151,29 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
+class LeafAxes:
+    """What the axes of a layer's leaf are on one side.
+
+    side    the side of the leaf
+    roles   the roles of the leaves, as a regular expression
+    axes    the names of the axes, outermost first. `(groups in)` is one axis that merges two, `*k` any number of axes.
+            `stack` counts matrices, `k` are positions of a convolution. A function of the live settings gives (axes,
+            inputs), or None if they show nothing
+    inputs  those of the names that the layer sums over, in the order of its flat input; the others are outputs
+    shape   the shape of the leaf by the live settings, without axes that a transform such as vmap stacked; None if they
+            do not show it
+    kinds   the classes of the row that this is about; empty: all of them
+    """
+
+    side: Side
+    roles: str
+    axes: str | Callable[[Settings, int], tuple[str, str] | None]
+    inputs: str = ""
+    shape: Callable[[Settings], Shape | None] = lambda _: None
+    kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """A layer type: a row of the table.
 
@@ -159,6 +182,7 @@ class Layer:
     settings    settings to compare for parity
     exactness   'exact' (every bit survives there and back) or 'measured' (value ops; and which)
     refusals    cases without a counterpart
+    axes        what the axes of its leaves are (`roles.role_of`); a class is named in one row that has them
     flax_decides  True if a live Flax module alone settles the form
     note        traps, and the source of the fact
     """
@@ -171,5 +195,6 @@ class Layer:
     settings: tuple[Setting, ...] = ()
     exactness: str = "exact"
     refusals: tuple[Refusal, ...] = ()
+    axes: tuple[LeafAxes, ...] = ()
     flax_decides: bool = True
     note: str = ""

@@ -15,6 +15,7 @@ from graftax.layers.conv_settings import (
     transposed_padding,
 )
 from graftax.layers.dense import BIAS, LONE_BIAS
+from graftax.layers.leaf_axes import CONV_AXES, CONV_TRANSPOSE_AXES
 from graftax.ops import Crop, Flip, Op, Pad, Rearrange
 
 SPATIAL = {1: "k", 2: "kh kw", 3: "kd kh kw"}
@@ -158,6 +159,7 @@ CONV_ROWS: tuple[Layer, ...] = (
                 lambda t: t.get("groups"), lambda f: f.get("feature_group_count"),
             ),
         ),
+        axes=CONV_AXES,
         note="(O, I/g, *k) -> (*k, I/g, O): axes (2.., 1, 0). Pad explicitly in Flax: k3 s2 p1 is not SAME.",
     ),
     Layer(
@@ -194,6 +196,7 @@ CONV_ROWS: tuple[Layer, ...] = (
                 "outside its group, which is exact.",
             ),
         ),
+        axes=CONV_TRANSPOSE_AXES,
         note="(I, O, *k) -> (*k, O, I) with transpose_kernel=True; by default (*k, I, O), every spatial axis flipped. "
         "The live module, a rectangular shape or the length of the bias says which. A grouped one goes in by a "
         "block-diagonal expansion.",

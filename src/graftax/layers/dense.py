@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.leaf_axes import CONV1D_AXES, EMBED_AXES, LINEAR_AXES
 from graftax.ops import Rearrange
 
 _LETTERS = "abcdefgh"
@@ -176,6 +177,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
         ),
         refusals=(_BATCHED,),
         flax_decides=False,
+        axes=LINEAR_AXES,
         note="weight (O, I), kernel (I, O). A square kernel left untransposed passes every shape check. DenseGeneral: "
         "split, transpose, then reshape. After a flatten of NCHW the columns must be permuted: `flatten`.",
     ),
@@ -235,6 +237,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
             ),
             LONE_BIAS,
         ),
+        axes=CONV1D_AXES,
         flax_decides=False,
         note="The torch side is (in, out) already: identity, not transpose; a square one looks like a Linear "
         "by shape.",
@@ -264,6 +267,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
                 "Rescale the rows of the torch weight once (row / max(1, |row| / max_norm)) and set max_norm=None.",
             ),
         ),
+        axes=EMBED_AXES,
         note="(V, D) on both sides: never transpose, square or not. `padding_idx` only stops gradients.",
     ),
 )  # fmt: skip

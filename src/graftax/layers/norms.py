@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Settings, Step
+from graftax.layers.leaf_axes import NORM_AXES
 from graftax.ops import Drop, Offset
 
 _AFFINE = (Step("weight|gamma", "scale|weight", optional=True), Step("bias|beta", "bias", optional=True))
@@ -74,6 +75,7 @@ NORM_ROWS: tuple[Layer, ...] = (
             Makes(_flat_forms, ("layer norm over several axes, flat in NNX: a b -> (a b)",)),
         ),
         settings=(_epsilon(),),
+        axes=NORM_AXES,
         note="Over several axes (a, b): reduction_axes=feature_axes=(-2, -1). use_fast_variance=True loses precision "
         "at a large mean.",
     ),
@@ -88,6 +90,7 @@ NORM_ROWS: tuple[Layer, ...] = (
             Setting("num_groups", "num_groups", "num_groups", lambda t: t.get("num_groups"), _groups,
                     "Flax 32 by default"),
         ),
+        axes=NORM_AXES,
         note="use_fast_variance=True loses precision at a large mean.",
     ),
     Layer(
@@ -105,6 +108,7 @@ NORM_ROWS: tuple[Layer, ...] = (
                 "Use a Flax BatchNorm(use_running_average=True): in evaluation the two are the same.",
             ),
         ),
+        axes=NORM_AXES,
         note="torch has no scale and bias unless affine=True; Flax has them by default (use_scale, use_bias).",
     ),
     Layer(
@@ -119,6 +123,7 @@ NORM_ROWS: tuple[Layer, ...] = (
         ),
         settings=(_epsilon("torch None is finfo(float32).eps, Flax 1e-6"),),
         exactness="exact; measured for the zero-centred form (x + 1)",
+        axes=NORM_AXES,
         note="Variants that store scale - 1 are zero-centred: `offset = 1`. No file shows it, and how many values "
         "survive depends on the values: measured, never assumed.",
     ),
@@ -143,6 +148,7 @@ NORM_ROWS: tuple[Layer, ...] = (
             Setting("momentum", "momentum", "momentum", _momentum, lambda f: f.get("momentum"),
                     "Flax's is 1 - torch's (defaults .99 and .1); torch's None (a plain average) has no equivalent"),
         ),
+        axes=NORM_AXES,
         note="Evaluation is exact. In training torch's running variance is unbiased, Flax's biased: a factor "
         "n / (n - 1). num_batches_tracked is dropped and comes back as 0. An InstanceNorm with running statistics is "
         "a BatchNorm in evaluation.",

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graftax.layers.base import By, Forms, Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Step
+from graftax.layers.leaf_axes import CELL_AXES
 from graftax.ops import Op, Rearrange, RequireZero, Split, Sum
 from graftax.tree import natural_key
 
@@ -217,6 +218,7 @@ RECURRENT_ROWS: tuple[Layer, ...] = (
                 "Write a cell that multiplies its output by a parameter: weight_hr transposed.",
             ),
         ),
+        axes=CELL_AXES,
         note="Gates i, f, g, o. The carry is (c, h) in Flax, (h, c) in torch. In a compact parent the cells are named "
         "at the parent (OptimizedLSTMCell_0..3 for 2 layers, both directions), in the order of their calls.",
     ),
@@ -233,6 +235,7 @@ RECURRENT_ROWS: tuple[Layer, ...] = (
         ),
         settings=(_HIDDEN,),
         exactness=_MEASURED,
+        axes=CELL_AXES,
         note="Gates r, z, n. nnx.GRUCell has no b_hn (error 0.29 on unit inputs where it is dropped): refused while "
         "planning unless it is zero; Linen's GRUCell has it.",
     ),
@@ -253,6 +256,7 @@ RECURRENT_ROWS: tuple[Layer, ...] = (
             ),
         ),
         exactness=_MEASURED,
+        axes=CELL_AXES,
         note="SimpleCell with residual=False.",
     ),
 )

@@ -12,8 +12,9 @@ from graftax.adapters.jax_arrays import is_tracer
 from graftax.errors import Failure, GraftaxError, PlanError, escape
 from graftax.ops import misfit_of
 from graftax.surgery.files import Change, Report, replace_checkpoint, selectable, write_replacement
-from graftax.surgery.leaves import VALUES, new_leaf, own_copy, prepared, traced_leaf
+from graftax.surgery.leaves import is_traced, new_leaf, own_copy, prepared, traced_leaf
 from graftax.surgery.live import LiveTree, live_tree
+from graftax.surgery.roles import open_like
 from graftax.surgery.selecting import check_selector, choose, edits_of, excluded_from, pick
 from graftax.tree import Checkpoint
 
@@ -30,15 +31,25 @@ State = TypeVar("State")
 
 @overload
 def replace(
-    tree: tuple[GraphDef, State], selector: Any, value: Any = None, *, expect: int | None = None, exclude: Any = None
+    tree: tuple[GraphDef, State],
+    selector: Any,
+    value: Any = None,
+    *,
+    expect: int | None = None,
+    exclude: Any = None,
+    like: Any = None,
 ) -> State: ...
 
 
 @overload
-def replace(tree: T, selector: Any, value: Any = None, *, expect: int | None = None, exclude: Any = None) -> T: ...
+def replace(
+    tree: T, selector: Any, value: Any = None, *, expect: int | None = None, exclude: Any = None, like: Any = None
+) -> T: ...
 
 
-def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None = None, exclude: Any = None) -> Any:
+def replace(
+    tree: Any, selector: Any, value: Any = None, *, expect: int | None = None, exclude: Any = None, like: Any = None
+) -> Any:
     """A new tree like `tree` in which the selected leaves have new values; `tree` stays as it is.
 
     tree      Linen variables or params (dict, FrozenDict), any nest of arrays, a torch state_dict, an nnx.Module, a
@@ -48,18 +59,21 @@ def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None =
               these; or a dict {selector: value}, in which an exact path wins over the others. A path or a glob may end
               in a basic index as NumPy's: `**/query/kernel[:, 3]` is that part of each leaf; the value then sees the
               part as its leaf, and every other element keeps its bits
-    value     constant(v) zeros() normal(stddev, seed) add_normal(stddev, seed) scaled(f) quantized(bits, axis)
-              from_checkpoint(path, key, layout=None); an array; or a function of the old leaf
+    value     constant(v) zeros() normal(stddev, seed) add_normal(stddev, seed, relative=False) scaled(f) mean()
+              mix(donor, t) rounded(dtype) quantized(bits, axis=None, group=None) from_checkpoint(path, key, ...); an
+              array; or a function of the old leaf, or of (path, leaf) if it has exactly two required parameters
     expect    how many leaves must be selected
     exclude   a selector of leaves that are not selected
+    like      a live module with the same leaves (gx.linen(...), nnx.Module, torch Module), which tells `quantized` what
+              the axes of a leaf are, and a donor its layout; an nnx.Module tells it of itself
 
     Container types, the order of keys, and the dtype and sharding of every leaf stay the same; a leaf that was not
     selected is the same object. An array is never broadcast and never cast. Only a selector that names a part of the
     optimizer state selects optimizer state: `**/mu/kernel` or `opt_state/**`, not `**/kernel`.
 
-    Inside jit, grad and vmap: constant, zeros, normal, from_checkpoint, arrays (traced ones too) and functions of the
-    old leaf work as elsewhere; scaled and add_normal are computed as jax does, in float32 or the leaf's wider dtype,
-    and gradients flow through them; quantized needs values, and is refused.
+    Inside jit, grad and vmap every value works, arrays and functions with traced values too. What is computed from a
+    traced leaf has the bits that it has outside, but nothing can be refused for its numbers: an overflow is infinity or
+    NaN, and subnormal numbers count as zero. Gradients flow; those of rounded and quantized pass straight through.
 
     Raises PlanError that lists every failure: a selector that matches nothing or names a subtree, another count than
     `expect`, a bare number, another shape or dtype. UsageError for arguments that make no sense.
@@ -69,7 +83,7 @@ def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None =
     edits = prepared(edits)
     values, failures = choose(live.selectable(), edits, expect, exclude)
     new: dict[str, Any] = {}
-    opened: list[Checkpoint] = []
+    opened: list[Checkpoint] = [] if like is None else [open_like(like)]
 
     def home() -> Checkpoint:
         if not opened:
@@ -81,8 +95,8 @@ def replace(tree: Any, selector: Any, value: Any = None, *, expect: int | None =
             live.require_values(path)
             leaf = live.leaves[path]
             spec = live.spec(path)
-            if live.traced(path) and isinstance(item, VALUES) and item.reads:
-                new[path] = traced_leaf(path, spec, item, leaf)
+            if is_traced(item, leaf):
+                new[path] = traced_leaf(path, spec, item, leaf, home)
                 continue
             new[path] = new_leaf(path, spec, item, lambda: own_copy(leaf), lambda: live.host(path), home)  # noqa: B023
         except GraftaxError as error:

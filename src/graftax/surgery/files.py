@@ -14,6 +14,7 @@ from graftax.surgery.leaves import prepared, value_text
 from graftax.surgery.ledger import Ledger
 from graftax.surgery.live import live_tree
 from graftax.surgery.planning import Replacement, plan_replacement
+from graftax.surgery.roles import open_like
 from graftax.surgery.selecting import Edit, SelectableTree, choose, edits_of, selector_text
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.sides import Signs, separator_of
@@ -127,7 +128,7 @@ def write_replacement(
     form = "" if out is None else _format(checkpoint, side, out, writing.format)
     stored = checkpoint.storage.stored
     names = {path: stored[path] for path in checkpoint} if stored and form in ("safetensors", "hf_folder") else {}
-    made = plan_replacement(checkpoint, values, _home(checkpoint, like), names)
+    made = plan_replacement(checkpoint, values, None if like is None else open_like(like), names)
     watch = _watch(checkpoint, made, report)
     if out is None:
         _check(made, watch, writing)
@@ -136,15 +137,6 @@ def write_replacement(
     order = {path: i for i, path in enumerate(checkpoint)}
     report.changes.sort(key=lambda change: order[change.path])
     return report.as_json() | {"notes": notes}
-
-
-def _home(checkpoint: Checkpoint, like: Any) -> Checkpoint | None:
-    """The opened `like`. PlanError if it is not a tree of the same leaves."""
-    from graftax.execute.opening import open_weights
-
-    if like is None:
-        return None
-    return open_weights(like, side=checkpoint.side)
 
 
 def _check(made: Replacement, watch: Callable[[Stream], Ledger], options: WriteOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -12,11 +13,13 @@ from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape,
 from graftax.ops import LeafValue, Misfit, misfit_of
 from graftax.ops.replace_op import not_data, value_data
 from graftax.surgery.donors import FromCheckpoint, Target, donor_key, misfit_hint, owner, readings_of
+from graftax.surgery.roles import role_in, same_leaf
 from graftax.surgery.selecting import Edit, Parts
-from graftax.surgery.values import AddNormal, Constant, Normal, Quantized, Scaled, Zeros, require_floating
+from graftax.surgery.values import AddNormal, Constant, Mean, Mix, Normal, Quantized, Rounded, Scaled, Zeros
+from graftax.surgery.values.base import is_arraylike
 from graftax.tree import Checkpoint, LeafIndex, TensorSpec
 
-VALUES = (Constant, Zeros, Normal, AddNormal, Scaled, Quantized, FromCheckpoint)
+VALUES = (Constant, Zeros, Normal, AddNormal, Scaled, Mean, Mix, Rounded, Quantized, FromCheckpoint)
 
 
 def prepared(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
@@ -36,6 +39,8 @@ def _prepared(value: Any) -> Any:
         return _prepared(variable_value(value))
     if isinstance(value, FromCheckpoint):
         return value.opened()
+    if isinstance(value, Mix) and isinstance(value.donor, FromCheckpoint):
+        return replace(value, donor=value.donor.opened())
     if isinstance(value, VALUES) or is_arraylike(value) or isinstance(value, (bool, int, float, complex)):
         return value
     if isinstance(value, (type, Mapping)):
@@ -45,6 +50,7 @@ def _prepared(value: Any) -> Any:
             next="Select leaves and give an array, gx.constant(v) or another value, or a function of the old leaf.",
         )
     if callable(value):
+        _takes_path(value)
         return value
     hint = {list: "numpy.asarray(..., dtype)", tuple: "numpy.asarray(..., dtype)"}.get(type(value), "")
     if isinstance(value, (str, PathLike)):
@@ -53,10 +59,6 @@ def _prepared(value: Any) -> Any:
         f"{escape(repr(value), 60)} ({type(value).__name__}) is no value for a leaf",
         next=f"Give an array, gx.constant(v) or another value, or a function of the old leaf{hint and f': {hint}'}.",
     )
-
-
-def is_arraylike(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, type)
 
 
 # ---------------------------------------------------------------- one leaf
@@ -157,6 +159,11 @@ def leaf_value(
     if isinstance(value, FromCheckpoint):
         target = target_of(home(), path)
         return replace(value, target=target if index is None else replace(target, module=None))
+    if isinstance(value, Mix):
+        donor = leaf_value(path, spec, value.donor, home, index)
+        return replace(value, donor=donor.array if isinstance(donor, Given) else donor)
+    if isinstance(value, Quantized):
+        return replace(value, role=role_in(path, spec, value, home, index))
     made = _kind_of(value)
     if isinstance(made, Given):
         new = given(name, spec, value)
@@ -193,20 +200,27 @@ def new_leaf(
     return made.apply(name, spec, host() if made.reads else None)
 
 
-def traced_leaf(path: str, spec: TensorSpec, value: Any, leaf: Any) -> Any:
-    """The new leaf inside jit, grad or vmap, from a value that is computed from the old leaf. PlanError for a value
-    that needs concrete numbers."""
-    from graftax.adapters.jax_arrays import traced_product, traced_sum
+def traced_leaf(
+    path: str,
+    spec: TensorSpec,
+    value: Any,
+    leaf: Any,
+    home: Callable[[], Checkpoint],
+    index: LeafIndex | None = None,
+) -> Any:
+    """The new leaf inside jit, grad or vmap, from a value for which `is_traced` is true; the other arguments are those
+    of `leaf_value`."""
+    made: Any = leaf_value(path, spec, value, home, index)
+    return made.traced(path if index is None else f"{path}{index.text}", spec, leaf)
 
-    if not isinstance(value, (Scaled, AddNormal)):
-        raise PlanError(
-            f"{value.text} needs the leaf's values, but the leaf is traced ({type(leaf).__name__})",
-            next="Call replace outside of jit, grad and vmap.",
-        )
-    require_floating(spec, value.text)
-    if isinstance(value, Scaled):
-        return traced_product(leaf, value.factor)
-    return traced_sum(leaf, Normal(value.stddev, value.seed).apply(path, replace(spec, dtype="float32"), None))
+
+def is_traced(value: Any, leaf: Any) -> bool:
+    """True if the new leaf is computed from traced values: the leaf's own, or those of a donor."""
+    from graftax.adapters.jax_arrays import is_tracer
+
+    if not isinstance(value, VALUES) or not value.reads or is_tensor_leaf(leaf):
+        return False
+    return is_tracer(leaf) or (isinstance(value, Mix) and is_tracer(value.donor))
 
 
 def _refuse_two_readings(path: str, name: str, spec: TensorSpec, tensor: Any, home: Callable[[], Checkpoint]) -> None:
@@ -230,19 +244,41 @@ def _refuse_two_readings(path: str, name: str, spec: TensorSpec, tensor: Any, ho
 
 def target_of(tree: Checkpoint, path: str) -> Target:
     """A leaf as a donor sees it: its side and the live module that holds it."""
-    module, role = owner(tree, path)
+    module, role = owner(tree, same_leaf(tree, path) or path)
     return Target(tree.side, module, role, tree.side_by == "names")
 
 
-def _called(function: Callable[[Any], Any], path: str, leaf: Any) -> Any:
+def _called(function: Callable[..., Any], path: str, leaf: Any) -> Any:
     from graftax.adapters.containers import is_variable, variable_value
 
+    arguments = (path, leaf) if _takes_path(function) else (leaf,)
     try:
-        out = function(leaf)
+        out = function(*arguments)
     except Exception as error:
         error.add_note(f"in the function that replaces {escape(path)}")
         raise
     return variable_value(out) if is_variable(out) else out
+
+
+def _takes_path(function: Callable[..., Any]) -> bool:
+    """True for a function of (path, leaf): exactly two positional parameters have no default. UsageError for one that
+    neither (leaf) nor (path, leaf) fits."""
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # some compiled functions have none
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in signature.parameters.values() if p.kind in positional and p.default is p.empty]
+    arguments = ("path", "leaf") if len(required) == 2 else ("leaf",)
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        name = escape(getattr(function, "__qualname__", repr(function)), 60)
+        raise UsageError(
+            f"{name}{escape(str(signature), 60)} takes neither (leaf) nor (path, leaf): {escape(str(error), 80)}",
+            next="A function that gives a leaf its value takes the old leaf, or the leaf's path and the old leaf.",
+        ) from None
+    return len(required) == 2
 
 
 def given(path: str, spec: TensorSpec, value: Any, who: str = "") -> Any:
@@ -339,8 +375,8 @@ def _with_parts(
         try:
             if index is not None:
                 made.append((index, _new_part(path, spec, index, value, old, host, home)))
-            elif is_tracer(old) and isinstance(value, VALUES) and value.reads:
-                base = traced_leaf(path, spec, value, old)
+            elif is_traced(value, old):
+                base = traced_leaf(path, spec, value, old, home)
             else:
                 base = new_leaf(path, spec, value, leaf, host, home)
         except GraftaxError as error:
@@ -378,8 +414,6 @@ def _new_part(
     home: Callable[[], Checkpoint],
 ) -> Any:
     """The new values of a part. A donor that has the size of the whole leaf gives the same part of itself."""
-    from graftax.adapters.jax_arrays import is_tracer
-
     part = TensorSpec(index.part_shape(spec.shape), spec.dtype)
     if isinstance(value, FromCheckpoint):
         donor: Any = value.opened().source
@@ -388,8 +422,8 @@ def _new_part(
         if donor[key].size == spec.size != part.size:
             whole = new_leaf(path, spec, value, lambda: old, host, home)
             return _codes(whole, spec)[index.key]
-    if is_tracer(old) and isinstance(value, VALUES) and value.reads:
-        return traced_leaf(f"{path}{index.text}", part, value, old[index.key])
+    if is_traced(value, old):
+        return traced_leaf(path, part, value, old[index.key], home, index)
     return new_leaf(
         path,
         part,

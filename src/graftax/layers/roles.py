@@ -1,0 +1,302 @@
+"""The role of a leaf: which of its axes are outputs, inputs, heads, a stack, as the live module that holds it says, or
+names that leave no doubt."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Literal
+
+from graftax.layers.base import LeafAxes, Shape
+from graftax.layers.connect import known_kind, overriding
+from graftax.layers.leaf_axes import named_axes
+from graftax.layers.table import LAYERS
+from graftax.tree import Checkpoint, Module, Side
+from graftax.tree.sides import separator_of
+
+AxisKind = Literal["stack", "out", "in", "k"]
+"""stack: counts matrices; out: an output; in: summed over; k: the positions of a convolution, summed over too."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedAxis:
+    name: str
+    kind: AxisKind
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeafRole:
+    """What the axes of a leaf are.
+
+    axes    for each axis the named axes that it consists of, outermost first: one, or several that it merges
+    inputs  the names of kind "in" in the order of the layer's flat input
+    layer   the row of the layer table; '' where names alone tell
+    leaf    the role of the leaf in its layer: 'kernel', 'out_proj.weight'
+    by      the evidence, as text
+    """
+
+    axes: tuple[tuple[NamedAxis, ...], ...]
+    inputs: tuple[str, ...]
+    layer: str
+    leaf: str
+    by: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each axis: ("stack", "in", "heads", "head_dim"); "(groups in)" for one that merges two."""
+        return tuple(one[0].name if len(one) == 1 else f"({' '.join(a.name for a in one)})" for one in self.axes)
+
+    @property
+    def parts(self) -> tuple[NamedAxis, ...]:
+        """The named axes in the order of the leaf's memory."""
+        return tuple(itertools.chain(*self.axes))
+
+    def of_kind(self, kind: AxisKind) -> tuple[int, ...]:
+        """The axes of the leaf that are of this kind throughout."""
+        return tuple(n for n, one in enumerate(self.axes) if all(axis.kind == kind for axis in one))
+
+    def indexed(self, index: Sequence[int | slice | EllipsisType]) -> LeafRole | None:
+        """The role of leaf[index], a basic index without new axes. None if a slice takes a part of an axis that merges
+        several."""
+        at = next((n for n, one in enumerate(index) if one is ...), len(index))
+        rest = index[at + 1 :]
+        index = [*index[:at], *[slice(None)] * (len(self.axes) - at - len(rest)), *rest]
+        kept: list[tuple[NamedAxis, ...]] = []
+        for axes, one in zip(self.axes, index, strict=True):
+            if not isinstance(one, slice):
+                continue
+            size = math.prod(axis.size for axis in axes)
+            taken = range(size)[one]
+            if taken == range(size):
+                kept.append(axes)
+            elif len(axes) == 1:
+                kept.append((NamedAxis(axes[0].name, axes[0].kind, len(taken)),))
+            else:
+                return None
+        left = {axis.name for axes in kept for axis in axes}
+        return LeafRole(tuple(kept), tuple(n for n in self.inputs if n in left), self.layer, self.leaf, self.by)
+
+
+def role_of(tree: Checkpoint, path: str) -> LeafRole | None:
+    """The role of a leaf, or None if nothing shows it. Where a tree has live modules, they alone decide: a class that
+    the layer table does not list, or that computes with its weights itself, shows nothing, whatever the names are.
+    Without modules, the name of a matrix may show it (`leaf_axes.BY_NAME`), unless the length of a bias beside it
+    contradicts."""
+    if tree.live.modules:
+        return _of_modules(tree, path)
+    return _of_name(tree, path)
+
+
+def holders(tree: Checkpoint, path: str) -> Iterator[tuple[Module, str]]:
+    """The live modules that hold a leaf, innermost first, each with the leaf's role in it."""
+    sep = "." if tree.side == "torch" else "/"
+    parts = path.split(sep)
+    starts = (0, 1) if tree.side == "flax" else (0,)  # Linen's module paths have no collection
+    for stop in range(len(parts) - 1, -1, -1) if tree.live.modules else ():
+        for start in starts:
+            module = tree.live.modules.get(sep.join(parts[start:stop]))
+            if module is None or (start > stop):
+                continue
+            role = sep.join(parts[max(start, stop) :])
+            if module.leaves.get(role) != path:
+                role = next((role for role, leaf in module.leaves.items() if leaf == path), "")
+            yield module, role
+            break
+
+
+# ---------------------------------------------------------------- live modules
+
+
+def _of_modules(tree: Checkpoint, path: str) -> LeafRole | None:
+    """The innermost module that the table lists decides; a layer around it may know better names (heads)."""
+    side: Side = tree.side or "flax"
+    shape = tree[path].shape
+    found: LeafRole | None = None
+    held = list(holders(tree, path))
+    for module, role in held:
+        if found is None and module.own_math and overriding(module, side):
+            return None
+        kind = known_kind(module, side)
+        row = _row(kind, side, role) if kind and role else None
+        if row is None:
+            continue
+        made = _placed(tree, held, module, role, row, side, shape)
+        if found is None:
+            if made is None:
+                return None
+            found = made
+        elif made is not None and _kinds(made) == _kinds(found):
+            return made
+    return found
+
+
+def _kinds(role: LeafRole) -> tuple[tuple[AxisKind, ...], ...]:
+    """The kinds of each axis, one for neighbours of one kind: better names differ in nothing else."""
+    return tuple(tuple(kind for kind, _ in itertools.groupby(axis.kind for axis in axes)) for axes in role.axes)
+
+
+def _row(kind: str, side: Side, role: str) -> tuple[str, LeafAxes] | None:
+    for layer in LAYERS:
+        if kind in (layer.torch if side == "torch" else (*layer.linen, *layer.nnx)):
+            for row in layer.axes:
+                if row.side == side and (not row.kinds or kind in row.kinds) and re.fullmatch(row.roles, role):
+                    return layer.name, row
+    return None
+
+
+def _placed(
+    tree: Checkpoint,
+    held: Sequence[tuple[Module, str]],
+    module: Module,
+    role: str,
+    row: tuple[str, LeafAxes],
+    side: Side,
+    shape: Shape,
+) -> LeafRole | None:
+    layer, axes = row
+    inner = _inner(module, role, side)
+    if inner is None:
+        inner = axes.shape(module.settings)
+    if inner is None or side == "torch" or len(inner) > len(shape):
+        inner = shape
+    given = axes.axes(module.settings, len(inner)) if callable(axes.axes) else (axes.axes, axes.inputs)
+    if given is None:
+        return None
+    stacks = _stack_axes(tree, held, side, shape, inner)
+    if stacks is None:
+        return None
+    rest = tuple(size for n, size in enumerate(shape) if n not in stacks)
+    named = _named(given, rest)
+    if named is None:
+        return None
+    every = list(named)
+    for place in stacks:
+        every.insert(place, (NamedAxis("stack", "stack", shape[place]),))
+    inputs = tuple(given[1].split())
+    return LeafRole(tuple(every), inputs, layer, role, f"the live module is {module.kind}")
+
+
+def _inner(module: Module, role: str, side: Side) -> Shape | None:
+    """The shape of a leaf inside a Linen module's own call, where scan or vmap stacked it."""
+    shapes = module.settings.get("inner_shapes")
+    return shapes.get(role) if shapes and side == "flax" else None
+
+
+def _named(given: tuple[str, str], shape: Shape) -> tuple[tuple[NamedAxis, ...], ...] | None:
+    """The named axes of a shape; None if they do not fit it. `3:qkv` states a size."""
+    text, inputs = given[0], set(given[1].split())
+    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", text)]
+    many = next((n for n, group in enumerate(groups) if group[0].startswith("*")), None)
+    if many is not None:
+        extra = len(shape) - len(groups) + 1
+        groups[many : many + 1] = [[groups[many][0][1:]]] * max(extra, 0)
+    if len(groups) != len(shape):
+        return None
+    out: list[tuple[NamedAxis, ...]] = []
+    for group, size in zip(groups, shape, strict=True):
+        sizes = {name: int(stated) for stated, _, name in (item.rpartition(":") for item in group) if stated}
+        names = [item.rpartition(":")[2] for item in group]
+        known = math.prod(sizes.values())
+        free = [name for name in names if name not in sizes]
+        if len(free) > 1 or known < 1 or size % known or (not free and known != size):
+            return None
+        out.append(tuple(NamedAxis(name, _kind(name, inputs), sizes.get(name, size // known)) for name in names))
+    return tuple(out)
+
+
+def _kind(name: str, inputs: set[str]) -> AxisKind:
+    return "in" if name in inputs else "stack" if name == "stack" else "k" if name == "k" else "out"
+
+
+# ---------------------------------------------------------------- axes that a transform stacked
+
+
+def _stack_axes(
+    tree: Checkpoint, held: Sequence[tuple[Module, str]], side: Side, shape: Shape, inner: Shape
+) -> tuple[int, ...] | None:
+    """The axes of `shape` that `inner` lacks. None if they cannot be told: where several places fit (as many layers as
+    inputs), the leaves around it must leave one, since a scan stacks all its leaves along one axis."""
+    extra = len(shape) - len(inner)
+    fits = [
+        places
+        for places in itertools.combinations(range(len(shape)), extra)
+        if tuple(size for n, size in enumerate(shape) if n not in places) == inner
+    ]
+    if len(fits) < 2 or extra != 1:
+        return fits[0] if len(fits) == 1 else None
+    beside = _beside(tree, held, side)
+    axes = {axis for (place,) in fits for axis in (place, place - len(shape))}
+    left = {axis % len(shape) for axis in axes if all(_without(full, axis) == part for full, part in beside)}
+    return (left.pop(),) if len(left) == 1 else None
+
+
+def _beside(tree: Checkpoint, held: Sequence[tuple[Module, str]], side: Side) -> list[tuple[Shape, Shape]]:
+    """(shape, shape inside) of all leaves of the outermost module in which this leaf is stacked; of an NNX module, of
+    its own leaves."""
+    linen = [module for module, role in held if _inner(module, role, side) is not None]
+    if linen:
+        inner = linen[-1].settings["inner_shapes"]
+        return [(tree[path].shape, inner[role]) for role, path in linen[-1].leaves.items() if role in inner]
+    module = held[0][0]
+    out: list[tuple[Shape, Shape]] = []
+    for role, path in module.leaves.items():
+        row = _row(known_kind(module, side), side, role)
+        part = row[1].shape(module.settings) if row else None
+        if part is not None:
+            out.append((tree[path].shape, part))
+    return out
+
+
+def _without(shape: Shape, axis: int) -> Shape | None:
+    if not -len(shape) <= axis < len(shape):
+        return None
+    return tuple(size for n, size in enumerate(shape) if n != axis % len(shape))
+
+
+# ---------------------------------------------------------------- names alone
+
+
+def _of_name(tree: Checkpoint, path: str) -> LeafRole | None:
+    shape = tree[path].shape
+    cut = max(path.rfind("/"), path.rfind(".")) + 1
+    leaf = path[cut:]
+    by = f"its name is {leaf}"
+    if len(shape) < 2:
+        axes = tuple((NamedAxis("features", "out", size),) for size in shape)
+        return LeafRole(axes, (), "", leaf, "it is no matrix")
+    side = tree.side or separator_of(tree)
+    row = named_axes(leaf, side)
+    if row is None or len(shape) != 2 or isinstance(row.axes, str) is False:
+        return None
+    if _contradicted(tree, path[:cut], str(row.axes), shape):
+        return None
+    named = _named((str(row.axes), row.inputs), shape)
+    return None if named is None else LeafRole(named, tuple(row.inputs.split()), "", leaf, by)
+
+
+def _contradicted(tree: Checkpoint, prefix: str, axes: str, shape: Shape) -> bool:
+    """True if the bias beside a matrix is not as long as the matrix has outputs. A square matrix shows nothing, so
+    there the other matrices of the block speak."""
+    bias = tree.get(f"{prefix}bias")
+    if bias is None or "out" not in axes.split():
+        return False
+    out = axes.split().index("out")
+    if bias.shape != (shape[out],):
+        return True
+    if shape[0] != shape[1]:
+        return False
+    sep = prefix[-1:]
+    block = prefix[:-1].rpartition(sep)[0].rpartition(sep)[0] if sep else ""
+    leaf = "weight" if axes.startswith("out") else "kernel"
+    for other, spec in tree.items():
+        if not (other.startswith(block) and other.endswith(f"{sep}{leaf}")) or len(spec.shape) != 2:
+            continue
+        beside = tree.get(f"{other[: -len(leaf)]}bias")
+        if beside is not None and spec.shape[0] != spec.shape[1] and beside.shape == (spec.shape[1 - out],):
+            return True
+    return False
