@@ -376,8 +376,9 @@ def test_parts_inside_jit() -> None:
     np.testing.assert_array_equal(gradient["params"]["a"]["kernel"], [[3, 3, 3, 3], [0, 1, 0, 1], [0, 1, 0, 1]])
     row = jax.jit(lambda x: gx.replace(tree, "a/kernel[2]", x * 2))(jnp.ones(4))["params"]["a"]["kernel"]
     np.testing.assert_array_equal(row[2], [2, 2, 2, 2])
-    with pytest.raises(PlanError, match="outside of jit"):
-        jax.jit(lambda tree: gx.replace(tree, "a/kernel[:2]", gx.quantized(4)))(tree)
+    for value in (gx.quantized(3), gx.mean(), gx.rounded("float8_e4m3fn")):
+        inside = jax.jit(lambda tree: gx.replace(tree, "a/kernel[:2]", value))(tree)["params"]["a"]["kernel"]  # noqa: B023
+        np.testing.assert_array_equal(inside, gx.replace(tree, "a/kernel[:2]", value)["params"]["a"]["kernel"])
     with pytest.raises(PlanError, match="a traced value"):
         jax.jit(lambda x: gx.replace({"w": torch.ones(3, 4)}, "w[0]", x))(jnp.ones(4))
 

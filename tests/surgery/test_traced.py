@@ -14,6 +14,7 @@ from flax import nnx
 
 import graftax as gx
 from graftax.errors import PlanError, UsageError
+from graftax.ops import same_bits
 
 TREE = {"params": {"a": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}}}
 KERNEL = "params/a/kernel"
@@ -46,6 +47,57 @@ def test_jit_gives_what_is_given_outside(value: Any, dtype: str) -> None:
     np.testing.assert_allclose(
         kernel(inside).astype(float), kernel(outside).astype(float), rtol=float(jnp.finfo(dtype).eps), atol=1e-7
     )
+
+
+BITS = {
+    "scaled": gx.scaled(0.1),
+    "add_normal": gx.add_normal(0.1, 3),
+    "relative": gx.add_normal(0.1, 3, relative=True),
+    "mean": gx.mean(),
+    "mix": gx.mix({"kernel": np.arange(60, dtype=np.float32).reshape(12, 5) / 7}, 0.3),
+    "beyond": gx.mix(np.arange(60, dtype=np.float32).reshape(12, 5) / 7, -1.5),
+    "float16": gx.rounded("float16"),
+    "float8_e4m3fn": gx.rounded("float8_e4m3fn"),
+    "float8_e5m2fnuz": gx.rounded("float8_e5m2fnuz"),
+    "quantized": gx.quantized(4),
+    "rows": gx.quantized(3, axis=0),
+    "one scale": gx.quantized(8, axis=()),
+    "groups": gx.quantized(2, group=4),
+    "16 bits": gx.quantized(16),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_computed_from_a_traced_leaf_have_the_same_bits(dtype: str) -> None:
+    """XLA fuses products into sums, and divides by multiplying: here neither shows."""
+    rng = np.random.default_rng(0)
+    old = (rng.standard_normal((12, 5)) * np.exp(rng.standard_normal((1, 5)))).astype(np.float32)
+    old[:4, 0] = [381, 1.5, -1.5, 4.5]  # halves of a step
+    old[:, 1] = 0
+    values = {name: value for name, value in BITS.items() if dtype == "float32" or "mix" not in value.text}
+    tree = {name: {"kernel": jnp.asarray(old).astype(dtype)} for name in values}
+    edits = {f"{name}/kernel": value for name, value in values.items()}
+    if dtype == "float32":
+        edits["mix/kernel"] = gx.mix(gx.from_checkpoint(BITS["mix"].donor.source, "kernel"), 0.3)
+    inside, outside = jax.jit(lambda tree: gx.replace(tree, edits))(tree), gx.replace(tree, edits)
+    for name in values:
+        found, wanted = (np.asarray(one[name]["kernel"]) for one in (inside, outside))
+        assert found.dtype == wanted.dtype
+        assert same_bits(found, wanted), name
+
+
+def test_rounding_passes_gradients_straight_through() -> None:
+    for value in (gx.quantized(4), gx.rounded("float16"), gx.add_normal(0.1, 0, relative=True)):
+        gradient = jax.jit(jax.grad(lambda tree: jnp.sum(kernel(gx.replace(tree, KERNEL, value)) * 3)))(TREE)  # noqa: B023
+        np.testing.assert_array_equal(kernel(gradient), np.full((2, 3), 3))
+    donor = jnp.ones((2, 3))
+    by_leaf, by_donor = jax.grad(
+        lambda tree, donor: jnp.sum(kernel(gx.replace(tree, KERNEL, gx.mix(donor, 0.25))) * 4), argnums=(0, 1)
+    )(TREE, donor)
+    np.testing.assert_array_equal(kernel(by_leaf), np.full((2, 3), 3))
+    np.testing.assert_array_equal(by_donor, np.ones((2, 3)))
+    mean = jax.grad(lambda tree: kernel(gx.replace(tree, KERNEL, gx.mean()))[0, 0] * 6)(TREE)
+    np.testing.assert_allclose(kernel(mean), np.ones((2, 3)), rtol=1e-6)
 
 
 def test_a_checkpoint_is_a_constant_of_the_trace(tmp_path: Path) -> None:

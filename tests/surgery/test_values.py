@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -393,3 +396,141 @@ def test_values_are_data() -> None:
     assert gx.normal(np.float32(0.5), np.int64(7)).text == "normal(0.5, seed=7)"
     with pytest.raises(AttributeError):
         gx.scaled(2).factor = 3
+
+
+# ---------------------------------------------------------------- mean, mix, rounded, relative noise
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_mean_is_the_exact_mean_rounded_once(dtype: str) -> None:
+    old = array((7, 11), dtype)
+    exact = float(sum(Fraction(float(v)) for v in old.reshape(-1)) / old.size)
+    out = put(gx.mean(), old)
+    assert np.unique(out.astype(np.float64)).size == 1
+    wanted = np.asarray(exact).astype(numpy_dtype(dtype)).astype(np.float64)
+    np.testing.assert_allclose(out.astype(np.float64), wanted, rtol=1e-14 if dtype == "float64" else 0)
+
+
+def test_mean_does_not_depend_on_the_size_of_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = array((64, 33), "float32")
+    whole = [put(value, old) for value in (gx.mean(), gx.add_normal(0.1, 0, relative=True))]
+    monkeypatch.setattr("graftax.surgery.values.base.PIECE", 256)
+    assert all(same_bits(a, put(v, old)) for a, v in zip(whole, (gx.mean(), gx.add_normal(0.1, 0, True)), strict=True))
+
+
+def test_relative_noise_counts_in_standard_deviations() -> None:
+    old = array((20, 30), "float32") * np.float32(7) + np.float32(100)
+    spread = old.astype(np.float64).std()
+    relative, absolute = put(gx.add_normal(0.1, 5, relative=True), old), put(gx.add_normal(0.1 * spread, 5), old)
+    np.testing.assert_allclose(relative, absolute, rtol=1e-6)
+    np.testing.assert_allclose(put(gx.add_normal(0.1, 5, relative=True), old * 4), relative * 4, rtol=1e-6)
+    flat = np.full(5, 3, np.float32)
+    assert same_bits(put(gx.add_normal(0.1, 5, relative=True), flat), flat)
+    assert gx.add_normal(0.1, 5, relative=True).text == "add_normal(0.1, seed=5, relative=True)"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hnp.arrays(np.float32, (2, 3, 4), elements=st.floats(width=32)),
+    st.one_of(st.just(0.0), st.just(1.0), st.floats(-3, 3)),
+)
+def test_mix_is_exact_at_its_ends_and_linear_between(both: np.ndarray, t: float) -> None:
+    old, donor = both
+    if t in (0, 1) or same_bits(old, donor):
+        assert same_bits(put(gx.mix(donor, t), old), donor if t == 1 else old)
+        return
+    small = np.isfinite(both).all(0) & (np.abs(both) < 1e30).all(0)
+    old, donor = np.where(small, both, np.float32(1))
+    wide = old.astype(np.float64)
+    np.testing.assert_array_equal(put(gx.mix(donor, t), old), (wide + t * (donor.astype(np.float64) - wide)).astype(np.float32))
+    assert same_bits(put(gx.mix(old, t), old), old)
+
+
+def test_mix_takes_a_tree_a_file_or_a_laid_out_donor(tmp_path: Path) -> None:
+    import torch
+
+    tree = {"fc": {"kernel": array((2, 3), "float32"), "bias": array((3,), "float32", 1)}}
+    other = {"fc": {"kernel": array((2, 3), "float32", 2), "bias": array((3,), "float32", 3)}}
+    np.savez(tmp_path / "other.npz", **{f"fc/{name}": value for name, value in other["fc"].items()})
+    for donor in (other, tmp_path / "other.npz", gx.from_checkpoint(other)):
+        out = gx.replace(tree, "fc/*", gx.mix(donor, 1))
+        assert all(same_bits(out["fc"][name], other["fc"][name]) for name in other["fc"])
+    laid = gx.from_checkpoint({"w.weight": torch.tensor(other["fc"]["kernel"].T.copy())}, "w.weight")
+    assert same_bits(gx.replace(tree, "fc/kernel", gx.mix(laid, 1))["fc"]["kernel"], other["fc"]["kernel"])
+    for donor, words in (
+        (np.ones((3, 2), "f4"), "shape"),
+        (np.ones((2, 3)), "dtype"),
+        ({"a": np.ones(2), "b": np.ones(2)}, "none"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            gx.replace(tree, "fc/kernel", gx.mix(donor, 0))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16"])
+def test_rounded_is_there_and_back(dtype: str) -> None:
+    old = array((20, 30), "float32")
+    out = put(gx.rounded(dtype), old)
+    assert same_bits(out, old.astype(numpy_dtype(dtype)).astype(np.float32))
+    assert same_bits(put(gx.rounded(dtype), out), out)
+
+
+@pytest.mark.parametrize("given_as", ["bfloat16", ml_dtypes.bfloat16, np.dtype("bfloat16"), "jax", "torch"])
+def test_rounded_takes_any_name_of_a_dtype(given_as) -> None:
+    import jax.numpy as jnp
+    import torch
+
+    named = {"jax": jnp.bfloat16, "torch": torch.bfloat16}
+    assert gx.rounded(named.get(given_as, given_as) if isinstance(given_as, str) else given_as) == gx.rounded(
+        "bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "words"),
+    [
+        (gx.rounded("float16"), np.array([1, 70000], "f4"), "1 of 2 values overflow float16"),
+        (gx.rounded("float8_e4m3fn"), np.array([1, np.inf], "f4"), "1 of 2 values overflow float8_e4m3fn"),
+        (gx.rounded("float32"), np.ones(2, "f4"), "nothing would change"),
+        (gx.rounded("float32"), np.ones(2, ml_dtypes.bfloat16), "nothing would change"),
+        (gx.mean(), np.array([1, np.nan], "f4"), "no mean"),
+        (gx.mean(), np.array([1.5e308, 1.5e308]), "overflows float64"),
+        (gx.mean(), np.ones(2, "i4"), "int32, not floating"),
+        (gx.mix(np.ones(2, "i4"), 1), np.ones(2, "i4"), "int32, not floating"),
+        (gx.rounded("float16"), np.ones(2, "i4"), "int32, not floating"),
+        (gx.add_normal(1, 0, relative=True), np.array([1, np.inf], "f4"), "no standard deviation"),
+        (gx.mix(np.full(2, -3e38, "f4"), 2.0), np.full(2, 3e38, "f4"), "2 of 2 values overflow float32"),
+    ],
+)
+def test_new_values_refuse(value, old: np.ndarray, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        value.apply("p", spec_of(old), old)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gx.rounded("float32x"),
+        lambda: gx.rounded("int8"),
+        lambda: gx.rounded("float64"),
+        lambda: gx.mix(None, 1),
+        lambda: gx.mix(3.0, 1),
+        lambda: gx.mix(gx.zeros(), 1),
+        lambda: gx.mix(np.ones(2), float("nan")),
+    ],
+)
+def test_arguments_of_new_values_are_checked(make) -> None:
+    with pytest.raises(UsageError):
+        make()
+
+
+def test_a_function_of_path_and_leaf() -> None:
+    tree = {"a": {"kernel": np.ones(2, "f4")}, "b": {"kernel": np.ones(2, "f4")}}
+    out = gx.replace(tree, "**/kernel", lambda path, leaf: leaf * np.float32(ord(path[0])))
+    assert (out["a"]["kernel"][0], out["b"]["kernel"][0]) == (97, 98)
+    k = np.float32(3)
+    assert gx.replace(tree, "a/kernel", lambda old, k=k: old * k)["a"]["kernel"][0] == 3
+    with pytest.raises(UsageError, match=r"takes neither \(leaf\) nor \(path, leaf\)"):
+        gx.replace(tree, "a/kernel", lambda a, b, c: a)
+    with pytest.raises(ZeroDivisionError) as caught:
+        gx.replace(tree, "a/kernel", lambda path, leaf: 1 / 0)
+    assert any("a/kernel" in note for note in caught.value.__notes__)

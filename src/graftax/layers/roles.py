@@ -136,8 +136,8 @@ def _of_modules(tree: Checkpoint, path: str) -> LeafRole | None:
 
 
 def _kinds(role: LeafRole) -> tuple[tuple[AxisKind, ...], ...]:
-    """The kinds of each axis, one for neighbours of one kind: better names differ in nothing else."""
-    return tuple(tuple(kind for kind, _ in itertools.groupby(axis.kind for axis in axes)) for axes in role.axes)
+    """The kinds of each axis, each once: better names differ in nothing else."""
+    return tuple(tuple(dict.fromkeys(axis.kind for axis in axes)) for axes in role.axes)
 
 
 def _row(kind: str, side: Side, role: str) -> tuple[str, LeafAxes] | None:

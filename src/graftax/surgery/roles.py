@@ -35,7 +35,8 @@ def role_in(
 
     PlanError if like has no such leaf, or if `axis` would leave every value as it is.
     """
-    if value.axis is not None and len(value.axis) == len(spec.shape) > 0:
+    rank = len(spec.shape)
+    if rank and value.axis is not None and {axis % rank for axis in value.axis} == set(range(rank)):
         raise PlanError(
             f"{value.text}: {spec} would have a scale for each of its {spec.size} values, which changes nothing",
             next="Name the axes that keep their own scale; the values along the others share one.",

@@ -151,7 +151,7 @@ def _rounded_product(xp: Any, a: Any, b: Any) -> Any:
 @dataclass(frozen=True, slots=True)
 class Mix:
     """old + t (donor - old), in float64, rounded once. At t = 0 it is the leaf, at t = 1 the donor, both bit for bit;
-    outside of 0 to 1 it goes beyond them (task arithmetic). NaN and infinity of either end stay.
+    outside of 0 to 1 it goes beyond them (task arithmetic). Where both are equal the value stays, infinity too.
 
     donor   an array of NumPy or jax of the leaf's shape and dtype, or a FromCheckpoint
     """
@@ -185,7 +185,11 @@ class Mix:
         other = np.asarray(self._other(path, spec))
         if self.t in (0.0, 1.0):
             return np.array(other if self.t else old, order="C", copy=True)
-        return in_pieces(spec, self.text, (old, other), lambda _, wide, beyond: wide + self.t * (beyond - wide))
+
+        def mixed(_: int, wide: Any, beyond: Any) -> Any:
+            return np.where(beyond == wide, wide, wide + self.t * (beyond - wide))
+
+        return in_pieces(spec, self.text, (old, other), mixed)
 
     def traced(self, path: str, spec: TensorSpec, leaf: Any) -> Any:
         from graftax.adapters.jax_arrays import is_tracer, to_jax
@@ -195,10 +199,14 @@ class Mix:
         other = other if is_tracer(other) else to_jax(other)
         if self.t in (0.0, 1.0):
             return other if self.t else leaf
+
+        def mixed(xp: Any, wide: Any, beyond: Any) -> Any:
+            return xp.where(beyond == wide, wide, wide + _rounded_product(xp, self.t, beyond - wide))
+
         return traced(
             spec,
             (leaf, other),
-            lambda xp, wide, beyond: wide + _rounded_product(xp, self.t, beyond - wide),
+            mixed,
             lambda _, change, other_change: change * (1 - self.t) + other_change * self.t,
         )
 
