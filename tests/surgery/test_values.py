@@ -442,7 +442,9 @@ def test_mix_is_exact_at_its_ends_and_linear_between(both: np.ndarray, t: float)
     small = np.isfinite(both).all(0) & (np.abs(both) < 1e30).all(0)
     old, donor = np.where(small, both, np.float32(1))
     wide = old.astype(np.float64)
-    np.testing.assert_array_equal(put(gx.mix(donor, t), old), (wide + t * (donor.astype(np.float64) - wide)).astype(np.float32))
+    np.testing.assert_array_equal(
+        put(gx.mix(donor, t), old), (wide + t * (donor.astype(np.float64) - wide)).astype(np.float32)
+    )
     assert same_bits(put(gx.mix(old, t), old), old)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Literal
@@ -115,17 +115,15 @@ def holders(tree: Checkpoint, path: str) -> Iterator[tuple[Module, str]]:
 def _of_modules(tree: Checkpoint, path: str) -> LeafRole | None:
     """The innermost module that the table lists decides; a layer around it may know better names (heads)."""
     side: Side = tree.side or "flax"
-    shape = tree[path].shape
     found: LeafRole | None = None
-    held = list(holders(tree, path))
-    for module, role in held:
+    for module, role in holders(tree, path):
         if found is None and module.own_math and overriding(module, side):
             return None
         kind = known_kind(module, side)
         row = _row(kind, side, role) if kind and role else None
         if row is None:
             continue
-        made = _placed(tree, held, module, role, row, side, shape)
+        made = _placed(tree, module, role, row, side, path)
         if found is None:
             if made is None:
                 return None
@@ -150,24 +148,18 @@ def _row(kind: str, side: Side, role: str) -> tuple[str, LeafAxes] | None:
 
 
 def _placed(
-    tree: Checkpoint,
-    held: Sequence[tuple[Module, str]],
-    module: Module,
-    role: str,
-    row: tuple[str, LeafAxes],
-    side: Side,
-    shape: Shape,
+    tree: Checkpoint, module: Module, role: str, row: tuple[str, LeafAxes], side: Side, path: str
 ) -> LeafRole | None:
     layer, axes = row
-    inner = _inner(module, role, side)
-    if inner is None:
-        inner = axes.shape(module.settings)
+    shape = tree[path].shape
+    shapes: Mapping[str, Shape] = module.settings.get("inner_shapes") or {}  # as a Linen module's own call sees them
+    inner = shapes.get(role, axes.shape(module.settings))
     if inner is None or side == "torch" or len(inner) > len(shape):
         inner = shape
     given = axes.axes(module.settings, len(inner)) if callable(axes.axes) else (axes.axes, axes.inputs)
     if given is None:
         return None
-    stacks = _stack_axes(tree, held, side, shape, inner)
+    stacks = _stack_axes(tree, module, path, shape, inner)
     if stacks is None:
         return None
     rest = tuple(size for n, size in enumerate(shape) if n not in stacks)
@@ -179,12 +171,6 @@ def _placed(
         every.insert(place, (NamedAxis("stack", "stack", shape[place]),))
     inputs = tuple(given[1].split())
     return LeafRole(tuple(every), inputs, layer, role, f"the live module is {module.kind}")
-
-
-def _inner(module: Module, role: str, side: Side) -> Shape | None:
-    """The shape of a leaf inside a Linen module's own call, where scan or vmap stacked it."""
-    shapes = module.settings.get("inner_shapes")
-    return shapes.get(role) if shapes and side == "flax" else None
 
 
 def _named(given: tuple[str, str], shape: Shape) -> tuple[tuple[NamedAxis, ...], ...] | None:
@@ -216,40 +202,34 @@ def _kind(name: str, inputs: set[str]) -> AxisKind:
 # ---------------------------------------------------------------- axes that a transform stacked
 
 
-def _stack_axes(
-    tree: Checkpoint, held: Sequence[tuple[Module, str]], side: Side, shape: Shape, inner: Shape
-) -> tuple[int, ...] | None:
-    """The axes of `shape` that `inner` lacks. None if they cannot be told: where several places fit (as many layers as
-    inputs), the leaves around it must leave one, since a scan stacks all its leaves along one axis."""
+def _stack_axes(tree: Checkpoint, module: Module, path: str, shape: Shape, inner: Shape) -> tuple[int, ...] | None:
+    """The axes of `shape` that `inner` lacks. None if they cannot be told. Where several places fit (as many layers as
+    inputs), a traced call of a Linen model shows them; of an NNX module, the other leaves must leave one axis."""
     extra = len(shape) - len(inner)
     fits = [
         places
         for places in itertools.combinations(range(len(shape)), extra)
         if tuple(size for n, size in enumerate(shape) if n not in places) == inner
     ]
-    if len(fits) < 2 or extra != 1:
-        return fits[0] if len(fits) == 1 else None
-    beside = _beside(tree, held, side)
-    axes = {axis for (place,) in fits for axis in (place, place - len(shape))}
-    left = {axis % len(shape) for axis in axes if all(_without(full, axis) == part for full, part in beside)}
+    if len(fits) < 2:
+        return fits[0] if fits else None
+    if tree.live.trace is not None:
+        shown = tree.live.trace().stacked.get(path)
+        return shown if shown in fits else None
+    axes = {axis for places in fits for axis in (places[0], places[0] - len(shape))} if extra == 1 else set[int]()
+    left = {
+        axis % len(shape) for axis in axes if all(_without(full, axis) == part for full, part in _beside(tree, module))
+    }
     return (left.pop(),) if len(left) == 1 else None
 
 
-def _beside(tree: Checkpoint, held: Sequence[tuple[Module, str]], side: Side) -> list[tuple[Shape, Shape]]:
-    """(shape, shape inside) of all leaves of the outermost module in which this leaf is stacked; of an NNX module, of
-    its own leaves."""
-    linen = [module for module, role in held if _inner(module, role, side) is not None]
-    if linen:
-        inner = linen[-1].settings["inner_shapes"]
-        return [(tree[path].shape, inner[role]) for role, path in linen[-1].leaves.items() if role in inner]
-    module = held[0][0]
-    out: list[tuple[Shape, Shape]] = []
+def _beside(tree: Checkpoint, module: Module) -> Iterator[tuple[Shape, Shape]]:
+    """(shape, shape without stacked axes) of the leaves of an NNX module."""
     for role, path in module.leaves.items():
-        row = _row(known_kind(module, side), side, role)
+        row = _row(known_kind(module, "flax"), "flax", role)
         part = row[1].shape(module.settings) if row else None
         if part is not None:
-            out.append((tree[path].shape, part))
-    return out
+            yield tree[path].shape, part
 
 
 def _without(shape: Shape, axis: int) -> Shape | None:
