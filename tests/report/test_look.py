@@ -139,7 +139,7 @@ def test_diff_is_what_the_command_prints(file: Path, tmp_path: Path, capsys: pyt
     assert rest == [DifferenceRow("params/scale", "only_in_a"), DifferenceRow("params/bias", "only_in_b")]
     same = gx.diff(file, file)
     assert same.equal
-    assert same.rows == []
+    assert same.rows == ()
     assert str(same) == "2 leaves equal, 0 differ"
 
 
@@ -201,3 +201,11 @@ def test_diff_raises_the_graver_of_two_errors(tmp_path: Path) -> None:
     with pytest.raises(GraftaxError) as caught:
         gx.diff(tmp_path / "none.pt", bad)
     assert caught.value.exit_code == 3
+
+
+def test_codes_are_counted_not_bytes() -> None:
+    import ml_dtypes
+
+    codes = np.array([1, 2, 3, 4, 5], ml_dtypes.int4)
+    (row,) = gx.diff({"q": codes}, {"q": np.array([2, 1, 3, 4, 6], ml_dtypes.int4)}).rows
+    assert (row.count, row.of) == (3, 5)

@@ -65,7 +65,7 @@ def braced(draw: st.DrawFn, depth: int = 2) -> tuple[str, list[str]]:
     return text, meant
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(braced())
 def test_braces_stand_for_every_alternative(pattern: tuple[str, list[str]]) -> None:
     text, meant = pattern
@@ -108,7 +108,7 @@ def written(item: Any) -> str:
 INDICES = st.lists(ITEMS, min_size=1, max_size=4).filter(lambda items: items.count(...) < 2).map(tuple)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(INDICES, st.lists(st.integers(0, 4), max_size=4).map(tuple))
 def test_an_index_is_that_of_numpy(key: tuple[Any, ...], shape: tuple[int, ...]) -> None:
     found = split_index(f"a/kernel[{', '.join(map(written, key))}]")
@@ -130,7 +130,7 @@ def test_an_index_is_that_of_numpy(key: tuple[Any, ...], shape: tuple[int, ...])
     np.testing.assert_array_equal(reached.reshape(part.shape), part)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(INDICES, INDICES)
 def test_parts_overlap_where_they_share_an_element(first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
     array = np.arange(4 * 5 * 3 * 4).reshape(4, 5, 3, 4)

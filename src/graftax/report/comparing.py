@@ -16,7 +16,7 @@ from graftax.ops import same_bits
 from graftax.ops.base import count_same_bits
 from graftax.plans import Plan, PlanOptions
 from graftax.report.inspecting import aligned
-from graftax.tree import Checkpoint, Side, TensorSpec
+from graftax.tree import Checkpoint, Side, TensorSpec, dtypes
 
 Reader = Callable[[str], Any]
 _SHOWN = 12
@@ -64,10 +64,10 @@ class Diff:
         return self.data["equal"]
 
     @property
-    def rows(self) -> list[DifferenceRow]:
+    def rows(self) -> tuple[DifferenceRow, ...]:
         """The leaves that differ, then those that only A has, then those that only B has."""
-        rows = [DifferenceRow(**row) for row in self.data["differ"]]
-        return rows + [DifferenceRow(path, what) for what in ("only_in_a", "only_in_b") for path in self.data[what]]
+        alone = [DifferenceRow(path, what) for what in ("only_in_a", "only_in_b") for path in self.data[what]]
+        return (*(DifferenceRow(**row) for row in self.data["differ"]), *alone)
 
     def as_json(self) -> dict[str, Any]:
         """The result of `graftax diff --json`."""
@@ -183,7 +183,8 @@ def _values(
 
     row: dict[str, Any] = {"path": path, "what": "values", "of": spec.size}
     if spec.packed:
-        return row | {"count": int(np.count_nonzero(x != y)), "max_abs": None, "relative": None}
+        apart = dtypes.unpack(x, spec).view(np.uint8) != dtypes.unpack(y, spec).view(np.uint8)
+        return row | {"count": int(np.count_nonzero(apart)), "max_abs": None, "relative": None}
     wide = np.complex128 if spec.kind == "c" else np.float64
     with np.errstate(all="ignore"):
         p, q = np.asarray(x).astype(wide), np.asarray(y).astype(wide)

@@ -40,12 +40,12 @@ class Inspection:
     data: Mapping[str, Any]
 
     @property
-    def rows(self) -> list[LeafRow]:
+    def rows(self) -> tuple[LeafRow, ...]:
         """The leaves, in the tree's order."""
-        return [
+        return tuple(
             LeafRow(path, tuple(row["shape"]), row["dtype"], row.get("stats"), row.get("sha256"))
             for path, row in self.data["tensors"].items()
-        ]
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The result of `graftax inspect --json`."""
