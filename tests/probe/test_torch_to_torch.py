@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import graftax as gx
+from graftax.probe.limits import Limits
 
 
 class Turned(nn.Module):
@@ -174,3 +175,62 @@ def test_models_that_differ_are_not_proved() -> None:
     plan = gx.plan(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), like, inputs=noise(2, 8))
     assert plan.proof is None
     assert "the models part at dot_general at 2" in str(plan)
+
+
+class Chain(nn.Module):
+    """Four layers of equal shapes under four names; another activation before the last."""
+
+    def __init__(self, names: str, act: Any) -> None:
+        super().__init__()
+        self.names, self.act = names, act
+        for name in names:
+            setattr(self, name, nn.Linear(8, 8))
+
+    def forward(self, x: Any) -> Any:
+        *first, last = (getattr(self, name) for name in self.names)
+        for n, layer in enumerate(first, 1):
+            x = self.act(layer(x)) if n == len(first) else torch.relu(layer(x))
+        return last(x)
+
+
+def found_of(plan: Any) -> dict[str, str]:
+    """source -> target of the weights that running found."""
+    return {e.sources[0]: e.targets[0] for e in plan.entries if "found by running" in e.evidence[0]}
+
+
+def test_what_is_found_before_models_part_is_kept() -> None:
+    plan = gx.plan(Chain("abcd", torch.relu), Chain("dacb", torch.tanh), inputs=noise(2, 8))
+    assert plan.proof is None
+    crossed = dict(zip("abc", "dac", strict=True))
+    assert found_of(plan) == {f"{a}.{leaf}": f"{b}.{leaf}" for a, b in crossed.items() for leaf in ("weight", "bias")}
+    assert "6 of 8 leaves were found before" in str(plan)
+    assert "the models part at dot_general at b" in str(plan)
+    assert not plan.complete
+
+
+@pytest.mark.parametrize("most", [12, 24, 36])
+def test_what_is_found_within_the_budget_is_kept(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftax.probe.both.GIVEN", Limits(seconds=60.0, evaluations=most))
+    plan = gx.plan(Chain("abcd", torch.relu), Chain("dacb", torch.relu), inputs=noise(2, 8))
+    found = found_of(plan)
+    true = dict(zip("abcd", "dacb", strict=True))
+    assert found
+    assert all(target[0] == true[source[0]] for source, target in found.items())
+    assert not plan.complete
+    assert f"within 60 s and {most} trials" in str(plan)
+
+
+class Branches(nn.Module):
+    """Two layers that take one value: which is which shows only later."""
+
+    def __init__(self, last: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.last = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), last
+
+    def forward(self, x: Any) -> Any:
+        return self.last(torch.sigmoid(self.q(x)) * self.k(x))
+
+
+def test_what_had_an_alternative_is_not_kept() -> None:
+    plan = gx.plan(Branches(torch.relu), Branches(torch.tanh), inputs=noise(2, 8))
+    assert not found_of(plan)

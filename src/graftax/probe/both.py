@@ -62,6 +62,11 @@ class BothModels:
         if not self.settled.entries:
             return Proposal()
         entries = tuple(self._back(entry) for entry in self.settled.entries)
+        if self.settled.partly:
+            if self.inputs is None:  # inputs that nobody gave may lie in another way than the model takes them
+                return Proposal()
+            taken = {name for entry in ruled.entries for name in (*entry.sources, *entry.targets)}
+            return Proposal(tuple(e for e in entries if not taken & {*e.sources, *e.targets}))
         self._check_named(entries, named)
         entries = tuple(_with_rules(entry, named) for entry in entries)
         taken = {name for e in ruled.entries if id(e) not in loose for name in (*e.sources, *e.targets)}
@@ -126,19 +131,25 @@ class BothModels:
             return replace(
                 plan, proof=Proof(sum(len(e.targets) for e in entries), error=error, plan=entries_hash(plan.entries))
             )
+        stopped = escape(settled.stopped, 300)
+        if settled.partly and settled.entries and self.inputs is not None:
+            found = sum(len(entry.targets) for entry in settled.entries)
+            stopped += (
+                f" ({found} of {len(plan.like.specs)} leaves were found before; names and shapes settle the others)"
+            )
         if wrong or (self.inputs is not None and error is not None and error > GROSS):
             what = f"{escape(wrong)} has its axes in another order" if wrong else "the outputs are far off"
             failure = Failure(
                 f"running both models refutes this plan: on redrawn weights {what}{where}",
                 plan.source.label,
                 plan.like.label,
-                next=f"{check}; a rule says what holds; {option('inputs', 'False')} does not run the models.",
+                next=f"{check}; a rule says what holds; inputs=False does not run the models.",
             )
             return replace(plan, failures=(*plan.failures, failure))
         if error is None and self.inputs is None and not settled.broke:
             return plan
         off = "" if error is None else f"; with this plan the outputs are off by {error:.1e} of the largest"
-        text = f"running did not decide the plan: {escape(settled.stopped, 300)}{where}{off}"
+        text = f"running did not decide the plan: {stopped}{where}{off}"
         return replace(plan, assumptions=(*plan.assumptions, Assumption(text, check)))
 
     # ------------------------------------------------------------ directions

@@ -19,6 +19,8 @@ GIVEN = Limits(seconds=120.0, evaluations=200_000)
 """For inputs that the user gave."""
 RULED = Limits(seconds=20.0, evaluations=20_000)
 """For rules that differ from what was found: do they hold by a symmetry?"""
+SURE = Limits(seconds=10.0, evaluations=20_000)
+"""For an incomplete result: which of its choices had no alternative?"""
 DRAWN_MOST = 50_000_000
 """Parameters up to which models are run on inputs that nobody gave."""
 BYTES = 32

@@ -7,14 +7,18 @@ whose value torch never made is a dead end; then the last choice that it depends
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from graftax.probe.candidates import STRICT, Candidates, Pass
 from graftax.probe.choices import Choice, Option
-from graftax.probe.limits import Limits
+from graftax.probe.limits import SURE, Limits
 from graftax.probe.partial_run import PartialRun
 from graftax.probe.program import Program, Step
 from graftax.probe.record import Record
@@ -34,17 +38,20 @@ class Found:
 
     choices   unknown -> what it holds
     open      unknowns that no value of this run depends on
-    events    the values of the program that decided something; `parts`: those of which torch made each part alone
+    events    the values of the program that decided something -> the unknowns; `parts`: those of which torch made each
+              part alone
     complete  every other unknown is decided, and the outputs agree
     dead_end  the step where the deepest attempt ended, if it is not complete
+    how       the pass that found it
     """
 
     choices: dict[int, Choice] = field(default_factory=dict[int, Choice])
     open: list[int] = field(default_factory=list[int])
-    events: list[int] = field(default_factory=list[int])
+    events: dict[int, tuple[int, ...]] = field(default_factory=dict[int, "tuple[int, ...]"])
     parts: frozenset[int] = frozenset()
     complete: bool = False
     dead_end: str = ""
+    how: Pass = field(default_factory=Pass)
 
 
 PASSES = (
@@ -67,6 +74,46 @@ class _Frame:
     options: Iterator[Option]
     conflict: int
     value: int
+    chosen: tuple[int, ...] = ()
+
+
+class _ScriptEnds(Exception):
+    """What is followed decides no more."""
+
+
+class _Script:
+    """A result that is followed again, to see which of its choices had no alternative."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+        self.sure: set[int] = set()
+        self.bits = 0
+
+    def followed(self, frame: _Frame, option: Option, state: PartialRun, candidates: Candidates) -> Option:
+        """The option that was taken. It is sure if every option says the same, and what it rests on is sure."""
+        unknowns = self.found.events.get(frame.value)
+        if unknowns is None:
+            raise _ScriptEnds
+        taken: Option | None = None
+        alone = True
+        for other in itertools.chain([option], frame.options):
+            if other[0] == {n: self.found.choices[n] for n in unknowns}:
+                taken = taken or other
+            elif taken is None or not _alike(other[0], taken[0], state.record):
+                alone = False
+            if taken is not None and not alone:
+                break
+        if taken is None:
+            raise _ScriptEnds
+        if alone and not (state.causes(frame.value) | candidates.blocked) & ~self.bits:
+            self.bits |= frame.bit
+            self.sure.update(unknowns)
+        return taken
+
+
+def _alike(one: Mapping[int, Choice], other: Mapping[int, Choice], record: Record) -> bool:
+    """Do two options give the same arrays?"""
+    return one.keys() == other.keys() and all(np.array_equal(one[n].array(record), other[n].array(record)) for n in one)
 
 
 class Search:
@@ -78,6 +125,7 @@ class Search:
     judge     the outputs, flat -> do they agree with torch's?
     siblings  sources at one place of sibling modules: candidates for a stack, and readings to try first
     forced    unknown -> the array that it holds, as a rule says
+    ended     True once a budget has ended a pass
     """
 
     def __init__(
@@ -95,6 +143,8 @@ class Search:
         self.limits = limits or Limits()
         self.state = PartialRun(program, unknowns, record, fixed, forced)
         self.candidates = Candidates(self.state, siblings, PASSES[0])
+        self.script: _Script | None = None
+        self.ended = False
 
     def run(self) -> Found:
         """Pass after pass, until one is complete. The best incomplete one otherwise."""
@@ -122,21 +172,43 @@ class Search:
             try:
                 conflict = self._follow(slot, frames)
             except OutOfBudget:
-                return best
+                self.ended = True
+                return max(best, self._so_far(frames), key=lambda found: len(found.choices))
             if conflict is None:
-                found = Found(dict(self.state.choices), self.state.left_open(), complete=True)
-                found.events = [frame.value for frame in frames]
-                found.parts = frozenset(self.candidates.in_parts)
+                found = self._so_far(frames)
+                found.open, found.complete = self.state.left_open(), True
                 return found
             if len(self.state.choices) > len(best.choices) or not best.dead_end:
-                best = Found(dict(self.state.choices), dead_end=self.dead_end)
+                best = self._so_far(frames)
             try:
                 again = self._back(frames, conflict)
             except OutOfBudget:
-                again = None
+                self.ended, again = True, None
             if again is None:
                 return best
             slot = again
+
+    def _so_far(self, frames: Sequence[_Frame]) -> Found:
+        """What is decided at present."""
+        events = {frame.value: frame.chosen for frame in frames}
+        parts = frozenset(self.candidates.in_parts)
+        return Found(
+            dict(self.state.choices), events=events, parts=parts, dead_end=self.dead_end, how=self.candidates.how
+        )
+
+    def sure(self, found: Found) -> Found:
+        """The part of an incomplete result that had no alternative: nothing else makes a value that torch made there,
+        and the choices on which that rests had none either."""
+        self.script = _Script(found)
+        self.candidates.how = found.how
+        self.state.budget(SURE.evaluations, SURE.seconds)
+        self.state.begin()
+        with contextlib.suppress(OutOfBudget, _ScriptEnds):
+            self._follow(0, [])
+        sure, self.script = self.script.sure, None
+        events = {value: chosen for value, chosen in found.events.items() if sure.issuperset(chosen)}
+        choices = {n: choice for n, choice in found.choices.items() if n in sure}
+        return Found(choices, events=events, parts=found.parts, dead_end=found.dead_end, how=found.how)
 
     def _follow(self, slot: int, frames: list[_Frame]) -> int | None:
         """Follow the steps from `slot`. None at the end; at a dead end, the choices that it depends on."""
@@ -181,23 +253,22 @@ class Search:
             frames.pop()
         return None
 
-    def replay(self, found: Found, error: Callable[[Sequence[Array]], float]) -> tuple[float, str]:
-        """What was found, on this record: the error of the outputs, and the first step that decided something and makes
-        no value of torch any more ("" if all hold)."""
+    def replay(self, found: Found, error: Callable[[Sequence[Array]], float]) -> tuple[float, dict[int, str]]:
+        """What was found, on this record: the error of the outputs, and the values that decided something and are no
+        value of torch any more, with their steps."""
         state = self.state
         for n, unknown in enumerate(state.unknowns):
             if n not in state.forced:
                 held = n in found.choices
                 state.known[unknown.value] = found.choices[n].array(state.record) if held else state.random_fill(n)
-        broken = ""
-        events = set(found.events)
+        broken: dict[int, str] = {}
         for step, j in state.slots:
             value = step.outs[j]
             if value in state.known:
                 continue
             state.known[value] = state.value(value)
-            if value in events and not broken and not self._held(value, found):
-                broken = _named(step)
+            if value in found.events and not self._held(value, found):
+                broken[value] = _named(step)
         return error([state.known[n] for n in state.program.outputs]), broken
 
     def _held(self, value: int, found: Found) -> bool:
@@ -291,6 +362,8 @@ class Search:
         if option is None:
             return False
         frame.bit = 1 << len(frames)
+        if self.script is not None:
+            option = self.script.followed(frame, option, self.state, self.candidates)
         frame.conflict = self.candidates.blocked | (0 if self.candidates.how.near else self.state.causes(frame.value))
         frames.append(frame)
         self._take(frame, option)
@@ -298,6 +371,7 @@ class Search:
 
     def _take(self, frame: _Frame, option: Option) -> None:
         chosen, number, made = option
+        frame.chosen = tuple(chosen)
         for unknown, choice in chosen.items():
             self.state.choose(unknown, choice, frame.bit)
             self.candidates.remember(unknown, choice)

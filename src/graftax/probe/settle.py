@@ -28,12 +28,13 @@ from graftax.probe.refute import wrong_reading
 from graftax.probe.rewrite import Unknown, apart, piece, unknowns_of
 from graftax.probe.search import Found, Search
 from graftax.probe.siblings import siblings_of
-from graftax.probe.values import OutOfBudget
+from graftax.probe.values import TOLERANCE, OutOfBudget
 
 BROKE = "running failed"
 """How `stopped` begins where graftax itself failed on inputs that nobody gave."""
 LOOSE = 1e-3
 """For models whose code differs a little: the difference allowed in a value that decides."""
+PARTLY = "found by running both models, short of their outputs: nothing else makes the source's value, on two redraws"
 SEEDS = (0, 1)
 """The first redraw finds the plan, the second confirms it."""
 
@@ -50,6 +51,7 @@ class Settled:
     dead_end    the step of the Flax model where the deepest attempt ended
     models, inputs  hashes of the code of both models and of the inputs, as in plans.Proof
     attempt     both models, to run them again
+    partly      the search did not reach the outputs: the entries are those to which it found no alternative
     """
 
     entries: tuple[Entry, ...] = ()
@@ -61,6 +63,7 @@ class Settled:
     models: tuple[tuple[str, str], ...] = ()
     inputs: str = ""
     attempt: Attempt | None = None
+    partly: bool = False
 
     @property
     def proved(self) -> bool:
@@ -74,7 +77,7 @@ class Settled:
     @property
     def differs(self) -> bool:
         """True if the mapping was found, but the models' code differs a little: an epsilon, an activation."""
-        return bool(self.entries) and not self.proved
+        return bool(self.entries) and not self.proved and not self.partly
 
     def tried(self, entries: Sequence[Entry]) -> tuple[float | None, str]:
         """(the difference of the outputs with the leaves that these entries make, on redrawn weights; None if some leaf
@@ -171,7 +174,7 @@ class Attempt:
 
     def search(
         self, record: Record, arrays: Sequence[Any], limits: Limits, forced: Mapping[int, Any], near: float = NEAR
-    ) -> Found:
+    ) -> Search:
         layout = declared(self.inputs.out_layout)
         return Search(
             self.program,
@@ -182,7 +185,7 @@ class Attempt:
             siblings=siblings_of(record),
             forced=forced,
             limits=limits,
-        ).run()
+        )
 
     def forced(self, record: Record, entries: Sequence[Entry]) -> dict[int, Any]:
         """unknown -> the array that rules say, with the record's weights."""
@@ -202,9 +205,9 @@ class Attempt:
 
     def confirmed(
         self, found: Found, record: Record, arrays: Sequence[Any], forced: Mapping[int, Any]
-    ) -> tuple[float, str]:
-        """(the difference of the outputs, the first step that decided something and does not hold), on another
-        redraw."""
+    ) -> tuple[float, dict[int, str]]:
+        """(the difference of the outputs, the values that decided something and do not hold, with their steps), on
+        another redraw."""
         fixed = fixed_values(self.program, self.forward, arrays)
         search = Search(self.program, self.unknowns, record, fixed, lambda outs: True, forced=forced)
         return search.replay(found, lambda outs: difference(outs, record.outputs, declared(self.inputs.out_layout)))
@@ -245,21 +248,32 @@ def settle(
 def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settled:
     record, arrays = attempt.redrawn(SEEDS[0])
     fixed = attempt.forced(record, forced)
-    found = attempt.search(record, arrays, limits, fixed)
+    strict = attempt.search(record, arrays, limits, fixed)
+    first = found = strict.run()
     near, dead_end = NEAR, found.dead_end
     if not found.complete:  # the code of the models may differ a little
         record.values.tolerance, near = LOOSE, GROSS
-        found = attempt.search(record, arrays, limits, fixed, GROSS)
-    if not found.complete:
-        return Settled(stopped="no plan makes the models agree", dead_end=dead_end, attempt=attempt)
+        found = attempt.search(record, arrays, limits, fixed, GROSS).run()
     other, others = attempt.redrawn(SEEDS[1])
+    if not found.complete:
+        record.values.tolerance = TOLERANCE
+        sure = strict.sure(first)
+        _, broken = attempt.confirmed(sure, other, others, attempt.forced(other, forced))
+        held = {n for value, chosen in sure.events.items() if value not in broken for n in chosen}
+        choices = {n: choice for n, choice in sure.choices.items() if n in held}
+        nodes = nodes_of(attempt.unknowns, choices, record.sources)
+        entries, _ = entries_of(nodes, attempt.origin.shapes(), dict.fromkeys(nodes, PARTLY))
+        stopped = "no plan makes the models agree"
+        if strict.ended:
+            stopped = f"no plan makes the models agree within {limits.seconds:g} s and {limits.evaluations:,} trials"
+        return Settled(tuple(entries), stopped=stopped, dead_end=dead_end, attempt=attempt, partly=True)
     other.values.tolerance = record.values.tolerance
     error, broken = attempt.confirmed(found, other, others, attempt.forced(other, forced))
     if broken or not error <= near:
         return Settled(
             stopped=f"what was found does not hold on other weights and inputs (off by {error:.1e})",
             error=error,
-            dead_end=broken or "the outputs",
+            dead_end=next(iter(broken.values()), "the outputs"),
             attempt=attempt,
         )
     nodes = nodes_of(attempt.unknowns, found.choices, record.sources)
