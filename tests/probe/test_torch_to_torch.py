@@ -234,3 +234,32 @@ class Branches(nn.Module):
 def test_what_had_an_alternative_is_not_kept() -> None:
     plan = gx.plan(Branches(torch.relu), Branches(torch.tanh), inputs=noise(2, 8))
     assert not found_of(plan)
+
+
+class Maps(nn.Module):
+    """Two outputs by name; one as (N, C, L), or as (N, L, C)."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.conv, self.fc, self.last = nn.Conv1d(6, 6, 1), nn.Linear(6, 6), last
+
+    def forward(self, x: Any) -> Any:
+        y = self.conv(x)
+        return {"logits": self.fc(y), "map": y.transpose(1, 2) if self.last else y}
+
+
+@pytest.mark.parametrize(("layout", "proved"), [(None, False), ({"map": "NCL -> NLC"}, True), ("NCL -> NLC", False)])
+def test_the_layout_of_each_output_is_obeyed(layout: Any, proved: bool) -> None:
+    plan = gx.plan(Maps(False), Maps(True), inputs=gx.Inputs(noise(2, 6, 6), out_layout=layout))
+    assert (plan.proof is not None) is proved
+
+
+def test_what_no_op_writes_is_asked_with_what_running_found() -> None:
+    source = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8))
+    like = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    plan = gx.plan(source.eval(), like.eval(), inputs=noise(2, 8))
+    (question,) = plan.questions
+    assert question.targets == ("0.weight",)
+    assert "running both models finds 0.weight in 0.parametrizations.weight.original" in question.text
+    assert "graftax has no op for w / (u W v)" in question.text
+    assert {entry.targets[0] for entry in plan.entries} == {"0.bias", "2.weight", "2.bias"}

@@ -56,7 +56,8 @@ def _make_plan(
         like = _like_of_rules(source, ruled, like_side)
         found = Proposal()
     else:
-        proved = Proposal() if prove is None else prove(ruled.proposal, ruled.named)
+        open_ = (*ruled.named, *(Named(item.rule, entry) for item in ruled.unlaid for entry in item.entries))
+        proved = Proposal() if prove is None else prove(ruled.proposal, open_)
         ruled = _without_guesses(ruled, proved)
         tabled = proved.joined(by_table(source, like, source_side, like_side, ruled.proposal.joined(proved)))
         known = ruled.proposal.joined(tabled)
@@ -80,14 +81,18 @@ def _without_guesses(ruled: RuleOutcome, proved: Proposal) -> RuleOutcome:
     """What the rules settle, without the layouts that silent rules leave to inference, where they are proved."""
     held = {name for entry in proved.entries for name in entry.targets}
     done = {id(item.entry) for item in ruled.named if held.intersection(item.entry.targets)}
-    if not done:
-        return ruled
     keys = {item.failure.key for item in ruled.named if id(item.entry) in done and item.failure is not None}
+    laid = [item for item in ruled.unlaid if held.issuperset(name for e in item.entries for name in e.targets)]
+    filled = {name for item in laid for entry in item.entries for name in entry.targets}
+    answered = [failure for item in laid for failure in item.failures]
+    if not done and not laid:
+        return ruled
+    left = [failure for failure in ruled.proposal.failures if failure.key not in keys]
     proposal = replace(
         ruled.proposal,
         entries=tuple(entry for entry in ruled.proposal.entries if id(entry) not in done),
-        broken=tuple(entry for entry in ruled.proposal.broken if id(entry) not in done),
-        failures=tuple(failure for failure in ruled.proposal.failures if failure.key not in keys),
+        broken=tuple(e for e in ruled.proposal.broken if id(e) not in done and not filled.issuperset(e.targets)),
+        failures=tuple(failure for failure in left if not any(failure is other for other in answered)),
     )
     return replace(ruled, proposal=proposal, named=tuple(n for n in ruled.named if id(n.entry) not in done))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graftax.errors import Failure, GraftaxError, RulesError, UsageError, escape, option
 from graftax.ops import Drop, Keep, apply_chain, bind_chain, invert_chain
-from graftax.plans import Assumption, Entry, Plan, PlanOptions, Proof, Proposal
+from graftax.plans import Assumption, Entry, Plan, PlanOptions, Proof, Proposal, Question
 from graftax.plans.proof import entries_hash
 from graftax.probe.flax_side import is_flax
 from graftax.probe.inputs import Inputs, inputs_of
@@ -72,7 +72,21 @@ class BothModels:
         taken = {name for e in ruled.entries if id(e) not in loose for name in (*e.sources, *e.targets)}
         entries = tuple(e for e in entries if not taken & {*e.sources, *e.targets})
         self.proved = frozenset(name for e in (*entries, *fixed) for name in e.targets)
-        return Proposal(entries)
+        return self._without_ops(taken).joined(Proposal(entries))
+
+    def _without_ops(self, taken: Collection[str]) -> Proposal:
+        """Questions about leaves that were found, and for which graftax has no op; nothing else may take them."""
+        questions: list[Question] = []
+        broken: list[Entry] = []
+        for item in self.settled.unsaid:
+            targets, sources = (item.keys, (item.path,)) if self.flipped else ((item.path,), item.keys)
+            if item.no_op and not set(taken) & {*targets, *sources}:
+                text = (
+                    f"{item.text}. Make the weight plain first (torch: remove_parametrizations)"
+                )
+                questions.append(Question("layout", text, targets, sources))
+                broken.append(Entry(sources, targets, (), ("found by running both models",)))
+        return Proposal((), tuple(questions), broken=tuple(broken))
 
     def noted(self, plan: Plan) -> Plan:
         """The plan with its proof; assumptions about leaves that are proved are facts."""
@@ -81,7 +95,7 @@ class BothModels:
             return plan
         if not settled.proved:
             return self._not_proved(plan)
-        plan = self._without_counters(plan)
+        plan = self._with_unsaid(self._without_counters(plan))
         known = [a for a in plan.assumptions if a.targets and self.proved.issuperset(a.targets)]
         left = tuple(a for a in plan.assumptions if a not in known)
         proof = Proof(
@@ -115,6 +129,28 @@ class BothModels:
                 spec = plan.source.specs[name]
                 drop = Drop("an integer buffer that no leaf holds; the models agree without it", spec.shape, spec.dtype)
                 entries.append(Entry((name,), (), (drop,), ("proved by running both models",)))
+        return replace(plan, entries=tuple(entries), questions=tuple(questions))
+
+    def _with_unsaid(self, plan: Plan) -> Plan:
+        """The plan with a question for each leaf that was found, but that no ops write. What names gave such a leaf is
+        kept only if it is what was found."""
+        entries, questions = list(plan.entries), list(plan.questions)
+        for item in self.settled.unsaid:
+            if item.no_op:  # asked already
+                continue
+            wanted = set(item.keys if self.flipped else (item.path,))
+            holders = [entry for entry in entries if wanted & set(entry.targets)]
+            if holders and all(item.made_by(self._turned(entry)) for entry in holders):
+                continue
+            entries = [entry for entry in entries if entry not in holders]
+            asked = [question for question in questions if wanted & set(question.targets)]
+            if asked:
+                told = {id(q): replace(q, text=f"{q.text}; {item.text}") for q in asked}
+                questions = [told.get(id(question), question) for question in questions]
+            else:
+                targets = tuple(dict.fromkeys((*wanted, *(name for e in holders for name in e.targets))))
+                sources = (item.path,) if self.flipped else item.keys
+                questions.append(Question("layout", item.text, targets, sources))
         return replace(plan, entries=tuple(entries), questions=tuple(questions))
 
     def _not_proved(self, plan: Plan) -> Plan:

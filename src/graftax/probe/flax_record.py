@@ -55,7 +55,8 @@ def record_flax(program: Program, forward: FlaxForward, leaves: Mapping[str, Arr
         known.update(zip(step.outs, outs, strict=True))
         _note(step, record, known, whole, made_of, program)
     record.close()
-    record.outputs = [np.asarray(known[n]) for n in program.outputs if np.asarray(known[n]).dtype.kind == "f"]
+    outs = [np.asarray(known[n]) for n in program.outputs]
+    record.outputs = {str(n) if len(outs) > 1 else "": out for n, out in enumerate(outs) if out.dtype.kind == "f"}
     return record
 
 

@@ -13,18 +13,22 @@ Array = Any
 
 
 def difference(
-    ours: Sequence[Array], theirs: Sequence[Array], layout: Mapping[str, Layout] | Layout | None = None
+    ours: Sequence[Array],
+    theirs: Mapping[str, Array],
+    layout: Mapping[str, Layout] | Layout | None = None,
 ) -> float:
     """The largest difference of Flax's outputs and torch's, as a part of torch's largest entry; infinite where they do
-    not correspond. Each floating output of Flax takes the first of torch's that it agrees with. A declared layout turns
-    torch's outputs; without one, an output of another shape may have its channels last."""
+    not correspond. Each floating output of Flax takes the first of torch's that it agrees with. A declared layout, for
+    all of torch's outputs or for each by its path, turns them; without one, an output of another shape may have its
+    channels last."""
     floating = [np.asarray(a, np.float64) for a in ours if np.asarray(a).dtype.kind == "f"]
-    if isinstance(layout, Layout):
-        theirs = [layout(array) for array in theirs]
-    left = list(theirs)
+    left: list[tuple[Array, bool]] = []
+    for path, array in theirs.items():
+        turn = layout.get(path) if isinstance(layout, Mapping) else layout
+        left.append((array if turn is None else turn(array), turn is not None))
     worst = 0.0 if floating and len(floating) <= len(left) else np.inf
     for mine in floating if worst == 0.0 else ():
-        errors = [_error(mine, other, strict=isinstance(layout, Layout)) for other in left]
+        errors = [_error(mine, other, strict) for other, strict in left]
         best = int(np.argmin(errors))
         worst = max(worst, errors[best])
         del left[best]

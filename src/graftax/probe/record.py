@@ -39,7 +39,7 @@ class Source:
 class Record:
     """What a run made.
 
-    values, sources; used: the sources in order of first use; outputs
+    values, sources; used: the sources in order of first use; outputs: the floating ones, by their path in the nest
     twins    value -> sources that were used with it, in order
     made_of  value -> the two sources that it was made of, alone
     joins    value -> the values that were joined in it along the last axis, and their lengths
@@ -48,7 +48,7 @@ class Record:
     values: Values
     sources: list[Source] = field(default_factory=list[Source])
     twins: dict[int, list[int]] = field(default_factory=dict[int, "list[int]"])
-    outputs: list[Array] = field(default_factory=list[Array])
+    outputs: dict[str, Array] = field(default_factory=dict[str, Array])
     used: list[int] = field(default_factory=list[int])
     made_of: dict[int, tuple[int, ...]] = field(default_factory=dict[int, "tuple[int, ...]"])
     joins: dict[int, tuple[tuple[int | None, int], ...]] = field(

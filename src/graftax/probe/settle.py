@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from graftax.adapters import nests
 from graftax.adapters.layouts import declared
-from graftax.errors import GraftaxError, ModelError
+from graftax.errors import GraftaxError, ModelError, escape
 from graftax.ops import apply_chain
 from graftax.plans import Entry
 from graftax.probe.draw import calls_to_try, check_finite, redrawn
-from graftax.probe.entries import entries_of, nodes_of
+from graftax.probe.entries import Node, entries_of, nodes_of
 from graftax.probe.flax_origin import FlaxOrigin
 from graftax.probe.flax_side import Forward, as_arrays, fixed_values, flax_forward, input_arrays, is_flax
 from graftax.probe.hashes import sha
@@ -40,12 +40,32 @@ SEEDS = (0, 1)
 
 
 @dataclass(frozen=True, slots=True)
+class Unsaid:
+    """A leaf that was found, but that no ops write: the tensors that it is made of, and why.
+
+    made_by  (an entry, torch -> Flax) -> does it make what was found?
+    no_op    graftax has no op for it, so that no rule and no name can write it
+    """
+
+    path: str
+    keys: tuple[str, ...]
+    why: str
+    made_by: Callable[[Entry], bool]
+    no_op: bool = False
+
+    @property
+    def text(self) -> str:
+        keys = ", ".join(escape(key) for key in self.keys)
+        return f"running both models finds {escape(self.path)} in {keys}, and this cannot be written: {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
 class Settled:
     """What running both models shows.
 
     entries     torch -> Flax, for every leaf that is proved
     open        leaves that nothing in the run depends on: not proved
-    unsaid      leaves that were found, but not as graftax's ops can say it: path -> why
+    unsaid      leaves that were found, but not as graftax's ops can say it
     error       the largest difference of the outputs in the confirming run, as a part of the largest entry
     stopped     why nothing, or not all, was found; "" if everything was
     dead_end    the step of the Flax model where the deepest attempt ended
@@ -56,7 +76,7 @@ class Settled:
 
     entries: tuple[Entry, ...] = ()
     open: tuple[str, ...] = ()
-    unsaid: Mapping[str, str] = field(default_factory=dict[str, str])
+    unsaid: tuple[Unsaid, ...] = ()
     error: float = np.inf
     stopped: str = ""
     dead_end: str = ""
@@ -287,7 +307,7 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
     return Settled(
         tuple(entries),
         tuple(name for path in opened for name in (path, *(o for o, p in others.items() if p == path))),
-        unsaid,
+        tuple(_unsaid(attempt, record, found, nodes, path, why) for path, why in unsaid.items()),
         error,
         stopped,
         dead_end if stopped else "",
@@ -295,6 +315,19 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
         inputs=attempt.digest(),
         attempt=attempt,
     )
+
+
+def _unsaid(attempt: Attempt, record: Record, found: Found, nodes: Mapping[str, Node], path: str, why: str) -> Unsaid:
+    leaf = attempt.forward.others.get(path, path)
+    held = {n: found.choices[n] for n, unknown in enumerate(attempt.unknowns) if unknown.path == leaf}
+
+    def made_by(entry: Entry) -> bool:
+        made = attempt.forced(record, [entry])
+        return all(n in made and np.allclose(made[n], choice.array(record)) for n, choice in held.items())
+
+    sources = [slot.source for slot in nodes[path].slots() if slot.source is not None]
+    keys = dict.fromkeys(key for source in sources for key in source.keys)
+    return Unsaid(path, tuple(keys), why, made_by, any(source.how == "spectral_norm" for source in sources))
 
 
 def _with_hint(error: GraftaxError, inputs: Inputs, calls: tuple[Call, Call]) -> GraftaxError:

@@ -40,16 +40,3 @@ def plain_array(tensor: torch.Tensor) -> Any:
 def to_torch(array: Any) -> Any:
     made = torch_arrays.to_torch(np.asarray(array, order="C"))
     return made.long() if made.dtype in (torch.int32, torch.int16) else made
-
-
-def flat_outputs(out: Any) -> Any:
-    """Model outputs that are data classes or named mappings, as nested tuples."""
-    if hasattr(out, "to_tuple"):
-        return out.to_tuple()
-    if isinstance(out, torch.Tensor):
-        return out
-    if hasattr(out, "values"):
-        return tuple(out.values())
-    if hasattr(out, "__dataclass_fields__"):
-        return tuple(getattr(out, name) for name in out.__dataclass_fields__)
-    return out

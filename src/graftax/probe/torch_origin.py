@@ -16,7 +16,7 @@ from graftax.probe.inputs import Call, Inputs
 from graftax.probe.record import Record, Source
 from graftax.probe.recurrent import stepwise
 from graftax.probe.redraw import ids_of, probe_copy
-from graftax.probe.torch_nests import array_of, flat_outputs, tensors, to_torch
+from graftax.probe.torch_nests import array_of, tensors, to_torch
 from graftax.probe.torch_record import TorchRecorder
 from graftax.probe.values import OutOfBudget, Values
 
@@ -89,7 +89,8 @@ def record_torch(
     if drawn:
         raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
     record.close()
-    record.outputs = [array_of(t, copy=True) for t in tensors(flat_outputs(out)) if t.is_floating_point()]
+    found = nests.leaves(out, lambda item: isinstance(item, torch.Tensor))
+    record.outputs = {path: array_of(t, copy=True) for path, t in found if t.is_floating_point()}
     return record
 
 

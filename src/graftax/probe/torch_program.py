@@ -22,7 +22,7 @@ from graftax.probe.hashes import sha, steps_hash
 from graftax.probe.program import INDEX, RUN, Program
 from graftax.probe.recurrent import stepwise
 from graftax.probe.redraw import probe_copy
-from graftax.probe.torch_nests import flat_outputs, plain_array, tensors, to_torch
+from graftax.probe.torch_nests import plain_array, tensors, to_torch
 from graftax.probe.torch_norms import NORMS
 
 _SAME = frozenset(("detach", "alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "_to_copy", "to"))
@@ -113,8 +113,9 @@ def _traced(forward: TorchForward, args: tuple[Any, ...], kwargs: dict[str, Any]
     program.inputs = [steps.begin(tensor) for tensor in input_arrays(*given)]
     called = _Called(forward.module, forward.call)
 
-    def run(tensors: Any, call: Any) -> Any:
-        return torch.func.functional_call(called, tensors, *call)
+    def run(weights: Any, call: Any) -> list[torch.Tensor]:
+        out = torch.func.functional_call(called, weights, *call)
+        return [t for _, t in nests.leaves(out, lambda item: isinstance(item, torch.Tensor)) if t.is_floating_point()]
 
     drawn: list[str] = []
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -126,10 +127,10 @@ def _traced(forward: TorchForward, args: tuple[Any, ...], kwargs: dict[str, Any]
         stack.enter_context(steps.placed(forward.module))
         stack.enter_context(steps)
         stack.enter_context(torch_float64.precision(torch.float64, on_random=drawn.append))
-        out = torch.func.functionalize(run)(weights, given)
+        outs = torch.func.functionalize(run)(weights, given)
     if drawn:
         raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
-    program.outputs = [steps.number(t) for t in tensors(flat_outputs(out)) if t.is_floating_point()]
+    program.outputs = [steps.number(t) for t in outs]
     return program
 
 

@@ -11,7 +11,7 @@ from graftax.plans import PARITY, Assumption, Entry, Proposal
 from graftax.rules.build import Builder
 from graftax.rules.grouping import RuleEnds, find_groups, folded, no_match, resolve
 from graftax.rules.model import Rule
-from graftax.rules.state import Named, RuleState
+from graftax.rules.state import Named, RuleState, Unlaid
 from graftax.rules.template import KeyIndex, Template, parse_template
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
@@ -20,12 +20,13 @@ from graftax.tree import Checkpoint, Module, Side, TensorSpec
 class RuleOutcome:
     """What the rules settle. proposal: entries from source to like, failures, and the keys that these concern
     (`broken`); missing: the policy of every leaf of like that a rule names; targets: what comes out if there is no
-    like; named: what silent rules pair."""
+    like; named: what silent rules pair; unlaid: what they pair without the layout that it needs."""
 
     proposal: Proposal
     missing: Mapping[str, str] = field(default_factory=dict[str, str])
     targets: Mapping[str, TensorSpec] = field(default_factory=dict[str, TensorSpec])
     named: tuple[Named, ...] = ()
+    unlaid: tuple[Unlaid, ...] = ()
 
 
 def apply_rules(
@@ -44,6 +45,7 @@ def apply_rules(
         (_holders(source), _holders(like)),
     )
     ends.order |= {id(rule): place for place, rule in enumerate(rules)}
+    unlaid: list[Unlaid] = []
     for rule in sorted(rules, key=lambda rule: rule.silent):  # a rule with a layout settles keys before a silent rule
         before = len(ends.failures)
         try:
@@ -54,10 +56,13 @@ def apply_rules(
         except RulesError as error:  # its text is no template on this side
             ends.failures.append(Failure(str(error), key=rule.where))
         ends.failures[before:] = folded(ends.failures[before:])
+        if ends.guessed:
+            unlaid.append(Unlaid(rule, tuple(ends.guessed), tuple(ends.failures[before:])))
+            ends.guessed.clear()
     if like_side == "flax":
         ends.failures += _nested(ends.targets)
     proposal = Proposal(tuple(ends.entries), (), tuple(ends.assumptions), tuple(ends.failures), (), tuple(ends.broken))
-    return RuleOutcome(proposal, ends.missing, ends.targets, tuple(ends.named))
+    return RuleOutcome(proposal, ends.missing, ends.targets, tuple(ends.named), tuple(unlaid))
 
 
 def _nested(targets: Mapping[str, TensorSpec]) -> list[Failure]:

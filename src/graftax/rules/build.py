@@ -4,7 +4,7 @@ port."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graftax.errors import Failure, GraftaxError, LayoutError, escape
 from graftax.ops import Op, Specs, bind_chain, infer_chain, invert_chain
@@ -69,6 +69,8 @@ class Builder:
             made = self._made(group)
         except GraftaxError as error:
             self._refuse(error, group.here.all, group.there.all)
+            if self.rule.silent and not (self.rule.bare and not self.rule.stack):
+                self.ends.guessed.append(self._guessed(group))
             return
         sources = group.here.ordered(made.order, len(self.joined.here))
         targets = group.there.ordered(made.order, len(self.joined.there))
@@ -84,6 +86,19 @@ class Builder:
         for text in made.assumes:
             names = sources if self.forward else targets
             self.assumed.setdefault(f"{_some(names)} is {text}", []).extend(targets)
+
+    def _guessed(self, group: KeyGroup) -> Entry:
+        """The entry of a group in the first layout that fits; without ops if none does."""
+        for layout in ("linear", "conv", "identity"):
+            builder = Builder(replace(self.rule, layout=layout), self.ends, self.joined, self.forward)
+            try:
+                made = builder._made(group)
+            except GraftaxError:
+                continue
+            order = made.order
+            sources = group.here.ordered(order, len(self.joined.here))
+            return Entry(sources, group.there.ordered(order, len(self.joined.there)), made.ops, (self.rule.evidence,))
+        return Entry(tuple(group.here.all), tuple(group.there.all), (), (self.rule.evidence,))
 
     def _made(self, group: KeyGroup) -> _Made:
         """The ops of a group; groups of equal specs, roles and modules share them. Raises LayoutError."""

@@ -23,6 +23,16 @@ class Named:
     failure: Failure | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Unlaid:
+    """What a silent rule pairs that needs a layout and states none: its entries in the first layout that fits (without
+    ops if none does), and the failures that say so. Running both models may show the layout."""
+
+    rule: Rule
+    entries: tuple[Entry, ...]
+    failures: tuple[Failure, ...]
+
+
 @dataclass(slots=True)
 class RuleState:
     """Both ends of the port, and what the rules have settled so far. order: id of a rule -> its place among the
@@ -40,6 +50,7 @@ class RuleState:
     failures: list[Failure] = field(default_factory=list[Failure])
     assumptions: list[Assumption] = field(default_factory=list[Assumption])
     named: list[Named] = field(default_factory=list[Named])
+    guessed: list[Entry] = field(default_factory=list[Entry])
     missing: dict[str, str] = field(default_factory=dict[str, str])
     targets: dict[str, TensorSpec] = field(default_factory=dict[str, TensorSpec])
     order: dict[int, int] = field(default_factory=dict[int, int])
