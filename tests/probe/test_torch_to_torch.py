@@ -263,3 +263,13 @@ def test_what_no_op_writes_is_asked_with_what_running_found() -> None:
     assert "running both models finds 0.weight in 0.parametrizations.weight.original" in question.text
     assert "graftax has no op for w / (u W v)" in question.text
     assert {entry.targets[0] for entry in plan.entries} == {"0.bias", "2.weight", "2.bias"}
+
+
+def test_leaves_that_may_be_exchanged_are_said() -> None:
+    source = Tied().eval()
+    plan = gx.plan(source, blank(source), inputs=tokens())
+    assert plan.proof is not None
+    (fact,) = plan.proof.facts
+    assert fact.startswith("lstm.bias_ih_l0 and lstm.bias_hh_l0 are interchangeable")
+    assert fact in str(plan)
+    assert gx.plan(Fused().eval(), Separate().eval(), inputs=noise(2, 5, 8)).proof.facts == ()  # pyright: ignore

@@ -20,7 +20,7 @@ class Proof:
     leaves   how many leaves of the plan were decided, each by a value that both models make
     open     leaves that nothing in the run depends on: not proved
     error    the largest difference of the outputs on a second redraw, as a part of the largest entry, in float64
-    facts    assumptions of the plan that the run settled
+    facts    assumptions of the plan that the run settled, and leaves that are interchangeable
     models   sha256 of the code of both models, as it was traced: "torch", "flax"
     inputs   sha256 of the shapes, dtypes and values of the inputs
     plan     sha256 of the entries: for other entries the proof is void

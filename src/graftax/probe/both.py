@@ -81,9 +81,7 @@ class BothModels:
         for item in self.settled.unsaid:
             targets, sources = (item.keys, (item.path,)) if self.flipped else ((item.path,), item.keys)
             if item.no_op and not set(taken) & {*targets, *sources}:
-                text = (
-                    f"{item.text}. Make the weight plain first (torch: remove_parametrizations)"
-                )
+                text = f"{item.text}. Make the weight plain first (torch: remove_parametrizations)"
                 questions.append(Question("layout", text, targets, sources))
                 broken.append(Entry(sources, targets, (), ("found by running both models",)))
         return Proposal((), tuple(questions), broken=tuple(broken))
@@ -102,7 +100,7 @@ class BothModels:
             len(self.proved),
             settled.open,
             float(settled.error),
-            tuple(dict.fromkeys(_fact(assumption) for assumption in known)),
+            (*dict.fromkeys(_fact(assumption) for assumption in known), *map(_exchanged, settled.symmetries)),
             settled.models,
             settled.inputs,
             entries_hash(plan.entries),
@@ -282,6 +280,11 @@ def _kept(entry: Entry) -> bool:
 
 def _fact(assumption: Assumption) -> str:
     return f"{assumption.text}: proved"
+
+
+def _exchanged(pair: tuple[str, str]) -> str:
+    one, other = map(escape, pair)
+    return f"{one} and {other} are interchangeable: exchanged, they make the same outputs; the first order is taken"
 
 
 def same_parts(rule: Entry, found: Entry, specs: Mapping[str, TensorSpec]) -> bool:

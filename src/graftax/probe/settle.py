@@ -28,6 +28,7 @@ from graftax.probe.refute import wrong_reading
 from graftax.probe.rewrite import Unknown, apart, piece, unknowns_of
 from graftax.probe.search import Found, Search
 from graftax.probe.siblings import siblings_of
+from graftax.probe.symmetries import interchangeable
 from graftax.probe.values import TOLERANCE, OutOfBudget
 
 BROKE = "running failed"
@@ -71,6 +72,7 @@ class Settled:
     dead_end    the step of the Flax model where the deepest attempt ended
     models, inputs  hashes of the code of both models and of the inputs, as in plans.Proof
     attempt     both models, to run them again
+    symmetries  pairs of leaves that may be exchanged: the models agree either way
     partly      the search did not reach the outputs: the entries are those to which it found no alternative
     """
 
@@ -83,6 +85,7 @@ class Settled:
     models: tuple[tuple[str, str], ...] = ()
     inputs: str = ""
     attempt: Attempt | None = None
+    symmetries: tuple[tuple[str, str], ...] = ()
     partly: bool = False
 
     @property
@@ -274,11 +277,11 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
     if not found.complete:  # the code of the models may differ a little
         record.values.tolerance, near = LOOSE, GROSS
         found = attempt.search(record, arrays, limits, fixed, GROSS).run()
-    other, others = attempt.redrawn(SEEDS[1])
+    other, other_arrays = attempt.redrawn(SEEDS[1])
     if not found.complete:
         record.values.tolerance = TOLERANCE
         sure = strict.sure(first)
-        _, broken = attempt.confirmed(sure, other, others, attempt.forced(other, forced))
+        _, broken = attempt.confirmed(sure, other, other_arrays, attempt.forced(other, forced))
         held = {n for value, chosen in sure.events.items() if value not in broken for n in chosen}
         choices = {n: choice for n, choice in sure.choices.items() if n in held}
         nodes = nodes_of(attempt.unknowns, choices, record.sources)
@@ -288,7 +291,8 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
             stopped = f"no plan makes the models agree within {limits.seconds:g} s and {limits.evaluations:,} trials"
         return Settled(tuple(entries), stopped=stopped, dead_end=dead_end, attempt=attempt, partly=True)
     other.values.tolerance = record.values.tolerance
-    error, broken = attempt.confirmed(found, other, others, attempt.forced(other, forced))
+    again = other, other_arrays, attempt.forced(other, forced)
+    error, broken = attempt.confirmed(found, *again)
     if broken or not error <= near:
         return Settled(
             stopped=f"what was found does not hold on other weights and inputs (off by {error:.1e})",
@@ -296,6 +300,11 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
             dead_end=next(iter(broken.values()), "the outputs"),
             attempt=attempt,
         )
+
+    def holds(swapped: Found) -> bool:
+        runs = (attempt.confirmed(swapped, *run) for run in (again, (record, arrays, fixed)))
+        return all(error <= NEAR and not broken for error, broken in runs)
+
     nodes = nodes_of(attempt.unknowns, found.choices, record.sources)
     others = attempt.forward.others
     nodes |= {other: nodes[path] for other, path in others.items() if path in nodes}
@@ -314,6 +323,7 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
         models=attempt.code(),
         inputs=attempt.digest(),
         attempt=attempt,
+        symmetries=() if stopped else tuple(interchangeable(found, attempt.unknowns, record, holds)),
     )
 
 
