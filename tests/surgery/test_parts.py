@@ -226,6 +226,10 @@ def test_a_donor_of_the_whole_leaf_gives_the_same_part_of_itself() -> None:
     donor = gx.replace(kernel(), "**/kernel", gx.constant(7))
     out = gx.replace(tree, "**/kernel[:, 0]", gx.from_checkpoint(donor))["params"]["a"]["kernel"]
     np.testing.assert_array_equal(out[:, 0], [7, 7, 7])
+    out = gx.replace(tree, "**/kernel[:, 0]", gx.mix(donor, 0.5))["params"]["a"]["kernel"]
+    np.testing.assert_array_equal(out[:, 0], [3.5, 5.5, 7.5])
+    inside = jax.jit(lambda tree: gx.replace(tree, "**/kernel[:, 0]", gx.mix(donor, 0.5)))(tree)
+    np.testing.assert_array_equal(inside["params"]["a"]["kernel"], out)
     column = {"column": np.array([1, 2, 3], np.float32)}
     out = gx.replace(tree, "**/kernel[:, 0]", gx.from_checkpoint(column))["params"]["a"]["kernel"]
     np.testing.assert_array_equal(out[:, 0], column["column"])

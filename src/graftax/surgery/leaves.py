@@ -413,15 +413,9 @@ def _new_part(
     host: Callable[[], Any],
     home: Callable[[], Checkpoint],
 ) -> Any:
-    """The new values of a part. A donor that has the size of the whole leaf gives the same part of itself."""
+    """The new values of a part."""
     part = TensorSpec(index.part_shape(spec.shape), spec.dtype)
-    if isinstance(value, FromCheckpoint):
-        donor: Any = value.opened().source
-        key = donor_key(donor, value.key, path)
-        value = replace(value, key=key)
-        if donor[key].size == spec.size != part.size:
-            whole = new_leaf(path, spec, value, lambda: old, host, home)
-            return _codes(whole, spec)[index.key]
+    value = _for_part(path, spec, part, index, value, home)
     if is_traced(value, old):
         return traced_leaf(path, part, value, old[index.key], home, index)
     return new_leaf(
@@ -433,6 +427,22 @@ def _new_part(
         home,
         index,
     )
+
+
+def _for_part(
+    path: str, spec: TensorSpec, part: TensorSpec, index: LeafIndex, value: Any, home: Callable[[], Checkpoint]
+) -> Any:
+    """The value for a part of a leaf. A donor that has the size of the whole leaf gives the same part of itself."""
+    if isinstance(value, Mix):
+        return replace(value, donor=_for_part(path, spec, part, index, value.donor, home))
+    if not isinstance(value, FromCheckpoint):
+        return value
+    donor: Any = value.opened().source
+    key = donor_key(donor, value.key, path)
+    if donor[key].size == spec.size != part.size:
+        whole = leaf_value(path, spec, replace(value, key=key), home).apply(path, spec, None)
+        return _array(_codes(whole, spec)[index.key])
+    return replace(value, key=key)
 
 
 def _leaf_part(path: str, spec: TensorSpec, index: LeafIndex, old: Any, host: Callable[[], Any]) -> Any:
