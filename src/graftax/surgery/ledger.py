@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
+_SMALL = 1 << 18
+"""Bytes that are hashed before another thread would have begun."""
+
+
 class Ledger:
     """The tiles of a stream (`base.Tiles`). `report.changes` gets one row for each leaf, once all of it has passed.
 
@@ -46,6 +50,7 @@ class Ledger:
         self._due = {target: path for target, path in paths.items() if path in selected}
         """The selected leaves that are not made yet."""
         self._known = dict(failures)
+        self._hashing = ThreadPoolExecutor(1)  # while the writer writes; its thread ends with it
         self._before: dict[str, Any] = {}
         self._changes: dict[str, Change] = {}
 
@@ -56,12 +61,17 @@ class Ledger:
         the hash of the whole."""
         self._before[target] = self._stream.counts(target)
         comparison = self._comparison(target)
-        with self._naming(target), ThreadPoolExecutor(1) as hashing:
+        with self._naming(target):
             for number, tile in enumerate(self._stream.tiles(target, True)):
-                taken = hashing.submit(comparison.take, tile.data.reshape(-1))
-                try:
+                data = tile.data.reshape(-1)
+                if data.size < _SMALL or number < first:
+                    comparison.take(data)
                     if number >= first:
                         yield tile
+                    continue
+                taken = self._hashing.submit(comparison.take, data)
+                try:
+                    yield tile
                 finally:
                     taken.result()  # the next tile takes the same memory
         self._passed(target, comparison)
