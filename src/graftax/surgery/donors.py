@@ -91,6 +91,9 @@ class FromCheckpoint:
         ops = layout_ops(donor, key, path, spec, target, self.layout)
         return donor, key, (*ops, *_cast_ops(donor, key, spec, self.cast))
 
+    def check(self, path: str, spec: TensorSpec) -> None:
+        self.way(path, spec)
+
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
         donor, key, ops = self.way(path, spec)
         (out,) = apply_chain(ops, (donor.read(key),))

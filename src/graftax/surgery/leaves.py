@@ -173,6 +173,16 @@ def leaf_value(
     return made
 
 
+def check_leaf(
+    path: str, spec: TensorSpec, value: Any, home: Callable[[], Checkpoint], index: LeafIndex | None = None
+) -> None:
+    """Raise what `new_leaf` would, as far as the shape and dtype of a leaf tell. The arguments are those of
+    `leaf_value`. Nothing is known of a function."""
+    check = getattr(leaf_value(path, spec, value, home, index), "check", None)
+    if check is not None:
+        check(path if index is None else f"{path}{index.text}", spec)
+
+
 def new_leaf(
     path: str,
     spec: TensorSpec,

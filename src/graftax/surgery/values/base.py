@@ -24,6 +24,7 @@ class Value(Protocol):
 
     reads   apply needs `old`; otherwise `old` may be None
     local   apply gives the same numbers for any part of a leaf alone, so that it can run tile by tile
+    check   PlanError if no leaf of this spec can take the value, whatever its numbers are
     apply   a new NumPy array of the old leaf's shape and dtype, or PlanError; the dtype never changes unasked
     traced  the same inside jit, grad and vmap, from a traced leaf; only values that read have it
     """
@@ -33,6 +34,7 @@ class Value(Protocol):
 
     @property
     def text(self) -> str: ...
+    def check(self, path: str, spec: TensorSpec) -> None: ...
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Any: ...
 
 

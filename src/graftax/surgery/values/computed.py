@@ -36,6 +36,9 @@ class Scaled:
     def text(self) -> str:
         return f"scaled({self.factor:.12g})"
 
+    def check(self, path: str, spec: TensorSpec) -> None:
+        require_floating(spec, self.text)
+
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Array:
         return in_pieces(spec, self.text, (old,), lambda _, wide: wide * self.factor)
 
@@ -61,6 +64,9 @@ class AddNormal:
     @property
     def text(self) -> str:
         return f"add_normal({self.stddev:.12g}, seed={self.seed}{', relative=True' if self.relative else ''})"
+
+    def check(self, path: str, spec: TensorSpec) -> None:
+        require_floating(spec, self.text)
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Array:
         require_floating(spec, self.text)
@@ -102,6 +108,9 @@ class Mean:
     @property
     def text(self) -> str:
         return "mean()"
+
+    def check(self, path: str, spec: TensorSpec) -> None:
+        require_floating(spec, self.text)
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Array:
         import numpy as np
@@ -168,6 +177,11 @@ class Mix:
         shown = getattr(self.donor, "text", None)
         return f"mix({shown if isinstance(shown, str) else escape(type(self.donor).__name__)}, {self.t:.12g})"
 
+    def check(self, path: str, spec: TensorSpec) -> None:
+        require_floating(spec, self.text)
+        if (check := getattr(self.donor, "check", None)) is not None:
+            check(path, spec)
+
     def _other(self, path: str, spec: TensorSpec) -> Any:
         """The donor's values. PlanError if they do not fit the leaf."""
         from graftax.surgery.donors import FromCheckpoint
@@ -230,7 +244,7 @@ class Rounded:
     def text(self) -> str:
         return f'rounded("{self.dtype}")'
 
-    def _check(self, spec: TensorSpec) -> None:
+    def check(self, path: str, spec: TensorSpec) -> None:
         from graftax.ops.floats import widens
 
         require_floating(spec, self.text)
@@ -245,7 +259,7 @@ class Rounded:
 
         from graftax.ops.casting import cast_array
 
-        self._check(spec)
+        self.check(path, spec)
         out = np.empty(spec.shape, old.dtype)
         flat, before = out.reshape(-1), np.ascontiguousarray(old).reshape(-1)
         overflowed = 0
@@ -262,7 +276,7 @@ class Rounded:
         from graftax.adapters.traced import nearest_of
         from graftax.ops.floats import FLOATS
 
-        self._check(spec)
+        self.check(path, spec)
 
         def there_and_back(xp: Any, wide: Any) -> Any:
             return nearest_of(wide, FLOATS[self.dtype]).astype(self.dtype).astype(wide.dtype)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftax.errors import PlanError
-from graftax.surgery.values.base import dtype_of, in_pieces, refuse_packed
+from graftax.surgery.values.base import dtype_of, in_pieces, refuse_packed, require_floating
 from graftax.tree import TensorSpec
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ class Constant:
     def text(self) -> str:
         return f"constant({self.value!r})"
 
+    def check(self, path: str, spec: TensorSpec) -> None:
+        refuse_packed(spec, self.text)
+        _scalar(self.value, spec)
+
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Array:
         import numpy as np
 
@@ -48,6 +52,9 @@ class Zeros:
     @property
     def text(self) -> str:
         return "zeros()"
+
+    def check(self, path: str, spec: TensorSpec) -> None:
+        refuse_packed(spec, self.text)
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Array:
         return Constant(0).apply(path, spec, old)
@@ -139,6 +146,9 @@ class Normal:
     @property
     def text(self) -> str:
         return f"normal({self.stddev:.12g}, seed={self.seed})"
+
+    def check(self, path: str, spec: TensorSpec) -> None:
+        require_floating(spec, self.text)
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Array:
         draw = draws(self.seed, path)

@@ -57,6 +57,11 @@ class Quantized:
         axis = None if self.axis is None else list(self.axis)
         return {"value": "quantized", "bits": self.bits, "axis": axis, "group": self.group, "axes": axes}
 
+    def check(self, path: str, spec: TensorSpec) -> None:
+        require_floating(spec, self.text)
+        if spec.size:
+            self.cut(path, spec)
+
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Array:
         import numpy as np
 
