@@ -84,7 +84,7 @@ def test_a_draw_is_the_same_again(words, capsys):
     [
         (["**/kernel"], 2, "at least one of --constant, --zeros"),
         (["**/kernel", "--add-normal", "1"], 2, "--add-normal needs --seed"),
-        (["**/kernel", "--zeros", "--axis", "1"], 2, "--axis goes with --quantized"),
+        (["**/kernel", "--zeros", "--axis", "-1"], 2, "--axis goes with --quantized"),
         (["**/kernel", "--zeros", "--metric", "ablated_model:number"], 2, "not a function"),
         (["**/nothing", "--zeros"], 1, "matches nothing"),
         (["a", "b", "--zeros"], 2, "one SELECT is taken"),
@@ -104,8 +104,16 @@ def test_a_linen_model_needs_weights(words, capsys):
 
 def test_each_value_flag_makes_its_value():
     given = {"constant": "1", "normal": 1.0, "add_normal": 1.0, "scaled": 2.0, "quantized": 4, "from_": "w.npz"}
+    given |= {"rounded": "bfloat16"}
     for row in VALUES:
         (value,) = values_given({row.name: given.get(row.name, True), "seed": 0 if "seed" in row.details else None})
         assert value.text.startswith(row.flag[2:].replace("-", "_") if row.name != "from_" else "from_checkpoint")
+    details = {"add_normal": 0.5, "seed": 1, "relative": True, "quantized": [4, 8], "axis": "0,-1", "group": 2}
+    assert [value.text for value in values_given(details, several=True)] == [
+        "add_normal(0.5, seed=1, relative=True)",
+        *(f"quantized({bits}, axis=(0, -1), group=2)" for bits in (4, 8)),
+    ]
+    with pytest.raises(UsageError, match="no axis"):
+        values_given({"quantized": 4, "axis": "last"})
     with pytest.raises(UsageError, match="exactly one"):
         values_given({"zeros": True, "scaled": 2.0})

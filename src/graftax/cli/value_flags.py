@@ -71,6 +71,27 @@ def _constant(word: str, given: Mapping[str, Any]) -> Any:
     return values.constant(_number(word))
 
 
+def _add_normal(word: float, given: Mapping[str, Any]) -> Any:
+    from graftax.surgery import values
+
+    return values.add_normal(word, given.get("seed", 0), relative=given.get("relative", False))
+
+
+def _quantized(word: int, given: Mapping[str, Any]) -> Any:
+    from graftax.surgery import values
+
+    axis = given.get("axis")
+    return values.quantized(word, None if axis is None else _axes(axis), given.get("group"))
+
+
+def _axes(text: str) -> tuple[int, ...]:
+    """`-1` or `0,2`. UsageError for anything else."""
+    try:
+        return tuple(int(axis) for axis in text.split(","))
+    except ValueError:
+        raise UsageError(f"--axis {escape(text)!r} is no axis: write -1, or several as 0,2") from None
+
+
 def _from_checkpoint(word: str, given: Mapping[str, Any]) -> Any:
     from graftax.surgery import values
 
@@ -94,17 +115,24 @@ VALUES: tuple[ValueFlag, ...] = (
         "add_normal",
         float,
         "Normal noise of this standard deviation is added to every value (needs --seed).",
-        _value("add_normal", "seed"),
-        ("seed",),
+        _add_normal,
+        ("seed", "relative"),
         _DRAWN,
     ),
     ValueFlag("scaled", float, "Every value is multiplied by this.", _value("scaled")),
+    ValueFlag("mean", bool, "Every value becomes the mean of its leaf.", _value("mean")),
+    ValueFlag(
+        "rounded",
+        str,
+        "Every value is rounded to this narrower dtype and back, such as float8_e4m3fn.",
+        _value("rounded"),
+    ),
     ValueFlag(
         "quantized",
         int,
-        "Every value is rounded to this many bits, symmetric per channel; the dtype stays.",
-        _value("quantized", "axis"),
-        ("axis",),
+        "Every value is rounded to this many bits, symmetric, with a scale for each output channel; the dtype stays.",
+        _quantized,
+        ("axis", "group"),
     ),
     ValueFlag(
         "from_",
@@ -117,11 +145,14 @@ VALUES: tuple[ValueFlag, ...] = (
 
 DETAILS: tuple[Detail, ...] = (
     Detail("seed", int, "The seed of the draws; each leaf draws from (seed, path)."),
+    Detail("relative", bool, "Times the standard deviation of the leaf."),
     Detail(
         "axis",
-        int,
-        "The channel axis of --quantized (default: the last axis of a matrix; other leaves need this option).",
+        str,
+        "The axes that keep a scale of their own in --quantized, such as -1 or 0,2 (default: output channels, as the "
+        "model or a name that leaves no doubt tells).",
     ),
+    Detail("group", int, "So many input channels share a scale in --quantized (default: all)."),
     Detail("key", str, "The name of the tensor in that checkpoint."),
     Detail(
         "layout",
