@@ -105,6 +105,12 @@ def test_all_floating_weights_of_a_module_change_together(params):
     assert alone.rows[1].leaves == ("params/block/norm/scale",)
 
 
+def test_integers_stay_as_they_are_in_a_module():
+    weights = {"layer": {"kernel": np.ones(3, "f4"), "steps": np.arange(3)}}
+    (_, row) = gx.ablate(lambda tree: tree["layer"]["kernel"].sum(), weights, "layer", gx.scaled(2.0), each="module")
+    assert (row.leaves, row.numbers) == (("layer/kernel",), {"<lambda>": 6.0})
+
+
 def test_bare_params_are_taken_as_they_are():
     model, bare = nn.Dense(2), {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
     (_, row) = gx.ablate(gx.linen(model, X), bare, "kernel", gx.zeros())
@@ -258,10 +264,10 @@ def test_one_leaf_is_held_beside_the_weights():
         ({"selector": "block/up", "each": "module", "exclude": "**/block/**"}, PlanError, "no floating weights"),
         ({"each": "layer"}, UsageError, "'leaf', 'module', 'head'"),
         ({"values": []}, UsageError, "no value"),
-        ({"what": MODEL}, UsageError, "no example"),
+        ({"what": MODEL}, UsageError, "holds no example"),
         ({"what": Model}, UsageError, "the class Model"),
-        ({"what": gx.linen(MODEL, jnp.ones((2, 3)))}, UsageError, "constant"),
-        ({"what": gx.linen(MODEL, jax.ShapeDtypeStruct((2, 3), "float32"))}, UsageError, "only shapes"),
+        ({"what": gx.linen(MODEL, jnp.ones((2, 3)))}, UsageError, "is no batch"),
+        ({"what": gx.linen(MODEL, jax.ShapeDtypeStruct((2, 3), "float32"))}, UsageError, "only the shape"),
         ({"what": lambda weights: 1.0, "inputs": X}, UsageError, "its own inputs"),
         ({"what": lambda weights: "text"}, UsageError, "nothing to compare"),
         ({"metric": lambda out: out}, UsageError, "the metric gives"),
@@ -297,3 +303,56 @@ def test_the_page_shows_every_row_and_replaces_only_its_own_kind(params, tmp_pat
     page.write_text("mine")
     with pytest.raises(gx.errors.StorageError, match="is not an ablation study"):
         study.report(page)
+
+
+def test_values_that_do_not_fit_are_all_listed_before_anything_runs(params):
+    runs: list[int] = []
+
+    def forward(weights: Any) -> float:
+        runs.append(1)
+        return 0.0
+
+    weights = {**params, "counters": {"step": jnp.zeros((3,), "int32")}}
+    values = [gx.quantized(4), gx.zeros(), gx.scaled(2.0), np.zeros((7, 5), "f4"), 0.5]
+    with pytest.raises(PlanError, match="values do not fit leaves") as caught:
+        gx.ablate(forward, weights, ["counters/step", "head/*"], values)
+    found = [(failure.key, failure.what.split(" ")[0]) for failure in caught.value.failures]
+    assert runs == []
+    assert sorted(found) == sorted(
+        [
+            *(("counters/step", word) for word in ("quantized(4):", "scaled(2):", "has", "got")),
+            *(("params/head/bias", word) for word in ("quantized(4):", "has", "got")),
+            ("params/head/kernel", "got"),
+        ]
+    )
+    assert "exclude" in str(caught.value)
+
+
+def test_the_model_tells_what_the_axes_of_a_leaf_are():
+    model = nn.MultiHeadDotProductAttention(2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), X[None, :, :2])
+    draw = np.random.default_rng(0)
+    weights = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype), shapes)
+    like, seen = gx.linen(model, X[None, :, :2]), list[np.ndarray]()
+    gx.ablate(like, weights, "**/query/kernel", gx.quantized(3), metric=kept(seen))
+    edited = gx.replace(weights, "**/query/kernel", gx.quantized(3), like=like)
+    assert seen[-1].tobytes() == np.asarray(jax.jit(model.apply)(edited, X[None, :, :2])).tobytes()
+    with pytest.raises(PlanError, match="has no input channels"):
+        gx.ablate(like, weights, "query", gx.quantized(3), each="module")
+
+
+def test_a_donor_is_opened_once(params, tmp_path, monkeypatch):
+    from safetensors.numpy import save_file
+
+    from graftax.surgery import donors
+
+    flat = {f"params/head/{name}": np.asarray(leaf) * 2 for name, leaf in params["params"]["head"].items()}
+    save_file(flat, tmp_path / "donor.safetensors")
+    opened: list[Any] = []
+    own = donors.FromCheckpoint.way
+    monkeypatch.setattr(
+        donors.FromCheckpoint, "way", lambda self, *rest: opened.append(self.source) or own(self, *rest)
+    )
+    study = gx.ablate(gx.linen(MODEL, X), params, "head/*", gx.from_checkpoint(tmp_path / "donor.safetensors"))
+    assert len({id(source) for source in opened}) == 1
+    assert [row.numbers["relative_l2"] > 0 for row in study] == [False, True, True]

@@ -137,7 +137,7 @@ def _head_counts(targets: Sequence[Shape], lead: int, rows: Sequence[int], heads
 _LETTER = re.compile(r"(?:.*[./_])?(?:to_|w_?)?(query|key|value|q|k|v)(?:_?(?:proj|lin|kernel|dense))?", re.IGNORECASE)
 
 
-def _letter(role: str) -> str:
+def projection_letter(role: str) -> str:
     """q, k or v for a role such as 'query/kernel', 'to_q/kernel', 'k_proj/bias'; '' for another."""
     module, _, leaf = role.rpartition("/")
     found = _LETTER.fullmatch(module) if leaf in ("kernel", "bias") else None
@@ -146,8 +146,8 @@ def _letter(role: str) -> str:
 
 def fused_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     """Both readings of a fused projection to three: their shapes are identical, so a rule must choose."""
-    kernels = {_letter(role): role for role in facts.flax if role.endswith("/kernel")}
-    biases = {_letter(role): role for role in facts.flax if role.endswith("/bias")}
+    kernels = {projection_letter(role): role for role in facts.flax if role.endswith("/kernel")}
+    biases = {projection_letter(role): role for role in facts.flax if role.endswith("/bias")}
     weight = facts.torch.get("weight") or facts.torch.get("in_proj_weight")
     if weight is None or len(weight) != 2 or set(kernels) != {"q", "k", "v"}:
         return

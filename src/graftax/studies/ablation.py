@@ -9,11 +9,14 @@ from typing import Any, Literal
 from graftax.adapters.nests import is_array
 from graftax.errors import UsageError, escape
 from graftax.report.progress import steps_bar
+from graftax.studies.dry_pass import opened_values, require_fit
 from graftax.studies.effects import Baseline
-from graftax.studies.forward import forward_of, is_model, state_of
+from graftax.studies.forward import Forward, forward_of, is_model, state_of
 from graftax.studies.study import Study, row_of
-from graftax.studies.targets import EACH, Target, leaf_targets, module_targets
+from graftax.studies.targets import EACH, Target, head_targets, leaf_targets, module_targets
 from graftax.surgery import replace
+from graftax.surgery.live import live_tree
+from graftax.tree import Checkpoint
 
 
 def ablate(
@@ -54,8 +57,39 @@ def ablate(
     chosen = list(values) if isinstance(values, (list, tuple)) else [values]
     if not chosen:
         raise UsageError("there is no value to put in", next="Give gx.zeros() or another value, or a list of them.")
-    pick = leaf_targets if each == "leaf" else module_targets
-    return _study(run, weights, pick(weights, selector, exclude), chosen, each, name, metric)
+    modules = _Modules(run, weights)
+    if each == "head":
+        targets = head_targets(weights, selector, exclude, modules(), modules.start)
+    else:
+        targets = (leaf_targets if each == "leaf" else module_targets)(weights, selector, exclude)
+    opened = opened_values(chosen)
+    require_fit(weights, targets, opened, modules)
+    edits = [(target, text, value) for target in targets for text, value in zip(_texts(chosen), opened, strict=True)]
+    return _study(run, weights, edits, modules.like, Study((), each, name), metric)
+
+
+class _Modules:
+    """() -> the leaves of the model, or of the weights, with the modules that tell what their axes are; opened when
+    they are first asked for."""
+
+    def __init__(self, run: Any, weights: Any) -> None:
+        self.run, self.weights = run, weights
+        self.tree: Checkpoint | None = None
+
+    def __call__(self) -> Checkpoint:
+        if self.tree is None:
+            self.tree = self.run.tree() if isinstance(self.run, Forward) else live_tree(self.weights).opened()
+        return self.tree  # pyright: ignore[reportReturnType]
+
+    @property
+    def start(self) -> str:
+        """What the paths have before those of the weights."""
+        return "params/" if isinstance(self.run, Forward) and self.run.bare else ""
+
+    @property
+    def like(self) -> Checkpoint | None:
+        """What `replace` needs as its like: None if no value asked for modules, or there are none."""
+        return self.tree if self.tree is not None and self.tree.live.modules else None
 
 
 def _runner(what: Any, params: Any, inputs: Any) -> tuple[Callable[[Any], Any], Any, str]:
@@ -72,30 +106,28 @@ def _runner(what: Any, params: Any, inputs: Any) -> tuple[Callable[[Any], Any], 
 def _study(
     run: Callable[[Any], Any],
     weights: Any,
-    targets: Sequence[Target],
-    values: Sequence[Any],
-    each: str,
-    name: str,
+    edits: Sequence[tuple[Target, str, Any]],
+    like: Checkpoint | None,
+    empty: Study,
     metric: Callable[[Any], Any] | None,
 ) -> Study:
-    number = name if metric is None else str(getattr(metric, "__name__", "metric"))
-    texts = _texts(values)
-    with steps_bar("ablating", len(targets) * len(values) + 2) as advance:
+    """The study with its rows: one for each (target, name of the value, value)."""
+    number = empty.name if metric is None else str(getattr(metric, "__name__", "metric"))
+    with steps_bar("ablating", len(edits) + 2) as advance:
         baseline = Baseline(run(weights), number, metric)
         advance()
         again = baseline.effect(run(weights))
         advance()
         rows = [row_of(None, "", replaced(again, numbers=baseline.numbers or again.numbers))]
-        for target in targets:
-            for value, text in zip(values, texts, strict=True):
-                try:
-                    effect = baseline.effect(run(replace(weights, dict.fromkeys(target.leaves, value))))
-                except Exception as error:
-                    error.add_note(f"in the run of {escape(target.text)} with {text}")
-                    raise
-                rows.append(row_of(target, text, effect))
-                advance()
-    return Study(tuple(rows), each, name, again.same)
+        for target, text, value in edits:
+            try:
+                effect = baseline.effect(run(replace(weights, dict.fromkeys(target.leaves, value), like=like)))
+            except Exception as error:
+                error.add_note(f"in the run of {escape(target.text)} with {escape(text)}")
+                raise
+            rows.append(row_of(target, text, effect))
+            advance()
+    return replaced(empty, rows=tuple(rows), deterministic=again.same)
 
 
 def _texts(values: Sequence[Any]) -> list[str]:

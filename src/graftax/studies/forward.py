@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from flax import errors as flax_errors
 from flax import linen as nn
 from flax import nnx
 
 from graftax.adapters import kind_of, nests
 from graftax.adapters.linen_tree import LinenModel
-from graftax.errors import GraftaxError, PlanError, UsageError, option, with_article
+from graftax.errors import GraftaxError, PlanError, UsageError, with_article
 from graftax.execute.opening import open_tree
 from graftax.parity.flax_program import model_error
 from graftax.parity.prepare import flax_like
-from graftax.probe.inputs import Call, calls_of, inputs_of
+from graftax.studies.example_inputs import Call, flax_call
 from graftax.tree import Checkpoint
 
 MODELS = frozenset({"linen model", "nnx module"})
@@ -77,14 +76,11 @@ class Forward:
 
 
 def forward_of(what: Any, weights: Any, inputs: Any = None) -> Forward:
-    """The forward of a Flax model: gx.linen(...), a Linen module (with `inputs`) or an nnx.Module (with `inputs`).
-
-    Raises UsageError if there are no inputs, or only inputs that prove nothing.
-    """
-    given = None if inputs is None else inputs_of(inputs)
-    call = _example(what) if given is None else calls_of(given, what)[1]
-    model = flax_like(what, call)
-    own = None if given is None else given.flax_call
+    """The forward of a Flax model: gx.linen(...), or a Linen module or an nnx.Module with `inputs`. Raises what
+    `flax_call` raises."""
+    wrapped = LinenModel(what) if isinstance(what, nn.Module) else what
+    call, own = flax_call(inputs, wrapped)
+    model = flax_like(wrapped, call)
     if isinstance(model, LinenModel):
         bare = not (isinstance(weights, Mapping) and "params" in weights)
         return Forward(model, call, _linen(model, call, bare, own), bare)
@@ -125,34 +121,6 @@ def _kind(what: Any) -> str:
         return kind_of(what)
     except UsageError:
         return ""
-
-
-# ---------------------------------------------------------------- the input
-
-
-def _example(what: Any) -> Call:
-    """The example of gx.linen(...). UsageError if it has no values, or only constants, with which most edits show no
-    effect."""
-    given = (what.args, what.kwargs) if isinstance(what, LinenModel) else ()
-    arrays = [array for _, array in nests.leaves(given, nests.is_array)]
-    if not arrays:
-        raise UsageError("the model has no example to run on", next=f"Give {option('inputs')}.")
-    if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
-        raise UsageError("the example of gx.linen(...) has only shapes", next=f"Give real values: {option('inputs')}.")
-    if all(_constant(array) for array in arrays):
-        raise UsageError(
-            "the example of gx.linen(...) is constant, and shows little of what an edit does",
-            next=f"Give real values, there or as {option('inputs')}.",
-        )
-    assert isinstance(what, LinenModel)
-    return what.args, dict(what.kwargs)
-
-
-def _constant(array: Any) -> bool:
-    if jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return True
-    values = np.asarray(array).reshape(-1)
-    return not values.size or bool((values == values[0]).all())
 
 
 # ---------------------------------------------------------------- one jitted function

@@ -22,6 +22,7 @@ def study_html(study: Study) -> str:
     context = {
         "study": study,
         "mark": MARK,
+        "seconds": "",
         "headline": words.headline(study),
         "warning": words.warning(study),
         "heads": words.heads(study),

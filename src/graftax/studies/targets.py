@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graftax.errors import Failure, PlanError, UsageError, escape
+from graftax.errors import Failure, LayoutError, PlanError, UsageError, escape
+from graftax.layers.heads import output_projection
 from graftax.surgery import select
 from graftax.surgery.live import LiveTree, live_tree
 from graftax.surgery.selecting import listed, selector_text
-from graftax.tree import Side, match_paths, nearest
+from graftax.tree import Checkpoint, Side, match_paths, nearest
 
 EACH = ("leaf", "module", "head")
 
@@ -19,7 +20,7 @@ EACH = ("leaf", "module", "head")
 class Target:
     """What one row changes.
 
-    path    the leaf or the module that the row is called by
+    path    the leaf or the module that the row is called by; a scanned module with the place of its layer: `layers[3]`
     leaves  the selectors of `replace` that take the value: paths, each with the index of a part where it is one
     head    the number of the head, where it is one
     """
@@ -34,13 +35,15 @@ class Target:
 
 
 def leaf_targets(params: Any, selector: Any, exclude: Any) -> list[Target]:
-    """One target for each leaf that the selector picks, in the tree's order. Names that share their memory (tied
-    weights of a state_dict) are one target. PlanError if nothing is selected."""
-    names = _tied(live_tree(params))
+    """One target for each leaf, or part of a leaf, that the selector picks, in the tree's order. Names that share their
+    memory (tied weights of a state_dict) are one target. PlanError if nothing is selected."""
+    live = live_tree(params)
+    names = _tied(live)
     found: dict[str, Target] = {}
-    for path in _selected(params, selector, exclude):
-        first, leaves = names.get(path, (path, (path,)))
-        found.setdefault(first, Target(path, leaves))
+    for text in select(params, selector, exclude):
+        path = text if text in live.leaves else text[: text.rindex("[")]
+        every = [name + text.removeprefix(path) for name in names.get(path, (path,))]
+        found.setdefault(every[0], Target(text, tuple(every)))
     return list(found.values())
 
 
@@ -51,15 +54,45 @@ def module_targets(params: Any, selector: Any, exclude: Any) -> list[Target]:
     """
     live = live_tree(params)
     names = _tied(live)
-    kept = set(_selected(params, "**", exclude))
+    kept = set(select(params, "**", exclude))
     made: list[Target] = []
     failures: list[Failure] = []
     for module, below in picked_modules(live, selector).items():
         weights = [path for path in below if path in kept and live.spec(path).floating]
-        leaves = {name: None for path in weights for name in names.get(path, (path, (path,)))[1]}
+        leaves = {name: None for path in weights for name in names.get(path, (path,))}
         made.append(Target(module, tuple(leaves)))
         if not leaves:
             failures.append(Failure("has no floating weights to change", key=module))
+    if failures:
+        raise PlanError(f"nothing was run on {escape(live.label)}:", failures)
+    return made
+
+
+def head_targets(params: Any, selector: Any, exclude: Any, tree: Checkpoint, start: str = "") -> list[Target]:
+    """One target for each query head of each attention that the selector picks: its part of the output projection.
+
+    tree   the model's leaves with its modules, or those of the weights
+    start  what its paths have before those of the weights: 'params/' where these are params alone
+
+    Raises PlanError if nothing is selected, or heads are not found.
+    """
+    live = live_tree(params)
+    kept = set(select(params, "**", exclude))
+    made: list[Target] = []
+    failures: list[Failure] = []
+    for module, below in picked_modules(live, selector).items():
+        try:
+            found = output_projection(tree, module, [start + path for path in below])
+        except LayoutError as error:
+            what, _, then = str(error).partition("\n")
+            failures.append(Failure(what, next=then))
+            continue
+        path = found.path.removeprefix(start)
+        for places, head, index in found.parts() if path in kept else ():
+            layer = f"[{', '.join(map(str, places))}]" if places else ""
+            made.append(Target(module + layer, (path + index.text,), head))
+    if not failures and not made:
+        failures.append(Failure(f"every output projection that {selector_text(selector)} selects is excluded"))
     if failures:
         raise PlanError(f"nothing was run on {escape(live.label)}:", failures)
     return made
@@ -107,23 +140,12 @@ def _no_module(live: LiveTree, text: str, known: Mapping[str, Any]) -> Failure:
 # ---------------------------------------------------------------- the tree
 
 
-def _selected(params: Any, selector: Any, exclude: Any) -> Sequence[str]:
-    paths = select(params, selector)
-    if exclude is None:
-        return paths
-    out = set(select(params, exclude))
-    kept = [path for path in paths if path not in out]
-    if not kept:
-        raise PlanError(f"everything that {selector_text(selector)} selects is excluded")
-    return kept
-
-
-def _tied(live: LiveTree) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """name -> (the name that counts, all names of the same memory), of the tied tensors of a state_dict."""
+def _tied(live: LiveTree) -> dict[str, tuple[str, ...]]:
+    """name -> all names of the same memory, the one that counts first, of the tied tensors of a state_dict."""
     groups: dict[str, list[str]] = {}
     for name, first in live.other_names().items() if live.torch else ():
         groups.setdefault(first, [first]).append(name)
-    return {name: (first, tuple(names)) for first, names in groups.items() for name in names}
+    return {name: tuple(names) for names in groups.values() for name in names}
 
 
 def _modules(live: LiveTree, sep: str) -> list[dict[str, list[str]]]:
