@@ -12,6 +12,7 @@ from graftax.adapters import spec_of_leaf
 from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape, with_article
 from graftax.ops import LeafValue, Misfit, misfit_of
 from graftax.ops.replace_op import not_data, value_data
+from graftax.surgery.array_parts import as_array, as_codes, as_stored, host_part, leaf_part
 from graftax.surgery.donors import FromCheckpoint, Target, donor_key, misfit_hint, owner, readings_of
 from graftax.surgery.roles import role_in, same_leaf
 from graftax.surgery.selecting import Edit, Parts
@@ -404,14 +405,14 @@ def _with_parts(
         return whole
     if base is None and is_split(old):
         ranged = [(index.ranges(spec.shape), part) for index, part in made]
-        return with_parts(old, [(at, _array(part).reshape([*map(len, at)])) for at, part in ranged])
+        return with_parts(old, [(at, as_array(part).reshape([*map(len, at)])) for at, part in ranged])
     if base is not None or is_tensor_leaf(old) or type(old).__module__ != "numpy":
-        whole = _codes(host() if base is None else base, spec).copy()
+        whole = as_codes(host() if base is None else base, spec).copy()
     else:
-        whole = _codes(old, spec)  # it is a copy already
+        whole = as_codes(old, spec)  # it is a copy already
     for index, part in made:
-        whole[index.key] = _array(part)
-    return _packed(whole, spec)
+        whole[index.key] = as_array(part)
+    return as_stored(whole, spec)
 
 
 def _new_part(
@@ -432,8 +433,8 @@ def _new_part(
         path,
         part,
         value,
-        lambda: _leaf_part(path, spec, index, old, host),
-        lambda: _host_part(path, spec, index, old, host),
+        lambda: leaf_part(path, spec, index, old, host),
+        lambda: host_part(path, spec, index, old, host),
         home,
         index,
     )
@@ -451,60 +452,14 @@ def _for_part(
     key = donor_key(donor, value.key, path)
     if donor[key].size == spec.size != part.size:
         whole = leaf_value(path, spec, replace(value, key=key), home).apply(path, spec, None)
-        return _array(_codes(whole, spec)[index.key])
+        return as_array(as_codes(whole, spec)[index.key])
     return replace(value, key=key)
-
-
-def _leaf_part(path: str, spec: TensorSpec, index: LeafIndex, old: Any, host: Callable[[], Any]) -> Any:
-    """The part of the old leaf that a user's function gets: an array of the leaf's own kind, which it may change."""
-    from graftax.adapters.jax_arrays import to_jax
-    from graftax.adapters.jax_parts import is_split
-
-    if spec.packed:
-        return _host_part(path, spec, index, old, host).copy()
-    if is_split(old):
-        return to_jax(_host_part(path, spec, index, old, host))
-    if is_tensor_leaf(old):
-        from graftax.adapters.torch_arrays import to_torch
-
-        return to_torch(_host_part(path, spec, index, old, host), old)
-    return old[index.key] if type(old).__module__ != "numpy" else _array(old[index.key]).copy()
-
-
-def _host_part(path: str, spec: TensorSpec, index: LeafIndex, old: Any, host: Callable[[], Any]) -> Any:
-    """The values of a part of the old leaf as a NumPy array; packed types one code to a byte."""
-    from graftax.adapters.jax_parts import is_split, read_part
-
-    if is_split(old):
-        return read_part(old, index.ranges(spec.shape), path).reshape(index.part_shape(spec.shape))
-    return _array(_codes(host(), spec)[index.key])
 
 
 def is_tensor_leaf(leaf: Any) -> bool:
     from graftax.adapters.containers import is_tensor
 
     return is_tensor(leaf)
-
-
-def _array(values: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(values)
-
-
-def _codes(array: Any, spec: TensorSpec) -> Any:
-    """The array, with one code to a byte if its dtype is packed."""
-    from graftax.tree.dtypes import unpack
-
-    array = _array(array)
-    as_bytes = spec.packed and array.dtype == "uint8" and array.shape == (spec.nbytes,)
-    return unpack(array, spec) if as_bytes else array
-
-
-def _packed(array: Any, spec: TensorSpec) -> Any:
-    from graftax.tree.dtypes import pack
-
-    return pack(array, spec.bits) if spec.packed else array
 
 
 def own_copy(leaf: Any) -> Any:
