@@ -172,7 +172,7 @@ def test_a_part_called_through_a_method_holds_what_that_method_uses(net: Any):
     assert encode.inputs[1] == {"scale": 2.0}
 
 
-def test_replace_port_and_parity_work_on_a_part(net: Any):
+def test_replace_port_compare_and_parity_work_on_a_part(net: Any):
     like, variables = net
     part = gx.part(like, variables, "mlp/out")
     known = np.eye(5, 4, dtype=np.float32)
@@ -181,6 +181,9 @@ def test_replace_port_and_parity_work_on_a_part(net: Any):
         applied(part, good),
         nn.Dense(4).apply({"params": {"kernel": known, "bias": good["params"]["bias"]}}, *part.inputs[0]),
     )
+    study = gx.compare(part.weights, good, like=part.like)
+    assert not study.equal
+    assert gx.compare(part.weights, part.weights, like=part.like).equal
     linear = torch.nn.Linear(5, 4)
     ported = gx.port(linear, part.like)
     assert gx.check_parity(linear, part.like, part.inputs, weights=ported)
@@ -277,7 +280,7 @@ def test_wrong_paths_and_calls_say_what_there_is(net: Any):
     with pytest.raises(UsageError, match=r"call=2 is out of range: shared is called 2 times|shared is called"):
         gx.part(like, variables, "shared", call=9)
     only = gx.linen(like.module.clone(), jax.ShapeDtypeStruct(X.shape, X.dtype))
-    with pytest.raises(UsageError, match="only shapes, no values"):
+    with pytest.raises(UsageError, match="has only the shape of argument 0"):
         gx.part(only, variables, "mlp")
     assert same(gx.part(only, variables, "mlp", inputs=X).output, gx.part(like, variables, "mlp").output)
     with pytest.raises(UsageError, match="weights"):

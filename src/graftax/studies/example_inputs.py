@@ -3,6 +3,7 @@ batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,16 +15,17 @@ from graftax.probe.inputs import calls_of, inputs_of
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def flax_call(inputs: Any, like: Any) -> tuple[Call, Any]:
-    """((args, kwargs) in NumPy, the function that calls the model or None) for a Flax model.
+def flax_call(inputs: Any, like: Any, *, constant: bool = False) -> tuple[Call, Any]:
+    """((args, kwargs), the function that calls the model or None) for a Flax model.
 
-    inputs  an array, a tuple of them, (args, kwargs), gx.Inputs(...), or None for the example of gx.linen(...)
+    inputs    an array, a tuple of them, (args, kwargs), gx.Inputs(...), or None for the example of gx.linen(...)
+    constant  an example that holds one value everywhere is taken too
 
-    UsageError for inputs without values; for an example that is no batch (a constant array, shapes alone); and if there
-    is no example.
+    UsageError for inputs without values; for an example that is no batch (nothing but constant arrays, shapes alone);
+    and if there is no example.
     """
     if inputs is None:
-        return _example(like), None
+        return _example(like, constant), None
     given = inputs_of(inputs)
     for call in (given.both, given.flax, given.torch):
         for path, leaf in nests.leaves(call, nests.is_array):
@@ -32,7 +34,7 @@ def flax_call(inputs: Any, like: Any) -> tuple[Call, Any]:
     return calls_of(given, like)[1], given.flax_call
 
 
-def _example(like: Any) -> Call:
+def _example(like: Any, constant: bool) -> Call:
     held: Mapping[str, Any] = {}
     if isinstance(like, LinenModel):
         named = [*((f"argument {i}", value) for i, value in enumerate(like.args)), *like.kwargs.items()]
@@ -48,29 +50,29 @@ def _example(like: Any) -> Call:
     for name, leaf in held.items():
         if jax_arrays.is_abstract(leaf):
             raise UsageError(f"the example of gx.linen(...) has only the shape of {name}", next=hint)
-    flat = {name: _is_constant(leaf) for name, leaf in held.items()}
-    floating = [name for name, leaf in held.items() if flat[name] and _is_floating(leaf)]
-    if floating or all(flat.values()):
-        name = (floating or list(flat))[0]
+    telling = {name: leaf for name, leaf in held.items() if _is_floating(leaf) and _several(leaf)} or held
+    if not constant and all(map(_is_constant, telling.values())):
         raise UsageError(
-            f"the example of gx.linen(...) is no batch: {name} holds one value everywhere, so its result would say "
-            "nothing about real inputs",
+            f"the example of gx.linen(...) is no batch: {next(iter(telling))} holds one value everywhere, so its "
+            "result would say nothing about real inputs",
             next=hint,
         )
     assert isinstance(like, LinenModel)
-    from graftax.probe.inputs import on_host
-
-    return on_host(tuple(like.args)), on_host(dict(like.kwargs))
+    return tuple(like.args), dict(like.kwargs)
 
 
 def _is_constant(array: Any) -> bool:
     """Is it an array of several values that are all the same? A random key is not looked at."""
     import numpy as np
 
-    if "key<" in str(array.dtype) or np.size(array) < 2:
+    if "key<" in str(array.dtype) or not _several(array):
         return False
     flat = np.asarray(array).reshape(-1)
     return bool((flat == flat[0]).all())
+
+
+def _several(array: Any) -> bool:
+    return math.prod(array.shape) > 1
 
 
 def _is_floating(array: Any) -> bool:

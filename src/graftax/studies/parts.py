@@ -22,8 +22,9 @@ from graftax.parity.linen_runner import LinenRunner
 from graftax.parity.metrics import relative_l2
 from graftax.parity.nnx_runner import NnxRunner
 from graftax.parity.prepare import flax_like, weights_of
-from graftax.probe.inputs import Call, Inputs, calls_of, inputs_of
+from graftax.probe.inputs import Call, Inputs
 from graftax.studies.calls import Selected, select_call
+from graftax.studies.example_inputs import flax_call
 from graftax.tree import Checkpoint, nearest
 from graftax.tree.dtypes import same_bits
 
@@ -100,17 +101,9 @@ class _Model:
 
 
 def _model(like: Any, weights: Any, inputs: Any) -> _Model:
-    given = None if inputs is None else inputs_of(inputs)
-    call = _example(like) if given is None else calls_of(given, like)[1]
-    abstract = [path for path, leaf in nests.leaves(call, nests.is_array) if jax_arrays.is_abstract(leaf)]
-    if abstract:
-        raise UsageError(
-            f"the inputs have only shapes, no values (at {escape(abstract[0])})",
-            next=f"Pass a real batch: {option('inputs')}.",
-        )
+    call, own = flax_call(inputs, LinenModel(like) if isinstance(like, nn.Module) else like, constant=True)
     like = flax_like(like, call)
     tree = open_tree(like)
-    own = None if given is None else given.flax_call
     if isinstance(like, LinenModel):
         variables = _variables(like, tree, weights)
         rngs = like.rngs if isinstance(like.rngs, Mapping) else None
@@ -124,13 +117,6 @@ def _model(like: Any, weights: Any, inputs: Any) -> _Model:
     elif not tree.has_values:
         raise UsageError("the Flax model has no values", next=f"Pass {option('weights')}.")
     return _Model(NnxRunner(module, call=own, precision=None), tree, call, _NNX, tuple(tree))
-
-
-def _example(like: Any) -> Call:
-    if isinstance(like, LinenModel) and (like.args or like.kwargs):
-        return tuple(like.args), dict(like.kwargs)
-    what = "gx.linen(...) holds no example" if isinstance(like, LinenModel) else "the model has no example"
-    raise UsageError(f"{what} to run on", next=f"Pass a batch: {option('inputs')}.")
 
 
 def _variables(like: LinenModel, tree: Checkpoint, weights: Any) -> Any:
