@@ -136,7 +136,7 @@ def check_parity(
         )
         report = pipeline.with_causes(report, sought.causes)
         clock.lap("causes")
-    return replace(report, seconds=clock.seconds(judged.seconds))
+    return replace(report, seconds=clock.seconds(judged.seconds), suspect=pipeline.suspect_of(made))
 
 
 def _with_parameters_of(model: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:

@@ -28,6 +28,11 @@ def with_causes(report: ParityReport, search: Callable[[], tuple[Cause, ...]]) -
         return replace(report, notes=(*report.notes, note))
 
 
+def suspect_of(plan: Plan) -> str:
+    """The Flax module, without its collection, before which the models part as running showed; '' if nothing did."""
+    return plan.parted.removeprefix("params/").rpartition("/")[0]
+
+
 def required(report: ParityReport) -> ParityReport:
     """The report; ParityError, with the report as its text, if parity fails."""
     __tracebackhide__ = True  # pytest shows the line of the test

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from graftax.api import host_arrays
 from graftax.parity.check import check_parity
-from graftax.parity.pipeline import required
+from graftax.parity.pipeline import required, suspect_of
 from graftax.parity.report.model import ParityReport
 from graftax.plans import Plan
 from graftax.probe.inputs import Inputs
@@ -27,6 +28,7 @@ def prove_port(
     if flipped:
         module = _loaded(module, host_arrays(plan, source, None)[0])
         report = check_parity(module, model, inputs, weights={path: source.read(path) for path in source})
+        report = replace(report, suspect=suspect_of(plan))
     else:
         if own_weights and not any(tensor.is_meta for tensor in module.state_dict().values()):
             module = _loaded(module, {key: source.read(key) for key in source})

@@ -39,7 +39,8 @@ class Plan:
 
     A plan is data: it can be compared, pickled, saved and loaded, and nothing changes it. Only `made_from` is not data:
     it refers to both ends in this process, so that `answer` can plan again and `run` can return like's own kind of
-    container. It is None for a plan that was loaded, unpickled or inverted.
+    container. It is None for a plan that was loaded, unpickled or inverted. `parted`: the leaf that running both models
+    could not decide because they differ before it; '' if there is none.
     """
 
     source: End
@@ -50,6 +51,7 @@ class Plan:
     failures: tuple[Failure, ...] = ()
     reads: tuple[str, ...] = ()
     proof: Proof | None = None
+    parted: str = ""
     made_from: MadeFrom | None = field(default=None, repr=False, compare=False)
 
     def __copy__(self) -> Plan:

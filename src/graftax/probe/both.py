@@ -92,7 +92,7 @@ class BothModels:
         if settled is None:
             return plan
         if not settled.proved:
-            return self._not_proved(plan)
+            return replace(self._not_proved(plan), parted=settled.dead_leaf)
         plan = self._with_unsaid(self._without_counters(plan))
         known = [a for a in plan.assumptions if a.targets and self.proved.issuperset(a.targets)]
         left = tuple(a for a in plan.assumptions if a not in known)
@@ -155,6 +155,7 @@ class BothModels:
         """The plan with what running showed of it."""
         settled = self.settled
         where = f"; the models part at {escape(settled.dead_end, 200)}" if settled.dead_end else ""
+        where += f", where {escape(settled.dead_leaf)} is used" if settled.dead_leaf else ""
         check = "gx.check_parity names the layer where the models differ"
         if settled.differs:
             text = f"{escape(settled.stopped, 300)}{where}"

@@ -41,7 +41,7 @@ class Found:
     events    the values of the program that decided something -> the unknowns; `parts`: those of which torch made each
               part alone
     complete  every other unknown is decided, and the outputs agree
-    dead_end  the step where the deepest attempt ended, if it is not complete
+    dead_end  the step where the deepest attempt ended, if it is not complete; `dead_leaf`: its undecided leaf
     how       the pass that found it
     """
 
@@ -51,6 +51,7 @@ class Found:
     parts: frozenset[int] = frozenset()
     complete: bool = False
     dead_end: str = ""
+    dead_leaf: str = ""
     how: Pass = field(default_factory=Pass)
 
 
@@ -164,7 +165,7 @@ class Search:
     def _pass(self, how: Pass) -> Found:
         self.candidates.how = how
         self.state.begin()
-        self.dead_end = ""
+        self.dead_end = self.dead_leaf = ""
         frames: list[_Frame] = []
         best = Found()
         slot = 0
@@ -193,7 +194,12 @@ class Search:
         events = {frame.value: frame.chosen for frame in frames}
         parts = frozenset(self.candidates.in_parts)
         return Found(
-            dict(self.state.choices), events=events, parts=parts, dead_end=self.dead_end, how=self.candidates.how
+            dict(self.state.choices),
+            events=events,
+            parts=parts,
+            dead_end=self.dead_end,
+            dead_leaf=self.dead_leaf,
+            how=self.candidates.how,
         )
 
     def sure(self, found: Found) -> Found:
@@ -217,6 +223,8 @@ class Search:
             conflict = self._slot(step, step.outs[j], slot, frames)
             if conflict is not None:
                 self.dead_end = _named(step)
+                leaves = [leaf for n in step.ins for leaf in self.state.open_of(n)]
+                self.dead_leaf = self.state.unknowns[min(leaves)].path if leaves else ""
                 return conflict
             slot += 1
         return self._ends()
@@ -227,13 +235,13 @@ class Search:
         conflict = 0
         for value in self.state.program.outputs:
             if value not in self.state.known and self.state.open_of(value):
-                self.dead_end = "the outputs"
+                self.dead_end, self.dead_leaf = "the outputs", ""
                 return self.state.causes(value)
             outs.append(self.state.value(value))
             conflict |= self.state.causes(value)
         if self.judge(outs):
             return None
-        self.dead_end = "the outputs"
+        self.dead_end, self.dead_leaf = "the outputs", ""
         return conflict
 
     def _back(self, frames: list[_Frame], conflict: int) -> int | None:

@@ -69,7 +69,7 @@ class Settled:
     unsaid      leaves that were found, but not as graftax's ops can say it
     error       the largest difference of the outputs in the confirming run, as a part of the largest entry
     stopped     why nothing, or not all, was found; "" if everything was
-    dead_end    the step of the Flax model where the deepest attempt ended
+    dead_end    the step of the Flax model where the deepest attempt ended; `dead_leaf`: its undecided leaf
     models, inputs  hashes of the code of both models and of the inputs, as in plans.Proof
     attempt     both models, to run them again
     symmetries  pairs of leaves that may be exchanged: the models agree either way
@@ -82,6 +82,7 @@ class Settled:
     error: float = np.inf
     stopped: str = ""
     dead_end: str = ""
+    dead_leaf: str = ""
     models: tuple[tuple[str, str], ...] = ()
     inputs: str = ""
     attempt: Attempt | None = None
@@ -289,7 +290,9 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
         stopped = "no plan makes the models agree"
         if strict.ended:
             stopped = f"no plan makes the models agree within {limits.seconds:g} s and {limits.evaluations:,} trials"
-        return Settled(tuple(entries), stopped=stopped, dead_end=dead_end, attempt=attempt, partly=True)
+        return Settled(
+            tuple(entries), stopped=stopped, dead_end=dead_end, dead_leaf=first.dead_leaf, attempt=attempt, partly=True
+        )
     other.values.tolerance = record.values.tolerance
     again = other, other_arrays, attempt.forced(other, forced)
     error, broken = attempt.confirmed(found, *again)
@@ -320,6 +323,7 @@ def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settl
         error,
         stopped,
         dead_end if stopped else "",
+        first.dead_leaf if stopped else "",
         models=attempt.code(),
         inputs=attempt.digest(),
         attempt=attempt,

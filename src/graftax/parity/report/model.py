@@ -213,6 +213,7 @@ class ParityReport:
     weights     Flax leaves whose bits differ from those that the plan makes from the torch weights
     settings    settings that differ, as the two models declare them
     not_traced  module path ('torch:encoder', 'flax:encoder') -> why it has no row
+    suspect     the module before which the models part on redrawn weights, as planning with inputs found; '' if unknown
     paired      (module pairs seen in the run, parametrised modules that have one, parametrised modules in all)
     seconds     where the time went: 'torch', 'flax', 'compile', 'causes', 'audit', 'total'
     """
@@ -232,6 +233,7 @@ class ParityReport:
     paired: tuple[int, int, int] = (0, 0, 0)
     torch_name: str = "torch"
     flax_name: str = "Flax"
+    suspect: str = ""
 
     def __bool__(self) -> bool:
         return self.ok
@@ -260,6 +262,7 @@ class ParityReport:
             "torch": self.torch_name,
             "flax": self.flax_name,
             "first": None if self.first is None else {**self.first.as_json(), "where": self.where},
+            "suspect": self.suspect or None,
             "causes": [cause.as_json() for cause in self.causes],
             "outputs": [row.as_json() for row in self.outputs],
             "layers": [row.as_json() for row in self.layers],

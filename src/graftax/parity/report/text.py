@@ -89,7 +89,8 @@ def _parts(report: ParityReport, width: int) -> list[Any]:
     if report.first is not None:
         parts += ["", _finding(report)]
     elif not report.ok:
-        parts += ["", Text(words.no_layer_text(report))]
+        said = words.suspect_text(report)
+        parts += ["", *([Text(f"Suspect: {said}.")] if said else []), Text(words.no_layer_text(report))]
         parts += [_causes(report)] if report.causes else []
     parts += sections((
         ("outputs", _outputs(report)),
@@ -119,6 +120,8 @@ def _finding(report: ParityReport) -> Table:
     grid.add_row("layer", Text(f"{torch}  ↔  {flax}", "bold"))
     grid.add_row("", Text(words.kind_and_count(report), "dim"))
     grid.add_row("where", Text(words.where_text(report)))
+    if said := words.suspect_text(report):
+        grid.add_row("", Text(said, "dim"))
     if not report.causes:
         grid.add_row("cause", Text(words.unknown_text(report)))
     return _causes(report, grid, row.site_flax.path)

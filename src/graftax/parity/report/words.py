@@ -221,6 +221,26 @@ def cause_detail(cause: Cause) -> str:
     return escape(cause.detail.removeprefix(f"{cause.name}: "), 400)
 
 
+def suspect_text(report: ParityReport) -> str:
+    """The suspect of running both models, where the first divergence is in it or before it, or where there is none; ''
+    otherwise."""
+    if report.ok or not report.suspect:
+        return ""
+    first = report.first
+    if first is not None and not _beside(report, first.site_flax.path):
+        return ""
+    return f"run on redrawn weights, both models part before {escape(report.suspect, 400)}"
+
+
+def _beside(report: ParityReport, path: str) -> bool:
+    """True if a layer is the suspect, holds it, lies in it, or is called right before it."""
+    ends = path, report.suspect
+    if any(not one or one == other or other.startswith(f"{one}/") for one, other in (ends, ends[::-1])):
+        return True
+    called = list(dict.fromkeys(row.site_flax.path for row in report.layers))
+    return {path, report.suspect} <= set(called) and called.index(report.suspect) - called.index(path) == 1
+
+
 def no_layer_text(report: ParityReport) -> str:
     """The text of a failing report without a diverging layer."""
     if any(map(_misfit, report.outputs)):
