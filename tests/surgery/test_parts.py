@@ -356,6 +356,16 @@ def test_tied_tensors_take_one_new_part() -> None:
         gx.replace(tree, "head.weight[0]", gx.zeros())
 
 
+def test_thousands_of_paths_with_an_index_are_quick() -> None:
+    import time
+
+    tree = {"params": {f"block_{i}": {"kernel": np.ones((2, 3))} for i in range(3000)}}
+    paths = gx.select(tree, "**/kernel[0]")
+    start = time.process_time()
+    assert gx.select(tree, paths) == paths
+    assert time.process_time() - start < 3
+
+
 # ---------------------------------------------------------------- exclude
 
 

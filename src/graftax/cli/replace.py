@@ -37,7 +37,8 @@ def replace_command(
     ckpt
         The checkpoint to operate on.
     select
-        A path or a glob: * stays in a part, ** spans parts.
+        A path or a glob: * stays in a part, ** spans parts, {a,b} is either. An index at its end, as in
+        'fc.weight[:, 3]', is that part of each leaf.
     exclude
         A path or a glob of leaves that stay as they are.
     out

@@ -212,8 +212,8 @@ def _is_filter(selector: Any) -> bool:
 
 def _pick_text(tree: SelectableTree, selector: str, excluded: Collection[str]) -> tuple[list[Picked], list[Failure]]:
     """What a text selects: as a path, as a glob, or as either with an index at its end."""
-    whole, failures = _read(tree, selector)
     split = split_index(selector)
+    whole, failures = _read(tree if split is None else _may_match(tree, selector, split[0]), selector)
     if split is None or any(one.exact for one in whole):
         return whole, failures or ([] if whole else [_nothing(tree, selector)])
     base, index = split
@@ -228,6 +228,16 @@ def _pick_text(tree: SelectableTree, selector: str, excluded: Collection[str]) -
         return [*whole, *dropped], failures or ([] if whole or dropped else [_nothing_with_index(tree, base, selector)])
     parts = [replace(one, index=index) for one in (*inside, *left)]
     return parts, failed or _misfits(tree, inside, index)
+
+
+def _may_match(tree: SelectableTree, selector: str, base: str) -> SelectableTree:
+    """The leaves that a selector with an index may match with a character class. Behind a base that is a path these are
+    few: the characters of an index lie between ' ' and ';', also those of a range (`, -`). Thousands of paths with an
+    index are then quick."""
+    if base not in tree.paths:
+        return tree
+    names = [selector, *(f"{base}{chr(code)}" for code in range(ord(" "), ord(";") + 1))]
+    return replace(tree, paths=[name for plain in names for name in (plain, f"params/{plain}") if name in tree.paths])
 
 
 def _read(tree: SelectableTree, selector: str) -> tuple[list[Picked], list[Failure]]:
