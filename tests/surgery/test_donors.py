@@ -18,7 +18,7 @@ from flax import nnx
 
 import graftax as gx
 from graftax.errors import FormatError, PlanError, StorageError, UsageError
-from graftax.surgery import replace_checkpoint
+from graftax.surgery import replace_checkpoint, write_replacement
 
 RNG = np.random.default_rng(0)
 
@@ -391,3 +391,50 @@ def test_a_torch_tensor_with_one_reading_goes_in():
     np.testing.assert_array_equal(state["fc.weight"], square.numpy())
     again = gx.replace({"params": {"fc": {"kernel": jnp.zeros((4, 4))}}}, "**/kernel", lambda old: square)
     np.testing.assert_array_equal(again["params"]["fc"]["kernel"], square.numpy())
+
+
+# ---------------------------------------------------------------- a plan tells key and layout
+
+
+def test_a_plan_tells_key_and_layout_of_every_leaf() -> None:
+    """A flatten and fused rows, which one tensor cannot show."""
+    import jax.numpy as jnp
+
+    source = {"fc.weight": torch.arange(24.0).reshape(2, 12), "qkv.weight": torch.arange(48.0).reshape(12, 4)}
+    rules = [
+        '{ torch = "fc.weight", flax = "params/fc/kernel", flatten = "3 2 2" }',
+        '{ torch = "qkv.weight", flax = ["params/q/kernel", "params/k/kernel", "params/v/kernel"], fused = "block" }',
+    ]
+    shapes = {"fc": (12, 2), "q": (4, 4), "k": (4, 4), "v": (4, 4)}
+    like = {"params": {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}}
+    plan = gx.plan(source, like, rules=rules)
+    ported = plan.run(source)["params"]
+    donor = gx.from_checkpoint(source, plan=plan)
+    out = gx.replace(like, "**/{fc,k}/kernel", donor, expect=2)["params"]
+    for name in shapes:
+        wanted = ported[name]["kernel"] if name in ("fc", "k") else np.zeros(shapes[name])
+        np.testing.assert_array_equal(out[name]["kernel"], wanted)
+    half = gx.replace(like["params"], "fc/kernel[:, 1]", gx.mix(donor, 0.5))  # a bare tree, and a part of a leaf
+    np.testing.assert_array_equal(half["fc"]["kernel"][:, 1] * 2, ported["fc"]["kernel"][:, 1])
+    assert not half["fc"]["kernel"][:, 0].any()
+    for plan_given, tree, words in (
+        (plan.inverse, source, "the other direction: give plan.inverse"),
+        (plan, {"fc.weight": torch.zeros(2, 4)}, "takes fc.weight float32.2,12., and .* has float32.2,4."),
+    ):
+        with pytest.raises(PlanError, match=words):
+            gx.replace(like, "**/fc/kernel", gx.from_checkpoint(tree, plan=plan_given))
+    with pytest.raises(UsageError, match="tells key and layout"):
+        gx.from_checkpoint(source, "fc.weight", plan=plan)
+    with pytest.raises(UsageError, match="is no plan"):
+        gx.from_checkpoint(source, plan="plan.json")  # type: ignore[arg-type]
+
+
+def test_a_plan_tells_the_layout_on_a_file(tmp_path: Path) -> None:
+    source = {"fc.weight": torch.arange(6.0).reshape(2, 3)}
+    np.savez(tmp_path / "old.npz", **{"fc/kernel": np.zeros((3, 2), np.float32)})
+    tree = gx.open_checkpoint(tmp_path / "old.npz")
+    donor = gx.from_checkpoint(source, plan=gx.plan(source, tree))
+    for value in (donor, gx.mix(donor, 1), gx.mix(gx.from_checkpoint(tmp_path / "old.npz"), 1 - 1)):
+        wanted = 0 * source["fc.weight"].T if value is not donor and value.t == 0 else source["fc.weight"].T
+        write_replacement(tree, "fc/kernel", value, tmp_path / "new.npz")
+        np.testing.assert_array_equal(gx.open_checkpoint(tmp_path / "new.npz").read("fc/kernel"), wanted)

@@ -2,12 +2,12 @@
 
 A donor from the leaf's own side is taken unchanged. A donor from the other side goes through the layer table, which
 must leave one reading: a square matrix of unknown kind, or a shape that only an unusual layout explains, needs
-`layout`.
+`layout`. A plan that ports the donor tells key and layout for every leaf.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from graftax.errors import LayoutError, PlanError, UsageError, escape, option, w
 from graftax.layers import Connection, layouts, leaf_connections
 from graftax.ops import Cast, Op, apply_chain, chain_text, invert_chain
 from graftax.ops.replace_op import not_data
+from graftax.plans import Plan
 from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
 from graftax.tree.sides import FLAX_LEAVES, OTHER, side_of_names
 
@@ -35,7 +36,7 @@ class Target:
     """Did names alone tell the side?"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FromCheckpoint:
     """Tensor `key` of the checkpoint or live tree `source`; see `surgery.values.from_checkpoint`.
 
@@ -48,12 +49,14 @@ class FromCheckpoint:
     layout: str | None = None
     cast: bool = False
     target: Target | None = None
+    plan: Plan | None = None
 
     @property
     def text(self) -> str:
         label = self.source.label if isinstance(self.source, Checkpoint) else self.source
         shown = escape(label) if isinstance(label, (str, PathLike)) or isinstance(self.source, Checkpoint) else "..."
-        return f"from_checkpoint({shown}, {escape(self.key)})" if self.key is not None else f"from_checkpoint({shown})"
+        by = ", plan" if self.plan is not None else f", {escape(self.key)}" if self.key is not None else ""
+        return f"from_checkpoint({shown}{by})"
 
     def as_data(self) -> dict[str, Any]:
         """What it takes and from where, as JSON data. PlanError for a live tree."""
@@ -63,7 +66,8 @@ class FromCheckpoint:
             label, live = str(self.source), not isinstance(self.source, (str, PathLike))
         if live:
             raise not_data("a live tree")
-        fields = {"key": self.key, "layout": self.layout, "cast": self.cast}
+        plan = None if self.plan is None else self.plan.as_json(candidates=None)
+        fields = {"key": self.key, "layout": self.layout, "cast": self.cast, "plan": plan}
         return {"value": "from_checkpoint", "source": label, **fields}
 
     def opened(self) -> FromCheckpoint:
@@ -76,7 +80,8 @@ class FromCheckpoint:
 
         if isinstance(self.source, Checkpoint) and self.target is not None:
             return self
-        donor = self.source if isinstance(self.source, Checkpoint) else open_tree(self.source)
+        side = None if self.plan is None else self.plan.source.side
+        donor = self.source if isinstance(self.source, Checkpoint) else open_tree(self.source, side=side)
         refuse_quantized(donor)
         if not donor.has_values:
             raise PlanError(f"the donor {escape(donor.label)} has names, shapes and dtypes, but no values")
@@ -89,15 +94,54 @@ class FromCheckpoint:
         target = self.target or Target(side_of_names((path,)), by_names=True)
         key = donor_key(donor, self.key, path)
         ops = layout_ops(donor, key, path, spec, target, self.layout)
-        return donor, key, (*ops, *_cast_ops(donor, key, spec, self.cast))
+        return donor, key, (*ops, *_cast_ops(donor, donor.label, key, spec, self.cast))
 
     def check(self, path: str, spec: TensorSpec) -> None:
         self.way(path, spec)
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
+        if self.plan is not None:
+            opened: Any = self.opened().source
+            return _ported(opened, self.plan, path, spec, self.cast)
         donor, key, ops = self.way(path, spec)
         (out,) = apply_chain(ops, (donor.read(key),))
         return out
+
+
+def _ported(donor: Checkpoint, plan: Plan, path: str, spec: TensorSpec, cast: bool) -> Any:
+    """The leaf that the plan makes of the donor. PlanError if it makes none, or if the donor is another checkpoint."""
+    name = same_leaf(plan.like.specs, path)
+    entry = next((entry for entry in plan.entries if name in entry.targets), None)
+    if name is None or entry is None:
+        turned = path in plan.source.specs
+        near = nearest(path, plan.like.specs)
+        raise PlanError(
+            f"the plan for {escape(plan.source.label)} -> {escape(plan.like.label)} makes no {escape(path)!r}",
+            next="It is the plan of the other direction: give plan.inverse." if turned else near and f"Near: {near}",
+        )
+    if entry.unfilled:
+        raise PlanError(f"no tensor of {escape(donor.label)} fills this leaf in the plan: {escape(entry.text, 120)}")
+    for key in entry.sources:
+        if donor.get(key) != plan.source.specs[key]:
+            raise PlanError(
+                f"the plan takes {escape(key)} {plan.source.specs[key]}, and {escape(donor.label)} has "
+                f"{donor.get(key, 'no such tensor')}",
+                next="Make the plan for this checkpoint: gx.plan(donor, like).",
+            )
+    made = apply_chain(entry.ops, tuple(donor.read(key) for key in entry.sources))[entry.targets.index(name)]
+    have = plan.like.specs[name]
+    if have.shape != spec.shape:
+        raise PlanError(f"the plan makes {have} of the donor, and the leaf is {spec}")
+    if have.dtype == spec.dtype:
+        return made
+    (made,) = apply_chain(_cast_ops({name: have}, donor.label, name, spec, cast), (made,))
+    return made
+
+
+def same_leaf(names: Container[str], path: str) -> str | None:
+    """The name of a leaf in another tree, where that one or this one has its collection `params` in front."""
+    inside = path.removeprefix("params/")
+    return next((name for name in (path, f"params/{path}", inside) if name in names), None)
 
 
 def donor_key(donor: Checkpoint, key: str | None, path: str) -> str:
@@ -106,8 +150,9 @@ def donor_key(donor: Checkpoint, key: str | None, path: str) -> str:
             return key
         near = nearest(key, donor)
         raise PlanError(f"{escape(donor.label)} has no tensor {escape(key)!r}", next=f"Near: {near}" if near else "")
-    if path in donor:
-        return path
+    same = same_leaf(donor, path)
+    if same is not None:
+        return same
     if len(donor) == 1:
         return next(iter(donor))
     near = nearest(path, donor)
@@ -117,7 +162,7 @@ def donor_key(donor: Checkpoint, key: str | None, path: str) -> str:
     )
 
 
-def _cast_ops(donor: Checkpoint, key: str, spec: TensorSpec, cast: bool) -> tuple[Op, ...]:
+def _cast_ops(donor: Mapping[str, TensorSpec], label: str, key: str, spec: TensorSpec, cast: bool) -> tuple[Op, ...]:
     """The op that rounds the donor to the leaf's dtype. Another dtype is an error unless a floating one may be cast."""
     have = donor[key].dtype
     if have == spec.dtype:
@@ -125,7 +170,7 @@ def _cast_ops(donor: Checkpoint, key: str, spec: TensorSpec, cast: bool) -> tupl
     floating = donor[key].floating and spec.floating and not donor[key].packed and not spec.packed
     if not (cast and floating):
         raise PlanError(
-            f"the donor {escape(key)} of {escape(donor.label)} is {have}, the leaf is {spec.dtype}",
+            f"the donor {escape(key)} of {escape(label)} is {have}, the leaf is {spec.dtype}",
             next=f"Nothing is cast unasked: {worded('--cast', 'cast=True')} rounds it to {spec.dtype}."
             if floating
             else "A cast touches floating leaves only: give an array of the leaf's dtype.",

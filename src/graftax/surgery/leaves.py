@@ -13,8 +13,8 @@ from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape,
 from graftax.ops import LeafValue, Misfit, misfit_of
 from graftax.ops.replace_op import not_data, value_data
 from graftax.surgery.array_parts import as_array, as_codes, as_stored, host_part, leaf_part
-from graftax.surgery.donors import FromCheckpoint, Target, donor_key, misfit_hint, owner, readings_of
-from graftax.surgery.roles import role_in, same_leaf
+from graftax.surgery.donors import FromCheckpoint, Target, donor_key, misfit_hint, owner, readings_of, same_leaf
+from graftax.surgery.roles import role_in
 from graftax.surgery.selecting import Edit, Parts
 from graftax.surgery.values import AddNormal, Constant, Mean, Mix, Normal, Quantized, Rounded, Scaled, Zeros
 from graftax.surgery.values.base import is_arraylike
@@ -449,8 +449,8 @@ def _for_part(
     if not isinstance(value, FromCheckpoint):
         return value
     donor: Any = value.opened().source
-    key = donor_key(donor, value.key, path)
-    if donor[key].size == spec.size != part.size:
+    key = donor_key(donor, value.key, path) if value.plan is None else None
+    if key is None or donor[key].size == spec.size != part.size:
         whole = leaf_value(path, spec, replace(value, key=key), home).apply(path, spec, None)
         return as_array(as_codes(whole, spec)[index.key])
     return replace(value, key=key)

@@ -56,7 +56,7 @@ def plan_replacement(
         try:
             value = leaf_value(path, spec, values[path], lambda: home or checkpoint)
             donors |= {id(donor): donor for donor in _donors_in(value)}
-            if isinstance(value, FromCheckpoint):
+            if isinstance(value, FromCheckpoint) and value.plan is None:
                 donor, key, ops = value.way(path, spec)
                 name = _new_name(f"{donor.label}::{key}", path, checkpoint, taken)
                 taken[name] = (donor, key)

@@ -8,6 +8,7 @@ from typing import Any
 
 from graftax.errors import PlanError, UsageError, escape, option
 from graftax.layers import LeafRole, role_of
+from graftax.surgery.donors import same_leaf
 from graftax.surgery.values import Quantized
 from graftax.tree import Checkpoint, LeafIndex, TensorSpec, nearest
 
@@ -61,9 +62,3 @@ def role_in(
         )
     role = role_of(tree, name)
     return role if role is None or index is None else role.indexed(index.key)
-
-
-def same_leaf(names: Checkpoint, path: str) -> str | None:
-    """The name of a leaf where the other tree, or this one, has its collection `params` in front."""
-    inside = path.removeprefix("params/")
-    return next((name for name in (path, f"params/{path}", inside) if name in names), None)

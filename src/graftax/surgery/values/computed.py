@@ -157,7 +157,7 @@ def _rounded_product(xp: Any, a: Any, b: Any) -> Any:
     return xp.where(product == product, product, xp.nan)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mix:
     """old + t (donor - old), in float64, rounded once. At t = 0 it is the leaf, at t = 1 the donor, both bit for bit;
     outside of 0 to 1 it goes beyond them (task arithmetic). Where both are equal the value stays, infinity too.

@@ -13,6 +13,7 @@ from graftax.surgery.values.fills import Constant, Normal, Number, Zeros
 from graftax.surgery.values.quantize import BITS, Quantized, axes_of
 
 if TYPE_CHECKING:
+    from graftax.plans import Plan
     from graftax.surgery.donors import FromCheckpoint
 
 _COMPUTED = (AddNormal, Constant, Mean, Mix, Normal, Quantized, Rounded, Scaled, Zeros)
@@ -117,25 +118,38 @@ def quantized(bits: int, axis: int | tuple[int, ...] | None = None, group: int |
 
 
 def from_checkpoint(
-    path: str | PathLike[str] | Any, key: str | None = None, layout: str | None = None, *, cast: bool = False
+    path: str | PathLike[str] | Any,
+    key: str | None = None,
+    layout: str | None = None,
+    plan: Plan | None = None,
+    *,
+    cast: bool = False,
 ) -> FromCheckpoint:
     """A tensor of another checkpoint, laid out for the leaf it goes into: a torch Linear weight arrives transposed.
 
     path     a file or folder, an opened checkpoint, or a live tree (a live module knows its layouts)
     key      the tensor's name there; None: the leaf's own path, or the only tensor there is
     layout   how the donor is stored, if its shape does not tell: "linear", "conv" or "identity" (`graftax layers`)
+    plan     a plan that ports the donor to a tree with these leaves (`gx.plan(donor, like)`): it tells key and layout
     cast     round a floating donor to the leaf's dtype; otherwise another dtype is an error
 
-    One tensor shows nothing of the model around it: the weight behind a flatten of NCHW keeps torch's column order, and
-    fused projections are not split. `gx.port` with rules handles both.
+    Without a plan one tensor shows nothing of the model around it: the weight behind a flatten of NCHW keeps torch's
+    column order, and fused projections are not split. A plan handles both.
     """
+    from graftax.plans import Plan
     from graftax.surgery.donors import LAYOUTS, FromCheckpoint
 
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"{option('layout', escape(layout))} is not one of {', '.join(LAYOUTS)}")
     if key is not None and not isinstance(key, str):
         raise UsageError(f"key={escape(repr(key))} is not text; in a list or a dict, name it by its path ('layers/0')")
-    return FromCheckpoint(path, key, layout, bool(cast))
+    if plan is not None:
+        if not isinstance(plan, Plan):
+            raise UsageError(f"plan={escape(repr(plan), 60)} is no plan", next="Give gx.plan(donor, like).")
+        if key is not None or layout is not None:
+            raise UsageError("the plan tells key and layout: leave them out")
+        plan.require_complete()
+    return FromCheckpoint(path, key, layout, bool(cast), plan=plan)
 
 
 def _number(value: Any, name: str) -> Number:
