@@ -210,7 +210,7 @@ def _unknown(value: Quantized, spec: TensorSpec) -> PlanError:
         return PlanError(f"{value.text}: {spec} is one value, which has no channels", next="Select matrices only.")
     ways = [f"{_axis_text(axis)}, {_scales(axis, spec.shape)} ({what})" for axis, what in _readings(len(spec.shape))]
     return PlanError(
-        f"{value.text}: what the axes of {spec} are is not known, so neither which of them keep a scale of their own",
+        f"{value.text}: it is not known which axes of {spec} are outputs, each of which has a scale of its own",
         next=f"Give {option('like')}, a live module that tells, or say {'; or '.join(ways)}.",
     )
 
