@@ -101,6 +101,8 @@ def test_all_floating_weights_of_a_module_change_together(params):
     names = ("params/block/norm/scale", "params/block/norm/bias", "batch_stats/block/norm/mean")
     assert set(study.rows[1].leaves) == {*names, "batch_stats/block/norm/var"}
     assert study.rows[3].numbers == {"relative_l2": 1.0, "cosine": 0.0}
+    without = gx.ablate(lambda tree: 0, params, "**", gx.zeros(), each="module", exclude="**/norm/*")
+    assert [row.path for row in without] == ["", "block", "block/up", "head"]
     alone = gx.ablate(gx.linen(MODEL, X), params, "params/block/norm", gx.zeros(), each="module", exclude="**/bias")
     assert alone.rows[1].leaves == ("params/block/norm/scale",)
 
@@ -271,7 +273,7 @@ def test_one_leaf_is_held_beside_the_weights():
         ({"what": lambda weights: 1.0, "inputs": X}, UsageError, "its own inputs"),
         ({"what": lambda weights: "text"}, UsageError, "nothing to compare"),
         ({"metric": lambda out: out}, UsageError, "the metric gives"),
-        ({"what": gx.linen(MODEL, np.eye(9, dtype="f4"))}, PlanError, "do not fit the model"),
+        ({"what": gx.linen(MODEL, np.eye(9, dtype="f4"))}, PlanError, "does not hold the weights of the model"),
     ],
 )
 def test_what_cannot_be_run_is_refused(params, arguments, error, words):

@@ -151,6 +151,8 @@ def test_an_nnx_attention():
     assert [row.leaves for row in found] == [(f"attention/out/kernel[{h}]",) for h in range(HEADS)]
     for h, out in enumerate(outputs):
         np.testing.assert_array_equal(out == 0, np.arange(HEADS) == h)
+    study = gx.ablate(net, net, "attention", gx.zeros(), each="head", inputs=X)
+    assert str(study).startswith("Net: 4 runs, one head at a time (its part of out/kernel)\n")
 
 
 def test_a_function_of_the_weights_shows_heads_that_have_an_axis():

@@ -17,11 +17,12 @@ from flax import nnx
 
 from graftax.adapters import kind_of, nests
 from graftax.adapters.linen_tree import LinenModel
-from graftax.errors import GraftaxError, PlanError, UsageError, with_article
+from graftax.errors import GraftaxError, UsageError, with_article
 from graftax.execute.opening import open_tree
 from graftax.parity.flax_program import model_error
 from graftax.parity.prepare import flax_like
 from graftax.studies.example_inputs import Call, flax_call
+from graftax.studies.model_weights import weights_for
 from graftax.tree import Checkpoint
 
 MODELS = frozenset({"linen model", "nnx module"})
@@ -58,21 +59,14 @@ class Forward:
         return open_tree(self.model)
 
     def _require_fit(self, weights: Any) -> None:
-        """PlanError if the weights are not those of the model, where its own leaves can be seen."""
+        """PlanError if the weights are not those of a Linen model whose own leaves can be seen. An nnx.Module has
+        leaves of its own for those that a State lacks."""
         try:
-            want, have = self.tree(), open_tree(weights)
+            tree = self.tree()
         except GraftaxError:
             return
-        start = "params/" if self.bare else ""
-        found = {start + path: spec for path, spec in have.items()}
-        missing = [path for path in want if path not in found] if isinstance(self.model, LinenModel) else []
-        other = [path for path, spec in found.items() if path in want and want[path].shape != spec.shape]
-        if missing or other:
-            what = f"lack {missing[0]}" if missing else f"have {found[other[0]]} for {other[0]}, not {want[other[0]]}"
-            raise PlanError(
-                f"the weights do not fit the model: they {what} ({len(missing)} missing, {len(other)} of other shapes)",
-                next="Pass the variables that gx.port or the model's init gives.",
-            )
+        if isinstance(self.model, LinenModel):
+            weights_for(weights, tree, "params")
 
 
 def forward_of(what: Any, weights: Any, inputs: Any = None) -> Forward:

@@ -27,8 +27,14 @@ class Line:
 
 
 def headline(study: Study) -> str:
-    """'Classifier: 12 runs, one leaf at a time'."""
-    return f"{escape(study.name)}: {counted(len(study.rows) - 1, 'run')}, one {study.each} at a time"
+    """'Classifier: 12 runs, one leaf at a time'; for heads also the leaves whose parts they are."""
+    text = f"{escape(study.name)}: {counted(len(study.rows) - 1, 'run')}, one {study.each} at a time"
+    if study.each != "head":
+        return text
+    paths = (leaf.rpartition("[")[0] for row in study.rows for leaf in row.leaves)
+    leaves = dict.fromkeys("/".join(path.split("/")[-2:]) for path in paths)
+    named = ", ".join(map(escape, list(leaves)[:3])) + ", ..." * (len(leaves) > 3)
+    return f"{text} (its part of {named})"
 
 
 def warning(study: Study) -> str:

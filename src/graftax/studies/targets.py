@@ -48,7 +48,8 @@ def leaf_targets(params: Any, selector: Any, exclude: Any) -> list[Target]:
 
 
 def module_targets(params: Any, selector: Any, exclude: Any) -> list[Target]:
-    """One target for each module that the selector picks: all floating leaves below it but the excluded ones.
+    """One target for each module that the selector picks: all floating leaves below it but the excluded ones. A glob
+    passes over modules that have none.
 
     Raises PlanError if nothing is selected, UsageError for a selector that is no text.
     """
@@ -56,14 +57,17 @@ def module_targets(params: Any, selector: Any, exclude: Any) -> list[Target]:
     names = _tied(live)
     kept = set(select(params, "**", exclude))
     made: list[Target] = []
-    failures: list[Failure] = []
+    empty: list[str] = []
     for module, below in picked_modules(live, selector).items():
         weights = [path for path in below if path in kept and live.spec(path).floating]
         leaves = {name: None for path in weights for name in names.get(path, (path,))}
-        made.append(Target(module, tuple(leaves)))
-        if not leaves:
-            failures.append(Failure("has no floating weights to change", key=module))
-    if failures:
+        if leaves:
+            made.append(Target(module, tuple(leaves)))
+        elif module in _texts(selector):
+            empty.append(module)
+    if empty or not made:
+        none = f"nothing that {selector_text(selector)} selects has floating weights to change"
+        failures = [Failure("has no floating weights to change", key=module) for module in empty] or [Failure(none)]
         raise PlanError(f"nothing was run on {escape(live.label)}:", failures)
     return made
 
@@ -104,7 +108,7 @@ def picked_modules(live: LiveTree, selector: Any) -> dict[str, list[str]]:
     A Linen module's path has no collection: its leaves are those of all collections, unless the selector names one.
     """
     side = live.selectable().side
-    texts: list[Any] = list(selector) if isinstance(selector, (list, tuple)) else [selector]
+    texts = _texts(selector)
     known = _modules(live, "." if side == "torch" else "/")
     found: dict[str, list[str]] = {}
     failures: list[Failure] = []
@@ -120,6 +124,10 @@ def picked_modules(live: LiveTree, selector: Any) -> dict[str, list[str]]:
     if failures:
         raise PlanError(f"nothing was run on {escape(live.label)}:", failures)
     return {path: found[path] for modules in known for path in modules if path in found}
+
+
+def _texts(selector: Any) -> list[Any]:
+    return list(selector) if isinstance(selector, (list, tuple)) else [selector]
 
 
 def _matched(modules: Mapping[str, list[str]], text: str, side: Side) -> dict[str, list[str]]:
