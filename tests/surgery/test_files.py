@@ -94,7 +94,7 @@ def test_a_dry_run_looks_at_the_selected_leaves_only(model: Path, tmp_path: Path
         ("layer.*", gx.normal(1, 0), None, "layer.int64"),
         ("fc.weight", np.zeros((3, 4), np.float32), None, "Its transpose would fit"),
         ("fc.weight", lambda old: 0.5, None, "bare number"),
-        ("layer.float32", gx.quantized(8), None, "NaN or infinity"),
+        ("layer.float32", gx.quantized(8, axis=0), None, "NaN or infinity"),
     ],
 )
 def test_a_refusal_writes_nothing(
@@ -122,13 +122,20 @@ def test_values_that_do_not_fit_are_all_listed(model: Path) -> None:
 def test_nothing_comes_after_a_failure(model: Path) -> None:
     """What was refused is not followed by tensors that a writer might take for the whole."""
     checkpoint = gx.open_checkpoint(model)
-    _, tensors, _ = replace_checkpoint(checkpoint, {"**": gx.constant(0.5)})
-    came: list[str] = []
-    with pytest.raises(PlanError):
-        came.extend(path for path, _ in tensors)
     order = list(checkpoint)
-    first_refused = min(order.index(f"layer.{d}") for d in ("int64", "int8", "uint8", "bool"))
-    assert came == order[:first_refused]
+    whole = {f"layer.{d}" for d in ("int64", "int8", "uint8", "bool")}
+    first_refused = min(order.index(path) for path in whole)
+    # What shapes and dtypes tell is refused before the first tensor, what values tell with their leaf.
+    for value, before in (
+        (gx.constant(0.5), 0),
+        (lambda old: old if old.dtype.kind not in "iub" else 1, first_refused),
+    ):
+        _, tensors, _ = replace_checkpoint(checkpoint, {"**": value})
+        came: list[str] = []
+        with pytest.raises(PlanError) as caught:
+            came.extend(path for path, _ in tensors)
+        assert came == order[:before]
+        assert {failure.key for failure in caught.value.failures} == whole
 
 
 def test_the_input_is_never_the_output(model: Path) -> None:

@@ -4,6 +4,7 @@ hashes are those of the whole leaves."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,10 @@ from graftax.execute.streamed import Stream
 from graftax.formats.io import journal
 from graftax.ops import same_bits
 from graftax.surgery import write_replacement
+from graftax.surgery.files import checkpoint_tree
+from graftax.surgery.leaves import prepared
 from graftax.surgery.planning import plan_replacement
+from graftax.surgery.selecting import choose, edits_of
 
 SHAPES = {"wide.weight": (300, 700), "square.weight": (260, 260), "wide.bias": (300,), "none": (0, 3), "one": ()}
 OUTS = ["out.safetensors", "out", "out.npz", "out.msgpack", "out.pt"]
@@ -109,10 +113,11 @@ def stop_after(tiles: int) -> Callable[..., Iterator[Any]]:
 def test_a_leaf_in_many_tiles_has_the_values_and_hashes_of_the_whole(
     source: Path, arrays: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tile is 64 KiB here and the leaf 840 KB. Constant and scaled never hold it whole."""
+    """A tile is 64 KiB here and the leaf 840 KB. These values never hold it whole."""
     out = tmp_path / "out.safetensors"
     old = arrays["wide.weight"]
-    for value in (gx.scaled(3), gx.constant(0.1), gx.zeros()):
+    values = (gx.scaled(3), gx.constant(0.1), gx.zeros(), gx.rounded("bfloat16"), gx.normal(2, 0), gx.add_normal(2, 1))
+    for value in values:
         report: list[Any] = []
         run = lambda: report.append(written(source, out, value, "wide.weight"))  # noqa: B023, E731
         assert tiles_handed_out(monkeypatch, run) > 20
@@ -207,7 +212,7 @@ def test_a_stopped_run_goes_on(
     source: Path, flax_donor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, share: float
 ) -> None:
     """The file and the report are those of a run that was never stopped."""
-    edits = {"wide.weight": gx.from_checkpoint(flax_donor, "params/fc/kernel"), "square.weight": gx.scaled(2)}
+    edits = {"wide.weight": gx.from_checkpoint(flax_donor, "params/fc/kernel"), "square.weight": gx.add_normal(1, 0)}
     out, other = tmp_path / name, tmp_path / "other" / name
     other.parent.mkdir()
     write = lambda where, **more: write_edits(source, where, edits, **more)  # noqa: E731
@@ -313,6 +318,25 @@ def test_the_plan_is_run_by_every_executor(source: Path, arrays: dict[str, np.nd
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for name in ("wide.weight", "square.weight", "wide.bias"):
         assert same_bits(np.asarray(stream.sharded(name, place)), np.asarray(expected[name]))
+
+
+def test_a_plan_says_all_of_a_value(source: Path) -> None:
+    """What a resumed run compares: every value gives data of its own."""
+    donor = gx.from_checkpoint(source, "wide.weight")
+    values = [gx.constant(1), gx.constant(2), gx.constant(float("nan")), gx.constant(0.5), gx.zeros(), gx.mean()]
+    values += [gx.normal(1, 0), gx.normal(1, 1), gx.add_normal(1, 0), gx.add_normal(1, 0, relative=True), gx.scaled(2)]
+    values += [gx.rounded("float16"), gx.quantized(4), gx.quantized(4, axis=1), gx.quantized(4, group=7)]
+    values += [gx.mix(donor, 0.5), gx.mix(donor, 0.25)]
+    checkpoint = gx.open_checkpoint(source)
+    for picked in ("wide.weight", "wide.weight[:2]"):
+        made = []
+        for value in values:
+            chosen, failures = choose(checkpoint_tree(checkpoint), prepared(edits_of(picked, value)), 1)
+            assert not failures
+            found = plan_replacement(checkpoint, chosen)
+            assert not found.failures
+            made.append(json.dumps(found.plan.as_json()["entries"]))
+        assert len(set(made)) == len(values)
 
 
 def test_a_plan_with_a_function_runs_and_is_not_saved(source: Path, tmp_path: Path) -> None:

@@ -17,9 +17,12 @@ RunMaker = Callable[[TensorSpec, Any], Any]
 
 
 class LeafValue(Protocol):
-    """What a leaf becomes. `reads`: `apply` needs the old leaf; otherwise `old` may be None.
+    """What a leaf becomes. `apply` gives a new array of the leaf's shape and dtype, or raises PlanError; the dtype
+    never changes unasked. `reads`: it needs the old leaf; otherwise `old` may be None.
 
     A value may also have
+      check    (path, spec): PlanError if no leaf of this spec can take the value, whatever its numbers are
+      traced   (path, spec, leaf): the same inside jit, grad and vmap, from a traced leaf
       local    True: each new element depends on the old element alone, so `apply` works on any part of a leaf
       in_order (path) -> what makes the leaf from front to end, a flat run after the other: (spec of the run, its old
                values) -> its new values; or None if it needs the whole leaf
@@ -130,7 +133,7 @@ def value_data(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(value).__name__).lower()
         fields = {field.name: value_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"value": kind, **fields}
+        return {"kind": kind, **fields}
     if isinstance(value, (tuple, list)):
         return [value_data(item) for item in cast("Sequence[Any]", value)]
     if isinstance(value, float) and not math.isfinite(value):

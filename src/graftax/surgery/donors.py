@@ -68,7 +68,7 @@ class FromCheckpoint:
             raise not_data("a live tree")
         plan = None if self.plan is None else self.plan.as_json(candidates=None)
         fields = {"key": self.key, "layout": self.layout, "cast": self.cast, "plan": plan}
-        return {"value": "from_checkpoint", "source": label, **fields}
+        return {"kind": "from_checkpoint", "source": label, **fields}
 
     def opened(self) -> FromCheckpoint:
         """The same value with its checkpoint open, so that many leaves open it once.
@@ -97,7 +97,8 @@ class FromCheckpoint:
         return donor, key, (*ops, *_cast_ops(donor, donor.label, key, spec, self.cast))
 
     def check(self, path: str, spec: TensorSpec) -> None:
-        self.way(path, spec)
+        if self.plan is None:
+            self.way(path, spec)
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
         if self.plan is not None:

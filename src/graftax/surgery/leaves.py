@@ -127,7 +127,7 @@ class InParts:
             {"index": None if index is None else index.text, "value": value_data(_kind_of(value))}
             for index, value in self.parts.items
         ]
-        return {"value": "parts", "items": items}
+        return {"kind": "parts", "items": items}
 
 
 def value_text(value: Any) -> str:

@@ -55,6 +55,8 @@ def plan_replacement(
             continue
         try:
             value = leaf_value(path, spec, values[path], lambda: home or checkpoint)
+            if (check := getattr(value, "check", None)) is not None:
+                check(path, spec)  # so that nothing is written for a value that cannot fit
             donors |= {id(donor): donor for donor in _donors_in(value)}
             if isinstance(value, FromCheckpoint) and value.plan is None:
                 donor, key, ops = value.way(path, spec)

@@ -1,7 +1,7 @@
 """The values that surgery puts into a leaf: constant, zeros, normal, add_normal, scaled, mean, mix, rounded, quantized,
-from_checkpoint. A value is data; see `base.Value`."""
+from_checkpoint. A value is data; see `ops.LeafValue`."""
 
-from graftax.surgery.values.base import Value, require_floating
+from graftax.surgery.values.base import require_floating
 from graftax.surgery.values.computed import AddNormal, Mean, Mix, Rounded, Scaled
 from graftax.surgery.values.fills import Constant, Normal, Zeros, random_key
 from graftax.surgery.values.make import (
@@ -27,7 +27,6 @@ __all__ = [
     "Quantized",
     "Rounded",
     "Scaled",
-    "Value",
     "Zeros",
     "add_normal",
     "constant",

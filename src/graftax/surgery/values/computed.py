@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,13 +71,20 @@ class AddNormal:
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Array:
         require_floating(spec, self.text)
-        draw, stddev = draws(self.seed, path), self.stddev
+        stddev = self.stddev
         if self.relative:
             refuse_not_finite(old, self.text, "standard deviation")
             stddev *= moments(old, spread=True)[1]
             if not math.isfinite(stddev):
                 raise PlanError(f"{self.text}: the standard deviation of the leaf overflows float64")
-        return in_pieces(spec, self.text, (old,), lambda count, wide: wide + draw(count) * stddev)
+        return self._adding(path, stddev)(spec, old)
+
+    def in_order(self, path: str) -> Callable[[TensorSpec, Any], Array] | None:
+        return None if self.relative else self._adding(path, self.stddev)
+
+    def _adding(self, path: str, stddev: float) -> Callable[[TensorSpec, Any], Array]:
+        draw = draws(self.seed, path)
+        return lambda spec, old: in_pieces(spec, self.text, (old,), lambda count, wide: wide + draw(count) * stddev)
 
     def traced(self, path: str, spec: TensorSpec, leaf: Any) -> Any:
         """The noise counts as a constant: gradients are those of the leaf."""
@@ -222,12 +230,6 @@ class Mix:
             (leaf, other),
             mixed,
             lambda _, change, other_change: change * (1 - self.t) + other_change * self.t,
-        )
-
-    def as_data(self) -> Any:
-        raise PlanError(
-            "the donor of mix is not written into a plan, and a stopped run with it cannot be resumed",
-            next="Run it without a plan file.",
         )
 
 

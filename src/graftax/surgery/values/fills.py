@@ -151,5 +151,8 @@ class Normal:
         require_floating(spec, self.text)
 
     def apply(self, path: str, spec: TensorSpec, old: Any) -> Array:
+        return self.in_order(path)(spec, old)
+
+    def in_order(self, path: str) -> Callable[[TensorSpec, Any], Array]:
         draw = draws(self.seed, path)
-        return in_pieces(spec, self.text, (), lambda count: draw(count) * self.stddev)
+        return lambda spec, _: in_pieces(spec, self.text, (), lambda count: draw(count) * self.stddev)

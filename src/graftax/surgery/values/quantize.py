@@ -55,7 +55,7 @@ class Quantized:
         parts = self.role.axes if isinstance(self.role, LeafRole) else ()
         axes = [[[part.name, part.kind, part.size] for part in one] for one in parts]
         axis = None if self.axis is None else list(self.axis)
-        return {"value": "quantized", "bits": self.bits, "axis": axis, "group": self.group, "axes": axes}
+        return {"kind": "quantized", "bits": self.bits, "axis": axis, "group": self.group, "axes": axes}
 
     def check(self, path: str, spec: TensorSpec) -> None:
         require_floating(spec, self.text)
