@@ -51,7 +51,7 @@ class Candidates:
         self.state, self.siblings, self.how = state, siblings, how
         self.places = {source: n for n, group in enumerate(siblings) for source in group}
         self.first = {s.keys[0]: n for n, s in reversed(list(enumerate(state.record.sources))) if s.rows is None}
-        self.habits: dict[Any, tuple[Op, ...]] = {}
+        self.habits: dict[Any, list[tuple[int, tuple[Op, ...]]]] = {}
         self.in_parts: set[int] = set()
         self.idle = False
         self.blocked = 0
@@ -59,7 +59,18 @@ class Candidates:
     def remember(self, unknown: int, choice: Choice) -> None:
         """Try the readings of this choice first where the same tensor of a sibling module comes up."""
         for source, ops in zip(choice.sources, choice.ops, strict=False):
-            self.habits[self.place(source, unknown)] = ops
+            self.habits.setdefault(self.place(source, unknown), []).append((unknown, ops))
+
+    def _habit(self, source: int, unknown: int) -> tuple[Op, ...] | None:
+        """The reading that the last such choice has; one that was taken back says nothing."""
+        row = self.habits.get(self.place(source, unknown), [])
+        while row:
+            other, ops = row[-1]
+            choice = self.state.choices.get(other)
+            if choice is not None and ops in choice.ops:
+                return ops
+            row.pop()
+        return None
 
     def of(self, step: Step, value: int, leaves: frozenset[int]) -> Iterator[Option]:
         """What the leaves may hold, so that the value is one that torch made; the likeliest first."""
@@ -105,16 +116,35 @@ class Candidates:
 
     def _one(self, value: int, unknown: int, inputs: Collection[int]) -> Iterator[Option]:
         target = self.state.unknowns[unknown]
+        rest = {v: a for v, a in self.state.rest(value).items() if v != target.value}
+        order = self._ordered(inputs, unknown)
+        plain = self._plain(value, unknown, inputs, rest, order)
+        items = (self.state.record.sources[source] for source in order)
+        if any(item.how == "sum" and item.array.size == math.prod(target.shape) for item in items):
+            # A bias, or its sum with another: what follows tells which.
+            both = [(0 if made is None else -self._ahead(value, made), (chosen, n, made)) for chosen, n, made in plain]
+            plain = (option for _, option in sorted(both, key=lambda row: row[0]))
+        yield from plain
+        if self.how.changed:
+            yield from self._changed(value, unknown, inputs, rest)
+        yield from self._several(value, unknown, inputs, rest)
+        if self.how.changed:
+            yield from self._constants(value, unknown, inputs, rest)
+
+    def _plain(
+        self, value: int, unknown: int, inputs: Collection[int], rest: dict[int, Array], order: Sequence[int]
+    ) -> Iterator[Option]:
+        """Tensors as they are, in some reading."""
+        target = self.state.unknowns[unknown]
         maps = self._maps(inputs, math.prod(self.state.program.shapes[value]))
         size = math.prod(target.shape)
-        rest = {v: a for v, a in self.state.rest(value).items() if v != target.value}
-        for source in self._ordered(inputs, unknown):
+        for source in order:
             item = self.state.record.sources[source]
             if item.array.size != size or self._blocked(source):
                 continue
             permuted: list[tuple[int, Option]] = []
             least = -1
-            habit = self.habits.get(self.place(source, unknown))
+            habit = self._habit(source, unknown)
             ways = readings(item.array.shape, target.shape, maps)
             for rank, ops in enumerate(ways if habit is None else dict.fromkeys((habit, *ways))):
                 choice = Choice((source,), (ops,))
@@ -132,11 +162,6 @@ class Candidates:
             for ahead, option in permuted:
                 if ahead > least:
                     yield option
-        if self.how.changed:
-            yield from self._changed(value, unknown, inputs, rest)
-        yield from self._several(value, unknown, inputs, rest)
-        if self.how.changed:
-            yield from self._constants(value, unknown, inputs, rest)
 
     def _ahead(self, value: int, made: Array) -> int:
         """How many of the values that follow from one, without another leaf, are torch's: a permutation of what is
@@ -148,7 +173,11 @@ class Candidates:
         for step, j in self.state.slots[start : start + 400]:
             if len(deep) > 30:
                 break
-            if step.outs[j] in local or not all(n in local or n in self.state.known for n in step.ins):
+            if step.outs[j] in local:
+                continue
+            if not all(n in local or n in self.state.known for n in step.ins):
+                if step.name in STRICT and any(self.state.is_zero(n) for n in step.ins):  # a first state, times W
+                    local[step.outs[j]] = np.zeros(self.state.program.shapes[step.outs[j]])
                 continue
             self.state.count()
             local.update(
@@ -206,6 +235,10 @@ class Candidates:
         target = self.state.unknowns[unknown]
         if not inputs or len([size for size in target.shape if size > 1]) > 1:
             return
+        size = math.prod(target.shape)
+        twins = [s for number in inputs for s in self.state.record.twins.get(number, ()) if self.how.twins]
+        if any(self.state.record.sources[s].array.size == size and not self._blocked(s) for s in twins):
+            return  # torch uses such a tensor with the same data: a later step decides
         for constant in (0.0, 1.0):
             fill = Fill(constant, target.shape, "float32", "torch has none; the outputs agree with it")
             choice = Choice((), ((fill,),))
@@ -300,7 +333,7 @@ class Candidates:
         parts = self.state.record.joins[joined]
         length = sum(size for _, size in parts)
         for source in twins:
-            pieces = self.state.record.parts_of(source, joined)
+            pieces = self.state.record.cuts.get((source, joined), [])
             whole = self.state.record.sources[source].array.size
             if not pieces or whole != math.prod(target.shape) or length not in target.shape:
                 continue
@@ -374,6 +407,25 @@ class Candidates:
                     }
                     if number in self.state.record.values.find(self.state.value(value, self.state.rest(value) | given)):
                         yield picked, number, None
+
+    def fed(self, value: int, unknown: int) -> Iterator[Option]:
+        """One leaf that meets no data yet (latents that are normed first), if only one tensor makes a value that torch
+        made of it."""
+        target = self.state.unknowns[unknown]
+        found: list[tuple[bool, Option]] = []
+        for source in self.state.record.fed:
+            item = self.state.record.sources[source]
+            if item.array.size != math.prod(target.shape) or self._blocked(source):
+                continue
+            for ops in readings(item.array.shape, target.shape):
+                choice = Choice((source,), (ops,))
+                made = self.state.value(value, {target.value: choice.array(self.state.record)})
+                number = self._accepted(made, ())
+                if number is not None:
+                    permuted = not self.state.record.values.same_layout(made, number)
+                    found.append((permuted, ({unknown: choice}, number, made)))
+        if len({option[0][unknown].sources for _, option in found}) == 1:
+            yield from (option for _, option in sorted(found, key=lambda row: row[0]))
 
     def _pool(self, unknown: int, inputs: Collection[int]) -> list[Choice]:
         shape = self.state.unknowns[unknown].shape

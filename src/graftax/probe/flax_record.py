@@ -54,7 +54,6 @@ def record_flax(program: Program, forward: FlaxForward, leaves: Mapping[str, Arr
         outs = evaluate(step, [known[n] for n in step.ins])
         known.update(zip(step.outs, outs, strict=True))
         _note(step, record, known, whole, made_of, program)
-    record.close()
     outs = [np.asarray(known[n]) for n in program.outputs]
     record.outputs = {str(n) if len(outs) > 1 else "": out for n, out in enumerate(outs) if out.dtype.kind == "f"}
     return record

@@ -159,6 +159,10 @@ class PartialRun:
             self.flat[value] = _constant(self.known[value])
         return self.flat[value]
 
+    def is_zero(self, value: int) -> bool:
+        """True for a known value that is zero everywhere."""
+        return value in self.known and not np.asarray(self.known[value]).any()
+
     def class_of(self, value: int) -> list[int]:
         """The values of the record that a known value is."""
         if value not in self.classes:

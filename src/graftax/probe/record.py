@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +41,9 @@ class Record:
     values, sources; used: the sources in order of first use; outputs: the floating ones, by their path in the nest
     twins    value -> sources that were used with it, in order
     made_of  value -> the two sources that it was made of, alone
+    fed      sources that something was computed of before they met data: latents, queries (the keys, in order)
     joins    value -> the values that were joined in it along the last axis, and their lengths
+    cuts     (source, value that joins others) -> the pieces of the source that each of them is multiplied by
     """
 
     values: Values
@@ -54,6 +55,8 @@ class Record:
     joins: dict[int, tuple[tuple[int | None, int], ...]] = field(
         default_factory=dict[int, "tuple[tuple[int | None, int], ...]"]
     )
+    fed: dict[int, None] = field(default_factory=dict[int, None])
+    cuts: dict[tuple[int, int | None], list[int]] = field(default_factory=dict[tuple[int, "int | None"], "list[int]"])
     _pieces: dict[tuple[Any, ...], int] = field(default_factory=dict[tuple[Any, ...], int])
 
     def meets(self, value: int | None, source: int) -> None:
@@ -94,18 +97,3 @@ class Record:
         """Note that the model joined values along their last axis: each value, and its length there."""
         if value is not None:
             self.joins.setdefault(value, tuple(parts))
-
-    def parts_of(self, source: int, joined: int) -> list[int]:
-        """The pieces of a tensor that is multiplied by joined values, cut as they are; [] if it has no such axis."""
-        item = self.sources[source]
-        ends = list(itertools.accumulate((size for _, size in self.joins[joined]), initial=0))
-        if item.rows is not None or item.how != "tensor" or ends[-1] not in item.array.shape:
-            return []
-        axis = item.array.shape.index(ends[-1])
-        return [self.piece(source, tuple(range(a, b)), axis) for a, b in itertools.pairwise(ends)]
-
-    def close(self) -> None:
-        """Make every source that a search may take, so that two runs of one model have the same ones."""
-        for joined in self.joins:
-            for source in list(self.twins.get(joined, ())):
-                self.parts_of(source, joined)

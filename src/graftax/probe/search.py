@@ -20,7 +20,7 @@ from graftax.probe.candidates import STRICT, Candidates, Pass
 from graftax.probe.choices import Choice, Option
 from graftax.probe.limits import SURE, Limits
 from graftax.probe.partial_run import PartialRun
-from graftax.probe.program import Program, Step
+from graftax.probe.program import INDEX, Program, Step
 from graftax.probe.record import Record
 from graftax.probe.rewrite import Unknown
 from graftax.probe.values import OutOfBudget
@@ -28,6 +28,8 @@ from graftax.probe.values import OutOfBudget
 Array = Any
 PATIENCE = 25
 """Steps that an undecided value may go through before it is a dead end."""
+VIEWS = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "slice", "split", INDEX))
+"""Steps that move the entries of a leaf and make nothing of them."""
 LEAVES = 3
 """Most undecided leaves of one value."""
 
@@ -311,8 +313,9 @@ class Search:
                 and len(leaves) == 2
                 and not any(n in state.known for n in step.ins)
             )
-            if len(leaves) == 2 and not product:
-                options = self.candidates.alone(step, value, leaves)
+            if len(leaves) <= 2 and not product and step.name not in VIEWS:
+                (first, *more) = leaves
+                options = self.candidates.alone(step, value, leaves) if more else self.candidates.fed(value, first)
                 if self._decided(_Frame(slot, 0, len(state.trail), options, 0, value), frames):
                     return None
             if not lazily:
@@ -343,7 +346,11 @@ class Search:
         if step.name != "dot_general" or not all(self.state.tells(n) for n in step.ins):
             return None
         made = self.state.known[value]
-        if made.size < 2 or self.state.record.values.find(made) or self.state.record.values.factors(made):
+        values = self.state.record.values
+        if made.size < 2 or values.find(made) or values.factors(made):
+            return None
+        batch = len(step.params["dimension_numbers"][1][0])  # torch may make them item by item
+        if batch and all(row.size < 2 or values.find(row) for row in made.reshape(-1, *made.shape[batch:])):
             return None
         return self._nearest(value, frames) or None
 

@@ -88,7 +88,6 @@ def record_torch(
         out = run(module, *args, **kwargs)
     if drawn:
         raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
-    record.close()
     found = nests.leaves(out, lambda item: isinstance(item, torch.Tensor))
     record.outputs = {path: array_of(t, copy=True) for path, t in found if t.is_floating_point()}
     return record

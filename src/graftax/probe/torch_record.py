@@ -47,14 +47,19 @@ class _Place:
 
 @dataclass(slots=True)
 class _Shadow:
-    """What is known of a product x @ W + b, or of a view of it: the product without b, the column of the product that
-    each entry comes from, and the entries of W and b that belong to each column."""
+    """What is known of a product x @ W + b (or a convolution), or of a view of it: the product without b, the column
+    (channel) of the product that each entry comes from, and the entries of W and b that belong to each column.
+
+    given   the value of x
+    parts   where x joins several values: the product of each with its own rows of W, seen in the same way
+    """
 
     product: torch.Tensor
     columns: torch.Tensor
     weight: _Place
     bias: _Place | None
     given: int | None
+    parts: tuple[_Shadow, ...] = ()
 
 
 class TorchRecorder(TorchDispatchMode):
@@ -72,6 +77,10 @@ class TorchRecorder(TorchDispatchMode):
         self._shadows: dict[int, _Shadow] = {}
         self._left: dict[int, torch.Tensor] = {}
         """id of a product of two data -> its left factor."""
+        self._padded: dict[int, torch.Tensor] = {}
+        """id of a tensor padded with zeros -> the tensor without."""
+        self._joins: dict[tuple[int, bool], list[int]] = {}
+        """(a value, along its channels or its last axis?) -> the lengths of the values that were joined in it."""
         self._alive: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,6 +113,9 @@ class TorchRecorder(TorchDispatchMode):
             self._derived(name, given, made, sources)
         if only and len(given) == 2 and made and all(id(t) in self._whole for t in given):
             self.record.alone(self.value(made[0]), tuple(self._whole[id(t)] for t in given))
+        if only:
+            alone = (self._of[id(t)] for t in given if len(self._of[id(t)]) == 1)
+            self.record.fed.update(dict.fromkeys(source for (source,) in alone))
         numbers = {id(t): self.value(t) for t in given if id(t) not in self._whole}
         write = _WRITE_OUT.get(name)
         if name in NORMS:
@@ -116,8 +128,12 @@ class TorchRecorder(TorchDispatchMode):
             self._product(args[0], args[1], None, made[0], made[0])
         if name == "add":
             self._biased(given, made)
-        if name == "cat" and 1 < len(given) <= _JOINED and (args[1:] or (0,))[0] in (-1, made[0].ndim - 1):
-            self.record.joined(self.value(made[0]), [(self.value(t), t.shape[-1]) for t in given])
+            if len(given) == 2 and not func._schema.is_mutable:
+                self._summed(given[0], given[1], made[0])
+        if name == "constant_pad_nd":
+            self._padded[id(made[0])] = given[0]
+        if name == "cat" and 1 < len(given) <= _JOINED:
+            self._joined(given, made[0], (args[1:] or (0,))[0] % made[0].ndim)
         if name in ("bmm", "add", "mul"):
             self._by_item(name, given, made[0])
         if name == "bmm" and not any(id(t) in self._of for t in given):
@@ -129,6 +145,8 @@ class TorchRecorder(TorchDispatchMode):
             if name not in _PRODUCTS:
                 self._shadows.pop(id(t), None)
             self.value(t)
+            if only and t.ndim > 2 and t.shape[0] > 1 and bool((t[0] == t).all()):  # one for each item of the batch
+                self.record.values.add(array_of(t[0]))
             if name == "bmm" and 1 < t.shape[0] <= 64:
                 for row in t.unbind(0):
                     self.record.values.add(array_of(row))
@@ -240,12 +258,24 @@ class TorchRecorder(TorchDispatchMode):
 
     def _cut(self, func: Any, args: Any, kwargs: Any, shadow: _Shadow, made: Sequence[torch.Tensor]) -> None:
         """A view of a product: the same view of the product without its bias, and what remains of the weight."""
-        products = _viewed(func, shadow.product, args, kwargs)
         columns = _viewed(func, shadow.columns, args, kwargs)
-        if not len(products) == len(columns) == len(made) <= _PIECES:
+        if not len(columns) == len(made) <= _PIECES:
             return
-        for t, product, column in zip(made, products, columns, strict=True):
-            self._alive += [product, column]
+        self._alive += columns
+        whole, *parts = (self._cut_alike(func, args, kwargs, one, columns) for one in (shadow, *shadow.parts))
+        for n, (t, one) in enumerate(zip(made, whole, strict=False)):
+            self._shadows[id(t)] = replace(one, parts=tuple(part[n] for part in parts if len(part) == len(made)))
+
+    def _cut_alike(
+        self, func: Any, args: Any, kwargs: Any, shadow: _Shadow, columns: Sequence[torch.Tensor]
+    ) -> list[_Shadow]:
+        """What a view makes of one shadow; [] where its memory does not allow that."""
+        products = _viewed(func, shadow.product, args, kwargs)
+        if len(products) != len(columns):
+            return []
+        out: list[_Shadow] = []
+        for product, column in zip(products, columns, strict=True):
+            self._alive.append(product)
             if column.numel() == shadow.columns.numel():
                 number = self._number[id(product)] = self.value(shadow.product)
                 if number is not None:
@@ -256,9 +286,10 @@ class TorchRecorder(TorchDispatchMode):
                 kept[column.reshape(-1).numpy()] = True
                 if not kept.all():
                     self._meets_part(shadow.given, shadow.weight, kept)
-                    if shadow.bias is not None:
-                        self._meets_part(number, shadow.bias, kept)
-            self._shadows[id(t)] = _Shadow(product, column, shadow.weight, shadow.bias, shadow.given)
+                if shadow.bias is not None:
+                    self._meets_part(number, shadow.bias, kept)
+            out.append(replace(shadow, product=product, columns=column, parts=()))
+        return out
 
     def _meets_part(self, number: int | None, place: _Place, kept: Any) -> None:
         """The model used the part of a source that makes some columns of a product with this value."""
@@ -336,9 +367,35 @@ class TorchRecorder(TorchDispatchMode):
             shadow, place = self._shadows.get(id(product)), self._place(bias)
             if shadow is None or shadow.bias is not None or place is None:
                 continue
-            if place.index.numel() == shadow.weight.index.numel() == product.shape[-1]:
+            if place.index.numel() == shadow.weight.index.numel() == product.shape[-1] and _along_last(shadow.columns):
                 self._shadows[id(made[0])] = replace(shadow, bias=place)
                 return
+
+    def _summed(self, one: torch.Tensor, other: torch.Tensor, made: torch.Tensor) -> None:
+        """x @ W + a, plus h @ V + b: the sum of the products alone, with which a model may use a + b."""
+        a, b = self._shadows.get(id(one)), self._shadows.get(id(other))
+        if a is None or b is None or not torch.equal(a.columns, b.columns):
+            return
+        product = a.product + b.product
+        self._alive.append(product)
+        bias = a.bias or b.bias
+        if a.bias is not None and b.bias is not None:
+            pair = sorted((a.bias.source, b.bias.source))
+            arrays = [self.record.sources[source].array for source in pair]
+            plain = all(self.record.sources[source].rows is None for source in pair) and pair[0] != pair[1]
+            if not plain or arrays[0].shape != arrays[1].shape or not torch.equal(a.bias.index, b.bias.index):
+                return
+            bias = _Place(self.record.derived("sum", pair, arrays[0] + arrays[1]), a.bias.index)
+        parts = (replace(a, bias=bias, parts=()), replace(b, bias=bias, parts=()))
+        if bias is not None:
+            kept = np.zeros(bias.index.numel(), bool)
+            kept[a.columns.reshape(-1).numpy()] = True
+            for number in (self.value(part) for part in (product, a.product, b.product)):
+                if number is not None:
+                    self._meets_part(number, bias, kept)
+        else:
+            self.value(product)
+        self._shadows[id(made)] = _Shadow(product, a.columns, a.weight, bias, None, parts)
 
     def _scaled(self, name: str, args: Any, made: torch.Tensor) -> None:
         """A product, or the left factor of one, by a number: what it is if the number is part of the weight."""
@@ -364,7 +421,7 @@ class TorchRecorder(TorchDispatchMode):
             if bias is not None:
                 self.record.meets(number, bias)
         if one is x:
-            self._shadows[id(made)] = replace(shadow, product=product)
+            self._shadows[id(made)] = replace(shadow, product=product, parts=())
 
     # ------------------------------------------------------------ ops with several parameters
 
@@ -381,12 +438,54 @@ class TorchRecorder(TorchDispatchMode):
         place = self._place(turned)
         if place is not None and 1 < product.shape[-1] == turned.shape[-1]:
             columns = torch.arange(product.shape[-1]).expand(product.shape)
-            first = _Place(place.source, place.index[(0,) * (turned.ndim - 1)])
             added = None if bias is None else self._place(bias)
             if added is not None and added.index.numel() != product.shape[-1]:
                 added = None
-            self._shadows[id(out)] = _Shadow(product, columns, first, added, self.value(x))
+            shadow = _Shadow(product, columns, _along(place, turned.ndim - 1), added, self.value(x))
+            if turned.ndim == 2:
+                shadow = self._by_part(shadow, x, turned, place, 0, torch.matmul)
+            self._shadows[id(out)] = shadow
             self._alive += [product, columns]
+
+    def _joined(self, given: Sequence[torch.Tensor], made: torch.Tensor, axis: int) -> None:
+        """Values that are joined along the last axis, or along the channels."""
+        number = self.value(made)
+        lengths = [t.shape[axis] for t in given]
+        if number is not None and axis == made.ndim - 1:
+            self.record.joined(number, [(self.value(t), t.shape[-1]) for t in given])
+            self._joins.setdefault((number, False), lengths)
+        if number is not None and axis == 1:
+            self._joins.setdefault((number, True), lengths)
+
+    def _by_part(
+        self, shadow: _Shadow, x: torch.Tensor, weight: torch.Tensor, place: _Place, axis: int, product: Any
+    ) -> _Shadow:
+        """The shadow of x @ W where x joins several values: also the product of each with its rows of W, along `axis`
+        of W, as a model makes it that keeps them apart."""
+        channels = axis == 1
+        lengths = self._joins.get((shadow.given, channels)) if shadow.given is not None else None
+        if lengths is None or sum(lengths) != weight.shape[axis]:
+            return shadow
+        pieces: list[int | None] = []
+        parts: list[_Shadow] = []
+        at = 0
+        for length in lengths:
+            part = x.narrow(1 if channels else x.ndim - 1, at, length).contiguous()
+            made = product(part, weight.narrow(axis, at, length))
+            rows = _Place(place.source, place.index.narrow(axis, at, length))
+            at += length
+            self._alive += [part, made]
+            number, source = self.value(part), self._located(rows)
+            pieces.append(source)
+            if source is not None:
+                self.record.meets(number, source)
+            bias = None if shadow.bias is None else self._located(shadow.bias)
+            if bias is not None:
+                self.record.meets(self.value(made), bias)
+            parts.append(replace(shadow, product=made, weight=_along(rows, 1 - axis), given=number))
+        if all(piece is not None for piece in pieces):
+            self.record.cuts[place.source, shadow.given] = [piece for piece in pieces if piece is not None]
+        return replace(shadow, parts=tuple(parts))
 
     def _addmm(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
         bias, x, weight = args[:3]
@@ -399,13 +498,27 @@ class TorchRecorder(TorchDispatchMode):
         given = self.value(x)
         for source in self._sources(weight):
             self.record.meets(given, source)
+            if id(x) in self._padded:  # which a model may leave to the convolution
+                self.record.meets(self.value(self._padded[id(x)]), source)
         for source in self._sources(x):
             self.record.meets(self.value(weight), source)
+        plain = made[0]
         if bias is not None:
             plain = made[0] - bias.reshape(1, -1, *(1,) * (made[0].ndim - 2))
             number = self.value(plain)
             for source in self._sources(bias):
                 self.record.meets(number, source)
+        place, transposed, groups = self._place(weight), args[6], args[8]
+        if place is None or made[0].shape[1] < 2 or (transposed and groups > 1):
+            return
+        columns = torch.arange(made[0].shape[1]).reshape(-1, *(1,) * (made[0].ndim - 2)).expand(made[0].shape)
+        added = None if bias is None else self._place(bias)
+        shadow = _Shadow(plain, columns, _along(place, 1 if transposed else 0), added, given)
+        if groups == 1 and not transposed:
+            more = (None, *args[3:])
+            shadow = self._by_part(shadow, x, weight, place, 1, lambda part, rows: torch.convolution(part, rows, *more))
+        self._shadows[id(made[0])] = shadow
+        self._alive += [plain, columns]
 
     def _attention(self, args: Any, kwargs: Any, made: Sequence[torch.Tensor], before: Any) -> None:
         """The scores of a fused attention."""
@@ -429,7 +542,7 @@ class TorchRecorder(TorchDispatchMode):
             number = self.value(value)
 
 
-_PRODUCTS = frozenset(("mm", "bmm", "addmm", "add", "mul", "div"))
+_PRODUCTS = frozenset(("mm", "bmm", "addmm", "convolution", "add", "mul", "div"))
 _WRITE_OUT = {
     "addmm": TorchRecorder._addmm, "convolution": TorchRecorder._convolution,
     "_scaled_dot_product_flash_attention_for_cpu": TorchRecorder._attention,
@@ -439,6 +552,18 @@ _WRITE_OUT = {
 def _before(name: str, args: Any) -> Any:
     """What must be computed before an op that may change its operands: the product of addmm."""
     return torch.mm(args[1], args[2]) if name == "addmm" else None
+
+
+def _along(place: _Place, axis: int) -> _Place:
+    """The entries along one axis of a weight: one for each column of its products."""
+    first = place.index[tuple(slice(None) if a == axis else 0 for a in range(place.index.ndim))]
+    return _Place(place.source, first)
+
+
+def _along_last(columns: torch.Tensor) -> bool:
+    """True if the columns of a product lie along its last axis."""
+    row = columns[(0,) * (columns.ndim - 1)]
+    return bool((row == torch.arange(len(row))).all())
 
 
 def _kept(shape: Sequence[int], axis: int) -> tuple[int, ...]:
