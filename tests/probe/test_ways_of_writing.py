@@ -117,7 +117,7 @@ class HeadByHead(nn.Module):
         out: list[Any] = []
         for w, a in zip(self.w, self.a, strict=True):
             z = x @ w
-            out.append(torch.softmax(torch.tanh(z @ a[:WIDTH] + (z @ a[WIDTH:]).T), 1) @ z)
+            out.append(torch.tanh(torch.softmax(torch.tanh(z @ a[:WIDTH] + (z @ a[WIDTH:]).T), 1) @ z))
         return torch.stack(out, 1)
 
 
@@ -127,7 +127,7 @@ class FlaxHeads(fn.Module):
         init = fn.initializers.normal(1.0)
         z = jnp.einsum("nd,hdf->nhf", x, self.param("w", init, (2, WIDTH, WIDTH)))
         a, b = ((z * self.param(name, init, (2, WIDTH))).sum(-1) for name in ("from", "to"))
-        return jnp.einsum("nmh,mhf->nhf", fn.softmax(fn.tanh(a[:, None] + b[None]), 1), z)
+        return fn.tanh(jnp.einsum("nmh,mhf->nhf", fn.softmax(fn.tanh(a[:, None] + b[None]), 1), z))
 
 
 def _heads(sd: State) -> dict[str, np.ndarray]:
