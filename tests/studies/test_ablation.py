@@ -195,6 +195,43 @@ def test_values_that_are_not_finite_are_shown_and_rank_first(params):
     }
 
 
+# ---------------------------------------------------------------- closed forms
+
+WIDE = {"branch": {"kernel": np.eye(3) * 2, "bias": np.ones(3)}}  # float64
+
+
+def residual(weights: Any) -> np.ndarray:
+    return X + X @ weights["branch"]["kernel"] + weights["branch"]["bias"]
+
+
+def distance(got: np.ndarray) -> float:
+    return float(np.linalg.norm(got - residual(WIDE)) / np.linalg.norm(residual(WIDE)))
+
+
+def test_a_leaf_that_takes_its_own_value_changes_nothing():
+    own = [lambda old: old, gx.scaled(1.0), gx.mix(WIDE["branch"]["kernel"], 0.0)]
+    study = gx.ablate(residual, WIDE, "branch/kernel", own)
+    assert [row.numbers for row in study] == [{"relative_l2": 0.0, "cosine": 1.0}] * 4
+
+
+def test_a_zeroed_branch_is_a_removed_one():
+    seen: list[np.ndarray] = []
+    gx.ablate(residual, WIDE, "branch", gx.zeros(), each="module", metric=kept(seen))
+    np.testing.assert_array_equal(seen[-1], X)
+
+
+def test_a_constant_kernel_gives_every_column_the_sum_of_its_row():
+    (_, row) = gx.ablate(residual, WIDE, "branch/kernel", gx.constant(0.5))
+    want = X + 0.5 * X.astype(np.float64).sum(1, keepdims=True) + 1.0
+    assert row.numbers["relative_l2"] == pytest.approx(distance(want), rel=1e-12)
+
+
+def test_noise_in_a_linear_layer_scales_the_effect():
+    study = gx.ablate(residual, WIDE, "branch/kernel", [gx.add_normal(scale, seed=1) for scale in (0.25, 0.5, 2.0)])
+    sizes = [row.numbers["relative_l2"] for row in study.rows[1:]]
+    np.testing.assert_allclose(np.divide(sizes, sizes[0]), [1, 2, 8], rtol=1e-12)
+
+
 # ---------------------------------------------------------------- cost
 
 
