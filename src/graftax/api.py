@@ -128,16 +128,20 @@ def prove_port(made: Plan, source: Checkpoint) -> Plan:
         return made
     made_from = made.made_from
     both = both_models(made_from.source, made_from.like, made_from.options)
-    if both is None or both.inputs is None or not both.is_torch:
+    if both is None or both.inputs is None:
         return made
     own_weights = made_from.options.source_model is not None
     # Parity stands above the front, as both use it.
     proving = importlib.import_module("graftax.parity.proving")
-    report = proving.prove_port(made, both.module, both.model, both.inputs, source, both.flipped, own_weights)
-    ratio = max((row.ratio for row in report.outputs), default=0.0)
+    ratio: float | None = None
+    if both.is_torch:
+        report = proving.prove_port(made, both.module, both.model, both.inputs, source, both.flipped, own_weights)
+        ratio = float(max((row.ratio for row in report.outputs), default=0.0))
+    elif proving.prove_within_side(made, both.module, both.model, both.inputs, source) is None:
+        return made
     if made.proof is None:  # parity holds on these weights; nothing is proved for others
         return made
-    proof = replace(made.proof, source=_values_hash(source, made), ratio=float(ratio))
+    proof = replace(made.proof, source=_values_hash(source, made), ratio=ratio)
     return replace(made, proof=proof)
 
 

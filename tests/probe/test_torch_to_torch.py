@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,3 +274,18 @@ def test_leaves_that_may_be_exchanged_are_said() -> None:
     assert fact.startswith("lstm.bias_ih_l0 and lstm.bias_hh_l0 are interchangeable")
     assert fact in str(plan)
     assert gx.plan(Fused().eval(), Separate().eval(), inputs=noise(2, 5, 8)).proof.facts == ()  # pyright: ignore
+
+
+def normed(epsilon: float) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8, eps=epsilon), nn.Linear(8, 8))
+
+
+def test_a_port_gives_nothing_if_the_outputs_differ_on_the_real_weights(tmp_path: Path) -> None:
+    source, out = normed(1e-5), tmp_path / "out.safetensors"
+    assert gx.plan(source, normed(3e-3), inputs=noise(2, 8)).complete
+    with pytest.raises(gx.errors.ParityError, match="Sequential and Sequential differ on the real weights") as caught:
+        gx.port_file(source, normed(3e-3), out, inputs=noise(2, 8))
+    assert not caught.value.report  # pyright: ignore[reportAttributeAccessIssue]
+    assert not out.exists()
+    gx.port_file(source, normed(1e-5), out, inputs=noise(2, 8))
+    assert "proved by running both models" in str(gx.inspect(out))

@@ -29,8 +29,10 @@ def with_causes(report: ParityReport, search: Callable[[], tuple[Cause, ...]]) -
 
 
 def suspect_of(plan: Plan) -> str:
-    """The Flax module, without its collection, before which the models part as running showed; '' if nothing did."""
-    return plan.parted.removeprefix("params/").rpartition("/")[0]
+    """The module, a Flax one without its collection, before which the models part as running showed; '' if nothing
+    did."""
+    separator = "." if plan.source.side == plan.like.side == "torch" else "/"
+    return plan.parted.removeprefix("params/").rpartition(separator)[0]
 
 
 def required(report: ParityReport) -> ParityReport:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from graftax.probe.evaluate import widened
 from graftax.probe.flax_record import record_flax, redrawn_leaves
 from graftax.probe.flax_side import FlaxForward, as_arrays, flax_forward, input_arrays
 from graftax.probe.hashes import steps_hash
@@ -40,6 +42,11 @@ class FlaxOrigin:
         """Its record with redrawn weights."""
         leaves = redrawn_leaves(self.forward, seed)
         return record_flax(self.program, self.forward, leaves, input_arrays(*call))
+
+    def on(self, weights: Mapping[str, Any]) -> Record:
+        """Its record with these weights, on its own inputs."""
+        leaves = {path: widened(weights[path]) for path in self.forward.paths}
+        return record_flax(self.program, self.forward, leaves, input_arrays(*self.call))
 
     def ids(self) -> int | None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from graftax.adapters import nests
 from graftax.adapters.layouts import declared
 from graftax.errors import GraftaxError, ModelError, escape
-from graftax.ops import apply_chain
+from graftax.ops import Cast, apply_chain
 from graftax.plans import Entry
 from graftax.probe.draw import calls_to_try, check_finite, redrawn
 from graftax.probe.entries import Node, entries_of, nodes_of
@@ -137,6 +137,10 @@ class Origin(Protocol):
 
     def record(self, seed: int, call: Call) -> Record:
         """The record of one call with redrawn weights."""
+        ...
+
+    def on(self, weights: Mapping[str, Any]) -> Record:
+        """The record of its own call with these weights."""
         ...
 
     def ids(self) -> int | None:
@@ -267,6 +271,21 @@ def settle(
         if found.proved or time.monotonic() - start > limits.seconds:
             break
     return best
+
+
+def on_real_weights(
+    module: Any, model: Any, inputs: Inputs, entries: Sequence[Entry], weights: Mapping[str, Any]
+) -> float | None:
+    """The difference of both models' outputs on the given inputs, as a part of the largest entry, in float64: `module`
+    with these weights, `model` with what the entries make of them. None if the entries do not make every leaf."""
+    attempt = Attempt.of(module, model, next(calls_to_try(module, model, inputs)), inputs, False)
+    record = attempt.origin.on(weights)
+    plain = [replace(e, ops=tuple(op for op in e.ops if not isinstance(op, Cast))) for e in entries]
+    held = attempt.forced(record, [e for e in plain if e.targets and not e.unfilled])
+    if len(held) < len(attempt.unknowns):
+        return None
+    arrays = [np.asarray(array) for array in input_arrays(*attempt.flax_call)]
+    return attempt.confirmed(Found(), record, arrays, held)[0]
 
 
 def _settled(attempt: Attempt, limits: Limits, forced: Sequence[Entry]) -> Settled:

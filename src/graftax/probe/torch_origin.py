@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from graftax.adapters import nests, torch_float64
 from graftax.errors import GraftaxError, ModelError, escape
+from graftax.probe.evaluate import widened
 from graftax.probe.hashes import sha
 from graftax.probe.inputs import Call, Inputs
 from graftax.probe.record import Record, Source
@@ -46,6 +48,16 @@ class TorchOrigin:
         except Exception as error:
             kind, text = type(self.module).__name__, escape(str(error).strip(), 500)
             raise ModelError(f"the torch model {escape(kind)} failed: {type(error).__name__}: {text}") from error
+
+    def on(self, weights: Mapping[str, Any]) -> Record:
+        """Its record with these weights, on its own inputs."""
+        made = probe_copy(self.module, 0)
+        with torch.no_grad():
+            for key, tensor in made.state_dict(keep_vars=True).items():
+                if key in weights and isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    tensor.copy_(torch.from_numpy(np.asarray(widened(weights[key]), order="C")))
+        args, kwargs = nests.mapped(self.call, nests.is_array, to_torch)
+        return record_torch(made, args, kwargs, self.inputs.torch_call)
 
     def ids(self) -> int | None:
         return ids_of(self.module)
