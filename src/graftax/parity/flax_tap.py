@@ -267,7 +267,7 @@ class Channel:
         if self._waiting:  # callbacks of traced code come first
             jax.effects_barrier()
             self._waiting = False
-        guarded(Heard(nest))
+        guarded(Heard(listening.snapshot(nest)))
         if self.failure is not None:
             raise self.failure
         return nest

@@ -54,6 +54,13 @@ class Heard:
         )
 
 
+def snapshot(nest: Any) -> Any:
+    """The nest with its own lists and dicts: the model may change those it passes."""
+    if type(nest) in (list, tuple):
+        return type(nest)(map(snapshot, nest))
+    return {key: snapshot(child) for key, child in nest.items()} if type(nest) is dict else nest
+
+
 def _restored(array: Any, weak: bool) -> Any:
     """A jax array, weakly typed if it was: the next op would promote it differently otherwise."""
     if not weak:

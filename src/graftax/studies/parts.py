@@ -258,11 +258,10 @@ def _require_same(made: Part, found: Selected) -> None:
     try:
         alone = runner.run(args, kwargs, compiled=False)
     except GraftaxError as error:
-        if isinstance(error.__cause__, flax_errors.InvalidRngError):
-            raise ReplayError(
-                "it draws random numbers, which depend on its place in the model",
-                next="Run the model deterministically.",
-            ) from error
+        drawn = isinstance(error.__cause__, flax_errors.InvalidRngError)
+        if drawn or any(isinstance(item, nnx.Rngs) for item in (*args, *kwargs.values())):
+            where = "which depend on its place in the model" if drawn else "from an nnx.Rngs that it is called with"
+            raise ReplayError(f"it draws random numbers, {where}", next="Run the model deterministically.") from error
         raise ReplayError(f"alone it fails: {error}") from error
     inside = nests.arrays(flax_values.values_of(made.output))
     outside = nests.arrays(alone)
@@ -286,5 +285,5 @@ def _same(inside: Any, alone: Any, vmapped: bool) -> bool:
 
 
 def _shapes(nest: Any) -> str:
-    shown = [f"{leaf.dtype}{list(leaf.shape)}" for _, leaf in nests.leaves(nest, nests.is_array)]
+    shown = [f"{array.dtype}{list(array.shape)}" for array in flax_values.spread(nest)[0]]
     return ", ".join(shown[:4]) + (f", ... ({counted(len(shown), 'array')})" if len(shown) > 4 else "")
