@@ -6,6 +6,7 @@ from graftax.parity.report.model import Cause, LayerRow, OutputRow, ParityReport
 from graftax.plans import Assumption, Candidate, End, Entry, Plan, Question
 from graftax.report.comparing import Diff, DifferenceRow
 from graftax.report.inspecting import Inspection, LeafRow
+from graftax.studies.study import Study, StudyRow
 from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "Receipt",
     "SettingRow",
     "Side",
+    "Study",
+    "StudyRow",
     "TensorSpec",
     "WeightRow",
 ]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from graftax.errors import LayoutError, escape
+from graftax.errors import LayoutError, escape, option
 from graftax.layers.attention import projection_letter
 from graftax.layers.roles import LeafRole, role_of
 from graftax.tree import Checkpoint, LeafIndex, TensorSpec
@@ -121,16 +121,17 @@ def _merged(
     if not found:
         raise LayoutError(
             f"{escape(module)} has no output projection of heads",
-            next="Select the attention, or the projection itself; each='module' changes whole modules.",
+            next=f"Select the attention, or the projection itself; {option('each', 'module')} changes whole modules.",
         )
     if not heads:
         who = f"Give the module an attribute such as {HEADS[0]}"
         who = (
             who if tree.live.modules else "Give the model itself, gx.linen(...) or an nnx.Module, whose modules say it"
         )
+        leaf = escape(next(iter(found)))
         raise LayoutError(
-            f"the number of heads of {escape(around)} is not known: {escape(next(iter(found)))} merges them",
-            next=f'{who}; or select the rows of one head with each="leaf": "{escape(next(iter(found)))}[0:64]".',
+            f"the number of heads of {escape(around)} is not known: {leaf} merges them",
+            next=f"{who}; or select the rows of one head with {option('each', 'leaf')}: {leaf}[0:64].",
         )
     return found
 

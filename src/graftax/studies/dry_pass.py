@@ -45,5 +45,5 @@ def require_fit(weights: Any, targets: Sequence[Target], values: Sequence[Any], 
         raise PlanError(
             f"nothing was run on {escape(live.label)}: values do not fit leaves:",
             list(failures.values()),
-            next=f"{option('exclude')} leaves leaves as they are.",
+            next=f"{option('exclude')} keeps leaves as they are.",
         )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftax.parity.report.model import number
-from graftax.studies.effects import Effect
-from graftax.studies.targets import Target
+
+if TYPE_CHECKING:
+    from graftax.studies.effects import Effect
+    from graftax.studies.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class StudyRow:
     """One run: one value in one leaf, module or head. The first row of a study is the baseline, without a value.
 
     path     the leaf or the module; '' for the baseline
@@ -53,11 +55,11 @@ class Row:
         }
 
 
-def row_of(target: Target | None, value: str, effect: Effect) -> Row:
+def row_of(target: Target | None, value: str, effect: Effect) -> StudyRow:
     """The row of a target, or of the baseline (None)."""
     where = ("", None, ()) if target is None else (target.path, target.head, target.leaves)
     path, head, leaves = where
-    return Row(path, value, head, leaves, effect.numbers, effect.change, effect.not_finite, effect.size)
+    return StudyRow(path, value, head, leaves, effect.numbers, effect.change, effect.not_finite, effect.size)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -71,21 +73,21 @@ class Study:
                    distances, how much: smaller effects mean nothing
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[StudyRow, ...]
     each: str
     name: str
     deterministic: bool = True
 
     @property
-    def baseline(self) -> Row:
+    def baseline(self) -> StudyRow:
         return self.rows[0]
 
     @property
-    def ranked(self) -> tuple[Row, ...]:
+    def ranked(self) -> tuple[StudyRow, ...]:
         """The rows without the baseline, the largest effect first; equal ones in the tree's order."""
         return tuple(sorted(self.rows[1:], key=lambda row: -row.size))
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[StudyRow]:
         return iter(self.rows)
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from graftax.errors import counted, escape
 
 if TYPE_CHECKING:
-    from graftax.studies.study import Row, Study
+    from graftax.studies.study import Study, StudyRow
 
 _HEADS = {"relative_l2": "relative L2", "cosine": "cosine"}
 
@@ -51,13 +51,13 @@ def heads(study: Study) -> tuple[str, ...]:
     return tuple(head for name in named for head in ((name, "change") if first.change else (name,)))
 
 
-def lines(study: Study, rows: Sequence[Row]) -> list[Line]:
+def lines(study: Study, rows: Sequence[StudyRow]) -> list[Line]:
     """Rows of the study as text."""
     largest = max((row.size for row in study.rows if math.isfinite(row.size)), default=0.0)
     return [_line(row, largest) for row in rows]
 
 
-def _line(row: Row, largest: float) -> Line:
+def _line(row: StudyRow, largest: float) -> Line:
     cells: list[str] = []
     for name, number in row.numbers.items():
         cells.append(number_text(number))

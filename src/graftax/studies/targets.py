@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graftax.errors import Failure, LayoutError, PlanError, UsageError, escape
+from graftax.errors import Failure, LayoutError, PlanError, UsageError, escape, option
 from graftax.layers.heads import output_projection
 from graftax.surgery import select
 from graftax.surgery.live import LiveTree, live_tree
@@ -139,7 +139,8 @@ def _no_module(live: LiveTree, text: str, known: Mapping[str, Any]) -> Failure:
     if hit:
         return Failure(
             f"{escape(repr(text))} selects leaves, not modules: {listed(hit)}",
-            next="each='leaf' takes leaves. A module is selected by its own path; exclude= keeps leaves as they are.",
+            next=f"{option('each', 'leaf')} takes leaves. A module is selected by its own path; "
+            f"{option('exclude')} keeps leaves as they are.",
         )
     near = nearest(text, known) or listed(known)
     return Failure(f"{escape(repr(text))} is no module", next=f"Near: {near}" if near else "The tree has no modules.")
