@@ -185,7 +185,7 @@ def test_normal_is_drawn_in_float64_and_rounded_once(dtype: str) -> None:
 
 def test_normal_does_not_depend_on_the_size_of_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = put(gx.normal(1, 1), array((50, 3), "float32"))
-    monkeypatch.setattr("graftax.surgery.values.base.PIECE", 7)
+    monkeypatch.setattr("graftax.surgery.values.base.NEAR", 7)
     assert same_bits(whole, put(gx.normal(1, 1), array((50, 3), "float32")))
     assert same_bits(whole[:10], put(gx.normal(1, 1), array((10, 3), "float32")))  # one stream, cut sooner
 
@@ -315,7 +315,7 @@ def test_quantized_twice_is_quantized_once(old: np.ndarray, bits: int, data: st.
 def test_quantized_does_not_depend_on_the_size_of_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     old = array((13, 4, 3), "float32")
     whole = [put(gx.quantized(4, axis), old) for axis in range(3)]
-    monkeypatch.setattr("graftax.surgery.values.base.PIECE", 25)
+    monkeypatch.setattr("graftax.surgery.values.base.NEAR", 25)
     assert all(same_bits(a, put(gx.quantized(4, axis), old)) for axis, a in enumerate(whole))
 
 

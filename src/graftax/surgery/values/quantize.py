@@ -245,8 +245,8 @@ def _scales(axis: tuple[int, ...], shape: Sequence[int]) -> str:
 
 
 def _pieces(shape: Sequence[int], own: int) -> Iterator[tuple[slice, ...]]:
-    """Slices of the `own` leading axes that cover them, each of at most PIECE values or one channel."""
-    room = max(1, base.PIECE // max(1, math.prod(shape[own:])))
+    """Slices of the `own` leading axes that cover them, each of at most NEAR values or one channel."""
+    room = max(1, base.NEAR // max(1, math.prod(shape[own:])))
     steps: list[int] = []
     for size in reversed(shape[:own]):
         steps.append(max(1, min(size, room)))
