@@ -536,3 +536,23 @@ def test_a_function_of_path_and_leaf() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         gx.replace(tree, "a/kernel", lambda path, leaf: 1 / 0)
     assert any("a/kernel" in note for note in caught.value.__notes__)
+
+
+# ---------------------------------------------------------------- closed forms of a linear net
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.floats(-4, 4), st.integers(1, 6), st.integers(1, 6))
+def test_what_edits_do_to_a_linear_net(seed: int, c: float, into: int, out: int) -> None:
+    x = np.random.default_rng(seed).standard_normal((3, into))
+    tree = {"kernel": np.random.default_rng(seed + 1).standard_normal((into, out))}
+    run = lambda value: x @ gx.replace(tree, "kernel", value)["kernel"]  # noqa: E731
+    base = x @ tree["kernel"]
+    filled = run(gx.constant(c if abs(c) > 1e-300 else 0.0))
+    np.testing.assert_allclose(filled, np.broadcast_to(filled[:, :1], filled.shape), atol=1e-12)  # columns alike
+    np.testing.assert_allclose(filled[:, 0], c * x.sum(1), atol=1e-12)
+    for own in (gx.mix(tree, c), gx.scaled(1), gx.add_normal(0, 0), lambda leaf: leaf, tree["kernel"]):
+        np.testing.assert_array_equal(run(own), base)  # its own value shifts nothing
+    once, thrice = (run(gx.add_normal(stddev, 7)) - base for stddev in (0.5, 1.5))
+    np.testing.assert_allclose(thrice, 3 * once, atol=1e-10)  # noise scales linearly
+    np.testing.assert_allclose(run(gx.mix({"kernel": tree["kernel"] * 2}, c)), (1 + c) * base, atol=1e-10)

@@ -272,19 +272,20 @@ def _quantized(wide: Array, shared: tuple[int, ...], bits: int) -> Array:
 
 
 def _traced_quantized(xp: Any, wide: Any, shared: tuple[int, ...], bits: int) -> Any:
-    """The same for jax. XLA may divide by a multiplication with the reciprocal, so the code is only near: its exact
-    remainder corrects it. The last quotient may differ in float64's last bits, which no narrower dtype shows: it is
-    never as near to the middle of two of its values."""
+    """The same for jax. XLA may divide by a multiplication with the reciprocal, so the code is only near: its remainder
+    corrects it, which is exact for a leaf of 32 bits or fewer. The last divisor is no constant for the same reason; a
+    last bit of float64 there would not show in a narrower dtype: the quotient is never that near to the middle of two
+    of its values."""
     levels = float(2 ** (bits - 1) - 1)
     most = xp.max(xp.abs(wide), axis=shared, keepdims=True, initial=0.0)
     unit = xp.where(most > 0, most, 1.0)
     near = xp.rint(wide * levels / unit)
-    left = 2 * (wide * levels - near * unit)  # exact for a leaf of 32 bits or fewer
+    left = 2 * (wide * levels - near * unit)
     odd = near - 2 * xp.floor(near / 2)
     up = (left > unit) | ((left == unit) & (odd == 1))
     down = (left < -unit) | ((left == -unit) & (odd == 1))
     codes = xp.copysign(xp.where(up, near + 1, xp.where(down, near - 1, near)), wide)
-    return codes * unit / levels
+    return codes * unit / xp.where(codes == codes, levels, codes)
 
 
 def axes_of(axis: Any) -> tuple[int, ...] | None:
