@@ -641,6 +641,24 @@ def test_replace_takes_every_layout_that_its_message_offers(linear: Path, capsys
     assert "conv_transpose default" in err
 
 
+def test_replace_takes_the_options_of_writing(linear: Path, capsys):
+    m, out, donor = linear / "m.safetensors", linear / "shards", linear / "half.safetensors"
+    before = load_file(m)
+    save_file({"fc.bias": np.full(before["fc.bias"].shape, 0.5, "f2")}, donor)
+    words = ("replace", m, "fc.*", "--exclude", "fc.weight", "--from", donor, "-o", out)
+    code, _, err = call(capsys, *words)
+    assert code == 1
+    assert "--cast" in err
+    more = ("--cast", "--format", "hf_folder", "--shard-size", "64", "--max-memory", "1MiB", "--resume")
+    document = result(capsys, *words, *more)
+    assert document["ok"]
+    assert document["result"]["selected"] == ["fc.bias"]
+    assert set(document["result"]["untouched"]) == set(before) - {"fc.bias"}
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert call(capsys, *words, *more, "--no-clobber")[0] == 5
+    assert call(capsys, "replace", m, "fc.bias", "--zeros", "--cast", "-o", out)[0] == 2
+
+
 def test_2_replace_takes_one_selector(linear: Path, capsys):
     out = linear / "o.safetensors"
     words = ("replace", linear / "m.safetensors", "fc.bias", "fc.weight", "--zeros", "-o", out)
