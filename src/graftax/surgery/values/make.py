@@ -163,7 +163,8 @@ def _number(value: Any, name: str) -> Number:
         except TypeError as error:  # raised by jax for a traced number
             raise UsageError(
                 f"{name}: the number is traced ({type(value).__name__}), and has no value yet",
-                next="Give a function of the old leaf: lambda leaf: jnp.full_like(leaf, number).",
+                next="Give a function of the old leaf: lambda leaf: "
+                + ("jnp.full_like(leaf, number)." if name == "constant" else "..., which may use traced numbers."),
             ) from error
         found = float(found) if hasattr(found, "dtype") and hasattr(found, "__float__") else found  # ml_dtypes' scalars
     else:
