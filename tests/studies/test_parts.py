@@ -116,7 +116,7 @@ def net() -> tuple[Any, Any]:
     return gx.linen(model, X), made(model, X)
 
 
-REFUSED = {"seq": "s0", "holder": "shared", "given": "takes a module"}
+REFUSED = {"seq": "beside it.*s0", "holder": "beside it.*shared", "given": "takes a module"}
 
 
 def test_every_module_of_a_model_has_alone_the_output_that_it_has_inside(net: Any):
@@ -347,6 +347,28 @@ def test_modules_that_the_inputs_do_not_reach_and_weights_that_do_not_fit():
         gx.part(like, variables, "steps_0")
     with pytest.raises(PlanError):
         gx.part(like, {"params": {"other": {"kernel": X}}}, "enter")
+
+
+class Placed(nn.Module):
+    """Its output depends on its place in the model."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(4, name="fc")(x) * len(self.path)
+
+
+class Places(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return Placed(name="placed")(x)
+
+
+def test_a_module_that_gives_another_output_alone_is_refused():
+    variables = made(Places(), X)
+    like = gx.linen(Places(), X)
+    assert same(gx.part(like, variables, "placed/fc").inputs, ((X,), {}))
+    with pytest.raises(ReplayError, match=r"placed cannot be taken out.*another output \(relative L2 1\)"):
+        gx.part(like, variables, "placed")
 
 
 def test_random_numbers(net: Any):
