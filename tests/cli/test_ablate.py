@@ -84,6 +84,7 @@ def test_a_draw_is_the_same_again(words, capsys):
     [
         (["**/kernel"], 2, "at least one of --constant, --zeros"),
         (["**/kernel", "--add-normal", "1"], 2, "--add-normal needs --seed"),
+        (["**/kernel", "--zeros", "--seed", "0"], 2, "--seed goes with --normal or --add-normal"),
         (["**/kernel", "--zeros", "--axis", "-1"], 2, "--axis goes with --quantized"),
         (["**/kernel", "--zeros", "--metric", "ablated_model:number"], 2, "not a function"),
         (["**/nothing", "--zeros"], 1, "matches nothing"),

@@ -334,14 +334,14 @@ def test_a_model_that_fails_is_named(params):
 def test_the_page_shows_every_row_and_replaces_only_its_own_kind(params, tmp_path):
     study = gx.ablate(gx.linen(MODEL, X), params, "**/kernel", VALUES)
     page = tmp_path / "study.html"
-    study.report(page)
-    study.report(page)
+    study.save_html(page)
+    study.save_html(page)
     text = page.read_text()
     assert all(text.count(row.path) >= 3 and row.value in text for row in study.rows[1:])
     assert "http" not in text.replace("http-equiv", "")
     page.write_text("mine")
     with pytest.raises(gx.errors.StorageError, match="is not an ablation study"):
-        study.report(page)
+        study.save_html(page)
 
 
 def test_values_that_do_not_fit_are_all_listed_before_anything_runs(params):

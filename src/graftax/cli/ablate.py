@@ -67,7 +67,7 @@ def ablate_command(
     )
     lines: list[str] = []
     if report is not None:
-        study.report(report)
+        study.save_html(report)
         lines.append(f"wrote {escape(report)}")
     text = "" if json else "\n".join([study_text(study, **stdout_style()), *lines])
     return Outcome({**study.as_json(), "report": report}, text)

@@ -192,7 +192,8 @@ def values_given(given: Mapping[str, Any], several: bool = False) -> list[Any]:
         raise UsageError(f"say what to put there: {count} one of {known}; got {', '.join(names) or 'none'}")
     for detail in DETAILS:
         takers = [row.flag for row in VALUES if detail.name in row.details]
-        if given.get(detail.name) not in (None, False) and not set(takers) & set(names):
+        word = given.get(detail.name)
+        if word is not None and word is not False and not set(takers) & set(names):
             raise UsageError(f"{detail.flag} goes with {' or '.join(takers)}, not with {', '.join(names)}")
     for row, _ in rows:
         for name, why in (row.needs or {}).items():

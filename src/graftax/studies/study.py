@@ -101,7 +101,7 @@ class Study:
     def __repr__(self) -> str:
         return f"<Study of {self.name}: {len(self.rows) - 1} rows and the baseline>"
 
-    def report(self, path: str | PathLike[str]) -> None:
+    def save_html(self, path: str | PathLike[str]) -> None:
         """Write the study as one self-contained HTML page. StorageError if writing fails."""
         from graftax.studies.study_html import save_study_html
 
