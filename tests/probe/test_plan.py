@@ -23,8 +23,9 @@ import graftax as gx
 from graftax.cli import run
 from graftax.errors import GraftaxError, ModelError, ParityError, UsageError
 from graftax.plans import Plan
+from graftax.probe.search import Found, Search
 
-from .pairs import BLOCK, BY_NAME, CONV, EXPERTS, MLP, FlaxIdle, Pair, flat, nested, same
+from .pairs import BLOCK, BY_NAME, CONV, EXPERTS, MLP, FlaxIdle, Pair, flat, nested, redrawn, same
 
 IMAGES = "NCHW -> NHWC"
 
@@ -115,6 +116,45 @@ def test_without_inputs_the_example_is_drawn_from() -> None:
         plan = gx.plan(pair.torch_model(), pair.like())
         assert plan.proof is not None
         assert pair.right(plan)
+
+
+class Frames(nn.Module):
+    """Takes (N, frames, C, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 2)
+
+    def forward(self, x: Any) -> Any:
+        return self.conv(x.flatten(0, 1)).mean((2, 3)).view(*x.shape[:2], -1)
+
+
+class FlaxFrames(fn.Module):
+    """Takes (N, frames, H, W, C)."""
+
+    @fn.compact
+    def __call__(self, x: Any) -> Any:
+        return fn.Conv(3, (2, 2), padding="VALID")(x).mean((2, 3))
+
+
+def test_an_example_of_frames_is_tried_with_their_channels_after_them() -> None:
+    plan = gx.plan(redrawn(Frames()), gx.linen(FlaxFrames(), np.zeros((1, 2, 4, 5, 3), np.float32)))
+    assert plan.proof is not None
+
+
+def test_a_strict_search_without_time_does_not_mean_that_the_models_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Search] = []
+    run_search = Search.run
+
+    def no_time(self: Search) -> Found:
+        runs.append(self)
+        return Found() if len(runs) == 1 else run_search(self)
+
+    monkeypatch.setattr(Search, "run", no_time)
+    plan = gx.plan(MLP.torch_model(), MLP.like(), inputs=MLP.inputs())
+    assert len(runs) == 2
+    assert plan.proof is not None
+    assert not plan.assumptions
 
 
 def test_neither_model_is_changed() -> None:

@@ -73,11 +73,16 @@ def calls_to_try(module: Any, model: Any, inputs: Inputs | None) -> Iterator[tup
     example: Call = nests.mapped((model.args, dict(model.kwargs)), nests.is_array, _drawn)
     arrays = [array for _, array in nests.leaves(example[0], nests.is_array)]
     maps = {rank for rank in (array.ndim for array in arrays if array.dtype.kind == "f") if rank >= 3}
-    ways: list[frozenset[int]] = [frozenset(rank for rank in maps if rank > 3), frozenset(), frozenset(maps)]
-    for moved in dict.fromkeys(ways):
+    ways: list[dict[int, int]] = [{rank: 1 for rank in maps if rank > 3}, {}, dict.fromkeys(maps, 1)]
+    if 5 in maps:
+        ways.append({5: 2})  # frames, then channels
+    for n, moved in enumerate(ways):
+        if moved in ways[:n]:
+            continue
 
-        def first(array: Any, moved: frozenset[int] = moved) -> Any:
-            return np.moveaxis(array, -1, 1) if array.ndim in moved and array.dtype.kind == "f" else array
+        def first(array: Any, moved: dict[int, int] = moved) -> Any:
+            held = array.ndim in moved and array.dtype.kind == "f"
+            return np.moveaxis(array, -1, moved[array.ndim]) if held else array
 
         args, kwargs = nests.mapped(example, nests.is_array, first)
         named = {name: value for name, value in kwargs.items() if nests.is_array(value)}
