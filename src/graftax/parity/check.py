@@ -5,15 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from graftax.parity.pairing import find_pairs
-from graftax.parity.records import THRESHOLD
-from graftax.parity.report.model import ParityReport
+from graftax.parity.pairing import ModulePair, find_flax_pairs, find_pairs
+from graftax.parity.records import THRESHOLD, Reference
+from graftax.parity.report.model import ParityReport, ReferenceKind
 from graftax.plans import Plan
+from graftax.tree import Checkpoint
+
+if TYPE_CHECKING:
+    from graftax.parity.reference_side import ReferenceSide
 
 P = ParamSpec("P")
 R = TypeVar("R")
+HALF = 1e-4
+"""float32's own error in a layer is smaller; that of bfloat16 and float16 is larger."""
 
 
 def check_parity(
@@ -38,10 +44,13 @@ def check_parity(
     """Check that the Flax model computes what the torch model computes. The report is true if it does; printed, it
     names the first layer that diverges and the cause.
 
-    torch_module  a torch.nn.Module in evaluation mode; weights on the meta device are read from `source`
+    torch_module  a torch.nn.Module in evaluation mode; weights on the meta device are read from `source`. Or a Flax
+                  model, as the reference for another one (Linen against NNX, scanned against unscanned): gx.linen(...),
+                  a Linen module (a bound one has its weights), or an nnx.Module in evaluation mode
     flax_model    gx.linen(module, *example), a Linen module, or an nnx.Module (its mode is not changed: call .eval()
     first)
     inputs        one array or a tuple for both sides, or gx.Inputs(...), in which layouts can travel
+    source        the weights of the reference, if it does not hold them
     weights       Flax variables, State, module or checkpoint; or a torch state_dict or checkpoint, which is ported.
                   None: the values in flax_model; if it has none, torch_module's weights, ported by gx.plan
     rules, plan   rules as for gx.plan; or a finished plan from torch to Flax
@@ -52,83 +61,81 @@ def check_parity(
     rngs, seed    for the Flax side, if it draws random numbers
 
     Parity holds if the relative L2 error against torch in float64 is at most `threshold` times torch float32's own
-    error. Neither model is changed. Raises PlanError if the weights cannot be planned, ModelError if a model's own code
+    error. A Flax reference in float64 is its own program, interpreted in NumPy with every floating value in float64, so
+    that casts inside the model do nothing; it needs memory for a float64 copy of the weights. Causes are not looked for
+    then. Neither model is changed. Raises PlanError if the weights cannot be planned, ModelError if a model's own code
     fails or was left in train mode, UsageError.
     """
     from graftax.adapters.layouts import declared
-    from graftax.execute.opening import open_tree, open_weights
+    from graftax.execute.opening import open_tree
     from graftax.parity import compare, pipeline, prepare
     from graftax.parity.audit import Expected, audit
     from graftax.parity.reference import make_reference
-    from graftax.parity.torch_runner import runners
-    from graftax.probe.inputs import calls_of, inputs_of
+    from graftax.parity.reference_side import flax_reference, is_flax_model, torch_side
+    from graftax.probe.inputs import calls_of, inputs_of, with_example
 
     clock = pipeline.Clock()
-    torch_module = getattr(torch_module, "_orig_mod", torch_module)  # the module inside torch.compile's wrapper
     given = inputs_of(inputs, layout, out_layout)
     layout, out_layout = given.layout, given.out_layout
-    torch_tree = open_tree(torch_module)
-    values_of = torch_tree if source is None else open_weights(source)
-    torch64, torch32 = runners(torch_module, None if source is None else values_of, given.torch_call)
     torch_call, flax_call = calls_of(given, flax_model, torch_module)
     like = prepare.flax_like(flax_model, flax_call)
     with pipeline.LayoutHint(layout, flax_call):
         flax_tree = open_tree(like)
-    made, notes = pipeline.planned(
-        torch_tree, flax_tree, rules, plan, needed=weights is None and not flax_tree.has_values
-    )
+    if is_flax_model(torch_module):
+        torch_call = with_example(torch_call, torch_module)
+        fallback = weights if weights is not None else flax_tree if flax_tree.has_values else None
+        side = flax_reference(torch_module, torch_call, source, fallback, given.torch_call, rngs, seed)
+    else:
+        side = torch_side(torch_module, source, given.torch_call)
+    tree, kind = side.tree, side.side
+    made, notes = pipeline.planned(tree, flax_tree, rules, plan, needed=weights is None and not flax_tree.has_values)
     with pipeline.LayoutHint(layout, flax_call):
-        flax = prepare.flax_side(like, flax_tree, weights, made, values_of, rngs, seed, given.flax_call)
+        flax = prepare.flax_side(like, flax_tree, weights, made, side.values, rngs, seed, given.flax_call)
     clock.lap("prepare")
 
-    pairs = find_pairs(
-        made.entries,
-        torch_tree.live.modules,
-        flax_tree.live.modules,
-        torch_tree.storage.aliases,
-        flax_tree.storage.aliases,
-    )
+    pairs = _pairs(side, made, flax_tree)
     watch = list(dict.fromkeys(pair.torch for pair in pairs)) if layers else []
-    alone = pipeline.unpaired(torch_tree.live.modules, watch) if layers else []
+    alone = pipeline.unpaired(tree.live.modules, watch) if layers and kind == "torch" else []
     with pipeline.LayoutHint(layout, torch_call, "torch"):
-        reference = make_reference(torch64, torch32, *torch_call, watch, alone)
-    clock.lap("torch")
+        reference = make_reference(side.wide, side.narrow, *torch_call, watch, alone)
+    clock.lap("torch" if kind == "torch" else "reference")
     with pipeline.LayoutHint(layout, flax_call):
         judged = compare.judge_flax(
             reference,
             flax.runner,
             *flax_call,
             pairs,
-            torch_tree.specs,
+            tree.specs,
             threshold=threshold,
             atol=atol,
             rtol=rtol,
             out_layout=declared(out_layout),
         )
     clock.lap("Flax")
-    expected = Expected(made, values_of)
-    same = isinstance(flax.weights, Expected) and flax.weights.source is values_of
-    rows = audit(expected, flax.weights) if values_of.has_values and not same else ()
+    expected = Expected(made, side.values)
+    same = isinstance(flax.weights, Expected) and flax.weights.source is side.values
+    rows = audit(expected, flax.weights) if side.values.has_values and not same else ()
     clock.lap("audit")
     report = pipeline.assemble(
         judged,
         rows,
-        pipeline.settings_of(pairs, torch_tree.live.modules, flax_tree.live.modules),
+        pipeline.settings_of(pairs, tree.live.modules, flax_tree.live.modules, kind),
         pairs,
         reference,
         threshold,
-        notes=(*notes, *pipeline.notes_of(flax, flax_tree)),
-        torch_modules=torch_tree.live.modules,
-        names=(type(torch_module).__name__, flax.name),
+        notes=(*notes, *side.notes, *pipeline.notes_of(flax, flax_tree, side.whose), *_weak(reference, kind)),
+        torch_modules=tree.live.modules,
+        names=(side.name, flax.name),
+        kind=kind,
     )
-    if causes and not report.ok and (report.first is not None or report.weights):
+    if causes and kind == "torch" and not report.ok and (report.first is not None or report.weights):
         sought = pipeline.Search(
             reference,
             judged,
             report,
-            (torch64, torch32, flax.runner),
+            (side.wide, side.narrow, flax.runner),
             made,
-            values_of,
+            side.values,
             flax,
             expected,
             flax_call,
@@ -137,6 +144,25 @@ def check_parity(
         report = pipeline.with_causes(report, sought.causes)
         clock.lap("causes")
     return replace(report, seconds=clock.seconds(judged.seconds), suspect=pipeline.suspect_of(made))
+
+
+def _pairs(side: ReferenceSide, made: Plan, flax: Checkpoint) -> tuple[ModulePair, ...]:
+    """The module pairs that the plan shows."""
+    ends = side.tree.live.modules, flax.live.modules, side.tree.storage.aliases, flax.storage.aliases
+    if side.side == "torch":
+        return find_pairs(made.entries, *ends)
+    return find_flax_pairs(made.entries, made.inverse.entries if made.complete else (), *ends)
+
+
+def _weak(reference: Reference, kind: ReferenceKind) -> tuple[str, ...]:
+    """A note if a Flax reference computes in half precision: its own error then hides faults."""
+    worst = max((record.out_error for record in reference.records.values()), default=0.0)
+    if kind == "torch" or worst < HALF:
+        return ()
+    return (
+        f"the reference as it is differs from itself in float64 by up to {worst:.0e}: it computes in half precision, "
+        "which hides small faults; set dtype=float32 on both",
+    )
 
 
 def _with_parameters_of(model: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:

@@ -28,6 +28,7 @@ from graftax.parity.records import Tap
 PRECISION = "highest"
 """With a lower precision the matrix products of the CPU and TPU backends are not float32 products (DESIGN section
 6)."""
+MARK = "graftax_pass_"
 _KEPT = 6  # compiled programs of one runner
 
 
@@ -39,6 +40,7 @@ class Built:
     output: Any = None
     node: Any = None
     number: int = 0
+    marked: tuple[Any, list[Callable[..., Any]]] | None = None
     traced: Traced = field(default_factory=Traced)
 
 
@@ -131,6 +133,62 @@ class Program:
     def _exact(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.precision is None else jax.default_matmul_precision(self.precision)
 
+    def interpreted(
+        self,
+        weights: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        watch: Collection[str],
+        tap: Tap | None,
+        interpret: Callable[[Any, list[Callable[..., Any]], list[Any]], list[Any]],
+    ) -> Any:
+        """The outputs as Values, of a run that `interpret` does: (the closed jaxpr of the model, functions on the host,
+        the values of its arguments) -> the values of its outputs. A call of a jitted function named `MARK` and a number
+        stands for a call of that function on the host, with its arguments but the first."""
+        arrays, node = flax_values.spread((tuple(args), dict(kwargs)))
+        with self._lock, self._exact():
+            given = [jax.numpy.asarray(array) for array in arrays]
+            while True:
+                built = self.current = self._find(
+                    weights, given, node, frozenset(watch) if tap else frozenset(), tap, None
+                )
+                self.channel.begin(watch if tap else (), tap, built.traced, False)
+                try:
+                    if built.marked is None:
+                        built.marked = self._marked(built, weights, given)
+                    outs = interpret(*built.marked, jax.tree.leaves((weights, given)))
+                except GraftaxError:
+                    raise
+                except Exception as error:
+                    if error is self.channel.failure:
+                        raise
+                    if not self.mend(error):
+                        raise self.explain(error, (args, kwargs)) from error
+                    if hasattr(tap, "restart"):
+                        tap.restart()  # pyright: ignore
+                    continue
+                finally:
+                    self.channel.end()
+                return flax_values.plain(built.output, outs)
+
+    def _marked(self, built: Built, weights: Any, given: list[Any]) -> tuple[Any, list[Callable[..., Any]]]:
+        """(the closed jaxpr, the functions on the host that its marks stand for)."""
+        hosts: list[Callable[..., Any]] = []
+
+        def mark(host: Callable[..., Any], values: list[Any]) -> Any:
+            def same(*values: Any) -> Any:
+                return jax.lax.optimization_barrier(values)  # so that jax does not see that it changes nothing
+
+            same.__name__ = f"{MARK}{len(hosts)}"
+            hosts.append(host)
+            return jax.jit(same)(jax.numpy.zeros(()), *values)[1:]
+
+        self.channel.emit = mark
+        try:
+            return jax.make_jaxpr(self._whole(built))(weights, given), hosts
+        finally:
+            self.channel.emit = None
+
     def _attempt(
         self, weights: Any, given: list[Any], node: Any, watch: Any, tap: Any, jit: bool, blocked: bool
     ) -> Any:
@@ -143,7 +201,7 @@ class Program:
                 if function is None:
                     start = time.perf_counter()
                     try:
-                        function = built.function = self._compiled(built, node).lower(weights, given).compile()
+                        function = built.function = jax.jit(self._whole(built)).lower(weights, given).compile()
                     finally:
                         self.compile_seconds += time.perf_counter() - start
                 outs, out = function(weights, given), built.output
@@ -155,17 +213,22 @@ class Program:
             channel.end()
         return flax_values.plain(out, made)
 
-    def _compiled(self, built: Built, node: Any) -> Any:
+    def _whole(self, built: Built) -> Callable[[Any, list[Any]], list[Any]]:
+        """The forward as a function of the weights and the arrays of the arguments."""
+
         def program(weights: Any, arrays: list[Any]) -> list[Any]:
-            args, kwargs = flax_values.refill(node, arrays)
+            args, kwargs = flax_values.refill(built.node, arrays)
             outs, built.output = flax_values.spread(self.forward(weights, args, kwargs))
             return outs
 
-        return jax.jit(program)
+        return program
 
-    def _find(self, weights: Any, given: list[Any], node: Any, watch: frozenset[str], tap: Any, jit: bool) -> Built:
-        """The program for such a call. Its number becomes part of the cache keys of functions that the model jits
-        itself, so that code traced for other watched modules, or without a tap, is not reused."""
+    def _find(
+        self, weights: Any, given: list[Any], node: Any, watch: frozenset[str], tap: Any, jit: bool | None
+    ) -> Built:
+        """The program for such a call; jit: compiled, eager, or (None) interpreted. Its number becomes part of the
+        cache keys of functions that the model jits itself, so that code traced for other watched modules, or without a
+        tap, is not reused."""
         shapes = tuple((jax.numpy.shape(leaf), str(leaf.dtype)) for leaf in [*given, *jax.tree.leaves(weights)])
         replaces = tap is not None and getattr(tap, "replaces", True)
         key = (jit, watch, tap is None, replaces, shapes, flax_values.fingerprint(node))

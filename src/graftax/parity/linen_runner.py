@@ -115,6 +115,13 @@ class LinenRunner:
         finally:
             self._filler = ScopeFiller(LazyLeaves(None))
 
+    def interpreted(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Collection[str], tap: Tap | None, interpret: Any
+    ) -> Any:
+        """As `run`; see `Program.interpreted`."""
+        self._example = (tuple(args), dict(kwargs))
+        return self._program.interpreted((self._weights(None)[0], self.rngs), args, kwargs, watch, tap, interpret)
+
     def with_weights(self, variables: Any) -> LinenRunner:
         """A runner of the same model with other variables of the same structure; the two share compiled programs."""
         other = copy.copy(self)

@@ -108,6 +108,13 @@ class NnxRunner:
         finally:
             self._lazy = LazyLeaves(None)
 
+    def interpreted(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Collection[str], tap: Tap | None, interpret: Any
+    ) -> Any:
+        """As `run`; see `Program.interpreted`."""
+        self._example = (tuple(args), dict(kwargs))
+        return self._program.interpreted(self._weights(None)[0], args, kwargs, watch, tap, interpret)
+
     def with_weights(self, module: nnx.Module) -> NnxRunner:
         """A runner of the same model with the state of `module`, a module of the same structure; the two share compiled
         programs."""

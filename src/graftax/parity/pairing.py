@@ -22,6 +22,8 @@ NEVER_CALLED = frozenset(
     f"torch.nn.modules.container.{name}" for name in ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 )
 """torch modules that only hold others."""
+HOLDERS = frozenset({"flax.nnx.helpers.List", "flax.nnx.helpers.Dict"})
+"""NNX modules that only hold others."""
 RECURRENT = frozenset({"torch.nn.modules.rnn.RNNBase"})
 WRAPPERS: Mapping[str, int] = {
     "flax.linen.recurrent.RNN": 1,
@@ -73,11 +75,13 @@ def find_pairs(
     flax: Mapping[str, Module],
     torch_aliases: Mapping[str, str] | None = None,
     flax_aliases: Mapping[str, str] | None = None,
+    dot: str = ".",
 ) -> tuple[ModulePair, ...]:
     """The pairs, in the order of the torch modules; the two models themselves are the first.
 
     torch, flax   module path -> Module of either side
     aliases       another path of a leaf -> the path that the plan uses
+    dot           what separates the parts of the first side's paths
     """
     rows = [entry for entry in entries if entry.sources and entry.targets]
     settled = {name for entry in entries for name in (*entry.sources, *entry.targets)}
@@ -86,7 +90,7 @@ def find_pairs(
     theirs = _torch_side(rows, _settled(callable_, settled, torch_aliases), torch_aliases)
     ours = _flax_side(rows, _settled(flax, settled, flax_aliases), flax_aliases)
     found: dict[tuple[str, str], ModulePair] = {}
-    _add_pairs(found, theirs, ours, rows, torch, flax)
+    _add_pairs(found, theirs, ours, rows, torch, flax, dot)
     # A module that is still unpaired may hold a weight tied to another module's, for which Flax holds no leaf.
     paths = {one for one, _ in found}, {other for _, other in found}
     left = _torch_side(
@@ -96,14 +100,39 @@ def find_pairs(
         own=True,
     )
     rest = _ModuleGroups({atoms: [p for p in group if p not in paths[1]] for atoms, group in ours.groups.items()})
-    _add_pairs(found, left, rest, rows, torch, flax)
+    _add_pairs(found, left, rest, rows, torch, flax, dot)
     if "" in torch and "" in flax:
         found["", ""] = ModulePair("", "", tuple(rows), True, 0, 1, (torch[""].kind, flax[""].kind))
     order = {path: i for i, path in enumerate(torch)}
     ranked = sorted(found.values(), key=lambda pair: order[pair.torch])
     holders = [path for path, module in torch.items() if OPAQUE & set(module.bases)]
-    ranked = [pair for pair in ranked if not any(_below(pair.torch, path) for path in holders)]
-    return tuple(_with_leaf(ranked))
+    ranked = [pair for pair in ranked if not any(_below(pair.torch, path, dot) for path in holders)]
+    return tuple(_with_leaf(ranked, dot))
+
+
+def find_flax_pairs(
+    entries: Sequence[Entry],
+    inverse: Sequence[Entry],
+    reference: Mapping[str, Module],
+    flax: Mapping[str, Module],
+    reference_aliases: Mapping[str, str] | None = None,
+    flax_aliases: Mapping[str, str] | None = None,
+) -> tuple[ModulePair, ...]:
+    """The pairs of two Flax models. Either side may stack what the other holds apart (a scan over layers), so they are
+    looked for in both directions. inverse: the entries from `flax` to `reference`, if there are any."""
+    ours, theirs = (
+        {path: module for path, module in side.items() if not HOLDERS & set(module.bases)} for side in (flax, reference)
+    )
+    there = find_pairs(entries, theirs, ours, reference_aliases, flax_aliases, dot="/")
+    back = find_pairs(inverse, ours, theirs, flax_aliases, reference_aliases, dot="/") if inverse else ()
+    turned = [
+        replace(p, torch=p.flax, flax=p.torch, kinds=(p.kinds[1], p.kinds[0]), step=0, steps=1)
+        for p in sorted(back, key=lambda pair: pair.step)
+    ]
+    found = {(pair.torch, pair.flax): pair for pair in there}
+    found |= {(pair.torch, pair.flax): pair for pair in turned if (pair.torch, pair.flax) not in found}
+    order = {path: i for i, path in enumerate(theirs)}
+    return tuple(_with_leaf(sorted(found.values(), key=lambda pair: order[pair.torch]), "/"))
 
 
 def _add_pairs(
@@ -113,6 +142,7 @@ def _add_pairs(
     rows: Sequence[Entry],
     torch: Mapping[str, Module],
     flax: Mapping[str, Module],
+    dot: str,
 ) -> None:
     """Add the pairs of modules with the same entries."""
     for atoms, paths in theirs.groups.items():
@@ -125,7 +155,7 @@ def _add_pairs(
             continue
         step = max(0, *(step for _, step in atoms))
         used = tuple(rows[entry] for entry in sorted({entry for entry, _ in atoms}))
-        for one, other in _joined(paths, there, torch, flax):
+        for one, other in _joined(paths, there, torch, flax, dot):
             if not (one and other):  # find_pairs adds the two models themselves
                 continue
             kinds = (torch[one].kind, flax[other].kind)
@@ -227,7 +257,7 @@ def _stacked(entry: Entry) -> int:
 
 
 def _joined(
-    ones: Sequence[str], others: Sequence[str], torch: Mapping[str, Module], flax: Mapping[str, Module]
+    ones: Sequence[str], others: Sequence[str], torch: Mapping[str, Module], flax: Mapping[str, Module], dot: str
 ) -> Iterable[tuple[str, str]]:
     """Pair modules with the same entries: nested modules by depth, several chains of them in order."""
     loops = [path for path in others if WRAPPERS.keys() & set(flax[path].bases)]
@@ -235,7 +265,7 @@ def _joined(
         others = [path for path in others if path in loops or any(_below(loop, path, "/") for loop in loops)]
     elif loops:  # torch's own loop calls a cell, step by step: so does the Flax loop
         others = [path for path in others if path not in loops] or others
-    left, right = _chains(ones, "."), _chains(others, "/")
+    left, right = _chains(ones, dot), _chains(others, "/")
     if len(left) == len(right):
         both = list(zip(left, right, strict=True))
     else:
@@ -269,10 +299,10 @@ def _below(path: str, holder: str, dot: str = ".") -> bool:
     return path != holder and (not holder or path.startswith(holder + dot))
 
 
-def _with_leaf(pairs: Sequence[ModulePair]) -> list[ModulePair]:
+def _with_leaf(pairs: Sequence[ModulePair], dot: str) -> list[ModulePair]:
     paths = {pair.torch for pair in pairs}
     holders = {
-        path[: i if i > 0 else 0] for path in paths if path for i in (0, *(j for j, c in enumerate(path) if c == "."))
+        path[: i if i > 0 else 0] for path in paths if path for i in (0, *(j for j, c in enumerate(path) if c == dot))
     }
     return [replace(pair, leaf=pair.torch not in holders) for pair in pairs]
 

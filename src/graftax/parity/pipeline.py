@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graftax.errors import GraftaxError, ModelError, ParityError, escape, worded
 from graftax.parity.pairing import ModulePair
 from graftax.parity.records import Reference, Runner
-from graftax.parity.report.model import Cause, LayerRow, ParityReport, SettingRow, WeightRow
+from graftax.parity.report.model import Cause, LayerRow, ParityReport, ReferenceKind, SettingRow, WeightRow
 from graftax.plans import Plan
 from graftax.tree import Checkpoint, Module
 
@@ -56,18 +56,21 @@ def assemble(
     notes: tuple[str, ...] = (),
     torch_modules: Mapping[str, Module] | None = None,
     names: tuple[str, str] = ("torch", "Flax"),
+    kind: ReferenceKind = "torch",
 ) -> ParityReport:
     """The report without causes. It is ok if every output and every layer is within the threshold and the weights are
     bit for bit those that the plan makes."""
     ok = all(row.ok for row in judged.outputs) and judged.first is None and not weights
-    not_traced = {f"torch:{path}": why for path, why in reference.not_traced.items()}
+    side, dot = ("torch", ".") if kind == "torch" else ("reference", "/")
+    not_traced = {f"{side}:{path}": why for path, why in reference.not_traced.items()}
     not_traced |= {f"flax:{path}": why for path, why in judged.not_traced.items()}
     modules = torch_modules or {}
-    own = parametrised(modules)
+    own = parametrised(modules, dot)
     paired = {pair.torch for pair in pairs}
-    covered = {path for path in own if path in paired or any(above in paired for above in _ancestors(path) if above)}
+    around = {path: [above for above in _ancestors(path, dot) if above] for path in own}
+    covered = {path for path in own if path in paired or any(above in paired for above in around[path])}
     for path in own - covered:
-        not_traced.setdefault(f"torch:{path}", "the plan pairs it with no Flax module")
+        not_traced.setdefault(f"{side}:{path}", "the plan pairs it with no Flax module")
     return ParityReport(
         ok,
         judged.outputs,
@@ -83,30 +86,31 @@ def assemble(
         paired=(len({row.pair for row in judged.layers}), len(covered), len(own)),
         torch_name=names[0],
         flax_name=names[1],
+        reference=kind,
     )
 
 
-def parametrised(modules: Mapping[str, Module]) -> set[str]:
+def parametrised(modules: Mapping[str, Module], dot: str = ".") -> set[str]:
     """Modules that own leaves themselves, not only through a child."""
     below: dict[str, set[str]] = {}
     for path, module in modules.items():
-        for above in _ancestors(path):
+        for above in _ancestors(path, dot):
             below.setdefault(above, set()).update(module.leaves.values())
     return {path for path, module in modules.items() if set(module.leaves.values()) - below.get(path, set())}
 
 
-def unpaired(modules: Mapping[str, Module], paired: Sequence[str]) -> list[str]:
+def unpaired(modules: Mapping[str, Module], paired: Sequence[str], dot: str = ".") -> list[str]:
     """Modules without a counterpart in Flax, if they own leaves or are norms: Flax may have used their activations
     wrongly, or left them out."""
-    own = parametrised(modules)
+    own = parametrised(modules, dot)
     norms = {path for path, module in modules.items() if "Norm" in module.kind}
     return [path for path in modules if path and path in own | norms and path not in paired]
 
 
-def _ancestors(path: str) -> Iterator[str]:
-    """The modules that contain a torch module, the innermost first, the root ('') last."""
+def _ancestors(path: str, dot: str) -> Iterator[str]:
+    """The modules that contain a module, the innermost first, the root ('') last."""
     while path:
-        path = path.rpartition(".")[0]
+        path = path.rpartition(dot)[0]
         yield path
 
 
@@ -125,7 +129,8 @@ def planned(
     if unused:
         text = ", ".join(escape(name) for name in unused[:4]) + (" ..." if len(unused) > 4 else "")
         notes = (
-            f"{len(unused)} torch tensor(s) are unexpected keys, left out because no Flax leaf takes them: {text}",
+            f"{len(unused)} {'torch tensor(s)' if torch.side == 'torch' else 'leaves of the reference'} are unexpected "
+            f"keys, left out because no Flax leaf takes them: {text}",
         )
     if made.complete:
         return made, notes
@@ -139,14 +144,14 @@ def planned(
 
 
 def settings_of(
-    pairs: Sequence[ModulePair], torch: Mapping[str, Module], flax: Mapping[str, Module]
+    pairs: Sequence[ModulePair], torch: Mapping[str, Module], flax: Mapping[str, Module], kind: ReferenceKind = "torch"
 ) -> tuple[SettingRow, ...]:
-    from graftax.parity.settings_lint import lint_settings
+    from graftax.parity.settings_lint import flax_settings, lint_settings
 
-    return tuple(lint_settings(pairs, torch, flax))
+    return tuple(lint_settings(pairs, torch, flax) if kind == "torch" else flax_settings(pairs, torch, flax))
 
 
-def notes_of(flax: FlaxSide, tree: Checkpoint) -> tuple[str, ...]:
+def notes_of(flax: FlaxSide, tree: Checkpoint, whose: str = "torch's") -> tuple[str, ...]:
     from graftax.parity.prepare import large
 
     half = sorted({spec.dtype for spec in tree.specs.values() if spec.floating and spec.bits < 32})
@@ -156,7 +161,7 @@ def notes_of(flax: FlaxSide, tree: Checkpoint) -> tuple[str, ...]:
             f"Flax holds weights in {', '.join(half)}: its rounding hides small faults; check the model in float32"
         )
     if flax.ported:
-        notes.append("the Flax weights are torch's, ported by the plan")
+        notes.append(f"the Flax weights are {whose}, ported by the plan")
     if large(tree):
         notes.append("the model is judged block by block: each module's weights are read when it is called")
     return tuple(notes)

@@ -175,6 +175,7 @@ class FlaxRunners:
     like    gx.linen(...) or an nnx.Module; `tree` is what open_tree gives for it
     rngs    for modules that draw random numbers; seed: for the random state of an nnx.Module that has none
     call    as `flax_call` of gx.Inputs
+    whole   hold a large model's weights too
     """
 
     like: Any
@@ -182,12 +183,13 @@ class FlaxRunners:
     rngs: Any = None
     seed: int = 0
     call: Any = None
+    whole: bool = False
     _first: Any = None
 
     def of(self, weights: Mapping[str, Any] | None) -> Runner:
         """A runner with these weights (path -> array); None: with those that an nnx.Module holds. Weights of a `large`
         model are read when a module is called."""
-        if large(self.tree):
+        if large(self.tree) and not self.whole:
             assert weights is not None
             return LazyRunner(self._first or self._made(self._abstract()), self.tree, weights)
         if weights is None:

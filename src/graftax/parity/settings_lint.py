@@ -149,3 +149,29 @@ def _alone(path: str, flax: Module) -> Iterator[SettingRow]:
 
 def _dropout(settings: Settings) -> bool:
     return any(isinstance(rate := settings.get(name), (int, float)) and rate > 0 for name in ("rate", "dropout_rate"))
+
+
+# ---------------------------------------------------------------- two Flax models
+
+
+OWN = frozenset({"name", "order", "input_shape", "output_shape", "inner_shapes", "param_dtype", "parent"})
+"""What two equal Flax modules may declare differently: where they stand, what they were called with."""
+
+
+def flax_settings(
+    pairs: Sequence[ModulePair], reference: Mapping[str, Module], flax: Mapping[str, Module]
+) -> tuple[SettingRow, ...]:
+    """Settings that both modules of a pair declare under one name, with different values. They are warnings: Linen and
+    NNX may mean different things by a name."""
+    rows: list[SettingRow] = []
+    for pair in pairs:
+        theirs, ours = reference.get(pair.torch), flax.get(pair.flax)
+        if theirs is None or ours is None or not pair.leaf:
+            continue
+        for name in theirs.settings.keys() & ours.settings.keys() - OWN:
+            want, have = theirs.settings[name], ours.settings[name]
+            if want != have and None not in (want, have) and not callable(want):
+                rows.append(
+                    SettingRow(pair.torch, pair.flax, name, want, have, "warning", f"the reference has {want!r}")
+                )
+    return tuple(sorted(rows, key=lambda row: (row.flax, row.setting)))

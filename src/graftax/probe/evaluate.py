@@ -50,6 +50,11 @@ def _by_jax(step: Step, given: Sequence[Array]) -> tuple[Array, ...]:
         ready = [_as_traced(array, atom) for array, atom in zip(given, eqn.invars, strict=True)]
         out = eqn.primitive.bind(*ready, **params)
         return tuple(widened(array) for array in (out if isinstance(out, (tuple, list)) else [out]))
+    scatter = _SCATTERS.get(step.name.replace("_", "-"))
+    if scatter is not None:  # its parameters hold a function of the traced dtype
+        kept = {name: params[name] for name in ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")}
+        with jax.enable_x64(True):
+            return (widened(getattr(jax.lax, scatter)(*map(jax.numpy.asarray, given), **kept)),)
     if params.get("preferred_element_type") is not None:
         params["preferred_element_type"] = np.float64
     with jax.enable_x64(True):
@@ -58,6 +63,9 @@ def _by_jax(step: Step, given: Sequence[Array]) -> tuple[Array, ...]:
         ]
         out = eqn.primitive.bind(*ready, **params)
         return tuple(widened(array) for array in (out if isinstance(out, (tuple, list)) else [out]))
+
+
+_SCATTERS = {f"scatter{how}": f"scatter{how.replace('-', '_')}" for how in ("", "-add", "-mul", "-min", "-max")}
 
 
 def _as_traced(array: Any, atom: Any) -> Any:
@@ -77,7 +85,8 @@ def _convert(params: Mapping[str, Any], x: Array) -> Array:
     return np.asarray(x).astype(np.float64 if floating else dtype, copy=False)
 
 
-def _dot(params: Mapping[str, Any], x: Array, y: Array) -> Array:
+def matrices(params: Mapping[str, Any], x: Array, y: Array) -> tuple[Array, Array, tuple[int, ...]]:
+    """The operands of a dot_general as matrices (batch..., M, K) and (batch..., K, N), and the shape of its output."""
     (cx, cy), (bx, by) = params["dimension_numbers"]
     fx = [a for a in range(x.ndim) if a not in cx and a not in bx]
     fy = [a for a in range(y.ndim) if a not in cy and a not in by]
@@ -85,7 +94,12 @@ def _dot(params: Mapping[str, Any], x: Array, y: Array) -> Array:
     inner = int(np.prod([x.shape[a] for a in cx], dtype=int))
     left = x.transpose(*bx, *fx, *cx).reshape(*batch, -1, inner)
     right = y.transpose(*by, *cy, *fy).reshape(*batch, inner, -1)
-    return (left @ right).reshape(*batch, *(x.shape[a] for a in fx), *(y.shape[a] for a in fy))
+    return left, right, (*batch, *(x.shape[a] for a in fx), *(y.shape[a] for a in fy))
+
+
+def _dot(params: Mapping[str, Any], x: Array, y: Array) -> Array:
+    left, right, shape = matrices(params, x, y)
+    return (left @ right).reshape(shape)
 
 
 def _broadcast(params: Mapping[str, Any], x: Array, *_: Any) -> Array:

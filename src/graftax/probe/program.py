@@ -15,7 +15,7 @@ from graftax.errors import ModelError, escape
 
 SCAN_MOST = 4096
 """Scan iterations that are unrolled, in all."""
-_INLINE = frozenset((
+INLINE = frozenset((
     "pjit", "jit", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint", "remat", "remat2",
     "closed_call", "core_call", "custom_lin", "shard_map",
 ))  # fmt: skip
@@ -123,7 +123,7 @@ class _Inliner:
         for eqn in jaxpr.eqns:
             given = [self.atom(env, atom) for atom in eqn.invars]
             name = eqn.primitive.name
-            inner = _inner(eqn) if name in _INLINE else None
+            inner = inner_of(eqn) if name in INLINE else None
             if inner is not None:
                 made = self._call(inner, given)
             elif name == "scan":
@@ -194,7 +194,7 @@ class _Inliner:
         return [*carry, *stacked]
 
 
-def _inner(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+def inner_of(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     """(jaxpr, its constants) of a call with the same operands."""
     for value in eqn.params.values():
         jaxpr = getattr(value, "jaxpr", value)

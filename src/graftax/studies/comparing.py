@@ -13,6 +13,7 @@ from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import UsageError, escape
 from graftax.execute.opening import open_tree
 from graftax.parity.metrics import cosine, relative_l2
+from graftax.parity.pairing import HOLDERS
 from graftax.parity.prepare import FlaxRunners, flax_like, large
 from graftax.studies.comparison import Comparison, LeafRow, ModuleRow, OutputShift, Shift
 from graftax.studies.example_inputs import flax_call
@@ -157,13 +158,7 @@ def _edited(called: set[str], modules: Mapping[str, Module], leaves: tuple[LeafR
 
 def _not_traced(found: Passes, modules: Mapping[str, Module]) -> dict[str, str]:
     """Modules without a row; not those that only hold others and cannot be called."""
-    holders = {"flax.nnx.helpers.List", "flax.nnx.helpers.Dict"}
-    return {
-        path: why
-        for path, why in found.not_traced.items()
-        if not {base.rpartition(".")[2] for base in modules[path].bases[:1]} & {"List", "Dict"}
-        and not holders & set(modules[path].bases)
-    }
+    return {path: why for path, why in found.not_traced.items() if not HOLDERS & set(modules[path].bases)}
 
 
 def _output_rows(first: Any, second: Any) -> Any:

@@ -17,6 +17,7 @@ from graftax.parity.records import THRESHOLD, UNIT, Site
 Where = Literal["in", "out"]
 Status = Literal["ok", "diverges", "not compared"]
 Severity = Literal["error", "warning", "note"]
+ReferenceKind = Literal["torch", "flax"]
 
 
 def ratio_of(error: float | None, floor: float) -> float | None:
@@ -216,6 +217,8 @@ class ParityReport:
     suspect     the module before which the models part on redrawn weights, as planning with inputs found; '' if unknown
     paired      (module pairs seen in the run, parametrised modules that have one, parametrised modules in all)
     seconds     where the time went: 'torch', 'flax', 'compile', 'causes', 'audit', 'total'
+    reference   what the Flax model was checked against: a torch module, or another Flax model. All that is said of
+                torch here (`torch_name`, `site_torch`, float32's error) is then said of that one
     """
 
     ok: bool
@@ -234,6 +237,22 @@ class ParityReport:
     torch_name: str = "torch"
     flax_name: str = "Flax"
     suspect: str = ""
+    reference: ReferenceKind = "torch"
+
+    @property
+    def side(self) -> str:
+        """What the reference is called: 'torch', or 'reference' if it is a Flax model."""
+        return "torch" if self.reference == "torch" else "reference"
+
+    @property
+    def whose(self) -> str:
+        """'torch's', 'the reference's'."""
+        return "torch's" if self.reference == "torch" else "the reference's"
+
+    @property
+    def dot(self) -> str:
+        """What separates the parts of the reference's paths."""
+        return "." if self.reference == "torch" else "/"
 
     def __bool__(self) -> bool:
         return self.ok
@@ -261,6 +280,7 @@ class ParityReport:
             "threshold": self.threshold,
             "torch": self.torch_name,
             "flax": self.flax_name,
+            "reference": self.reference,
             "first": None if self.first is None else {**self.first.as_json(), "where": self.where},
             "suspect": self.suspect or None,
             "causes": [cause.as_json() for cause in self.causes],

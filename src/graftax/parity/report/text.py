@@ -95,7 +95,7 @@ def _parts(report: ParityReport, width: int) -> list[Any]:
     parts += sections((
         ("outputs", _outputs(report)),
         (f"{_which_layers(report)}: error as a multiple of float32's own", _layers(report, width)),
-        ("weights that differ from those the plan makes from torch's", _weights(report)),
+        (f"weights that differ from those the plan makes from {report.whose}", _weights(report)),
         ("settings that differ", _settings(report)),
         ("not traced", listed(words.by_reason(report.not_traced))),
         ("notes", listed([escape(note, 600) for note in report.notes])),
@@ -182,7 +182,7 @@ def _layers(report: ParityReport, width: int) -> Table | None:
     room = left // 2 - 2
     table = plain_table()
     table.add_column("", no_wrap=True)
-    table.add_column("torch", no_wrap=True)
+    table.add_column(report.side, no_wrap=True)
     table.add_column("Flax", no_wrap=True)
     for name in ratios:
         table.add_column(name, justify="right", no_wrap=True)
@@ -193,7 +193,7 @@ def _layers(report: ParityReport, width: int) -> Table | None:
         rows = list(line.rows)
         bad = rows[0].status == "diverges"
         many = f" ({len(rows)})" if len(rows) > 1 else ""
-        torch, flax = words.shortened(line.torch, room, "."), words.shortened(line.flax, room - len(many), "/")
+        torch, flax = words.shortened(line.torch, room, report.dot), words.shortened(line.flax, room - len(many), "/")
         style = "bold" if line.first else ""
         mark = Text("▶", "bold red") if line.first else _mark(not bad, rows[0].status == "not compared")
         table.add_row(

@@ -137,13 +137,16 @@ def chart(report: ParityReport) -> Chart | None:
     if first_x is not None and not LEFT + 70 < first_x < WIDTH - 70:
         anchor = "start" if first_x < WIDTH / 2 else "end"
     few = len(rows) <= FEW
-    keys = [(row.site_torch, row.site_torch.path) if few else (block_of(row), block_of(row)) for row in rows]
+    keys = [
+        (row.site_torch, row.site_torch.path) if few else (block_of(row, report.dot), block_of(row, report.dot))
+        for row in rows
+    ]
     return Chart(
         ticks=scale.ticks(),
         band=" ".join(below + above),
         free=scale.line((i, row.free_error) for i, row in enumerate(rows) if row.pair.leaf),  # containers begin earlier
         points=tuple(points),
-        zones=tuple(zones(keys, scale.step, ".")),
+        zones=tuple(zones(keys, scale.step, report.dot)),
         first_x=first_x,
         anchor=anchor,
     )
@@ -219,14 +222,14 @@ class Block:
     strip: tuple[tuple[float, float, bool], ...] = field(default=())
 
 
-def block_of(row: LayerRow) -> str:
+def block_of(row: LayerRow, dot: str = ".") -> str:
     """The block of layers that contains a call: the call's containers up to the first number ('encoder.layer.3'), else
     the first container; '' if there is none."""
-    parts = row.site_torch.path.split(".")
+    parts = row.site_torch.path.split(dot)
     parts = parts[:-1] if row.pair.leaf else parts
     for i, part in enumerate(parts):
         if part.isdigit():
-            return ".".join(parts[: i + 1])
+            return dot.join(parts[: i + 1])
     return parts[0] if parts else ""
 
 
@@ -244,15 +247,15 @@ def blocks(report: ParityReport) -> list[Block]:
     indexed = list(enumerate(report.layers))
     found: list[Block] = []
     few = len(indexed) <= 24
-    for _, group in groupby(indexed, key=lambda item: block_of(item[1])):
+    for _, group in groupby(indexed, key=lambda item: block_of(item[1], report.dot)):
         items = list(group)
         rows = [row for _, row in items]
         bad = sum(row.status == "diverges" for row in rows)
         here = any(row is report.first for row in rows)
         block = Block(
-            _common([row.site_torch.path for row in rows], "."),
+            _common([row.site_torch.path for row in rows], report.dot),
             _common([row.site_flax.path for row in rows], "/"),
-            tuple(_nodes(items, report.threshold)),
+            tuple(_nodes(items, report.threshold, report.dot)),
             len(rows),
             bad,
             words.worst_ratio(rows),
@@ -276,22 +279,22 @@ def _common(paths: Sequence[str], separator: str) -> str:
     return words.escape(separator.join(_root([path.split(separator) for path in paths])), 400)
 
 
-def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[TreeLine]:
+def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float, dot: str) -> Iterator[TreeLine]:
     """The lines of a block: first the containers that are entered, then the call. A container with a row of its own
     shows it where it is entered."""
     containers = {row.site_torch.path: (i, row) for i, row in items if not row.pair.leaf and row.site_torch.call == 0}
     leaves = [(i, row) for i, row in items if row.pair.leaf or row.site_torch.call]
-    torch_root = _root([row.site_torch.path.split(".")[:-1] for _, row in leaves])
+    torch_root = _root([row.site_torch.path.split(dot)[:-1] for _, row in leaves])
     flax_root = _root([row.site_flax.path.split("/")[:-1] for _, row in leaves])
     torch_at, flax_at = torch_root, flax_root  # the block's own name stands above its lines
     base, flax_base = len(torch_root), len(flax_root)
-    parents = [row.site_torch.path.split(".")[:-1] for _, row in leaves]
-    entered = {".".join(parts[:k]) for parts in parents for k in range(base + 1, len(parts) + 1)}
+    parents = [row.site_torch.path.split(dot)[:-1] for _, row in leaves]
+    entered = {dot.join(parts[:k]) for parts in parents for k in range(base + 1, len(parts) + 1)}
     for path in [path for path in containers if path not in entered]:
         i, row = containers.pop(path)
         yield _node(words.site_name(row.site_torch), 0, words.site_name(row.site_flax), 0, row, i, threshold)
     for i, row in leaves:
-        torch, flax = row.site_torch.path.split("."), row.site_flax.path.split("/")
+        torch, flax = row.site_torch.path.split(dot), row.site_flax.path.split("/")
         torch_from, flax_from = _shared(torch_at, torch[:-1]), _shared(flax_at, flax[:-1])
         missing = (len(torch) - 1 - torch_from) - (len(flax) - 1 - flax_from)
         depths = range(min(torch_from, torch_from + missing), len(torch) - 1)
@@ -301,7 +304,7 @@ def _nodes(items: Sequence[tuple[int, LayerRow]], threshold: float) -> Iterator[
             right = flax[place] if flax_from <= place < len(flax) - 1 else ""
             if not left and not right:
                 continue
-            number, own = containers.pop(".".join(torch[: depth + 1]), (-1, None)) if left else (-1, None)
+            number, own = containers.pop(dot.join(torch[: depth + 1]), (-1, None)) if left else (-1, None)
             if own is not None and not right:
                 right = own.site_flax.path
             yield _node(left, depth - base, right, place - flax_base, own, number, threshold)

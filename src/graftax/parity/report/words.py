@@ -123,8 +123,8 @@ def headline(report: ParityReport) -> str:
     """The verdict in a line."""
     torch, flax = escape(report.torch_name), escape(report.flax_name)
     if report.ok:
-        return f"Parity holds: {torch} (torch) and {flax} (Flax) agree."
-    return f"Parity fails: {torch} (torch) and {flax} (Flax) {_why(report)}."
+        return f"Parity holds: {torch} ({report.side}) and {flax} (Flax) agree."
+    return f"Parity fails: {torch} ({report.side}) and {flax} (Flax) {_why(report)}."
 
 
 def _misfit(row: OutputRow) -> bool:
@@ -188,10 +188,10 @@ def where_text(report: ParityReport) -> str:
     row = report.first
     assert row is not None
     if report.where == "in":
-        what = "the code before it: the layers before give torch's outputs, and the input that arrives here"
+        what = f"the code before it: the layers before give {report.whose} outputs, and the input that arrives here"
         error, ratio = row.in_error, row.in_ratio
     else:
-        what = "the module itself: it gets torch's input, and its output"
+        what = f"the module itself: it gets {report.whose} input, and its output"
         error, ratio = row.out_error, row.out_ratio
     if error is None or not math.isfinite(error):
         return f"{what} is {'not finite' if error is None or math.isinf(error) else 'NaN'}"
@@ -200,6 +200,11 @@ def where_text(report: ParityReport) -> str:
 
 def unknown_text(report: ParityReport) -> str:
     """The next step if no cause was found."""
+    if report.reference == "flax":
+        start = "Compare the code of both."
+        if report.weights or report.settings:
+            start = f"Start with the {'weights' if report.weights else 'settings'} below that differ."
+        return f"not looked for: causes are explained against torch. {start}"
     tried = "unknown: no explanation that was tried makes the layer agree."
     if report.where == "in":
         return f"{tried} Compare what both models compute between the layer before and this one."
@@ -249,11 +254,12 @@ def no_layer_text(report: ParityReport) -> str:
         if not report.layers:
             return "The layers were not compared (layers=False)."
         return (
-            "Every compared layer agrees when it gets torch's input: the fault lies behind the last one, or in code "
-            "outside every layer."
+            f"Every compared layer agrees when it gets {report.whose} input: the fault lies behind the last one, or in "
+            "code outside every layer."
         )
     if report.weights:
-        return "The outputs agree on these inputs, but some weights are not those that the plan makes from torch's."
+        weights = f"those that the plan makes from {report.whose}"
+        return f"The outputs agree on these inputs, but some weights are not {weights}."
     return "The outputs agree on these inputs, but the models declare different settings."
 
 
