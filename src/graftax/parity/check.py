@@ -77,11 +77,12 @@ def check_parity(
     clock = pipeline.Clock()
     given = inputs_of(inputs, layout, out_layout)
     layout, out_layout = given.layout, given.out_layout
-    torch_call, flax_call = calls_of(given, flax_model, torch_module)
+    against_flax = is_flax_model(torch_module)
+    torch_call, flax_call = calls_of(given, flax_model, None if against_flax else torch_module)
     like = prepare.flax_like(flax_model, flax_call)
     with pipeline.LayoutHint(layout, flax_call):
         flax_tree = open_tree(like)
-    if is_flax_model(torch_module):
+    if against_flax:
         torch_call = with_example(torch_call, torch_module)
         fallback = weights if weights is not None else flax_tree if flax_tree.has_values else None
         side = flax_reference(torch_module, torch_call, source, fallback, given.torch_call, rngs, seed)
