@@ -93,7 +93,7 @@ def verify_command(
             return _outcome(check_golden(golden, model, weights, **judged), report, json)
     given, notes = _inputs(inputs, model)
     assert torch is not None
-    module, shared["source"] = _with_weights(live_model(torch), source)
+    module, shared["source"] = _with_weights(_torch_model(torch), source)
     judged |= shared
     found: ParityReport | None = None
     if model is not None:
@@ -149,6 +149,19 @@ def _check_options(
             raise UsageError(f"a golden file has its own inputs: {', '.join(clash)} cannot go with --golden")
     if flax is None and inputs is None:
         raise UsageError("--inputs is missing", next="Without --flax there is no example to take them from.")
+
+
+def _torch_model(text: str) -> Any:
+    """The live torch module of a factory. UsageError for a Flax model: it is a reference in the library alone."""
+    from graftax.parity.reference_side import is_flax_model
+
+    made = live_model(text)
+    if is_flax_model(made):
+        raise UsageError(
+            f"--torch {escape(text)} must be a torch.nn.Module, not a Flax model",
+            next="In the library a Flax model may be the reference: gx.check_parity(reference, model, inputs).",
+        )
+    return made
 
 
 def _with_weights(module: Any, source: str | None) -> tuple[Any, str | None]:

@@ -185,7 +185,14 @@ def _max_abs(got: Array, want: Array) -> float:
     return np.inf if np.isnan(most) else most
 
 
+def _in_training(module: Module) -> bool:
+    """Does a norm take the statistics of the batch, or does dropout draw?"""
+    draws = module.settings.get("deterministic") is False and module.settings.get("rate", 0) not in (0, 0.0)
+    return draws or module.settings.get("use_running_average") is False
+
+
 def _notes(found: Passes, tree: Checkpoint, leaves: tuple[LeafRow, ...]) -> tuple[str, ...]:
+    modules = tree.live.modules
     notes = [
         f"b's run calls {escape(path) or '(the model)'} {count} time(s) more than a's"
         for path, count in found.extra.items()
@@ -195,6 +202,12 @@ def _notes(found: Passes, tree: Checkpoint, leaves: tuple[LeafRow, ...]) -> tupl
         notes.append(
             f"{len(retyped)} leaves have another dtype in b, for example {escape(retyped[0])}: a and b run as two "
             "programs, whose rounding may differ in every module"
+        )
+    training = [path for path, one in modules.items() if _in_training(one)]
+    if training:
+        notes.append(
+            f"{len(training)} modules are in training mode, for example {escape(training[0]) or '(the model)'}: "
+            "statistics are those of the batch, dropout draws the same for a and b; .eval() or a flag ends it"
         )
     if large(tree):
         notes.append("each module's weights were read when it was called; the runs were not compiled")

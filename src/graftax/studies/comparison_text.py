@@ -101,7 +101,7 @@ def cosine_text(shift: Shift | None) -> str:
     off = 1.0 - shift.cosine
     if math.isnan(off):
         return "NaN"
-    return "1" if off < 1e-12 else f"1-{off:.0e}" if off < 5e-5 else f"{shift.cosine:.4f}"
+    return "0" if shift.cosine == 0 else "1" if off < 1e-11 else f"1-{off:.0e}" if off < 5e-5 else f"{shift.cosine:.4f}"
 
 
 def error_text(shift: Shift | None) -> str:
