@@ -66,6 +66,21 @@ class HFConv1D(nn.Module):
 HFConv1D.__module__, HFConv1D.__qualname__, HFConv1D.__name__ = "transformers.pytorch_utils", "Conv1D", "Conv1D"
 
 
+class FlaxConv1D(fn.Module):
+    """What transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D is: a kernel stored (out, in)."""
+
+    features: int
+
+    @fn.compact
+    def __call__(self, x: Any) -> Any:
+        bias = self.param("bias", fn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", fn.initializers.normal(0.02), (self.features, x.shape[-1]))
+        return x @ kernel.transpose() + bias
+
+
+FlaxConv1D.__module__ = "transformers.models.gpt2.modeling_flax_gpt2"
+
+
 def linear(name: str, i: int, o: int, bias: bool = True, **more: Any) -> Case:
     return Case(
         name,
@@ -136,6 +151,14 @@ DENSE = [
         "hf conv1d square", "HF Conv1D",
         lambda: HFConv1D(4, 4), lambda: fn.Dense(4), lambda r: nnx.Linear(4, 4, rngs=r), (2, 4),
         variant="conv1d (in, out)", file="among",
+    ),
+    *(
+        Case(
+            f"hf flax conv1d {i}x{o}", "HF FlaxConv1D",
+            lambda i=i, o=o: HFConv1D(i, o), lambda o=o: FlaxConv1D(o), None, (2, i),
+            variant="conv1d (in, out) to (out, in)",
+        )
+        for i, o in ((5, 3), (4, 4))
     ),
     flatten("flatten chw", (5, 2, 3), 4),
     flatten("flatten cube", (3, 3, 3), 27),

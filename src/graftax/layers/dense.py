@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
-from graftax.layers.leaf_axes import CONV1D_AXES, EMBED_AXES, LINEAR_AXES
+from graftax.layers.leaf_axes import CONV1D_AXES, EMBED_AXES, FLAX_CONV1D_AXES, LINEAR_AXES
 from graftax.ops import Rearrange
 
 _LETTERS = "abcdefgh"
@@ -224,7 +224,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
     Layer(
         "HF Conv1D",
         torch=("Conv1D",),
-        linen=("Dense", "FlaxConv1D"),
+        linen=("Dense",),
         nnx=("Linear",),
         forms=(
             LayerForm(
@@ -241,6 +241,24 @@ DENSE_ROWS: tuple[Layer, ...] = (
         flax_decides=False,
         note="The torch side is (in, out) already: identity, not transpose; a square one looks like a Linear "
         "by shape.",
+    ),
+    Layer(
+        "HF FlaxConv1D",
+        torch=("Conv1D",),
+        linen=("FlaxConv1D",),
+        nnx=("FlaxConv1D",),
+        forms=(
+            LayerForm(
+                "conv1d (in, out) to (out, in)",
+                (Step("weight", "kernel", "i o -> o i"), BIAS),
+                "linear",
+                why="transformers' FlaxConv1D stores (out, in) and transposes when it is called",
+                holds=_plain_weight,
+            ),
+            LONE_BIAS,
+        ),
+        axes=FLAX_CONV1D_AXES,
+        note="Each side of transformers stores the other way around from its own Linear or Dense.",
     ),
     Layer(
         "Embedding",

@@ -31,6 +31,8 @@ def _of(*names: str) -> Any:
 
 CONV1D_AXES = (LeafAxes("torch", "weight", "in out", "in"), LeafAxes("torch", "bias", "out"))
 """transformers' Conv1D stores (in, out)."""
+FLAX_CONV1D_AXES = (LeafAxes("flax", "kernel", "out in", "in"), LeafAxes("flax", "bias", "out"))
+"""transformers' FlaxConv1D stores (out, in)."""
 EMBED_AXES = (
     LeafAxes("torch", "weight", "entries features", "features"),
     LeafAxes("flax", "embedding", "entries features", "features", _of("num_embeddings", "features")),
