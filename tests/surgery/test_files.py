@@ -69,6 +69,13 @@ def test_one_leaf_changes_and_every_other_bit_stays(model: Path, tmp_path: Path)
     json.dumps(report)
 
 
+def test_a_change_to_nan_has_no_largest_difference(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    report = write_replacement(gx.open_checkpoint(model), "fc.weight[0, 0]", gx.constant(float("nan")), out)
+    (change,) = report["changes"]
+    assert (change["changed"], change["largest"]) == (1, None)
+
+
 def test_the_same_edit_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
     outs = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for out in outs:
@@ -242,14 +249,15 @@ def test_select_in_a_file(model: Path) -> None:
 
 
 def test_the_difference_counts_bits_and_measures_values() -> None:
-    """-0.0 is another bit pattern, NaN is no distance, and pieces add up."""
+    """-0.0 is another bit pattern, NaN that stays is no distance, and a value that is not finite is infinitely far."""
     from graftax.surgery.changes import difference as _difference
 
     old = np.array([0.0, 1.0, np.nan, np.inf, 2.0], np.float32)
-    new = np.array([-0.0, 1.0, np.nan, 1.0, 2.5], np.float32)
-    assert _difference(old, new, "f") == (3, 0.5)
-    assert _difference(old.astype(ml_dtypes.bfloat16), new.astype(ml_dtypes.bfloat16), "f") == (3, 0.5)
-    assert _difference(np.ones(1, np.float32), np.full(1, np.inf, np.float32), "f") == (1, 0.0)
+    new = np.array([-0.0, 1.0, np.nan, np.inf, 2.5], np.float32)
+    assert _difference(old, new, "f") == (2, 0.5)
+    assert _difference(old.astype(ml_dtypes.bfloat16), new.astype(ml_dtypes.bfloat16), "f") == (2, 0.5)
+    assert _difference(np.ones(1, np.float32), np.full(1, np.inf, np.float32), "f") == (1, np.inf)
+    assert _difference(np.array([1.0, 2.0]), np.array([np.nan, 2.5]), "f") == (2, np.inf)
     assert _difference(np.array([1, 2]), np.array([1, 9]), "i") == (1, 7.0)
     assert _difference(np.array([1j]), np.array([2j]), "c") == (1, None)
 

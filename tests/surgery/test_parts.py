@@ -396,6 +396,15 @@ def test_exclude_reaches_optimizer_state() -> None:
     assert found == ["opt_state/0/mu/a/kernel", "opt_state/0/mu/b/kernel", "opt_state/0/mu/b/scale"]
 
 
+def test_a_number_names_no_part_of_an_optimizer() -> None:
+    """`**/0/**` means the first layer: of opt_state/0/mu/1/kernel it names nothing but the weights."""
+    weights = {"blocks": {"0": {"kernel": jnp.ones(2)}, "1": {"kernel": jnp.ones(2)}}}
+    tree = {"params": weights, "opt_state": optax.adam(1.0).init(weights)}
+    assert gx.select(tree, "**/0/**") == ["params/blocks/0/kernel"]
+    assert gx.select(tree, "opt_state/0/mu/*/1/*") == ["opt_state/0/mu/blocks/1/kernel"]
+    assert gx.select(tree, lambda path, leaf: "/0/" in path) == ["params/blocks/0/kernel"]
+
+
 # ---------------------------------------------------------------- under jit, in files, over devices
 
 
@@ -409,7 +418,7 @@ def test_parts_inside_jit() -> None:
     np.testing.assert_array_equal(gradient["params"]["a"]["kernel"], [[3, 3, 3, 3], [0, 1, 0, 1], [0, 1, 0, 1]])
     row = jax.jit(lambda x: gx.replace(tree, "a/kernel[2]", x * 2))(jnp.ones(4))["params"]["a"]["kernel"]
     np.testing.assert_array_equal(row[2], [2, 2, 2, 2])
-    for value in (gx.quantized(3), gx.mean(), gx.rounded("float8_e4m3fn")):
+    for value in (gx.quantized(3), gx.mean(), gx.rounded("float8_e4m3fn"), lambda part: part * 2):
         inside = jax.jit(lambda tree: gx.replace(tree, "a/kernel[:2]", value))(tree)["params"]["a"]["kernel"]  # noqa: B023
         np.testing.assert_array_equal(inside, gx.replace(tree, "a/kernel[:2]", value)["params"]["a"]["kernel"])
     with pytest.raises(PlanError, match="a traced value"):

@@ -18,7 +18,7 @@ Ranges = Sequence[range]
 
 def is_split(leaf: Any) -> bool:
     """True for a jax array with values on several devices."""
-    return hasattr(leaf, "addressable_shards") and not is_abstract(leaf) and len(leaf.sharding.device_set) > 1
+    return not is_abstract(leaf) and hasattr(leaf, "addressable_shards") and len(leaf.sharding.device_set) > 1
 
 
 def read_part(leaf: Any, part: Ranges, name: str) -> np.ndarray[Any, Any]:

@@ -77,11 +77,12 @@ class SelectableTree:
     optimizer: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def unnamed(self, path: str) -> str:
-        """The path of an optimizer state's leaf with the optimizer's own parts replaced by placeholders. A selector
-        that still matches it names only weights, not a part of the optimizer state."""
+        """The path of an optimizer state's leaf with the names of the optimizer's own parts replaced by placeholders. A
+        selector that still matches it names only weights, not a part of the optimizer state. A number is no name:
+        `**/0/**` means layers."""
         parts = path.split("/")
         own = self.optimizer[path]
-        return "/".join(["\x1a"] * own + parts[own:])
+        return "/".join([part if part.isdecimal() else "\x1a" for part in parts[:own]] + parts[own:])
 
 
 def edits_of(selector: Selector, value: Any) -> tuple[Edit, ...]:
