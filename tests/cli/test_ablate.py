@@ -114,6 +114,7 @@ def test_each_value_flag_makes_its_value():
         "add_normal(0.5, seed=1, relative=True)",
         *(f"quantized({bits}, axis=(0, -1), group=2)" for bits in (4, 8)),
     ]
+    assert values_given({"quantized": 4, "axis": "()"})[0].text == "quantized(4, axis=())"
     with pytest.raises(UsageError, match="no axis"):
         values_given({"quantized": 4, "axis": "last"})
     with pytest.raises(UsageError, match="exactly one"):

@@ -378,6 +378,8 @@ def test_the_model_tells_what_the_axes_of_a_leaf_are():
     assert seen[-1].tobytes() == np.asarray(jax.jit(model.apply)(edited, X[None, :, :2])).tobytes()
     with pytest.raises(PlanError, match="has no input channels"):
         gx.ablate(like, weights, "query", gx.quantized(3), each="module")
+    with pytest.raises(PlanError, match=r"A function of the weights shows no modules: give gx\.linen"):
+        gx.ablate(lambda weights: model.apply(weights, X[None, :, :2]), weights, "query/kernel", gx.quantized(3))
 
 
 def test_a_donor_is_opened_once(params, tmp_path, monkeypatch):

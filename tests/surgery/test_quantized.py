@@ -248,6 +248,11 @@ def test_the_readings_are_right() -> None:
     for axis in (0, (0, 1), (1, 2), (0, -1), -1):
         assert quantized(old, 4, axis=axis).shape == old.shape
     np.testing.assert_array_equal(quantized(old, 4, axis=-1), by_hand(old.reshape(20, 6)).reshape(4, 5, 6))
+    tree = {"wi": old}
+    with pytest.raises(PlanError, match=r"say axis=\(\), 1 scale \("):
+        gx.replace(tree, "wi[0, 1]", gx.quantized(4))
+    row = gx.replace(tree, "wi[0, 1]", gx.quantized(4, axis=()))["wi"][0, 1]
+    np.testing.assert_array_equal(row, by_hand(old[0, 1][:, None])[:, 0])
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,15 @@ def test_quantized_is_the_textbook(bits: int, axis: int, dtype: str) -> None:
     assert max(len(np.unique(np.abs(c.astype(np.float64)))) for c in channels) <= 2 ** (bits - 1)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_quantized_float64_keeps_its_scale(bits: int) -> None:
+    """The largest value stays bit for bit, so a second time changes nothing."""
+    old = np.random.default_rng(0).normal(size=(12, 40))
+    once = put(gx.quantized(bits), old)
+    np.testing.assert_array_equal(np.abs(once).max(0), np.abs(old).max(0))
+    np.testing.assert_array_equal(put(gx.quantized(bits), once), once)
+
+
 def test_quantized_rounds_halves_to_even() -> None:
     old = np.array([[0.5, 1.5, 2.5, -0.5, -1.5, 127.0]], np.float32)
     np.testing.assert_array_equal(put(gx.quantized(8, axis=0), old), [[0, 2, 2, -0.0, -2, 127]])

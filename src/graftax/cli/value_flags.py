@@ -85,11 +85,13 @@ def _quantized(word: int, given: Mapping[str, Any]) -> Any:
 
 
 def _axes(text: str) -> tuple[int, ...]:
-    """`-1` or `0,2`. UsageError for anything else."""
+    """`-1` or `0,2`; `()` for none. UsageError for anything else."""
     try:
-        return tuple(int(axis) for axis in text.split(","))
+        return () if text == "()" else tuple(int(axis) for axis in text.split(","))
     except ValueError:
-        raise UsageError(f"--axis {escape(text)!r} is no axis: write -1, or several as 0,2") from None
+        raise UsageError(
+            f"--axis {escape(text)!r} is no axis: write -1, several as 0,2, or '()' for one scale in all"
+        ) from None
 
 
 def _from_checkpoint(word: str, given: Mapping[str, Any]) -> Any:

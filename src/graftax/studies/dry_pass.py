@@ -11,8 +11,11 @@ from graftax.studies.targets import Target
 from graftax.surgery.leaves import check_leaf, prepared
 from graftax.surgery.live import live_tree
 from graftax.surgery.selecting import Edit
+from graftax.surgery.values import Quantized
 from graftax.tree import Checkpoint, TensorSpec
 from graftax.tree.leaf_index import split_index
+
+_LIVE = "A function of the weights shows no modules: give gx.linen(model, *batch) or an nnx.Module, or say axis=. "
 
 
 def opened_values(values: Sequence[Any]) -> list[Any]:
@@ -42,8 +45,9 @@ def require_fit(weights: Any, targets: Sequence[Target], values: Sequence[Any], 
                         raise
                     failures |= {(failure.key, failure.what): failure for failure in misfit_of(text, error).failures}
     if failures:
+        untold = any(isinstance(value, Quantized) for value in values) and not home().live.modules
         raise PlanError(
             f"nothing was run on {escape(live.label)}: values do not fit leaves:",
             list(failures.values()),
-            next=f"{option('exclude')} keeps leaves as they are.",
+            next=f"{_LIVE if untold else ''}{option('exclude')} keeps leaves as they are.",
         )

@@ -217,6 +217,9 @@ def _unknown(value: Quantized, spec: TensorSpec) -> PlanError:
 
 def _readings(rank: int) -> Iterator[tuple[tuple[int, ...], str]]:
     """The usual readings of a leaf of this rank: the axes that keep their own scale, and what the leaf would be."""
+    if rank == 1:
+        yield (), "the inputs of one output"
+        return
     if rank == 2:
         yield (0,), "(out, in), as torch stores a matrix; an embedding"
         yield (-1,), "(in, out), as Flax stores a matrix"
@@ -233,7 +236,8 @@ def _readings(rank: int) -> Iterator[tuple[tuple[int, ...], str]]:
 
 def _axis_text(axis: tuple[int, ...]) -> str:
     inner = ", ".join(map(str, axis))
-    return worded(f"--axis={inner.replace(' ', '')}", f"axis={inner if len(axis) == 1 else f'({inner})'}")
+    written = inner.replace(" ", "") or "'()'"
+    return worded(f"--axis={written}", f"axis={inner if len(axis) == 1 else f'({inner})'}")
 
 
 def _scales(axis: tuple[int, ...], shape: Sequence[int]) -> str:
@@ -260,7 +264,8 @@ def _pieces(shape: Sequence[int], own: int) -> Iterator[tuple[slice, ...]]:
 
 def _quantized(wide: Array, shared: tuple[int, ...], bits: int) -> Array:
     """Values in float64 that share a scale along the axes `shared`. A power of two is factored out first, so that
-    nothing overflows and every step is exact but the last quotient."""
+    nothing overflows and every step is exact but the last quotient. The largest value stays bit for bit, in a float64
+    leaf too, so that the scale is the same the next time."""
     import numpy as np
 
     levels = float(2 ** (bits - 1) - 1)
@@ -268,7 +273,8 @@ def _quantized(wide: Array, shared: tuple[int, ...], bits: int) -> Array:
     most, exponent = np.frexp(most)
     unit = np.where(most > 0, most, 1.0)
     codes = np.rint(np.ldexp(wide, -exponent) * levels / unit)
-    return np.ldexp(codes * unit / levels, exponent)
+    made = np.where(np.abs(codes) == levels, np.copysign(unit, codes), codes * unit / levels)
+    return np.ldexp(made, exponent)
 
 
 def _traced_quantized(xp: Any, wide: Any, shared: tuple[int, ...], bits: int) -> Any:
@@ -285,7 +291,8 @@ def _traced_quantized(xp: Any, wide: Any, shared: tuple[int, ...], bits: int) ->
     up = (left > unit) | ((left == unit) & (odd == 1))
     down = (left < -unit) | ((left == -unit) & (odd == 1))
     codes = xp.copysign(xp.where(up, near + 1, xp.where(down, near - 1, near)), wide)
-    return codes * unit / xp.where(codes == codes, levels, codes)
+    made = codes * unit / xp.where(codes == codes, levels, codes)
+    return xp.where(xp.abs(codes) == levels, xp.copysign(unit, codes), made)
 
 
 def axes_of(axis: Any) -> tuple[int, ...] | None:
