@@ -275,8 +275,10 @@ def test_a_call_that_is_changed_on_the_module_is_stated(how: str) -> None:
 
 
 def test_the_hooks_of_the_framework_are_no_override() -> None:
-    plan = planned(net(torch.nn.utils.spectral_norm(torch.nn.Linear(8, 6))), like(kernel=(8, 6), bias=(6,)))
-    assert not said(plan)
+    for norm in (torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm):
+        plan = planned(net(norm(torch.nn.Linear(8, 6))), like(kernel=(8, 6), bias=(6,)))
+        assert plan.complete
+        assert not said(plan)
 
 
 def test_another_product_than_the_frameworks_is_stated() -> None:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 import graftax as gx
+from graftax.studies.study_text import study_text
 from graftax.errors import ModelError, PlanError, UsageError
 from graftax.parity.metrics import relative_l2
 
@@ -188,7 +189,7 @@ def test_values_that_are_not_finite_are_shown_and_rank_first(params):
     like = gx.linen(MODEL, X)
     study = gx.ablate(like, params, "head/*", [gx.zeros(), gx.constant(float("nan"))])
     assert [row.not_finite for row in study.ranked] == [20, 20, 0, 0]
-    assert "20 values NaN or infinite" in str(study)
+    assert "20 values NaN or infinite" in study_text(study, width=110)
     assert json.loads(json.dumps(study.as_json(), allow_nan=False))["rows"][2]["numbers"] == {
         "relative_l2": "inf",
         "cosine": "nan",

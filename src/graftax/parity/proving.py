@@ -31,7 +31,8 @@ def prove_port(
     ParityError with `.report` if the outputs differ.
     """
     if flipped:
-        module = _loaded(module, host_arrays(plan, source, None)[0])
+        like = None if plan.made_from is None else plan.made_from.like  # kept leaves take their values from it
+        module = _loaded(module, host_arrays(plan, source, like)[0])
         report = check_parity(module, model, inputs, weights={path: source.read(path) for path in source})
         report = replace(report, suspect=suspect_of(plan))
     else:

@@ -93,7 +93,7 @@ class BothModels:
             return plan
         if not settled.proved:
             return replace(self._not_proved(plan), parted=settled.dead_leaf)
-        plan = self._with_unsaid(self._without_counters(plan))
+        plan = self._with_unsaid(self._without_buffers(plan))
         known = [a for a in plan.assumptions if a.targets and self.proved.issuperset(a.targets)]
         left = tuple(a for a in plan.assumptions if a not in known)
         proof = Proof(
@@ -107,27 +107,46 @@ class BothModels:
         )
         return replace(plan, assumptions=left, proof=proof)
 
-    def _without_counters(self, plan: Plan) -> Plan:
-        """The plan without questions about integer buffers of torch: every leaf has its tensor, and Flax has none for
-        these."""
-        if self.flipped or any(not _floats(spec) for spec in plan.like.specs.values()):
-            return plan
-        buffers = self.source.live.buffers
+    def _without_buffers(self, plan: Plan) -> Plan:
+        """The plan without questions about buffers of torch that no leaf of Flax holds: the models agree without them,
+        so Flax computes the same values, or nothing depends on them."""
+        end = self.like if self.flipped else self.source
+        answered: set[str] = set()
         entries, questions = list(plan.entries), []
         for question in plan.questions:
-            names = question.sources
-            if (
-                question.kind != "unused"
-                or question.targets
-                or not all(name in buffers and not _floats(plan.source.specs[name]) for name in names)
-            ):
+            names, others = question.sources, question.targets
+            kind, names, others = ("missing", others, names) if self.flipped else ("unused", names, others)
+            if question.kind != kind or others or not all(self._computed(name, end, plan) for name in names):
                 questions.append(question)
                 continue
-            for name in names:
-                spec = plan.source.specs[name]
-                drop = Drop("an integer buffer that no leaf holds; the models agree without it", spec.shape, spec.dtype)
-                entries.append(Entry((name,), (), (drop,), ("proved by running both models",)))
+            answered.update(names)
+        for name in end:
+            if name not in answered:
+                continue
+            spec = end.specs[name]
+            if self.flipped:
+                op, ends = Keep(spec.shape, spec.dtype), ((), (name,))
+            else:
+                op = Drop("a buffer that no leaf holds; the models agree without it", spec.shape, spec.dtype)
+                ends = ((name,), ())
+            entries.append(Entry(*ends, (op,), ("proved by running both models",)))
         return replace(plan, entries=tuple(entries), questions=tuple(questions))
+
+    def _computed(self, name: str, end: Checkpoint, plan: Plan) -> bool:
+        """Is this a buffer of a live torch module that the other side has no leaf for, with the values that ran?"""
+        import numpy as np
+
+        if name not in end.live.buffers or not self.is_torch:
+            return False
+        others = (plan.source if self.flipped else plan.like).specs.values()
+        if not _floats(end.specs[name]):
+            return not self.flipped and all(map(_floats, others))
+        if self.settled.open or not end.has_values:
+            return False
+        if end.storage.format == "live":
+            return True
+        ran = dict(self.module.named_buffers()).get(name)
+        return ran is not None and np.array_equal(np.asarray(end.read(name)), ran.detach().cpu().numpy())
 
     def _with_unsaid(self, plan: Plan) -> Plan:
         """The plan with a question for each leaf that was found, but that no ops write. What names gave such a leaf is
