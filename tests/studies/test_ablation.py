@@ -15,9 +15,9 @@ from flax import linen as nn
 from flax import nnx
 
 import graftax as gx
-from graftax.studies.study_text import study_text
 from graftax.errors import ModelError, PlanError, UsageError
 from graftax.parity.metrics import relative_l2
+from graftax.studies.study_text import study_text
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype("f4")
 
