@@ -319,7 +319,10 @@ def test_a_habit_is_matched_bit_for_bit(pairing: Any, habit: str, reverse: bool)
     assert all(entry.evidence for entry in found.entries)
 
 
-@pytest.mark.parametrize("habit", HABITS)
+LONG = "encoder and decoder"
+
+
+@pytest.mark.parametrize("habit", [*(h for h in HABITS if h != LONG), pytest.param(LONG, marks=pytest.mark.slow)])
 def test_nothing_is_wrong_without_synonyms(pairing: Any, habit: str) -> None:
     from graftax.match.names import Lexicon
 

@@ -53,7 +53,7 @@ def tables(draw):
     return table
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.lists(tables(), min_size=1, max_size=2), st.sampled_from(["forth", "back", "alone", "same"]))
 def test_any_table(table, way):
     rules = loaded(table)
