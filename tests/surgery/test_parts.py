@@ -396,6 +396,16 @@ def test_exclude_reaches_optimizer_state() -> None:
     assert found == ["opt_state/0/mu/a/kernel", "opt_state/0/mu/b/kernel", "opt_state/0/mu/b/scale"]
 
 
+def test_an_index_inside_braces() -> None:
+    tree = kernel(b={"kernel": jnp.ones((2, 2)), "kernel2": jnp.ones(2)})
+    assert gx.select(tree, "{a/kernel[0],b/kernel}") == ["params/a/kernel[0]", "params/b/kernel"]
+    assert gx.select(tree, "a/{kernel[:, 1],bias}") == ["params/a/kernel[:, 1]", "params/a/bias"]
+    with pytest.raises(PlanError, match=r"'b/kernel.2.' can be read in two ways"):
+        gx.select(tree, "{a/bias,b/kernel[2]}")
+    with pytest.raises(PlanError, match=r"'c/kernel.0.' matches nothing"):
+        gx.select(tree, "{a/bias,c/kernel[0]}")
+
+
 def test_a_number_names_no_part_of_an_optimizer() -> None:
     """`**/0/**` means the first layer: of opt_state/0/mu/1/kernel it names nothing but the weights."""
     weights = {"blocks": {"0": {"kernel": jnp.ones(2)}, "1": {"kernel": jnp.ones(2)}}}

@@ -16,6 +16,7 @@ from typing import Any, cast
 from graftax.errors import Failure, PlanError, UsageError, escape, option
 from graftax.tree import LeafIndex, Side, glob_pattern, is_glob, match_paths, nearest, subtree
 from graftax.tree.leaf_index import cover, overlap, split_index
+from graftax.tree.selectors import expand_braces
 
 Selector = Any
 LeafOf = Callable[[str], Any]
@@ -147,6 +148,8 @@ def pick(
 ) -> tuple[list[Picked], list[Failure]]:
     """(the leaves that a selector picks, without the excluded ones, in the tree's order; the failures, among them that
     it picks none)."""
+    if isinstance(selector, str):
+        selector = _with_indices(tree, selector)
     if isinstance(selector, (list, tuple)):
         found: dict[str, dict[LeafIndex | None, Picked]] = {}
         failures: list[Failure] = []
@@ -168,6 +171,15 @@ def pick(
         paths = listed(one.path for one in picked)
         return [], [Failure(f"everything that {selector_text(selector)} selects is excluded: {paths}")]
     return [], [Failure(f"{selector_text(selector)} selects none of {len(tree.paths)} leaves")]
+
+
+def _with_indices(tree: SelectableTree, selector: str) -> str | list[str]:
+    """The list of selectors that braces at the end stand for, if one of them ends in an index: `{a[0],b}` is a[0] and
+    b, and each must match. Every other selector as it is."""
+    if not selector.endswith("}") or "]" not in selector or selector in tree.paths:
+        return selector
+    ways = expand_braces(selector)
+    return ways if any(map(split_index, ways)) else selector
 
 
 def excluded_from(tree: SelectableTree, exclude: Selector) -> tuple[frozenset[str], list[Failure]]:
