@@ -368,6 +368,11 @@ def test_values_that_do_not_fit_are_all_listed_before_anything_runs(params):
     assert "exclude" in str(caught.value)
 
 
+def test_traced_weights_are_refused():
+    with pytest.raises(UsageError, match="is traced, and an ablation runs on values"):
+        jax.jit(lambda tree: gx.ablate(jnp.sum, tree, "w", gx.zeros()))({"w": jnp.ones(2)})
+
+
 def test_the_model_tells_what_the_axes_of_a_leaf_are():
     model = nn.MultiHeadDotProductAttention(2)
     shapes = jax.eval_shape(model.init, jax.random.key(0), X[None, :, :2])

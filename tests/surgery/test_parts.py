@@ -402,6 +402,8 @@ def test_an_index_inside_braces() -> None:
     assert gx.select(tree, "a/{kernel[:, 1],bias}") == ["params/a/kernel[:, 1]", "params/a/bias"]
     with pytest.raises(PlanError, match=r"'b/kernel.2.' can be read in two ways"):
         gx.select(tree, "{a/bias,b/kernel[2]}")
+    with pytest.raises(PlanError, match=r"z: \[0\] has 1 index, the leaf has 0 axes"):
+        gx.replace({"z": np.array(1.0)}, "z[0]", gx.zeros())
     with pytest.raises(PlanError, match=r"'c/kernel.0.' matches nothing"):
         gx.select(tree, "{a/bias,c/kernel[0]}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from graftax.errors import Failure, GraftaxError, PlanError, escape, option
+from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape, option
 from graftax.ops import misfit_of
 from graftax.studies.targets import Target
 from graftax.surgery.leaves import check_leaf, prepared
@@ -25,7 +25,8 @@ def opened_values(values: Sequence[Any]) -> list[Any]:
 
 
 def require_fit(weights: Any, targets: Sequence[Target], values: Sequence[Any], home: Callable[[], Checkpoint]) -> None:
-    """PlanError that lists every leaf and value that do not go together, as far as shapes and dtypes tell.
+    """PlanError that lists every leaf and value that do not go together, as far as shapes and dtypes tell. UsageError
+    for traced weights.
 
     home  the leaves with their modules, which tell what the axes of a leaf are
     """
@@ -37,6 +38,11 @@ def require_fit(weights: Any, targets: Sequence[Target], values: Sequence[Any], 
             for value in values:
                 try:
                     live.require_values(path)
+                    if live.traced(path):
+                        raise UsageError(
+                            f"{escape(path)} is traced, and an ablation runs on values",
+                            next="Call gx.ablate outside jit, grad and vmap.",
+                        )
                     spec = live.spec(path)
                     spec = spec if index is None else TensorSpec(index.part_shape(spec.shape), spec.dtype)
                     check_leaf(path, spec, value, home, index)

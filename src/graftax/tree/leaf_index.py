@@ -41,7 +41,8 @@ class LeafIndex:
         held = f"The leaf is {_shape_text(shape)}."
         if len(named) > len(shape):
             axes = counted(len(shape), "axis").replace("axiss", "axes")
-            raise PlanError(f"{self.text} has {len(named)} indices, the leaf has {axes}", next=held)
+            indices = "1 index" if len(named) == 1 else f"{len(named)} indices"
+            raise PlanError(f"{self.text} has {indices}, the leaf has {axes}", next=held)
         before = next((i for i, item in enumerate(self.items) if isinstance(item, EllipsisType)), len(named))
         filled = [*named[:before], *[(None, None, None)] * (len(shape) - len(named)), *named[before:]]
         found = tuple(self._on_axis(axis, item, shape) for axis, item in enumerate(filled))
