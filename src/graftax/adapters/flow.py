@@ -203,8 +203,8 @@ class Notes:
                 _note(self.rows, one, axes)
 
     def trace(self, order: dict[str, int] | None = None) -> Trace:
-        known = ({leaf: axes for leaf, axes in table.items() if axes} for table in (self.columns, self.rows))
-        return Trace(order or {}, *known)
+        columns, rows = ({leaf: axes for leaf, axes in table.items() if axes} for table in (self.columns, self.rows))
+        return Trace(order or {}, columns, rows)
 
 
 def _note(table: dict[str, Axes | None], leaf: str, axes: Axes | None) -> None:
