@@ -9,6 +9,8 @@ import pytest
 
 import graftax as gx
 from graftax.errors import PlanError
+from graftax.execute.opening import open_tree
+from graftax.match.unmerged import normed_parts
 
 NEW = "parametrizations.weight.original0", "parametrizations.weight.original1"
 OLD = "weight_g", "weight_v"
@@ -73,6 +75,13 @@ def test_a_part_of_a_spectral_norm_is_no_weight() -> None:
     like = {"params": {"conv": {"kernel": leaf(3, 3, 4, 6), "bias": leaf(6)}, "head": head()}}
     with pytest.raises(PlanError, match="spectrally normed"):
         gx.plan(source, like, to="flax", unused="drop")
+
+
+def test_a_gate_beside_a_value_is_no_weight_norm() -> None:
+    """Two matrices may have the names of the parts of a weight norm, as in a gated attention."""
+    assert normed_parts(open_tree({"att.w_g": drawn(6, 4), "att.w_v": drawn(6, 4)})) == set()
+    normed = {"rnn.weight_ih_l0_g": drawn(6, 1), "rnn.weight_ih_l0_v": drawn(6, 4)}
+    assert normed_parts(open_tree(normed)) == normed.keys()
 
 
 def test_a_part_of_a_weight_norm_is_no_weight() -> None:

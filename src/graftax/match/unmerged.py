@@ -103,7 +103,7 @@ def _beside(name: str, ending: str, names: Set[str]) -> bool:
 
 _NORMED = re.compile(
     r"(?P<owner>.*?)(?:"
-    r"[._](?P<old>g|v|orig|u)"
+    r"_(?P<old>g|v|orig|u)"
     r"|parametrizations\.weight\.(?P<new>original[01]?|0\._[uv])"
     r")"
 )
@@ -116,5 +116,16 @@ def normed_parts(end: Checkpoint) -> set[str]:
     for name in end:
         if (part := _NORMED.fullmatch(name)) is not None:
             found.setdefault(part["owner"], {})[part["old"] or part["new"]] = name
-    wholes = ({"g", "v"}, {"orig", "u"}, {"original0", "original1"}, {"original", "0._u"})
-    return {name for parts in found.values() if any(w <= parts.keys() for w in wholes) for name in parts.values()}
+    wholes = (("g", "v"), ("u", "orig"), ("original0", "original1"), ("0._u", "original"))
+    out: set[str] = set()
+    for parts in found.values():
+        pairs = [(parts[factor], parts[whole]) for factor, whole in wholes if {factor, whole} <= parts.keys()]
+        if any(_is_factor(end[factor].shape, end[whole].shape) for factor, whole in pairs):
+            out.update(parts.values())
+    return out
+
+
+def _is_factor(factor: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """True if the first shape is that of norms or of a singular vector: one axis, of a matrix or more. `w_g` beside
+    `w_v` may as well be two matrices, a gate and a value."""
+    return len(whole) > 1 and sum(size > 1 for size in factor) < 2
