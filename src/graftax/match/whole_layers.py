@@ -174,9 +174,8 @@ def _composites(
     (`ruled`) as the table pairs it, the rest of the layer is taken."""
     if len(free_torch) < len(torch):
         free_torch, free_flax = _with_siblings(free_torch, torch, "torch"), _with_siblings(free_flax, flax, "flax")
-    patterns = (_RECURRENT, _REPARAMETRISED)
-    found_by = [_torch_owners(free_torch, pattern, torch) for pattern in patterns]
-    owners = [owner for found in found_by for owner in found]
+    recurrent, normed = (_torch_owners(free_torch, pattern, torch) for pattern in (_RECURRENT, _REPARAMETRISED))
+    owners = [*recurrent, *normed]
     if not owners:
         return Proposal()
     cells = _flax_cells(free_flax)
@@ -189,18 +188,18 @@ def _composites(
         groups.setdefault(
             tuple(only.values()), Owner(top, only, None if len(inner) != 1 else flax.live.modules.get(inner[0]))
         )
-    for owner in _normed_layers(free_flax, flax) if found_by[1] else ():
+    kept = _normed_layers(free_flax, flax) if normed else []
+    folded = _plain_layers(free_flax, flax, kept) if normed else []
+    for owner in (*kept, *folded):
         groups.setdefault(tuple(owner.roles.values()), owner)
-    plain = {id(owner): owner for owner in (_plain_layers(free_flax, flax) if found_by[1] else ())}
-    for owner in plain.values():  # the norm may be folded
-        groups.setdefault(tuple(owner.roles.values()), owner)
+    may_fold = set(map(id, folded))  # that a norm cannot be folded into one of many layers refuses nothing
     fits: list[tuple[Owner, Owner, Connection]] = []
     refusals: list[tuple[Failure, Owner, Owner]] = []
     for owner in owners:
         for group in groups.values():
             found = _settled(owner, group, torch, flax) if group.roles else None
             if isinstance(found, Failure):
-                refusals += [(found, owner, group)] if id(group) not in plain else []
+                refusals += [(found, owner, group)] if id(group) not in may_fold else []
             elif found is not None:
                 fits.append((owner, group, found))
     taken = _pairs(fits)
@@ -252,20 +251,20 @@ def _normed_layers(names: list[str], flax: Checkpoint) -> list[Owner]:
     return out
 
 
-def _plain_layers(names: list[str], flax: Checkpoint) -> list[Owner]:
-    """Modules whose leaves, a kernel and perhaps a bias, lie right below them, and that keep no norm elsewhere."""
+def _plain_layers(names: list[str], flax: Checkpoint, normed: Iterable[Owner]) -> list[Owner]:
+    """Modules into which a norm may be folded: a kernel and perhaps a bias lie right below them. Not the `normed` ones,
+    nor what an NNX wrapper holds beside its scales."""
     layers: dict[str, dict[str, str]] = {}
-    normed: set[str] = set()
     for name in names:
         path, _, role = _plain(name).rpartition("/")
         layers.setdefault(path, {})[role] = name
-        normed.add(role.partition("~1kernel~1")[0] if "~1kernel~1" in role else "")
-    wrappers = tuple(f"{path}/" for path in _scaled(names) if path)
+    apart = {"", *(owner.path for owner in normed)}
+    wrappers = tuple(path.removesuffix("scales") for path in layers if path.endswith("/scales"))
     return [
         Owner(path, roles, flax.live.modules.get(path))
         for path, roles in layers.items()
         if "kernel" in roles and roles.keys() <= {"kernel", "bias"}
-        if path.rpartition("/")[2] not in normed and not path.startswith(wrappers)
+        if path not in apart and not path.startswith(wrappers)
     ]
 
 
