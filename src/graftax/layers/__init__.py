@@ -19,7 +19,7 @@ from graftax.layers.base import (
 )
 from graftax.layers.connect import connect, known_kind, layouts, leaf_connections, overriding, own_layout, settled
 from graftax.layers.conv import block_diagonal_ops
-from graftax.layers.roles import LeafRole, NamedAxis, holders, role_of
+from graftax.layers.roles import LeafRole, NamedAxis, role_of
 from graftax.layers.settings import SettingDifference, settings_differ
 from graftax.layers.table import LAYERS
 from graftax.layers.text import layer_rows, layers_text
@@ -43,7 +43,6 @@ __all__ = [
     "block_diagonal_ops",
     "connect",
     "fused_qkv_ops",
-    "holders",
     "known_kind",
     "layer_rows",
     "layers_text",

@@ -124,10 +124,10 @@ def _merged(
             next=f"Select the attention, or the projection itself; {option('each', 'module')} changes whole modules.",
         )
     if not heads:
-        who = f"Give the module an attribute such as {HEADS[0]}"
-        who = (
-            who if tree.live.modules else "Give the model itself, gx.linen(...) or an nnx.Module, whose modules say it"
-        )
+        if tree.live.modules:
+            who = f"Give the module an attribute such as {HEADS[0]}"
+        else:
+            who = "Give the model itself, gx.linen(...) or an nnx.Module, whose modules say it"
         leaf = escape(next(iter(found)))
         raise LayoutError(
             f"the number of heads of {escape(around)} is not known: {leaf} merges them",

@@ -92,7 +92,7 @@ def role_of(tree: Checkpoint, path: str) -> LeafRole | None:
     return _of_name(tree, path)
 
 
-def holders(tree: Checkpoint, path: str) -> Iterator[tuple[Module, str]]:
+def _holders(tree: Checkpoint, path: str) -> Iterator[tuple[Module, str]]:
     """The live modules that hold a leaf, innermost first, each with the leaf's role in it."""
     sep = "." if tree.side == "torch" else "/"
     parts = path.split(sep)
@@ -116,7 +116,7 @@ def _of_modules(tree: Checkpoint, path: str) -> LeafRole | None:
     """The innermost module that the table lists decides; a layer around it may know better names (heads)."""
     side: Side = tree.side or "flax"
     found: LeafRole | None = None
-    for module, role in holders(tree, path):
+    for module, role in _holders(tree, path):
         if found is None and module.own_math and overriding(module, side):
             return None
         kind = known_kind(module, side)
@@ -251,11 +251,11 @@ def _of_name(tree: Checkpoint, path: str) -> LeafRole | None:
         return LeafRole(axes, (), "", leaf, "it is no matrix")
     side = tree.side or separator_of(tree)
     row = named_axes(leaf, side)
-    if row is None or len(shape) != 2 or isinstance(row.axes, str) is False:
+    if row is None or len(shape) != 2 or not isinstance(row.axes, str):
         return None
-    if _contradicted(tree, path[:cut], str(row.axes), shape):
+    if _contradicted(tree, path[:cut], row.axes, shape):
         return None
-    named = _named((str(row.axes), row.inputs), shape)
+    named = _named((row.axes, row.inputs), shape)
     return None if named is None else LeafRole(named, tuple(row.inputs.split()), "", leaf, by)
 
 
