@@ -24,7 +24,7 @@ from graftax.formats.io import journal
 from graftax.ops import same_bits
 from graftax.surgery import write_replacement
 from graftax.surgery.files import checkpoint_tree
-from graftax.surgery.leaves import prepared
+from graftax.surgery.given import prepared
 from graftax.surgery.planning import plan_replacement
 from graftax.surgery.selecting import choose, edits_of
 

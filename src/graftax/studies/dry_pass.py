@@ -8,11 +8,13 @@ from typing import Any
 from graftax.errors import Failure, GraftaxError, PlanError, UsageError, escape, option
 from graftax.ops import misfit_of
 from graftax.studies.targets import Target
-from graftax.surgery.leaves import check_leaf, prepared
+from graftax.surgery.given import prepared
+from graftax.surgery.leaves import checked_value
 from graftax.surgery.live import live_tree
+from graftax.surgery.places import Place
 from graftax.surgery.selecting import Edit
 from graftax.surgery.values import Quantized
-from graftax.tree import Checkpoint, TensorSpec
+from graftax.tree import Checkpoint
 from graftax.tree.leaf_index import split_index
 
 _LIVE = "A function of the weights shows no modules: give gx.linen(model, *batch) or an nnx.Module, or say axis=. "
@@ -43,9 +45,7 @@ def require_fit(weights: Any, targets: Sequence[Target], values: Sequence[Any], 
                             f"{escape(path)} is traced, and an ablation runs on values",
                             next="Call gx.ablate outside jit, grad and vmap.",
                         )
-                    spec = live.spec(path)
-                    spec = spec if index is None else TensorSpec(index.part_shape(spec.shape), spec.dtype)
-                    check_leaf(path, spec, value, home, index)
+                    checked_value(Place(path, live.spec(path), home, index), value)
                 except GraftaxError as error:
                     if error.exit_code != PlanError.exit_code:
                         raise

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from graftax.adapters.jax_arrays import is_tracer
 from graftax.errors import Failure, GraftaxError, PlanError, escape
 from graftax.ops import misfit_of
 from graftax.surgery.files import Change, Report, replace_checkpoint, selectable, write_replacement
-from graftax.surgery.leaves import is_traced, new_leaf, own_copy, prepared, traced_leaf
+from graftax.surgery.given import prepared
+from graftax.surgery.leaves import new_leaf
 from graftax.surgery.live import LiveTree, live_tree
+from graftax.surgery.places import Place
 from graftax.surgery.roles import open_like
 from graftax.surgery.selecting import check_selector, choose, edits_of, excluded_from, pick
-from graftax.tree import Checkpoint
 
 if TYPE_CHECKING:
     from flax.nnx import GraphDef
@@ -83,22 +85,12 @@ def replace(
     edits = prepared(edits)
     values, failures = choose(live.selectable(), edits, expect, exclude)
     new: dict[str, Any] = {}
-    opened: list[Checkpoint] = [] if like is None else [open_like(like)]
-
-    def home() -> Checkpoint:
-        if not opened:
-            opened.append(live.opened())
-        return opened[0]
-
+    shown = None if like is None else open_like(like)
+    home = cache(lambda: live.opened() if shown is None else shown)
     for path, item in values.items():
         try:
             live.require_values(path)
-            leaf = live.leaves[path]
-            spec = live.spec(path)
-            if is_traced(item, leaf):
-                new[path] = traced_leaf(path, spec, item, leaf, home)
-                continue
-            new[path] = new_leaf(path, spec, item, lambda: own_copy(leaf), lambda: live.host(path), home)  # noqa: B023
+            new[path] = new_leaf(Place(path, live.spec(path), home), item, live.leaves[path], partial(live.host, path))
         except GraftaxError as error:
             if error.exit_code != PlanError.exit_code:
                 raise

@@ -1,37 +1,49 @@
-"""The part of an old leaf, as a user's function gets it and as NumPy values; packed types one code to a byte."""
+"""The old values of a place, as a user's function gets them and as NumPy values; packed types one code to a byte."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from graftax.tree import LeafIndex, TensorSpec
+from graftax.adapters.containers import is_tensor
+from graftax.adapters.jax_arrays import to_jax
+from graftax.adapters.jax_parts import is_split, read_part
+from graftax.surgery.places import Place
+from graftax.tree import TensorSpec
 
 
-def leaf_part(path: str, spec: TensorSpec, index: LeafIndex, old: Any, host: Callable[[], Any]) -> Any:
-    """The part of the old leaf that a user's function gets: an array of the leaf's own kind, which it may change."""
-    from graftax.adapters.containers import is_tensor
-    from graftax.adapters.jax_arrays import to_jax
-    from graftax.adapters.jax_parts import is_split
+def own_copy(leaf: Any) -> Any:
+    """The old leaf for a user's function: a copy if it could be changed in place."""
+    if is_tensor(leaf):
+        return leaf.detach().clone()
+    return leaf.copy() if type(leaf).__module__ == "numpy" else leaf
 
-    if spec.packed:
-        return host_part(path, spec, index, old, host).copy()
+
+def own_part(place: Place, old: Any, host: Callable[[], Any]) -> Any:
+    """What a user's function gets of the old leaf `old`: an array of the leaf's own kind, which it may change."""
+    if place.index is None:
+        return own_copy(old)
+    if place.leaf.packed:
+        return host_part(place, old, host).copy()
     if is_split(old):
-        return to_jax(host_part(path, spec, index, old, host))
+        return to_jax(host_part(place, old, host))
     if is_tensor(old):
         from graftax.adapters.torch_arrays import to_torch
 
-        return to_torch(host_part(path, spec, index, old, host), old)
-    return old[index.key] if type(old).__module__ != "numpy" else as_array(old[index.key]).copy()
+        return to_torch(host_part(place, old, host), old)
+    part = old[place.index.key]
+    return part if type(old).__module__ != "numpy" else as_array(part).copy()
 
 
-def host_part(path: str, spec: TensorSpec, index: LeafIndex, old: Any, host: Callable[[], Any]) -> Any:
-    """The values of a part of the old leaf as a NumPy array; packed types one code to a byte."""
-    from graftax.adapters.jax_parts import is_split, read_part
-
+def host_part(place: Place, old: Any, host: Callable[[], Any]) -> Any:
+    """The old values as a NumPy array; those of a part with packed types one code to a byte. host: gives those of the
+    whole leaf."""
+    if place.index is None:
+        return host()
+    shape = place.leaf.shape
     if is_split(old):
-        return read_part(old, index.ranges(spec.shape), path).reshape(index.part_shape(spec.shape))
-    return as_array(as_codes(host(), spec)[index.key])
+        return read_part(old, place.index.ranges(shape), place.path).reshape(place.index.part_shape(shape))
+    return as_array(as_codes(host(), place.leaf)[place.index.key])
 
 
 def as_array(values: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from graftax.errors import Failure, PlanError, UsageError, escape, option, worded
 from graftax.plans.options import WriteKeywords, WriteOptions, options_of, takes
 from graftax.surgery.changes import Change, Report
-from graftax.surgery.leaves import prepared, value_text
+from graftax.surgery.given import prepared, value_text
 from graftax.surgery.ledger import Ledger
 from graftax.surgery.live import live_tree
 from graftax.surgery.planning import Replacement, plan_replacement

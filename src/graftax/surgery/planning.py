@@ -11,7 +11,8 @@ from graftax.errors import Failure, GraftaxError, PlanError
 from graftax.ops import Drop, Op, Replace, misfit_of
 from graftax.plans import End, Entry, Plan, Proposal
 from graftax.surgery.donors import FromCheckpoint
-from graftax.surgery.leaves import InParts, leaf_value
+from graftax.surgery.leaves import InParts, checked_value
+from graftax.surgery.places import Place
 from graftax.tree import Checkpoint, Side
 
 if TYPE_CHECKING:
@@ -54,9 +55,8 @@ def plan_replacement(
             entries.append(Entry((path,), (target,)))
             continue
         try:
-            value = leaf_value(path, spec, values[path], lambda: home or checkpoint)
-            if (check := getattr(value, "check", None)) is not None:
-                check(path, spec)  # so that nothing is written for a value that cannot fit
+            # checked now, so that nothing is written for a value that cannot fit
+            value = checked_value(Place(path, spec, lambda: checkpoint if home is None else home), values[path])
             donors |= {id(donor): donor for donor in _donors_in(value)}
             if isinstance(value, FromCheckpoint) and value.plan is None:
                 donor, key, ops = value.way(path, spec)

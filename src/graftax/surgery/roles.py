@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import EllipsisType
 from typing import Any
 
 from graftax.errors import PlanError, UsageError, escape, option
 from graftax.layers import LeafRole, role_of
 from graftax.surgery.donors import same_leaf
+from graftax.surgery.places import Place
 from graftax.surgery.values import Quantized
-from graftax.tree import Checkpoint, LeafIndex, TensorSpec, nearest
+from graftax.tree import Checkpoint, nearest
 
 
 def open_like(like: Any) -> Checkpoint:
@@ -26,16 +26,13 @@ def open_like(like: Any) -> Checkpoint:
     return opened
 
 
-def role_in(
-    path: str, spec: TensorSpec, value: Quantized, home: Callable[[], Checkpoint], index: LeafIndex | None = None
-) -> LeafRole | EllipsisType | None:
-    """What the axes of a leaf are, or of its part at `index`, which has `spec`; None if nothing tells, `...` if only
-    the leaf's own name can.
-
-    home  `like` of replace, whose modules tell, or the tree itself, whose modules or names tell
+def role_in(place: Place, value: Quantized) -> LeafRole | EllipsisType | None:
+    """What the axes of a leaf are, or of the part of it; None if nothing tells, `...` if only the leaf's own name can.
+    `place.home` gives `like` of replace, whose modules tell, or the tree itself, whose modules or names tell.
 
     PlanError if like has no such leaf, or if `axis` would leave every value as it is.
     """
+    spec, index = place.spec, place.index
     rank = len(spec.shape)
     if rank and value.axis is not None and {axis % rank for axis in value.axis} == set(range(rank)):
         raise PlanError(
@@ -44,12 +41,12 @@ def role_in(
         )
     if not value.needs_role or not spec.floating:
         return ...
-    tree = home()
-    name = same_leaf(tree, path)
+    tree = place.home()
+    name = same_leaf(tree, place.path)
     if name is None and not tree.live.modules:
         return ...
     if name is None:
-        near = nearest(path, tree)
+        near = nearest(place.path, tree)
         raise PlanError(
             f"{escape(tree.label)} has no such leaf among its weights, so nothing tells what its axes are",
             next=f"Near: {near}" if near else f"Say {option('axis')}.",
