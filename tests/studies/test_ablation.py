@@ -403,3 +403,15 @@ def test_a_donor_is_opened_once(params, tmp_path, monkeypatch):
     study = gx.ablate(gx.linen(MODEL, X), params, "head/*", gx.from_checkpoint(tmp_path / "donor.safetensors"))
     assert len({id(source) for source in opened}) == 1
     assert [row.numbers["relative_l2"] > 0 for row in study] == [False, True, True]
+
+
+def test_a_donor_of_the_whole_leaf_gives_a_part_of_itself(params):
+    """A part in a selector: what is checked before the runs is what `replace` takes."""
+    donor = jax.tree.map(lambda leaf: leaf * 2, params)
+    for value in (gx.from_checkpoint(donor), gx.mix(donor, 0.5)):
+        seen = list[np.ndarray]()
+        gx.ablate(gx.linen(MODEL, X), params, "head/kernel[:, 0]", value, metric=kept(seen))
+        edited = gx.replace(params, "head/kernel[:, 0]", value)
+        assert seen[-1].tobytes() == np.asarray(jax.jit(MODEL.apply)(edited, X)).tobytes()
+    with pytest.raises(PlanError, match="does not fit"):
+        gx.ablate(gx.linen(MODEL, X), params, "head/kernel[:, 0]", gx.from_checkpoint(donor, "params/head/bias"))

@@ -17,7 +17,8 @@ from graftax.layers import Connection, layouts, leaf_connections
 from graftax.ops import Cast, Op, apply_chain, chain_text, invert_chain
 from graftax.ops.replace_op import not_data
 from graftax.plans import Plan
-from graftax.tree import Checkpoint, Module, Side, TensorSpec, nearest
+from graftax.surgery.array_parts import as_codes
+from graftax.tree import Checkpoint, LeafIndex, Module, Side, TensorSpec, nearest
 from graftax.tree.sides import FLAX_LEAVES, OTHER, side_of_names
 
 LAYOUTS: tuple[str, ...] = layouts()
@@ -107,6 +108,28 @@ class FromCheckpoint:
         donor, key, ops = self.way(path, spec)
         (out,) = apply_chain(ops, (donor.read(key),))
         return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartOfDonor:
+    """The part at `index` of what the donor gives for the whole leaf at `leaf`, which has `spec`."""
+
+    reads: ClassVar[bool] = False
+    donor: FromCheckpoint
+    leaf: str
+    spec: TensorSpec
+    index: LeafIndex
+
+    @property
+    def text(self) -> str:
+        return f"{self.donor.text}{self.index.text}"
+
+    def check(self, path: str, spec: TensorSpec) -> None:
+        self.donor.check(self.leaf, self.spec)
+
+    def apply(self, path: str, spec: TensorSpec, old: Any) -> Any:
+        whole = self.donor.apply(self.leaf, self.spec, None)
+        return as_codes(whole, self.spec)[self.index.key]
 
 
 def _ported(donor: Checkpoint, plan: Plan, path: str, spec: TensorSpec, cast: bool) -> Any:

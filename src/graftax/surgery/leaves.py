@@ -13,7 +13,7 @@ from graftax.errors import Failure, GraftaxError, PlanError
 from graftax.ops import LeafValue, Misfit, misfit_of
 from graftax.ops.replace_op import value_data
 from graftax.surgery.array_parts import as_array, as_codes, as_stored, host_part, own_part
-from graftax.surgery.donors import FromCheckpoint, Target, donor_key, owner, readings_of, same_leaf
+from graftax.surgery.donors import FromCheckpoint, PartOfDonor, Target, donor_key, owner, readings_of, same_leaf
 from graftax.surgery.given import VALUES, Computed, Given, given, kind_of, value_text
 from graftax.surgery.places import Place
 from graftax.surgery.roles import role_in
@@ -51,8 +51,8 @@ def leaf_value(place: Place, value: Any) -> LeafValue:
     if isinstance(value, Parts):
         return InParts(value, place.home)
     if isinstance(value, FromCheckpoint):
-        target = target_of(place.home(), place.path)
-        return replace(value, target=target if place.index is None else replace(target, module=None))
+        value = replace(value, target=target_of(place.home(), place.path))
+        return value if place.index is None else _donor_of_part(place, value, place.index)
     if isinstance(value, Mix):
         donor = leaf_value(place, value.donor)
         return replace(value, donor=donor.array if isinstance(donor, Given) else donor)
@@ -86,7 +86,6 @@ def new_leaf(place: Place, value: Any, old: Any, host: Callable[[], Any]) -> Any
     """
     if isinstance(value, Parts):
         return _with_parts(place, value, old, host)
-    value = _for_part(place, value)
     made: Any = leaf_value(place, value)
     if _is_traced(value, old):
         return made.traced(place.name, place.spec, old if place.index is None else old[place.index.key])
@@ -125,6 +124,16 @@ def target_of(tree: Checkpoint, path: str) -> Target:
     """A leaf as a donor sees it: its side and the live module that holds it."""
     module, role = owner(tree, same_leaf(tree, path) or path)
     return Target(tree.side, module, role, tree.side_by == "names")
+
+
+def _donor_of_part(place: Place, value: FromCheckpoint, index: LeafIndex) -> LeafValue:
+    """The donor of a part of a leaf. One that has the size of the whole leaf gives the same part of itself."""
+    donor: Any = value.opened().source
+    key = donor_key(donor, value.key, place.path) if value.plan is None else None
+    if key is None or donor[key].size == place.leaf.size != place.spec.size:
+        return PartOfDonor(value, place.path, place.leaf, index)
+    assert value.target is not None
+    return replace(value, key=key, target=replace(value.target, module=None))
 
 
 # ---------------------------------------------------------------- parts of one leaf
@@ -167,19 +176,3 @@ def _with_parts(place: Place, parts: Parts, old: Any, host: Callable[[], Any]) -
     for index, new in made:
         whole[index.key] = as_array(new)
     return as_stored(whole, spec)
-
-
-def _for_part(place: Place, value: Any) -> Any:
-    """The value for a part of a leaf. A donor that has the size of the whole leaf gives the same part of itself."""
-    if place.index is None:
-        return value
-    if isinstance(value, Mix):
-        return replace(value, donor=_for_part(place, value.donor))
-    if not isinstance(value, FromCheckpoint):
-        return value
-    donor: Any = value.opened().source
-    key = donor_key(donor, value.key, place.path) if value.plan is None else None
-    if key is None or donor[key].size == place.leaf.size != place.spec.size:
-        whole = leaf_value(place.at(None), replace(value, key=key)).apply(place.path, place.leaf, None)
-        return as_array(as_codes(whole, place.leaf)[place.index.key])
-    return replace(value, key=key)

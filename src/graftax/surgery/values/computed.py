@@ -192,10 +192,11 @@ class Mix:
 
     def _other(self, path: str, spec: TensorSpec) -> Any:
         """The donor's values. PlanError if they do not fit the leaf."""
-        from graftax.surgery.donors import FromCheckpoint
+        from graftax.surgery.donors import FromCheckpoint, PartOfDonor
         from graftax.tree.dtypes import spec_of
 
-        other = self.donor.apply(path, spec, None) if isinstance(self.donor, FromCheckpoint) else self.donor
+        from_other = isinstance(self.donor, (FromCheckpoint, PartOfDonor))
+        other = self.donor.apply(path, spec, None) if from_other else self.donor
         if spec_of(other) != spec:
             raise PlanError(f"{self.text}: the donor is {spec_of(other)}, the leaf {spec}")
         return other
