@@ -412,8 +412,7 @@ def _value_of(
     made: dict[tuple[Any, ...], Parts],
 ) -> tuple[Any, list[Failure]]:
     """The value of one leaf from everything that picks it (None if it has no such part), and the failures of picks that
-    cannot both hold. made: the
-    `Parts` so far, so that leaves with the same new parts share one."""
+    cannot both hold. made: the `Parts` so far, so that leaves with the same new parts share one."""
     if len(picks) == 1 and picks[0][0].index is None:
         return picks[0][1].value, []
     shape = tuple(shape_of(path))

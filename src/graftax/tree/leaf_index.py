@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 
-from graftax.errors import PlanError, counted
+from graftax.errors import PlanError
 
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
 _PARTS = tuple[int | None, int | None, int | None]
@@ -37,21 +37,26 @@ class LeafIndex:
 
         Raises PlanError for more indices than axes, a number out of range, and an index that reaches no element.
         """
-        named = [item for item in self.items if not isinstance(item, EllipsisType)]
-        held = f"The leaf is {_shape_text(shape)}."
-        if len(named) > len(shape):
-            axes = counted(len(shape), "axis").replace("axiss", "axes")
-            indices = "1 index" if len(named) == 1 else f"{len(named)} indices"
-            raise PlanError(f"{self.text} has {indices}, the leaf has {axes}", next=held)
-        before = next((i for i, item in enumerate(self.items) if isinstance(item, EllipsisType)), len(named))
-        filled = [*named[:before], *[(None, None, None)] * (len(shape) - len(named)), *named[before:]]
-        found = tuple(self._on_axis(axis, item, shape) for axis, item in enumerate(filled))
+        found = tuple(self._on_axis(axis, item, shape) for axis, item in enumerate(self._by_axis(shape)))
         if not all(map(len, found)):
             axis = next(axis for axis, positions in enumerate(found) if not positions)
             raise PlanError(
-                f"{self.text} selects no element: axis {axis} has {shape[axis]}", next=f"{held} {_within(shape[axis])}"
+                f"{self.text} selects no element: axis {axis} has {shape[axis]}",
+                next=f"The leaf is {_shape_text(shape)}. {_within(shape[axis])}",
             )
         return found
+
+    def _by_axis(self, shape: Sequence[int]) -> list[int | _PARTS]:
+        """The item of every axis: `...`, and axes that the index leaves out, are whole. PlanError for too many items."""
+        named = [item for item in self.items if not isinstance(item, EllipsisType)]
+        if len(named) > len(shape):
+            axes = "1 axis" if len(shape) == 1 else f"{len(shape)} axes"
+            indices = "1 index" if len(named) == 1 else f"{len(named)} indices"
+            raise PlanError(
+                f"{self.text} has {indices}, the leaf has {axes}", next=f"The leaf is {_shape_text(shape)}."
+            )
+        before = self.items.index(...) if ... in self.items else len(named)
+        return [*named[:before], *[(None, None, None)] * (len(shape) - len(named)), *named[before:]]
 
     def _on_axis(self, axis: int, item: int | _PARTS, shape: Sequence[int]) -> range:
         size = shape[axis]
@@ -67,10 +72,9 @@ class LeafIndex:
 
     def part_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the part of a leaf of this shape. PlanError as `ranges`."""
-        kept = [not isinstance(item, int) for item in self.items if not isinstance(item, EllipsisType)]
-        before = next((i for i, item in enumerate(self.items) if isinstance(item, EllipsisType)), len(kept))
-        kept = [*kept[:before], *[True] * (len(shape) - len(kept)), *kept[before:]]
-        return tuple(len(positions) for positions, keep in zip(self.ranges(shape), kept, strict=True) if keep)
+        items = self._by_axis(shape)
+        reached = self.ranges(shape)
+        return tuple(len(at) for at, item in zip(reached, items, strict=True) if not isinstance(item, int))
 
 
 def overlap(first: Sequence[range], second: Sequence[range]) -> bool:
