@@ -47,7 +47,7 @@ class LeafIndex:
         return found
 
     def _by_axis(self, shape: Sequence[int]) -> list[int | _PARTS]:
-        """The item of every axis: `...`, and axes that the index leaves out, are whole. PlanError for too many items."""
+        """The item of every axis: those of `...` and those left out are whole. PlanError for too many items."""
         named = [item for item in self.items if not isinstance(item, EllipsisType)]
         if len(named) > len(shape):
             axes = "1 axis" if len(shape) == 1 else f"{len(shape)} axes"
