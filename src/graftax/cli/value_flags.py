@@ -17,23 +17,19 @@ from graftax.errors import UsageError, escape, flag
 
 
 @dataclass(frozen=True, slots=True)
-class ValueFlag:
-    """A flag such as `--quantized BITS`.
+class Detail:
+    """An option that goes with some values, such as `--seed`: it is an argument of what makes them.
 
-    name     the parameter of the command
-    kind     how its word is read; bool: it takes no word
-    help     its line of help
-    make     (the word, the details by name) -> the value
-    details  the names of the details that it takes
-    needs    those of them without which it is refused, with the reason
+    name  the parameter of the command
+    kind  how its word is read; bool: it takes no word
+    help  its line of help
+    read  the word -> the argument
     """
 
     name: str
     kind: type
     help: str
-    make: Callable[[Any, Mapping[str, Any]], Any]
-    details: tuple[str, ...] = ()
-    needs: Mapping[str, str] | None = None
+    read: Callable[[Any], Any] = lambda word: word
 
     @property
     def flag(self) -> str:
@@ -41,47 +37,29 @@ class ValueFlag:
 
 
 @dataclass(frozen=True, slots=True)
-class Detail:
-    """An option that goes with some values, such as `--seed`."""
+class ValueFlag(Detail):
+    """A flag such as `--quantized BITS`.
 
-    name: str
-    kind: type
-    help: str
+    details  the names of the details that it takes
+    needs    those of them without which it is refused, with the reason
+    maker    the function of `surgery.values` that takes the word and the details; "": the one of the flag's name
+    """
 
-    @property
-    def flag(self) -> str:
-        return flag(self.name.rstrip("_"))
+    details: tuple[str, ...] = ()
+    needs: Mapping[str, str] | None = None
+    maker: str = ""
 
-
-def _value(name: str, *details: str) -> Callable[[Any, Mapping[str, Any]], Any]:
-    """`surgery.values.NAME(word, *details)`."""
-
-    def make(word: Any, given: Mapping[str, Any]) -> Any:
+    def make(self, word: Any, given: Mapping[str, Any]) -> Any:
+        """The value of a word, and of the details among the words `given` to the command."""
         from graftax.surgery import values
 
-        words = () if word is True else (word,)
-        return getattr(values, name)(*words, *(given.get(detail) for detail in details))
-
-    return make
-
-
-def _constant(word: str, given: Mapping[str, Any]) -> Any:
-    from graftax.surgery import values
-
-    return values.constant(_number(word))
-
-
-def _add_normal(word: float, given: Mapping[str, Any]) -> Any:
-    from graftax.surgery import values
-
-    return values.add_normal(word, given.get("seed", 0), relative=given.get("relative", False))
-
-
-def _quantized(word: int, given: Mapping[str, Any]) -> Any:
-    from graftax.surgery import values
-
-    axis = given.get("axis")
-    return values.quantized(word, None if axis is None else _axes(axis), given.get("group"))
+        words = () if self.kind is bool else (self.read(word),)
+        details = {
+            row.name: row.read(given[row.name])
+            for row in DETAILS
+            if row.name in self.details and _words(given.get(row.name))
+        }
+        return getattr(values, self.maker or self.name)(*words, **details)
 
 
 def _axes(text: str) -> tuple[int, ...]:
@@ -94,54 +72,54 @@ def _axes(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _from_checkpoint(word: str, given: Mapping[str, Any]) -> Any:
-    from graftax.surgery import values
-
-    return values.from_checkpoint(word, given.get("key"), given.get("layout"), cast=given.get("cast", False))
+def _number(text: str) -> int | float:
+    """An integer where the text is one (int64 beyond 2^53 keeps its value), else a float. UsageError for neither."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise UsageError(f"--constant {escape(text)!r} is not a number")
 
 
 _DRAWN = {"seed": "so that the draw can be repeated"}
 
 VALUES: tuple[ValueFlag, ...] = (
-    ValueFlag("constant", str, "Every value becomes this.", _constant),
-    ValueFlag("zeros", bool, "Every value becomes zero.", _value("zeros")),
+    ValueFlag("constant", str, "Every value becomes this.", _number),
+    ValueFlag("zeros", bool, "Every value becomes zero."),
     ValueFlag(
         "normal",
         float,
         "Every value is drawn from a normal distribution of this standard deviation (needs --seed).",
-        _value("normal", "seed"),
-        ("seed",),
-        _DRAWN,
+        details=("seed",),
+        needs=_DRAWN,
     ),
     ValueFlag(
         "add_normal",
         float,
         "Normal noise of this standard deviation is added to every value (needs --seed).",
-        _add_normal,
-        ("seed", "relative"),
-        _DRAWN,
+        details=("seed", "relative"),
+        needs=_DRAWN,
     ),
-    ValueFlag("scaled", float, "Every value is multiplied by this.", _value("scaled")),
-    ValueFlag("mean", bool, "Every value becomes the mean of its leaf.", _value("mean")),
+    ValueFlag("scaled", float, "Every value is multiplied by this."),
+    ValueFlag("mean", bool, "Every value becomes the mean of its leaf."),
     ValueFlag(
         "rounded",
         str,
         "Every value is rounded to this narrower dtype and back, such as float8_e4m3fn.",
-        _value("rounded"),
     ),
     ValueFlag(
         "quantized",
         int,
         "Every value is rounded to this many bits, symmetric, with a scale for each output channel; the dtype stays.",
-        _quantized,
-        ("axis", "group"),
+        details=("axis", "group"),
     ),
     ValueFlag(
         "from_",
         str,
         "Another checkpoint to take the values from.",
-        _from_checkpoint,
-        ("key", "layout", "cast"),
+        details=("key", "layout", "cast"),
+        maker="from_checkpoint",
     ),
 )
 
@@ -153,6 +131,7 @@ DETAILS: tuple[Detail, ...] = (
         str,
         "The axes that keep a scale of their own in --quantized, such as -1 or 0,2 (default: output channels, as the "
         "model or a name that leaves no doubt tells).",
+        _axes,
     ),
     Detail("group", int, "So many input channels share a scale in --quantized (default: all)."),
     Detail("key", str, "The name of the tensor in that checkpoint."),
@@ -172,7 +151,7 @@ def value_parameters(several: bool = False) -> list[inspect.Parameter]:
     return made + [_parameter(row, False) for row in DETAILS]
 
 
-def _parameter(row: ValueFlag | Detail, several: bool) -> inspect.Parameter:
+def _parameter(row: Detail, several: bool) -> inspect.Parameter:
     about = Parameter(name=row.flag, negative="", help=row.help)
     if row.kind is bool:
         default, kind = False, bool
@@ -209,13 +188,3 @@ def _words(word: Any) -> Iterable[Any]:
     if word is None or word is False:
         return ()
     return word if isinstance(word, list) else (word,)
-
-
-def _number(text: str) -> int | float:
-    """An integer where the text is one (int64 beyond 2^53 keeps its value), else a float. UsageError for neither."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise UsageError(f"--constant {escape(text)!r} is not a number")
