@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,8 @@ from graftax.execute import streamed
 from graftax.execute.streamed import Stream
 from graftax.formats.io import commit, journal
 
+from .stopping import Stopped, content, counting, stop_after, tiles_handed_out
+
 RULES = """rules = [
   { torch = "wide.weight", flax = "wide/kernel", layout = "linear" },
   { torch = "qkv.weight", flax = ["q/kernel", "k/kernel", "v/kernel"], fused = "block" },
@@ -36,10 +36,6 @@ RULES = """rules = [
   { torch = "plain", flax = "plain", layout = "identity" },
 ]"""
 OUTS = ["out.safetensors", "out", "out.npz", "out.msgpack", "back.pt"]
-
-
-class Stopped(Exception):
-    """What stands for a kill: nothing catches it."""
 
 
 def make_source(path: Path, scale: int = 1) -> Path:
@@ -81,30 +77,11 @@ def port(source: Path, out: Path, resume: bool = True, **more: Any) -> gx.types.
     return gx.port_file(source, like, out, resume=resume, **options | more)
 
 
-def content(path: Path) -> dict[str, str]:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
 def told(receipt: Any) -> dict[str, Any]:
     data = receipt.as_json()
     for key in ("notes", "bytes_read"):  # what the run did, not what it made
         data.pop(key, None)
     return data
-
-
-def stop_after(tiles: int) -> Callable[..., Iterator[Any]]:
-    """`Stream.tiles` that is stopped before the tile of that number."""
-    inner, left = Stream.tiles, [tiles]
-
-    def stopped(self: Stream, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        for tile in inner(self, *args, **kwargs):
-            if not left[0]:
-                raise Stopped
-            left[0] -= 1
-            yield tile
-
-    return stopped
 
 
 def stopped_run(patch: pytest.MonkeyPatch, source: Path, out: Path, tiles: int) -> None:
@@ -114,23 +91,7 @@ def stopped_run(patch: pytest.MonkeyPatch, source: Path, out: Path, tiles: int) 
 
 
 def tiles_of(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    made: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Stream, "tiles", counting(made))
-        port(source, out)
-    return len(made)
-
-
-def counting(made: list[int]) -> Callable[..., Iterator[Any]]:
-    """`Stream.tiles` that adds to `made` for each tile."""
-    inner = Stream.tiles
-
-    def counted(self: Stream, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        for tile in inner(self, *args, **kwargs):
-            made.append(1)
-            yield tile
-
-    return counted
+    return tiles_handed_out(monkeypatch, lambda: port(source, out))
 
 
 def durable(patch: pytest.MonkeyPatch, place: Path, copy: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,10 @@ from graftax.surgery.given import prepared
 from graftax.surgery.planning import plan_replacement
 from graftax.surgery.selecting import choose, edits_of
 
+from ..execute.stopping import Stopped, content, stop_after, tiles_handed_out
+
 SHAPES = {"wide.weight": (300, 700), "square.weight": (260, 260), "wide.bias": (300,), "none": (0, 3), "one": ()}
 OUTS = ["out.safetensors", "out", "out.npz", "out.msgpack", "out.pt"]
-
-
-class Stopped(Exception):
-    """What stands for a kill: nothing catches it."""
 
 
 @pytest.fixture(autouse=True)
@@ -75,39 +72,6 @@ def written(source: Path, out: Path, value: Any, selector: str = "*.weight", **o
 
 def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def content(path: Path) -> dict[str, str]:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def tiles_handed_out(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> int:
-    inner, seen = Stream.tiles, [0]
-
-    def counted(self: Stream, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        for tile in inner(self, *args, **kwargs):
-            seen[0] += 1
-            yield tile
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stream, "tiles", counted)
-        run()
-    return seen[0]
-
-
-def stop_after(tiles: int) -> Callable[..., Iterator[Any]]:
-    """`Stream.tiles` that is stopped before the tile of that number."""
-    inner, left = Stream.tiles, [tiles]
-
-    def stopped(self: Stream, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        for tile in inner(self, *args, **kwargs):
-            if not left[0]:
-                raise Stopped
-            left[0] -= 1
-            yield tile
-
-    return stopped
 
 
 def test_a_leaf_in_many_tiles_has_the_values_and_hashes_of_the_whole(
