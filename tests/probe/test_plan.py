@@ -142,6 +142,20 @@ def test_an_example_of_frames_is_tried_with_their_channels_after_them() -> None:
     assert plan.proof is not None
 
 
+class Dropped(fn.Module):
+    @fn.compact
+    def __call__(self, x: Any, deterministic: bool) -> Any:
+        return fn.Dense(3)(fn.Dropout(0.5, deterministic=deterministic)(x))
+
+
+def test_a_flag_of_both_calls_that_torch_does_not_take_is_flax_s_alone() -> None:
+    """As in check_parity."""
+    module, x = nn.Sequential(nn.Linear(3, 3)).eval(), np.random.default_rng(0).standard_normal((4, 3), np.float32)
+    like, inputs = gx.linen(Dropped(), x, deterministic=True), ((x,), {"deterministic": True})
+    assert gx.plan(module, like, inputs=inputs).proof is not None
+    assert gx.check_parity(module, like, inputs, weights=module)
+
+
 def test_a_strict_search_without_time_does_not_mean_that_the_models_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Search] = []
     run_search = Search.run

@@ -59,7 +59,7 @@ def check_finite(calls: tuple[Call, Call]) -> None:
 def calls_to_try(module: Any, model: Any, inputs: Inputs | None) -> Iterator[tuple[Call, Call]]:
     """Pairs of calls (the source's, the like's) to try: the given ones, or those that an example allows."""
     if inputs is not None:
-        theirs, ours = calls_of(inputs, model)
+        theirs, ours = calls_of(inputs, model, None if is_flax(module) else module)
         yield with_example(theirs, module), ours
         return
     if is_flax(module):
