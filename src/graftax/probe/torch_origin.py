@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from graftax.adapters import nests, torch_float64
+from graftax.adapters import nests
 from graftax.errors import GraftaxError, ModelError, escape
 from graftax.probe.evaluate import widened
 from graftax.probe.hashes import sha
 from graftax.probe.inputs import Call, Inputs
 from graftax.probe.record import Record, Source
-from graftax.probe.recurrent import stepwise
 from graftax.probe.redraw import ids_of, probe_copy
 from graftax.probe.torch_nests import array_of, tensors, to_torch
 from graftax.probe.torch_record import TorchRecorder
+from graftax.probe.torch_run import float64_run
 from graftax.probe.values import OutOfBudget, Values
 
 
@@ -63,13 +62,11 @@ class TorchOrigin:
         return ids_of(self.module)
 
 
-def record_torch(
-    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], call: Any = None, most: int = 4 << 30
-) -> Record:
+def record_torch(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], call: Any = None) -> Record:
     """The record of one run of `module`, whose floating tensors are float64. ModelError if the model fails, or if it
     draws random numbers."""
     state = module.state_dict(keep_vars=True)
-    record = Record(Values(most=most))
+    record = Record(Values())
     parameters: dict[int, int] = {}
     names: dict[int, list[str]] = {}
     for key, tensor in state.items():
@@ -84,22 +81,12 @@ def record_torch(
             first[_identity(tensor)] = len(record.sources)
             record.sources.append(Source((key,), array_of(tensor, copy=True), names=tuple(same[1:])))
         parameters[id(tensor)] = first[_identity(tensor)]
-    drawn: list[str] = []
     run = call or (lambda module, *args, **kwargs: module(*args, **kwargs))
-    fast = torch.backends.mha.get_fastpath_enabled()
     recorder = TorchRecorder(record, parameters)
-    with contextlib.ExitStack() as stack:
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(stepwise(module))
-        stack.enter_context(recorder)
-        stack.enter_context(torch_float64.precision(torch.float64, on_random=drawn.append))
+    with float64_run(module, recorder):
         for tensor in tensors((tuple(args), dict(kwargs))):
             recorder.value(tensor)
         out = run(module, *args, **kwargs)
-    if drawn:
-        raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
     found = nests.leaves(out, lambda item: isinstance(item, torch.Tensor))
     record.outputs = {path: array_of(t, copy=True) for path, t in found if t.is_floating_point()}
     return record

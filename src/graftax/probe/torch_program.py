@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graftax.adapters import nests, torch_float64, torch_tree
+from graftax.adapters import nests, torch_tree
 from graftax.errors import GraftaxError, ModelError, escape
 from graftax.probe.hashes import sha, steps_hash
 from graftax.probe.program import INDEX, RUN, Program
-from graftax.probe.recurrent import stepwise
 from graftax.probe.redraw import probe_copy
 from graftax.probe.torch_nests import plain_array, tensors, to_torch
 from graftax.probe.torch_norms import NORMS
+from graftax.probe.torch_run import float64_run
 
 _SAME = frozenset(("detach", "alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "_to_copy", "to"))
 """Ops that give what they take."""
@@ -117,19 +117,8 @@ def _traced(forward: TorchForward, args: tuple[Any, ...], kwargs: dict[str, Any]
         out = torch.func.functional_call(called, weights, *call)
         return [t for _, t in nests.leaves(out, lambda item: isinstance(item, torch.Tensor)) if t.is_floating_point()]
 
-    drawn: list[str] = []
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(stepwise(forward.module))
-        stack.enter_context(steps.placed(forward.module))
-        stack.enter_context(steps)
-        stack.enter_context(torch_float64.precision(torch.float64, on_random=drawn.append))
+    with float64_run(forward.module, steps.placed(forward.module), steps):
         outs = torch.func.functionalize(run)(weights, given)
-    if drawn:
-        raise ModelError(f"the torch model draws random numbers ({escape(drawn[0])}): two runs of it differ")
     program.outputs = [steps.number(t) for t in outs]
     return program
 
