@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 import graftax as gx
 from graftax.probe.limits import Limits
+from graftax.probe.values import Values
 
 
 class Turned(nn.Module):
@@ -289,3 +291,15 @@ def test_a_port_gives_nothing_if_the_outputs_differ_on_the_real_weights(tmp_path
     assert not out.exists()
     gx.port_file(source, normed(1e-5), out, inputs=noise(2, 8))
     assert "proved by running both models" in str(gx.inspect(out))
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 3e-3])
+def test_a_port_whose_values_are_too_many_to_search_is_still_proved_on_the_real_weights(
+    epsilon: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the outputs are held then."""
+    monkeypatch.setattr("graftax.probe.torch_origin.Values", lambda: Values(most=100))
+    source, like = normed(1e-5), normed(epsilon)
+    assert "take more than" in str(gx.plan(source, like, inputs=noise(2, 8)))
+    with contextlib.nullcontext() if epsilon == 1e-5 else pytest.raises(gx.errors.ParityError, match="real weights"):
+        gx.port(source, like, inputs=noise(2, 8))

@@ -44,9 +44,9 @@ class FlaxOrigin:
         return record_flax(self.program, self.forward, leaves, input_arrays(*call))
 
     def on(self, weights: Mapping[str, Any]) -> Record:
-        """Its record with these weights, on its own inputs."""
+        """Its sources and outputs with these weights, on its own inputs."""
         leaves = {path: widened(weights[path]) for path in self.forward.paths}
-        return record_flax(self.program, self.forward, leaves, input_arrays(*self.call))
+        return record_flax(self.program, self.forward, leaves, input_arrays(*self.call), values=False)
 
     def ids(self) -> int | None:
         return None

@@ -34,8 +34,14 @@ def redrawn_leaves(forward: FlaxForward, seed: int) -> dict[str, Array]:
     return out
 
 
-def record_flax(program: Program, forward: FlaxForward, leaves: Mapping[str, Array], inputs: Sequence[Array]) -> Record:
-    """The record of one run with these leaves and flat inputs."""
+def record_flax(
+    program: Program,
+    forward: FlaxForward,
+    leaves: Mapping[str, Array],
+    inputs: Sequence[Array],
+    values: bool = True,
+) -> Record:
+    """The record of one run with these leaves and flat inputs; its sources and outputs alone, without `values`."""
     record = Record(Values())
     known: dict[int, Array] = {n: widened(array) for n, array in program.constants.items()}
     known |= fixed_values(program, forward, inputs)
@@ -48,12 +54,13 @@ def record_flax(program: Program, forward: FlaxForward, leaves: Mapping[str, Arr
         known[value] = leaves[path]
         whole[value] = number
         made_of[value] = frozenset((number,))
-    for value in program.inputs:
+    for value in program.inputs if values else ():
         record.values.add(_floats(known[value]))
     for step in program.steps:
         outs = evaluate(step, [known[n] for n in step.ins])
         known.update(zip(step.outs, outs, strict=True))
-        _note(step, record, known, whole, made_of, program)
+        if values:
+            _note(step, record, known, whole, made_of, program)
     outs = [np.asarray(known[n]) for n in program.outputs]
     record.outputs = {str(n) if len(outs) > 1 else "": out for n, out in enumerate(outs) if out.dtype.kind == "f"}
     return record

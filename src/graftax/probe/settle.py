@@ -140,7 +140,7 @@ class Origin(Protocol):
         ...
 
     def on(self, weights: Mapping[str, Any]) -> Record:
-        """The record of its own call with these weights."""
+        """The sources and outputs of its own call with these weights."""
         ...
 
     def ids(self) -> int | None:

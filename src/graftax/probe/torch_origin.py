@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,22 +50,24 @@ class TorchOrigin:
             raise ModelError(f"the torch model {escape(kind)} failed: {type(error).__name__}: {text}") from error
 
     def on(self, weights: Mapping[str, Any]) -> Record:
-        """Its record with these weights, on its own inputs."""
+        """Its sources and outputs with these weights, on its own inputs."""
         made = probe_copy(self.module, 0)
         with torch.no_grad():
             for key, tensor in made.state_dict(keep_vars=True).items():
                 if key in weights and isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                     tensor.copy_(torch.from_numpy(np.asarray(widened(weights[key]), order="C")))
         args, kwargs = nests.mapped(self.call, nests.is_array, to_torch)
-        return record_torch(made, args, kwargs, self.inputs.torch_call)
+        return record_torch(made, args, kwargs, self.inputs.torch_call, values=False)
 
     def ids(self) -> int | None:
         return ids_of(self.module)
 
 
-def record_torch(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], call: Any = None) -> Record:
-    """The record of one run of `module`, whose floating tensors are float64. ModelError if the model fails, or if it
-    draws random numbers."""
+def record_torch(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], call: Any = None, values: bool = True
+) -> Record:
+    """The record of one run of `module`, whose floating tensors are float64; its sources and outputs alone, without
+    `values`. ModelError if the model fails, or if it draws random numbers."""
     state = module.state_dict(keep_vars=True)
     record = Record(Values())
     parameters: dict[int, int] = {}
@@ -82,10 +85,10 @@ def record_torch(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[s
             record.sources.append(Source((key,), array_of(tensor, copy=True), names=tuple(same[1:])))
         parameters[id(tensor)] = first[_identity(tensor)]
     run = call or (lambda module, *args, **kwargs: module(*args, **kwargs))
-    recorder = TorchRecorder(record, parameters)
-    with float64_run(module, recorder):
-        for tensor in tensors((tuple(args), dict(kwargs))):
-            recorder.value(tensor)
+    recorder = TorchRecorder(record, parameters) if values else None
+    with float64_run(module, recorder or contextlib.nullcontext()):
+        if recorder is not None:
+            recorder.begin(tensors((tuple(args), dict(kwargs))))
         out = run(module, *args, **kwargs)
     found = nests.leaves(out, lambda item: isinstance(item, torch.Tensor))
     record.outputs = {path: array_of(t, copy=True) for path, t in found if t.is_floating_point()}

@@ -7,7 +7,7 @@ nobody makes are found by chance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,11 @@ class TorchRecorder(TorchDispatchMode):
         self._joins: dict[tuple[int, bool], list[int]] = {}
         """(a value, along its channels or its last axis?) -> the lengths of the values that were joined in it."""
         self._alive: list[Any] = []
+
+    def begin(self, inputs: Iterable[torch.Tensor]) -> None:
+        """Record the inputs."""
+        for tensor in inputs:
+            self.value(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
