@@ -66,6 +66,12 @@ def test_a_buffer_with_other_values_is_not_dropped(x: np.ndarray) -> None:
     assert not plan.complete
 
 
+def test_a_file_whose_buffer_is_the_models_is_ported(x: np.ndarray) -> None:
+    plan = gx.plan(Torch().state_dict(), gx.linen(Flax(), x), inputs=x, source_model=Torch())
+    assert plan.complete, plan
+    assert [entry.sources[0] for entry in plan.entries if not entry.targets] == ["table", "mask"]
+
+
 def test_a_file_whose_buffer_is_not_the_models_is_asked_about(x: np.ndarray) -> None:
     """The run had the module's buffer, so it says nothing about another one."""
     state = Torch(WAVES + 0.5).state_dict()

@@ -110,43 +110,49 @@ class BothModels:
     def _without_buffers(self, plan: Plan) -> Plan:
         """The plan without questions about buffers of torch that no leaf of Flax holds: the models agree without them,
         so Flax computes the same values, or nothing depends on them."""
-        end = self.like if self.flipped else self.source
-        answered: set[str] = set()
-        entries, questions = list(plan.entries), []
+        from graftax.adapters import open_live
+
+        kind, end, other = ("missing", self.like, plan.source) if self.flipped else ("unused", self.source, plan.like)
+        if not self.is_torch or all(question.kind != kind for question in plan.questions):
+            return plan
+        ran = end if end.live.object is self.module else open_live(self.module)
+        integers = not self.flipped and all(map(_floats, other.specs.values()))
+
+        def computed(name: str) -> bool:
+            if name not in ran.live.buffers:
+                return False
+            return self._ran_with(name, end, ran) if _floats(end.specs[name]) else integers
+
+        gone: set[str] = set()
+        questions: list[Question] = []
         for question in plan.questions:
             names, others = question.sources, question.targets
-            kind, names, others = ("missing", others, names) if self.flipped else ("unused", names, others)
-            if question.kind != kind or others or not all(self._computed(name, end, plan) for name in names):
-                questions.append(question)
-                continue
-            answered.update(names)
-        for name in end:
-            if name not in answered:
-                continue
-            spec = end.specs[name]
             if self.flipped:
-                op, ends = Keep(spec.shape, spec.dtype), ((), (name,))
+                names, others = others, names
+            if question.kind == kind and not others and all(map(computed, names)):
+                gone.update(names)
             else:
-                op = Drop("a buffer that no leaf holds; the models agree without it", spec.shape, spec.dtype)
-                ends = ((name,), ())
-            entries.append(Entry(*ends, (op,), ("proved by running both models",)))
-        return replace(plan, entries=tuple(entries), questions=tuple(questions))
+                questions.append(question)
+        made = tuple(self._buffer(name, end.specs[name]) for name in end if name in gone)
+        return replace(plan, entries=(*plan.entries, *made), questions=tuple(questions))
 
-    def _computed(self, name: str, end: Checkpoint, plan: Plan) -> bool:
-        """Is this a buffer of a live torch module that the other side has no leaf for, with the values that ran?"""
+    def _buffer(self, name: str, spec: TensorSpec) -> Entry:
+        """The entry of a buffer that no leaf holds: dropped, or kept on the way back."""
+        evidence = ("proved by running both models",)
+        if self.flipped:
+            return Entry((), (name,), (Keep(spec.shape, spec.dtype),), evidence)
+        reason = "a buffer that no leaf holds; the models agree without it"
+        return Entry((name,), (), (Drop(reason, spec.shape, spec.dtype),), evidence)
+
+    def _ran_with(self, name: str, end: Checkpoint, ran: Checkpoint) -> bool:
+        """Did the module that ran have these values of a floating buffer, and did all that depends on it show?"""
         import numpy as np
 
-        if name not in end.live.buffers or not self.is_torch:
-            return False
-        others = (plan.source if self.flipped else plan.like).specs.values()
-        if not _floats(end.specs[name]):
-            return not self.flipped and all(map(_floats, others))
         if self.settled.open or not end.has_values:
             return False
-        if end.storage.format == "live":
+        if end is ran:
             return True
-        ran = dict(self.module.named_buffers()).get(name)
-        return ran is not None and np.array_equal(np.asarray(end.read(name)), ran.detach().cpu().numpy())
+        return not self.module.state_dict()[name].is_meta and np.array_equal(end.read(name), ran.read(name))
 
     def _with_unsaid(self, plan: Plan) -> Plan:
         """The plan with a question for each leaf that was found, but that no ops write. What names gave such a leaf is
