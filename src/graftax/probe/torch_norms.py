@@ -32,7 +32,7 @@ def _group_norm(args: Sequence[Any]) -> list[Made]:
     apart = x.reshape(n, groups, -1)
     centred = apart - apart.mean(-1, keepdim=True)
     normed = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).reshape(x.shape)
-    return [(centred.reshape(x.shape), ()), *_affine(normed, weight, bias, lambda p: _along_channels(p, x))]
+    return [(centred.reshape(x.shape), ()), *_affine(normed, weight, bias, lambda p: along_channels(p, x))]
 
 
 def _batch_norm(args: Sequence[Any]) -> list[Made]:
@@ -42,10 +42,10 @@ def _batch_norm(args: Sequence[Any]) -> list[Made]:
         centred = x - x.mean(axes, keepdim=True)
         var = centred.square().mean(axes)
     else:
-        centred = x - _along_channels(mean, x)
+        centred = x - along_channels(mean, x)
     eps = next((a for a in reversed(args) if isinstance(a, float)), 1e-5)
-    normed = centred * torch.rsqrt(_along_channels(var, x) + eps)
-    first, *rest = _affine(normed, weight, bias, lambda p: _along_channels(p, x))
+    normed = centred * torch.rsqrt(along_channels(var, x) + eps)
+    first, *rest = _affine(normed, weight, bias, lambda p: along_channels(p, x))
     return [(centred, (mean,)), (first[0], (var, weight)), *rest]
 
 
@@ -59,7 +59,8 @@ def _affine(normed: torch.Tensor, weight: Any, bias: Any, along: Callable[[Any],
     return made
 
 
-def _along_channels(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def along_channels(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A parameter with an entry for each channel, as it is added to x (N, C, ...)."""
     return parameter.reshape(1, -1, *(1,) * (x.ndim - 2))
 
 

@@ -22,7 +22,7 @@ from graftax.probe.hashes import sha, steps_hash
 from graftax.probe.program import INDEX, RUN, Program
 from graftax.probe.redraw import probe_copy
 from graftax.probe.torch_nests import plain_array, tensors, to_torch
-from graftax.probe.torch_norms import NORMS
+from graftax.probe.torch_norms import NORMS, along_channels
 from graftax.probe.torch_run import float64_run
 
 _SAME = frozenset(("detach", "alias", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "_to_copy", "to"))
@@ -322,8 +322,7 @@ def _convolution(args: Any, kwargs: Any) -> Callable[[], torch.Tensor] | None:
     x, weight, bias, *rest = args
     if bias is None:
         return None
-    along = (1, -1, *(1,) * (x.ndim - 2))
-    return lambda: torch.ops.aten.convolution(x, weight, None, *rest) + bias.reshape(along)
+    return lambda: torch.ops.aten.convolution(x, weight, None, *rest) + along_channels(bias, x)
 
 
 def _norm(name: str) -> Callable[[Any, Any], Callable[[], torch.Tensor] | None]:
