@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from graftax.parity import flax_values, listening
 from graftax.parity.listening import Heard, Listener, Marks, Own, Owner
 from graftax.parity.records import Site, Tap
 
+R = TypeVar("R")
 VMAP = "inside vmap"
 NO_CALLBACK = {
     ("jax/_src/api.py", "vmap_f"): VMAP,
@@ -155,9 +156,7 @@ class Channel:
         """`nest`, or the nest that the tap returns instead."""
         arrays, node = flax_values.spread(nest)
         if not tracing:
-            if self._waiting:  # callbacks of traced code come first
-                jax.effects_barrier()
-                self._waiting = False
+            self._await_callbacks()
             held = [flax_values.to_host(array) for array in arrays]
             new = ask(path, method, node, held)
             if self.failure is not None:
@@ -208,19 +207,32 @@ class Channel:
     def _through_tap(
         self, ask: Callable[[Tap, Any], Any], site: Site, node: flax_values.Node, held: list[Any]
     ) -> list[Any] | None:
-        tap = self.tap
-        if tap is None or self.failure is not None:
+        def asked() -> list[Any] | None:
+            given = flax_values.plain(node, held)
+            new = ask(self.tap, given)
+            return None if new is None else flax_values.replaced(given, held, new, f"Flax {site}")
+
+        return self._guarded(asked)
+
+    def _guarded(self, ask: Callable[[], R]) -> R | None:
+        """What the tap answers; None if it fails, or failed before. Its exception must not pass through XLA, and is
+        raised when the run is over."""
+        if self.tap is None or self.failure is not None:
             return None
         self._busy = threading.get_ident()
         try:
-            given = flax_values.plain(node, held)
-            new = ask(tap, given)
-            return None if new is None else flax_values.replaced(given, held, new, f"Flax {site}")
-        except BaseException as failure:  # not through XLA: raised when the run is over
+            return ask()
+        except BaseException as failure:
             self.failure = failure
             return None
         finally:
             self._busy = 0
+
+    def _await_callbacks(self) -> None:
+        """Callbacks of traced code come before what eager code tells."""
+        if self._waiting:
+            jax.effects_barrier()
+            self._waiting = False
 
     # ------------------------------------------------------------ a call that a listener hears
 
@@ -254,24 +266,12 @@ class Channel:
         return self._tell(out, tracing, vmapped, ended)
 
     def _tell(self, nest: Any, tracing: bool, vmapped: bool, hear: Callable[[Heard], None]) -> Any:
-        def guarded(heard: Heard) -> None:
-            if self.tap is None or self.failure is not None:
-                return
-            self._busy = threading.get_ident()
-            try:
-                hear(heard)
-            except BaseException as failure:  # not through XLA: raised when the run is over
-                self.failure = failure
-            finally:
-                self._busy = 0
-
         if tracing:
             self._waiting = True
-            return listening.passed(nest, vmapped, guarded)
-        if self._waiting:  # callbacks of traced code come first
-            jax.effects_barrier()
-            self._waiting = False
-        guarded(Heard(listening.snapshot(nest)))
+            return listening.passed(nest, vmapped, lambda heard: self._guarded(lambda: hear(heard)))
+        self._await_callbacks()
+        heard = Heard(listening.snapshot(nest))
+        self._guarded(lambda: hear(heard))
         if self.failure is not None:
             raise self.failure
         return nest
