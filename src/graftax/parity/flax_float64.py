@@ -64,7 +64,8 @@ class Float64Runner:
             outs = run.run(closed.jaxpr, closed.consts, [widened(value) for value in given])
             return [narrowed(value) for value in outs]
 
-        return self.runner.interpreted(args, kwargs, watch, None if tap is None else _Narrow(tap), interpret)
+        program, weights = self.runner.program(args, kwargs)
+        return program.interpreted(weights, args, kwargs, watch, None if tap is None else _Narrow(tap), interpret)
 
     def replay(self, path: str, *args: Any, **options: Any) -> Any:
         return self.runner.replay(path, *args, **options)

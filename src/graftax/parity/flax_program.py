@@ -116,19 +116,19 @@ class Program:
     ) -> Any:
         """The program of a call, in which the calls of the watched modules are marked. Raises what tracing raises."""
         arrays, node = flax_values.spread((tuple(args), dict(kwargs)))
-        self._numbers += 1
-        self.current = Built(node=node, number=self._numbers)
-
-        def program(weights: Any, arrays: list[Any]) -> list[Any]:
-            args, kwargs = flax_values.refill(node, arrays)
-            return flax_values.spread(self.forward(weights, args, kwargs))[0]
-
         with self._lock, self._exact(), jax.disable_jit(False):
-            self.channel.begin(watch, marks, self.current.traced, False)
-            try:
-                return jax.make_jaxpr(program)(weights, [jax.numpy.asarray(array) for array in arrays]).jaxpr
-            finally:
-                self.channel.end()
+            given = [jax.numpy.asarray(array) for array in arrays]
+            while True:
+                self._numbers += 1
+                built = self.current = Built(node=node, number=self._numbers)
+                self.channel.begin(watch, marks, built.traced, False)
+                try:
+                    return jax.make_jaxpr(self._whole(built))(weights, given).jaxpr
+                except Exception as error:
+                    if not self.mend(error):
+                        raise
+                finally:
+                    self.channel.end()
 
     def _exact(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.precision is None else jax.default_matmul_precision(self.precision)

@@ -19,7 +19,7 @@ from graftax.parity.flax_program import Program
 from graftax.parity.lazy_weights import LazyLeaves, Supply
 from graftax.parity.linen_lazy_weights import ScopeFiller
 from graftax.parity.linen_replay import Surveyed
-from graftax.parity.listening import Listener, Marks, Owner
+from graftax.parity.listening import Owner
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module, join_path
 
@@ -115,34 +115,17 @@ class LinenRunner:
         finally:
             self._filler = ScopeFiller(LazyLeaves(None))
 
-    def interpreted(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Collection[str], tap: Tap | None, interpret: Any
-    ) -> Any:
-        """As `run`; see `Program.interpreted`."""
+    def program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, Any]:
+        """(the program, the weights that it takes), for runs of another kind: with a listener, with marks, interpreted.
+        args, kwargs: the call that it is wanted for."""
         self._example = (tuple(args), dict(kwargs))
-        return self._program.interpreted((self._weights(None)[0], self.rngs), args, kwargs, watch, tap, interpret)
+        return self._program, (self._weights(None)[0], self.rngs)
 
     def with_weights(self, variables: Any) -> LinenRunner:
         """A runner of the same model with other variables of the same structure; the two share compiled programs."""
         other = copy.copy(self)
         other.variables, other._placed = variables, None
         return other
-
-    def listen(
-        self, path: str, listener: Listener, args: tuple[Any, ...], kwargs: Mapping[str, Any], unrolled: bool
-    ) -> None:
-        """Run eagerly with a listener at one module. unrolled: every loop runs step by step."""
-        self._example = (tuple(args), dict(kwargs))
-        self._program.run((self._weights(None)[0], self.rngs), args, kwargs, [path], listener, False, unrolled)
-
-    def jaxpr(self, path: str, marks: Marks, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The program of a call, in which the calls of one module are marked. Raises what tracing raises."""
-        try:
-            return self._program.jaxpr((self._weights(None)[0], self.rngs), args, kwargs, [path], marks)
-        except Exception as error:
-            if self._mend(error):
-                return self.jaxpr(path, marks, args, kwargs)
-            raise
 
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()

@@ -18,7 +18,7 @@ from graftax.parity import flax_program, flax_values, lazy_weights, nnx_cover
 from graftax.parity.flax_program import Program
 from graftax.parity.lazy_weights import LazyLeaves, Supply
 from graftax.parity.linen_replay import sliced
-from graftax.parity.listening import Listener, Marks, Owner
+from graftax.parity.listening import Owner
 from graftax.parity.records import Site, Tap
 from graftax.tree import Module
 
@@ -108,12 +108,11 @@ class NnxRunner:
         finally:
             self._lazy = LazyLeaves(None)
 
-    def interpreted(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Collection[str], tap: Tap | None, interpret: Any
-    ) -> Any:
-        """As `run`; see `Program.interpreted`."""
+    def program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, Any]:
+        """(the program, the weights that it takes), for runs of another kind: with a listener, with marks, interpreted.
+        args, kwargs: the call that it is wanted for."""
         self._example = (tuple(args), dict(kwargs))
-        return self._program.interpreted(self._weights(None)[0], args, kwargs, watch, tap, interpret)
+        return self._program, self._weights(None)[0]
 
     def with_weights(self, module: nnx.Module) -> NnxRunner:
         """A runner of the same model with the state of `module`, a module of the same structure; the two share compiled
@@ -122,17 +121,6 @@ class NnxRunner:
         other.module = module
         other._state = jax.tree.map(_own, nnx.split(module)[1])
         return other
-
-    def listen(
-        self, path: str, listener: Listener, args: tuple[Any, ...], kwargs: Mapping[str, Any], unrolled: bool
-    ) -> None:
-        """Run eagerly with a listener at one module. unrolled: every loop runs step by step."""
-        self._example = (tuple(args), dict(kwargs))
-        self._program.run(self._weights(None)[0], args, kwargs, [path], listener, False, unrolled)
-
-    def jaxpr(self, path: str, marks: Marks, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The program of a call, in which the calls of one module are marked. Raises what tracing raises."""
-        return self._program.jaxpr(self._weights(None)[0], args, kwargs, [path], marks)
 
     def not_traced(self) -> Mapping[str, str]:
         return self._program.channel.not_traced()

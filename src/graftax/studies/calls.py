@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftax.errors import GraftaxError, PlanError, ReplayError, UsageError, counted, escape
+from graftax.parity.flax_program import Program
 from graftax.parity.listening import Heard, Listener, Marks, in_loop, marked_calls, positions
 from graftax.parity.records import Site
 
@@ -41,10 +42,11 @@ def select_call(
     runner: Any, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, call: int, index: Index
 ) -> Selected:
     """The call number `call` of those at this index. The model runs once; before, it is traced to see the loops."""
-    loops = _loops(runner, path, args, kwargs)
+    program, weights = runner.program(args, kwargs)
+    loops = _loops(program, weights, path, args, kwargs)
     where = list(positions(loops)) if in_loop(loops) else None
     search = _Search(where, call, index)
-    runner.listen(path, search, args, kwargs, unrolled=where is not None)
+    program.run(weights, args, kwargs, [path], search, compiled=False, unrolled=where is not None)
     if where is not None and search.heard and search.heard != len(where):
         raise ReplayError(f"its program has {counted(len(where), 'call')}, its run made {search.heard}")
     if search.found is None or search.found.output is None:
@@ -52,9 +54,9 @@ def select_call(
     return search.found
 
 
-def _loops(runner: Any, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _loops(program: Program, weights: Any, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     try:
-        return marked_calls(runner.jaxpr(path, Marks(), args, kwargs))
+        return marked_calls(program.jaxpr(weights, args, kwargs, [path], Marks()))
     except Exception:  # code that needs values cannot be traced, nor stand in a loop of jax
         return ()
 
