@@ -7,10 +7,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftax.formats.io.own_file import refuse_other_file
 from graftax.parity.report import words
 from graftax.parity.report.html import page, save_page
 from graftax.parity.report.view import FEW, Chart, Point, Scale, decades, zones
@@ -30,8 +28,7 @@ def comparison_html(found: Comparison) -> str:
 
 def save_comparison_html(found: Comparison, path: str | os.PathLike[str]) -> None:
     """Write the page in one step. StorageError if writing fails, or if the path holds another file."""
-    refuse_other_file(Path(path), MARK, "a comparison")
-    save_page(comparison_html(found), path)
+    save_page(comparison_html(found), path, MARK, "a comparison")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +57,7 @@ def _context(found: Comparison) -> Mapping[str, Any]:
         "moved": sum(_moves(row) for row in found.rows),
         "worst": max(found.outputs, key=lambda row: row.shift.error, default=None),
         "reasons": words.by_reason(found.not_traced, shown=12),
+        "notes": found.notes,
         "seconds": words.seconds_text(found.seconds),
     }
 

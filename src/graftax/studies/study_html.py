@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graftax.formats.io.own_file import refuse_other_file
 from graftax.parity.report.html import page, save_page
 from graftax.studies import study_words as words
 
@@ -35,5 +33,4 @@ def study_html(study: Study) -> str:
 
 def save_study_html(study: Study, path: str | PathLike[str]) -> None:
     """Write the page in one step. StorageError if writing fails, or if the path holds another file."""
-    refuse_other_file(Path(path), MARK, "an ablation study")
-    save_page(study_html(study), path)
+    save_page(study_html(study), path, MARK, "an ablation study")

@@ -24,8 +24,8 @@ def parity_html(report: ParityReport) -> str:
 
 
 def page(template: str, context: Mapping[str, Any], *folders: str) -> str:
-    """A page from a template of this package, or of the packages `folders`, which may extend base.html and import
-    chart.html of this one."""
+    """A page from a template of this package, or of the packages `folders`, whose templates may use those of this
+    one."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -41,13 +41,14 @@ def page(template: str, context: Mapping[str, Any], *folders: str) -> str:
 
 def save_parity_html(report: ParityReport, path: str | os.PathLike[str]) -> None:
     """Write the page in one step. StorageError if writing fails, or if the path holds another file."""
-    refuse_other_file(Path(path), MARK, "a parity report")
-    save_page(parity_html(report), path)
+    save_page(parity_html(report), path, MARK, "a parity report")
 
 
-def save_page(text: str, path: str | os.PathLike[str]) -> None:
-    """Write a page in one step. StorageError if writing fails."""
+def save_page(text: str, path: str | os.PathLike[str], mark: str, what: str) -> None:
+    """Write a page in one step. StorageError if writing fails, or if the path holds a file without the mark, which is
+    not `what`."""
     out = Path(path)
+    refuse_other_file(out, mark, what)
     staged = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         staged.write_text(text, encoding="utf-8")
@@ -79,6 +80,7 @@ def _context(report: ParityReport) -> Mapping[str, Any]:
         "worst": words.worst_ratio(compared),
         "settings": words.folded_settings(report.settings),
         "reasons": words.by_reason(report.not_traced, shown=12),
+        "notes": report.notes,
         "seconds": words.seconds_text(report.seconds),
         "faults": sum(row.severity == "error" for row in report.settings),
     }
