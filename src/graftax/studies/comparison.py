@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, NoReturn
 
+from graftax.parity.records import Site
 from graftax.parity.report.model import number
 
 
@@ -48,8 +49,12 @@ class ModuleRow:
     @property
     def name(self) -> str:
         """'layers/fc (call 3)', '(the model)'."""
-        name = self.path or "(the model)"
-        return f"{name} (call {self.call + 1})" if self.call else name
+        return str(Site(self.path, self.call))
+
+    @property
+    def own_error(self) -> float:
+        """The error of `itself`; 0.0 if it was not compared."""
+        return 0.0 if self.itself is None else self.itself.error
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -34,11 +34,10 @@ def save_comparison_html(found: Comparison, path: str | os.PathLike[str]) -> Non
 @dataclass(frozen=True, slots=True)
 class Block:
     """Calls that belong together: those below one numbered module ('layers/3'), or below one part of the model.
-    rows: the number of every call, and the call; moved: how many give another output by themselves."""
+    rows: the number of every call, and the call; itself, free: the largest errors."""
 
     name: str
     rows: tuple[tuple[int, ModuleRow], ...]
-    moved: int
     itself: float | None
     free: float | None
     open: bool
@@ -54,16 +53,12 @@ def _context(found: Comparison) -> Mapping[str, Any]:
         "summary": comparison_text.summary(found),
         "chart": _chart(found),
         "blocks": list(_blocks(found.rows)),
-        "moved": sum(_moves(row) for row in found.rows),
+        "moved": sum(row.own_error > 0 for row in found.rows),
         "worst": max(found.outputs, key=lambda row: row.shift.error, default=None),
         "reasons": words.by_reason(found.not_traced, shown=12),
         "notes": found.notes,
         "seconds": words.seconds_text(found.seconds),
     }
-
-
-def _moves(row: ModuleRow) -> bool:
-    return row.itself is not None and row.itself.error > 0
 
 
 def _chart(found: Comparison) -> Chart | None:
@@ -78,11 +73,11 @@ def _chart(found: Comparison) -> Chart | None:
     scale = Scale(len(rows), *decades(finite or [1.0]))
     points = [
         Point(
-            scale.x(i), scale.y(row.itself.error), "out", bool(row.edited) and _moves(row), number,
-            f"{row.name}, itself: {words.small(row.itself.error)}", not math.isfinite(row.itself.error),
+            scale.x(i), scale.y(row.own_error), "out", bool(row.edited), number,
+            f"{row.name}, itself: {words.small(row.own_error)}", not math.isfinite(row.own_error),
         )
         for i, (number, row) in enumerate(numbered)
-        if row.itself is not None and row.itself.error > 0
+        if row.own_error > 0
     ]  # fmt: skip
     points.sort(key=lambda point: point.bad)
     inner = _innermost(rows)
@@ -103,12 +98,8 @@ def _blocks(rows: Sequence[ModuleRow]) -> Iterator[Block]:
     for name, group in groupby(enumerate(rows), key=lambda item: _block_of(item[1])):
         items = tuple(group)
         inside = [row for _, row in items]
-        moved = sum(map(_moves, inside))
-        yield Block(name, items, moved, _most(inside, "itself"), _most(inside, "free"), few or bool(moved))
-
-
-def _most(rows: Sequence[ModuleRow], name: str) -> float | None:
-    return max((shift.error for row in rows if (shift := getattr(row, name)) is not None), default=None)
+        itself, free = (comparison_text.most(inside, name) for name in ("itself", "free"))
+        yield Block(name, items, itself, free, few or any(row.own_error > 0 for row in inside))
 
 
 def _block_of(row: ModuleRow) -> str:

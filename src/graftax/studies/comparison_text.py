@@ -4,10 +4,9 @@ words are those of the page too."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +22,6 @@ SHOWN = 40
 """Up to this many module calls all have a line; of more, those whose own output moves, the most first."""
 LEAVES = 12
 TITLE = "modules: relative L2 of b's output against a's"
-_NUMBER = re.compile(r"[0-9]+")
 
 
 def comparison_text(found: Comparison, width: int | None = None, color: bool = False, ascii: bool = False) -> str:
@@ -63,14 +61,14 @@ def summary(found: Comparison) -> str:
     parts = [_outputs_text(found.outputs)] if found.outputs else []
     if found.logits is not None:
         parts.append(logits_text(found.logits))
-    compared = [row for row in found.rows if row.itself is not None]
-    moved = sum(row.itself is not None and row.itself.error > 0 for row in compared)
+    compared = sum(row.itself is not None for row in found.rows)
+    moved = sum(row.own_error > 0 for row in found.rows)
     reached = sum(row.free is not None and row.free.error > 0 for row in found.rows)
     parts.append(
-        f"given the same input, {moved} of {words.count(len(compared), 'module call')} "
+        f"given the same input, {moved} of {words.count(compared, 'module call')} "
         f"give{'s' * (moved == 1)} another output; in a free run, {reached}"
         if moved or reached
-        else f"no difference in {words.count(len(compared), 'module call')}"
+        else f"no difference in {words.count(compared, 'module call')}"
     )
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
@@ -80,7 +78,7 @@ def _outputs_text(outputs: Sequence[OutputShift]) -> str:
     worst = max(outputs, key=lambda row: row.shift.error)
     if worst.shift.error == 0:
         return "the output is the same" if len(outputs) == 1 else "the outputs are the same"
-    which = "the output moves" if len(outputs) == 1 else f"the outputs move, {output_name(worst)} the most,"
+    which = "the output moves" if len(outputs) == 1 else f"the outputs move, {words.output_name(worst.path)} the most,"
     return f"{which} by {words.small(worst.shift.error)} (cosine {cosine_text(worst.shift)})"
 
 
@@ -108,10 +106,6 @@ def error_text(shift: Shift | None) -> str:
     return words.small(None if shift is None else shift.error)
 
 
-def output_name(row: OutputShift) -> str:
-    return escape(row.path) if row.path else "(the output)"
-
-
 def dtypes_text(row: LeafRow) -> str:
     """'float32', or 'float32 → bfloat16'."""
     return row.dtypes[0] if row.dtypes[0] == row.dtypes[1] else " → ".join(row.dtypes)
@@ -132,8 +126,8 @@ def call_lines(rows: Sequence[ModuleRow], shown: int = SHOWN) -> list[CallLine]:
     """All calls, if there are few. Of many: those whose own output moves, the most first, and gaps between them."""
     if len(rows) <= shown:
         return [CallLine((row,)) for row in rows]
-    moved = [i for i, row in enumerate(rows) if row.itself is not None and row.itself.error > 0]
-    chosen = set(sorted(moved, key=lambda i: -_error(rows[i]))[: shown // 2]) | {0}
+    moved = [i for i, row in enumerate(rows) if row.own_error > 0]
+    chosen = set(sorted(moved, key=lambda i: -rows[i].own_error)[: shown // 2]) | {0}
     lines: list[CallLine] = []
     gap: list[ModuleRow] = []
     for i, row in enumerate(rows):
@@ -145,11 +139,8 @@ def call_lines(rows: Sequence[ModuleRow], shown: int = SHOWN) -> list[CallLine]:
     return lines + [CallLine(tuple(gap), True)] * bool(gap)
 
 
-def _error(row: ModuleRow) -> float:
-    return 0.0 if row.itself is None else row.itself.error
-
-
-def _most(rows: Sequence[ModuleRow], name: str) -> float | None:
+def most(rows: Sequence[ModuleRow], name: Literal["itself", "free"]) -> float | None:
+    """The largest error of these calls; None if none was compared."""
     return max((shift.error for row in rows if (shift := getattr(row, name)) is not None), default=None)
 
 
@@ -175,13 +166,12 @@ def _outputs(found: Comparison) -> Table | None:
         if found.logits is not None and found.logits.path == row.path:
             text = logits_text(found.logits)
         table.add_row(
-            output_name(row), "×".join(map(str, row.shape)) or "scalar", error_text(row.shift), cosine_text(row.shift),
-            words.small(row.max_abs), Text(text, "dim"),
+            words.output_name(row.path), words.shape_text(row.shape), error_text(row.shift),
+            cosine_text(row.shift), words.small(row.max_abs), Text(text, "dim"),
         )  # fmt: skip
     if found.logits is not None and found.logits.path not in {row.path for row in found.outputs}:
         row = found.logits
-        shape = "×".join(map(str, row.shape))
-        table.add_row(escape(row.path), shape, "", "", "", Text(logits_text(row), "dim"))
+        table.add_row(escape(row.path), words.shape_text(row.shape), "", "", "", Text(logits_text(row), "dim"))
     return table
 
 
@@ -199,11 +189,11 @@ def _modules(found: Comparison, width: int) -> Table | None:
     for line in lines:
         if line.gap:
             what = Text(f"… {words.count(len(line.rows), 'call')}, at most", "dim")
-            most = [words.small(_most(line.rows, name)) for name in ("itself", "free")]
-            table.add_row("", what, "", Text(most[0], "dim"), "", Text(most[1], "dim"))
+            itself, free = (Text(words.small(most(line.rows, name)), "dim") for name in ("itself", "free"))
+            table.add_row("", what, "", itself, "", free)
             continue
         row = line.rows[0]
-        own = row.itself is not None and row.itself.error > 0
+        own = row.own_error > 0
         style = "bold" if row.edited else ""
         table.add_row(
             Text(edited_mark(row), "bold yellow"),
@@ -227,7 +217,7 @@ def _leaves(found: Comparison) -> Table | None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in found.leaves[:LEAVES]:
         table.add_row(
-            escape(row.path, 400), "×".join(map(str, row.shape)) or "scalar", Text(dtypes_text(row), "dim"),
+            escape(row.path, 400), words.shape_text(row.shape), Text(dtypes_text(row), "dim"),
             f"{row.differing:,} of {row.total:,}", error_text(row.shift), cosine_text(row.shift),
         )  # fmt: skip
     if len(found.leaves) > LEAVES:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
 
-from graftax.parity.report.text import columns_of, printed
+from graftax.parity.report.text import columns_of, plain_table, printed
 from graftax.studies import study_words as words
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ def study_text(study: Study, width: int | None = None, color: bool = False, asci
     """The study as text of at most `width` columns (None: the terminal's). color, ascii: as in `parity_text`."""
     ranked = study.ranked
     shown = words.lines(study, (study.baseline, *ranked[:_SHOWN]))
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table = plain_table()
     table.add_column(study.each, overflow="fold")
     table.add_column("value", overflow="fold")
     for head in words.heads(study):

@@ -150,10 +150,9 @@ def _outputs(report: ParityReport) -> Table | None:
         table.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
     table.add_column("", overflow="fold")
     for row in report.outputs:
-        shape = "×".join(map(str, row.shape)) or "scalar"
         table.add_row(
-            _mark(row.ok), words.output_name(row), shape, words.small(row.error), _ratio(row.ratio, not row.ok),
-            Text(words.metric_text(row), "dim" if row.ok else ""),
+            _mark(row.ok), words.output_name(row.path), words.shape_text(row.shape), words.small(row.error),
+            _ratio(row.ratio, not row.ok), Text(words.metric_text(row), "dim" if row.ok else ""),
         )  # fmt: skip
     return table
 

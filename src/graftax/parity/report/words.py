@@ -96,8 +96,14 @@ def shortened(path: str, room: int, separator: str) -> str:
     return "…" + (tail[cut + 1 :] if 0 <= cut < room // 3 and not numbered else tail)
 
 
-def output_name(row: OutputRow) -> str:
-    return escape(row.path) if row.path else "(the output)"
+def output_name(path: str) -> str:
+    """The place of an array in the output, safe to print."""
+    return escape(path) if path else "(the output)"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """'2×5×5', 'scalar'."""
+    return "×".join(map(str, shape)) or "scalar"
 
 
 def kind_text(row: LayerRow) -> str:
