@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from graftax.adapters.nests import is_array
 from graftax.errors import UsageError, escape
-from graftax.report.progress import steps_bar
+from graftax.report.progress import progress_bar
 from graftax.studies.dry_pass import opened_values, require_fit
 from graftax.studies.effects import Baseline
 from graftax.studies.forward import Forward, forward_of, is_model, state_of
@@ -113,11 +113,11 @@ def _study(
 ) -> Study:
     """The study with its rows: one for each (target, name of the value, value)."""
     number = empty.name if metric is None else str(getattr(metric, "__name__", "metric"))
-    with steps_bar("ablating", len(edits) + 2) as advance:
+    with progress_bar("ablating", len(edits) + 2, "steps") as advance:
         baseline = Baseline(run(weights), number, metric)
-        advance()
+        advance(1)
         again = baseline.effect(run(weights))
-        advance()
+        advance(1)
         rows = [row_of(None, "", replaced(again, numbers=baseline.numbers or again.numbers))]
         for target, text, value in edits:
             try:
@@ -126,7 +126,7 @@ def _study(
                 error.add_note(f"in the run of {escape(target.text)} with {escape(text)}")
                 raise
             rows.append(row_of(target, text, effect))
-            advance()
+            advance(1)
     return replaced(empty, rows=tuple(rows), deterministic=again.same)
 
 
