@@ -294,6 +294,21 @@ def test_weights_that_do_not_fit_are_refused(variables: Any, tmp_path: Path):
     refused("no values", abstract, variables, like=LIKE, error=PlanError)
 
 
+def test_an_abstract_nnx_model_whose_attributes_are_called_module_and_rngs():
+    class Holder(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.module = nnx.Linear(4, 2, rngs=rngs)
+            self.rngs = rngs
+
+        def __call__(self, x: Any) -> Any:
+            return self.module(x)
+
+    weights = nnx.state(Holder(nnx.Rngs(0)), nnx.Param)
+    like = nnx.eval_shape(lambda: Holder(nnx.Rngs(0)))
+    found = gx.compare(weights, weights, like=like, inputs=X[:, :4])
+    assert (found.model, found.equal) == ("Holder", True)
+
+
 def test_two_nnx_models_are_refused():
     def norm(epsilon: float) -> nnx.Module:
         return nnx.LayerNorm(4, epsilon=epsilon, rngs=nnx.Rngs(0))

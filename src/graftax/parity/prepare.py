@@ -87,6 +87,11 @@ def flax_like(model: Any, call: Call) -> Any:
     return model
 
 
+def class_name(model: Any) -> str:
+    """The class of a model; of gx.linen(...), that of its module."""
+    return type(model.module if isinstance(model, LinenModel) else model).__name__
+
+
 def weights_of(
     like: Any, tree: Checkpoint, weights: Any, plan: Plan | None, source: Checkpoint
 ) -> tuple[Mapping[str, Any], bool]:
@@ -234,12 +239,10 @@ def flax_side(
 ) -> FlaxSide:
     """The Flax model with its weights, ready to run. Raises what `weights_of` raises."""
     arrays, ported = weights_of(like, tree, weights, plan, source)
-    own = weights is None and tree.has_values
+    own = weights is None and tree.has_values  # an nnx.Module's
     runners = FlaxRunners(like, tree, rngs, seed, call)
 
     def again(leaves: Mapping[str, Any]) -> Runner:
         return runners.of(ChainMap(dict(leaves), arrays))  # pyright: ignore
 
-    runner = runners.of(None if own and not isinstance(like, LinenModel) else arrays)
-    name = type(like.module if isinstance(like, LinenModel) else like).__name__
-    return FlaxSide(tree, arrays, runner, ported, name, again)
+    return FlaxSide(tree, arrays, runners.of(None if own else arrays), ported, class_name(like), again)

@@ -13,6 +13,7 @@ from graftax.api import host_arrays
 from graftax.errors import ParityError, escape
 from graftax.parity.check import check_parity
 from graftax.parity.pipeline import required, suspect_of
+from graftax.parity.prepare import class_name
 from graftax.parity.report.model import OutputRow, ParityReport
 from graftax.plans import Plan
 from graftax.probe.inputs import Inputs
@@ -50,7 +51,7 @@ def prove_within_side(plan: Plan, module: Any, model: Any, inputs: Inputs, sourc
     if error is None or error <= NEAR:
         return error
     text = f"in float64 the outputs differ by {error:.1e} of the largest entry; {NEAR:.0e} is allowed"
-    names = type(module).__name__, type(getattr(model, "module", model)).__name__
+    names = class_name(module), class_name(model)
     suspect = suspect_of(plan)
     before = f"; run on redrawn weights, they part before {escape(suspect)}" if suspect else ""
     failed = ParityError(f"{escape(names[0])} and {escape(names[1])} differ on the real weights: {text}{before}")

@@ -40,11 +40,17 @@ class ReferenceSide:
 
 def is_flax_model(obj: Any) -> bool:
     """True for gx.linen(...), a Linen module, an nnx.Module and (GraphDef, State)."""
-    linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
-    if isinstance(obj, LinenModel) or (linen is not None and isinstance(obj, linen.Module)):
-        return True
-    pair = nnx is not None and isinstance(obj, tuple) and len(obj) == 2 and isinstance(obj[0], nnx.GraphDef)  # pyright: ignore
-    return pair or (nnx is not None and isinstance(obj, nnx.Module))
+    linen = sys.modules.get("flax.linen")
+    return isinstance(obj, LinenModel) or (linen is not None and isinstance(obj, linen.Module)) or is_nnx_model(obj)
+
+
+def is_nnx_model(obj: Any) -> bool:
+    """True for an nnx.Module and (GraphDef, State)."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    pair = isinstance(obj, tuple) and len(obj) == 2 and isinstance(obj[0], nnx.GraphDef)  # pyright: ignore
+    return pair or isinstance(obj, nnx.Module)
 
 
 def torch_side(module: Any, source: Any, call: Any) -> ReferenceSide:
@@ -86,15 +92,11 @@ def flax_reference(
                 f"the reference {escape(tree.label)} has no values", next=f"Pass its weights: {option('source')}."
             )
         source, notes = fallback, ("the reference's weights are those of the Flax model, ported by the plan",)
-    own = source is None
     arrays, _ = prepare.weights_of(like, tree, source, None, tree)
-    runner = prepare.FlaxRunners(like, tree, rngs, seed, call, whole=True).of(
-        None if own and not isinstance(like, LinenModel) else arrays
-    )
+    runner = prepare.FlaxRunners(like, tree, rngs, seed, call, whole=True).of(None if source is None else arrays)
     wide = Float64Runner(runner)
-    name = type(like.module if isinstance(like, LinenModel) else like).__name__
     values = replace(tree, storage=replace(tree.storage, reader=_reader(arrays)))
-    return ReferenceSide(tree, values, wide, Float32Runner(runner, wide), name, "flax", notes)
+    return ReferenceSide(tree, values, wide, Float32Runner(runner, wide), prepare.class_name(like), "flax", notes)
 
 
 def _reader(arrays: Mapping[str, Any]) -> Any:

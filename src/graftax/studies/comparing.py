@@ -14,9 +14,10 @@ from graftax.errors import UsageError, escape
 from graftax.execute.opening import open_tree
 from graftax.parity.metrics import cosine, relative_l2
 from graftax.parity.pairing import HOLDERS
-from graftax.parity.prepare import FlaxRunners, flax_like, large
+from graftax.parity.prepare import FlaxRunners, class_name, large
+from graftax.parity.reference_side import is_nnx_model
 from graftax.studies.comparison import Comparison, LeafRow, ModuleRow, OutputShift, Shift
-from graftax.studies.example_inputs import flax_call
+from graftax.studies.example_inputs import runnable
 from graftax.studies.logits import logits_path, logits_row, one_array, picking
 from graftax.studies.model_weights import require_same_model, weights_for
 from graftax.studies.module_passes import Passes, run_passes
@@ -55,14 +56,14 @@ def compare(
     Raises PlanError if weights do not fit the model, UsageError, and ModelError if the model's own code fails.
     """
     start = time.perf_counter()
-    model = _model(a, b, like)
-    (args, kwargs), call = flax_call(inputs, _wrapped(model))
-    model = flax_like(model, (args, kwargs))
+    run = runnable(_model(a, b, like), inputs)
+    model, (args, kwargs) = run.model, run.call
     tree = open_tree(model)
     ours, theirs = weights_for(a, tree, "a"), weights_for(b, tree, "b")
     leaves = tuple(_leaf_rows(tree, ours, theirs))
-    picked = picking(model, call, logits) if callable(logits) else call
-    runners = FlaxRunners(model, tree, rngs=getattr(model, "rngs", None), call=picked)
+    picked = picking(model, run.own, logits) if callable(logits) else run.own
+    rngs = model.rngs if isinstance(model, LinenModel) else None
+    runners = FlaxRunners(model, tree, rngs=rngs, call=picked)
     modules = tree.live.modules
     began = time.perf_counter()
     first = runners.of(ours)
@@ -77,7 +78,7 @@ def compare(
         row = logits_row(path, *(dict(nests.arrays(out)).get(path) for out in outputs))
     compiling = getattr(first, "compile_seconds", 0.0)
     return Comparison(
-        type(getattr(model, "module", model)).__name__,
+        class_name(model),
         tuple(_module_rows(found, modules, leaves)),
         tuple(_output_rows(*outputs)),
         row,
@@ -94,31 +95,17 @@ def compare(
 
 def _model(a: Any, b: Any, like: Any) -> Any:
     """The model to run: like, else a. UsageError if it cannot be run, or if two modules are not one model."""
-    if like is None and not _is_nnx_model(a):
+    if like is None and not is_nnx_model(a):
         raise UsageError(
             "like is missing: the weights a cannot be run without their model",
             next="Pass the model: like=gx.linen(module, *batch), or like=an nnx.Module.",
         )
     given = {"like": like, "a": a, "b": b}
-    trees = {name: open_tree(one).live.modules for name, one in given.items() if _is_nnx_model(one)}
+    trees = {name: open_tree(one).live.modules for name, one in given.items() if is_nnx_model(one)}
     names = list(trees)
     for name in names[1:]:
         require_same_model(trees[names[0]], trees[name], names[0], name)
     return a if like is None else like
-
-
-def _is_nnx_model(value: Any) -> bool:
-    from flax import nnx
-
-    pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], nnx.GraphDef)  # pyright: ignore
-    return pair or isinstance(value, nnx.Module)
-
-
-def _wrapped(model: Any) -> Any:
-    """A bare Linen module as gx.linen(module), without an example."""
-    from flax import linen as nn
-
-    return LinenModel(model) if isinstance(model, nn.Module) else model
 
 
 def _leaf_rows(tree: Checkpoint, ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> Any:

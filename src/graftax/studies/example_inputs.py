@@ -4,28 +4,49 @@ batch."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from graftax.adapters import jax_arrays, nests
 from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import UsageError, escape, option
-from graftax.probe.inputs import calls_of, inputs_of
+from graftax.parity.prepare import flax_like
+from graftax.probe.inputs import Call, calls_of, inputs_of
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runnable:
+    """A Flax model and what it is run on.
+
+    model  gx.linen(...) with an example, or an nnx.Module
+    call   (args, kwargs)
+    own    the user's function that calls the model, if there is one
+    """
+
+    model: Any
+    call: Call
+    own: Callable[..., Any] | None
 
 
-def flax_call(inputs: Any, like: Any, *, constant: bool = False) -> tuple[Call, Any]:
-    """((args, kwargs), the function that calls the model or None) for a Flax model.
+def runnable(like: Any, inputs: Any, *, constant: bool = False) -> Runnable:
+    """A Flax model with the call that it is to make.
 
+    like      gx.linen(...), a Linen module, an nnx.Module or (GraphDef, State)
     inputs    an array, a tuple of them, (args, kwargs), gx.Inputs(...), or None for the example of gx.linen(...)
     constant  an example that holds one value everywhere is taken too
 
-    UsageError for inputs without values; for an example that is no batch (nothing but constant arrays, shapes alone);
-    and if there is no example.
+    UsageError for a model that cannot be run; for inputs without values; for an example that is no batch (nothing but
+    constant arrays, shapes alone); and if there is no example.
     """
-    if inputs is None:
-        return _example(like, constant), None
+    from flax import linen as nn
+
+    like = LinenModel(like) if isinstance(like, nn.Module) else like
+    call, own = (_example(like, constant), None) if inputs is None else _given(like, inputs)
+    return Runnable(flax_like(like, call), call, own)
+
+
+def _given(like: Any, inputs: Any) -> tuple[Call, Callable[..., Any] | None]:
     given = inputs_of(inputs)
     for call in (given.both, given.flax, given.torch):
         for path, leaf in nests.leaves(call, nests.is_array):

@@ -20,8 +20,9 @@ from graftax.adapters.linen_tree import LinenModel
 from graftax.errors import GraftaxError, UsageError, with_article
 from graftax.execute.opening import open_tree
 from graftax.parity.flax_program import model_error
-from graftax.parity.prepare import flax_like
-from graftax.studies.example_inputs import Call, flax_call
+from graftax.parity.prepare import class_name
+from graftax.probe.inputs import Call
+from graftax.studies.example_inputs import runnable
 from graftax.studies.model_weights import weights_for
 from graftax.tree import Checkpoint
 
@@ -52,7 +53,7 @@ class Forward:
 
     @property
     def name(self) -> str:
-        return type(self.model.module if isinstance(self.model, LinenModel) else self.model).__name__
+        return class_name(self.model)
 
     def tree(self) -> Checkpoint:
         """The model's leaves and modules. A Linen model is traced for it."""
@@ -71,14 +72,13 @@ class Forward:
 
 def forward_of(what: Any, weights: Any, inputs: Any = None) -> Forward:
     """The forward of a Flax model: gx.linen(...), or a Linen module or an nnx.Module with `inputs`. Raises what
-    `flax_call` raises."""
-    wrapped = LinenModel(what) if isinstance(what, nn.Module) else what
-    call, own = flax_call(inputs, wrapped)
-    model = flax_like(wrapped, call)
+    `runnable` raises."""
+    found = runnable(what, inputs)
+    model, call = found.model, found.call
     if isinstance(model, LinenModel):
         bare = not (isinstance(weights, Mapping) and "params" in weights)
-        return Forward(model, call, _linen(model, call, bare, own), bare)
-    return Forward(model, call, _nnx(model, call, own), False)
+        return Forward(model, call, _linen(model, call, bare, found.own), bare)
+    return Forward(model, call, _nnx(model, call, found.own), False)
 
 
 def state_of(weights: Any) -> Any:

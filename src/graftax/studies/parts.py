@@ -21,10 +21,10 @@ from graftax.parity import flax_values, linen_replay, nnx_cover
 from graftax.parity.linen_runner import LinenRunner
 from graftax.parity.metrics import relative_l2
 from graftax.parity.nnx_runner import NnxRunner
-from graftax.parity.prepare import flax_like, weights_of
+from graftax.parity.prepare import class_name, weights_of
 from graftax.probe.inputs import Call, Inputs
 from graftax.studies.calls import Selected, select_call
-from graftax.studies.example_inputs import flax_call
+from graftax.studies.example_inputs import runnable
 from graftax.tree import Checkpoint, nearest
 from graftax.tree.dtypes import same_bits
 
@@ -50,9 +50,8 @@ class Part:
     output: Any
 
     def __repr__(self) -> str:
-        module = self.like.module if isinstance(self.like, LinenModel) else self.like
         given = self.inputs.both if isinstance(self.inputs, Inputs) else self.inputs
-        return f"Part({type(module).__name__}: {_shapes(given)} -> {_shapes(self.output)})"
+        return f"Part({class_name(self.like)}: {_shapes(given)} -> {_shapes(self.output)})"
 
 
 def part(like: Any, weights: Any, path: str, *, inputs: Any = None, call: int = 0, index: Any = None) -> Part:
@@ -101,8 +100,8 @@ class _Model:
 
 
 def _model(like: Any, weights: Any, inputs: Any) -> _Model:
-    call, own = flax_call(inputs, LinenModel(like) if isinstance(like, nn.Module) else like, constant=True)
-    like = flax_like(like, call)
+    run = runnable(like, inputs, constant=True)
+    like, call, own = run.model, run.call, run.own
     tree = open_tree(like)
     if isinstance(like, LinenModel):
         variables = _variables(like, tree, weights)
