@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from graftax.match.judge import main_column
 from graftax.match.pairs import Pair, Scope
+from graftax.match.scope_names import main_column
 from graftax.match.settle import Settled
 from graftax.match.sides import Module
 
@@ -89,13 +89,13 @@ def _rows(cluster: Cluster) -> list[list[Pair]] | None:
     a module has no others. None if some module has no pair."""
     few, torch = (cluster.torch, True) if len(cluster.torch) < len(cluster.flax) else (cluster.flax, False)
     said = any(pair.bonus > 1 for pair in cluster.pairs)  # a rule for another instance says so: do not trust the names
-    for allowed in (lambda pair: said or not pair.blocked or pair.soft, lambda _: True):
+    for allowed in (lambda pair: said or not pair.forbidden, lambda _: True):
         rows: dict[int, list[Pair]] = {id(module): [] for module in few}
         for pair in cluster.pairs:
             if allowed(pair):
                 rows[id(pair.torch if torch else pair.flax)].append(pair)
         for row in rows.values():
-            row.sort(key=lambda pair: (bool(pair.blocked) and not pair.soft, -pair.total))
+            row.sort(key=lambda pair: (pair.forbidden, -pair.total))
         ways = list(rows.values())
         if all(ways) and _matching(ways, torch):
             return ways

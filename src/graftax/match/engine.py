@@ -13,13 +13,13 @@ from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
 from graftax.match.cycles import cycle_options
 from graftax.match.flatten import Suspect, suspects
 from graftax.match.idioms import has_experts
-from graftax.match.judge import wrapper_words
 from graftax.match.kinds import Kinds
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, path_of
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.partial import as_ruled
+from graftax.match.scope_names import wrapper_words
 from graftax.match.settle import Settled, open_leaves, settle_apart, settle_kinds, take_groups
 from graftax.match.sides import Module, Token, view
 from graftax.match.traced import Traces, by_trace, shown

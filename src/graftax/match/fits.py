@@ -6,10 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
+from graftax.match.evidence import judge
 from graftax.match.idioms import refined
-from graftax.match.judge import judge, learn_common, learn_places, main_column, name_final_norm, number_ranks
 from graftax.match.layouts import Facts, Readings, axis_choices, readings, stacked
 from graftax.match.pairs import Label, Link, Pair, Scope
+from graftax.match.scope_names import learn_common, learn_places, main_column, name_final_norm, number_ranks
 from graftax.match.sides import Column, Key, Module
 from graftax.ops import Op, Unstack
 

@@ -6,9 +6,9 @@ import re
 from collections import defaultdict
 from itertools import pairwise
 
-from graftax.match.judge import numbered_as
 from graftax.match.names import Lexicon
-from graftax.match.pairs import Pair, Scope
+from graftax.match.pairs import Pair, Route, Scope
+from graftax.match.scope_names import numbered_as
 from graftax.match.sides import Module, Token
 
 
@@ -57,11 +57,12 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
                     pair for pair in chosen if pair is not None and known.get(id(pair.torch), pair.flax) is pair.flax
                 ]
                 fresh = [pair for pair in agreed if id(pair) in waiting]
-                if len(agreed) != len(left) or not fresh or any(pair.blocked and not pair.soft for pair in fresh):
+                if len(agreed) != len(left) or not fresh or any(pair.forbidden for pair in fresh):
                     continue
+                route: Route = "stream" if why == ALONG_BLOCK else "numbers"
                 for pair in fresh:
                     pair.why = why
-                out += fresh
+                out += [pair for pair in fresh if pair.open_to(route)]
                 break
         if out:
             return out
@@ -174,7 +175,7 @@ def out_of_order(pairs: list[Pair]) -> bool:
     same thing on both sides."""
     rows: defaultdict[int, int] = defaultdict(int)
     cols: defaultdict[int, int] = defaultdict(int)
-    pairs = [pair for pair in pairs if not pair.remote]
+    pairs = [pair for pair in pairs if not pair.found("unnamed transposed convolution")]
     for pair in pairs:
         rows[id(pair.torch)] += 1
         cols[id(pair.flax)] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from graftax.match.names import Lexicon, Name, name_of
 from graftax.match.sides import Column, Key, Module, Token
@@ -23,11 +24,29 @@ class Link:
     chains: dict[tuple[Label, tuple[int, ...], tuple[int, ...]], tuple[Op, ...]]
 
 
+Route = Literal["contest", "names", "alone", "numbers", "stream", "rest"]
+"""The ways to take a pair. contest: its names are better than those of its rivals; names: its names speak for it, and
+it has no rival; alone: no other pair fits; numbers: its place in a count; stream: its place along a block; rest: it is
+part of the only pairing of everything that is left of two paired parts."""
+BY_NAME: frozenset[Route] = frozenset(("contest", "names", "alone", "rest"))
+EVERY: frozenset[Route] = BY_NAME | frozenset[Route](("numbers", "stream"))
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one judgement says against a pair: its name, the routes that it bars, and its reason ('' if it only says
+    that evidence is missing)."""
+
+    judgement: str
+    bars: frozenset[Route]
+    text: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class Pair:
-    """A torch module and a Flax module that fit. `score`: how alike the names are, 0..1; `blocked`: why the pair may
-    not be taken although it fits; `whole`: both have the same roles and instances; `counts`: numbers that count one
-    thing differ; `astray`: the names of two norms say two places, so that no order pairs them."""
+    """A torch module and a Flax module that fit. `score`: how alike the names are, 0..1; it orders candidates;
+    `findings`: what judgements say against it; `whole`: both have the same roles and instances; `shared`: what both
+    names say; `equal`: the names are equal, and so are their numbers; `bonus`: paired siblings, rules."""
 
     torch: Module
     flax: Module
@@ -35,20 +54,27 @@ class Pair:
     whole: bool
     score: float = 0.0
     shared: tuple[str, ...] = ()
-    telling: float = 0.0
-    any_shared: float = 0.0
-    blocked: str = ""
-    soft: bool = False
-    lone: bool = False
-    head: bool = False
-    loose: bool = False
-    vague: bool = False
-    remote: bool = False
     equal: bool = False
-    counts: bool = False
-    astray: bool = False
+    findings: tuple[Finding, ...] = ()
     why: str = ""
     bonus: float = 0.0
+
+    def open_to(self, route: Route) -> bool:
+        """True if no judgement bars the route."""
+        return not any(route in finding.bars for finding in self.findings)
+
+    def found(self, judgement: str) -> bool:
+        return any(finding.judgement == judgement for finding in self.findings)
+
+    @property
+    def blocked(self) -> str:
+        """Why the names forbid the pair, although it fits; '' if they do not."""
+        return next((finding.text for finding in self.findings if finding.text), "")
+
+    @property
+    def forbidden(self) -> bool:
+        """True if no route may take the pair."""
+        return any(finding.bars == EVERY for finding in self.findings)
 
     @property
     def total(self) -> float:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from graftax.errors import GraftaxError
+from graftax.match.assign import Board
 from graftax.match.choose import Choice
-from graftax.match.decide import Board
 from graftax.match.pairs import Link, Pair
 from graftax.match.sides import Column, Key, Module
 from graftax.ops import Op, apply_chain
@@ -63,7 +63,7 @@ def reopened(taken: list[Pair], board: Board, pairs: list[Pair], keys: Mapping[K
     for pair in pairs:
         if any(_with(link, keys, anchors) for link in pair.links):
             pair.bonus += _SAID
-            pair.blocked = ""
+            pair.findings = ()
     return kept, Board(pair for pair in pairs if id(pair.torch) not in done and id(pair.flax) not in done)
 
 

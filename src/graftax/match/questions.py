@@ -11,10 +11,10 @@ from graftax.match.blocks import Doubt
 from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
 from graftax.match.engine import Result
 from graftax.match.flatten import Suspect
-from graftax.match.judge import main_column
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.rendering import column_rule, flatten_rules, group_rule, skeleton
+from graftax.match.scope_names import main_column
 from graftax.match.settle import Settled, open_links
 from graftax.match.sides import Column, Family, Module
 from graftax.plans import Candidate, Question

@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from graftax.match.assign import Board, assign
 from graftax.match.bare_rules import Said, left_open
 from graftax.match.choose import Choice
-from graftax.match.decide import Board, decide
 from graftax.match.fits import candidates, fit
 from graftax.match.groups import Group, find_groups
 from graftax.match.leftovers import by_kind, single_out
 from graftax.match.match_inputs import Ends
 from graftax.match.orders import RULED, in_order, out_of_order
-from graftax.match.pairs import Link, Pair, Scope
+from graftax.match.pairs import EVERY, Finding, Link, Pair, Scope
 from graftax.match.partial import anchored, reopened
 from graftax.match.sides import Module
 
@@ -36,9 +36,10 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
     if not trusted:
         pairs = candidates(scope, numbers=False)
     for pair in pairs if ends.kinds else ():
-        pair.blocked = pair.blocked or ends.kinds.clash(pair)
+        if clash := ends.kinds.clash(pair):
+            pair.findings += (Finding("live kinds", EVERY, clash),)
     forced = _forced(scope, pairs, ends.anchors, ends.named) if ends.anchors else []
-    taken, board = decide(pairs, scope.root, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
+    taken, board = assign(pairs, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
     if ends.anchors:
         taken, board = reopened(taken, board, pairs, dict(scope.keys), ends.anchors, forced)
     return Settled(scope, taken, board)
@@ -125,7 +126,7 @@ def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str], named: 
             pair = known.get((id(module), id(other))) or fit(module, other, dict(scope.keys), scope.same)
             pair = pair or Pair(module, other, [], False)
             pair.links = [kept for link in pair.links if (kept := left_open(link, scope, anchors, named)) is not None]
-            pair.why, pair.blocked = RULED, ""
+            pair.why, pair.findings = RULED, ()
             out.append(pair)
             seen |= {id(module), id(other)}
     return out

@@ -1,6 +1,7 @@
-"""Take pairs: only a mutual best with a clear margin, repeatedly. What is left becomes a question.
+"""Take pairs, repeatedly: one without a rival, a mutual best with a clear margin, a complete order. What is left
+becomes a question.
 
-A pair that something forbids still competes, so that it can make a choice unclear, but it is never taken.
+A pair that a judgement bars still competes, so that it can make a choice unclear, but it is not taken.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from graftax.match.orders import ALONG_BLOCK
 from graftax.match.pairs import Pair
 from graftax.match.sides import Module
 
@@ -54,34 +54,19 @@ class Board:
         return out + [other for other in self.cols[id(pair.flax)].values() if other is not pair]
 
 
-def decide(pairs: list[Pair], root: bool, orders: Orders, forced: list[Pair]) -> tuple[list[Pair], Board]:
-    """(the pairs taken, what is left open). `forced`: pairs that rules have settled. A pair that competed with a forced
-    one is taken by elimination only if its own names support it."""
+def assign(pairs: list[Pair], orders: Orders, forced: list[Pair]) -> tuple[list[Pair], Board]:
+    """(the pairs taken, what is left open). `forced`: pairs that rules have settled."""
     board = Board(pairs)
-    rivalled = {id(pair) for pair in pairs if len(board.rows[id(pair.torch)]) + len(board.cols[id(pair.flax)]) > 2}
     taken: list[Pair] = list(forced)
     for pair in forced:
         board.take(pair)
     _couple(board, forced)
-    while True:
-        fresh = _last(board, root, rivalled, taken) or _clear(board)
-        fresh = fresh or [pair for pair in orders(board.pairs(), taken) if not _astray(pair)]
-        if not fresh:
-            return taken, board
+    while fresh := _alone(board, taken) or _clear(board) or orders(board.pairs(), taken):
         for pair in fresh:
             board.take(pair)
         taken += fresh
         _couple(board, fresh)
-
-
-def _astray(pair: Pair) -> bool:
-    """True for an order that proves nothing: along a block that neither name mentions, or by numbers that count once on
-    one side and twice on the other, if one of the names has nothing but its number."""
-    if pair.why == ALONG_BLOCK:
-        return pair.astray
-    counts = [sum(isinstance(token, int) for token in module.tokens) for module in (pair.torch, pair.flax)]
-    bare = any(all(isinstance(t, int) for t in module.tokens[module.own :]) for module in (pair.torch, pair.flax))
-    return counts[0] != counts[1] and bare
+    return taken, board
 
 
 def _clear(board: Board) -> list[Pair]:
@@ -91,11 +76,9 @@ def _clear(board: Board) -> list[Pair]:
         if not row:
             continue
         pair = max(row.values(), key=lambda p: p.total)
-        if pair.blocked or pair.total < ENOUGH or not _backed(pair):
-            continue
         rivals = board.rivals(pair)
-        if pair.lone and (rivals or pair.counts):
-            continue  # norm1 against norm2: both may count the same thing, from 0 and from 1, or different things
+        if pair.total < ENOUGH or not pair.open_to("contest" if rivals else "names"):
+            continue
         if all(other.total <= pair.total - MARGIN for other in rivals):
             by_name = all(other.score <= pair.score - MARGIN for other in rivals)
             if by_name:
@@ -106,17 +89,8 @@ def _clear(board: Board) -> list[Pair]:
     return out
 
 
-def _backed(pair: Pair) -> bool:
-    """True if the names share a telling word, or if they share words for the kind (and numbers) and neither name says
-    more."""
-    if pair.vague and not pair.head:
-        return False  # only one of the names says which module it is
-    return pair.telling > 0 or (pair.any_shared > 0 and pair.whole and not pair.loose)
-
-
-def _last(board: Board, root: bool, rivalled: set[int], taken: list[Pair]) -> list[Pair]:
-    """Pairs without a rival: no other pair fits either end. `rivalled`: pairs that had rivals at first; their shapes
-    prove nothing, so their names must."""
+def _alone(board: Board, taken: list[Pair]) -> list[Pair]:
+    """Pairs without a rival: no other pair fits either end."""
     out: list[Pair] = []
     for row in list(board.rows.values()):
         if len(row) != 1:
@@ -124,13 +98,10 @@ def _last(board: Board, root: bool, rivalled: set[int], taken: list[Pair]) -> li
         (pair,) = row.values()
         if not pair.whole or len(board.cols[id(pair.flax)]) != 1:
             continue
-        if pair.blocked or pair.counts or (pair.vague and not pair.head and not _echoes(pair, taken)):
+        bars = [finding.judgement for finding in pair.findings if "alone" in finding.bars]
+        if bars and not (bars == ["vague"] and _echoes(pair, taken)):
             continue
-        if root and not pair.any_shared and not pair.head and pair.loose:
-            continue
-        pair.why = "no other pair fits"
-        if root and pair.any_shared:
-            pair.why += f", and {pair.says}"
+        pair.why = "no other pair fits" + (f", and {pair.says}" if pair.shared else "")
         out.append(pair)
     return out
 

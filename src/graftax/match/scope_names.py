@@ -1,0 +1,141 @@
+"""What the names of a whole scope show: the words that all share, those for places, and what the numbers count."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from graftax.match.names import UNKNOWN, Lexicon, Name, concepts, strip_common
+from graftax.match.pairs import Scope
+from graftax.match.places import counted_places, own_words
+from graftax.match.sides import Column, Module, Token
+
+Ranks = tuple[tuple[str, int, int], ...]
+"""The numbers of a name as (what is numbered, rank, how many)."""
+_TOWERS = frozenset(("enc", "dec", "vision", "text", "audio"))
+_PLAIN = frozenset(("norm", "layer", "stage", "model", "list", "weight", "scale"))
+
+
+def name_final_norm(scope: Scope) -> None:
+    """Name the norm outside of the blocks the final norm, if it is the only one there and its name says nothing but its
+    tower."""
+    for modules, torch in ((scope.torch, True), (scope.flax, False)):
+        cache = scope.torch_names if torch else scope.flax_names
+        bare: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
+        for module in modules:
+            said = cache[id(module)].concepts - scope.common - _PLAIN
+            if "norm" in cache[id(module)].concepts and said <= _TOWERS and not _ends_in_number(module):
+                bare[said].append(cache[id(module)])
+        alone = {id(names[0]) for names in bare.values() if len(names) == 1}
+        for key, name in list(cache.items()):
+            if id(name) in alone:
+                cache[key] = Name(name.concepts | {"final"}, name.last, name.raw)
+
+
+def _ends_in_number(module: Module) -> bool:
+    return any(isinstance(token, int) for token in module.tokens)
+
+
+def learn_common(scope: Scope) -> None:
+    names_t = [scope.name(m, True).concepts for m in scope.torch]
+    names_f = [scope.name(m, False).concepts for m in scope.flax]
+    scope.common = strip_common(names_t) | strip_common(names_f) | scope.wrappers
+    counts = [Counter(concept for name in names for concept in name) for names in (names_t, names_f)]
+    scope.around = frozenset(c for c, n in counts[0].items() if n >= _AROUND and counts[1][c] >= _AROUND)
+
+
+def learn_places(scope: Scope) -> None:
+    """Learn what each module's name says about itself alone, and what it says about its place."""
+    own_t, around_t = own_words(scope.torch, scope.torch_names, scope.lex)
+    own_f, around_f = own_words(scope.flax, scope.flax_names, scope.lex)
+    scope.own = {**own_t, **own_f}
+    scope.twins = _twins(scope.torch, own_t) | _twins(scope.flax, own_f)
+    scope.beside = {**around_t, **around_f}
+    norms = [
+        [cache[id(module)].concepts for module in modules if "norm" in cache[id(module)].concepts]
+        for modules, cache in ((scope.torch, scope.torch_names), (scope.flax, scope.flax_names))
+    ]
+    scope.norms = frozenset(word for found in norms if found for word in frozenset[str].intersection(*found))
+    scope.places = tuple(frozenset[str]().union(*found.values()) for found in (around_t, around_f))
+    scope.counted = (
+        counted_places(scope.torch, scope.lex),
+        counted_places(scope.flax, scope.lex),
+    )
+
+
+def _twins(modules: Sequence[Module], own: dict[int, frozenset[str]]) -> frozenset[int]:
+    """The modules in one of several places that hold modules of the same name: two towers, two parts."""
+    heads: defaultdict[tuple[object, ...], set[tuple[Token, ...]]] = defaultdict(set)
+    for module in modules:
+        numbers = tuple(token for token in module.tokens[module.own :] if isinstance(token, int))
+        heads[(own[id(module)], numbers)].add(module.tokens[: module.own])
+    places = {head for found in heads.values() if len(found) > 1 for head in found}
+    return frozenset(id(module) for module in modules if module.tokens[: module.own] in places)
+
+
+_AROUND = 4  # if this many modules of each side hold a word, it names the part around them and not one module
+
+
+_MAIN = ("weight", "value", "v", "bias", "mean", "var", "g")
+
+
+def main_column(module: Module) -> Column:
+    for role in _MAIN:
+        if role in module.roles:
+            return module.roles[role]
+    return next(iter(module.roles.values()))
+
+
+def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexicon) -> frozenset[str]:
+    """The first words that half of a side's modules have and the other side does not know: the model is inside a
+    wrapper."""
+    known = {concept for module in others for concept in concepts((*module.outer, *module.tokens), lex)}
+    paths: list[tuple[Token, ...]] = [(*module.outer, *module.tokens) for module in modules]
+    out: set[str] = set()
+    if len(modules) == len(others) == 1 and paths[0][1:] == (*others[0].outer, *others[0].tokens):
+        # One module and the same inside something whose name is no word for a part.
+        return frozenset(concept for concept in concepts(paths[0][:1], lex) if lex.weight(concept) == UNKNOWN)
+    for _ in range(3):
+        counts: defaultdict[Token, int] = defaultdict(int)
+        for path in paths:
+            if path:  # the root itself has no words
+                counts[path[0]] += 1
+        first = max(counts, key=lambda token: counts[token], default=None)
+        if not isinstance(first, str) or counts[first] < 2 or 2 * counts[first] < len(modules):
+            break
+        if any(4 * count > counts[first] for token, count in counts.items() if token != first):
+            break  # it is one of several parts, not a wrapper of all
+        out.update(concept for concept in concepts((first,), lex) if concept not in known)
+        paths = [path[1:] if path[0] == first else path for path in paths if len(path) > 1]
+    return frozenset(out)
+
+
+def number_ranks(modules: Sequence[Module], scope: Scope) -> dict[int, Ranks]:
+    """For each module, the numbers of its name as (what is numbered, rank, how many). Siblings at one place of the tree
+    are numbered together, so that 1, 2 means the same as 0, 1 and as 0, 3."""
+    groups: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
+    places: dict[int, list[tuple[tuple[object, ...], int]]] = {}
+    for module in modules:
+        for i, token in enumerate(module.tokens):
+            if isinstance(token, int):
+                mark = numbered_as(module.tokens, i, scope.lex)
+                groups[mark].add(token)
+                places.setdefault(id(module), []).append((mark, token))
+    orders = {mark: sorted(values) for mark, values in groups.items() if len(values) > 1}
+    out: dict[int, Ranks] = {}
+    for key, found in places.items():
+        ranks = [(str(mark[-1]), orders[mark].index(n), len(orders[mark])) for mark, n in found if mark in orders]
+        if ranks:
+            out[key] = tuple(ranks)
+    return out
+
+
+def numbered_as(tokens: Sequence[Token], at: int, lex: Lexicon) -> tuple[object, ...]:
+    """What the number at `at` counts: the path before its word, and the meaning of the word (ln_1 is like norm_2)."""
+    start = at
+    while start and isinstance(tokens[start - 1], str):
+        start -= 1
+    words = tokens[start:at]
+    meant = concepts(words, lex)
+    # In a run of words the number belongs to the last one: attention, norm 1 -> the norms of attention.
+    return (*tokens[:start], " ".join(meant[:-1]), meant[-1] if meant else "")
