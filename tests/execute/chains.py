@@ -13,13 +13,13 @@ from graftax.execute.pushdown import Const, SourceView, TilePiece, Value
 from graftax.ops import Op
 from graftax.ops.chains import bind_chain
 from graftax.ops.checked_ops import Crop, Pad, Repeat
-from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
+from graftax.ops.index_ops import Concat, Flip, Reorder, Split, Stack, Unstack
 from graftax.ops.rearrange import Rearrange
 from graftax.ops.value_ops import Cast, Scale, Sum
 from graftax.tree import TensorSpec
 
 _KINDS = ["rearrange"] * 5
-_KINDS += ["split", "concat", "stack", "unstack", "flip", "repeat", "pad", "crop", "scale", "cast", "sum"]
+_KINDS += ["split", "concat", "stack", "unstack", "reorder", "flip", "repeat", "pad", "crop", "scale", "cast", "sum"]
 
 
 def sources(rng: random.Random) -> tuple[np.ndarray[Any, Any], ...]:
@@ -77,6 +77,8 @@ def _random_op(rng: random.Random, specs: tuple[TensorSpec, ...]) -> Op | None:
         return Split(axis, (first, extent - first))
     if kind == "concat" and pairs:
         return Concat(axis, (extent, extent))
+    if kind == "reorder" and pairs:
+        return Reorder((1, 0))
     if kind == "stack" and pairs and rank < 5:
         return Stack(rng.randrange(rank + 1), 2)
     if kind == "unstack" and extent <= 4:

@@ -30,6 +30,7 @@ from graftax.ops import (
     Pad,
     Rearrange,
     RearrangeEach,
+    Reorder,
     Repeat,
     RequireZero,
     Same,
@@ -258,6 +259,15 @@ def test_stack_and_unstack(shape, data, dtype, seed):
     for j in range(inner):
         assert same_bits(out[j], np.stack(arrays[j::inner], axis))
     check(Unstack(axis, count), *out)
+
+
+@settings(deadline=None)
+@given(st.permutations(range(4)), st.integers(1, 2), DTYPE, SEED)
+def test_reorder(order, groups, dtype, seed):
+    arrays = [bits((2, n + 1), dtype, seed + n) for n in range(4 * groups)]
+    out = check(Reorder(tuple(order)), *arrays)
+    for place, array in enumerate(out):
+        assert same_bits(array, arrays[place // 4 * 4 + order[place % 4]])
 
 
 def test_unstack_gives_instance_by_instance():
@@ -516,7 +526,7 @@ WRONG: list[tuple[Op, tuple[TensorSpec, ...]]] = [
     (Stack(-1, 2), (F, F)), (Stack(0, 2), (F, TensorSpec((4, 5), "float32"))), (Unstack(0, 3), (F,)),
     (Unstack(2, 4), (F,)), (Flip((2,)), (F,)), (Flip((0, 0)), (F,)), (Repeat(0, 0), (F,)), (Repeat(2, 1), (F,)),
     (Unrepeat(0, 3), (F,)), (Unrepeat(0, 0), (F,)), (Unrepeat(0, -2), (F,)), (Pad(0, -1, 1), (F,)),
-    (Pad(2, 0, 1), (F,)),
+    (Pad(2, 0, 1), (F,)), (Reorder((0, 0)), (F, F)), (Reorder(()), (F,)), (Reorder((1, 0)), (F, F, F)),
     (Crop(0, 3, 2), (F,)), (Crop(0, -1, 0), (F,)), (Same(2), (F,)), (Same(2), (F, TensorSpec((4, 6), "int8"))),
     (Copy(2), (F, F)), (Copy(0), (F,)), (RequireZero(1, 0, 0, 1), (F,)), (RequireZero(0, 0, 0, 5), (F,)),
     (RequireZero(0, 0, 3, 2), (F,)), (RequireZero(-1, 0, 0, 1), (F,)), (RequireZero(0, 7, 0, 1), (F,)),

@@ -305,6 +305,34 @@ def test_a_fused_convolution_has_no_axis_of_heads(rank, fused):
     both_ways([rule], {"qkv.weight": (24, 7, *ones)}, wanted)
 
 
+def test_a_list_of_numbers_states_their_order():
+    rule = {"torch": "h.{l}.w", "flax": "h/w", "stack": {"l": 0}, "layout": "identity", "l": [2, 0, 1]}
+    torch = {f"h.{n}.w": (2, 3) for n in range(3)}
+    both_ways([rule], torch, lambda t: {"h/w": np.stack([t[f"h.{n}.w"] for n in (2, 0, 1)])})
+    rule = {"torch": "h.w", "flax": "h_{l}/w", "stack": {"l": 0}, "layout": "identity", "l": [2, 0, 1]}
+    both_ways([rule], {"h.w": (3, 2)}, lambda t: {f"h_{n}/w": t["h.w"][place] for place, n in enumerate((2, 0, 1))})
+
+
+@pytest.mark.parametrize(
+    ("keys", "order"),
+    [
+        ({"parts": "gate up -> up gate"}, [*range(6, 12), *range(6)]),
+        ({"parts": "q k v -> k v q"}, [*range(4, 12), *range(4)]),
+        ({"parts": "q k v -> v q k", "q": 4, "k": 1, "v": 1}, [10, 11, *range(10)]),
+        ({"parts": "q k v -> k q v", "fused": "interleaved", "heads": 2}, [2, 3, 0, 1, 4, 5, 8, 9, 6, 7, 10, 11]),
+        ({"parts": "a b -> b a", "fused": "interleaved", "heads": 6}, [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10]),
+    ],
+)
+def test_fused_parts_in_another_order(keys, order):
+    ends = {"torch": "fc.weight", "flax": "fc/kernel"}, {"torch": "fc.bias", "flax": "fc/bias"}
+    torch = {"fc.weight": (12, 5), "fc.bias": (12,)}
+    wanted = lambda t: {"fc/kernel": t["fc.weight"][order].T, "fc/bias": t["fc.bias"][order]}  # noqa: E731
+    both_ways([end | keys for end in ends], torch, wanted)
+    stacked = [{"torch": "h.{l}.w", "flax": "h/kernel", "stack": {"l": 1}, "layout": "linear"} | keys]
+    layers = {f"h.{n}.w": (12, 5) for n in range(2)}
+    both_ways(stacked, layers, lambda t: {"h/kernel": np.stack([t[f"h.{n}.w"][order].T for n in range(2)], 1)})
+
+
 @pytest.mark.parametrize(("ops", "axis"), [("e i o -> e i o", 2), ("e o i -> e i o", 1)])
 def test_parts_of_experts_that_take_turns(ops, axis):
     rule = {"torch": "m.gate_up", "flax": ["m/wi_0", "m/wi_1"], "fused": "interleaved", "heads": 4, "ops": ops}

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+import graftax as gx
+from graftax.errors import RulesError
 from graftax.plans import End, Plan
 from graftax.rules import apply_rules, load_rules
 from graftax.tree import Checkpoint
@@ -83,7 +85,7 @@ LAYERS = {"torch": "layers.{l}.w", "stack": {"l": 0}, "layout": "linear"}
         ({"torch": ["a.weight", "b.weight"], "flax": "ab/kernel", "fused": "interleaved"},
          "a.weight, b.weight -> ab/kernel", ("needs `heads`",)),
         ({"torch": ["a.weight", "a2.weight"], "flax": "aa/kernel", "fused": "interleaved", "heads": 4, "kv_heads": 2},
-         "a.weight, a2.weight -> aa/kernel", ("at least 4 heads, but the rule says kv_heads=2",)),
+         "a.weight, a2.weight -> aa/kernel", ("(4, 4) rows are not those of heads=4 and kv_heads=2",)),
         (LAYERS | {"flax": "s3", "l": [0, 1, 3], "stack": {"l": -4}}, "layers.0.w, layers.1.w, layers.3.w -> s3",
          ("3 axes has no axis -4 for l",)),
         ({"torch": "l.{l}.e.{e}.w", "flax": "m", "l": [0, 2], "stack": {"l": 0, "e": -4}, "layout": "linear"},
@@ -261,3 +263,29 @@ def test_the_time_of_rules_grows_with_the_number_of_keys():
         assert not found.proposal.failures
         seconds.append(min(times))
     assert seconds[1] < 9 * seconds[0], seconds
+
+
+LINES = [
+    {"torch": "fc2.weight", "flax": "fc2/kernel"},
+    {"torch": "fc2.weight", "flax": "fc2/kernel", "layout": "linear"},
+    {"torch": "blob.weight", "flax": "blob/wi", "layout": "identity"},
+    {"torch": ["a.weight", "a2.weight"], "flax": "aa/kernel", "fused": "block"},
+    {"torch": "d.{i}", "flax": "d4", "stack": {"i": 2}, "layout": "linear"},
+    {"torch": "conv1.weight", "flax": "conv1/kernel"},
+]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"heads": 7}, {"kv_heads": 2}, {"heads": 2, "kv_heads": 3}, {"parts": "q k v -> k q v", "q": 7, "k": 6, "v": 5}],
+)
+@pytest.mark.parametrize("rule", LINES)
+def test_a_key_that_cannot_be_obeyed_is_refused(rule, keys):
+    source, like = (abstract(shapes, side) for shapes, side in ((TORCH, "torch"), (FLAX, "flax")))
+    try:
+        plan = gx.plan(source, like, rules=[rule | keys])
+    except RulesError:
+        return
+    names = [rule["flax"]]
+    assert plan.failures
+    assert not [entry for entry in plan.entries if set(names) & set(entry.targets)]

@@ -11,6 +11,7 @@ from flax import linen as fn
 from torch import nn
 
 import graftax as gx
+from graftax.rules.of_plan import rule_lines_of
 
 
 class Torch(nn.Module):
@@ -65,6 +66,19 @@ def test_a_small_model_gives_the_rules_for_a_large_one() -> None:
     made = like.module.apply(large.run(module.state_dict()), wide)
     with torch.no_grad():
         np.testing.assert_allclose(np.asarray(made), module(torch.from_numpy(wide)).numpy(), rtol=2e-4, atol=2e-5)
+
+
+def test_parts_in_another_order_are_a_rule() -> None:
+    source = {"fc.weight": np.arange(96, dtype="f4").reshape(12, 8)}
+    like = {"params": {"fc": {"kernel": np.zeros((8, 12), "f4")}}}
+    rule = '{ torch = "fc.weight", flax = "fc/kernel", parts = "q k v -> k q v", q = 4, k = 1, v = 1 }'
+    plan = gx.plan(source, like, rules=rule, source_side="torch", to="flax")
+    back = gx.plan(plan.run(source), source, rules=rule, source_side="flax", to="torch")
+    for made in (plan, back):
+        (line,) = rule_lines_of(made)
+        assert 'parts = "' in line
+        again = gx.plan(made.made_from.source, made.made_from.like, rules=line.strip().partition(",   #")[0])
+        assert again.entries[0].ops == made.entries[0].ops
 
 
 def test_what_no_rule_says_is_a_comment() -> None:

@@ -18,7 +18,7 @@ from graftax.execute.loop_nests import MOST_PIECES, Affine, Nest, NotLocal, acti
 from graftax.ops import Op, infer_chain
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
 from graftax.ops.edge_ops import Fill
-from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
+from graftax.ops.index_ops import Concat, Flip, Reorder, Split, Stack, Unstack
 from graftax.ops.rearrange import Rearrange, parse_pattern
 from graftax.ops.rearrange_each import RearrangeEach
 from graftax.ops.replace_op import Replace
@@ -301,6 +301,10 @@ def _same(op: Any, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Bac
     yield tensor, nest
 
 
+def _reorder(op: Reorder, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
+    yield op.taken(tensor), nest
+
+
 def _unsum(op: Unsum, before: Sequence[TensorSpec], tensor: int, nest: Nest) -> Back:
     yield _term(op, tensor)[0], nest
 
@@ -312,6 +316,7 @@ _STEPS: dict[type[Any], Callable[[Any, Sequence[TensorSpec], int, Nest], Back]] 
     Split: _split,
     Stack: _stack,
     Unstack: _unstack,
+    Reorder: _reorder,
     Flip: _flip,
     Repeat: _repeat,
     Unrepeat: _unrepeat,

@@ -27,7 +27,7 @@ from graftax.execute.whole import check_source, reads_sources, run_entry
 from graftax.formats.base import Tile
 from graftax.formats.io.sizes import size_text
 from graftax.ops import CONDITIONS, Cast, Keep, Replace, chain_text
-from graftax.ops.index_ops import Concat, Split, Stack, Unstack
+from graftax.ops.index_ops import Concat, Reorder, Split, Stack, Unstack
 from graftax.ops.rearrange import Rearrange
 from graftax.ops.rearrange_each import RearrangeEach
 from graftax.ops.replace_op import RunMaker
@@ -48,7 +48,7 @@ OVER = 2
 """Times as many bytes read as needed, beyond which the receipt says why."""
 
 
-_BY_SHAPE = (Rearrange, RearrangeEach, Split, Concat, Stack, Unstack, Cast)
+_BY_SHAPE = (Rearrange, RearrangeEach, Split, Concat, Stack, Unstack, Reorder, Cast)
 """Ops whose only numbers are those of shapes: equal ops make equal pieces, to the bit."""
 
 

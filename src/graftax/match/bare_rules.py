@@ -16,6 +16,7 @@ from graftax.ops import Op, Stack, Unstack, invert_chain
 from graftax.plans import Candidate, Entry, Proposal, Question
 from graftax.plans.names import fold_names
 from graftax.rules import Rule, rule_line
+from graftax.rules.chain import heads_fault
 from graftax.rules.state import Named
 
 
@@ -61,12 +62,12 @@ def left_open(link: Link, scope: Scope, anchors: Mapping[str, str], named: Mappi
 def _as_said(link: Link, said: Said) -> frozenset[Label]:
     """The readings that use the stack axes and the heads that the rule names."""
     stacking = None if said.ops is None else _stacking(said.ops)
-    heads = said.rule.heads
     out: set[Label] = set()
-    for (label, _, _), chain in link.chains.items():
+    for (label, _, right), chain in link.chains.items():
         if stacking is not None and _stacking(chain) != stacking:
             continue
-        if heads is None or all(dict(getattr(op, "sizes", ())).get("h", heads) == heads for op in chain):
+        inner = [n for axis, n in enumerate(right) if axis not in {op.axis for op in chain if isinstance(op, Stack)}]
+        if not heads_fault(said.rule, tuple(inner), chain):
             out.add(label)
     return frozenset(out)
 
@@ -150,9 +151,11 @@ def _line(rule: Rule, **more: Any) -> str:
     keys: dict[str, Any] = dict(zip(rule.words, (_one(rule.left), _one(rule.right)), strict=True))
     for name in ("fused", "heads", "kv_heads", "scale", "offset"):
         keys[name] = getattr(rule, name) or None
+    keys["parts"] = " -> ".join(map(" ".join, rule.parts)) if rule.parts[0] else None
     for name in ("stack", "repeat", "pad"):
         keys[name] = dict(getattr(rule, name)) or None
     keys |= {name: list(numbers) for name, numbers in rule.ranges.items()}
+    keys |= rule.sizes
     return rule_line(**keys, **more)
 
 

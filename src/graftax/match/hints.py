@@ -26,7 +26,8 @@ def read_hints(entries: Iterable[Entry], turned: bool) -> Hints:
     out = Hints()
     for entry in entries:
         torch, flax = (entry.targets, entry.sources) if turned else (entry.sources, entry.targets)
-        if len(flax) == 1 and torch and not any(isinstance(op, (Concat, Split)) for op in entry.ops):
+        cut, joined = (any(isinstance(op, kind) for op in entry.ops) for kind in (Split, Concat))
+        if len(flax) == 1 and torch and cut == joined:  # both: its parts are put in another order
             out.anchors |= dict.fromkeys(torch, flax[0])
         elif (len(torch) == 1 and flax) or (len(flax) == 1 and torch):
             at = next((i for i, op in enumerate(entry.ops) if isinstance(op, (Concat, Split))), None)

@@ -27,7 +27,7 @@ from graftax.ops.chains import (
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
 from graftax.ops.edge_ops import Drop, Fill, Keep
 from graftax.ops.floats import widens
-from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
+from graftax.ops.index_ops import Concat, Flip, Reorder, Split, Stack, Unstack
 from graftax.ops.norm_ops import FoldWeightNorm, SpectralSigma, SpectralVector, UnfoldWeightNorm
 from graftax.ops.rearrange import Rearrange, axis_groups, parse_pattern, transpose
 from graftax.ops.rearrange_each import RearrangeEach
@@ -56,6 +56,7 @@ __all__ = [
     "Pad",
     "Rearrange",
     "RearrangeEach",
+    "Reorder",
     "Repeat",
     "Replace",
     "RequireZero",

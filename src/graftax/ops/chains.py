@@ -14,7 +14,7 @@ from graftax.errors import RulesError, escape
 from graftax.ops.base import Arrays, Op, Specs
 from graftax.ops.checked_ops import Copy, Crop, Pad, Repeat, RequireZero, Same, Unrepeat
 from graftax.ops.edge_ops import Drop, Fill, Keep
-from graftax.ops.index_ops import Concat, Flip, Split, Stack, Unstack
+from graftax.ops.index_ops import Concat, Flip, Reorder, Split, Stack, Unstack
 from graftax.ops.norm_ops import FoldWeightNorm, SpectralSigma, SpectralVector, UnfoldWeightNorm
 from graftax.ops.rearrange import Rearrange
 from graftax.ops.rearrange_each import RearrangeEach
@@ -24,7 +24,7 @@ from graftax.ops.value_ops import Cast, Offset, Scale, Sum, Unsum
 OPS: dict[str, type[Any]] = {
     cls.name: cls
     for cls in (
-        Rearrange, RearrangeEach, Split, Concat, Stack, Unstack, Flip, Repeat, Unrepeat, Pad, Crop, Same, Copy,
+        Rearrange, RearrangeEach, Split, Concat, Stack, Unstack, Reorder, Flip, Repeat, Unrepeat, Pad, Crop, Same, Copy,
         RequireZero,
         Cast, Scale, Offset, Sum, Unsum, FoldWeightNorm, UnfoldWeightNorm, SpectralSigma, SpectralVector,
         Fill, Drop, Keep, Replace,

@@ -161,6 +161,37 @@ class Unstack:
 
 
 @dataclass(frozen=True, slots=True)
+class Reorder:
+    """Put every len(order) consecutive tensors in another order: output i is input order[i]. Exact; views."""
+
+    name: ClassVar[str] = "reorder"
+    exact = True
+    order: tuple[int, ...]
+
+    @property
+    def inverse(self) -> Reorder:
+        return Reorder(tuple(sorted(range(len(self.order)), key=self.order.__getitem__)))
+
+    @property
+    def text(self) -> str:
+        return f"put the parts in the order {' '.join(map(str, self.order))}"
+
+    def infer(self, specs: Specs) -> Specs:
+        if sorted(self.order) != list(range(len(self.order))):
+            raise LayoutError(f"{self.text}: it is no order of {len(self.order)} tensors")
+        count_groups(len(specs), len(self.order), self.text)
+        return tuple(specs[self.taken(i)] for i in range(len(specs)))
+
+    def apply(self, arrays: Arrays) -> Arrays:
+        return tuple(arrays[self.taken(i)] for i in range(len(arrays)))
+
+    def taken(self, output: int) -> int:
+        """The input that becomes this output."""
+        start = output - output % len(self.order)
+        return start + self.order[output - start]
+
+
+@dataclass(frozen=True, slots=True)
 class Flip:
     """Reverse `axes`. Exact; a view; its own inverse."""
 

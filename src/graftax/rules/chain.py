@@ -9,7 +9,16 @@ from dataclasses import dataclass, field, replace
 from graftax.errors import LayoutError
 from graftax.ops import Copy, Flip, Op, Rearrange, RearrangeEach, Same, Stack, Sum, Unstack, infer_chain, invert_chain
 from graftax.rules.flatten import NO_TAIL, Shape, Tail
-from graftax.rules.fuse import check_heads, fused_axis, head_counts, join, part_sizes, shown_heads, take_apart
+from graftax.rules.fuse import (
+    check_heads,
+    fused_axis,
+    head_counts,
+    join,
+    part_sizes,
+    reordered,
+    shown_heads,
+    take_apart,
+)
 from graftax.rules.layout import Laid, TensorPair, layout_of, left_shape
 from graftax.rules.model import LIST, Rule
 from graftax.rules.rows import row_ops
@@ -135,7 +144,13 @@ def _core(
     if many == (1, 1):
         laid = _piece(rule, case, _first(lefts), _first(rights))
         _heads_agree(rule, rights, laid.ops)
-        return rows + laid.ops, laid
+        shape = lefts[0] if lefts is not None else _through(invert_chain(laid.ops), rights)
+        moved = (
+            reordered(rule, fused_axis(rule, len(shape), case.sides[0], case.left_roles[0]), shape)
+            if rule.parts[0]
+            else ()
+        )
+        return rows + moved + laid.ops, laid
     if rule.fused == "tied":
         return _tied(rule, case, lefts, rights, many, rows)
     if rule.fused == "sum":
@@ -223,6 +238,7 @@ def _joined(
         if any(len(s) != len(lefts[0]) for s in lefts):
             raise LayoutError(f"tensors of different ranks do not join: {' and '.join(map(str, lefts))}")
         sizes = tuple(shape[axis] for shape in lefts)
+        check_heads(rule, sizes, ())
         whole = (*lefts[0][:axis], sum(sizes), *lefts[0][axis + 1 :])
     else:
         assert right is not None
@@ -256,15 +272,29 @@ def _merge(each: Sequence[Laid]) -> Laid:
 
 
 def _heads_agree(rule: Rule, rights: Sequence[Shape] | None, ops: Sequence[Op]) -> None:
-    """Check that `heads` of a rule for one tensor is an axis of the target that the layout makes, or leaves as it
-    is."""
     if rule.heads is None or rule.ops is not None:
         return
     if rights is None:
         raise LayoutError("`heads` without a `like` leaves open where the heads go; write ops")
-    if len(rights[0]) > 2 and rule.heads not in rights[0] and (rule.kv_heads or 0) not in rights[0]:
-        raise LayoutError(f"no axis of {rights[0]} has heads={rule.heads} entries")
-    if len(rights[0]) > 2 and ops and not any(isinstance(op, Rearrange) and "(" in op.pattern for op in ops):
-        raise LayoutError(f"heads={rule.heads}, but the layout splits no axis into heads")
-    if len(rights[0]) <= 2 and all(extent % rule.heads for extent in rights[0]):
-        raise LayoutError(f"no axis of {rights[0]} is a multiple of heads={rule.heads}")
+    fault = heads_fault(rule, rights[0], ops)
+    if fault:
+        raise LayoutError(fault)
+
+
+def heads_fault(rule: Rule, right: Shape, ops: Sequence[Op]) -> str:
+    """Why `heads` of a rule for one tensor is no axis of the target that `ops` make, or leave as it is; '' if it is, or
+    if the rule states no heads."""
+    if rule.heads is None:
+        return ""
+    said = {rule.heads, rule.kv_heads or rule.heads}
+    made = [op for op in ops if isinstance(op, Rearrange)]
+    others = {dict(op.sizes).get("h", rule.heads) for op in made} - said
+    if others:
+        return f"the layout makes {others.pop()} heads, not {rule.heads}"
+    if len(right) > 2 and said.isdisjoint(right):
+        return f"no axis of {right} has heads={rule.heads} entries"
+    if len(right) > 2 and ops and not any("(" in op.pattern for op in made):
+        return f"heads={rule.heads}, but the layout splits no axis into heads"
+    if len(right) <= 2 and all(extent % rule.heads for extent in right):
+        return f"no axis of {right} is a multiple of heads={rule.heads}"
+    return ""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftax.errors import LayoutError
-from graftax.ops import Concat, Op, Rearrange, Split, parse_pattern
+from graftax.ops import Concat, Op, Rearrange, Reorder, Split, parse_pattern
 from graftax.rules.flatten import Shape
 from graftax.rules.model import Rule
 from graftax.tree import Side
@@ -103,8 +103,11 @@ def check_heads(rule: Rule, sizes: Sequence[int], shown: Sequence[Heads | None])
         raise LayoutError(f"the targets have {max(counts)} heads, but the rule says heads={rule.heads}")
     if counts and rule.kv_heads is not None and min(counts) != rule.kv_heads:
         raise LayoutError(f"the targets have at least {min(counts)} heads, but the rule says kv_heads={rule.kv_heads}")
-    if largest % rule.heads:
+    dim, odd = divmod(largest, rule.heads)
+    if odd:
         raise LayoutError(f"{largest} rows are no multiple of heads={rule.heads}")
+    if rule.kv_heads is not None and (min(sizes) != rule.kv_heads * dim or {*sizes} - {largest, rule.kv_heads * dim}):
+        raise LayoutError(f"{sizes} rows are not those of heads={rule.heads} and kv_heads={rule.kv_heads}")
 
 
 # ---------------------------------------------------------------- ops
@@ -152,6 +155,33 @@ def _patterns(axis: int, rank: int) -> tuple[str, str]:
     wide, flat = [*rest], [*rest]
     wide[axis], flat[axis] = "g r d", "(g r d)"
     return f"{' '.join(flat)} -> {' '.join(wide)}", f"{' '.join(wide)} -> {' '.join(flat)}"
+
+
+def reordered(rule: Rule, axis: int, shape: Shape) -> tuple[Op, ...]:
+    """A fused tensor whose parts lie in one order -> the same in the order of the other side. The parts are equal, or
+    have the shares of the rows that the rule states."""
+    left, right = rule.parts
+    if not left:
+        return ()
+    runs = rule.heads if rule.fused == "interleaved" and rule.heads else 1
+    shares = [rule.sizes.get(name, 1) for name in left]
+    unit, odd = divmod(shape[axis], runs * sum(shares))
+    if odd:
+        text = " + ".join(f"{name}={share}" for name, share in zip(left, shares, strict=True))
+        raise LayoutError(
+            f"axis {axis} has {shape[axis]} rows; {runs} x ({text}) needs a multiple of {runs * sum(shares)}"
+        )
+    sizes = tuple(unit * share for share in shares)
+    order = tuple(left.index(name) for name in right)
+    at = axis + (runs > 1)
+    ops = Split(at, sizes), Reorder(order), Concat(at, tuple(sizes[i] for i in order))
+    if runs == 1:
+        return ops
+    names = [f"a{i}" for i in range(len(shape))]
+    flat, wide = [*names], [*names]
+    flat[axis], wide[axis] = "(g r)", "g r"
+    apart = Rearrange(f"{' '.join(flat)} -> {' '.join(wide)}", (("g", runs), ("r", sum(sizes))))
+    return (apart, *ops, apart.inverse)
 
 
 def _interleaved(rule: Rule, sizes: tuple[int, ...], shown: Sequence[Heads | None]) -> tuple[int, tuple[int, ...], int]:

@@ -179,7 +179,7 @@ def _complete(rule: Rule, keys: Keys, templates: Sequence[Template], label: str,
         if not known and name not in rule.ranges and seen[0] != 0:
             hint = f'If that is all, write {name} = "{seen[0]}..{seen[-1]}" in {rule.where}.'
             return _fault(rule, f"{name} begins at {seen[0]}, not at 0", label, templates[0].text, hint)
-        keys.values[name] = tuple(seen)
+        keys.values[name] = tuple(wanted)  # a list of numbers states their order, too
     for combo in product(*(keys.values[name] for name in keys.names)):
         for t, template in enumerate(templates):
             if (t, combo) not in keys.found:

@@ -215,7 +215,7 @@ def _written(rule: Rule, piece: TensorPair) -> tuple[Op, ...]:
 
 def _grown(rule: Rule, heads: int | None) -> dict[str, int]:
     """The axis sizes that the rule states, after repeat and pad."""
-    out = dict(rule.sizes)
+    out = {name: size for name, size in rule.sizes.items() if name not in rule.parts[0]}
     if heads is not None and rule.ops is not None and "h" in rule.ops.axes:
         out.setdefault("h", heads)
     for name, size in tuple(out.items()):

@@ -22,7 +22,8 @@ AxisName = str | int
 class Rule:
     """A two-way template. `left`: torch templates (of the source, if `directional`); `right`: Flax templates (of the
     target); both with the indices of their templates. Every key of the rules file is a field. ranges: index -> the
-    numbers it may have; sizes: axis -> its length. `transpose` is stored as a layout."""
+    numbers it may have, in the order of the rule; parts: the parts of a fused tensor in the order of each side;
+    sizes: axis -> its length, or part -> its share of the rows. `transpose` is stored as a layout."""
 
     label: str
     line: str
@@ -35,6 +36,7 @@ class Rule:
     layout: str = ""
     flatten: tuple[tuple[str, int | None], ...] = ()
     fused: str = ""
+    parts: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     heads: int | None = None
     kv_heads: int | None = None
     stack: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -70,7 +72,7 @@ class Rule:
     def bare(self) -> bool:
         """True if the rule is silent and pairs one leaf on each side, and states nothing else except heads and stacked
         axes."""
-        values = self.fused, self.repeat, self.pad, self.scale is not None, self.offset is not None
+        values = self.fused, self.parts[0], self.repeat, self.pad, self.scale is not None, self.offset is not None
         return self.silent and not any(values) and len(self.left) == len(self.right) == 1
 
     @property

@@ -6,6 +6,7 @@ comment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from graftax.ops import (
     Op,
     Rearrange,
     RearrangeEach,
+    Reorder,
     Split,
     Stack,
     Unstack,
@@ -164,6 +166,10 @@ def _forms(ops: Sequence[Op], index: str) -> Iterator[Keys]:
     if len(ops) == 1 and isinstance(ops[0], Rearrange):
         yield from _rearranged(ops[0])
         return
+    at = next((i for i, op in enumerate(ops) if isinstance(op, Reorder)), 0)
+    if at and isinstance(cut := ops[at - 1], Split) and isinstance(ops[at + 1], Concat):
+        yield from _with_parts(cut, ops[at], (*ops[: at - 1], *ops[at + 2 :]))
+        return
     how: Keys = {}
     rest = list(ops)
     if isinstance(rest[0], Split) or (rest and isinstance(rest[-1], Concat)):
@@ -181,6 +187,20 @@ def _forms(ops: Sequence[Op], index: str) -> Iterator[Keys]:
             yield how | keys
     elif how and len(rest) == 1 and isinstance(rest[0], RearrangeEach):
         yield how
+
+
+def _with_parts(cut: Split, move: Op, rest: Sequence[Op]) -> Iterator[Keys]:
+    """Parts of a fused tensor in another order, and the layout beside."""
+    assert isinstance(move, Reorder)
+    names = [f"part{i}" for i in range(len(move.order))]
+    one, other = " ".join(names), " ".join(names[i] for i in move.order)
+    unit = math.gcd(*cut.sizes)
+    shares = (
+        {name: size // unit for name, size in zip(names, cut.sizes, strict=True)} if len(set(cut.sizes)) > 1 else {}
+    )
+    for said in (f"{one} -> {other}", f"{other} -> {one}"):  # a rule is written torch to Flax, a plan runs either way
+        for keys in ({"layout": "linear"}, {"layout": "conv"}, *_forms(rest, "")):
+            yield {"parts": said, **shares, **keys}
 
 
 def _rearranged(op: Rearrange) -> Iterator[Keys]:

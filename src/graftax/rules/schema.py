@@ -91,6 +91,17 @@ def _flatten(value: Any) -> tuple[tuple[str, int | None], ...]:
     return tuple((name, size) for name, (_, size) in zip(names, pairs, strict=True))
 
 
+def _parts(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    hint = "the order of the parts on both sides, such as 'q k v -> k q v'"
+    before, arrow, after = value.partition("->") if isinstance(value, str) else ("", "", "")
+    left, right = tuple(before.split()), tuple(after.split())
+    if not arrow or len(left) < 2 or len(set(left)) < len(left) or not all(name.isidentifier() for name in left):
+        raise ValueError(hint)
+    if sorted(left) != sorted(right):
+        raise ValueError(f"{hint}: each part once on each side")
+    return left, right
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("a number")
@@ -117,6 +128,7 @@ class RuleTable(BaseModel):
     transpose: bool | None = None
     flatten: Annotated[Any, BeforeValidator(_flatten)] = None
     fused: Literal["block", "interleaved", "tied", "sum"] | None = None
+    parts: Annotated[Any, BeforeValidator(_parts)] = None
     heads: Count | None = None
     kv_heads: Count | None = None
     stack: Annotated[Any, BeforeValidator(_axes)] = None

@@ -10,7 +10,7 @@ from typing import Any, cast
 from graftax.errors import RulesError, escape
 
 ORDER = (
-    "torch", "flax", "source", "target", "ops", "layout", "transpose", "flatten", "fused", "heads", "kv_heads",
+    "torch", "flax", "source", "target", "ops", "layout", "transpose", "flatten", "fused", "parts", "heads", "kv_heads",
     "stack", "scale", "offset", "repeat", "pad", "drop", "fill", "missing",
 )  # fmt: skip
 """The keys of a rule in their written order; ranges and axis sizes follow them."""

@@ -87,7 +87,8 @@ def _made(
     _alike(templates, faults)
     indices = set(_indices(templates[0])) | set(_indices(templates[1]))
     ops = _ops(given, indices, faults)
-    ranges, sizes = _extras(extras, indices, ops, faults)
+    parts = given.get("parts", ((), ()))
+    ranges, sizes = _extras(extras, indices, ops, parts[0], faults)
     _together(given, left, right, faults)
     if faults:
         return None, faults
@@ -112,6 +113,7 @@ def _made(
         layout=layout,
         flatten=given.get("flatten", ()),
         fused=fused,
+        parts=parts,
         heads=given.get("heads"),
         kv_heads=given.get("kv_heads"),
         stack=stack,
@@ -166,26 +168,32 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _extras(
-    extras: Mapping[str, Any], indices: set[str], ops: OpsText | None, faults: list[Fault]
+    extras: Mapping[str, Any], indices: set[str], ops: OpsText | None, parts: Sequence[str], faults: list[Fault]
 ) -> tuple[dict[str, Sequence[int]], dict[str, int]]:
     ranges: dict[str, Sequence[int]] = {}
     sizes: dict[str, int] = {}
     axes = ops.axes if ops else frozenset[str]()
+    twice = [name for name in parts if name in axes or name in indices]
+    faults += [(f"{escape(name)!r} is a part, and an axis or an index too", "Give it another name.") for name in twice]
     for name, value in extras.items():
         if name in indices:
             numbers = _range(value)
             if numbers is None:
-                hint = f'Write {name} = "3..60" (both ends are in), {name} = 3 or {name} = [0, 2, 4].'
+                hint = f'Write {name} = "3..60" (both ends are in), {name} = 3 or {name} = [0, 2, 4], each number once.'
                 faults.append((f"`{escape(name)}` is {escape(repr(value), 80)}", hint))
             else:
                 ranges[name] = numbers
-        elif name in axes:
+        elif name in axes or name in parts:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 faults.append((f"`{escape(name)}` is {escape(repr(value), 80)}", "The length of an axis is a number."))
             else:
                 sizes[name] = value
         else:
-            faults.append(_unknown(name, [*ORDER, *indices, *axes]))
+            faults.append(_unknown(name, [*ORDER, *indices, *axes, *parts]))
+    if 0 < len(sized := [name for name in parts if name in sizes]) < len(parts):
+        faults.append(
+            (f"`parts` has the size of {escape(', '.join(sized))} alone", "Give the size of each part, or none.")
+        )
     return ranges, sizes
 
 
@@ -194,8 +202,9 @@ def _range(value: Any) -> Sequence[int] | None:
         return (value,)
     if isinstance(value, (list, tuple)):
         items = cast("Sequence[Any]", value)
-        if items and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in items):
-            return tuple(sorted(set(items)))
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in items)
+        if items and whole and len(set(items)) == len(items):
+            return tuple(items)
     if isinstance(value, str) and (found := _RANGE.fullmatch(value)):
         first, last = int(found[1]), int(found[2])
         if first <= last and last - first < _MOST:
@@ -228,7 +237,7 @@ def _ops(given: Mapping[str, Any], indices: set[str], faults: list[Fault]) -> Op
 
 _APART = (
     ("ops", "layout"), ("ops", "transpose"), ("ops", "flatten"), ("layout", "transpose"), ("layout", "flatten"),
-    ("transpose", "flatten"), ("fused", "flatten"), ("drop", "missing"), ("fill", "missing"),
+    ("transpose", "flatten"), ("fused", "flatten"), ("heads", "flatten"), ("drop", "missing"), ("fill", "missing"),
 )  # fmt: skip
 
 
@@ -236,6 +245,11 @@ def _together(given: Mapping[str, Any], left: Sequence[str], right: Sequence[str
     for one, other in _APART:
         if one in given and other in given:
             faults.append((f"`{one}` and `{other}` exclude each other", "Leave one out."))
+    heads, kv_heads = given.get("heads"), given.get("kv_heads")
+    if kv_heads is not None and (heads is None or heads % kv_heads):
+        faults.append((f"`kv_heads` = {kv_heads} shares out no `heads`", "Give `heads`, a multiple of it."))
+    if heads is not None and given.get("fused") in ("sum", "tied"):
+        faults.append((f"`heads` and `fused` = {given['fused']!r} exclude each other", "Leave one out."))
     if left and right:
         for name in ("drop", "missing"):
             if name in given:
@@ -332,6 +346,13 @@ def _fused(
     listed = LIST in stack or (ops is not None and LIST in ops.placed)
     if not left or not right:
         return ""
+    if "parts" in given:
+        if len(left) > 1 or len(right) > 1 or fused in ("tied", "sum"):
+            hint = "It is for one tensor on each side; the order of a list is the order of its parts."
+            faults.append((f"`parts` excludes a list{' and `fused` = ' + repr(fused) if fused else ''}", hint))
+        if fused == "interleaved" and "heads" not in given:
+            faults.append(("`parts` that are interleaved need `heads`", "It is the number of runs in which they lie."))
+        return fused
     if len(left) > 1 and len(right) > 1:
         if fused != "sum" or stack:
             hint = 'Write a rule for each pair; fused = "sum" alone adds a list and splits the sum in blocks.'
