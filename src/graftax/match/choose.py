@@ -27,13 +27,15 @@ _ONLY = {
 
 @dataclass(slots=True)
 class Choice:
-    """The label taken and the evidence, or the open labels if nothing decides between them."""
+    """The label taken and the evidence, or the open labels if nothing decides between them. `parts`: the orders in
+    which the two names list the parts of the fused tensor, if they differ."""
 
     label: Label | None
     why: str
     open: tuple[Label, ...] = ()
     kind: str = "layout"
     trap: Suspect | None = None
+    parts: str = ""
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, path_of
 from graftax.match.pairs import Link, Pair, Scope
+from graftax.match.part_order import in_said_order
 from graftax.match.partial import as_ruled
 from graftax.match.scope_names import wrapper_words
 from graftax.match.settle import Settled, open_leaves, settle_apart, settle_kinds, take_groups
@@ -142,7 +143,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
                 trap = traps.get(id(pair.torch))
                 if trap is not None:
                     choice = by_trace(link, item.scope, trapped(link, choice, trap), ends.traces)
-                item.choices[id(link)] = choice
+                item.choices[id(link)] = in_said_order(choice, pair)
             if call_order(pair, item.scope):
                 result.call_order.append(pair)
                 if ends.calls.counts(path_of(pair.flax)):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from graftax.match.layouts import Facts, readings
 from graftax.match.pairs import Scope
+from graftax.match.part_order import said_order
 from graftax.match.sides import Column, Key, Module, Shape
 from graftax.ops import Concat, Op, Rearrange, Split, Stack
 from graftax.rules.fuse import join_groups, split_groups
@@ -67,7 +68,7 @@ def find_groups(
             ones = [m for m in one if id(m) not in done and _is_fused(m, parts, scope, fused_torch)]
             fits: list[Group] = []
             for module in ones:
-                order = _order(module, parts, scope)
+                order = _order(module, parts)
                 for found in sets:
                     members = _as_ruled(tuple(found[i] for i in order), module, styles, fused_torch)
                     left, right = ((module,), members) if fused_torch else (members, (module,))
@@ -96,15 +97,10 @@ def _part_sets(
     return [tuple(members[p] for p in parts) for members in found.values() if set(members) == set(parts)]
 
 
-def _order(module: Module, parts: tuple[str, ...], scope: Scope) -> list[int]:
-    """The order of the parts in the fused module's name, if it names all of them: `up_gate` holds up first."""
-    said = [
-        next((p for p in parts if p in scope.lex.synonyms.get(token, ())), None)
-        for token in module.tokens
-        if isinstance(token, str)
-    ]
-    named = list(dict.fromkeys(p for p in said if p is not None))
-    return [parts.index(p) for p in named] if len(named) == len(parts) else list(range(len(parts)))
+def _order(module: Module, parts: tuple[str, ...]) -> list[int]:
+    """The order of the parts in the fused module's name, if it lists all of them: `up_gate` holds up first."""
+    found = said_order(module)
+    return [parts.index(p) for p in found] if set(found) == set(parts) else list(range(len(parts)))
 
 
 def _as_ruled(

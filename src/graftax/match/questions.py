@@ -13,6 +13,7 @@ from graftax.match.engine import Result
 from graftax.match.flatten import Suspect
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
+from graftax.match.part_order import order_keys
 from graftax.match.rendering import column_rule, flatten_rules, group_rule, skeleton
 from graftax.match.scope_names import main_column
 from graftax.match.settle import Settled, open_links
@@ -84,11 +85,16 @@ def _columns(modules: Iterable[Module]) -> list[Column]:
 def _readings(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:
     out: list[Question] = []
     stacks: dict[tuple[Label, ...], list[tuple[Pair, Link]]] = {}
+    orders: dict[int, list[tuple[Pair, Link, Choice]]] = {}
     for pair, link, choice in open_links(item):
+        if choice.kind == "order":
+            orders.setdefault(id(pair), []).append((pair, link, choice))
+            continue
         if choice.kind == "stack":
             stacks.setdefault(choice.open, []).append((pair, link))
             continue
         out.append(_reading(item.scope, [(pair, link)], choice, sides, turned))
+    out += [_order(item.scope, found, sides, turned) for found in orders.values()]
     for open_, links in stacks.items():
         out.append(_reading(item.scope, links, Choice(None, "", open_, "stack"), sides, turned))
     return out
@@ -102,14 +108,17 @@ def _reading(
     pair, link = links[0]
     found: list[Candidate] = []
     for label in choice.open:
-        if choice.trap is not None:
-            for rule in flatten_rules(scope, pair.torch, pair.flax, link, label, choice.trap, sides):
+        ways = [*order_keys(pair, link, label, choice.parts), {}] if choice.parts else [{}]
+        for more in ways if choice.trap is not None else ():
+            assert choice.trap is not None
+            for rule in flatten_rules(scope, pair.torch, pair.flax, link, label, choice.trap, sides, more):
                 where = _paths([link.flax if turned else link.torch])
                 found.append(Candidate(rule, where, "the values are a flattened map (C, H, W)"))
         labels = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
-        for known in labels[:2]:
-            rule = column_rule(scope, pair.torch, pair.flax, link, known, sides, open_=True, asked=True)
+        for known, more in product(labels[:2], ways):
+            rule = column_rule(scope, pair.torch, pair.flax, link, known, sides, open_=True, asked=True, more=more)
             where = f"it is stacked on axis {', '.join(map(str, known[0]))}" if known[0] else _layout(known, rule)
+            where += f", and its parts change places ({choice.parts})" if more else ""
             found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), where))
     what = "stack axes" if choice.kind == "stack" else "layouts"
     names = ", ".join(fold_names(torch if turned else flax)[:4])
@@ -122,6 +131,24 @@ def _reading(
         return Question("flatten", text, torch if turned else flax, flax if turned else torch, tuple(found))
     text = f"{names}: the shape fits {len(found)} {what}, and nothing tells which is right"
     return Question(choice.kind, text, torch if turned else flax, flax if turned else torch, tuple(found))
+
+
+def _order(scope: Scope, leaves: Sequence[tuple[Pair, Link, Choice]], sides: tuple[str, str], turned: bool) -> Question:
+    """The leaves of one fused module whose two names list its parts in different orders."""
+    torch, flax = _paths(link.torch for _, link, _ in leaves), _paths(link.flax for _, link, _ in leaves)
+    parts = leaves[0][2].parts
+    ways: list[list[str]] = []
+    for pair, link, choice in leaves:
+        ways.append([
+            column_rule(scope, pair.torch, pair.flax, link, choice.open[0], sides, asked=True, more=more)
+            for more in (*order_keys(pair, link, choice.open[0], parts), {})
+        ])  # fmt: skip
+    where = flax if turned else torch
+    says = [f"its parts change places ({parts})"] * (len(ways[0]) - 1) + ["its parts lie in one order"]
+    found = [Candidate(", ".join(lines), where, said) for *lines, said in zip(*ways, says, strict=True)]
+    names = ", ".join(fold_names(torch if turned else flax)[:4])
+    text = f"{names}: the two names list its parts in different orders ({parts}), and no file shows whether they lie so"
+    return Question("order", text, torch if turned else flax, where, tuple(found))
 
 
 def _layout(label: Label, rule: str) -> str:

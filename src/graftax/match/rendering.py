@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from graftax.match.flatten import Suspect
 from graftax.match.groups import Group, GroupLink, heads_of
@@ -27,16 +27,17 @@ def column_rule(
     sides: tuple[str, str],
     open_: bool = False,
     asked: bool = False,
+    more: Mapping[str, object] = {},
 ) -> str:
     """The rule line that pairs two columns with the reading `label`. It is one rule, or one per instance if the numbers
     of the two sides have no simple relation. `sides`: the words for the ends; `open_`: the reading is open; `asked`:
-    only the reading is asked for, so that the line must name it."""
+    only the reading is asked for, so that the line must name it; `more`: what else it states."""
     lines: list[str] = []
     for shared in _parts(scope, link.torch, link.flax):
         t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax, shared)
         keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
         if label is not None:
-            keys |= _reading_keys(label[1], link, open_, asked)
+            keys |= _reading_keys(label[1], link, open_, asked) | dict(more)
             if stack and label[0]:
                 keys["stack"] = dict(zip(stack, label[0], strict=False))
         lines.append(rule_line(**keys))
@@ -44,7 +45,7 @@ def column_rule(
 
 
 def flatten_rules(scope: Scope, torch: Module, flax: Module, link: Link, label: Label, trap: Suspect,
-                  sides: tuple[str, str]) -> list[str]:  # fmt: skip
+                  sides: tuple[str, str], more: Mapping[str, object]) -> list[str]:  # fmt: skip
     """The rule lines that state a map flattened channels first in torch and channels last in Flax, one for each number
     of channels that fits."""
     out: list[str] = []
@@ -52,7 +53,7 @@ def flatten_rules(scope: Scope, torch: Module, flax: Module, link: Link, label: 
         lines: list[str] = []
         for shared in _parts(scope, link.torch, link.flax):
             t_path, f_path, stack = templates(scope, torch, flax, link.torch, link.flax, shared)
-            keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path}
+            keys: dict[str, object] = {sides[0]: t_path, sides[1]: f_path, **more}
             if trap.vector:
                 matrix = any(len(shape) == 2 for shape in link.torch.shapes.values())
                 keys["ops"] = "(c h w) i -> i (h w c)" if matrix else "(c h w) -> (h w c)"

@@ -6,13 +6,15 @@ share a *concept*. A word that is not in the table is its own concept and counts
 
 from __future__ import annotations
 
+from itertools import permutations
+
 SYNONYMS: dict[str, str] = {
     # attention
     "q": "q query queries wq qproj querys qry qlin qlinear queryproj qs",
     "k": "k key keys wk kproj klin klinear keyproj ks",
     "v": "v value values wv vproj val vlin vlinear valueproj vs vals",
-    "qkv": "qkv wqkv inproj qkvproj toqkv",
-    "kv": "kv wkv",
+    "qkv": "qkv wqkv inproj qkvproj toqkv qvk kqv kvq vqk vkq",
+    "kv": "kv wkv vk",
     "o": "o oproj outproj attnout",
     "attn": "attn attention att attentions mha msa mhsa selfattn attns"
     " attentive multihead multiheadattention mhattn atten sdpa",
@@ -24,6 +26,7 @@ SYNONYMS: dict[str, str] = {
     "mlp": "positionwise mlp moe ffn ff feedforward ffw fforward mlps ffns ffnn ffwd feedfwd",
     "up in": "up wi intermediate fcin inner expand upproj win expansion widen uplin",
     "down out": "down downproj contract contraction shrink narrow downlin",
+    "gate up": "gateup upgate",
     "gate": "gate gating wg gateproj gates glu",
     "in": "in input inp inputs",
     "out": "out output outputs wo",
@@ -151,10 +154,8 @@ PHRASES: dict[str, str] = {
     "type embed": "seg embed",
     "type emb": "seg embed",
     "c attn": "qkv attn",
-    "query key value": "qkv",
-    "key value": "kv",
-    "q k v": "qkv",
-    "k v": "kv",
+    **{" ".join(order): "qkv" for words in ("query key value", "q k v") for order in permutations(words.split())},
+    **{" ".join(order): "kv" for words in ("key value", "k v") for order in permutations(words.split())},
     "c fc": "up in",
     "c proj": "proj",
     "ln f": "norm final",

@@ -28,9 +28,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What inference cannot decide. `kind` is a word (match, layout, flatten, fused, stack, shape, missing, unused);
-    `targets` and `sources` are the leaves that wait for the answer; each candidate has the rule line that settles the
-    question."""
+    """What inference cannot decide. `kind` is a word (match, layout, flatten, fused, order, stack, shape, missing,
+    unused); `targets` and `sources` are the leaves that wait for the answer; each candidate has the rule line that
+    settles the question."""
 
     kind: str
     text: str
