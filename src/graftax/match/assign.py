@@ -16,7 +16,7 @@ MARGIN = 0.12
 ENOUGH = 0.3
 COUPLING = 0.2
 
-Orders = Callable[[list[Pair], list[Pair]], list[Pair]]
+Step = Callable[[list[Pair], list[Pair]], list[Pair]]
 
 
 class Board:
@@ -48,25 +48,38 @@ class Board:
             for other in self.cols.pop(id(module), {}).values():
                 self.rows[id(other.torch)].pop(id(module), None)
 
+    def remove(self, pair: Pair) -> None:
+        """Remove one pair; both modules stay open."""
+        self.rows[id(pair.torch)].pop(id(pair.flax), None)
+        self.cols[id(pair.flax)].pop(id(pair.torch), None)
+
     def rivals(self, pair: Pair) -> list[Pair]:
         """Every other open pair of its row and its column."""
         out = [other for other in self.rows[id(pair.torch)].values() if other is not pair]
         return out + [other for other in self.cols[id(pair.flax)].values() if other is not pair]
 
 
-def assign(pairs: list[Pair], orders: Orders, forced: list[Pair]) -> tuple[list[Pair], Board]:
-    """(the pairs taken, what is left open). `forced`: pairs that rules have settled."""
+def assign(pairs: list[Pair], orders: Step, crossing: Step, forced: list[Pair]) -> tuple[list[Pair], Board]:
+    """(the pairs taken, what is left open). `orders`: (open pairs, taken pairs) -> pairs that an order settles;
+    `crossing`: -> open pairs that do not compete, because each end is in a part that pairs with another one; `forced`:
+    pairs that rules have settled."""
     board = Board(pairs)
     taken: list[Pair] = list(forced)
     for pair in forced:
         board.take(pair)
     _couple(board, forced)
-    while fresh := _alone(board, taken) or _clear(board) or orders(board.pairs(), taken):
+    while True:
+        fresh = _alone(board, taken) or _clear(board) or orders(board.pairs(), taken)
         for pair in fresh:
             board.take(pair)
         taken += fresh
         _couple(board, fresh)
-    return taken, board
+        if not fresh:
+            apart = crossing(board.pairs(), taken)
+            if not apart:
+                return taken, board
+            for pair in apart:
+                board.remove(pair)
 
 
 def _clear(board: Board) -> list[Pair]:

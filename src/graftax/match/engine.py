@@ -21,7 +21,7 @@ from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.part_order import in_said_order
 from graftax.match.partial import as_ruled
 from graftax.match.scope_names import wrapper_words
-from graftax.match.settle import Settled, open_leaves, settle_apart, settle_kinds, take_groups
+from graftax.match.settle import Settled, open_leaves, settle_apart, settle_kinds, take_groups, take_rest
 from graftax.match.sides import Module, Token, view
 from graftax.match.traced import Traces, by_trace, shown
 
@@ -128,6 +128,9 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
         habits.learn(item.scope, item.taken)
         stack_axes(item.scope, item.taken, habits)
         take_groups(item, ends)
+        if rest := take_rest(item):
+            habits.learn(item.scope, rest)
+            stack_axes(item.scope, item.taken, habits)
     traps = result.traps = {} if same else _traps(result.settled, root, lex, ends.traces if habits.convs else None)
     for item in result.settled:
         for pair in item.taken:

@@ -272,14 +272,24 @@ def _counted_twice(case: Case) -> str | None:
 
 
 def _unmatched_word(case: Case) -> str | None:
-    """A telling word of one name that the other lacks: what is left over need not belong together."""
+    """A word of one name that the other lacks: what is left over need not belong together. Outside of blocks, and
+    beside a name that only counts calls (`Dense_0`), a word for the part around the module does not count."""
     if not case.raw_differ or _any_head(case):
         return None
+    if _norms_of_two_places(case) or _layers_of_two_kinds(case):
+        return ""
+    least = 1.0 if case.scope.root or counts_calls(case.pair.torch) or counts_calls(case.pair.flax) else 0.5
     for words, other in ((case.left - case.right, case.right), (case.right - case.left, case.left)):
         words -= _IS_HEAD if other & _IS_HEAD else _NOTHING
-        if any(case.lex.weight(word) >= 1 for word in words):
+        if any(case.lex.weight(word) >= least or case.lex.weight(word) == UNKNOWN for word in words):
             return ""
     return None
+
+
+def counts_calls(module: Module) -> bool:
+    """True if the last part of the module's path is an automatic name."""
+    path = next(iter(main_column(module).paths.values()))[0]
+    return any(_COUNTED_CALL.fullmatch(part) for part in re.split(r"[./]", path)[-2:-1])
 
 
 _IS_HEAD = frozenset(("head", "out"))

@@ -51,7 +51,12 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
         for torch, flax, found in components([pair for pair in pairs if pair.whole]):
             if len(torch) != len(flax) or len(torch) < 2:
                 continue
-            for left, right, why in _orders(torch, flax, scope, trusted):
+            rest = (
+                pairs is open_
+                and _accounted(torch, flax, taken, scope)
+                and all(p.open_to("rest") for p in found.values())
+            )
+            for left, right, why in _orders(torch, flax, scope, trusted, rest):
                 chosen = [found.get((id(a), id(b))) for a, b in zip(left, right, strict=True)]
                 agreed = [
                     pair for pair in chosen if pair is not None and known.get(id(pair.torch), pair.flax) is pair.flax
@@ -70,11 +75,16 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
 
 
 def _orders(
-    torch: list[Module], flax: list[Module], scope: Scope, trusted: bool
+    torch: list[Module], flax: list[Module], scope: Scope, trusted: bool, rest: bool
 ) -> list[tuple[list[Module], list[Module], str]]:
     out: list[tuple[list[Module], list[Module], str]] = []
     numbers_t, numbers_f = _numbered(torch, scope.lex), _numbered(flax, scope.lex)
-    if numbers_t is not None and numbers_f is not None and trusted and _one_thing(numbers_t[0], numbers_f[0], scope):
+    if (
+        numbers_t is not None
+        and numbers_f is not None
+        and trusted
+        and (rest or _one_thing(numbers_t[0], numbers_f[0], scope))
+    ):
         out.append((numbers_t, numbers_f, BY_NUMBER))
     stream_t, stream_f = _stream(torch, scope, True), _stream(flax, scope, False)
     if stream_t is not None and stream_f is not None:
@@ -108,6 +118,12 @@ def _meant(tokens: tuple[Token, ...], lex: Lexicon) -> tuple[object, ...]:
         return tokens
     rest = tuple(0 if isinstance(token, int) else token for token in tokens[at:])
     return (*template(numbered_as(tokens, at, lex)), *rest)  # type: ignore[arg-type]
+
+
+def _accounted(torch: list[Module], flax: list[Module], taken: list[Pair], scope: Scope) -> bool:
+    """True if these modules are all that is left of the scope."""
+    done = {id(m) for pair in taken for m in (pair.torch, pair.flax)} | {id(m) for m in (*torch, *flax)}
+    return done.issuperset(map(id, (*scope.torch, *scope.flax)))
 
 
 def _one_thing(torch: Module, flax: Module, scope: Scope) -> bool:

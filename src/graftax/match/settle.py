@@ -16,6 +16,7 @@ from graftax.match.match_inputs import Ends
 from graftax.match.orders import RULED, in_order, out_of_order
 from graftax.match.pairs import EVERY, Finding, Link, Pair, Scope
 from graftax.match.partial import anchored, reopened
+from graftax.match.parts import crossing, the_rest
 from graftax.match.sides import Module
 
 
@@ -39,7 +40,12 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
         if clash := ends.kinds.clash(pair):
             pair.findings += (Finding("live kinds", EVERY, clash),)
     forced = _forced(scope, pairs, ends.anchors, ends.named) if ends.anchors else []
-    taken, board = assign(pairs, lambda open_, done: in_order(open_, pairs, done, scope, trusted), forced)
+    taken, board = assign(
+        pairs,
+        lambda open_, done: in_order(open_, pairs, done, scope, trusted),
+        lambda open_, done: crossing(open_, done, scope),
+        forced,
+    )
     if ends.anchors:
         taken, board = reopened(taken, board, pairs, dict(scope.keys), ends.anchors, forced)
     return Settled(scope, taken, board)
@@ -143,6 +149,16 @@ def take_groups(item: Settled, ends: Ends) -> None:
     item.groups = find_groups(scope, torch, flax, ends.styles, ends.heads)
     for group in item.groups:
         item.board.drop(group.torch, group.flax)
+
+
+def take_rest(item: Settled) -> list[Pair]:
+    """Take the only pairing of what is left of two paired parts."""
+    done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
+    done |= {id(m) for group in item.groups for m in (*group.torch, *group.flax)}
+    torch, flax = ([m for m in modules if id(m) not in done] for modules in (item.scope.torch, item.scope.flax))
+    found = the_rest(torch, flax, item.taken, item.board)
+    item.taken += found
+    return found
 
 
 def open_links(item: Settled) -> list[tuple[Pair, Link, Choice]]:

@@ -1,0 +1,125 @@
+"""Parts of a model as evidence: what stands in one part on one side stands in one part on the other.
+
+A part is a path: the whole scope, or a module that holds others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+
+from graftax.match.assign import Board
+from graftax.match.pairs import Pair, Scope
+from graftax.match.sides import Module, Token
+
+Part = tuple[Token, ...]
+
+
+def crossing(pairs: Sequence[Pair], taken: Sequence[Pair], scope: Scope) -> list[Pair]:
+    """Open pairs that pair a module of one part with a module outside of it. A telling word names a part if both sides
+    have it for parts with as many open modules that fit each other, and no taken pair has it on one end alone."""
+    out: dict[int, Pair] = {}
+    for word in sorted(_words_of_parts(pairs, scope)):
+        if any((word in _place(pair.torch, scope)) != (word in _place(pair.flax, scope)) for pair in taken):
+            continue
+        torch: dict[int, bool] = {}
+        flax: dict[int, bool] = {}
+        apart: list[Pair] = []
+        for pair in pairs:
+            inside = word in _place(pair.torch, scope), word in _place(pair.flax, scope)
+            if inside[0]:
+                torch[id(pair.torch)] = torch.get(id(pair.torch), False) or inside[1]
+            if inside[1]:
+                flax[id(pair.flax)] = flax.get(id(pair.flax), False) or inside[0]
+            if inside[0] != inside[1]:
+                apart.append(pair)
+        if len(torch) == len(flax) and all(torch.values()) and all(flax.values()):
+            out |= {id(pair): pair for pair in apart}
+    return list(out.values())
+
+
+def _words_of_parts(pairs: Sequence[Pair], scope: Scope) -> frozenset[str]:
+    """The telling words that both sides have for parts."""
+    torch = frozenset(
+        word for module in {id(p.torch): p.torch for p in pairs}.values() for word in _place(module, scope)
+    )
+    flax = frozenset(word for module in {id(p.flax): p.flax for p in pairs}.values() for word in _place(module, scope))
+    return frozenset(word for word in (torch & flax) - scope.common if scope.lex.weight(word) >= 1)
+
+
+def _place(module: Module, scope: Scope) -> frozenset[str]:
+    return scope.beside.get(id(module), frozenset())
+
+
+# ---------------------------------------------------------------- what is left of two parts
+
+
+def the_rest(torch: Iterable[Module], flax: Iterable[Module], taken: Sequence[Pair], board: Board) -> list[Pair]:
+    """The pairs that are the only pairing of what is left of two parts, the smallest parts first. `torch`, `flax`: the
+    open modules of the scope. The pairs are removed from the board.
+
+    Two parts are paired if everything taken from one is paired with something of the other. All open modules of both
+    must be accounted for, and no judgement may bar a pair: a word that only one name has may stand for a stranger of
+    the same shape."""
+    out: list[Pair] = []
+    left, right = list(torch), list(flax)
+    parts = {(p, q) for pair in board.pairs() for p in _parts(pair.torch) for q in _parts(pair.flax)}
+    for p, q in sorted(parts, key=lambda ends: -len(ends[0]) - len(ends[1])):
+        mine, theirs = [m for m in left if _inside(m, p)], [m for m in right if _inside(m, q)]
+        if len(mine) != len(theirs) or not mine or not _paired(p, q, [*taken, *out]):
+            continue
+        found = only_pairing(mine, theirs, board)
+        if not found or not all(_sure(pair) for pair in found):
+            continue
+        for pair in found:
+            pair.why = f"it is in the only pairing of what is left of {_text(p)} and {_text(q)}"
+            board.take(pair)
+        out += found
+        gone = {id(m) for pair in found for m in (pair.torch, pair.flax)}
+        left, right = ([m for m in modules if id(m) not in gone] for modules in (left, right))
+    return out
+
+
+def only_pairing(torch: Collection[Module], flax: Collection[Module], board: Board) -> list[Pair]:
+    """The only complete pairing of these modules; [] if there is none, or more than one."""
+    wanted = {id(module) for module in flax}
+    rows = {id(m): {k: p for k, p in board.rows.get(id(m), {}).items() if k in wanted} for m in torch}
+    columns: defaultdict[int, dict[int, Pair]] = defaultdict(dict)
+    for key, row in rows.items():
+        for other, pair in row.items():
+            columns[other][key] = pair
+    out: list[Pair] = []
+    while rows:
+        # A graph with exactly one complete pairing has an end that only one edge touches.
+        row = next((row for row in rows.values() if len(row) == 1), None)
+        row = row or next((column for column in columns.values() if len(column) == 1), None)
+        if row is None:
+            return []
+        (pair,) = row.values()
+        out.append(pair)
+        for other in rows.pop(id(pair.torch)):
+            columns[other].pop(id(pair.torch), None)
+        for key in columns.pop(id(pair.flax), {}):
+            rows[key].pop(id(pair.flax), None)
+    return out if len(out) == len(wanted) else []
+
+
+def _parts(module: Module) -> list[Part]:
+    return [(), *(module.tokens[:cut] for cut in module.cuts[:-1])]
+
+
+def _inside(module: Module, part: Part) -> bool:
+    return module.tokens[: len(part)] == part and (not part or len(part) in module.cuts)
+
+
+def _paired(p: Part, q: Part, taken: Iterable[Pair]) -> bool:
+    ends = [(_inside(pair.torch, p), _inside(pair.flax, q)) for pair in taken]
+    return any(a for a, _ in ends) and all(a == b for a, b in ends)
+
+
+def _sure(pair: Pair) -> bool:
+    return pair.whole and pair.torch.raw == pair.flax.raw and pair.open_to("rest")
+
+
+def _text(part: Part) -> str:
+    return ".".join(map(str, part)) or "this part of the model"
