@@ -232,6 +232,11 @@ def _counts(case: Case) -> str | None:
     return "" if not case.same_place and _counts_differ(case) else None
 
 
+def _other_number(case: Case) -> str | None:
+    """As `counts`, for numbers that no siblings rank. Of numbers with siblings, the order of all pairs decides."""
+    return "" if not case.same_place and _counts_differ(case, ranked=False) else None
+
+
 def _last_numbers_of_one_count(case: Case) -> str | None:
     return "" if _last_numbers(case) is not None and _counts(case) is not None else None
 
@@ -276,7 +281,7 @@ def _unmatched_word(case: Case) -> str | None:
     beside a name that only counts calls (`Dense_0`), a word for the part around the module does not count."""
     if not case.raw_differ or _any_head(case):
         return None
-    if _norms_of_two_places(case) or _layers_of_two_kinds(case):
+    if _norms_of_two_places(case) or (_layers_of_two_kinds(case) and not _only_window(case.pair)):
         return ""
     least = 1.0 if case.scope.root or counts_calls(case.pair.torch) or counts_calls(case.pair.flax) else 0.5
     for words, other in ((case.left - case.right, case.right), (case.right - case.left, case.left)):
@@ -435,11 +440,12 @@ JUDGEMENTS: tuple[tuple[str, frozenset[Route], Callable[[Case], str | None]], ..
     ("unnamed transposed convolution", EVERY, _unnamed_deconvolution),
     ("stray parameter", EVERY, _stray_parameter),
     ("each says more", BY_NAME, _each_says_more),
-    ("Linear or convolution", BY_NAME, _linear_or_convolution),
+    ("Linear or convolution", BY_NAME - {"rest"}, _linear_or_convolution),
     ("vague", frozenset(("contest", "names", "alone")), _vague),
     ("no backing", frozenset(("contest", "names")), _no_backing),
     ("last numbers", frozenset(("contest",)), _last_numbers),
-    ("counts", frozenset(("alone", "rest")), _counts),
+    ("counts", frozenset(("alone",)), _counts),
+    ("other number", frozenset(("rest",)), _other_number),
     ("last numbers of one count", frozenset(("names",)), _last_numbers_of_one_count),
     ("nothing shared", frozenset(("alone",)), _nothing_shared_at_root),
     ("two places", frozenset(("stream",)), _two_places),
@@ -476,7 +482,8 @@ def _chosen_number(module: Module, name: Name, other: Name) -> bool:
     return not any(_COUNTED_CALL.fullmatch(part) for part in re.split(r"[./]", path))
 
 
-def _counts_differ(case: Case) -> bool:
+def _counts_differ(case: Case, ranked: bool = True) -> bool:
+    """True if both names count one thing and their places differ. ranked: places among siblings count, too."""
     counted: list[dict[str, tuple[int, int | None]]] = []
     for module, known in zip((case.pair.torch, case.pair.flax), case.ranks, strict=True):
         places = {what: rank for what, rank, _ in known}
@@ -489,7 +496,7 @@ def _counts_differ(case: Case) -> bool:
     for what in counted[0].keys() & counted[1].keys():
         (number, rank), (other, place) = counted[0][what], counted[1][what]
         if rank is not None and place is not None:
-            if rank != place:
+            if ranked and rank != place:
                 return True
         elif number != other and {number, other} != {0, 1}:
             return True

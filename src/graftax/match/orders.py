@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from itertools import pairwise
 
 from graftax.match.names import Lexicon
@@ -51,12 +52,7 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
         for torch, flax, found in components([pair for pair in pairs if pair.whole]):
             if len(torch) != len(flax) or len(torch) < 2:
                 continue
-            rest = (
-                pairs is open_
-                and _accounted(torch, flax, taken, scope)
-                and all(p.open_to("rest") for p in found.values())
-            )
-            for left, right, why in _orders(torch, flax, scope, trusted, rest):
+            for left, right, why in _orders(torch, flax, scope, trusted):
                 chosen = [found.get((id(a), id(b))) for a, b in zip(left, right, strict=True)]
                 agreed = [
                     pair for pair in chosen if pair is not None and known.get(id(pair.torch), pair.flax) is pair.flax
@@ -75,16 +71,11 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
 
 
 def _orders(
-    torch: list[Module], flax: list[Module], scope: Scope, trusted: bool, rest: bool
+    torch: list[Module], flax: list[Module], scope: Scope, trusted: bool
 ) -> list[tuple[list[Module], list[Module], str]]:
     out: list[tuple[list[Module], list[Module], str]] = []
     numbers_t, numbers_f = _numbered(torch, scope.lex), _numbered(flax, scope.lex)
-    if (
-        numbers_t is not None
-        and numbers_f is not None
-        and trusted
-        and (rest or _one_thing(numbers_t[0], numbers_f[0], scope))
-    ):
+    if numbers_t is not None and numbers_f is not None and trusted and _one_thing(numbers_t[0], numbers_f[0], scope):
         out.append((numbers_t, numbers_f, BY_NUMBER))
     stream_t, stream_f = _stream(torch, scope, True), _stream(flax, scope, False)
     if stream_t is not None and stream_f is not None:
@@ -94,6 +85,40 @@ def _orders(
     elif stream_f is not None and numbers_t is not None and trusted:
         out.append((numbers_t, stream_f, ALONG_BLOCK))
     return out
+
+
+def complete_order(torch: list[Module], flax: list[Module], scope: Scope) -> list[tuple[Module, Module]]:
+    """Modules that are all that is left of two parts, in the order of their numbers; of two modules, one side may say
+    with words which comes first. [] if the names show no order."""
+    ends: list[list[Module]] = []
+    for modules, is_torch in ((torch, True), (flax, False)):
+        found = _numbered(modules, scope.lex) or _first_and_last(modules, scope, is_torch)
+        if found is None:
+            return []
+        ends.append(found)
+    return list(zip(*ends, strict=True)) if len(torch) == len(flax) else []
+
+
+_FIRST, _LAST = frozenset(("in", "up", "first", "hidden", "pre")), frozenset(("out", "down", "final", "head", "post"))
+
+
+def _first_and_last(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | None:
+    """Two modules, if the words of only one say that it comes first, and only those of the other that it comes last."""
+    if len(modules) != 2:
+        return None
+    names = [scope.own[id(module)] | {scope.name(module, torch).last} for module in modules]
+    for first, last in ((0, 1), (1, 0)):
+        if names[first] & _FIRST and names[last] & _LAST and not (names[first] & _LAST or names[last] & _FIRST):
+            return [modules[first], modules[last]]
+    return None
+
+
+def in_step(pairs: Iterable[Pair]) -> bool:
+    """True if the numbers of pairs whose names differ in nothing else run in one order on both sides."""
+    groups: defaultdict[tuple[object, object], list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
+    for pair in pairs:
+        groups[(template(pair.torch.tokens), template(pair.flax.tokens))].append((_ints(pair.torch), _ints(pair.flax)))
+    return all(a[1] <= b[1] for found in groups.values() for a, b in pairwise(sorted(found)))
 
 
 def template(tokens: tuple[Token, ...]) -> tuple[object, ...]:
@@ -118,12 +143,6 @@ def _meant(tokens: tuple[Token, ...], lex: Lexicon) -> tuple[object, ...]:
         return tokens
     rest = tuple(0 if isinstance(token, int) else token for token in tokens[at:])
     return (*template(numbered_as(tokens, at, lex)), *rest)  # type: ignore[arg-type]
-
-
-def _accounted(torch: list[Module], flax: list[Module], taken: list[Pair], scope: Scope) -> bool:
-    """True if these modules are all that is left of the scope."""
-    done = {id(m) for pair in taken for m in (pair.torch, pair.flax)} | {id(m) for m in (*torch, *flax)}
-    return done.issuperset(map(id, (*scope.torch, *scope.flax)))
 
 
 def _one_thing(torch: Module, flax: Module, scope: Scope) -> bool:
@@ -195,17 +214,7 @@ def out_of_order(pairs: list[Pair]) -> bool:
     for pair in pairs:
         rows[id(pair.torch)] += 1
         cols[id(pair.flax)] += 1
-    groups: defaultdict[tuple[object, object], list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
-    for pair in pairs:
-        if rows[id(pair.torch)] == 1 and cols[id(pair.flax)] == 1:
-            groups[(template(pair.torch.tokens), template(pair.flax.tokens))].append(
-                (_ints(pair.torch), _ints(pair.flax))
-            )
-    for found in groups.values():
-        found.sort()
-        if any(b[1] < a[1] for a, b in pairwise(found)):
-            return True
-    return False
+    return not in_step(pair for pair in pairs if rows[id(pair.torch)] == 1 and cols[id(pair.flax)] == 1)
 
 
 def _ints(module: Module) -> tuple[int, ...]:

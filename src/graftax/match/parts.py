@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from graftax.match.assign import Board
+from graftax.match.names import concepts
+from graftax.match.orders import BY_NUMBER, complete_order, in_step
 from graftax.match.pairs import Pair, Scope
 from graftax.match.sides import Module, Token
 
@@ -54,25 +56,30 @@ def _place(module: Module, scope: Scope) -> frozenset[str]:
 # ---------------------------------------------------------------- what is left of two parts
 
 
-def the_rest(torch: Iterable[Module], flax: Iterable[Module], taken: Sequence[Pair], board: Board) -> list[Pair]:
-    """The pairs that are the only pairing of what is left of two parts, the smallest parts first. `torch`, `flax`: the
-    open modules of the scope. The pairs are removed from the board.
+def the_rest(
+    scope: Scope, torch: Iterable[Module], flax: Iterable[Module], taken: Sequence[Pair], board: Board, trusted: bool
+) -> list[Pair]:
+    """The pairs that are the only pairing of what is left of two parts, or the one in the order of their numbers; the
+    smallest parts first. `torch`, `flax`: the open modules of the scope; `trusted`: nothing in it shows numbers out of
+    order. The pairs are removed from the board.
 
-    Two parts are paired if everything taken from one is paired with something of the other. All open modules of both
-    must be accounted for, and no judgement may bar a pair: a word that only one name has may stand for a stranger of
-    the same shape."""
+    Two parts are paired if everything taken from one is paired with something of the other, or if the same words name
+    them. All open modules of both must be accounted for, and no judgement may bar a pair: a word that only one name has
+    may stand for a stranger of the same shape."""
     out: list[Pair] = []
     left, right = list(torch), list(flax)
     parts = {(p, q) for pair in board.pairs() for p in _parts(pair.torch) for q in _parts(pair.flax)}
     for p, q in sorted(parts, key=lambda ends: -len(ends[0]) - len(ends[1])):
         mine, theirs = [m for m in left if _inside(m, p)], [m for m in right if _inside(m, q)]
-        if len(mine) != len(theirs) or not mine or not _paired(p, q, [*taken, *out]):
+        if len(mine) != len(theirs) or not mine or not _paired(p, q, [*taken, *out], scope):
             continue
-        found = only_pairing(mine, theirs, board)
-        if not found or not all(_sure(pair) for pair in found):
+        found, why = only_pairing(mine, theirs, board), f"the only pairing of what is left of {_text(p)} and {_text(q)}"
+        if not found and trusted:
+            found, why = _ordered(mine, theirs, scope, board), BY_NUMBER
+        if not found or not all(_sure(pair) for pair in found) or not in_step([*taken, *out, *found]):
             continue
         for pair in found:
-            pair.why = f"it is in the only pairing of what is left of {_text(p)} and {_text(q)}"
+            pair.why = why
             board.take(pair)
         out += found
         gone = {id(m) for pair in found for m in (pair.torch, pair.flax)}
@@ -112,9 +119,18 @@ def _inside(module: Module, part: Part) -> bool:
     return module.tokens[: len(part)] == part and (not part or len(part) in module.cuts)
 
 
-def _paired(p: Part, q: Part, taken: Iterable[Pair]) -> bool:
+def _ordered(torch: list[Module], flax: list[Module], scope: Scope, board: Board) -> list[Pair]:
+    """All pairs of these modules in the order that their names show; [] if one of them does not fit."""
+    order = complete_order(torch, flax, scope)
+    found = [board.rows.get(id(a), {}).get(id(b)) for a, b in order]
+    return [pair for pair in found if pair is not None] if None not in found else []
+
+
+def _paired(p: Part, q: Part, taken: Iterable[Pair], scope: Scope) -> bool:
     ends = [(_inside(pair.torch, p), _inside(pair.flax, q)) for pair in taken]
-    return any(a for a, _ in ends) and all(a == b for a, b in ends)
+    numbers = [[token for token in part if not isinstance(token, str)] for part in (p, q)]
+    named = concepts(p, scope.lex) == concepts(q, scope.lex) != () and numbers[0] == numbers[1]
+    return (named or any(a for a, _ in ends)) and all(a == b for a, b in ends)
 
 
 def _sure(pair: Pair) -> bool:

@@ -29,6 +29,7 @@ class Settled:
     board: Board
     choices: dict[int, Choice] = field(default_factory=dict[int, Choice])
     groups: list[Group] = field(default_factory=list[Group])
+    trusted: bool = True  # nothing shows numbers out of order
 
 
 def _settle(scope: Scope, ends: Ends) -> Settled:
@@ -48,7 +49,7 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
     )
     if ends.anchors:
         taken, board = reopened(taken, board, pairs, dict(scope.keys), ends.anchors, forced)
-    return Settled(scope, taken, board)
+    return Settled(scope, taken, board, trusted=trusted)
 
 
 _KINDS = 8  # with more kinds of blocks in one family, the numbers show nothing
@@ -156,7 +157,7 @@ def take_rest(item: Settled) -> list[Pair]:
     done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
     done |= {id(m) for group in item.groups for m in (*group.torch, *group.flax)}
     torch, flax = ([m for m in modules if id(m) not in done] for modules in (item.scope.torch, item.scope.flax))
-    found = the_rest(torch, flax, item.taken, item.board)
+    found = the_rest(item.scope, torch, flax, item.taken, item.board, item.trusted)
     item.taken += found
     return found
 

@@ -44,6 +44,10 @@ SYNONYMS: dict[str, str] = {
     "pos embed": "wpe posembed posemb posencoding positionalencoding posenc",
     "pos": "pos position positions positional posit posn",
     "seg": "segment seg segments",
+    "hidden": "hidden hid",
+    "transform": "transform transformation",
+    "mu": "mu mean means",
+    "logvar": "logvar logsigma",
     "cls": "cls clstoken",
     "patch": "patch patches patchify patchembed",
     "mask": "mask masked",
@@ -204,7 +208,7 @@ EXCLUSIVE: tuple[str, ...] = (
     "in out",
     "attn mlp",
     "first final",
-    "mean var",
+    "mu var",
     "depthwise pointwise",
     "student teacher",
     "online target",
@@ -267,7 +271,7 @@ SAYS_LITTLE = frozenset(
 )
 """Words for kinds of layers and for wrappers: they tell a norm from a Linear, but not one Linear from another."""
 
-SAYS_SOME = frozenset(["attn", "mlp", "enc", "dec", "in", "out", "self", "shared", "causal"])
+SAYS_SOME = frozenset(["attn", "mlp", "enc", "dec", "in", "out", "self", "shared", "causal", "hidden", "transform"])
 """Words for the part around a leaf."""
 
 WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module"))
