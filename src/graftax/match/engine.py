@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 from graftax.match.bare_rules import Unsaid
-from graftax.match.blocks import Doubt, all_families, find_doubts, loosened, name_ties, prefixes, stack_into
+from graftax.match.blocks import Doubt, name_ties
 from graftax.match.calls import torch_calls
 from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
-from graftax.match.cycles import cycle_options
 from graftax.match.flatten import Suspect, suspects
 from graftax.match.idioms import has_experts
 from graftax.match.kinds import Kinds
@@ -21,18 +19,16 @@ from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.part_order import in_said_order
 from graftax.match.partial import as_ruled
 from graftax.match.scope_names import wrapper_words
-from graftax.match.settle import Settled, open_leaves, settle_apart, settle_kinds, take_groups, take_rest
-from graftax.match.sides import Module, Token, view
+from graftax.match.settle import Settled, settle_apart, settle_kinds, take_groups, take_rest
 from graftax.match.traced import Traces, by_trace, shown
+from graftax.match.views import Views
 
 
 @dataclass(slots=True, eq=False)
 class Result:
-    """All scopes, and the modules that found no scope."""
+    """All scopes, settled, and what they leave open."""
 
     settled: list[Settled]
-    torch_left: list[Module]
-    flax_left: list[Module]
     call_order: list[Pair] = field(default_factory=list[Pair])
     unsaid: list[Unsaid] = field(default_factory=list[Unsaid])
     habits: Habits = field(default_factory=Habits)
@@ -46,22 +42,10 @@ class Result:
 
 
 def match(ends: Ends, lex: Lexicon) -> Result:
-    """Everything that names and shapes decide. If layers are left over, they may be kept in cycles: that is used if
-    exactly one way to read them leaves nothing over."""
+    """Everything that names and shapes decide."""
     result = _match(ends, lex)
-    if (renames := _torch_calls(result, ends)) is not None:
-        ends = replace(ends, renames=renames)
-        result = _match(ends, lex)
-    over = sum(map(open_leaves, result.settled)) + len(result.torch_left) + len(result.flax_left)
-    if 4 * over < len(ends.flax) or not over:
-        return result
-    families = view(ends.torch, ends.torch_side, ends.torch_skip).families[1:]
-    complete: list[Result] = []
-    for renames in islice(cycle_options(families, ends.torch, ends.flax), _OPTIONS):
-        again = _match(replace(ends, renames=renames), lex)
-        if not again.torch_left and not again.flax_left and not any(map(open_leaves, again.settled)):
-            complete.append(again)
-    return complete[0] if len(complete) == 1 else result
+    renames = _torch_calls(result, ends)
+    return result if renames is None else _match(replace(ends, renames=renames), lex)
 
 
 def _torch_calls(result: Result, ends: Ends) -> Mapping[str, str] | None:
@@ -75,50 +59,19 @@ def _torch_calls(result: Result, ends: Ends) -> Mapping[str, str] | None:
     return calls.renames if any(path_of(pair.torch) in calls.renames for pair in traced) else None
 
 
-_OPTIONS = 6  # at most so many ways to read layers as cycles are tried
-
-
 def _match(ends: Ends, lex: Lexicon) -> Result:
-    torch = view(ends.torch, ends.torch_side, ends.torch_skip, renames=ends.renames)
-    flax = view(ends.flax, ends.flax_side, ends.flax_skip, renames=ends.calls.renames)
-    pairs, left_t, left_f = all_families(torch, flax, lex, ends.anchors)
-    if left_t and left_f:
-        exact_t, exact_f = prefixes(left_t), prefixes(left_f)
-        torch = view(ends.torch, ends.torch_side, ends.torch_skip, renames=ends.renames, exact=exact_t)
-        flax = view(ends.flax, ends.flax_side, ends.flax_skip, renames=ends.calls.renames, exact=exact_f)
-        again = all_families(torch, flax, lex, ends.anchors)
-        if len(again[1]) + len(again[2]) > len(left_t) + len(left_f):
-            torch = view(ends.torch, ends.torch_side, ends.torch_skip, renames=ends.renames)
-            flax = view(ends.flax, ends.flax_side, ends.flax_skip, renames=ends.calls.renames)
-        else:
-            pairs, left_t, left_f = again
     same = ends.torch_side == ends.flax_side
-    doubts = find_doubts(left_t, left_f, same, lex)
-    unsure = {id(family) for doubt in doubts for family in (*doubt.torch, *doubt.flax)}
-    left_t = [family for family in left_t if id(family) not in unsure]
-    left_f = [family for family in left_f if id(family) not in unsure]
-    if not doubts:
-        torch, flax, pairs, left_t, left_f = loosened(torch, flax, pairs, left_t, left_f, ends, lex)
-    name_ties(torch, ends)
-    all_t = [m for family in torch.families for m in family.modules]
-    all_f = [m for family in flax.families for m in family.modules]
+    found = Views(ends, lex).best()
+    name_ties(found.torch, ends)
+    all_t = [m for family in found.torch for m in family.modules]
+    all_f = [m for family in found.flax for m in family.modules]
     wrappers = wrapper_words(all_t, all_f, lex) | wrapper_words(all_f, all_t, lex)
     experts = (has_experts(all_t, lex), has_experts(all_f, lex))
-    root = Scope(torch.families[0].modules, flax.families[0].modules, [((), ())], True, same, lex)
-    scopes = [root]
-    by_t: dict[tuple[Token, ...], Scope] = {(): root}
-    by_f: dict[tuple[Token, ...], Scope] = {(): root}
-    for pair in pairs:
-        scope = Scope(pair.torch.modules, pair.flax.modules, pair.keys, False, same, lex, pair.why)
-        scopes.append(scope)
-        by_t.setdefault(pair.torch.prefix, scope)
-        by_f.setdefault(pair.flax.prefix, scope)
-    lost_t = stack_into(left_t, by_t, True, left_f, scopes)
-    lost_f = stack_into(left_f, by_f, False, left_t, scopes)
-    result = Result([], lost_t, lost_f, doubts=doubts, kinds=ends.kinds)
+    root = found.scopes[0]
+    result = Result([], doubts=found.doubts, kinds=ends.kinds)
     habits = result.habits
     habits.stacked = ends.traces.stacked
-    for scope in scopes:
+    for scope in found.scopes:
         scope.wrappers, scope.experts = wrappers, experts
         result.settled += settle_kinds(scope, ends)
     apart = settle_apart(result.settled, root, ends)

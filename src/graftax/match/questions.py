@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import islice, permutations, product
+from itertools import islice, product
 
 from graftax.match.assignments import MOST, Asked, Cluster, arranged
 from graftax.match.blocks import Doubt
@@ -17,7 +17,7 @@ from graftax.match.part_order import order_keys
 from graftax.match.rendering import column_rule, flatten_rules, group_rule, skeleton
 from graftax.match.scope_names import main_column
 from graftax.match.settle import Settled, open_links
-from graftax.match.sides import Column, Family, Module
+from graftax.match.sides import Column, Module
 from graftax.plans import Candidate, Question
 from graftax.plans.names import fold_names
 
@@ -49,29 +49,17 @@ def _all_paths(item: Settled) -> Iterable[str]:
 def _doubt(doubt: Doubt, sides: tuple[str, str], turned: bool) -> Question:
     torch = _paths(_columns(m for family in doubt.torch for m in family.modules))
     flax = _paths(_columns(m for family in doubt.flax for m in family.modules))
-    options = {(id(scope.torch), id(scope.flax)): (scope, pair) for scope, pair in doubt.options}
-    few, many = (doubt.torch, doubt.flax) if len(doubt.torch) < len(doubt.flax) else (doubt.flax, doubt.torch)
     found: list[Candidate] = []
-    for picked in islice(permutations(many, len(few)), MOST):
-        ends = [(a, b) if few is doubt.torch else (b, a) for a, b in zip(few, picked, strict=True)]
-        chosen = [options.get((id(a.modules), id(b.modules))) for a, b in ends]
-        if None in chosen:
-            continue
+    for said, chosen in doubt.options:
         rules: list[str] = []
         where: list[str] = []
-        for scope, pair in filter(None, chosen):
+        for scope, pair in chosen:
             link = main_link(pair)
             rules.append(column_rule(scope, pair.torch, pair.flax, link, min(link.labels, key=_usual), sides))
             where += _paths([link.flax if turned else link.torch])
-        said = ", ".join(f"{_prefix(a)} with {_prefix(b)}" for a, b in ends)
-        found.append(Candidate(", ".join(rules), tuple(where), f"it pairs blocks of the same sizes: {said}"))
+        found.append(Candidate(", ".join(rules), tuple(where), said))
     names = ", ".join(fold_names(torch if turned else flax)[:4])
-    text = f"{names}: several places hold blocks of the same sizes, and their names do not tell which is which"
-    return Question("match", text, torch if turned else flax, flax if turned else torch, tuple(found))
-
-
-def _prefix(family: Family) -> str:
-    return ".".join("*" if isinstance(token, tuple) else str(token) for token in family.prefix)
+    return Question("match", f"{names}: {doubt.why}", torch if turned else flax, flax if turned else torch, tuple(found))
 
 
 def _paths(columns: Iterable[Column]) -> tuple[str, ...]:

@@ -1,0 +1,197 @@
+"""Both sides under one way to read their numbers: a candidate view, scored by what it leaves without a partner.
+
+By default, blocks that are alike count together. If that leaves blocks without a partner, other cuts of their numbers
+are tried: by kind of block, in cycles, in stages, as a stack of one. Views are built from families, their counts and
+sizes alone. The view that leaves least wins; the modules are matched once, in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from graftax.match.blocks import Doubt, Stacks, all_families, find_doubts
+from graftax.match.cutting import Cut, Cuts, Tokens, parse
+from graftax.match.match_inputs import Ends
+from graftax.match.names import Lexicon
+from graftax.match.pairs import Scope
+from graftax.match.sides import Column, Family, Key, Module, view
+
+_FEW = 64  # instances of a family whose numbers may become parts of names
+_ROUNDS = 3  # at most so many families are read anew, one after the other
+
+Both = tuple[Cuts, Cuts]
+_Counts = Counter[tuple[int, ...]]
+Score = tuple[int, int, int]
+"""(rules that the view contradicts, leaves without a partner of their size, leaves without one of their extents)"""
+
+
+@dataclass(slots=True, eq=False)
+class View:
+    """The families of both sides, what is matched together (the root first), the families without a partner, and the
+    blocks that fit several places."""
+
+    torch: list[Family]
+    flax: list[Family]
+    scopes: list[Scope] = field(default_factory=list[Scope])
+    lost: tuple[list[Family], list[Family]] = field(default_factory=lambda: ([], []))
+    doubts: list[Doubt] = field(default_factory=list[Doubt])
+
+
+class Views:
+    """Views of both ends, by the cuts of their numbers."""
+
+    def __init__(self, ends: Ends, lex: Lexicon) -> None:
+        self.ends, self.lex = ends, lex
+        self._templates = (parse(ends.torch, ends.torch_side, ends.torch_skip, ends.renames),
+                           parse(ends.flax, ends.flax_side, ends.flax_skip, ends.calls.renames))  # fmt: skip
+        self._known: dict[tuple[int, frozenset[tuple[Tokens, Cut]]], list[Family]] = {}
+
+    def best(self) -> View:
+        """The view that leaves least without a partner. Families that none gives a partner are dissolved: their modules
+        then compete one by one, so that no other module takes a place only because the right one did not compete."""
+        cuts: Both = ({}, {})
+        now = self.at(cuts)
+        for _ in range(_ROUNDS):
+            options = list(self._options(now, cuts))
+            if not options:
+                break
+            rated = [(score(self.ends, found), way, found) for way, found in ((w, self.at(w)) for w in options)]
+            least = min(rating for rating, _, _ in rated)
+            if least >= score(self.ends, now):
+                break
+            first = [(way, found) for rating, way, found in rated if rating == least]
+            cuts, now = first[0]
+            doubt = self._doubt(cuts, first)
+            if doubt is not None:
+                return doubt
+        small = tuple({f.prefix[:-1]: Cut("names") for f in lost if len(f.keys) <= _FEW} for lost in now.lost)
+        return now if now.doubts or not any(small) else self.at(({**cuts[0], **small[0]}, {**cuts[1], **small[1]}))
+
+    def at(self, cuts: Both) -> View:
+        """The view with these cuts."""
+        torch, flax = (self._families(n, cut) for n, cut in enumerate(cuts))
+        same = self.ends.torch_side == self.ends.flax_side
+        pairs, left_t, left_f = all_families(torch, flax, self.lex, self.ends.anchors)
+        doubts = find_doubts(left_t, left_f, same, self.lex)
+        unsure = {id(family) for doubt in doubts for family in (*doubt.torch, *doubt.flax)}
+        root = Scope(torch[0].modules, flax[0].modules, [((), ())], True, same, self.lex)
+        stacks = Stacks(root)
+        for pair in pairs:
+            stacks.add(pair)
+        lost = stacks.fill([f for f in left_t if id(f) not in unsure], [f for f in left_f if id(f) not in unsure])
+        return View(torch, flax, stacks.scopes, lost, doubts)
+
+    def _families(self, n: int, cuts: Cuts) -> list[Family]:
+        mark = n, frozenset(cuts.items())
+        if mark not in self._known:
+            self._known[mark] = view(self._templates[n], cuts)
+        return self._known[mark]
+
+    # ------------------------------------------------------------ other ways to read the numbers
+
+    def _options(self, now: View, cuts: Both) -> Iterator[Both]:
+        """Other cuts of the numbers of families that have no partner."""
+        outer = tuple(_outermost(lost) for lost in now.lost)
+        for n in (0, 1):
+            counts = _counts(now.lost[1 - n], (now.flax, now.torch)[n][0])
+            for prefix in dict.fromkeys(family.prefix[:-1] for family in outer[n]):
+                around = [family for family in (now.torch, now.flax)[n] if family.prefix[:-1] == prefix]
+                for cut in _two_numbers({key for family in around for key in family.keys}, counts):
+                    yield _with(cuts, n, {prefix: cut})
+        mixed = [[family.prefix[:-1] for family in found if _mixed(family)] for found in outer]
+        for lengths in ((), (1,)):
+            kinds = [dict.fromkeys(found, Cut("kinds", lengths)) for found in mixed]
+            if all(kinds):
+                yield _with(_with(cuts, 0, kinds[0]), 1, kinds[1])
+            for n in (0, 1):
+                if kinds[n]:
+                    yield _with(cuts, n, kinds[n])
+
+    def _doubt(self, cuts: Both, ways: Sequence[tuple[Both, View]]) -> View | None:
+        """..."""
+        return None
+
+
+def _with(cuts: Both, n: int, more: Cuts) -> Both:
+    return (cuts[0], {**cuts[1], **more}) if n else ({**cuts[0], **more}, cuts[1])
+
+
+def _outermost(families: Iterable[Family]) -> list[Family]:
+    """The families that lie in no other of them."""
+    prefixes = {family.prefix for family in families}
+    return [f for f in families if not any(f.prefix[:n] in prefixes for n in range(1, len(f.prefix)))]
+
+
+def _mixed(family: Family) -> bool:
+    """True if its blocks differ."""
+    return len(set(family.sizes)) > 1 or any(len(module.support) < len(family.keys) for module in family.modules)
+
+
+def _counts(lost: Iterable[Family], root: Family) -> set[int]:
+    """How many numbers the other side has in one place: those of its families without a partner, and those that are
+    parts of names."""
+    found: defaultdict[Tokens, set[int]] = defaultdict(set)
+    for family in lost:
+        for key in family.keys:
+            found[family.prefix[:-1]].add(key[-1])
+    for module in root.modules:
+        for at, token in enumerate(module.tokens):
+            if isinstance(token, int):
+                found[module.tokens[:at]].add(token)
+    return {len(values) for values in found.values()}
+
+
+def _two_numbers(keys: Collection[Key], counts: Iterable[int]) -> Iterator[Cut]:
+    """Ways to read the last number of these blocks as two: cycles of as many places, or as many stages, as the other
+    side has numbers somewhere."""
+    values = len({key[-1] for key in keys})
+    if values * len({key[:-1] for key in keys}) != len(keys):
+        return
+    for count in sorted(counts):
+        if 1 < count <= values and values % count == 0:
+            yield Cut("cycle", (count,))
+            if count < values:
+                yield Cut("stages", (values // count,) * count)
+
+
+def score(ends: Ends, found: View) -> Score:
+    """What a view leaves without a partner; the least is best."""
+    open_ = apart = 0
+    for scope in found.scopes:
+        sizes: tuple[_Counts, _Counts] = (Counter(), Counter())
+        extents: tuple[_Counts, _Counts] = (Counter(), Counter())
+        for n, modules in enumerate((scope.torch, scope.flax)):
+            for column in _columns(modules):
+                shape = (*column.stack, *next(iter(column.shapes.values())))
+                sizes[n][(math.prod(shape),)] += len(column.paths)
+                extents[n][tuple(sorted(shape))] += len(column.paths)
+        open_ += _differ(*sizes)
+        apart += _differ(*extents)
+    for families in found.lost:
+        leaves = sum(len(column.paths) for family in families for column in _columns(family.modules))
+        open_, apart = open_ + leaves, apart + leaves
+    return _against(ends.anchors, found) if ends.anchors else 0, open_, apart
+
+
+def _columns(modules: Iterable[Module]) -> list[Column]:
+    return [column for module in modules for column in module.roles.values() if column.role != "counter"]
+
+
+def _differ(one: _Counts, other: _Counts) -> int:
+    return sum((one - other).values()) + sum((other - one).values())
+
+
+def _against(anchors: Mapping[str, str], found: View) -> int:
+    """How many pairs of leaves that rules state lie in different blocks."""
+    wanted = set(anchors.values())
+    at: dict[str, tuple[int, object]] = {}
+    for n, scope in enumerate(found.scopes):
+        to_flax = dict(scope.keys)
+        for modules, names, keys in ((scope.torch, anchors.keys(), to_flax), (scope.flax, wanted, None)):
+            for column in _columns(modules):
+                for key, paths in column.paths.items():
+                    at.update((path, (n, keys.get(key) if keys else key)) for path in paths if path in names)
+    return sum(at.get(path) != at.get(other) for path, other in anchors.items())
