@@ -43,7 +43,8 @@ def test_a_decoder_states_what_its_files_cannot_show() -> None:
     norms = next(a for a in plan.assumptions if a.text.startswith("norms"))
     assert set(norms.targets) == {name.replace(".", "/").replace("weight", "scale") for name in NORMS}
     rotary = next(a for a in plan.assumptions if a.text.startswith("rotary"))
-    assert all("/q_proj/" in name for name in rotary.targets)
+    parts = {"q_proj", "k_proj"}
+    assert {name.split("/")[-2] for name in rotary.targets} == parts, "positions rotate the keys too"
 
 
 def test_what_has_no_attention_and_no_norms_states_nothing() -> None:

@@ -91,11 +91,12 @@ _VECTORS = frozenset(("weight", "scale"))
 
 @dataclass(slots=True)
 class _Seen:
-    """The entries that an assumption is about: projections to queries, tensors that are fused on both sides, and norms
-    that have only a scale."""
+    """The entries that an assumption is about: projections to queries and to keys, tensors that are fused on both
+    sides, and norms that have only a scale."""
 
     queries: list[Entry] = field(default_factory=list[Entry])
-    keys: bool = False
+    keys: list[Entry] = field(default_factory=list[Entry])
+    joined: bool = False
     fused: list[Entry] = field(default_factory=list[Entry])
     norms: list[Entry] = field(default_factory=list[Entry])
 
@@ -153,7 +154,8 @@ def unseen(
         _look(group, source, ends, seen, lex)
     queries = [*seen.queries, *seen.fused]
     out: list[Assumption] = []
-    rotating = _rotating(queries, source, like, ends, lex) if queries and (seen.keys or seen.fused) else []
+    turned = [*queries, *seen.keys] if queries and (seen.joined or seen.keys or seen.fused) else []
+    rotating = _rotating(turned, source, like, ends) if turned else []
     if rotating:
         text = (
             f"rotary: if positions rotate queries and keys ({_targeted(rotating)}), both models rotate the same "
@@ -238,9 +240,9 @@ def _look(group: list[Entry], source: Checkpoint, ends: tuple[_Side, _Side], see
         seen.fused += group
     elif fused or any("q" in found for found in names):
         seen.queries += group
-        seen.keys = seen.keys or fused or any("k" in found for found in names)
+        seen.joined = seen.joined or fused or any("k" in found for found in names)
     elif any("k" in found for found in names):
-        seen.keys = True
+        seen.keys += group
 
 
 def _is_fused(words: frozenset[str]) -> bool:
@@ -253,23 +255,23 @@ def _sorted_out(entry: Entry) -> bool:
     return any(isinstance(op, Rearrange) and "t" in dict(op.sizes) for op in entry.ops)
 
 
-def _rotating(queries: list[Entry], source: Checkpoint, like: Checkpoint, ends: tuple[_Side, _Side], lex: Lexicon
+def _rotating(projections: list[Entry], source: Checkpoint, like: Checkpoint, ends: tuple[_Side, _Side]
               ) -> list[Entry]:  # fmt: skip
-    """The projections to queries that positions may rotate. Left out are those that config.json excludes. If
+    """The projections to queries and keys that positions may rotate. Left out are those that config.json excludes. If
     config.json says nothing about positions, those are left out that have a table of positions in their part of the
     model and no stored frequencies beside it."""
     config: dict[str, Any] = {**(like.config or {}), **(source.config or {})}
     kind = config.get("position_embedding_type")
     if isinstance(kind, str) and kind:
-        return queries if whole_words(kind) & _ROPE else []
+        return projections if whole_words(kind) & _ROPE else []
     if any(whole_words(str(name)) & _ROPE and value not in (None, False) for name, value in config.items()):
-        return queries
+        return projections
     if config.get("alibi") is True:
         return []
     still: set[int] = set()
     turned: set[int] = set()
     for n, (end, checkpoint) in enumerate(zip(ends, (source, like), strict=True)):
-        paths = [(id(entry), _parts(path, end.side)) for entry in queries
+        paths = [(id(entry), _parts(path, end.side)) for entry in projections
                  for path in (entry.targets if n else entry.sources)]  # fmt: skip
         names = {_DIGITS.sub("", name): name for name in checkpoint}
         for name in names.values():
@@ -277,7 +279,7 @@ def _rotating(queries: list[Entry], source: Checkpoint, like: Checkpoint, ends: 
             frequencies = any(some <= words for some in _FREQUENCIES)
             if frequencies or _is_table(name, checkpoint, end.side, words):
                 (turned if frequencies else still).update(_around(_parts(name, end.side), paths, frequencies))
-    return [entry for entry in queries if id(entry) in turned or id(entry) not in still]
+    return [entry for entry in projections if id(entry) in turned or id(entry) not in still]
 
 
 def _is_table(name: str, end: Checkpoint, side: Side, words: frozenset[str]) -> bool:

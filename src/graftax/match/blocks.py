@@ -30,6 +30,19 @@ class Doubt:
     options: list[tuple[str, Option]]
 
 
+@dataclass(slots=True, eq=False)
+class View:
+    """The families of both sides, what is matched together (the root first), the families of each side without a
+    partner, those of which only a part fits where they are stacked, and the blocks that fit several places."""
+
+    torch: list[Family]
+    flax: list[Family]
+    scopes: list[Scope] = field(default_factory=list[Scope])
+    lost: tuple[list[Family], list[Family]] = field(default_factory=lambda: ([], []))
+    partly: tuple[list[Family], list[Family]] = field(default_factory=lambda: ([], []))
+    doubts: list[Doubt] = field(default_factory=list[Doubt])
+
+
 def all_families(
     torch: Sequence[Family], flax: Sequence[Family], lex: Lexicon, anchors: Mapping[str, str]
 ) -> tuple[list[FamilyPair], list[Family], list[Family]]:
@@ -142,6 +155,7 @@ class Stacks:
     root: Scope
     scopes: list[Scope] = field(default_factory=list[Scope])
     around: tuple[dict[Tokens, Scope], dict[Tokens, Scope]] = field(default_factory=lambda: ({}, {}))
+    partly: tuple[list[Family], list[Family]] = field(default_factory=lambda: ([], []))
 
     def __post_init__(self) -> None:
         self._open(self.root, (), ())
@@ -187,7 +201,8 @@ class Stacks:
                 keys = sorted({key for module in made for key in module.support})
                 home = pending[outer] = _Pending(Family(outer, keys, made, [0] * len(keys)), item.members, True)
                 work.append(home)
-            elif stackable(made, scope.torch if side else scope.flax):
+            elif (share := stackable(made, scope.torch if side else scope.flax)) > 0.5:
+                self.partly[side].extend(item.members if share < 1 else ())
                 mine, theirs = (scope.flax, scope.torch) if side else (scope.torch, scope.flax)
                 scope.torch, scope.flax = (theirs, [*mine, *made]) if side else ([*mine, *made], theirs)
             else:
@@ -210,4 +225,4 @@ class Stacks:
 
 
 def _holds(family: Family, made: list[Module]) -> bool:
-    return stackable(made, family.modules)
+    return stackable(made, family.modules) > 0.5

@@ -36,7 +36,7 @@ class Cut:
 
     names: it is a part of the name. kinds: blocks with exactly the same leaves are counted together; with `lengths`, a
     block without its like is counted too. blocks: it counts, even if it has only one value or counts single modules.
-    cycle: it is (place, cycle), with `lengths[0]` places. stages: it is (stage, place in it), with the stages' `lengths`.
+    cycle: it is (place, cycle), with `lengths[0]` places. stages: it is (stage, place in it); `lengths`: of the stages.
     """
 
     way: Literal["names", "kinds", "blocks", "cycle", "stages"]
@@ -196,7 +196,7 @@ def _as_two_numbers(templates: Sequence[Template], at: int, how: Cut) -> list[Te
     two = how.two({row[0][place] for template in templates for row in template.rows})
     out: list[Template] = []
     for template in templates:
-        rows = [((*key[:place], *two[key[place]], *key[place + 1 :]), path, shape) for key, path, shape in template.rows]
+        rows = [((*key[:place], *two[key[place]], *key[place + 1 :]), *rest) for key, *rest in template.rows]
         tokens = (*template.tokens[:at], MARK, *template.tokens[at:])
         parts = sorted({*(end if end <= at else end + 1 for end in template.cuts), at + 1})
         out.append(replace(template, tokens=tokens, rows=rows, cuts=tuple(parts)))
@@ -222,8 +222,12 @@ def _numbered(templates: list[Template], at: int, how: Cut | None) -> list[list[
                 break
         else:
             clusters.append((members, values))
-    counts = [values for members, values in clusters if way != "names" and (
-        way == "blocks" or _repeats(templates, at, members, values, place, way == "kinds" and bool(how and how.lengths)))]  # fmt: skip
+    alone = how is not None and way == "kinds" and bool(how.lengths)
+    counts = [
+        values
+        for members, values in clusters
+        if way != "names" and (way == "blocks" or _repeats(templates, at, members, values, place, alone))
+    ]
     return _by_number(templates, place, counts, way == "kinds")
 
 

@@ -1,8 +1,8 @@
 """Key templates that name the leaves of columns: the numbers of their paths, written with indices.
 
-The numbers of all instances are compared as vectors. Vectors that differ by a constant share an index; a vector may be a
-multiple of an index, or count through two of them (`{4*l+m}`). What the indices cannot tell from other leaves gets a
-range or, at last, a line for each instance.
+The numbers of all instances are compared as vectors. Vectors that differ by a constant share an index. A vector may be
+a multiple of an index, or count through two of them (`{4*l+m}`). If a template would name other leaves too, its indices
+get ranges or, at last, each instance gets a line.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from itertools import pairwise
 from graftax.match.numbers import NUMBER
 from graftax.match.pairs import Scope
 from graftax.match.sides import Column, Key
-from graftax.rules.template import escape_key, parse_template
-from graftax.tree import Side
+from graftax.rules.template import Template, escape_key, parse_template
 
 Numbers = tuple[int, ...]
 _NAMES = "lmnpqrs"
@@ -55,31 +54,30 @@ def skeleton(path: str) -> str:
     return NUMBER.sub("\0", path)
 
 
-def rule_templates(scope: Scope, torch: Sequence[Column], flax: Sequence[Column], sides: tuple[str, str]) -> list[Line]:
+def rule_templates(scope: Scope, torch: Sequence[Column], flax: Sequence[Column]) -> list[Line]:
     """The templates for these columns over the instances that all of them have: one line, or one for each instance."""
-    columns = [*torch, *flax]
     shared = [
         (t, f) for t, f in scope.keys if all(t in c.paths for c in torch) and all(f in c.paths for c in flax)
     ]  # fmt: skip
-    whole = _line(scope, shared, torch, flax, sides)
+    whole = _line(scope, shared, torch, flax)
     if whole is not None:
         return [whole]
-    assert all(columns)
-    return [_line(scope, [keys], torch, flax, sides) or _listed(keys, torch, flax) for keys in shared]
+    return [_line(scope, [keys], torch, flax) or _listed(keys, torch, flax) for keys in shared]
 
 
 def _listed(keys: tuple[Key, Key], torch: Sequence[Column], flax: Sequence[Column]) -> Line:
     """One instance, with its keys as they are."""
-    ends = [[[escape_key(p) for p in c.paths[key]] for c in columns] for key, columns in zip(keys, (torch, flax), strict=True)]
-    stacked = any(len(paths) > 1 for end in ends for paths in end)
-    one = [tuple(paths if len(paths) > 1 else paths[0] for paths in end) for end in ends]
-    return Line(one[0], one[1], ("list",) if stacked else ())
+    ends: list[tuple[str | list[str], ...]] = []
+    for key, columns in zip(keys, (torch, flax), strict=True):
+        found = [[escape_key(path) for path in column.paths[key]] for column in columns]
+        ends.append(tuple(paths if len(paths) > 1 else paths[0] for paths in found))
+    stacked = any(isinstance(paths, list) for end in ends for paths in end)
+    return Line(ends[0], ends[1], ("list",) if stacked else ())
 
 
 def _line(
-    scope: Scope, shared: Sequence[tuple[Key, Key]], torch: Sequence[Column], flax: Sequence[Column],
-    sides: tuple[str, str],
-) -> Line | None:  # fmt: skip
+    scope: Scope, shared: Sequence[tuple[Key, Key]], torch: Sequence[Column], flax: Sequence[Column]
+) -> Line | None:
     """One line for these instances; None if indices cannot name exactly their leaves."""
     places: list[tuple[int, Column, list[tuple[str, ...]]]] = []
     for n, columns in enumerate((torch, flax)):
@@ -100,28 +98,32 @@ def _line(
             return None
         pieces = [escape_key(piece) for piece in NUMBER.split(rows[0][0])]
         texts[n].append(pieces[0] + "".join(f"{text}{piece}" for text, piece in zip(written, pieces[1:], strict=True)))
+    if any(index.name not in _parsed(text).names for index in indices for text in (*texts[0], *texts[1])):
+        return None  # an index has one name on both sides
     spans = {index.name: index.values for index in indices}
     for ranges in ({}, {name: f"{min(v)}..{max(v)}" for name, v in spans.items() if _gapless(v)}):
         allowed = {name: set(spans[name]) for name in ranges}
-        if all(_names_only(scope, text, rows, sides[n], allowed)
-               for n in (0, 1) for text, rows in zip(texts[n], (r for m, _, r in places if m == n), strict=True)):  # fmt: skip
+        written = zip((*texts[0], *texts[1]), (rows for _, _, rows in places), strict=True)
+        if all(_names_only(scope, text, rows, allowed) for text, rows in written):
             return Line(tuple(texts[0]), tuple(texts[1]), stack, ranges)
     return None
+
+
+def _parsed(text: str) -> Template:
+    return parse_template(text, "torch")  # the side makes no difference without wildcards
 
 
 def _gapless(values: Iterable[int]) -> bool:
     return all(b - a == 1 for a, b in pairwise(sorted(set(values))))
 
 
-def _names_only(
-    scope: Scope, text: str, rows: Sequence[tuple[str, ...]], side: str, allowed: Mapping[str, set[int]]
-) -> bool:
+def _names_only(scope: Scope, text: str, rows: Sequence[tuple[str, ...]], allowed: Mapping[str, set[int]]) -> bool:
     """True if the template names exactly these leaves."""
     near = scope.crowd.get(skeleton(rows[0][0]), ())
     if len(near) > _MOST:
         return sum(map(len, rows)) == len(near)
     wanted = {path for paths in rows for path in paths}
-    made = parse_template(text, "flax" if "/" in rows[0][0] else "torch")
+    made = _parsed(text)
     hits: set[str] = set()
     for path in {*near, *wanted}:
         binding = made.match(path)

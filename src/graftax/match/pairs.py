@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -106,7 +106,7 @@ class Scope:
     wrappers: frozenset[str] = frozenset()
     experts: tuple[bool, bool] = (False, False)
     numbers: bool = True
-    crowd: Mapping[str, int] = field(default_factory=dict[str, int])  # paths, numbers left out -> how many there are
+    crowd: Mapping[str, Sequence[str]] = field(default_factory=dict[str, "Sequence[str]"])  # numbers left out -> paths
     common: frozenset[str] = frozenset()
     around: frozenset[str] = frozenset()  # words for the part of the model around a module
     own: dict[int, frozenset[str]] = field(

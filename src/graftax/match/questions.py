@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice, product
 
-from graftax.match.assignments import MOST, Asked, Cluster, arranged
+from graftax.match.assignments import Asked, Cluster, arranged
 from graftax.match.blocks import Doubt
 from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
 from graftax.match.engine import Result
 from graftax.match.flatten import Suspect
+from graftax.match.key_templates import skeleton
 from graftax.match.orders import components
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.part_order import order_keys
-from graftax.match.rendering import column_rule, flatten_rules, group_rule, skeleton
+from graftax.match.rendering import column_rule, flatten_rules, group_rule
 from graftax.match.scope_names import main_column
 from graftax.match.settle import Settled, open_links
 from graftax.match.sides import Column, Module
@@ -26,7 +27,9 @@ def questions(result: Result, sides: tuple[str, str], turned: bool, missing: Col
     """Every question of the result. `turned`: the torch end is like, so its leaves are the targets. `missing`: like
     leaves that a rule marks `missing`."""
     out: list[Question] = []
-    crowd = Counter(skeleton(path) for item in result.settled for path in _all_paths(item)) if _asks(result) else {}
+    crowd: defaultdict[str, list[str]] = defaultdict(list)
+    for path in (path for item in result.settled for path in _all_paths(item)) if _asks(result) else ():
+        crowd[skeleton(path)].append(path)
     for item in result.settled:
         item.scope.crowd = crowd
     for item in result.settled:
@@ -55,11 +58,12 @@ def _doubt(doubt: Doubt, sides: tuple[str, str], turned: bool) -> Question:
         where: list[str] = []
         for scope, pair in chosen:
             link = main_link(pair)
-            rules.append(column_rule(scope, pair.torch, pair.flax, link, min(link.labels, key=_usual), sides))
+            rules.append(column_rule(scope, link, min(link.labels, key=_usual), sides))
             where += _paths([link.flax if turned else link.torch])
         found.append(Candidate(", ".join(rules), tuple(where), said))
     names = ", ".join(fold_names(torch if turned else flax)[:4])
-    return Question("match", f"{names}: {doubt.why}", torch if turned else flax, flax if turned else torch, tuple(found))
+    targets, sources = (torch, flax) if turned else (flax, torch)
+    return Question("match", f"{names}: {doubt.why}", targets, sources, tuple(found))
 
 
 def _paths(columns: Iterable[Column]) -> tuple[str, ...]:
@@ -99,12 +103,12 @@ def _reading(
         ways = [*order_keys(pair, link, label, choice.parts), {}] if choice.parts else [{}]
         for more in ways if choice.trap is not None else ():
             assert choice.trap is not None
-            for rule in flatten_rules(scope, pair.torch, pair.flax, link, label, choice.trap, sides, more):
+            for rule in flatten_rules(scope, link, label, choice.trap, sides, more):
                 where = _paths([link.flax if turned else link.torch])
                 found.append(Candidate(rule, where, "the values are a flattened map (C, H, W)"))
         labels = [known for known in sorted(link.labels) if known == label or (not label[1] and known[0] == label[0])]
         for known, more in product(labels[:2], ways):
-            rule = column_rule(scope, pair.torch, pair.flax, link, known, sides, open_=True, asked=True, more=more)
+            rule = column_rule(scope, link, known, sides, open_=True, asked=True, more=more)
             where = f"it is stacked on axis {', '.join(map(str, known[0]))}" if known[0] else _layout(known, rule)
             where += f", and its parts change places ({choice.parts})" if more else ""
             found.append(Candidate(rule, _paths([link.flax if turned else link.torch]), where))
@@ -128,7 +132,7 @@ def _order(scope: Scope, leaves: Sequence[tuple[Pair, Link, Choice]], sides: tup
     ways: list[list[str]] = []
     for pair, link, choice in leaves:
         ways.append([
-            column_rule(scope, pair.torch, pair.flax, link, choice.open[0], sides, asked=True, more=more)
+            column_rule(scope, link, choice.open[0], sides, asked=True, more=more)
             for more in (*order_keys(pair, link, choice.open[0], parts), {})
         ])  # fmt: skip
     where = flax if turned else torch
@@ -168,7 +172,7 @@ def _groups(item: Settled, sides: tuple[str, str], turned: bool) -> list[Questio
         right = _paths(column for link in links for column in link.flax)
         found: list[Candidate] = []
         for variant in links[0].variants:
-            rule = group_rule(item.scope, group, links[0], variant, sides)
+            rule = group_rule(item.scope, links[0], variant, sides)
             found.append(Candidate(rule, right if turned else left, _FORMS.get(variant, f"the layout is {variant}")))
         targets, sources = (left, right) if turned else (right, left)
         text = f"{', '.join(fold_names(targets)[:3])}: nothing tells how the parts lie in the fused tensor"
@@ -326,7 +330,7 @@ def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) 
     out: list[tuple[str, str]] = []
     for label in labels:
         said = None if choice.trap is not None and not label[0] else label  # a next question asks for the order
-        rule = column_rule(scope, pair.torch, pair.flax, link, said, sides, open_=choice.label is None)
+        rule = column_rule(scope, link, said, sides, open_=choice.label is None)
         axis = f"it is stacked on axis {', '.join(map(str, label[0]))}" if choice.kind == "stack" and label[0] else ""
         layout = _layout(label, rule) if label[1] else ""
         way = "; ".join(filter(None, (axis, layout)))

@@ -49,8 +49,8 @@ def _stack(column: Column) -> Column | None:
     return Column(column.role, column.kind, column.leaf, paths, shapes, (counts.pop(), *column.stack))
 
 
-def stackable(modules: list[Module], others: list[Module]) -> bool:
-    """True if the other side has a leaf of the size of most virtual modules."""
+def stackable(modules: list[Module], others: list[Module]) -> float:
+    """The share of the virtual modules for whose leaves the other side has leaves of their sizes."""
     sizes = {math.prod(s) for m in others for c in m.roles.values() for s in set(c.shapes.values())}
     found = [all(c.size in sizes for c in m.roles.values() if c.role != "counter") for m in modules]
-    return bool(found) and 2 * sum(found) > len(found)
+    return sum(found) / max(len(found), 1)

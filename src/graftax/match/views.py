@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, product
 
-from graftax.match.blocks import Doubt, Stacks, all_families, find_doubts
+from graftax.match.blocks import Stacks, View, all_families, find_doubts
 from graftax.match.cutting import Cut, Cuts, Tokens, parse
+from graftax.match.cycles import Both, Rivals
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon
 from graftax.match.pairs import Scope
@@ -22,22 +23,9 @@ from graftax.match.sides import Column, Family, Key, Module, view
 _FEW = 64  # instances of a family whose numbers may become parts of names
 _ROUNDS = 3  # at most so many families are read anew, one after the other
 
-Both = tuple[Cuts, Cuts]
 _Counts = Counter[tuple[int, ...]]
 Score = tuple[int, int, int]
 """(rules that the view contradicts, leaves without a partner of their size, leaves without one of their extents)"""
-
-
-@dataclass(slots=True, eq=False)
-class View:
-    """The families of both sides, what is matched together (the root first), the families without a partner, and the
-    blocks that fit several places."""
-
-    torch: list[Family]
-    flax: list[Family]
-    scopes: list[Scope] = field(default_factory=list[Scope])
-    lost: tuple[list[Family], list[Family]] = field(default_factory=lambda: ([], []))
-    doubts: list[Doubt] = field(default_factory=list[Doubt])
 
 
 class Views:
@@ -54,27 +42,33 @@ class Views:
         then compete one by one, so that no other module takes a place only because the right one did not compete."""
         cuts: Both = ({}, {})
         now = self.at(cuts)
+        asked: list[Rivals] = []
         for _ in range(_ROUNDS):
-            options = list(self._options(now, cuts))
-            if not options:
+            options = [(way, self.at(way)) for way in self._options(now, cuts)]
+            rated = [score(self.ends, found) for _, found in options]
+            least = min(rated, default=None)
+            if least is None or least >= score(self.ends, now):
                 break
-            rated = [(score(self.ends, found), way, found) for way, found in ((w, self.at(w)) for w in options)]
-            least = min(rating for rating, _, _ in rated)
-            if least >= score(self.ends, now):
-                break
-            first = [(way, found) for rating, way, found in rated if rating == least]
-            cuts, now = first[0]
-            doubt = self._doubt(cuts, first)
-            if doubt is not None:
-                return doubt
-        small = tuple({f.prefix[:-1]: Cut("names") for f in lost if len(f.keys) <= _FEW} for lost in now.lost)
-        return now if now.doubts or not any(small) else self.at(({**cuts[0], **small[0]}, {**cuts[1], **small[1]}))
+            rivals = Rivals.of(cuts, [options[i] for i, rating in enumerate(rated) if rating == least], self.ends)
+            cuts, now = rivals.likeliest
+            asked += [rivals] if rivals.open else []
+        small = [{f.prefix[:-1]: Cut("names") for f in lost if len(f.keys) <= _FEW} for lost in now.lost]
+        if any(small) and not now.doubts:
+            now = self.at(({**cuts[0], **small[0]}, {**cuts[1], **small[1]}))
+        for rivals in asked:
+            now = rivals.set_aside(now)
+        return now
 
     def at(self, cuts: Both) -> View:
         """The view with these cuts."""
         torch, flax = (self._families(n, cut) for n, cut in enumerate(cuts))
         same = self.ends.torch_side == self.ends.flax_side
-        pairs, left_t, left_f = all_families(torch, flax, self.lex, self.ends.anchors)
+        stacked = [{id(f) for f in found if _is_cut(f, cut)} for found, cut in zip((torch, flax), cuts, strict=True)]
+        pairs, left_t, left_f = all_families(
+            [f for f in torch if id(f) not in stacked[0]], [f for f in flax if id(f) not in stacked[1]],
+            self.lex, self.ends.anchors)  # fmt: skip
+        left_t += [f for f in torch if id(f) in stacked[0]]
+        left_f += [f for f in flax if id(f) in stacked[1]]
         doubts = find_doubts(left_t, left_f, same, self.lex)
         unsure = {id(family) for doubt in doubts for family in (*doubt.torch, *doubt.flax)}
         root = Scope(torch[0].modules, flax[0].modules, [((), ())], True, same, self.lex)
@@ -82,7 +76,7 @@ class Views:
         for pair in pairs:
             stacks.add(pair)
         lost = stacks.fill([f for f in left_t if id(f) not in unsure], [f for f in left_f if id(f) not in unsure])
-        return View(torch, flax, stacks.scopes, lost, doubts)
+        return View(torch, flax, stacks.scopes, lost, stacks.partly, doubts)
 
     def _families(self, n: int, cuts: Cuts) -> list[Family]:
         mark = n, frozenset(cuts.items())
@@ -94,13 +88,20 @@ class Views:
 
     def _options(self, now: View, cuts: Both) -> Iterator[Both]:
         """Other cuts of the numbers of families that have no partner."""
-        outer = tuple(_outermost(lost) for lost in now.lost)
+        outer = [_outermost([*lost, *partly]) for lost, partly in zip(now.lost, now.partly, strict=True)]
         for n in (0, 1):
-            counts = _counts(now.lost[1 - n], (now.flax, now.torch)[n][0])
+            counts = _counts(outer[1 - n], (now.flax, now.torch)[n][0])
             for prefix in dict.fromkeys(family.prefix[:-1] for family in outer[n]):
                 around = [family for family in (now.torch, now.flax)[n] if family.prefix[:-1] == prefix]
                 for cut in _two_numbers({key for family in around for key in family.keys}, counts):
                     yield _with(cuts, n, {prefix: cut})
+            for mine, theirs in product(outer[n], outer[1 - n]):
+                lengths = _stages(mine.sizes, theirs.sizes)
+                if lengths:  # stages of unequal length are told apart by name
+                    both = _with(cuts, n, {mine.prefix[:-1]: Cut("stages", lengths)})
+                    yield _with(both, 1 - n, {theirs.prefix[:-1]: Cut("names")})
+            for prefix, cut in _of_one(now, n):
+                yield _with(cuts, n, {prefix: cut})
         mixed = [[family.prefix[:-1] for family in found if _mixed(family)] for found in outer]
         for lengths in ((), (1,)):
             kinds = [dict.fromkeys(found, Cut("kinds", lengths)) for found in mixed]
@@ -110,9 +111,11 @@ class Views:
                 if kinds[n]:
                     yield _with(cuts, n, kinds[n])
 
-    def _doubt(self, cuts: Both, ways: Sequence[tuple[Both, View]]) -> View | None:
-        """..."""
-        return None
+
+def _is_cut(family: Family, cuts: Cuts) -> bool:
+    """True if the number of these blocks is the second of two that one number stands for: only a stack holds them."""
+    how = cuts.get(family.prefix[:-2])
+    return how is not None and how.way in ("cycle", "stages")
 
 
 def _with(cuts: Both, n: int, more: Cuts) -> Both:
@@ -155,6 +158,41 @@ def _two_numbers(keys: Collection[Key], counts: Iterable[int]) -> Iterator[Cut]:
             yield Cut("cycle", (count,))
             if count < values:
                 yield Cut("stages", (values // count,) * count)
+
+
+def _stages(sizes: Sequence[int], wholes: Sequence[int]) -> tuple[int, ...]:
+    """The unequal lengths of the runs of blocks that have the sizes of the other side's blocks, or ()."""
+    sums = list(accumulate(sizes))
+    ends = [sums.index(whole) + 1 for whole in accumulate(wholes) if whole in sums]
+    lengths = tuple(b - a for a, b in pairwise((0, *ends)))
+    return lengths if ends[-1:] == [len(sizes)] and len(ends) == len(wholes) and len(set(lengths)) > 1 else ()
+
+
+def _of_one(now: View, n: int) -> Iterator[tuple[Tokens, Cut]]:
+    """Cuts that read stacks of one: of numbered blocks that have no like, and of paired blocks. The leaves of the other
+    side have an axis of length 1 there."""
+    for scope in now.scopes:
+        mine, theirs = (scope.flax, scope.torch) if n else (scope.torch, scope.flax)
+        if _with_one(mine) or not _with_one(theirs):
+            continue
+        if not scope.root:
+            outer = mine[0].outer
+            values = {keys[n][-1] for keys in scope.keys}
+            if outer and isinstance(outer[-1], tuple) and len(values) == len(scope.keys):
+                yield outer[:-1], Cut("cycle", (len(values),))
+            continue
+        places: defaultdict[Tokens, Counter[int]] = defaultdict(Counter)
+        for module in mine:
+            for at, token in enumerate(module.tokens):
+                if isinstance(token, int):
+                    places[module.tokens[:at]][token] += 1
+        yield from ((place, Cut("blocks")) for place, found in places.items() if len(found) == 1 < max(found.values()))
+
+
+def _with_one(modules: Iterable[Module]) -> bool:
+    """True if several leaves have an axis of length 1."""
+    shapes = [next(iter(column.shapes.values())) for column in _columns(modules)]
+    return sum(1 in shape for shape in shapes if len(shape) > 1) > 1
 
 
 def score(ends: Ends, found: View) -> Score:
