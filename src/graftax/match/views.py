@@ -67,9 +67,9 @@ class Views:
         pairs, left_t, left_f = all_families(
             [f for f in torch if id(f) not in stacked[0]], [f for f in flax if id(f) not in stacked[1]],
             self.lex, self.ends.anchors)  # fmt: skip
+        doubts = find_doubts(left_t, left_f, same, self.lex)
         left_t += [f for f in torch if id(f) in stacked[0]]
         left_f += [f for f in flax if id(f) in stacked[1]]
-        doubts = find_doubts(left_t, left_f, same, self.lex)
         unsure = {id(family) for doubt in doubts for family in (*doubt.torch, *doubt.flax)}
         root = Scope(torch[0].modules, flax[0].modules, [((), ())], True, same, self.lex)
         stacks = Stacks(root)
