@@ -81,6 +81,19 @@ class FlaxConv1D(fn.Module):
 FlaxConv1D.__module__ = "transformers.models.gpt2.modeling_flax_gpt2"
 
 
+class Bilinear(fn.Module):
+    """Flax has no such layer; this is what users write."""
+
+    second: int
+    features: int
+
+    @fn.compact
+    def __call__(self, x: Any, y: Any) -> Any:
+        kernel = self.param("kernel", fn.initializers.normal(), (x.shape[-1], self.second, self.features))
+        bias = self.param("bias", fn.initializers.zeros, (self.features,))
+        return jnp.einsum("bi,bj,ijo->bo", x, y, kernel) + bias
+
+
 def linear(name: str, i: int, o: int, bias: bool = True, **more: Any) -> Case:
     return Case(
         name,
@@ -172,5 +185,16 @@ DENSE = [
             lambda r, v=v, d=d: nnx.Embed(v, d, rngs=r), (2, 3), make_x=ints(v, 2, 3), variant="embedding",
         )
         for v, d in ((7, 3), (4, 4), (5, 1))
+    ),
+    Case(
+        "embedding bag", "EmbeddingBag",
+        lambda: nn.EmbeddingBag(7, 3), lambda: fn.Embed(7, 3), lambda r: nnx.Embed(7, 3, rngs=r), (2, 4),
+        make_x=ints(7, 2, 4), on_flax=lambda m, x: m(x).mean(-2), variant="embedding bag",
+    ),
+    Case(
+        "bilinear", "Bilinear",
+        lambda: nn.Bilinear(5, 4, 3), lambda: Bilinear(4, 3), None, (2, 9),
+        on_torch=lambda m, x: m(x[:, :5], x[:, 5:]), on_flax=lambda m, x: m(x[:, :5], x[:, 5:]),
+        variant="bilinear", file="none",
     ),
 ]  # fmt: skip

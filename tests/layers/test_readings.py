@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftax.layers.readings import readings
+from graftax.layers import leaf_connections
+from graftax.layers.readings import LeafKinds, named, readings
 from graftax.ops import apply_chain, bind_chain, invert_chain
 from graftax.tree import TensorSpec
 
@@ -64,3 +65,29 @@ def test_readings_invert() -> None:
 
 def test_shapes_that_do_not_fit_have_no_reading() -> None:
     assert not list(readings((5, 3), (4, 4)))
+
+
+SIZES = st.sampled_from([1, 2, 3, 4, 5])
+
+
+@given(st.lists(SIZES, min_size=1, max_size=4), st.permutations(range(4)), st.integers(0, 3))
+@settings(max_examples=300, deadline=None)
+def test_what_the_layer_table_connects_has_a_name(shape: list[int], order: list[int], split: int) -> None:
+    """Matching offers every layout that the table gives for a weight and a kernel: one source, two doors."""
+    target = tuple(shape[axis] for axis in order if axis < len(shape))
+    whole = (
+        target
+        if split + 1 >= len(target)
+        else (*target[:split], target[split] * target[split + 1], *target[split + 2 :])
+    )
+    for source in {tuple(shape), whole, whole[::-1]}:
+        specs = TensorSpec(source, "float32"), TensorSpec(target, "float32")
+        if math.prod(source) != math.prod(target) or 1 in (*source, *target):
+            continue
+        array = np.arange(math.prod(source)).reshape(source)
+        ways = named(source, target, LeafKinds("weight", "free", "kernel"))
+        known = {apply_chain(ops, (array,))[0].tobytes() for ops in ways.values()}
+        for connection in leaf_connections("weight", specs[0], "kernel", specs[1]):
+            if connection.layer in ("Linear", "Conv", "ConvTranspose") and connection.variant != "linear, split":
+                (made,) = apply_chain(connection.entries[0].ops, (array,))
+                assert made.tobytes() in known, (source, target, connection.variant)

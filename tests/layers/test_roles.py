@@ -58,7 +58,8 @@ class Torch(torch.nn.Module):
         self.rnn = torch.nn.LSTM(3, 4, proj_size=2)
         self.embed = torch.nn.Embedding(3, 4)
         self.ln = torch.nn.LayerNorm((2, 3))
-        self.unlisted = torch.nn.Bilinear(2, 3, 4)
+        self.unlisted = torch.nn.BCELoss(torch.ones(2, 3))
+        self.bilinear = torch.nn.Bilinear(2, 3, 4)
 
 
 class Nnx(nnx.Module):
@@ -105,6 +106,7 @@ ROLES = {
         "embed.weight": ("entries", "features"),
         "ln.weight": ("features", "features"),
         "unlisted.weight": None,
+        "bilinear.weight": ("out", "in1", "in2"),
     },
     "nnx": {
         "attention/query/kernel": ("in", "heads", "head_dim"),

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Shape, Step
-from graftax.layers.conv import conv_pattern
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Step
 from graftax.layers.leaf_axes import SLOPE_AXES
+from graftax.layers.patterns import as_it_is, layout_ops
 from graftax.ops import Rearrange
 
 _STANDARD = frozenset({"kernel", "scale", "embedding", "mean", "var", "negative_slope"})
 """Flax roles with a known meaning: a torch weight or bias that pairs with one of them is not bare."""
-_AXES = "abcdefgh"
-
-
-def same_but_ones(torch: Shape, flax: Shape) -> str | None:
-    """The pattern between two shapes that differ only in axes of length one; '' for equal shapes, None for others."""
-    if torch == flax:
-        return ""
-    wide = [extent for extent in torch if extent != 1]
-    if wide != [extent for extent in flax if extent != 1] or len(wide) > len(_AXES):
-        return None
-    return " -> ".join(_ones(shape) for shape in (torch, flax))
-
-
-def _ones(shape: Shape) -> str:
-    letters = iter(_AXES)
-    return " ".join("1" if extent == 1 else next(letters) for extent in shape)
 
 
 def bare_forms(facts: LayerFacts) -> Iterable[LayerForm]:
@@ -37,7 +21,8 @@ def bare_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     known = (torch in ("weight", "bias"), flax in _STANDARD or flax == "bias")
     if all(known) or torch.startswith("running_"):
         return
-    plain = same_but_ones(source, target)
+    same = [n for n in source if n != 1] == [n for n in target if n != 1]  # but for axes of length one
+    plain = next(iter(as_it_is(source, target).values()), None) if same else None
     matrix = len(source) > 1 and len(target) > 1 and (torch == "weight" or flax == "kernel")
     if plain is not None:
         yield LayerForm(
@@ -54,7 +39,7 @@ def bare_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     if matrix and 3 <= len(source) <= 5:
         yield LayerForm(
             "conv",
-            (Step(torch, flax, conv_pattern(len(source) - 2)),),
+            (Step(torch, flax, layout_ops("conv", len(source)) or ()),),
             "conv",
             by="shapes",
             why="it is the weight of a convolution",

@@ -9,8 +9,9 @@ from typing import Any
 
 from graftax.errors import Failure, LayoutError, RulesError, escape
 from graftax.layers.base import STRENGTH, By, Connection, Layer, LayerFacts, LayerForm, Ops, Part, Step
+from graftax.layers.patterns import same_effect
 from graftax.layers.table import LAYERS
-from graftax.ops import Op, Rearrange, bind_chain, parse_pattern
+from graftax.ops import Op, Rearrange, bind_chain
 from graftax.plans import Entry
 from graftax.tree import Module, Side, TensorSpec
 
@@ -326,29 +327,7 @@ def _alike(a: Connection, b: Connection) -> bool:
     if a.left != b.left or len(a.entries) != len(b.entries):
         return False
     key = {(e.sources, e.targets): e.ops for e in b.entries}
-    return all((e.sources, e.targets) in key and _same_effect(e.ops, key[(e.sources, e.targets)]) for e in a.entries)
-
-
-def _same_effect(a: tuple[Op, ...], b: tuple[Op, ...]) -> bool:
-    if a == b:
-        return True
-    return all(isinstance(op, Rearrange) for op in (*a, *b)) and _movement(a) == _movement(b)
-
-
-def _movement(ops: tuple[Op, ...]) -> Any:
-    """The effect of a chain of one Rearrange on the axes longer than one: equal movements give equal arrays."""
-    if not ops:
-        return "identity"
-    op = ops[0]
-    if len(ops) > 1 or not isinstance(op, Rearrange):
-        return ops
-    sizes = dict(op.sizes)
-    left, right = parse_pattern(op.pattern)
-    order = [name for group in left for name in group if sizes.get(name, 1) > 1]
-    moved = [name for group in right for name in group if sizes.get(name, 1) > 1]
-    if order == moved:
-        return "identity"
-    return tuple(sizes[name] for name in order), tuple(order.index(name) for name in moved)
+    return all((e.sources, e.targets) in key and same_effect(e.ops, key[(e.sources, e.targets)]) for e in a.entries)
 
 
 def _ranked(found: list[Connection], facts: LayerFacts) -> list[Connection]:

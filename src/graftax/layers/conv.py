@@ -16,24 +16,8 @@ from graftax.layers.conv_settings import (
 )
 from graftax.layers.dense import BIAS, LONE_BIAS
 from graftax.layers.leaf_axes import CONV_AXES, CONV_TRANSPOSE_AXES
-from graftax.ops import Crop, Flip, Op, Pad, Rearrange
-
-SPATIAL = {1: "k", 2: "kh kw", 3: "kd kh kw"}
-
-
-def conv_pattern(rank: int) -> str:
-    """torch (O, I/g, *k) -> Flax (*k, I/g, O) for `rank` spatial axes."""
-    return f"o i {SPATIAL[rank]} -> {SPATIAL[rank]} i o"
-
-
-def transposed_pattern(rank: int) -> str:
-    """torch (I, O, *k) -> Flax (*k, O, I), a ConvTranspose with transpose_kernel=True."""
-    return f"i o {SPATIAL[rank]} -> {SPATIAL[rank]} o i"
-
-
-def flipped_ops(rank: int) -> tuple[Op, ...]:
-    """torch (I, O, *k) -> Flax (*k, I, O) with every spatial axis reversed, a ConvTranspose by default."""
-    return (Rearrange(f"i o {SPATIAL[rank]} -> {SPATIAL[rank]} i o"), Flip(tuple(range(rank))))
+from graftax.layers.patterns import FLIPPED, SPATIAL, layout_ops
+from graftax.ops import Crop, Op, Pad, Rearrange
 
 
 def block_diagonal_ops(shape: Shape, groups: int) -> tuple[Op, ...]:
@@ -73,7 +57,7 @@ def conv_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     if rank and _bias_is(facts, facts.torch["weight"][0]):
         yield LayerForm(
             "conv",
-            (Step("weight", "kernel", conv_pattern(rank)), BIAS),
+            (Step("weight", "kernel", layout_ops("conv", rank + 2) or ()), BIAS),
             "conv",
             why=f"by convention, a torch weight of rank {rank + 2} that becomes a kernel is a convolution",
         )
@@ -95,7 +79,7 @@ def transpose_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     if wanted is not False:
         yield LayerForm(
             "conv_transpose",
-            (Step("weight", "kernel", (*expand, Rearrange(transposed_pattern(rank)))), BIAS),
+            (Step("weight", "kernel", (*expand, *(layout_ops("conv_transpose", rank + 2) or ()))), BIAS),
             "conv_transpose",
             by="shapes",
             why=f"it is a transposed convolution with transpose_kernel=True{tail}",
@@ -104,7 +88,7 @@ def transpose_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     if wanted is not True:
         yield LayerForm(
             "conv_transpose default",
-            (Step("weight", "kernel", (*expand, *flipped_ops(rank))), BIAS),
+            (Step("weight", "kernel", (*expand, *(layout_ops(FLIPPED, rank + 2) or ()))), BIAS),
             "conv_transpose default",
             by="shapes",
             why=f"it is a transposed convolution with transpose_kernel=False, so spatial axes are flipped{tail}",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import permutations
 
-from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, LeafAxes, Makes, Refusal, Setting, Shape, Step
 from graftax.layers.leaf_axes import CONV1D_AXES, EMBED_AXES, FLAX_CONV1D_AXES, LINEAR_AXES
 from graftax.ops import Rearrange
 
@@ -149,11 +150,34 @@ LINEAR_FORM = LayerForm(
     holds=_plain_weight,
 )
 
+
+def bilinear_forms(facts: LayerFacts) -> Iterable[LayerForm]:
+    """A torch weight (out, in1, in2) in a module of the user's own, which may put its axes in any order."""
+    weight = facts.torch.get("weight", ())
+    if facts.torch_kind != "Bilinear" or len(weight) != 3:
+        return
+    role, kernel = next(((r, shape) for r, shape in facts.flax.items() if len(shape) == 3), ("", ()))
+    orders = [o for o in permutations("oij") if tuple(weight["oij".index(axis)] for axis in o) == kernel]
+    orders.sort(key=lambda order: order != tuple("ijo"))
+    for order in orders:
+        pattern = f"o i j -> {' '.join(order)}"
+        why = "only this order of axes fits" if len(orders) == 1 else f"the axes may be {' '.join(order)}"
+        steps = (Step("weight", role, pattern), BIAS)
+        yield LayerForm("bilinear", steps, rule=f'ops = "{pattern}"', by="shapes", why=why, settled=len(orders) == 1)
+
+
 _BATCHED = Refusal(
     lambda f: bool(f.flax_settings.get("batch_dims") or f.flax_settings.get("batch_axis")) and bool(f.torch_kind),
     "a DenseGeneral with batch dimensions against a Linear",
     "its kernel has one matrix for every batch index, a Linear has one",
     "Stack as many torch weights as there are batch indices (a rule with `stack`).",
+)
+
+_MAX_NORM = Refusal(
+    lambda f: f.torch_settings.get("max_norm") is not None and f.torch_kind.startswith("Embedding"),
+    "Embedding(max_norm=...)",
+    "torch rescales the rows in place while it looks them up; Flax has no such lookup",
+    "Rescale the rows of the torch weight once (row / max(1, |row| / max_norm)) and set max_norm=None.",
 )
 
 DENSE_ROWS: tuple[Layer, ...] = (
@@ -278,14 +302,33 @@ DENSE_ROWS: tuple[Layer, ...] = (
                     lambda t: t.get("num_embeddings"), lambda f: f.get("num_embeddings")),
         ),
         refusals=(
-            Refusal(
-                lambda f: f.torch_settings.get("max_norm") is not None and f.torch_kind == "Embedding",
-                "Embedding(max_norm=...)",
-                "torch rescales the rows in place while it looks them up; Flax has no such lookup",
-                "Rescale the rows of the torch weight once (row / max(1, |row| / max_norm)) and set max_norm=None.",
-            ),
+            _MAX_NORM,
         ),
         axes=EMBED_AXES,
         note="(V, D) on both sides: never transpose, square or not. `padding_idx` only stops gradients.",
+    ),
+    Layer(
+        "EmbeddingBag",
+        torch=("EmbeddingBag",),
+        linen=("Embed",),
+        nnx=("Embed",),
+        forms=(LayerForm("embedding bag", (Step("weight", "embedding"),), "identity", why="its rows are features"),),
+        refusals=(_MAX_NORM,),
+        axes=EMBED_AXES[:1],
+        note="(V, D) on both sides. The sum, mean or maximum over a bag is the model's: Embed(x).mean(-2).",
+    ),
+    Layer(
+        "Bilinear",
+        torch=("Bilinear",),
+        linen=(),
+        nnx=(),
+        forms=(
+            Makes(bilinear_forms, ("bilinear: (out, in1, in2) -> (in1, in2, out), or any order of axes that fits",)),
+            LONE_BIAS,
+        ),
+        axes=(LeafAxes("torch", "weight", "out in1 in2", "in1 in2"), LeafAxes("torch", "bias", "out")),
+        flax_decides=False,
+        note="Flax has no such layer: a module of your own computes einsum('bi,bj,ijo->bo') or alike; where several "
+        "orders of its axes fit, a rule says which.",
     ),
 )  # fmt: skip

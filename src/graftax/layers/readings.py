@@ -1,8 +1,9 @@
-"""Readings: every way in which a Flax leaf may hold a torch tensor, as ops that print as rules.
+"""Readings: every way in which Flax leaves may hold torch tensors, as ops that print as rules. Matching, rules and
+surgery ask here for layouts.
 
-The conventions of the layer table come first ((out, in, ...) stored as (..., in, out)), then every order of the axes
-that the shapes allow: axes of either side that are a product of the other's (heads, flattened maps) are taken apart
-first.
+`named` gives the ways that the field knows, by label. `readings` gives every order of the axes that the shapes allow,
+for where running decides: the conventions come first ((out, in, ...) stored as (..., in, out)), and axes of either side
+that are a product of the other's (heads, flattened maps) are taken apart.
 """
 
 from __future__ import annotations
@@ -11,14 +12,160 @@ import functools
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from graftax.ops import Flip, Op, Rearrange
+from graftax.layers.patterns import (
+    EACH_LAST,
+    FLIPPED,
+    FUSED,
+    FUSED_ROWS,
+    LAST,
+    SPLIT_IN,
+    SPLIT_OUT,
+    Readings,
+    Shape,
+    as_it_is,
+    fitted,
+)
+from graftax.ops import Flip, Op, Rearrange, Stack
+
+Kind = Literal["kernel", "embedding", "norm", "free", "raw"]
+"""What the name of a leaf shows. kernel: a Flax Dense or Conv stores it; embedding: nn.Embed stores it; norm: a scale;
+free: a weight of unknown layout; raw: a bare parameter, whose name is the module's."""
+
+# ---------------------------------------------------------------- the ways that the field knows
+
+
+@dataclass(frozen=True, slots=True)
+class LeafKinds:
+    """What a reading may depend on besides shapes: the role, and the kinds of both leaves. `same`: both ends are one
+    side."""
+
+    role: str
+    torch: Kind
+    flax: Kind
+    same: bool = False
+
+
+@functools.lru_cache(maxsize=65536)
+def named(source: Shape, target: Shape, kinds: LeafKinds) -> Readings:
+    """Every way that the field knows from a torch leaf of shape `source` to a Flax leaf of shape `target`, or between
+    leaves of one side."""
+    if math.prod(source) != math.prod(target):
+        return {}
+    plain = as_it_is(source, target)
+    if kinds.same:
+        return plain
+    if kinds.role in ("bias", "mean", "var", "counter"):
+        return (_fused(source, target) if len(source) == 1 else {}) or {**plain, **_map_last(source, target)}
+    if kinds.role in ("g", "v"):
+        linear = ("linear",) if kinds.role == "v" and kinds.flax == "kernel" else ()
+        return {**plain, **fitted(source, target, "conv", FLIPPED, *linear)}
+    if "norm" in (kinds.torch, kinds.flax):
+        return {**plain, **_map_last(source, target)}
+    if kinds.flax == "embedding":
+        return plain
+    wide = [sum(extent != 1 for extent in shape) for shape in (source, target)]
+    if wide[0] != wide[1] and min(wide) < 2:
+        return {}  # a vector is no table
+    return _of_weight(source, target, kinds, plain)
+
+
+def _map_last(source: Shape, target: Shape) -> Readings:
+    """A map (C, *spatial) that the other side stores channels last."""
+    moves = source[:1] > (1,) and math.prod(source[1:]) > 1
+    return fitted(source, target, LAST) if moves else {}
+
+
+def _of_weight(source: Shape, target: Shape, kinds: LeafKinds, plain: Readings) -> Readings:
+    """The readings of a matrix, of a kernel with more axes, or of a bare parameter."""
+    ranks = len(source), len(target)
+    equal: Readings = {"identity": ()} if source == target else {}
+    free = plain if kinds.flax != "kernel" or ranks[0] == 1 else {}
+    if ranks == (2, 2):
+        bare = kinds.torch == "raw" and kinds.flax in ("raw", "free")
+        return {**equal, **fitted(source, target, "linear")} or (plain if bare else {})
+    if ranks[0] == ranks[1] > 2 and kinds.torch == "raw":
+        if ranks[0] == 3:
+            return {**({**equal, **fitted(source, target, "swap")} or plain), **_map_last(source, target)}
+        maps = ranks[0] == 4 and _map_last(source[1:], target[1:])
+        return {**(equal or plain), **(fitted(source, target, EACH_LAST) if maps else {})}
+    if ranks[0] == ranks[1] > 2:
+        return {**fitted(source, target, "conv", FLIPPED), **(equal if kinds.flax != "kernel" else {})}
+    if ranks[0] > ranks[1] == 2 and kinds.torch != "raw":
+        return fitted(source, target, "conv 1x1") or fitted(source, target, "window last", "window first")
+    if ranks[1] > ranks[0] == 2 and target[:-2] == (1,) * (ranks[1] - 2):
+        return {**fitted(source, target, "conv 1x1"), **(free if target[-2:] == source else {})}
+    if ranks == (2, 3):
+        return _heads(source, target, kinds.flax == "kernel", free)
+    if ranks == (2, 4):
+        return _fused(source, target) or free
+    return free
+
+
+def _heads(source: Shape, target: Shape, kernel: bool, free: Readings) -> Readings:
+    """A Linear (o, i) whose outputs or inputs the other side stores as (heads, head_dim), in any order of its axes; or
+    whose rows lie part by part and are stored head by head, (heads, parts x head_dim)."""
+    if 1 in target:
+        return {**free, **fitted(source, target, SPLIT_OUT[0])}
+    out = fitted(source, target, *SPLIT_OUT, *SPLIT_IN)
+    for pattern, ops in tuple(out.items()) if not kernel else ():
+        into, order = pattern.split(" -> ")
+        turned = fitted(source, target, f"{into} -> {order.translate(_TURNED)}")
+        out |= {p: way for p, way in turned.items() if _sizes(way) == _sizes(ops)}  # as many heads as features
+    for label, parts in ((FUSED_ROWS["qkv"], 3), (FUSED_ROWS["kv"], 2)):
+        out |= fitted(source, target, label, t=parts)
+    return out or free
+
+
+def _fused(source: Shape, target: Shape) -> Readings:
+    """Rows that the other side stores as (parts, heads, head_dim), behind the inputs or before them."""
+    if 1 in target:
+        return {}
+    if len(source) == 1:
+        return fitted(source, target, *(f"{rows} -> t h d" for rows in FUSED))
+    orders = ["i t h d", *(order for axis, order in enumerate(("t h d i", "h t d i")) if 2 <= target[axis] <= 3)]
+    ways = [fitted(source, target, *(f"{rows} i -> {order}" for rows in FUSED)) for order in orders]
+    return next((found for found in ways if found), ways[0])
+
+
+_TURNED = str.maketrans("hd", "dh")
+
+
+def _sizes(ops: tuple[Op, ...]) -> list[object]:
+    return [op.sizes for op in ops if isinstance(op, Rearrange)]
+
+
+def stacked(source: Shape, target: Shape, counts: tuple[int, ...], axes: tuple[int, ...], kinds: LeafKinds) -> Readings:
+    """Readings of leaves shaped `source`, stacked `counts` times (outermost first) on `axes` of the target (negative
+    ones count from its end)."""
+    rank = len(target)
+    places = [axis if axis >= 0 else rank + axis for axis in axes]
+    if any(not 0 <= p < rank for p in places) or len(set(places)) != len(places):
+        return {}
+    if any(target[p] != n for p, n in zip(places, counts, strict=True)):
+        return {}
+    inner = tuple(n for axis, n in enumerate(target) if axis not in places)
+    ops: list[Op] = []
+    for n, place in enumerate(places):
+        later = sum(other < place for other in places[n + 1 :])
+        ops.append(Stack(place - later, counts[n]))
+    return {label: (*chain, *ops) for label, chain in named(source, inner, kinds).items()}
+
+
+def axis_choices(depth: int, rank: int) -> list[tuple[int, ...]]:
+    """Axes on which `depth` stacked numbers can lie in a leaf of `rank` axes: from the front, or from the end."""
+    front = itertools.permutations(range(min(rank, 4)), depth)
+    back = itertools.permutations(range(-min(rank, 4), 0), depth)
+    return [*front, *back]
+
+
+# ---------------------------------------------------------------- every order of the axes
 
 MOST = 64
 """Most readings of one pair of shapes."""
 _LETTERS = "abcdefghijklmnop"
-
-Shape = tuple[int, ...]
 
 
 def readings(source: Shape, target: Shape, maps: Collection[Shape] = ()) -> tuple[tuple[Op, ...], ...]:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from graftax.layers.patterns import EACH_LAST, FUSED, FUSED_ROWS, LAST, SPLIT_IN, SPLIT_OUT
 from graftax.match.flatten import Suspect
-from graftax.match.layouts import FUSED_ROWS
 from graftax.match.names import concepts, lexicon
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.sides import Module
@@ -21,7 +21,7 @@ _ONLY = {
     "conv": "it fits as a convolution",
     "conv_transpose default": "it fits as a transposed convolution",
     "reshape": "it fits after a reshape",
-    "channels last": "it is a map, and Flax stores maps channels last",
+    LAST: "it is a map, and Flax stores maps channels last",
 }
 
 
@@ -102,6 +102,8 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
     """The reading of one leaf of a taken pair."""
     labels = link.labels
     if link.torch.stack or link.flax.stack:
+        if link.told:
+            return Choice(None, "", link.told)
         axes = habits.axes.get(id(link))
         if axes is not None and axes.label is None:
             return axes
@@ -110,16 +112,19 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
     said = scope.name(pair.torch, True).concepts | scope.name(pair.flax, False).concepts
     rows = {label for concept, label in FUSED_ROWS.items() if concept in said}
     if any(word in rows for _, word in labels):
-        both = (label for label in labels if label[1] in rows or label[1].startswith("heads (h d) i"))
+        both = (label for label in labels if label[1] in rows or label[1].startswith("(h d) i"))
         return Choice(None, "", tuple(sorted(both)), "fused")
     labels = frozenset(label for label in labels if label[1] not in FUSED_ROWS.values())
+    told = tuple(label for label in link.told if label in labels)
+    if told and not any(word.startswith(FUSED) for _, word in labels):  # no kind shows how fused parts lie
+        return Choice(told[0], link.why) if len(told) == 1 else Choice(None, "", told)
     if len(labels) == 1:
         (label,) = labels
         return Choice(label, _ONLY.get(label[1], label[1]))
-    if any(word == "channels last" for _, word in labels):
+    if any(word in (LAST, EACH_LAST) for _, word in labels):
         if _may_be_map(link, pair) or any(word == "reshape" for _, word in labels):
             return Choice(None, "", tuple(sorted(labels)))
-        labels = frozenset(label for label in labels if label[1] != "channels last")
+        labels = frozenset(label for label in labels if label[1] != LAST)
         if len(labels) == 1:
             (label,) = labels
             return Choice(label, _ONLY.get(label[1], label[1]))
@@ -143,7 +148,7 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
                 "a leaf of weight norm keeps its axes" if word == "identity" else "it is a convolution",
             )
         return Choice(by_reading["conv"], "it is a convolution")
-    if "fused block" in by_reading:
+    if any(word.startswith(FUSED) for word in by_reading):
         return Choice(None, "", tuple(sorted(labels)), "fused")
     heads = _heads(by_reading, link, name_t | name_f)
     return heads or Choice(None, "", tuple(sorted(labels)))
@@ -190,8 +195,8 @@ _SAYS = {"linear": "are transposed", "identity": "stay as they are"}
 
 def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> Choice | None:
     """The reading that splits an axis into heads: the outputs of q, k and v, or the inputs of the output projection."""
-    splits_out = [r for r in by_reading if r.startswith("heads (h d) i")]
-    splits_in = [r for r in by_reading if r.startswith("heads o (h d)")]
+    splits_out = [r for r in by_reading if r.startswith("(h d) i")]
+    splits_in = [r for r in by_reading if r.startswith("o (h d)")]
     if not splits_out and not splits_in:
         return None
     if names & {"q", "k", "v"} and "o" not in names:
@@ -201,7 +206,7 @@ def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> C
     else:
         picks = splits_out + splits_in
     if len(picks) > 1 and link.flax.kind == "kernel":
-        usual = [r for r in picks if r in ("heads (h d) i -> i h d", "heads o (h d) -> h d o")]
+        usual = [r for r in picks if r in (SPLIT_OUT[0], SPLIT_IN[0])]
         if len(usual) == 1 and names & {"q", "k", "v", "o"}:
             return Choice(by_reading[usual[0]], "a DenseGeneral kernel has its axes in this order")
     if len(picks) == 1:

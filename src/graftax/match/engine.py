@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 from graftax.match.bare_rules import Unsaid
 from graftax.match.blocks import Doubt, name_ties
 from graftax.match.calls import torch_calls
-from graftax.match.choose import Choice, Habits, choose, stack_axes, trapped
+from graftax.match.choose import Habits, choose, stack_axes, trapped
 from graftax.match.flatten import Suspect, suspects
 from graftax.match.idioms import has_experts
-from graftax.match.kinds import Kinds
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon
 from graftax.match.orders import call_order, path_of
-from graftax.match.pairs import Link, Pair, Scope
+from graftax.match.pairs import Pair, Scope
 from graftax.match.part_order import in_said_order
 from graftax.match.partial import as_ruled
 from graftax.match.scope_names import wrapper_words
@@ -34,11 +33,6 @@ class Result:
     habits: Habits = field(default_factory=Habits)
     traps: Mapping[int, Suspect] = field(default_factory=dict[int, Suspect])
     doubts: list[Doubt] = field(default_factory=list["Doubt"])
-    kinds: Kinds = field(default_factory=Kinds)
-
-    def own_order(self, pair: Pair, link: Link, scope: Scope) -> Choice | None:
-        """The order of a matrix's axes if a live module may use its own order; see `Kinds.own_order`."""
-        return self.kinds.own_order(pair, link) if self.kinds and not scope.same else None
 
 
 def match(ends: Ends, lex: Lexicon) -> Result:
@@ -68,7 +62,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
     wrappers = wrapper_words(all_t, all_f, lex) | wrapper_words(all_f, all_t, lex)
     experts = (has_experts(all_t, lex), has_experts(all_f, lex))
     root = found.scopes[0]
-    result = Result([], doubts=found.doubts, kinds=ends.kinds)
+    result = Result([], doubts=found.doubts)
     habits = result.habits
     habits.stacked = ends.traces.stacked
     for scope in found.scopes:
@@ -88,13 +82,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
     for item in result.settled:
         for pair in item.taken:
             for link in pair.links:
-                own = result.own_order(pair, link, item.scope)
-                known = ends.kinds.reading(pair, link) if ends.kinds and own is None else None
-                choice = own or choose(link, pair, item.scope, habits)
-                if (
-                    known is not None and choice.kind != "fused"
-                ):  # the kind of a module does not show how fused parts lie
-                    choice = Choice(*known)
+                choice = choose(link, pair, item.scope, habits)
                 choice = as_ruled(link, choice, ends.ruled) if ends.ruled else choice
                 trap = traps.get(id(pair.torch))
                 if trap is not None:

@@ -6,17 +6,19 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
+from graftax.layers.readings import LeafKinds, axis_choices, named, stacked
 from graftax.match.evidence import judge
 from graftax.match.idioms import refined
-from graftax.match.layouts import Facts, Readings, axis_choices, readings, stacked
+from graftax.match.kinds import UNKNOWN, Kinds
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.scope_names import learn_common, learn_places, main_column, name_final_norm, number_ranks
 from graftax.match.sides import Column, Key, Module
 from graftax.ops import Op, Unstack
 
 
-def candidates(scope: Scope, numbers: bool = True) -> list[Pair]:
-    """Every pair of the scope that fits by roles and shapes. `numbers`: True if numbers in names count as evidence."""
+def candidates(scope: Scope, kinds: Kinds = UNKNOWN, numbers: bool = True) -> list[Pair]:
+    """Every pair of the scope that fits by roles, shapes and live kinds. `numbers`: True if numbers in names count as
+    evidence."""
     scope.numbers = numbers
     by_size: defaultdict[int, dict[int, Module]] = defaultdict(dict)
     for module in scope.flax:
@@ -37,7 +39,7 @@ def candidates(scope: Scope, numbers: bool = True) -> list[Pair]:
         for size in _sizes([main_column(module)]):
             near |= by_size.get(size, {})
         for other in near.values():
-            pair = fit(module, other, to_flax, scope.same)
+            pair = fit(module, other, to_flax, scope.same, kinds)
             if pair is not None:
                 judge(pair, scope, ranks_t.get(id(module), ()), ranks_f.get(id(other), ()))
                 out.append(pair)
@@ -88,7 +90,7 @@ def _sizes(columns: Iterable[Column]) -> set[int]:
 _TWINS = {"value": ("weight", "bias"), "weight": ("value",), "bias": ("value",)}
 
 
-def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool) -> Pair | None:
+def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool, kinds: Kinds) -> Pair | None:
     """The pair, if every role that both modules have has a reading over all shared instances."""
     links: list[Link] = []
     used: set[str] = set()
@@ -107,7 +109,9 @@ def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool) -> Pai
             whole = False
             continue
         link, full = _link(role, column, other, to_flax, same)
-        if link is None:
+        if link is not None and kinds and not same:
+            kinds.tell((torch, flax), link, to_flax)
+        if link is None or not link.labels:
             return None
         used.add(twin)
         links.append(link)
@@ -133,7 +137,7 @@ def _deconv_backed(links: list[Link]) -> bool:
 
 
 def _link(role: str, torch: Column, flax: Column, to_flax: dict[Key, Key], same: bool) -> tuple[Link | None, bool]:
-    facts = Facts(role if role != "value" else "weight", torch.kind, flax.kind, same)
+    kinds = LeafKinds(role if role != "value" else "weight", torch.kind, flax.kind, same)
     shapes: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     met = 0
     one, other_one = set(torch.shapes.values()), set(flax.shapes.values())
@@ -152,12 +156,10 @@ def _link(role: str, torch: Column, flax: Column, to_flax: dict[Key, Key], same:
     labels: set[Label] | None = None
     chains: dict[tuple[Label, tuple[int, ...], tuple[int, ...]], tuple[Op, ...]] = {}
     for source, target in shapes:
-        found = _readings(source, target, torch.stack, flax.stack, facts)
+        found = _readings(source, target, torch.stack, flax.stack, kinds)
         for label, chain in found.items():
             chains[(label, source, target)] = chain
         labels = set(found) if labels is None else labels & set(found)
-        if not labels:
-            return None, False
     full = met == len(torch.shapes) == len(flax.shapes)
     return Link(torch, flax, frozenset(labels or ()), chains), full
 
@@ -167,14 +169,14 @@ def _readings(
     target: tuple[int, ...],
     stack_t: tuple[int, ...],
     stack_f: tuple[int, ...],
-    facts: Facts,
+    kinds: LeafKinds,
 ) -> dict[Label, tuple[Op, ...]]:
     if not stack_t and not stack_f:
-        return {((), label): chain for label, chain in readings(source, target, facts).items()}
+        return {((), label): chain for label, chain in named(source, target, kinds).items()}
     out: dict[Label, tuple[Op, ...]] = {}
     if stack_t and not stack_f:
         for axes in axis_choices(len(stack_t), len(target)):
-            for label, chain in stacked(source, target, stack_t, axes, facts).items():
+            for label, chain in stacked(source, target, stack_t, axes, kinds).items():
                 out[(axes, label)] = chain
     elif stack_f and not stack_t and len(stack_f) == 1:
         for (axis,) in axis_choices(1, len(source)):
@@ -182,7 +184,6 @@ def _readings(
             if source[place] != stack_f[0]:
                 continue
             inner = source[:place] + source[place + 1 :]
-            found: Readings = readings(inner, target, facts)
-            for label, chain in found.items():
+            for label, chain in named(inner, target, kinds).items():
                 out[((axis,), label)] = (Unstack(place, stack_f[0]), *chain)
     return out

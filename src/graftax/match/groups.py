@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graftax.match.layouts import Facts, readings
+from graftax.layers.readings import LeafKinds, named
 from graftax.match.pairs import Scope
 from graftax.match.part_order import said_order
 from graftax.match.sides import Column, Key, Module, Shape
@@ -215,7 +215,7 @@ def _link(
         left, right = tuple(c.shapes[key] for c in torch), tuple(c.shapes[other] for c in flax)
         found = cache.get((left, right))
         if found is None:
-            facts = Facts("bias" if role == "bias" else "weight", torch[0].kind, flax[0].kind)
+            facts = LeafKinds("bias" if role == "bias" else "weight", torch[0].kind, flax[0].kind)
             found = _split(left[0], right, facts, heads) if len(left) == 1 else _join(left, right[0], facts, heads)
             cache[(left, right)] = found
         count += 1
@@ -229,16 +229,14 @@ def _link(
     return GroupLink(torch, flax, variants or {}) if count else None
 
 
-def _part_ops(source: Sequence[Shape], target: Sequence[Shape], facts: Facts) -> tuple[Op, ...] | None:
+def _part_ops(source: Sequence[Shape], target: Sequence[Shape], facts: LeafKinds) -> tuple[Op, ...] | None:
     """One chain that takes every part to its own shape."""
     common: set[str] | None = None
-    table = [readings(s, t, facts) for s, t in zip(source, target, strict=True)]
+    table = [named(s, t, facts) for s, t in zip(source, target, strict=True)]
     for found in table:
-        names = {
-            n for n in found if n in ("linear", "reshape") or n.startswith("heads (h d) i") or not n or n == "identity"
-        }
+        names = {n for n in found if n in ("linear", "reshape") or n.startswith("(h d) i") or not n or n == "identity"}
         common = names if common is None else common & names
-    for label in ("linear", "heads (h d) i -> i h d", "heads (h d) i -> h d i", "heads (h d) i -> h i d", "identity"):
+    for label in ("linear", "(h d) i -> i h d", "(h d) i -> h d i", "(h d) i -> h i d", "identity"):
         if label in (common or ()):
             return _common_chain([found[label] for found in table])
     if "reshape" in (common or ()):
@@ -263,7 +261,7 @@ def _common_chain(chains: list[tuple[Op, ...]]) -> tuple[Op, ...] | None:
     return chains[0]
 
 
-def _split(source: Shape, targets: Sequence[Shape], facts: Facts, heads: int | None) -> Variants:
+def _split(source: Shape, targets: Sequence[Shape], facts: LeafKinds, heads: int | None) -> Variants:
     """One torch tensor -> its parts: blocks along the outputs, or interleaved by heads."""
     out: Variants = {}
     sizes = [math.prod(t) for t in targets]
@@ -298,7 +296,7 @@ def _weave(rank: int, axis: int, heads: int, parts: int, dim: int) -> Rearrange:
     return Rearrange(f"{' '.join(left)} -> {' '.join(right)}", (("d", dim), ("h", heads), ("t", parts)))
 
 
-def _join(sources: Sequence[Shape], target: Shape, facts: Facts, heads: int | None) -> Variants:
+def _join(sources: Sequence[Shape], target: Shape, facts: LeafKinds, heads: int | None) -> Variants:
     """Parts -> one Flax leaf: stacked on an axis of their own, or side by side along the outputs."""
     out: Variants = {}
     count = len(sources)

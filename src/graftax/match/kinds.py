@@ -7,26 +7,17 @@ from dataclasses import dataclass, field
 from itertools import permutations
 
 from graftax.errors import LayoutError
-from graftax.layers.base import Part
-from graftax.layers.connect import connect, known_kind, own_layout, rows_for, settled
-from graftax.match.choose import Choice
+from graftax.layers.base import Part, Shape
+from graftax.layers.connect import connect, known_kind, own_layout, rows_for
+from graftax.layers.patterns import label_of
 from graftax.match.pairs import Label, Link, Pair
-from graftax.match.sides import Module
-from graftax.ops import Rearrange
+from graftax.match.sides import Key, Module
+from graftax.ops import Op, Rearrange
 from graftax.tree import Checkpoint, Side
 from graftax.tree import Module as Live
 
-_LABELS: tuple[tuple[str, str], ...] = (
-    ("linear, out split", "heads (h d) i -> i h d"),
-    ("linear, in merged", "heads o (h d) -> h d o"),
-    ("linear", "linear"),
-    ("embedding", "identity"),
-    ("conv_transpose default", "conv_transpose default"),
-    ("conv_transpose", "conv"),
-    ("conv", "conv"),
-    ("identity", "identity"),
-)
-"""Variants of the layer table -> readings. An exact variant is looked up first, then its first words."""
+Told = tuple[bool, str, dict[Label, tuple[Op, ...]]]
+"""True if live kinds settle the readings of a leaf, the evidence, and the readings, the likeliest first."""
 
 
 @dataclass(slots=True)
@@ -36,6 +27,7 @@ class Kinds:
     torch: Mapping[str, Live] = field(default_factory=dict[str, Live])
     flax: Mapping[str, Live] = field(default_factory=dict[str, Live])
     ends: tuple[Checkpoint, Checkpoint] | None = None
+    table: dict[object, Told | None] = field(default_factory=dict[object, "Told | None"])
 
     @classmethod
     def of(cls, torch: Checkpoint, flax: Checkpoint) -> Kinds:
@@ -52,53 +44,78 @@ class Kinds:
             return f"one module is {a} and the other {b}"
         return ""
 
-    def reading(self, pair: Pair, link: Link) -> tuple[Label, str] | None:
-        """The reading that the live kinds settle, and the evidence."""
-        if self.ends is None or link.torch.role != "weight" or len(link.labels) < 2:
-            return None
-        left, right = self._live(pair.torch, True), self._live(pair.flax, False)
-        if not known_kind(left, "torch") and not known_kind(right, "flax"):
-            return None
-        parts = _part("torch", pair.torch, self.ends[0], left), _part("flax", pair.flax, self.ends[1], right)
-        try:
-            found = settled(connect(*parts, partial=True))
-        except LayoutError:
-            return None
-        if found is None or found.by != "modules":
-            return None
-        for variant, reading in _LABELS:
-            if found.variant == variant or found.variant.startswith(f"{variant} "):
-                label = next((known for known in sorted(link.labels) if known[1] == reading), None)
-                if label is not None:
-                    return label, found.evidence[0]
-        return None
+    def tell(self, modules: tuple[Module, Module], link: Link, keys: Mapping[Key, Key]) -> None:
+        """State in the link what the live modules show of its layout: the readings of the layer table for their kinds;
+        every order of axes for a class that may use its own."""
+        live = self._live(modules[0], True), self._live(modules[1], False)
+        if not any(live) or link.torch.role not in ("weight", "value"):
+            return
+        if any(map(own_layout, live, ("torch", "flax"))):
+            self._tell_orders(link, keys)
+        elif link.torch.role == "weight" and not link.torch.stack and not link.flax.stack:
+            self._tell_table(modules, live, link, keys)
 
-    def own_order(self, pair: Pair, link: Link) -> Choice | None:
-        """The order of a matrix's axes if a live module may use its own order: settled if only one order fits every
-        instance, else all orders that fit are open."""
-        ends = self._live(pair.torch, True), self._live(pair.flax, False)
-        shapes = {(source, target) for _, source, target in link.chains}
-        if link.torch.role not in ("weight", "value") or not any(map(own_layout, ends, ("torch", "flax"))):
-            return None
+    def _tell_orders(self, link: Link, keys: Mapping[Key, Key]) -> None:
+        """Every order of axes that fits every instance, open if there are several."""
+        shapes = {(shape, link.flax.shapes[keys[key]]) for key, shape in link.torch.shapes.items()
+                  if keys.get(key) in link.flax.shapes}  # fmt: skip
         if link.torch.stack or link.flax.stack:  # the stack axis is open too
-            return Choice(None, "", tuple(sorted(link.labels))) if max(len(s) for s, _ in shapes) > 1 else None
-        orders = axis_orders(shapes)
-        if not orders:
+            link.told = tuple(sorted(link.labels)) if max(len(s) for s, _ in shapes) > 1 else ()
+            return
+        chains = dict(map(_ordered, axis_orders(shapes)))
+        if chains:
+            link.labels, link.told, link.why = frozenset(chains), tuple(chains), "only this order of axes fits"
+            link.chains.update({(label, *pair): chain for label, chain in chains.items() for pair in shapes})
+
+    def _tell_table(
+        self, modules: tuple[Module, Module], live: tuple[Live | None, Live | None], link: Link, keys: Mapping[Key, Key]
+    ) -> None:
+        """What the layer table gives for the kinds, if it settles the reading or leaves it open between several."""
+        found: dict[tuple[Shape, Shape], Told] = {}
+        for key, source in link.torch.shapes.items():
+            other = keys.get(key, ())
+            shapes = source, link.flax.shapes.get(other, ())
+            if shapes not in found and other in link.flax.paths:
+                told = self._told(modules, live, (key, other), link)
+                if told is None:
+                    return
+                found[shapes] = told
+        sure, why, ways = next(iter(found.values()), (False, "", {}))
+        labels = [label for label in ways if all(label in made for _, _, made in found.values())]
+        if not labels or (len(labels) == 1 and not sure):
+            return
+        link.told, link.why, link.labels = tuple(labels), why, link.labels | set(labels)
+        for shapes, (_, _, made) in found.items():
+            for label in labels:
+                link.chains.setdefault((label, *shapes), made[label])
+
+    def _told(
+        self,
+        modules: tuple[Module, Module],
+        live: tuple[Live | None, Live | None],
+        keys: tuple[Key, Key],
+        link: Link,
+    ) -> Told | None:
+        if self.ends is None or not (known_kind(live[0], "torch") or known_kind(live[1], "flax")):
             return None
-        made = {((), _order_label(order)): order for order in orders}
-        for label, order in made.items():
-            chain = (Rearrange(order_text(order)),) if order != tuple(range(len(order))) else ()
-            link.chains.update({(label, source, target): chain for source, target in shapes})
-        link.labels = frozenset(made)
-        if len(made) == 1:
-            return Choice(next(iter(made)), "only this order of axes fits")
-        return Choice(None, "", tuple(made))
+        torch, flax = (
+            Part("", side, {c.leaf: c.paths[key][0] for c in module.roles.values() if key in c.paths}, end.specs, one)
+            for side, module, key, end, one in zip(SIDES, modules, keys, self.ends, live, strict=True)
+        )
+        at = (*(one and (one.kind, one.bases, repr(one.settings)) for one in live), link.torch.leaf, link.flax.leaf,
+              *(tuple(part.shapes().items()) for part in (torch, flax)))  # fmt: skip
+        if at not in self.table:
+            self.table[at] = _by_table(torch, flax, link.torch.leaf, link.flax.leaf)
+        return self.table[at]
 
     def _live(self, module: Module, torch: bool) -> Live | None:
         table = self.torch if torch else self.flax
         return table.get(_first(module)) if table else None
 
 
+UNKNOWN = Kinds()
+"""Nothing is live."""
+SIDES: tuple[Side, Side] = ("torch", "flax")
 _AXES = "abcde"
 
 
@@ -118,10 +135,10 @@ def axis_orders(shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> li
     return list(found.values())
 
 
-def _order_label(order: tuple[int, ...]) -> str:
+def _ordered(order: tuple[int, ...]) -> tuple[Label, tuple[Op, ...]]:
     if order == tuple(range(len(order))):
-        return "identity"
-    return "linear" if len(order) == 2 else f"axes {order_text(order)}"
+        return ((), "identity"), ()
+    return ((), "linear" if len(order) == 2 else order_text(order)), (Rearrange(order_text(order)),)
 
 
 def order_text(order: tuple[int, ...]) -> str:
@@ -142,6 +159,16 @@ def _first(module: Module) -> str:
     return next(iter(column.paths.values()))[0]
 
 
-def _part(side: Side, module: Module, end: Checkpoint, live: Live | None) -> Part:
-    leaves = {column.leaf: next(iter(column.paths.values()))[0] for column in module.roles.values()}
-    return Part("", side, leaves, end.specs, live)
+def _by_table(torch: Part, flax: Part, leaf: str, other: str) -> Told | None:
+    """What the layer table gives for a leaf of two parts, by more than convention."""
+    try:
+        found = connect(torch, flax, partial=True)
+    except LayoutError:
+        return None
+    best = [connection for connection in found if connection.by == found[0].by]
+    if not best or best[0].by == "convention":
+        return None
+    paths = (torch.leaves[leaf],), (flax.leaves[other],)
+    entries = [entry for one in best for entry in one.entries if (entry.sources, entry.targets) == paths]
+    ways: dict[Label, tuple[Op, ...]] = {((), label_of(entry.ops)): entry.ops for entry in entries}
+    return (best[0].by == "modules", best[0].evidence[0], ways) if ways else None

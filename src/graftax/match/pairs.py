@@ -16,12 +16,15 @@ Label = tuple[tuple[int, ...], str]
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """One leaf of a pair: both columns and the readings that fit every instance."""
+    """One leaf of a pair: both columns and the readings that fit every instance. told: those that live modules leave,
+    the likeliest first, and `why`; () if they show nothing."""
 
     torch: Column
     flax: Column
     labels: frozenset[Label]
     chains: dict[tuple[Label, tuple[int, ...], tuple[int, ...]], tuple[Op, ...]]
+    told: tuple[Label, ...] = ()
+    why: str = ""
 
 
 Route = Literal["contest", "names", "alone", "numbers", "stream", "rest"]

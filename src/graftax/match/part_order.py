@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 
+from graftax.layers.patterns import FUSED
 from graftax.match.choose import Choice
 from graftax.match.names import lexicon
 from graftax.match.pairs import Label, Link, Pair
@@ -110,11 +111,11 @@ def _axes(link: Link, reading: str) -> list[tuple[int, Keys]]:
         return [(0, {})]
     if reading == "conv_transpose default":
         return [(1, {})]
-    if reading.startswith("fused "):
+    if reading.startswith(FUSED):
         sizes = next(
             dict(getattr(c[0], "sizes", ())) for (label, _, _), c in link.chains.items() if label[1] == reading
         )
-        return [(0, {"fused": "interleaved", "heads": sizes["h"]} if reading == "fused interleaved" else {})]
+        return [(0, {"fused": "interleaved", "heads": sizes["h"]} if reading.startswith(FUSED[1]) else {})]
     if rank > 1 and reading in ("identity", "swap"):
         lead = [f"a{axis}" for axis in range(rank - 2)]
         last = (("o", "i"), ("i", "o"))

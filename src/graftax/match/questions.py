@@ -322,7 +322,7 @@ def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) 
     """(rule line, the layout that it states) for every reading that an open pair may have; the layout is empty if there
     is only one reading."""
     link, scope = main_link(pair), item.scope
-    choice = result.own_order(pair, link, scope) or choose(link, pair, scope, result.habits)
+    choice = choose(link, pair, scope, result.habits)
     trap = result.traps.get(id(pair.torch))
     if trap is not None:
         choice = trapped(link, choice, trap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from graftax.layers.patterns import LAYOUTS
 from graftax.match.flatten import Suspect
 from graftax.match.groups import GroupLink, heads_of
 from graftax.match.key_templates import Line, rule_templates
@@ -12,7 +13,7 @@ from graftax.match.pairs import Label, Link, Scope
 from graftax.ops import Op, Rearrange
 from graftax.rules.text import rule_line
 
-_LAYOUTS = frozenset(("linear", "identity", "conv", "conv_transpose default"))
+_LAYOUTS = frozenset(("identity", *LAYOUTS))
 
 
 def column_rule(
@@ -92,20 +93,10 @@ def _variant_keys(link: GroupLink, variant: str) -> dict[str, object]:
 
 def _reading_keys(reading: str, link: Link, open_: bool, asked: bool) -> dict[str, object]:
     shape = next(iter(link.torch.shapes.values()))
-    if reading.startswith("fused "):
-        pattern, parts = next(
-            (chain[0].pattern, dict(chain[0].sizes))
-            for (label, _, _), chain in link.chains.items()
-            if label[1] == reading and isinstance(chain[0], Rearrange)
-        )
-        return {"ops": pattern, **parts}
     if reading == "conv" and {label[1] for label in link.labels} >= {"conv", "conv_transpose default"} and open_:
         return {"layout": "conv_transpose"}  # with transpose_kernel=True the axes move as in a plain convolution
     if reading in _LAYOUTS:
         return {"layout": reading} if len(shape) > 1 or asked else {}
-    if reading.startswith("heads "):
-        target = next(chain[0] for (label, _, _), chain in link.chains.items() if label[1] == reading)
-        return {"ops": reading.removeprefix("heads "), **dict(getattr(target, "sizes", ()))}
     chain = next(chain for (label, _, _), chain in link.chains.items() if label[1] == reading)
     return _ops_keys(chain[0]) if chain else {}
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from graftax.layers.readings import Kind
 
 Role = str
-Kind = Literal["kernel", "embedding", "norm", "free", "raw"]
-"""kernel: a Flax Dense or Conv stores it; embedding: nn.Embed stores it; norm: a scale; free: a weight of unknown
-layout; raw: a bare parameter, whose name is the module's."""
 
 # leaf name: (role, kind)
 ROLES: dict[str, tuple[str, Kind]] = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from graftax.match.assign import Board, assign
-from graftax.match.bare_rules import Said, left_open
+from graftax.match.bare_rules import left_open
 from graftax.match.choose import Choice
 from graftax.match.fits import candidates, fit
 from graftax.match.groups import Group, find_groups
@@ -33,14 +32,14 @@ class Settled:
 
 
 def _settle(scope: Scope, ends: Ends) -> Settled:
-    pairs = candidates(scope)
+    pairs = candidates(scope, ends.kinds)
     trusted = not out_of_order(pairs)
     if not trusted:
-        pairs = candidates(scope, numbers=False)
+        pairs = candidates(scope, ends.kinds, numbers=False)
     for pair in pairs if ends.kinds else ():
         if clash := ends.kinds.clash(pair):
             pair.findings += (Finding("live kinds", EVERY, clash),)
-    forced = _forced(scope, pairs, ends.anchors, ends.named) if ends.anchors else []
+    forced = _forced(scope, pairs, ends) if ends.anchors else []
     taken, board = assign(
         pairs,
         lambda open_, done: in_order(open_, pairs, done, scope, trusted),
@@ -114,8 +113,9 @@ def _column(module: Module) -> tuple[object, ...]:
     return module.outer, module.tokens, tuple(module.roles)
 
 
-def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str], named: Mapping[str, Said]) -> list[Pair]:
+def _forced(scope: Scope, pairs: list[Pair], ends: Ends) -> list[Pair]:
     """The pairs that the rules settle through one of their leaves, with the readings that the rules leave open."""
+    anchors = ends.anchors
     flax: dict[str, Module] = {}
     wanted = set(anchors.values())
     for module in scope.flax:
@@ -130,9 +130,10 @@ def _forced(scope: Scope, pairs: list[Pair], anchors: Mapping[str, str], named: 
             other = flax.get(anchors[path]) if path is not None else None
             if other is None or id(module) in seen or id(other) in seen:
                 continue
-            pair = known.get((id(module), id(other))) or fit(module, other, dict(scope.keys), scope.same)
+            pair = known.get((id(module), id(other))) or fit(module, other, dict(scope.keys), scope.same, ends.kinds)
             pair = pair or Pair(module, other, [], False)
-            pair.links = [kept for link in pair.links if (kept := left_open(link, scope, anchors, named)) is not None]
+            left = (left_open(link, scope, anchors, ends.named) for link in pair.links)
+            pair.links = [link for link in left if link is not None]
             pair.why, pair.findings = RULED, ()
             out.append(pair)
             seen |= {id(module), id(other)}

@@ -1,4 +1,4 @@
-"""Axis names: the names of a tensor's own axes, the `ops` key, and the named layouts."""
+"""Axis names: the names of a tensor's own axes and the `ops` key."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graftax.errors import RulesError, escape
-from graftax.layers.conv import SPATIAL, conv_pattern, flipped_ops, transposed_pattern
-from graftax.ops import Op, Rearrange, axis_groups, parse_pattern
+from graftax.ops import axis_groups, parse_pattern
 from graftax.tree import Side
 
 Groups = tuple[tuple[str, ...], ...]
@@ -23,23 +22,6 @@ def own_names(rank: int, side: Side) -> tuple[str, ...]:
     if rank < len(_OWN[side]):
         return tuple(_OWN[side][rank].split())
     return tuple(f"a{axis}" for axis in range(rank))
-
-
-def named_ops(layout: str, rank: int) -> tuple[Op, ...] | None:
-    """The ops of a named layout for a torch tensor of `rank` axes of any shape; None if they are not known. Used only
-    for an end without known shapes; with shapes the layer table decides."""
-    if rank < 2 or layout == "identity":
-        return ()
-    spatial = SPATIAL.get(rank - 2, "")
-    if layout == "linear" and rank == 2:
-        return (Rearrange("o i -> i o"),)
-    if layout == "conv" and spatial:
-        return (Rearrange(conv_pattern(rank - 2)),)
-    if layout == "conv_transpose" and spatial:
-        return (Rearrange(transposed_pattern(rank - 2)),)
-    if layout == "conv_transpose default" and spatial:
-        return flipped_ops(rank - 2)
-    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftax.errors import LayoutError, escape
+from graftax.layers.patterns import layout_ops, regroup
 from graftax.ops import Op, Rearrange, infer_chain, invert_chain
-from graftax.rules.axes import groups_text, named_ops
 from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_op
 from graftax.rules.model import Rule
 from graftax.tree import Module, Side, TensorSpec
@@ -50,11 +50,11 @@ def layout_of(rule: Rule, piece: TensorPair) -> Laid:
     if rule.ops is not None:
         return Laid(_written(rule, piece))
     if piece.sides[0] == piece.sides[1]:
-        ops = named_ops(rule.layout or "identity", _rank(piece))
+        ops = layout_ops(rule.layout or "identity", _rank(piece))
         return _known(rule.layout, ops, piece)
     if piece.left is None or piece.right is None:
         layout = rule.layout or _by_role(piece)
-        return _known(layout, named_ops(layout, _rank(piece)) if layout else None, piece)
+        return _known(layout, layout_ops(layout, _rank(piece)) if layout else None, piece)
     return _by_table(rule, piece.left, piece.right, piece)
 
 
@@ -128,12 +128,12 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: TensorPair) -> Laid:
             raise LayoutError(f"layout {rule.layout!r} contradicts the live modules: {', '.join(live[0].evidence)}")
         found = leaf_connections(roles[0], specs[0], roles[1], specs[1], layout=rule.layout or None)
     if not found:
-        ops = named_ops(rule.layout, len(left)) if rule.layout else None
+        ops = layout_ops(rule.layout, len(left)) if rule.layout else None
         if ops is not None and right_shape(ops, left) == right:
             return Laid(ops)
-        regrouped = _regrouped(left, right) if ops == () else None
+        regrouped = regroup(left, right) if ops == () else None
         if regrouped is not None:
-            return Laid((regrouped,))
+            return Laid(regrouped)
         raise LayoutError(_no_layout(rule, left, right, ops))
     best = [connection for connection in found if connection.by == found[0].by]
     if len(best) > 1:
@@ -153,29 +153,6 @@ def _heads_as_said(ops: Sequence[Op], piece: TensorPair) -> None:
             f"heads={piece.heads}, but in the usual order of its axes {piece.right} has {found.pop()}; "
             "write ops with the right order, such as '(h d) i -> i d h'"
         )
-
-
-def _regrouped(left: Shape, right: Shape) -> Rearrange | None:
-    """A pattern that keeps every axis or splits it into neighbouring axes on the right: the heads of a weight that is
-    stored (in, out), or of a bias."""
-    groups: list[list[str]] = []
-    sizes: dict[str, int] = {}
-    place = 0
-    for extent in left:
-        group, product = [f"a{place}"], right[place] if place < len(right) else -1
-        while product != extent and 0 < product < extent and place + 1 < len(right):
-            place += 1
-            group.append(f"a{place}")
-            product *= right[place]
-        if product != extent:
-            return None
-        groups.append(group)
-        sizes |= {name: right[int(name[1:])] for name in group} if len(group) > 1 else {}
-        place += 1
-    if place != len(right):
-        return None
-    pattern = f"{groups_text(groups)} -> {' '.join(name for group in groups for name in group)}"
-    return Rearrange(pattern, tuple(sorted(sizes.items())))
 
 
 def _no_layout(rule: Rule, left: Shape, right: Shape, ops: Sequence[Op] | None) -> str:
