@@ -49,6 +49,7 @@ class Cut:
             return {value: (n % self.lengths[0], n // self.lengths[0]) for n, value in ranks}
         starts = [0, *accumulate(self.lengths)]
         stage = [j for j, length in enumerate(self.lengths) for _ in range(length)]
+        stage += [len(self.lengths)] * (len(ranks) - len(stage))  # values that only other leaves have
         return {value: (stage[n], n - starts[stage[n]]) for n, value in ranks}
 
 

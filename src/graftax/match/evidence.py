@@ -277,18 +277,29 @@ def _counted_twice(case: Case) -> str | None:
 
 
 def _unmatched_word(case: Case) -> str | None:
-    """A word of one name that the other lacks: what is left over need not belong together. Outside of blocks, and
-    beside a name that only counts calls (`Dense_0`), a word for the part around the module does not count."""
+    """A word of one name that the other lacks: what is left over need not belong together. Outside of blocks, a word
+    for the part around the module does not count. A name that only counts calls (`Dense_0`) lacks every word, so it may
+    stand for any word of the table."""
     if not case.raw_differ or _any_head(case):
         return None
     if _norms_of_two_places(case) or (_layers_of_two_kinds(case) and not _only_window(case.pair)):
         return ""
-    least = 1.0 if case.scope.root or counts_calls(case.pair.torch) or counts_calls(case.pair.flax) else 0.5
-    for words, other in ((case.left - case.right, case.right), (case.right - case.left, case.left)):
+    left, right = case.more
+    only = left - right - _plain_words(case), right - left - _plain_words(case)
+    counted = counts_calls(case.pair.flax), counts_calls(case.pair.torch)  # each beside the words of the other
+    for words, other, calls in zip(only, (right, left), counted, strict=True):
         words -= _IS_HEAD if other & _IS_HEAD else _NOTHING
-        if any(case.lex.weight(word) >= least or case.lex.weight(word) == UNKNOWN for word in words):
+        if any(_tells(word, case, calls) for word in words):
             return ""
     return None
+
+
+def _tells(word: str, case: Case, calls: bool) -> bool:
+    """True if a word that one name lacks may name another module. calls: the name that lacks it only counts calls."""
+    weight = case.lex.weight(word)
+    if calls and word in case.lex.known:
+        return False
+    return weight >= 1 or weight == UNKNOWN or (weight == 0.5 and not case.scope.root)
 
 
 def counts_calls(module: Module) -> bool:
@@ -396,7 +407,13 @@ def _says_more(case: Case) -> bool | None:
     """One name says something that the other lacks. `self` tells something only beside a cross attention, and the two
     exclude each other. An embedding is one of tokens unless its name says more (a convolution makes one of patches).
     Number 1 may be the first. Outside of blocks, a word for the part around the module (attn, out) does not count."""
-    scope, lex = case.scope, case.lex
+    left, right = case.more
+    plain = _plain_words(case)
+    return True if any(case.lex.weight(word) >= UNKNOWN for word in (left ^ right) - plain) else None
+
+
+def _plain_words(case: Case) -> frozenset[str]:
+    """The words that say no more than the other name, beside this pair's other words, numbers and shapes."""
     left, right = case.more
     plain = {"self"}
     if "embed" in left & right:
@@ -405,10 +422,10 @@ def _says_more(case: Case) -> bool | None:
         plain |= {"in", "out"}
     if any(number in (0, 1) for number in case.numbers):
         plain |= {"first", "stem"}
-    if scope.root:
+    if case.scope.root:
         tells = {"attn", "mlp"} if case.both_norms else set[str]() if case.own[0] & case.own[1] else _ENDS
-        plain |= lex.some - ((case.own[0] | case.own[1]) & tells)
-    return True if any(lex.weight(word) >= UNKNOWN for word in (left ^ right) - plain) else None
+        plain |= case.lex.some - ((case.own[0] | case.own[1]) & tells)
+    return frozenset(plain)
 
 
 _ENDS = {"in", "out", "input", "output"}

@@ -99,7 +99,7 @@ def complete_order(torch: list[Module], flax: list[Module], scope: Scope) -> lis
     return list(zip(*ends, strict=True)) if len(torch) == len(flax) else []
 
 
-_FIRST, _LAST = frozenset(("in", "up", "first", "hidden", "pre")), frozenset(("out", "down", "final", "head", "post"))
+_FIRST, _LAST = frozenset(("in", "first", "hidden", "pre")), frozenset(("out", "final", "head", "post"))
 
 
 def _first_and_last(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | None:
@@ -107,6 +107,8 @@ def _first_and_last(modules: list[Module], scope: Scope, torch: bool) -> list[Mo
     if len(modules) != 2:
         return None
     names = [scope.own[id(module)] | {scope.name(module, torch).last} for module in modules]
+    if any(said & {"up", "down"} for said in names):
+        return None  # outside of a feed-forward part, the matrix that goes down may come first
     for first, last in ((0, 1), (1, 0)):
         if names[first] & _FIRST and names[last] & _LAST and not (names[first] & _LAST or names[last] & _FIRST):
             return [modules[first], modules[last]]

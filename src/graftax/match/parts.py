@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from graftax.match.assign import Board
 from graftax.match.names import concepts
-from graftax.match.orders import BY_NUMBER, complete_order, in_step
+from graftax.match.orders import BY_NUMBER, complete_order, components, in_step
 from graftax.match.pairs import Pair, Scope
 from graftax.match.sides import Module, Token
 
@@ -73,13 +73,11 @@ def the_rest(
         mine, theirs = [m for m in left if _inside(m, p)], [m for m in right if _inside(m, q)]
         if len(mine) != len(theirs) or not mine or not _paired(p, q, [*taken, *out], scope):
             continue
-        found, why = only_pairing(mine, theirs, board), f"the only pairing of what is left of {_text(p)} and {_text(q)}"
-        if not found and trusted:
-            found, why = _ordered(mine, theirs, scope, board), BY_NUMBER
-        if not found or not all(_sure(pair) for pair in found) or not in_step([*taken, *out, *found]):
+        found = _complete(mine, theirs, scope, board, trusted)
+        if not all(_sure(pair) for pair in found) or not in_step([*taken, *out, *found]):
             continue
         for pair in found:
-            pair.why = why
+            pair.why = pair.why or f"the only pairing of what is left of {_text(p)} and {_text(q)}"
             board.take(pair)
         out += found
         gone = {id(m) for pair in found for m in (pair.torch, pair.flax)}
@@ -87,28 +85,35 @@ def the_rest(
     return out
 
 
-def only_pairing(torch: Collection[Module], flax: Collection[Module], board: Board) -> list[Pair]:
-    """The only complete pairing of these modules; [] if there is none, or more than one."""
+def _complete(
+    torch: Collection[Module], flax: Collection[Module], scope: Scope, board: Board, trusted: bool
+) -> list[Pair]:
+    """The complete pairing of these modules: the only one, or, of modules that differ only in their numbers, the one in
+    their order. [] if there is none. A pair of modules with other leaves completes nothing."""
     wanted = {id(module) for module in flax}
-    rows = {id(m): {k: p for k, p in board.rows.get(id(m), {}).items() if k in wanted} for m in torch}
+    rows = {id(m): {k: p for k, p in board.rows.get(id(m), {}).items() if k in wanted and p.whole} for m in torch}
     columns: defaultdict[int, dict[int, Pair]] = defaultdict(dict)
     for key, row in rows.items():
         for other, pair in row.items():
             columns[other][key] = pair
     out: list[Pair] = []
-    while rows:
+    while single := next((ends for ends in (*rows.values(), *columns.values()) if len(ends) == 1), None):
         # A graph with exactly one complete pairing has an end that only one edge touches.
-        row = next((row for row in rows.values() if len(row) == 1), None)
-        row = row or next((column for column in columns.values() if len(column) == 1), None)
-        if row is None:
-            return []
-        (pair,) = row.values()
+        (pair,) = single.values()
         out.append(pair)
         for other in rows.pop(id(pair.torch)):
             columns[other].pop(id(pair.torch), None)
         for key in columns.pop(id(pair.flax), {}):
             rows[key].pop(id(pair.flax), None)
-    return out if len(out) == len(wanted) else []
+    for left, right, found in components([pair for row in rows.values() for pair in row.values()]) if trusted else ():
+        order = complete_order(left, right, scope)
+        chosen = [pair for a, b in order if (pair := found.get((id(a), id(b)))) is not None]
+        if not order or len(chosen) != len(order):
+            return []
+        for pair in chosen:
+            pair.why = BY_NUMBER
+        out += chosen
+    return out if len(out) == len(wanted) == len(torch) else []
 
 
 def _parts(module: Module) -> list[Part]:
@@ -117,13 +122,6 @@ def _parts(module: Module) -> list[Part]:
 
 def _inside(module: Module, part: Part) -> bool:
     return module.tokens[: len(part)] == part and (not part or len(part) in module.cuts)
-
-
-def _ordered(torch: list[Module], flax: list[Module], scope: Scope, board: Board) -> list[Pair]:
-    """All pairs of these modules in the order that their names show; [] if one of them does not fit."""
-    order = complete_order(torch, flax, scope)
-    found = [board.rows.get(id(a), {}).get(id(b)) for a, b in order]
-    return [pair for pair in found if pair is not None] if None not in found else []
 
 
 def _paired(p: Part, q: Part, taken: Iterable[Pair], scope: Scope) -> bool:

@@ -13,6 +13,7 @@ from graftax.match.sides import Column, Module, Token
 Ranks = tuple[tuple[str, int, int], ...]
 """The numbers of a name as (what is numbered, rank, how many)."""
 _TOWERS = frozenset(("enc", "dec", "vision", "text", "audio"))
+_PLACES = _TOWERS | {"out", "final"}
 _PLAIN = frozenset(("norm", "layer", "stage", "model", "list", "weight", "scale"))
 
 
@@ -24,7 +25,7 @@ def name_final_norm(scope: Scope) -> None:
         bare: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
         for module in modules:
             said = cache[id(module)].concepts - scope.common - _PLAIN
-            if "norm" in cache[id(module)].concepts and said <= _TOWERS and not _ends_in_number(module):
+            if "norm" in cache[id(module)].concepts and said <= _PLACES and not _ends_in_number(module):
                 bare[said].append(cache[id(module)])
         alone = {id(names[0]) for names in bare.values() if len(names) == 1}
         for key, name in list(cache.items()):
