@@ -167,8 +167,10 @@ class Stacks:
 
     def add(self, pair: FamilyPair) -> None:
         """A scope for two paired families."""
-        made = Scope(pair.torch.modules, pair.flax.modules, pair.keys, False, self.root.same, self.root.lex, pair.why)
-        self._open(made, pair.torch.prefix, pair.flax.prefix)
+        self._open(self._scope(pair), pair.torch.prefix, pair.flax.prefix)
+
+    def _scope(self, pair: FamilyPair) -> Scope:
+        return Scope(pair.torch.modules, pair.flax.modules, pair.keys, False, self.root.same, self.root.lex, pair.why)
 
     def fill(self, torch: list[Family], flax: list[Family]) -> tuple[list[Family], list[Family]]:
         """Put each unpaired family into the scope around it as stacked modules, the innermost first. Returns the
@@ -183,6 +185,7 @@ class Stacks:
         work = [_Pending(replace(family), [family]) for family in left]
         pending = {item.family.prefix: item for item in work}
         lost: list[Family] = []
+        whole: list[tuple[_Pending, list[Module]]] = []
         while work:
             item = max(work, key=lambda item: item.depth)
             work.remove(item)
@@ -201,13 +204,51 @@ class Stacks:
                 keys = sorted({key for module in made for key in module.support})
                 home = pending[outer] = _Pending(Family(outer, keys, made, [0] * len(keys)), item.members, True)
                 work.append(home)
-            elif (share := stackable(made, scope.torch if side else scope.flax)) > 0.5:
-                self.partly[side].extend(item.members if share < 1 else ())
-                mine, theirs = (scope.flax, scope.torch) if side else (scope.torch, scope.flax)
-                scope.torch, scope.flax = (theirs, [*mine, *made]) if side else ([*mine, *made], theirs)
+            elif scope is self.root:
+                whole.append((item, made))
             else:
-                lost += item.members
+                lost += self._into(scope, item, made, side)
+        placed = self._with_own_scope(whole, side)
+        for item, made in whole:
+            lost += [] if item in placed else self._into(self.root, item, made, side)
         return lost
+
+    def _into(self, scope: Scope, item: _Pending, made: list[Module], side: int) -> list[Family]:
+        """Add stacked modules to a scope that holds leaves of most of their sizes; else the families are lost."""
+        share = stackable(made, scope.torch if side else scope.flax)
+        if share <= 0.5:
+            return item.members
+        self.partly[side].extend(item.members if share < 1 else ())
+        mine, theirs = (scope.flax, scope.torch) if side else (scope.torch, scope.flax)
+        scope.torch, scope.flax = (theirs, [*mine, *made]) if side else ([*mine, *made], theirs)
+        return []
+
+    def _with_own_scope(self, whole: list[tuple[_Pending, list[Module]]], side: int) -> list[_Pending]:
+        """A scope of its own for each stack of blocks that is all of one part of the other side's tree: it has as many
+        elements, and each of its leaves has the axis. Returns the blocks for which that is true."""
+        wanted: defaultdict[tuple[int, int], list[Family]] = defaultdict(list)
+        home = {id(made): item for item, made in whole}
+        for item, made in whole:
+            columns = [column for module in made for column in module.roles.values() if column.role != "counter"]
+            counts = {column.stack[0] for column in columns}
+            if len(counts) == 1:
+                mark = counts.pop(), sum(column.size for column in columns)
+                wanted[mark].append(Family(item.family.prefix, [()], made, [mark[1]]))
+        parts = _parts(self.root.torch if side else self.root.flax) if wanted else []
+        out: list[_Pending] = []
+        for (count, size), mine in wanted.items():
+            theirs = [part for part in parts if part.sizes == [size] and _has_axis(part, count)]
+            for pair in pair_families(*((theirs, mine) if side else (mine, theirs)), self.root.lex, {})[0]:
+                part, stack = (pair.torch, pair.flax) if side else (pair.flax, pair.torch)
+                taken = {id(module) for module in part.modules}
+                left = [m for m in (self.root.torch if side else self.root.flax) if id(m) not in taken]
+                if len(left) + len(taken) == len(self.root.torch if side else self.root.flax):
+                    self.root.torch, self.root.flax = (left, self.root.flax) if side else (self.root.torch, left)
+                    inner = [Family(f.prefix, f.keys, [_below(m, _depth(f)) for m in f.modules], f.sizes)
+                             for f in (pair.torch, pair.flax)]  # fmt: skip
+                    self.scopes.append(self._scope(replace(pair, torch=inner[0], flax=inner[1])))
+                    out.append(home[id(stack.modules)])
+        return out
 
     def _paired(self, family: Family, others: list[Family], side: int) -> bool:
         """A new scope for blocks that hold nothing but stacks and the family of the other side that holds the same, if
@@ -226,3 +267,34 @@ class Stacks:
 
 def _holds(family: Family, made: list[Module]) -> bool:
     return stackable(made, family.modules) > 0.5
+
+
+def _parts(modules: Iterable[Module]) -> list[Family]:
+    """The parts of a tree that hold several modules, each once, with the elements that it holds."""
+    inside: defaultdict[Tokens, list[Module]] = defaultdict(list)
+    for module in modules:
+        for cut in module.cuts[:-1]:
+            inside[module.tokens[:cut]].append(module)
+    found = {tuple(map(id, some)): Family(prefix, [()], some, []) for prefix, some in inside.items() if len(some) > 1}
+    for part in found.values():
+        columns = [column for module in part.modules for column in module.roles.values() if column.role != "counter"]
+        part.sizes = [sum(column.size for column in columns)]
+    return list(found.values())
+
+
+def _depth(part: Family) -> int:
+    """How many tokens of its modules lead to this part."""
+    return len(part.prefix) - isinstance(part.prefix[-1], tuple)
+
+
+def _below(module: Module, depth: int) -> Module:
+    """The module with a path that begins `depth` tokens further in."""
+    cuts = tuple(cut - depth for cut in module.cuts if cut > depth)
+    outer, own = (*module.outer, *module.tokens[:depth]), max(module.own - depth, 0)
+    return replace(module, tokens=module.tokens[depth:], outer=outer, cuts=cuts, own=own)
+
+
+def _has_axis(part: Family, extent: int) -> bool:
+    """True if every leaf has an axis of this extent."""
+    columns = [column for module in part.modules for column in module.roles.values()]
+    return all(extent in shape for column in columns for shape in column.shapes.values())

@@ -39,7 +39,9 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
             _say(names, module, {IN_BLOCK[tokens]}, set())  # type: ignore[index]
         if tokens and len(tokens) == shared + 1 and not module.outer and tokens[-1] in ALONE:
             _say(names, module, set(ALONE[str(tokens[-1])].split()), set())
-        elif experts and tokens and tokens[-1] == _GATE and not has_experts([module], lex):
+        elif tokens and tokens[-1] == _GATE and (
+            (experts and not has_experts([module], lex)) or _flatter(module, modules)
+        ):
             _say(names, module, {_ROUTER}, {_GATE})
     for members in halves.values():
         _name_halves(members, names, lex)
@@ -57,6 +59,20 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
                 name = names[id(members[number])]
                 if not name.concepts & {"attn", "conv"}:
                     _say(names, members[number], {concept, *lex.implies.get(concept, ())}, set())
+
+
+def _flatter(module: Module, modules: Sequence[Module]) -> bool:
+    """True if the module's matrix lacks an axis that two or more matrices beside it have: these hold all experts, and
+    the gate chooses among them."""
+    rank, beside = _rank(module), module.tokens[:-1]
+    near = [_rank(other) for other in modules if other is not module and other.tokens[: len(beside)] == beside]
+    return bool(beside) and sum(found == rank + 1 for found in near) > 1 and rank >= 2
+
+
+def _rank(module: Module) -> int:
+    """The number of axes of the module's weight, stacked ones included."""
+    column = module.roles.get("weight") or module.roles.get("value")
+    return len(column.stack) + len(next(iter(column.shapes.values()))) if column is not None else 0
 
 
 def _name_halves(members: Sequence[tuple[int, Module]], names: dict[int, Name], lex: Lexicon) -> None:

@@ -8,6 +8,7 @@ get ranges or, at last, each instance gets a line.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -82,9 +83,8 @@ def _line(
     places: list[tuple[int, Column, list[tuple[str, ...]]]] = []
     for n, columns in enumerate((torch, flax)):
         places += [(n, column, [column.paths[keys[n]] for keys in shared]) for column in columns]
-    found = [_numbers(column, rows) for _, column, rows in places]
-    numbers = [one for one in found if one is not None]
-    if len(numbers) != len(found):
+    numbers = [one for _, column, rows in places if (one := _numbers(column, rows)) is not None]
+    if len(numbers) != len(places):
         return None
     depth = max((len(column.stack) for _, column, _ in places), default=0)
     indices = _indices([number.values for row in numbers for number in row], [n for row in numbers for n in row])
@@ -100,13 +100,26 @@ def _line(
         texts[n].append(pieces[0] + "".join(f"{text}{piece}" for text, piece in zip(written, pieces[1:], strict=True)))
     if any(index.name not in _parsed(text).names for index in indices for text in (*texts[0], *texts[1])):
         return None  # an index has one name on both sides
-    spans = {index.name: index.values for index in indices}
+    rows = [rows for _, _, rows in places]
+    found = [*texts[0], *texts[1]]
+    spans = _spans(found, rows)
     for ranges in ({}, {name: f"{min(v)}..{max(v)}" for name, v in spans.items() if _gapless(v)}):
-        allowed = {name: set(spans[name]) for name in ranges}
-        written = zip((*texts[0], *texts[1]), (rows for _, _, rows in places), strict=True)
-        if all(_names_only(scope, text, rows, allowed) for text, rows in written):
+        allowed = {name: spans[name] for name in ranges}
+        if all(_names_only(scope, text, paths, allowed) for text, paths in zip(found, rows, strict=True)):
             return Line(tuple(texts[0]), tuple(texts[1]), stack, ranges)
     return None
+
+
+def _spans(texts: Sequence[str], rows: Sequence[list[tuple[str, ...]]]) -> dict[str, set[int]]:
+    """The values of every index."""
+    out: defaultdict[str, set[int]] = defaultdict(set)
+    for text, found in zip(texts, rows, strict=True):
+        made = _parsed(text)
+        for path in (path for paths in found for path in paths) if made.names else ():
+            binding = made.match(path)
+            for name, number in zip(made.names, binding.numbers if binding is not None else (), strict=False):
+                out[name].add(number)
+    return out
 
 
 def _parsed(text: str) -> Template:

@@ -177,7 +177,7 @@ def _of_one(now: View, n: int) -> Iterator[tuple[Tokens, Cut]]:
             continue
         if not scope.root:
             outer = mine[0].outer
-            values = {keys[n][-1] for keys in scope.keys}
+            values = {keys[n][-1:] for keys in scope.keys}
             if outer and isinstance(outer[-1], tuple) and len(values) == len(scope.keys):
                 yield outer[:-1], Cut("cycle", (len(values),))
             continue
