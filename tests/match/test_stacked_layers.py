@@ -133,3 +133,45 @@ def test_a_rule_line_names_the_layers_of_each_place() -> None:
     (question,) = gx.plan(torch, {"params": flax}).questions
     assert 'torch = "layers.{l}.moe.experts.{m}.w1.weight"' in question.candidates[0].rule
     assert 'flax = "params/layer_{l}_moe/wi_0"' in question.candidates[0].rule
+
+
+def test_the_stack_of_one_part_of_the_tree_is_matched_by_itself() -> None:
+    """Norms that only their order along the block tells apart, in an encoder and a decoder of the same widths."""
+    rng = np.random.default_rng(0)
+    torch: dict[str, Any] = {}
+    flax: dict[str, Any] = {}
+    for tower, parts in (("encoder", ("attn", "mlp")), ("decoder", ("attn", "cross", "mlp"))):
+        names = {"attn": "self_attention" if "cross" in parts else "attention", "cross": "cross_attention"}
+        for place, part in enumerate(parts):
+            rows = {"layer_norm": ("", "scale", (D,)), "o" if part != "mlp" else "wo": ("m", "kernel", (D, D))}
+            for leaf, (_, role, shape) in rows.items():
+                inner = f"{names.get(part, part)}" if role == "kernel" else f"pre_{names.get(part, part)}_layer_norm"
+                found = [rng.standard_normal(shape).astype("f4") for _ in range(3)]
+                inside = f".{part}" if role == "kernel" else ""
+                for i, value in enumerate(found):
+                    torch[f"{tower}.block.{i}.layer.{place}{inside}.{leaf}.weight"] = value
+                path = f"{inner}/{'wo' if part == 'mlp' else 'out'}" if role == "kernel" else inner
+                flax[f"params/{tower}/{tower}/{path}/{role}"] = np.stack([value.T for value in found], 1)
+    plan = gx.plan(torch, flax, to="flax")
+    assert plan.complete, str(plan)
+    made = plan.run(torch)
+    assert all(np.array_equal(made[path], leaf) for path, leaf in flax.items())
+
+
+@pytest.mark.parametrize("beside", ["moe_block", "mlp/routed_experts"])
+def test_a_gate_beside_matrices_of_all_experts_is_their_router(beside: str) -> None:
+    """The gate has no axis of experts; a gate that has one is a part of each expert."""
+    shapes = {"gate_proj": (3, 4, 6, 8), "up_proj": (3, 4, 6, 8), "down_proj": (3, 4, 8, 6)}
+    rng = np.random.default_rng(0)
+    values = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    gate, norm = rng.standard_normal((3, 4, 8)).astype("f4"), rng.standard_normal((3, 8)).astype("f4")
+    torch = {f"layers.{i}.mlp.gate.weight": gate[i] for i in range(3)}
+    torch |= {f"layers.{i}.norm.weight": norm[i] for i in range(3)}
+    for name, value in values.items():
+        torch |= {f"layers.{i}.mlp.experts.{e}.{name}.weight": value[i, e] for i in range(3) for e in range(4)}
+    flax = {f"params/layers/{beside}/gate/kernel": gate.transpose(2, 0, 1), "params/layers/norm/scale": norm.T}
+    for name, part in (("gate_proj", "wi_0"), ("up_proj", "wi_1"), ("down_proj", "wo")):
+        flax[f"params/layers/{beside}/{part}"] = values[name].transpose(1, 0, 3, 2)
+    plan = gx.plan(torch, flax, to="flax")
+    assert plan.complete, str(plan)
+    assert all(np.array_equal(plan.run(torch)[path], leaf) for path, leaf in flax.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, permutations
@@ -248,6 +248,8 @@ class Stacks:
                              for f in (pair.torch, pair.flax)]  # fmt: skip
                     self.scopes.append(self._scope(replace(pair, torch=inner[0], flax=inner[1])))
                     out.append(home[id(stack.modules)])
+                    if _leaf_sizes(part) != _leaf_sizes(stack):
+                        self.partly[side].extend(out[-1].members)
         return out
 
     def _paired(self, family: Family, others: list[Family], side: int) -> bool:
@@ -280,6 +282,10 @@ def _parts(modules: Iterable[Module]) -> list[Family]:
         columns = [column for module in part.modules for column in module.roles.values() if column.role != "counter"]
         part.sizes = [sum(column.size for column in columns)]
     return list(found.values())
+
+
+def _leaf_sizes(part: Family) -> Counter[int]:
+    return Counter(c.size for module in part.modules for c in module.roles.values() if c.role != "counter")
 
 
 def _depth(part: Family) -> int:

@@ -39,8 +39,10 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
             _say(names, module, {IN_BLOCK[tokens]}, set())  # type: ignore[index]
         if tokens and len(tokens) == shared + 1 and not module.outer and tokens[-1] in ALONE:
             _say(names, module, set(ALONE[str(tokens[-1])].split()), set())
-        elif tokens and tokens[-1] == _GATE and (
-            (experts and not has_experts([module], lex)) or _flatter(module, modules)
+        elif (
+            tokens
+            and tokens[-1] == _GATE
+            and ((experts and not has_experts([module], lex)) or _flatter(module, modules))
         ):
             _say(names, module, {_ROUTER}, {_GATE})
     for members in halves.values():

@@ -88,7 +88,8 @@ class Views:
 
     def _options(self, now: View, cuts: Both) -> Iterator[Both]:
         """Other cuts of the numbers of families that have no partner."""
-        outer = [_outermost([*lost, *partly]) for lost, partly in zip(now.lost, now.partly, strict=True)]
+        loose = [[*lost, *partly] for lost, partly in zip(now.lost, now.partly, strict=True)]
+        outer = [_outermost(found) for found in loose]
         for n in (0, 1):
             counts = _counts(outer[1 - n], (now.flax, now.torch)[n][0])
             for prefix in dict.fromkeys(family.prefix[:-1] for family in outer[n]):
@@ -102,7 +103,7 @@ class Views:
                     yield _with(both, 1 - n, {theirs.prefix[:-1]: Cut("names")})
             for prefix, cut in _of_one(now, n):
                 yield _with(cuts, n, {prefix: cut})
-        mixed = [[family.prefix[:-1] for family in found if _mixed(family)] for found in outer]
+        mixed = [[family.prefix[:-1] for family in found if _mixed(family)] for found in loose]
         for lengths in ((), (1,)):
             kinds = [dict.fromkeys(found, Cut("kinds", lengths)) for found in mixed]
             if all(kinds):
