@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from graftax.match.planning import make_plan
+from graftax.ops import apply_chain, invert_chain
 from graftax.plans import Plan, PlanOptions
 from graftax.tree import Checkpoint, Storage, TensorSpec
 
@@ -226,3 +227,72 @@ def test_channels_of_joined_maps_show_in_a_norm() -> None:
 def test_without_convolutions_any_channels_may_be() -> None:
     torch, flax = {"fc.weight": (5, 48), "b.weight": (4, 5)}, {"params/fc/kernel": (48, 5), "params/b/kernel": (5, 4)}
     assert planned([{**BARE, "flatten": "C=3 H=4 W=4"}], torch, flax).complete
+
+
+# ---------------------------------------------------------------- other leaves that may take a map, or make one
+
+GRU = {"rnn.weight_ih_l0": (21, C * H), "rnn.weight_hh_l0": (21, 7), "rnn.bias_ih_l0": (21,), "rnn.bias_hh_l0": (21,)}
+CELL = {
+    **{f"params/rnn/i{gate}/kernel": (C * H, 7) for gate in "rzn"},
+    **{f"params/rnn/h{gate}/kernel": (7, 7) for gate in "rzn"},
+    **{f"params/rnn/{gate}/bias": (7,) for gate in ("ir", "iz", "in", "hn")},
+}
+CONV = {"conv.weight": (C, 3, 3, 3)}, {"params/conv/kernel": (3, 3, 3, C)}
+INTO: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "a recurrent cell": (
+        GRU, CELL, "params/rnn/ir/kernel", f"split axis 0 into 7+7+7, o (c p) -> (p c) o [c={C} p={H}]",
+    ),
+    "a bare matrix": (
+        {"out.w": (C * H * W, 5)}, {"params/out/w": (C * H * W, 5)}, "params/out/w",
+        f"(c h w) i -> (h w c) i [c={C} h={H} w={W}]",
+    ),
+    "a bare matrix as wide as it is long": (
+        {"proj": (C * H, C * H)}, {"params/proj": (C * H, C * H)}, "params/proj",
+        f"(c h w) i -> (h w c) i [c={C} h={H // 2} w=2]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["to flax", "to torch"])
+@pytest.mark.parametrize("name", INTO)
+def test_what_takes_a_flattened_map_is_asked_in_which_order(name: str, back: bool) -> None:
+    torch, flax, leaf, made = INTO[name]
+    plan = planned(torch=CONV[0] | torch, flax=CONV[1] | flax, back=back)
+    (question,) = plan.questions
+    assert question.kind == "flatten"
+    assert planned([question.candidates[-1].rule], CONV[0] | torch, CONV[1] | flax, back).complete
+    plan = plan.answer(0, 0)
+    assert plan.complete, str(plan)
+    assert back or ops(plan, leaf) == made
+
+
+@pytest.mark.parametrize("width", [C, 5])
+def test_a_width_that_something_else_makes_is_no_map(width: int) -> None:
+    cell = {n: s if len(s) < 2 or s[0] == 7 else (width, 7) for n, s in CELL.items()}
+    torch = CONV[0] | GRU | {"rnn.weight_ih_l0": (21, width)} | ({"fc.weight": (5, C)} if width == 5 else {})
+    plan = planned(torch=torch, flax=CONV[1] | cell | ({"params/fc/kernel": (C, 5)} if width == 5 else {}))
+    assert plan.complete, str(plan)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["the map first", "the others first"])
+def test_a_map_joined_with_other_values_is_asked_about(first: bool) -> None:
+    n = C * H * W
+    torch, flax = CONV[0] | {"fc.weight": (5, n + 3)}, CONV[1] | {"params/fc/kernel": (n + 3, 5)}
+    plan = planned(torch=torch, flax=flax)
+    assert [question.kind for question in plan.questions] == ["flatten"]
+    plan = plan.answer(0, int(first))
+    assert plan.complete, str(plan)
+    weight = np.arange(5 * (n + 3.0), dtype="f4").reshape(5, n + 3)
+    (entry,) = [entry for entry in plan.entries if "params/fc/kernel" in entry.targets]
+    (kernel,) = apply_chain(entry.ops, (weight,))
+    order = np.arange(n).reshape(C, H, W).transpose(1, 2, 0).reshape(-1)
+    columns = [np.arange(3), 3 + order] if first else [order, n + np.arange(3)]
+    assert np.array_equal(kernel, weight.T[np.concatenate(columns)])
+    assert np.array_equal(apply_chain(invert_chain(entry.ops), (kernel,))[0], weight)
+
+
+def test_a_square_linear_that_may_make_a_map_is_asked_with_its_bias() -> None:
+    torch = {"fc.weight": (4 * C, 4 * C), "fc.bias": (4 * C,), "up.weight": (3, C, 3, 3)}
+    flax = {"params/fc/kernel": (4 * C, 4 * C), "params/fc/bias": (4 * C,), "params/up/kernel": (3, 3, C, 3)}
+    asked = {name for question in planned(torch=torch, flax=flax).questions for name in question.targets}
+    assert asked == {"params/fc/kernel", "params/fc/bias"}

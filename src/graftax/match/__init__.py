@@ -121,7 +121,7 @@ def _infer(
     words = (source_side, like_side) if source_side != like_side else ("source", "target")
     asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned, missing)
     asked += [*doubts, *cells.questions, *unsaid_questions(result.unsaid, turned)]
-    assumed = tuple(call_orders(result, ends))
+    assumed = (*cells.assumptions, *call_orders(result, ends))
     return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))
 
 

@@ -129,18 +129,13 @@ def unsaid_questions(unsaid: Sequence[Unsaid], turned: bool) -> list[Question]:
         targets, sources = (torch, flax) if turned else (flax, torch)
         trap, rule = items[0].trap, items[0].said.rule
         found: list[Candidate] = []
-        for channels, height, width in trap.maps():
-            sizes = {"c": channels, "h": height, "w": width}
-            if trap.vector:
-                ops = "(c h w) i -> i (h w c)" if items[0].matrix else "(c h w) -> (h w c)"
-                line = _line(rule, ops=ops, **sizes)
-            else:
-                line = _line(rule, flatten=f"C={channels} H={height} W={width}")
+        for keys in trap.rule_keys(items[0].matrix):
+            line = _line(rule, **keys)
             found.append(Candidate(line, sources, "the values are a flattened map (C, H, W)"))
         found.append(Candidate(_line(rule, layout="linear" if items[0].matrix else "identity"), sources, "no map"))
         text = (
             f"{', '.join(fold_names(targets)[:4])}: {rule.where} does not say whether its {trap.width} values are a "
-            f"flattened map of {trap.channels} channels x {trap.positions} positions, and in which order"
+            f"flattened map of {trap.size}, and in which order"
         )
         out.append(Question("flatten", text, targets, sources, tuple(found)))
     return out

@@ -217,7 +217,9 @@ def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> C
 def trapped(link: Link, choice: Choice, trap: Suspect) -> Choice:
     """The choice for a Linear that may take a flattened map, or for a norm between the two. It is open, unless the
     flatten concerns only the other end of the Linear."""
-    if choice.label is None or (choice.label[1] != "linear" and not (trap.vector and _is_vector(link))):
+    if choice.label is None or (trap.raw is not None and _is_vector(link)):
+        return choice
+    if choice.label[1] != "linear" and trap.raw is None and not (trap.vector and _is_vector(link)):
         return choice
     return Choice(None, "", (choice.label,), "flatten", trap)
 

@@ -127,4 +127,4 @@ def _traps(settled: list[Settled], root: Scope, lex: Lexicon, traces: Traces | N
     found = suspects(root.torch, inner.values(), lex, tables)
     if traces is None or traces.torch_trace is None:
         return found
-    return {**shown(traces.torch, (*root.torch, *inner.values())), **found}
+    return {**found, **shown(traces.torch, (*root.torch, *inner.values()))}

@@ -116,7 +116,7 @@ def _reading(
     names = ", ".join(fold_names(torch if turned else flax)[:4])
     if choice.trap is not None:
         text = (
-            f"{names}: its width is {choice.trap.channels} channels x {choice.trap.positions} positions; if "
+            f"{names}: its width is {choice.trap.size}; if "
             f"{_FLOWS[choice.trap.out]}, its values must be reordered from (C, H, W), or from any other "
             f"order that torch uses, such as {_other_order(choice.trap)}"
         )
@@ -158,7 +158,7 @@ _FLOWS = {False: "a flattened convolution map feeds it", True: "its outputs beco
 def _other_order(trap: Suspect) -> str:
     """What a rule says if torch permutes the map first."""
     channels, height, width = trap.maps()[0]
-    return "(w h c)" if trap.vector else f'flatten = "W={width} H={height} C={channels}"'
+    return "(w h c)" if trap.vector or trap.raw is not None else f'flatten = "W={width} H={height} C={channels}"'
 
 
 def _groups(item: Settled, sides: tuple[str, str], turned: bool) -> list[Question]:

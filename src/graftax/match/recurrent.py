@@ -6,15 +6,17 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from graftax.errors import Failure, LayoutError
 from graftax.layers.base import Connection, Part
 from graftax.layers.connect import connect, settled
+from graftax.match.flatten import Suspect, recurrent_inputs
 from graftax.match.names import Lexicon, concepts
 from graftax.match.sides import tokens_of
 from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
-from graftax.plans import Candidate, Entry, Question
+from graftax.plans import PARITY, Assumption, Candidate, Entry, Question
 from graftax.rules.text import rule_line
 from graftax.tree import Checkpoint
 
@@ -23,6 +25,9 @@ _GATES = frozenset(
     ("ii", "if", "if_", "ig", "io", "hi", "hf", "hg", "ho", "ir", "iz", "in", "hr", "hz", "hn", "dense_i", "dense_h")
 )
 _COUNTED = re.compile(r"(.*?)_?(\d+)")
+_MAP = "o (c p) -> (p c) o"
+_INPUTS = re.compile(r"(?:.*\.)?weight_ih(?:_l0)?(?:_reverse)?")
+"""The matrices that take a layer's inputs."""
 
 
 @dataclass(slots=True)
@@ -33,6 +38,7 @@ class Recurrent:
     entries: list[Entry] = field(default_factory=list[Entry])
     questions: list[Question] = field(default_factory=list[Question])
     failures: list[Failure] = field(default_factory=list[Failure])
+    assumptions: list[Assumption] = field(default_factory=list[Assumption])
     torch: set[str] = field(default_factory=set[str])
     flax: set[str] = field(default_factory=set[str])
 
@@ -46,7 +52,7 @@ def recurrent(torch: Checkpoint, flax: Checkpoint, ruled: Iterable[Entry], turne
     ruled = list(ruled)
     said = {name for entry in ruled for name in (*entry.sources, *entry.targets)}
     for fit in _as_ruled(torch, flax, ruled, said) if said else ():
-        _take(out, fit, turned)
+        _take(out, fit, torch, turned, lex)
     skip = {*said, *out.torch, *out.flax}
     left = _torch_parts(torch, skip)
     right = flax_parts(flax, skip) if left else []
@@ -58,7 +64,7 @@ def recurrent(torch: Checkpoint, flax: Checkpoint, ruled: Iterable[Entry], turne
         best = [fit for fit in fits if _clear(fit, fits, lex)]
         if not best:
             break
-        _take(out, best[0], turned)
+        _take(out, best[0], torch, turned, lex)
         fits = [
             f for f in fits if not out.torch & set(f[0].leaves.values()) and not out.flax & set(f[1].leaves.values())
         ]
@@ -91,14 +97,55 @@ def _fits(left: Iterable[Part], right: Iterable[Part], label: str, failures: lis
     return out
 
 
-def _take(out: Recurrent, fit: Fit, turned: bool) -> None:
+def _take(out: Recurrent, fit: Fit, torch: Checkpoint, turned: bool, lex: Lexicon) -> None:
     part, other, found = fit
+    waiting: list[Entry] = []
+    map_: Suspect | None = None
     for entry in found.entries:
+        trap = _map(entry, torch, lex)
+        if trap is not None:
+            map_ = trap
+            waiting.append(entry)
+            continue
         ends = (entry.targets, entry.sources) if turned else (entry.sources, entry.targets)
         ops = invert_chain(entry.ops) if turned else entry.ops
-        out.entries.append(Entry(*ends, ops, found.evidence))
+        out.entries.append(Entry(*ends, ops, (f"the layer table connects them as {found.layer}", *found.evidence)))
+    if map_ is not None:
+        out.questions.append(_flattened(waiting, map_, turned))
+    names = tuple((part if turned else other).leaves.values())
+    out.assumptions += [Assumption(text, PARITY, names) for text in found.assumes]
     out.torch |= set(part.leaves.values())
     out.flax |= set(other.leaves.values())
+
+
+def _map(entry: Entry, torch: Checkpoint, lex: Lexicon) -> Suspect | None:
+    """The flattened map that may be the inputs of this matrix."""
+    name = entry.sources[0]
+    return recurrent_inputs(torch.specs, name, lex) if _INPUTS.fullmatch(name) else None
+
+
+def _flattened(entries: Iterable[Entry], trap: Suspect, turned: bool) -> Question:
+    """Ask how the inputs of a layer are flattened: the matrices of all directions take the same ones."""
+    entries = list(entries)
+    torch, flax = (tuple(n for e in entries for n in getattr(e, end)) for end in ("sources", "targets"))
+    where = flax if turned else torch
+    answers = {f"the inputs are a flattened map (C={c}, P)": {"ops": _MAP, "c": c} for c, _, _ in trap.maps()}
+    answers["the layout is linear"] = {"layout": "linear"}
+    found = [Candidate(_input_rules(entries, **how), where, said) for said, how in answers.items()]
+    text = (
+        f"{', '.join(torch)}: the layer has {trap.channels} channels x {trap.positions} positions as inputs; if a "
+        "flattened convolution map feeds it, their order may differ between the models"
+    )
+    return Question("flatten", text, torch if turned else flax, where, tuple(found))
+
+
+def _input_rules(entries: Iterable[Entry], **how: Any) -> str:
+    lines: list[str] = []
+    for entry in entries:
+        flax = list(entry.targets)
+        several = {"fused": "block"} if len(flax) > 1 else {}
+        lines.append(rule_line(torch=entry.sources[0], flax=flax if several else flax[0], **several, **how))
+    return ", ".join(lines)
 
 
 def _as_ruled(torch: Checkpoint, flax: Checkpoint, ruled: Iterable[Entry], said: Collection[str]) -> list[Fit]:
@@ -141,7 +188,7 @@ def _ask(out: Recurrent, part: Part, right: list[Part], fits: Iterable[Fit], tur
     mine = tuple(part.leaves.values())
     found = [
         Candidate(
-            ", ".join(lines),
+            lines,
             tuple(other.leaves.values()) if turned else mine,
             f"it pairs {part.path} with {other.path}",
         )
@@ -155,15 +202,10 @@ def _ask(out: Recurrent, part: Part, right: list[Part], fits: Iterable[Fit], tur
     return set(others)
 
 
-def _lines(connection: Connection) -> list[str]:
+def _lines(connection: Connection) -> str:
     """The rule lines for the weights of the inputs; the rest of the layer follows from them."""
-    out: list[str] = []
-    for entry in connection.entries:
-        name, flax = entry.sources[0], list(entry.targets)
-        if "weight_ih" in name.rpartition(".")[2]:
-            several = {"fused": "block"} if len(flax) > 1 else {}
-            out.append(rule_line(torch=name, flax=flax if several else flax[0], **several, layout="linear"))
-    return out
+    inputs = [entry for entry in connection.entries if "weight_ih" in entry.sources[0].rpartition(".")[2]]
+    return _input_rules(inputs, layout="linear")
 
 
 def _clear(fit: Fit, fits: list[Fit], lex: Lexicon) -> bool:

@@ -51,16 +51,11 @@ def flatten_rules(scope: Scope, link: Link, label: Label, trap: Suspect, sides: 
     """The rule lines that state a map flattened channels first in torch and channels last in Flax, one for each number
     of channels that fits."""
     out: list[str] = []
-    for c, h, w in trap.maps():
+    matrix = any(len(shape) == 2 for shape in link.torch.shapes.values())
+    for each in trap.rule_keys(matrix):
         lines: list[str] = []
         for made in rule_templates(scope, [link.torch], [link.flax]):
-            keys = {**_ends(made, sides), **more}
-            if trap.vector:
-                matrix = any(len(shape) == 2 for shape in link.torch.shapes.values())
-                keys["ops"] = "(c h w) i -> i (h w c)" if matrix else "(c h w) -> (h w c)"
-                keys |= {"c": c, "h": h, "w": w}
-            else:
-                keys["flatten"] = f"C={c} H={h} W={w}"
+            keys = {**_ends(made, sides), **more, **each}
             if made.stack and label[0]:
                 keys["stack"] = dict(zip(made.stack, label[0], strict=False))
             lines.append(rule_line(**keys))

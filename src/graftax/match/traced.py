@@ -14,6 +14,7 @@ from graftax.ops import Op, Rearrange
 from graftax.tree import Axes, Trace
 
 WHY = "traced"
+_NO_MAP = f"{WHY}: its input is no map"
 
 
 @dataclass(slots=True)
@@ -46,12 +47,17 @@ def by_trace(link: Link, scope: Scope, choice: Choice, traces: Traces) -> Choice
     """The choice for a leaf whose values may be a flattened map (`trapped` has opened it). It is settled if both traces
     show its order. Else it stays open, and the sizes that a trace shows are offered."""
     trap = choice.trap
-    if trap is None or len(choice.open) != 1:
+    if trap is None or trap.raw is not None or len(choice.open) != 1:
         return choice
     (label,) = choice.open
     matrix = label[1] == "linear"
     if label[0] or not (matrix or label[1] == "identity"):
         return choice
+    if trap.makes is not None:  # what the trace says about the inputs leaves the outputs open
+        told = [by_trace(link, scope, replace(choice, trap=one), traces) for one in trap.each(matrix)]
+        maps = [one for one in told if one.label is not None and one.why != _NO_MAP]
+        known = maps if maps else [one for one in told if len(told) == sum(one.label is not None for one in told)][:1]
+        return known[0] if len(known) == 1 else choice
     to_flax = dict(scope.keys)
     found: set[tuple[Axes, Axes] | None] = set()
     guess: Axes | None = None
@@ -67,8 +73,7 @@ def by_trace(link: Link, scope: Scope, choice: Choice, traces: Traces) -> Choice
         return replace(choice, trap=_offered(trap, guess))
     left, right = settled
     if [name for name, _ in left] == [name for name, _ in right]:
-        said = f"the map is {_text(left)} on both sides" if len(left) > 1 else "its input is no map"
-        return Choice(label, f"{WHY}: {said}")
+        return Choice(label, f"{WHY}: the map is {_text(left)} on both sides" if len(left) > 1 else _NO_MAP)
     made: Label = ((), "traced")
     chain = _chain(left, right, matrix, trap.vector)
     for source, target in {(source, target) for _, source, target in link.chains}:

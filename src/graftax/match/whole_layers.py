@@ -1,6 +1,5 @@
 """What the layer table settles before names are read: a tree that is one layer, and layers whose leaves have no
-one-to-one reading (recurrent cells, weight and spectral norm) if only one pairing is possible or the names are
-equal."""
+one-to-one reading (weight and spectral norm) if only one pairing is possible or the names are equal."""
 
 from __future__ import annotations
 
@@ -23,13 +22,9 @@ ONE_LAYER = 64
 """A tree of at most this many leaves may be one layer (a bidirectional LSTM of four layers has 32)."""
 BARE = "Bare parameter"
 
-_RECURRENT = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?")
 _REPARAMETRISED = re.compile(
     r"(?:weight|bias)_(?:g|v|orig|u)|parametrizations[./]weight[./](?:original[01]?|0[./]_[uv])"
 )
-_GATES = frozenset(
-    ("ii", "if", "if_", "ig", "io", "hi", "hf", "hg", "ho", "ir", "iz", "in", "hr", "hz", "hn", "i", "h")
-) | {"dense_i", "dense_h"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +137,6 @@ def _torch_owners(names: list[str], pattern: re.Pattern[str], torch: Checkpoint)
     return [Owner(p, _below(names, p, "torch"), torch.live.modules.get(p)) for p in prefixes]
 
 
-def _flax_cells(names: list[str]) -> list[str]:
-    """Paths (without collection) of recurrent cells: modules with at least two gates as children."""
-    gates: dict[str, set[str]] = {}
-    for name in names:
-        parts = _plain(name).split("/")
-        if len(parts) >= 2 and parts[-2] in _GATES and parts[-1] in ("kernel", "bias"):
-            gates.setdefault("/".join(parts[:-2]), set()).add(parts[-2])
-    return [path for path, found in gates.items() if len(found) > 1]
-
-
 def _ancestors(path: str) -> list[str]:
     """The path and everything above it, the root last."""
     parts = path.split("/") if path else []
@@ -169,27 +154,20 @@ def _composites(
     ruled: Iterable[Entry],
     turned: bool,
 ) -> Proposal:
-    """Recurrent layers with the cells below some Flax module, and reparametrised layers with theirs. A pair is taken if
-    it is the only one on both sides, or the only one with equal names. If rules have settled a part of a layer
-    (`ruled`) as the table pairs it, the rest of the layer is taken."""
+    """Reparametrised layers with the leaves below some Flax module. A pair is taken if it is the only one on both
+    sides, or the only one with equal names. If rules have settled a part of a layer (`ruled`) as the table pairs it,
+    the rest of the layer is taken."""
     if len(free_torch) < len(torch):
         free_torch, free_flax = _with_siblings(free_torch, torch, "torch"), _with_siblings(free_flax, flax, "flax")
-    recurrent, normed = (_torch_owners(free_torch, pattern, torch) for pattern in (_RECURRENT, _REPARAMETRISED))
-    owners = [*recurrent, *normed]
+    owners = _torch_owners(free_torch, _REPARAMETRISED, torch)
     if not owners:
         return Proposal()
-    cells = _flax_cells(free_flax)
     groups: dict[tuple[str, ...], Owner] = {}
-    for top in dict.fromkeys(a for path in (*cells, *_scaled(free_flax)) for a in _ancestors(path)):
+    for top in dict.fromkeys(a for path in _scaled(free_flax) for a in _ancestors(path)):
         owner = Owner(top, _below(free_flax, top, "flax"), flax.live.modules.get(top))
         groups.setdefault(tuple(owner.roles.values()), owner)
-        inner = [p for p in cells if p == top or p.startswith(f"{top}/") or not top]
-        only = {role: path for role, path in owner.roles.items() if any(_in(path, cell) for cell in inner)}
-        groups.setdefault(
-            tuple(only.values()), Owner(top, only, None if len(inner) != 1 else flax.live.modules.get(inner[0]))
-        )
-    kept = _normed_layers(free_flax, flax) if normed else []
-    folded = _plain_layers(free_flax, flax, kept) if normed else []
+    kept = _normed_layers(free_flax, flax)
+    folded = _plain_layers(free_flax, flax, kept)
     for owner in (*kept, *folded):
         groups.setdefault(tuple(owner.roles.values()), owner)
     may_fold = set(map(id, folded))  # that a norm cannot be folded into one of many layers refuses nothing
@@ -266,11 +244,6 @@ def _plain_layers(names: list[str], flax: Checkpoint, normed: Iterable[Owner]) -
         if "kernel" in roles and roles.keys() <= {"kernel", "bias"}
         if path not in apart and not path.startswith(wrappers)
     ]
-
-
-def _in(path: str, cell: str) -> bool:
-    plain = _plain(path)
-    return plain.startswith(f"{cell}/") if cell else True
 
 
 def _pairs(fits: list[tuple[Owner, Owner, Connection]]) -> list[tuple[Owner, Owner, Connection]]:

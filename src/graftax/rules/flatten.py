@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from graftax.errors import LayoutError, escape
-from graftax.ops import Rearrange
+from graftax.ops import Concat, Op, Rearrange, RearrangeEach, Split
 from graftax.rules.model import Rule
 from graftax.tree import Side, TensorSpec, natural_key
 
@@ -59,9 +59,12 @@ def conv_tail(specs: Mapping[str, TensorSpec], side: Side) -> Tail:
     return Tail(outputs, frozenset(seen), end, f"{name}, the last of {len(found)} convolutions that follow each other")
 
 
-def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) -> tuple[Rearrange, tuple[str, ...]]:
-    """The op that reorders and transposes a weight (O, C*H*W) to a kernel (H*W*C, O), and its assumptions. torch may
-    have flattened in any order (W H C); Flax flattens (H, W, C).
+def flatten_ops(
+    rule: Rule, left: Shape | None, right: Shape | None, tail: Tail
+) -> tuple[tuple[Op, ...], tuple[str, ...]]:
+    """The ops that reorder and transpose a weight (O, C*H*W) to a kernel (H*W*C, O), and their assumptions. torch may
+    have flattened in any order (W H C); Flax flattens (H, W, C). Values that are joined with the map (`+`) stay where
+    they are.
 
     Only C matters if H and W stay neighbours. If the rule gives no size of C, the convolutions decide it, which is an
     assumption. LayoutError if the sizes do not fit or C is open.
@@ -70,6 +73,10 @@ def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) 
     if known is None or len(known) != 2:
         raise LayoutError(f"flatten is for a Linear's weight of two axes, not for {known}")
     columns = left[1] if left is not None else known[0]
+    joined = next((size for name, size in rule.flatten if name == "+"), None) or 0
+    first = rule.flatten[0][0] == "+"
+    rule = replace(rule, flatten=tuple(axis for axis in rule.flatten if axis[0] != "+"))
+    columns -= joined
     names = [name.lower() for name, _ in rule.flatten]
     sizes = {name.lower(): size for name, size in rule.flatten if size is not None}
     assumes: tuple[str, ...] = ()
@@ -87,7 +94,12 @@ def flatten_op(rule: Rule, left: Shape | None, right: Shape | None, tail: Tail) 
     if tail.outputs and sizes["c"] not in tail.seen:
         raise LayoutError(_no_such_channels(sizes["c"], tail))
     fixed = tuple(sorted((name, sizes[name]) for name in order[0]))
-    return Rearrange(f"o ({' '.join(order[0])}) -> ({' '.join(order[1])}) o", fixed), assumes
+    turn = Rearrange(f"o ({' '.join(order[0])}) -> ({' '.join(order[1])}) o", fixed)
+    if not joined:
+        return (turn,), assumes
+    parts = [(columns, turn.pattern, fixed), (joined, "o i -> i o", ())]
+    sizes, patterns, known_sizes = zip(*(parts[::-1] if first else parts), strict=True)
+    return (Split(1, sizes), RearrangeEach(patterns, known_sizes), Concat(0, sizes)), assumes
 
 
 def _no_such_channels(channels: int, tail: Tail) -> str:

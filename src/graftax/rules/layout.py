@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from graftax.errors import LayoutError, escape
 from graftax.layers.patterns import layout_ops, regroup
 from graftax.ops import Op, Rearrange, infer_chain, invert_chain
-from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_op
+from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_ops
 from graftax.rules.model import Rule
 from graftax.tree import Module, Side, TensorSpec
 
@@ -45,8 +45,8 @@ class Laid:
 def layout_of(rule: Rule, piece: TensorPair) -> Laid:
     """The layout ops of one tensor. LayoutError if the rule does not fit it, or states too little."""
     if rule.flatten:
-        op, assumes = flatten_op(rule, piece.left, piece.right, piece.tail)
-        return Laid((op,), (), assumes)
+        ops, assumes = flatten_ops(rule, piece.left, piece.right, piece.tail)
+        return Laid(ops, (), assumes)
     if rule.ops is not None:
         return Laid(_written(rule, piece))
     if piece.sides[0] == piece.sides[1]:

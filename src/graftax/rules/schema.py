@@ -64,12 +64,20 @@ def _pad(value: Any) -> dict[AxisName, Any]:
     return _amounts(value, one, hint)
 
 
+def _word(word: str) -> tuple[str, str, str]:
+    """(axis, '=' or '', size); the axis of other values that are joined with the map is '+'."""
+    return ("+", "=", word[1:]) if word.startswith("+") else word.partition("=")
+
+
 def _flatten(value: Any) -> tuple[tuple[str, int | None], ...]:
-    hint = "the order torch flattened, such as 'C H W', 'C=16 H=7 W=7', '16 7 7' or {C = 16, H = 7, W = 7}"
+    hint = (
+        "the order torch flattened, such as 'C H W', 'C=16 H=7 W=7', '16 7 7' or {C = 16, H = 7, W = 7}; "
+        "'C=16 H=7 W=7 +4' if 4 other values stand behind the map, '+4 C=16 H=7 W=7' if they stand before it"
+    )
     if isinstance(value, Mapping):
         pairs: list[tuple[Any, Any]] = list(cast("Mapping[Any, Any]", value).items())
     elif isinstance(value, str):
-        words = [word.partition("=") for word in value.replace(",", " ").split()]
+        words = [_word(word) for word in value.replace(",", " ").split()]
         if words and all(name.isdigit() and not eq for name, eq, _ in words):
             names = {1: ("C",), 2: ("C", "L"), 3: ("C", "H", "W"), 4: ("C", "D", "H", "W")}.get(len(words))
             if names is None:
@@ -81,9 +89,12 @@ def _flatten(value: Any) -> tuple[tuple[str, int | None], ...]:
             pairs = [(name, int(size) if eq else None) for name, eq, size in words]
     else:
         raise ValueError(hint)
+    at = [n for n, (name, _) in enumerate(pairs) if name == "+"]
+    if len(at) > 1 or not {*at} <= {0, len(pairs) - 1}:
+        raise ValueError(hint)
     for name, size in pairs:
         sized = size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
-        if not isinstance(name, str) or not name.isidentifier() or not sized:
+        if not isinstance(name, str) or not (name.isidentifier() or name == "+") or not sized:
             raise ValueError(hint)
     names = [str(name).upper() for name, _ in pairs]
     if len(set(names)) != len(names) or "C" not in names:
