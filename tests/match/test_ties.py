@@ -75,3 +75,49 @@ def test_the_storage_of_a_live_module_says_what_is_tied(tie: bool) -> None:
     plan = gx.plan(saved, {"emb": {"embedding": rnd(6, 4)}})
     assert plan.complete
     assert any("2 tied names hold this tensor" in entry.evidence for entry in plan.entries)
+
+
+@pytest.mark.parametrize("rows", [12, 13])
+def test_a_tie_that_a_stack_of_as_many_values_hides(rows: int) -> None:
+    """With 12 rows the table has as many values as each stack of three layers."""
+    table, kernels = rnd(rows, 4), [[rnd(4, 4) for _ in range(3)] for _ in range(2)]
+    source = tensors(embed__weight=table, lm_head__weight=table)
+    source |= {f"layers.{i}.{n}.weight": torch.from_numpy(kernels[k][i]) for k, n in enumerate("qo") for i in range(3)}
+    stacks = {n: {"kernel": np.stack([k.T for k in kernels[j]])} for j, n in enumerate("qo")}
+    like = {"params": {"embed": {"embedding": table}, "layers": stacks}}
+    plan = gx.plan(source, like)
+    assert plan.complete, str(plan)
+    made = plan.run(source)["params"]
+    assert np.array_equal(made["embed"]["embedding"], table)
+    assert all(np.array_equal(made["layers"][n]["kernel"], stacks[n]["kernel"]) for n in "qo")
+
+
+class Tied(torch.nn.Module):
+    """A table under three names, beside layers."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.shared, self.encoder, self.lm_head = (
+            torch.nn.Embedding(rows, 4),
+            torch.nn.Module(),
+            torch.nn.Linear(4, rows),
+        )
+        self.encoder.embed_tokens = self.shared
+        self.lm_head.weight = self.shared.weight
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({name: torch.nn.Linear(4, 4, bias=False) for name in ("q", "o")}) for _ in range(3)
+        )
+
+
+@pytest.mark.parametrize("rows", [12, 13])
+def test_names_that_like_ties_are_one_tensor(rows: int) -> None:
+    table, head = rnd(rows, 4), rnd(rows)
+    layers = {name: {"kernel": rnd(3, 4, 4)} for name in ("q", "o")}
+    tree = {"params": {"token_embedder": {"embedding": table}, "lm_head": {"bias": head}, "layers": layers}}
+    module = Tied(rows)
+    plan = gx.plan(tree, module)
+    assert plan.complete, str(plan)
+    module.load_state_dict(plan.run(tree))
+    assert np.array_equal(module.lm_head.weight.detach(), table)
+    assert np.array_equal(module.encoder.embed_tokens.weight.detach(), table)
+    assert np.array_equal(module.layers[2]["q"].weight.detach(), layers["q"]["kernel"][2].T)

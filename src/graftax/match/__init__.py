@@ -22,7 +22,7 @@ from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.partial import consistent, ruled_chains
 from graftax.match.questions import questions
 from graftax.match.recurrent import Recurrent, recurrent
-from graftax.match.ties import find_ties, tied_to
+from graftax.match.ties import find_ties, join_leftovers
 from graftax.match.traced import Traces
 from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal, Question
@@ -71,6 +71,8 @@ def _infer(
     theirs = known_buffers(like, (name for name in like if name not in filled), None) if like_side == "torch" else {}
     plain = [name for name in free if name not in buffers]
     ties = find_ties(source, plain, like.specs, like_side, lex, reads) if source_side == "torch" else {}
+    if turned:  # the values of like are no evidence; shared storage is
+        ties = find_ties(like, [name for name in like if name not in filled], source.specs, "flax", lex, None)
     hidden = {name for names in ties.values() for name in names[1:]}
     t_skip, f_skip = (filled | theirs.keys(), taken) if turned else (taken | buffers.keys(), filled | theirs.keys())
     torch, flax = (like, source) if turned else (source, like)
@@ -87,7 +89,7 @@ def _infer(
         flax.specs,
         like_side if turned else source_side,
         source_side if turned else like_side,
-        frozenset((t_skip - hints.anchors.keys()) | (set() if turned else hidden)),
+        frozenset((t_skip - hints.anchors.keys()) | hidden),
         frozenset(f_skip - set(hints.anchors.values())),
         hints.anchors,
         hints.styles,
@@ -102,9 +104,14 @@ def _infer(
     result = match(ends, lex)
     entries = list(cells.entries)
     entries += consistent(_entries(result, ties, turned), settled.entries, silent)
+    words = (source_side, like_side) if source_side != like_side else ("source", "target")
+    asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned, missing)
     used = {name for entry in entries for name in entry.sources}
     if source_side == "torch":
-        entries += _tied_leftovers(source, plain, used, ties, entries, reads)
+        waiting = {name for question in asked for name in question.sources}
+        free = [name for name in plain if name not in used and name not in waiting]
+        join_leftovers(source, free, entries, like, like_side, lex, reads)
+        used = {name for entry in entries for name in entry.sources}
         entries += [
             Entry(
                 (name,),
@@ -118,8 +125,6 @@ def _infer(
     doubts: list[Question] = []
     if source_side == like_side:
         entries, doubts = by_live_modules(entries, source, like, like_side, settled.entries)
-    words = (source_side, like_side) if source_side != like_side else ("source", "target")
-    asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned, missing)
     asked += [*doubts, *cells.questions, *unsaid_questions(result.unsaid, turned)]
     assumed = (*cells.assumptions, *call_orders(result, ends))
     return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))
@@ -180,31 +185,3 @@ def _grouped(scope: Scope, link: GroupLink, turned: bool) -> Iterable[Entry]:
             if turned
             else Entry(sources, targets, chain, evidence)
         )
-
-
-def _tied_leftovers(
-    source: Checkpoint,
-    free: list[str],
-    used: set[str],
-    ties: dict[str, tuple[str, ...]],
-    entries: list[Entry],
-    reads: list[str],
-) -> list[Entry]:
-    """Leaves that are left over beside a tied weight and equal a leaf that is used (a decoder's bias). They join the
-    entry of that leaf, which is changed in place."""
-    owners = {name.rpartition(".")[0] for names in ties.values() for name in names if names[0] in used}
-    if not owners:
-        return []
-    where = {entry.sources[0]: i for i, entry in enumerate(entries) if len(entry.sources) == 1}
-    for name in free:
-        if name in used or name.rpartition(".")[0] not in owners:
-            continue
-        twin = tied_to(source, name, where, reads)
-        if twin is not None:
-            i = where.pop(twin)
-            entry = entries[i]
-            entries[i] = Entry(
-                (twin, name), entry.targets, (Same(2), *entry.ops), (*entry.evidence, "2 tied names hold this tensor")
-            )
-            used.add(name)
-    return []

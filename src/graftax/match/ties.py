@@ -15,7 +15,8 @@ from typing import Any
 from graftax.match.names import Lexicon, concepts
 from graftax.match.numbers import NUMBER
 from graftax.match.sides import tokens_of
-from graftax.ops import same_bits
+from graftax.ops import Same, same_bits
+from graftax.plans import Entry
 from graftax.tree import Checkpoint, Side, TensorSpec
 
 Reads = list[str]
@@ -43,13 +44,18 @@ def find_ties(
     wanted: Mapping[str, TensorSpec],
     wanted_side: Side,
     lex: Lexicon,
-    reads: Reads,
+    reads: Reads | None,
 ) -> dict[str, tuple[str, ...]]:
     """first name -> all names, for tensors among `paths` that are equal bit for bit and not constant. Only shapes that
     the source has more often than `wanted` are compared. Tensors that have leaves of `wanted` of their own names are
-    not tied. Tensors whose names differ only in their numbers are tied only if they share storage."""
+    not tied. Tensors whose names differ only in their numbers are tied only if they share storage. reads=None: no value
+    is read, so only storage shows ties."""
     specs = source.specs
-    sizes, have = _sizes(wanted), _sizes(specs)
+    if reads is None:
+        ours, theirs = (Counter(tuple(sorted(spec.shape)) for spec in end.values()) for end in (specs, wanted))
+        few = {shape for shape, count in ours.items() if count > theirs[shape]}
+        paths = [path for path in paths if tuple(sorted(specs[path].shape)) in few]
+    sizes, have = _sizes({} if reads is None else wanted), _sizes(specs)
     more = {size for size, count in have.items() if count > sizes[size] and size > 1}
     if not more:
         return {}
@@ -66,7 +72,7 @@ def find_ties(
         theirs = {_name(path, wanted_side, lex) for path, spec in wanted.items() if sorted(spec.shape) == sorted(shape)}
         equal = _equal(source, names, reads, f"shape {list(shape)}")
         out |= _apart(source, names, equal, theirs, lex) if equal else {}
-    return out | _beside(source, paths, out, sizes, have, reads)
+    return out if reads is None else out | _beside(source, paths, out, sizes, have, reads)
 
 
 def _beside(
@@ -134,10 +140,10 @@ def _ends_alike(a: Name, b: Name) -> bool:
     return a[1] == b[1] and bool(short or a[0] == b[0]) and a[0][len(a[0]) - short :] == b[0][len(b[0]) - short :]
 
 
-def _equal(source: Checkpoint, names: list[str], reads: Reads, what: str) -> list[list[str]]:
+def _equal(source: Checkpoint, names: list[str], reads: Reads | None, what: str) -> list[list[str]]:
     """Groups of names of one tensor: by storage in a live module, else by values."""
     classes: list[tuple[Any, list[str]]] = []
-    if source.has_values and not source.live.modules:
+    if source.has_values and not source.live.modules and reads is not None:
         reads.append(f"{len(names)} tensors of {what}, to find tied ones: {', '.join(names[:4])}")
         for name in names:
             array = source.read(name)
@@ -153,6 +159,63 @@ def _equal(source: Checkpoint, names: list[str], reads: Reads, what: str) -> lis
             by_store[source.storage.aliases.get(name, name)].append(name)
         classes = [(None, members) for members in by_store.values()]
     return [members for first, members in classes if len(members) > 1 and (first is None or not constant(first))]
+
+
+def join_leftovers(
+    source: Checkpoint,
+    free: list[str],
+    entries: list[Entry],
+    like: Checkpoint,
+    like_side: Side,
+    lex: Lexicon,
+    reads: Reads,
+) -> None:
+    """Join tensors that are left over to the entries of tensors that they are tied to: matrices that `find_ties` would
+    tie, if sizes had not hidden them, and the other leaves of their modules (a decoder's bias). The entries are changed
+    in place."""
+    where = {entry.sources[-1]: i for i, entry in enumerate(entries) if _joinable(entry)}
+    places = {name: i for i, entry in enumerate(entries) if _joinable(entry) for name in entry.sources}
+    by_spec: defaultdict[TensorSpec, list[str]] = defaultdict(list)
+    for name in where:
+        by_spec[source[name]].append(name)
+    crowd = Counter(source[name] for name in free)
+    owners = {name.rpartition(".")[0] for entry in entries if len(entry.sources) > 1 for name in entry.sources}
+    for name in sorted(free, key=lambda name: len(source[name].shape) < 2):
+        spec = source[name]
+        twins = by_spec[spec]
+        if not twins or crowd[spec] > _MANY or spec.kind not in "fc" or spec.packed:
+            continue
+        if len(spec.shape) < 2 and name.rpartition(".")[0] not in owners:
+            continue
+        twin = tied_to(source, name, twins, reads)
+        if twin is None or (len(spec.shape) > 1 and not _may_tie(source, twin, name, like, like_side, lex)):
+            continue
+        i = places[twin]
+        old = entries[i]
+        ops = old.ops[1:] if len(old.sources) > 1 else old.ops
+        count = len(old.sources) + 1
+        why = tuple(text for text in old.evidence if not text.endswith(_HELD))
+        entries[i] = Entry((*old.sources, name), old.targets, (Same(count), *ops), (*why, f"{count} {_HELD}"))
+        owners.add(name.rpartition(".")[0])
+        owners.update(other.rpartition(".")[0] for other in old.sources)
+
+
+_HELD = "tied names hold this tensor"
+
+
+def _joinable(entry: Entry) -> bool:
+    """True if the entry takes one tensor, under one name or several."""
+    return bool(entry.targets) and (len(entry.sources) == 1 or (bool(entry.sources) and isinstance(entry.ops[0], Same)))
+
+
+def _may_tie(source: Checkpoint, twin: str, name: str, like: Checkpoint, like_side: Side, lex: Lexicon) -> bool:
+    """True if neither names nor numbers keep the two equal tensors apart, and they are not constant."""
+    if source.has_values and constant(source.read(name)):
+        return False
+    shape = sorted(source[name].shape)
+    theirs = {_name(path, like_side, lex) for path, spec in like.items() if sorted(spec.shape) == shape}
+    alike = [other for other in source if source[other] == source[name]]
+    return len(alike) <= _MANY and bool(_apart(source, alike, [[twin, name]], theirs, lex))
 
 
 def tied_to(source: Checkpoint, name: str, others: Iterable[str], reads: Reads) -> str | None:
