@@ -38,6 +38,12 @@ class Choice:
     parts: str = ""
 
 
+def usual(label: Label) -> tuple[int, Label]:
+    """A sort key: the field's convention comes first."""
+    order = ("linear", "conv", "identity", "reshape")
+    return (order.index(label[1]) if label[1] in order else 9, label)
+
+
 @dataclass(slots=True)
 class Habits:
     """What the rectangular leaves of the whole match show. votes: `linear` or `identity` by (scope, kinds); transposed:
@@ -123,7 +129,7 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
         return Choice(label, _ONLY.get(label[1], label[1]))
     if any(word in (LAST, EACH_LAST) for _, word in labels):
         if _may_be_map(link, pair) or any(word == "reshape" for _, word in labels):
-            return Choice(None, "", tuple(sorted(labels)))
+            return Choice(None, "", tuple(sorted(labels, key=usual)))
         labels = frozenset(label for label in labels if label[1] != LAST)
         if len(labels) == 1:
             (label,) = labels
@@ -138,7 +144,7 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
         both = name_t | name_f
         says = any(map(says_transposed, (_words(pair.torch), _words(pair.flax))))
         if both & _DECONV or says or (even and both & _UP) or _words(pair.torch) in habits.transposed:
-            return Choice(None, "", tuple(sorted(labels)))
+            return Choice(None, "", tuple(sorted(labels, key=usual)))
         return Choice(by_reading["conv"], "a weight with 3 to 5 axes that becomes a kernel is a convolution")
     if {"conv", "identity"} <= set(by_reading):
         if link.flax.leaf == link.torch.leaf or link.flax.kind != "kernel":
@@ -149,9 +155,9 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
             )
         return Choice(by_reading["conv"], "it is a convolution")
     if any(word.startswith(FUSED) for word in by_reading):
-        return Choice(None, "", tuple(sorted(labels)), "fused")
+        return Choice(None, "", tuple(sorted(labels, key=usual)), "fused")
     heads = _heads(by_reading, link, name_t | name_f)
-    return heads or Choice(None, "", tuple(sorted(labels)))
+    return heads or Choice(None, "", tuple(sorted(labels, key=usual)))
 
 
 def _may_be_map(link: Link, pair: Pair) -> bool:
@@ -168,26 +174,28 @@ def _square(link: Link, by_reading: dict[str, Label], pair: Pair, scope: Scope, 
     near, far = habits.orientation(scope, link)
     if flax.kind != "kernel" and _is_table(pair, scope):
         if (torch.kind == "raw") != (flax.kind == "raw") and not _both_tables(pair, scope):
-            return Choice(None, "", tuple(sorted(by_reading.values())))  # a bare parameter may put any axis first
+            return Choice(
+                None, "", tuple(sorted(by_reading.values(), key=usual))
+            )  # a bare parameter may put any axis first
         return Choice(by_reading["identity"], "a lookup table stays as it is")
     if torch.kind == "raw" and flax.kind == "raw":
         if "linear" in far:
-            return Choice(None, "", tuple(sorted(by_reading.values())))
+            return Choice(None, "", tuple(sorted(by_reading.values(), key=usual)))
         return Choice(by_reading["identity"], "a bare parameter on both sides stays as it is")
     lookups = {scope.name(pair.torch, True).last, scope.name(pair.flax, False).last}
     if lookups <= _LOOKUPS or (not near and far == {"identity"}):
-        return Choice(None, "", tuple(sorted(by_reading.values())))
+        return Choice(None, "", tuple(sorted(by_reading.values(), key=usual)))
     if len(near) == 1:
         (word,) = near
         return Choice(by_reading[word], f"it is square, and its rectangular siblings {_SAYS[word]}")
     if len(near) > 1 or (torch.kind == "raw" and "linear" not in far):
-        return Choice(None, "", tuple(sorted(by_reading.values())))
+        return Choice(None, "", tuple(sorted(by_reading.values(), key=usual)))
     if flax.kind == "kernel" and torch.kind != "raw":
         return Choice(by_reading["linear"], _LINEAR)
     if len(far) == 1:
         (word,) = far
         return Choice(by_reading[word], f"it is square, and the rectangular matrices of this checkpoint {_SAYS[word]}")
-    return Choice(None, "", tuple(sorted(by_reading.values())))
+    return Choice(None, "", tuple(sorted(by_reading.values(), key=usual)))
 
 
 _SAYS = {"linear": "are transposed", "identity": "stay as they are"}

@@ -1,0 +1,223 @@
+"""Questions about pairs: open modules and blocks, with the pairings that fit."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice, product
+
+from graftax.match.blocks import Doubt
+from graftax.match.choose import Habits, choose, stack_axes, trapped, usual
+from graftax.match.engine import Result
+from graftax.match.layout_questions import Ways, leaf_ways
+from graftax.match.pairings import MOST, Asked, Aspect, Option, arranged
+from graftax.match.pairs import Link, Pair
+from graftax.match.part_order import in_said_order
+from graftax.match.rendering import column_rule, columns_of, paths_of
+from graftax.match.scope_names import main_column
+from graftax.match.settle import Settled
+from graftax.match.sides import Column, Module
+from graftax.plans import Candidate, Question
+from graftax.plans.names import fold_names
+
+Item = tuple[Settled, Pair]
+
+
+def pair_questions(
+    result: Result, sides: tuple[str, str], turned: bool, missing: Collection[str] = ()
+) -> list[Question]:
+    """The questions about open pairs of all scopes. `missing`: like leaves that a rule marks `missing`."""
+    options: list[Option[Item]] = []
+    for item in result.settled:
+        open_ = item.board.pairs()
+        if missing:
+            ends = [(pair, main_link(pair)) for pair in open_]
+            open_ = [pair for pair, link in ends if not set(missing).issuperset(paths_of([_like(link, turned)]))]
+        said = any(pair.bonus > 1 for pair in open_)  # a rule for another instance says so: do not trust the names
+        options += [_option(item, pair, turned, said) for pair in open_]
+        _axes(item, result.habits)
+    taken = (aspect for item in {id(o.item[0]): o.item[0] for o in options}.values() for p in item.taken
+             for aspect in _aspects(p))  # fmt: skip
+    return [_question(asked, result, sides, turned) for asked in arranged(options, taken)]
+
+
+def _option(item: Settled, pair: Pair, turned: bool, said: bool) -> Option[Item]:
+    marks = frozenset([id(pair.torch)]), frozenset([id(pair.flax)])
+    ends = marks[::-1] if turned else marks
+    return Option(ends, (item, pair), pair.total, pair.forbidden and not said, tuple(_aspects(pair)))
+
+
+def _question(asked: Asked[Item], result: Result, sides: tuple[str, str], turned: bool) -> Question:
+    """One question: its candidates are the answers, each in the layouts that its pairs may have."""
+    ways: dict[int, Ways] = {}
+    names = _short_names([[option.item[1] for option in answer] for answer in asked.answers])
+    found: list[tuple[int, Candidate]] = []
+    for answer in asked.answers:
+        pairs = [option.item[1] for option in answer]
+        for item, pair in (option.item for option in answer):
+            if id(pair) not in ways:
+                ways[id(pair)] = _options(pair, item, result, sides)
+        where = paths_of(main_link(pair).flax if turned else main_link(pair).torch for pair in pairs)
+        alone = names if len(pairs) > 1 else None
+        for n, chosen in enumerate(_ways([ways[id(pair)] for pair in pairs])):
+            rule = ", ".join(dict.fromkeys(rule for rule, _ in chosen))
+            found.append((n, Candidate(rule, where, _says(pairs, [said for _, said in chosen], alone))))
+    every = [option.item[1] for option in asked.options]
+    ends = {id(pair.torch): pair.torch for pair in every}, {id(pair.flax): pair.flax for pair in every}
+    left, right = (paths_of(columns_of(modules.values())) for modules in ends)
+    targets, sources = (left, right) if turned else (right, left)
+    candidates = [candidate for _, candidate in sorted(found, key=lambda item: item[0])][:MOST]
+    wanted = ends[0 if turned else 1].values()
+    return Question(
+        "match", f"{_named(wanted)}: {_doubts(asked, len(candidates))}", targets, sources, tuple(candidates)
+    )
+
+
+def _named(modules: Iterable[Module]) -> str:
+    names = fold_names(paths_of([main_column(module) for module in modules]))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _doubts(asked: Asked[Item], count: int) -> str:
+    first = asked.answers[0]
+    if not asked.complete:
+        return "they pair in more ways than one question can list; these are the likeliest first steps"
+    if any(len(answer) == len(first) for answer in asked.answers[1:]):
+        return f"{count} candidates fit, and names and structure do not tell which is right"
+    several = f" in {count} layouts" if count > 1 and len(asked.answers) == 1 else ""
+    fits, what = ("candidate", "shape matches") if len(first) == 1 else ("pairing", "shapes match")
+    return f"one {fits} fits{several}, and only the {what}"
+
+
+def _says(pairing: Sequence[Pair], layouts: Sequence[str], names: Mapping[int, str] | None = None) -> str:
+    """The evidence for a pairing or, if `names` is given, how it differs from the other pairings (`names`: of the
+    modules that differ)."""
+    said = [text for text in dict.fromkeys(layouts) if text]
+    if names is None:
+        (pair,) = pairing
+        joined = ", but " if pair.shared else ", and "
+        why = pair.says if pair.shared else "only the shape matches"
+        return "; ".join([f"{why}{joined}{pair.blocked}" if pair.blocked else why, *said])
+    ends = [f"{names[id(p.torch)]} with {names[id(p.flax)]}" for p in pairing if id(p.torch) in names]
+    return "; ".join([f"it pairs {', '.join(ends)}", *said] if ends else said or ["the shapes match"])
+
+
+def _short_names(pairings: Sequence[Sequence[Pair]]) -> dict[int, str]:
+    """Short names of the modules that pairings pair differently: as many last words as tell each from the others."""
+    partners: defaultdict[int, set[int]] = defaultdict(set)
+    modules: tuple[dict[int, Module], dict[int, Module]] = ({}, {})
+    for pair in (pair for pairing in pairings for pair in pairing):
+        partners[id(pair.torch)].add(id(pair.flax))
+        partners[id(pair.flax)].add(id(pair.torch))
+        modules[0][id(pair.torch)], modules[1][id(pair.flax)] = pair.torch, pair.flax
+    moving = {key for key, others in partners.items() if len(others) > 1}
+    moving |= {other for key in moving for other in partners[key]}
+    out: dict[int, str] = {}
+    for found in modules:
+        paths = {key: _words(module) for key, module in found.items() if key in moving}
+        longest = max(map(len, paths.values()), default=0)
+        for key, words in paths.items():
+            told = (n for n in range(1, longest) if sum(w[-n:] == words[-n:] for w in paths.values()) == 1)
+            out[key] = ".".join(words[-next(told, longest) :])
+    return out
+
+
+def _words(module: Module) -> list[str]:
+    found = [str(token) for token in (*module.outer, *module.tokens) if not isinstance(token, tuple)]
+    return found or [main_column(module).leaf]
+
+
+_WAYS = 6  # how many layouts of one pairing are offered
+
+
+def _ways(options: Sequence[Ways]) -> list[Ways]:
+    """One option for each pair. If several pairs have the same options, they share one choice."""
+    kinds = list(dict.fromkeys(tuple(said for _, said in found) for found in options if len(found) > 1))
+    out: list[Ways] = []
+    for picks in islice(product(*(range(len(kind)) for kind in kinds)), _WAYS):
+        at = dict(zip(kinds, picks, strict=True))
+        out.append([found[at.get(tuple(said for _, said in found), 0)] for found in options])
+    return out
+
+
+def _axes(item: Settled, habits: Habits) -> None:
+    """Set the stack axis of open pairs: the axis of the settled leaves of the scope, else the one that fits them
+    all."""
+    open_ = item.board.pairs()
+    known = [habits.axes[id(link)] for pair in item.taken for link in pair.links if id(link) in habits.axes]
+    settled = {choice.label[0]: choice for choice in known if choice.label is not None}
+    if len(settled) != 1:
+        stack_axes(item.scope, open_, habits)
+        return
+    ((axes, choice),) = settled.items()
+    for pair in open_:
+        for link in pair.links:
+            if any(label[0] == axes for label in link.labels):
+                habits.axes[id(link)] = choice
+
+
+def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) -> Ways:
+    """The ways in which the main leaf of an open pair may be read."""
+    link, scope = main_link(pair), item.scope
+    choice = choose(link, pair, scope, result.habits)
+    trap = result.traps.get(id(pair.torch))
+    choice = in_said_order(choice if trap is None else trapped(link, choice, trap), pair)
+    return leaf_ways(scope, pair, link, choice, sides)[:_WAYS]
+
+
+def _like(link: Link, turned: bool) -> Column:
+    return link.torch if turned else link.flax
+
+
+def main_link(pair: Pair) -> Link:
+    """The link of the leaf that represents the module: its weight, if it has one."""
+    main = main_column(pair.torch)
+    return next((link for link in pair.links if link.torch is main), pair.links[0])
+
+
+# ---------------------------------------------------------------- what should be paired along with a pair
+
+
+def _aspects(pair: Pair) -> Iterable[Aspect]:
+    """What should be paired along with the modules: their parents, and their last words without numbers."""
+    (*above, last), (*other_above, other) = _parts(pair.torch), _parts(pair.flax)
+    if above and other_above:
+        yield ("parent", *above), ("parent", *other_above)
+        yield ("parents", *map(_stem, above)), ("parents", *map(_stem, other_above))
+    if _stem(last) and _stem(other):
+        yield _stem(last), _stem(other)
+
+
+_COUNTED = re.compile(r"_?\d+$")
+
+
+def _stem(part: str) -> str:
+    """The part without its number."""
+    return _COUNTED.sub("", part)
+
+
+def _parts(module: Module) -> list[str]:
+    """The parts of the path of a module's first instance."""
+    column = main_column(module)
+    path = next(iter(column.paths.values()))[0]
+    parts = path.split("/" if "/" in path else ".")
+    return parts if module.raw or len(parts) == 1 else parts[:-1]
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def block_question(doubt: Doubt, sides: tuple[str, str], turned: bool) -> Question:
+    """Blocks that several blocks of the other side fit: which stands for which."""
+    torch, flax = (
+        paths_of(columns_of(m for family in families for m in family.modules)) for families in (doubt.torch, doubt.flax)
+    )
+    found: list[Candidate] = []
+    for said, chosen in doubt.options[:MOST]:
+        links = [(scope, main_link(pair)) for scope, pair in chosen]
+        rules = [column_rule(scope, link, min(link.labels, key=usual), sides) for scope, link in links]
+        where = paths_of(link.flax if turned else link.torch for _, link in links)
+        found.append(Candidate(", ".join(rules), where, said))
+    targets, sources = (torch, flax) if turned else (flax, torch)
+    return Question("match", f"{', '.join(fold_names(targets)[:4])}: {doubt.why}", targets, sources, tuple(found))

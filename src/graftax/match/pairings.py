@@ -1,0 +1,227 @@
+"""The answers that a question offers: which open things belong together.
+
+Things are open modules, blocks or columns of leaves; an option pairs one of each side. Options that share a thing are
+one question. It offers every complete pairing, if there are few; else the options of the thing that has the fewest, so
+that each answer narrows the next question. Only the pairings that agree best with the tree are offered: modules of one
+parent go to one parent, and one word stands for one word, as far as the pairs already taken and the pairing itself
+allow. This module decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+MOST = 10
+"""The most answers that one question offers."""
+_NODES = 20_000  # steps of one search
+_ROWS = 64  # with more open things on both sides, no complete pairing is looked for
+
+T = TypeVar("T")
+Aspect = tuple[object, object]
+Marks = frozenset[object]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Option(Generic[T]):
+    """One way to pair open things. ends: the marks of what it uses on the source's side and on like's; item: what the
+    caller pairs; score: how likely it is; barred: names speak against it, so it is used only if a thing has no other;
+    aspects: what should be paired along with it."""
+
+    ends: tuple[Marks, Marks]
+    item: T
+    score: float = 0.0
+    barred: bool = False
+    aspects: tuple[Aspect, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Asked(Generic[T]):
+    """One question: all options that it is about, and its answers, the likeliest first. complete: each answer pairs
+    everything that can be paired."""
+
+    options: list[Option[T]]
+    answers: list[tuple[Option[T], ...]]
+    complete: bool = True
+
+
+def arranged(options: Iterable[Option[T]], taken: Iterable[Aspect] = ()) -> list[Asked[T]]:
+    """The options in as few questions as possible. `taken`: the aspects of the pairs already taken. Things that are
+    apart share a question if one pairing of each fits (so that one answer confirms them all), or if the tree lets only
+    some of their pairings go together."""
+    agreed = _Agreement()
+    for aspect in taken:
+        agreed.add([aspect])
+    sure: Asked[T] | None = None
+    joined: list[Asked[T]] = []
+    wide: list[Asked[T]] = []
+    for part in sorted(_components(list(options)), key=len):
+        found = _complete(part, agreed)
+        if not found:
+            wide.append(Asked(part, _narrowing(part), False))
+        elif len(found) == 1:
+            both = (*sure.answers[0], *found[0]) if sure is not None else found[0]
+            sure = Asked([*sure.options, *part] if sure is not None else part, [both])
+        else:
+            _join(Asked(part, found), joined, agreed)
+    if sure is not None:
+        pairs = sorted(sure.answers[0], key=lambda option: -option.score)
+        sure.answers += [(option,) for option in pairs[: MOST - 1]] if len(pairs) > 1 else []
+    return [*([sure] if sure is not None else []), *joined, *wide]
+
+
+def _join(new: Asked[T], joined: list[Asked[T]], agreed: _Agreement) -> None:
+    """Add the question to one whose answers limit its own; else it stays apart."""
+    for old in joined:
+        both = _complete([*old.options, *new.options], agreed)
+        if both and len(both) <= max(len(old.answers), len(new.answers)):
+            old.options, old.answers = [*old.options, *new.options], both
+            return
+    joined.append(new)
+
+
+def _components(options: Sequence[Option[T]]) -> list[list[Option[T]]]:
+    """The options in groups that share no thing."""
+    owner: dict[object, list[Option[T]]] = {}
+    for option in options:
+        marks = [mark for end in option.ends for mark in end]
+        groups = {id(found): found for mark in marks if (found := owner.get(mark)) is not None}
+        whole = [option, *(other for found in groups.values() for other in found)]
+        for other in whole:
+            owner.update(dict.fromkeys((mark for end in other.ends for mark in end), whole))
+    return [list(reversed(found)) for found in {id(found): found for found in owner.values()}.values()]
+
+
+def _rows(options: Iterable[Option[T]], side: int) -> list[list[Option[T]]]:
+    """The options of each thing of one side, the likeliest first."""
+    rows: defaultdict[Marks, list[Option[T]]] = defaultdict(list)
+    for option in options:
+        rows[option.ends[side]].append(option)
+    return [sorted(row, key=lambda option: (option.barred, -option.score)) for row in rows.values()]
+
+
+def _narrowing(options: Sequence[Option[T]]) -> list[tuple[Option[T], ...]]:
+    """The options of the thing of like's side that has the fewest, then the likeliest others."""
+    rows = sorted(_rows(options, 1), key=lambda row: (len(row), row[0].barred, -row[0].score))
+    rest = sorted((row for row in rows[1:]), key=lambda row: (row[0].barred, -row[0].score))
+    return [(option,) for option in [*rows[0], *(row[0] for row in rest)][:MOST]]
+
+
+# ---------------------------------------------------------------- complete pairings
+
+
+def _complete(options: Sequence[Option[T]], agreed: _Agreement) -> list[tuple[Option[T], ...]] | None:
+    """Every complete pairing that agrees best with the tree, the likeliest first. None if there is none, or if there
+    are too many to offer."""
+    rows = _usable(options)
+    if rows is None:
+        return None
+    steps = [_NODES]
+    for clashes in range(2 * len(rows) + 1):
+        found = _search(rows, clashes, agreed, steps)
+        if found is None or len(found) > MOST:
+            return None
+        if found:
+            return sorted(found, key=lambda pairing: -sum(option.score for option in pairing))
+    return None
+
+
+def _usable(options: Sequence[Option[T]]) -> list[list[Option[T]]] | None:
+    """For each thing of the smaller side: its options. Barred ones are used only if some thing has no other. None if
+    not every thing can have its own partner."""
+    sides = _rows(options, 0), _rows(options, 1)
+    side = int(len(sides[1]) <= len(sides[0]))
+    if len(sides[side]) > _ROWS:
+        return None
+    for kept in ([[option for option in row if not option.barred] for row in sides[side]], sides[side]):
+        if all(kept) and _matching(kept, 1 - side):
+            return kept
+    return None
+
+
+def _matching(rows: Sequence[Sequence[Option[T]]], other: int) -> bool:
+    """True if every row can have its own partner (found by augmenting paths)."""
+    owner: dict[Marks, int] = {}
+
+    def place(i: int, seen: set[Marks]) -> bool:
+        for option in rows[i]:
+            mark = option.ends[other]
+            if mark not in seen:
+                seen.add(mark)
+                if mark not in owner or place(owner[mark], seen):
+                    owner[mark] = i
+                    return True
+        return False
+
+    return all(place(i, set()) for i in range(len(rows)))
+
+
+def _search(
+    rows: Sequence[Sequence[Option[T]]], clashes: int, agreed: _Agreement, steps: list[int]
+) -> list[tuple[Option[T], ...]] | None:
+    """Complete pairings with exactly `clashes` clashes, at most MOST + 1 of them. None if the search takes too long."""
+    out: list[tuple[Option[T], ...]] = []
+    chosen: list[Option[T]] = []
+    used: set[object] = set()
+
+    def go(i: int, left: int) -> bool:
+        steps[0] -= 1
+        if steps[0] < 0:
+            return False
+        if i == len(rows):
+            if not left:
+                out.append(tuple(chosen))
+            return len(out) <= MOST
+        for option in rows[i]:
+            marks = option.ends[0] | option.ends[1]
+            if not used.isdisjoint(marks):
+                continue
+            cost = agreed.clashes(option.aspects)
+            if cost > left:
+                continue
+            used.update(marks)
+            chosen.append(option)
+            agreed.add(option.aspects)
+            fine = go(i + 1, left - cost)
+            agreed.remove(option.aspects)
+            chosen.pop()
+            used.difference_update(marks)
+            if not fine:
+                return False
+        return True
+
+    return None if not go(0, clashes) and steps[0] < 0 else out
+
+
+@dataclass(slots=True)
+class _Agreement:
+    """Which parents and which words of the two sides are paired, and how often."""
+
+    left: defaultdict[object, defaultdict[object, int]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(int))
+    )
+    right: defaultdict[object, defaultdict[object, int]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(int))
+    )
+
+    def add(self, aspects: Collection[Aspect]) -> None:
+        for a, b in aspects:
+            self.left[a][b] += 1
+            self.right[b][a] += 1
+
+    def remove(self, aspects: Collection[Aspect]) -> None:
+        for a, b in aspects:
+            for table, one, other in ((self.left, a, b), (self.right, b, a)):
+                table[one][other] -= 1
+                if not table[one][other]:
+                    del table[one][other]
+
+    def clashes(self, aspects: Collection[Aspect]) -> int:
+        """How many of the aspects are already paired with others."""
+        return sum(
+            bool(table.get(one)) and other not in table[one]
+            for a, b in aspects
+            for table, one, other in ((self.left, a, b), (self.right, b, a))
+        )
