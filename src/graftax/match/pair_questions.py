@@ -43,8 +43,8 @@ def pair_questions(
 
 
 def _option(item: Settled, pair: Pair, turned: bool, said: bool) -> Option[Item]:
-    marks = frozenset([id(pair.torch)]), frozenset([id(pair.flax)])
-    ends = marks[::-1] if turned else marks
+    torch, flax = frozenset([id(pair.torch)]), frozenset([id(pair.flax)])
+    ends = (flax, torch) if turned else (torch, flax)
     return Option(ends, (item, pair), pair.total, pair.forbidden and not said, tuple(_aspects(pair)))
 
 
