@@ -34,9 +34,10 @@ Rows = list[tuple[Key, str, Shape]]
 class Cut:
     """Another way to read the number that follows a prefix.
 
-    names: it is a part of the name. kinds: blocks with exactly the same leaves are counted together; with `lengths`, a
-    block without its like is counted too. blocks: it counts, even if it has only one value or counts single modules.
-    cycle: it is (place, cycle), with `lengths[0]` places. stages: it is (stage, place in it); `lengths`: of the stages.
+    names: it is a part of the name, or only the numbers in `lengths` are. kinds: blocks with exactly the same leaves are
+    counted together; with `lengths`, a block without its like is counted too. blocks: it counts, even if it has only
+    one value or counts single modules. cycle: it is (place, cycle), with `lengths[0]` places. stages: it is (stage,
+    place in it); `lengths`: of the stages.
     """
 
     way: Literal["names", "kinds", "blocks", "cycle", "stages"]
@@ -224,10 +225,12 @@ def _numbered(templates: list[Template], at: int, how: Cut | None) -> list[list[
         else:
             clusters.append((members, values))
     alone = how is not None and way == "kinds" and bool(how.lengths)
+    named = set(how.lengths or holds) if how is not None and way == "names" else set[int]()
+    left = [(members, [value for value in values if value not in named]) for members, values in clusters]
     counts = [
         values
-        for members, values in clusters
-        if way != "names" and (way == "blocks" or _repeats(templates, at, members, values, place, alone))
+        for members, values in left
+        if values and (way == "blocks" or _repeats(templates, at, members, values, place, alone))
     ]
     return _by_number(templates, place, counts, way == "kinds")
 

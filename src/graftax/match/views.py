@@ -52,7 +52,7 @@ class Views:
             rivals = Rivals.of(cuts, [options[i] for i, rating in enumerate(rated) if rating == least], self.ends)
             cuts, now = rivals.likeliest
             asked += [rivals] if rivals.open else []
-        small = [{f.prefix[:-1]: Cut("names") for f in lost if len(f.keys) <= _FEW} for lost in now.lost]
+        small = _dissolved(now)
         if any(small) and not now.doubts:
             now = self.at(({**cuts[0], **small[0]}, {**cuts[1], **small[1]}))
         for rivals in asked:
@@ -88,6 +88,9 @@ class Views:
 
     def _options(self, now: View, cuts: Both) -> Iterator[Both]:
         """Other cuts of the numbers of families that have no partner."""
+        small = _dissolved(now)
+        if any(small):
+            yield {**cuts[0], **small[0]}, {**cuts[1], **small[1]}
         loose = [[*lost, *partly] for lost, partly in zip(now.lost, now.partly, strict=True)]
         outer = [_outermost(found) for found in loose]
         for n in (0, 1):
@@ -111,6 +114,18 @@ class Views:
             for n in (0, 1):
                 if kinds[n]:
                     yield _with(cuts, n, kinds[n])
+
+
+def _dissolved(now: View) -> Both:
+    """Cuts that make the numbers of lost families parts of names, and leave those of other blocks of the prefix."""
+    out: Both = ({}, {})
+    for made, lost, every in zip(out, now.lost, (now.torch, now.flax), strict=True):
+        small = [family for family in lost if len(family.keys) <= _FEW]
+        for prefix in {family.prefix for family in small}:
+            values = {key[-1] for family in small if family.prefix == prefix for key in family.keys}
+            kept = any(f.prefix == prefix and not any(f is other for other in small) for f in every)
+            made[prefix[:-1]] = Cut("names", tuple(sorted(values)) if kept else ())
+    return out
 
 
 def _is_cut(family: Family, cuts: Cuts) -> bool:
@@ -204,9 +219,10 @@ def score(ends: Ends, found: View) -> Score:
         extents: tuple[_Counts, _Counts] = (Counter(), Counter())
         for n, modules in enumerate((scope.torch, scope.flax)):
             for column in _columns(modules):
-                shape = (*column.stack, *next(iter(column.shapes.values())))
-                sizes[n][(math.prod(shape),)] += len(column.paths)
-                extents[n][tuple(sorted(shape))] += len(column.paths)
+                for one, count in Counter(column.shapes.values()).items():
+                    shape = (*column.stack, *one)
+                    sizes[n][(math.prod(shape),)] += count
+                    extents[n][tuple(sorted(shape))] += count
         open_ += _differ(*sizes)
         apart += _differ(*extents)
     for families in found.lost:
