@@ -96,7 +96,7 @@ class Views:
         for n in (0, 1):
             counts = _counts(outer[1 - n], (now.flax, now.torch)[n][0])
             for prefix in dict.fromkeys(family.prefix[:-1] for family in outer[n]):
-                around = [family for family in (now.torch, now.flax)[n] if family.prefix[:-1] == prefix]
+                around = [f for f in (now.torch, now.flax)[n][1:] if f.prefix[:-1] == prefix]
                 for cut in _two_numbers({key for family in around for key in family.keys}, counts):
                     yield _with(cuts, n, {prefix: cut})
             for mine, theirs in product(outer[n], outer[1 - n]):
