@@ -35,9 +35,9 @@ class Cut:
     """Another way to read the number that follows a prefix.
 
     names: it is a part of the name, or only the numbers in `lengths` are. kinds: blocks with exactly the same leaves
-    are counted together; with `lengths`, a block without its like is counted too. blocks: it counts, even if it has only
-    one value or counts single modules. cycle: it is (place, cycle), with `lengths[0]` places. stages: it is (stage,
-    place in it); `lengths`: of the stages.
+    are counted together; with `lengths`, a block without its like is counted too. blocks: it counts, even if it has
+    only one value or counts single modules. cycle: it is (place, cycle), with `lengths[0]` places. stages: it is
+    (stage, place in it); `lengths`: of the stages.
     """
 
     way: Literal["names", "kinds", "blocks", "cycle", "stages"]

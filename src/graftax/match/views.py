@@ -89,7 +89,10 @@ class Views:
     def _options(self, now: View, cuts: Both) -> Iterator[Both]:
         """Other cuts of the numbers of families that have no partner."""
         small = _dissolved(now)
-        if any(small):
+        for n in (0, 1):
+            if small[n]:
+                yield _with(cuts, n, small[n])
+        if all(small):
             yield {**cuts[0], **small[0]}, {**cuts[1], **small[1]}
         loose = [[*lost, *partly] for lost, partly in zip(now.lost, now.partly, strict=True)]
         outer = [_outermost(found) for found in loose]
