@@ -174,6 +174,16 @@ class Notes:
     columns: dict[str, Axes | None] = field(default_factory=dict[str, "Axes | None"])
     rows: dict[str, Axes | None] = field(default_factory=dict[str, "Axes | None"])
     beside: dict[str, set[str]] = field(default_factory=dict[str, "set[str]"])
+    summed: dict[str, int | None] = field(default_factory=dict[str, "int | None"])
+
+    def product(self, matrix: Dims | None, at: int) -> None:
+        """Record that a product with the input sums over axis `at` of `matrix`, if that is a whole leaf."""
+        leaves = {atom.name.rpartition(":")[0] for of in matrix or () for atom in of}
+        of = matrix[at] if matrix is not None and len(matrix) == 2 else ()
+        name = leaves.pop() if len(leaves) == 1 else ""
+        if name.startswith(LEAF) and len(of) == 1 and not of[0].part:
+            leaf, axis = name.removeprefix(LEAF), int(of[0].name.rpartition(":")[2])
+            self.summed[leaf] = axis if self.summed.get(leaf, axis) == axis else None
 
     def inputs(self, leaf: str, of: Dim | None) -> None:
         """Record that a matrix takes these axes."""
@@ -204,7 +214,8 @@ class Notes:
 
     def trace(self, order: dict[str, int] | None = None) -> Trace:
         columns, rows = ({leaf: axes for leaf, axes in table.items() if axes} for table in (self.columns, self.rows))
-        return Trace(order or {}, columns, rows)
+        summed = {leaf: axis for leaf, axis in self.summed.items() if axis is not None}
+        return Trace(order or {}, columns, rows, summed=summed)
 
 
 def _note(table: dict[str, Axes | None], leaf: str, axes: Axes | None) -> None:

@@ -137,6 +137,9 @@ def _dot(numbers: Any, given: list[Value], eqn: Any, notes: Notes) -> Value:
     x, kernel = given
     leaf = _leaf_of(kernel)
     shapes = [tuple(atom.aval.shape) for atom in eqn.invars]
+    if not any(batch) and len(left) == 1:
+        notes.product(kernel, right[0])
+        notes.product(x, left[0])
     if any(batch) or len(left) != 1 or not leaf or len(shapes[1]) != 2 or tuple(right) != (0,):
         for value in given:  # a leaf with a second kind of use becomes unknown
             if _leaf_of(value):

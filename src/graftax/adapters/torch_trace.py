@@ -198,7 +198,9 @@ class _Run:
             return _size_function(name, given, rest)
         if name == "mul" and rest and isinstance(rest[0], _Size):
             return _size_function(name, rest[0], [given])
-        if name == "linear":
+        if name in _PRODUCTS:
+            matrix = rest[0] if rest else kwargs.get("weight", kwargs.get("other", kwargs.get("mat2")))
+            self.notes.product(matrix if isinstance(matrix, tuple) else None, -1 if name == "linear" else 0)
             return None
         if name in _BINARY:
             other = rest[0] if rest else kwargs.get("other")
@@ -225,6 +227,7 @@ class _Run:
             return None
 
 
+_PRODUCTS = frozenset(("linear", "matmul", "mm"))
 _BINARY = frozenset(
     ("add", "sub", "mul", "truediv", "div", "iadd", "imul", "isub", "add_", "mul_", "maximum", "minimum")
 )
@@ -247,7 +250,8 @@ _POOLS = frozenset((
 def _names() -> dict[Any, str]:
     """function -> its name; several functions of torch.nn.functional have the name `fn`."""
     out = {
-        getattr(operator, name): name for name in ("add", "sub", "mul", "truediv", "iadd", "imul", "isub", "getitem")
+        getattr(operator, name): name
+        for name in ("add", "sub", "mul", "truediv", "iadd", "imul", "isub", "getitem", "matmul")
     }
     for name in _POOLS | _SAME | {"linear"}:
         if hasattr(functional, name):
@@ -271,6 +275,8 @@ def _size_function(name: str, given: _Size, rest: Sequence[Value]) -> Value:
 
 
 def _getattr(given: Dims, rest: Sequence[Value], _: Any) -> Value:
+    if rest[0] in ("T", "mT") and len(given) == 2:
+        return given[::-1]
     return _Size(given) if rest[0] == "shape" else None
 
 
@@ -350,7 +356,8 @@ def _unsqueeze(given: Dims, rest: Sequence[Value], kwargs: Any) -> Value:
 
 _CHANGES: dict[str, Callable[[Dims, Sequence[Value], Any], Value]] = {
     "getattr": _getattr, "size": _size, "view": _view, "reshape": _view, "flatten": _flatten_call,
-    "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "mean": _reduced, "sum": _reduced,
+    "permute": _permute, "t": lambda given, rest, kwargs: given[::-1],
+    "transpose": _transpose, "swapaxes": _transpose, "mean": _reduced, "sum": _reduced,
     "amax": _reduced, "squeeze": _squeeze, "unsqueeze": _unsqueeze,
     "unflatten": lambda given, rest, kwargs: _unflatten(given, rest[0], rest[1]),
 }  # fmt: skip

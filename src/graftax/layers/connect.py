@@ -68,8 +68,11 @@ def overriding(module: Module | None, side: Side) -> tuple[str, str] | None:
 
 def own_layout(module: Module | None, side: Side) -> bool:
     """True if a live module may store its weights in another way than the table, or the field, says: a framework layer
-    that no row lists, or a subclass that computes with them itself."""
-    return bool(unlisted_kind(module, side)) or bool(module and module.own_math and overriding(module, side))
+    that no row lists, a class of the user's own, or a subclass that computes with them itself."""
+    if module is None:
+        return False
+    own = bool(module.calls) and not known_kind(module, side) and not _of_framework(module.calls[0])
+    return own or bool(unlisted_kind(module, side)) or bool(module.own_math and overriding(module, side))
 
 
 def _of_framework(name: str) -> bool:

@@ -84,6 +84,7 @@ def _infer(
     t_skip, f_skip = t_skip | cells.torch, f_skip | cells.flax
     silent = [item.entry for item in named]
     spoken = [entry for entry in settled.entries if not any(entry is other for other in silent)]
+    traces = Traces(torch.live.trace, flax.live.trace)
     ends = Ends(
         torch.specs,
         flax.specs,
@@ -95,10 +96,10 @@ def _infer(
         hints.styles,
         head_count(source.config) or head_count(like.config),
         ties,
-        Kinds.of(torch, flax),
+        Kinds.of(torch, flax, traces),
         read_named(named, turned),
         ruled=ruled_chains(spoken, hints.anchors, turned),
-        traces=Traces(torch.live.trace, flax.live.trace),
+        traces=traces,
         calls=flax_calls(flax),
     )
     result = match(ends, lex)

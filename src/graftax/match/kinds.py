@@ -11,7 +11,8 @@ from graftax.layers.base import Part, Shape
 from graftax.layers.connect import connect, known_kind, own_layout, rows_for
 from graftax.layers.patterns import label_of
 from graftax.match.pairs import Label, Link, Pair
-from graftax.match.sides import Key, Module
+from graftax.match.sides import Column, Key, Module
+from graftax.match.traced import Traces
 from graftax.ops import Op, Rearrange
 from graftax.tree import Checkpoint, Side
 from graftax.tree import Module as Live
@@ -27,11 +28,12 @@ class Kinds:
     torch: Mapping[str, Live] = field(default_factory=dict[str, Live])
     flax: Mapping[str, Live] = field(default_factory=dict[str, Live])
     ends: tuple[Checkpoint, Checkpoint] | None = None
+    traces: Traces = field(default_factory=Traces)
     table: dict[object, Told | None] = field(default_factory=dict[object, "Told | None"])
 
     @classmethod
-    def of(cls, torch: Checkpoint, flax: Checkpoint) -> Kinds:
-        return cls(owners_by_leaf(torch), owners_by_leaf(flax), (torch, flax))
+    def of(cls, torch: Checkpoint, flax: Checkpoint, traces: Traces) -> Kinds:
+        return cls(owners_by_leaf(torch), owners_by_leaf(flax), (torch, flax), traces)
 
     def __bool__(self) -> bool:
         return bool(self.torch or self.flax)
@@ -62,10 +64,37 @@ class Kinds:
         if link.torch.stack or link.flax.stack:  # the stack axis is open too
             link.told = tuple(sorted(link.labels)) if max(len(s) for s, _ in shapes) > 1 else ()
             return
-        chains = dict(map(_ordered, axis_orders(shapes)))
+        orders = axis_orders(shapes)
+        used = self._as_used(orders, link, keys) if len(orders) > 1 else []
+        chains = dict(map(_ordered, used or orders))
         if chains:
-            link.labels, link.told, link.why = frozenset(chains), tuple(chains), "only this order of axes fits"
+            why = "products with it sum over this axis on both sides" if used else "only this order of axes fits"
+            link.labels, link.told, link.why = frozenset(chains), tuple(chains), why
             link.chains.update({(label, *pair): chain for label, chain in chains.items() for pair in shapes})
+
+    def _as_used(self, orders: list[tuple[int, ...]], link: Link, keys: Mapping[Key, Key]) -> list[tuple[int, ...]]:
+        """The orders that take the axis over which torch's products with the leaf sum to that of Flax's products; []
+        if that is not known for every instance. A kernel of a file is (in, out), a weight of a file (out, in)."""
+        found: set[tuple[int, int]] = set()
+        for key, paths in link.torch.paths.items():
+            other = link.flax.paths.get(keys.get(key, ()))
+            if other is None:
+                continue
+            a, b = self._summed(0, paths[0], link.torch), self._summed(1, other[0], link.flax)
+            if a is None or b is None:
+                return []
+            found.add((a, b))
+        return [order for order in orders if len(found) == 1 and all(order[b] == a for a, b in found)]
+
+    def _summed(self, end: int, leaf: str, column: Column) -> int | None:
+        """The axis of a matrix over which products with it sum; None if nothing shows it."""
+        if any(len(shape) != 2 for shape in column.shapes.values()):
+            return None
+        live = (self.torch, self.flax)[end].get(leaf)
+        if live is not None and own_layout(live, SIDES[end]):
+            return (self.traces.flax if end else self.traces.torch).summed.get(leaf)
+        known = {0: "weight", 1: "kernel"}[end]
+        return 1 - end if column.leaf == known else None
 
     def _tell_table(
         self, modules: tuple[Module, Module], live: tuple[Live | None, Live | None], link: Link, keys: Mapping[Key, Key]

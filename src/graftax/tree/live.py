@@ -49,17 +49,19 @@ class Trace:
     columns  matrix -> the axes of the flattened map that it takes; one axis (c, or x for what a matrix made) for no map
     rows     matrix -> the axes of the map that its outputs are unflattened to; vector -> those that it is applied to
     stacked  leaf -> the axes on which it is stacked, from the front; () if it is not
+    summed   matrix -> its axis that a product with the input sums over
     """
 
     order: Mapping[str, int] = field(default_factory=dict[str, int])
     columns: Mapping[str, Axes] = field(default_factory=dict[str, Axes])
     rows: Mapping[str, Axes] = field(default_factory=dict[str, Axes])
     stacked: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, "tuple[int, ...]"])
+    summed: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def renamed(self, names: Renaming) -> Trace:
         """What the trace shows of the leaves and modules that `names` keeps."""
-        order, stacked = names.nodes(self.order), names.leaves(self.stacked)
-        return Trace(order, names.leaves(self.columns), names.leaves(self.rows), stacked)
+        order, stacked, summed = names.nodes(self.order), names.leaves(self.stacked), names.leaves(self.summed)
+        return Trace(order, names.leaves(self.columns), names.leaves(self.rows), stacked, summed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
