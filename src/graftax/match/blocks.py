@@ -9,10 +9,11 @@ from itertools import islice, permutations
 
 from graftax.match.families import FamilyPair, pair_families
 from graftax.match.fits import candidates
+from graftax.match.leftovers import cut_to
 from graftax.match.match_inputs import Ends
-from graftax.match.names import Lexicon
+from graftax.match.names import Lexicon, concepts
 from graftax.match.pairs import Pair, Scope
-from graftax.match.sides import Family, Module, Tokens, tokens_of
+from graftax.match.sides import Family, Key, Module, Tokens, tokens_of
 from graftax.match.stacks import outer_prefix, stackable, virtual
 
 Option = list[tuple[Scope, Pair]]
@@ -252,6 +253,19 @@ class Stacks:
                         self.partly[side].extend(out[-1].members)
         return out
 
+    def nest(self, torch: list[Family], flax: list[Family]) -> tuple[list[Family], list[Family]]:
+        """Pair blocks with blocks of the same name of which the other side has more, number by number. Returns the
+        families that are still without a partner."""
+        lex = self.root.lex
+        fits = [(a, b, keys) for a in torch for b in flax if (keys := _nested(a, b, lex))]
+        uses = Counter(id(family) for a, b, _ in fits for family in (a, b))
+        for a, b, keys in fits:
+            if uses[id(a)] == uses[id(b)] == 1:
+                left, right = (cut_to(family.modules, {key for key, _ in keys}) for family in (a, b))
+                self.scopes.append(Scope(left, right, keys, False, self.root.same, lex, "the numbers are the same"))
+                torch, flax = [f for f in torch if f is not a], [f for f in flax if f is not b]
+        return torch, flax
+
     def _paired(self, family: Family, others: list[Family], side: int) -> bool:
         """A new scope for blocks that hold nothing but stacks and the family of the other side that holds the same, if
         one does, or if names tell which."""
@@ -269,6 +283,17 @@ class Stacks:
 
 def _holds(family: Family, made: list[Module]) -> bool:
     return stackable(made, family.modules) > 0.5
+
+
+def _nested(torch: Family, flax: Family, lex: Lexicon) -> list[tuple[Key, Key]]:
+    """The instances with the same numbers, if one family has all that the other has, of the same sizes, and more after
+    them; [] if not."""
+    few, many = (torch, flax) if len(torch.keys) < len(flax.keys) else (flax, torch)
+    count, first = len(few.keys), many.keys[0][-1]
+    same = few.keys == many.keys[:count] and few.sizes == many.sizes[:count] and count < len(many.keys)
+    counted = [key[-1] for key in many.keys] == list(range(first, first + len(many.keys)))
+    named = set(concepts(few.prefix, lex)) == set(concepts(many.prefix, lex))
+    return [(key, key) for key in few.keys] if same and counted and named else []
 
 
 def _parts(modules: Iterable[Module]) -> list[Family]:

@@ -36,8 +36,8 @@ def by_kind(scope: Scope) -> list[Scope]:
         return [scope]
     out: list[Scope] = []
     for keys in kinds.values():
-        torch = _cut(scope.torch, {key for key, _ in keys})
-        flax = _cut(scope.flax, {other for _, other in keys})
+        torch = cut_to(scope.torch, {key for key, _ in keys})
+        flax = cut_to(scope.flax, {other for _, other in keys})
         made = Scope(torch, flax, keys, scope.root, scope.same, scope.lex, scope.label)
         made.wrappers, made.experts = scope.wrappers, scope.experts
         out.append(made)
@@ -52,7 +52,8 @@ def _holders(modules: list[Module]) -> dict[Key, list[int]]:
     return out
 
 
-def _cut(modules: list[Module], keys: set[Key]) -> list[Module]:
+def cut_to(modules: list[Module], keys: set[Key]) -> list[Module]:
+    """The modules with these instances only."""
     out: list[Module] = []
     for module in modules:
         roles: dict[str, Column] = {}

@@ -16,7 +16,7 @@ from graftax.match.blocks import Stacks, View, all_families, find_doubts
 from graftax.match.cutting import Cut, Cuts, Tokens, parse
 from graftax.match.cycles import Both, Rivals
 from graftax.match.match_inputs import Ends
-from graftax.match.names import Lexicon
+from graftax.match.names import Lexicon, concepts
 from graftax.match.pairs import Scope
 from graftax.match.sides import Column, Family, Key, Module, view
 
@@ -52,6 +52,9 @@ class Views:
             rivals = Rivals.of(cuts, [options[i] for i, rating in enumerate(rated) if rating == least], self.ends)
             cuts, now = rivals.likeliest
             asked += [rivals] if rivals.open else []
+        counted = self._lists(now, cuts)
+        if counted is not None and score(self.ends, found := self.at(counted)) <= score(self.ends, now):
+            cuts, now = counted, found
         small = _dissolved(now)
         if any(small) and not now.doubts:
             now = self.at(({**cuts[0], **small[0]}, {**cuts[1], **small[1]}))
@@ -76,7 +79,7 @@ class Views:
         for pair in pairs:
             stacks.add(pair)
         lost = stacks.fill([f for f in left_t if id(f) not in unsure], [f for f in left_f if id(f) not in unsure])
-        return View(torch, flax, stacks.scopes, lost, stacks.partly, doubts)
+        return View(torch, flax, stacks.scopes, stacks.nest(*lost), stacks.partly, doubts)
 
     def _families(self, n: int, cuts: Cuts) -> list[Family]:
         mark = n, frozenset(cuts.items())
@@ -117,6 +120,31 @@ class Views:
             for n in (0, 1):
                 if kinds[n]:
                     yield _with(cuts, n, kinds[n])
+
+    def _lists(self, now: View, cuts: Both) -> Both | None:
+        """The cuts with numbers that are parts of names as blocks, where one side has more of the same list."""
+        lists = [_lists(now.lost[n], side[0], self.lex) for n, side in enumerate((now.torch, now.flax))]
+        for words in lists[0].keys() & lists[1].keys():
+            ends = lists[0][words], lists[1][words]
+            if len(ends[0][1]) != len(ends[1][1]) and not ends[0][1].isdisjoint(ends[1][1]):
+                for n, (prefix, _) in enumerate(ends):
+                    cuts = _with(cuts, n, {prefix: Cut("blocks")})
+        return cuts if cuts[0] and cuts[1] else None
+
+
+def _lists(lost: Iterable[Family], root: Family, lex: Lexicon) -> dict[frozenset[str], tuple[Tokens, set[int]]]:
+    """The numbers of every list of layers without a partner, by the words before them, if no other list has these."""
+    found: defaultdict[Tokens, set[int]] = defaultdict(set)
+    for family in lost:
+        found[family.prefix[:-1]].update(key[-1] for key in family.keys)
+    for module in root.modules:
+        at = next((at for at, token in enumerate(module.tokens) if isinstance(token, int)), None)
+        if at is not None:
+            found[module.tokens[:at]].add(int(str(module.tokens[at])))
+    named: defaultdict[frozenset[str], list[Tokens]] = defaultdict(list)
+    for prefix in found:
+        named[frozenset(concepts(prefix, lex))].append(prefix)
+    return {words: (some[0], found[some[0]]) for words, some in named.items() if len(some) == 1}
 
 
 def _dissolved(now: View) -> Both:
