@@ -178,9 +178,9 @@ def _column(
 def _grouped(scope: Scope, link: GroupLink, turned: bool) -> Iterable[Entry]:
     evidence = ("the names are those of the parts of one fused module", f"the fused layout is {link.known!r}")
     for key, chain in link.variants[link.known].items():
-        sources = tuple(path for column in link.torch for path in column.paths[key])
         other = dict(scope.keys)[key]
-        targets = tuple(path for column in link.flax for path in column.paths[other])
+        sources = tuple(path for layer in zip(*(c.paths[key] for c in link.torch), strict=True) for path in layer)
+        targets = tuple(path for layer in zip(*(c.paths[other] for c in link.flax), strict=True) for path in layer)
         yield (
             Entry(targets, sources, invert_chain(chain), evidence)
             if turned

@@ -74,7 +74,7 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
     for item in result.settled:
         habits.learn(item.scope, item.taken)
         stack_axes(item.scope, item.taken, habits)
-        take_groups(item, ends)
+        take_groups(item, ends, habits)
         if rest := take_rest(item):
             habits.learn(item.scope, rest)
             stack_axes(item.scope, item.taken, habits)

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graftax.layers.readings import LeafKinds, named
+from graftax.layers.fused import FusedWay, fused_ways
 from graftax.match.pairs import Scope
 from graftax.match.part_order import said_order
 from graftax.match.sides import Column, Key, Module, Shape
-from graftax.ops import Concat, Op, Rearrange, Split, Stack
-from graftax.rules.fuse import join_groups, split_groups
+from graftax.ops import Concat, Op, Rearrange, Split, Stack, Unstack
 from graftax.tree import split_words
 
 PARTS: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("k", "v"), ("gate", "up"))
 """Parts, in the order of their letters in the fused module's name."""
-_FUSED = {("q", "k", "v"): ("qkv",), ("k", "v"): ("kv",), ("gate", "up"): ("gate",)}
+_FUSED = {("q", "k", "v"): ("qkv",), ("k", "v"): ("kv",), ("gate", "up"): ("gate", "up")}
 _BARE = (("in", "proj", "weight"), ("in", "proj", "bias"))
 
-Variants = dict[str, tuple[Op, ...]]
+LAYERS = "layers"
+"""Stands in the keys of a variant for the index that counts layers."""
 
 
 @dataclass(slots=True, eq=False)
 class GroupLink:
-    """One role of a group: the columns, and the ops by variant (`block`, `interleaved`, `stack 0`) for every shape."""
+    """One role of a group: the columns, and the ops by variant (`block`, `interleaved`, `stack 0`) for every shape,
+    and what a rule states of each variant."""
 
     torch: tuple[Column, ...]
     flax: tuple[Column, ...]
     variants: dict[str, dict[Key, tuple[Op, ...]]]
+    ways: dict[str, FusedWay] = field(default_factory=dict[str, FusedWay])
     known: str = ""
 
 
@@ -53,10 +54,16 @@ class Group:
 
 
 def find_groups(
-    scope: Scope, torch: Sequence[Module], flax: Sequence[Module], styles: Mapping[str, Style], heads: int | None
+    scope: Scope,
+    torch: Sequence[Module],
+    flax: Sequence[Module],
+    styles: Mapping[str, Style],
+    heads: int | None,
+    axis: int | None,
 ) -> list[Group]:
     """Groups among modules without a partner. `styles`: for torch modules, the layout of the parts that a rule states
-    for another leaf; `heads`: the head count, if config.json states it."""
+    for another leaf; `heads`: the head count, if config.json states it; `axis`: the axis on which
+    this scope is stacked, if it is known."""
     out: list[Group] = []
     if scope.same:
         return out
@@ -72,7 +79,8 @@ def find_groups(
                 for found in sets:
                     members = _as_ruled(tuple(found[i] for i in order), module, styles, fused_torch)
                     left, right = ((module,), members) if fused_torch else (members, (module,))
-                    group = _group(scope, left, right, styles, heads)
+                    alternate = 0 if parts == ("gate", "up") else heads
+                    group = _group(scope, left, right, styles, alternate, axis)
                     if group is not None:
                         fits.append(group)
             counts: defaultdict[int, int] = defaultdict(int)
@@ -131,36 +139,32 @@ def _is_fused(module: Module, parts: tuple[str, ...], scope: Scope, torch: bool)
 
 
 def _group(
-    scope: Scope, torch: tuple[Module, ...], flax: tuple[Module, ...], styles: Mapping[str, Style], heads: int | None
+    scope: Scope,
+    torch: tuple[Module, ...],
+    flax: tuple[Module, ...],
+    styles: Mapping[str, Style],
+    heads: int | None,
+    axis: int | None,
 ) -> Group | None:
     group = Group(torch, flax)
     to_flax = dict(scope.keys)
     style = styles.get(owner(_first(torch[0])))
-    heads = (style.heads if style is not None else None) or _shown_heads(torch, flax) or heads
-    roles = [role for role in torch[0].roles if role in ("weight", "bias", "value")]
-    for role in roles:
+    heads = (style.heads if style is not None else None) or heads
+    for role in [role for role in ("weight", "bias", "value") if role in torch[0].roles]:
         left = [m.roles.get(role) for m in torch]
         right = [m.roles.get(role) or (m.roles.get("weight" if role == "value" else "value")) for m in flax]
-        if any(c is None or c.stack for c in (*left, *right)):
+        if None in left or None in right:
             return None
-        link = _link(role, tuple(c for c in left if c), tuple(c for c in right if c), to_flax, heads)
+        link = _link(tuple(c for c in left if c), tuple(c for c in right if c), to_flax, heads, axis)
         if link is None:
             return None
+        shown = next((way.keys["heads"] for way in link.ways.values() if "heads" in way.keys), heads)
+        heads = (
+            shown if isinstance(shown, int) and heads != 0 else heads
+        )  # of the queries, as a split weight shows them
         _know(link, torch[0], flax[0], style)
         group.links.append(link)
     return group if group.links else None
-
-
-def _shown_heads(torch: tuple[Module, ...], flax: tuple[Module, ...]) -> int | None:
-    """The heads of the first part (the queries, if keys have fewer), if a part that is split into heads shows them. The
-    axes are those that `_part_ops` takes."""
-    if len(torch) != 1 or "weight" not in torch[0].roles or "weight" not in flax[0].roles:
-        return None
-    source = next(iter(torch[0].roles["weight"].shapes.values()))
-    shape = next(iter(flax[0].roles["weight"].shapes.values()))
-    split = len(source) == 2 and len(shape) == 3
-    places = [h for i, h in ((0, 1), (2, 0), (1, 0)) if split and shape[i] == source[-1]]
-    return shape[places[0]] if places else None
 
 
 _EINSUM = "einsum"
@@ -169,7 +173,7 @@ _EINSUM = "einsum"
 def _know(link: GroupLink, module: Module, other: Module, style: Style | None) -> None:
     if len(link.variants) == 1:
         (link.known,) = link.variants
-        if link.known in ("block", "interleaved"):
+        if link.known.startswith(("block", "interleaved")):
             link.known = ""
     stacks = all(label.startswith("stack ") for label in link.variants)
     if stacks and "stack 0" in link.variants and _EINSUM in (*module.tokens, *other.tokens):
@@ -177,7 +181,8 @@ def _know(link: GroupLink, module: Module, other: Module, style: Style | None) -
     if split_words(link.torch[0].leaf)[-3:] in _BARE and "block" in link.variants:
         link.known = "block"
     if style is not None:
-        link.known = style.form if style.form in link.variants else ""
+        said = [label for label in link.variants if label.startswith(style.form)]
+        link.known = said[0] if len(said) == 1 else ""
 
 
 _LEAVES = ("weight", "kernel", "bias")
@@ -203,123 +208,51 @@ def heads_of(ops: Sequence[Op]) -> int | None:
 
 
 def _link(
-    role: str, torch: tuple[Column, ...], flax: tuple[Column, ...], to_flax: dict[Key, Key], heads: int | None
+    torch: tuple[Column, ...], flax: tuple[Column, ...], to_flax: dict[Key, Key], heads: int | None, axis: int | None
 ) -> GroupLink | None:
-    variants: dict[str, dict[Key, tuple[Op, ...]]] | None = None
-    cache: dict[tuple[object, ...], Variants] = {}
-    count = 0
-    for key in torch[0].shapes:
+    stacks = {c.stack for c in torch}, {c.stack for c in flax}
+    if any(len(found) > 1 or len(next(iter(found))) > 1 for found in stacks) or all(
+        () not in found for found in stacks
+    ):
+        return None
+    layers = next(iter(next(iter(stacks[0]))), 0), next(iter(next(iter(stacks[1]))), 0)
+    link = GroupLink(torch, flax, {})
+    for count, key in enumerate(torch[0].shapes):
         other = to_flax.get(key)
         if other is None or any(key not in c.shapes for c in torch) or any(other not in c.shapes for c in flax):
             return None
-        left, right = tuple(c.shapes[key] for c in torch), tuple(c.shapes[other] for c in flax)
-        found = cache.get((left, right))
-        if found is None:
-            facts = LeafKinds("bias" if role == "bias" else "weight", torch[0].kind, flax[0].kind)
-            found = _split(left[0], right, facts, heads) if len(left) == 1 else _join(left, right[0], facts, heads)
-            cache[(left, right)] = found
-        count += 1
-        if variants is None:
-            variants = {label: {} for label in found}
-        variants = {label: chains for label, chains in variants.items() if label in found}
-        for label, chains in variants.items():
-            chains[key] = found[label]
-        if not variants:
+        shapes = tuple(c.shapes[key] for c in torch), tuple(c.shapes[other] for c in flax)
+        found = _stacked(shapes, layers, heads, flax[0].kind == "kernel", axis)
+        link.variants = {label: link.variants.get(label, {}) for label in found if not count or label in link.variants}
+        for label, chains in link.variants.items():
+            chains[key], link.ways[label] = found[label].ops, found[label]
+        if not link.variants:
             return None
-    return GroupLink(torch, flax, variants or {}) if count else None
+    return link if link.variants else None
 
 
-def _part_ops(source: Sequence[Shape], target: Sequence[Shape], facts: LeafKinds) -> tuple[Op, ...] | None:
-    """One chain that takes every part to its own shape."""
-    common: set[str] | None = None
-    table = [named(s, t, facts) for s, t in zip(source, target, strict=True)]
-    for found in table:
-        names = {n for n in found if n in ("linear", "reshape") or n.startswith("(h d) i") or not n or n == "identity"}
-        common = names if common is None else common & names
-    for label in ("linear", "(h d) i -> i h d", "(h d) i -> h d i", "(h d) i -> h i d", "identity"):
-        if label in (common or ()):
-            return _common_chain([found[label] for found in table])
-    if "reshape" in (common or ()):
-        return _common_chain([found["reshape"] for found in table])
-    return None
-
-
-def _common_chain(chains: list[tuple[Op, ...]]) -> tuple[Op, ...] | None:
-    """One chain that does to each part what its own chain does. It keeps the sizes that all parts share."""
-    if any(chain != chains[0] for chain in chains):
-        first = chains[0][0]
-        if any(len(chain) != 1 or not isinstance(chain[0], Rearrange) for chain in chains):
-            return None
-        ops = [chain[0] for chain in chains if isinstance(chain[0], Rearrange)]
-        assert isinstance(first, Rearrange)
-        if len({op.pattern for op in ops}) != 1:
-            return None
-        shared = set(ops[0].sizes)
-        for op in ops[1:]:
-            shared &= set(op.sizes)
-        return (Rearrange(first.pattern, tuple(sorted(shared))),)
-    return chains[0]
-
-
-def _split(source: Shape, targets: Sequence[Shape], facts: LeafKinds, heads: int | None) -> Variants:
-    """One torch tensor -> its parts: blocks along the outputs, or interleaved by heads."""
-    out: Variants = {}
-    sizes = [math.prod(t) for t in targets]
-    for axis in range(min(len(source), 2)):
-        rest = math.prod(source) // source[axis]
-        if any(n % rest for n in sizes) or sum(sizes) != math.prod(source):
+def _stacked(
+    shapes: tuple[tuple[Shape, ...], tuple[Shape, ...]],
+    layers: tuple[int, int],
+    heads: int | None,
+    kernel: bool,
+    axis: int | None,
+) -> dict[str, FusedWay]:
+    """The ways between tensors of which one side may hold several layers: `layers`, the number of single leaves on each
+    side for one leaf of the other; `axis`: the axis that counts them, if it is known."""
+    if not any(layers):
+        return fused_ways(*shapes, heads, kernel)
+    out: dict[str, FusedWay] = {}
+    count, wide = max(layers), shapes[1 if layers[0] else 0]
+    rank = min(map(len, wide))
+    for at in range(rank) if axis is None else [axis % rank]:
+        if any(shape[at] != count for shape in wide):
             continue
-        rows = tuple(n // rest for n in sizes)
-        pieces = [(*source[:axis], n, *source[axis + 1 :]) for n in rows]
-        inner = _part_ops(pieces, targets, facts)
-        if inner is None:
-            continue
-        if axis == 1 and inner != ():
-            continue
-        out["block"] = (Split(axis, rows), *inner)
-        if heads and rows[0] % heads == 0:
-            dim = rows[0] // heads
-            if len(set(rows)) == 1:
-                out["interleaved"] = (_weave(len(source), axis, heads, len(targets), dim), Split(axis, rows), *inner)
-            elif rows[1] == rows[-1] and rows[1] % dim == 0 and heads % (rows[1] // dim) == 0:
-                parts = (heads * dim // rows[1], *(1,) * (len(rows) - 1))
-                out["interleaved"] = (*split_groups(axis, len(source), rows[1] // dim, parts, dim), *inner)
-        return out
-    return out
-
-
-def _weave(rank: int, axis: int, heads: int, parts: int, dim: int) -> Rearrange:
-    """Rows interleaved by heads -> rows in blocks."""
-    names = [f"a{n}" for n in range(rank)]
-    left, right = list(names), list(names)
-    left[axis], right[axis] = "(h t d)", "(t h d)"
-    return Rearrange(f"{' '.join(left)} -> {' '.join(right)}", (("d", dim), ("h", heads), ("t", parts)))
-
-
-def _join(sources: Sequence[Shape], target: Shape, facts: LeafKinds, heads: int | None) -> Variants:
-    """Parts -> one Flax leaf: stacked on an axis of their own, or side by side along the outputs."""
-    out: Variants = {}
-    count = len(sources)
-    if len(set(sources)) == 1:
-        for axis, extent in enumerate(target):
-            if extent == count:
-                inner_shape = target[:axis] + target[axis + 1 :]
-                inner = _part_ops(sources, [inner_shape] * count, facts)
-                if inner is not None:
-                    out[f"stack {axis}"] = (*inner, Stack(axis, count))
-    if len(target) == len(sources[0]) and len(target) <= 2:
-        rows = tuple(s[0] for s in sources)
-        rest = sources[0][1:]
-        if target == (*rest, sum(rows)):
-            order: tuple[Op, ...] = (Rearrange("o i -> i o"),) if rest else ()
-            axis = len(rest)
-            out["block"] = (*order, Concat(axis, rows))
-            if heads and rows[0] % heads == 0:
-                dim = rows[0] // heads
-                if len(set(rows)) == 1:
-                    weave = _weave(len(target), axis, heads, count, dim)
-                    out["interleaved"] = (*order, Concat(axis, rows), weave.inverse)
-                elif rows[1] == rows[-1] and rows[1] % dim == 0 and heads % (rows[1] // dim) == 0:
-                    parts = (heads * dim // rows[1], *(1,) * (count - 1))
-                    out["interleaved"] = (*order, *join_groups(axis, len(target), rows[1] // dim, parts, dim))
+        inner = tuple((*shape[:at], *shape[at + 1 :]) for shape in wide)
+        ends = (shapes[0], inner) if layers[0] else (inner, shapes[1])
+        for label, way in fused_ways(*ends, heads, kernel).items():
+            stack = {LAYERS: at, **{name: n + (n >= at) for name, n in way.stack.items()}}
+            ops = (*way.ops, Stack(at, count)) if layers[0] else (Unstack(at, count), *way.ops)
+            name = label if label not in out else f"{label}, layers on axis {at}"
+            out[name] = FusedWay(ops, way.keys, stack)
     return out

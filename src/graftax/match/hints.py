@@ -29,14 +29,13 @@ def read_hints(entries: Iterable[Entry], turned: bool) -> Hints:
         cut, joined = (any(isinstance(op, kind) for op in entry.ops) for kind in (Split, Concat))
         if len(flax) == 1 and torch and cut == joined:  # both: its parts are put in another order
             out.anchors |= dict.fromkeys(torch, flax[0])
-        elif (len(torch) == 1 and flax) or (len(flax) == 1 and torch):
-            at = next((i for i, op in enumerate(entry.ops) if isinstance(op, (Concat, Split))), None)
-            woven = at is not None and _woven(entry.ops, at)
+        elif torch and flax and cut != joined:
+            at, op = next((i, op) for i, op in enumerate(entry.ops) if isinstance(op, (Concat, Split)))
+            woven = _woven(entry.ops, at)
             heads = heads_of(entry.ops) if woven else None
-            form = "interleaved" if woven else "block"
-            parts = tuple(owner(name) for name in (flax if len(torch) == 1 else torch))
-            for name in torch:
-                out.styles[owner(name)] = Style(form, heads, parts)
+            parts = tuple(map(owner, flax if cut else torch))[: len(op.sizes)]
+            style = Style("interleaved" if woven else "block", heads, parts)
+            out.styles |= {owner(name): style for name in torch}
     return out
 
 

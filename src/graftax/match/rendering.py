@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from graftax.layers.patterns import LAYOUTS
 from graftax.match.flatten import Suspect
-from graftax.match.groups import GroupLink, heads_of
+from graftax.match.groups import LAYERS, GroupLink
 from graftax.match.key_templates import Line, rule_templates
 from graftax.match.pairs import Label, Link, Scope
 from graftax.match.sides import Column, Module
@@ -75,25 +75,13 @@ def flatten_rules(scope: Scope, link: Link, label: Label, trap: Suspect, sides: 
 
 def group_rule(scope: Scope, link: GroupLink, variant: str, sides: tuple[str, str]) -> str:
     """The rule line that states how the parts of a group lie in the fused tensor."""
-    lines = [
-        rule_line(**_ends(made, sides), **_variant_keys(link, variant))
-        for made in rule_templates(scope, link.torch, link.flax)
-    ]
+    lines: list[str] = []
+    for made in rule_templates(scope, link.torch, link.flax):
+        way = link.ways[variant]
+        stack = {made.stack[0] if name == LAYERS else name: axis for name, axis in way.stack.items()}
+        keys = {**_ends(made, sides), **way.keys, **({"stack": stack} if stack else {})}
+        lines.append(rule_line(**keys))
     return ", ".join(lines)
-
-
-def _variant_keys(link: GroupLink, variant: str) -> dict[str, object]:
-    keys: dict[str, object] = {}
-    if variant.startswith("stack "):
-        keys["stack"] = {"list": int(variant.removeprefix("stack "))}
-        inner = next(iter(link.variants[variant].values()))[:-1]
-        if any("(" in op.pattern for op in inner if isinstance(op, Rearrange)):
-            keys |= _ops_keys(inner[0])
-    else:
-        keys["fused"] = variant
-        if variant == "interleaved":
-            keys["heads"] = heads_of(next(iter(link.variants[variant].values())))
-    return keys
 
 
 def _reading_keys(reading: str, link: Link, open_: bool, asked: bool) -> dict[str, object]:

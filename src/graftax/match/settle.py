@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from graftax.match.assign import Board, assign
 from graftax.match.bare_rules import left_open
-from graftax.match.choose import Choice
+from graftax.match.choose import Choice, Habits
 from graftax.match.fits import candidates, fit
 from graftax.match.groups import Group, find_groups
 from graftax.match.leftovers import by_kind, single_out
@@ -140,7 +140,7 @@ def _forced(scope: Scope, pairs: list[Pair], ends: Ends) -> list[Pair]:
     return out
 
 
-def take_groups(item: Settled, ends: Ends) -> None:
+def take_groups(item: Settled, ends: Ends, habits: Habits) -> None:
     """Find fused modules among the modules without a partner, and take them off the board."""
     scope = item.scope
     done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
@@ -148,7 +148,10 @@ def take_groups(item: Settled, ends: Ends) -> None:
     flax = [m for m in scope.flax if id(m) not in done]
     if not torch or not flax:
         return
-    item.groups = find_groups(scope, torch, flax, ends.styles, ends.heads)
+    found = (habits.axes.get(id(link)) for pair in item.taken for link in pair.links)
+    axes = {choice.label[0] for choice in found if choice is not None and choice.label is not None}
+    axis = axes.pop()[0] if len(axes) == 1 else None
+    item.groups = find_groups(scope, torch, flax, ends.styles, ends.heads, axis)
     for group in item.groups:
         item.board.drop(group.torch, group.flax)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftax.errors import LayoutError
+from graftax.layers.fused import join_groups, split_groups
 from graftax.ops import Concat, Op, Rearrange, Reorder, Split, parse_pattern
 from graftax.rules.flatten import Shape
 from graftax.rules.model import Rule
@@ -127,34 +128,6 @@ def join(rule: Rule, axis: int, rank: int, sizes: tuple[int, ...]) -> tuple[Op, 
     if rule.fused != "interleaved":
         return (Concat(axis, sizes),)
     return join_groups(axis, rank, *_interleaved(rule, sizes, ()))
-
-
-def split_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: int) -> tuple[Op, ...]:
-    """One tensor whose axis holds `groups` of `parts` heads of `dim` rows -> its parts, each with its rows in order."""
-    apart, together = _patterns(axis, rank)
-    return (
-        Rearrange(apart.replace("r", "s"), (("d", dim), ("g", groups))),
-        Split(axis + 1, parts),
-        Rearrange(together, (("d", dim), ("g", groups))),
-    )
-
-
-def join_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: int) -> tuple[Op, ...]:
-    """The inverse of `split_groups`."""
-    apart, together = _patterns(axis, rank)
-    return (
-        Rearrange(apart, (("d", dim), ("g", groups))),
-        Concat(axis + 1, parts),
-        Rearrange(together.replace("r", "s"), (("d", dim), ("g", groups))),
-    )
-
-
-def _patterns(axis: int, rank: int) -> tuple[str, str]:
-    """'(g r d) i -> g r d i' and its inverse, for the axis that holds the parts."""
-    rest = [f"a{i}" for i in range(rank)]
-    wide, flat = [*rest], [*rest]
-    wide[axis], flat[axis] = "g r d", "(g r d)"
-    return f"{' '.join(flat)} -> {' '.join(wide)}", f"{' '.join(wide)} -> {' '.join(flat)}"
 
 
 def reordered(rule: Rule, axis: int, shape: Shape) -> tuple[Op, ...]:
