@@ -179,8 +179,12 @@ def _grouped(scope: Scope, link: GroupLink, turned: bool) -> Iterable[Entry]:
     evidence = ("the names are those of the parts of one fused module", f"the fused layout is {link.known!r}")
     for key, chain in link.variants[link.known].items():
         other = dict(scope.keys)[key]
-        sources = tuple(path for layer in zip(*(c.paths[key] for c in link.torch), strict=True) for path in layer)
-        targets = tuple(path for layer in zip(*(c.paths[other] for c in link.flax), strict=True) for path in layer)
+        ends: list[tuple[str, ...]] = []
+        for rows in ([c.paths[key] for c in link.torch], [c.paths[other] for c in link.flax]):
+            # parts on an axis of their own are the outer number, parts of a fused tensor the inner one
+            ordered = rows if "list" in link.ways[link.known].stack else zip(*rows, strict=True)
+            ends.append(tuple(path for paths in ordered for path in paths))
+        sources, targets = ends
         yield (
             Entry(targets, sources, invert_chain(chain), evidence)
             if turned

@@ -102,6 +102,9 @@ def _part_sets(
             part = next((p for p in parts if p in concept), None)
             if part is not None:
                 found[(*module.tokens[:i], "*", *module.tokens[i + 1 :])][part] = module
+        if module.tokens and isinstance(module.tokens[-1], int):  # wi_0 and wi_1
+            said = scope.name(module, torch).concepts.intersection(parts)
+            found[(*module.tokens[:-1], "*")] |= dict.fromkeys(said, module) if len(said) == 1 else {}
     return [tuple(members[p] for p in parts) for members in found.values() if set(members) == set(parts)]
 
 
@@ -251,6 +254,8 @@ def _stacked(
         inner = tuple((*shape[:at], *shape[at + 1 :]) for shape in wide)
         ends = (shapes[0], inner) if layers[0] else (inner, shapes[1])
         for label, way in fused_ways(*ends, heads, kernel).items():
+            if way.stack and bool(layers[0]) == (len(shapes[0]) == 1):
+                continue  # one side counts layers, the other parts: no rule says this
             stack = {LAYERS: at, **{name: n + (n >= at) for name, n in way.stack.items()}}
             ops = (*way.ops, Stack(at, count)) if layers[0] else (Unstack(at, count), *way.ops)
             name = label if label not in out else f"{label}, layers on axis {at}"

@@ -40,6 +40,13 @@ def said_order(module: Module) -> tuple[str, ...]:
     return ()
 
 
+def said_parts(module: Module) -> tuple[str, ...]:
+    """The parts that the module's name lists, or the one that it is."""
+    words = [token for token in module.tokens if isinstance(token, str)]
+    one = (known[word] for word in reversed(words) for known in _words() if word in known)
+    return said_order(module) or tuple(next(([part] for part in one), []))
+
+
 @lru_cache(maxsize=4096)
 def _order(words: tuple[str, ...]) -> tuple[str, ...]:
     """The parts that the words of one name list: gate, up; also joined, as in kqv, upgate, toqkv."""

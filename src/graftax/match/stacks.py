@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+from graftax.match.part_order import said_parts
 from graftax.match.sides import Column, Family, Key, Module, Token
 
 
@@ -50,7 +51,18 @@ def _stack(column: Column) -> Column | None:
 
 
 def stackable(modules: list[Module], others: list[Module]) -> float:
-    """The share of the virtual modules for whose leaves the other side has leaves of their sizes."""
+    """The share of the virtual modules for whose leaves the other side has leaves of their sizes; of the sizes of their
+    parts, or of the whole of which they are a part, where their names say so."""
     sizes = {math.prod(s) for m in others for c in m.roles.values() for s in set(c.shapes.values())}
-    found = [all(c.size in sizes for c in m.roles.values() if c.role != "counter") for m in modules]
+    found = [all(_has(c.size, m, sizes) for c in m.roles.values() if c.role != "counter") for m in modules]
     return sum(found) / max(len(found), 1)
+
+
+def _has(size: int, module: Module, sizes: set[int]) -> bool:
+    if size in sizes:
+        return True
+    parts = said_parts(module)
+    if len(parts) > 1:  # the first part may be wider: queries
+        rest = len(parts) - 1
+        return any(size > one and (size - one) % rest == 0 and (size - one) // rest in sizes for one in sizes)
+    return bool(parts) and any(size * count in sizes for count in (2, 3))
