@@ -153,7 +153,7 @@ def _group(
     to_flax = dict(scope.keys)
     style = styles.get(owner(_first(torch[0])))
     heads = (style.heads if style is not None else None) or heads
-    for role in [role for role in ("weight", "bias", "value") if role in torch[0].roles]:
+    for role in [role for role in ("weight", "value", "bias") if role in torch[0].roles]:
         left = [m.roles.get(role) for m in torch]
         right = [m.roles.get(role) or (m.roles.get("weight" if role == "value" else "value")) for m in flax]
         if None in left or None in right:
