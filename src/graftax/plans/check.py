@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 
 from graftax.errors import Failure, GraftaxError, escape
 from graftax.ops import Op, Specs, bind_chain
 from graftax.plans.entries import End, Entry
+from graftax.plans.names import NUMBER, fold_names
 from graftax.plans.questions import Question
 
 
@@ -68,17 +69,31 @@ def keys_twice(entries: Iterable[Entry], source: End, like: End) -> list[Failure
 
 
 def unmentioned(entries: Iterable[Entry], questions: Iterable[Question], source: End, like: End) -> list[Question]:
-    """A question for every key of either side that no entry and no question mentions."""
+    """Questions for the keys of either side that no entry and no question mentions: one for all keys of one spec that
+    differ only in their numbers."""
     entries, questions = tuple(entries), tuple(questions)
     filled = {n for e in entries for n in e.targets} | {n for q in questions for n in q.targets}
     used = {n for e in entries for n in e.sources} | {n for q in questions for n in q.sources}
-    out = [
-        Question("missing", f"missing key: {name} {spec}: no source tensor fills it", targets=(name,))
-        for name, spec in like.specs.items()
-        if name not in filled
-    ]
-    return out + [
-        Question("unused", f"unexpected key: {name} {spec}: no leaf of like takes it", sources=(name,))
-        for name, spec in source.specs.items()
-        if name not in used
-    ]
+    out: list[Question] = []
+    for names in _columns(like, filled):
+        text = _column_text("missing key", names, like, "no source tensor fills {}")
+        out.append(Question("missing", text, targets=names))
+    for names in _columns(source, used):
+        text = _column_text("unexpected key", names, source, "no leaf of like takes {}")
+        out.append(Question("unused", text, sources=names))
+    return out
+
+
+def _columns(end: End, known: Collection[str]) -> list[tuple[str, ...]]:
+    """The keys that are not known; those of one spec that differ only in their numbers are together."""
+    out: dict[object, list[str]] = {}
+    for name, spec in end.specs.items():
+        if name not in known:
+            out.setdefault((NUMBER.sub("\0", name), spec), []).append(name)
+    return list(map(tuple, out.values()))
+
+
+def _column_text(what: str, names: tuple[str, ...], end: End, why: str) -> str:
+    several = len(names) > 1
+    (name,) = fold_names(names) if several else names
+    return f"{what}{'s' if several else ''}: {name} {end.specs[names[0]]}: {why.format('them' if several else 'it')}"
