@@ -105,11 +105,15 @@ def _text(choice: Choice, count: int) -> str:
     return f"the shape fits {count} {what}, and nothing tells which is right"
 
 
-def leaf_ways(scope: Scope, pair: Pair, link: Link, choice: Choice, sides: tuple[str, str]) -> Ways:
-    """Every way in which the leaf may be read, the likeliest first; one that says nothing if it is decided."""
+def leaf_ways(
+    scope: Scope, pair: Pair, link: Link, choice: Choice, sides: tuple[str, str], silent: bool = False
+) -> Ways:
+    """Every way in which the leaf may be read, the likeliest first; one that says nothing if it is decided. `silent`:
+    the line for a decided Linear states no layout, because it may take a flattened map."""
     ends = scope, link
     if choice.label is not None:
-        return [(column_rule(*ends, choice.label, sides), "")]
+        linear = choice.label == ((), "linear")
+        return [(column_rule(*ends, None if silent and linear else choice.label, sides), "")]
     out: Ways = []
     for label in choice.open:
         moves = [*order_keys(pair, link, label, choice.parts), {}] if choice.parts else [{}]

@@ -9,12 +9,11 @@ from dataclasses import replace
 from graftax.errors import Failure, GraftaxError, escape, option
 from graftax.match.buffers import buffer_name, known_buffers
 from graftax.match.roles import role_of
+from graftax.match.shape_questions import shape_questions
 from graftax.match.ties import tied_to
-from graftax.match.unpaired import joins, unpaired
 from graftax.match.words import COLLECTIONS
 from graftax.ops import Copy, Drop, Fill, Keep, apply_chain, same_bits
-from graftax.plans import Candidate, Entry, Proposal, Question
-from graftax.rules import escape_key, rule_line
+from graftax.plans import Entry, Proposal, Question
 from graftax.tree import Checkpoint, Side, split_path, split_words
 
 COUNTER = "num_batches_tracked"
@@ -39,9 +38,8 @@ def settle_leftovers(
     proposal = _settle_tied_targets(proposal, like)
     proposal = _refuse_torn_ties(proposal, source, like)
     proposal = _settle_missing(proposal, like, ruled, "error")  # a leaf that a rule marks `missing` needs no answer
-    proposal = unpaired(proposal, source, like, *sides)
     namesakes = _namesakes(proposal, source, like, sides)
-    proposal = _ask_pairs(proposal, namesakes, source, like, sides)
+    proposal = shape_questions(proposal, source, like, sides, namesakes)
     proposal = _settle_unused(proposal, source, unused)
     proposal = _settle_missing(proposal, like, ruled, missing)
     return _tell_misshapen(proposal, namesakes, source, like)
@@ -168,24 +166,6 @@ def _namesakes(
                 names.setdefault(_words(name, side), []).append(name)
         ends.append(names)
     return tuple((a[0], b[0]) for words, a in ends[0].items() if len(a) == len(b := ends[1].get(words, [])) == 1)
-
-
-def _ask_pairs(
-    proposal: Proposal,
-    pairs: Iterable[tuple[str, str]],
-    source: Checkpoint,
-    like: Checkpoint,
-    sides: tuple[Side, Side],
-) -> Proposal:
-    """Ask about open keys of one name and one shape as a pair. No policy closes such a question."""
-    words = sides if sides[0] != sides[1] else ("source", "target")
-    asked: list[Question] = []
-    for a, b in pairs:
-        if joins(a, source[a], b, like[b], words):
-            text = f"{a} {source[a]} -> {b} {like[b]}: names and shapes agree, but the rest of their modules does not"
-            rule = rule_line(**dict(zip(words, map(escape_key, (a, b)), strict=True)))
-            asked.append(Question("match", text, (b,), (a,), (Candidate(rule, (a,), "by name"),)))
-    return _asking(proposal, asked)
 
 
 def _tell_misshapen(

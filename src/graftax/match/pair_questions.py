@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice, product
 
 from graftax.match.blocks import Doubt
@@ -12,7 +12,7 @@ from graftax.match.choose import Habits, choose, stack_axes, trapped, usual
 from graftax.match.engine import Result
 from graftax.match.layout_questions import Ways, leaf_ways
 from graftax.match.pairings import MOST, Asked, Aspect, Option, arranged
-from graftax.match.pairs import Link, Pair
+from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.part_order import in_said_order
 from graftax.match.rendering import column_rule, columns_of, paths_of
 from graftax.match.scope_names import main_column
@@ -21,7 +21,7 @@ from graftax.match.sides import Column, Module
 from graftax.plans import Candidate, Question
 from graftax.plans.names import fold_names
 
-Item = tuple[Settled, Pair]
+Item = tuple[Scope, Pair]
 
 
 def pair_questions(
@@ -29,35 +29,39 @@ def pair_questions(
 ) -> list[Question]:
     """The questions about open pairs of all scopes. `missing`: like leaves that a rule marks `missing`."""
     options: list[Option[Item]] = []
+    taken: list[Aspect] = []
     for item in result.settled:
         open_ = item.board.pairs()
         if missing:
             ends = [(pair, main_link(pair)) for pair in open_]
             open_ = [pair for pair, link in ends if not set(missing).issuperset(paths_of([_like(link, turned)]))]
         said = any(pair.bonus > 1 for pair in open_)  # a rule for another instance says so: do not trust the names
-        options += [_option(item, pair, turned, said) for pair in open_]
+        options += [_option(item.scope, pair, turned, said) for pair in open_]
+        taken += [aspect for pair in item.taken for aspect in _aspects(pair)] if open_ else []
         _axes(item, result.habits)
-    taken = (aspect for item in {id(o.item[0]): o.item[0] for o in options}.values() for p in item.taken
-             for aspect in _aspects(p))  # fmt: skip
-    return [_question(asked, result, sides, turned) for asked in arranged(options, taken)]
+
+    def ways(scope: Scope, pair: Pair) -> Ways:
+        return _options(pair, scope, result, sides)
+
+    return [pair_question(asked, ways, turned) for asked in arranged(options, taken)]
 
 
-def _option(item: Settled, pair: Pair, turned: bool, said: bool) -> Option[Item]:
+def _option(scope: Scope, pair: Pair, turned: bool, said: bool) -> Option[Item]:
     torch, flax = frozenset([id(pair.torch)]), frozenset([id(pair.flax)])
     ends = (flax, torch) if turned else (torch, flax)
-    return Option(ends, (item, pair), pair.total, pair.forbidden and not said, tuple(_aspects(pair)))
+    return Option(ends, (scope, pair), pair.total, pair.forbidden and not said, tuple(_aspects(pair)))
 
 
-def _question(asked: Asked[Item], result: Result, sides: tuple[str, str], turned: bool) -> Question:
-    """One question: its candidates are the answers, each in the layouts that its pairs may have."""
+def pair_question(asked: Asked[Item], ways_of: Callable[[Scope, Pair], Ways], turned: bool) -> Question:
+    """One question: its candidates are the answers, each in the layouts that its pairs may have (`ways_of`)."""
     ways: dict[int, Ways] = {}
     names = _short_names([[option.item[1] for option in answer] for answer in asked.answers])
     found: list[tuple[int, Candidate]] = []
     for answer in asked.answers:
         pairs = [option.item[1] for option in answer]
-        for item, pair in (option.item for option in answer):
+        for scope, pair in (option.item for option in answer):
             if id(pair) not in ways:
-                ways[id(pair)] = _options(pair, item, result, sides)
+                ways[id(pair)] = ways_of(scope, pair)
         where = paths_of(main_link(pair).flax if turned else main_link(pair).torch for pair in pairs)
         alone = names if len(pairs) > 1 else None
         for n, chosen in enumerate(_ways([ways[id(pair)] for pair in pairs])):
@@ -65,7 +69,7 @@ def _question(asked: Asked[Item], result: Result, sides: tuple[str, str], turned
             found.append((n, Candidate(rule, where, _says(pairs, [said for _, said in chosen], alone))))
     every = [option.item[1] for option in asked.options]
     ends = {id(pair.torch): pair.torch for pair in every}, {id(pair.flax): pair.flax for pair in every}
-    left, right = (paths_of(columns_of(modules.values())) for modules in ends)
+    left, right = (tuple(dict.fromkeys(paths_of(columns_of(modules.values())))) for modules in ends)
     targets, sources = (left, right) if turned else (right, left)
     candidates = [candidate for _, candidate in sorted(found, key=lambda item: item[0])][:MOST]
     wanted = ends[0 if turned else 1].values()
@@ -75,7 +79,7 @@ def _question(asked: Asked[Item], result: Result, sides: tuple[str, str], turned
 
 
 def _named(modules: Iterable[Module]) -> str:
-    names = fold_names(paths_of([main_column(module) for module in modules]))
+    names = fold_names(dict.fromkeys(paths_of([main_column(module) for module in modules])))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -157,9 +161,9 @@ def _axes(item: Settled, habits: Habits) -> None:
                 habits.axes[id(link)] = choice
 
 
-def _options(pair: Pair, item: Settled, result: Result, sides: tuple[str, str]) -> Ways:
+def _options(pair: Pair, scope: Scope, result: Result, sides: tuple[str, str]) -> Ways:
     """The ways in which the main leaf of an open pair may be read."""
-    link, scope = main_link(pair), item.scope
+    link = main_link(pair)
     choice = choose(link, pair, scope, result.habits)
     trap = result.traps.get(id(pair.torch))
     choice = in_said_order(choice if trap is None else trapped(link, choice, trap), pair)
