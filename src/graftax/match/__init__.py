@@ -22,7 +22,7 @@ from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.partial import consistent, ruled_chains
 from graftax.match.questions import questions
 from graftax.match.recurrent import Recurrent, recurrent
-from graftax.match.ties import find_ties, join_leftovers
+from graftax.match.ties import find_ties
 from graftax.match.traced import Traces
 from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal, Question
@@ -109,10 +109,6 @@ def _infer(
     asked = questions(result, ("torch", "flax") if source_side != like_side else words, turned, missing)
     used = {name for entry in entries for name in entry.sources}
     if source_side == "torch":
-        waiting = {name for question in asked for name in question.sources}
-        free = [name for name in plain if name not in used and name not in waiting]
-        join_leftovers(source, free, entries, like, like_side, lex, reads)
-        used = {name for entry in entries for name in entry.sources}
         entries += [
             Entry(
                 (name,),

@@ -10,7 +10,7 @@ from graftax.errors import Failure, GraftaxError, escape, option
 from graftax.match.buffers import buffer_name, known_buffers
 from graftax.match.roles import role_of
 from graftax.match.shape_questions import shape_questions
-from graftax.match.ties import tied_to
+from graftax.match.ties import join_leftovers, tied_to
 from graftax.match.words import COLLECTIONS
 from graftax.ops import Copy, Drop, Fill, Keep, apply_chain, same_bits
 from graftax.plans import Entry, Proposal, Question
@@ -36,6 +36,7 @@ def settle_leftovers(
     """
     proposal = _settle_buffers(proposal, source, like, sides[1], missing == "keep")
     proposal = _settle_tied_targets(proposal, like)
+    proposal = join_leftovers(proposal, source, like, sides) if sides[0] == "torch" else proposal
     proposal = _refuse_torn_ties(proposal, source, like)
     proposal = _settle_missing(proposal, like, ruled, "error")  # a leaf that a rule marks `missing` needs no answer
     namesakes = _namesakes(proposal, source, like, sides)

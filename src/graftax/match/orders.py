@@ -115,11 +115,15 @@ def _first_and_last(modules: list[Module], scope: Scope, torch: bool) -> list[Mo
     return None
 
 
-def in_step(pairs: Iterable[Pair]) -> bool:
-    """True if the numbers of pairs whose names differ in nothing else run in one order on both sides."""
+def in_step(pairs: Iterable[Pair], beside: Iterable[Pair] = ()) -> bool:
+    """True if the numbers of pairs whose names differ in nothing else run in one order on both sides. `beside`: more
+    pairs, which matter only to pairs of their names."""
     groups: defaultdict[tuple[object, object], list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
-    for pair in pairs:
-        groups[(template(pair.torch.tokens), template(pair.flax.tokens))].append((_ints(pair.torch), _ints(pair.flax)))
+    for known, found in ((False, pairs), (True, beside)):
+        for pair in found:
+            mark = template(pair.torch.tokens), template(pair.flax.tokens)
+            if not known or mark in groups:
+                groups[mark].append((_ints(pair.torch), _ints(pair.flax)))
     return all(a[1] <= b[1] for found in groups.values() for a, b in pairwise(sorted(found)))
 
 

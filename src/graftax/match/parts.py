@@ -74,7 +74,7 @@ def the_rest(
         if len(mine) != len(theirs) or not mine or not _paired(p, q, [*taken, *out], scope):
             continue
         found = _complete(mine, theirs, scope, board, trusted)
-        if not all(_sure(pair) for pair in found) or not in_step([*taken, *out, *found]):
+        if not all(_sure(pair) for pair in found) or not in_step(found, [*taken, *out]):
             continue
         for pair in found:
             pair.why = pair.why or f"the only pairing of what is left of {_text(p)} and {_text(q)}"

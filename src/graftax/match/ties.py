@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from graftax.match.names import Lexicon, concepts
+from graftax.match.names import Lexicon, concepts, lexicon
 from graftax.match.numbers import NUMBER
 from graftax.match.sides import tokens_of
 from graftax.ops import Same, same_bits
-from graftax.plans import Entry
+from graftax.plans import Entry, Proposal
 from graftax.tree import Checkpoint, Side, TensorSpec
 
 Reads = list[str]
@@ -161,25 +162,23 @@ def _equal(source: Checkpoint, names: list[str], reads: Reads | None, what: str)
     return [members for first, members in classes if len(members) > 1 and (first is None or not constant(first))]
 
 
-def join_leftovers(
-    source: Checkpoint,
-    free: list[str],
-    entries: list[Entry],
-    like: Checkpoint,
-    like_side: Side,
-    lex: Lexicon,
-    reads: Reads,
-) -> None:
-    """Join tensors that are left over to the entries of tensors that they are tied to: matrices that `find_ties` would
-    tie, if sizes had not hidden them, and the other leaves of their modules (a decoder's bias). The entries are changed
-    in place."""
-    where = {entry.sources[-1]: i for i, entry in enumerate(entries) if _joinable(entry)}
+def join_leftovers(proposal: Proposal, source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]) -> Proposal:
+    """The proposal with tensors that are left over joined to the entries of tensors that they are tied to: matrices
+    that `find_ties` would tie, if sizes or rules had not hidden them, and the other leaves of their modules (a
+    decoder's bias)."""
+    entries = list(proposal.entries)
+    known = {name for entry in (*entries, *proposal.broken) for name in entry.sources}
+    known |= {name for question in proposal.questions if question.candidates for name in question.sources}
+    free = [name for name in source if name not in known]
+    if not free:
+        return proposal
+    reads: Reads = []
     places = {name: i for i, entry in enumerate(entries) if _joinable(entry) for name in entry.sources}
     by_spec: defaultdict[TensorSpec, list[str]] = defaultdict(list)
-    for name in where:
+    for name in places:
         by_spec[source[name]].append(name)
     crowd = Counter(source[name] for name in free)
-    owners = {name.rpartition(".")[0] for entry in entries if len(entry.sources) > 1 for name in entry.sources}
+    owners = {name.rpartition(".")[0] for entry in entries if _held(entry) for name in entry.sources}
     for name in sorted(free, key=lambda name: len(source[name].shape) < 2):
         spec = source[name]
         twins = by_spec[spec]
@@ -188,31 +187,35 @@ def join_leftovers(
         if len(spec.shape) < 2 and name.rpartition(".")[0] not in owners:
             continue
         twin = tied_to(source, name, twins, reads)
-        if twin is None or (len(spec.shape) > 1 and not _may_tie(source, twin, name, like, like_side, lex)):
+        if twin is None or (len(spec.shape) > 1 and not _may_tie(source, twin, name, like, sides[1])):
             continue
-        i = places[twin]
-        old = entries[i]
-        ops = old.ops[1:] if len(old.sources) > 1 else old.ops
+        old = entries[places[twin]]
         count = len(old.sources) + 1
         why = tuple(text for text in old.evidence if not text.endswith(_HELD))
-        entries[i] = Entry((*old.sources, name), old.targets, (Same(count), *ops), (*why, f"{count} {_HELD}"))
-        owners.add(name.rpartition(".")[0])
-        owners.update(other.rpartition(".")[0] for other in old.sources)
+        ops = (Same(count), *(old.ops[1:] if _held(old) else old.ops))
+        entries[places[twin]] = Entry((*old.sources, name), old.targets, ops, (*why, f"{count} {_HELD}"))
+        owners.update(other.rpartition(".")[0] for other in (*old.sources, name))
+    return replace(proposal, entries=tuple(entries), reads=(*proposal.reads, *reads))
 
 
 _HELD = "tied names hold this tensor"
 
 
+def _held(entry: Entry) -> bool:
+    """True if the entry takes one tensor under several names."""
+    return bool(entry.ops) and isinstance(entry.ops[0], Same)
+
+
 def _joinable(entry: Entry) -> bool:
     """True if the entry takes one tensor, under one name or several."""
-    return bool(entry.targets) and (len(entry.sources) == 1 or (bool(entry.sources) and isinstance(entry.ops[0], Same)))
+    return bool(entry.targets) and (len(entry.sources) == 1 or _held(entry))
 
 
-def _may_tie(source: Checkpoint, twin: str, name: str, like: Checkpoint, like_side: Side, lex: Lexicon) -> bool:
+def _may_tie(source: Checkpoint, twin: str, name: str, like: Checkpoint, like_side: Side) -> bool:
     """True if neither names nor numbers keep the two equal tensors apart, and they are not constant."""
     if source.has_values and constant(source.read(name)):
         return False
-    shape = sorted(source[name].shape)
+    lex, shape = lexicon(), sorted(source[name].shape)
     theirs = {_name(path, like_side, lex) for path, spec in like.items() if sorted(spec.shape) == shape}
     alike = [other for other in source if source[other] == source[name]]
     return len(alike) <= _MANY and bool(_apart(source, alike, [[twin, name]], theirs, lex))
