@@ -168,7 +168,10 @@ class Stacks:
 
     def add(self, pair: FamilyPair) -> None:
         """A scope for two paired families."""
-        self._open(self._scope(pair), pair.torch.prefix, pair.flax.prefix)
+        scope = self._scope(pair)
+        self._open(scope, pair.torch.prefix, pair.flax.prefix)
+        for around, family in zip(self.around, (pair.torch, pair.flax), strict=True):
+            around.update(dict.fromkeys(family.lists, scope))
 
     def _scope(self, pair: FamilyPair) -> Scope:
         return Scope(pair.torch.modules, pair.flax.modules, pair.keys, False, self.root.same, self.root.lex, pair.why)

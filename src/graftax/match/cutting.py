@@ -36,11 +36,11 @@ class Cut:
 
     names: it is a part of the name, or only the numbers in `lengths` are. kinds: blocks with exactly the same leaves
     are counted together; with `lengths`, a block without its like is counted too. blocks: it counts, even if it has
-    only one value or counts single modules. cycle: it is (place, cycle), with `lengths[0]` places. stages: it is
-    (stage, place in it); `lengths`: of the stages.
+    only one value or counts single modules. parts: so too, and it counts the same blocks as other lists of parts.
+    cycle: it is (place, cycle), with `lengths[0]` places. stages: it is (stage, place in it); `lengths`: of the stages.
     """
 
-    way: Literal["names", "kinds", "blocks", "cycle", "stages"]
+    way: Literal["names", "kinds", "blocks", "parts", "cycle", "stages"]
     lengths: tuple[int, ...] = ()
 
     def two(self, values: Iterable[int]) -> dict[int, Key]:
@@ -230,7 +230,7 @@ def _numbered(templates: list[Template], at: int, how: Cut | None) -> list[list[
     counts = [
         values
         for members, values in left
-        if values and (way == "blocks" or _repeats(templates, at, members, values, place, alone))
+        if values and (way in ("blocks", "parts") or _repeats(templates, at, members, values, place, alone))
     ]
     return _by_number(templates, place, counts, way == "kinds")
 

@@ -62,12 +62,13 @@ class Module:
 @dataclass(slots=True, eq=False)
 class Family:
     """Repeated blocks: the prefix (with a tuple for each number that counts blocks), the instances, their modules and
-    sizes."""
+    sizes. `lists`: the prefixes of the lists of parts that make up the blocks."""
 
     prefix: Tokens
     keys: list[Key]
     modules: list[Module]
     sizes: list[int]
+    lists: list[Tokens] = field(default_factory=list[Tokens])
 
 
 def view(templates: Iterable[Template], cuts: Cuts) -> list[Family]:

@@ -18,6 +18,7 @@ from graftax.match.cycles import Both, Rivals
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, concepts
 from graftax.match.pairs import Scope
+from graftax.match.part_lists import merged, part_lists
 from graftax.match.sides import Column, Family, Key, Module, view
 
 _FEW = 64  # instances of a family whose numbers may become parts of names
@@ -84,19 +85,13 @@ class Views:
     def _families(self, n: int, cuts: Cuts) -> list[Family]:
         mark = n, frozenset(cuts.items())
         if mark not in self._known:
-            self._known[mark] = view(self._templates[n], cuts)
+            self._known[mark] = merged(view(self._templates[n], cuts), cuts)
         return self._known[mark]
 
     # ------------------------------------------------------------ other ways to read the numbers
 
     def _options(self, now: View, cuts: Both) -> Iterator[Both]:
         """Other cuts of the numbers of families that have no partner."""
-        small = _dissolved(now)
-        for n in (0, 1):
-            if small[n]:
-                yield _with(cuts, n, small[n])
-        if all(small):
-            yield {**cuts[0], **small[0]}, {**cuts[1], **small[1]}
         loose = [[*lost, *partly] for lost, partly in zip(now.lost, now.partly, strict=True)]
         outer = [_outermost(found) for found in loose]
         for n in (0, 1):
@@ -112,6 +107,8 @@ class Views:
                     yield _with(both, 1 - n, {theirs.prefix[:-1]: Cut("names")})
             for prefix, cut in _of_one(now, n):
                 yield _with(cuts, n, {prefix: cut})
+            for found in part_lists(now, n):
+                yield _with(cuts, n, found)
         mixed = [[family.prefix[:-1] for family in found if _mixed(family)] for found in loose]
         for lengths in ((), (1,)):
             kinds = [dict.fromkeys(found, Cut("kinds", lengths)) for found in mixed]
@@ -120,6 +117,12 @@ class Views:
             for n in (0, 1):
                 if kinds[n]:
                     yield _with(cuts, n, kinds[n])
+        small = _dissolved(now)  # the last, for equal views: as single modules, blocks fit anywhere
+        for n in (0, 1):
+            if small[n]:
+                yield _with(cuts, n, small[n])
+        if all(small):
+            yield {**cuts[0], **small[0]}, {**cuts[1], **small[1]}
 
     def _lists(self, now: View, cuts: Both) -> Both | None:
         """The cuts with numbers that are parts of names as blocks, where one side has more of the same list."""
