@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Attack the matcher with pairs made by seed, so that a guess gives a wrong plan.
+
+    python scripts/attack_plans.py [--count 1000] [--seed 0] [--kinds flat,ties] [--live 0.1] [-v]
+    python scripts/attack_plans.py --show KIND:SEED [--smallest]
+
+An attack is a torch state_dict and a Flax tree of other names, or two live models, with a known true map. Nothing is told.
+Verdicts: see attacks/judging.py. Exit status 1 if a plan is WRONG, holds a wrong entry, or is wrong after true answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from attacks import crossings, folded, layouts, parts
+from attacks.judging import FAULTS, WORDS, Verdict, verdict
+from attacks.pairs import Attack, Maker
+
+__all__ = ["FILES", "Tally", "attack", "attacks", "main", "run", "smallest"]
+
+FILES = {kind.__name__: kind for group in (layouts, crossings, parts, folded) for kind in group.KINDS}
+"""name -> what makes an attack from files."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Verdicts by kind, and what first candidates lead to."""
+
+    kinds: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    firsts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    faults: list[str] = field(default_factory=list[str])
+
+    def add(self, kind: str, name: str, found: Verdict) -> None:
+        self.kinds[kind][found.word] += 1
+        if found.first:
+            self.firsts[kind][found.first] += 1
+        if found.word in FAULTS:
+            self.faults.append(f"{found.word}: {name}: {len(found.wrong)} leaves: {found.wrong[0]}")
+
+    @property
+    def total(self) -> Counter[str]:
+        return sum(self.kinds.values(), Counter())
+
+
+def attack(kind: str, seed: int) -> Attack:
+    """The attack from files of a kind that this seed gives; the same one each time."""
+    for again in range(100):
+        try:
+            return FILES[kind](Maker(f"{kind}:{seed}:{again}"))
+        except AssertionError:  # two of its names met
+            continue
+    raise AssertionError(f"{kind}:{seed} gives no attack")
+
+
+def attacks(count: int, seed: int, kinds: str = "") -> Iterator[tuple[str, int]]:
+    """(kind, seed) of `count` attacks, the kinds in turn."""
+    names = [name for name in FILES if re.search(kinds, name)]
+    for i in range(count):
+        yield names[i % len(names)], seed + i
+
+
+def run(count: int, seed: int, kinds: str = "", answering: bool = True, verbose: bool = False) -> Tally:
+    """The verdicts on `count` attacks from files."""
+    tally = Tally()
+    for kind, number in attacks(count, seed, kinds):
+        found = verdict(attack(kind, number), answering)
+        tally.add(kind, f"{kind}:{number}", found)
+        if verbose and found.word in FAULTS:
+            print(tally.faults[-1], flush=True)
+    return tally
+
+
+def smallest(one: Attack) -> Attack:
+    """The attack without every leaf that its fault does not need."""
+    found = verdict(one, answering=False).word
+    again = True
+    while again:
+        again = False
+        for names in _removable(one):
+            less = replace(
+                one,
+                torch={k: v for k, v in one.torch.items() if k not in names},
+                flax={k: v for k, v in one.flax.items() if k not in names},
+            )
+            try:
+                if less.torch and less.flax and verdict(less, answering=False).word == found:
+                    one, again = less, True
+                    break
+            except KeyError:
+                continue
+    return one
+
+
+def _removable(one: Attack) -> Iterator[set[str]]:
+    """The leaves around what is attacked, each with its values on both sides."""
+    for name in (name for name in one.torch if name in one.spare):
+        mine = sorted(one.torch[name].ravel().tolist())
+        yield {name, *(path for path, leaf in one.flax.items() if sorted(leaf.ravel().tolist()) == mine)}
+
+
+def show(one: Attack, found: Verdict) -> None:
+    print(f"{one.kind}, {'Flax to torch' if one.back else 'torch to Flax'}, options {one.options}: {found.word}, first candidates {found.first or '-'}")
+    for side in (one.torch, one.flax):
+        for name, array in side.items():
+            print(f"    {name:60} {array.shape}{'   (nothing fills it)' if name in one.gone else ''}")
+    for line in found.wrong:
+        print("  wrong:", line)
+    print(found.text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default="", help="kinds whose name matches")
+    parser.add_argument("--no-answers", action="store_true", help="do not answer the questions")
+    parser.add_argument("--show", help="KIND:SEED: print one attack and its plan")
+    parser.add_argument("--smallest", action="store_true", help="leave out what the fault does not need")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    args = parser.parse_args()
+    if args.show:
+        kind, _, number = args.show.partition(":")
+        one = attack(kind, int(number))
+        one = smallest(one) if args.smallest else one
+        show(one, verdict(one))
+        return 0
+    start = time.perf_counter()
+    tally = run(args.count, args.seed, args.kinds, not args.no_answers, args.verbose)
+    for kind, row in tally.kinds.items():
+        shown = ", ".join(f"{word} {row[word]}" for word in WORDS if row[word])
+        firsts = ", ".join(f"{word} {count}" for word, count in sorted(tally.firsts[kind].items()))
+        print(f"{kind:24} {row.total():4}: {shown}{f'   (first candidates: {firsts})' if firsts else ''}")
+    print(", ".join(f"{word} {tally.total[word]}" for word in WORDS), f"in {time.perf_counter() - start:.0f} s")
+    print("first candidates:", dict(sum(tally.firsts.values(), Counter())))
+    return 1 if tally.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
