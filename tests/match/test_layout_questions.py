@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import graftax as gx
 from graftax.match import infer
 from graftax.match.whole_layers import by_table
 from graftax.plans import Proposal, Question
@@ -375,3 +376,12 @@ def test_a_square_table_that_becomes_a_bare_parameter(pairing) -> None:
     assert any('layout = "identity"' in rule for rule in rules)
     tables: Pair = {"pos_embed.weight": (8, 8)}, {"pos_embed/embedding": (8, 8)}
     assert decided(pairing, tables)["pos_embed/embedding"] == 0
+
+
+@pytest.mark.parametrize("more", [{}, {"patch.bias": (8,)}], ids=["alone", "with a bias"])
+def test_a_matrix_that_becomes_the_window_of_a_convolution_is_asked_about(more: dict[str, tuple[int, ...]]) -> None:
+    source = {name: np.zeros(shape, "float32") for name, shape in ({"patch.weight": (8, 12)} | more).items()}
+    like = {"params": {"patch": {"kernel": np.zeros((2, 2, 3, 8), "float32")}}}
+    if more:
+        like["params"]["patch"]["bias"] = np.zeros(8, "float32")
+    assert "params/patch/kernel" in {name for q in gx.plan(source, like, to="flax").questions for name in q.targets}

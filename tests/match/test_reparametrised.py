@@ -62,6 +62,17 @@ def test_weight_norm_is_kept_by_a_wrapper_beside_the_layer(names: tuple[str, str
     assert np.array_equal(made["conv"]["kernel"], source[f"conv.{names[1]}"].transpose(2, 1, 0))
 
 
+@pytest.mark.parametrize("names", [NEW, OLD], ids=["new keys", "old keys"])
+def test_a_normed_square_kernel_that_may_be_a_transposed_one_is_refused(names: tuple[str, str]) -> None:
+    source = {f"up.{names[0]}": drawn(8, 1, 1), f"up.{names[1]}": drawn(8, 8, 3), "head.weight": drawn(5, 8)}
+    like = {"params": {"up": {"kernel": leaf(3, 8, 8)}, "head": {"kernel": leaf(8, 5)}}}
+    plan = gx.plan(source, like, to="flax", unused="drop")
+    assert ["transposed" in failure.what for failure in plan.failures] == [True], plan
+    source = {name.replace("up.", "conv."): array for name, array in source.items()}
+    like["params"]["conv"] = like["params"].pop("up")
+    assert gx.plan(source, like, to="flax").complete
+
+
 def test_a_part_of_a_spectral_norm_is_no_weight() -> None:
     """Whatever is answered, a plain layer never gets the weight without its factor."""
     source = {

@@ -65,20 +65,31 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
 
 def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> bool:
     """True if another reading of the one layer fits too, so that a question must decide: a square convolution whose
-    name says that it may be transposed, a norm over a map (which may be the matrix of an unknown class), or fused rows
-    that are split into heads."""
+    name says that it may be transposed, a norm over a map (which may be the matrix of an unknown class), the window of
+    a convolution as a matrix, or fused rows that are split into heads."""
     shapes = [torch_end[name].shape for name in torch.roles.values()]
-    square = any(len(shape) > 2 and shape[0] == shape[1] for shape in shapes)
     words = [*_words(torch.path, "torch")], [*_words(flax.path, "flax")]
     fused = {"qkv", "kv"} & {concept for side in words for concept in concepts(side, lexicon())}
     if fused and any(len(flax_end[name].shape) > 2 for name in flax.roles.values()):
         return True  # rows lie part by part or head by head, and no kind of module shows which
     if found.by == "modules":
         return False
-    if square and any(says_transposed([w for w in side if not w.isdigit()]) for side in words):
+    if _may_be_transposed(torch, flax, torch_end):
         return True
+    ranks = {max(len(shape) for shape in shapes), max(len(flax_end[name].shape) for name in flax.roles.values())}
+    if min(ranks) == 2 and max(ranks) > 3:
+        return True  # the columns of the matrix may run over (c h w) or over (h w c)
     norms = [name for role, name in flax.roles.items() if {"scale", "weight"} & whole_words(role.rpartition("/")[2])]
     return any(len(flax_end[name].shape) > 1 for name in norms)
+
+
+def _may_be_transposed(torch: Owner, flax: Owner, torch_end: Checkpoint) -> bool:
+    """True for a square convolution if a name says that it may be a transposed one."""
+    shapes = [torch_end[name].shape for name in torch.roles.values()]
+    words = _words(torch.path, "torch"), _words(flax.path, "flax")
+    return any(len(shape) > 2 and shape[0] == shape[1] for shape in shapes) and any(
+        says_transposed([word for word in side if not word.isdigit()]) for side in words
+    )
 
 
 # ---------------------------------------------------------------- owners
@@ -181,12 +192,27 @@ def _composites(
             elif found is not None:
                 fits.append((owner, group, found))
     taken = _pairs(fits)
-    rest = [unruled(connection, ruled) for _, _, connection in taken]
-    proposal = _proposal([connection for connection in rest if connection is not None], turned)
+    rest: list[Connection | None] = []
+    open_ = Proposal()
+    for owner, group, connection in taken:
+        if connection.by != "modules" and _may_be_transposed(owner, group, torch):
+            open_ = open_.joined(_refused(_either_convolution(torch.label, owner.path), owner, group, turned))
+        else:
+            rest.append(unruled(connection, ruled))
+    proposal = _proposal([connection for connection in rest if connection is not None], turned).joined(open_)
     if not fits and len(owners) == 1 and refusals:
         refused = _refused(*refusals[0], turned)
         return Proposal(proposal.entries, (), proposal.assumptions, refused.failures, (), refused.broken)
     return proposal
+
+
+def _either_convolution(label: str, path: str) -> Failure:
+    return Failure(
+        "a normed square kernel may be a convolution's or a transposed one's, and only a live module shows which",
+        label,
+        path,
+        next="Give the torch module itself, or fold the norm into its weight first.",
+    )
 
 
 def _with_siblings(free: list[str], end: Checkpoint, side: Side) -> list[str]:
