@@ -37,7 +37,9 @@ def crossed_ends(m: Maker) -> Attack:
 def one_more(m: Maker) -> Attack:
     """One side has a layer more, counted alike: equal numbers belong together, and nothing fills the rest."""
     n, d = m.pick(2, 3), m.width
-    torch, flax = m.pick(("enc.{}", "enc/{}"), ("layers.{}.fc", "layers_{}/fc"), ("blocks.{}.mlp.fc1", "blocks_{}/mlp/fc1"))
+    torch, flax = m.pick(
+        ("enc.{}", "enc/{}"), ("layers.{}.fc", "layers_{}/fc"), ("blocks.{}.mlp.fc1", "blocks_{}/mlp/fc1")
+    )
     more = m.coin()
     for i in range(n):
         m.dense(torch.format(i), flax.format(i), d, d, bias=False)
@@ -47,12 +49,32 @@ def one_more(m: Maker) -> Attack:
     else:
         m.give(f"{torch.format(n)}.weight", m.draw(d, d))
     m.options = {"unused": "drop"} | ({"missing": "zeros"} if m.coin(0.7) else {})
-    around(m)
+    around(m, alike=False)  # two lists of one name are another attack
     return m.attack("one-more", back=False)
 
 
-STRANGERS_T = ("mask_proj", "teacher_head", "time_mlp", "style_proj", "depth_head", "aux", "momentum.fc", "noise_net", "rnd")
-STRANGERS_F = ("text_proj", "value_head", "speaker_dense", "tail", "critic", "gate_net", "audio_in", "calibration", "dual")
+STRANGERS_T = (
+    "mask_proj",
+    "teacher_head",
+    "time_mlp",
+    "style_proj",
+    "depth_head",
+    "aux",
+    "momentum.fc",
+    "noise_net",
+    "rnd",
+)
+STRANGERS_F = (
+    "text_proj",
+    "value_head",
+    "speaker_dense",
+    "tail",
+    "critic",
+    "gate_net",
+    "audio_in",
+    "calibration",
+    "dual",
+)
 
 
 def strangers(m: Maker) -> Attack:
@@ -60,7 +82,13 @@ def strangers(m: Maker) -> Attack:
     d, kind = m.width, m.pick("linear", "linear", "norm", "vector", "table", "conv")
     one, other = m.pick(*STRANGERS_T), m.pick(*STRANGERS_F)
     where_t, where_f = m.pick(("", ""), ("", ""), ("blocks.0.", "blocks_0/"), ("model.", "model/"))
-    shapes = {"linear": ((d, d), (d,)), "norm": ((d,), (d,)), "vector": ((d,),), "table": ((17, d),), "conv": ((d, d, 3, 3), (d,))}
+    shapes = {
+        "linear": ((d, d), (d,)),
+        "norm": ((d,), (d,)),
+        "vector": ((d,),),
+        "table": ((17, d),),
+        "conv": ((d, d, 3, 3), (d,)),
+    }
     leaves = {
         "linear": (("weight", "kernel"), ("bias", "bias")),
         "norm": (("weight", "scale"), ("bias", "bias")),
@@ -87,7 +115,11 @@ def strangers_in_layers(m: Maker) -> Attack:
     d, n = m.width, m.pick(1, 2, 3)
     pairs = blocks(m, n, m.pick(0.5, 1.0))
     one, other = m.pick(
-        ("cross_norm", "conv_norm"), ("time_proj", "gate_w"), ("adapter.down", "lora_mix"), ("ls1", "bridge"), ("attn.q_norm", "ffn_scale")
+        ("cross_norm", "conv_norm"),
+        ("time_proj", "gate_w"),
+        ("adapter.down", "lora_mix"),
+        ("ls1", "bridge"),
+        ("attn.q_norm", "ffn_scale"),
     )
     vector = "norm" in one or one == "ls1"
     shape = (d,) if vector else (d, d)
@@ -103,7 +135,9 @@ def strangers_in_layers(m: Maker) -> Attack:
 def nameless_twins(m: Maker) -> Attack:
     """Two or three modules of one shape whose names say nothing: the truth is drawn."""
     n, d = m.pick(2, 2, 3), m.width
-    words = m.rng.sample(("alpha", "beta", "gamma", "one", "two", "left", "right", "foo", "bar", "xa", "xb", "red", "blue"), 2 * n)
+    words = m.rng.sample(
+        ("alpha", "beta", "gamma", "one", "two", "left", "right", "foo", "bar", "xa", "xb", "red", "blue"), 2 * n
+    )
     where = m.pick(("", ""), ("net.", "net/"), ("layers.0.", "layers_0/"))
     layer = m.pick("dense", "norm", "block")
     for one, other in zip(words[:n], m.rng.sample(words[n:], n), strict=True):
@@ -136,7 +170,11 @@ def twin_towers(m: Maker) -> Attack:
     (one, other), there = m.pick(*TOWERS)
     if (one, other) == there[::-1]:
         there = there[::-1]
-    n, list_, tree = m.pick(1, 2, 3), m.pick("layers.{}", "blocks.{}", "h.{}"), m.pick("layers_{}", "block_{}", "layers/{}")
+    n, list_, tree = (
+        m.pick(1, 2, 3),
+        m.pick("layers.{}", "blocks.{}", "h.{}"),
+        m.pick("layers_{}", "block_{}", "layers/{}"),
+    )
     state = m.rng.getstate()
     towers = [(one, there[0]), (other, there[1])]
     for torch, flax in towers:
@@ -166,8 +204,15 @@ def one_list_two_towers(m: Maker) -> Attack:
 def self_and_cross(m: Maker) -> Attack:
     """A decoder layer with two attentions of one shape, by words of two vocabularies."""
     d = m.width
-    torch = m.pick(("self_attn", "encoder_attn"), ("self_attn", "multihead_attn"), ("attn1", "attn2"), ("self_attention", "cross_attention"))
-    flax = m.pick(("self_attention", "cross_attention"), ("self_attn", "cross_attn"), ("self_attn", "encoder_decoder_attention"))
+    torch = m.pick(
+        ("self_attn", "encoder_attn"),
+        ("self_attn", "multihead_attn"),
+        ("attn1", "attn2"),
+        ("self_attention", "cross_attention"),
+    )
+    flax = m.pick(
+        ("self_attention", "cross_attention"), ("self_attn", "cross_attn"), ("self_attn", "encoder_decoder_attention")
+    )
     if torch == ("attn1", "attn2"):
         flax = ("attn1", "attn2")
     flip = m.coin()
@@ -176,7 +221,9 @@ def self_and_cross(m: Maker) -> Attack:
         for one, other in reversed(where) if flip else where:
             for a, b in zip(ATTENTIONS[0], ATTENTIONS[1], strict=True):
                 m.dense(f"decoder.layers.{i}.{one}.{a}", f"decoder/layers_{i}/{other}/{b}", d, d)
-        words = m.pick(("norm1", "norm2", "norm3"), ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"))
+        words = m.pick(
+            ("norm1", "norm2", "norm3"), ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
+        )
         there = words if m.coin() else ("ln_self", "ln_cross", "ln_mlp")
         for a, b in zip(words, there, strict=True):
             m.norm(f"decoder.layers.{i}.{a}", f"decoder/layers_{i}/{b}", d, True)
@@ -198,7 +245,10 @@ NORM_SETS = (
         ("pre_self_attention_norm", "post_self_attention_norm", "pre_ffw_norm", "post_ffw_norm"),
     ),
     (("attention_layernorm", "output_layernorm"), ("attention_layernorm", "output_layernorm")),
-    (("attn_norm", "ffn_norm", "attn_post_norm", "ffn_post_norm"), ("pre_attn_norm", "pre_mlp_norm", "post_attn_norm", "post_mlp_norm")),
+    (
+        ("attn_norm", "ffn_norm", "attn_post_norm", "ffn_post_norm"),
+        ("pre_attn_norm", "pre_mlp_norm", "post_attn_norm", "post_mlp_norm"),
+    ),
     (("q_norm", "k_norm"), ("query_norm", "key_norm")),
     (("norm1", "norm2", "norm3"), ("ln_self_attn", "ln_cross_attn", "ln_mlp")),
 )
@@ -223,7 +273,11 @@ def norm_strangers(m: Maker) -> Attack:
     """Each side has a norm of its own place: one behind attention, the other before the MLP's output, of one width."""
     d = m.width
     one, other = m.pick(
-        ("post_mlp_norm", "pre_attention_norm"), ("norm_post", "norm_pre"), ("attn.out_norm", "mlp/in_norm"), ("q_norm", "out_norm"), ("enc_norm", "dec_norm")
+        ("post_mlp_norm", "pre_attention_norm"),
+        ("norm_post", "norm_pre"),
+        ("attn.out_norm", "mlp/in_norm"),
+        ("q_norm", "out_norm"),
+        ("enc_norm", "dec_norm"),
     )
     for i in range(m.pick(1, 2)):
         m.norm(f"layers.{i}.mid_norm", f"layers_{i}/mid_norm", d)

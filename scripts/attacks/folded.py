@@ -17,7 +17,13 @@ def weight_norm(m: Maker) -> Attack:
     """A weight-normed layer against a plain one: g v / |v|, over any dim; beside others of its shape."""
     d = m.width
     kind = m.pick("linear", "conv1d", "conv2d", "grouped", "transposed")
-    shape = {"linear": (d, d), "conv1d": (d, d, 3), "conv2d": (d, d, 3, 3), "grouped": (d, d // 2, 3), "transposed": (d, m.other(), 4)}[kind]
+    shape = {
+        "linear": (d, d),
+        "conv1d": (d, d, 3),
+        "conv2d": (d, d, 3, 3),
+        "grouped": (d, d // 2, 3),
+        "transposed": (d, m.other(), 4),
+    }[kind]
     dim = m.pick(0, 0, 0, 1, None)
     v = m.draw(*shape)
     g = (np.abs(m.draw(*_length(v, dim).shape)) + 0.5).astype("f4")
@@ -27,8 +33,6 @@ def weight_norm(m: Maker) -> Attack:
     m.give(f"{name}.{names[1]}", v)
     weight = (g * v / _length(v, dim)).astype("f4")
     form = linear if kind == "linear" else flipped if kind == "transposed" and m.coin() else conv
-    if kind == "transposed" and form is conv:
-        form = lambda w: w.transpose(2, 0, 1)  # noqa: E731
     path = name.replace(".", "_")
     m.take(f"{path}/kernel", form(weight))
     m.put(f"{name}.bias", f"{path}/bias", shape[1] if kind == "transposed" else shape[0])
@@ -67,7 +71,10 @@ def spectral_norm(m: Maker) -> Attack:
         leaves = {"weight_orig": w, "weight_u": u[:, 0].astype("f4"), "weight_v": v[0].astype("f4")}
     else:
         leaves = {"parametrizations.weight.original": w}
-        leaves |= {"parametrizations.weight.0._u": u[:, 0].astype("f4"), "parametrizations.weight.0._v": v[0].astype("f4")}
+        leaves |= {
+            "parametrizations.weight.0._u": u[:, 0].astype("f4"),
+            "parametrizations.weight.0._v": v[0].astype("f4"),
+        }
     for leaf, array in leaves.items():
         m.give(f"{name}.{leaf}", array)
     path = name.replace(".", "_")

@@ -3,7 +3,7 @@
 right        complete, and equal to the truth
 assumed      complete and wrong, under an assumption that names every wrong leaf and says what no file shows
 asked        it asks, and true answers among the first ten lead to the truth
-stuck        it asks or has misfits, and nothing that is offered leads further
+stuck        it asks or has misfits, and no true answer is offered
 refused      an error
 wrong-entry  it asks, and an entry that is settled is wrong
 asked-WRONG  true answers lead to a complete plan that is wrong
@@ -12,9 +12,10 @@ WRONG        complete, and different from the truth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,9 +27,12 @@ from graftax.plans import Entry, Plan, PlanOptions
 from graftax.tree import Checkpoint
 from mutations.judging import checkpoint
 
+if TYPE_CHECKING:
+    from attacks.live import Live
+
 WORDS = ("right", "assumed", "asked", "stuck", "refused", "wrong-entry", "asked-WRONG", "WRONG")
 FAULTS = ("wrong-entry", "asked-WRONG", "WRONG")
-ANSWERS, CANDIDATES = 12, 10
+ANSWERS, CANDIDATES, PLANS = 12, 10, 80  # plans made for one step
 
 Planner = Callable[[Sequence[str]], Plan]
 Wrong = Callable[[Plan], list[str]]
@@ -112,10 +116,14 @@ def _walk(plan: Planner, wrong: Wrong, made: Plan, among: int) -> tuple[Plan | N
 
 
 def _step(plan: Planner, wrong: Wrong, made: Plan, rules: list[str], among: int) -> tuple[Plan, str, bool] | None:
+    left = PLANS
     for number, question in enumerate(made.questions):
         for place, candidate in enumerate(question.candidates[: among or 1]):
             if candidate.rule in rules:
                 continue
+            left -= 1
+            if left < 0:
+                return None
             try:
                 again = plan([*rules, candidate.rule])
             except GraftaxError:
@@ -129,15 +137,11 @@ def _step(plan: Planner, wrong: Wrong, made: Plan, rules: list[str], among: int)
                 settled = {name for entry in again.entries for name in entry.sources} & {*question.sources}
             if settled and not any(name in said for said in wrong(again) for name in settled):
                 return again, candidate.rule, place == 0 and number == 0
-        if not among:
-            continue
     return None
 
 
 def _excused(made: Plan, wrong: Sequence[str], excused: str) -> bool:
     """True if an assumption of the kind that no file decides names each wrong leaf."""
-    import re
-
     if not excused:
         return False
     named = {name for said in made.assumptions if re.search(excused, said.text) for name in said.targets}
@@ -177,16 +181,15 @@ def _equal(one: Array, other: Array, loose: bool) -> bool:
     return bool(np.allclose(one, other, rtol=1e-4, atol=1e-5)) if loose else same_bits(one, other)
 
 
-def live_verdict(attack: Any, answering: bool = True) -> Verdict:
+def live_verdict(attack: Live, answering: bool = True) -> Verdict:
     """The verdict on an attack with live models."""
     import graftax as gx
 
-    files: Attack = attack.attack
-    source = attack.torch if attack.torch is not None else checkpoint("source", files.torch, "torch", True)
+    files = attack.attack
+    source = attack.torch or checkpoint("source", files.torch, "torch", True)
+    like: Any = checkpoint("like", files.flax, "flax", False)
     if attack.flax is not None:
-        like: Any = gx.linen(attack.flax[0], *attack.flax[1])
-    else:
-        like = checkpoint("like", files.flax, "flax", False)
+        like = gx.linen(attack.flax[0], *attack.flax[1])
 
     def plan(rules: Sequence[str]) -> Plan:
         return gx.plan(source, like, rules=list(rules) or None, **files.options)

@@ -1,13 +1,20 @@
-"""Attacks on layouts: flattened and joined maps, raw parameters, cubes and square tables, transposed convolutions, heads,
-the axis of a stack. Where no file shows the layout, the truth is drawn: a plan that completes is wrong in half of them."""
+"""Attacks on layouts: flattened and joined maps, raw parameters, cubes and square tables, transposed convolutions,
+heads, the axis of a stack. If no file shows the layout, the truth is drawn: a plan that completes is wrong in half of
+them."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from attacks.pairs import Array, Attack, Maker, around, blocks, conv, flipped, last, linear, rows, same
+from attacks.pairs import Array, Attack, Maker, around, blocks, flipped, last, linear, rows, same
 
-CONVS = (("conv", "conv"), ("conv1", "Conv_0"), ("features.0", "features_0"), ("stem", "stem"), ("body.conv", "body/conv"))
+CONVS = (
+    ("conv", "conv"),
+    ("conv1", "Conv_0"),
+    ("features.0", "features_0"),
+    ("stem", "stem"),
+    ("body.conv", "body/conv"),
+)
 HEADS = (("fc", "fc"), ("fc1", "Dense_0"), ("classifier", "classifier"), ("head.0", "head_0"), ("proj", "proj"))
 
 
@@ -142,7 +149,9 @@ def raw_pairs(m: Maker) -> Attack:
     """Linears of one module as raw pairs on the Flax side: w_in, b_in, w_out, b_out."""
     torch = m.pick("mlp", "ffn", "net")
     a, b = m.width, m.other()
-    names = m.pick((("fc_in", "in"), ("fc_out", "out")), (("lin1", "1"), ("lin2", "2")), (("up", "up"), ("down", "down")))
+    names = m.pick(
+        (("fc_in", "in"), ("fc_out", "out")), (("lin1", "1"), ("lin2", "2")), (("up", "up"), ("down", "down"))
+    )
     for (one, tail), (out, into) in zip(names, ((b, a), (a, b)), strict=True):
         m.put(f"{torch}.{one}.weight", f"{torch}/w_{tail}", out, into, form=linear)
         m.put(f"{torch}.{one}.bias", f"{torch}/b_{tail}", out)
@@ -288,7 +297,13 @@ def experts_cube(m: Maker) -> Attack:
     torch, flax = m.pick(("mlp.experts", "mlp/experts"), ("moe", "moe"), ("ffn.experts", "MoeBlock_0"))
     for one, other in (("gate_proj", "wi_0"), ("up_proj", "wi_1"), ("down_proj", "wo")):
         m.put(f"{torch}.{one}", f"{flax}/{other if flax.endswith('0') else one}", e, d, d, form=form)
-    m.dense("mlp.router" if torch.startswith("mlp") else "router", "mlp/router" if torch.startswith("mlp") else "router", e, d, bias=False)
+    m.dense(
+        "mlp.router" if torch.startswith("mlp") else "router",
+        "mlp/router" if torch.startswith("mlp") else "router",
+        e,
+        d,
+        bias=False,
+    )
     return m.attack("experts-cube")
 
 

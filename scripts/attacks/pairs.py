@@ -23,7 +23,7 @@ class Attack:
     gone:     leaves of like that no source holds; a plan that fills one is wrong
     spare:    leaves that stand around what is attacked
     options:  more options of the plan
-    excused:  what the text of an assumption must say, that names the leaf, to excuse a wrong one: no file shows the truth
+    excused:  a pattern; an assumption whose text has it excuses the leaves that it names: no file shows the truth
     loose:    values may differ by rounding (folded weights)
     """
 
@@ -216,14 +216,14 @@ def blocks(m: Maker, count: int, alike: float = 0.5, **parts: Any) -> list[tuple
     return out
 
 
-def around(m: Maker) -> None:
-    """Something beside what is attacked: nothing, a head, an embedding, a few blocks."""
+def around(m: Maker, alike: bool = True) -> None:
+    """Something beside what is attacked: nothing, a head, an embedding, a few blocks (if `alike`)."""
     needed = {*m.torch, *m.flax}
     if m.coin(0.4):
         m.dense("head", "head", m.pick(3, 10, m.width), m.width)
     if m.coin(0.3):
         m.put("embed_tokens.weight", "embed_tokens/embedding", 17, m.width)
-    if m.coin(0.25):
+    if m.coin(0.25) and alike:
         blocks(m, m.pick(1, 2), m.pick(0.5, 1.0))
     if m.coin(0.2):
         m.norm("norm", "norm", m.width)

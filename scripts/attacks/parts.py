@@ -13,7 +13,7 @@ def _woven(parts: list[Array], heads: int) -> Array:
 
 
 def fused_into_parts(m: Maker) -> Attack:
-    """A fused projection against its parts: in blocks or head by head; the name tells the order of parts, or nothing does."""
+    """A fused projection against its parts, in blocks or head by head; the name may tell the order of parts."""
     d, heads = m.width, 2
     words, name = m.pick(
         (("q", "k", "v"), "qkv"),
@@ -45,7 +45,13 @@ def fused_into_parts(m: Maker) -> Attack:
 def fused_unnamed(m: Maker) -> Attack:
     """One Linear of twice the width against two whose order nothing tells."""
     d = m.width
-    name, words = m.pick(("fc1", ("gate", "value")), ("wi", ("wi_0", "wi_1")), ("in_proj", ("x", "z")), ("linear1", ("a", "b")), ("proj", ("mu", "logvar")))
+    name, words = m.pick(
+        ("fc1", ("gate", "value")),
+        ("wi", ("wi_0", "wi_1")),
+        ("in_proj", ("x", "z")),
+        ("linear1", ("a", "b")),
+        ("proj", ("mu", "logvar")),
+    )
     parts = [m.draw(d, d) for _ in words]
     biases = [m.draw(d) for _ in words]
     flip = m.coin()
@@ -86,7 +92,7 @@ def fused_both_sides(m: Maker) -> Attack:
 
 
 def fused_one_name(m: Maker) -> Attack:
-    """Fused on both sides under one name, in blocks on torch's and head by head on Flax's, or alike: nothing shows it."""
+    """Fused on both sides under one name, in blocks on both or on one: nothing shows it."""
     d, heads = m.width, 2
     parts = [m.draw(d, d) for _ in range(3)]
     alike = m.coin()
@@ -99,8 +105,8 @@ def fused_one_name(m: Maker) -> Attack:
 
 
 def part_stacks(m: Maker) -> Attack:
-    """Parts stacked on an axis of one leaf, perhaps beside a stack of as many layers; where the name of the leaf does not
-    tell the order of the parts, the order is drawn."""
+    """Parts stacked on an axis of one leaf, perhaps beside a stack of as many layers. If the name of the leaf does not
+    tell the order of the parts, it is drawn."""
     d, f = m.width, m.other()
     layers = m.pick(0, 2, 2, 3)
     leaf, words, told = m.pick(
@@ -144,7 +150,7 @@ def cycles(m: Maker) -> Attack:
         mine = kernels[j * count : (j + 1) * count] if halves else kernels[j::period]
         for n in names:
             m.take(f"layers/{name}_{j}/{n}/kernel", np.stack([layer[n].T for layer in mine], axis))
-    around(m)
+    around(m, alike=False)  # two lists of one name are another attack
     return m.attack("cycles")
 
 
@@ -214,7 +220,7 @@ def fused_experts(m: Maker) -> Attack:
 
 
 def ties(m: Maker) -> Attack:
-    """Two equal tensors in the source: a tied head, perhaps hidden by a stack of as many values, perhaps both wanted."""
+    """Two equal tensors in the source: a tied head, in some hidden by a stack of as many values."""
     v, d, n = m.pick(17, 24), m.width, m.pick(2, 3)
     table = m.draw(3 * d if m.coin(0.3) else v, d)
     m.give("embed_tokens.weight", table)
@@ -241,7 +247,11 @@ def untied(m: Maker) -> Attack:
     table, head = m.draw(v, d), m.draw(v, d)
     m.give("embed_tokens.weight", table)
     m.give("lm_head.weight", head)
-    path, leaf = m.pick(("embed", "embedding"), ("wte", "embedding"), ("table", "w")) if not keep_head else m.pick(("logits", "kernel"), ("lm_head", "kernel"), ("readout", "w"))
+    path, leaf = (
+        m.pick(("embed", "embedding"), ("wte", "embedding"), ("table", "w"))
+        if not keep_head
+        else m.pick(("logits", "kernel"), ("lm_head", "kernel"), ("readout", "w"))
+    )
     m.take(f"{path}/{leaf}", head.T if keep_head else table)
     m.options = {"unused": "drop"}
     blocks(m, m.pick(0, 1), 1.0)
@@ -266,7 +276,7 @@ def equal_constants(m: Maker) -> Attack:
 
 
 def buffers(m: Maker) -> Attack:
-    """A buffer of equal values in every layer, which has no use in Flax; in some a parameter of its shape waits there."""
+    """A buffer of equal values in every layer, without a use in Flax; in some a leaf of its shape waits there."""
     n, d = m.pick(2, 3), m.width
     name, buffer = m.pick(
         ("attn.relative_position_index", np.arange(16).reshape(4, 4)),

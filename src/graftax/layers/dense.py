@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import permutations
 
 from graftax.layers.base import Layer, LayerFacts, LayerForm, LeafAxes, Makes, Refusal, Setting, Shape, Step
@@ -68,7 +69,9 @@ def split_forms(facts: LayerFacts) -> Iterable[LayerForm]:
                 if k == len(kernel) - 1
                 else "in and out are split"
             )
-            yield _named(k, kernel, bias, f"a weight (out, in) becomes (in..., out...): {what}")
+            form = _named(k, kernel, bias, f"a weight (out, in) becomes (in..., out...): {what}")
+            # A kernel of four axes may be a convolution's window: the columns then run over (c h w) or over (h w c).
+            yield replace(form, settled=contracted is not None or len(kernel) == 3)
     if not contracted and len(kernel) == 3 and (kernel[1], kernel[0] * kernel[2]) == (weight[1], weight[0]):
         why = "a weight (out, in) becomes (heads, in, head)"
         yield _split_form("hid", "i", "hd", kernel, bias, why, "linear, heads first")

@@ -35,7 +35,7 @@ class Suspect:
     """A Linear whose inputs (or outputs, if `out`) may be `channels` x positions; or a norm (`norm`) of that width.
     `others`: further channel counts that fit; `seen`: channels, height and width that a trace shows (0: not known);
     `rest`: how many other values are joined with the map; `raw`: of a bare matrix, which is not transposed, the axis of
-    the map; `makes`: of a square Linear that may take a map, the map that its outputs may become instead."""
+    the map; `makes`: of a Linear that may take a map, the map that its outputs may become instead."""
 
     channels: int
     positions: int
@@ -64,6 +64,7 @@ class Suspect:
     def each(self, matrix: bool) -> list[Suspect]:
         """What is suspected of a matrix or of a vector, one after the other."""
         both = [replace(self, makes=None), *([self.makes] if self.makes else [])]
+        both = both[::-1] if self.rest else both  # what nothing makes is a latent rather than a joined map
         return [one for one in both if matrix or one.vector]
 
     def rule_keys(self, matrix: bool) -> list[dict[str, object]]:
@@ -153,7 +154,7 @@ def suspects(
         if linear.inp not in known | others and not before.sibling(linear):
             _suspect(found, linear.module, linear.inp, convs.made, convs.ends - inputs)
             if id(linear.module) not in found and not linear.inner:
-                _joined(found, linear, convs)
+                _joined(found, linear.module, linear.inp, convs)
     # Channels that no convolution takes must be taken by a Linear, though something else may explain its width as well.
     taken = {c for c in convs.ends if any(s.width % c == 0 for s in found.values())}
     free = convs.ends - inputs
@@ -220,17 +221,19 @@ def _suspect_bare(found: dict[int, Suspect], module: Module, convs: _Convs, know
     for axis, width in enumerate(shape):
         if id(module) not in found and width not in (known | (vectors - {shape[1 - axis]})):
             _suspect(found, module, width, convs.made, convs.ends)
+            if id(module) not in found and not axis:
+                _joined(found, module, width, convs)
             if id(module) in found:
                 found[id(module)] = replace(found[id(module)], raw=axis)
 
 
-def _joined(found: dict[int, Suspect], linear: _Linear, convs: _Convs) -> None:
-    """Record a Linear whose inputs may be a map joined with other values."""
+def _joined(found: dict[int, Suspect], module: Module, width: int, convs: _Convs) -> None:
+    """Record a matrix whose inputs may be a map joined with other values."""
     ends = convs.ends or convs.made
     channels = min({c for c in ends if c > _IMAGE} or ends)
-    if linear.inp > LEAST * channels:
-        positions, rest = divmod(linear.inp, channels)
-        found[id(linear.module)] = Suspect(channels, positions, False, rest=rest)
+    if width > LEAST * channels:
+        positions, rest = divmod(width, channels)
+        found[id(module)] = Suspect(channels, positions, False, rest=rest)
 
 
 def _made_widths(linears: Sequence[_Linear], convs: _Convs, tables: set[int], lex: Lexicon) -> set[int]:
@@ -267,9 +270,8 @@ def _unflattened(
             takers[linear.inp].add(id(linear.module))
     for linear in linears:
         mine = found.get(id(linear.module))
-        mine = None if mine is not None and mine.rest else mine  # a latent is no map joined with other values
         eaten = takers[linear.out] - {id(linear.module)}
-        if eaten or linear.inner or (mine is not None and linear.out != linear.inp):
+        if eaten or linear.inner or (mine is not None and not mine.rest and linear.out != linear.inp):
             continue
         starts = {c for c in convs.starts if c > _IMAGE}
         fits = _multiple(linear.out, starts) or _multiple(linear.out, convs.taken)
