@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftax.errors import LayoutError
-from graftax.layers import block_diagonal_ops, fused_qkv_ops, leaf_connections
+from graftax.layers import block_diagonal_ops, fused_ways, leaf_connections
 from graftax.ops import (
     Concat,
     Op,
@@ -112,24 +112,39 @@ def test_interleaved_to_halves_keeps_the_scores(heads, kv, head, rotary, leave_s
 
 
 def test_fused_ops_that_cannot_be():
-    with pytest.raises(LayoutError, match="diagonal"):
-        fused_qkv_ops("diagonal", (12, 5), [(5, 2, 2)] * 3)
-    with pytest.raises(LayoutError, match="heads = 8"):
-        fused_qkv_ops("interleaved", (12, 5), [(5, 4)] * 3)
-    with pytest.raises(LayoutError, match="interleave"):
-        fused_qkv_ops("interleaved", (18, 5), [(5, 3, 2), (5, 2, 3), (5, 3, 2)])
+    assert set(fused_ways([(12, 5)], [(5, 4)] * 3, None, True)) == {"block"}  # the heads are not known
+    assert set(fused_ways([(18, 5)], [(5, 3, 2), (5, 2, 3), (5, 3, 2)], None, True)) == {"block"}
+    assert not fused_ways([(12, 5)], [(5, 4)] * 2, 2, True)
 
 
 @pytest.mark.parametrize("fused", ["block", "interleaved"])
-@pytest.mark.parametrize(("heads", "kv", "head"), [(2, 2, 3), (4, 2, 3), (3, 1, 2), (1, 1, 1)])
+@pytest.mark.parametrize(("heads", "kv", "head"), [(2, 2, 3), (4, 2, 3), (6, 2, 2)])
 @pytest.mark.parametrize("flat", [False, True])
 def test_fused_ops_go_back(fused, heads, kv, head, flat):
     counts = (heads, kv, kv)
     rows = sum(counts) * head
     for lead, shape in (((5,), (rows, 5)), ((5,), (5, rows)), ((), (rows,))):
         targets = [(*lead, n * head) if flat else (*lead, n, head) for n in counts]
-        made = there_and_back(fused_qkv_ops(fused, shape, targets, heads), RNG.standard_normal(shape))
+        made = there_and_back(fused_ways([shape], targets, heads, True)[fused].ops, RNG.standard_normal(shape))
         assert [a.shape for a in made] == targets
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets"),
+    [([(4, 6, 5)], [(4, 5, 3)] * 2), ([(4, 5, 6)], [(4, 5, 3)] * 2), ([(4, 6)], [(4, 3)] * 2), ([(2, 3, 5)], [(5, 3)] * 2),
+     ([(3, 5)] * 2, [(2, 5, 3)]), ([(3, 5)] * 2, [(5, 2, 3)]), ([(6, 5)] * 2, [(2, 2, 5, 3)]), ([(3, 5)] * 2, [(5, 6)]),
+     ([(4, 3, 5)] * 2, [(4, 5, 6)]), ([(6, 5, 1)], [(1, 5, 2)] * 3), ([(6, 5, 3)], [(3, 5, 2)] * 3)],
+)  # fmt: skip
+def test_every_way_to_lay_parts_together_fits_and_goes_back(sources, targets):
+    ways = fused_ways(sources, targets, 0, len(targets) == 3)
+    assert ways
+    effects = set()
+    for way in ways.values():
+        made = there_and_back(way.ops, *(RNG.permutation(np.arange(np.prod(s))).reshape(s) for s in sources))
+        assert [a.shape for a in made] == targets
+        numbers = np.arange(np.prod(sources[0]) * len(sources)).reshape(len(sources), *sources[0])
+        effects.add(b"".join(a.tobytes() for a in apply_chain(way.ops, tuple(numbers))))
+    assert len(effects) == len(ways)
 
 
 # ---------------------------------------------------------------- block-diagonal expansion

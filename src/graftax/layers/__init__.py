@@ -4,7 +4,6 @@ LAYERS is one table. `connect` finds every way in which it connects two modules,
 leaf.
 """
 
-from graftax.layers.attention import FUSED, fused_qkv_ops
 from graftax.layers.base import (
     By,
     Connection,
@@ -19,13 +18,13 @@ from graftax.layers.base import (
 )
 from graftax.layers.connect import connect, known_kind, layouts, leaf_connections, overriding, own_layout, settled
 from graftax.layers.conv import block_diagonal_ops
+from graftax.layers.fused import fused_ways
 from graftax.layers.roles import LeafRole, NamedAxis, role_of
 from graftax.layers.settings import SettingDifference, settings_differ
 from graftax.layers.table import LAYERS
 from graftax.layers.text import layer_rows, layers_text
 
 __all__ = [
-    "FUSED",
     "LAYERS",
     "By",
     "Connection",
@@ -42,7 +41,7 @@ __all__ = [
     "Step",
     "block_diagonal_ops",
     "connect",
-    "fused_qkv_ops",
+    "fused_ways",
     "known_kind",
     "layer_rows",
     "layers_text",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from graftax.errors import LayoutError
-from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Step
+from graftax.layers.fused import fused_ways
 from graftax.layers.leaf_axes import ATTENTION_AXES
-from graftax.ops import Op, Rearrange, RearrangeEach, Split
+from graftax.ops import Rearrange, Split
 
 _PARTS = ("query", "key", "value")
 
@@ -72,68 +71,6 @@ def _grouped_heads(facts: LayerFacts) -> bool:
 
 # ---------------------------------------------------------------- fused query, key, value
 
-FUSED = ("block", "interleaved")
-"""The order of the rows of a fused weight: all queries, all keys, all values; or head by head (each group of heads with
-its key and its value)."""
-
-
-def fused_qkv_ops(fused: str, weight: Shape, targets: Sequence[Shape], heads: int | None = None) -> tuple[Op, ...]:
-    """One fused weight (rows, in) or bias (rows) -> query, key and value leaves of the shapes `targets`.
-
-    weight   (rows, in), (in, rows) as HF Conv1D has it, or (rows) for a bias
-    targets  kernels (in, H, h) or (in, H h); biases (H, h) or (H h); key and value may have fewer heads
-    heads    query heads, needed if the shapes do not show them
-
-    Raises LayoutError if `fused` is unknown, the heads are not known, or the sizes do not fit.
-    """
-    if fused not in FUSED:
-        raise LayoutError(f"unknown fused layout {fused!r}; known: {', '.join(FUSED)}")
-    bias = len(weight) == 1
-    lead = 0 if bias else 1  # axes before the produced ones in a target
-    rows = [math.prod(shape[lead:]) for shape in targets]
-    swapped = not bias and weight[0] != sum(rows) and weight[1] == sum(rows)
-    start: tuple[Op, ...] = (Rearrange("i r -> r i"),) if swapped else ()
-    if fused == "block":
-        return (*start, Split(0, tuple(rows)), _each(targets, bias))
-    counts = _head_counts(targets, lead, rows, heads)
-    head = rows[0] // counts[0]
-    if len(set(rows[1:])) != 1 or counts[0] % counts[1] or rows[1] != counts[1] * head:
-        raise LayoutError(f"rows of {rows} for query, key and value do not interleave by heads of {head}")
-    group = counts[0] // counts[1]
-    tail = "" if bias else " i"
-    grouped = Rearrange(f"(k s d){tail} -> s k d{tail}", (("d", head), ("k", counts[1]), ("s", group + 2)))
-    split = Split(0, (group, 1, 1))
-    patterns: list[str] = []
-    sizes: list[tuple[tuple[str, int], ...]] = []
-    for position, shape in enumerate(targets):
-        flat = len(shape) == lead + 1
-        first = "(k s)" if position == 0 else "k"
-        out = ("(k s d)" if position == 0 else "(k d)") if flat else f"{first} d"
-        patterns.append(f"{'s' if position == 0 else '1'} k d{tail} -> {'' if bias else 'i '}{out}")
-        fixed = {"k": counts[1], "d": head} | ({"s": group} if position == 0 else {})
-        sizes.append(tuple(sorted(fixed.items())))
-    return (*start, grouped, split, RearrangeEach(tuple(patterns), tuple(sizes)))
-
-
-def _each(targets: Sequence[Shape], bias: bool) -> Op:
-    patterns: list[str] = []
-    sizes: list[tuple[tuple[str, int], ...]] = []
-    for shape in targets:
-        split = len(shape) == (2 if bias else 3)
-        patterns.append(("(h d) -> h d" if split else "") if bias else ("(h d) i -> i h d" if split else "o i -> i o"))
-        sizes.append((("d", shape[-1]), ("h", shape[-2])) if split else ())
-    return RearrangeEach(tuple(patterns), tuple(sizes))
-
-
-def _head_counts(targets: Sequence[Shape], lead: int, rows: Sequence[int], heads: int | None) -> list[int]:
-    if len(targets[0]) == lead + 2:
-        return [shape[lead] for shape in targets]
-    if not heads or rows[0] % heads:
-        raise LayoutError("interleaved query, key and value need the number of heads: `heads = 8`")
-    head = rows[0] // heads
-    return [max(1, count // head) for count in rows]
-
-
 _LETTER = re.compile(r"(?:.*[./_])?(?:to_|w_?)?(query|key|value|q|k|v)(?:_?(?:proj|lin|kernel|dense))?", re.IGNORECASE)
 
 
@@ -151,27 +88,33 @@ def fused_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     weight = facts.torch.get("weight") or facts.torch.get("in_proj_weight")
     if weight is None or len(weight) != 2 or set(kernels) != {"q", "k", "v"}:
         return
-    chosen = facts.hints.get("fused")
-    shapes = [facts.flax[kernels[letter]] for letter in "qkv"]
+    chosen, heads = facts.hints.get("fused"), facts.hints.get("heads")
+    ways = fused_ways([weight], [facts.flax[kernels[letter]] for letter in "qkv"], heads, True)
+    roles = tuple(biases[letter] for letter in "qkv" if letter in biases)
+    bias = facts.torch.get("bias") or facts.torch.get("in_proj_bias") or (weight[0],)
+    shown = next((way.keys["heads"] for way in ways.values() if "heads" in way.keys), heads)
+    of_bias = fused_ways([bias], [facts.flax[role] for role in roles], shown, True) if len(roles) == 3 else {}  # type: ignore[arg-type]
     for fused in FUSED if chosen is None else (chosen,):
-        try:
-            ops = fused_qkv_ops(fused, weight, shapes, facts.hints.get("heads"))
-            steps = [Step("weight|in_proj_weight", tuple(kernels[letter] for letter in "qkv"), ops)]
-            if set(biases) == {"q", "k", "v"}:
-                roles = tuple(biases[letter] for letter in "qkv")
-                bias = facts.torch.get("bias") or facts.torch.get("in_proj_bias") or (0,)
-                ops = fused_qkv_ops(fused, bias, [facts.flax[role] for role in roles], facts.hints.get("heads"))
-                steps.append(Step("bias|in_proj_bias", roles, ops, optional=True))
-        except LayoutError:
+        if fused not in ways or (roles and fused not in of_bias):
             continue
-        why = (
-            "the rows are all queries, then keys, then values"
-            if fused == "block"
-            else "the rows lie head by head: query, key, value"
-        )
+        steps = [Step("weight|in_proj_weight", tuple(kernels[letter] for letter in "qkv"), ways[fused].ops)]
+        if roles:
+            steps.append(Step("bias|in_proj_bias", roles, of_bias[fused].ops, optional=True))
         yield LayerForm(
-            f"fused {fused}", tuple(steps), "linear", rule=f'fused = "{fused}"', by="shapes", why=why, settled=False
+            f"fused {fused}",
+            tuple(steps),
+            "linear",
+            rule=f'fused = "{fused}"',
+            by="shapes",
+            why=FUSED[fused],
+            settled=False,
         )
+
+
+FUSED = {
+    "block": "the rows are all queries, then keys, then values",
+    "interleaved": "the rows lie head by head: query, key, value",
+}
 
 
 ATTENTION_ROWS: tuple[Layer, ...] = (

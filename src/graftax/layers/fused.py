@@ -119,7 +119,8 @@ def _laid(pattern: str, sources: Sequence[Shape], targets: Sequence[Shape]) -> t
     left, _, right = pattern.partition(" -> ")
     shared = set(ops[0].sizes).intersection(*(op.sizes for op in ops))
     chain = () if left == right else (Rearrange(pattern, tuple(sorted(shared))),)
-    return chain, dict(ops[0].sizes).get("h")
+    alike = len({dict(op.sizes).get("d") for op in ops}) == 1  # heads of several widths do not alternate
+    return chain, dict(ops[0].sizes).get("h") if alike else 1
 
 
 def _whole(source: Shape, target: Shape, kernel: bool) -> Iterator[tuple[str, tuple[Op, ...]]]:
