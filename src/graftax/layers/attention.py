@@ -92,23 +92,16 @@ def fused_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     ways = fused_ways([weight], [facts.flax[kernels[letter]] for letter in "qkv"], heads, True)
     roles = tuple(biases[letter] for letter in "qkv" if letter in biases)
     bias = facts.torch.get("bias") or facts.torch.get("in_proj_bias") or (weight[0],)
-    shown = next((way.keys["heads"] for way in ways.values() if "heads" in way.keys), heads)
-    of_bias = fused_ways([bias], [facts.flax[role] for role in roles], shown, True) if len(roles) == 3 else {}  # type: ignore[arg-type]
+    heads = next((way.heads for way in ways.values() if way.heads), heads)
+    of_bias = fused_ways([bias], [facts.flax[role] for role in roles], heads, True) if len(roles) == 3 else {}
     for fused in FUSED if chosen is None else (chosen,):
         if fused not in ways or (roles and fused not in of_bias):
             continue
         steps = [Step("weight|in_proj_weight", tuple(kernels[letter] for letter in "qkv"), ways[fused].ops)]
         if roles:
             steps.append(Step("bias|in_proj_bias", roles, of_bias[fused].ops, optional=True))
-        yield LayerForm(
-            f"fused {fused}",
-            tuple(steps),
-            "linear",
-            rule=f'fused = "{fused}"',
-            by="shapes",
-            why=FUSED[fused],
-            settled=False,
-        )
+        rule = f'fused = "{fused}"'
+        yield LayerForm(f"fused {fused}", tuple(steps), "linear", rule, by="shapes", why=FUSED[fused], settled=False)
 
 
 FUSED = {

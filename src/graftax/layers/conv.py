@@ -98,17 +98,15 @@ def transpose_forms(facts: LayerFacts) -> Iterable[LayerForm]:
 
 def _groups(facts: LayerFacts, weight: Shape, kernel: Shape) -> int:
     """The groups of the live torch module. Without one, more than one group only if the kernel has a multiple of the
-    weight's outputs and the bias has them all."""
+    weight's outputs, and the bias has them all or a rule says that it is a transposed convolution."""
     if facts.torch_kind:
         return int(facts.torch_settings.get("groups", 1))
     outputs = kernel[-2] if kernel[-1] == weight[0] else kernel[-1]
     groups = outputs // max(weight[1], 1)
     whole = outputs == groups * weight[1] and groups > 1 and weight[0] % groups == 0
-    return groups if whole and _has_bias(facts) and _bias_is(facts, outputs) else 1
-
-
-def _has_bias(facts: LayerFacts) -> bool:
-    return "bias" in facts.torch or "bias" in facts.flax
+    said = str(facts.hints.get("layout", "")).startswith("conv_transpose")
+    told = said or "bias" in facts.torch or "bias" in facts.flax
+    return groups if whole and told and _bias_is(facts, outputs) else 1
 
 
 def _grouped_misfit(facts: LayerFacts) -> bool:

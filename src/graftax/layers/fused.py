@@ -30,6 +30,12 @@ class FusedWay:
     keys: Mapping[str, object]
     stack: Mapping[str, int] = field(default_factory=dict[str, int])
 
+    @property
+    def heads(self) -> int | None:
+        """How many heads of the first part alternate with those of the others."""
+        found = self.keys.get("heads")
+        return found if isinstance(found, int) else None
+
 
 def fused_ways(
     sources: Sequence[Shape], targets: Sequence[Shape], heads: int | None, kernel: bool

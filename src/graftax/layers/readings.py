@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from graftax.layers.conv import block_diagonal_ops
 from graftax.layers.patterns import (
     EACH_LAST,
     FLIPPED,
@@ -53,7 +54,7 @@ def named(source: Shape, target: Shape, kinds: LeafKinds) -> Readings:
     """Every way that the field knows from a torch leaf of shape `source` to a Flax leaf of shape `target`, or between
     leaves of one side."""
     if math.prod(source) != math.prod(target):
-        return {}
+        return {} if kinds.same or kinds.role != "weight" or kinds.torch == "raw" else _of_groups(source, target)
     plain = as_it_is(source, target)
     if kinds.same:
         return plain
@@ -70,6 +71,15 @@ def named(source: Shape, target: Shape, kinds: LeafKinds) -> Readings:
     if wide[0] != wide[1] and min(wide) < 2:
         return {}  # a vector is no table
     return _of_weight(source, target, kinds, plain)
+
+
+def _of_groups(source: Shape, target: Shape) -> Readings:
+    """A transposed convolution in groups, (I, O / groups, *k), whose kernel has all outputs: zeros outside a group."""
+    groups, odd = divmod(math.prod(target), math.prod(source) or 1)
+    if odd or groups < 2 or not 3 <= len(source) <= 5 or source[0] % groups:
+        return {}
+    ways = fitted((source[0], source[1] * groups, *source[2:]), target, "conv_transpose", FLIPPED)
+    return {label: (*block_diagonal_ops(source, groups), *ops) for label, ops in ways.items()}
 
 
 def _map_last(source: Shape, target: Shape) -> Readings:

@@ -63,7 +63,7 @@ class Habits:
                 labels = {label for _, label in link.labels}
                 self.convs = self.convs or bool(labels & {"conv", "conv_transpose default"})
                 if labels == {"conv_transpose default"}:
-                    self.transposed.add(_words(pair.torch))
+                    self.transposed.add(words_of(pair.torch))
                 if table:
                     continue
                 if link.torch.role in ("weight", "value") and len(labels) == 1 and labels <= {"linear", "identity"}:
@@ -100,7 +100,8 @@ def says_transposed(words: Sequence[str]) -> bool:
     return bool(words) and (words[-1] in _UP_LAST or not _DECONV.isdisjoint(concepts(words, lexicon())))
 
 
-def _words(module: Module) -> tuple[str, ...]:
+def words_of(module: Module) -> tuple[str, ...]:
+    """The words of a module's path."""
     return tuple(token for token in (*module.outer, *module.tokens) if isinstance(token, str))
 
 
@@ -142,8 +143,8 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
         shape = next(iter(link.torch.shapes.values()))
         even = all(k % 2 == 0 for k in shape[2:])
         both = name_t | name_f
-        says = any(map(says_transposed, (_words(pair.torch), _words(pair.flax))))
-        if both & _DECONV or says or (even and both & _UP) or _words(pair.torch) in habits.transposed:
+        says = any(map(says_transposed, (words_of(pair.torch), words_of(pair.flax))))
+        if both & _DECONV or says or (even and both & _UP) or words_of(pair.torch) in habits.transposed:
             return Choice(None, "", tuple(sorted(labels, key=usual)))
         return Choice(by_reading["conv"], "a weight with 3 to 5 axes that becomes a kernel is a convolution")
     if {"conv", "identity"} <= set(by_reading):

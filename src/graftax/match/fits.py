@@ -6,7 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
+from graftax.layers.patterns import FLIPPED
 from graftax.layers.readings import LeafKinds, axis_choices, named, stacked
+from graftax.match.choose import says_transposed, words_of
 from graftax.match.evidence import judge
 from graftax.match.idioms import refined
 from graftax.match.kinds import UNKNOWN, Kinds
@@ -36,7 +38,8 @@ def candidates(scope: Scope, kinds: Kinds = UNKNOWN, numbers: bool = True) -> li
     ranks_f = number_ranks(scope.flax, scope) if numbers else {}
     for module in scope.torch:
         near: dict[int, Module] = {}
-        for size in _sizes([main_column(module)]):
+        main = main_column(module)
+        for size in (*_sizes([main]), *(_grouped_sizes(main) if says_transposed(words_of(module)) else ())):
             near |= by_size.get(size, {})
         for other in near.values():
             pair = fit(module, other, to_flax, scope.same, kinds)
@@ -87,6 +90,12 @@ def _sizes(columns: Iterable[Column]) -> set[int]:
     return {math.prod(shape) * math.prod(c.stack) for c in columns for shape in set(c.shapes.values())}
 
 
+def _grouped_sizes(column: Column) -> set[int]:
+    """The sizes that a transposed convolution in groups may have with all its outputs."""
+    shapes = {shape for shape in column.shapes.values() if 3 <= len(shape) <= 5}
+    return {math.prod(s) * n for s in shapes if column.kind == "free" for n in range(2, s[0] + 1) if s[0] % n == 0}
+
+
 _TWINS = {"value": ("weight", "bias"), "weight": ("value",), "bias": ("value",)}
 
 
@@ -125,14 +134,17 @@ def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool, kinds:
 
 
 def _deconv_backed(links: list[Link]) -> bool:
-    """False if only the flipped reading of a transposed convolution fits but the bias shows that it is not one."""
+    """False if only one reading of a transposed convolution fits but the bias shows that it is not one."""
+    outputs = {FLIPPED: -1, "conv_transpose": -2}
+    bias = next((other.flax for other in links if other.torch.role == "bias"), None)
+    if bias is None:
+        return True
     for link in links:
-        if {label for _, label in link.labels} == {"conv_transpose default"}:
-            bias = next((other.torch for other in links if other.torch.role == "bias"), None)
-            if bias is not None:
-                return all(
-                    bias.shapes[key] == shape[1:2] for key, shape in link.torch.shapes.items() if key in bias.shapes
-                )
+        labels = {label for _, label in link.labels}
+        if len(labels) == 1 and labels <= outputs.keys() and not link.told:
+            axis = outputs[labels.pop()]
+            shapes = ((bias.shapes.get(key), (shape[axis],)) for key, shape in link.flax.shapes.items())
+            return all(found in (None, wanted) for found, wanted in shapes)
     return True
 
 

@@ -161,10 +161,8 @@ def _group(
         link = _link(tuple(c for c in left if c), tuple(c for c in right if c), to_flax, heads, axis)
         if link is None:
             return None
-        shown = next((way.keys["heads"] for way in link.ways.values() if "heads" in way.keys), heads)
-        heads = (
-            shown if isinstance(shown, int) and heads != 0 else heads
-        )  # of the queries, as a split weight shows them
+        if heads != 0:  # a split weight shows the heads of the queries
+            heads = next((way.heads for way in link.ways.values() if way.heads), heads)
         _know(link, torch[0], flax[0], style)
         group.links.append(link)
     return group if group.links else None
