@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -121,3 +122,49 @@ def test_names_that_like_ties_are_one_tensor(rows: int) -> None:
     assert np.array_equal(module.lm_head.weight.detach(), table)
     assert np.array_equal(module.encoder.embed_tokens.weight.detach(), table)
     assert np.array_equal(module.layers[2]["q"].weight.detach(), layers["q"]["kernel"][2].T)
+
+
+TABLE, NORM = rnd(13, 8), rnd(8)
+FLAX_SIDE = {"embed": {"embedding": TABLE}, "norm": {"scale": NORM}}
+
+
+def test_a_head_that_the_source_does_not_store_may_be_tied() -> None:
+    source = tensors(model__embed_tokens__weight=TABLE, model__norm__weight=NORM)
+    like = {"model": FLAX_SIDE, "lm_head": {"kernel": rnd(8, 13)}}
+    (question,) = gx.plan(source, like).questions
+    assert question.targets == ("lm_head/kernel",)
+    plan = gx.plan(source, like, rules=[question.candidates[0].rule])
+    assert plan.complete, str(plan)
+    made = plan.run(source)
+    assert np.array_equal(made["lm_head"]["kernel"], TABLE.T)
+    assert np.array_equal(made["model"]["embed"]["embedding"], TABLE)
+    assert gx.plan(source, like, rules='{ flax = "lm_head/kernel", missing = "zeros" }').complete
+
+
+def test_names_of_one_table_in_a_file() -> None:
+    """like is a file, whose storage shows no tie: one answer fills all names."""
+    like = {f"{name}.weight": torch.zeros(13, 8) for name in ("shared", "lm_head")} | {"norm.weight": torch.zeros(8)}
+    tree = {"shared": {"embedding": TABLE}, "norm": {"scale": NORM}}
+    (question,) = gx.plan(tree, like).questions
+    plan = gx.plan(tree, like, rules=[question.candidates[0].rule])
+    made = plan.run(tree)
+    assert np.array_equal(made["shared.weight"], TABLE)
+    assert np.array_equal(made["lm_head.weight"], TABLE)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_config_says_that_a_head_is_tied(tmp_path: Any, said: bool) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(
+        {"model.embed_tokens.weight": TABLE, "model.norm.weight": NORM},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": said}))
+    like = {"model": FLAX_SIDE, "lm_head": {"kernel": rnd(8, 13)}}
+    plan = gx.plan(str(tmp_path), like)
+    assert plan.complete == said
+    if said:
+        assert np.array_equal(plan.run(str(tmp_path))["lm_head"]["kernel"], TABLE.T)
+        assert any("config.json says tie_word_embeddings" in entry.evidence for entry in plan.entries)

@@ -10,6 +10,7 @@ from graftax.errors import Failure, GraftaxError, escape, option
 from graftax.match.buffers import buffer_name, known_buffers
 from graftax.match.roles import role_of
 from graftax.match.shape_questions import shape_questions
+from graftax.match.tied_leaves import tied_leaves
 from graftax.match.ties import join_leftovers, tied_to
 from graftax.match.words import COLLECTIONS
 from graftax.ops import Copy, Drop, Fill, Keep, apply_chain, same_bits
@@ -28,11 +29,12 @@ def settle_leftovers(
     ruled: Mapping[str, str],
     missing: str,
     unused: str,
+    spoken: Collection[str] = (),
 ) -> Proposal:
     """The proposal with an entry for every leaf that is settled without a source or without a target.
 
     ruled: leaf of like -> error, keep or zeros, for leaves that a rule names; missing, unused: the policies for all
-    others.
+    others; spoken: the leaves of like that rules settle.
     """
     proposal = _settle_buffers(proposal, source, like, sides[1], missing == "keep")
     proposal = _settle_tied_targets(proposal, like)
@@ -41,6 +43,7 @@ def settle_leftovers(
     proposal = _settle_missing(proposal, like, ruled, "error")  # a leaf that a rule marks `missing` needs no answer
     namesakes = _namesakes(proposal, source, like, sides)
     proposal = shape_questions(proposal, source, like, sides, namesakes)
+    proposal = tied_leaves(proposal, source, like, sides, spoken)
     proposal = _settle_unused(proposal, source, unused)
     proposal = _settle_missing(proposal, like, ruled, missing)
     return _tell_misshapen(proposal, namesakes, source, like)

@@ -66,7 +66,8 @@ def _make_plan(
         found = tabled.joined(infer(source, like, source_side, like_side, spoken, None, ruled.named, ruled.missing))
     proposal = merged(ruled.proposal, found, ruled.named)
     sides = source_side, like_side
-    proposal = settle_leftovers(proposal, source, like, sides, ruled.missing, options.missing, options.unused)
+    spoken = {name for entry in ruled.proposal.entries for name in entry.targets}
+    proposal = settle_leftovers(proposal, source, like, sides, ruled.missing, options.missing, options.unused, spoken)
     assumed = *_by_names(source, like, options), *proposal.assumptions, *unseen(proposal.entries, source, like, sides)
     assumed += overridden(proposal.entries, source, like, sides)
     proposal = replace(proposal, assumptions=assumed)
