@@ -69,7 +69,7 @@ def assign(pairs: list[Pair], orders: Step, crossing: Step, forced: list[Pair]) 
         board.take(pair)
     _couple(board, forced)
     while True:
-        fresh = _alone(board, taken) or _clear(board) or orders(board.pairs(), taken)
+        fresh = _alone(board) or _clear(board) or orders(board.pairs(), taken)
         for pair in fresh:
             board.take(pair)
         taken += fresh
@@ -102,31 +102,18 @@ def _clear(board: Board) -> list[Pair]:
     return out
 
 
-def _alone(board: Board, taken: list[Pair]) -> list[Pair]:
+def _alone(board: Board) -> list[Pair]:
     """Pairs without a rival: no other pair fits either end."""
     out: list[Pair] = []
     for row in list(board.rows.values()):
         if len(row) != 1:
             continue
         (pair,) = row.values()
-        if not pair.whole or len(board.cols[id(pair.flax)]) != 1:
-            continue
-        bars = [finding.judgement for finding in pair.findings if "alone" in finding.bars]
-        if bars and not (bars == ["vague"] and _echoes(pair, taken)):
+        if not pair.whole or len(board.cols[id(pair.flax)]) != 1 or not pair.open_to("alone"):
             continue
         pair.why = "no other pair fits" + (f", and {pair.says}" if pair.shared else "")
         out.append(pair)
     return out
-
-
-def _echoes(pair: Pair, taken: list[Pair]) -> bool:
-    """True if a pair of the same torch parent is taken whose Flax name ends in the same word (downsample.0 pairs with
-    conv_proj, so downsample.1 pairs with norm_proj)."""
-    parent, last = pair.torch.tokens[:-1], pair.flax.tokens[-1:]
-    if not parent or not isinstance(pair.torch.tokens[-1], int):
-        return False
-    beside = [p for p in taken if p.torch.tokens[:-1] == parent and isinstance(p.torch.tokens[-1], int)]
-    return any(p.flax.tokens[-1:] == last for p in beside)
 
 
 def _groups(module: Module) -> set[object]:

@@ -1,5 +1,5 @@
-"""Choose the reading of a pair's leaves where several fit: by the kind of the leaf, by its siblings, else by a
-question."""
+"""Choose the reading of a pair's leaves where several fit: a table of ways to decide, and the first that knows does.
+Nothing decides: a question."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def usual(label: Label) -> tuple[int, Label]:
 
 @dataclass(slots=True)
 class Habits:
-    """What the rectangular leaves of the whole match show. votes: `linear` or `identity` by (scope, kinds); transposed:
-    paths without numbers whose convolution can only be a transposed one; convs: whether there are convolutions;
-    stacked: (leaf, True on the Flax end) -> the axes on which a trace shows it stacked, if one does."""
+    """What the rectangular leaves of the whole match show. votes: `linear` or `identity`, by scope and by what the
+    leaves are called; transposed: paths without numbers whose convolution can only be a transposed one; convs: whether
+    there are convolutions; stacked: (leaf, True on the Flax end) -> the axes on which a trace shows it stacked, if one
+    does."""
 
     votes: dict[tuple[object, str, str], set[str]] = field(default_factory=dict[tuple[object, str, str], set[str]])
     axes: dict[int, Choice] = field(default_factory=dict[int, Choice])
@@ -70,13 +71,19 @@ class Habits:
                     if any(len(shape) < 2 for shape in link.torch.shapes.values()):
                         continue
                     for where in (id(scope), None):
-                        key = (where, link.torch.kind, link.flax.kind)
-                        self.votes.setdefault(key, set()).update(labels)
+                        self.votes.setdefault((where, *_spelled(link)), set()).update(labels)
 
     def orientation(self, scope: Scope, link: Link) -> tuple[set[str], set[str]]:
         """(what siblings in the same blocks show, what the whole match shows)"""
-        kinds = (link.torch.kind, link.flax.kind)
+        kinds = _spelled(link)
         return self.votes.get((id(scope), *kinds), set()), self.votes.get((None, *kinds), set())
+
+
+def _spelled(link: Link) -> tuple[str, str]:
+    """What the leaves are called, on which their layout depends: a bare `w` says nothing about the weight of a
+    Linear. A bare parameter has a name of its own."""
+    torch, flax = (column.leaf if column.kind == "free" else column.kind for column in (link.torch, link.flax))
+    return torch, flax
 
 
 _TABLES = frozenset(("embed", "pos", "tok", "seg", "table", "cls"))
@@ -105,9 +112,34 @@ def words_of(module: Module) -> tuple[str, ...]:
     return tuple(token for token in (*module.outer, *module.tokens) if isinstance(token, str))
 
 
+@dataclass(slots=True)
+class _Case:
+    """One leaf of a taken pair, and the readings that are left. names: the concepts of both names."""
+
+    link: Link
+    pair: Pair
+    scope: Scope
+    habits: Habits
+    labels: frozenset[Label]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.scope.name(self.pair.torch, True).concepts | self.scope.name(self.pair.flax, False).concepts
+
+    @property
+    def readings(self) -> dict[str, Label]:
+        return {label[1]: label for label in sorted(self.labels)}
+
+    def take(self, reading: str, why: str) -> Choice:
+        return Choice(self.readings[reading], why)
+
+    def ask(self, kind: str = "layout") -> Choice:
+        return Choice(None, "", tuple(sorted(self.labels, key=usual)), kind)
+
+
 def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
     """The reading of one leaf of a taken pair."""
-    labels = link.labels
+    case = _Case(link, pair, scope, habits, link.labels)
     if link.torch.stack or link.flax.stack:
         if link.told:
             return Choice(None, "", link.told)
@@ -115,50 +147,48 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
         if axes is not None and axes.label is None:
             return axes
         if axes is not None and axes.label is not None:
-            labels = frozenset(label for label in labels if label[0] == axes.label[0])
-    said = scope.name(pair.torch, True).concepts | scope.name(pair.flax, False).concepts
-    rows = {label for concept, label in FUSED_ROWS.items() if concept in said}
-    if any(word in rows for _, word in labels):
-        both = (label for label in labels if label[1] in rows or label[1].startswith("(h d) i"))
+            case.labels = frozenset(label for label in case.labels if label[0] == axes.label[0])
+    for way in _WAYS:
+        choice = way(case)
+        if choice is not None:
+            return choice
+    return case.ask()
+
+
+def _fused_rows(case: _Case) -> Choice | None:
+    """Only a fused tensor whose name says so has rows part by part that the other side stores head by head."""
+    rows = {label for concept, label in FUSED_ROWS.items() if concept in case.names}
+    if any(word in rows for _, word in case.labels):
+        both = (label for label in case.labels if label[1] in rows or label[1].startswith("(h d) i"))
         return Choice(None, "", tuple(sorted(both)), "fused")
-    labels = frozenset(label for label in labels if label[1] not in FUSED_ROWS.values())
-    told = tuple(label for label in link.told if label in labels)
-    if told and not any(word.startswith(FUSED) for _, word in labels):  # no kind shows how fused parts lie
-        return Choice(told[0], link.why) if len(told) == 1 else Choice(None, "", told)
-    if len(labels) == 1:
-        (label,) = labels
-        return Choice(label, _ONLY.get(label[1], label[1]))
-    if any(word in (LAST, EACH_LAST) for _, word in labels):
-        if _may_be_map(link, pair) or any(word == "reshape" for _, word in labels):
-            return Choice(None, "", tuple(sorted(labels, key=usual)))
-        labels = frozenset(label for label in labels if label[1] != LAST)
-        if len(labels) == 1:
-            (label,) = labels
-            return Choice(label, _ONLY.get(label[1], label[1]))
-    by_reading = {label[1]: label for label in sorted(labels)}
-    name_t, name_f = scope.name(pair.torch, True).concepts, scope.name(pair.flax, False).concepts
-    if {"linear", "identity"} <= set(by_reading):
-        return _square(link, by_reading, pair, scope, habits)
-    if {"conv", "conv_transpose default"} <= set(by_reading):
-        shape = next(iter(link.torch.shapes.values()))
-        even = all(k % 2 == 0 for k in shape[2:])
-        both = name_t | name_f
-        says = any(map(says_transposed, (words_of(pair.torch), words_of(pair.flax))))
-        if both & _DECONV or says or (even and both & _UP) or words_of(pair.torch) in habits.transposed:
-            return Choice(None, "", tuple(sorted(labels, key=usual)))
-        return Choice(by_reading["conv"], "a weight with 3 to 5 axes that becomes a kernel is a convolution")
-    if {"conv", "identity"} <= set(by_reading):
-        if link.flax.leaf == link.torch.leaf or link.flax.kind != "kernel":
-            word = "identity" if link.torch.role in ("g", "v") else "conv"
-            return Choice(
-                by_reading[word],
-                "a leaf of weight norm keeps its axes" if word == "identity" else "it is a convolution",
-            )
-        return Choice(by_reading["conv"], "it is a convolution")
-    if any(word.startswith(FUSED) for word in by_reading):
-        return Choice(None, "", tuple(sorted(labels, key=usual)), "fused")
-    heads = _heads(by_reading, link, name_t | name_f)
-    return heads or Choice(None, "", tuple(sorted(labels, key=usual)))
+    case.labels = frozenset(label for label in case.labels if label[1] not in FUSED_ROWS.values())
+    return None
+
+
+def _told(case: _Case) -> Choice | None:
+    """What live modules show. No kind shows how fused parts lie."""
+    told = tuple(label for label in case.link.told if label in case.labels)
+    if not told or any(word.startswith(FUSED) for _, word in case.labels):
+        return None
+    return Choice(told[0], case.link.why) if len(told) == 1 else Choice(None, "", told)
+
+
+def _only(case: _Case) -> Choice | None:
+    if len(case.labels) != 1:
+        return None
+    (label,) = case.labels
+    return Choice(label, _ONLY.get(label[1], label[1]))
+
+
+def _map(case: _Case) -> Choice | None:
+    """A map that Flax stores channels last, or a tensor of another kind with such a shape."""
+    words = {word for _, word in case.labels}
+    if words.isdisjoint((LAST, EACH_LAST)):
+        return None
+    if _may_be_map(case.link, case.pair) or "reshape" in words:
+        return case.ask()
+    case.labels = frozenset(label for label in case.labels if label[1] != LAST)
+    return None
 
 
 def _may_be_map(link: Link, pair: Pair) -> bool:
@@ -169,58 +199,122 @@ def _may_be_map(link: Link, pair: Pair) -> bool:
     return "norm" in kinds or rank > 2
 
 
-def _square(link: Link, by_reading: dict[str, Label], pair: Pair, scope: Scope, habits: Habits) -> Choice:
-    """The reading of a square matrix: a Linear's, unless its kind or its siblings show another."""
-    torch, flax = link.torch, link.flax
-    near, far = habits.orientation(scope, link)
-    if flax.kind != "kernel" and _is_table(pair, scope):
-        if (torch.kind == "raw") != (flax.kind == "raw") and not _both_tables(pair, scope):
-            return Choice(
-                None, "", tuple(sorted(by_reading.values(), key=usual))
-            )  # a bare parameter may put any axis first
-        return Choice(by_reading["identity"], "a lookup table stays as it is")
-    if torch.kind == "raw" and flax.kind == "raw":
-        if "linear" in far:
-            return Choice(None, "", tuple(sorted(by_reading.values(), key=usual)))
-        return Choice(by_reading["identity"], "a bare parameter on both sides stays as it is")
-    lookups = {scope.name(pair.torch, True).last, scope.name(pair.flax, False).last}
-    if lookups <= _LOOKUPS or (not near and far == {"identity"}):
-        return Choice(None, "", tuple(sorted(by_reading.values(), key=usual)))
-    if len(near) == 1:
-        (word,) = near
-        return Choice(by_reading[word], f"it is square, and its rectangular siblings {_SAYS[word]}")
-    if len(near) > 1 or (torch.kind == "raw" and "linear" not in far):
-        return Choice(None, "", tuple(sorted(by_reading.values(), key=usual)))
-    if flax.kind == "kernel" and torch.kind != "raw":
-        return Choice(by_reading["linear"], _LINEAR)
+def _square(case: _Case) -> Choice | None:
+    """A square matrix is a Linear's, unless its kind or its siblings show another reading."""
+    if not {"linear", "identity"} <= case.readings.keys():
+        return None
+    for way in (_square_table, _square_parameter, _as_siblings, _square_linear):
+        choice = way(case)
+        if choice is not None:
+            return choice
+    return case.ask()
+
+
+def _square_table(case: _Case) -> Choice | None:
+    """A lookup table keeps its rows. A bare parameter may put any axis first, as tables of relative positions do."""
+    torch, flax = case.link.torch, case.link.flax
+    if flax.kind == "kernel" or not _is_table(case.pair, case.scope):
+        return None
+    bare = torch.kind == "raw", flax.kind == "raw"
+    if (bare[0] != bare[1] and not _both_tables(case.pair, case.scope)) or (any(bare) and "rel" in case.names):
+        return case.ask()
+    return case.take("identity", "a lookup table stays as it is")
+
+
+def _square_parameter(case: _Case) -> Choice | None:
+    if not case.link.torch.kind == case.link.flax.kind == "raw":
+        return None
+    if "linear" in case.habits.orientation(case.scope, case.link)[1]:
+        return case.ask()
+    return case.take("identity", "a bare parameter on both sides stays as it is")
+
+
+def _as_siblings(case: _Case) -> Choice | None:
+    near, far = case.habits.orientation(case.scope, case.link)
+    lookups = {case.scope.name(case.pair.torch, True).last, case.scope.name(case.pair.flax, False).last}
+    if lookups <= _LOOKUPS or (not near and far == {"identity"}) or len(near) > 1:
+        return case.ask()
+    for word in near:
+        return case.take(word, f"it is square, and its rectangular siblings {_SAYS[word]}")
+    return None
+
+
+def _square_linear(case: _Case) -> Choice | None:
+    """By convention, a `weight` that becomes a kernel is a Linear's. No convention is about a leaf of another name."""
+    torch, flax = case.link.torch, case.link.flax
+    far = case.habits.orientation(case.scope, case.link)[1]
+    if torch.kind == "raw" and "linear" not in far:
+        return case.ask()
+    if flax.kind == "kernel" and (torch.role == "v" or torch.leaf.endswith("weight")) and torch.kind != "raw":
+        return case.take("linear", _LINEAR)
     if len(far) == 1:
         (word,) = far
-        return Choice(by_reading[word], f"it is square, and the rectangular matrices of this checkpoint {_SAYS[word]}")
-    return Choice(None, "", tuple(sorted(by_reading.values(), key=usual)))
+        return case.take(word, f"it is square, and the rectangular matrices of this checkpoint {_SAYS[word]}")
+    return None
 
 
 _SAYS = {"linear": "are transposed", "identity": "stay as they are"}
 
 
-def _heads(by_reading: dict[str, Label], link: Link, names: frozenset[str]) -> Choice | None:
-    """The reading that splits an axis into heads: the outputs of q, k and v, or the inputs of the output projection."""
-    splits_out = [r for r in by_reading if r.startswith("(h d) i")]
-    splits_in = [r for r in by_reading if r.startswith("o (h d)")]
-    if not splits_out and not splits_in:
+def _deconvolution(case: _Case) -> Choice | None:
+    """A convolution with as many inputs as outputs, which may be a transposed one."""
+    if not {"conv", "conv_transpose default"} <= case.readings.keys():
         return None
-    if names & {"q", "k", "v"} and "o" not in names:
-        picks = splits_out
-    elif "o" in names and not names & {"q", "k", "v"}:
-        picks = splits_in
-    else:
-        picks = splits_out + splits_in
-    if len(picks) > 1 and link.flax.kind == "kernel":
-        usual = [r for r in picks if r in (SPLIT_OUT[0], SPLIT_IN[0])]
-        if len(usual) == 1 and names & {"q", "k", "v", "o"}:
-            return Choice(by_reading[usual[0]], "a DenseGeneral kernel has its axes in this order")
+    even = all(k % 2 == 0 for k in next(iter(case.link.torch.shapes.values()))[2:])
+    words = words_of(case.pair.torch), words_of(case.pair.flax)
+    if (
+        case.names & _DECONV
+        or any(map(says_transposed, words))
+        or (even and case.names & _UP)
+        or words[0] in case.habits.transposed
+    ):
+        return case.ask()
+    return case.take("conv", "a weight with 3 to 5 axes that becomes a kernel is a convolution")
+
+
+def _kept_axes(case: _Case) -> Choice | None:
+    """A convolution, or a leaf of weight norm that keeps its axes."""
+    if not {"conv", "identity"} <= case.readings.keys():
+        return None
+    torch, flax = case.link.torch, case.link.flax
+    if torch.role in ("g", "v") and (flax.leaf == torch.leaf or flax.kind != "kernel"):
+        return case.take("identity", "a leaf of weight norm keeps its axes")
+    return case.take("conv", "it is a convolution")
+
+
+def _fused(case: _Case) -> Choice | None:
+    return case.ask("fused") if any(word.startswith(FUSED) for word in case.readings) else None
+
+
+def _heads(case: _Case) -> Choice | None:
+    """The reading that splits an axis into heads: the outputs of q, k and v, or the inputs of the output projection."""
+    outs = [reading for reading in case.readings if reading.startswith("(h d) i")]
+    ins = [reading for reading in case.readings if reading.startswith("o (h d)")]
+    if not outs and not ins:
+        return None
+    parts, last = bool(case.names & {"q", "k", "v"}), "o" in case.names
+    picks = outs if parts and not last else ins if last and not parts else outs + ins
+    if len(picks) > 1 and case.link.flax.kind == "kernel":
+        dense_general = [reading for reading in picks if reading in (SPLIT_OUT[0], SPLIT_IN[0])]
+        if len(dense_general) == 1 and (parts or last):
+            return case.take(dense_general[0], "a DenseGeneral kernel has its axes in this order")
     if len(picks) == 1:
-        return Choice(by_reading[picks[0]], "the names tell which axis is split into heads")
-    return Choice(None, "", tuple(by_reading[r] for r in (picks or by_reading)))
+        return case.take(picks[0], "the names tell which axis is split into heads")
+    return Choice(None, "", tuple(case.readings[reading] for reading in picks or case.readings))
+
+
+_WAYS: tuple[Callable[[_Case], Choice | None], ...] = (
+    _fused_rows,
+    _told,
+    _only,
+    _map,
+    _only,
+    _square,
+    _deconvolution,
+    _kept_axes,
+    _fused,
+    _heads,
+)
 
 
 def trapped(link: Link, choice: Choice, trap: Suspect) -> Choice:
@@ -235,60 +329,3 @@ def trapped(link: Link, choice: Choice, trap: Suspect) -> Choice:
 
 def _is_vector(link: Link) -> bool:
     return all(len(shape) == 1 for shape in link.torch.shapes.values())
-
-
-# ---------------------------------------------------------------- stacks
-
-
-def stack_axes(scope: Scope, pairs: Sequence[Pair], habits: Habits) -> None:
-    """One axis for each stack, judged over all leaves of the scope: it is taken if exactly one axis fits them all."""
-    groups: dict[tuple[object, ...], list[Link]] = {}
-    for pair in pairs:
-        for link in pair.links:
-            if link.torch.stack or link.flax.stack:
-                side = link.torch if link.torch.stack else link.flax
-                mark = (side.stack, bool(link.torch.stack), pair.torch.outer if link.torch.stack else pair.flax.outer)
-                groups.setdefault(mark, []).append(link)
-    for links in groups.values():
-        fits: set[tuple[int, ...]] | None = None
-        for link in links:
-            axes = {axes for axes, _ in link.labels}
-            fits = axes if fits is None else fits & axes
-        choice = _one_axis(links, fits or set(), habits)
-        for link in links:
-            habits.axes[id(link)] = choice
-
-
-def _one_axis(links: list[Link], fits: set[tuple[int, ...]], habits: Habits) -> Choice:
-    places = {tuple(_placed(link, axes) for link in links): axes for axes in sorted(fits, reverse=True)}
-    if len(places) > 1:
-        shown = {place: axes for place, axes in places.items() if _traced(links, place, habits)}
-        if len(shown) == 1:
-            ((_, axes),) = shown.items()
-            return Choice((axes, ""), f"it is stacked on axis {', '.join(map(str, axes))}, as the traced model has it")
-    if len(places) == 1:
-        axes = max(fits, key=lambda a: (min(a) >= 0, a))
-        return Choice(
-            (axes, ""), f"it is stacked on axis {', '.join(map(str, axes))}, the only one that fits every leaf"
-        )
-    if places:
-        return Choice(None, "", tuple((axes, "") for axes in sorted(places.values())), "stack")
-    # No axis fits all leaves: each leaf is judged alone, and an open leaf is a question.
-    return Choice(None, "", tuple(sorted({label for link in links for label in link.labels})), "stack")
-
-
-def _traced(links: list[Link], places: Sequence[tuple[int, ...]], habits: Habits) -> bool:
-    """True if a trace shows that every leaf is stacked on these axes."""
-    for link, axes in zip(links, places, strict=True):
-        side = link.flax if link.torch.stack else link.torch
-        for paths in side.paths.values():
-            if any(habits.stacked(path, bool(link.torch.stack)) != tuple(sorted(axes)) for path in paths):
-                return False
-    return True
-
-
-def _placed(link: Link, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of the stacked end of this leaf, counted from the front."""
-    side = link.flax if link.torch.stack else link.torch
-    rank = len(next(iter(side.shapes.values())))
-    return tuple(axis if axis >= 0 else rank + axis for axis in axes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from graftax.match.bare_rules import Unsaid
 from graftax.match.blocks import Doubt, name_ties
 from graftax.match.calls import torch_calls
-from graftax.match.choose import Habits, choose, stack_axes, trapped
+from graftax.match.choose import Habits, choose, trapped
 from graftax.match.flatten import Suspect, suspects
 from graftax.match.idioms import has_experts
 from graftax.match.match_inputs import Ends
@@ -19,6 +19,7 @@ from graftax.match.part_order import in_said_order
 from graftax.match.partial import as_ruled
 from graftax.match.scope_names import wrapper_words
 from graftax.match.settle import Settled, settle_apart, settle_kinds, take_groups, take_rest
+from graftax.match.stack_axes import stack_axes
 from graftax.match.traced import Traces, by_trace, shown
 from graftax.match.views import Views
 

@@ -220,6 +220,15 @@ def _stray_parameter(case: Case) -> str | None:
     return None
 
 
+def _in_a_block(case: Case) -> str | None:
+    """One module stands in a numbered block, the other outside of the blocks of its side."""
+    scope = case.scope
+    if not scope.root or not all(scope.blocks):
+        return None
+    inside = id(case.pair.torch) in scope.blocks[0], id(case.pair.flax) in scope.blocks[1]
+    return "one stands in a block of layers and the other outside of them" if inside[0] != inside[1] else None
+
+
 def _last_numbers(case: Case) -> str | None:
     """Both names end in a number, and the numbers differ: they may count the same thing, from 0 and from 1, or
     different things."""
@@ -457,6 +466,7 @@ JUDGEMENTS: tuple[tuple[str, frozenset[Route], Callable[[Case], str | None]], ..
     ("unnamed transposed convolution", EVERY, _unnamed_deconvolution),
     ("stray parameter", EVERY, _stray_parameter),
     ("each says more", BY_NAME, _each_says_more),
+    ("in a block", BY_NAME, _in_a_block),
     ("Linear or convolution", BY_NAME - {"rest"}, _linear_or_convolution),
     ("vague", frozenset(("contest", "names", "alone")), _vague),
     ("no backing", frozenset(("contest", "names")), _no_backing),

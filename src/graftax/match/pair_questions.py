@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice, product
 
 from graftax.match.blocks import Doubt
-from graftax.match.choose import Habits, choose, stack_axes, trapped, usual
+from graftax.match.choose import Habits, choose, trapped, usual
 from graftax.match.engine import Result
 from graftax.match.layout_questions import Ways, leaf_ways
 from graftax.match.pairings import MOST, Asked, Aspect, Option, arranged
@@ -18,6 +18,7 @@ from graftax.match.rendering import column_rule, columns_of, paths_of
 from graftax.match.scope_names import main_column
 from graftax.match.settle import Settled
 from graftax.match.sides import Column, Module
+from graftax.match.stack_axes import stack_axes
 from graftax.plans import Candidate, Question
 from graftax.plans.names import fold_names
 

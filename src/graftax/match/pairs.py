@@ -119,6 +119,7 @@ class Scope:
     twins: frozenset[int] = frozenset()  # modules in one of several places that hold the same names
     norms: frozenset[str] = frozenset()  # words that all norms of a side have
     places: tuple[frozenset[str], ...] = (frozenset(), frozenset())  # the words for places of each side
+    blocks: tuple[frozenset[int], ...] = (frozenset(), frozenset())  # modules in a numbered block of layers
     counted: tuple[frozenset[tuple[Token, ...]], ...] = (frozenset(), frozenset())  # where numbers tell modules apart
 
     def name(self, module: Module, torch: bool) -> Name:

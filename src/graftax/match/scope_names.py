@@ -58,10 +58,22 @@ def learn_places(scope: Scope) -> None:
     ]
     scope.norms = frozenset(word for found in norms if found for word in frozenset[str].intersection(*found))
     scope.places = tuple(frozenset[str]().union(*found.values()) for found in (around_t, around_f))
+    scope.blocks = _in_blocks(scope.torch, scope.lex), _in_blocks(scope.flax, scope.lex)
     scope.counted = (
         counted_places(scope.torch, scope.lex),
         counted_places(scope.flax, scope.lex),
     )
+
+
+def _in_blocks(modules: Sequence[Module], lex: Lexicon) -> frozenset[int]:
+    """The modules below a part of their path that is a number or ends in one, and whose word means a layer."""
+    out: set[int] = set()
+    for module in modules:
+        tokens = module.tokens[: module.cuts[-2]] if len(module.cuts) > 1 else ()
+        places = (i for i, token in enumerate(tokens) if isinstance(token, int) and i)
+        if any("layer" in lex.synonyms.get(str(tokens[i - 1]), ()) for i in places):
+            out.add(id(module))
+    return frozenset(out)
 
 
 def _twins(modules: Sequence[Module], own: dict[int, frozenset[str]]) -> frozenset[int]:

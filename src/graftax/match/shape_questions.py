@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from graftax.match.buffers import buffer_name
-from graftax.match.choose import Habits, choose, stack_axes
+from graftax.match.choose import Habits, choose
 from graftax.match.fits import fit
 from graftax.match.kinds import Kinds
 from graftax.match.layout_questions import Ways, leaf_ways
@@ -22,6 +22,7 @@ from graftax.match.pairings import Option, arranged
 from graftax.match.pairs import Pair, Scope
 from graftax.match.roles import role_of
 from graftax.match.sides import Column, Key, Module, tokens_of
+from graftax.match.stack_axes import stack_axes
 from graftax.match.unmerged import normed_parts
 from graftax.plans import Proposal
 from graftax.tree import Checkpoint, Side, split_path
