@@ -37,7 +37,8 @@ class Cut:
     names: it is a part of the name, or only the numbers in `lengths` are. kinds: blocks with exactly the same leaves
     are counted together; with `lengths`, a block without its like is counted too. blocks: it counts, even if it has
     only one value or counts single modules. parts: so too, and it counts the same blocks as other lists of parts.
-    cycle: it is (place, cycle), with `lengths[0]` places. stages: it is (stage, place in it); `lengths`: of the stages.
+    cycle: it is (place, cycle); `lengths`: how many blocks each place has. stages: it is (stage, place in it);
+    `lengths`: of the stages.
     """
 
     way: Literal["names", "kinds", "blocks", "parts", "cycle", "stages"]
@@ -47,7 +48,7 @@ class Cut:
         """The two numbers for which each value stands."""
         ranks = list(enumerate(sorted(values)))
         if self.way == "cycle":
-            return {value: (n % self.lengths[0], n // self.lengths[0]) for n, value in ranks}
+            return {value: (n % len(self.lengths), n // len(self.lengths)) for n, value in ranks}
         starts = [0, *accumulate(self.lengths)]
         stage = [j for j, length in enumerate(self.lengths) for _ in range(length)]
         stage += [len(self.lengths)] * (len(ranks) - len(stage))  # values that only other leaves have

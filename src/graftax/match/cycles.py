@@ -8,11 +8,13 @@ repeated, so its parts are the places of a cycle. A module inside each of them i
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from graftax.match.blocks import Doubt, Option, View, prefix_text, surest
 from graftax.match.cutting import Cut, Cuts, Tokens
+from graftax.match.key_templates import skeleton
 from graftax.match.match_inputs import Ends
 from graftax.match.pairs import Scope
 from graftax.match.sides import Family, Module
@@ -31,19 +33,19 @@ class Rivals:
     told: str = ""
 
     @classmethod
-    def of(cls, before: Both, tied: Sequence[tuple[Both, View]], ends: Ends) -> Rivals:
-        changes = [(n, prefix) for n in (0, 1) for prefix, cut in tied[0][0][n].items() if before[n].get(prefix) != cut]
-        n, prefix = changes[0]
-        ways = [
-            (way, view)
-            for way, view in tied
-            if way[n].get(prefix, Cut("names")).lengths and way[1 - n] == before[1 - n]
+    def of(cls, before: tuple[Both, View], tied: Sequence[tuple[Both, View]], ends: Ends) -> Rivals:
+        """The rivals among the tied views; the view `before` if nothing could tell them apart or ask about them."""
+        cuts = tied[0][0]
+        changes = [
+            (n, at) for n in (0, 1) for at, cut in cuts[n].items() if cut.lengths and before[0][n].get(at) != cut
         ]
-        found = cls([(w, v) for w, v in ways if w[n][prefix].way in ("cycle", "stages")], n, prefix)
-        if len(changes) > 1 or len(found.views) < 2:
-            return cls(tied[:1])
-        scope = found.scope(found.views[0][1])
-        return cls(found.views, n, prefix, _shown(scope, n, ends) if scope is not None else "")
+        for n, prefix in changes[:1]:
+            ways = [(way, view) for way, view in tied if way[n].get(prefix, _NONE).way in ("cycle", "stages")]
+            found = cls(ways, n, prefix)
+            if len({found.cut(way).way for way, _ in ways}) > 1:
+                scopes = found.scopes(ways[0][1])
+                return replace(found, told=_shown(scopes, n, ends)) if scopes else cls([before])
+        return cls(tied[:1])
 
     @property
     def open(self) -> bool:
@@ -52,58 +54,61 @@ class Rivals:
 
     @property
     def likeliest(self) -> tuple[Both, View]:
-        return next((item for item in self.views if self.told and self._cut(item[0]).way == self.told), self.views[0])
+        return next((item for item in self.views if self.told and self.cut(item[0]).way == self.told), self.views[0])
 
-    def _cut(self, way: Both) -> Cut:
+    def cut(self, way: Both) -> Cut:
         return way[self.n][self.prefix]
 
-    def scope(self, view: View) -> Scope | None:
-        """The scope that holds the blocks."""
-        inside = *self.prefix, (0,)
-        return next((s for s in view.scopes[1:] if any(_within(m, inside) for m in (s.torch, s.flax)[self.n])), None)
+    def scopes(self, view: View) -> list[Scope]:
+        """The scopes that hold the blocks: one, or one for each place or stage."""
+        return [s for s in view.scopes[1:] if any(self._holds(m) for m in (s.torch, s.flax)[self.n])]
+
+    def _holds(self, module: Module) -> bool:
+        at = len(self.prefix)
+        return module.outer[:at] == self.prefix and len(module.outer) > at and not isinstance(module.outer[at], str)
 
     def set_aside(self, view: View) -> View:
-        """The view without the scope of the blocks, which are asked about."""
-        scope = self.scope(view)
-        if scope is None:
-            return view
-        options = [(_said(self._cut(way)), option) for way, option in self._options()]
+        """The view without the scopes of the blocks, which are asked about."""
+        scopes = self.scopes(view)
+        options = [(_said(self.cut(way)), option) for way, option in self._options()]
         why = f"{prefix_text((*self.prefix, (0,)))} may count through a cycle of layers or through stages of them"
-        blocks = [Family((), [], modules, []) for modules in (scope.torch, scope.flax)]
-        rest = [other for other in view.scopes if other is not scope]
-        return replace(view, scopes=rest, doubts=[*view.doubts, Doubt(blocks[:1], blocks[1:], why, options)])
+        blocks = [[Family((), [], (scope.torch, scope.flax)[n], []) for scope in scopes] for n in (0, 1)]
+        rest = [other for other in view.scopes if not any(other is scope for scope in scopes)]
+        return replace(view, scopes=rest, doubts=[*view.doubts, Doubt(blocks[0], blocks[1], why, options)])
 
     def _options(self) -> Iterator[tuple[Both, Option]]:
         for way, view in self.views:
-            scope = self.scope(view)
-            pair = surest(scope) if scope is not None else None
-            if scope is not None and pair is not None:
-                yield way, [(scope, pair)]
+            found = [(scope, pair) for scope in self.scopes(view) if (pair := surest(scope)) is not None]
+            if found:
+                yield way, found
 
 
-def _within(module: Module, inside: Tokens) -> bool:
-    return module.outer[: len(inside)] == inside
+_NONE = Cut("names")
 
 
 def _said(cut: Cut) -> str:
-    return f"there are {len(cut.lengths)} stages" if cut.way == "stages" else f"each cycle has {cut.lengths[0]} layers"
+    count = len(cut.lengths)
+    return f"there are {count} stages" if cut.way == "stages" else f"each cycle has {count} layers"
 
 
-def _shown(scope: Scope, n: int, ends: Ends) -> str:
+def _shown(scopes: Sequence[Scope], n: int, ends: Ends) -> str:
     """What the paths of the stacked side show: `cycle`, `stages`, or ''."""
-    modules, every, side = (scope.torch, ends.torch, ends.torch_side) if n else (scope.flax, ends.flax, ends.flax_side)
-    columns = [column for module in modules for column in module.roles.values()]
-    paths = [[re.split(r"[./]", p[0]) for p in column.paths.values()] for column in columns]
-    rows = next((found for found in paths if len(found) > 1), [])
+    every, side = (ends.torch, ends.torch_side) if n else (ends.flax, ends.flax_side)
+    modules = [module for scope in scopes for module in (scope.torch if n else scope.flax)]
+    held = {path for m in modules for c in m.roles.values() for paths in c.paths.values() for path in paths}
+    alike: defaultdict[str, list[list[str]]] = defaultdict(list)
+    for path in held:
+        alike[skeleton(path)].append(_split(path))
+    rows = max(alike.values(), key=len)
     at = next((i for i, parts in enumerate(zip(*rows, strict=False)) if len(set(parts)) > 1), None)
     if at is None:
         return ""
-    start = 1 if side == "flax" else 0
     around = rows[0][:at]
-    held = {path for column in columns for found in column.paths.values() for path in found}
-    near = [path for path in every if re.split(r"[./]", path)[:at] == around]
-    outside = at > start and held.issuperset(near)
-    inside = len({parts[0][at + 1] for parts in paths if len(parts[0]) > at + 1}) == 1 and all(
-        len(parts[0]) > at + 2 for parts in paths
-    )
+    outside = at > (side == "flax") and held.issuperset(path for path in every if _split(path)[:at] == around)
+    below = [parts[at + 1 :] for found in alike.values() for parts in found]
+    inside = len({parts[0] for parts in below if parts}) == 1 and all(len(parts) > 1 for parts in below)
     return "" if outside == inside else "cycle" if outside else "stages"
+
+
+def _split(path: str) -> list[str]:
+    return re.split(r"[./]", path)

@@ -63,7 +63,7 @@ def part_lists(now: View, n: int) -> Iterator[Cuts]:
             sums = [sum(runs[i : i + count]) for i in range(0, len(runs), max(count, 1))]
             if not odd and 1 < count <= _MOST and sums == other.sizes:
                 parts = {(*prefix, place): Cut("parts") for place in range(count)}
-                yield {**_named([prefix]), prefix: Cut("cycle", (count,)), **parts}
+                yield {**_named([prefix]), prefix: Cut("cycle", (len(other.keys),) * count), **parts}
         for keys, group in groups.items():
             for start in dict.fromkeys([(), *(prefix[:1] for prefix in group)]) if len(keys) == len(other.keys) else ():
                 some = [

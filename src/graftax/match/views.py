@@ -50,7 +50,9 @@ class Views:
             least = min(rated, default=None)
             if least is None or least >= score(self.ends, now):
                 break
-            rivals = Rivals.of(cuts, [options[i] for i, rating in enumerate(rated) if rating == least], self.ends)
+            rivals = Rivals.of(
+                (cuts, now), [options[i] for i, rating in enumerate(rated) if rating == least], self.ends
+            )
             cuts, now = rivals.likeliest
             asked += [rivals] if rivals.open else []
         counted = self._lists(now, cuts)
@@ -101,10 +103,8 @@ class Views:
                 for cut in _two_numbers({key for family in around for key in family.keys}, counts):
                     yield _with(cuts, n, {prefix: cut})
             for mine, theirs in product(outer[n], outer[1 - n]):
-                lengths = _stages(mine.sizes, theirs.sizes)
-                if lengths:  # stages of unequal length are told apart by name
-                    both = _with(cuts, n, {mine.prefix[:-1]: Cut("stages", lengths)})
-                    yield _with(both, 1 - n, {theirs.prefix[:-1]: Cut("names")})
+                for cut in _unequal(mine.sizes, theirs.sizes):  # their stacks differ, so each has a name
+                    yield _with(_with(cuts, n, {mine.prefix[:-1]: cut}), 1 - n, {theirs.prefix[:-1]: Cut("names")})
             for prefix, cut in _of_one(now, n):
                 yield _with(cuts, n, {prefix: cut})
             for found in part_lists(now, n):
@@ -205,17 +205,22 @@ def _two_numbers(keys: Collection[Key], counts: Iterable[int]) -> Iterator[Cut]:
         return
     for count in sorted(counts):
         if 1 < count <= values and values % count == 0:
-            yield Cut("cycle", (count,))
+            yield Cut("cycle", (values // count,) * count)
             if count < values:
                 yield Cut("stages", (values // count,) * count)
 
 
-def _stages(sizes: Sequence[int], wholes: Sequence[int]) -> tuple[int, ...]:
-    """The unequal lengths of the runs of blocks that have the sizes of the other side's blocks, or ()."""
+def _unequal(sizes: Sequence[int], wholes: Sequence[int]) -> Iterator[Cut]:
+    """Places of a cycle that is cut short, and stages of unequal length, that have the sizes of the other side's
+    blocks."""
+    places = [sizes[place :: len(wholes)] for place in range(len(wholes))]
+    if len(sizes) % len(wholes) and [sum(place) for place in places] == list(wholes):
+        yield Cut("cycle", tuple(map(len, places)))
     sums = list(accumulate(sizes))
     ends = [sums.index(whole) + 1 for whole in accumulate(wholes) if whole in sums]
     lengths = tuple(b - a for a, b in pairwise((0, *ends)))
-    return lengths if ends[-1:] == [len(sizes)] and len(ends) == len(wholes) and len(set(lengths)) > 1 else ()
+    if ends[-1:] == [len(sizes)] and len(ends) == len(wholes) and len(set(lengths)) > 1:
+        yield Cut("stages", lengths)
 
 
 def _of_one(now: View, n: int) -> Iterator[tuple[Tokens, Cut]]:
@@ -229,7 +234,7 @@ def _of_one(now: View, n: int) -> Iterator[tuple[Tokens, Cut]]:
             outer = mine[0].outer
             values = {keys[n][-1:] for keys in scope.keys}
             if outer and isinstance(outer[-1], tuple) and len(values) == len(scope.keys):
-                yield outer[:-1], Cut("cycle", (len(values),))
+                yield outer[:-1], Cut("cycle", (1,) * len(values))
             continue
         places: defaultdict[Tokens, Counter[int]] = defaultdict(Counter)
         for module in mine:
