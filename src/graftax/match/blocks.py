@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, permutations
 
@@ -242,19 +242,32 @@ class Stacks:
         out: list[_Pending] = []
         for (count, size), mine in wanted.items():
             theirs = [part for part in parts if part.sizes == [size] and _has_axis(part, count)]
-            for pair in pair_families(*((theirs, mine) if side else (mine, theirs)), self.root.lex, {})[0]:
-                part, stack = (pair.torch, pair.flax) if side else (pair.flax, pair.torch)
+            for stack, part in self._same_parts(mine, theirs, side):
+                every = self.root.torch if side else self.root.flax
                 taken = {id(module) for module in part.modules}
-                left = [m for m in (self.root.torch if side else self.root.flax) if id(m) not in taken]
-                if len(left) + len(taken) == len(self.root.torch if side else self.root.flax):
-                    self.root.torch, self.root.flax = (left, self.root.flax) if side else (self.root.torch, left)
-                    inner = [Family(f.prefix, f.keys, [_below(m, _depth(f)) for m in f.modules], f.sizes)
-                             for f in (pair.torch, pair.flax)]  # fmt: skip
-                    self.scopes.append(self._scope(replace(pair, torch=inner[0], flax=inner[1])))
-                    out.append(home[id(stack.modules)])
-                    if _leaf_sizes(part) != _leaf_sizes(stack):
-                        self.partly[side].extend(out[-1].members)
+                left = [module for module in every if id(module) not in taken]
+                if len(left) + len(taken) < len(every):
+                    continue  # another stack holds some of it
+                self.root.torch, self.root.flax = (left, self.root.flax) if side else (self.root.torch, left)
+                torch, flax = (_inside(f) for f in ((part, stack) if side else (stack, part)))
+                self.scopes.append(self._scope(FamilyPair(torch, flax, [((), ())], "sizes and names")))
+                out.append(home[id(stack.modules)])
+                if _leaf_sizes(part) != _leaf_sizes(stack):
+                    self.partly[side].extend(out[-1].members)
         return out
+
+    def _same_parts(self, stacks: list[Family], parts: list[Family], side: int) -> Iterator[tuple[Family, Family]]:
+        """Stacks and parts of one size that belong together: by their words and, if several differ only in a number, in
+        the order of the numbers."""
+        mine, theirs = _by_words(stacks), _by_words(parts)
+        firsts = [found[0] for found in mine], [found[0] for found in theirs]
+        for pair in pair_families(*(firsts[::-1] if side else firsts), self.root.lex, {})[0]:
+            stack, part = (pair.flax, pair.torch) if side else (pair.torch, pair.flax)
+            ends = [
+                next(found for found in some if found[0] is first) for some, first in ((mine, stack), (theirs, part))
+            ]
+            if len(ends[0]) == len(ends[1]):
+                yield from zip(*ends, strict=True)
 
     def nest(self, torch: list[Family], flax: list[Family]) -> tuple[list[Family], list[Family]]:
         """Pair blocks with blocks of the same name of which the other side has more, number by number. Returns the
@@ -316,9 +329,18 @@ def _leaf_sizes(part: Family) -> Counter[int]:
     return Counter(c.size for module in part.modules for c in module.roles.values() if c.role != "counter")
 
 
-def _depth(part: Family) -> int:
-    """How many tokens of its modules lead to this part."""
-    return len(part.prefix) - isinstance(part.prefix[-1], tuple)
+def _by_words(families: Iterable[Family]) -> list[list[Family]]:
+    """The families in groups whose prefixes differ only in numbers, in the order of the numbers."""
+    out: defaultdict[Tokens, list[Family]] = defaultdict(list)
+    for family in families:
+        out[tuple(token for token in family.prefix if isinstance(token, str))].append(family)
+    return [sorted(some, key=lambda f: [t for t in f.prefix if isinstance(t, int)]) for some in out.values()]
+
+
+def _inside(part: Family) -> Family:
+    """The part with the paths of its modules from there on."""
+    depth = len(part.prefix) - isinstance(part.prefix[-1], tuple)
+    return replace(part, modules=[_below(module, depth) for module in part.modules])
 
 
 def _below(module: Module, depth: int) -> Module:

@@ -16,8 +16,10 @@ from graftax.match.blocks import Doubt, Option, View, prefix_text, surest
 from graftax.match.cutting import Cut, Cuts, Tokens
 from graftax.match.key_templates import skeleton
 from graftax.match.match_inputs import Ends
+from graftax.match.names import Lexicon, concepts
 from graftax.match.pairs import Scope
 from graftax.match.sides import Family, Module
+from graftax.tree import split_words
 
 Both = tuple[Cuts, Cuts]
 
@@ -93,6 +95,7 @@ def _said(cut: Cut) -> str:
 
 def _shown(scopes: Sequence[Scope], n: int, ends: Ends) -> str:
     """What the paths of the stacked side show: `cycle`, `stages`, or ''."""
+    lex = scopes[0].lex
     every, side = (ends.torch, ends.torch_side) if n else (ends.flax, ends.flax_side)
     modules = [module for scope in scopes for module in (scope.torch if n else scope.flax)]
     held = {path for m in modules for c in m.roles.values() for paths in c.paths.values() for path in paths}
@@ -107,7 +110,17 @@ def _shown(scopes: Sequence[Scope], n: int, ends: Ends) -> str:
     outside = at > (side == "flax") and held.issuperset(path for path in every if _split(path)[:at] == around)
     below = [parts[at + 1 :] for found in alike.values() for parts in found]
     inside = len({parts[0] for parts in below if parts}) == 1 and all(len(parts) > 1 for parts in below)
+    if outside and inside:  # a part that holds nothing else may be the model around the blocks
+        outside, inside = _lists_blocks(around[-1], lex), _lists_blocks(below[0][0], lex)
+        inside = inside or "stage" in concepts(split_words(rows[0][at]), lex)
     return "" if outside == inside else "cycle" if outside else "stages"
+
+
+def _lists_blocks(part: str, lex: Lexicon) -> bool:
+    return bool(_BLOCKS.intersection(concepts(split_words(part), lex)))
+
+
+_BLOCKS = frozenset(("layer", "stage", "list"))
 
 
 def _split(path: str) -> list[str]:

@@ -45,16 +45,11 @@ class Views:
         now = self.at(cuts)
         asked: list[Rivals] = []
         for _ in range(_ROUNDS):
-            options = [(way, self.at(way)) for way in self._options(now, cuts)]
-            rated = [score(self.ends, found) for _, found in options]
-            least = min(rated, default=None)
-            if least is None or least >= score(self.ends, now):
+            better = self._better(now, cuts, self._options(now, cuts)) or self._better(now, cuts, _apart(now, cuts))
+            if better is None:
                 break
-            rivals = Rivals.of(
-                (cuts, now), [options[i] for i, rating in enumerate(rated) if rating == least], self.ends
-            )
-            cuts, now = rivals.likeliest
-            asked += [rivals] if rivals.open else []
+            cuts, now = better.likeliest
+            asked += [better] if better.open else []
         counted = self._lists(now, cuts)
         if counted is not None and score(self.ends, found := self.at(counted)) <= score(self.ends, now):
             cuts, now = counted, found
@@ -64,6 +59,16 @@ class Views:
         for rivals in asked:
             now = rivals.set_aside(now)
         return now
+
+    def _better(self, now: View, cuts: Both, ways: Iterable[Both]) -> Rivals | None:
+        """The views of these ways that leave least without a partner, if it is less than now."""
+        options = [(way, self.at(way)) for way in ways]
+        rated = [score(self.ends, found) for _, found in options]
+        least = min(rated, default=None)
+        if least is None or least >= score(self.ends, now):
+            return None
+        tied = [option for option, rating in zip(options, rated, strict=True) if rating == least]
+        return Rivals.of((cuts, now), tied, self.ends)
 
     def at(self, cuts: Both) -> View:
         """The view with these cuts."""
@@ -117,12 +122,6 @@ class Views:
             for n in (0, 1):
                 if kinds[n]:
                     yield _with(cuts, n, kinds[n])
-        small = _dissolved(now)  # the last, for equal views: as single modules, blocks fit anywhere
-        for n in (0, 1):
-            if small[n]:
-                yield _with(cuts, n, small[n])
-        if all(small):
-            yield {**cuts[0], **small[0]}, {**cuts[1], **small[1]}
 
     def _lists(self, now: View, cuts: Both) -> Both | None:
         """The cuts with numbers that are parts of names as blocks, where one side has more of the same list."""
@@ -148,6 +147,17 @@ def _lists(lost: Iterable[Family], root: Family, lex: Lexicon) -> dict[frozenset
     for prefix in found:
         named[frozenset(concepts(prefix, lex))].append(prefix)
     return {words: (some[0], found[some[0]]) for words, some in named.items() if len(some) == 1}
+
+
+def _apart(now: View, cuts: Both) -> Iterator[Both]:
+    """Cuts that dissolve the lost blocks of one side, or of both. They are the last to be tried: as single modules,
+    blocks fit anywhere."""
+    small = _dissolved(now)
+    for n in (0, 1):
+        if small[n]:
+            yield _with(cuts, n, small[n])
+    if all(small):
+        yield {**cuts[0], **small[0]}, {**cuts[1], **small[1]}
 
 
 def _dissolved(now: View) -> Both:
