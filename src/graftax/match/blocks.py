@@ -261,13 +261,13 @@ class Stacks:
         the order of the numbers."""
         mine, theirs = _by_words(stacks), _by_words(parts)
         firsts = [found[0] for found in mine], [found[0] for found in theirs]
-        for pair in pair_families(*(firsts[::-1] if side else firsts), self.root.lex, {})[0]:
+        ends = firsts[::-1] if side else firsts
+        for pair in pair_families(ends[0], ends[1], self.root.lex, {})[0]:
             stack, part = (pair.flax, pair.torch) if side else (pair.torch, pair.flax)
-            ends = [
-                next(found for found in some if found[0] is first) for some, first in ((mine, stack), (theirs, part))
-            ]
-            if len(ends[0]) == len(ends[1]):
-                yield from zip(*ends, strict=True)
+            left = next(found for found in mine if found[0] is stack)
+            right = next(found for found in theirs if found[0] is part)
+            if len(left) == len(right):
+                yield from zip(left, right, strict=True)
 
     def nest(self, torch: list[Family], flax: list[Family]) -> tuple[list[Family], list[Family]]:
         """Pair blocks with blocks of the same name of which the other side has more, number by number. Returns the
