@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import graftax as gx
 from graftax.match.planning import make_plan
 from graftax.plans import Plan, PlanOptions
 from graftax.tree import Checkpoint, Storage, TensorSpec
@@ -187,3 +188,12 @@ def test_a_table_of_positions_speaks_for_its_own_tower_alone() -> None:
     rotary = next(a for a in plan.assumptions if a.text.startswith("rotary"))
     assert rotary.targets
     assert not any("vision" in name for name in rotary.targets)
+
+
+def test_the_order_of_gates_in_one_tensor_is_assumed() -> None:
+    gates = {"cell.gates.weight": np.zeros((16, 4), "float32"), "cell.gates.bias": np.zeros(16, "float32")}
+    like = {"cell": {"gates": {"kernel": np.zeros((4, 16), "float32"), "bias": np.zeros(16, "float32")}}}
+    plan = gx.plan(gates, like)
+    assert plan.complete
+    (said,) = (assumption for assumption in plan.assumptions if assumption.text.startswith("gates:"))
+    assert set(said.targets) == {"cell/gates/kernel", "cell/gates/bias"}

@@ -92,12 +92,13 @@ _VECTORS = frozenset(("weight", "scale"))
 @dataclass(slots=True)
 class _Seen:
     """The entries that an assumption is about: projections to queries and to keys, tensors that are fused on both
-    sides, and norms that have only a scale."""
+    sides (gates: those of a cell), and norms that have only a scale."""
 
     queries: list[Entry] = field(default_factory=list[Entry])
     keys: list[Entry] = field(default_factory=list[Entry])
     joined: bool = False
     fused: list[Entry] = field(default_factory=list[Entry])
+    gates: list[Entry] = field(default_factory=list[Entry])
     norms: list[Entry] = field(default_factory=list[Entry])
 
 
@@ -143,7 +144,7 @@ def unseen(
     entries: Iterable[Entry], source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]
 ) -> tuple[Assumption, ...]:
     """What the plan assumes about the meaning of values. There is one assumption each for rotary embeddings, scales of
-    norms, scales folded into weights, and the order of parts in a tensor that is fused on both sides. There is none if
+    norms, scales folded into weights, and the order of parts or gates in a tensor that is fused on both sides. None if
     both ends are of one side, or if framework modules on both sides show what they do."""
     if sides[0] == sides[1]:
         return ()
@@ -172,6 +173,9 @@ def unseen(
         names = _targeted(seen.fused)
         text = f"fused: {names} hold q, k and v in the same order on both sides: one after the other, or head by head"
         out.append(Assumption(text, PARITY, _leaves(seen.fused)))
+    if seen.gates:
+        text = f"gates: {_targeted(seen.gates)} hold the gates of a cell in the same order on both sides"
+        out.append(Assumption(text, PARITY, _leaves(seen.gates)))
     return tuple(out)
 
 
@@ -223,6 +227,9 @@ def _look(group: list[Entry], source: Checkpoint, ends: tuple[_Side, _Side], see
     kinds = [end.kinds.get(path, frozenset()) for end, path in first]
     words = [end.words(path, lex) for end, path in first]
     rank = len(source[entry.sources[0]].shape)
+    if rank and len(entry.targets) == 1 and all("gates" in whole_words(path) for _, path in first):
+        seen.gates += group
+        return
     if rank == 1 and all(end.last(path) in _VECTORS and end.alone(path) for end, path in first):
         offset = any(isinstance(op, Offset) for op in entry.ops)
         if "norm" in words[0] | words[1] and not all(kinds) and not offset:
