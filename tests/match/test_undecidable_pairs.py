@@ -149,6 +149,10 @@ ASKED: dict[str, Case] = {
     ),
     "a square of a kind that nothing tells": [("block.alpha.weight", "block/alpha/w", (D, D), LIN)],
     "a bare square parameter against a kernel": [("scope.proj", "params/scope/proj/kernel", (D, D), "")],
+    "a bilinear map": [
+        ("scorer.biaffine.weight", "params/scorer/biaffine/kernel", (5, D, D), "o a b -> a b o"),
+        ("scorer.biaffine.bias", "params/scorer/biaffine/bias", (5,)),
+    ],
     "a convolution's window as a Linear": [
         ("patch.weight", "params/patch/kernel", (D, 3, 4, 4), "o i a b -> (a b i) o")
     ],

@@ -118,7 +118,7 @@ def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool, kinds:
             whole = False
             continue
         link, full = _link(role, column, other, to_flax, same)
-        if link is not None and kinds and not same:
+        if link is not None and not same:
             kinds.tell((torch, flax), link, to_flax)
         if link is None or not link.labels:
             return None

@@ -48,11 +48,12 @@ class Kinds:
 
     def tell(self, modules: tuple[Module, Module], link: Link, keys: Mapping[Key, Key]) -> None:
         """State in the link what the live modules show of its layout: the readings of the layer table for their kinds;
-        every order of axes for a class that may use its own."""
+        every order of axes for a class that may use its own, or whose name says that it is no convolution."""
         live = self._live(modules[0], True), self._live(modules[1], False)
-        if not any(live) or link.torch.role not in ("weight", "value"):
+        other = not any(live) and _no_convolution(modules, link)
+        if not (any(live) or other) or link.torch.role not in ("weight", "value"):
             return
-        if any(map(own_layout, live, ("torch", "flax"))):
+        if other or any(map(own_layout, live, ("torch", "flax"))):
             self._tell_orders(link, keys)
         elif link.torch.role == "weight" and not link.torch.stack and not link.flax.stack:
             self._tell_table(modules, live, link, keys)
@@ -146,6 +147,13 @@ UNKNOWN = Kinds()
 """Nothing is live."""
 SIDES: tuple[Side, Side] = ("torch", "flax")
 _AXES = "abcde"
+OF_TWO = frozenset(("bilinear", "biaffine", "bilin"))
+
+
+def _no_convolution(modules: tuple[Module, Module], link: Link) -> bool:
+    """True if the names say that a weight of three axes takes two inputs."""
+    shape = next(iter(link.torch.shapes.values()))
+    return len(shape) == 3 and any(not OF_TWO.isdisjoint((*m.outer, *m.tokens)) for m in modules)
 
 
 def axis_orders(shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[int, ...]]:

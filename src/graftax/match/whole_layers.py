@@ -11,6 +11,7 @@ from graftax.errors import Failure, LayoutError, escape
 from graftax.layers import Connection, Part, connect, known_kind
 from graftax.layers import settled as settled_connection
 from graftax.match.choose import says_transposed
+from graftax.match.kinds import OF_TWO
 from graftax.match.names import concepts, lexicon
 from graftax.match.recurrent import unruled
 from graftax.match.unlike import unlike
@@ -74,6 +75,8 @@ def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkp
         return True  # rows lie part by part or head by head, and no kind of module shows which
     if found.by == "modules":
         return False
+    if any(len(shape) == 3 for shape in shapes) and any(not OF_TWO.isdisjoint(side) for side in words):
+        return True
     if _may_be_transposed(torch, flax, torch_end):
         return True
     ranks = {max(len(shape) for shape in shapes), max(len(flax_end[name].shape) for name in flax.roles.values())}
