@@ -8,10 +8,9 @@ get ranges or, at last, each instance gets a line.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import permutations, product
 
 from graftax.match.numbers import NUMBER
 from graftax.match.pairs import Scope
@@ -32,22 +31,6 @@ class Line:
     flax: tuple[str | list[str], ...]
     stack: tuple[str, ...] = ()
     ranges: Mapping[str, str] = field(default_factory=dict[str, str])
-
-
-@dataclass(slots=True)
-class _Number:
-    """One number of a column's paths: its value in each instance, and what each stacked axis adds to it."""
-
-    values: Numbers
-    steps: Numbers
-
-
-@dataclass(slots=True)
-class _Index:
-    """An index: its values in each instance, and its name."""
-
-    values: Numbers
-    name: str = ""
 
 
 def skeleton(path: str) -> str:
@@ -72,7 +55,7 @@ def _listed(keys: tuple[Key, Key], torch: Sequence[Column], flax: Sequence[Colum
     for key, columns in zip(keys, (torch, flax), strict=True):
         found = [[escape_key(path) for path in column.paths[key]] for column in columns]
         ends.append(tuple(paths if len(paths) > 1 else paths[0] for paths in found))
-    stacked = any(isinstance(paths, list) for end in ends for paths in end)
+    stacked = any(math.prod(column.stack) > 1 for column in (*torch, *flax))
     return Line(ends[0], ends[1], ("list",) if stacked else ())
 
 
@@ -80,62 +63,47 @@ def _line(
     scope: Scope, shared: Sequence[tuple[Key, Key]], torch: Sequence[Column], flax: Sequence[Column]
 ) -> Line | None:
     """One line for these instances; None if indices cannot name exactly their leaves."""
-    places: list[tuple[int, Column, list[tuple[str, ...]]]] = []
-    for n, columns in enumerate((torch, flax)):
-        places += [(n, column, [column.paths[keys[n]] for keys in shared]) for column in columns]
-    numbers = [one for _, column, rows in places if (one := _numbers(column, rows)) is not None]
-    if len(numbers) != len(places):
+    stack = next((column.stack for column in (*torch, *flax) if math.prod(column.stack) > 1), ())
+    rows = list(product(shared, range(math.prod(stack))))
+    ends = [(n, column) for n, columns in enumerate((torch, flax)) for column in columns]
+    paths = [[(found := column.paths[keys[n]])[at % len(found)] for keys, at in rows] for n, column in ends]
+    if any(len(set(map(skeleton, some))) > 1 for some in paths):
         return None
-    depth = max((len(column.stack) for _, column, _ in places), default=0)
-    indices = _indices([number.values for row in numbers for number in row], [n for row in numbers for n in row])
-    for name, index in zip(_NAMES, indices, strict=False):
-        index.name = name
-    stack = tuple(_NAMES[len(indices) + n] for n in range(depth))
-    texts: tuple[list[str], list[str]] = ([], [])
-    for (n, _, rows), row in zip(places, numbers, strict=True):
-        written = [_written(number, indices, stack) for number in row]
-        if None in written:
-            return None
-        pieces = [escape_key(piece) for piece in NUMBER.split(rows[0][0])]
-        texts[n].append(pieces[0] + "".join(f"{text}{piece}" for text, piece in zip(written, pieces[1:], strict=True)))
-    if any(index.name not in _parsed(text).names for index in indices for text in (*texts[0], *texts[1])):
-        return None  # an index has one name on both sides
-    rows = [rows for _, _, rows in places]
-    found = [*texts[0], *texts[1]]
-    spans = _spans(found, rows)
-    for ranges in ({}, {name: f"{min(v)}..{max(v)}" for name, v in spans.items() if _gapless(v)}):
-        allowed = {name: spans[name] for name in ranges}
-        if all(_names_only(scope, text, paths, allowed) for text, paths in zip(found, rows, strict=True)):
-            return Line(tuple(texts[0]), tuple(texts[1]), stack, ranges)
+    numbers = [list(zip(*([int(n) for n in NUMBER.findall(path)] for path in some), strict=True)) for some in paths]
+    strides = [math.prod(stack[n + 1 :]) for n in range(len(stack))]
+    own = [tuple(at // stride % count for _, at in rows) for stride, count in zip(strides, stack, strict=True)]
+    for zero in (False, True):
+        indices = _indices([vector for some in numbers for vector in some], own, zero)
+        texts = [_text(some[0], vectors, indices) for some, vectors in zip(paths, numbers, strict=True)]
+        if None not in texts:
+            break
+    found = [text for text in texts if text is not None]
+    used = [{name for text, (n, _) in zip(found, ends, strict=False) if n == end for name in _parsed(text).names}
+            for end in (0, 1)]  # fmt: skip
+    free = tuple(indices)[len(indices) - len(own) :]
+    if (
+        len(found) < len(texts)
+        or set(indices).difference(free) != used[0] & used[1]
+        or not used[0] | used[1] >= set(free)
+    ):
+        return None  # an index that is not stacked has one name on both sides
+    spans = {name: set(vector) for name, vector in indices.items()}
+    for allowed in ({}, {name: span for name, span in spans.items() if max(span) - min(span) < len(span)}):
+        if all(_names_only(scope, text, some, allowed) for text, some in zip(found, paths, strict=True)):
+            ranges = {name: f"{min(span)}..{max(span)}" for name, span in allowed.items()}
+            return Line(tuple(found[: len(torch)]), tuple(found[len(torch) :]), free, ranges)
     return None
-
-
-def _spans(texts: Sequence[str], rows: Sequence[list[tuple[str, ...]]]) -> dict[str, set[int]]:
-    """The values of every index."""
-    out: defaultdict[str, set[int]] = defaultdict(set)
-    for text, found in zip(texts, rows, strict=True):
-        made = _parsed(text)
-        for path in (path for paths in found for path in paths) if made.names else ():
-            binding = made.match(path)
-            for name, number in zip(made.names, binding.numbers if binding is not None else (), strict=False):
-                out[name].add(number)
-    return out
 
 
 def _parsed(text: str) -> Template:
     return parse_template(text, "torch")  # the side makes no difference without wildcards
 
 
-def _gapless(values: Iterable[int]) -> bool:
-    return all(b - a == 1 for a, b in pairwise(sorted(set(values))))
-
-
-def _names_only(scope: Scope, text: str, rows: Sequence[tuple[str, ...]], allowed: Mapping[str, set[int]]) -> bool:
+def _names_only(scope: Scope, text: str, paths: Sequence[str], allowed: Mapping[str, set[int]]) -> bool:
     """True if the template names exactly these leaves."""
-    near = scope.crowd.get(skeleton(rows[0][0]), ())
+    near, wanted = scope.crowd.get(skeleton(paths[0]), ()), set(paths)
     if len(near) > _MOST:
-        return sum(map(len, rows)) == len(near)
-    wanted = {path for paths in rows for path in paths}
+        return len(wanted) == len(near)
     made = _parsed(text)
     hits: set[str] = set()
     for path in {*near, *wanted}:
@@ -149,103 +117,56 @@ def _names_only(scope: Scope, text: str, rows: Sequence[tuple[str, ...]], allowe
 # ---------------------------------------------------------------- numbers
 
 
-def _numbers(column: Column, rows: Sequence[tuple[str, ...]]) -> list[_Number] | None:
-    """The numbers of a column's paths; None if the paths differ in more, or a stacked axis has no constant step."""
-    if len({skeleton(path) for paths in rows for path in paths}) != 1:
-        return None
-    values = [[[int(n) for n in NUMBER.findall(path)] for path in paths] for paths in rows]
-    strides = [math.prod(column.stack[n + 1 :]) for n in range(len(column.stack))]
-    out: list[_Number] = []
-    for place in range(len(values[0][0])):
-        first = values[0][0][place]
-        steps = tuple(values[0][stride][place] - first if stride < len(rows[0]) else 0 for stride in strides)
-        for row in values:
-            for n, found in enumerate(row):
-                at = (n // stride % count for stride, count in zip(strides, column.stack, strict=True))
-                if found[place] != row[0][place] + sum(a * step for a, step in zip(at, steps, strict=True)):
-                    return None
-        out.append(_Number(tuple(row[0][place] for row in values), steps))
+def _indices(vectors: Sequence[Numbers], own: Sequence[Numbers], zero: bool) -> dict[str, Numbers]:
+    """Indices that express all vectors, by name; last those that only the stacked side has. An index starts at 0 with
+    `zero`, else at its least value on either side."""
+    classes: dict[Numbers, Numbers] = {}
+    for vector in (*vectors, *own):
+        moved = tuple(value - vector[0] for value in vector)
+        classes[moved] = min(classes.get(moved, vector), vector)
+    starts = {moved: tuple(v - min(vector) for v in vector) if zero else vector for moved, vector in classes.items()}
+    free = [vector for moved, vector in starts.items() if any(moved) and moved not in own and not _terms(
+        vector, {str(n): other for n, other in enumerate(starts.values()) if other is not vector})]  # fmt: skip
+    return dict(zip(_NAMES, (*free, *own), strict=False))
+
+
+def _text(path: str, vectors: Sequence[Numbers], indices: Mapping[str, Numbers]) -> str | None:
+    """The path with indices in place of its numbers; None if a template cannot say one of them."""
+    out = ""
+    for piece, vector in zip(NUMBER.split(path), (*vectors, None), strict=True):
+        out += escape_key(piece)
+        if vector is not None:
+            said = _terms(vector, indices)
+            if said is None:
+                return None
+            out += said
     return out
 
 
-def _indices(vectors: Iterable[Numbers], numbers: Sequence[_Number]) -> list[_Index]:
-    """The indices that express all vectors, in the order of their first appearance."""
-    classes: dict[Numbers, Numbers] = {}
-    for vector in vectors:
-        moved = tuple(value - vector[0] for value in vector)
-        if any(moved):
-            classes[moved] = min(classes.get(moved, vector), vector)
-    basis = {
-        moved: _Index(vector)
-        for moved, vector in classes.items()
-        if not any(_terms(vector, [_Index(a), _Index(b)]) for a, b in _others(classes, moved))
-    }
-    for moved, index in basis.items():
-        low = min(index.values)
-        if any(_joined(number, moved) for number in numbers) or len(basis) < len(classes):
-            index.values = tuple(value - low for value in index.values)
-    return list(basis.values())
-
-
-def _joined(number: _Number, moved: Numbers) -> bool:
-    """True if an index and a stacked axis make up one number."""
-    return any(number.steps) and tuple(value - number.values[0] for value in number.values) == moved
-
-
-def _others(classes: Mapping[Numbers, Numbers], moved: Numbers) -> Iterator[tuple[Numbers, Numbers]]:
-    others = [_from_zero(vector) for key, vector in classes.items() if key != moved]
-    yield from ((a, b) for a in others for b in others)
-
-
-def _from_zero(vector: Numbers) -> Numbers:
-    return tuple(value - min(vector) for value in vector)
-
-
-def _terms(vector: Numbers, indices: Sequence[_Index]) -> tuple[list[tuple[int, _Index]], int] | None:
-    """([(factor, index)], the rest) of a vector: a constant, one index, or two of which the second counts through the
-    steps of the first."""
+def _terms(vector: Numbers, indices: Mapping[str, Numbers]) -> str | None:
+    """A number as text: digits, an index with its factor and offset, or two indices of which the second counts through
+    the steps of the first."""
     if len(set(vector)) == 1:
-        return [], vector[0]
-    for index in indices:
-        at = next((n for n, value in enumerate(index.values) if value != index.values[0]), None)
-        factor, odd = divmod(vector[at] - vector[0], index.values[at] - index.values[0]) if at is not None else (0, 0)
-        if factor > 0 and not odd:
-            rests = {value - factor * mine for value, mine in zip(vector, index.values, strict=True)}
-            if len(rests) == 1:
-                return [(factor, index)], rests.pop()
-    for major in indices:
-        for minor in indices:
-            found = _two_terms(vector, major, minor) if major is not minor else None
-            if found is not None:
-                return found
+        return str(vector[0])
+    for name, index in indices.items():
+        found = _factor(vector, index)
+        if found is not None:
+            return _said(name, "", *found)
+    for (name, major), (other, minor) in permutations(indices.items(), 2):
+        found = _factor(tuple(a - b for a, b in zip(vector, minor, strict=True)), major)
+        if found is not None and found[0] > max(minor) > min(minor) == 0 == min(major):
+            return _said(name, other, *found)
     return None
 
 
-def _two_terms(vector: Numbers, major: _Index, minor: _Index) -> tuple[list[tuple[int, _Index]], int] | None:
-    width = max(minor.values) + 1
-    left = [value - mine for value, mine in zip(vector, minor.values, strict=True)]
-    at = next((n for n, value in enumerate(major.values) if value != major.values[0]), None)
-    if at is None or min(minor.values) or min(major.values):
-        return None
-    factor, odd = divmod(left[at] - left[0], major.values[at] - major.values[0])
-    rests = {value - factor * mine for value, mine in zip(left, major.values, strict=True)}
-    return ([(factor, major), (1, minor)], rests.pop()) if factor >= width > 1 and not odd and len(rests) == 1 else None
+def _factor(vector: Numbers, index: Numbers) -> tuple[int, int] | None:
+    """(factor, offset) with which the index gives the vector."""
+    at = next((n for n, value in enumerate(index) if value != index[0]), None)
+    factor, odd = divmod(vector[at] - vector[0], index[at] - index[0]) if at is not None else (0, 0)
+    rests = {value - factor * mine for value, mine in zip(vector, index, strict=True)}
+    return (factor, rests.pop()) if factor > 0 and not odd and len(rests) == 1 else None
 
 
-def _written(number: _Number, indices: Sequence[_Index], stack: Sequence[str]) -> str | None:
-    """The number as text: digits, or an index with its factor and offset; None if a template cannot say it."""
-    found = _terms(number.values, indices)
-    if found is None:
-        return None
-    terms, rest = found
-    parts = [(factor, index.name, max(index.values) + 1) for factor, index in terms]
-    parts += [(step, name, 0) for step, name in zip(number.steps, stack, strict=False) if step]
-    parts.sort(reverse=True)
-    if not parts:
-        return str(rest)
-    if len(parts) == 1 and not terms and parts[0][0] == 1:
-        rest = 0  # a stacked number is its own index, wherever it starts
-    if len(parts) > 2 or parts[0][0] < 1 or (len(parts) == 2 and (parts[1][0] != 1 or parts[1][2] > parts[0][0])):
-        return None
-    text = "+".join(f"{factor}*{name}" if factor > 1 else name for factor, name, _ in parts)
+def _said(name: str, minor: str, factor: int, rest: int) -> str:
+    text = (f"{factor}*{name}" if factor > 1 else name) + (f"+{minor}" if minor else "")
     return "{" + text + (f"+{rest}" if rest > 0 else str(rest) if rest else "") + "}"

@@ -45,8 +45,24 @@ def column_rule(
             keys |= _reading_keys(label[1], link, open_, asked) | dict(more)
             if made.stack and label[0]:
                 keys["stack"] = dict(zip(made.stack, label[0], strict=False))
+            elif label[0]:
+                keys = {**keys, "layout": None, **_of_one(link, label)}
         lines.append(rule_line(**keys))
     return ", ".join(lines)
+
+
+def _of_one(link: Link, label: Label) -> dict[str, object]:
+    """`ops` for stacks of one, which a rule states as axes of length 1."""
+    shape = next(iter(link.torch.shapes.values()))
+    chain = next(chain for (known, _, _), chain in link.chains.items() if known == label)
+    names = " ".join("abcdefgh"[: len(shape)])
+    first = chain[0] if chain and isinstance(chain[0], Rearrange) else Rearrange(f"{names} -> {names}")
+    left, right = first.pattern.split(" -> ")
+    groups = re.findall(r"\([^)]*\)|\S+", left if link.flax.stack else right)
+    for axis in sorted(axis % (len(groups) + len(label[0])) for axis in label[0]):
+        groups.insert(axis, "1")
+    ends = (" ".join(groups), right) if link.flax.stack else (left, " ".join(groups))
+    return _ops_keys(Rearrange(" -> ".join(ends), first.sizes))
 
 
 def _ends(made: Line, sides: tuple[str, str]) -> dict[str, object]:
