@@ -13,7 +13,7 @@ from graftax.match.leftovers import cut_to
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, concepts
 from graftax.match.pairs import Pair, Scope
-from graftax.match.sides import Family, Key, Module, Tokens, tokens_of
+from graftax.match.sides import Family, Key, Module, Tokens, columns_of, tokens_of
 from graftax.match.stacks import outer_prefix, stackable, virtual
 
 Option = list[tuple[Scope, Pair]]
@@ -233,7 +233,7 @@ class Stacks:
         wanted: defaultdict[tuple[int, int], list[Family]] = defaultdict(list)
         home = {id(made): item for item, made in whole}
         for item, made in whole:
-            columns = [column for module in made for column in module.roles.values() if column.role != "counter"]
+            columns = columns_of(made)
             counts = {column.stack[0] for column in columns}
             if len(counts) == 1:
                 mark = counts.pop(), sum(column.size for column in columns)
@@ -320,13 +320,12 @@ def _parts(modules: Iterable[Module]) -> list[Family]:
             inside[module.tokens[:cut]].append(module)
     found = {tuple(map(id, some)): Family(prefix, [()], some, []) for prefix, some in inside.items() if len(some) > 1}
     for part in found.values():
-        columns = [column for module in part.modules for column in module.roles.values() if column.role != "counter"]
-        part.sizes = [sum(column.size for column in columns)]
+        part.sizes = [sum(column.size for column in columns_of(part.modules))]
     return list(found.values())
 
 
 def _leaf_sizes(part: Family) -> Counter[int]:
-    return Counter(c.size for module in part.modules for c in module.roles.values() if c.role != "counter")
+    return Counter(column.size for column in columns_of(part.modules))
 
 
 def _by_words(families: Iterable[Family]) -> list[list[Family]]:

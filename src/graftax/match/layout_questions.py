@@ -15,8 +15,9 @@ from graftax.match.flatten import Suspect
 from graftax.match.pairings import MOST
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.part_order import order_keys
-from graftax.match.rendering import column_rule, flatten_rules, group_rule, paths_of
+from graftax.match.rendering import column_rule, flatten_rules, group_rule
 from graftax.match.settle import Settled, open_links
+from graftax.match.sides import paths_of
 from graftax.plans import Candidate, Question
 from graftax.plans.names import fold_names
 

@@ -14,10 +14,10 @@ from graftax.match.layout_questions import Ways, leaf_ways
 from graftax.match.pairings import MOST, Asked, Aspect, Option, arranged
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.part_order import in_said_order
-from graftax.match.rendering import column_rule, columns_of, paths_of
+from graftax.match.rendering import column_rule
 from graftax.match.scope_names import main_column
 from graftax.match.settle import Settled
-from graftax.match.sides import Column, Module
+from graftax.match.sides import Column, Module, columns_of, paths_of
 from graftax.match.stack_axes import stack_axes
 from graftax.plans import Candidate, Question
 from graftax.plans.names import fold_names

@@ -14,7 +14,7 @@ from dataclasses import replace
 from graftax.match.blocks import View
 from graftax.match.cutting import Cut, Cuts, Key, Tokens
 from graftax.match.pairs import Scope
-from graftax.match.sides import Family, Module
+from graftax.match.sides import Family, Module, columns_of
 
 _MOST = 4  # parts of a block that one flat list holds one after the other
 
@@ -80,8 +80,7 @@ def _named(prefixes: Iterable[Tokens]) -> Cuts:
 
 def _whole(scope: Scope) -> bool:
     """True if both sides have as many elements."""
-    sizes = [sum(c.size * len(c.paths) for m in side for c in m.roles.values() if c.role != "counter")
-             for side in (scope.torch, scope.flax)]  # fmt: skip
+    sizes = [sum(c.size * len(c.paths) for c in columns_of(side)) for side in (scope.torch, scope.flax)]
     return sizes[0] == sizes[1]
 
 
@@ -90,9 +89,8 @@ def _lists(families: Sequence[Family]) -> dict[Tokens, dict[int, int]]:
     out: defaultdict[Tokens, Counter[int]] = defaultdict(Counter)
     for module in (module for family in families for module in family.modules):
         sizes: Counter[Key] = Counter()
-        for column in module.roles.values():
-            if column.role != "counter":
-                sizes.update({key: math.prod(shape) for key, shape in column.shapes.items()})
+        for column in columns_of([module]):
+            sizes.update({key: math.prod(shape) for key, shape in column.shapes.items()})
         for key, size in sizes.items():
             numbers = iter(key)
             path = [next(numbers) if isinstance(token, tuple) else token for token in (*module.outer, *module.tokens)]

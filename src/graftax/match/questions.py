@@ -9,8 +9,8 @@ from graftax.match.engine import Result
 from graftax.match.key_templates import skeleton
 from graftax.match.layout_questions import layout_questions
 from graftax.match.pair_questions import block_question, pair_questions
-from graftax.match.rendering import columns_of, paths_of
 from graftax.match.settle import Settled, open_links
+from graftax.match.sides import columns_of, paths_of
 from graftax.plans import Question
 
 

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from graftax.layers.patterns import LAYOUTS
 from graftax.match.flatten import Suspect
 from graftax.match.groups import LAYERS, GroupLink
 from graftax.match.key_templates import Line, rule_templates
 from graftax.match.pairs import Label, Link, Scope
-from graftax.match.sides import Column, Module
 from graftax.ops import Op, Rearrange
 from graftax.rules.text import rule_line
-
-
-def paths_of(columns: Iterable[Column]) -> tuple[str, ...]:
-    return tuple(path for column in columns for paths in column.paths.values() for path in paths)
-
-
-def columns_of(modules: Iterable[Module]) -> list[Column]:
-    return [column for module in modules for column in module.roles.values() if column.role != "counter"]
-
 
 _LAYOUTS = frozenset(("identity", *LAYOUTS))
 

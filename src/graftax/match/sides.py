@@ -16,7 +16,19 @@ from graftax.match.cutting import Cuts, Key, Shape, Template, Token, Tokens, res
 from graftax.match.places import mark_own
 from graftax.match.roles import Kind
 
-__all__ = ["Column", "Family", "Key", "Module", "Shape", "Token", "Tokens", "tokens_of", "view"]
+__all__ = [
+    "Column",
+    "Family",
+    "Key",
+    "Module",
+    "Shape",
+    "Token",
+    "Tokens",
+    "columns_of",
+    "paths_of",
+    "tokens_of",
+    "view",
+]
 
 
 @dataclass(slots=True)
@@ -69,6 +81,15 @@ class Family:
     modules: list[Module]
     sizes: list[int]
     lists: list[Tokens] = field(default_factory=list[Tokens])
+
+
+def columns_of(modules: Iterable[Module]) -> list[Column]:
+    """The leaves of modules, without counters."""
+    return [column for module in modules for column in module.roles.values() if column.role != "counter"]
+
+
+def paths_of(columns: Iterable[Column]) -> tuple[str, ...]:
+    return tuple(path for column in columns for paths in column.paths.values() for path in paths)
 
 
 def view(templates: Iterable[Template], cuts: Cuts) -> list[Family]:

@@ -19,7 +19,7 @@ from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, concepts
 from graftax.match.pairs import Scope
 from graftax.match.part_lists import merged, part_lists
-from graftax.match.sides import Column, Family, Key, Module, view
+from graftax.match.sides import Family, Key, Module, columns_of, view
 
 _FEW = 64  # instances of a family whose numbers may become parts of names
 _ROUNDS = 3  # at most so many families are read anew, one after the other
@@ -256,7 +256,7 @@ def _of_one(now: View, n: int) -> Iterator[tuple[Tokens, Cut]]:
 
 def _with_one(modules: Iterable[Module]) -> bool:
     """True if several leaves have an axis of length 1."""
-    shapes = [next(iter(column.shapes.values())) for column in _columns(modules)]
+    shapes = [next(iter(column.shapes.values())) for column in columns_of(modules)]
     return sum(1 in shape for shape in shapes if len(shape) > 1) > 1
 
 
@@ -267,7 +267,7 @@ def score(ends: Ends, found: View) -> Score:
         sizes: tuple[_Counts, _Counts] = (Counter(), Counter())
         extents: tuple[_Counts, _Counts] = (Counter(), Counter())
         for n, modules in enumerate((scope.torch, scope.flax)):
-            for column in _columns(modules):
+            for column in columns_of(modules):
                 for one, count in Counter(column.shapes.values()).items():
                     shape = (*column.stack, *one)
                     sizes[n][(math.prod(shape),)] += count
@@ -275,13 +275,9 @@ def score(ends: Ends, found: View) -> Score:
         open_ += _differ(*sizes)
         apart += _differ(*extents)
     for families in found.lost:
-        leaves = sum(len(column.paths) for family in families for column in _columns(family.modules))
+        leaves = sum(len(column.paths) for family in families for column in columns_of(family.modules))
         open_, apart = open_ + leaves, apart + leaves
     return _against(ends.anchors, found) if ends.anchors else 0, open_, apart
-
-
-def _columns(modules: Iterable[Module]) -> list[Column]:
-    return [column for module in modules for column in module.roles.values() if column.role != "counter"]
 
 
 def _differ(one: _Counts, other: _Counts) -> int:
@@ -295,7 +291,7 @@ def _against(anchors: Mapping[str, str], found: View) -> int:
     for n, scope in enumerate(found.scopes):
         to_flax = dict(scope.keys)
         for modules, names, keys in ((scope.torch, anchors.keys(), to_flax), (scope.flax, wanted, None)):
-            for column in _columns(modules):
+            for column in columns_of(modules):
                 for key, paths in column.paths.items():
                     at.update((path, (n, keys.get(key) if keys else key)) for path in paths if path in names)
     return sum(at.get(path) != at.get(other) for path, other in anchors.items())
