@@ -68,7 +68,7 @@ D = 8
 SQUARE = "o i -> i o"
 PAIRS: dict[str, list[tuple[Any, ...]]] = {
     "heads that only shapes pair": [
-        *((f"{a}.weight", f"params/{b}/kernel", (D, D), SQUARE) for a, b in (("alpha", "x"), ("beta", "y"), ("c", "z"))),
+        *((f"{a}.weight", f"params/{b}/kernel", (D, D), SQUARE) for a, b in (("alpha", "x"), ("be", "y"), ("c", "z"))),
         ("stem.weight", "params/stem/kernel", (D, 5), SQUARE),
     ],
     "more ways than one question lists": [
