@@ -120,8 +120,9 @@ def _groups(module: Module) -> set[object]:
     """What a module shares with its siblings: its parent, and its number (Conv_2 with BatchNorm_2)."""
     tokens = module.tokens
     out: set[object] = set()
-    if len(tokens) > 1:
-        out.add(tokens[:-1])
+    above = module.cuts[-2] if len(module.cuts) > 1 else 0  # the last part may have several words: query_proj
+    if len(tokens) > 1 and above:
+        out.add(tokens[:above])
     if tokens and isinstance(tokens[-1], int):
         word = len(tokens) - 1
         while word and isinstance(tokens[word - 1], str):

@@ -39,45 +39,54 @@ class Option(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class Asked(Generic[T]):
-    """One question: all options that it is about, and its answers, the likeliest first. complete: each answer pairs
-    everything that can be paired."""
+    """One question: all options that it is about, and its answers, the likeliest first. complete: the first answers
+    pair everything that can be paired; parts: the likeliest pairing of each group of things that share no option."""
 
     options: list[Option[T]]
     answers: list[tuple[Option[T], ...]]
     complete: bool = True
+    parts: list[tuple[Option[T], ...]] = field(default_factory=list["tuple[Option[T], ...]"])
 
 
 def arranged(options: Iterable[Option[T]], taken: Iterable[Aspect] = ()) -> list[Asked[T]]:
-    """The options in as few questions as possible. `taken`: the aspects of the pairs already taken. Things that are
-    apart share a question if one pairing of each fits (so that one answer confirms them all), or if the tree lets only
-    some of their pairings go together."""
+    """The options in as few questions as possible. `taken`: the aspects of the pairs already taken. Things that share
+    no option share a question if that has few answers: the answers for all of them come first, then the likeliest for
+    some alone."""
     agreed = _Agreement()
     for aspect in taken:
         agreed.add([aspect])
-    sure: Asked[T] | None = None
+    parts = sorted(_components(list(options)), key=len)
     joined: list[Asked[T]] = []
     wide: list[Asked[T]] = []
-    for part in sorted(_components(list(options)), key=len):
-        found = _complete(part, agreed)
-        if not found:
-            wide.append(Asked(part, _narrowing(part), False))
-        elif len(found) == 1:
-            both = (*sure.answers[0], *found[0]) if sure is not None else found[0]
-            sure = Asked([*sure.options, *part] if sure is not None else part, [both])
-        else:
-            _join(Asked(part, found), joined, agreed)
-    if sure is not None:
-        pairs = sorted(sure.answers[0], key=lambda option: -option.score)
-        sure.answers += [(option,) for option in pairs[: MOST - 1]] if len(pairs) > 1 else []
-    return [*([sure] if sure is not None else []), *joined, *wide]
+    for certain in (True, False):  # what has one pairing limits the rest
+        left: list[list[Option[T]]] = []
+        for part in parts:
+            found = _complete(part, agreed)
+            if not found:
+                wide.append(Asked(part, _narrowing(part), False))
+            elif len(found) == 1 or not certain:
+                _join(Asked(part, found, parts=[found[0]]), joined, agreed)
+                agreed.add([aspect for option in found[0] for aspect in option.aspects] if len(found) == 1 else [])
+            else:
+                left.append(part)
+        parts = left
+    for asked in joined:
+        some = sorted(asked.parts, key=lambda part: -sum(option.score for option in part) / len(part))
+        asked.answers = [*asked.answers, *(some if len(some) > 1 else [])][:MOST]
+    return [*joined, *wide]
 
 
 def _join(new: Asked[T], joined: list[Asked[T]], agreed: _Agreement) -> None:
-    """Add the question to one whose answers limit its own; else it stays apart."""
+    """Add the question to one with which it has few answers; else it stays apart."""
     for old in joined:
-        both = _complete([*old.options, *new.options], agreed)
-        if both and len(both) <= max(len(old.answers), len(new.answers)):
+        both: list[tuple[Option[T], ...]] | None
+        if len(old.answers) == 1 or len(new.answers) == 1:
+            both = [(*a, *b) for a in old.answers for b in new.answers]
+        else:
+            both = _complete([*old.options, *new.options], agreed)
+        if both:
             old.options, old.answers = [*old.options, *new.options], both
+            old.parts += new.parts
             return
     joined.append(new)
 

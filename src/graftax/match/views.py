@@ -285,7 +285,8 @@ def _differ(one: _Counts, other: _Counts) -> int:
 
 
 def _against(anchors: Mapping[str, str], found: View) -> int:
-    """How many pairs of leaves that rules state lie in different blocks."""
+    """How many pairs of leaves that rules state lie in different blocks. A leaf that is in no scope contradicts
+    nothing: it only has no partner yet."""
     wanted = set(anchors.values())
     at: dict[str, tuple[int, object]] = {}
     for n, scope in enumerate(found.scopes):
@@ -294,4 +295,4 @@ def _against(anchors: Mapping[str, str], found: View) -> int:
             for column in columns_of(modules):
                 for key, paths in column.paths.items():
                     at.update((path, (n, keys.get(key) if keys else key)) for path in paths if path in names)
-    return sum(at.get(path) != at.get(other) for path, other in anchors.items())
+    return sum(path in at and other in at and at[path] != at[other] for path, other in anchors.items())
