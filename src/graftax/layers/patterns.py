@@ -24,6 +24,8 @@ SPLIT_OUT = ("(h d) i -> i h d", "(h d) i -> h i d", "(h d) i -> h d i")
 SPLIT_IN = ("o (h d) -> h d o", "o (h d) -> o h d", "o (h d) -> h o d")
 FLIPPED = "conv_transpose default"
 LAST, EACH_LAST = "channels last", "channels last in each"
+PADDED = ", padded"
+"""Ends the label of a reading with other rows of zeros."""
 FUSED_ROWS = {"qkv": "fused rows of 3", "kv": "fused rows of 2"}
 """concept -> the reading of a fused tensor whose heads hold all parts; only these names have it"""
 FUSED = ("(t h d)", "(h t d)")

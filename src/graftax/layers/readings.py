@@ -22,6 +22,7 @@ from graftax.layers.patterns import (
     FUSED,
     FUSED_ROWS,
     LAST,
+    PADDED,
     SPLIT_IN,
     SPLIT_OUT,
     Readings,
@@ -29,7 +30,7 @@ from graftax.layers.patterns import (
     as_it_is,
     fitted,
 )
-from graftax.ops import Flip, Op, Rearrange, Stack
+from graftax.ops import Crop, Flip, Op, Pad, Rearrange, Stack
 
 Kind = Literal["kernel", "embedding", "norm", "free", "raw"]
 """What the name of a leaf shows. kernel: a Flax Dense or Conv stores it; embedding: nn.Embed stores it; norm: a scale;
@@ -41,12 +42,13 @@ free: a weight of unknown layout; raw: a bare parameter, whose name is the modul
 @dataclass(frozen=True, slots=True)
 class LeafKinds:
     """What a reading may depend on besides shapes: the role, and the kinds of both leaves. `same`: both ends are one
-    side."""
+    side. `rows`: names say that it is a vocabulary, to which a side may have added rows of zeros."""
 
     role: str
     torch: Kind
     flax: Kind
     same: bool = False
+    rows: bool = False
 
 
 @functools.lru_cache(maxsize=65536)
@@ -54,6 +56,8 @@ def named(source: Shape, target: Shape, kinds: LeafKinds) -> Readings:
     """Every way that the field knows from a torch leaf of shape `source` to a Flax leaf of shape `target`, or between
     leaves of one side."""
     if math.prod(source) != math.prod(target):
+        if kinds.rows:
+            return _padded(source, target, kinds)
         return {} if kinds.same or kinds.role != "weight" or kinds.torch == "raw" else _of_groups(source, target)
     plain = as_it_is(source, target)
     if kinds.same:
@@ -71,6 +75,18 @@ def named(source: Shape, target: Shape, kinds: LeafKinds) -> Readings:
     if wide[0] != wide[1] and min(wide) < 2:
         return {}  # a vector is no table
     return _of_weight(source, target, kinds, plain)
+
+
+def _padded(source: Shape, target: Shape, kinds: LeafKinds) -> Readings:
+    """A vocabulary (rows, ...) that one side rounds up with rows of zeros."""
+    out: Readings = {}
+    step = 8 if kinds.flax == "embedding" else 64  # a head may also have other classes
+    for rows in {target[0], target[-1]} if source and len(source) == len(target) else ():
+        more, full = rows - source[0], (rows, *source[1:])
+        if max(rows, source[0]) < 2 * min(rows, source[0]) and max(rows, source[0]) % step == 0:
+            ops = Pad(0, 0, more) if more > 0 else Crop(0, 0, -more)
+            out |= {f"{label}{PADDED}": (ops, *way) for label, way in named(full, target, kinds).items()}
+    return out
 
 
 def _of_groups(source: Shape, target: Shape) -> Readings:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from graftax.layers.patterns import EACH_LAST, FUSED, FUSED_ROWS, LAST, SPLIT_IN, SPLIT_OUT
+from graftax.layers.patterns import EACH_LAST, FUSED, FUSED_ROWS, LAST, PADDED, SPLIT_IN, SPLIT_OUT
 from graftax.match.flatten import Suspect
 from graftax.match.names import concepts, lexicon
 from graftax.match.pairs import Label, Link, Pair, Scope
@@ -153,6 +153,11 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
         if choice is not None:
             return choice
     return case.ask()
+
+
+def _padding(case: _Case) -> Choice | None:
+    """No file shows that rows which one side lacks are padding."""
+    return case.ask("padding") if any(word.endswith(PADDED) for _, word in case.labels) else None
 
 
 def _fused_rows(case: _Case) -> Choice | None:
@@ -304,6 +309,7 @@ def _heads(case: _Case) -> Choice | None:
 
 
 _WAYS: tuple[Callable[[_Case], Choice | None], ...] = (
+    _padding,
     _fused_rows,
     _told,
     _only,

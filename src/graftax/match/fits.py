@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import product
 
 from graftax.layers.patterns import FLIPPED
 from graftax.layers.readings import LeafKinds, axis_choices, named, stacked
@@ -46,7 +47,20 @@ def candidates(scope: Scope, kinds: Kinds = UNKNOWN, numbers: bool = True) -> li
             if pair is not None:
                 judge(pair, scope, ranks_t.get(id(module), ()), ranks_f.get(id(other), ()))
                 out.append(pair)
+    done = {id(module) for pair in out for module in (pair.torch, pair.flax)}
+    left, right = (
+        [m for m in modules if id(m) not in done and _is_vocabulary(scope.name(m, torch).concepts)]
+        for modules, torch in ((scope.torch, True), (scope.flax, False))
+    )
+    for module, other in product(left, right if not scope.same else ()):
+        if (pair := fit(module, other, to_flax, False, rows=True)) is not None:
+            judge(pair, scope, ranks_t.get(id(module), ()), ranks_f.get(id(other), ()))
+            out.append(pair)
     return one_orientation(out)
+
+
+def _is_vocabulary(words: frozenset[str]) -> bool:
+    return bool(words & {"tok", "embed", "head"}) and words.isdisjoint(("pos", "patch", "seg", "attn"))
 
 
 def one_orientation(pairs: list[Pair]) -> list[Pair]:
@@ -81,7 +95,8 @@ def one_orientation(pairs: list[Pair]) -> list[Pair]:
 def _orientation(pair: Pair, kind: str) -> set[str]:
     """The readings of the pair's matrix, if it is one whose orientation is in question."""
     for link in pair.links:
-        if link.torch.role == "weight" and link.torch.kind == "free" and link.flax.kind == kind:
+        matrix = all(len(shape) > 1 for shape in link.torch.shapes.values())
+        if matrix and link.torch.role == "weight" and link.torch.kind == "free" and link.flax.kind == kind:
             return {label for _, label in link.labels} & {"linear", "identity"}
     return set()
 
@@ -99,8 +114,11 @@ def _grouped_sizes(column: Column) -> set[int]:
 _TWINS = {"value": ("weight", "bias"), "weight": ("value",), "bias": ("value",)}
 
 
-def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool, kinds: Kinds) -> Pair | None:
-    """The pair, if every role that both modules have has a reading over all shared instances."""
+def fit(
+    torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool, kinds: Kinds = UNKNOWN, rows: bool = False
+) -> Pair | None:
+    """The pair, if every role that both modules have has a reading over all shared instances. `rows`: names say that
+    both are a vocabulary, which one side may pad."""
     links: list[Link] = []
     used: set[str] = set()
     whole = True
@@ -117,7 +135,7 @@ def fit(torch: Module, flax: Module, to_flax: dict[Key, Key], same: bool, kinds:
         if other is None:
             whole = False
             continue
-        link, full = _link(role, column, other, to_flax, same)
+        link, full = _link(role, column, other, to_flax, same, rows)
         if link is not None and not same:
             kinds.tell((torch, flax), link, to_flax)
         if link is None or not link.labels:
@@ -148,8 +166,10 @@ def _deconv_backed(links: list[Link]) -> bool:
     return True
 
 
-def _link(role: str, torch: Column, flax: Column, to_flax: dict[Key, Key], same: bool) -> tuple[Link | None, bool]:
-    kinds = LeafKinds(role if role != "value" else "weight", torch.kind, flax.kind, same)
+def _link(
+    role: str, torch: Column, flax: Column, to_flax: dict[Key, Key], same: bool, rows: bool
+) -> tuple[Link | None, bool]:
+    kinds = LeafKinds(role if role != "value" else "weight", torch.kind, flax.kind, same, rows)
     shapes: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     met = 0
     one, other_one = set(torch.shapes.values()), set(flax.shapes.values())

@@ -176,7 +176,7 @@ def _know(link: GroupLink, module: Module, other: Module, style: Style | None) -
         (link.known,) = link.variants
         if link.known.startswith(("block", "interleaved")):
             link.known = ""
-    stacks = all(label.startswith("stack ") for label in link.variants)
+    stacks = all(label.startswith("stack ") and "layers" not in label for label in link.variants)
     if stacks and "stack 0" in link.variants and _EINSUM in (*module.tokens, *other.tokens):
         link.known = "stack 0"  # an einsum over several parts has the parts first: `...,scd->s...d`
     if split_words(link.torch[0].leaf)[-3:] in _BARE and "block" in link.variants:
@@ -245,9 +245,11 @@ def _stacked(
         return fused_ways(*shapes, heads, kernel)
     out: dict[str, FusedWay] = {}
     count, wide = max(layers), shapes[1 if layers[0] else 0]
+    places: set[int | None] = set()
     rank = min(map(len, wide))
-    for at in range(rank) if axis is None else [axis % rank]:
-        if any(shape[at] != count for shape in wide):
+    known = None if axis is None else axis % rank
+    for at in sorted(range(rank), key=lambda at: at != known):
+        if any(shape[at] != count for shape in wide) or (known in places and at != known):
             continue
         inner = tuple((*shape[:at], *shape[at + 1 :]) for shape in wide)
         ends = (shapes[0], inner) if layers[0] else (inner, shapes[1])
@@ -258,4 +260,5 @@ def _stacked(
             ops = (*way.ops, Stack(at, count)) if layers[0] else (Unstack(at, count), *way.ops)
             name = label if label not in out else f"{label}, layers on axis {at}"
             out[name] = FusedWay(ops, way.keys, stack)
+            places.add(at)
     return out

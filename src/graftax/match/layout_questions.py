@@ -102,6 +102,8 @@ def _text(choice: Choice, count: int) -> str:
         return (
             f"the two names list its parts in different orders ({choice.parts}), and no file shows whether they lie so"
         )
+    if choice.kind == "padding":
+        return "the sides have as many features but not as many rows, and one may have added rows of zeros"
     what = "stack axes" if choice.kind == "stack" else "layouts"
     return f"the shape fits {count} {what}, and nothing tells which is right"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from graftax.layers.patterns import LAYOUTS
+from graftax.layers.patterns import LAYOUTS, PADDED
 from graftax.match.flatten import Suspect
 from graftax.match.groups import LAYERS, GroupLink
 from graftax.match.key_templates import Line, rule_templates
@@ -94,6 +94,8 @@ def _reading_keys(reading: str, link: Link, open_: bool, asked: bool) -> dict[st
     shape = next(iter(link.torch.shapes.values()))
     if reading == "conv" and {label[1] for label in link.labels} >= {"conv", "conv_transpose default"} and open_:
         return {"layout": "conv_transpose"}  # with transpose_kernel=True the axes move as in a plain convolution
+    if reading.endswith(PADDED):
+        return {"layout": reading.removesuffix(PADDED), "pad": "o"}
     if reading in _LAYOUTS:
         return {"layout": reading} if len(shape) > 1 or asked else {}
     chain = next(chain for (label, _, _), chain in link.chains.items() if label[1] == reading)
