@@ -84,6 +84,8 @@ CASES: dict[str, Layers] = {
     "cycles": Layers(4, lambda i: (f"layers/layers_{i % 2}", i // 2)),
     "cycles under other names": Layers(12, lambda i: (f"decoder/blocks/block_{i % 3}", i // 3), axis=0),
     "cycles of two kinds": Layers(8, lambda i: (f"layers_{i % 4}", i // 4), plain=lambda i: i % 4 != 3),
+    "a short last cycle": Layers(8, lambda i: (f"layers/layer_{i % 3}", i // 3)),
+    "a short last cycle of two kinds": Layers(4, lambda i: (f"layers_{i % 3}", i // 3), plain=lambda i: i % 3 != 2),
     "one cycle": Layers(4, lambda i: (f"layers/layers_{i}", 0)),
     "stages": Layers(4, lambda i: (f"stage_{i // 2}/layers", i % 2)),
     "stages of unequal length": Layers(6, lambda i: (f"stage_{int(i > 1)}/layers", i - 2 * (i > 1))),
@@ -172,6 +174,26 @@ def test_a_gate_beside_matrices_of_all_experts_is_their_router(beside: str) -> N
     flax = {f"params/layers/{beside}/gate/kernel": gate.transpose(2, 0, 1), "params/layers/norm/scale": norm.T}
     for name, part in (("gate_proj", "wi_0"), ("up_proj", "wi_1"), ("down_proj", "wo")):
         flax[f"params/layers/{beside}/{part}"] = values[name].transpose(1, 0, 3, 2)
+    plan = gx.plan(torch, flax, to="flax")
+    assert plan.complete, str(plan)
+    assert all(np.array_equal(plan.run(torch)[path], leaf) for path, leaf in flax.items())
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_a_short_last_cycle_of_unlike_layers(width: int) -> None:
+    """Layers 0 and 3 are place 0. That 0 and 1 are alike and stand first makes them no stage of two."""
+    rng = np.random.default_rng(0)
+    kinds = {"mlp": {"up": (width, 4), "down": (4, width)}, "attn": dict.fromkeys("qkvo", (4, 4))}
+    torch: dict[str, Any] = {"embed.weight": rng.standard_normal((9, 4)).astype("f4")}
+    flax: dict[str, Any] = {"params/embed/embedding": torch["embed.weight"]}
+    stacks: dict[str, list[Any]] = {}
+    for i, kind in enumerate(("mlp", "mlp", "attn", "mlp")):
+        for part, shape in {**kinds[kind], "norm": (4,)}.items():
+            name = part if part == "norm" else f"{kind}.{part}"
+            value = torch[f"layers.{i}.{name}.weight"] = rng.standard_normal(shape).astype("f4")
+            leaf = f"{name.replace('.', '/')}/{'scale' if part == 'norm' else 'kernel'}"
+            stacks.setdefault(f"params/layer_{i % 3}/{leaf}", []).append(value.T)
+    flax |= {path: np.stack(found, min(1, found[0].ndim)) for path, found in stacks.items()}
     plan = gx.plan(torch, flax, to="flax")
     assert plan.complete, str(plan)
     assert all(np.array_equal(plan.run(torch)[path], leaf) for path, leaf in flax.items())

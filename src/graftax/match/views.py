@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, pairwise
 
 from graftax.match.blocks import Stacks, View, all_families, find_doubts
 from graftax.match.cutting import Cut, Cuts, Tokens, parse
@@ -103,13 +103,15 @@ class Views:
         outer = [_outermost(found) for found in loose]
         for n in (0, 1):
             counts = _counts(outer[1 - n], (now.flax, now.torch)[n][0])
-            for prefix in dict.fromkeys(family.prefix[:-1] for family in outer[n]):
-                around = [f for f in (now.torch, now.flax)[n][1:] if f.prefix[:-1] == prefix]
-                for cut in _two_numbers({key for family in around for key in family.keys}, counts):
+            sides = ((now.torch, now.flax)[n], outer[n]), ((now.flax, now.torch)[n], outer[1 - n])
+            mine, theirs = ({f.prefix[:-1]: _numbered(side, f.prefix[:-1]) for f in found} for side, found in sides)
+            for prefix, found in mine.items():
+                for cut in _two_numbers(found, counts):
                     yield _with(cuts, n, {prefix: cut})
-            for mine, theirs in product(outer[n], outer[1 - n]):
-                for cut in _unequal(mine.sizes, theirs.sizes):  # their stacks differ, so each has a name
-                    yield _with(_with(cuts, n, {mine.prefix[:-1]: cut}), 1 - n, {theirs.prefix[:-1]: Cut("names")})
+                for other, wholes in theirs.items() if len(next(iter(found), ())) == 1 else ():
+                    for cut in _unequal(list(found.values()), list(wholes.values())):
+                        # the stacks differ, so each has a name
+                        yield _with(_with(cuts, n, {prefix: cut}), 1 - n, {other: Cut("names")})
             for prefix, cut in _of_one(now, n):
                 yield _with(cuts, n, {prefix: cut})
             for found in part_lists(now, n):
@@ -191,6 +193,21 @@ def _outermost(families: Iterable[Family]) -> list[Family]:
 def _mixed(family: Family) -> bool:
     """True if its blocks differ."""
     return len(set(family.sizes)) > 1 or any(len(module.support) < len(family.keys) for module in family.modules)
+
+
+def _numbered(families: Iterable[Family], prefix: Tokens) -> dict[Key, int]:
+    """The size of every block that a number after the prefix names, also where the number is a part of a name."""
+    depth, out = sum(isinstance(token, tuple) for token in prefix), Counter[Key]()
+    for module in (module for family in families for module in family.modules):
+        path = (*module.outer, *module.tokens)
+        number = path[len(prefix)] if len(path) > len(prefix) and path[: len(prefix)] == prefix else ""
+        if isinstance(number, str):
+            continue
+        for column in columns_of([module]):
+            for key, shape in column.shapes.items():
+                last = key[depth] if isinstance(number, tuple) else number
+                out[(*key[:depth], last)] += math.prod(shape)
+    return dict(sorted(out.items()))
 
 
 def _counts(lost: Iterable[Family], root: Family) -> set[int]:
