@@ -136,11 +136,13 @@ def part_stacks(m: Maker) -> Attack:
 
 
 def cycles(m: Maker) -> Attack:
-    """Layers in a list, stacked by kind on the other side: every second, or the first half and the second."""
+    """Layers in a list, stacked by kind on the other side: every second, or the first half and the second. A module
+    around the stacks is repeated itself, one inside them in each; with neither, nothing tells."""
     period, count = m.pick((2, 2), (2, 3), (3, 2))
     d, axis = m.width, m.pick(0, 0, 1)
-    halves = m.coin(0.35)
-    name = m.pick("group", "part", "kind", "set") if halves or m.coin(0.3) else "layers"
+    halves, place = m.coin(), m.pick("told", "told", "untold")
+    name = m.pick("layers", "group", "part")
+    before, behind = ("", "") if place == "untold" else ("", "layers/") if halves else ("layers/", "")
     names = ("fc", "proj")
     kernels = [{n: m.draw(d, d) for n in names} for _ in range(period * count)]
     for i, layer in enumerate(kernels):
@@ -149,7 +151,7 @@ def cycles(m: Maker) -> Attack:
     for j in range(period):
         mine = kernels[j * count : (j + 1) * count] if halves else kernels[j::period]
         for n in names:
-            m.take(f"layers/{name}_{j}/{n}/kernel", np.stack([layer[n].T for layer in mine], axis))
+            m.take(f"{before}{name}_{j}/{behind}{n}/kernel", np.stack([layer[n].T for layer in mine], axis))
     around(m, alike=False)  # two lists of one name are another attack
     return m.attack("cycles")
 
