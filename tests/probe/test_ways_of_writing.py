@@ -220,3 +220,38 @@ def test_one_layer_written_in_two_ways(pair: Pair, monkeypatch: pytest.MonkeyPat
     assert plan.proof is not None
     got = flat(plan.run(module))
     assert all(same(got[path], value) for path, value in pair.true_map(pair.state(module)).items())
+
+
+class Shuffled(nn.Module):
+    """Channels (c r r) become a map that is r times as high and wide."""
+
+    def __init__(self, width: int, r: int) -> None:
+        super().__init__()
+        self.r, self.body, self.out = r, nn.Conv2d(3, width * r * r, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Any) -> Any:
+        return self.out(F.pixel_shuffle(self.body(x), self.r))
+
+
+class FlaxShuffled(fn.Module):
+    width: int
+    r: int
+
+    @fn.compact
+    def __call__(self, x: Any) -> Any:
+        r, c = self.r, self.width
+        y = fn.Conv(c * r * r, (3, 3), padding=1, name="body")(x)
+        b, h, w, _ = y.shape
+        y = y.reshape(b, h, w, r, r, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * r, w * r, c)
+        return fn.Conv(3, (3, 3), padding=1, name="out")(y)
+
+
+@pytest.mark.parametrize(("width", "r"), [(3, 2), (5, 2), (2, 3)])
+def test_channels_that_become_a_larger_map_are_in_another_order(width: int, r: int) -> None:
+    net, model = Shuffled(width, r), FlaxShuffled(width, r)
+    x = np.random.default_rng(0).standard_normal((1, 4, 5, 3)).astype("float32")
+    made = gx.plan(net, gx.linen(model, jnp.asarray(x))).run(net)
+    order = np.arange(width * r * r).reshape(width, r * r).T.ravel()
+    body = net.body.weight.detach().numpy().transpose(2, 3, 1, 0)[..., order]
+    assert np.array_equal(made["params"]["body"]["kernel"], body)
+    assert np.array_equal(made["params"]["body"]["bias"], net.body.bias.detach().numpy()[order])

@@ -256,7 +256,7 @@ class Candidates:
         shapes: dict[tuple[int, ...], None] = {}
         for number in (*inputs, *self.state.record.values.of_size(size)):
             shapes.update(dict.fromkeys(sorted(self.state.record.values.items[number].shapes, key=len)))
-        out: dict[tuple[int, ...], None] = {}
+        out = dict.fromkeys(map_ for one in shapes for other in shapes if (map_ := _shuffled(one, other)))
         for shape in shapes:
             for start in range(1, len(shape) - 1):
                 for stop in range(start + 2, min(len(shape), start + 4) + 1):
@@ -443,3 +443,14 @@ class Candidates:
         """What is used up when a source is taken: the tensor and the rows."""
         item = self.state.record.sources[source]
         return item.keys, item.rows, item.axis
+
+
+def _shuffled(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """(c, r, r) if a map with c r r channels becomes one that is r times as high and wide (pixel shuffle); else ()."""
+    if not 3 <= len(one) == len(other) or one[0] != other[0] or 0 in one:
+        return ()
+    ratios = [divmod(b, a) for a, b in zip(one[2:], other[2:], strict=True)]
+    many = math.prod(ratio for ratio, _ in ratios)
+    if many < 2 or one[1] != other[1] * many or any(rest for _, rest in ratios):
+        return ()
+    return other[1], *(ratio for ratio, _ in ratios)
