@@ -176,7 +176,7 @@ def _dissolved(now: View) -> Both:
 
 def _is_cut(family: Family, cuts: Cuts) -> bool:
     """True if the number of these blocks is the second of two that one number stands for: only a stack holds them."""
-    how = cuts.get(family.prefix[:-2])
+    how = cuts.get(family.prefix[:-2]) if len(family.prefix) > 1 else None  # the root has no number
     return how is not None and how.way in ("cycle", "stages")
 
 
