@@ -148,10 +148,10 @@ class _Maker:
 
     def options(self, target: _Leaves, sources: Sequence[_Leaves]) -> list[Option[Item]]:
         """Every way to fill the column."""
-        size = math.prod(target.shape) * len(target.names)
+        size = math.prod(target.shape)
         near = sorted(sources, key=lambda column: -_likeness(column, target)[0])
         out: list[Option[Item]] = []
-        for column in [c for c in near if (math.prod(c.shape) * len(c.names)) % size in (0, size)][:_MOST]:
+        for column in [c for c in near if math.prod(c.shape) * len(c.names) >= size][:_MOST]:
             likeness, alike = _likeness(column, target)
             for names, stack, wanted, into in _cuts(column, target):
                 item = self._item(names, stack, column.shape, wanted, into, target.shape)
@@ -201,18 +201,27 @@ def _cuts(source: _Leaves, target: _Leaves) -> Iterator[tuple[Rows, Stack, Rows,
     """How the leaves of two columns may go together: one to one, one of several, or stacked on either side."""
     n, m = len(source.names), len(target.names)
     each, wanted = tuple((name,) for name in source.names), tuple((name,) for name in target.names)
-    if n == m and math.prod(source.shape) == math.prod(target.shape):
+    one, other = math.prod(source.shape), math.prod(target.shape)
+    if one == other and n == m:
         yield each, (), wanted, ()
-    elif m == 1 and math.prod(source.shape) == math.prod(target.shape):
+    elif one == other and m == 1:
         for row in each:
             yield (row,), (), wanted, ()
-    elif m == 1 and math.prod(target.shape) % math.prod(source.shape) == 0:
-        count = math.prod(target.shape) // math.prod(source.shape)
-        if count > 1 and n % count == 0:
-            for first in range(n // count):
-                yield (source.names[first :: n // count],), (count,), wanted, ()
-    elif n == 1 and math.prod(source.shape) == m * math.prod(target.shape):
-        yield each, (), (target.names,), (m,)
+    elif m == 1 and 0 < one < other and other % one == 0:
+        for names in _runs(source.names, other // one):
+            yield (names,), (len(names),), wanted, ()
+    elif n == 1 and 0 < other < one and one % other == 0:
+        for names in _runs(target.names, one // other):
+            yield each, (), (names,), (len(names),)
+
+
+def _runs(names: tuple[str, ...], count: int) -> Iterable[tuple[str, ...]]:
+    """The parts of a column that one stack may hold: neighbours, or every second, third, ..."""
+    n = len(names)
+    even = n % count == 0
+    runs = [names[first : first + count] for first in (range(0, n, count) if even else (0, n - count))]
+    turns = [names[first :: n // count] for first in range(n // count)] if even else []
+    return dict.fromkeys((*runs, *turns)) if count <= n else ()
 
 
 def _likeness(source: _Leaves, target: _Leaves) -> tuple[float, bool]:
