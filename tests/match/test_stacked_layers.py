@@ -106,6 +106,17 @@ def test_layers_find_their_stack(name: str, reverse: bool) -> None:
     assert layers.right(plan, reverse)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("cycles", "each cycle has 2 layers"), ("stages", "there are 2 stages"), ("cycles of two kinds", "")],
+)
+def test_what_only_the_path_of_a_stack_shows_is_an_assumption(name: str, said: str) -> None:
+    plan = CASES[name].plan(False, [])
+    texts = [assumption.text for assumption in plan.assumptions if assumption.text.startswith("layers:")]
+    assert [said in text for text in texts] == ([True] if said else [])
+    assert any(said in line for entry in plan.entries for line in entry.evidence)
+
+
 @pytest.mark.parametrize("reverse", [False, True], ids=["to flax", "to torch"])
 @pytest.mark.parametrize("cycle", [True, False], ids=["a cycle", "stages"])
 def test_a_cycle_or_stages_is_one_question_where_the_paths_do_not_tell(cycle: bool, reverse: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from graftax.match.assumptions import call_orders
+from graftax.match.assumptions import call_orders, stack_orders
 from graftax.match.bare_rules import read_named, unsaid_questions
 from graftax.match.buffers import known_buffers
 from graftax.match.calls import flax_calls
@@ -123,7 +123,7 @@ def _infer(
     if source_side == like_side:
         entries, doubts = by_live_modules(entries, source, like, like_side, settled.entries)
     asked += [*doubts, *cells.questions, *unsaid_questions(result.unsaid, turned)]
-    assumed = (*cells.assumptions, *call_orders(result, ends))
+    assumed = (*cells.assumptions, *call_orders(result, ends), *stack_orders(result))
     return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))
 
 
@@ -146,7 +146,7 @@ def _column(
     scope: Scope, pair: Pair, link: Link, choice: Choice, ties: dict[str, tuple[str, ...]], turned: bool
 ) -> Iterable[Entry]:
     assert choice.label is not None
-    evidence = (pair.why, choice.why) if choice.why else (pair.why,)
+    evidence = tuple(filter(None, (pair.why, choice.why, scope.why)))
     chains: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Op, ...]] = {}
     shapes_t, shapes_f = link.torch.shapes, link.flax.shapes
     paths_t, paths_f = link.torch.paths, link.flax.paths
@@ -173,6 +173,7 @@ def _column(
 
 def _grouped(scope: Scope, link: GroupLink, turned: bool) -> Iterable[Entry]:
     evidence = ("the names are those of the parts of one fused module", f"the fused layout is {link.known!r}")
+    evidence += (scope.why,) if scope.why else ()
     for key, chain in link.variants[link.known].items():
         other = dict(scope.keys)[key]
         ends: list[tuple[str, ...]] = []

@@ -62,6 +62,17 @@ def call_orders(result: Result, ends: Ends) -> list[Assumption]:
     return out
 
 
+def stack_orders(result: Result) -> list[Assumption]:
+    """The assumptions behind stacks of layers that are all alike: only the path tells which layers they hold."""
+    out: list[Assumption] = []
+    for item in result.settled:
+        if item.scope.why and item.taken:
+            targets = _targets(item.taken)
+            text = f"layers: {item.scope.why}; all of them fit in another order too ({_some(targets)})"
+            out.append(Assumption(text, PARITY, targets))
+    return out
+
+
 def _targets(pairs: Iterable[Pair]) -> tuple[str, ...]:
     return tuple(path for pair in pairs for link in pair.links for paths in link.flax.paths.values() for path in paths)
 

@@ -174,7 +174,7 @@ class Stacks:
             around.update(dict.fromkeys(family.lists, scope))
 
     def _scope(self, pair: FamilyPair) -> Scope:
-        return Scope(pair.torch.modules, pair.flax.modules, pair.keys, False, self.root.same, self.root.lex, pair.why)
+        return Scope(pair.torch.modules, pair.flax.modules, pair.keys, False, self.root.same, self.root.lex)
 
     def fill(self, torch: list[Family], flax: list[Family]) -> tuple[list[Family], list[Family]]:
         """Put each unpaired family into the scope around it as stacked modules, the innermost first. Returns the
@@ -278,7 +278,9 @@ class Stacks:
         for a, b, keys in fits:
             if uses[id(a)] == uses[id(b)] == 1:
                 left, right = (cut_to(family.modules, {key for key, _ in keys}) for family in (a, b))
-                self.scopes.append(Scope(left, right, keys, False, self.root.same, lex, "the numbers are the same"))
+                self.scopes.append(
+                    Scope(left, right, keys, False, self.root.same, lex, "the lists have the same numbers")
+                )
                 torch, flax = [f for f in torch if f is not a], [f for f in flax if f is not b]
         return torch, flax
 

@@ -69,6 +69,12 @@ class Rivals:
         at = len(self.prefix)
         return module.outer[:at] == self.prefix and len(module.outer) > at and not isinstance(module.outer[at], str)
 
+    def explained(self, view: View) -> View:
+        """The view, with what told that it is right."""
+        for scope in self.scopes(view) if self.told else ():
+            scope.why = f"the path of the stack shows that {_said(self.cut(self.likeliest[0]))}"
+        return view
+
     def set_aside(self, view: View) -> View:
         """The view without the scopes of the blocks, which are asked about."""
         scopes = self.scopes(view)

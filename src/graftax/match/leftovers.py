@@ -38,7 +38,7 @@ def by_kind(scope: Scope) -> list[Scope]:
     for keys in kinds.values():
         torch = cut_to(scope.torch, {key for key, _ in keys})
         flax = cut_to(scope.flax, {other for _, other in keys})
-        made = Scope(torch, flax, keys, scope.root, scope.same, scope.lex, scope.label)
+        made = Scope(torch, flax, keys, scope.root, scope.same, scope.lex, scope.why)
         made.wrappers, made.experts = scope.wrappers, scope.experts
         out.append(made)
     return out

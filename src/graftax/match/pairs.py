@@ -103,7 +103,7 @@ class Scope:
     root: bool
     same: bool
     lex: Lexicon
-    label: str = ""
+    why: str = ""  # evidence for these blocks that is not about their modules
     torch_names: dict[int, Name] = field(default_factory=dict[int, Name])
     flax_names: dict[int, Name] = field(default_factory=dict[int, Name])
     wrappers: frozenset[str] = frozenset()

@@ -43,21 +43,21 @@ class Views:
         then compete one by one, so that no other module takes a place only because the right one did not compete."""
         cuts: Both = ({}, {})
         now = self.at(cuts)
-        asked: list[Rivals] = []
+        rivals: list[Rivals] = []
         for _ in range(_ROUNDS):
             better = self._better(now, cuts, self._options(now, cuts)) or self._better(now, cuts, _apart(now, cuts))
             if better is None:
                 break
             cuts, now = better.likeliest
-            asked += [better] if better.open else []
+            rivals.append(better)
         counted = self._lists(now, cuts)
         if counted is not None and score(self.ends, found := self.at(counted)) <= score(self.ends, now):
             cuts, now = counted, found
         small = _dissolved(now)
         if any(small) and not now.doubts:
             now = self.at(({**cuts[0], **small[0]}, {**cuts[1], **small[1]}))
-        for rivals in asked:
-            now = rivals.set_aside(now)
+        for found in rivals:
+            now = found.set_aside(now) if found.open else found.explained(now)
         return now
 
     def _better(self, now: View, cuts: Both, ways: Iterable[Both]) -> Rivals | None:
