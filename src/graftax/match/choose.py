@@ -11,6 +11,7 @@ from graftax.match.flatten import Suspect
 from graftax.match.names import concepts, lexicon
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.sides import Module
+from graftax.tree import split_words
 
 _LINEAR = "a 2-D weight that becomes a kernel is a Linear"
 
@@ -227,9 +228,12 @@ def _square_table(case: _Case) -> Choice | None:
 
 
 def _square_parameter(case: _Case) -> Choice | None:
-    if not case.link.torch.kind == case.link.flax.kind == "raw":
+    """A bare parameter that has one name on both sides stays as it is, unless its siblings are transposed."""
+    torch, flax = case.link.torch, case.link.flax
+    if not torch.kind == flax.kind == "raw":
         return None
-    if "linear" in case.habits.orientation(case.scope, case.link)[1]:
+    named = [set(concepts(split_words(column.leaf), case.scope.lex)) for column in (torch, flax)]
+    if "linear" in case.habits.orientation(case.scope, case.link)[1] or named[0].isdisjoint(named[1]):
         return case.ask()
     return case.take("identity", "a bare parameter on both sides stays as it is")
 

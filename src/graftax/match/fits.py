@@ -56,49 +56,11 @@ def candidates(scope: Scope, kinds: Kinds = UNKNOWN, numbers: bool = True) -> li
         if (pair := fit(module, other, to_flax, False, rows=True)) is not None:
             judge(pair, scope, ranks_t.get(id(module), ()), ranks_f.get(id(other), ()))
             out.append(pair)
-    return one_orientation(out)
+    return out
 
 
 def _is_vocabulary(words: frozenset[str]) -> bool:
     return bool(words & {"tok", "embed", "head"}) and words.isdisjoint(("pos", "patch", "seg", "attn"))
-
-
-def one_orientation(pairs: list[Pair]) -> list[Pair]:
-    """The pairs without those that fit only in the wrong orientation. A checkpoint stores all its matrices in one way:
-    transposed against a kernel, or as they are. A pair is removed if it fits only in the way that leaves some matrix of
-    the scope without a partner."""
-    for kind in ("kernel", "free"):
-        fits: dict[str, set[int]] = {"linear": set(), "identity": set()}
-        equal = {"linear": 0, "identity": 0}
-        only: dict[int, str] = {}
-        for pair in pairs:
-            words = _orientation(pair, kind)
-            for word in words:
-                fits[word].add(id(pair.torch))
-            if len(words) == 1:
-                (word,) = words
-                only[id(pair)] = word
-                equal[word] += pair.equal and not pair.blocked
-        every = fits["linear"] | fits["identity"]
-        covers = [word for word in ("linear", "identity") if fits[word] == every]
-        if len(covers) == 2:
-            if equal["linear"] and equal["identity"]:
-                continue
-            covers = (
-                ["identity"] if equal["identity"] else ["linear"] if equal["linear"] or kind == "kernel" else covers
-            )
-        if len(covers) == 1:
-            pairs = [pair for pair in pairs if only.get(id(pair), covers[0]) == covers[0]]
-    return pairs
-
-
-def _orientation(pair: Pair, kind: str) -> set[str]:
-    """The readings of the pair's matrix, if it is one whose orientation is in question."""
-    for link in pair.links:
-        matrix = all(len(shape) > 1 for shape in link.torch.shapes.values())
-        if matrix and link.torch.role == "weight" and link.torch.kind == "free" and link.flax.kind == kind:
-            return {label for _, label in link.labels} & {"linear", "identity"}
-    return set()
 
 
 def _sizes(columns: Iterable[Column]) -> set[int]:

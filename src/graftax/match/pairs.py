@@ -49,7 +49,8 @@ class Finding:
 class Pair:
     """A torch module and a Flax module that fit. `score`: how alike the names are, 0..1; it orders candidates;
     `findings`: what judgements say against it; `whole`: both have the same roles and instances; `shared`: what both
-    names say; `equal`: the names are equal, and so are their numbers; `bonus`: paired siblings, rules."""
+    names say; `equal`: the names are equal, and so are their numbers; `bonus`: what a rule for another instance
+    adds."""
 
     torch: Module
     flax: Module

@@ -16,7 +16,7 @@ from graftax.match.names import concepts, lexicon
 from graftax.match.recurrent import unruled
 from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
-from graftax.plans import PARITY, Assumption, Entry, Proposal, Question
+from graftax.plans import PARITY, Assumption, Entry, Proposal
 from graftax.tree import Checkpoint, Module, Side, split_path, whole_words
 
 ONE_LAYER = 64
@@ -58,10 +58,7 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
             return _refused(found, whole, whole_flax, turned)
         if found is not None and not _open_layout(found, whole, whole_flax, torch, flax):
             return _proposal([found], turned)
-    found = _composites(torch, flax, free_torch, free_flax, known, turned)
-    spoken = {n for e in (*found.entries, *found.broken) for n in (*e.sources, *e.targets)}
-    left_torch, left_flax = ([n for n in names if n not in spoken] for names in (free_torch, free_flax))
-    return found.joined(_lone_biases(torch, flax, left_torch, left_flax, turned))
+    return _composites(torch, flax, free_torch, free_flax, known, turned)
 
 
 def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> bool:
@@ -309,79 +306,10 @@ def _words(path: str, side: Side) -> list[str]:
     return [w for part in split_path(path, side) for w in re.findall(r"[a-z]+|\d+", part.lower())]
 
 
-# ---------------------------------------------------------------- a bias on one side only
-
-
-def _lone_biases(
-    torch: Checkpoint, flax: Checkpoint, free_torch: list[str], free_flax: list[str], turned: bool
-) -> Proposal:
-    """Modules whose names are equal word for word, if one side has a bias and the other has none. The rest of the
-    module is settled, and the bias is asked about (missing or unused) without a candidate, because nothing else may
-    fill it."""
-    lone = _with_bias(free_torch, "torch") ^ _with_bias(free_flax, "flax")
-    if not lone:
-        return Proposal()
-    mine, theirs = _modules(free_torch, "torch"), _modules(free_flax, "flax")
-    found: list[Connection] = []
-    questions: list[Question] = []
-    for words, (path, roles) in mine.items():
-        other = theirs.get(words) if words in lone else None
-        if other is None or ("bias" in roles) == ("bias" in other[1]):
-            continue
-        owners = (
-            Owner(path, roles, torch.live.modules.get(path)),
-            Owner(other[0], other[1], flax.live.modules.get(other[0])),
-        )
-        connection = _settled(*owners, torch, flax, partial=True)
-        if not isinstance(connection, Connection) or connection.left != ("bias",) or connection.by == "shapes":
-            continue
-        square = any(torch[n].shape == torch[n].shape[::-1] and len(torch[n].shape) > 1 for n in roles.values())
-        if square and connection.by != "modules":
-            continue  # its siblings may show that this checkpoint stores (in, out)
-        found.append(connection)
-        on_torch = "bias" in roles
-        name = roles["bias"] if on_torch else other[1]["bias"]
-        if on_torch != turned:
-            text = f"unexpected key: {name}: its module has no bias on the other side"
-            questions.append(Question("unused", text, sources=(name,)))
-        else:
-            text = f"missing key: {name}: its module has no bias on the other side"
-            questions.append(Question("missing", text, targets=(name,)))
-    made = _proposal(found, turned)
-    held = tuple(Entry(question.sources, question.targets) for question in questions)
-    return Proposal(made.entries, tuple(questions), made.assumptions, broken=held)
-
-
-def _with_bias(names: list[str], side: Side) -> set[tuple[str, ...]]:
-    """The words of the modules that have a bias."""
-    paths = [_plain(name) if side == "flax" else name for name in names if name.endswith("bias")]
-    return {tuple(_words(path[:-5], side)) for path in paths if path[:-4].endswith((".", "/"))}
-
-
-def _modules(names: list[str], side: Side) -> dict[tuple[str, ...], tuple[str, dict[str, str]]]:
-    """words of a module's path -> (path, role -> leaf), for modules whose leaves lie right below them. Words that two
-    modules share are left out."""
-    separator = "/" if side == "flax" else "."
-    by_path: dict[str, dict[str, str]] = {}
-    for name in names:
-        path, _, role = (_plain(name) if side == "flax" else name).rpartition(separator)
-        by_path.setdefault(path, {})[role] = name
-    out: dict[tuple[str, ...], tuple[str, dict[str, str]]] = {}
-    twice: set[tuple[str, ...]] = set()
-    for path, roles in by_path.items():
-        words = tuple(_words(path, side))
-        if words in out:
-            twice.add(words)
-        out[words] = (path, roles)
-    return {words: module for words, module in out.items() if words not in twice}
-
-
 # ---------------------------------------------------------------- connections
 
 
-def _settled(
-    torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint, partial: bool = False
-) -> Connection | Failure | None:
+def _settled(torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> Connection | Failure | None:
     """The only connection of the two that has evidence; a Failure if the table refuses; None if neither."""
     live = _kind_of(flax, flax_end)
     parts = (
@@ -389,7 +317,7 @@ def _settled(
         Part(flax.path, "flax", flax.roles, flax_end.specs, live),
     )
     try:
-        found = connect(*parts, partial=partial)
+        found = connect(*parts)
     except LayoutError as error:
         return error.failures[0] if error.failures else Failure(str(error), key=torch.path)
     best = settled_connection(found)
