@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 from graftax.match.blocks import Doubt, Option, View, prefix_text, surest
 from graftax.match.cutting import Cut, Cuts, Tokens
-from graftax.match.key_templates import skeleton
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, concepts
 from graftax.match.pairs import Scope
 from graftax.match.sides import Family, Module
+from graftax.rules.key_templates import skeleton
 from graftax.tree import split_words
 
 Both = tuple[Cuts, Cuts]

@@ -189,7 +189,7 @@ def _know(link: GroupLink, module: Module, other: Module, style: Style | None) -
 
 
 def _as_many_layers(link: GroupLink) -> bool:
-    """True if the fused leaf has two axes that may hold the parts, because there are as many stacked layers as parts."""
+    """True if two axes of the fused leaf may hold the parts, because there are as many stacked layers as parts."""
     parts = max(len(link.torch), len(link.flax))
     layers = {count for column in (*link.torch, *link.flax) for count in column.stack}
     whole = link.flax[0] if len(link.flax) == 1 else link.torch[0]

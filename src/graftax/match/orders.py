@@ -188,21 +188,24 @@ def _stream(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | 
             return None
         places.append(-1.0 if place is None else place)
     if -1.0 in places:
-        return _beside_ordinal(modules, places)
+        return _beside_ordinal(modules, places, names)
     if len(set(places)) != len(places):
         return None
     return [module for _, module in sorted(zip(places, modules, strict=True), key=lambda item: item[0])]
 
 
-def _beside_ordinal(modules: list[Module], places: list[float]) -> list[Module] | None:
-    """The order of two norms if one says that it comes first or last, and the other has only a number: it is the other
-    end."""
+_BARE_NORM = frozenset(("norm", "layer"))
+
+
+def _beside_ordinal(modules: list[Module], places: list[float], names: list[frozenset[str]]) -> list[Module] | None:
+    """The order of two norms if one says that it comes first or last, and the other has only a number, or nothing: it
+    is the other end."""
     said = next((i for i, place in enumerate(places) if place >= 0), None)
     if said is None:
         return None
     other = modules[1 - said]
     number = other.tokens[-1] if other.tokens else None
-    if not isinstance(number, int):
+    if not isinstance(number, int) and not names[1 - said] <= _BARE_NORM:
         return None
     if places[said] <= 1.2 and number != 0:
         return [modules[said], other]

@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from graftax.match.engine import Result
-from graftax.match.key_templates import skeleton
 from graftax.match.layout_questions import layout_questions
 from graftax.match.pair_questions import block_question, pair_questions
 from graftax.match.settle import Settled, open_links
 from graftax.match.sides import columns_of, paths_of
 from graftax.plans import Question
+from graftax.rules.key_templates import skeleton
 
 
 def questions(result: Result, sides: tuple[str, str], turned: bool, missing: Collection[str] = ()) -> list[Question]:

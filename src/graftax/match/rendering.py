@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from graftax.layers.patterns import LAYOUTS, PADDED
 from graftax.match.flatten import Suspect
 from graftax.match.groups import LAYERS, GroupLink
-from graftax.match.key_templates import Line, rule_templates
 from graftax.match.pairs import Label, Link, Scope
 from graftax.ops import Op, Rearrange
+from graftax.rules.key_templates import Line, rule_templates
 from graftax.rules.text import rule_line
 
 _LAYOUTS = frozenset(("identity", *LAYOUTS))
@@ -29,7 +29,7 @@ def column_rule(
     of the two sides have no simple relation. `sides`: the words for the ends; `open_`: the reading is open; `asked`:
     only the reading is asked for, so that the line must name it; `more`: what else it states."""
     lines: list[str] = []
-    for made in rule_templates(scope, [link.torch], [link.flax]):
+    for made in rule_templates(scope.keys, scope.crowd, [link.torch], [link.flax]):
         keys = _ends(made, sides)
         if label is not None:
             keys |= _reading_keys(label[1], link, open_, asked) | dict(more)
@@ -70,7 +70,7 @@ def flatten_rules(scope: Scope, link: Link, label: Label, trap: Suspect, sides: 
     matrix = any(len(shape) == 2 for shape in link.torch.shapes.values())
     for each in trap.rule_keys(matrix):
         lines: list[str] = []
-        for made in rule_templates(scope, [link.torch], [link.flax]):
+        for made in rule_templates(scope.keys, scope.crowd, [link.torch], [link.flax]):
             keys = {**_ends(made, sides), **more, **each}
             if made.stack and label[0]:
                 keys["stack"] = dict(zip(made.stack, label[0], strict=False))
@@ -82,7 +82,7 @@ def flatten_rules(scope: Scope, link: Link, label: Label, trap: Suspect, sides: 
 def group_rule(scope: Scope, link: GroupLink, variant: str, sides: tuple[str, str]) -> str:
     """The rule line that states how the parts of a group lie in the fused tensor."""
     lines: list[str] = []
-    for made in rule_templates(scope, link.torch, link.flax):
+    for made in rule_templates(scope.keys, scope.crowd, link.torch, link.flax):
         way = link.ways[variant]
         stack = {made.stack[0] if name == LAYERS else name: axis for name, axis in way.stack.items()}
         keys = {**_ends(made, sides), **way.keys, **({"stack": stack} if stack else {})}

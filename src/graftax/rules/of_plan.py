@@ -26,15 +26,15 @@ from graftax.ops import (
     parse_pattern,
 )
 from graftax.plans import Entry, Plan
-from graftax.plans.names import NUMBER, fold_names
+from graftax.plans.names import fold_names
 from graftax.plans.text import columns
 from graftax.rules.apply import apply_rules
+from graftax.rules.key_templates import Line, one_line
 from graftax.rules.load import load_rules
 from graftax.rules.template import escape_key
 from graftax.rules.text import rule_line
 from graftax.tree import Checkpoint, Side, TensorSpec
 
-_INDICES = "lmnpqrs"
 _TRIED = 1 << 22
 """Elements up to which two chains of ops are compared by what they do."""
 Keys = dict[str, object]
@@ -86,12 +86,11 @@ class RuleWriter:
         names = _templates(group)
         if names is None:
             return None
-        sources, targets, index = names
         words = ("source", "target") if self.sides[0] == self.sides[1] else self.sides
-        ends: Keys = dict(zip(words, map(_one_or_list, (sources, targets)), strict=True))
+        ends: Keys = dict(zip(words, map(_one_or_list, (names.torch, names.flax)), strict=True))
         ops = tuple(op for op in group[0].ops if not isinstance(op, Cast))
-        for keys in _forms(ops, index):
-            line = rule_line(**ends, **keys)
+        for keys in _forms(ops, "".join(names.stack)):
+            line = rule_line(**ends, **names.ranges, **keys)
             if self._makes(line, group):
                 return line
         return None
@@ -137,8 +136,8 @@ class RuleWriter:
         return len(made[0]) == len(made[1]) and all(map(np.array_equal, *made))
 
 
-def _one_or_list(names: Sequence[str]) -> object:
-    return list(names) if len(names) > 1 else "".join(names)
+def _one_or_list(names: Sequence[object]) -> object:
+    return list(names) if len(names) > 1 else names[0] if names else ""
 
 
 def _plain(op: Op) -> object:
@@ -209,73 +208,28 @@ def _rearranged(op: Rearrange) -> Iterator[Keys]:
     yield {"ops": op.pattern, **{name: size for name, size in op.sizes if name in grouped}}
 
 
-def _templates(group: Sequence[Entry]) -> tuple[tuple[str, ...], tuple[str, ...], str] | None:
-    """(templates of the sources, of the targets, the index that only the sources have: they are stacked)."""
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """The names at one place of the entries of a group, as a column."""
+
+    paths: Mapping[tuple[int, ...], tuple[str, ...]]
+    stack: tuple[int, ...] = ()
+
+
+def _templates(group: Sequence[Entry]) -> Line | None:
+    """The templates of the sources and of the targets; None if no line names all of them."""
     first = group[0]
     if len(group) == 1:
-        every = list(first.sources)
-        varies = len(every) > 1 and len(fold_names(every)) == 1
+        varies = len(first.sources) > 1 and len(fold_names(first.sources)) == 1
         if varies and any(isinstance(op, Stack) for op in first.ops):
-            rows = [[int(n) for n in NUMBER.findall(name)] for name in every]
-            places = [p for p, _ in enumerate(rows[0]) if len({row[p] for row in rows}) > 1]
-            if len(places) == 1:
-                return (
-                    (_filled(every[0], {places[0]: _INDICES[0]}),),
-                    tuple(map(escape_key, first.targets)),
-                    _INDICES[0],
-                )
-        return tuple(map(escape_key, first.sources)), tuple(map(escape_key, first.targets)), ""
-    sides = [[entry.sources for entry in group], [entry.targets for entry in group]]
-    if any(len({len(names) for names in side}) > 1 for side in sides):
+            stacked = [_Names({(): first.sources}, (len(first.sources),))]
+            found = one_line([((), ())], {}, stacked, [_Names({(): (name,)}) for name in first.targets])
+            if found is not None:
+                return found
+        return Line(tuple(map(escape_key, first.sources)), tuple(map(escape_key, first.targets)))
+    ends = [[entry.sources for entry in group], [entry.targets for entry in group]]
+    if any(len({len(names) for names in side}) > 1 for side in ends):
         return None
-    series = _series(sides)
-    if series is None:
-        return None
-    out: list[tuple[str, ...]] = []
-    for side in sides:
-        made: list[str] = []
-        for place in range(len(side[0])):
-            rows = [[int(n) for n in NUMBER.findall(names[place])] for names in side]
-            marks: dict[int, str] = {}
-            for p in range(len(rows[0])):
-                values = tuple(row[p] for row in rows)
-                if len(set(values)) > 1:
-                    marks[p] = series[values]
-            made.append(_filled(side[0][place], marks))
-        out.append(tuple(made))
-    return out[0], out[1], ""
-
-
-def _series(sides: Sequence[Sequence[Sequence[str]]]) -> Mapping[tuple[int, ...], str] | None:
-    """Each series of numbers that the names run through -> what a template says: l, or l+1."""
-    found: dict[tuple[int, ...], str] = {}
-    bases: list[tuple[tuple[int, ...], str]] = []
-    every: list[tuple[int, ...]] = []
-    for side in sides:
-        for place in range(len(side[0])):
-            rows = [[int(n) for n in NUMBER.findall(names[place])] for names in side]
-            if len({len(row) for row in rows}) > 1:
-                return None
-            every += [tuple(row[p] for row in rows) for p in range(len(rows[0]))]
-    for values in sorted({values for values in every if len(set(values)) > 1}, key=sum):
-        for base, letter in bases:
-            offsets = {a - b for a, b in zip(values, base, strict=True)}
-            if len(offsets) == 1:
-                found[values] = f"{letter}+{offsets.pop()}"
-                break
-        else:
-            if len(bases) == len(_INDICES):
-                return None
-            bases.append((values, _INDICES[len(bases)]))
-            found[values] = bases[-1][1]
-    return found
-
-
-def _filled(name: str, marks: Mapping[int, str]) -> str:
-    out: list[str] = []
-    end = 0
-    for n, match in enumerate(NUMBER.finditer(name)):
-        if n in marks:
-            out.append(escape_key(name[end : match.start()]) + "{" + marks[n] + "}")
-            end = match.end()
-    return "".join(out) + escape_key(name[end:])
+    columns = [[_Names({(n,): (name,) for n, name in enumerate(names)}) for names in zip(*side, strict=True)]
+               for side in ends]  # fmt: skip
+    return one_line([((n,), (n,)) for n in range(len(group))], {}, *columns)

@@ -8,18 +8,29 @@ get ranges or, at last, each instance gets a line.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations, product
+from typing import Protocol
 
-from graftax.match.numbers import NUMBER
-from graftax.match.pairs import Scope
-from graftax.match.sides import Column, Key
+from graftax.plans.names import NUMBER
 from graftax.rules.template import Template, escape_key, parse_template
 
+Key = tuple[int, ...]
 Numbers = tuple[int, ...]
+Crowd = Mapping[str, Collection[str]]
+"""A path without its numbers -> the leaves of that form, among which a template must name its own alone."""
 _NAMES = "lmnpqrs"
 _MOST = 4096  # leaves among which a template is tried; with more of one form, it is taken to name too many
+
+
+class Column(Protocol):
+    """One leaf over its instances: the paths of each, several if they are stacked, and the counts of the stack."""
+
+    @property
+    def paths(self) -> Mapping[Key, tuple[str, ...]]: ...
+    @property
+    def stack(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +49,16 @@ def skeleton(path: str) -> str:
     return NUMBER.sub("\0", path)
 
 
-def rule_templates(scope: Scope, torch: Sequence[Column], flax: Sequence[Column]) -> list[Line]:
-    """The templates for these columns over the instances that all of them have: one line, or one for each instance."""
-    shared = [
-        (t, f) for t, f in scope.keys if all(t in c.paths for c in torch) and all(f in c.paths for c in flax)
-    ]  # fmt: skip
-    whole = _line(scope, shared, torch, flax)
+def rule_templates(
+    keys: Iterable[tuple[Key, Key]], crowd: Crowd, torch: Sequence[Column], flax: Sequence[Column]
+) -> list[Line]:
+    """The templates for these columns over the instances that all of them have: one line, or one for each instance.
+    `keys`: which torch instance goes with which Flax instance."""
+    shared = [(t, f) for t, f in keys if all(t in c.paths for c in torch) and all(f in c.paths for c in flax)]
+    whole = one_line(shared, crowd, torch, flax)
     if whole is not None:
         return [whole]
-    return [_line(scope, [keys], torch, flax) or _listed(keys, torch, flax) for keys in shared]
+    return [one_line([pair], crowd, torch, flax) or _listed(pair, torch, flax) for pair in shared]
 
 
 def _listed(keys: tuple[Key, Key], torch: Sequence[Column], flax: Sequence[Column]) -> Line:
@@ -59,8 +71,8 @@ def _listed(keys: tuple[Key, Key], torch: Sequence[Column], flax: Sequence[Colum
     return Line(ends[0], ends[1], ("list",) if stacked else ())
 
 
-def _line(
-    scope: Scope, shared: Sequence[tuple[Key, Key]], torch: Sequence[Column], flax: Sequence[Column]
+def one_line(
+    shared: Sequence[tuple[Key, Key]], crowd: Crowd, torch: Sequence[Column], flax: Sequence[Column]
 ) -> Line | None:
     """One line for these instances; None if indices cannot name exactly their leaves."""
     stack = next((column.stack for column in (*torch, *flax) if math.prod(column.stack) > 1), ())
@@ -89,7 +101,7 @@ def _line(
         return None  # an index that is not stacked has one name on both sides
     spans = {name: set(vector) for name, vector in indices.items()}
     for allowed in ({}, {name: span for name, span in spans.items() if max(span) - min(span) < len(span)}):
-        if all(_names_only(scope, text, some, allowed) for text, some in zip(found, paths, strict=True)):
+        if all(_names_only(crowd, text, some, allowed) for text, some in zip(found, paths, strict=True)):
             ranges = {name: f"{min(span)}..{max(span)}" for name, span in allowed.items()}
             return Line(tuple(found[: len(torch)]), tuple(found[len(torch) :]), free, ranges)
     return None
@@ -99,9 +111,9 @@ def _parsed(text: str) -> Template:
     return parse_template(text, "torch")  # the side makes no difference without wildcards
 
 
-def _names_only(scope: Scope, text: str, paths: Sequence[str], allowed: Mapping[str, set[int]]) -> bool:
+def _names_only(crowd: Crowd, text: str, paths: Sequence[str], allowed: Mapping[str, set[int]]) -> bool:
     """True if the template names exactly these leaves."""
-    near, wanted = scope.crowd.get(skeleton(paths[0]), ()), set(paths)
+    near, wanted = crowd.get(skeleton(paths[0]), ()), set(paths)
     if len(near) > _MOST:
         return len(wanted) == len(near)
     made = _parsed(text)
