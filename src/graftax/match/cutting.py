@@ -6,8 +6,9 @@ outside in. By default blocks that are alike are counted together; a `Cut` state
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
@@ -104,12 +105,26 @@ def parse(
     out: list[Template] = []
     for skeleton, rows in grouped.items():
         parts = _parts(skeleton, side)
-        role, kind, rest = role_of(parts[-1])
+        role, kind, rest = _raw_pair(skeleton, grouped) or role_of(parts[-1])
         split = [split_words(part) for part in (*parts[:-1], rest) if part]
         words = tuple(word for part in split for word in part)
         cuts = tuple(accumulate(map(len, split)))
         out.append(Template(words, role, kind, parts[-1], bool(rest), rows, cuts=cuts))
     return out
+
+
+_RAW = re.compile(r"(.*[./])?([wb])_([^./]+)")
+
+
+def _raw_pair(skeleton: str, others: Collection[str]) -> tuple[str, Kind, str] | None:
+    """The role of one of two bare parameters: w_out and b_out are the weight and the bias of `out`."""
+    found = _RAW.fullmatch(skeleton)
+    if found is None:
+        return None
+    above, letter, rest = found.groups(default="")
+    if f"{above}{'b' if letter == 'w' else 'w'}_{rest}" not in others:
+        return None
+    return ("weight", "raw", rest) if letter == "w" else ("bias", "free", rest)
 
 
 def tokens_of(path: str, side: Side) -> Tokens:

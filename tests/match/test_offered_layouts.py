@@ -1,5 +1,5 @@
-"""Fused parts, grouped convolutions and padded vocabularies: some offered answer gives the right values, none is taken
-in silence where several fit."""
+"""Fused parts, grouped convolutions, padded vocabularies, bare parameters: some offered answer gives the right values,
+and none is taken in silence that gives others."""
 
 from __future__ import annotations
 
@@ -99,7 +99,26 @@ def vocabulary(head: bool) -> tuple[Arrays, Arrays]:
     return torch_side, {**there, **({"lm_head/kernel": padded[1].T} if head else {})}
 
 
+def bare_pairs(width: int) -> tuple[Arrays, Arrays]:
+    """w_in and b_in of a user's own module are a Linear, stored (in, out)."""
+    inner, outer, one, other = draw(D, width), draw(width, D), draw(width), draw(D)
+    torch_side = {"mlp.w_in": inner, "mlp.b_in": one, "mlp.w_out": outer, "mlp.b_out": other}
+    there = {"fc_in/kernel": inner, "fc_in/bias": one, "fc_out/kernel": outer, "fc_out/bias": other}
+    return torch_side, {f"mlp/{name}": leaf for name, leaf in there.items()}
+
+
+def relative_positions(buckets: int) -> tuple[Arrays, Arrays]:
+    """T5 keeps (buckets, heads), T5X (heads, buckets)."""
+    table, proj = draw(buckets, 8), draw(8, 6)
+    torch_side = {"encoder.relative_attention_bias.weight": table, "encoder.proj.weight": proj}
+    return torch_side, {"encoder/relpos_bias/rel_embedding": table.T, "encoder/proj/kernel": proj.T}
+
+
 CASES = {
+    "bare pairs": bare_pairs(F),
+    "bare pairs, square": bare_pairs(D),
+    "relative positions": relative_positions(32),
+    "relative positions, square": relative_positions(8),
     **{f"experts, {'row by row' if w else 'in blocks'}, {'out, in' if t else 'in, out'}": experts(w, t)
        for w in (False, True) for t in (False, True)},
     **{f"layers of q, k, v on axis {axis}, {'group by group' if w else 'in blocks'}": layers_of_qkv(axis, w, b)
