@@ -131,7 +131,7 @@ def part_stacks(m: Maker) -> Attack:
         norms = [m.draw(d) for _ in range(layers)]
         for i, norm in enumerate(norms):
             m.give(f"layers.{i}.norm.weight", norm)
-        m.take("layers/norm/scale", np.stack(norms))
+        m.take("layers/norm/scale", np.stack(norms, 1 - axis))  # one axis counts the layers of all leaves
     return m.attack("part-stacks")
 
 

@@ -10,13 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-OPEN = (
-    *("cycles", "fused_unnamed", "raw_matrix", "square_table"),
-    *("live_own_class", "live_own_class_of_flax"),
-)
-"""Kinds of which some plans are still wrong."""
-SOUND = rf"^(?!({'|'.join(OPEN)})$)"
-
 
 @pytest.fixture(scope="session")
 def attacks(script: Callable[[str], ModuleType]) -> ModuleType:
@@ -24,7 +17,7 @@ def attacks(script: Callable[[str], ModuleType]) -> ModuleType:
     return script("attack_plans")
 
 
-def _run(attacks: ModuleType, count: int, live: int, seed: int, kinds: str = SOUND, **more: Any) -> Any:
+def _run(attacks: ModuleType, count: int, live: int, seed: int, kinds: str = "", **more: Any) -> Any:
     tally = attacks.run(count, live, seed, kinds, **more)
     assert not tally.faults, "\n".join(tally.faults)
     return tally
@@ -54,12 +47,6 @@ def test_a_wrong_plan_would_be_seen(attacks: ModuleType) -> None:
     name = next(iter(leaves))
     leaves[name] = leaves[name][::-1].copy()
     assert attacks.judged(one).word == "WRONG"
-
-
-@pytest.mark.xfail(reason="these kinds are open")
-@pytest.mark.parametrize("kind", OPEN)
-def test_attacks_of_open_kinds_give_no_wrong_plan(attacks: ModuleType, kind: str) -> None:
-    _run(attacks, 30, 8, 0, f"^{kind}$", answering=False)
 
 
 @pytest.mark.slow
