@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from graftax.match.assign import Board
 from graftax.match.names import concepts
-from graftax.match.orders import BY_NUMBER, complete_order, components, in_step
+from graftax.match.orders import BY_NUMBER, RULED, complete_order, components, in_step
 from graftax.match.pairs import Pair, Scope
 from graftax.match.sides import Module, Token
 
@@ -74,7 +74,9 @@ def the_rest(
         if len(mine) != len(theirs) or not mine or not _paired(p, q, [*taken, *out], scope):
             continue
         found = _complete(mine, theirs, scope, board, trusted)
-        if not all(_sure(pair) for pair in found) or not in_step(found, [*taken, *out]):
+        counted = any(pair.why == BY_NUMBER for pair in found)  # what rules state limits only what a count decides
+        beside = [pair for pair in (*taken, *out) if counted or pair.why != RULED]
+        if not all(_sure(pair) for pair in found) or not in_step(found, beside):
             continue
         for pair in found:
             pair.why = pair.why or f"the only pairing of what is left of {_text(p)} and {_text(q)}"
