@@ -158,13 +158,15 @@ def test_an_offered_answer_gives_the_right_values(name: str, back: bool) -> None
         got = made if back else {join_path(keys): leaf for keys, leaf in flatten(made)}
         return all(np.array_equal(np.asarray(got[path]), leaf) for path, leaf in want.items())
 
-    def leads(rules: list[str], tries: int) -> bool:
+    def leads(rules: list[str], tries: int, before: frozenset[str] = frozenset()) -> bool:
         plan = gx.plan(source, like, rules=rules or None)
+        still = frozenset(target for question in plan.questions for target in question.targets)
+        assert not rules or still < before, "an answer settles something, and opens nothing"
         assert rules or not plan.complete or right(plan), "taken in silence, and wrong"
         if plan.complete:
             return right(plan)
         asked = [question for question in plan.questions if question.candidates]
         assert asked, str(plan)
-        return tries > 0 and any(leads([*rules, one.rule], tries - 1) for one in asked[0].candidates)
+        return tries > 0 and any(leads([*rules, one.rule], tries - 1, still) for one in asked[0].candidates)
 
     assert leads([], 4)

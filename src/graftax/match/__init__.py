@@ -3,6 +3,7 @@ point."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from graftax.match.assumptions import call_orders, stack_orders
@@ -18,6 +19,7 @@ from graftax.match.kinds import Kinds
 from graftax.match.live_layouts import by_live_modules
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, lexicon
+from graftax.match.numbers import NUMBER
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.partial import consistent, ruled_chains
 from graftax.match.questions import questions
@@ -85,19 +87,21 @@ def _infer(
     silent = [item.entry for item in named]
     spoken = [entry for entry in settled.entries if not any(entry is other for other in silent)]
     traces = Traces(torch.live.trace, flax.live.trace)
+    fused = _whole_columns(hints.fused, torch) | _whole_columns(hints.fused, flax)
     ends = Ends(
         torch.specs,
         flax.specs,
         like_side if turned else source_side,
         source_side if turned else like_side,
-        frozenset((t_skip - hints.anchors.keys()) | hidden),
-        frozenset(f_skip - set(hints.anchors.values())),
+        frozenset((t_skip - hints.anchors.keys() - fused) | hidden),
+        frozenset(f_skip - set(hints.anchors.values()) - fused),
         hints.anchors,
         hints.styles,
         head_count(source.config) or head_count(like.config),
         ties,
         Kinds.of(torch, flax, traces),
         read_named(named, turned),
+        fused=fused,
         ruled=ruled_chains(spoken, hints.anchors, turned),
         traces=traces,
         calls=flax_calls(flax),
@@ -125,6 +129,13 @@ def _infer(
     asked += [*doubts, *cells.questions, *unsaid_questions(result.unsaid, turned)]
     assumed = (*cells.assumptions, *call_orders(result, ends), *stack_orders(result))
     return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))
+
+
+def _whole_columns(names: Collection[str], end: Checkpoint) -> frozenset[str]:
+    """The names of which the tree has no other that differs from them only in its numbers."""
+    mine = Counter(NUMBER.sub("\0", name) for name in names if name in end)
+    every = Counter(found for name in end if (found := NUMBER.sub("\0", name)) in mine) if mine else mine
+    return frozenset(name for name in names if name in end and mine[s := NUMBER.sub("\0", name)] == every[s])
 
 
 def _entries(result: Result, ties: dict[str, tuple[str, ...]], turned: bool) -> list[Entry]:

@@ -41,7 +41,7 @@ class Choice:
 
 def usual(label: Label) -> tuple[int, Label]:
     """A sort key: the field's convention comes first."""
-    order = ("linear", "conv", "identity", "reshape")
+    order = ("linear", "conv", "identity", SPLIT_OUT[0], SPLIT_IN[0], "window last", "reshape")
     return (order.index(label[1]) if label[1] in order else 9, label)
 
 

@@ -15,10 +15,12 @@ from graftax.plans import Entry
 @dataclass(slots=True)
 class Hints:
     """anchors: torch leaf -> Flax leaf, for leaves that rules pair one to one (each stacked leaf with its stack);
-    styles: module of a fused torch or Flax leaf -> the layout of the parts that a rule states."""
+    styles: module of a fused torch or Flax leaf -> the layout of the parts that a rule states;
+    fused: the leaves of these rules."""
 
     anchors: dict[str, str] = field(default_factory=dict[str, str])
     styles: dict[str, Style] = field(default_factory=dict[str, Style])
+    fused: set[str] = field(default_factory=set[str])
 
 
 def read_hints(entries: Iterable[Entry], turned: bool) -> Hints:
@@ -36,6 +38,7 @@ def read_hints(entries: Iterable[Entry], turned: bool) -> Hints:
             parts = tuple(map(owner, flax if cut else torch))[: len(op.sizes)]
             style = Style("interleaved" if woven else "block", heads, parts)
             out.styles |= {owner(name): style for name in torch}
+            out.fused |= {*torch, *flax}
     return out
 
 

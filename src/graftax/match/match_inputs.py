@@ -21,7 +21,8 @@ class Ends:
     anchors: torch leaf -> Flax leaf, one to one, from rules; named: anchors of rules that state nothing else;
     ruled: torch leaf -> the ops of its rule, torch -> Flax; styles: torch module -> how a rule lays out its parts;
     traces: of live models; calls: the order of calls on the Flax side, if it is traced; heads: from config.json;
-    aliases: first name -> all names of a tied tensor.
+    aliases: first name -> all names of a tied tensor; fused: leaves that rules about fused tensors settle, which stay
+    evidence for what is around them.
     """
 
     torch: Mapping[str, TensorSpec]
@@ -39,4 +40,5 @@ class Ends:
     traces: Traces = field(default_factory=Traces)
     calls: Calls = NO_CALLS
     renames: Mapping[str, str] = field(default_factory=dict[str, str])
+    fused: frozenset[str] = frozenset()
     ruled: Mapping[str, tuple[Op, ...]] = field(default_factory=dict[str, "tuple[Op, ...]"])

@@ -36,6 +36,8 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
     trusted = not out_of_order(pairs)
     if not trusted:
         pairs = candidates(scope, ends.kinds, numbers=False)
+    if ends.fused:
+        pairs = [pair for pair in pairs if not (_is_fused(pair.torch, ends) or _is_fused(pair.flax, ends))]
     for pair in pairs if ends.kinds else ():
         if clash := ends.kinds.clash(pair):
             pair.findings += (Finding("live kinds", EVERY, clash),)
@@ -49,6 +51,11 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
     if ends.anchors:
         taken, board = reopened(taken, board, pairs, dict(scope.keys), ends.anchors, forced)
     return Settled(scope, taken, board, trusted=trusted)
+
+
+def _is_fused(module: Module, ends: Ends) -> bool:
+    """True if a rule about a fused tensor settles a leaf of the module."""
+    return any(next(iter(column.paths.values()))[0] in ends.fused for column in module.roles.values())
 
 
 _KINDS = 8  # with more kinds of blocks in one family, the numbers show nothing
