@@ -77,3 +77,33 @@ def test_the_axes_of_loops_inside_loops_are_known() -> None:
 
 def test_what_is_not_stacked_says_so() -> None:
     assert stacked(gx.linen(Block(), jnp.zeros((2, WIDTH)))) == {"params/fc/bias": (), "params/fc/kernel": ()}
+
+
+def test_an_axis_counted_from_either_end_is_one_order() -> None:
+    """Only one order of the axes of stacked matrices fits, so nothing is asked."""
+
+    class MoE(fn.Module):
+        @fn.compact
+        def __call__(self, x: Any) -> Any:
+            scores = fn.Dense(3, use_bias=False, name="router")(x)
+            up, down = (
+                self.param(name, fn.initializers.ones, s) for name, s in (("up", (3, 8, 6)), ("down", (3, 6, 8)))
+            )
+            return jnp.einsum("bd,edf,efo,be->bo", x, up, down, scores)
+
+    class Model(fn.Module):
+        @fn.compact
+        def __call__(self, x: Any) -> Any:
+            return MoE(name="moe")(fn.LayerNorm(name="norm")(x))
+
+    rng = np.random.default_rng(0)
+    shapes = {"up": (6, 8), "down": (8, 6)}
+    source = {f"moe.experts.{e}.{name}.weight": rng.standard_normal(shape).astype("f4")
+              for name, shape in shapes.items() for e in range(3)}  # fmt: skip
+    source |= {"moe.gate.weight": rng.standard_normal((3, 8)).astype("f4")}
+    source |= {f"norm.{leaf}": rng.standard_normal(8).astype("f4") for leaf in ("weight", "bias")}
+    plan = gx.plan(source, gx.linen(Model(), jnp.zeros((2, 8))), source_side="torch")
+    assert plan.complete, str(plan)
+    made = plan.run(source)["params"]["moe"]
+    for name in shapes:
+        assert np.array_equal(made[name], np.stack([source[f"moe.experts.{e}.{name}.weight"].T for e in range(3)]))

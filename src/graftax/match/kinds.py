@@ -63,7 +63,8 @@ class Kinds:
         shapes = {(shape, link.flax.shapes[keys[key]]) for key, shape in link.torch.shapes.items()
                   if keys.get(key) in link.flax.shapes}  # fmt: skip
         if link.torch.stack or link.flax.stack:  # the stack axis is open too
-            link.told = tuple(sorted(link.labels)) if max(len(s) for s, _ in shapes) > 1 else ()
+            alike = {tuple(link.chains[(label, *pair)] for pair in shapes): label for label in sorted(link.labels)}
+            link.told = tuple(alike.values()) if len(alike) > 1 and max(len(s) for s, _ in shapes) > 1 else ()
             return
         orders = axis_orders(shapes)
         used = self._as_used(orders, link, keys) if len(orders) > 1 else []
