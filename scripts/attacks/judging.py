@@ -191,6 +191,9 @@ def live_verdict(attack: Live, answering: bool = True) -> Verdict:
     if attack.flax is not None:
         like = gx.linen(attack.flax[0], *attack.flax[1])
 
+    if files.back:
+        source, like = checkpoint("source", files.flax, "flax", True), attack.torch
+
     def plan(rules: Sequence[str]) -> Plan:
         return gx.plan(source, like, rules=list(rules) or None, **files.options)
 

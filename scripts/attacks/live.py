@@ -57,11 +57,18 @@ def raw(*shape: int) -> nn.Parameter:
 
 
 def live(
-    m: Maker, kind: str, net: nn.Module, tree: fn.Module, *inputs: Array, channels: bool = True, shown: str = ""
+    m: Maker,
+    kind: str,
+    net: nn.Module,
+    tree: fn.Module,
+    *inputs: Array,
+    channels: bool = True,
+    shown: str = "",
+    folded: bool = False,
 ) -> Live:
     """The attack: torch's module takes the maker's values, and both models agree on the inputs. `channels`: torch has
     channels first, in the inputs and in a map that comes out. `shown`: the side that must be live, as it alone
-    shows the truth."""
+    shows the truth; `folded`: nothing goes back from Flax to torch."""
     state = {name: torch.from_numpy(array.copy()) for name, array in m.torch.items()}
     net.load_state_dict(state, strict=True)
     net.eval()
@@ -71,10 +78,11 @@ def live(
     got = np.asarray(tree.apply(_nested(m.flax), *there))
     if got.shape != want.shape or float(np.abs(got - want).max()) > 1e-3 * float(np.abs(want).max() + 1e-6):
         raise ValueError(f"{kind}: the two models differ")
-    attack = m.attack(kind, back=False)
+    modes = ("both", "both", "both", shown or "torch", shown or "flax")
+    mode = m.pick(*modes, "back") if shown in ("", "torch") and not folded else m.pick(*modes)
+    attack = m.attack(kind, back=mode == "back")
     attack.loose = True
-    mode = m.pick("both", "both", "both", shown or "torch", shown or "flax")
-    return Live(attack, net if mode != "flax" else None, (tree, there) if mode != "torch" else None)
+    return Live(attack, net if mode != "flax" else None, (tree, there) if mode not in ("torch", "back") else None)
 
 
 def _first(x: Array) -> Array:

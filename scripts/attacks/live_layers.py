@@ -134,13 +134,13 @@ def overridden_forward(m: Maker) -> Live:
         tree = Tree(
             lambda self, x: fn.Conv(3, (3, 3), padding=1, name="tail")(fn.Conv(d, (3, 3), padding=1, name="conv")(x))
         )
-        return live(m, "overridden-forward", net, tree, m.draw(1, 4, 4, d), shown="torch")
+        return live(m, "overridden-forward", net, tree, m.draw(1, 4, 4, d), shown="torch", folded=True)
     m.put("fc.weight", "fc/kernel", d, d, form=lambda w: w.T * np.float32(d**-0.5))
     m.put("fc.bias", "fc/bias", d)
     m.dense("out", "out", 3, d)
     net = Net(lambda s, x: s.out(s.fc(x)), fc=Scaled(d, d), out=nn.Linear(d, 3))
     tree = Tree(lambda self, x: fn.Dense(3, name="out")(fn.Dense(d, name="fc")(x)))
-    return live(m, "overridden-forward", net, tree, m.draw(2, d), shown="torch")
+    return live(m, "overridden-forward", net, tree, m.draw(2, d), shown="torch", folded=True)
 
 
 def _standardised(w: Array) -> Array:
@@ -310,7 +310,7 @@ def normed_layer(m: Maker) -> Live:
 
     m.options = {} if m.coin() else {"unused": "drop"}
     net = Net(lambda s, x: s.head(s.conv(x).mean(axes)), conv=layer, head=nn.Linear(o, 5))
-    return live(m, "normed-layer", net, Tree(tree), m.draw(2, *(5 for _ in window), d))
+    return live(m, "normed-layer", net, Tree(tree), m.draw(2, *(5 for _ in window), d), folded=True)
 
 
 def raw_uses(m: Maker) -> Live:

@@ -100,6 +100,7 @@ def flattened_into_cell(m: Maker) -> Live:
         Net(use, conv=nn.Conv2d(1, c, 3, padding=1), rnn=layer, fc=nn.Linear(hidden, 5)),
         Tree(tree),
         m.draw(2, f, 5, 1),
+        folded=True,
     )
 
 

@@ -40,10 +40,11 @@ def call_orders(result: Result, ends: Ends) -> list[Assumption]:
     for pair in (*result.call_order, *blocks):
         if not ends.calls.counts(path_of(pair.flax)):
             constructed.append(pair)
-        elif live and ends.kinds.ends is not None:
+            continue
+        if live and ends.kinds.ends is not None:
             calls = calls or torch_calls(ends.kinds.ends[0], ends.traces.torch.order)
-            if not calls.counts(path_of(pair.torch)):
-                registered.append(pair)
+        if calls is None or not calls.counts(path_of(pair.torch)):
+            registered.append(pair)
     out: list[Assumption] = []
     if constructed:
         text = (
