@@ -92,6 +92,8 @@ def _clear(board: Board) -> list[Pair]:
         rivals = board.rivals(pair)
         if pair.total < ENOUGH or not pair.open_to("contest" if rivals else "names"):
             continue
+        if pair.found("unmatched word") and any(not r.forbidden and not r.found("unmatched word") for r in rivals):
+            continue  # the word that only one name has may tell it from the module that lacks it
         if all(other.total <= pair.total - MARGIN for other in rivals):
             by_name = all(other.score <= pair.score - MARGIN for other in rivals)
             if by_name:

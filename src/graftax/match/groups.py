@@ -179,21 +179,11 @@ def _know(link: GroupLink, module: Module, other: Module, style: Style | None) -
     stacks = all(label.startswith("stack ") and "layers" not in label for label in link.variants)
     if stacks and "stack 0" in link.variants and _EINSUM in (*module.tokens, *other.tokens):
         link.known = "stack 0"  # an einsum over several parts has the parts first: `...,scd->s...d`
-    if stacks and _as_many_layers(link):
-        link.known = ""
     if split_words(link.torch[0].leaf)[-3:] in _BARE and "block" in link.variants:
         link.known = "block"
     if style is not None:
         said = [label for label in link.variants if label.startswith(style.form)]
         link.known = said[0] if len(said) == 1 else ""
-
-
-def _as_many_layers(link: GroupLink) -> bool:
-    """True if two axes of the fused leaf may hold the parts, because there are as many stacked layers as parts."""
-    parts = max(len(link.torch), len(link.flax))
-    layers = {count for column in (*link.torch, *link.flax) for count in column.stack}
-    whole = link.flax[0] if len(link.flax) == 1 else link.torch[0]
-    return parts in layers and all(shape.count(parts) > 1 for shape in whole.shapes.values())
 
 
 _LEAVES = ("weight", "kernel", "bias")

@@ -45,7 +45,9 @@ class Views:
         now = self.at(cuts)
         rivals: list[Rivals] = []
         for _ in range(_ROUNDS):
-            better = self._better(now, cuts, self._options(now, cuts)) or self._better(now, cuts, _apart(now, cuts))
+            inner = _apart(now, cuts, inside=True)
+            better = self._better(now, cuts, [*inner, *self._options(now, cuts)])
+            better = better or self._better(now, cuts, _apart(now, cuts))
             if better is None:
                 break
             cuts, now = better.likeliest
@@ -151,10 +153,13 @@ def _lists(lost: Iterable[Family], root: Family, lex: Lexicon) -> dict[frozenset
     return {words: (some[0], found[some[0]]) for words, some in named.items() if len(some) == 1}
 
 
-def _apart(now: View, cuts: Both) -> Iterator[Both]:
+def _apart(now: View, cuts: Both, inside: bool = False) -> Iterator[Both]:
     """Cuts that dissolve the lost blocks of one side, or of both. They are the last to be tried: as single modules,
-    blocks fit anywhere."""
+    blocks fit anywhere. `inside`: only those inside of other blocks, whose modules stay in these."""
     small = _dissolved(now)
+    if inside:
+        nested = [{at: cut for at, cut in made.items() if any(isinstance(t, tuple) for t in at)} for made in small]
+        small = nested[0], nested[1]
     for n in (0, 1):
         if small[n]:
             yield _with(cuts, n, small[n])
