@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graftax.layers.patterns import PATTERNS, SPLIT_OUT, Readings, Shape, as_it_is, fitted
-from graftax.ops import Concat, Op, Rearrange, Split, Stack, Unstack, parse_pattern
+from graftax.layers.patterns import PATTERNS, SPLIT_OUT, Shape, as_it_is, fitted
+from graftax.ops import Op, Rearrange, Split, Unstack, invert_chain, parse_pattern
 
 _PIECES: Mapping[int, tuple[str, ...]] = {
     1: ("o -> o", "(h d) -> h d"),
@@ -42,77 +42,48 @@ def fused_ways(
 ) -> dict[str, FusedWay]:
     """Every way from one torch tensor to its parts, or from parts to one Flax leaf, by label. `heads`: how many heads
     the first part has; 0 if the parts may alternate row by row; None if it is not known. `kernel`: Flax has kernels."""
-    if len(sources) == 1:
-        return _parted(sources[0], targets, heads, kernel)
-    return _joined(sources, targets[0], heads, kernel)
-
-
-def _parted(source: Shape, targets: Sequence[Shape], heads: int | None, kernel: bool) -> dict[str, FusedWay]:
+    joins = len(sources) > 1  # the inverse of taking the Flax leaf apart
+    whole, parts = (targets[0], sources) if joins else (sources[0], targets)
     out: dict[str, FusedWay] = {}
-    count = len(targets)
-    for pattern in _patterns(source, targets[0], kernel):
-        if out and kernel and len(source) < 3:
+
+    def add(label: str, ops: tuple[Op, ...], keys: Mapping[str, object], stack: Mapping[str, int]) -> None:
+        name = label if label not in out else f"{label}, {keys.get('ops', 'linear')}"
+        out.setdefault(name, FusedWay(invert_chain(ops) if joins else ops, keys, stack))
+
+    for axis, extent in enumerate(whole):
+        if extent == len(parts) and len(set(parts)) == 1:
+            one = (*whole[:axis], *whole[axis + 1 :])
+            ways = ((pattern, _laid(way, [one], parts[:1])) for pattern, way in _patterns(one, parts[0], kernel, joins))
+            found = [(pattern, made[0]) for pattern, made in ways if made is not None]
+            found += [("", ops) for ops in as_it_is(one, parts[0]).values()]
+            for pattern, laid in found[:1]:
+                add(f"stack {axis}", (Unstack(axis, extent), *laid), _said(pattern, laid, kernel), {"list": axis})
+    stacked = len(out)
+    for pattern, way in _patterns(whole, parts[0], kernel, joins):
+        if len(out) > stacked and kernel and len(whole) < 3:
             break  # a matrix that becomes a kernel is a Linear's
-        axis, rest = _output(pattern, 0), math.prod(source)
-        rest //= source[axis]
-        sizes = tuple(math.prod(target) // rest for target in targets)
-        if sum(sizes) != source[axis] or max(sizes) < 2:
+        axis = next(n for n, group in enumerate(parse_pattern(way)[0]) if group[0] in ("o", "h"))
+        rest = math.prod(whole) // whole[axis]
+        sizes = tuple(math.prod(part) // rest for part in parts)
+        if sum(sizes) != whole[axis] or (max(sizes) < 2 and stacked):  # one row each is a stack
             continue
-        pieces = [(*source[:axis], rows, *source[axis + 1 :]) for rows in sizes]
-        made = _laid(pattern, pieces, targets)
+        made = _laid(way, [(*whole[:axis], rows, *whole[axis + 1 :]) for rows in sizes], parts)
         if made is not None:
             laid, shown = made
-            for label, keys, groups in _forms(sizes, shown or heads):
-                ops = split_groups(axis, len(source), *groups) if groups else (Split(axis, sizes),)
-                _add(out, label, FusedWay((*ops, *laid), {**keys, **_said(pattern, laid, kernel)}))
-    for axis, extent in enumerate(source):
-        if extent == count and len(set(targets)) == 1:
-            for pattern, laid in _whole((*source[:axis], *source[axis + 1 :]), targets[0], kernel):
-                keys = _said(pattern, laid, kernel)
-                _add(out, f"stack {axis}", FusedWay((Unstack(axis, count), *laid), keys, {"list": axis}))
-                break
+            for label, keys, groups in _forms(sizes, (None if joins else shown) if shown else heads):
+                cut = split_groups(axis, len(whole), *groups) if groups else (Split(axis, sizes),)
+                add(label, (*cut, *laid), {**keys, **_said(pattern, laid, kernel)}, {})
     return out
 
 
-def _joined(sources: Sequence[Shape], target: Shape, heads: int | None, kernel: bool) -> dict[str, FusedWay]:
-    out: dict[str, FusedWay] = {}
-    count = len(sources)
-    for axis, extent in enumerate(target):
-        if extent == count and len(set(sources)) == 1:
-            for pattern, laid in _whole(sources[0], (*target[:axis], *target[axis + 1 :]), kernel):
-                keys = _said(pattern, laid, kernel)
-                _add(out, f"stack {axis}", FusedWay((*laid, Stack(axis, count)), keys, {"list": axis}))
-                break
-    for pattern in _patterns(sources[0], target, kernel):
-        if kernel and len(target) < 3 and any(not way.stack for way in out.values()):
-            break
-        axis, rest = _output(pattern, 1), math.prod(target)
-        rest //= target[axis]
-        sizes = tuple(math.prod(source) // rest for source in sources)
-        if sum(sizes) != target[axis] or max(sizes) < 2:  # one row each is a stack
-            continue
-        pieces = [(*target[:axis], rows, *target[axis + 1 :]) for rows in sizes]
-        made = _laid(pattern, sources, pieces)
-        if made is not None:
-            laid, shown = made
-            for label, keys, groups in _forms(sizes, None if shown else heads):
-                ops = join_groups(axis, len(target), *groups) if groups else (Concat(axis, sizes),)
-                _add(out, label, FusedWay((*laid, *ops), {**keys, **_said(pattern, laid, kernel)}))
-    return out
-
-
-def _patterns(source: Shape, target: Shape, kernel: bool) -> Iterator[str]:
-    """The layouts of a part from a tensor of as many axes as `source` to one of as many as `target`."""
-    found = (*(PATTERNS["conv"] if kernel else ()), *_PIECES.get(len(source), ()))
-    for pattern in found:
-        sides = parse_pattern(pattern)
-        if (len(sides[0]), len(sides[1])) == (len(source), len(target)):
-            yield pattern
-
-
-def _output(pattern: str, side: int) -> int:
-    """The axis of the outputs: o, or the heads."""
-    return next(axis for axis, group in enumerate(parse_pattern(pattern)[side]) if group[0] in ("o", "h"))
+def _patterns(whole: Shape, part: Shape, kernel: bool, joins: bool) -> Iterator[tuple[str, str]]:
+    """(a layout of a part, the same from the fused tensor to the part) for tensors of as many axes as these."""
+    rank = len(part if joins else whole)
+    for pattern in (*(PATTERNS["conv"] if kernel else ()), *_PIECES.get(rank, ())):
+        left, right = pattern.split(" -> ")
+        way = f"{right} -> {left}" if joins else pattern
+        if tuple(map(len, parse_pattern(way))) == (len(whole), len(part)):
+            yield pattern, way
 
 
 def _laid(pattern: str, sources: Sequence[Shape], targets: Sequence[Shape]) -> tuple[tuple[Op, ...], int | None] | None:
@@ -127,15 +98,6 @@ def _laid(pattern: str, sources: Sequence[Shape], targets: Sequence[Shape]) -> t
     chain = () if left == right else (Rearrange(pattern, tuple(sorted(shared))),)
     alike = len({dict(op.sizes).get("d") for op in ops}) == 1  # heads of several widths do not alternate
     return chain, dict(ops[0].sizes).get("h") if alike else 1
-
-
-def _whole(source: Shape, target: Shape, kernel: bool) -> Iterator[tuple[str, tuple[Op, ...]]]:
-    """Layouts of a part by itself."""
-    for pattern in _patterns(source, target, kernel):
-        if (made := _laid(pattern, [source], [target])) is not None:
-            yield pattern, made[0]
-    plain: Readings = as_it_is(source, target)
-    yield from (("", ops) for ops in plain.values())
 
 
 def _forms(
@@ -160,12 +122,6 @@ def _said(pattern: str, laid: Sequence[Op], kernel: bool) -> dict[str, object]:
     return {"ops": pattern, **dict(next((op.sizes for op in laid if isinstance(op, Rearrange)), ()))}
 
 
-def _add(out: dict[str, FusedWay], label: str, way: FusedWay) -> None:
-    """The way under its label; a second one of this label names its layout."""
-    name = label if label not in out else f"{label}, {way.keys.get('ops', 'linear')}"
-    out.setdefault(name, way)
-
-
 # ---------------------------------------------------------------- groups of rows
 
 
@@ -176,16 +132,6 @@ def split_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim:
         Rearrange(apart.replace("r", "s"), (("d", dim), ("g", groups))),
         Split(axis + 1, parts),
         Rearrange(together, (("d", dim), ("g", groups))),
-    )
-
-
-def join_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: int) -> tuple[Op, ...]:
-    """The inverse of `split_groups`."""
-    apart, together = _grouped(axis, rank)
-    return (
-        Rearrange(apart, (("d", dim), ("g", groups))),
-        Concat(axis + 1, parts),
-        Rearrange(together.replace("r", "s"), (("d", dim), ("g", groups))),
     )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftax.errors import LayoutError
-from graftax.layers.fused import join_groups, split_groups
-from graftax.ops import Concat, Op, Rearrange, Reorder, Split, parse_pattern
+from graftax.layers.fused import split_groups
+from graftax.ops import Concat, Op, Rearrange, Reorder, Split, invert_chain, parse_pattern
 from graftax.rules.flatten import Shape
 from graftax.rules.model import Rule
 from graftax.tree import Side
@@ -125,9 +125,7 @@ def take_apart(
 
 def join(rule: Rule, axis: int, rank: int, sizes: tuple[int, ...]) -> tuple[Op, ...]:
     """Parts -> one tensor; the inverse of `take_apart`."""
-    if rule.fused != "interleaved":
-        return (Concat(axis, sizes),)
-    return join_groups(axis, rank, *_interleaved(rule, sizes, ()))
+    return invert_chain(take_apart(rule, axis, rank, sizes, ()))
 
 
 def reordered(rule: Rule, axis: int, shape: Shape) -> tuple[Op, ...]:
