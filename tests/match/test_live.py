@@ -44,6 +44,23 @@ def test_a_square_transposed_convolution_is_settled_by_its_setting(kernel: bool)
     assert ("flip axes 0,1" in _ops(found, "params/up/kernel")) is not kernel
 
 
+def test_a_transposed_convolution_against_a_file_is_asked_about() -> None:
+    """No file shows whether Flax flips the kernel, whatever the layer is called."""
+    import numpy as np
+
+    import graftax as gx
+
+    net = torch.nn.ModuleDict({"a": torch.nn.ConvTranspose2d(4, 4, 3), "b": torch.nn.Conv2d(3, 4, 3)})
+    tree = {"a": (3, 3, 4, 4), "b": (3, 3, 3, 4)}
+    like = {
+        "params": {name: {"kernel": np.zeros(shape, "f4"), "bias": np.zeros(4, "f4")} for name, shape in tree.items()}
+    }
+    (question,) = gx.plan(net, like).questions
+    assert [one.rule.partition("layout = ")[2] for one in question.candidates] == [
+        '"conv_transpose" }', '"conv_transpose default" }'
+    ]  # fmt: skip
+
+
 def test_recurrent_layers_and_attention_are_connected_whole() -> None:
     import flax.linen as nn
     import jax.numpy as jnp
