@@ -37,7 +37,7 @@ def components(pairs: list[Pair]) -> list[tuple[list[Module], list[Module], dict
             found[(id(pair.torch), id(pair.flax))] = pair
             left[id(pair.torch)] = pair.torch
             right[id(pair.flax)] = pair.flax
-            stack += by_t[id(pair.torch)] + by_f[id(pair.flax)]
+            stack += by_t.pop(id(pair.torch), []) + by_f.pop(id(pair.flax), [])
         out.append((list(left.values()), list(right.values()), found))
     return out
 

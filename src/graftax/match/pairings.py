@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 MOST = 10
 """The most answers that one question offers."""
-_NODES = 20_000  # steps of one search
+_TRIED = 100_000  # options that one search tries
 _ROWS = 64  # with more open things on both sides, no complete pairing is looked for
 
 T = TypeVar("T")
@@ -93,14 +93,21 @@ def _join(new: Asked[T], joined: list[Asked[T]], agreed: _Agreement) -> None:
 
 def _components(options: Sequence[Option[T]]) -> list[list[Option[T]]]:
     """The options in groups that share no thing."""
-    owner: dict[object, list[Option[T]]] = {}
+    parent: dict[object, object] = {}
+
+    def root(mark: object) -> object:
+        while parent.setdefault(mark, mark) is not mark:
+            parent[mark] = mark = parent[parent[mark]]
+        return mark
+
     for option in options:
-        marks = [mark for end in option.ends for mark in end]
-        groups = {id(found): found for mark in marks if (found := owner.get(mark)) is not None}
-        whole = [option, *(other for found in groups.values() for other in found)]
-        for other in whole:
-            owner.update(dict.fromkeys((mark for end in other.ends for mark in end), whole))
-    return [list(reversed(found)) for found in {id(found): found for found in owner.values()}.values()]
+        first, *others = (mark for end in option.ends for mark in end)
+        for mark in others:
+            parent[root(mark)] = root(first)
+    groups: defaultdict[object, list[Option[T]]] = defaultdict(list)
+    for option in options:
+        groups[root(next(iter(option.ends[0] or option.ends[1])))].append(option)
+    return list(groups.values())
 
 
 def _rows(options: Iterable[Option[T]], side: int) -> list[list[Option[T]]]:
@@ -127,7 +134,7 @@ def _complete(options: Sequence[Option[T]], agreed: _Agreement) -> list[tuple[Op
     rows = _usable(options)
     if rows is None:
         return None
-    steps = [_NODES]
+    steps = [_TRIED]
     for clashes in range(2 * len(rows) + 1):
         found = _search(rows, clashes, agreed, steps)
         if found is None or len(found) > MOST:
@@ -176,14 +183,14 @@ def _search(
     used: set[object] = set()
 
     def go(i: int, left: int) -> bool:
-        steps[0] -= 1
-        if steps[0] < 0:
-            return False
         if i == len(rows):
             if not left:
                 out.append(tuple(chosen))
             return len(out) <= MOST
         for option in rows[i]:
+            steps[0] -= 1
+            if steps[0] < 0:
+                return False
             marks = option.ends[0] | option.ends[1]
             if not used.isdisjoint(marks):
                 continue

@@ -67,11 +67,14 @@ def the_rest(
     them. All open modules of both must be accounted for, and no judgement may bar a pair: a word that only one name has
     may stand for a stranger of the same shape."""
     out: list[Pair] = []
-    left, right = list(torch), list(flax)
     parts = {(p, q) for pair in board.pairs() for p in _parts(pair.torch) for q in _parts(pair.flax)}
+    left, right = _by_part(torch), _by_part(flax)
+    gone: set[int] = set()
     for p, q in sorted(parts, key=lambda ends: -len(ends[0]) - len(ends[1])):
-        mine, theirs = [m for m in left if _inside(m, p)], [m for m in right if _inside(m, q)]
-        if len(mine) != len(theirs) or not mine or not _paired(p, q, [*taken, *out], scope):
+        if len(left[p]) != len(right[q]):
+            continue
+        mine, theirs = ([m for m in modules if id(m) not in gone] for modules in (left[p], right[q]))
+        if not mine or not _paired(p, q, [*taken, *out], scope):
             continue
         found = _complete(mine, theirs, scope, board, trusted)
         counted = any(pair.why == BY_NUMBER for pair in found)  # what rules state limits only what a count decides
@@ -82,8 +85,15 @@ def the_rest(
             pair.why = pair.why or f"the only pairing of what is left of {_text(p)} and {_text(q)}"
             board.take(pair)
         out += found
-        gone = {id(m) for pair in found for m in (pair.torch, pair.flax)}
-        left, right = ([m for m in modules if id(m) not in gone] for modules in (left, right))
+        gone |= {id(m) for pair in found for m in (pair.torch, pair.flax)}
+    return out
+
+
+def _by_part(modules: Iterable[Module]) -> dict[Part, list[Module]]:
+    out: defaultdict[Part, list[Module]] = defaultdict(list)
+    for module in modules:
+        for part in _parts(module):
+            out[part].append(module)
     return out
 
 
