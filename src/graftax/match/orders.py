@@ -47,12 +47,17 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
     taken, which must not contradict the order; `trusted`: nothing in this scope shows numbers out of order."""
     waiting = {id(pair) for pair in open_}
     known = {id(pair.torch): pair.flax for pair in taken}
+    fitted = {id(module) for pair in every for module in (pair.torch, pair.flax)}
+    short = {template(m.tokens) for m in (*scope.torch, *scope.flax) if id(m) not in fitted}
     for pairs in (open_, every):
         out: list[Pair] = []
         for torch, flax, found in components([pair for pair in pairs if pair.whole]):
             if len(torch) != len(flax) or len(torch) < 2:
                 continue
+            counts = not {template(torch[0].tokens), template(flax[0].tokens)} & short
             for left, right, why in _orders(torch, flax, scope, trusted):
+                if why == BY_NUMBER and not counts and [*map(_ints, left)] != [*map(_ints, right)]:
+                    continue  # one of the count has no partner, so the others need not be counted alike
                 chosen = [found.get((id(a), id(b))) for a, b in zip(left, right, strict=True)]
                 agreed = [
                     pair for pair in chosen if pair is not None and known.get(id(pair.torch), pair.flax) is pair.flax
@@ -188,7 +193,7 @@ def _stream(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | 
             return None
         places.append(-1.0 if place is None else place)
     if -1.0 in places:
-        return _beside_ordinal(modules, places, names)
+        return None if scope.root else _beside_ordinal(modules, places, names)
     if len(set(places)) != len(places):
         return None
     return [module for _, module in sorted(zip(places, modules, strict=True), key=lambda item: item[0])]

@@ -13,23 +13,25 @@ from graftax.match.sides import Column, Module, Token
 Ranks = tuple[tuple[str, int, int], ...]
 """The numbers of a name as (what is numbered, rank, how many)."""
 _TOWERS = frozenset(("enc", "dec", "vision", "text", "audio"))
-_PLACES = _TOWERS | {"out", "final"}
+_PLACES = frozenset(("out", "final"))
+_LAST = _PLACES | {"post", "head", "pool"}
 _PLAIN = frozenset(("norm", "layer", "stage", "model", "list", "weight", "scale"))
 
 
 def name_final_norm(scope: Scope) -> None:
-    """Name the norm outside of the blocks the final norm, if it is the only one there and its name says nothing but its
-    tower."""
+    """Name the norm outside of the blocks the final norm, if its name says nothing but its tower and that it comes out
+    or last, and no other norm there may be the last of that tower."""
     for modules, torch in ((scope.torch, True), (scope.flax, False)):
         cache = scope.torch_names if torch else scope.flax_names
-        bare: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
+        last: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
         for module in modules:
             said = cache[id(module)].concepts - scope.common - _PLAIN
-            if "norm" in cache[id(module)].concepts and said <= _PLACES and not _ends_in_number(module):
-                bare[said].append(cache[id(module)])
-        alone = {id(names[0]) for names in bare.values() if len(names) == 1}
+            ends = said <= _TOWERS or said & _LAST
+            if "norm" in cache[id(module)].concepts and ends and not _ends_in_number(module):
+                last[said & _TOWERS].append(cache[id(module)])
+        alone = {id(names[0]) for names in last.values() if len(names) == 1}
         for key, name in list(cache.items()):
-            if id(name) in alone:
+            if id(name) in alone and name.concepts - scope.common - _PLAIN <= _TOWERS | _PLACES:
                 cache[key] = Name(name.concepts | {"final"}, name.last, name.raw)
 
 
