@@ -221,8 +221,6 @@ def _suspect_bare(found: dict[int, Suspect], module: Module, convs: _Convs, know
     for axis, width in enumerate(shape):
         if id(module) not in found and width not in (known | (vectors - {shape[1 - axis]})):
             _suspect(found, module, width, convs.made, convs.ends)
-            if id(module) not in found and not axis:
-                _joined(found, module, width, convs)
             if id(module) in found:
                 found[id(module)] = replace(found[id(module)], raw=axis)
 

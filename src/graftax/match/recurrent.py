@@ -234,7 +234,8 @@ def _torch_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
 
 
 def flax_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
-    """A part for every cell, and one for all numbered cells of one parent."""
+    """A part for every cell, one for all numbered cells of one parent, and one for the cells of each module around
+    them (the two directions of a layer)."""
     cells: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for path in side.specs:
         pieces = path.split("/")
@@ -248,7 +249,23 @@ def flax_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
         if match:
             together[f"{parent}/{match[1]}" if match[1] else parent].append(path)
     out = [_part(path, [path], cells, side) for path in cells]
-    return out + [_part(mark, paths, cells, side) for mark, paths in together.items() if len(paths) > 1]
+    out += [_part(mark, paths, cells, side) for mark, paths in together.items() if len(paths) > 1]
+    around: defaultdict[str, list[str]] = defaultdict(list)
+    for path in cells:
+        pieces = path.split("/")
+        for n in range(1, len(pieces) - 1):
+            around["/".join(pieces[:n])].append(path)
+    return out + [_layer(path, found, cells, side) for path, found in around.items() if 1 < len(found) <= _MOST]
+
+
+_MOST = 16  # cells that one recurrent layer may have
+
+
+def _layer(path: str, members: Iterable[str], cells: Mapping[str, Mapping[str, str]], side: Checkpoint) -> Part:
+    """The cells below a module, by their paths from there."""
+    leaves = {f"{member[len(path) + 1 :]}/{role}": leaf for member in members for role, leaf in cells[member].items()}
+    plain = path.partition("/")[2] if path.startswith("params/") else path
+    return Part(plain, "flax", leaves, side.specs, side.live.modules.get(plain))
 
 
 def _part(path: str, members: Iterable[str], cells: Mapping[str, Mapping[str, str]], side: Checkpoint) -> Part:

@@ -16,7 +16,7 @@ from graftax.match.names import concepts, lexicon
 from graftax.match.recurrent import unruled
 from graftax.match.unlike import unlike
 from graftax.ops import invert_chain
-from graftax.plans import PARITY, Assumption, Entry, Proposal
+from graftax.plans import PARITY, Assumption, Entry, Proposal, Question
 from graftax.tree import Checkpoint, Module, Side, split_path, whole_words
 
 ONE_LAYER = 64
@@ -58,7 +58,10 @@ def by_table(source: Checkpoint, like: Checkpoint, source_side: Side, like_side:
             return _refused(found, whole, whole_flax, turned)
         if found is not None and not _open_layout(found, whole, whole_flax, torch, flax):
             return _proposal([found], turned)
-    return _composites(torch, flax, free_torch, free_flax, known, turned)
+    found = _composites(torch, flax, free_torch, free_flax, known, turned)
+    spoken = {n for e in (*found.entries, *found.broken) for n in (*e.sources, *e.targets)}
+    left_torch, left_flax = ([n for n in names if n not in spoken] for names in (free_torch, free_flax))
+    return found.joined(_lone_biases(torch, flax, left_torch, left_flax, turned))
 
 
 def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> bool:
@@ -66,6 +69,7 @@ def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkp
     name says that it may be transposed, a norm over a map (which may be the matrix of an unknown class), the window of
     a convolution as a matrix, or fused rows that are split into heads."""
     shapes = [torch_end[name].shape for name in torch.roles.values()]
+    others = [flax_end[name].shape for name in flax.roles.values()]
     words = [*_words(torch.path, "torch")], [*_words(flax.path, "flax")]
     fused = {"qkv", "kv"} & {concept for side in words for concept in concepts(side, lexicon())}
     if fused and any(len(flax_end[name].shape) > 2 for name in flax.roles.values()):
@@ -76,8 +80,8 @@ def _open_layout(found: Connection, torch: Owner, flax: Owner, torch_end: Checkp
         return True
     if _may_be_transposed(torch, flax, torch_end):
         return True
-    ranks = {max(len(shape) for shape in shapes), max(len(flax_end[name].shape) for name in flax.roles.values())}
-    if min(ranks) == 2 and max(ranks) > 3:
+    matrix, window = sorted((max(some, key=len) for some in (shapes, others)), key=len)
+    if len(matrix) == 2 and len(window) > 3 and {window[0], window[-1]} & set(matrix):
         return True  # the columns of the matrix may run over (c h w) or over (h w c)
     norms = [name for role, name in flax.roles.items() if {"scale", "weight"} & whole_words(role.rpartition("/")[2])]
     return any(len(flax_end[name].shape) > 1 for name in norms)
@@ -306,10 +310,79 @@ def _words(path: str, side: Side) -> list[str]:
     return [w for part in split_path(path, side) for w in re.findall(r"[a-z]+|\d+", part.lower())]
 
 
+# ---------------------------------------------------------------- a bias on one side only
+
+
+def _lone_biases(
+    torch: Checkpoint, flax: Checkpoint, free_torch: list[str], free_flax: list[str], turned: bool
+) -> Proposal:
+    """Modules whose names are equal word for word, if one side has a bias and the other has none. The rest of the
+    module is settled, and the bias is asked about (missing or unused) without a candidate, because nothing else may
+    fill it."""
+    lone = _with_bias(free_torch, "torch") ^ _with_bias(free_flax, "flax")
+    if not lone:
+        return Proposal()
+    mine, theirs = _modules(free_torch, "torch"), _modules(free_flax, "flax")
+    found: list[Connection] = []
+    questions: list[Question] = []
+    for words, (path, roles) in mine.items():
+        other = theirs.get(words) if words in lone else None
+        if other is None or ("bias" in roles) == ("bias" in other[1]):
+            continue
+        owners = (
+            Owner(path, roles, torch.live.modules.get(path)),
+            Owner(other[0], other[1], flax.live.modules.get(other[0])),
+        )
+        connection = _settled(*owners, torch, flax, partial=True)
+        if not isinstance(connection, Connection) or connection.left != ("bias",) or connection.by == "shapes":
+            continue
+        square = any(torch[n].shape == torch[n].shape[::-1] and len(torch[n].shape) > 1 for n in roles.values())
+        if square and connection.by != "modules":
+            continue  # its siblings may show that this checkpoint stores (in, out)
+        found.append(connection)
+        on_torch = "bias" in roles
+        name = roles["bias"] if on_torch else other[1]["bias"]
+        if on_torch != turned:
+            text = f"unexpected key: {name}: its module has no bias on the other side"
+            questions.append(Question("unused", text, sources=(name,)))
+        else:
+            text = f"missing key: {name}: its module has no bias on the other side"
+            questions.append(Question("missing", text, targets=(name,)))
+    made = _proposal(found, turned)
+    held = tuple(Entry(question.sources, question.targets) for question in questions)
+    return Proposal(made.entries, tuple(questions), made.assumptions, broken=held)
+
+
+def _with_bias(names: list[str], side: Side) -> set[tuple[str, ...]]:
+    """The words of the modules that have a bias."""
+    paths = [_plain(name) if side == "flax" else name for name in names if name.endswith("bias")]
+    return {tuple(_words(path[:-5], side)) for path in paths if path[:-4].endswith((".", "/"))}
+
+
+def _modules(names: list[str], side: Side) -> dict[tuple[str, ...], tuple[str, dict[str, str]]]:
+    """words of a module's path -> (path, role -> leaf), for modules whose leaves lie right below them. Words that two
+    modules share are left out."""
+    separator = "/" if side == "flax" else "."
+    by_path: dict[str, dict[str, str]] = {}
+    for name in names:
+        path, _, role = (_plain(name) if side == "flax" else name).rpartition(separator)
+        by_path.setdefault(path, {})[role] = name
+    out: dict[tuple[str, ...], tuple[str, dict[str, str]]] = {}
+    twice: set[tuple[str, ...]] = set()
+    for path, roles in by_path.items():
+        words = tuple(_words(path, side))
+        if words in out:
+            twice.add(words)
+        out[words] = (path, roles)
+    return {words: module for words, module in out.items() if words not in twice}
+
+
 # ---------------------------------------------------------------- connections
 
 
-def _settled(torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint) -> Connection | Failure | None:
+def _settled(
+    torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpoint, partial: bool = False
+) -> Connection | Failure | None:
     """The only connection of the two that has evidence; a Failure if the table refuses; None if neither."""
     live = _kind_of(flax, flax_end)
     parts = (
@@ -317,7 +390,7 @@ def _settled(torch: Owner, flax: Owner, torch_end: Checkpoint, flax_end: Checkpo
         Part(flax.path, "flax", flax.roles, flax_end.specs, live),
     )
     try:
-        found = connect(*parts)
+        found = connect(*parts, partial=partial)
     except LayoutError as error:
         return error.failures[0] if error.failures else Failure(str(error), key=torch.path)
     best = settled_connection(found)
