@@ -153,5 +153,5 @@ def test_every_offered_answer_settles_in_mutations(mutate: ModuleType, zoo: Path
     strict=False,
 )
 @pytest.mark.parametrize("reverse", [False, True], ids=["to flax", "to torch"])
-def test_every_offered_answer_settles_in_two_thousand_mutations(mutate: ModuleType, zoo: Path, reverse: bool) -> None:
-    assert _mutated(mutate, zoo, 2000, 22, reverse) == []
+def test_every_offered_answer_settles_in_more_mutations(mutate: ModuleType, zoo: Path, reverse: bool) -> None:
+    assert _mutated(mutate, zoo, 250, 22, reverse) == []
