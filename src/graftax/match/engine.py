@@ -125,7 +125,8 @@ def _traps(settled: list[Settled], root: Scope, lex: Lexicon, traces: Traces | N
         for pair in item.taken
         if any(link.flax.kind == "embedding" for link in pair.links)
     )
-    found = suspects(root.torch, inner.values(), lex, tables)
+    live = traces is not None and (traces.torch_trace is not None or traces.flax_trace is not None)
+    found = suspects(root.torch, inner.values(), lex, tables, live)
     if traces is None or traces.torch_trace is None:
         return found
     return {**found, **shown(traces.torch, (*root.torch, *inner.values()))}

@@ -130,10 +130,14 @@ class _Convs:
 
 
 def suspects(
-    modules: Sequence[Module], families: Iterable[Module], lex: Lexicon, embeds: frozenset[int] = frozenset()
+    modules: Sequence[Module],
+    families: Iterable[Module],
+    lex: Lexicon,
+    embeds: frozenset[int] = frozenset(),
+    live: bool = False,
 ) -> Mapping[int, Suspect]:
     """id of a module -> its suspect. `modules`: those outside of repeated blocks; `families`: the others; `embeds`: ids
-    of lookup tables."""
+    of lookup tables; `live`: a live model shows that a bare matrix is multiplied, so that a map may be joined there."""
     inner = list(families)
     everything = [*modules, *inner]
     convs = _channels(everything)
@@ -164,7 +168,7 @@ def suspects(
         if loose and id(linear.module) not in found and linear.inp not in tables | others:
             _suspect(found, linear.module, linear.inp, loose, loose)
     for module in modules:
-        _suspect_bare(found, module, convs, known)
+        _suspect_bare(found, module, convs, known, live)
     flat = {s.width for s in found.values()}
     _unflattened(found, linears, known, convs, flat, lex)
     wide = {s.width: s for s in reversed(found.values())}
@@ -212,7 +216,7 @@ def _bare(module: Module) -> Shape:
     return shape if len(shape) == 2 else ()
 
 
-def _suspect_bare(found: dict[int, Suspect], module: Module, convs: _Convs, known: set[int]) -> None:
+def _suspect_bare(found: dict[int, Suspect], module: Module, convs: _Convs, known: set[int], live: bool) -> None:
     """Record a bare matrix that may take a map: nothing else makes, or adds to, the width of one of its axes."""
     shape = _bare(module)
     if not shape:
@@ -221,6 +225,8 @@ def _suspect_bare(found: dict[int, Suspect], module: Module, convs: _Convs, know
     for axis, width in enumerate(shape):
         if id(module) not in found and width not in (known | (vectors - {shape[1 - axis]})):
             _suspect(found, module, width, convs.made, convs.ends)
+            if id(module) not in found and not axis and live:
+                _joined(found, module, width, convs)
             if id(module) in found:
                 found[id(module)] = replace(found[id(module)], raw=axis)
 
