@@ -94,6 +94,6 @@ def _columns(end: End, known: Collection[str]) -> list[tuple[str, ...]]:
 
 
 def _column_text(what: str, names: tuple[str, ...], end: End, why: str) -> str:
-    several = len(names) > 1
-    (name,) = fold_names(names) if several else names
-    return f"{what}{'s' if several else ''}: {name} {end.specs[names[0]]}: {why.format('them' if several else 'it')}"
+    first, several = names[0], len(names) > 1
+    name = fold_names(names)[0] if several else first
+    return f"{what}{'s' if several else ''}: {name} {end.specs[first]}: {why.format('them' if several else 'it')}"
