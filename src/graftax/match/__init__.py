@@ -19,7 +19,6 @@ from graftax.match.kinds import Kinds
 from graftax.match.live_layouts import by_live_modules
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, lexicon
-from graftax.match.numbers import NUMBER
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.partial import consistent, ruled_chains
 from graftax.match.questions import questions
@@ -28,6 +27,7 @@ from graftax.match.ties import find_ties
 from graftax.match.traced import Traces
 from graftax.ops import Drop, Op, Same, invert_chain
 from graftax.plans import Entry, Proposal, Question
+from graftax.rules.key_templates import skeleton
 from graftax.rules.state import Named
 from graftax.tree import Checkpoint, Side
 from graftax.tree.gc_paused import gc_paused
@@ -133,9 +133,9 @@ def _infer(
 
 def _whole_columns(names: Collection[str], end: Checkpoint) -> frozenset[str]:
     """The names of which the tree has no other that differs from them only in its numbers."""
-    mine = Counter(NUMBER.sub("\0", name) for name in names if name in end)
-    every = Counter(found for name in end if (found := NUMBER.sub("\0", name)) in mine) if mine else mine
-    return frozenset(name for name in names if name in end and mine[s := NUMBER.sub("\0", name)] == every[s])
+    mine = Counter(skeleton(name) for name in names if name in end)
+    every = Counter(found for name in end if (found := skeleton(name)) in mine) if mine else mine
+    return frozenset(name for name in names if name in end and mine[s := skeleton(name)] == every[s])
 
 
 def _entries(result: Result, ties: dict[str, tuple[str, ...]], turned: bool) -> list[Entry]:

@@ -34,10 +34,7 @@ class Board:
 
     def take(self, pair: Pair) -> None:
         """Remove both modules of the pair."""
-        for other in self.rows.pop(id(pair.torch), {}).values():
-            self.cols[id(other.flax)].pop(id(pair.torch), None)
-        for other in self.cols.pop(id(pair.flax), {}).values():
-            self.rows[id(other.torch)].pop(id(pair.flax), None)
+        self.drop([pair.torch], [pair.flax])
 
     def drop(self, torch: Iterable[Module], flax: Iterable[Module]) -> None:
         """Remove modules that are settled in another way."""

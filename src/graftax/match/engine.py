@@ -1,4 +1,4 @@
-"""Match two sides: families, then stacks, then the modules of each scope, then the readings of their leaves."""
+"""Match two sides: the best view of both, then the modules of each scope, then the readings of their leaves."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ _IMAGE = 4  # an input may have as many channels itself
 _FUSED = (2, 3)  # how many parts one Linear inside of blocks may make
 _OFFERED = 3  # how many channel counts are offered
 _DECODES = frozenset(("dec", "deconv", "gen", "generator", "up", "upsample"))
-_CELL = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?")
+CELL = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?")
+"""The leaves of torch's recurrent layers."""
 _TABLES = frozenset(("embed", "embedding", "embeddings", "pos", "position", "token", "tokens", "table", "cls", "index"))
 _VECTORS = ("weight", "bias", "mean", "var")
 
@@ -184,7 +185,7 @@ def recurrent_inputs(specs: Mapping[str, TensorSpec], matrix: str, lex: Lexicon)
     width. `specs`: the torch tensors."""
     width = specs[matrix].shape[-1]
     own = matrix.rpartition(".")[0]
-    cells = {name for name in specs if _CELL.fullmatch(name.rpartition(".")[2])}
+    cells = {name for name in specs if CELL.fullmatch(name.rpartition(".")[2])}
     others = [specs[name].shape[-1] for name in cells if "weight_hh" in name and name.rpartition(".")[0] != own]
     if width in (*others, *(2 * hidden for hidden in others)):
         return None

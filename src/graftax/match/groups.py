@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graftax.layers.fused import FusedWay, fused_ways
+from graftax.match.orders import path_of
 from graftax.match.pairs import Scope
 from graftax.match.part_order import said_order
 from graftax.match.sides import Column, Key, Module, Shape
@@ -119,19 +120,14 @@ def _as_ruled(
 ) -> tuple[Module, ...]:
     """The parts in the order that a rule states for another leaf of the module."""
     style = next(
-        (styles[o] for m in ((module,) if fused_torch else members) if (o := owner(_first(m))) in styles), None
+        (styles[o] for m in ((module,) if fused_torch else members) if (o := owner(path_of(m))) in styles), None
     )
     if style is None:
         return members
-    by_owner = {owner(_first(member)): member for member in members}
+    by_owner = {owner(path_of(member)): member for member in members}
     if by_owner.keys() != set(style.parts):
         return members
     return tuple(by_owner[name] for name in style.parts)
-
-
-def _first(module: Module) -> str:
-    column = next(iter(module.roles.values()))
-    return next(iter(column.paths.values()))[0]
 
 
 def _is_fused(module: Module, parts: tuple[str, ...], scope: Scope, torch: bool) -> bool:
@@ -151,7 +147,7 @@ def _group(
 ) -> Group | None:
     group = Group(torch, flax)
     to_flax = dict(scope.keys)
-    style = styles.get(owner(_first(torch[0])))
+    style = styles.get(owner(path_of(torch[0])))
     heads = (style.heads if style is not None else None) or heads
     for role in [role for role in ("weight", "value", "bias") if role in torch[0].roles]:
         left = [m.roles.get(role) for m in torch]

@@ -95,8 +95,7 @@ class Kinds:
         live = (self.torch, self.flax)[end].get(leaf)
         if live is not None and own_layout(live, SIDES[end]):
             return (self.traces.flax if end else self.traces.torch).summed.get(leaf)
-        known = {0: "weight", 1: "kernel"}[end]
-        return 1 - end if column.leaf == known else None
+        return 1 - end if column.leaf == ("weight", "kernel")[end] else None
 
     def _tell_table(
         self, modules: tuple[Module, Module], live: tuple[Live | None, Live | None], link: Link, keys: Mapping[Key, Key]
@@ -193,8 +192,7 @@ def owners_by_leaf(side: Checkpoint) -> dict[str, Live]:
 
 
 def _first(module: Module) -> str:
-    column = module.roles.get("weight") or next(iter(module.roles.values()))
-    return next(iter(column.paths.values()))[0]
+    return (module.roles.get("weight") or next(iter(module.roles.values()))).path
 
 
 def _by_table(torch: Part, flax: Part, leaf: str, other: str) -> Told | None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 NUMBER = re.compile(r"(?<!\d)\d{1,18}(?![A-Za-z\d])", re.ASCII)
 """A number of a path. Digits before a letter are part of a word, and so is a run that is too long for a count."""
+CALL = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
+"""An automatic name, such as `Dense_0`: its number counts calls."""
 CUT = re.compile(rf"({NUMBER.pattern})", re.ASCII)
 
 _PADDED = re.compile(r"(?<!\d)0\d", re.ASCII)

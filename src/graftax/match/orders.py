@@ -7,39 +7,25 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 
+from graftax.match.components import components
 from graftax.match.names import Lexicon
+from graftax.match.numbers import CALL
 from graftax.match.pairs import Pair, Route, Scope
 from graftax.match.scope_names import numbered_as
 from graftax.match.sides import Module, Token
 
 
-def components(pairs: list[Pair]) -> list[tuple[list[Module], list[Module], dict[tuple[int, int], Pair]]]:
+def connected(pairs: list[Pair]) -> list[tuple[list[Module], list[Module], dict[tuple[int, int], Pair]]]:
     """Open pairs in connected groups: (torch modules, Flax modules, pairs by both ids)."""
-    by_t: defaultdict[int, list[Pair]] = defaultdict(list)
-    by_f: defaultdict[int, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        by_t[id(pair.torch)].append(pair)
-        by_f[id(pair.flax)].append(pair)
-    seen: set[int] = set()
-    out: list[tuple[list[Module], list[Module], dict[tuple[int, int], Pair]]] = []
-    for start in pairs:
-        if id(start) in seen:
-            continue
-        found: dict[tuple[int, int], Pair] = {}
-        left: dict[int, Module] = {}
-        right: dict[int, Module] = {}
-        stack = [start]
-        while stack:
-            pair = stack.pop()
-            if id(pair) in seen:
-                continue
-            seen.add(id(pair))
-            found[(id(pair.torch), id(pair.flax))] = pair
-            left[id(pair.torch)] = pair.torch
-            right[id(pair.flax)] = pair.flax
-            stack += by_t.pop(id(pair.torch), []) + by_f.pop(id(pair.flax), [])
-        out.append((list(left.values()), list(right.values()), found))
-    return out
+    groups = components(pairs, lambda pair: (id(pair.torch), id(pair.flax)))
+    return [
+        (
+            list({id(pair.torch): pair.torch for pair in group}.values()),
+            list({id(pair.flax): pair.flax for pair in group}.values()),
+            {(id(pair.torch), id(pair.flax)): pair for pair in group},
+        )
+        for group in groups
+    ]
 
 
 def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Scope, trusted: bool) -> list[Pair]:
@@ -51,7 +37,7 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
     short = {template(m.tokens) for m in (*scope.torch, *scope.flax) if id(m) not in fitted}
     for pairs in (open_, every):
         out: list[Pair] = []
-        for torch, flax, found in components([pair for pair in pairs if pair.whole]):
+        for torch, flax, found in connected([pair for pair in pairs if pair.whole]):
             if len(torch) != len(flax) or len(torch) < 2:
                 continue
             counts = not {template(torch[0].tokens), template(flax[0].tokens)} & short
@@ -239,7 +225,6 @@ BY_NUMBER = "the numbers are in the same order"
 ALONG_BLOCK = "they have the same order along the block"
 RULED = "the rules settle another leaf of this module"
 """Evidence of pairs: by the order of their numbers, by their order along a block, and by rules."""
-_COUNTED = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
 
 
 def call_order(pair: Pair, scope: Scope) -> bool:
@@ -265,24 +250,23 @@ def _numbered_by_calls(module: Module) -> bool:
     """True if automatic names tell the instances of a block apart."""
     paths = [found[0] for found in next(iter(module.roles.values())).paths.values()][:2]
     parts = [re.split(r"[./]", path) for path in paths]
-    return len(paths) > 1 and any(a != b and bool(_COUNTED.fullmatch(a)) for a, b in zip(*parts, strict=False))
+    return len(paths) > 1 and any(a != b and bool(CALL.fullmatch(a)) for a, b in zip(*parts, strict=False))
 
 
 def counted_part(path: str) -> str:
     """The path up to the last automatic name."""
     parts = path.split("/")
-    last = max((n for n, part in enumerate(parts) if _COUNTED.fullmatch(part)), default=len(parts) - 2)
+    last = max((n for n, part in enumerate(parts) if CALL.fullmatch(part)), default=len(parts) - 2)
     return "/".join(parts[: last + 1])
 
 
 def _counted(module: Module) -> bool:
-    return any(_COUNTED.fullmatch(part) for part in re.split(r"[./]", path_of(module))[-3:-1])
+    return any(CALL.fullmatch(part) for part in re.split(r"[./]", path_of(module))[-3:-1])
 
 
 def path_of(module: Module) -> str:
     """The path of a module's first leaf."""
-    column = next(iter(module.roles.values()))
-    return next(iter(column.paths.values()))[0]
+    return next(iter(module.roles.values())).path
 
 
 def _shapes(module: Module) -> set[tuple[str, tuple[int, ...]]]:

@@ -204,8 +204,7 @@ def _stem(part: str) -> str:
 
 def _parts(module: Module) -> list[str]:
     """The parts of the path of a module's first instance."""
-    column = main_column(module)
-    path = next(iter(column.paths.values()))[0]
+    path = main_column(module).path
     parts = path.split("/" if "/" in path else ".")
     return parts if module.raw or len(parts) == 1 else parts[:-1]
 

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from graftax.match.components import components
+
 MOST = 10
 """The most answers that one question offers."""
 _TRIED = 100_000  # options that one search tries
@@ -55,7 +57,7 @@ def arranged(options: Iterable[Option[T]], taken: Iterable[Aspect] = ()) -> list
     agreed = _Agreement()
     for aspect in taken:
         agreed.add([aspect])
-    parts = sorted(_components(list(options)), key=len)
+    parts = sorted(components(list(options), lambda option: option.ends[0] | option.ends[1]), key=len)
     joined: list[Asked[T]] = []
     wide: list[Asked[T]] = []
     for certain in (True, False):  # what has one pairing limits the rest
@@ -89,25 +91,6 @@ def _join(new: Asked[T], joined: list[Asked[T]], agreed: _Agreement) -> None:
             old.parts += new.parts
             return
     joined.append(new)
-
-
-def _components(options: Sequence[Option[T]]) -> list[list[Option[T]]]:
-    """The options in groups that share no thing."""
-    parent: dict[object, object] = {}
-
-    def root(mark: object) -> object:
-        while parent.setdefault(mark, mark) is not mark:
-            parent[mark] = mark = parent[parent[mark]]
-        return mark
-
-    for option in options:
-        first, *others = (mark for end in option.ends for mark in end)
-        for mark in others:
-            parent[root(mark)] = root(first)
-    groups: defaultdict[object, list[Option[T]]] = defaultdict(list)
-    for option in options:
-        groups[root(next(iter(option.ends[0] or option.ends[1])))].append(option)
-    return list(groups.values())
 
 
 def _rows(options: Iterable[Option[T]], side: int) -> list[list[Option[T]]]:

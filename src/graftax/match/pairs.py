@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 from graftax.match.names import Lexicon, Name, name_of
 from graftax.match.sides import Column, Key, Module, Token
 from graftax.ops import Op
+from graftax.rules.key_templates import Crowd
 
 Label = tuple[tuple[int, ...], str]
 """(axes of the stacked numbers, reading)"""
@@ -110,7 +111,7 @@ class Scope:
     wrappers: frozenset[str] = frozenset()
     experts: tuple[bool, bool] = (False, False)
     numbers: bool = True
-    crowd: Mapping[str, Sequence[str]] = field(default_factory=dict[str, "Sequence[str]"])  # numbers left out -> paths
+    crowd: Crowd = field(default_factory=dict[str, "Collection[str]"])
     common: frozenset[str] = frozenset()
     around: frozenset[str] = frozenset()  # words for the part of the model around a module
     own: dict[int, frozenset[str]] = field(

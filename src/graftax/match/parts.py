@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from graftax.match.assign import Board
 from graftax.match.names import concepts
-from graftax.match.orders import BY_NUMBER, RULED, complete_order, components, in_step
+from graftax.match.orders import BY_NUMBER, RULED, complete_order, connected, in_step
 from graftax.match.pairs import Pair, Scope
 from graftax.match.sides import Module, Token
 
@@ -42,10 +42,10 @@ def crossing(pairs: Sequence[Pair], taken: Sequence[Pair], scope: Scope) -> list
 
 def _words_of_parts(pairs: Sequence[Pair], scope: Scope) -> frozenset[str]:
     """The telling words that both sides have for parts."""
-    torch = frozenset(
-        word for module in {id(p.torch): p.torch for p in pairs}.values() for word in _place(module, scope)
+    torch, flax = (
+        frozenset(word for module in ends for word in _place(module, scope))
+        for ends in ([pair.torch for pair in pairs], [pair.flax for pair in pairs])
     )
-    flax = frozenset(word for module in {id(p.flax): p.flax for p in pairs}.values() for word in _place(module, scope))
     return frozenset(word for word in (torch & flax) - scope.common if scope.lex.weight(word) >= 1)
 
 
@@ -117,7 +117,7 @@ def _complete(
             columns[other].pop(id(pair.torch), None)
         for key in columns.pop(id(pair.flax), {}):
             rows[key].pop(id(pair.flax), None)
-    for left, right, found in components([pair for row in rows.values() for pair in row.values()]) if trusted else ():
+    for left, right, found in connected([pair for row in rows.values() for pair in row.values()]) if trusted else ():
         order = complete_order(left, right, scope)
         chosen = [pair for a, b in order if (pair := found.get((id(a), id(b)))) is not None]
         if not order or len(chosen) != len(order):

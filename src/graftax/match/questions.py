@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from graftax.match.engine import Result
@@ -11,15 +10,13 @@ from graftax.match.pair_questions import block_question, pair_questions
 from graftax.match.settle import Settled, open_links
 from graftax.match.sides import columns_of, paths_of
 from graftax.plans import Question
-from graftax.rules.key_templates import skeleton
+from graftax.rules.key_templates import by_form
 
 
 def questions(result: Result, sides: tuple[str, str], turned: bool, missing: Collection[str] = ()) -> list[Question]:
     """Every question of the result. `turned`: the torch end is like, so its leaves are the targets. `missing`: like
     leaves that a rule marks `missing`."""
-    crowd: defaultdict[str, list[str]] = defaultdict(list)
-    for path in (path for item in result.settled for path in _all_paths(item)) if _asks(result) else ():
-        crowd[skeleton(path)].append(path)
+    crowd = by_form(path for item in result.settled for path in _all_paths(item)) if _asks(result) else {}
     for item in result.settled:
         item.scope.crowd = crowd
     out = layout_questions(result.settled, sides, turned)

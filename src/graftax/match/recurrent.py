@@ -11,7 +11,7 @@ from typing import Any
 from graftax.errors import Failure, LayoutError
 from graftax.layers.base import Connection, Part
 from graftax.layers.connect import connect, settled
-from graftax.match.flatten import Suspect, recurrent_inputs
+from graftax.match.flatten import CELL, Suspect, recurrent_inputs
 from graftax.match.names import Lexicon, concepts
 from graftax.match.sides import tokens_of
 from graftax.match.unlike import unlike
@@ -20,7 +20,6 @@ from graftax.plans import PARITY, Assumption, Candidate, Entry, Question
 from graftax.rules.text import rule_line
 from graftax.tree import Checkpoint
 
-_TORCH = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?")
 _GATES = frozenset(
     ("ii", "if", "if_", "ig", "io", "hi", "hf", "hg", "ho", "ir", "iz", "in", "hr", "hz", "hn", "dense_i", "dense_h")
 )
@@ -228,7 +227,7 @@ def _torch_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
     groups: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for path in side.specs:
         owner, _, role = path.rpartition(".")
-        if path not in skip and "_" in role and _TORCH.fullmatch(role):
+        if path not in skip and "_" in role and CELL.fullmatch(role):
             groups[owner][role] = path
     return [Part(path, "torch", leaves, side.specs, side.live.modules.get(path)) for path, leaves in groups.items()]
 
@@ -248,30 +247,28 @@ def flax_parts(side: Checkpoint, skip: Collection[str]) -> list[Part]:
         match = _COUNTED.fullmatch(name)
         if match:
             together[f"{parent}/{match[1]}" if match[1] else parent].append(path)
-    out = [_part(path, [path], cells, side) for path in cells]
-    out += [_part(mark, paths, cells, side) for mark, paths in together.items() if len(paths) > 1]
     around: defaultdict[str, list[str]] = defaultdict(list)
     for path in cells:
         pieces = path.split("/")
         for n in range(1, len(pieces) - 1):
             around["/".join(pieces[:n])].append(path)
-    return out + [_layer(path, found, cells, side) for path, found in around.items() if 1 < len(found) <= _MOST]
+    out = [_part(path, cells[path], side) for path in cells]
+    for mark, paths in together.items():
+        if len(paths) > 1:
+            out.append(_part(mark, _below(paths[0].rpartition("/")[0], paths, cells), side, alone=False))
+    return out + [_part(p, _below(p, paths, cells), side) for p, paths in around.items() if 1 < len(paths) <= _MOST]
 
 
 _MOST = 16  # cells that one recurrent layer may have
 
 
-def _layer(path: str, members: Iterable[str], cells: Mapping[str, Mapping[str, str]], side: Checkpoint) -> Part:
-    """The cells below a module, by their paths from there."""
-    leaves = {f"{member[len(path) + 1 :]}/{role}": leaf for member in members for role, leaf in cells[member].items()}
-    plain = path.partition("/")[2] if path.startswith("params/") else path
-    return Part(plain, "flax", leaves, side.specs, side.live.modules.get(plain))
+def _below(path: str, members: Iterable[str], cells: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """The leaves of cells, by their paths from a module around them."""
+    start = len(path) + 1 if path else 0
+    return {f"{member[start:]}/{role}": leaf for member in members for role, leaf in cells[member].items()}
 
 
-def _part(path: str, members: Iterable[str], cells: Mapping[str, Mapping[str, str]], side: Checkpoint) -> Part:
-    members = list(members)
+def _part(path: str, leaves: Mapping[str, str], side: Checkpoint, alone: bool = True) -> Part:
+    """`alone`: the path is a module's, and not the start of the names of several."""
     plain = path.partition("/")[2] if path.startswith("params/") else path
-    if len(members) == 1:
-        return Part(plain, "flax", dict(cells[members[0]]), side.specs, side.live.modules.get(plain))
-    leaves = {f"{member.rpartition('/')[2]}/{role}": leaf for member in members for role, leaf in cells[member].items()}
-    return Part(plain, "flax", leaves, side.specs, None)
+    return Part(plain, "flax", dict(leaves), side.specs, side.live.modules.get(plain) if alone else None)

@@ -55,7 +55,7 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
 
 def _is_fused(module: Module, ends: Ends) -> bool:
     """True if a rule about a fused tensor settles a leaf of the module."""
-    return any(next(iter(column.paths.values()))[0] in ends.fused for column in module.roles.values())
+    return any(column.path in ends.fused for column in module.roles.values())
 
 
 _KINDS = 8  # with more kinds of blocks in one family, the numbers show nothing

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from graftax.match.buffers import buffer_name
 from graftax.match.choose import Habits, choose
 from graftax.match.fits import fit
-from graftax.match.kinds import Kinds
 from graftax.match.layout_questions import Ways, leaf_ways
 from graftax.match.names import concepts, lexicon
 from graftax.match.pair_questions import main_link, pair_question
@@ -25,6 +24,7 @@ from graftax.match.sides import Column, Key, Module, tokens_of
 from graftax.match.stack_axes import stack_axes
 from graftax.match.unmerged import normed_parts
 from graftax.plans import Proposal
+from graftax.rules.key_templates import Crowd, by_form
 from graftax.tree import Checkpoint, Side, split_path
 
 _NUMBER = re.compile(r"\d+")
@@ -69,7 +69,7 @@ def shape_questions(
     if not (ours and theirs):  # a part of a weight is no weight
         free, targets = [n for n in free if n not in ours], [n for n in targets if n not in theirs]
     sources = [c for c in _columns(free, source, sides[0]) if not offered.issuperset(c.names)] if targets else []
-    maker = _Maker(sides, _traps(source, like, sides), {**_crowd(free), **_crowd(targets)})
+    maker = _Maker(sides, _traps(source, like, sides), {**by_form(free), **by_form(targets)})
     options: list[Option[Item]] = []
     for column in _columns(targets, like, sides[1]) if sources else ():
         if any(extent > 1 for extent in column.shape):  # the shape of a scalar is no evidence
@@ -92,14 +92,6 @@ def _module(path: str, side: Side) -> str:
     head, _, rest = path.partition("/")
     plain = rest if head in ("params", "batch_stats") else path
     return plain.rpartition("/")[0]
-
-
-def _crowd(names: Iterable[str]) -> dict[str, list[str]]:
-    """The leaves that a rule line may name, by their paths without numbers."""
-    out: defaultdict[str, list[str]] = defaultdict(list)
-    for name in names:
-        out[_NUMBER.sub("\0", name)].append(name)
-    return out
 
 
 def _traps(source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]) -> bool:
@@ -140,7 +132,7 @@ class _Maker:
 
     __slots__ = ("columns", "crowd", "sides", "traps", "turned")
 
-    def __init__(self, sides: tuple[Side, Side], traps: bool, crowd: dict[str, list[str]]) -> None:
+    def __init__(self, sides: tuple[Side, Side], traps: bool, crowd: Crowd) -> None:
         self.turned = sides == ("flax", "torch")
         self.sides = ("torch", "flax") if sides[0] != sides[1] else ("source", "target")
         self.traps, self.crowd = traps and sides[0] != sides[1], crowd
@@ -165,7 +157,7 @@ class _Maker:
         torch, flax = ends[::-1] if self.turned else ends
         same = self.sides == ("source", "target")
         keys: list[tuple[Key, Key]] = [((i,), (i,)) for i in range(len(names))]
-        pair = fit(torch, flax, dict(keys), same, Kinds())
+        pair = fit(torch, flax, dict(keys), same)
         if pair is None:
             return None
         return Scope([torch], [flax], keys, False, same, lexicon(), crowd=self.crowd), pair

@@ -44,6 +44,11 @@ class Column:
     stack: tuple[int, ...] = ()
 
     @property
+    def path(self) -> str:
+        """The path of the first leaf."""
+        return next(iter(self.paths.values()))[0]
+
+    @property
     def size(self) -> int:
         """Elements of the first instance, stacked ones included."""
         first = next(iter(self.shapes))

@@ -88,7 +88,7 @@ def shown(trace: Trace, modules: Iterable[Module]) -> dict[int, Suspect]:
     for module in modules:
         for role in ("weight", "bias"):
             column = module.roles.get(role)
-            path = next(iter(column.paths.values()))[0] if column is not None else ""
+            path = column.path if column is not None else ""
             for rows, axes in ((False, trace.columns.get(path)), (True, trace.rows.get(path))):
                 sizes = dict(axes or ())
                 if column is None or len(sizes) < 2 or id(module) in out:

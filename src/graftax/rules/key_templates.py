@@ -8,6 +8,7 @@ get ranges or, at last, each instance gets a line.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations, product
@@ -47,6 +48,14 @@ class Line:
 def skeleton(path: str) -> str:
     """The path without its numbers."""
     return NUMBER.sub("\0", path)
+
+
+def by_form(paths: Iterable[str]) -> Crowd:
+    """The leaves that templates may name, by their paths without numbers."""
+    out: defaultdict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        out[skeleton(path)].append(path)
+    return out
 
 
 def rule_templates(
