@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from flax import linen as fn
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from torch import nn
 
 import graftax as gx
@@ -190,7 +191,7 @@ def _blank_linen(model: Any, seed: int) -> tuple[Any, dict[str, str]]:
         root.add(above, (collection, leaf.shape, leaf.dtype, "/".join(parts)), draw)
 
     def run(values: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
-        return model.module.apply(_nested(values), *args, mutable=False, **kwargs)
+        return model.module.apply(unflatten_dict(values, sep="/"), *args, mutable=False, **kwargs)
 
     made = gx.linen(Hidden(root, _opaque(run)), *model.args, **model.kwargs)
     return made, dict(_named(root, ()))
@@ -295,17 +296,6 @@ def _opaque(run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for path, value in leaves.items():
-        *above, last = path.split("/")
-        at = out
-        for part in above:
-            at = at.setdefault(part, {})
-        at[last] = value
-    return out
-
-
 # ---------------------------------------------------------------- one pair
 
 
@@ -357,7 +347,7 @@ class BlankPair:
     def _run(self, values: Mapping[str, Any], args: tuple[Any, ...]) -> Any:
         live = _live(self.pair.flax_model())
         if not isinstance(live, nnx.Module):
-            return live.module.apply(_nested(values), *args)
+            return live.module.apply(unflatten_dict(values, sep="/"), *args)
         graph, state = nnx.split(live)
         leaves = [
             (keys, variable.replace(jnp.asarray(values["/".join(map(str, keys))])))

@@ -311,10 +311,9 @@ def crossed_in_scope(m: Maker) -> Attack:
     """Two parts of a module, equal in shape, whose words are the same on both sides but stand at other depths."""
     d = m.width
     a, b = m.pick(("first", "second"), ("main", "side"), ("local", "global"), ("slow", "fast"))
-    m.put(f"{a}.net.fc.weight", f"net/{a}/fc/kernel", d, d, form=linear)
-    m.put(f"{b}.net.fc.weight", f"net/{b}/fc/kernel", d, d, form=linear)
-    m.put(f"{a}.net.proj.weight", f"net/{a}/proj/kernel", d, d, form=linear)
-    m.put(f"{b}.net.proj.weight", f"net/{b}/proj/kernel", d, d, form=linear)
+    for leaf in ("fc", "proj"):
+        for part in (a, b):
+            m.put(f"{part}.net.{leaf}.weight", f"net/{part}/{leaf}/kernel", d, d, form=linear)
     around(m)
     return m.attack("crossed-in-scope")
 

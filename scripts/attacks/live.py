@@ -11,6 +11,7 @@ import flax.linen as fn
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax.traverse_util import unflatten_dict
 from torch import nn
 
 from attacks.pairs import Array, Attack, Maker
@@ -75,7 +76,7 @@ def live(
     there = tuple(jnp.asarray(x) for x in inputs)
     want = net(*(torch.from_numpy(_first(x) if channels else x) for x in inputs)).detach().numpy()
     want = np.moveaxis(want, 1, -1) if channels and want.ndim > 2 else want
-    got = np.asarray(tree.apply(_nested(m.flax), *there))
+    got = np.asarray(tree.apply(unflatten_dict(m.flax, sep="/"), *there))
     if got.shape != want.shape or float(np.abs(got - want).max()) > 1e-3 * float(np.abs(want).max() + 1e-6):
         raise ValueError(f"{kind}: the two models differ")
     modes = ("both", "both", "both", shown or "torch", shown or "flax")
@@ -87,14 +88,3 @@ def live(
 
 def _first(x: Array) -> Array:
     return np.ascontiguousarray(np.moveaxis(x, -1, 1)) if x.ndim > 2 else x
-
-
-def _nested(leaves: dict[str, Array]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for path, array in leaves.items():
-        *above, last = path.split("/")
-        at = out
-        for part in above:
-            at = at.setdefault(part, {})
-        at[last] = jnp.asarray(array)
-    return out

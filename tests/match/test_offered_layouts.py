@@ -3,11 +3,9 @@ and none is taken in silence that gives others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 import graftax as gx
 from graftax.tree import flatten, join_path
@@ -134,23 +132,12 @@ CASES = {
 }  # fmt: skip
 
 
-def tree(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *above, name = path.split("/")
-        at = out
-        for part in above:
-            at = at.setdefault(part, {})
-        at[name] = leaf
-    return out
-
-
 @pytest.mark.parametrize("back", [False, True], ids=["to flax", "to torch"])
 @pytest.mark.parametrize("name", CASES)
 def test_an_offered_answer_gives_the_right_values(name: str, back: bool) -> None:
     torch_side, flax_side = CASES[name]
     state = {key: torch.tensor(np.ascontiguousarray(leaf)) for key, leaf in torch_side.items()}
-    source, like = (tree(flax_side), state) if back else (state, tree(flax_side))
+    source, like = (unflatten_dict(flax_side, sep="/"), state) if back else (state, unflatten_dict(flax_side, sep="/"))
     want = torch_side if back else flax_side
 
     def right(plan: gx.Plan) -> bool:

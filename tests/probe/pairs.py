@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from flax import linen as fn
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from torch import nn
 
 import graftax as gx
@@ -144,14 +145,8 @@ def flat(tree: Any, above: str = "") -> dict[str, np.ndarray]:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for path, value in leaves.items():
-        *above, last = path.split("/")
-        at = out
-        for part in above:
-            at = at.setdefault(part, {})
-        at[last] = jnp.asarray(value)
-    return out
+    """path -> array, as nested dicts of jax arrays."""
+    return jax.tree.map(jnp.asarray, unflatten_dict(dict(leaves), sep="/"))
 
 
 def linears(state: State, *names: tuple[str, str], root: str = "params/") -> dict[str, np.ndarray]:
