@@ -13,7 +13,7 @@ from graftax.execute import fill_tile
 from graftax.execute.fill_tile import Stored, fill_by_rows
 from graftax.execute.meter import evaluate
 from graftax.execute.pushdown import Apply, SourceView, TilePiece
-from graftax.ops import Cast
+from graftax.ops import Cast, Sum
 from graftax.tree import TensorSpec
 
 Array = np.ndarray[Any, Any]
@@ -96,3 +96,22 @@ def test_value_ops_are_given_about_a_megabyte_at_a_time() -> None:
     assert fill_by_rows([(out, cast)], [stored(array, [])], np.empty(64 << 20, np.uint8), how)
     assert np.array_equal(out.reshape(1 << 15, 256), array.T.astype(np.float16))
     assert max(seen) <= 1 << 20
+
+
+def test_more_sources_than_the_scratch_has_room_for() -> None:
+    """Each of eight sources gets a part of the scratch that holds no element: read element by element, not for ever."""
+    given = [np.arange(6, dtype=np.float32).reshape(2, 3) * (i + 1) for i in range(8)]
+    whole = [Stored(TensorSpec((2, 3), "float32"), _reader(a)) for a in given]
+    value = Apply(Sum((tuple(range(8)),)), tuple(SourceView(i, 0, (1, 3)) for i in range(8)))
+    out = np.zeros(6, np.float32)
+    fill_tile.fill_tile(out, [TilePiece((3, 2), 0, (2, 1), value)], whole, np.empty(64, np.uint8))
+    assert np.array_equal(out.reshape(3, 2), sum(given).T)
+
+
+def _reader(array: Array) -> Any:
+    raw = array.reshape(-1).view(np.uint8)
+
+    def read(start: int, buffer: memoryview) -> None:
+        buffer[:] = raw[start : start + len(buffer)].data
+
+    return read

@@ -131,7 +131,7 @@ def _fill_piece(out: Array, piece: TilePiece, sources: Sequence[Values], scratch
         width = sources[leaf.source].spec.bits // 8
         low, high = _reach(leaf, piece.extents)
         span = (high - low + 1) * width
-        if span > room or (span > SHORT and span > DENSE * piece.count * width):
+        if span > width and (span > room or (span > SHORT and span > DENSE * piece.count * width)):
             loop = max(range(len(piece.extents)), key=lambda j: abs(leaf.strides[j]) * (piece.extents[j] > 1))
             _parts(out, piece, loop, leaf, room // width, sources, scratch, evaluate)
             return
@@ -144,8 +144,10 @@ def _fill_piece(out: Array, piece: TilePiece, sources: Sequence[Values], scratch
         if values.in_memory:
             return _window(values.span(0, values.spec.size, None), leaf.offset, piece.extents, leaf.strides)
         low, high = _reach(leaf, piece.extents)
-        flat = values.span(low, high + 1, scratch[taken:])
-        taken += -(-flat.nbytes // 16) * 16
+        rest = scratch[taken:]
+        nbytes = (high - low + 1) * (values.spec.bits // 8)
+        flat = values.span(low, high + 1, rest if nbytes <= rest.nbytes else None)  # None: one element of very many
+        taken += -(-nbytes // 16) * 16
         return _window(flat, leaf.offset - low, piece.extents, leaf.strides)
 
     _put(target, evaluate(piece.value, piece.extents, view))
