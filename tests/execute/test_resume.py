@@ -349,10 +349,10 @@ def test_orbax_says_that_it_starts_anew(source: Path, tmp_path: Path) -> None:
     assert any("orbax is written as a whole" in note for note in receipt.notes)
 
 
-def test_orbax_says_that_it_holds_more_than_the_budget(tmp_path: Path) -> None:
-    tree = {"a": np.zeros((1024, 600), np.float32)}
+def test_orbax_says_that_a_tensor_is_larger_than_the_budget(tmp_path: Path) -> None:
+    tree = {"a": np.zeros((1024, 600), np.float32), "b": np.zeros((1024, 600), np.float32)}
     for budget, told in (
-        ("1MiB", ["orbax is handed all tensors at once: 2.46 MB, beyond the 1.05 MB of"]),
+        ("1MiB", ["orbax is handed each tensor whole, the largest of 2.46 MB, beyond the 1.05 MB of"]),
         ("4MiB", []),
     ):
         receipt = gx.port_file(tree, tree, tmp_path / budget, to="flax", max_memory=budget)

@@ -80,10 +80,10 @@ def write(
         sidecars=sidecars,
     )
     receipt.notes = saved.notes
-    nbytes = sum(spec.nbytes for spec in made.like.specs.values())
+    nbytes = max((spec.nbytes for spec in made.like.specs.values()), default=0)
     if saved.format == "orbax" and nbytes > budget:
         allowed = f"{size_text(budget)} of {worded('--max-memory', 'max_memory')}"
-        held = f"orbax is handed all tensors at once: {size_text(nbytes)}, beyond the {allowed}"
+        held = f"orbax is handed each tensor whole, the largest of {size_text(nbytes)}, beyond the {allowed}"
         receipt.notes = (*receipt.notes, held)
     stream.close()
     return receipt

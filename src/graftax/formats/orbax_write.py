@@ -1,5 +1,5 @@
-"""Write Orbax checkpoints with Orbax's own StandardCheckpointHandler, so that StandardCheckpointer().restore(path)
-reads them. graftax.json beside them holds what Orbax does not keep.
+"""Write Orbax checkpoints with Orbax's own handlers, so that StandardCheckpointer().restore(path) reads them.
+graftax.json beside them holds what Orbax does not keep.
 
 The bytes differ from run to run: Orbax writes the commit time, and OCDBT gives its data files random names. Names,
 values and graftax.json are the same.
@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftax.formats import tree_meta
-from graftax.formats.base import Output
+from graftax.formats.base import Output, Tiles
 from graftax.formats.io import system
 from graftax.formats.orbax_quiet import finished
 from graftax.formats.orbax_tree import TREE
@@ -38,35 +39,83 @@ def storage_fault(path: str, spec: TensorSpec) -> str | None:
 
 
 def write(path: Path, output: Output) -> None:
-    """Write the nested tree as one Orbax item at `path`, which must not exist. All tensors are in memory at once.
+    """Write the nested tree as one Orbax item at `path`, which must not exist. Tensors that are made on demand are in
+    memory a few at a time.
 
     Raises PlanError, before anything is written, for what Orbax would refuse midway or store wrongly: keys that contain
     '.', a dict with both numbers and text as keys, keys that are tuples or other non-text, arrays of size zero.
     """
     check(output)
-    arrays: dict[str, Any] = {}
     digests: dict[str, Pieces] = {}
-    for name, spec, data in tensor_bytes(output):
+    tiles = output.tiles
+    made = {name: data for name, _, data in tensor_bytes(output)} if tiles is None else {}
+
+    def make(name: str) -> np.ndarray[Any, Any]:
+        spec = output.specs[name]
+        data = made.pop(name) if tiles is None else _bytes(tiles, name, spec)
         digests[name] = {_whole(spec): _sha256(data)}
-        arrays[name] = _leaf(data, spec)
-    save_tree(path, output, arrays)
+        return _leaf(data, spec)
+
+    finished(lambda: _save_few(path, output, make))
     finish(path, output, digests)
+
+
+def _bytes(tiles: Tiles, name: str, spec: TensorSpec) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    data = np.empty(spec.nbytes, np.uint8)
+    for tile in tiles.tiles(name, contiguous=True):
+        data[tile.start : tile.start + tile.data.shape[1]] = tile.data[0]
+    tiles.done(name)
+    return data
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Due:
+    """A leaf as Orbax sees it before it is made."""
+
+    name: str
+    nbytes: int
+
+
+_AT_ONCE = 16 << 20
+"""Bytes of leaves that Orbax is given together: each commit costs two small files."""
+
+
+def _few(sizes: Sequence[int]) -> Iterator[slice]:
+    """Slices of the leaves, each of up to _AT_ONCE bytes or of one leaf."""
+    start = held = 0
+    for place, size in enumerate(sizes):
+        if place > start and held + size > _AT_ONCE:
+            yield slice(start, place)
+            start, held = place, 0
+        held += size
+    yield slice(start, len(sizes))
+
+
+def _save_few(path: Path, output: Output, make: Callable[[str], np.ndarray[Any, Any]]) -> None:
+    """Write Orbax's own part of the checkpoint. Orbax takes all leaves at once and copies them; this handler makes a
+    few at a time, when those before them are written."""
+    import orbax.checkpoint as ocp
+
+    class FewAtOnce(ocp.type_handlers.NumpyHandler):
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+            args = args or [ocp.SaveArgs()] * len(values)
+            for few in _few([value.nbytes for value in values]):
+                arrays = [make(value.name) for value in values[few]]
+                for commit in await super().serialize(arrays, infos[few], args[few]):
+                    commit.result()
+            return []
+
+    due = {name: _Due(name, spec.nbytes) for name, spec in output.specs.items()}
+    known = ocp.type_handlers.create_type_handler_registry((_Due, FewAtOnce()))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=known)) as checkpointer:
+        checkpointer.save(os.path.abspath(path), args=ocp.args.PyTreeSave(_tree(output, due)))
 
 
 def check(output: Output) -> None:
     """PlanError for what Orbax would refuse midway or store wrongly."""
     refuse(output, "orbax", _faults(output))
-
-
-def save_tree(path: Path, output: Output, arrays: Mapping[str, Any]) -> None:
-    """Write Orbax's own part of the checkpoint."""
-    import orbax.checkpoint as ocp
-
-    def save() -> None:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(os.path.abspath(path), args=ocp.args.StandardSave(_tree(output, arrays)))
-
-    finished(save)
 
 
 def save_shared(
@@ -76,9 +125,9 @@ def save_shared(
     processes: int,
     run_jointly: Callable[[Callable[[], None]], None],
 ) -> Callable[[], None]:
-    """As `save_tree`, called by all `processes` of a job; the arrays are spread over their devices. Each process writes
-    its parts inside `run_jointly`, which raises an error of one process in all of them. Returns the action that the
-    first process must run afterwards to join the parts.
+    """Write Orbax's own part of the checkpoint. Called by all `processes` of a job; the arrays are spread over their
+    devices. Each process writes its parts inside `run_jointly`, which raises an error of one process in all of them.
+    Returns the action that the first process must run afterwards to join the parts.
 
     Orbax waits for all processes before and after it writes, for many minutes if necessary. So an error in one process
     must reach the others before they wait. This is why the caller runs Orbax's last step, which only the first process

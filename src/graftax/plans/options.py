@@ -130,7 +130,7 @@ class WriteOptions:
         default="512MiB",
         metadata=_help(
             "Use at most this much memory while writing .safetensors, .pt, .msgpack and .npz, however large a tensor "
-            "is; Orbax needs all tensors at once."
+            "is; Orbax needs each tensor whole."
         ),
     )
     shard_size: Size | None = field(default=None, metadata=_help("The size of a shard, such as 5GB; needs a folder."))
