@@ -216,3 +216,12 @@ def test_an_answer_leaves_the_rest_a_question() -> None:
 def test_a_head_that_says_no_more_is_taken(torch: str, flax: str) -> None:
     found = plan({"b.l1.weight": (9, 5), f"{torch}.weight": (4, 9)}, {"b/l1/kernel": (5, 9), f"{flax}/kernel": (9, 4)})
     assert found.complete
+
+
+def test_no_answer_crosses_parts_that_both_sides_name() -> None:
+    """Shapes alone fit any square of the encoder to any of the decoder."""
+    torch = {f"{t}.mid.{a}.weight": (8, 8) for t in ("encoder", "decoder") for a in ("to_q", "to_k", "to_v", "to_out")}
+    flax = {f"{t}/mid/Dense_{i}/kernel": (8, 8) for t in ("encoder", "decoder") for i in range(4)}
+    rules = [candidate.rule for question in plan(torch, flax).questions for candidate in question.candidates]
+    assert rules
+    assert all(("encoder." in line) == ("encoder/" in line) for rule in rules for line in rule.split("}, {"))

@@ -18,7 +18,7 @@ Part = tuple[Token, ...]
 
 
 def crossing(pairs: Sequence[Pair], taken: Sequence[Pair], scope: Scope) -> list[Pair]:
-    """Open pairs that pair a module of one part with a module outside of it. A telling word names a part if both sides
+    """Open pairs that pair a module of one part with a module outside of it. A word names a part if both sides
     have it for parts with as many open modules that fit each other, and no taken pair has it on one end alone."""
     out: dict[int, Pair] = {}
     for word in sorted(_words_of_parts(pairs, scope)):
@@ -41,12 +41,12 @@ def crossing(pairs: Sequence[Pair], taken: Sequence[Pair], scope: Scope) -> list
 
 
 def _words_of_parts(pairs: Sequence[Pair], scope: Scope) -> frozenset[str]:
-    """The telling words that both sides have for parts."""
+    """The words that both sides have for parts, without those that only say what kind of part it is."""
     torch, flax = (
         frozenset(word for module in ends for word in _place(module, scope))
         for ends in ([pair.torch for pair in pairs], [pair.flax for pair in pairs])
     )
-    return frozenset(word for word in (torch & flax) - scope.common if scope.lex.weight(word) >= 1)
+    return frozenset(word for word in (torch & flax) - scope.common if scope.lex.weight(word) >= 0.5)
 
 
 def _place(module: Module, scope: Scope) -> frozenset[str]:
