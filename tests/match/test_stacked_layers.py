@@ -208,3 +208,15 @@ def test_a_short_last_cycle_of_unlike_layers(width: int) -> None:
     plan = gx.plan(torch, flax, to="flax")
     assert plan.complete, str(plan)
     assert all(np.array_equal(plan.run(torch)[path], leaf) for path, leaf in flax.items())
+
+
+def test_layers_of_one_fused_module_are_blocks() -> None:
+    """Three layers hold nothing but a fused tensor: as many as its parts, so the stacks could be taken for parts."""
+    torch = {f"h.{i}.attn.qkv.weight": np.zeros((3 * D, D), "f4") for i in range(3)}
+    flax = {"h": {"attn": {n: {"kernel": np.zeros((3, D, D), "f4")} for n in "qkv"}}}
+    (question,) = gx.plan(torch, flax).questions
+    assert question.candidates
+    for candidate in question.candidates:
+        assert gx.plan(torch, flax, rules=[candidate.rule]).complete
+        assert 'torch = "h.{l}.attn.qkv.weight"' in candidate.rule
+        assert "stack = {l = 0}" in candidate.rule

@@ -26,7 +26,7 @@ Tokens = tuple[Token, ...]
 
 MARK = "\0"
 _LIKENESS = 0.3  # blocks that share at least this part of their leaves (Jaccard) are one family
-_LIST = 4  # at least this many numbered single modules of one shape are a family too
+_LIST = 4  # at least this many numbered single modules of one shape are a family too; any, if a name follows the number
 
 Rows = list[tuple[Key, str, Shape]]
 
@@ -261,7 +261,7 @@ def _repeats(
     return (
         len(tails) >= 2
         or _several(templates, members, values[0], place)
-        or (len(values) >= _LIST and _alike(templates, members, values, place))
+        or ((len(values) >= _LIST or all(tails)) and _alike(templates, members, values, place))
     )
 
 
