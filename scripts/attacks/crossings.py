@@ -337,8 +337,80 @@ def swapped_roles(m: Maker) -> Attack:
     return m.attack("swapped-roles")
 
 
+def renamed_parts(m: Maker) -> Attack:
+    """Parts whose names share no word, but one leaf of another shape does. What lies beside it has equal names, other
+    names, or belongs elsewhere; one part may have twins, of which this leaf does not tell which is which."""
+    d, k = m.width, m.pick(3, 5)
+    one, other = m.pick(("temporal_block", "recurrent_block"), ("core", "u"), ("summary", "pooled"), ("mixer", "zt"))
+    top = m.pick("", "", "layers.0.", "layers.1.")
+    path = top.replace(".", "/")
+    anchor = m.pick("gain", "decay_rate", "lambda_param", "codebook")
+    m.put(f"{top}{one}.{anchor}.weight", f"{path}{other}/{anchor}/kernel", k, d, form=linear)
+    inner = m.pick(("x", "y", "out"), ("fc1", "fc2"), ("proj",), ("linear_x", "linear_y"), ("left", "right"))
+    for word in inner:
+        m.dense(f"{top}{one}.{word}", f"{path}{other}/{word}", d, d)
+    if m.coin(0.4):  # a stranger on each side
+        a, b = m.pick(("adapter", "bridge"), ("lora", "tap"), ("side.fc", "aux/fc"), ("gate", "mask"))
+        m.give(f"{top}{one}.{a}.weight", m.draw(d, d))
+        m.take(f"{path}{other}/{b}/kernel", m.draw(d, d))
+        m.drop(f"{path}{other}/{b}/kernel")
+        m.options = m.pick({}, {"unused": "drop"}, {"unused": "drop", "missing": "zeros"})
+    elif m.coin(0.6) and inner != ("left", "right"):  # twins: the leaf may lie in either of two parts
+        twin, its = m.pick(("spatial_block", "static_block"), ("side", "w"), ("detail", "full"), ("frame", "yq"))
+        crossed = m.coin()
+        for word in inner:
+            held = {name: m.torch.pop(name) for name in [*m.torch] if crossed and f"{one}.{word}." in name}
+            m.torch |= {name.replace(one, twin): array for name, array in held.items()}
+            m.dense(f"{top}{one if held else twin}.{word}", f"{path}{its}/{word}", d, d)
+    around(m)
+    return m.attack("renamed-parts", back=False if m.gone else None)
+
+
+def words_for_words(m: Maker) -> Attack:
+    """Two sides that use other words for the same things, each always the same word; and a word more."""
+    d, k = m.width, m.pick(3, 5)
+    rows_ = [("alpha", "p"), ("beta", "r"), ("recurrent", "a"), ("forget", "f"), ("slow", "upper"), ("rho", "tau")]
+    m.rng.shuffle(rows_)
+    (one, other), (two_, its), (three, last_) = rows_[:3]
+    m.put(f"cell.{one}_table.weight", f"cell/{other}_table/kernel", k, d, form=linear)
+    m.dense(f"cell.{one}_proj", f"cell/{other}_proj", d, d)
+    if m.coin(0.7):
+        m.dense(f"cell.{two_}_proj", f"cell/{its}_proj", d, d)
+    if m.coin(0.4):
+        m.give(f"cell.{three}_proj.weight", m.draw(d, d))
+        m.take(f"cell/{last_}_proj/kernel", m.draw(d, d))
+        m.drop(f"cell/{last_}_proj/kernel")
+        m.options = m.pick({}, {"unused": "drop"}, {"unused": "drop", "missing": "zeros"})
+    around(m)
+    return m.attack("words-for-words", back=False if m.gone else None)
+
+
+def ends_of_a_model(m: Maker) -> Attack:
+    """The last norm, in the head on one side and outside of it on the other; or each side has another norm."""
+    d = m.width
+    last_ = ("norm", "final_norm", "post_layernorm", "head.norm", "encoder_norm", "ln_f", "head.LayerNorm_0", "ln_post")
+    first = ("embed_norm", "pre_layernorm", "stem.norm", "patch_embed.norm", "ln_pre", "input_norm", "norm_adapter")
+    for i in range(2):
+        block(m, f"blocks.{i}", f"Block_{i}")
+    m.dense("head.fc" if m.coin() else "classifier", m.pick("head/fc", "classifier", "Head_0/Dense_0"), m.other(), d)
+    norms = [(m.rng.choice(last_), m.rng.choice(last_))]
+    if m.coin():
+        norms.append((m.rng.choice(first), m.rng.choice(first)))
+    for one, other in norms:
+        m.norm(one, other.replace(".", "/"), d, True)
+    if len(norms) == 1 and m.coin(0.4):  # each side lacks one of the two
+        torch, flax = norms[0]
+        other = m.rng.choice(first)
+        for leaf, to in (("weight", "scale"), ("bias", "bias")):
+            del m.torch[f"{torch}.{leaf}"]
+            m.give(f"{other}.{leaf}", m.draw(d))
+            m.drop(f"{flax.replace('.', '/')}/{to}")
+        m.options = m.pick({}, {"unused": "drop"}, {"unused": "drop", "missing": "zeros"})
+    return m.attack("ends-of-a-model", back=False if m.gone else None)
+
+
 KINDS = (
     *(counted_calls, crossed_ends, one_more, strangers, strangers_in_layers, nameless_twins, twin_towers),
     *(one_list_two_towers, self_and_cross, norms_by_place, norm_strangers, words_against_numbers, crossed_in_scope),
-    swapped_roles,
+    *(swapped_roles, renamed_parts, words_for_words, ends_of_a_model),
 )

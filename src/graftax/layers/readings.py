@@ -120,7 +120,8 @@ def _of_weight(source: Shape, target: Shape, kinds: LeafKinds, plain: Readings) 
     if ranks[0] == ranks[1] > 2:
         return {**fitted(source, target, "conv", FLIPPED), **(equal if kinds.flax != "kernel" else {})}
     if ranks[0] > ranks[1] == 2 and kinds.torch != "raw":
-        return fitted(source, target, "conv 1x1") or fitted(source, target, "window last", "window first")
+        orders = ("window last", "window first")[: 1 if source[1] == 1 else 2]  # one channel has one order
+        return fitted(source, target, "conv 1x1") or fitted(source, target, *orders)
     if ranks[1] > ranks[0] == 2 and target[:-2] == (1,) * (ranks[1] - 2):
         return {**fitted(source, target, "conv 1x1"), **(free if target[-2:] == source else {})}
     if ranks == (2, 3):

@@ -56,10 +56,12 @@ class Board:
         return out + [other for other in self.cols[id(pair.flax)].values() if other is not pair]
 
 
-def assign(pairs: list[Pair], orders: Step, crossing: Step, forced: list[Pair]) -> tuple[list[Pair], Board]:
+def assign(
+    pairs: list[Pair], orders: Step, crossing: Step, inside: Step, forced: list[Pair]
+) -> tuple[list[Pair], Board]:
     """(the pairs taken, what is left open). `orders`: (open pairs, taken pairs) -> pairs that an order settles;
-    `crossing`: -> open pairs that do not compete, because each end is in a part that pairs with another one; `forced`:
-    pairs that rules have settled."""
+    `crossing`: -> open pairs that do not compete, because each end is in a part that pairs with another one; `inside`:
+    -> open pairs that what is taken lets judge anew; `forced`: pairs that rules have settled."""
     board = Board(pairs)
     taken: list[Pair] = list(forced)
     for pair in forced:
@@ -73,10 +75,10 @@ def assign(pairs: list[Pair], orders: Step, crossing: Step, forced: list[Pair]) 
         _couple(board, fresh)
         if not fresh:
             apart = crossing(board.pairs(), taken)
-            if not apart:
-                return taken, board
             for pair in apart:
                 board.remove(pair)
+            if not apart and not inside(board.pairs(), taken):
+                return taken, board
 
 
 def _clear(board: Board) -> list[Pair]:

@@ -19,6 +19,7 @@ class Case:
     """One pair with its names.
 
     own, beside      what each name says about its module alone, and about its place
+    told             the words that name paired parts around the modules
     ranks            the places of the numbers of each name
     same_place       the ranks that agree, as text
     apart            how ranks of one count disagree
@@ -32,6 +33,7 @@ class Case:
     b: Name
     ranks: tuple[Ranks, Ranks]
     own: tuple[frozenset[str], frozenset[str]]
+    told: tuple[frozenset[str], frozenset[str]] = (_NOTHING, _NOTHING)
     same_place: list[str] = field(default_factory=list[str])
     apart: str = ""
     said: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
@@ -50,7 +52,8 @@ class Case:
     @property
     def beside(self) -> tuple[frozenset[str], frozenset[str]]:
         beside = self.scope.beside
-        return beside.get(id(self.pair.torch), _NOTHING), beside.get(id(self.pair.flax), _NOTHING)
+        left, right = beside.get(id(self.pair.torch), _NOTHING), beside.get(id(self.pair.flax), _NOTHING)
+        return left - self.told[0], right - self.told[1]
 
     @property
     def left(self) -> frozenset[str]:

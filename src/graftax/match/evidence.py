@@ -7,13 +7,13 @@ score, how alike the names are, only orders candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from graftax.layers.patterns import FLIPPED
 from graftax.match.case import Case, any_head, compare, counts_calls, only_window, shared
-from graftax.match.names import UNKNOWN, Name, concepts, contradicts, name_of
-from graftax.match.pairs import BY_NAME, EVERY, Finding, Pair, Route, Scope
-from graftax.match.scope_names import Ranks, main_column
+from graftax.match.names import UNKNOWN, Name, Tokens, concepts, concepts_of, contradicts, name_of
+from graftax.match.pairs import BY_NAME, EVERY, LIVE, Finding, Pair, Route, Scope
+from graftax.match.scope_names import LAST, Ranks, main_column
 from graftax.match.sides import Token
 from graftax.match.vague import layers_of_two_kinds, norms_of_two_places, plain_words, vague
 from graftax.tree import split_words
@@ -21,11 +21,32 @@ from graftax.tree import split_words
 _NOTHING = frozenset[str]()
 
 
-def judge(pair: Pair, scope: Scope, ranks_t: Ranks, ranks_f: Ranks) -> None:
+def judge(
+    pair: Pair,
+    scope: Scope,
+    ranks_t: Ranks,
+    ranks_f: Ranks,
+    parts: tuple[Tokens, Tokens] = ((), ()),
+    means: Mapping[str, str] | None = None,
+) -> None:
     """Score the names of the pair, and record what speaks against it. A tied tensor is judged by the best of its
-    names."""
+    names. `parts`: the paths of two paired parts that hold the modules; the words of these mean the same; `means`:
+    words of the torch name -> the words of the Flax name that mean the same."""
     torch, flax = scope.name(pair.torch, True), scope.name(pair.flax, False)
     own = scope.own[id(pair.torch)], scope.own[id(pair.flax)]
+    rest = [m.tokens[len(part) :] for m, part in zip((pair.torch, pair.flax), parts, strict=True)]
+    said = [(a, b) for a, b in (means or {}).items() if a in rest[0] and b in rest[1]]
+    if said or parts != ((), ()):
+        words = [{a for a, _ in said}, {b for _, b in said}]
+        part = [concepts_of((*p, 0, *w), scope.lex) for p, w in zip(parts, words, strict=True)]
+        alone = [concepts_of([t for t in r if t not in w], scope.lex) for r, w in zip(rest, words, strict=True)]
+        told = part[0] - part[1] - alone[0], part[1] - part[0] - alone[1]
+        turned = dict(said)
+        torch = Name(torch.concepts - told[0], torch.last, tuple(turned.get(str(t), t) for t in rest[0]))
+        flax = Name(flax.concepts - told[1], flax.last, tuple(rest[1]))
+        own = own[0] - told[0], own[1] - told[1]
+        _judge(Case(pair, scope, torch, flax, (ranks_t, ranks_f), own, told))
+        return
     _judge(Case(pair, scope, torch, flax, (ranks_t, ranks_f), own))
     if not pair.torch.alias:
         return
@@ -55,7 +76,7 @@ def _judge(case: Case) -> None:
         text = judgement(case)
         if text is not None:
             found.append(Finding(name, bars, text))
-    pair.findings = tuple(found)
+    pair.findings = (*found, *(finding for finding in pair.findings if finding.judgement == LIVE))
     pair.shared = shared(case)
 
 
@@ -178,14 +199,15 @@ def _counted_twice(case: Case) -> str | None:
 
 def _unmatched_word(case: Case) -> str | None:
     """A word of one name that the other lacks: what is left over need not belong together. Outside of blocks, a word
-    for the part around the module does not count. A name that only counts calls (`Dense_0`) lacks every word, so it may
-    stand for any word of the table."""
+    for the part around the module does not count, and any word that says that it is the last means the last norm. A
+    name that only counts calls (`Dense_0`) lacks every word, so it may stand for any word of the table."""
     if not case.raw_differ or any_head(case):
         return None
     if norms_of_two_places(case) or (layers_of_two_kinds(case) and not only_window(case.pair)):
         return ""
     left, right = case.more
-    only = left - right - plain_words(case), right - left - plain_words(case)
+    last = LAST if case.both_norms and case.scope.root and left & LAST and right & LAST else _NOTHING
+    only = left - right - plain_words(case) - last, right - left - plain_words(case) - last
     counted = counts_calls(case.pair.flax), counts_calls(case.pair.torch)  # each beside the words of the other
     for words, other, calls in zip(only, (right, left), counted, strict=True):
         words -= _IS_HEAD if other & _IS_HEAD else _NOTHING
@@ -231,8 +253,8 @@ JUDGEMENTS: tuple[tuple[str, frozenset[Route], Callable[[Case], str | None]], ..
     ("other place in a count", EVERY, _other_place),
     ("unnamed transposed convolution", EVERY, _unnamed_deconvolution),
     ("stray parameter", EVERY, _stray_parameter),
-    ("each says more", BY_NAME, _each_says_more),
-    ("in a block", BY_NAME, _in_a_block),
+    ("each says more", BY_NAME - {"rest"}, _each_says_more),
+    ("in a block", BY_NAME | frozenset[Route](("stream",)), _in_a_block),
     ("Linear or convolution", BY_NAME - {"rest"}, _linear_or_convolution),
     ("vague", frozenset(("contest", "names", "alone")), _vague),
     ("no backing", frozenset(("contest", "names")), _no_backing),

@@ -8,6 +8,7 @@ from graftax.match.names import Lexicon, concepts, contradicts
 from graftax.match.sides import Family, Key
 
 MARGIN = 0.2
+_TOWERS = frozenset(("enc", "dec"))
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +43,9 @@ def pair_families(
     words = {id(f): frozenset(concepts(f.prefix, lex)) for f in (*torch, *flax)}
     outside = [[frozenset(concepts(m.tokens, lex)) for m in root.modules] for root in roots or ()] or [[], []]
     special = {**_special(torch, words, outside[0]), **_special(flax, words, outside[1])}
+    said = frozenset[str]().union(*words.values(), *outside[0], *outside[1])
+    if len(said & _TOWERS) == 1:  # an encoder is a tower only beside a decoder
+        special = {family: found - _TOWERS for family, found in special.items()}
     inner = {id(f): _inner(f, lex) for f in (*torch, *flax)}
     rated: list[_Rated] = []
     by_count: dict[int, list[Family]] = {}

@@ -308,8 +308,8 @@ def _channels(modules: Sequence[Module]) -> _Convs:
     for module in modules:
         bias = next(iter(_shapes(module, "bias")), None)
         for shape in _shapes(module, "weight"):
-            if not 3 <= len(shape) <= 5:
-                continue
+            if not 3 <= len(shape) <= 5 or (bias is not None and len(bias) != 1):
+                continue  # a bias with several axes is no convolution's
             out, inp = shape[:2]
             if bias == (inp,) and out != inp:
                 out, inp = inp, out  # a transposed convolution: (in, out)

@@ -29,11 +29,11 @@ def refined(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon, exp
     shared = len(next(iter(paths))) - 1 if len(paths) == 1 else shared
     for module in modules:
         tokens = module.tokens
-        if tokens and isinstance(tokens[-1], int):
-            groups[tokens[:-1]][tokens[-1]] = module
-        if not root or "mlp" in names[id(module)].concepts or any(c.stack for c in module.roles.values()):
-            half = tokens[:-1] if tokens and tokens[-1] in _PLAIN else tokens
-            if len(half) > 1 and half[-2] in FIRST_SECOND and isinstance(half[-1], int):
+        half = tokens[:-1] if tokens and tokens[-1] in _PLAIN else tokens
+        if half and isinstance(half[-1], int):
+            groups[half[:-1]][half[-1]] = module
+            inside = not root or "mlp" in names[id(module)].concepts or any(c.stack for c in module.roles.values())
+            if inside and len(half) > 1 and half[-2] in FIRST_SECOND:
                 halves[half[:-1]].append((half[-1], module))
         if not root and tokens in IN_BLOCK:
             _say(names, module, {IN_BLOCK[tokens]}, set())  # type: ignore[index]
@@ -111,7 +111,7 @@ def _numbered_parts(word: Token, members: Mapping[int, Module]) -> tuple[str, ..
 
 def _name_fourth(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon) -> None:
     """Beside q, k and v, the only other matrix is their output projection, if its name says no more than that it is a
-    matrix."""
+    matrix, or the last."""
     together: defaultdict[tuple[Token, ...], list[Module]] = defaultdict(list)
     for module in modules:
         column = module.roles.get("weight")
@@ -125,7 +125,7 @@ def _name_fourth(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon
         if len(rest) == 1 and complete:
             module = members[rest[0]]
             own = set(concepts(module.tokens[len(prefix) :], lex))
-            if own <= {"linear", "proj", "out", "layer"}:
+            if own <= {"linear", "proj", "out", "layer", "final", "post"}:
                 _say(names, module, {"o", *lex.implies.get("o", ())}, set())
 
 

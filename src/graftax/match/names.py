@@ -121,6 +121,12 @@ def _run(run: Sequence[str], lex: Lexicon) -> list[str]:
     return out
 
 
+def concepts_of(tokens: Iterable[object], lex: Lexicon) -> frozenset[str]:
+    """The concepts of a path, and those that they imply."""
+    found = concepts(tokens, lex)
+    return frozenset((*found, *(implied for concept in found for implied in lex.implies.get(concept, ()))))
+
+
 @dataclass(frozen=True, slots=True)
 class Name:
     """What a module's path says: its concepts, the words as they are, and the numbers that are part of the name."""
@@ -132,10 +138,8 @@ class Name:
 
 def name_of(tokens: Tokens, own: int, lex: Lexicon) -> Name:
     """The name of the path `tokens`; from the token `own` on, the path belongs to this module alone."""
-    found = list(concepts(tokens, lex))
-    have = set(found)
-    for concept in found:
-        have.update(lex.implies.get(concept, ()))
+    found = concepts(tokens, lex)
+    have = set(concepts_of(tokens, lex))
     if all(lex.weight(concept) in (0.5, 0.15) for concept in concepts(tokens[own:], lex)):
         _resolve(have, lex)
     return Name(frozenset(have), found[-1] if found else "", tuple(tokens))

@@ -49,12 +49,12 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
                     pair for pair in chosen if pair is not None and known.get(id(pair.torch), pair.flax) is pair.flax
                 ]
                 fresh = [pair for pair in agreed if id(pair) in waiting]
-                if len(agreed) != len(left) or not fresh or any(pair.forbidden for pair in fresh):
-                    continue
                 route: Route = "stream" if why == ALONG_BLOCK else "numbers"
+                if len(agreed) != len(left) or not fresh or not all(pair.open_to(route) for pair in fresh):
+                    continue
                 for pair in fresh:
                     pair.why = why
-                out += [pair for pair in fresh if pair.open_to(route)]
+                out += fresh
                 break
         if out:
             return out

@@ -34,6 +34,8 @@ it has no rival; alone: no other pair fits; numbers: its place in a count; strea
 part of the only pairing of everything that is left of two paired parts."""
 BY_NAME: frozenset[Route] = frozenset(("contest", "names", "alone", "rest"))
 EVERY: frozenset[Route] = BY_NAME | frozenset[Route](("numbers", "stream"))
+LIVE = "live kinds"
+"""The judgement of live modules, which no name changes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from graftax.match.assign import Board
+from graftax.match.evidence import judge
 from graftax.match.names import concepts
 from graftax.match.orders import BY_NUMBER, RULED, complete_order, connected, in_step
 from graftax.match.pairs import Pair, Scope
+from graftax.match.scope_names import number_ranks
 from graftax.match.sides import Module, Token
 
 Part = tuple[Token, ...]
@@ -51,6 +53,76 @@ def _words_of_parts(pairs: Sequence[Pair], scope: Scope) -> frozenset[str]:
 
 def _place(module: Module, scope: Scope) -> frozenset[str]:
     return scope.beside.get(id(module), frozenset())
+
+
+# ---------------------------------------------------------------- names inside of two parts
+
+
+def judge_inside(pairs: Sequence[Pair], taken: Sequence[Pair], scope: Scope) -> list[Pair]:
+    """The open pairs that are judged otherwise by their names inside of two paired parts: everything taken from one is
+    paired with something of the other, so that their own words mean the same. So do two words in which the names of a
+    taken pair differ alone."""
+    held = _held([pair.torch for pair in taken]), _held([pair.flax for pair in taken])
+    ranks = [number_ranks(modules, scope) if scope.numbers else {} for modules in (scope.torch, scope.flax)]
+    means = _meant([(pair, _inside_of(pair, held)) for pair in taken], scope)
+    rivals: defaultdict[Module, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        rivals[pair.torch].append(pair)
+        rivals[pair.flax].append(pair)
+    changed: list[Pair] = []
+    for pair in pairs:
+        parts = _inside_of(pair, held)
+        if len(held[0][parts[0]]) < 2 and any(
+            _across(other, parts) for other in rivals[pair.torch] + rivals[pair.flax]
+        ):
+            parts = (), ()  # what fits another part too may belong there, and the only leaf paired may be the stray
+        if pair.torch.alias or (parts == ((), ()) and not means):
+            continue  # a tied tensor is judged by all of its names
+        before = pair.findings, pair.score
+        judge(pair, scope, ranks[0].get(id(pair.torch), ()), ranks[1].get(id(pair.flax), ()), parts, means)
+        if (pair.findings, pair.score) != before:
+            changed.append(pair)
+    return changed
+
+
+def _across(pair: Pair, parts: tuple[Part, Part]) -> bool:
+    return _inside(pair.torch, parts[0]) != _inside(pair.flax, parts[1])
+
+
+def _inside_of(pair: Pair, held: tuple[dict[Part, set[int]], dict[Part, set[int]]]) -> tuple[Part, Part]:
+    """The innermost paired parts around the modules of the pair; the whole scope if there are none."""
+    ends = [max((p for p in _parts(module)[1:] if p in some), key=len, default=())
+            for module, some in zip((pair.torch, pair.flax), held, strict=True)]  # fmt: skip
+    least = [max(len(p) for p, found in some.items() if found == some[end]) == len(end) if end else False
+             for end, some in zip(ends, held, strict=True)]  # fmt: skip
+    paired = all(ends) and held[0][ends[0]] == held[1][ends[1]] and least[0] == least[1]
+    return (ends[0], ends[1]) if paired else ((), ())
+
+
+def _meant(taken: Sequence[tuple[Pair, tuple[Part, Part]]], scope: Scope) -> dict[str, str]:
+    """Words of the torch side -> the words of the Flax side that stand in their place, where the names differ in
+    nothing else. One of the two has no meaning of its own."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    back: defaultdict[str, set[str]] = defaultdict(set)
+    for pair, (p, q) in taken:
+        ends = pair.torch.tokens[len(p) :], pair.flax.tokens[len(q) :]
+        apart = [(a, b) for a, b in zip(*ends, strict=False) if a != b]
+        for a, b in apart if len(apart) == 1 and len(ends[0]) == len(ends[1]) else [(a, a) for a in ends[0]]:
+            if isinstance(a, str) and isinstance(b, str):
+                found[a].add(b)
+                back[b].add(a)
+    known = scope.lex.synonyms.keys()
+    return {a: b for a, some in found.items() if len(some) == 1
+            for b in some if a != b and len(back[b]) == 1 and not (a in known and b in known)}  # fmt: skip
+
+
+def _held(modules: Sequence[Module]) -> dict[Part, set[int]]:
+    """The places of these modules, by each part that holds them."""
+    out: defaultdict[Part, set[int]] = defaultdict(set)
+    for n, module in enumerate(modules):
+        for part in _parts(module):
+            out[part].add(n)
+    return out
 
 
 # ---------------------------------------------------------------- what is left of two parts

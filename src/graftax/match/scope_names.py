@@ -13,8 +13,9 @@ from graftax.match.sides import Column, Module, Token
 Ranks = tuple[tuple[str, int, int], ...]
 """The numbers of a name as (what is numbered, rank, how many)."""
 _TOWERS = frozenset(("enc", "dec", "vision", "text", "audio"))
-_PLACES = frozenset(("out", "final"))
-_LAST = _PLACES | {"post", "head", "pool"}
+_PLACES = frozenset(("out", "final", "post"))
+LAST = _PLACES | {"head", "pool"}
+"""What the names of a norm may say if it is the last before the end, or before the head."""
 _PLAIN = frozenset(("norm", "layer", "stage", "model", "list", "weight", "scale"))
 
 
@@ -26,13 +27,13 @@ def name_final_norm(scope: Scope) -> None:
         last: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
         for module in modules:
             said = cache[id(module)].concepts - scope.common - _PLAIN
-            ends = said <= _TOWERS or said & _LAST
+            ends = said <= _TOWERS or said & _PLACES
             if "norm" in cache[id(module)].concepts and ends and not _ends_in_number(module):
                 last[said & _TOWERS].append(cache[id(module)])
         alone = {id(names[0]) for names in last.values() if len(names) == 1}
         for key, name in list(cache.items()):
             if id(name) in alone and name.concepts - scope.common - _PLAIN <= _TOWERS | _PLACES:
-                cache[key] = Name(name.concepts | {"final"}, name.last, name.raw)
+                cache[key] = Name(name.concepts - {"post"} | {"final"}, name.last, name.raw)
 
 
 def _ends_in_number(module: Module) -> bool:

@@ -13,9 +13,9 @@ from graftax.match.groups import Group, find_groups
 from graftax.match.leftovers import by_kind, single_out
 from graftax.match.match_inputs import Ends
 from graftax.match.orders import RULED, in_order, out_of_order
-from graftax.match.pairs import EVERY, Finding, Link, Pair, Scope
+from graftax.match.pairs import EVERY, LIVE, Finding, Link, Pair, Scope
 from graftax.match.partial import anchored, reopened
-from graftax.match.parts import crossing, the_rest
+from graftax.match.parts import crossing, judge_inside, the_rest
 from graftax.match.sides import Module
 
 
@@ -40,12 +40,13 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
         pairs = [pair for pair in pairs if not (_is_fused(pair.torch, ends) or _is_fused(pair.flax, ends))]
     for pair in pairs if ends.kinds else ():
         if clash := ends.kinds.clash(pair):
-            pair.findings += (Finding("live kinds", EVERY, clash),)
+            pair.findings += (Finding(LIVE, EVERY, clash),)
     forced = _forced(scope, pairs, ends) if ends.anchors else []
     taken, board = assign(
         pairs,
         lambda open_, done: in_order(open_, pairs, done, scope, trusted),
         lambda open_, done: crossing(open_, done, scope),
+        lambda open_, done: judge_inside(open_, done, scope),
         forced,
     )
     if ends.anchors:
