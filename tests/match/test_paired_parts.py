@@ -96,8 +96,12 @@ def test_the_only_norm_outside_of_the_blocks_is_the_last(torch: str, flax: str, 
 
 def test_an_encoder_is_a_tower_only_beside_a_decoder() -> None:
     places = [(i, j) for i in (0, 1) for j in (0, 1)]
-    torch = {f"levels.{i}.transformer_encoder.{j}.attn.qkv.weight": (24, D) for i, j in places}
-    flax = {f"NesTStage_{i}/MetaFormerBlock_{j}/MHSA_0/Dense_0/kernel": (D, 24) for i, j in places}
+    torch = {f"levels.{i}.transformer_encoder.{j}.mlp.fc1.weight": (12, D) for i, j in places}
+    torch |= {f"levels.{i}.transformer_encoder.{j}.mlp.fc2.weight": (D, 12) for i, j in places}
+    flax = {f"NesTStage_{i}/MetaFormerBlock_{j}/MLP_0/Dense_0/kernel": (D, 12) for i, j in places}
+    flax |= {f"NesTStage_{i}/MetaFormerBlock_{j}/MLP_0/Dense_1/kernel": (12, D) for i, j in places}
+    torch |= {f"levels.{i}.pos_embed": (1, 4 + i, D) for i in (0, 1)}
+    flax |= {f"NesTStage_{i}/pos_embed": (4 + i, D) for i in (0, 1)}
     assert _plan(torch, flax).complete
 
 
@@ -116,3 +120,47 @@ def test_an_order_along_a_block_takes_no_norm_from_outside() -> None:
     plan = _plan(torch, flax, unused="drop", missing="zeros")
     assert _paired(plan).get("block_0/mlp_norm/scale", "blocks.0.pre_mlp_norm.weight") == "blocks.0.pre_mlp_norm.weight"
     assert "encoder_norm/scale" not in _paired(plan)
+
+
+def test_a_module_in_a_numbered_tower_may_hold_its_last_norm() -> None:
+    names = [(f"text.layers.{i}.fc.weight", f"Encoder_0/block_{i}/fc/kernel") for i in (0, 1)]
+    plan = _plan(
+        {**{a: (D, D) for a, _ in names}, "text.head.weight": (5, D), "text.final_layer_norm.weight": (D,)},
+        {**{b: (D, D) for _, b in names}, "head/kernel": (D, 5), "Encoder_0/encoder_norm/scale": (D,)},
+    )
+    assert _paired(plan).get("Encoder_0/encoder_norm/scale") == "text.final_layer_norm.weight"
+
+
+def test_bare_parameters_wq_and_bq_are_one_module() -> None:
+    plan = _plan(
+        {f"attn.{n}.{leaf}": shape for n in "qkv" for leaf, shape in (("weight", (D, 12)), ("bias", (D,)))},
+        {f"attn/{letter}{n}": shape for n in "qkv" for letter, shape in (("w", (12, D)), ("b", (D,)))},
+    )
+    assert _paired(plan)["attn/bk"] == "attn.k.bias"
+
+
+def test_two_fused_attentions_go_with_the_modules_beside_them() -> None:
+    torch = {f"{n}.in_proj_weight": (3 * D, D) for n in ("attn_a", "attn_b")} | _linears("attn_a", "out_proj")
+    flax = {f"{n}/{part}/kernel": (D, 2, 4) for n in ("attn_a", "attn_b") for part in ("query", "key", "value")}
+    plan = _plan({**torch, "attn_b.out_proj.weight": (D, D)}, {
+        **flax, "attn_a/out/kernel": (2, 4, D), "attn_b/out/kernel": (2, 4, D)})  # fmt: skip
+    assert _paired(plan)["attn_b/query/kernel"] == "attn_b.in_proj_weight"
+
+
+def test_a_bias_with_a_name_of_its_own_is_offered_for_its_module() -> None:
+    plan = _plan(
+        {"mlp.gate.weight": (4, D), "mlp.gate.score_bias": (4,), "mlp.fc.weight": (12, D)},
+        {"mlp/gate/kernel": (D, 4), "mlp/gate/bias": (4,), "mlp/fc/kernel": (D, 12)},
+        unused="drop",
+    )
+    (question,) = plan.questions
+    assert [c.rule for c in question.candidates] == ['{ torch = "mlp.gate.score_bias", flax = "mlp/gate/bias" }']
+
+
+def test_names_of_one_tied_module_stay_together() -> None:
+    """conv1 and net.0 are one module, so its weight and its bias have one first name."""
+    rng = np.random.default_rng(0)
+    conv, bias = rng.normal(size=(D, 5, 3)).astype("f4"), rng.normal(size=D).astype("f4")
+    source = {"conv1.weight": conv, "conv1.bias": bias, "net.0.weight": conv, "net.0.bias": bias}
+    like = {"Conv_0": {"kernel": np.zeros((3, 5, D), "f4"), "bias": np.zeros(D, "f4")}}
+    assert gx.plan(source, like, source_side="torch", to="flax").complete

@@ -117,6 +117,12 @@ def _alone(board: Board) -> list[Pair]:
     return out
 
 
+def siblings(torch: Module, flax: Module) -> frozenset[object]:
+    """What two modules share with their siblings, in pairs: each its parent, and its number (Conv_2 with
+    BatchNorm_2)."""
+    return frozenset((a, b) for a in _groups(torch) for b in _groups(flax))
+
+
 def _groups(module: Module) -> set[object]:
     """What a module shares with its siblings: its parent, and its number (Conv_2 with BatchNorm_2)."""
     tokens = module.tokens
@@ -134,7 +140,7 @@ def _groups(module: Module) -> set[object]:
 
 def _couple(board: Board, taken: list[Pair]) -> None:
     """Raise the scores of pairs of siblings of a taken pair: they are likelier to belong together."""
-    known = {(a, b) for pair in taken for a in _groups(pair.torch) for b in _groups(pair.flax)}
+    known = frozenset[object]().union(*(siblings(pair.torch, pair.flax) for pair in taken))
     for pair in board.pairs():
-        if not pair.bonus and any((a, b) in known for a in _groups(pair.torch) for b in _groups(pair.flax)):
+        if not pair.bonus and siblings(pair.torch, pair.flax) & known:
             pair.bonus = COUPLING

@@ -113,16 +113,16 @@ def parse(
     return out
 
 
-_RAW = re.compile(r"(.*[./])?([wb])_([^./]+)")
+_RAW = re.compile(r"(.*[./])?([wb])(_?)((?<=_)[^./]+|[a-z]+)")
 
 
 def _raw_pair(skeleton: str, others: Collection[str]) -> tuple[str, Kind, str] | None:
-    """The role of one of two bare parameters: w_out and b_out are the weight and the bias of `out`."""
+    """The role of one of two bare parameters: w_out and b_out are the weight and the bias of out, as wq and bq of q."""
     found = _RAW.fullmatch(skeleton)
     if found is None:
         return None
-    above, letter, rest = found.groups(default="")
-    if f"{above}{'b' if letter == 'w' else 'w'}_{rest}" not in others:
+    above, letter, link, rest = found.groups(default="")
+    if f"{above}{'b' if letter == 'w' else 'w'}{link}{rest}" not in others:
         return None
     return ("weight", "raw", rest) if letter == "w" else ("bias", "free", rest)
 

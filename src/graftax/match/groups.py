@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graftax.layers.fused import FusedWay, fused_ways
+from graftax.match.assign import siblings
 from graftax.match.orders import path_of
-from graftax.match.pairs import Scope
+from graftax.match.pairs import Pair, Scope
 from graftax.match.part_order import said_order
 from graftax.match.sides import Column, Key, Module, Shape
 from graftax.ops import Concat, Op, Rearrange, Split, Stack, Unstack
@@ -61,13 +62,15 @@ def find_groups(
     styles: Mapping[str, Style],
     heads: int | None,
     axis: int | None,
+    taken: Sequence[Pair] = (),
 ) -> list[Group]:
-    """Groups among modules without a partner. `styles`: for torch modules, the layout of the parts that a rule states
-    for another leaf; `heads`: the head count, if config.json states it; `axis`: the axis on which
-    this scope is stacked, if it is known."""
+    """Groups among modules without a partner; of several that fit, those beside which `taken` modules are paired.
+    `styles`: for torch modules, the layout of the parts that a rule states for another leaf; `heads`: the head
+    count, if config.json states it; `axis`: the axis on which this scope is stacked, if it is known."""
     out: list[Group] = []
     if scope.same:
         return out
+    known = frozenset[object]().union(*(siblings(pair.torch, pair.flax) for pair in taken))
     for parts in PARTS:
         for fused_torch in (True, False):
             many, one = (flax, torch) if fused_torch else (torch, flax)
@@ -84,12 +87,15 @@ def find_groups(
                     group = _group(scope, left, right, styles, alternate, axis)
                     if group is not None:
                         fits.append(group)
-            counts: defaultdict[int, int] = defaultdict(int)
-            for group in fits:
-                for module in (*group.torch, *group.flax):
-                    counts[id(module)] += 1
-            out += [g for g in fits if all(counts[id(m)] == 1 for m in (*g.torch, *g.flax))]
+            alone = _apart(fits)
+            out += alone or _apart([g for g in fits if siblings(g.torch[0], g.flax[0]) & known])
     return out
+
+
+def _apart(fits: Sequence[Group]) -> list[Group]:
+    """The groups that share no module with another."""
+    counts = Counter(id(module) for group in fits for module in (*group.torch, *group.flax))
+    return [g for g in fits if all(counts[id(m)] == 1 for m in (*g.torch, *g.flax))]
 
 
 def _part_sets(

@@ -28,7 +28,7 @@ def name_final_norm(scope: Scope) -> None:
         for module in modules:
             said = cache[id(module)].concepts - scope.common - _PLAIN
             ends = said <= _TOWERS or said & _PLACES
-            if "norm" in cache[id(module)].concepts and ends and not _ends_in_number(module):
+            if "norm" in cache[id(module)].concepts and ends and not _counted(module, scope.lex):
                 last[said & _TOWERS].append(cache[id(module)])
         alone = {id(names[0]) for names in last.values() if len(names) == 1}
         for key, name in list(cache.items()):
@@ -36,8 +36,11 @@ def name_final_norm(scope: Scope) -> None:
                 cache[key] = Name(name.concepts - {"post"} | {"final"}, name.last, name.raw)
 
 
-def _ends_in_number(module: Module) -> bool:
-    return any(isinstance(token, int) for token in module.tokens)
+def _counted(module: Module, lex: Lexicon) -> bool:
+    """True if a number of the path counts something. That of a tower or of the whole model (`Encoder_0`) does not."""
+    before = zip(("", *module.tokens), module.tokens, strict=False)
+    whole = _TOWERS | {"model"}
+    return any(isinstance(n, int) and whole.isdisjoint(lex.synonyms.get(str(word), ())) for word, n in before)
 
 
 def learn_common(scope: Scope) -> None:

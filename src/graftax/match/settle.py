@@ -159,7 +159,7 @@ def take_groups(item: Settled, ends: Ends, habits: Habits) -> None:
     found = (habits.axes.get(id(link)) for pair in item.taken for link in pair.links)
     axes = {choice.label[0] for choice in found if choice is not None and choice.label is not None}
     axis = axes.pop()[0] if len(axes) == 1 else None
-    item.groups = find_groups(scope, torch, flax, ends.styles, ends.heads, axis)
+    item.groups = find_groups(scope, torch, flax, ends.styles, ends.heads, axis, item.taken)
     for group in item.groups:
         item.board.drop(group.torch, group.flax)
 

@@ -52,8 +52,9 @@ def shape_questions(
     namesakes: Collection[tuple[str, str]],
 ) -> Proposal:
     """The proposal with a question, with candidates, for every leaf of like that no source fills, if an unused source
-    tensor fits it by shape (in some layout, or stacked), and no leaf of its module is filled or both have one name
-    (`namesakes`). Such leaves are neither missing nor unused: they wait for an answer."""
+    tensor fits it by shape (in some layout, or stacked), and no leaf of its module is filled, or the filled ones
+    come from the module of that tensor, or both have one name (`namesakes`). Such leaves are neither missing nor
+    unused: they wait for an answer."""
     spoken = (*proposal.entries, *proposal.broken)
     used, filled = {n for e in spoken for n in e.sources}, {n for e in spoken for n in e.targets}
     if filled.issuperset(like):
@@ -75,6 +76,18 @@ def shape_questions(
         if any(extent > 1 for extent in column.shape):  # the shape of a scalar is no evidence
             alone = [replace(column, names=(name,)) for name in column.names]
             options += maker.options(column, sources) or [o for one in alone for o in maker.options(one, sources)]
+    spare = [n for n in source if n not in used and n not in offered and not buffer_name(n, source[n])]
+    beside = defaultdict[str, set[str]](set)
+    for entry in proposal.entries if spare else ():
+        if len(entry.sources) == len(entry.targets) == 1:
+            beside[_module(entry.targets[0], sides[1])].add(_module(entry.sources[0], sides[0]))
+    rest = [n for n in like if n not in filled and n not in asked and _module(n, sides[1]) in beside] if beside else []
+    for column in _columns(rest, like, sides[1]):
+        homes_of = [beside[_module(name, sides[1])] for name in column.names]
+        alike = [n for n in spare if _role(n, sides[0]) == _role(column.names[0], sides[1])]
+        options += maker.options(column, [
+            c for c in _columns(alike, source, sides[0]) if len(c.names) == len(column.names)
+            and all(_module(n, sides[0]) in homes for n, homes in zip(c.names, homes_of, strict=True))])  # fmt: skip
     for a, b in namesakes:
         if b not in targets and b not in asked and a not in offered:
             (one,), (other,) = _columns([a], source, sides[0]), _columns([b], like, sides[1])
@@ -92,6 +105,10 @@ def _module(path: str, side: Side) -> str:
     head, _, rest = path.partition("/")
     plain = rest if head in ("params", "batch_stats") else path
     return plain.rpartition("/")[0]
+
+
+def _role(path: str, side: Side) -> str:
+    return role_of(split_path(path, side)[-1])[0]
 
 
 def _traps(source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]) -> bool:

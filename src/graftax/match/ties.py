@@ -95,9 +95,12 @@ def _beside(
         others = [other for other in paths if other != name and other not in tied and source[other] == spec]
         equal = [other for other in others if tied_to(source, name, [other], reads) is not None]
         if len(equal) == 1:
-            # The free name comes first; the tied module's own leaf is the alias.
-            out[equal[0]] = (equal[0], name)
-            tied |= {equal[0], name}
+            # The free name comes first, and the tied module's own leaf is the alias, unless both modules are tied.
+            owns = [other.rpartition(".")[0] for other in (name, *equal)]
+            both = owns[1] in owners and any(first.rpartition(".")[0] == owns[0] for first in ties)
+            found = (name, *equal) if both else (*equal, name)
+            out[found[0]] = found
+            tied |= {*found}
     return out
 
 
