@@ -225,3 +225,26 @@ def test_no_answer_crosses_parts_that_both_sides_name() -> None:
     rules = [candidate.rule for question in plan(torch, flax).questions for candidate in question.candidates]
     assert rules
     assert all(("encoder." in line) == ("encoder/" in line) for rule in rules for line in rule.split("}, {"))
+
+
+def test_calls_in_another_order_in_one_block_leave_the_numbers_of_all_untold() -> None:
+    """The sizes of the encoder's layers show that the author calls the second one first."""
+    torch = {f"encoder.{i}.fc{n}.weight": shape for i in range(2) for n, shape in ((1, (9, 8)), (2, (8, 9)))}
+    flax = {f"encoder_{i}/Dense_{n}/kernel": shape for i in range(2) for n, shape in ((0, (9, 8)), (1, (8, 9)))}
+    torch |= {f"decoder.{i}.fc{n}.weight": (8, 8) for i in range(2) for n in (1, 2)}
+    flax |= {f"decoder_{i}/Dense_{n}/kernel": (8, 8) for i in range(2) for n in (0, 1)}
+    found = taken(plan(torch, flax))
+    assert found["encoder_0/Dense_0/kernel"] == "encoder.0.fc2.weight"
+    assert not any(target.startswith("decoder") for target in found)
+
+
+def test_a_number_of_calls_means_the_same_only_in_blocks_of_one_kind() -> None:
+    """The projection is called first, in the one block that has it."""
+    torch = {f"h.{i}.conv{n}.weight": (8, 8, 3, 3) for i in (0, 1, 3) for n in (1, 2)}
+    flax = {f"h_{i}/Conv_{n}/kernel": (3, 3, 8, 8) for i in (0, 1, 3) for n in (0, 1)}
+    torch |= {"h.2.conv1.weight": (8, 8, 3, 3), "h.2.conv2.weight": (8, 8, 3, 3), "h.2.shortcut.weight": (8, 8, 1, 1)}
+    flax |= {"h_2/Conv_0/kernel": (1, 1, 8, 8), "h_2/Conv_1/kernel": (3, 3, 8, 8), "h_2/Conv_2/kernel": (3, 3, 8, 8)}
+    found = plan(torch, flax)
+    wrong = {t: s for t, s in taken(found).items() if t[2] != "2" and int(t[9]) + 1 != int(s[8])}
+    assert wrong == {}
+    assert taken(found)["h_2/Conv_0/kernel"] == "h.2.shortcut.weight"

@@ -57,22 +57,23 @@ class Board:
 
 
 def assign(
-    pairs: list[Pair], orders: Step, crossing: Step, inside: Step, forced: list[Pair]
+    pairs: list[Pair], orders: Step, crossing: Step, inside: Step, forced: list[Pair], numbers: bool
 ) -> tuple[list[Pair], Board]:
     """(the pairs taken, what is left open). `orders`: (open pairs, taken pairs) -> pairs that an order settles;
     `crossing`: -> open pairs that do not compete, because each end is in a part that pairs with another one; `inside`:
-    -> open pairs that what is taken lets judge anew; `forced`: pairs that rules have settled."""
+    -> open pairs that what is taken lets judge anew; `forced`: pairs that rules have settled; `numbers`: a number that
+    siblings share counts."""
     board = Board(pairs)
     taken: list[Pair] = list(forced)
     for pair in forced:
         board.take(pair)
-    _couple(board, forced)
+    _couple(board, forced, numbers)
     while True:
         fresh = _alone(board) or _clear(board) or orders(board.pairs(), taken)
         for pair in fresh:
             board.take(pair)
         taken += fresh
-        _couple(board, fresh)
+        _couple(board, fresh, numbers)
         if not fresh:
             apart = crossing(board.pairs(), taken)
             for pair in apart:
@@ -117,20 +118,20 @@ def _alone(board: Board) -> list[Pair]:
     return out
 
 
-def siblings(torch: Module, flax: Module) -> frozenset[object]:
+def siblings(torch: Module, flax: Module, numbers: bool = True) -> frozenset[object]:
     """What two modules share with their siblings, in pairs: each its parent, and its number (Conv_2 with
-    BatchNorm_2)."""
-    return frozenset((a, b) for a in _groups(torch) for b in _groups(flax))
+    BatchNorm_2), if `numbers`."""
+    return frozenset((a, b) for a in _groups(torch, numbers) for b in _groups(flax, numbers))
 
 
-def _groups(module: Module) -> set[object]:
+def _groups(module: Module, numbers: bool) -> set[object]:
     """What a module shares with its siblings: its parent, and its number (Conv_2 with BatchNorm_2)."""
     tokens = module.tokens
     out: set[object] = set()
     above = module.cuts[-2] if len(module.cuts) > 1 else 0  # the last part may have several words: query_proj
     if len(tokens) > 1 and above:
         out.add(tokens[:above])
-    if tokens and isinstance(tokens[-1], int):
+    if numbers and tokens and isinstance(tokens[-1], int):
         word = len(tokens) - 1
         while word and isinstance(tokens[word - 1], str):
             word -= 1
@@ -138,9 +139,9 @@ def _groups(module: Module) -> set[object]:
     return out
 
 
-def _couple(board: Board, taken: list[Pair]) -> None:
+def _couple(board: Board, taken: list[Pair], numbers: bool) -> None:
     """Raise the scores of pairs of siblings of a taken pair: they are likelier to belong together."""
-    known = frozenset[object]().union(*(siblings(pair.torch, pair.flax) for pair in taken))
+    known = frozenset[object]().union(*(siblings(pair.torch, pair.flax, numbers) for pair in taken))
     for pair in board.pairs():
-        if not pair.bonus and siblings(pair.torch, pair.flax) & known:
+        if not pair.bonus and siblings(pair.torch, pair.flax, numbers) & known:
             pair.bonus = COUPLING

@@ -18,7 +18,7 @@ from graftax.match.pairs import Pair, Scope
 from graftax.match.part_order import in_said_order
 from graftax.match.partial import as_ruled
 from graftax.match.scope_names import wrapper_words
-from graftax.match.settle import Settled, settle_apart, settle_kinds, take_groups, take_rest
+from graftax.match.settle import Settled, crossed, settle_apart, settle_kinds, take_groups, take_rest
 from graftax.match.stack_axes import stack_axes
 from graftax.match.traced import Traces, by_trace, shown
 from graftax.match.views import Views
@@ -68,6 +68,8 @@ def _match(ends: Ends, lex: Lexicon) -> Result:
     habits.stacked = ends.traces.stacked
     for scope in found.scopes:
         scope.wrappers, scope.experts = wrappers, experts
+    ends = replace(ends, crossed=crossed(found.scopes, ends))
+    for scope in found.scopes:
         result.settled += settle_kinds(scope, ends)
     apart = settle_apart(result.settled, root, ends)
     if apart is not None:

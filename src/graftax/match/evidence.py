@@ -142,9 +142,11 @@ def _in_a_block(case: Case) -> str | None:
 
 
 def _last_numbers(case: Case) -> str | None:
-    """Both names end in a number, and the numbers differ: they may count the same thing, from 0 and from 1, or
-    different things."""
-    return "" if not case.same_place and _numbers_differ(case.a, case.b) else None
+    """Both names end in a number. Numbers that differ may count the same thing, from 0 and from 1, or different things;
+    where shapes show numbers out of order, equal ones say nothing either."""
+    last, other = case.numbers
+    told = last == other and case.scope.numbers
+    return None if case.same_place or last is None or other is None or told else ""
 
 
 def _counts(case: Case) -> str | None:
@@ -240,12 +242,6 @@ def _one_word_apart(a: Name, b: Name) -> bool:
 
 def _words(tokens: Sequence[Token] | Sequence[object]) -> list[str]:
     return [token for token in tokens if isinstance(token, str)]
-
-
-def _numbers_differ(a: Name, b: Name) -> bool:
-    """True if both names end in a number and the numbers differ: 1 and 2, or 1 and 0 if no sibling shows the start."""
-    last, other = a.raw[-1:], b.raw[-1:]
-    return bool(last and other) and isinstance(last[0], int) and isinstance(other[0], int) and last != other
 
 
 JUDGEMENTS: tuple[tuple[str, frozenset[Route], Callable[[Case], str | None]], ...] = (

@@ -22,7 +22,7 @@ class Ends:
     ruled: torch leaf -> the ops of its rule, torch -> Flax; styles: torch module -> how a rule lays out its parts;
     traces: of live models; calls: the order of calls on the Flax side, if it is traced; heads: from config.json;
     aliases: first name -> all names of a tied tensor; fused: leaves that rules about fused tensors settle, which stay
-    evidence for what is around them.
+    evidence for what is around them; crossed: shapes show calls that are not in the order of the other side's numbers.
     """
 
     torch: Mapping[str, TensorSpec]
@@ -41,4 +41,5 @@ class Ends:
     calls: Calls = NO_CALLS
     renames: Mapping[str, str] = field(default_factory=dict[str, str])
     fused: frozenset[str] = frozenset()
+    crossed: bool = False
     ruled: Mapping[str, tuple[Op, ...]] = field(default_factory=dict[str, "tuple[Op, ...]"])

@@ -260,6 +260,11 @@ def counted_part(path: str) -> str:
     return "/".join(parts[: last + 1])
 
 
+def counts_calls(scope: Scope) -> bool:
+    """True if automatic names number the modules of only one side."""
+    return any(map(_counted, scope.torch)) != any(map(_counted, scope.flax))
+
+
 def _counted(module: Module) -> bool:
     return any(CALL.fullmatch(part) for part in re.split(r"[./]", path_of(module))[-3:-1])
 

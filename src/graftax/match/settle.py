@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from graftax.match.assign import Board, assign
@@ -12,7 +13,7 @@ from graftax.match.fits import candidates, fit
 from graftax.match.groups import Group, find_groups
 from graftax.match.leftovers import by_kind, single_out
 from graftax.match.match_inputs import Ends
-from graftax.match.orders import RULED, in_order, out_of_order
+from graftax.match.orders import RULED, counts_calls, in_order, out_of_order
 from graftax.match.pairs import EVERY, LIVE, Finding, Link, Pair, Scope
 from graftax.match.partial import anchored, reopened
 from graftax.match.parts import crossing, judge_inside, the_rest
@@ -31,9 +32,15 @@ class Settled:
     trusted: bool = True  # nothing shows numbers out of order
 
 
+def crossed(scopes: Iterable[Scope], ends: Ends) -> bool:
+    """True if shapes show calls that are not in the order of the other side's numbers. An author who calls layers in
+    another order in one block may do so in all."""
+    return any(counts_calls(scope) and out_of_order(candidates(scope, ends.kinds)) for scope in scopes)
+
+
 def _settle(scope: Scope, ends: Ends) -> Settled:
     pairs = candidates(scope, ends.kinds)
-    trusted = not out_of_order(pairs)
+    trusted = not (out_of_order(pairs) or (ends.crossed and counts_calls(scope)))
     if not trusted:
         pairs = candidates(scope, ends.kinds, numbers=False)
     if ends.fused:
@@ -48,6 +55,7 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
         lambda open_, done: crossing(open_, done, scope),
         lambda open_, done: judge_inside(open_, done, scope),
         forced,
+        trusted and not counts_calls(scope),
     )
     if ends.anchors:
         taken, board = reopened(taken, board, pairs, dict(scope.keys), ends.anchors, forced)
@@ -64,15 +72,33 @@ _KINDS = 8  # with more kinds of blocks in one family, the numbers show nothing
 
 def settle_kinds(scope: Scope, ends: Ends) -> list[Settled]:
     """The scope, settled as a whole. If that leaves leaves over and the scope has several kinds of blocks, it is
-    settled kind by kind, provided that fewer leaves are left over."""
+    settled kind by kind, provided that fewer leaves are left over. So it is if numbers count calls and their order is
+    doubtful: they mean the same only in blocks of one kind (`Conv_1` follows a projection, where there is one)."""
     whole = _settle(scope, ends)
-    if scope.root or not open_leaves(whole):
+    calls = counts_calls(scope)
+    if scope.root or not (calls or open_leaves(whole)):
         return [whole]
     kinds = by_kind(scope)
     if len(kinds) < 2 or len(kinds) > _KINDS:
         return [whole]
     apart = [_settle(kind, ends) for kind in kinds]
+    if calls and (ends.crossed or _contradict(whole, apart)):
+        return apart
     return apart if sum(map(open_leaves, apart)) < open_leaves(whole) else [whole]
+
+
+def _contradict(whole: Settled, apart: Iterable[Settled]) -> bool:
+    """True if some leaf has another partner where blocks of one kind are settled by themselves."""
+    known = dict(_partners(whole))
+    return any(known.get(path, other) != other for item in apart for path, other in _partners(item))
+
+
+def _partners(item: Settled) -> Iterator[tuple[str, str]]:
+    """The leaves of the taken pairs, torch and Flax."""
+    for link in (link for pair in item.taken for link in pair.links):
+        for key, other in item.scope.keys:
+            if key in link.torch.paths and other in link.flax.paths:
+                yield link.torch.paths[key][0], link.flax.paths[other][0]
 
 
 def open_leaves(item: Settled) -> int:
