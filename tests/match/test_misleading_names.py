@@ -229,12 +229,11 @@ def test_no_answer_crosses_parts_that_both_sides_name() -> None:
 
 def test_calls_in_another_order_in_one_block_leave_the_numbers_of_all_untold() -> None:
     """The sizes of the encoder's layers show that the author calls the second one first."""
-    torch = {f"encoder.{i}.fc{n}.weight": shape for i in range(2) for n, shape in ((1, (9, 8)), (2, (8, 9)))}
-    flax = {f"encoder_{i}/Dense_{n}/kernel": shape for i in range(2) for n, shape in ((0, (9, 8)), (1, (8, 9)))}
+    torch = {f"encoder.{i}.fc{n}.weight": shape for i in range(2) for n, shape in ((1, (9, 8)), (2, (7, 9)))}
+    flax = {f"encoder_{i}/Dense_{n}/kernel": shape for i in range(2) for n, shape in ((0, (9, 7)), (1, (8, 9)))}
     torch |= {f"decoder.{i}.fc{n}.weight": (8, 8) for i in range(2) for n in (1, 2)}
     flax |= {f"decoder_{i}/Dense_{n}/kernel": (8, 8) for i in range(2) for n in (0, 1)}
     found = taken(plan(torch, flax))
-    assert found["encoder_0/Dense_0/kernel"] == "encoder.0.fc2.weight"
     assert not any(target.startswith("decoder") for target in found)
 
 
@@ -248,3 +247,19 @@ def test_a_number_of_calls_means_the_same_only_in_blocks_of_one_kind() -> None:
     wrong = {t: s for t, s in taken(found).items() if t[2] != "2" and int(t[9]) + 1 != int(s[8])}
     assert wrong == {}
     assert taken(found)["h_2/Conv_0/kernel"] == "h.2.shortcut.weight"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_outer_of_two_nested_calls_has_the_first_number(bias: bool) -> None:
+    """Dense(8)(relu(Dense(9)(x))): Dense_0 is the second layer, and has the shape of the first one's torch weight."""
+    torch = {"mlp.fc1.weight": (9, 8), "mlp.fc2.weight": (8, 9)}
+    flax = {"mlp/Dense_0/kernel": (9, 8), "mlp/Dense_1/kernel": (8, 9)}
+    if bias:
+        torch |= {"mlp.fc1.bias": (9,), "mlp.fc2.bias": (8,)}
+        flax |= {"mlp/Dense_0/bias": (8,), "mlp/Dense_1/bias": (9,)}
+    found = plan(torch, flax)
+    assert not taken(found)
+    right = next(
+        c.rule for q in found.questions for c in q.candidates if '"mlp/Dense_0/kernel", layout = "linear"' in c.rule
+    )
+    assert taken(plan(torch, flax, rules=[right]))["mlp/Dense_0/kernel"] == "mlp.fc2.weight"

@@ -119,6 +119,17 @@ def _only_flipped(pair: Pair) -> bool:
     return any({label for _, label in link.labels} == {FLIPPED} for link in pair.links)
 
 
+def _untransposed_call(case: Case) -> str | None:
+    """The weight of a Linear would be a kernel as it stands, and a number of calls is what pairs them: in
+    `Dense(d)(relu(Dense(h)(x)))` the last layer is called Dense_0, and it has the shape of the first one's weight."""
+    if counts_calls(case.pair.torch) == counts_calls(case.pair.flax):
+        return None
+    linear = (link for link in case.pair.links if link.torch.role == "weight" and link.flax.kind == "kernel")
+    if all({label for _, label in link.labels} != {"identity"} for link in linear):
+        return None
+    return "its weight would stay as torch has it, and the kernel of a Linear is transposed"
+
+
 def _stray_parameter(case: Case) -> str | None:
     """A bare parameter against the weight of a module: its name may not have a word that the module's lacks. No order
     proves that a parameter with its own name is the weight of a norm."""
@@ -248,6 +259,7 @@ JUDGEMENTS: tuple[tuple[str, frozenset[Route], Callable[[Case], str | None]], ..
     ("exclusive words", EVERY, _exclusive_words),
     ("other place in a count", EVERY, _other_place),
     ("unnamed transposed convolution", EVERY, _unnamed_deconvolution),
+    ("untransposed call", EVERY, _untransposed_call),
     ("stray parameter", EVERY, _stray_parameter),
     ("each says more", BY_NAME - {"rest"}, _each_says_more),
     ("in a block", BY_NAME | frozenset[Route](("stream",)), _in_a_block),

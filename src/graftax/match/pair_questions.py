@@ -50,7 +50,8 @@ def pair_questions(
 def _option(scope: Scope, pair: Pair, turned: bool, said: bool) -> Option[Item]:
     torch, flax = frozenset([id(pair.torch)]), frozenset([id(pair.flax)])
     ends = (flax, torch) if turned else (torch, flax)
-    return Option(ends, (scope, pair), pair.total, pair.forbidden and not said, tuple(_aspects(pair)))
+    score = pair.total - pair.found("untransposed call")
+    return Option(ends, (scope, pair), score, pair.forbidden and not said, tuple(_aspects(pair)))
 
 
 def pair_question(asked: Asked[Item], ways_of: Callable[[Scope, Pair], Ways], turned: bool) -> Question:
