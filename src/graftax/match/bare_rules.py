@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from graftax.match.flatten import Suspect
 from graftax.match.pairs import Label, Link, Scope
@@ -130,29 +129,13 @@ def unsaid_questions(unsaid: Sequence[Unsaid], turned: bool) -> list[Question]:
         trap, rule = items[0].trap, items[0].said.rule
         found: list[Candidate] = []
         for keys in trap.rule_keys(items[0].matrix):
-            line = _line(rule, **keys)
+            line = rule_line(**rule.table, **keys)
             found.append(Candidate(line, sources, "the values are a flattened map (C, H, W)"))
-        found.append(Candidate(_line(rule, layout="linear" if items[0].matrix else "identity"), sources, "no map"))
+        plain = rule_line(**rule.table, layout="linear" if items[0].matrix else "identity")
+        found.append(Candidate(plain, sources, "no map"))
         text = (
             f"{', '.join(fold_names(targets)[:4])}: {rule.where} does not say whether its {trap.width} values are a "
             f"flattened map of {trap.size}, and in which order"
         )
         out.append(Question("flatten", text, targets, sources, tuple(found)))
     return out
-
-
-def _line(rule: Rule, **more: Any) -> str:
-    """The line of the rule with more keys."""
-    keys: dict[str, Any] = dict(zip(rule.words, (_one(rule.left), _one(rule.right)), strict=True))
-    for name in ("fused", "heads", "kv_heads", "scale", "offset"):
-        keys[name] = getattr(rule, name) or None
-    keys["parts"] = " -> ".join(map(" ".join, rule.parts)) if rule.parts[0] else None
-    for name in ("stack", "repeat", "pad"):
-        keys[name] = dict(getattr(rule, name)) or None
-    keys |= {name: list(numbers) for name, numbers in rule.ranges.items()}
-    keys |= rule.sizes
-    return rule_line(**keys, **more)
-
-
-def _one(templates: Sequence[str]) -> Any:
-    return templates[0] if len(templates) == 1 else list(templates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,6 @@ from graftax.errors import Failure, RulesError, StorageError, escape, worded
 from graftax.rules.model import Rule
 from graftax.rules.text import rule_lines
 from graftax.rules.validate import make_rule
-from graftax.tree import nearest
 
 _TEXT = re.compile(r"^\s*(?:rules\s*=|\[\[\s*rules\s*\]\]|\{)", re.MULTILINE)
 _LIMIT = 16 << 20
@@ -44,50 +43,61 @@ def load_rules(rules: Any, label: str = "rules") -> Rules:
 
     Raises RulesError with every fault and its line, StorageError if the file cannot be read.
     """
-    if rules is None:
-        return Rules((), label)
     if isinstance(rules, Rules):
         return rules
-    if isinstance(rules, Path) or (isinstance(rules, str) and not _TEXT.search(rules)):
-        return _from_text(_read(Path(rules)), Path(rules).name)
-    if isinstance(rules, str):
-        return _from_text(rules, label)
-    if isinstance(rules, Mapping):
-        table = cast("Mapping[str, Any]", rules)
-        if set(table) == {"rules"} and isinstance(table["rules"], (list, tuple)):
-            items = cast("Sequence[Any]", table["rules"])
-            return _made([(item, f"item {i}") for i, item in enumerate(items, 1)], label)
-        return _made([(table, "")], label)
-    if isinstance(rules, (bytes, bytearray)) or not isinstance(rules, Iterable):
-        raise RulesError(f"rules are a path, TOML text or a list of tables, not {type(rules).__name__}")
-    return _from_list(cast("Iterable[Any]", rules), label)
-
-
-def _from_list(items: Iterable[Any], label: str) -> Rules:
     out: list[Rule] = []
     failures: list[Failure] = []
-    for i, item in enumerate(items, 1):
-        if isinstance(item, Rule):
-            out.append(item)
-            continue
-        try:
-            if isinstance(item, Mapping):
-                out += _made([(cast("Mapping[str, Any]", item), f"item {i}")], label)
-            elif isinstance(item, (str, Path, Rules)):
-                line = f"item {i}" if isinstance(item, str) and item.lstrip().startswith("{") else ""
-                out += _made([(table, line) for table in _inline(item)], label) if line else load_rules(item, label)
-            else:
-                failures += make_rule(item, label, f"item {i}")[1]
-        except RulesError as error:
-            failures += error.failures or [Failure(str(error), key=f"{label}, item {i}")]
-    _raise(failures, label)
-    return Rules(tuple(out), label)
+    for data, name, place in _items(() if rules is None else rules, label):
+        if isinstance(data, Rule):
+            out.append(data)
+        elif isinstance(data, RulesError):
+            failures += data.failures or [Failure(str(data), key=f"{name}, {place}")]
+        else:
+            rule, faults = make_rule(data, name, place)
+            failures += faults
+            out += [rule] if rule is not None else []
+    if failures:
+        places = len({failure.key for failure in failures})
+        what = "1 rule is" if places == 1 else f"{places} rules are"
+        raise RulesError(f"{what} not well formed ({escape(label)}):", failures)
+    return Rules(tuple(out), Path(rules).name if _is_path(rules) else label)
 
 
-def _inline(line: Any) -> list[Any]:
+def _is_path(given: Any) -> bool:
+    return isinstance(given, Path) or (isinstance(given, str) and not _TEXT.search(given))
+
+
+def _items(given: Any, label: str, place: str = "") -> Iterator[tuple[Any, str, str]]:
+    """(a table, a rule, or the error in its stead; its label; its place) of everything in `given`. `place`: that of an
+    item in a list."""
+    if _is_path(given):
+        yield from _of_text(_read(Path(given)), Path(given).name)
+    elif isinstance(given, str) and place and given.lstrip().startswith("{"):
+        yield from ((table, label, place) for table in _inline(given))
+    elif isinstance(given, str):
+        yield from _of_text(given, label)
+    elif isinstance(given, Mapping) and set(cast("Mapping[str, Any]", given)) == {"rules"} and _is_list(given["rules"]):
+        yield from _items(given["rules"], label)
+    elif isinstance(given, (Mapping, Rule)) or (place and not isinstance(given, Rules)):
+        yield given, label, place
+    elif isinstance(given, (bytes, bytearray)) or not isinstance(given, Iterable):
+        raise RulesError(f"rules are a path, TOML text or a list of tables, not {type(given).__name__}")
+    else:
+        for i, item in enumerate(cast("Iterable[Any]", given), 1):
+            try:
+                yield from list(_items(item, label, f"item {i}"))
+            except RulesError as error:
+                yield error, label, f"item {i}"
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _inline(line: str) -> list[Any]:
     """The inline tables of one line (an answer may hold several), with or without a comma after the last."""
     try:
-        return tomllib.loads(f"rules = [{str(line).strip().rstrip(',')}]")["rules"]
+        return tomllib.loads(f"rules = [{line.strip().rstrip(',')}]")["rules"]
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RulesError(f"{escape(line)} is not an inline table: {escape(error)}") from None
 
@@ -113,7 +123,7 @@ def _read(path: Path) -> str:
         raise RulesError(f"{escape(path.name)}, line {line}: not UTF-8") from error
 
 
-def _from_text(text: str, label: str) -> Rules:
+def _of_text(text: str, label: str) -> Iterator[tuple[Any, str, str]]:
     if text.lstrip().startswith("{"):
         if '"graftax_plan"' in text[:4096]:
             raise RulesError(
@@ -128,7 +138,8 @@ def _from_text(text: str, label: str) -> Rules:
         ]
         if failures:
             raise RulesError(f"{escape(label)} is no rules file:", failures, next="Write one inline table a line.")
-        return _from_list([row for _, row in rows], label)
+        yield from _items([row for _, row in rows], label)
+        return
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -138,19 +149,16 @@ def _from_text(text: str, label: str) -> Rules:
     strange = [name for name in data if name != "rules"]
     if strange:
         line = _line_of(text, strange[0])
-        near = nearest(strange[0], ["rules"])
         hint = "A rules file is `rules = [ ... ]`, one inline table a line."
         failures = [Failure(f"unknown key {escape(name)!r}", label, f"{label}, line {line}") for name in strange]
-        raise RulesError(
-            f"{escape(label)} holds more than rules{' (near: rules)' if near else ''}", failures, next=hint
-        )
+        raise RulesError(f"{escape(label)} holds more than rules", failures, next=hint)
     items: Any = data.get("rules")
     if not isinstance(items, list):
         raise RulesError(f"{escape(label)} has no `rules = [ ... ]`", next="Write one inline table a line.")
     tables = cast("list[Any]", items)
     lines = rule_lines(text)
     named = [f"line {n}" for n in lines] if len(lines) == len(tables) else [f"item {i + 1}" for i in range(len(tables))]
-    return _made(list(zip(tables, named, strict=True)), label)
+    yield from ((table, label, place) for table, place in zip(tables, named, strict=True))
 
 
 def _toml_fault(text: str, label: str, error: tomllib.TOMLDecodeError) -> str:
@@ -172,22 +180,3 @@ def _toml_fault(text: str, label: str, error: tomllib.TOMLDecodeError) -> str:
 def _line_of(text: str, name: str) -> int:
     rows = text.splitlines()
     return next((i for i, row in enumerate(rows, 1) if re.match(rf"\s*\[*\s*[\"']?{re.escape(name)}\b", row)), 1)
-
-
-def _made(items: Sequence[tuple[Any, str]], label: str) -> Rules:
-    out: list[Rule] = []
-    failures: list[Failure] = []
-    for data, line in items:
-        rule, faults = make_rule(data, label, line)
-        failures += faults
-        if rule is not None:
-            out.append(rule)
-    _raise(failures, label)
-    return Rules(tuple(out), label)
-
-
-def _raise(failures: Sequence[Failure], label: str) -> None:
-    if failures:
-        places = len({failure.key for failure in failures})
-        what = "1 rule is" if places == 1 else f"{places} rules are"
-        raise RulesError(f"{what} not well formed ({escape(label)}):", failures)

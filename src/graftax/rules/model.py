@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from graftax.errors import escape
 from graftax.rules.axes import OpsText
@@ -23,7 +24,8 @@ class Rule:
     """A two-way template. `left`: torch templates (of the source, if `directional`); `right`: Flax templates (of the
     target); both with the indices of their templates. Every key of the rules file is a field. ranges: index -> the
     numbers it may have, in the order of the rule; parts: the parts of a fused tensor in the order of each side;
-    sizes: axis -> its length, or part -> its share of the rows. `transpose` is stored as a layout."""
+    sizes: axis -> its length, or part -> its share of the rows; table: the rule as it was written. `transpose` is
+    stored as a layout."""
 
     label: str
     line: str
@@ -49,6 +51,7 @@ class Rule:
     drop: str = ""
     fill: float | None = None
     missing: str = ""
+    table: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def where(self) -> str:

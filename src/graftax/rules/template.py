@@ -13,9 +13,11 @@ are escaped, a part holds at most one wildcard, and two numbers never touch, so 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice, takewhile
 
 from graftax.errors import RulesError, escape
 from graftax.tree import Side, escape_part, unescape_part
@@ -27,7 +29,6 @@ _ARITHMETIC = re.compile(
 )
 _TOKEN = re.compile(r"\{\{|\}\}|\{\*\}|\{[^{}]*\}|\{|\}|\*+", re.ASCII)
 _NUMBER = r"(0|[1-9][0-9]{0,8})"
-_ASCII = "0123456789"
 _DIGITS = re.compile(r"[0-9]+")
 SEPARATOR: Mapping[str, str] = {"torch": ".", "flax": "/"}
 
@@ -68,8 +69,8 @@ class Binding:
 @dataclass(frozen=True, slots=True)
 class Template:
     """A compiled template. `names`: its indices in order of first appearance; `wilds`: its wildcards, True if deep;
-    `shape`: its text with every run of digits and indices replaced by one 0; `runs`: those runs (None for a run that
-    holds an index); `shapes` matches such texts of its keys."""
+    `shape`: its text with every run of digits and indices replaced by one 0; `start`: its text before the first index
+    or wildcard; `loose` matches whatever differs from its keys in numbers only."""
 
     text: str
     side: Side
@@ -77,9 +78,9 @@ class Template:
     names: tuple[str, ...]
     wilds: tuple[bool, ...]
     shape: str
-    runs: tuple[str | None, ...]
+    start: str
     regex: re.Pattern[str]
-    shapes: re.Pattern[str]
+    loose: re.Pattern[str]
 
     def match(self, key: str) -> Binding | None:
         """The binding with which this template renders `key`, or None."""
@@ -224,36 +225,10 @@ def _compiled(text: str, side: Side, pieces: tuple[TemplatePiece, ...]) -> Templ
     names = tuple(dict.fromkeys(name for piece in pieces if isinstance(piece, Index) for name in piece.names))
     wilds = tuple(piece.deep for piece in pieces if isinstance(piece, Wild))
     shape = _DIGITS.sub("0", "".join("0" if isinstance(p, Index) else p if isinstance(p, str) else "" for p in pieces))
-    # In a shape, a run of digits is one 0, even if the digits of a literal touch an index.
-    parts = [re.sub("[0-9]+", "0", p) if isinstance(p, str) else "0" if isinstance(p, Index) else p for p in pieces]
-    regex, shapes = _pattern(pieces, sep), _pattern(_single(parts), sep)
-    patterns = re.compile(regex, re.DOTALL), re.compile(shapes, re.DOTALL)
-    return Template(text, side, pieces, names, wilds, shape, _runs(pieces), *patterns)
-
-
-def _runs(pieces: Iterable[TemplatePiece]) -> tuple[str | None, ...]:
-    """The runs of digits in the order of the text; None for a run that includes an index."""
-    out: list[str | None] = []
-    open_ = False
-    for piece in pieces:
-        if isinstance(piece, Index):
-            out[-1:] = [None] if open_ else [*out[-1:], None]
-            open_ = True
-            continue
-        for token in re.split("([0-9]+)", piece) if isinstance(piece, str) else [" "]:
-            if token and token[0] not in _ASCII:
-                open_ = False
-            elif token and open_:
-                out[-1] = None
-            elif token:
-                out.append(token)
-                open_ = True
-    return tuple(out)
-
-
-def _single(parts: Iterable[str | Wild]) -> list[TemplatePiece]:
-    """The pieces with neighbouring zeros joined."""
-    return [re.sub("0+", "0", p) if isinstance(p, str) else p for p in _joined(parts)]
+    start = pieces[0] if isinstance(pieces[0], str) else ""
+    loose = re.sub("[0-9]+", "[0-9]*", _pattern(["0" if isinstance(p, Index) else p for p in pieces], sep))
+    patterns = re.compile(_pattern(pieces, sep), re.DOTALL), re.compile(loose, re.DOTALL)
+    return Template(text, side, pieces, names, wilds, shape, start, *patterns)
 
 
 def _pattern(pieces: Sequence[TemplatePiece], sep: str) -> str:
@@ -280,44 +255,27 @@ def _with_deep(before: str, after: str, sep: str) -> str:
 
 
 class KeyIndex:
-    """The keys of one end, indexed for many templates. A bucket holds keys that differ only in their numbers. A
-    template looks only at its own bucket; a template with wildcards first looks at one name per bucket."""
+    """The keys of one end, indexed for many templates. A bucket holds keys that differ only in their numbers, sorted. A
+    template looks only at its own bucket; a template with wildcards first looks at one key per bucket."""
 
-    __slots__ = ("_fine", "buckets", "collections", "order")
+    __slots__ = ("buckets", "collections", "order")
 
     def __init__(self, keys: Iterable[str]) -> None:
         self.order: dict[str, int] = {key: place for place, key in enumerate(keys)}
         self.buckets: dict[str, list[str]] = {}
-        for key in self.order:
+        for key in sorted(self.order):
             self.buckets.setdefault(_DIGITS.sub("0", key), []).append(key)
-        self._fine: dict[tuple[str, tuple[int, ...]], dict[tuple[str, ...], list[str]]] = {}
         self.collections = tuple(dict.fromkeys(shape.partition("/")[0] for shape in self.buckets if "/" in shape))
 
     def find(self, template: Template) -> Iterator[tuple[str, Binding]]:
         """(key, binding) of every key the template matches, in the order of the keys."""
-        if not template.wilds:
-            for key in self._alike(template):
-                binding = template.match(key)
-                if binding is not None:
-                    yield key, binding
-            return
-        hits: list[tuple[int, str, Binding]] = []
-        for shape, keys in self.buckets.items():
-            if template.shapes.fullmatch(shape):
-                found = ((self.order[key], key, template.match(key)) for key in keys)
-                hits += [(place, key, binding) for place, key, binding in found if binding is not None]
-        yield from ((key, binding) for _, key, binding in sorted(hits, key=lambda hit: hit[0]))
-
-    def _alike(self, template: Template) -> list[str]:
-        """The keys of the template's bucket that have its literal numbers."""
-        keys = self.buckets.get(template.shape, [])
-        places = tuple(place for place, run in enumerate(template.runs) if run is not None)
-        if not places or len(keys) < 2:
-            return keys
-        fine = self._fine.get((template.shape, places))
-        if fine is None:
-            fine = self._fine[(template.shape, places)] = {}
-            for key in keys:
-                runs = _DIGITS.findall(key)
-                fine.setdefault(tuple(runs[place] for place in places), []).append(key)
-        return fine.get(tuple(run for run in template.runs if run is not None), [])
+        if template.wilds:
+            buckets = [keys for keys in self.buckets.values() if template.loose.fullmatch(keys[0])]
+        else:
+            keys = self.buckets.get(template.shape, [])
+            first = bisect_left(keys, template.start)
+            buckets = [list(takewhile(lambda key: key.startswith(template.start), islice(keys, first, None)))]
+        for key in sorted((key for keys in buckets for key in keys), key=self.order.__getitem__):
+            binding = template.match(key)
+            if binding is not None:
+                yield key, binding

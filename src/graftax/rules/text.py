@@ -70,51 +70,24 @@ def _string(text: str) -> str:
 
 # ---------------------------------------------------------------- line numbers
 
-_TOKEN = re.compile(
-    r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*|\n|[\[\]{}=,]|[^\s"\'#\[\]{}=,]+',
-    re.DOTALL,
-)
+_QUOTED = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL)
+_STRUCTURE = re.compile(r"[\[\]{}\n]|[^\s\[\]{},=]+")
 
 
 def rule_lines(text: str) -> list[int]:
-    """The line of every element of the top-level array `rules`, in order, and of every `[[rules]]` header. `text` must
-    be valid TOML; elements that are not found are left out."""
+    """The line of every element of the array `rules`, in order, or of every `[[rules]]` header. `text` must be valid
+    TOML that holds nothing else."""
+    plain = _QUOTED.sub(lambda found: "x" * (found[0][0] != "#") + "\n" * found[0].count("\n"), text)
+    headers = [n for n, row in enumerate(plain.split("\n"), 1) if row.lstrip().startswith("[[")]
+    if headers:
+        return headers
     out: list[int] = []
     line, depth = 1, 0
-    statement: list[str] = []  # the tokens of the current statement, up to its value
-    inside = False  # in the array of `rules`
-    in_table = False  # after a [table] header
-    for found in _TOKEN.finditer(text + "\n"):
-        token = found.group()
-        if token == "\n":
-            if depth == 0:
-                in_table = in_table or statement[:1] == ["["]
-                if [_bare(t) for t in statement] == ["[", "[", "rules", "]", "]"]:
-                    out.append(line)
-                statement = []
-            line += 1
-            continue
-        if token[0] == "#":
-            continue
-        if token in "[{":
-            if depth == 0 and token == "[" and not in_table and [_bare(t) for t in statement] == ["rules", "="]:
-                inside = True
-            elif depth == 1 and inside:
-                out.append(line)
-        if depth == 0 and (not statement or "=" not in statement):
-            statement.append(token)
-            if token in "[]":  # a header's brackets hold no value
-                continue
-        if token in "[{":
-            depth += 1
-        elif token in "]}":
+    for token in _STRUCTURE.findall(plain):
+        line += token == "\n"
+        if token in "]}":
             depth -= 1
-            inside = inside and depth > 0
-        elif depth == 1 and inside and token not in ",=":
-            out.append(line)  # an element that is no table; the schema refuses it and names its line
-        line += token.count("\n")
+        elif depth == 1 and token != "\n":  # also an element that is no table: the schema refuses it
+            out.append(line)
+        depth += token in "[{"
     return out
-
-
-def _bare(token: str) -> str:
-    return token[1:-1] if len(token) > 1 and token[0] == token[-1] and token[0] in "\"'" else token

@@ -29,17 +29,17 @@ def make_rule(data: Any, label: str, line: str) -> tuple[Rule | None, list[Failu
         return None, [Failure("a rule is a table", label, where, '{ torch = "...", flax = "..." }', found)]
     table = {str(key): value for key, value in cast("Mapping[Any, Any]", data).items()}
     values, texts = _typed(table)
-    extras = {key: value for key, value in table.items() if key not in ORDER}
     rule: Rule | None = None
     if texts:
-        texts += _strange(table, extras)
+        texts += _strange(table)
     else:
-        rule, texts = _made(values, extras, label, line)
+        rule, texts = _made(values, table, label, line)
     failures = [Failure(text, label, where, next=hint) for text, hint in texts]
     return (None if failures else rule), failures
 
 
 Fault = tuple[str, str]
+_AS_GIVEN = ("flatten", "parts", "heads", "kv_heads", "scale", "offset", "repeat", "pad", "drop", "fill", "missing")
 
 
 def _typed(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Fault]]:
@@ -61,11 +61,11 @@ def _typed(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Fault]]:
     return {name: getattr(made, name) for name in ORDER}, []
 
 
-def _strange(table: Mapping[str, Any], extras: Iterable[str]) -> list[Fault]:
+def _strange(table: Mapping[str, Any]) -> list[Fault]:
     """Unknown keys of a table with other faults: the keys that neither a template nor `ops` names."""
     texts = " ".join(str(table.get(name, "")) for name in ("torch", "flax", "source", "target", "ops"))
     words = set(re.findall(r"\w+", texts))
-    return [_unknown(name, ORDER) for name in extras if name not in words]
+    return [_unknown(name, ORDER) for name in table if name not in ORDER and name not in words]
 
 
 def _unknown(name: str, known: Iterable[str]) -> Fault:
@@ -75,15 +75,16 @@ def _unknown(name: str, known: Iterable[str]) -> Fault:
 
 
 def _made(
-    values: Mapping[str, Any], extras: Mapping[str, Any], label: str, line: str
+    values: Mapping[str, Any], table: Mapping[str, Any], label: str, line: str
 ) -> tuple[Rule | None, list[Fault]]:
     faults: list[Fault] = []
     given = {name: value for name, value in values.items() if value is not None}
+    extras = {key: value for key, value in table.items() if key not in ORDER}
     ends = _ends(given, faults)
     left, right = ends
     templates = _templates(left, faults), _templates(right, faults)
     if faults:
-        return None, faults + _strange(values, extras)
+        return None, faults + _strange(table)
     _alike(templates, faults)
     indices = set(_indices(templates[0])) | set(_indices(templates[1]))
     ops = _ops(given, indices, faults)
@@ -102,30 +103,21 @@ def _made(
     if faults:
         return None, faults
     rule = Rule(
-        label=label,
-        line=line,
-        left=left,
-        right=right,
-        left_indices=_indices(templates[0]),
-        right_indices=_indices(templates[1]),
-        directional="source" in given or "target" in given,
+        label,
+        line,
+        left,
+        right,
+        _indices(templates[0]),
+        _indices(templates[1]),
+        "source" in given or "target" in given,
         ops=ops,
         layout=layout,
-        flatten=given.get("flatten", ()),
         fused=fused,
-        parts=parts,
-        heads=given.get("heads"),
-        kv_heads=given.get("kv_heads"),
         stack=stack,
         ranges=ranges,
         sizes=sizes,
-        scale=given.get("scale"),
-        offset=given.get("offset"),
-        repeat=given.get("repeat", {}),
-        pad=given.get("pad", {}),
-        drop=given.get("drop", ""),
-        fill=given.get("fill"),
-        missing=given.get("missing", ""),
+        table=table,
+        **{name: given[name] for name in _AS_GIVEN if name in given},
     )
     return rule, []
 
