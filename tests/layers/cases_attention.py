@@ -68,6 +68,7 @@ def fused(name: str, how: str, i: int, heads: int, kv: int, head: int, *, flat: 
     rows = (heads + 2 * kv) * head
     swapped = more.pop("swapped", False)
     group = heads // kv
+    ops = {} if flat else {"ops": "i (h d) -> i h d" if swapped else "(h d) i -> i h d"}
 
     def on_torch(m: Any, x: Any) -> Any:
         y = m(x)
@@ -95,7 +96,8 @@ def fused(name: str, how: str, i: int, heads: int, kv: int, head: int, *, flat: 
 
     return Case(
         name, "Fused query, key, value", lambda: HFConv1D(i, rows) if swapped else nn.Linear(i, rows), Linen, Nnx,
-        (2, 3, i), on_torch=on_torch, variant=f"fused {how}", hints={"fused": how, "heads": heads}, by="shapes", **more,
+        (2, 3, i), on_torch=on_torch, variant=f"fused {how}", by="shapes",
+        rule={"fused": how, "heads": heads} | ops, **more,
     )  # fmt: skip
 
 

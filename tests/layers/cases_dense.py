@@ -120,7 +120,7 @@ def flatten(name: str, shape: tuple[int, ...], out: int) -> Case:
         on_torch=lambda m, x: m(x.flatten(1)),
         on_flax=lambda m, x: m(jnp.moveaxis(x, 1, -1).reshape(2, -1)),
         variant="flatten C H W",
-        hints={"flatten": shape},
+        rule={"flatten": " ".join(map(str, shape))},
     )
 
 

@@ -101,6 +101,6 @@ NORMS.append(
     Case(
         "rms norm, zero-centred", "RMSNorm", lambda: ZeroCentred(16, eps=1e-6), lambda: fn.RMSNorm(epsilon=1e-6),
         lambda r: nnx.RMSNorm(16, epsilon=1e-6, rngs=r), (2, 3, 16), variant="rms norm, zero-centred",
-        hints={"layout": "zero-centred"}, exact=False,
+        layout="zero-centred", exact=False,
     )
 )  # fmt: skip

@@ -118,7 +118,7 @@ REPARAM = [
     weight_norm("conv", old_norm, "folded"),
     weight_norm("conv_transpose default", old_norm, "kept", axes=-2),
     weight_norm(
-        "conv_transpose default square", new_norm, "kept", axes=-2, hints={"layout": "conv_transpose default"}
+        "conv_transpose default square", new_norm, "kept", axes=-2, layout="conv_transpose default"
     ),
     weight_norm("conv_transpose default", new_norm, "folded"),
     weight_norm("linear", old_norm, "from plain"),

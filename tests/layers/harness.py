@@ -15,7 +15,8 @@ from flax import nnx
 from graftax.adapters import settings
 from graftax.layers import Connection, Part, connect
 from graftax.ops import apply_chain, invert_chain
-from graftax.tree import Module, Side, TensorSpec, join_path
+from graftax.rules import apply_rules, escape_key, load_rules
+from graftax.tree import Checkpoint, Module, Side, TensorSpec, join_path
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Compiling costs more than running here."""
@@ -37,6 +38,7 @@ class Case:
     on_torch, on_flax   how to call; `on_flax` sees a bound Linen module or an NNX one
     file      what the names and shapes alone give: 'first' the same connection, 'among' it is one of several
     exact     the way there and back gives the same bits
+    rule      what a rule states where the row has no form of its own
     make_x    another input than standard normal values
     """
 
@@ -52,7 +54,8 @@ class Case:
     on_flax: Callable[[Any, Any], Any] = call
     file: str = "first"
     exact: bool = True
-    hints: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = ""
+    rule: Mapping[str, Any] = field(default_factory=dict)
     make_x: Callable[[np.random.Generator], np.ndarray] | None = None
     prepare: Callable[[torch.nn.Module], None] | None = None
     alarm: float = ALARM
@@ -217,6 +220,21 @@ def twin(case: Case, state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     return module
 
 
+def ways(case: Case, torch_part: Part, flax_part: Part) -> list[Connection]:
+    """What the layer table gives, or the rule of the case for the weight and the bias."""
+    if not case.rule:
+        return connect(torch_part, flax_part, layout=case.layout)
+    tables: list[dict[str, Any]] = []
+    for role, leaf in (("weight", "kernel"), ("bias", "bias")):
+        roles = sorted((r for r in flax_part.leaves if r.rpartition("/")[2] == leaf), key=lambda r: "qkv".find(r[0]))
+        keys = dict(case.rule) if role == "weight" else {k: v for k, v in case.rule.items() if k in ("fused", "heads")}
+        tables.append({"torch": role, "flax": [escape_key(flax_part.leaves[r]) for r in roles], **keys})
+    ends = (Checkpoint(label=p.side, side=p.side, specs=dict(p.specs)) for p in (torch_part, flax_part))
+    made = apply_rules(load_rules(tables), *ends, "torch", "flax").proposal
+    assert not made.failures, made.failures
+    return [Connection(case.layer, made.entries, (), case.variant, by="modules")]
+
+
 def start(case: Case, api: str) -> Run:
     rng = case.rng
     torch.manual_seed(0)
@@ -235,7 +253,7 @@ def start(case: Case, api: str) -> Run:
     torch_part = part("torch", arrays, {name: name for name in arrays}, module)
     flax_specs = {p: np.empty(s.shape, s.dtype) for p, s in side.shapes.items()}
     flax_part = part("flax", flax_specs, side.roles(), side.module)
-    found = connect(torch_part, flax_part, hints=case.hints)
+    found = ways(case, torch_part, flax_part)
     unit = max(relative(narrow, want), UNIT)
     return Run(case, module, side, torch_part, flax_part, found, arrays, x, want, unit)
 

@@ -122,14 +122,6 @@ def test_axes_of_length_one_make_no_ambiguity():
     ]
 
 
-def test_fused_projections_are_a_question():
-    torch = part("torch", torch_module("Linear"), weight=(12, 5))
-    flax = part("flax", query__kernel=(5, 2, 2), key__kernel=(5, 2, 2), value__kernel=(5, 2, 2))
-    found = connect(torch, flax)
-    assert ways(found) == [("fused block", "shapes"), ("fused interleaved", "shapes")]
-    assert [c.rule for c in found] == ['fused = "block"', 'fused = "interleaved"']
-
-
 def test_an_embedding_is_never_transposed():
     found = connect(part("torch", weight=(4, 4)), part("flax", embedding=(4, 4)))
     assert ways(found) == [("embedding", "convention")]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from graftax.layers import LAYERS, connect, settled
+from graftax.layers import LAYERS, settled
 from graftax.ops import same_bits
 
 from .cases import CASES
-from .harness import Run, carry, carry_back, disturbed, error_back, error_of, part, start
+from .harness import Run, carry, carry_back, disturbed, error_back, error_of, part, start, ways
 
 SIDED = [
     pytest.param(case, api, id=f"{case.name} [{api}]")
@@ -53,12 +53,12 @@ def check_back(run: Run, flax: dict[str, np.ndarray]) -> None:
 
 def check_from_files(run: Run) -> None:
     """Names and shapes alone: the same connection, or one among several, or nothing, as the case says."""
-    if run.case.hints.get("layout"):
+    if run.case.layout:
         return
     names = {name: name for name in run.arrays}
     torch_part = part("torch", run.arrays, names)
     flax_part = part("flax", {p: np.empty(s.shape, s.dtype) for p, s in run.side.shapes.items()}, run.side.roles())
-    found = connect(torch_part, flax_part, hints=run.case.hints)
+    found = ways(run.case, torch_part, flax_part)
     live = [(e.sources, e.targets) for e in run.connection.entries]
     effects = [carry(c, run.arrays) for c in found if [(e.sources, e.targets) for e in c.entries] == live]
     want = carry(run.connection, run.arrays)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 
 from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Step
-from graftax.layers.fused import fused_ways
 from graftax.layers.leaf_axes import ATTENTION_AXES
 from graftax.ops import Rearrange, Split
 
@@ -81,35 +80,6 @@ def projection_letter(role: str) -> str:
     return found[1][0].lower() if found else ""
 
 
-def fused_forms(facts: LayerFacts) -> Iterable[LayerForm]:
-    """Both readings of a fused projection to three: their shapes are identical, so a rule must choose."""
-    kernels = {projection_letter(role): role for role in facts.flax if role.endswith("/kernel")}
-    biases = {projection_letter(role): role for role in facts.flax if role.endswith("/bias")}
-    weight = facts.torch.get("weight") or facts.torch.get("in_proj_weight")
-    if weight is None or len(weight) != 2 or set(kernels) != {"q", "k", "v"}:
-        return
-    chosen, heads = facts.hints.get("fused"), facts.hints.get("heads")
-    ways = fused_ways([weight], [facts.flax[kernels[letter]] for letter in "qkv"], heads, True)
-    roles = tuple(biases[letter] for letter in "qkv" if letter in biases)
-    bias = facts.torch.get("bias") or facts.torch.get("in_proj_bias") or (weight[0],)
-    heads = next((way.heads for way in ways.values() if way.heads), heads)
-    of_bias = fused_ways([bias], [facts.flax[role] for role in roles], heads, True) if len(roles) == 3 else {}
-    for fused in FUSED if chosen is None else (chosen,):
-        if fused not in ways or (roles and fused not in of_bias):
-            continue
-        steps = [Step("weight|in_proj_weight", tuple(kernels[letter] for letter in "qkv"), ways[fused].ops)]
-        if roles:
-            steps.append(Step("bias|in_proj_bias", roles, of_bias[fused].ops, optional=True))
-        rule = f'fused = "{fused}"'
-        yield LayerForm(f"fused {fused}", tuple(steps), "linear", rule, by="shapes", why=FUSED[fused], settled=False)
-
-
-FUSED = {
-    "block": "the rows are all queries, then keys, then values",
-    "interleaved": "the rows lie head by head: query, key, value",
-}
-
-
 ATTENTION_ROWS: tuple[Layer, ...] = (
     Layer(
         "MultiheadAttention",
@@ -160,7 +130,7 @@ ATTENTION_ROWS: tuple[Layer, ...] = (
         nnx=(),
         forms=(
             Makes(
-                fused_forms,
+                lambda _: (),
                 (
                     'fused = "block": rows of all queries, then keys, then values',
                     'fused = "interleaved": head by head; with fewer key heads, group by group',

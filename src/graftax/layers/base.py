@@ -62,14 +62,13 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """What a row may look at: the shapes by role and the live settings of both sides, and the hints of a rule (layout,
-    heads, fused, flatten)."""
+    """What a row may look at: the shapes by role and the live settings of both sides, and the `layout` of a rule."""
 
     torch: Mapping[str, Shape]
     flax: Mapping[str, Shape]
     torch_settings: Settings = field(default_factory=dict[str, Any])
     flax_settings: Settings = field(default_factory=dict[str, Any])
-    hints: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    layout: str = ""
     torch_kind: str = ""
     flax_kind: str = ""
 
@@ -78,13 +77,13 @@ class LayerFacts:
 class Step:
     """One entry of a form: torch roles -> Flax roles. A role may list alternatives: `weight|gamma`.
 
-    ops       a Rearrange pattern, ops, or a function of the facts; '' or () is identity
+    ops       a Rearrange pattern, or ops; '' or () is identity
     optional  True if both sides may lack it (a bias)
     """
 
     torch: str | tuple[str, ...]
     flax: str | tuple[str, ...]
-    ops: Ops | Callable[[LayerFacts], Ops] = ()
+    ops: Ops = ()
     optional: bool = False
 
 
@@ -97,7 +96,7 @@ class LayerForm:
     by       the kind of evidence if no live module decides
     settled  True if a live module that lists the row also settles the form; False if it leaves several
     holds    a condition on the facts
-    offered  False: no file shows it, so only a rule or a hint picks it (zero-centred norms)
+    offered  False: no file shows it, so only a rule picks it (zero-centred norms)
     """
 
     variant: str

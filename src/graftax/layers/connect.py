@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from graftax.errors import Failure, LayoutError, RulesError, escape
-from graftax.layers.base import STRENGTH, By, Connection, Layer, LayerFacts, LayerForm, Ops, Part, Step
+from graftax.layers.base import STRENGTH, By, Connection, Layer, LayerFacts, LayerForm, Part, Step
 from graftax.layers.patterns import same_effect
 from graftax.layers.table import LAYERS
 from graftax.ops import Op, Rearrange, bind_chain
@@ -91,19 +91,17 @@ def _listed(layer: Layer, torch_kind: str, flax_kind: str) -> bool:
     )
 
 
-def connect(
-    torch: Part, flax: Part, *, hints: Mapping[str, Any] | None = None, partial: bool = False
-) -> list[Connection]:
+def connect(torch: Part, flax: Part, *, layout: str = "", partial: bool = False) -> list[Connection]:
     """Every way to connect the two parts, the strongest evidence first; [] if nothing fits. If there are several, the
     caller settles the ambiguity by other evidence, or asks; `settled` gives the one that stands out.
 
-    hints    what a rule states: `layout`, `heads`, `fused`, `flatten` (C, H, W)
+    layout   the form that a rule names
     partial  optional leaves (biases) may be on one side only; `Connection.left` names them
 
     Raises LayoutError with the reason, and the rewrite if one exists, for what the table refuses.
     """
-    facts = _facts(torch, flax, hints or {})
-    if not hints and _unknown_layout(torch, flax):
+    facts = _facts(torch, flax, layout)
+    if not layout and _unknown_layout(torch, flax):
         return []
     rows = rows_for(facts.torch_kind, facts.flax_kind)
     refuse(rows, facts, torch, flax)
@@ -152,22 +150,17 @@ def leaf_connections(
     flax_spec: TensorSpec,
     torch_module: Module | None = None,
     flax_module: Module | None = None,
-    layout: str | None = None,
-    *,
-    hints: Mapping[str, Any] | None = None,
+    layout: str = "",
 ) -> list[Connection]:
     """The ways to convert one torch leaf into one Flax leaf (a donor of surgery, a rule); the paths in the entries are
     the roles. `layout` names the form ('linear', 'conv', 'conv_transpose', 'conv_transpose default', 'identity').
 
     Raises RulesError if no form has that `layout`, LayoutError if the table refuses.
     """
-    given = dict(hints or {})
-    if layout is not None:
-        given["layout"] = layout
-    if torch_module is None and flax_module is None and set(given) <= {"layout"}:
+    if torch_module is None and flax_module is None:
         return list(_plain_leaf_connections(torch_role, torch_spec, flax_role, flax_spec, layout))
     torch, flax = _leaf("torch", torch_role, torch_spec, torch_module), _leaf("flax", flax_role, flax_spec, flax_module)
-    return connect(torch, flax, hints=given, partial=True)
+    return connect(torch, flax, layout=layout, partial=True)
 
 
 def _leaf(side: Side, role: str, spec: TensorSpec, module: Module | None) -> Part:
@@ -176,11 +169,11 @@ def _leaf(side: Side, role: str, spec: TensorSpec, module: Module | None) -> Par
 
 @lru_cache(maxsize=65536)
 def _plain_leaf_connections(
-    torch_role: str, torch_spec: TensorSpec, flax_role: str, flax_spec: TensorSpec, layout: str | None
+    torch_role: str, torch_spec: TensorSpec, flax_role: str, flax_spec: TensorSpec, layout: str
 ) -> tuple[Connection, ...]:
     """The same without live modules, cached: a checkpoint asks for few distinct pairs, each many times."""
     torch, flax = _leaf("torch", torch_role, torch_spec, None), _leaf("flax", flax_role, flax_spec, None)
-    return tuple(connect(torch, flax, hints={} if layout is None else {"layout": layout}, partial=True))
+    return tuple(connect(torch, flax, layout=layout, partial=True))
 
 
 def layouts() -> tuple[str, ...]:
@@ -196,26 +189,25 @@ def layouts() -> tuple[str, ...]:
 # ---------------------------------------------------------------- forms
 
 
-def _facts(torch: Part, flax: Part, hints: Mapping[str, Any]) -> LayerFacts:
-    layout = hints.get("layout")
-    if layout is not None and layout not in layouts():
+def _facts(torch: Part, flax: Part, layout: str) -> LayerFacts:
+    if layout and layout not in layouts():
         raise RulesError(f"unknown layout {escape(layout)!r}; known: {', '.join(layouts())}")
     return LayerFacts(
         torch.shapes(),
         flax.shapes(),
         torch.module.settings if torch.module else {},
         flax.module.settings if flax.module else {},
-        hints,
+        layout,
         known_kind(torch.module, "torch"),
         known_kind(flax.module, "flax"),
     )
 
 
 def _forms(layer: Layer, facts: LayerFacts) -> Iterable[LayerForm]:
-    layout = facts.hints.get("layout")
+    layout = facts.layout
     for entry in layer.forms:
         for form in (entry,) if isinstance(entry, LayerForm) else entry.make(facts):
-            if (layout is not None and form.layout not in ("", layout)) or (layout is None and not form.offered):
+            if form.layout not in ("", layout) if layout else not form.offered:
                 continue
             if form.holds is None or form.holds(facts):
                 yield form
@@ -235,9 +227,7 @@ def _fit(layer: Layer, form: LayerForm, facts: LayerFacts, torch: Part, flax: Pa
     evidence = form.why or f"the roles and shapes fit the form {form.variant!r}"
     entries: list[Entry] = []
     for step, sources, targets in used:
-        ops = _ops(step, facts)
-        if ops is None:
-            return None
+        ops = ((Rearrange(step.ops),) if step.ops else ()) if isinstance(step.ops, str) else step.ops
         paths = [torch.leaves[role] for role in sources], [flax.leaves[role] for role in targets]
         entry = _entry(ops, *paths, torch, flax, evidence)
         if entry is None:
@@ -293,20 +283,6 @@ def _roles(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> list[str]
             return None
         out.append(present[0])
     return out
-
-
-def _ops(step: Step, facts: LayerFacts) -> tuple[Op, ...] | None:
-    given: Ops
-    if callable(step.ops):
-        try:
-            given = step.ops(facts)
-        except LayoutError:
-            return None
-    else:
-        given = step.ops
-    if isinstance(given, str):
-        return (Rearrange(given),) if given else ()
-    return given
 
 
 def _entry(

@@ -104,7 +104,7 @@ def _groups(facts: LayerFacts, weight: Shape, kernel: Shape) -> int:
     outputs = kernel[-2] if kernel[-1] == weight[0] else kernel[-1]
     groups = outputs // max(weight[1], 1)
     whole = outputs == groups * weight[1] and groups > 1 and weight[0] % groups == 0
-    said = str(facts.hints.get("layout", "")).startswith("conv_transpose")
+    said = facts.layout.startswith("conv_transpose")
     told = said or "bias" in facts.torch or "bias" in facts.flax
     return groups if whole and told and _bias_is(facts, outputs) else 1
 

@@ -107,27 +107,6 @@ def _einsum_forms(text: str, kernel: Shape, bias: Shape) -> Iterable[LayerForm]:
         yield _split_form(right, into, out, kernel, bias, f"the einsum {text} states the axes", "einsum")
 
 
-def flatten_form(facts: LayerFacts) -> Iterable[LayerForm]:
-    """A Linear after a flatten of (C, *spatial): its columns are reordered to (*spatial, C), as `flatten` states."""
-    sizes = facts.hints.get("flatten")
-    if not sizes:
-        return
-    names = {1: "c", 2: "c w", 3: "c h w", 4: "c d h w"}.get(len(sizes))
-    if names is None:
-        return
-    first, *rest = names.split()
-    pattern = f"o ({names}) -> ({' '.join((*rest, first))}) o"
-    ops = (Rearrange(pattern, tuple(sorted(zip(names.split(), map(int, sizes), strict=True)))),)
-    said = " ".join(map(str, sizes))
-    yield LayerForm(
-        "flatten C H W",
-        (Step("weight", "kernel", ops), BIAS),
-        "linear",
-        rule=f'flatten = "{said}"',
-        why=f"its input is flattened from (C, spatial) = ({said})",
-    )
-
-
 def bias_form(facts: LayerFacts) -> Iterable[LayerForm]:
     """A bias alone."""
     if set(facts.torch) == {"bias"}:
@@ -141,16 +120,12 @@ def _has_weight(facts: LayerFacts) -> bool:
     return "weight" in facts.torch
 
 
-def _plain_weight(facts: LayerFacts) -> bool:
-    return _has_weight(facts) and not facts.hints.get("flatten")
-
-
 LINEAR_FORM = LayerForm(
     "linear",
     (Step("weight", "kernel", "o i -> i o"), BIAS),
     "linear",
     why="by convention, a torch weight of rank 2 that becomes a kernel is a Linear, transposed",
-    holds=_plain_weight,
+    holds=_has_weight,
 )
 
 
@@ -192,7 +167,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
         forms=(
             LONE_BIAS,
             LINEAR_FORM,
-            Makes(flatten_form, ('flatten = "C H W" after a flatten of (C, H, W): o (c h w) -> (h w c) o',)),
+            Makes(lambda _: (), ('flatten = "C H W" after a flatten of (C, H, W): o (c h w) -> (h w c) o',)),
             Makes(
                 split_forms,
                 (
@@ -260,7 +235,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
                 "identity",
                 by="shapes",
                 why="the torch weight is stored (in, out) already",
-                holds=lambda f: len(f.torch.get("weight", ())) == 2 and _plain_weight(f),
+                holds=lambda f: len(f.torch.get("weight", ())) == 2 and _has_weight(f),
             ),
             LONE_BIAS,
         ),
@@ -280,7 +255,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
                 (Step("weight", "kernel", "i o -> o i"), BIAS),
                 "linear",
                 why="transformers' FlaxConv1D stores (out, in) and transposes when it is called",
-                holds=_plain_weight,
+                holds=_has_weight,
             ),
             LONE_BIAS,
         ),

@@ -68,8 +68,6 @@ def inner_forms(facts: LayerFacts, weight: Shape, kernel: Shape, bias: str) -> I
 def _weight_ops(form: LayerForm) -> tuple[Op, ...]:
     """The ops of a form for the weight."""
     ops = form.steps[0].ops
-    if callable(ops):
-        raise LayoutError("the ops of the wrapped layer depend on more than its weight")
     return (Rearrange(ops),) if isinstance(ops, str) else ops
 
 

@@ -52,7 +52,7 @@ def _roles(roles: str | tuple[str, ...]) -> str:
 def _ops(ops: Any) -> str:
     from graftax.ops import chain_text
 
-    if callable(ops) or not ops:
+    if not ops:
         return ""
     return f" ({ops})" if isinstance(ops, str) else f" ({chain_text(ops)})"
 

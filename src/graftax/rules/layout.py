@@ -116,7 +116,7 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: TensorPair) -> Laid:
 
     specs = TensorSpec(left, "float32"), TensorSpec(right, "float32")
     roles, modules = piece.roles, piece.modules
-    found = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1], rule.layout or None)
+    found = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1], rule.layout)
     if not found and not rule.layout and max(len(left), len(right)) > 1 and any(map(own_layout, modules, piece.sides)):
         names = " and ".join(m.kind for m, side in zip(modules, piece.sides, strict=True) if m and own_layout(m, side))
         raise LayoutError(
@@ -126,7 +126,7 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: TensorPair) -> Laid:
         live = leaf_connections(roles[0], specs[0], roles[1], specs[1], modules[0], modules[1]) if all(modules) else []
         if live and live[0].by == "modules":  # live modules outrank rules
             raise LayoutError(f"layout {rule.layout!r} contradicts the live modules: {', '.join(live[0].evidence)}")
-        found = leaf_connections(roles[0], specs[0], roles[1], specs[1], layout=rule.layout or None)
+        found = leaf_connections(roles[0], specs[0], roles[1], specs[1], layout=rule.layout)
     if not found:
         ops = layout_ops(rule.layout, len(left)) if rule.layout else None
         if ops is not None and right_shape(ops, left) == right:

@@ -304,8 +304,8 @@ def _connections(
     have, want = TensorSpec(donor[key].shape, "float32"), TensorSpec(spec.shape, "float32")
     try:
         if target.side == "flax":
-            return leaf_connections(role, have, leaf_role, want, module, target.module, layout)
-        return leaf_connections(leaf_role, want, role, have, target.module, module, layout)
+            return leaf_connections(role, have, leaf_role, want, module, target.module, layout or "")
+        return leaf_connections(leaf_role, want, role, have, target.module, module, layout or "")
     except LayoutError as error:
         raise PlanError(str(error)) from error
 
