@@ -9,7 +9,7 @@ from itertools import permutations
 
 from graftax.layers.base import Layer, LayerFacts, LayerForm, LeafAxes, Makes, Refusal, Setting, Shape, Step
 from graftax.layers.leaf_axes import CONV1D_AXES, EMBED_AXES, FLAX_CONV1D_AXES, LINEAR_AXES
-from graftax.ops import Rearrange
+from graftax.ops import Rearrange, groups_text
 
 _LETTERS = "abcdefgh"
 BIAS = Step("bias", "bias", optional=True)
@@ -18,11 +18,7 @@ BIAS = Step("bias", "bias", optional=True)
 def split_pattern(letters: str, into: str, out: str) -> str:
     """The pattern from a torch weight (out..., in...) to a kernel with the axes `letters`. `into` and `out` name the
     contracted and the produced axes, in the order of the flat features: 'ndh', 'd', 'nh' give '(n h) d -> n d h'."""
-    return f"{_group(out)} {_group(into)} -> {' '.join(letters)}"
-
-
-def _group(letters: str) -> str:
-    return letters if len(letters) == 1 else f"({' '.join(letters)})"
+    return f"{groups_text((out, into))} -> {' '.join(letters)}"
 
 
 def _sized(pattern: str, letters: str, shape: Shape) -> tuple[Rearrange]:
@@ -33,7 +29,7 @@ def _split_form(letters: str, into: str, out: str, shape: Shape, bias: Shape, wh
     """A weight (out, in) to a kernel of `shape`, and its bias (out) to the produced axes."""
     sizes = dict(zip(letters, shape, strict=True))
     flat = bias == () or len(bias) < 2
-    bias_ops = () if flat else _sized(f"{_group(out)} -> {' '.join(out)}", out, tuple(sizes[a] for a in out))
+    bias_ops = () if flat else _sized(f"{groups_text((out,))} -> {' '.join(out)}", out, tuple(sizes[a] for a in out))
     steps = (
         Step("weight", "kernel", _sized(split_pattern(letters, into, out), letters, shape)),
         Step("bias", "bias", bias_ops, optional=True),
@@ -50,7 +46,7 @@ def split_forms(facts: LayerFacts) -> Iterable[LayerForm]:
         # The bias alone: (out) becomes (heads, head).
         if not weight and not kernel and len(bias) > 1:
             letters = _LETTERS[: len(bias)]
-            ops = _sized(f"{_group(letters)} -> {' '.join(letters)}", letters, bias)
+            ops = _sized(f"({' '.join(letters)}) -> {' '.join(letters)}", letters, bias)
             yield LayerForm("linear, split", (Step("bias", "bias", ops),), "linear", why="the bias is split into heads")
         return
     if len(weight) != 2:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graftax.ops import Flip, Op, Rearrange, parse_pattern
+from graftax.ops import Flip, Op, Rearrange, groups_text, parse_pattern
 
 Shape = tuple[int, ...]
 Readings = dict[str, tuple[Op, ...]]
@@ -136,17 +136,9 @@ def regroup(source: Shape, target: Shape) -> tuple[Op, ...] | None:
         j += 1
     if i < len(left) or j < len(right):
         return None
-    texts = [_groups_text(shape, group) for shape, group in zip((source, target), groups, strict=True)]
-    return (Rearrange(f"{texts[0]} -> {texts[1]}", tuple(sorted(names))),)
-
-
-def _groups_text(shape: Shape, groups: list[list[str]]) -> str:
-    rest = iter(groups)
-    out: list[str] = []
-    for extent in shape:
-        group = ["1"] if extent == 1 else next(rest)
-        out.append(group[0] if len(group) == 1 else f"({' '.join(group)})")
-    return " ".join(out)
+    ends = zip((source, target), map(iter, groups), strict=True)
+    sides = [[["1"] if extent == 1 else next(rest) for extent in shape] for shape, rest in ends]
+    return (Rearrange(" -> ".join(map(groups_text, sides)), tuple(sorted(names))),)
 
 
 def same_effect(a: tuple[Op, ...], b: tuple[Op, ...]) -> bool:

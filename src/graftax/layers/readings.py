@@ -30,7 +30,7 @@ from graftax.layers.patterns import (
     as_it_is,
     fitted,
 )
-from graftax.ops import Crop, Flip, Op, Pad, Rearrange, Stack
+from graftax.ops import Crop, Flip, Op, Pad, Rearrange, Stack, groups_text
 
 Kind = Literal["kernel", "embedding", "norm", "free", "raw"]
 """What the name of a leaf shows. kernel: a Flax Dense or Conv stores it; embedding: nn.Embed stores it; norm: a scale;
@@ -279,7 +279,7 @@ def _rearranged(order: Sequence[int], flat: Sequence[tuple[int, int]], rank: int
     if left == right:
         return None
     sizes = {names[i]: math.prod(flat[j][1] for j in range(len(flat)) if head[j] == i) for i in names}
-    return Rearrange(f"{' '.join(map(_group, left))} -> {' '.join(map(_group, right))}", tuple(sizes.items()))
+    return Rearrange(f"{groups_text(left)} -> {groups_text(right)}", tuple(sizes.items()))
 
 
 def _grouped(
@@ -326,7 +326,3 @@ def _groups(order: Sequence[int], sizes: Sequence[int], target: Shape) -> list[l
             group.append(i)
         out.append(group)
     return out
-
-
-def _group(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"({' '.join(names)})"

@@ -14,7 +14,9 @@ from typing import Literal
 from graftax.layers.base import LeafAxes, Shape
 from graftax.layers.connect import known_kind, overriding
 from graftax.layers.leaf_axes import named_axes
+from graftax.layers.patterns import regroup
 from graftax.layers.table import LAYERS
+from graftax.ops import Flip, Op, Rearrange, groups_text, parse_pattern
 from graftax.tree import Checkpoint, Module, Side
 from graftax.tree.sides import separator_of
 
@@ -59,6 +61,11 @@ class LeafRole:
     def of_kind(self, kind: AxisKind) -> tuple[int, ...]:
         """The axes of the leaf that are of this kind throughout."""
         return tuple(n for n, one in enumerate(self.axes) if all(axis.kind == kind for axis in one))
+
+    def in_order(self, kind: AxisKind) -> list[int]:
+        """The places in `parts` of the axes of a kind; inputs in the order of the layer's flat input."""
+        places = [n for n, axis in enumerate(self.parts) if axis.kind == kind]
+        return sorted(places, key=lambda n: self.inputs.index(self.parts[n].name)) if kind == "in" else places
 
     def indexed(self, index: Sequence[int | slice | EllipsisType]) -> LeafRole | None:
         """The role of leaf[index], a basic index without new axes. None if a slice takes a part of an axis that merges
@@ -107,6 +114,40 @@ def _holders(tree: Checkpoint, path: str) -> Iterator[tuple[Module, str]]:
                 role = next((role for role, leaf in module.leaves.items() if leaf == path), "")
             yield module, role
             break
+
+
+def conversion(one: LeafRole, other: LeafRole) -> tuple[Op, ...] | None:
+    """The ops from a leaf of one role to a leaf of another role of the same side, stacks left out; () if both lie
+    alike,
+    None if the roles do not show it. A transposed convolution that is stored (in, out) runs over its window the other
+    way around than one that is stored (out, in)."""
+    ends = (one, other)
+    names = [{axis.name for axis in role.parts if axis.size > 1} for role in ends]
+    if one.layer != other.layer and (names[0] != names[1] or "k" in names[0]):
+        return None
+    atoms: tuple[dict[int, list[str]], ...] = ({}, {})
+    sizes: list[tuple[str, int]] = []
+    for kind in ("out", "in", "k"):
+        places = [role.in_order(kind) for role in ends]
+        made = regroup(*(tuple(role.parts[n].size for n in some) for role, some in zip(ends, places, strict=True)))
+        if made is None:
+            return None
+        for some, groups, end in zip(places, parse_pattern(made[0].pattern), atoms, strict=True):
+            end |= {n: [kind[0] + name[1:] for name in group if name != "1"] for n, group in zip(some, groups, strict=True)}
+        sizes += [(kind[0] + name[1:], size) for name, size in made[0].sizes]
+    sides: list[list[list[str]]] = []
+    for role, end in zip(ends, atoms, strict=True):
+        at = itertools.count()
+        found = [[name for _ in axes for name in end.get(next(at), ["stack"])] or ["1"] for axes in role.axes]
+        sides.append([names for names in found if names[0] != "stack"])
+    flat = [[name for group in side for name in group if name != "1"] for side in sides]
+    turned = one.layer == "ConvTranspose" and [name[0] for name in flat[0]] != [name[0] for name in flat[1]]
+    if flat[0] == flat[1] and not turned:
+        return ()
+    merged = {name for side in sides for group in side if len(group) > 1 for name in group}
+    fixed = tuple(sorted((name, size) for name, size in sizes if name in merged))
+    flip = (Flip(other.of_kind("k")),) if turned else ()
+    return (Rearrange(" -> ".join(map(groups_text, sides)), fixed), *flip)
 
 
 # ---------------------------------------------------------------- live modules

@@ -7,10 +7,11 @@ that the layer table knows (ConvTranspose's transpose_kernel), or because a clas
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from graftax.errors import worded
-from graftax.layers.within_side import alike_settings, conversions, one_class, table_kind
+from graftax.layers.connect import known_kind, own_layout
+from graftax.layers.roles import conversion, role_of
 from graftax.match.kinds import axis_orders, order_text, owners_by_leaf
 from graftax.ops import Op, Rearrange, Stack, Unstack, chain_text
 from graftax.plans import Candidate, Entry, Question
@@ -21,6 +22,36 @@ from graftax.tree import Checkpoint, Module, Side, TensorSpec
 
 _MOST = 6
 """Most layouts that a question offers."""
+_APART = frozenset(("order", "input_shape", "output_shape", "inner_shapes"))
+"""What a trace adds to the settings of a module."""
+_NO_LAYOUT = frozenset(("dtype", "precision", "bias", "dropout", "deterministic", "causal", "inplace", "name"))
+"""Words of settings of a user's own class that say nothing about the axes of its weights."""
+
+
+def table_kind(module: Module | None, side: Side) -> str:
+    """The kind in the layer table whose layout a live module surely has; "" if there is none."""
+    return "" if own_layout(module, side) else known_kind(module, side)
+
+
+def one_class(one: Module, other: Module) -> bool:
+    """True if both modules run one class, or a class that is defined twice in the same way."""
+    if one.code or other.code:
+        return one.kind == other.kind and one.code == other.code and one.calls == other.calls
+    return one.bases[:1] == other.bases[:1] and one.calls == other.calls
+
+
+def alike_settings(one: Module, other: Module) -> bool:
+    """True if no setting tells the layouts of two modules of one class of the user's apart."""
+    return _telling(one) == _telling(other)
+
+
+def _telling(module: Module) -> dict[str, object]:
+    """The settings that may say how the weights lie: flags and words. Numbers show in the shapes."""
+    return {
+        name: value
+        for name, value in module.settings.items()
+        if isinstance(value, (bool, str)) and name not in _APART and _NO_LAYOUT.isdisjoint(name.split("_"))
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +95,6 @@ class _Judge:
     side: Side
     owners: Mapping[str, Module]
     their_owners: Mapping[str, Module]
-    known: dict[object, Sequence[tuple[Op, ...]]] = field(default_factory=dict[object, "Sequence[tuple[Op, ...]]"])
 
     def turned(self, known: Iterable[Entry]) -> list[Entry]:
         """Entries for the leaves of modules of one name that no entry holds, if the only thing that keeps them from
@@ -93,10 +123,10 @@ class _Judge:
             return entry
         one, other = self.owners[name], self.their_owners[target]
         if table_kind(one, self.side) and table_kind(other, self.side):
-            ways = self._by_table(entry, name, target, one, other)
+            ways = [self._by_roles(entry, name, target)]
         else:
             ways = [(Rearrange(order_text(order)),) for order in axis_orders([(specs[0].shape, specs[1].shape)])]
-        return replace(entry, ops=tuple(ways[0])) if len(ways) == 1 else None
+        return replace(entry, ops=ways[0]) if len(ways) == 1 and ways[0] is not None else None
 
     def ops(self, entry: Entry) -> tuple[Op, ...] | _Doubt:
         """The ops of the entry by the live modules that hold its leaves; a doubt if nothing decides."""
@@ -119,30 +149,22 @@ class _Judge:
             return entry.ops
         kinds = table_kind(one, self.side), table_kind(other, self.side)
         if all(kinds):
-            ways = self._by_table(entry, name, target, one, other)
-            if len(ways) == 1:
-                return ways[0]
-            if kinds[0] == kinds[1] or entry.ops in ways:
-                return entry.ops
+            found = self._by_roles(entry, name, target)
+            if found is not None or kinds[0] == kinds[1]:
+                return entry.ops if found is None else found
         elif same and alike_settings(one, other):
             return entry.ops
         spec = self.like.specs[target] if _unstacks(entry) else self.source.specs[name]
         ways = tuple(_placed(entry, way) for way in _orders(spec))
         return _Doubt(_why(one, other, same), ways[:_MOST]) if len(ways) > 1 else entry.ops
 
-    def _by_table(self, entry: Entry, name: str, target: str, one: Module, other: Module) -> Sequence[tuple[Op, ...]]:
-        """The ops of the entry by the layer table: its own where the table changes nothing."""
-        ends = self.source.specs[name], self.like.specs[target]
-        stacked = any(isinstance(op, Stack) for op in entry.ops)
-        specs = (ends[0], ends[0]) if stacked else (ends[1], ends[1]) if _unstacks(entry) else ends
-        apart = stacked or _unstacks(entry)
-        as_is = () if apart else entry.ops
-        dot = "/" if self.side == "flax" else "."
-        roles = name.rpartition(dot)[2], target.rpartition(dot)[2]
-        key = *(repr((end.kind, end.calls, end.settings)) for end in (one, other)), roles, specs, as_is
-        if key not in self.known:
-            self.known[key] = conversions(self.side, one, other, roles, specs, as_is)
-        return [_placed(entry, way) for way in self.known[key]] if apart else self.known[key]
+    def _by_roles(self, entry: Entry, name: str, target: str) -> tuple[Op, ...] | None:
+        """The ops of the entry by the axes of both leaves; its own if these lie alike, None if nothing shows them."""
+        one, other = role_of(self.source, name), role_of(self.like, target)
+        way = None if one is None or other is None else conversion(one, other)
+        if not way:
+            return None if way is None else entry.ops
+        return _placed(entry, way) if any(isinstance(op, (Stack, Unstack)) for op in entry.ops) else way
 
 
 def _bare(name: str) -> str:

@@ -29,7 +29,7 @@ from graftax.ops.edge_ops import Drop, Fill, Keep
 from graftax.ops.floats import widens
 from graftax.ops.index_ops import Concat, Flip, Reorder, Split, Stack, Unstack
 from graftax.ops.norm_ops import FoldWeightNorm, SpectralSigma, SpectralVector, UnfoldWeightNorm
-from graftax.ops.rearrange import Rearrange, axis_groups, parse_pattern, transpose
+from graftax.ops.rearrange import Rearrange, axis_groups, groups_text, parse_pattern, transpose
 from graftax.ops.rearrange_each import RearrangeEach
 from graftax.ops.replace_op import LeafValue, Misfit, Replace, misfit_of
 from graftax.ops.value_ops import Cast, Offset, Scale, Sum, Unsum
@@ -76,6 +76,7 @@ __all__ = [
     "axis_groups",
     "bind_chain",
     "chain_text",
+    "groups_text",
     "infer_chain",
     "invert_chain",
     "misfit_of",

@@ -35,12 +35,12 @@ def parse_pattern(pattern: str) -> Pattern:
 @lru_cache(maxsize=4096)
 def canonical(pattern: str) -> str:
     """The pattern with single spaces, so that equal ops have equal text. RulesError if it is no pattern."""
-    sides = (" ".join(_group_text(group) for group in side) for side in parse_pattern(pattern))
-    return " -> ".join(sides)
+    return " -> ".join(map(groups_text, parse_pattern(pattern)))
 
 
-def _group_text(group: tuple[str, ...]) -> str:
-    return group[0] if len(group) == 1 else f"({' '.join(group)})"
+def groups_text(groups: Sequence[Sequence[str]]) -> str:
+    """One side of a pattern: (("h", "d"), ("i",)) as `(h d) i`."""
+    return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in groups)
 
 
 def axis_groups(text: str, pattern: str) -> tuple[tuple[str, ...], ...]:

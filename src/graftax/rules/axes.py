@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from graftax.errors import RulesError, escape
-from graftax.ops import axis_groups, parse_pattern
+from graftax.ops import axis_groups, groups_text, parse_pattern
 from graftax.tree import Side
 
 Groups = tuple[tuple[str, ...], ...]
@@ -61,10 +61,6 @@ class OpsText:
                 f"the tensor's own axes are {' '.join(own) or 'none'}"
             )
         return f"{' '.join(own)} -> {groups_text(self.right)}"
-
-
-def groups_text(groups: Sequence[Sequence[str]]) -> str:
-    return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in groups)
 
 
 def parse_ops(text: str, stackable: frozenset[str]) -> OpsText:

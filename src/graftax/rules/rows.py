@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from graftax.errors import LayoutError, escape
-from graftax.ops import Crop, Offset, Op, Pad, Rearrange, Repeat, Scale, Unrepeat, infer_chain
-from graftax.rules.axes import groups_text, own_names
+from graftax.ops import Crop, Offset, Op, Pad, Rearrange, Repeat, Scale, Unrepeat, groups_text, infer_chain
+from graftax.rules.axes import own_names
 from graftax.rules.flatten import Shape
 from graftax.rules.model import AxisName, Rule
 from graftax.tree import Side, TensorSpec
