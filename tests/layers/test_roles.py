@@ -213,11 +213,11 @@ def test_names_tell_where_they_leave_no_doubt(tree: Any, path: str, names: Any) 
 def test_every_class_has_its_axes_in_one_row() -> None:
     """A leaf that two rows described would have the role of the row that stands first."""
     for side in ("torch", "flax"):
-        for kind in {k for layer in LAYERS for k in (layer.torch if side == "torch" else (*layer.linen, *layer.nnx))}:
+        for kind in {k for layer in LAYERS for k in (layer.torch if side == "torch" else layer.flax)}:
             rows = [
                 layer.name
                 for layer in LAYERS
-                if kind in (layer.torch if side == "torch" else (*layer.linen, *layer.nnx))
+                if kind in (layer.torch if side == "torch" else layer.flax)
                 and any(axes.side == side and (not axes.kinds or kind in axes.kinds) for axes in layer.axes)
             ]
             norms = {"InstanceNorm", "BatchNorm"}  # one description for all norms

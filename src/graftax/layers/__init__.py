@@ -4,41 +4,20 @@ LAYERS is one table. `connect` finds every way in which it connects two modules,
 leaf.
 """
 
-from graftax.layers.base import (
-    By,
-    Connection,
-    Layer,
-    LayerFacts,
-    LayerForm,
-    LeafAxes,
-    Part,
-    Refusal,
-    Setting,
-    Step,
-)
+from graftax.layers.base import Connection, Part
 from graftax.layers.connect import connect, known_kind, layouts, leaf_connections, overriding, own_layout, settled
 from graftax.layers.conv import block_diagonal_ops
 from graftax.layers.fused import fused_ways
-from graftax.layers.roles import LeafRole, NamedAxis, role_of
-from graftax.layers.settings import SettingDifference, settings_differ
+from graftax.layers.roles import LeafRole, role_of
+from graftax.layers.settings import settings_differ
 from graftax.layers.table import LAYERS
 from graftax.layers.text import layer_rows, layers_text
 
 __all__ = [
     "LAYERS",
-    "By",
     "Connection",
-    "Layer",
-    "LayerFacts",
-    "LayerForm",
-    "LeafAxes",
     "LeafRole",
-    "NamedAxis",
     "Part",
-    "Refusal",
-    "Setting",
-    "SettingDifference",
-    "Step",
     "block_diagonal_ops",
     "connect",
     "fused_ways",

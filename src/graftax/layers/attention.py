@@ -97,7 +97,7 @@ ATTENTION_ROWS: tuple[Layer, ...] = (
             ),
         ),
         settings=(
-            Setting("num_heads", "num_heads", "num_heads", lambda t: t.get("num_heads"), lambda f: f.get("num_heads")),
+            Setting.same("num_heads"),
         ),
         refusals=(
             Refusal(
@@ -126,8 +126,6 @@ ATTENTION_ROWS: tuple[Layer, ...] = (
     Layer(
         "Fused query, key, value",
         torch=("Linear", "NonDynamicallyQuantizableLinear", "Conv1D"),
-        linen=(),
-        nnx=(),
         forms=(
             Makes(
                 lambda _: (),

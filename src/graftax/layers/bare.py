@@ -65,7 +65,6 @@ BARE_ROWS: tuple[Layer, ...] = (
         "PReLU",
         torch=("PReLU",),
         linen=("PReLU",),
-        nnx=("PReLU",),
         forms=(
             LayerForm(
                 "prelu",
@@ -96,9 +95,6 @@ BARE_ROWS: tuple[Layer, ...] = (
     ),
     Layer(
         "Bare parameter",
-        torch=(),
-        linen=(),
-        nnx=(),
         forms=(
             Makes(
                 bare_forms,

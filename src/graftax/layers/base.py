@@ -148,6 +148,12 @@ class Setting:
     have: Callable[[Settings], Any]
     note: str = ""
 
+    @classmethod
+    def same(cls, torch: str, flax: str = "", name: str = "") -> Setting:
+        """A setting with one meaning on both sides."""
+        flax = flax or torch
+        return cls(name or flax, torch, flax, lambda t: t.get(torch), lambda f: f.get(flax))
+
 
 @dataclass(frozen=True, slots=True)
 class LeafAxes:
@@ -176,7 +182,7 @@ class LeafAxes:
 class Layer:
     """A layer type: a row of the table.
 
-    torch, linen, nnx   class names; an empty tuple means any module (bare parameters)
+    torch, linen, nnx   class names; an empty tuple means any module (bare parameters), for nnx the names of linen
     forms       the ways to connect the leaves
     settings    settings to compare for parity
     exactness   'exact' (every bit survives there and back) or 'measured' (value ops; and which)
@@ -187,13 +193,17 @@ class Layer:
     """
 
     name: str
-    torch: tuple[str, ...]
-    linen: tuple[str, ...]
-    nnx: tuple[str, ...]
-    forms: tuple[Forms, ...]
+    torch: tuple[str, ...] = ()
+    linen: tuple[str, ...] = ()
+    nnx: tuple[str, ...] = ()
+    forms: tuple[Forms, ...] = ()
     settings: tuple[Setting, ...] = ()
     exactness: str = "exact"
     refusals: tuple[Refusal, ...] = ()
     axes: tuple[LeafAxes, ...] = ()
     flax_decides: bool = True
     note: str = ""
+
+    @property
+    def flax(self) -> tuple[str, ...]:
+        return (*self.linen, *self.nnx)

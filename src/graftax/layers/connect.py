@@ -22,7 +22,7 @@ _FRAMEWORKS = ("torch", "flax", "transformers")
 def _known_kinds() -> Mapping[Side, frozenset[str]]:
     return {
         "torch": frozenset(kind for layer in LAYERS for kind in layer.torch),
-        "flax": frozenset(kind for layer in LAYERS for kind in (*layer.linen, *layer.nnx)),
+        "flax": frozenset(kind for layer in LAYERS for kind in layer.flax),
     }
 
 
@@ -85,10 +85,8 @@ def rows_for(torch_kind: str, flax_kind: str) -> list[Layer]:
 
 
 def _listed(layer: Layer, torch_kind: str, flax_kind: str) -> bool:
-    flax = (*layer.linen, *layer.nnx)
-    return (not torch_kind or not layer.torch or torch_kind in layer.torch) and (
-        not flax_kind or not flax or flax_kind in flax
-    )
+    sides = ((torch_kind, layer.torch), (flax_kind, layer.flax))
+    return all(not kind or not known or kind in known for kind, known in sides)
 
 
 def connect(torch: Part, flax: Part, *, layout: str = "", partial: bool = False) -> list[Connection]:
@@ -262,7 +260,7 @@ def _used(form: LayerForm, facts: LayerFacts, partial: bool) -> list[tuple[Step,
 
 
 def _by(layer: Layer, form: LayerForm, facts: LayerFacts) -> By:
-    decided = (facts.torch_kind and layer.torch) or (facts.flax_kind and layer.flax_decides and layer.linen)
+    decided = (facts.torch_kind and layer.torch) or (facts.flax_kind and layer.flax_decides and layer.flax)
     return "modules" if decided and form.settled else form.by
 
 

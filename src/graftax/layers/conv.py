@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape
 from graftax.layers.conv_settings import (
     DILATION,
     STRIDES,
@@ -14,7 +14,7 @@ from graftax.layers.conv_settings import (
     flax_transposed_padding,
     transposed_padding,
 )
-from graftax.layers.dense import BIAS, LONE_BIAS
+from graftax.layers.dense import LONE_BIAS, kernel_form
 from graftax.layers.leaf_axes import CONV_AXES, CONV_TRANSPOSE_AXES
 from graftax.layers.patterns import FLIPPED, SPATIAL, layout_ops
 from graftax.ops import Crop, Op, Pad, Rearrange
@@ -55,12 +55,8 @@ def _bias_is(facts: LayerFacts, extent: int) -> bool:
 def conv_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     rank = _rank(facts)
     if rank and _bias_is(facts, facts.torch["weight"][0]):
-        yield LayerForm(
-            "conv",
-            (Step("weight", "kernel", layout_ops("conv", rank + 2) or ()), BIAS),
-            "conv",
-            why=f"by convention, a torch weight of rank {rank + 2} that becomes a kernel is a convolution",
-        )
+        why = f"by convention, a torch weight of rank {rank + 2} that becomes a kernel is a convolution"
+        yield kernel_form("conv", layout_ops("conv", rank + 2) or (), "conv", why)
 
 
 def transpose_forms(facts: LayerFacts) -> Iterable[LayerForm]:
@@ -76,24 +72,11 @@ def transpose_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     outputs = weight[1] * groups
     if not _bias_is(facts, outputs):
         return
-    if wanted is not False:
-        yield LayerForm(
-            "conv_transpose",
-            (Step("weight", "kernel", (*expand, *(layout_ops("conv_transpose", rank + 2) or ()))), BIAS),
-            "conv_transpose",
-            by="shapes",
-            why=f"it is a transposed convolution with transpose_kernel=True{tail}",
-            settled=wanted is not None,
-        )
-    if wanted is not True:
-        yield LayerForm(
-            "conv_transpose default",
-            (Step("weight", "kernel", (*expand, *(layout_ops(FLIPPED, rank + 2) or ()))), BIAS),
-            "conv_transpose default",
-            by="shapes",
-            why=f"it is a transposed convolution with transpose_kernel=False, so spatial axes are flipped{tail}",
-            settled=wanted is not None,
-        )
+    for layout, mode, flipped in (("conv_transpose", True, ""), (FLIPPED, False, ", so spatial axes are flipped")):
+        if wanted in (None, mode):
+            why = f"it is a transposed convolution with transpose_kernel={mode}{flipped}{tail}"
+            ops = (*expand, *(layout_ops(layout, rank + 2) or ()))
+            yield kernel_form(layout, ops, layout, why, by="shapes", settled=wanted is not None)
 
 
 def _groups(facts: LayerFacts, weight: Shape, kernel: Shape) -> int:
@@ -127,7 +110,6 @@ CONV_ROWS: tuple[Layer, ...] = (
         "Conv",
         torch=("Conv1d", "Conv2d", "Conv3d", "LazyConv1d", "LazyConv2d", "LazyConv3d"),
         linen=("Conv",),
-        nnx=("Conv",),
         forms=(Makes(conv_forms, ("conv: (O, I/g, *k) -> (*k, I/g, O)",)), LONE_BIAS),
         settings=(
             STRIDES,
@@ -136,10 +118,7 @@ CONV_ROWS: tuple[Layer, ...] = (
                 "padding", "padding", "padding", conv_padding, flax_padding,
                 "Flax defaults to SAME, torch to 0; with a stride SAME is not torch's padding.",
             ),
-            Setting(
-                "feature_group_count", "groups", "feature_group_count",
-                lambda t: t.get("groups"), lambda f: f.get("feature_group_count"),
-            ),
+            Setting.same("groups", "feature_group_count"),
         ),
         axes=CONV_AXES,
         note="(O, I/g, *k) -> (*k, I/g, O): axes (2.., 1, 0). Pad explicitly in Flax: k3 s2 p1 is not SAME.",
@@ -148,7 +127,6 @@ CONV_ROWS: tuple[Layer, ...] = (
         "ConvTranspose",
         torch=TORCH_TRANSPOSED,
         linen=("ConvTranspose",),
-        nnx=("ConvTranspose",),
         forms=(
             Makes(
                 transpose_forms,

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import permutations
+from typing import Any
 
-from graftax.layers.base import Layer, LayerFacts, LayerForm, LeafAxes, Makes, Refusal, Setting, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, LeafAxes, Makes, Ops, Refusal, Setting, Shape, Step
 from graftax.layers.leaf_axes import CONV1D_AXES, EMBED_AXES, FLAX_CONV1D_AXES, LINEAR_AXES
 from graftax.ops import Rearrange, groups_text
 
@@ -116,13 +117,13 @@ def _has_weight(facts: LayerFacts) -> bool:
     return "weight" in facts.torch
 
 
-LINEAR_FORM = LayerForm(
-    "linear",
-    (Step("weight", "kernel", "o i -> i o"), BIAS),
-    "linear",
-    why="by convention, a torch weight of rank 2 that becomes a kernel is a Linear, transposed",
-    holds=_has_weight,
-)
+def kernel_form(variant: str, ops: Ops, layout: str, why: str, **more: Any) -> LayerForm:
+    """A weight that becomes a kernel, and its bias."""
+    return LayerForm(variant, (Step("weight", "kernel", ops), BIAS), layout, why=why, **more)
+
+
+_CONVENTION = "by convention, a torch weight of rank 2 that becomes a kernel is a Linear, transposed"
+LINEAR_FORM = kernel_form("linear", "o i -> i o", "linear", _CONVENTION, holds=_has_weight)
 
 
 def bilinear_forms(facts: LayerFacts) -> Iterable[LayerForm]:
@@ -183,14 +184,13 @@ DENSE_ROWS: tuple[Layer, ...] = (
         "Linear as 1x1 convolution",
         torch=("Linear", "NonDynamicallyQuantizableLinear"),
         linen=("Conv",),
-        nnx=("Conv",),
         forms=(
             *(
-                LayerForm(
+                kernel_form(
                     f"linear to {rank}d 1x1 kernel",
-                    (Step("weight", "kernel", f"o i -> {'1 ' * rank}i o"), BIAS),
+                    f"o i -> {'1 ' * rank}i o",
                     "linear",
-                    why="a torch weight of rank 2 becomes a kernel of extent 1, a Linear at every position",
+                    "a torch weight of rank 2 becomes a kernel of extent 1, a Linear at every position",
                     holds=_has_weight,
                 )
                 for rank in (1, 2, 3)
@@ -206,11 +206,11 @@ DENSE_ROWS: tuple[Layer, ...] = (
         nnx=("Linear",),
         forms=(
             *(
-                LayerForm(
+                kernel_form(
                     f"{rank}d 1x1 kernel to linear",
-                    (Step("weight", "kernel", f"o i {'1 ' * rank}-> i o"), BIAS),
+                    f"o i {'1 ' * rank}-> i o",
                     "conv",
-                    why="a torch weight of extent 1 becomes a kernel of rank 2, a Dense at every position",
+                    "a torch weight of extent 1 becomes a kernel of rank 2, a Dense at every position",
                     holds=lambda f: _has_weight(f) and f.torch_settings.get("groups", 1) == 1,
                 )
                 for rank in (1, 2, 3)
@@ -225,13 +225,13 @@ DENSE_ROWS: tuple[Layer, ...] = (
         linen=("Dense",),
         nnx=("Linear",),
         forms=(
-            LayerForm(
+            kernel_form(
                 "conv1d (in, out)",
-                (Step("weight", "kernel"), BIAS),
+                (),
                 "identity",
+                "the torch weight is stored (in, out) already",
                 by="shapes",
-                why="the torch weight is stored (in, out) already",
-                holds=lambda f: len(f.torch.get("weight", ())) == 2 and _has_weight(f),
+                holds=lambda f: len(f.torch.get("weight", ())) == 2,
             ),
             LONE_BIAS,
         ),
@@ -244,13 +244,12 @@ DENSE_ROWS: tuple[Layer, ...] = (
         "HF FlaxConv1D",
         torch=("Conv1D",),
         linen=("FlaxConv1D",),
-        nnx=("FlaxConv1D",),
         forms=(
-            LayerForm(
+            kernel_form(
                 "conv1d (in, out) to (out, in)",
-                (Step("weight", "kernel", "i o -> o i"), BIAS),
+                "i o -> o i",
                 "linear",
-                why="transformers' FlaxConv1D stores (out, in) and transposes when it is called",
+                "transformers' FlaxConv1D stores (out, in) and transposes when it is called",
                 holds=_has_weight,
             ),
             LONE_BIAS,
@@ -262,7 +261,6 @@ DENSE_ROWS: tuple[Layer, ...] = (
         "Embedding",
         torch=("Embedding",),
         linen=("Embed",),
-        nnx=("Embed",),
         forms=(
             LayerForm(
                 "embedding",
@@ -271,13 +269,8 @@ DENSE_ROWS: tuple[Layer, ...] = (
                 why="by convention, an embedding has rows of features on both sides and is never transposed",
             ),
         ),
-        settings=(
-            Setting("num_embeddings", "num_embeddings", "num_embeddings",
-                    lambda t: t.get("num_embeddings"), lambda f: f.get("num_embeddings")),
-        ),
-        refusals=(
-            _MAX_NORM,
-        ),
+        settings=(Setting.same("num_embeddings"),),
+        refusals=(_MAX_NORM,),
         axes=EMBED_AXES,
         note="(V, D) on both sides: never transpose, square or not. `padding_idx` only stops gradients.",
     ),
@@ -285,7 +278,6 @@ DENSE_ROWS: tuple[Layer, ...] = (
         "EmbeddingBag",
         torch=("EmbeddingBag",),
         linen=("Embed",),
-        nnx=("Embed",),
         forms=(LayerForm("embedding bag", (Step("weight", "embedding"),), "identity", why="its rows are features"),),
         refusals=(_MAX_NORM,),
         axes=EMBED_AXES[:1],
@@ -294,8 +286,6 @@ DENSE_ROWS: tuple[Layer, ...] = (
     Layer(
         "Bilinear",
         torch=("Bilinear",),
-        linen=(),
-        nnx=(),
         forms=(
             Makes(bilinear_forms, ("bilinear: (out, in1, in2) -> (in1, in2, out), or any order of axes that fits",)),
             LONE_BIAS,

@@ -69,7 +69,6 @@ NORM_ROWS: tuple[Layer, ...] = (
         "LayerNorm",
         torch=("LayerNorm",),
         linen=("LayerNorm",),
-        nnx=("LayerNorm",),
         forms=(
             LayerForm("layer norm", _AFFINE, "identity", why="scale and bias pair by name"),
             Makes(_flat_forms, ("layer norm over several axes, flat in NNX: a b -> (a b)",)),
@@ -83,7 +82,6 @@ NORM_ROWS: tuple[Layer, ...] = (
         "GroupNorm",
         torch=("GroupNorm",),
         linen=("GroupNorm",),
-        nnx=("GroupNorm",),
         forms=(LayerForm("group norm", _AFFINE, "identity", why="scale and bias pair by name"),),
         settings=(
             _epsilon(),
@@ -97,7 +95,6 @@ NORM_ROWS: tuple[Layer, ...] = (
         "InstanceNorm",
         torch=("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
         linen=("InstanceNorm",),
-        nnx=("InstanceNorm",),
         forms=(LayerForm("instance norm", _AFFINE, "identity", why="scale and bias pair by name"),),
         settings=(_epsilon(),),
         refusals=(
@@ -115,7 +112,6 @@ NORM_ROWS: tuple[Layer, ...] = (
         "RMSNorm",
         torch=("RMSNorm",),
         linen=("RMSNorm",),
-        nnx=("RMSNorm",),
         forms=(
             LayerForm("rms norm", _AFFINE[:1], "identity", why="the scale pairs by name"),
             LayerForm("rms norm, zero-centred", (Step("weight|gamma", "scale|weight", (Offset(1.0),)),), "zero-centred",
@@ -132,7 +128,6 @@ NORM_ROWS: tuple[Layer, ...] = (
         torch=("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d", "InstanceNorm2d",
                "InstanceNorm3d"),
         linen=("BatchNorm",),
-        nnx=("BatchNorm",),
         forms=(
             LayerForm("batch norm", _STATISTICS, "identity", why="both sides have running statistics"),
             LayerForm(

@@ -201,7 +201,6 @@ RECURRENT_ROWS: tuple[Layer, ...] = (
         "LSTM",
         torch=("LSTM", "LSTMCell"),
         linen=("LSTMCell", "OptimizedLSTMCell", *_WRAPPERS),
-        nnx=("LSTMCell", "OptimizedLSTMCell", *_WRAPPERS),
         forms=_forms(
             LSTM,
             "weight_ih (4H, I) -> ii, if, ig, io (NNX: if_): split in 4, o i -> i o; weight_hh -> hi, hf, hg, ho",
@@ -226,7 +225,6 @@ RECURRENT_ROWS: tuple[Layer, ...] = (
         "GRU",
         torch=("GRU", "GRUCell"),
         linen=("GRUCell", *_WRAPPERS),
-        nnx=("GRUCell", *_WRAPPERS),
         forms=_forms(
             GRU,
             "weight_ih (3H, I) -> ir, iz, in: split in 3, o i -> i o; weight_hh -> hr, hz, hn",
@@ -243,17 +241,10 @@ RECURRENT_ROWS: tuple[Layer, ...] = (
         "RNN",
         torch=("RNN", "RNNCell"),
         linen=("SimpleCell", *_WRAPPERS),
-        nnx=("SimpleCell", *_WRAPPERS),
         forms=_forms(RNN, "weight_ih -> i (NNX dense_i), weight_hh -> h (dense_h): o i -> i o; biases added"),
         settings=(
             _HIDDEN,
-            Setting(
-                "activation",
-                "nonlinearity",
-                "activation_fn",
-                lambda t: t.get("nonlinearity"),
-                lambda f: f.get("activation_fn"),
-            ),
+            Setting.same("nonlinearity", "activation_fn", "activation"),
         ),
         exactness=_MEASURED,
         axes=CELL_AXES,

@@ -133,7 +133,8 @@ def conversion(one: LeafRole, other: LeafRole) -> tuple[Op, ...] | None:
         if made is None:
             return None
         for some, groups, end in zip(places, parse_pattern(made[0].pattern), atoms, strict=True):
-            end |= {n: [kind[0] + name[1:] for name in group if name != "1"] for n, group in zip(some, groups, strict=True)}
+            for n, group in zip(some, groups, strict=True):
+                end[n] = [kind[0] + name[1:] for name in group if name != "1"]
         sizes += [(kind[0] + name[1:], size) for name, size in made[0].sizes]
     sides: list[list[list[str]]] = []
     for role, end in zip(ends, atoms, strict=True):
@@ -181,7 +182,7 @@ def _kinds(role: LeafRole) -> tuple[tuple[AxisKind, ...], ...]:
 
 def _row(kind: str, side: Side, role: str) -> tuple[str, LeafAxes] | None:
     for layer in LAYERS:
-        if kind in (layer.torch if side == "torch" else (*layer.linen, *layer.nnx)):
+        if kind in (layer.torch if side == "torch" else layer.flax):
             for row in layer.axes:
                 if row.side == side and (not row.kinds or kind in row.kinds) and re.fullmatch(row.roles, role):
                     return layer.name, row

@@ -31,7 +31,7 @@ def settings_differ(torch: Module, flax: Module, layer: str | None = None) -> li
     if not all(kinds):
         return out
     for row in rows_for(*kinds):
-        if (layer is not None and row.name != layer) or not row.torch or not (row.linen or row.nnx):
+        if (layer is not None and row.name != layer) or not row.torch or not row.flax:
             continue
         for setting in row.settings:
             want, have = setting.want(torch.settings), setting.have(flax.settings)

@@ -22,7 +22,7 @@ def layer_rows() -> list[dict[str, Any]]:
             "name": layer.name,
             "torch": list(layer.torch),
             "linen": list(layer.linen),
-            "nnx": list(layer.nnx),
+            "nnx": list(layer.nnx or layer.linen),
             "layouts": layer_layouts(layer),
             "settings": [f"{s.torch} = {s.flax}" for s in layer.settings],
             "exactness": layer.exactness,

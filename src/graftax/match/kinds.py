@@ -42,7 +42,7 @@ class Kinds:
         """Why two live kinds exclude each other; empty if they do not, or if a kind is not known."""
         left, right = self._live(pair.torch, True), self._live(pair.flax, False)
         a, b = known_kind(left, "torch"), known_kind(right, "flax")
-        if a and b and not any(row.torch and (row.linen or row.nnx) for row in rows_for(a, b)):
+        if a and b and not any(row.torch and row.flax for row in rows_for(a, b)):
             return f"one module is {a} and the other {b}"
         return ""
 
