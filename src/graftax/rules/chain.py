@@ -134,6 +134,8 @@ def _core(
     rule: Rule, case: Case, lefts: tuple[Shape, ...] | None, rights: tuple[Shape, ...] | None
 ) -> tuple[tuple[Op, ...], Laid]:
     """The ops of one instance. If a list is stacked, its tensors are the instances."""
+    if rule.heads is not None and rule.ops is None and rights is None:
+        raise LayoutError("`heads` without a `like` leaves open whether a kernel is (i, o) or (i, h, d); write ops")
     if LIST in case.counts:
         lefts = None if lefts is None else lefts[:1]
         rights = None if rights is None else rights[:1]
@@ -143,7 +145,9 @@ def _core(
     many = (1, 1) if LIST in case.counts else (len(rule.left), len(rule.right))
     if many == (1, 1):
         laid = _piece(rule, case, _first(lefts), _first(rights))
-        _heads_agree(rule, rights, laid.ops)
+        fault = heads_fault(rule, rights[0], laid.ops) if rights is not None and rule.ops is None else ""
+        if fault:
+            raise LayoutError(fault)
         shape = lefts[0] if lefts is not None else _through(invert_chain(laid.ops), rights)
         moved = (
             reordered(rule, fused_axis(rule, len(shape), case.sides[0], case.left_roles[0]), shape)
@@ -207,8 +211,6 @@ def _split(
     rule: Rule, case: Case, left: Shape | None, rights: tuple[Shape, ...] | None, rows: tuple[Op, ...]
 ) -> tuple[tuple[Op, ...], Laid]:
     """One tensor on the left, several on the right."""
-    if rule.heads is not None and rights is None and rule.ops is None:
-        raise LayoutError("`heads` without a `like` leaves open whether a kernel is (i, o) or (i, h, d); write ops")
     if left is not None:
         axis = fused_axis(rule, len(left), case.sides[0], case.left_roles[0])
         rest = left[:axis] + left[axis + 1 :]
@@ -231,8 +233,6 @@ def _joined(
     rule: Rule, case: Case, lefts: tuple[Shape, ...] | None, right: Shape | None, rows: tuple[Op, ...]
 ) -> tuple[tuple[Op, ...], Laid]:
     """Several tensors on the left, one on the right."""
-    if rule.heads is not None and right is None and rule.ops is None:
-        raise LayoutError("`heads` without a `like` leaves open whether a kernel is (i, o) or (i, h, d); write ops")
     if lefts is not None:
         axis = fused_axis(rule, len(lefts[0]), case.sides[0], case.left_roles[0])
         if any(len(s) != len(lefts[0]) for s in lefts):
@@ -252,33 +252,16 @@ def _joined(
 def _merge(each: Sequence[Laid]) -> Laid:
     """The layouts of several tensors as one that is mapped over them; sizes that differ are left open."""
     first = each[0]
-    ops: list[Op] = []
-    for place, op in enumerate(first.ops):
-        same = [other.ops[place] if len(other.ops) == len(first.ops) else None for other in each]
-        if isinstance(op, Rearrange):
-            patterns = {o.pattern for o in same if isinstance(o, Rearrange)}
-            if len(patterns) != 1 or not all(isinstance(o, Rearrange) for o in same):
-                raise LayoutError("the tensors of the list are laid out differently; write ops, or a rule for each")
-            common = set(op.sizes).intersection(*(set(o.sizes) for o in same if isinstance(o, Rearrange)))
-            ops.append(replace(op, sizes=tuple(sorted(common))))
-        elif any(o != op for o in same) or not isinstance(op, Flip):
-            raise LayoutError("the tensors of the list are laid out differently; write ops, or a rule for each")
-        else:
-            ops.append(op)
-    if any(len(other.ops) != len(first.ops) for other in each):
+    kinds = [[replace(op, sizes=()) if isinstance(op, Rearrange) else op for op in laid.ops] for laid in each]
+    if any(ops != kinds[0] or not all(isinstance(op, (Rearrange, Flip)) for op in ops) for ops in kinds):
         raise LayoutError("the tensors of the list are laid out differently; write ops, or a rule for each")
+    ops: list[Op] = []
+    for alike in zip(*(laid.ops for laid in each), strict=True):
+        sizes = [set(op.sizes) for op in alike if isinstance(op, Rearrange)]
+        fixed = tuple(sorted(set[tuple[str, int]].intersection(*sizes))) if sizes else ()
+        ops.append(replace(alike[0], sizes=fixed) if isinstance(alike[0], Rearrange) else alike[0])
     assumes = tuple(dict.fromkeys(text for laid in each for text in laid.assumes))
     return Laid(tuple(ops), first.evidence, assumes)
-
-
-def _heads_agree(rule: Rule, rights: Sequence[Shape] | None, ops: Sequence[Op]) -> None:
-    if rule.heads is None or rule.ops is not None:
-        return
-    if rights is None:
-        raise LayoutError("`heads` without a `like` leaves open where the heads go; write ops")
-    fault = heads_fault(rule, rights[0], ops)
-    if fault:
-        raise LayoutError(fault)
 
 
 def heads_fault(rule: Rule, right: Shape, ops: Sequence[Op]) -> str:
@@ -290,7 +273,8 @@ def heads_fault(rule: Rule, right: Shape, ops: Sequence[Op]) -> str:
     made = [op for op in ops if isinstance(op, Rearrange)]
     others = {dict(op.sizes).get("h", rule.heads) for op in made} - said
     if others:
-        return f"the layout makes {others.pop()} heads, not {rule.heads}"
+        text = f"heads={rule.heads}, but in the usual order of its axes {right} has {others.pop()}"
+        return f"{text}; write ops with the right order, such as '(h d) i -> i d h'"
     if len(right) > 2 and said.isdisjoint(right):
         return f"no axis of {right} has heads={rule.heads} entries"
     if len(right) > 2 and ops and not any("(" in op.pattern for op in made):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from graftax.errors import LayoutError
 from graftax.layers.fused import split_groups
@@ -27,12 +26,8 @@ def fused_axis(rule: Rule, rank: int, side: Side, role: str) -> int:
     return 1 if rank > 2 and (rule.layout or "").startswith("conv_transpose") else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """The split of a part's rows on the other side: `count` heads of `dim` rows."""
-
-    count: int
-    dim: int
+Heads = tuple[int, int]
+"""(how many heads, the rows of each)"""
 
 
 def shown_heads(ops: Sequence[Op], axis: int) -> Heads | None:
@@ -44,7 +39,7 @@ def shown_heads(ops: Sequence[Op], axis: int) -> Heads | None:
     group, sizes = parse_pattern(op.pattern)[0][axis], dict(op.sizes)
     if len(group) < 2 or any(name not in sizes for name in group):
         return None
-    return Heads(math.prod(sizes[name] for name in group[:-1]), sizes[group[-1]])
+    return math.prod(sizes[name] for name in group[:-1]), sizes[group[-1]]
 
 
 def part_sizes(
@@ -99,7 +94,7 @@ def check_heads(rule: Rule, sizes: Sequence[int], shown: Sequence[Heads | None])
     if rule.heads is None:
         return
     largest = max(sizes)
-    counts = {heads.count for heads in shown if heads is not None}
+    counts = {heads[0] for heads in shown if heads is not None}
     if counts and max(counts) != rule.heads:
         raise LayoutError(f"the targets have {max(counts)} heads, but the rule says heads={rule.heads}")
     if counts and rule.kv_heads is not None and min(counts) != rule.kv_heads:
@@ -132,8 +127,6 @@ def reordered(rule: Rule, axis: int, shape: Shape) -> tuple[Op, ...]:
     """A fused tensor whose parts lie in one order -> the same in the order of the other side. The parts are equal, or
     have the shares of the rows that the rule states."""
     left, right = rule.parts
-    if not left:
-        return ()
     runs = rule.heads if rule.fused == "interleaved" and rule.heads else 1
     shares = [rule.sizes.get(name, 1) for name in left]
     unit, odd = divmod(shape[axis], runs * sum(shares))
@@ -159,11 +152,9 @@ def _interleaved(rule: Rule, sizes: tuple[int, ...], shown: Sequence[Heads | Non
     """(groups, heads of each part in a group, head dim). (h 3 d) has h groups of 1 + 1 + 1. With grouped heads, every
     group holds heads / kv_heads heads of q, one of k and one of v."""
     dim = 0
-    dims = {heads.dim if heads is not None else 0 for heads in shown}
+    dims = {heads[1] if heads is not None else 0 for heads in shown}
     if rule.heads is not None:
-        dim, odd = divmod(max(sizes), rule.heads)
-        if odd:
-            raise LayoutError(f"{max(sizes)} rows are no multiple of heads={rule.heads}")
+        dim = max(sizes) // rule.heads
     elif len(dims) == 1:
         (dim,) = dims
     if not dim:
@@ -171,12 +162,7 @@ def _interleaved(rule: Rule, sizes: tuple[int, ...], shown: Sequence[Heads | Non
             "fused = 'interleaved' needs `heads`, the number of runs in which the rows of a part lie, "
             f"such as heads = {max(sizes)} if the parts alternate row by row"
         )
-    if any(size % dim for size in sizes):
-        raise LayoutError(f"{sizes} rows do not split into heads of {dim}")
-    heads = [size // dim for size in sizes]
-    groups = min(heads)
-    if not groups or any(n % groups for n in heads):
-        raise LayoutError(f"heads {', '.join(map(str, heads))} do not interleave in groups of one key head")
-    if rule.kv_heads is not None and groups != rule.kv_heads:
-        raise LayoutError(f"the parts have at least {groups} heads, but the rule says kv_heads={rule.kv_heads}")
-    return groups, tuple(n // groups for n in heads), dim
+    groups = min(sizes) // dim
+    if not groups or any(size % (dim * groups) for size in sizes):
+        raise LayoutError(f"{sizes} rows do not interleave in groups of one key head of {dim} rows")
+    return groups, tuple(size // dim // groups for size in sizes), dim

@@ -140,19 +140,8 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: TensorPair) -> Laid:
         ways = " or ".join(dict.fromkeys(connection.rule or connection.variant for connection in best))
         raise LayoutError(f"{left} becomes {right} in {len(best)} ways; say which: {ways}")
     (entry,) = best[0].entries
-    _heads_as_said(entry.ops, piece)
     evidence = () if rule.layout else best[0].evidence
     return Laid(entry.ops, evidence, best[0].assumes)
-
-
-def _heads_as_said(ops: Sequence[Op], piece: TensorPair) -> None:
-    """LayoutError if the usual order of the axes gives another number of heads than the rule."""
-    found = {dict(op.sizes).get("h", piece.heads) for op in ops if isinstance(op, Rearrange)}
-    if piece.heads is not None and found - {piece.heads}:
-        raise LayoutError(
-            f"heads={piece.heads}, but in the usual order of its axes {piece.right} has {found.pop()}; "
-            "write ops with the right order, such as '(h d) i -> i d h'"
-        )
 
 
 def _no_layout(rule: Rule, left: Shape, right: Shape, ops: Sequence[Op] | None) -> str:

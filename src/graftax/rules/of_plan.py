@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from graftax.errors import GraftaxError, escape
 from graftax.ops import (
@@ -16,11 +17,9 @@ from graftax.ops import (
     Concat,
     Op,
     Rearrange,
-    RearrangeEach,
     Reorder,
     Split,
     Stack,
-    Unstack,
     apply_chain,
     bind_chain,
     parse_pattern,
@@ -153,53 +152,30 @@ def _plain(op: Op) -> object:
 
 
 def _forms(ops: Sequence[Op], index: str) -> Iterator[Keys]:
-    """What a rule may say of these ops, the shortest first."""
+    """What a rule may say of these ops, the shortest first. What does not make them is not written."""
     last = ops[-1] if ops else None
-    if isinstance(last, Stack) and index:
-        for keys in _forms(ops[:-1], ""):
-            yield keys | {"stack": {index: last.axis}}
-        return
-    if not ops:
-        yield {"layout": "identity"}
-        return
-    if len(ops) == 1 and isinstance(ops[0], Rearrange):
-        yield from _rearranged(ops[0])
-        return
-    at = next((i for i, op in enumerate(ops) if isinstance(op, Reorder)), 0)
-    if at and isinstance(cut := ops[at - 1], Split) and isinstance(ops[at + 1], Concat):
-        yield from _with_parts(cut, ops[at], (*ops[: at - 1], *ops[at + 2 :]))
-        return
-    how: Keys = {}
-    rest = list(ops)
-    if isinstance(rest[0], Split) or (rest and isinstance(rest[-1], Concat)):
-        how = {"fused": "block"}
-        rest = [op for op in rest if not isinstance(op, (Split, Concat))]
-    elif len(rest) > 1 and isinstance(rest[1], Unstack) and isinstance(rest[0], Rearrange):
-        sizes = dict(rest[0].sizes)
-        how = {"fused": "interleaved", "heads": sizes.get("h", 0)}
-        rest = rest[2:]
-    if how and not rest:
-        yield how
-    elif how and len(rest) == 1 and isinstance(rest[0], Rearrange):
-        yield how
-        for keys in _rearranged(rest[0]):
-            yield how | keys
-    elif how and len(rest) == 1 and isinstance(rest[0], RearrangeEach):
-        yield how
+    stack: Keys = {"stack": {index: last.axis}} if isinstance(last, Stack) and index else {}
+    layouts = [keys for op in ops if isinstance(op, Rearrange) for keys in _rearranged(op)] or [{"layout": "identity"}]
+    ways: list[Keys] = [{}]
+    move = next((op for op in ops if isinstance(op, Reorder)), None)
+    cut = next((op for op in ops if isinstance(op, Split)), None)
+    if move is not None and cut is not None:
+        ways = _parts(cut.sizes, move.order)
+        layouts = [{"layout": "linear"}, {"layout": "conv"}, *layouts]
+    elif any(isinstance(op, (Split, Concat)) for op in ops):
+        ways = [{"fused": "block"}]
+        layouts = [{}, *layouts]
+    for way, layout in product(ways, layouts):
+        yield {**way, **layout, **stack}
 
 
-def _with_parts(cut: Split, move: Op, rest: Sequence[Op]) -> Iterator[Keys]:
-    """Parts of a fused tensor in another order, and the layout beside."""
-    assert isinstance(move, Reorder)
-    names = [f"part{i}" for i in range(len(move.order))]
-    one, other = " ".join(names), " ".join(names[i] for i in move.order)
-    unit = math.gcd(*cut.sizes)
-    shares = (
-        {name: size // unit for name, size in zip(names, cut.sizes, strict=True)} if len(set(cut.sizes)) > 1 else {}
-    )
-    for said in (f"{one} -> {other}", f"{other} -> {one}"):  # a rule is written torch to Flax, a plan runs either way
-        for keys in ({"layout": "linear"}, {"layout": "conv"}, *_forms(rest, "")):
-            yield {"parts": said, **shares, **keys}
+def _parts(sizes: Sequence[int], order: Sequence[int]) -> list[Keys]:
+    """Parts of a fused tensor in another order; a rule is written torch to Flax, a plan runs either way."""
+    names = [f"part{i}" for i in range(len(order))]
+    one, other = " ".join(names), " ".join(names[i] for i in order)
+    unit = math.gcd(*sizes)
+    shares = {name: size // unit for name, size in zip(names, sizes, strict=True)} if len(set(sizes)) > 1 else {}
+    return [{"parts": said, **shares} for said in (f"{one} -> {other}", f"{other} -> {one}")]
 
 
 def _rearranged(op: Rearrange) -> Iterator[Keys]:

@@ -32,13 +32,14 @@ def row_ops(rule: Rule, side: Side, lefts: Sequence[Shape] | None, rights: Seque
     open_ = [name for amounts in (rule.repeat, rule.pad) for name, amount in amounts.items() if amount is None]
     if len(open_) > 1:
         raise LayoutError(f"repeat and pad leave {len(open_)} amounts open; the sizes determine only one")
-    ratio = _Ratio(lefts, rights)
+    one = lefts is not None and rights is not None and len(lefts) == len(rights) == 1
+    sizes = (math.prod(lefts[0]), math.prod(rights[0])) if one and lefts and rights else (0, 0)
     shape = lefts[0] if lefts is not None else None
     steps: list[tuple[AxisName, Callable[[int, Shape | None], Op]]] = []
     for name, count in rule.repeat.items():
-        steps.append((name, partial(_repeat, ratio, count)))
+        steps.append((name, partial(_repeat, sizes, count)))
     for name, rows in rule.pad.items():
-        steps.append((name, partial(_pad, ratio, rows, rule.fill or 0.0)))
+        steps.append((name, partial(_pad, sizes, rows, rule.fill or 0.0)))
     for name, make in steps:
         ops = _at(rule, name, rank, side, make, shape, rights)
         shape = _after(ops, shape)
@@ -58,40 +59,35 @@ def _rank(rule: Rule, lefts: Sequence[Shape] | None) -> int:
     raise LayoutError("repeat and pad need the torch tensor's shape: give a `like`, or write both sides of ops")
 
 
-class _Ratio:
-    """Values on the right per value on the left, if both sizes are known and each side is one tensor."""
-
-    __slots__ = ("left", "right")
-
-    def __init__(self, lefts: Sequence[Shape] | None, rights: Sequence[Shape] | None) -> None:
-        one = lefts is not None and rights is not None and len(lefts) == len(rights) == 1
-        self.left = math.prod(lefts[0]) if one and lefts is not None else 0
-        self.right = math.prod(rights[0]) if one and rights is not None else 0
-
-    def need(self, key: str) -> None:
-        if not self.left or not self.right:
-            raise LayoutError(f"{key} without an amount needs the sizes of both tensors, one each; write how many")
+Sizes = tuple[int, int]
+"""How many values the tensor has on the left and on the right; zeros if either is not known or not one tensor."""
 
 
-def _repeat(ratio: _Ratio, count: int | None, axis: int, shape: Shape | None) -> Op:
+def _known(sizes: Sizes, key: str) -> Sizes:
+    if not all(sizes):
+        raise LayoutError(f"{key} without an amount needs the sizes of both tensors, one each; write how many")
+    return sizes
+
+
+def _repeat(sizes: Sizes, count: int | None, axis: int, shape: Shape | None) -> Op:
     if count is not None:
         return Repeat(axis, count)
-    ratio.need("repeat")
-    big, small = max(ratio.left, ratio.right), min(ratio.left, ratio.right)
+    left, right = _known(sizes, "repeat")
+    big, small = max(left, right), min(left, right)
     if big % small:
-        raise LayoutError(f"repeat: {ratio.right} values are no multiple of {ratio.left}")
-    return Repeat(axis, big // small) if ratio.right >= ratio.left else Unrepeat(axis, big // small)
+        raise LayoutError(f"repeat: {right} values are no multiple of {left}")
+    return Repeat(axis, big // small) if right >= left else Unrepeat(axis, big // small)
 
 
-def _pad(ratio: _Ratio, rows: tuple[int, int] | None, fill: float, axis: int, shape: Shape | None) -> Op:
+def _pad(sizes: Sizes, rows: tuple[int, int] | None, fill: float, axis: int, shape: Shape | None) -> Op:
     if rows is not None:
         return Pad(axis, *rows, fill)
-    ratio.need("pad")
+    _, right = _known(sizes, "pad")
     assert shape is not None
     row = math.prod(shape) // max(shape[axis], 1)
-    if not row or ratio.right % row:
-        raise LayoutError(f"pad: {ratio.right} values do not divide into rows of {row}")
-    more = ratio.right // row - shape[axis]
+    if not row or right % row:
+        raise LayoutError(f"pad: {right} values do not divide into rows of {row}")
+    more = right // row - shape[axis]
     return Pad(axis, 0, more, fill) if more >= 0 else Crop(axis, 0, -more, fill)
 
 
