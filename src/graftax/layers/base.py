@@ -73,6 +73,9 @@ class LayerFacts:
     flax_kind: str = ""
 
 
+Holds = Callable[[LayerFacts], bool] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One entry of a form: torch roles -> Flax roles. A role may list alternatives: `weight|gamma`.
@@ -106,13 +109,24 @@ class LayerForm:
     by: By = "convention"
     why: str = ""
     settled: bool = True
-    holds: Callable[[LayerFacts], bool] | None = None
+    holds: Holds = None
     offered: bool = True
     assumes: tuple[str, ...] = ()
 
     @property
     def rule_text(self) -> str:
         return self.rule or (f'layout = "{self.layout}"' if self.layout else "")
+
+
+BIAS = Step("bias", "bias", optional=True)
+
+
+def kernel_form(
+    variant: str, ops: Ops, layout: str, why: str, by: By = "convention", settled: bool = True, holds: Holds = None
+) -> LayerForm:
+    """A weight that becomes a kernel, and its bias."""
+    steps = (Step("weight", "kernel", ops), BIAS)
+    return LayerForm(variant, steps, layout, by=by, why=why, settled=settled, holds=holds)
 
 
 @dataclass(frozen=True, slots=True)

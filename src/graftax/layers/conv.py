@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, kernel_form
 from graftax.layers.conv_settings import (
     DILATION,
     STRIDES,
@@ -14,7 +14,7 @@ from graftax.layers.conv_settings import (
     flax_transposed_padding,
     transposed_padding,
 )
-from graftax.layers.dense import LONE_BIAS, kernel_form
+from graftax.layers.dense import LONE_BIAS
 from graftax.layers.leaf_axes import CONV_AXES, CONV_TRANSPOSE_AXES
 from graftax.layers.patterns import FLIPPED, SPATIAL, layout_ops
 from graftax.ops import Crop, Op, Pad, Rearrange

@@ -6,14 +6,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import permutations
-from typing import Any
 
-from graftax.layers.base import Layer, LayerFacts, LayerForm, LeafAxes, Makes, Ops, Refusal, Setting, Shape, Step
-from graftax.layers.leaf_axes import CONV1D_AXES, EMBED_AXES, FLAX_CONV1D_AXES, LINEAR_AXES
+from graftax.layers.base import BIAS, Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step, kernel_form
+from graftax.layers.leaf_axes import BILINEAR_AXES, CONV1D_AXES, EMBED_AXES, FLAX_CONV1D_AXES, LINEAR_AXES
 from graftax.ops import Rearrange, groups_text
 
 _LETTERS = "abcdefgh"
-BIAS = Step("bias", "bias", optional=True)
 
 
 def split_pattern(letters: str, into: str, out: str) -> str:
@@ -115,11 +113,6 @@ LONE_BIAS = Makes(bias_form, ())
 
 def _has_weight(facts: LayerFacts) -> bool:
     return "weight" in facts.torch
-
-
-def kernel_form(variant: str, ops: Ops, layout: str, why: str, **more: Any) -> LayerForm:
-    """A weight that becomes a kernel, and its bias."""
-    return LayerForm(variant, (Step("weight", "kernel", ops), BIAS), layout, why=why, **more)
 
 
 _CONVENTION = "by convention, a torch weight of rank 2 that becomes a kernel is a Linear, transposed"
@@ -290,7 +283,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
             Makes(bilinear_forms, ("bilinear: (out, in1, in2) -> (in1, in2, out), or any order of axes that fits",)),
             LONE_BIAS,
         ),
-        axes=(LeafAxes("torch", "weight", "out in1 in2", "in1 in2"), LeafAxes("torch", "bias", "out")),
+        axes=BILINEAR_AXES,
         flax_decides=False,
         note="Flax has no such layer: a module of your own computes einsum('bi,bj,ijo->bo') or alike; where several "
         "orders of its axes fit, a rule says which.",

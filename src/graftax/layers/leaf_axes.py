@@ -33,6 +33,7 @@ CONV1D_AXES = (LeafAxes("torch", "weight", "in out", "in"), LeafAxes("torch", "b
 """transformers' Conv1D stores (in, out)."""
 FLAX_CONV1D_AXES = (LeafAxes("flax", "kernel", "out in", "in"), LeafAxes("flax", "bias", "out"))
 """transformers' FlaxConv1D stores (out, in)."""
+BILINEAR_AXES = (LeafAxes("torch", "weight", "out in1 in2", "in1 in2"), LeafAxes("torch", "bias", "out"))
 EMBED_AXES = (
     LeafAxes("torch", "weight", "entries features", "features"),
     LeafAxes("flax", "embedding", "entries features", "features", _of("num_embeddings", "features")),

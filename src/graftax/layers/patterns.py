@@ -109,7 +109,7 @@ def as_it_is(source: Shape, target: Shape) -> Readings:
     return {"reshape": pattern} if pattern is not None else {}
 
 
-def regroup(source: Shape, target: Shape) -> tuple[Op, ...] | None:
+def regroup(source: Shape, target: Shape) -> tuple[Rearrange] | None:
     """A row-major reshape as a Rearrange; None if an axis of one shape crosses axes of the other."""
     left, right = [n for n in source if n != 1], [n for n in target if n != 1]
     names: list[tuple[str, int]] = []

@@ -47,7 +47,8 @@ def load_rules(rules: Any, label: str = "rules") -> Rules:
         return rules
     out: list[Rule] = []
     failures: list[Failure] = []
-    for data, name, place in _items(() if rules is None else rules, label):
+    given: Any = () if rules is None else rules
+    for data, name, place in _items(given, label):
         if isinstance(data, Rule):
             out.append(data)
         elif isinstance(data, RulesError):
@@ -60,7 +61,7 @@ def load_rules(rules: Any, label: str = "rules") -> Rules:
         places = len({failure.key for failure in failures})
         what = "1 rule is" if places == 1 else f"{places} rules are"
         raise RulesError(f"{what} not well formed ({escape(label)}):", failures)
-    return Rules(tuple(out), Path(rules).name if _is_path(rules) else label)
+    return Rules(tuple(out), Path(given).name if _is_path(given) else label)
 
 
 def _is_path(given: Any) -> bool:
