@@ -9,11 +9,11 @@ from graftax.errors import Failure, RulesError
 from graftax.ops import Drop, Fill
 from graftax.plans import PARITY, Assumption, Entry, Proposal
 from graftax.rules.build import Builder
-from graftax.rules.grouping import RuleEnds, find_groups, folded, no_match, resolve
+from graftax.rules.grouping import Joined, find_groups, folded, no_match, resolve
 from graftax.rules.model import Rule
-from graftax.rules.state import Named, RuleState, Unlaid
-from graftax.rules.template import KeyIndex, Template, parse_template
-from graftax.tree import Checkpoint, Module, Side, TensorSpec
+from graftax.rules.state import Named, RuleEnd, RuleState, Unlaid
+from graftax.rules.template import parse_template
+from graftax.tree import Checkpoint, Side, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,7 @@ def apply_rules(
     rules = list(rules)
     if not rules:
         return RuleOutcome(Proposal())  # no keys are indexed
-    ends = RuleState(
-        source,
-        like,
-        (source_side, like_side),
-        KeyIndex(source),
-        KeyIndex(like) if like is not None else None,
-        (_holders(source), _holders(like)),
-    )
+    ends = RuleState(RuleEnd.of(source_side, source), RuleEnd.of(like_side, like))
     ends.order |= {id(rule): place for place, rule in enumerate(rules)}
     unlaid: list[Unlaid] = []
     for rule in sorted(rules, key=lambda rule: rule.silent):  # a rule with a layout settles keys before a silent rule
@@ -75,12 +68,6 @@ def _nested(targets: Mapping[str, TensorSpec]) -> list[Failure]:
     ]
 
 
-def _holders(end: Checkpoint | None) -> dict[str, Module]:
-    """Leaf -> the live module that holds it."""
-    modules = end.live.modules.values() if end is not None else ()
-    return {path: module for module in modules for path in module.leaves.values()}
-
-
 # ---------------------------------------------------------------- rules of one side
 
 
@@ -95,18 +82,15 @@ def _one_sided(rule: Rule, ends: RuleState) -> None:
         return
     if not on_source and rule.fill is None and not rule.missing:
         return
-    side = ends.sides[0 if on_source else 1]
-    index = ends.source_index if on_source else ends.like_index
-    label = ends.source.label if on_source else ends.like_label
-    if index is None:
+    end = ends.source if on_source else ends.like
+    if end.index is None:
         text = "has no shape without a `like`"
         ends.failures.append(Failure(text, key=(rule.left or rule.right)[0], next=f"Leave {rule.where} out."))
         return
-    templates = resolve([parse_template(text, side) for text in rule.left or rule.right], index, side)
-    for template in templates:
-        keys = list(_within(rule, template, index))
+    for template in resolve([parse_template(text, end.side) for text in rule.left or rule.right], end):
+        keys = [key for key, _ in end.index.find(template, rule.ranges)]
         if not keys and not (rule.drop and not on_source):
-            ends.failures.append(no_match(rule, template, index, label))
+            ends.failures.append(no_match(rule, template, end))
         for key in keys:
             _settle(rule, ends, key, on_source)
 
@@ -116,17 +100,10 @@ def _on_source(rule: Rule, ends: RuleState) -> bool | None:
     if rule.directional:
         return bool(rule.left)
     side: Side = "torch" if rule.left else "flax"
-    here = [end == side for end in ends.sides]
+    here = [end.side == side for end in (ends.source, ends.like)]
     if all(here):
         return bool(rule.drop)
     return here[0] if any(here) else None
-
-
-def _within(rule: Rule, template: Template, index: KeyIndex) -> Iterable[str]:
-    for key, binding in index.find(template):
-        numbers = dict(zip(template.names, binding.numbers, strict=True))
-        if all(numbers[name] in allowed for name, allowed in rule.ranges.items() if name in numbers):
-            yield key
 
 
 def _settle(rule: Rule, ends: RuleState, key: str, on_source: bool) -> None:
@@ -140,8 +117,8 @@ def _settle(rule: Rule, ends: RuleState, key: str, on_source: bool) -> None:
     if on_source:
         reason = rule.drop or f"filled with {rule.fill or 0:g} on the way back"
         ends.entries.append(Entry((key,), (), (Drop(reason, fill=rule.fill),), (rule.evidence,)))
-    elif ends.like is not None:
-        spec = ends.like[key]
+    elif ends.like.tree is not None:
+        spec = ends.like.tree[key]
         op = Fill(rule.fill or 0.0, spec.shape, spec.dtype, rule.drop or rule.evidence)
         ends.entries.append(Entry((), (key,), (op,), (rule.evidence,)))
 
@@ -152,7 +129,7 @@ def _settle(rule: Rule, ends: RuleState, key: str, on_source: bool) -> None:
 def _pair(rule: Rule, ends: RuleState) -> None:
     forward = _left_is_source(rule, ends)
     if forward is None:
-        text, other = f"names torch and flax keys, but both ends are {ends.sides[0]}", "`source` and `target`"
+        text, other = f"names torch and flax keys, but both ends are {ends.source.side}", "`source` and `target`"
         if rule.directional:
             text, other = (
                 "names source and target, but this port is Flax to torch",
@@ -160,13 +137,10 @@ def _pair(rule: Rule, ends: RuleState) -> None:
             )
         ends.failures.append(Failure(text, key=rule.where, next=f"Write {other}."))
         return
-    left_side, right_side = ends.sides if forward else ends.sides[::-1]
-    left, right = rule.templates(left_side, right_side)
-    here, there = (left, right) if forward else (right, left)
-    here = resolve(here, ends.source_index, ends.sides[0])
-    if ends.like_index is not None:
-        there = resolve(there, ends.like_index, ends.sides[1])
-    joined = RuleEnds(here, there, ends.source_index, ends.like_index, ends.source.label, ends.like_label)
+    sides = (ends.source.side, ends.like.side)
+    templates = rule.templates(*(sides if forward else sides[::-1]))
+    here, there = templates if forward else templates[::-1]
+    joined = Joined(resolve(here, ends.source), resolve(there, ends.like), ends.source, ends.like)
     found = find_groups(rule, joined)
     ends.failures += found.failures
     for sources, targets in found.broken:
@@ -181,6 +155,7 @@ def _pair(rule: Rule, ends: RuleState) -> None:
 
 def _left_is_source(rule: Rule, ends: RuleState) -> bool | None:
     """True if the left side of the rule is the source of this port; None if the rule names another kind of port."""
-    if ends.sides == ("torch", "flax") or (rule.directional and ends.sides[0] == ends.sides[1]):
+    source, like = ends.source.side, ends.like.side
+    if (source, like) == ("torch", "flax") or (rule.directional and source == like):
         return True
-    return False if not rule.directional and ends.sides == ("flax", "torch") else None
+    return False if not rule.directional and source != like else None

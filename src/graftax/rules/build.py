@@ -11,7 +11,7 @@ from graftax.ops import Op, Specs, bind_chain, infer_chain, invert_chain
 from graftax.plans import Entry
 from graftax.rules.chain import Case, Chain, build_chain, positions
 from graftax.rules.flatten import NO_TAIL, Tail, conv_tail
-from graftax.rules.grouping import KeyGroup, RuleEnds, render_there
+from graftax.rules.grouping import Joined, KeyGroup, render_there
 from graftax.rules.layout import role_of
 from graftax.rules.model import LIST, Rule
 from graftax.rules.state import Named, RuleState
@@ -38,11 +38,17 @@ class _Made:
 class Builder:
     """The entries of one rule. Groups of equal shapes share their ops."""
 
-    __slots__ = ("assumed", "ends", "fixed", "forward", "joined", "listed", "made", "roles", "rule", "sides", "stacked")
+    __slots__ = (
+        *("assumed", "ends", "fixed", "forward", "joined", "left", "listed"),
+        *("made", "right", "roles", "rule", "sides", "source", "stacked"),
+    )
 
-    def __init__(self, rule: Rule, ends: RuleState, joined: RuleEnds, forward: bool) -> None:
+    def __init__(self, rule: Rule, ends: RuleState, joined: Joined, forward: bool) -> None:
         self.rule, self.ends, self.joined, self.forward = rule, ends, joined, forward
-        self.sides: tuple[Side, Side] = ends.sides if forward else (ends.sides[1], ends.sides[0])
+        assert ends.source.tree is not None
+        self.source = ends.source.tree
+        self.left, self.right = (ends.source, ends.like) if forward else (ends.like, ends.source)
+        self.sides: tuple[Side, Side] = (self.left.side, self.right.side)
         self.listed = LIST in rule.stack or (rule.ops is not None and LIST in rule.ops.placed)
         self.stacked = tuple(name for name in (*rule.left_indices, *rule.right_indices)
                              if (name in rule.left_indices) != (name in rule.right_indices))  # fmt: skip
@@ -72,8 +78,8 @@ class Builder:
             if self.rule.silent and not (self.rule.bare and not self.rule.stack):
                 self.ends.guessed.append(self._guessed(group))
             return
-        sources = group.here.ordered(made.order, len(self.joined.here))
-        targets = group.there.ordered(made.order, len(self.joined.there))
+        sources = group.here.ordered(made.order)
+        targets = group.there.ordered(made.order)
         clash = ends.claim(rule, sources, targets)
         if clash:
             ends.failures += clash
@@ -81,7 +87,7 @@ class Builder:
         ends.entries.append(Entry(sources, targets, made.ops, made.evidence))
         if rule.silent:
             ends.named.append(Named(rule, ends.entries[-1]))
-        if ends.like is None:
+        if ends.like.tree is None:
             ends.targets.update(zip(targets, made.given, strict=True))
         for text in made.assumes:
             names = sources if self.forward else targets
@@ -96,15 +102,15 @@ class Builder:
             except GraftaxError:
                 continue
             order = made.order
-            sources = group.here.ordered(order, len(self.joined.here))
-            return Entry(sources, group.there.ordered(order, len(self.joined.there)), made.ops, (self.rule.evidence,))
+            sources = group.here.ordered(order)
+            return Entry(sources, group.there.ordered(order), made.ops, (self.rule.evidence,))
         return Entry(tuple(group.here.all), tuple(group.there.all), (), (self.rule.evidence,))
 
     def _made(self, group: KeyGroup) -> _Made:
         """The ops of a group; groups of equal specs, roles and modules share them. Raises LayoutError."""
         left, right = (group.here, group.there) if self.forward else (group.there, group.here)
-        source, like = self.ends.source.specs, self.ends.like
-        keys = left.first(len(self.rule.left)), right.first(len(self.rule.right))
+        source, like = self.source.specs, self.ends.like.tree
+        keys = left.first(), right.first()
         roles = self.roles
         if not self.fixed:
             roles = tuple(
@@ -136,7 +142,7 @@ class Builder:
         there = group.there
         if len(there.values) == len(there.names):
             return None
-        shape = self.ends.source[group.here.first(len(self.joined.here))[0]].shape
+        shape = self.source[group.here.first()[0]].shape
         names = self.stacked + ((LIST,) if self.listed else ())
         axes = positions(self.rule, names, len(shape))
         for name in there.names:
@@ -148,10 +154,9 @@ class Builder:
         counts = {**left.counts(), **right.counts()}
         if self.listed:
             counts[LIST] = max(len(self.rule.left), len(self.rule.right))
-        ends = (self.ends.source, self.ends.like) if self.forward else (self.ends.like, self.ends.source)
         shapes = [
-            None if end is None else tuple(end[key].shape for key in names)
-            for end, names in zip(ends, keys, strict=True)
+            None if end.tree is None else tuple(end.tree[key].shape for key in names)
+            for end, names in zip((self.left, self.right), keys, strict=True)
         ]
         values = {**left.values, **right.values}
         spans = {name: f"{found[0]}..{found[-1]}" for name, found in values.items() if found}
@@ -159,19 +164,18 @@ class Builder:
             shapes[0], shapes[1], counts, roles[0], roles[1], self.sides, (modules[0], modules[1]), self._tail(), spans
         )
         chain = build_chain(self.rule, case)
-        sources = group.here.ordered(chain.order, len(self.joined.here))
-        targets = group.there.ordered(chain.order, len(self.joined.there))
+        sources = group.here.ordered(chain.order)
+        targets = group.there.ordered(chain.order)
         ops, given = self._bound(chain, sources, targets)
         return _Made(ops, given, chain.order, (self.rule.evidence, *chain.evidence), chain.assumes)
 
     def _modules(self, keys: Pair, roles: Pair) -> tuple[Module | None, ...]:
         """The live modules of the first keys, if they hold these keys under the same role."""
-        if not any(self.ends.holders):
+        if not (self.left.holders or self.right.holders):
             return NO_MODULES
-        holders = self.ends.holders if self.forward else self.ends.holders[::-1]
         out: list[Module | None] = []
-        for names, parts, held in zip(keys, roles, holders, strict=True):
-            module = held.get(names[0])
+        for names, parts, end in zip(keys, roles, (self.left, self.right), strict=True):
+            module = end.holders.get(names[0])
             out.append(module if module and module.leaves.get(parts[0]) == names[0] else None)
         return tuple(out)
 
@@ -179,15 +183,14 @@ class Builder:
         if not self.rule.flatten:
             return NO_TAIL
         if self.forward not in self.ends.tails:
-            left = self.ends.source if self.forward else self.ends.like
-            end, side = (self.ends.source, self.ends.sides[0]) if left is None else (left, self.sides[0])
-            self.ends.tails[self.forward] = conv_tail(end.specs, side)
+            end = self.ends.source if self.left.tree is None else self.left
+            self.ends.tails[self.forward] = conv_tail((end.tree or self.source).specs, end.side)
         return self.ends.tails[self.forward]
 
     def _bound(self, chain: Chain, sources: Sequence[str], targets: Sequence[str]) -> tuple[tuple[Op, ...], Specs]:
         """The bound ops from source to like, and the specs that they give. LayoutError if the shapes do not fit."""
-        given = tuple(self.ends.source[name] for name in sources)
-        like = self.ends.like
+        given = tuple(self.source[name] for name in sources)
+        like = self.ends.like.tree
         dtype = given[0].dtype
         wanted = None if like is None else tuple(TensorSpec(like[name].shape, dtype) for name in targets)
         if self.forward:

@@ -129,7 +129,7 @@ def _names_only(crowd: Crowd, text: str, paths: Sequence[str], allowed: Mapping[
     hits: set[str] = set()
     for path in {*near, *wanted}:
         binding = made.match(path)
-        values = dict(zip(made.names, binding.numbers, strict=True)) if binding is not None else None
+        values = binding.numbers if binding is not None else None
         if values is not None and all(values[name] in some for name, some in allowed.items() if name in values):
             hits.add(path)
     return hits == wanted

@@ -33,17 +33,33 @@ class Unlaid:
     failures: tuple[Failure, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class RuleEnd:
+    """One end of a port. tree, index: None if the rules alone describe it; holders: leaf -> the live module that holds
+    it; claimed: key -> the rule that names it."""
+
+    side: Side
+    tree: Checkpoint | None
+    label: str
+    index: KeyIndex | None
+    holders: Mapping[str, Module]
+    claimed: dict[str, Rule] = field(default_factory=dict[str, Rule])
+
+    @classmethod
+    def of(cls, side: Side, tree: Checkpoint | None) -> RuleEnd:
+        if tree is None:
+            return cls(side, None, "the rules", None, {})
+        holders = {path: module for module in tree.live.modules.values() for path in module.leaves.values()}
+        return cls(side, tree, tree.label, KeyIndex(tree), holders)
+
+
 @dataclass(slots=True)
 class RuleState:
     """Both ends of the port, and what the rules have settled so far. order: id of a rule -> its place among the
     rules."""
 
-    source: Checkpoint
-    like: Checkpoint | None
-    sides: tuple[Side, Side]
-    source_index: KeyIndex
-    like_index: KeyIndex | None
-    holders: tuple[Mapping[str, Module], Mapping[str, Module]]
+    source: RuleEnd
+    like: RuleEnd
     tails: dict[bool, Tail] = field(default_factory=dict[bool, Tail])
     entries: list[Entry] = field(default_factory=list[Entry])
     broken: list[Entry] = field(default_factory=list[Entry])
@@ -54,18 +70,13 @@ class RuleState:
     missing: dict[str, str] = field(default_factory=dict[str, str])
     targets: dict[str, TensorSpec] = field(default_factory=dict[str, TensorSpec])
     order: dict[int, int] = field(default_factory=dict[int, int])
-    claimed: tuple[dict[str, Rule], dict[str, Rule]] = field(default_factory=lambda: ({}, {}))
-
-    @property
-    def like_label(self) -> str:
-        return self.like.label if self.like is not None else "the rules"
 
     def overruled(self, rule: Rule, sources: Iterable[str], targets: Iterable[str]) -> bool:
         """True if the rule is silent and a rule with a layout names the same keys: that rule answers what the silent
         one leaves open."""
         if not rule.silent:
             return False
-        found = [*map(self.claimed[0].get, sources), *map(self.claimed[1].get, targets)]
+        found = [*map(self.source.claimed.get, sources), *map(self.like.claimed.get, targets)]
         first = found[0] if found else None
         return first is not None and not first.silent and all(other is first for other in found)
 
@@ -73,17 +84,14 @@ class RuleState:
         """Record the rule that names these keys; a failure for each key that another rule, or this one, has named
         already."""
         out: list[Failure] = []
-        for keys, claimed, label in (
-            (sources, self.claimed[0], self.source.label),
-            (targets, self.claimed[1], self.like_label),
-        ):
+        for keys, end in ((sources, self.source), (targets, self.like)):
             for key in keys:
-                other = claimed.get(key)
-                claimed[key] = rule if other is None else other
+                other = end.claimed.get(key)
+                end.claimed[key] = rule if other is None else other
                 if other is not None:
                     one, two = sorted((other, rule), key=lambda r: self.order.get(id(r), 0))
                     text, hint = f"is named by {one.where} and by {two.where}", "narrow one of the two"
                     if other is rule:
                         text, hint = f"is named twice by {rule.where}", "name it once"
-                    out.append(Failure(text, label, key, next=f"A key may be in only one entry: {hint}."))
+                    out.append(Failure(text, end.label, key, next=f"A key may be in only one entry: {hint}."))
         return out

@@ -31,6 +31,7 @@ _TOKEN = re.compile(r"\{\{|\}\}|\{\*\}|\{[^{}]*\}|\{|\}|\*+", re.ASCII)
 _NUMBER = r"(0|[1-9][0-9]{0,8})"
 _DIGITS = re.compile(r"[0-9]+")
 SEPARATOR: Mapping[str, str] = {"torch": ".", "flax": "/"}
+_EVERY: Mapping[str, Sequence[int]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ Wilds = tuple[tuple[str, ...], ...]
 class Binding:
     """The values that one key gives: a number for each index (in the template's order), raw parts for each wildcard."""
 
-    numbers: tuple[int, ...]
+    numbers: Mapping[str, int]
     wilds: Wilds
 
 
@@ -99,7 +100,7 @@ class Template:
                     return None
             elif isinstance(piece, Wild):
                 wilds.append(self._raw(next(groups), piece.deep))
-        return Binding(tuple(numbers[name] for name in self.names), tuple(wilds))
+        return Binding(numbers, tuple(wilds))
 
     def _raw(self, text: str | None, deep: bool) -> tuple[str, ...]:
         if not text:
@@ -267,8 +268,8 @@ class KeyIndex:
             self.buckets.setdefault(_DIGITS.sub("0", key), []).append(key)
         self.collections = tuple(dict.fromkeys(shape.partition("/")[0] for shape in self.buckets if "/" in shape))
 
-    def find(self, template: Template) -> Iterator[tuple[str, Binding]]:
-        """(key, binding) of every key the template matches, in the order of the keys."""
+    def find(self, template: Template, ranges: Mapping[str, Sequence[int]] = _EVERY) -> Iterator[tuple[str, Binding]]:
+        """(key, binding) of every key the template matches with numbers in their ranges, in the order of the keys."""
         if template.wilds:
             buckets = [keys for keys in self.buckets.values() if template.loose.fullmatch(keys[0])]
         else:
@@ -277,5 +278,5 @@ class KeyIndex:
             buckets = [list(takewhile(lambda key: key.startswith(template.start), islice(keys, first, None)))]
         for key in sorted((key for keys in buckets for key in keys), key=self.order.__getitem__):
             binding = template.match(key)
-            if binding is not None:
+            if binding is not None and all(n in ranges[name] for name, n in binding.numbers.items() if name in ranges):
                 yield key, binding
