@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from graftax.errors import PlanError, RulesError
 from graftax.ops import apply_chain
 from graftax.plans import End, Plan
-from graftax.rules import Rules, apply_rules, load_rules
-from graftax.rules.text import ORDER
+from graftax.rules import Rules, apply_rules, load_rules, schema
 
 from .harness import abstract, checkpoint, tensors
 
@@ -39,7 +38,7 @@ VALUE = st.recursive(
 )
 NAMES = st.lists(KEYS, min_size=1, max_size=3)
 ENDS = st.sampled_from([("torch", "flax"), ("source", "target"), ("torch",), ("flax",)])
-OTHER = [name for name in ORDER if name not in ("torch", "flax", "source", "target")]
+OTHER = [name for name in schema.KEYS if name not in ("torch", "flax", "source", "target")]
 
 
 @st.composite

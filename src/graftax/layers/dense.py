@@ -2,104 +2,74 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from itertools import permutations
 
-from graftax.layers.base import BIAS, Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Shape, Step, kernel_form
-from graftax.layers.leaf_axes import BILINEAR_AXES, CONV1D_AXES, EMBED_AXES, FLAX_CONV1D_AXES, LINEAR_AXES
-from graftax.ops import Rearrange, groups_text
+from graftax.layers.base import BIAS, Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Step, kernel_form
+from graftax.layers.leaf_axes import BILINEAR_AXES, CONV1D_AXES, EMBED_AXES, FLAX_CONV1D_AXES, LINEAR_AXES, several
+from graftax.layers.patterns import fitted
+from graftax.ops import Rearrange, groups_text, parse_pattern
 
 _LETTERS = "abcdefgh"
 
 
-def split_pattern(letters: str, into: str, out: str) -> str:
+def split_forms(facts: LayerFacts) -> Iterable[LayerForm]:
+    """Head splits and merges of a Linear with a kernel of rank 3 or more."""
+    weight, kernel, bias = facts.torch.get("weight", ()), facts.flax.get("kernel", ()), facts.flax.get("bias", ())
+    if not weight and not kernel and len(bias) > 1:
+        names = " ".join(_LETTERS[: len(bias)])
+        ops = (Rearrange(f"({names}) -> {names}", tuple(zip(names.split(), bias, strict=True))),)
+        yield LayerForm("linear, split", (Step("bias", "bias", ops),), "linear", why="the bias is split into heads")
+    if len(weight) != 2 or not 3 <= len(kernel) <= len(_LETTERS):
+        return
+    for variant, pattern, why, settled in _splits(facts, len(kernel)):
+        for ops in fitted(weight, kernel, pattern).values():
+            out = parse_pattern(pattern)[0][0]
+            split = tuple(zip(out, bias, strict=False))
+            of_bias = (Rearrange(f"({' '.join(out)}) -> {' '.join(out)}", split),) if len(bias) > 1 else ()
+            steps = (Step("weight", "kernel", ops), Step("bias", "bias", of_bias, optional=True))
+            yield LayerForm(variant, steps, "linear", rule=f'ops = "{pattern}"', why=why, settled=settled)
+
+
+def _splits(facts: LayerFacts, rank: int) -> Iterator[tuple[str, str, str, bool]]:
+    """(variant, pattern, why, True if a live module settles it): what an Einsum's equation states; else (in..., out...)
+    for every number of inputs, and (heads, in, head) as an Einsum may have it."""
+    if facts.flax_kind == "Einsum" and "einsum_str" in facts.flax_settings:
+        yield from _of_einsum(str(facts.flax_settings["einsum_str"]))
+        return
+    axis = facts.flax_settings.get("axis") if facts.flax_kind in ("DenseGeneral", "LinearGeneral") else None
+    summed = len(several(axis)) if axis is not None else None
+    for k in (summed,) if summed else range(1, rank):
+        letters = {(3, 1): "ihd", (3, 2): "hdo"}.get((rank, k), _LETTERS[:rank])
+        merged = "in merges heads" if k == rank - 1 else "in and out are split"
+        what = "out is split into heads" if k == 1 else merged
+        variant = {(3, 1): "linear, out split", (3, 2): "linear, in merged"}.get((rank, k), "linear, split")
+        # A kernel of four axes may be a convolution's window: the columns then run over (c h w) or over (h w c).
+        sure = summed is not None or rank == 3
+        why = f"a weight (out, in) becomes (in..., out...): {what}"
+        yield variant, _pattern(letters, letters[:k], letters[k:]), why, sure
+    if not summed and rank == 3:
+        yield "linear, heads first", _pattern("hid", "i", "hd"), "a weight (out, in) becomes (heads, in, head)", True
+
+
+def _pattern(letters: str, into: str, out: str) -> str:
     """The pattern from a torch weight (out..., in...) to a kernel with the axes `letters`. `into` and `out` name the
     contracted and the produced axes, in the order of the flat features: 'ndh', 'd', 'nh' give '(n h) d -> n d h'."""
     return f"{groups_text((out, into))} -> {' '.join(letters)}"
 
 
-def _sized(pattern: str, letters: str, shape: Shape) -> tuple[Rearrange]:
-    return (Rearrange(pattern, tuple(sorted(zip(letters, shape, strict=True)))),)
-
-
-def _split_form(letters: str, into: str, out: str, shape: Shape, bias: Shape, why: str, variant: str) -> LayerForm:
-    """A weight (out, in) to a kernel of `shape`, and its bias (out) to the produced axes."""
-    sizes = dict(zip(letters, shape, strict=True))
-    flat = bias == () or len(bias) < 2
-    bias_ops = () if flat else _sized(f"{groups_text((out,))} -> {' '.join(out)}", out, tuple(sizes[a] for a in out))
-    steps = (
-        Step("weight", "kernel", _sized(split_pattern(letters, into, out), letters, shape)),
-        Step("bias", "bias", bias_ops, optional=True),
-    )
-    return LayerForm(variant, steps, "linear", rule=f'ops = "{split_pattern(letters, into, out)}"', why=why)
-
-
-def split_forms(facts: LayerFacts) -> Iterable[LayerForm]:
-    """Head splits and merges of a Linear with a kernel of rank 3 or more: (in..., out...) at every place at which the
-    sizes agree, and (heads, in, head) as an Einsum may have it."""
-    weight, kernel = facts.torch.get("weight", ()), facts.flax.get("kernel", ())
-    bias = facts.flax.get("bias", ())
-    if len(kernel) < 3 or len(kernel) > len(_LETTERS):
-        # The bias alone: (out) becomes (heads, head).
-        if not weight and not kernel and len(bias) > 1:
-            letters = _LETTERS[: len(bias)]
-            ops = _sized(f"({' '.join(letters)}) -> {' '.join(letters)}", letters, bias)
-            yield LayerForm("linear, split", (Step("bias", "bias", ops),), "linear", why="the bias is split into heads")
-        return
-    if len(weight) != 2:
-        return
-    letters = _LETTERS[: len(kernel)]
-    if facts.flax_kind == "Einsum" and "einsum_str" in facts.flax_settings:
-        yield from _einsum_forms(str(facts.flax_settings["einsum_str"]), kernel, bias)
-        return
-    contracted = _contracted_axes(facts)
-    for k in (contracted,) if contracted else range(1, len(kernel)):
-        if math.prod(kernel[:k]) == weight[1] and math.prod(kernel[k:]) == weight[0]:
-            what = (
-                "out is split into heads"
-                if k == 1
-                else "in merges heads"
-                if k == len(kernel) - 1
-                else "in and out are split"
-            )
-            form = _named(k, kernel, bias, f"a weight (out, in) becomes (in..., out...): {what}")
-            # A kernel of four axes may be a convolution's window: the columns then run over (c h w) or over (h w c).
-            yield replace(form, settled=contracted is not None or len(kernel) == 3)
-    if not contracted and len(kernel) == 3 and (kernel[1], kernel[0] * kernel[2]) == (weight[1], weight[0]):
-        why = "a weight (out, in) becomes (heads, in, head)"
-        yield _split_form("hid", "i", "hd", kernel, bias, why, "linear, heads first")
-
-
-def _named(k: int, kernel: Shape, bias: Shape, why: str) -> LayerForm:
-    """The form of (in..., out...), with readable names for the common ranks."""
-    letters = {(3, 1): "ihd", (3, 2): "hdo"}.get((len(kernel), k), _LETTERS[: len(kernel)])
-    variant = {(3, 1): "linear, out split", (3, 2): "linear, in merged"}.get((len(kernel), k), "linear, split")
-    return _split_form(letters, letters[:k], letters[k:], kernel, bias, why, variant)
-
-
-def _contracted_axes(facts: LayerFacts) -> int | None:
-    """How many leading axes of the kernel are contracted, read from a live DenseGeneral or LinearGeneral."""
-    axis = facts.flax_settings.get("axis")
-    if facts.flax_kind not in ("DenseGeneral", "LinearGeneral") or axis is None:
-        return None
-    return len(axis) if isinstance(axis, (tuple, list)) else 1  # pyright: ignore[reportUnknownArgumentType]
-
-
-def _einsum_forms(text: str, kernel: Shape, bias: Shape) -> Iterable[LayerForm]:
-    """The layout that an Einsum's own equation states. Letters of the kernel that the result lacks are contracted, in
-    the order of the input; the others are produced, in the order of the result. No Linear exists for a letter in all
-    three."""
+def _of_einsum(text: str) -> Iterator[tuple[str, str, str, bool]]:
+    """Letters of the kernel that the result lacks are contracted, in the order of the input; the others are produced,
+    in the order of the result. No Linear exists for a letter in all three."""
     operands, _, result = text.replace(" ", "").replace("...", "").partition("->")
     left, _, right = operands.partition(",")
     into = "".join(c for c in left if c in right and c not in result)
     out = "".join(c for c in result if c in right and c not in left)
-    if len(right) == len(kernel) and sorted(into + out) == sorted(right) and into and out:
-        names = dict(zip(right, (c.lower() if c.isalpha() else c for c in right), strict=True))
-        if len(set(names.values())) == len(right):
-            right, into, out = ("".join(names[c] for c in part) for part in (right, into, out))
-        yield _split_form(right, into, out, kernel, bias, f"the einsum {text} states the axes", "einsum")
+    if sorted(into + out) == sorted(right) and into and out:
+        parts = (right, into, out)
+        plain = tuple(part.lower() for part in parts)
+        named = plain if len(set(plain[0])) == len(right) else parts
+        yield "einsum", _pattern(*named), f"the einsum {text} states the axes", True
 
 
 def bias_form(facts: LayerFacts) -> Iterable[LayerForm]:

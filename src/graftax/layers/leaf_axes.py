@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 from graftax.layers.base import LeafAxes, Settings, Shape
@@ -12,7 +13,7 @@ Axes = tuple[str, str]
 """(the names of the axes, outermost first; those that the layer sums over, in the order of its flat input)"""
 
 
-def _several(value: Any) -> Shape:
+def several(value: Any) -> Shape:
     """A setting that is one number or several, as several."""
     return (value,) if isinstance(value, int) else tuple(cast("Sequence[int]", value))
 
@@ -22,7 +23,7 @@ def _of(*names: str) -> Any:
 
     def shape(settings: Settings) -> Shape | None:
         found = [settings.get(name) for name in names]
-        return None if None in found else tuple(size for value in found for size in _several(value))
+        return None if None in found else tuple(size for value in found for size in several(value))
 
     return shape
 
@@ -48,22 +49,14 @@ def _split(count: int, one: str, heads: bool) -> list[str]:
     return ["heads", "head_dim"] if count == 2 and heads else [f"{one}_{n}" for n in range(count)]
 
 
-def _general(settings: Settings, rank: int) -> Axes | None:
-    """The kernel of a DenseGeneral or LinearGeneral: (batch..., in..., out...)."""
+def _general(settings: Settings, rank: int, bias: bool = False) -> Axes | None:
+    """The kernel of a DenseGeneral or LinearGeneral: (batch..., in..., out...); its bias: (batch..., out...)."""
     features, axis = settings.get("features", settings.get("out_features")), settings.get("axis")
     if features is None or axis is None:
         return None
-    inner, outer = len(_several(axis)), len(_several(features))
-    into, out = _split(inner, "in", outer == 1), _split(outer, "out", inner == 1)
-    return " ".join((*["stack"] * (rank - inner - outer), *into, *out)), " ".join(into)
-
-
-def _general_bias(settings: Settings, rank: int) -> Axes | None:
-    features, axis = settings.get("features", settings.get("out_features")), settings.get("axis")
-    if features is None or axis is None:
-        return None
-    outer = len(_several(features))
-    return " ".join((*["stack"] * (rank - outer), *_split(outer, "out", len(_several(axis)) == 1))), ""
+    inner, outer = len(several(axis)), len(several(features))
+    into, out = [] if bias else _split(inner, "in", outer == 1), _split(outer, "out", inner == 1)
+    return " ".join((*["stack"] * (rank - len(into) - outer), *into, *out)), " ".join(into)
 
 
 def _einsum(settings: Settings, rank: int) -> Axes | None:
@@ -88,7 +81,7 @@ LINEAR_AXES = (
     LeafAxes("flax", "kernel", "in out", "in", _of("in_features", "out_features"), _DENSE),
     LeafAxes("flax", "bias", "out", "", _of("out_features"), _DENSE),
     LeafAxes("flax", "kernel", _general, "", _of("in_features", "out_features"), _GENERAL),
-    LeafAxes("flax", "bias", _general_bias, "", _of("out_features"), _GENERAL),
+    LeafAxes("flax", "bias", partial(_general, bias=True), "", _of("out_features"), _GENERAL),
     LeafAxes("flax", "kernel", _einsum, "", _of("kernel_shape"), _EINSUM),
     LeafAxes("flax", "bias", "*out", "", _of("bias_shape"), _EINSUM),
 )

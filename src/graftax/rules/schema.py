@@ -1,12 +1,9 @@
-"""The keys of a rule and their types, as a pydantic model. Import this module only when rules are read: importing
-pydantic takes longer than printing --help may."""
+"""The keys of a rule, and what each of them may be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, cast
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from typing import Any, cast
 
 from graftax.rules.model import AxisName
 
@@ -119,34 +116,55 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
-Count = Annotated[int, Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_number)]
-Text = Annotated[str, Field(min_length=1)]
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("a whole number of at least 1")
+    return value
 
 
-class RuleTable(BaseModel):
-    """One inline table. Index ranges and axis sizes are further keys, which are checked against the templates later."""
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("a boolean: true or false")
+    return value
 
-    model_config = ConfigDict(strict=True, extra="allow")
 
-    torch: Names = None
-    flax: Names = None
-    source: Names = None
-    target: Names = None
-    ops: Text | None = None
-    layout: Text | None = None
-    transpose: bool | None = None
-    flatten: Annotated[Any, BeforeValidator(_flatten)] = None
-    fused: Literal["block", "interleaved", "tied", "sum"] | None = None
-    parts: Annotated[Any, BeforeValidator(_parts)] = None
-    heads: Count | None = None
-    kv_heads: Count | None = None
-    stack: Annotated[Any, BeforeValidator(_axes)] = None
-    scale: Number | None = None
-    offset: Number | None = None
-    repeat: Annotated[Any, BeforeValidator(_repeat)] = None
-    pad: Annotated[Any, BeforeValidator(_pad)] = None
-    drop: Text | None = None
-    fill: Number | None = None
-    missing: Literal["error", "zeros", "keep"] | None = None
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a string of at least one character")
+    return value
+
+
+def _one_of(*words: str) -> Callable[[Any], str]:
+    def one(value: Any) -> str:
+        if value not in words:
+            raise ValueError(", ".join(map(repr, words[:-1])) + f" or {words[-1]!r}")
+        return value
+
+    return one
+
+
+KEYS: Mapping[str, Callable[[Any], Any]] = {
+    "torch": _names,
+    "flax": _names,
+    "source": _names,
+    "target": _names,
+    "ops": _text,
+    "layout": _text,
+    "transpose": _flag,
+    "flatten": _flatten,
+    "fused": _one_of("block", "interleaved", "tied", "sum"),
+    "parts": _parts,
+    "heads": _count,
+    "kv_heads": _count,
+    "stack": _axes,
+    "scale": _number,
+    "offset": _number,
+    "repeat": _repeat,
+    "pad": _pad,
+    "drop": _text,
+    "fill": _number,
+    "missing": _one_of("error", "zeros", "keep"),
+}
+"""The keys of a rule in their written order, each with the function that checks it: it gives the value, or raises
+ValueError with what it should be. Index ranges and axis sizes are further keys, which are checked against the
+templates."""

@@ -8,12 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from graftax.errors import RulesError, escape
-
-ORDER = (
-    "torch", "flax", "source", "target", "ops", "layout", "transpose", "flatten", "fused", "parts", "heads", "kv_heads",
-    "stack", "scale", "offset", "repeat", "pad", "drop", "fill", "missing",
-)  # fmt: skip
-"""The keys of a rule in their written order; ranges and axis sizes follow them."""
+from graftax.rules.schema import KEYS
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _SHORT = {"\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r", '"': '\\"', "\\": "\\\\"}
@@ -28,8 +23,8 @@ def rule_line(**keys: Any) -> str:
 
     No comma follows it; values of None are left out. RulesError if a value has no TOML form.
     """
-    known = [name for name in ORDER if keys.get(name) is not None]
-    rest = [name for name, value in keys.items() if name not in ORDER and value is not None]
+    known = [name for name in KEYS if keys.get(name) is not None]
+    rest = [name for name, value in keys.items() if name not in KEYS and value is not None]
     return "{ " + ", ".join(f"{_key(name)} = {_value(keys[name])}" for name in (*known, *rest)) + " }"
 
 

@@ -3,7 +3,6 @@ are reported at once."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -12,9 +11,9 @@ from graftax.errors import Failure, RulesError, escape
 from graftax.layers import layouts
 from graftax.rules.axes import OpsText, own_names, parse_ops
 from graftax.rules.model import KNOWN_BLOCKS, LIST, Rule
+from graftax.rules.schema import KEYS
 from graftax.rules.template import Template, parse_template
-from graftax.rules.text import ORDER
-from graftax.tree import Side
+from graftax.tree import Side, nearest
 
 _RANGE = re.compile(r"\s*([0-9]{1,9})\s*\.\.\s*([0-9]{1,9})\s*", re.ASCII)
 _MOST = 1_000_000
@@ -28,12 +27,12 @@ def make_rule(data: Any, label: str, line: str) -> tuple[Rule | None, list[Failu
         found = type(data).__name__
         return None, [Failure("a rule is a table", label, where, '{ torch = "...", flax = "..." }', found)]
     table = {str(key): value for key, value in cast("Mapping[Any, Any]", data).items()}
-    values, texts = _typed(table)
+    given, texts = _typed(table)
     rule: Rule | None = None
     if texts:
         texts += _strange(table)
     else:
-        rule, texts = _made(values, table, label, line)
+        rule, texts = _made(given, table, label, line)
     failures = [Failure(text, label, where, next=hint) for text, hint in texts]
     return (None if failures else rule), failures
 
@@ -42,44 +41,36 @@ Fault = tuple[str, str]
 _AS_GIVEN = ("flatten", "parts", "heads", "kv_heads", "scale", "offset", "repeat", "pad", "drop", "fill", "missing")
 
 
-def _typed(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Fault]]:
-    from pydantic import ValidationError
-
-    from graftax.rules.schema import RuleTable
-
-    try:
-        made = RuleTable.model_validate(dict(table))
-    except ValidationError as error:
-        faults: list[Fault] = []
-        for item in error.errors():
-            name = str(item["loc"][0])
-            text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            shown = escape(repr(table.get(name)), 80)
-            if name not in {fault[0] for fault in faults}:
-                faults.append((f"`{escape(name)}` is {shown}", f"It should be {text}."))
-        return {}, faults
-    return {name: getattr(made, name) for name in ORDER}, []
+def _typed(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
+    given: dict[str, Any] = {}
+    faults: list[Fault] = []
+    for name, check in KEYS.items():
+        try:
+            given |= {name: check(table[name])} if table.get(name) is not None else {}
+        except ValueError as error:
+            faults.append((f"`{name}` is {escape(repr(table[name]), 80)}", f"It should be {error}."))
+    return given, faults
 
 
 def _strange(table: Mapping[str, Any]) -> list[Fault]:
     """Unknown keys of a table with other faults: the keys that neither a template nor `ops` names."""
     texts = " ".join(str(table.get(name, "")) for name in ("torch", "flax", "source", "target", "ops"))
     words = set(re.findall(r"\w+", texts))
-    return [_unknown(name, ORDER) for name in table if name not in ORDER and name not in words]
+    return [_unknown(name, KEYS) for name in table if name not in KEYS and name not in words]
 
 
 def _unknown(name: str, known: Iterable[str]) -> Fault:
-    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
-    hint = f"Near: {', '.join(near)}." if near else f"Keys: {', '.join(ORDER)}."
-    return f"{escape(name)!r} is no key of a rule", hint
+    return f"{escape(name)!r} is no key of a rule", _near(name, known)
 
 
-def _made(
-    values: Mapping[str, Any], table: Mapping[str, Any], label: str, line: str
-) -> tuple[Rule | None, list[Fault]]:
+def _near(name: str, known: Iterable[str]) -> str:
+    near = nearest(name, known, 2)
+    return f"Near: {near}." if near else f"Known: {', '.join(known)}."
+
+
+def _made(given: Mapping[str, Any], table: Mapping[str, Any], label: str, line: str) -> tuple[Rule | None, list[Fault]]:
     faults: list[Fault] = []
-    given = {name: value for name, value in values.items() if value is not None}
-    extras = {key: value for key, value in table.items() if key not in ORDER}
+    extras = {key: value for key, value in table.items() if key not in KEYS}
     ends = _ends(given, faults)
     left, right = ends
     templates = _templates(left, faults), _templates(right, faults)
@@ -99,7 +90,7 @@ def _made(
     if "transpose" in given:
         layout = "linear" if given["transpose"] else "identity"
     if layout and layout not in layouts():
-        faults.append((f"`layout` is {escape(layout)!r}", f"Known: {', '.join(layouts())}{_near(layout, layouts())}."))
+        faults.append((f"`layout` is {escape(layout)!r}", _near(layout, layouts())))
     if faults:
         return None, faults
     rule = Rule(
@@ -151,11 +142,6 @@ def _indices(templates: Sequence[Template]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for template in templates for name in template.names))
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
-    return f" (near: {', '.join(near)})" if near else ""
-
-
 # ---------------------------------------------------------------- index ranges and axis sizes
 
 
@@ -181,7 +167,7 @@ def _extras(
             else:
                 sizes[name] = value
         else:
-            faults.append(_unknown(name, [*ORDER, *indices, *axes, *parts]))
+            faults.append(_unknown(name, [*KEYS, *indices, *axes, *parts]))
     if 0 < len(sized := [name for name in parts if name in sizes]) < len(parts):
         faults.append(
             (f"`parts` has the size of {escape(', '.join(sized))} alone", "Give the size of each part, or none.")
