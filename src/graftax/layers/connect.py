@@ -247,14 +247,13 @@ def _used(form: LayerForm, facts: LayerFacts, partial: bool) -> list[tuple[Step,
     """The steps whose roles both sides have; None if a side lacks a leaf that it needs, or no step is left."""
     out: list[tuple[Step, list[str], list[str]]] = []
     for step in form.steps:
-        sources, targets = _roles(step.torch, facts.torch), _roles(step.flax, facts.flax)
-        if sources is not None and targets is not None:
+        sources, targets = _present(step.torch, facts.torch), _present(step.flax, facts.flax)
+        roles = (*sources, *targets)
+        if all(roles):
             out.append((step, sources, targets))
-            continue
         # One side lacks a leaf. That is allowed for an optional leaf if partial connections are, or if both sides lack
         # the whole entry.
-        absent = not _any_role(step.torch, facts.torch) and not _any_role(step.flax, facts.flax)
-        if not (step.optional and (absent or partial)) and not (partial and absent):
+        elif not (step.optional and (partial or not any(roles))) and not (partial and not any(roles)):
             return None
     return out or None
 
@@ -268,19 +267,10 @@ def _names(roles: str | tuple[str, ...]) -> list[str]:
     return [name for role in ((roles,) if isinstance(roles, str) else roles) for name in role.split("|")]
 
 
-def _any_role(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> bool:
-    return any(name in shapes for name in _names(roles))
-
-
-def _roles(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> list[str] | None:
-    """The roles of a side for a step, with alternatives resolved; None if one is missing."""
-    out: list[str] = []
-    for role in (roles,) if isinstance(roles, str) else roles:
-        present = [name for name in role.split("|") if name in shapes]
-        if not present:
-            return None
-        out.append(present[0])
-    return out
+def _present(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> list[str]:
+    """The roles of a side for a step, with alternatives resolved; '' for one that is missing."""
+    every = (roles,) if isinstance(roles, str) else roles
+    return [next((name for name in role.split("|") if name in shapes), "") for role in every]
 
 
 def _entry(

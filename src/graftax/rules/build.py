@@ -15,7 +15,6 @@ from graftax.rules.grouping import Joined, KeyGroup, render_there
 from graftax.rules.layout import role_of
 from graftax.rules.model import LIST, Rule
 from graftax.rules.state import Named, RuleState
-from graftax.rules.template import SEPARATOR, Template
 from graftax.tree import Module, Side, TensorSpec
 
 NO_MODULES: tuple[Module | None, ...] = (None, None)
@@ -39,8 +38,8 @@ class Builder:
     """The entries of one rule. Groups of equal shapes share their ops."""
 
     __slots__ = (
-        *("assumed", "ends", "fixed", "forward", "joined", "left", "listed"),
-        *("made", "right", "roles", "rule", "sides", "source", "stacked"),
+        *("assumed", "ends", "forward", "joined", "left", "listed"),
+        *("made", "right", "rule", "sides", "source", "stacked"),
     )
 
     def __init__(self, rule: Rule, ends: RuleState, joined: Joined, forward: bool) -> None:
@@ -52,12 +51,6 @@ class Builder:
         self.listed = LIST in rule.stack or (rule.ops is not None and LIST in rule.ops.placed)
         self.stacked = tuple(name for name in (*rule.left_indices, *rule.right_indices)
                              if (name in rule.left_indices) != (name in rule.right_indices))  # fmt: skip
-        ends_of = (joined.here, joined.there) if forward else (joined.there, joined.here)
-        self.roles = tuple(
-            tuple(_fixed_role(template, side) for template in templates)
-            for templates, side in zip(ends_of, self.sides, strict=True)
-        )
-        self.fixed = all(role for known in self.roles for role in known)
         self.made: dict[object, _Made | LayoutError] = {}
         self.assumed: dict[str, list[str]] = {}
 
@@ -111,21 +104,11 @@ class Builder:
         left, right = (group.here, group.there) if self.forward else (group.there, group.here)
         source, like = self.source.specs, self.ends.like.tree
         keys = left.first(), right.first()
-        roles = self.roles
-        if not self.fixed:
-            roles = tuple(
-                tuple(fixed or role_of(key, side) for fixed, key in zip(known, names, strict=True))
-                for known, names, side in zip(self.roles, keys, self.sides, strict=True)
-            )
+        roles = tuple(tuple(role_of(key, side) for key in names) for names, side in zip(keys, self.sides, strict=True))
         modules = self._modules(keys, roles)
-        at: object
-        if len(group.here.found) == len(group.there.found) == 1:
-            shape = None if like is None else like.specs[keys[1 if self.forward else 0][0]].shape
-            at = (source[keys[0 if self.forward else 1][0]], shape, roles, modules and tuple(map(id, modules)))
-        else:
-            wanted = () if like is None else ((at, like.specs[key].shape) for at, key in group.there.found.items())
-            given = tuple((at, source[key]) for at, key in group.here.found.items())
-            at = (given, tuple(wanted), len(group.there.found), roles, tuple(map(id, modules)))
+        wanted = () if like is None else tuple((at, like.specs[key].shape) for at, key in group.there.found.items())
+        given = tuple((at, source[key]) for at, key in group.here.found.items())
+        at = (given, wanted, len(group.there.found), roles, tuple(map(id, modules)))
         known = self.made.get(at)
         if known is None:
             try:
@@ -215,12 +198,6 @@ class Builder:
         self.ends.failures.append(Failure(text, self.ends.source.label, key, next=hint))
         if self.rule.bare and not self.rule.stack:
             self.ends.named.append(Named(self.rule, broken, self.ends.failures[-1]))
-
-
-def _fixed_role(template: Template, side: Side) -> str:
-    """The role that every key of the template has; '' if the last part of the key varies."""
-    last = template.pieces[-1]
-    return role_of(last, side) if isinstance(last, str) and SEPARATOR[side] in last else ""
 
 
 def _compare(found: Specs, wanted: Specs, names: Sequence[str]) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from graftax.errors import LayoutError
-from graftax.ops import Copy, Flip, Op, Rearrange, RearrangeEach, Same, Stack, Sum, Unstack, infer_chain, invert_chain
-from graftax.rules.flatten import NO_TAIL, Shape, Tail
+from graftax.ops import Copy, Flip, Op, Rearrange, RearrangeEach, Same, Stack, Sum, Unstack, invert_chain
+from graftax.rules.flatten import NO_TAIL, Shape, Tail, shape_after
 from graftax.rules.fuse import (
     check_heads,
     fused_axis,
@@ -19,10 +19,10 @@ from graftax.rules.fuse import (
     shown_heads,
     take_apart,
 )
-from graftax.rules.layout import Laid, TensorPair, layout_of, left_shape
+from graftax.rules.layout import Laid, TensorPair, layout_of
 from graftax.rules.model import LIST, Rule
 from graftax.rules.rows import row_ops
-from graftax.tree import Module, Side, TensorSpec
+from graftax.tree import Module, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,9 @@ def build_chain(rule: Rule, case: Case) -> Chain:
     if not names:
         return Chain(core, (), laid.evidence, laid.assumes)
     if on_left:
-        rank = len(lefts[0] if lefts is not None else _through(invert_chain(core), rights)) + len(names)
+        rank = len(lefts[0] if lefts is not None else shape_after(invert_chain(core), *rights or ())) + len(names)
     else:
-        rank = len(rights[0] if rights is not None else _through(core, lefts)) + len(names)
+        rank = len(rights[0] if rights is not None else shape_after(core, *lefts or ())) + len(names)
     axes = positions(rule, names, rank)
     order = tuple(sorted(names, key=lambda name: axes[name]))
     if on_left:
@@ -119,10 +119,6 @@ def _without(rule: Rule, case: Case, shapes: Sequence[Shape]) -> tuple[Shape, ..
     return tuple(out)
 
 
-def _through(ops: Sequence[Op], shapes: Sequence[Shape] | None) -> Shape:
-    return infer_chain(ops, tuple(TensorSpec(shape, "float32") for shape in shapes or ()))[0].shape
-
-
 def _first(shapes: Sequence[Shape] | None) -> Shape | None:
     return None if shapes is None else shapes[0]
 
@@ -141,14 +137,14 @@ def _core(
         rights = None if rights is None else rights[:1]
     rows = row_ops(rule, case.sides[0], lefts, rights)
     if rows and lefts is not None:
-        lefts = tuple(infer_chain(rows, (TensorSpec(s, "float32"),))[0].shape for s in lefts)
+        lefts = tuple(shape_after(rows, shape) for shape in lefts)
     many = (1, 1) if LIST in case.counts else (len(rule.left), len(rule.right))
     if many == (1, 1):
         laid = _piece(rule, case, _first(lefts), _first(rights))
         fault = heads_fault(rule, rights[0], laid.ops) if rights is not None and rule.ops is None else ""
         if fault:
             raise LayoutError(fault)
-        shape = lefts[0] if lefts is not None else _through(invert_chain(laid.ops), rights)
+        shape = lefts[0] if lefts is not None else shape_after(invert_chain(laid.ops), *rights or ())
         moved = (
             reordered(rule, fused_axis(rule, len(shape), case.sides[0], case.left_roles[0]), shape)
             if rule.parts[0]
@@ -219,7 +215,7 @@ def _split(
     else:
         assert rights is not None
         laid = [_piece(rule, case, None, right, k) for k, right in enumerate(rights)]
-        pieces = [left_shape(one.ops, right) for one, right in zip(laid, rights, strict=True)]
+        pieces = [shape_after(invert_chain(one.ops), right) for one, right in zip(laid, rights, strict=True)]
         axis = fused_axis(rule, len(pieces[0]), case.sides[0], case.left_roles[0])
         sizes = tuple(piece[axis] for piece in pieces)
     each = [_piece(rule, case, piece, None if rights is None else rights[k], k) for k, piece in enumerate(pieces)]
@@ -242,7 +238,7 @@ def _joined(
         whole = (*lefts[0][:axis], sum(sizes), *lefts[0][axis + 1 :])
     else:
         assert right is not None
-        whole = left_shape(_piece(rule, case, None, right).ops, right)
+        whole = shape_after(invert_chain(_piece(rule, case, None, right).ops), right)
         axis = fused_axis(rule, len(whole), case.sides[0], case.left_roles[0])
         sizes = part_sizes(rule, whole[axis], axis, whole[:axis] + whole[axis + 1 :], None, len(rule.left))
     laid = _piece(rule, case, whole, right)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from graftax.errors import LayoutError, escape
 from graftax.layers.patterns import layout_ops, regroup
-from graftax.ops import Op, Rearrange, infer_chain, invert_chain
-from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_ops
+from graftax.ops import Op, Rearrange
+from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_ops, shape_after
 from graftax.rules.model import Rule
 from graftax.tree import Module, Side, TensorSpec
 
@@ -56,17 +56,6 @@ def layout_of(rule: Rule, piece: TensorPair) -> Laid:
         layout = rule.layout or _by_role(piece)
         return _known(layout, layout_ops(layout, _rank(piece)) if layout else None, piece)
     return _by_table(rule, piece.left, piece.right, piece)
-
-
-def left_shape(ops: Sequence[Op], right: Shape) -> Shape:
-    """The shape that `ops` turn into `right`. Raises LayoutError."""
-    (spec,) = infer_chain(invert_chain(ops), (TensorSpec(right, "float32"),))
-    return spec.shape
-
-
-def right_shape(ops: Sequence[Op], left: Shape) -> Shape:
-    (spec,) = infer_chain(ops, (TensorSpec(left, "float32"),))
-    return spec.shape
 
 
 def _rank(piece: TensorPair) -> int:
@@ -129,7 +118,7 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: TensorPair) -> Laid:
         found = leaf_connections(roles[0], specs[0], roles[1], specs[1], layout=rule.layout)
     if not found:
         ops = layout_ops(rule.layout, len(left)) if rule.layout else None
-        if ops is not None and right_shape(ops, left) == right:
+        if ops is not None and shape_after(ops, left) == right:
             return Laid(ops)
         regrouped = regroup(left, right) if ops == () else None
         if regrouped is not None:
@@ -146,7 +135,7 @@ def _by_table(rule: Rule, left: Shape, right: Shape, piece: TensorPair) -> Laid:
 
 def _no_layout(rule: Rule, left: Shape, right: Shape, ops: Sequence[Op] | None) -> str:
     if ops is not None:
-        return f"as {rule.layout}, {left} becomes {right_shape(ops, left)}, not {right}"
+        return f"as {rule.layout}, {left} becomes {shape_after(ops, left)}, not {right}"
     if rule.layout:
         return f"layout {rule.layout!r} does not turn {left} into {right}"
     if math.prod(left) != math.prod(right):

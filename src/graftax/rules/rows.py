@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from graftax.errors import LayoutError, escape
-from graftax.ops import Crop, Offset, Op, Pad, Rearrange, Repeat, Scale, Unrepeat, groups_text, infer_chain
+from graftax.ops import Crop, Offset, Op, Pad, Rearrange, Repeat, Scale, Unrepeat, groups_text
 from graftax.rules.axes import own_names
-from graftax.rules.flatten import Shape
+from graftax.rules.flatten import Shape, shape_after
 from graftax.rules.model import AxisName, Rule
 from graftax.tree import Side, TensorSpec
 
@@ -48,7 +48,7 @@ def row_ops(rule: Rule, side: Side, lefts: Sequence[Shape] | None, rights: Seque
 
 
 def _after(ops: Sequence[Op], shape: Shape | None) -> Shape | None:
-    return None if shape is None else infer_chain(ops, (TensorSpec(shape, "float32"),))[0].shape
+    return None if shape is None else shape_after(ops, shape)
 
 
 def _rank(rule: Rule, lefts: Sequence[Shape] | None) -> int:
