@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graftax.ops import Flip, Op, Rearrange, groups_text, parse_pattern
+from graftax.ops import Flip, Op, Rearrange, groups_text, infer_chain, parse_pattern
+from graftax.tree import TensorSpec
 
 Shape = tuple[int, ...]
 Readings = dict[str, tuple[Op, ...]]
@@ -139,6 +140,11 @@ def regroup(source: Shape, target: Shape) -> tuple[Rearrange] | None:
     ends = zip((source, target), map(iter, groups), strict=True)
     sides = [[["1"] if extent == 1 else next(rest) for extent in shape] for shape, rest in ends]
     return (Rearrange(" -> ".join(map(groups_text, sides)), tuple(sorted(names))),)
+
+
+def shape_after(ops: Sequence[Op], *shapes: Shape) -> Shape:
+    """The shape of the first tensor that `ops` make. Raises LayoutError."""
+    return infer_chain(ops, tuple(TensorSpec(shape, "float32") for shape in shapes))[0].shape
 
 
 def same_effect(a: tuple[Op, ...], b: tuple[Op, ...]) -> bool:

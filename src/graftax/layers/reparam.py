@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from graftax.errors import LayoutError
 from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Shape, Step
 from graftax.layers.conv import TORCH_TRANSPOSED, conv_forms, transpose_forms
 from graftax.layers.dense import LINEAR_FORM
+from graftax.layers.patterns import shape_after
 from graftax.ops import (
     FoldWeightNorm,
     Op,
@@ -50,37 +51,29 @@ def _leaf(facts: LayerFacts, name: str) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-def inner_forms(facts: LayerFacts, weight: Shape, kernel: Shape, bias: str) -> Iterable[LayerForm]:
-    """The forms of the wrapped layer, as if its weight were plain. `bias`: its Flax role, if it has one."""
-    torch = {"weight": weight} | ({"bias": facts.torch["bias"]} if "bias" in facts.torch else {})
-    flax = {"kernel": kernel} | ({"bias": facts.flax[bias]} if bias else {})
+def inner_forms(facts: LayerFacts, weight: str, kernel: str) -> Iterator[tuple[LayerForm, tuple[Op, ...]]]:
+    """The forms of the wrapped layer, as if its weight were plain, with the ops of the weight."""
+    torch = {"weight": facts.torch[weight]} | {role: facts.torch[role] for role in ("bias",) if role in facts.torch}
+    bias = _leaf(facts, "bias")
+    flax = {"kernel": facts.flax[kernel]} | ({"bias": facts.flax[bias]} if bias else {})
     wraps = facts.flax_kind in ("WeightNorm", "SpectralNorm")  # these settings are not those of the layer inside
     plain = replace(facts, torch=torch, flax=flax, flax_kind="" if wraps else facts.flax_kind)
-    if len(weight) == 2:
-        yield LINEAR_FORM
-        return
-    if facts.torch_kind not in TORCH_TRANSPOSED and plain.flax_kind != "ConvTranspose":
-        yield from conv_forms(plain)
-    if facts.torch_kind in ("", *TORCH_TRANSPOSED) and plain.flax_kind != "Conv":
-        yield from transpose_forms(plain)
-
-
-def _weight_ops(form: LayerForm) -> tuple[Op, ...]:
-    """The ops of a form for the weight."""
-    ops = form.steps[0].ops
-    return (Rearrange(ops),) if isinstance(ops, str) else ops
+    forms: list[LayerForm] = [LINEAR_FORM] if len(torch["weight"]) == 2 else []
+    if not forms and facts.torch_kind not in TORCH_TRANSPOSED and plain.flax_kind != "ConvTranspose":
+        forms += conv_forms(plain)
+    if not forms and facts.torch_kind in ("", *TORCH_TRANSPOSED) and plain.flax_kind != "Conv":
+        forms += transpose_forms(plain)
+    for form in forms:
+        ops = form.steps[0].ops
+        yield form, (Rearrange(ops),) if isinstance(ops, str) else ops
 
 
 def _feature_axis(weight: Shape, norm: Shape) -> int | None:
     """The axis of the torch weight along which the norms differ; None for one norm of all (dim=None)."""
-    if norm == ():
-        return None
-    if len(norm) != len(weight):
-        raise LayoutError(f"norms of shape {norm} beside a weight of shape {weight}")
     wide = [axis for axis, extent in enumerate(norm) if extent != 1]
-    if len(wide) > 1:
-        raise LayoutError(f"norms of shape {norm} have more than one axis")
-    return wide[0] if wide else 0
+    if norm and (len(norm) != len(weight) or len(wide) > 1):
+        raise LayoutError(f"norms of shape {norm} beside a weight of shape {weight}")
+    return (*wide, 0)[0] if norm else None
 
 
 def _kernel_axis(ops: Sequence[Op], axis: int) -> int:
@@ -103,24 +96,22 @@ def _features_fit(facts: LayerFacts, axis: int, rank: int) -> bool:
 def weight_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     """g and v are kept, folded into a plain kernel, or made from a plain weight."""
     g, v, scale = _first(G, facts.torch), _first(V, facts.torch), _only(_SCALE, facts)
-    kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias")
+    kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias") or "bias"
     weight = v if g and v else "weight" if "weight" in facts.torch and scale else ""
     if not kernel or not weight or (not g and not scale) or (not scale and facts.flax_kind == "WeightNorm"):
         return
-    for form in inner_forms(facts, facts.torch[weight], facts.flax[kernel], bias):
+    for form, ops in inner_forms(facts, weight, kernel):
         try:
-            ops = _weight_ops(form)
             given = _weight_norm_steps(facts, ops, g, weight, scale, kernel)
         except LayoutError:
             continue
         if given is None:
             continue
         variant, steps, assumes = given
-        tail = (Step("bias", bias or "bias", optional=True),)
         yield replace(
             form,
             variant=f"{form.variant}, {variant}",
-            steps=(*steps, *tail),
+            steps=(*steps, Step("bias", bias, optional=True)),
             why=f"it is weight norm, {variant}",
             assumes=(*form.assumes, *assumes),
             holds=None,
@@ -162,21 +153,19 @@ def spectral_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     """The weight, u and v to kernel, u and sigma."""
     w, u, v = _first(W, facts.torch), _first(U_ROLES, facts.torch), _first(V_ROLES, facts.torch)
     flax_u, sigma = _only(_U, facts), _only(_SIGMA, facts)
-    kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias")
+    kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias") or "bias"
     if not all((w, u, v, flax_u, sigma, kernel)):
         return
-    for form in inner_forms(facts, facts.torch[w], facts.flax[kernel], bias):
-        ops = _weight_ops(form)
+    for form, ops in inner_forms(facts, w, kernel):
         if len(ops) != 1 or not isinstance(ops[0], Rearrange) or form.variant.startswith("conv_transpose"):
             continue
         each = RearrangeEach((ops[0].pattern, "o -> 1 o", ""))
         steps = (
             Step((w, u, v), (kernel, flax_u, sigma), (SpectralSigma(0), each)),
-            Step("bias", bias or "bias", optional=True),
+            Step("bias", bias, optional=True),
         )
-        yield replace(
-            form, variant=f"{form.variant}, spectral norm", steps=steps, why="it is spectral norm", holds=None
-        )
+        variant = f"{form.variant}, spectral norm"
+        yield replace(form, variant=variant, steps=steps, why="it is spectral norm", holds=None)
 
 
 def _transposed_spectral(facts: LayerFacts) -> bool:
@@ -196,25 +185,14 @@ def _other_axis(facts: LayerFacts) -> bool:
     g, v, kernel = _first(G, facts.torch), _first(V, facts.torch), _leaf(facts, "kernel")
     if facts.flax_kind != "WeightNorm" or not (g and v and kernel and _only(_SCALE, facts)):
         return False
-    bias = _leaf(facts, "bias")
-    forms = [f for f in inner_forms(facts, facts.torch[v], facts.flax[kernel], bias) if _comes_out(f, facts, v, kernel)]
     try:
-        axes = [_feature_axis(facts.torch[v], facts.torch[g])]
-        places = [_kernel_axis(_weight_ops(form), axis) for form in forms for axis in axes if axis is not None]
+        axis = _feature_axis(facts.torch[v], facts.torch[g])
+        ways = [ops for _, ops in inner_forms(facts, v, kernel)]
+        fit = [ops for ops in ways if shape_after(ops, facts.torch[v]) == facts.flax[kernel]]
+        places = [_kernel_axis(ops, axis) for ops in fit if axis is not None]
     except LayoutError:
         return False
     return bool(places) and not any(_features_fit(facts, place, len(facts.torch[v])) for place in places)
-
-
-def _comes_out(form: LayerForm, facts: LayerFacts, weight: str, kernel: str) -> bool:
-    from graftax.ops import infer_chain
-    from graftax.tree import TensorSpec
-
-    try:
-        (out,) = infer_chain(_weight_ops(form), (TensorSpec(facts.torch[weight], "float32"),))
-    except LayoutError:
-        return False
-    return out.shape == facts.flax[kernel]
 
 
 _LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", *TORCH_TRANSPOSED)

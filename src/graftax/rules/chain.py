@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from graftax.errors import LayoutError
+from graftax.layers.patterns import shape_after
 from graftax.ops import Copy, Flip, Op, Rearrange, RearrangeEach, Same, Stack, Sum, Unstack, invert_chain
-from graftax.rules.flatten import NO_TAIL, Shape, Tail, shape_after
+from graftax.rules.flatten import NO_TAIL, Shape, Tail
 from graftax.rules.fuse import (
     check_heads,
     fused_axis,

@@ -9,18 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from graftax.errors import LayoutError, escape
-from graftax.ops import Concat, Op, Rearrange, RearrangeEach, Split, infer_chain
+from graftax.ops import Concat, Op, Rearrange, RearrangeEach, Split
 from graftax.rules.model import Rule
 from graftax.tree import Side, TensorSpec, natural_key
 
 Shape = tuple[int, ...]
 SPATIAL = ("d", "h", "w")
 """The order of Flax's maps, channels last: (D, H, W, C). Axes of other names keep their written order."""
-
-
-def shape_after(ops: Sequence[Op], *shapes: Shape) -> Shape:
-    """The shape of the first tensor that `ops` make. Raises LayoutError."""
-    return infer_chain(ops, tuple(TensorSpec(shape, "float32") for shape in shapes))[0].shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftax.errors import LayoutError, escape
-from graftax.layers.patterns import layout_ops, regroup
+from graftax.layers.patterns import layout_ops, regroup, shape_after
 from graftax.ops import Op, Rearrange
-from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_ops, shape_after
+from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_ops
 from graftax.rules.model import Rule
 from graftax.tree import Module, Side, TensorSpec
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from graftax.errors import LayoutError, escape
+from graftax.layers.patterns import shape_after
 from graftax.ops import Crop, Offset, Op, Pad, Rearrange, Repeat, Scale, Unrepeat, groups_text
 from graftax.rules.axes import own_names
-from graftax.rules.flatten import Shape, shape_after
+from graftax.rules.flatten import Shape
 from graftax.rules.model import AxisName, Rule
 from graftax.tree import Side, TensorSpec
 
