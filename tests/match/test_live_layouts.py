@@ -101,6 +101,20 @@ def test_the_one_order_that_fits_is_taken() -> None:
     torch.testing.assert_close(like.fc(x), want)
 
 
+def test_one_class_of_another_size_does_not_fit() -> None:
+    class Product(nn.Module):
+        def __init__(self, i: int, o: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(i, o))
+
+        def forward(self, x: Any) -> Any:
+            return x @ self.weight
+
+    plan = gx.plan(holder(Product(4, 6)), holder(Product(6, 4)))
+    assert plan.failures
+    assert not plan.entries
+
+
 def _up(kind: str, transpose: bool, outs: int) -> Any:
     jnp = pytest.importorskip("jax.numpy")
     linen, nnx = pytest.importorskip("flax.linen"), pytest.importorskip("flax.nnx")

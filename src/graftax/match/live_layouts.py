@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from graftax.errors import worded
+from graftax.layers.base import Shape
 from graftax.layers.connect import known_kind, own_layout
 from graftax.layers.roles import conversion, role_of
 from graftax.match.kinds import axis_orders, order_text, owners_by_leaf
@@ -18,7 +19,7 @@ from graftax.plans import Candidate, Entry, Question
 from graftax.plans.names import fold_names
 from graftax.plans.text import columns
 from graftax.rules.of_plan import RuleWriter
-from graftax.tree import Checkpoint, Module, Side, TensorSpec
+from graftax.tree import Checkpoint, Module, Side
 
 _MOST = 6
 """Most layouts that a question offers."""
@@ -81,7 +82,7 @@ def by_live_modules(
         elif found == entry.ops:
             out.append(entry)
         else:
-            evidence = (*entry.evidence, "the settings of both live modules give this layout")
+            evidence = (*entry.evidence, "both live modules give this layout")
             out.append(replace(entry, ops=found, evidence=evidence))
     writer = RuleWriter(source, like, (side, side))
     asked = [_question(group, doubt, writer) for doubt, some in open_.items() for _, group in columns(some)]
@@ -110,23 +111,14 @@ class _Judge:
                 modules.setdefault(one.path, []).append((name, target))
         out: list[Entry] = []
         for leaves in modules.values():
-            made = [self._turned(*pair) for pair in leaves]
-            if all(entry is not None for entry in made) and any(entry.ops for entry in made if entry is not None):
-                out += [entry for entry in made if entry is not None]
+            made = [Entry((name,), (target,), (), ("both modules have this name",)) for name, target in leaves]
+            ways = [self.ops(entry) for entry in made]
+            alike = (self.source.specs[name].shape == self.like.specs[target].shape for name, target in leaves)
+            if any(ways) and not any(
+                isinstance(way, _Doubt) or not (way or same) for way, same in zip(ways, alike, strict=True)
+            ):
+                out += made
         return out
-
-    def _turned(self, name: str, target: str) -> Entry | None:
-        """An entry for two leaves of one name: as they are, or with their axes in the one order that fits."""
-        specs = self.source.specs[name], self.like.specs[target]
-        entry = Entry((name,), (target,), (), ("both modules have this name",))
-        if specs[0].shape == specs[1].shape:
-            return entry
-        one, other = self.owners[name], self.their_owners[target]
-        if table_kind(one, self.side) and table_kind(other, self.side):
-            ways = [self._by_roles(entry, name, target)]
-        else:
-            ways = [(Rearrange(order_text(order)),) for order in axis_orders([(specs[0].shape, specs[1].shape)])]
-        return replace(entry, ops=ways[0]) if len(ways) == 1 and ways[0] is not None else None
 
     def ops(self, entry: Entry) -> tuple[Op, ...] | _Doubt:
         """The ops of the entry by the live modules that hold its leaves; a doubt if nothing decides."""
@@ -154,9 +146,13 @@ class _Judge:
                 return entry.ops if found is None else found
         elif same and alike_settings(one, other):
             return entry.ops
-        spec = self.like.specs[target] if _unstacks(entry) else self.source.specs[name]
-        ways = tuple(_placed(entry, way) for way in _orders(spec))
-        return _Doubt(_why(one, other, same), ways[:_MOST]) if len(ways) > 1 else entry.ops
+        shapes = self.source.specs[name].shape, self.like.specs[target].shape
+        if entry.ops:  # of a single leaf
+            shapes = (shapes[_unstacks(entry)],) * 2
+        ways = tuple(_placed(entry, way) for way in _orders(shapes))
+        if len(ways) > 1:
+            return _Doubt(_why(one, other, same), ways[:_MOST])
+        return ways[0] if ways else entry.ops
 
     def _by_roles(self, entry: Entry, name: str, target: str) -> tuple[Op, ...] | None:
         """The ops of the entry by the axes of both leaves; its own if these lie alike, None if nothing shows them."""
@@ -181,9 +177,9 @@ def _placed(entry: Entry, way: tuple[Op, ...]) -> tuple[Op, ...]:
     return (*entry.ops, *way) if _unstacks(entry) else (*way, *entry.ops)
 
 
-def _orders(spec: TensorSpec) -> list[tuple[Op, ...]]:
-    """The orders of axes that keep the shape; first, the axes as they are."""
-    orders = axis_orders([(spec.shape, spec.shape)])
+def _orders(shapes: tuple[Shape, Shape]) -> list[tuple[Op, ...]]:
+    """The orders of axes that turn one shape into the other; first, the axes as they are."""
+    orders = axis_orders([shapes])
     orders.sort(key=lambda order: order != tuple(range(len(order))))
     return [() if order == tuple(range(len(order))) else (Rearrange(order_text(order)),) for order in orders]
 
