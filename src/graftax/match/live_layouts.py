@@ -146,10 +146,10 @@ class _Judge:
                 return entry.ops if found is None else found
         elif same and alike_settings(one, other):
             return entry.ops
-        shapes = self.source.specs[name].shape, self.like.specs[target].shape
-        if entry.ops:  # of a single leaf
-            shapes = (shapes[_unstacks(entry)],) * 2
-        ways = tuple(_placed(entry, way) for way in _orders(shapes))
+        ours, theirs = self.source.specs[name].shape, self.like.specs[target].shape
+        if entry.ops:
+            ours = theirs = theirs if _unstacks(entry) else ours  # of a single leaf
+        ways = tuple(_placed(entry, way) for way in _orders(ours, theirs))
         if len(ways) > 1:
             return _Doubt(_why(one, other, same), ways[:_MOST])
         return ways[0] if ways else entry.ops
@@ -177,9 +177,9 @@ def _placed(entry: Entry, way: tuple[Op, ...]) -> tuple[Op, ...]:
     return (*entry.ops, *way) if _unstacks(entry) else (*way, *entry.ops)
 
 
-def _orders(shapes: tuple[Shape, Shape]) -> list[tuple[Op, ...]]:
+def _orders(source: Shape, target: Shape) -> list[tuple[Op, ...]]:
     """The orders of axes that turn one shape into the other; first, the axes as they are."""
-    orders = axis_orders([shapes])
+    orders = axis_orders([(source, target)])
     orders.sort(key=lambda order: order != tuple(range(len(order))))
     return [() if order == tuple(range(len(order))) else (Rearrange(order_text(order)),) for order in orders]
 

@@ -57,20 +57,15 @@ def build_chain(rule: Rule, case: Case) -> Chain:
     """The chain for a case. LayoutError if the rule does not fit the shapes, or states too little."""
     names = tuple(case.counts)
     on_left = stacked_left(rule, names)
-    if on_left:
-        lefts = _without(rule, case, case.left) if case.left is not None else None
-        rights = case.right
-    else:
-        lefts = case.left
-        rights = _without(rule, case, case.right) if case.right is not None else None
-    core, laid = _core(rule, case, lefts, rights)
+    shapes, at = [case.left, case.right], 0 if on_left else 1
+    stacked = shapes[at]
+    if stacked is not None:
+        shapes[at] = stacked = _without(rule, case, stacked)
+    core, laid = _core(rule, case, *shapes)
     if not names:
         return Chain(core, (), laid.evidence, laid.assumes)
-    if on_left:
-        rank = len(lefts[0] if lefts is not None else shape_after(invert_chain(core), *rights or ())) + len(names)
-    else:
-        rank = len(rights[0] if rights is not None else shape_after(core, *lefts or ())) + len(names)
-    axes = positions(rule, names, rank)
+    inner = stacked[0] if stacked else shape_after(invert_chain(core) if on_left else core, *shapes[1 - at] or ())
+    axes = positions(rule, names, len(inner) + len(names))
     order = tuple(sorted(names, key=lambda name: axes[name]))
     if on_left:
         ops: tuple[Op, ...] = tuple(Unstack(axes[name], case.counts[name]) for name in reversed(order)) + core

@@ -34,31 +34,26 @@ def _amounts(value: Any, one: Callable[[Any], Any], hint: str) -> dict[AxisName,
     if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "":
         return {_axis_name(value): None}
     if isinstance(value, Mapping) and value:
-        return {_axis_name(k): one(v) for k, v in cast("Mapping[Any, Any]", value).items()}
+        try:
+            return {_axis_name(k): one(v) for k, v in cast("Mapping[Any, Any]", value).items()}
+        except ValueError:
+            pass
     raise ValueError(hint)
 
 
 def _repeat(value: Any) -> dict[AxisName, Any]:
-    hint = "an axis, or how often each: {h = 4}"
-
-    def one(count: Any) -> int:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(hint)
-        return count
-
-    return _amounts(value, one, hint)
+    return _amounts(value, _count, "an axis, or how often each: {h = 4}")
 
 
 def _pad(value: Any) -> dict[AxisName, Any]:
-    hint = "an axis, or its new rows: {o = 47} after, {o = [1, 46]} before and after"
+    return _amounts(value, _rows, "an axis, or its new rows: {o = 47} after, {o = [1, 46]} before and after")
 
-    def one(rows: Any) -> tuple[int, int]:
-        pair = tuple(cast("list[Any]", rows)) if isinstance(rows, (list, tuple)) else (0, rows)
-        if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in pair):
-            raise ValueError(hint)
-        return cast("tuple[int, int]", pair)
 
-    return _amounts(value, one, hint)
+def _rows(rows: Any) -> tuple[int, int]:
+    pair = tuple(cast("list[Any]", rows)) if isinstance(rows, (list, tuple)) else (0, rows)
+    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in pair):
+        raise ValueError
+    return cast("tuple[int, int]", pair)
 
 
 def _word(word: str) -> tuple[str, str, str]:
