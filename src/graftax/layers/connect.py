@@ -176,12 +176,9 @@ def _plain_leaf_connections(
 
 def layouts() -> tuple[str, ...]:
     """The values that a rule's `layout` can take."""
-    names: dict[str, None] = dict.fromkeys(("linear", "identity", "conv", "conv_transpose", "conv_transpose default"))
-    for layer in LAYERS:
-        for form in layer.forms:
-            if isinstance(form, LayerForm) and form.layout:
-                names[form.layout] = None
-    return tuple(names)
+    known = ("linear", "identity", "conv", "conv_transpose", "conv_transpose default")
+    forms = (form.layout for layer in LAYERS for form in layer.forms if isinstance(form, LayerForm) and form.layout)
+    return tuple(dict.fromkeys((*known, *forms)))
 
 
 # ---------------------------------------------------------------- forms

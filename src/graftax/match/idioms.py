@@ -83,9 +83,8 @@ def _name_halves(members: Sequence[tuple[int, Module]], names: dict[int, Name], 
     if any(number not in _HALVES for number, _ in members):
         return
     for number, module in members:
-        column = module.roles.get("weight")
-        half = _HALVES[number]
-        if column is None or column.kind == "norm" or set(module.roles) - {"weight", "bias"}:
+        column, half = module.roles.get("weight"), _HALVES[number]
+        if column is None or column.kind == "norm" or _matrix(module) is None:
             continue
         shapes = set(column.shapes.values())
         inwards = (half == "up") == (column.kind != "kernel")
@@ -132,11 +131,7 @@ def _name_fourth(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon
 def _name_way_back(modules: Sequence[Module], names: dict[int, Name], lex: Lexicon) -> None:
     """The only matrix that takes what the first matrix of the feed-forward part makes, and makes what the first takes,
     is its second, if its name says that it is an output."""
-    matrices = [
-        (module, next(iter(module.roles["weight"].shapes.values())))
-        for module in modules
-        if not set(module.roles) - {"weight", "bias"} and "weight" in module.roles
-    ]
+    matrices = [(module, shape) for module in modules if (shape := _matrix(module)) is not None]
     there = [shape for m, shape in matrices if "up" in names[id(m)].concepts and len(shape) in (2, 3)]
     turned = (*there[0][:-2], *there[0][:-3:-1]) if len(there) == 1 else ()
     back = [m for m, shape in matrices if len(there) == 1 and shape == turned != there[0]]
@@ -149,17 +144,18 @@ def _say(names: dict[int, Name], module: Module, new: set[str], old: set[str]) -
     names[id(module)] = replace(name, concepts=(name.concepts - old) | new)
 
 
+def _matrix(module: Module) -> tuple[int, ...] | None:
+    """The shape of the weight of a module that has no other leaf but a bias."""
+    column = module.roles.get("weight")
+    return None if column is None or set(module.roles) - {"weight", "bias"} else next(iter(column.shapes.values()))
+
+
 def _there_and_back(first: Module, second: Module) -> bool:
     """True if the second matrix takes what the first makes, and makes what the first takes."""
-    shapes: list[tuple[int, ...]] = []
-    for module in (first, second):
-        column = module.roles.get("weight")
-        if column is None or set(module.roles) - {"weight", "bias"}:
-            return False
-        shapes.append(next(iter(column.shapes.values())))
-    return (
-        2 <= len(shapes[0]) == len(shapes[1]) <= 4 and shapes[0] != shapes[1] and sorted(shapes[0]) == sorted(shapes[1])
-    )
+    one, other = _matrix(first), _matrix(second)
+    if one is None or other is None:
+        return False
+    return 2 <= len(one) == len(other) <= 4 and one != other and sorted(one) == sorted(other)
 
 
 def has_experts(modules: Iterable[Module], lex: Lexicon) -> bool:

@@ -86,17 +86,13 @@ class Found:
 def find_quantized(checkpoint: Checkpoint) -> tuple[Found, ...]:
     """Every sign of quantization, one per tensor of codes; empty for a plain checkpoint."""
     specs = checkpoint.specs
-    rows = {sep: [(row, row.beside.replace(".", sep), row.codes.replace(".", sep)) for row in SCHEMES] for sep in "./"}
-    endings = tuple({beside for some in rows.values() for _, beside, _ in some})
+    plain = {path.replace("/", "."): path for path in specs}
+    endings = tuple({row.beside for row in SCHEMES})
     found: dict[str, Found] = {}
-    for path in specs:
-        if not path.endswith(endings):
-            continue
-        for row, beside, ending in rows["/" if "/" in path else "."]:
-            if not path.endswith(beside):
-                continue
-            codes = path[: -len(beside)] + ending
-            if codes in specs and (row.any_dtype or specs[codes].dtype in CODES):
+    for name, path in plain.items():
+        for row in SCHEMES if name.endswith(endings) else ():
+            codes = plain.get(name.removesuffix(row.beside) + row.codes) if name.endswith(row.beside) else None
+            if codes is not None and (row.any_dtype or specs[codes].dtype in CODES):
                 found.setdefault(codes, Found(row.name, codes, path))
                 break
     for item in (*_scaled(specs), *_marked(specs)):
