@@ -32,18 +32,11 @@ def bare_forms(facts: LayerFacts) -> Iterable[LayerForm]:
             by="shapes" if matrix else "convention",
             why="a bare parameter stays as it is" if not matrix else "both sides store it alike",
         )
-    if matrix and len(source) == 2:
-        yield LayerForm(
-            "linear", (Step(torch, flax, "o i -> i o"),), "linear", by="shapes", why="a Linear weight is transposed"
-        )
-    if matrix and 3 <= len(source) <= 5:
-        yield LayerForm(
-            "conv",
-            (Step(torch, flax, layout_ops("conv", len(source)) or ()),),
-            "conv",
-            by="shapes",
-            why="it is the weight of a convolution",
-        )
+    linear = ("linear", (2,), "a Linear weight is transposed")
+    for layout, ranks, why in (linear, ("conv", (3, 4, 5), "it is the weight of a convolution")):
+        if matrix and len(source) in ranks:
+            ops = layout_ops(layout, len(source)) or ()
+            yield LayerForm(layout, (Step(torch, flax, ops),), layout, by="shapes", why=why)
 
 
 def _many_slopes(facts: LayerFacts) -> bool:

@@ -296,15 +296,15 @@ def _alike(a: Connection, b: Connection) -> bool:
 
 def _ranked(found: list[Connection], facts: LayerFacts) -> list[Connection]:
     """The connections, the strongest first. What live modules settle has their kinds as evidence."""
-    kinds = " and ".join(kind for kind in (facts.torch_kind, facts.flax_kind) if kind)
-    out: list[Connection] = []
-    for found_one in sorted(found, key=lambda connection: STRENGTH.index(connection.by)):
-        if found_one.by == "modules":
-            told = (
-                f"the live modules are {kinds}" if " and " in kinds else f"the live module is {kinds}",
-                *found_one.evidence,
-            )
-            entries = tuple(replace(entry, evidence=told[:1]) for entry in found_one.entries)
-            found_one = replace(found_one, entries=entries, evidence=told)
-        out.append(found_one)
-    return out
+    kinds = [kind for kind in (facts.torch_kind, facts.flax_kind) if kind]
+    told = f"the live module{'s are' if len(kinds) > 1 else ' is'} {' and '.join(kinds)}"
+    return [
+        replace(
+            one,
+            entries=tuple(replace(entry, evidence=(told,)) for entry in one.entries),
+            evidence=(told, *one.evidence),
+        )
+        if one.by == "modules"
+        else one
+        for one in sorted(found, key=lambda connection: STRENGTH.index(connection.by))
+    ]

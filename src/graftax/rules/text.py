@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from graftax.errors import RulesError, escape
 from graftax.rules.schema import KEYS
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
-_SHORT = {"\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r", '"': '\\"', "\\": "\\\\"}
 _HIDDEN = {"Cc", "Cf", "Co", "Zl", "Zp"}
 
 
@@ -50,17 +50,15 @@ def _value(value: Any) -> str:
 
 
 def _string(text: str) -> str:
-    out: list[str] = []
-    for char in text:
-        if char in _SHORT:
-            out.append(_SHORT[char])
-        elif unicodedata.category(char) == "Cs":
-            raise RulesError(f"{escape(text)!r} holds half a surrogate pair: TOML cannot write it")
-        elif unicodedata.category(char) in _HIDDEN:
-            out.append(f"\\u{ord(char):04X}" if ord(char) < 0x10000 else f"\\U{ord(char):08X}")
-        else:
-            out.append(char)
-    return '"' + "".join(out) + '"'
+    if any(unicodedata.category(char) == "Cs" for char in text):
+        raise RulesError(f"{escape(text)!r} holds half a surrogate pair: TOML cannot write it")
+    return "".join(map(_visible, json.dumps(text, ensure_ascii=False)))
+
+
+def _visible(char: str) -> str:
+    if unicodedata.category(char) not in _HIDDEN:
+        return char
+    return f"\\u{ord(char):04X}" if ord(char) < 0x10000 else f"\\U{ord(char):08X}"
 
 
 # ---------------------------------------------------------------- line numbers
