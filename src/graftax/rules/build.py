@@ -4,15 +4,15 @@ port."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from graftax.errors import Failure, GraftaxError, LayoutError, escape
 from graftax.ops import Op, Specs, bind_chain, infer_chain, invert_chain
 from graftax.plans import Entry
-from graftax.rules.chain import Case, Chain, build_chain, positions
+from graftax.rules.chain import Case, build_chain, positions
 from graftax.rules.flatten import NO_TAIL, Tail, conv_tail
 from graftax.rules.grouping import Joined, KeyGroup, render_there
-from graftax.rules.layout import role_of
+from graftax.rules.layout import Laid, role_of
 from graftax.rules.model import LIST, Rule
 from graftax.rules.state import Named, RuleState
 from graftax.tree import Module, Side, TensorSpec
@@ -20,18 +20,6 @@ from graftax.tree import Module, Side, TensorSpec
 NO_MODULES: tuple[Module | None, ...] = (None, None)
 Pair = tuple[tuple[str, ...], ...]
 """One item for each template of the left and of the right side."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """What groups of equal shapes share: the ops from source to like, the specs that come out, and the order of the
-    stacked keys."""
-
-    ops: tuple[Op, ...]
-    given: Specs
-    order: tuple[str, ...]
-    evidence: tuple[str, ...]
-    assumes: tuple[str, ...]
 
 
 class Builder:
@@ -51,7 +39,7 @@ class Builder:
         self.listed = LIST in rule.stack or (rule.ops is not None and LIST in rule.ops.placed)
         self.stacked = tuple(name for name in (*rule.left_indices, *rule.right_indices)
                              if (name in rule.left_indices) != (name in rule.right_indices))  # fmt: skip
-        self.made: dict[object, _Made | LayoutError] = {}
+        self.made: dict[object, Laid | LayoutError] = {}
         self.assumed: dict[str, list[str]] = {}
 
     def add(self, group: KeyGroup) -> None:
@@ -99,7 +87,7 @@ class Builder:
             return Entry(sources, group.there.ordered(order), made.ops, (self.rule.evidence,))
         return Entry(tuple(group.here.all), tuple(group.there.all), (), (self.rule.evidence,))
 
-    def _made(self, group: KeyGroup) -> _Made:
+    def _made(self, group: KeyGroup) -> Laid:
         """The ops of a group; groups of equal specs, roles and modules share them. Raises LayoutError."""
         left, right = (group.here, group.there) if self.forward else (group.there, group.here)
         source, like = self.source.specs, self.ends.like.tree
@@ -132,7 +120,7 @@ class Builder:
             there.values.setdefault(name, tuple(range(shape[axes[name]])))
         return render_there(self.rule, self.joined, group)
 
-    def _build(self, group: KeyGroup, keys: Pair, roles: Pair, modules: tuple[Module | None, ...]) -> _Made:
+    def _build(self, group: KeyGroup, keys: Pair, roles: Pair, modules: tuple[Module | None, ...]) -> Laid:
         left, right = (group.here, group.there) if self.forward else (group.there, group.here)
         counts = {**left.counts(), **right.counts()}
         if self.listed:
@@ -150,7 +138,7 @@ class Builder:
         sources = group.here.ordered(chain.order)
         targets = group.there.ordered(chain.order)
         ops, given = self._bound(chain, sources, targets)
-        return _Made(ops, given, chain.order, (self.rule.evidence, *chain.evidence), chain.assumes)
+        return replace(chain, ops=ops, given=given, evidence=(self.rule.evidence, *chain.evidence))
 
     def _modules(self, keys: Pair, roles: Pair) -> tuple[Module | None, ...]:
         """The live modules of the first keys, if they hold these keys under the same role."""
@@ -170,7 +158,7 @@ class Builder:
             self.ends.tails[self.forward] = conv_tail((end.tree or self.source).specs, end.side)
         return self.ends.tails[self.forward]
 
-    def _bound(self, chain: Chain, sources: Sequence[str], targets: Sequence[str]) -> tuple[tuple[Op, ...], Specs]:
+    def _bound(self, chain: Laid, sources: Sequence[str], targets: Sequence[str]) -> tuple[tuple[Op, ...], Specs]:
         """The bound ops from source to like, and the specs that they give. LayoutError if the shapes do not fit."""
         given = tuple(self.source[name] for name in sources)
         like = self.ends.like.tree

@@ -42,18 +42,7 @@ class Case:
     spans: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """Ops from left to right. `order`: the order of the unstacked side's keys, as the stacked names, outermost first;
-    the tensors of a list are innermost unless they are stacked themselves."""
-
-    ops: tuple[Op, ...]
-    order: tuple[str, ...] = ()
-    evidence: tuple[str, ...] = ()
-    assumes: tuple[str, ...] = ()
-
-
-def build_chain(rule: Rule, case: Case) -> Chain:
+def build_chain(rule: Rule, case: Case) -> Laid:
     """The chain for a case. LayoutError if the rule does not fit the shapes, or states too little."""
     names = tuple(case.counts)
     on_left = stacked_left(rule, names)
@@ -63,7 +52,7 @@ def build_chain(rule: Rule, case: Case) -> Chain:
         shapes[at] = stacked = _without(rule, case, stacked)
     core, laid = _core(rule, case, *shapes)
     if not names:
-        return Chain(core, (), laid.evidence, laid.assumes)
+        return replace(laid, ops=core)
     inner = stacked[0] if stacked else shape_after(invert_chain(core) if on_left else core, *shapes[1 - at] or ())
     axes = positions(rule, names, len(inner) + len(names))
     order = tuple(sorted(names, key=lambda name: axes[name]))
@@ -71,7 +60,7 @@ def build_chain(rule: Rule, case: Case) -> Chain:
         ops: tuple[Op, ...] = tuple(Unstack(axes[name], case.counts[name]) for name in reversed(order)) + core
     else:
         ops = core + tuple(Stack(axes[name], case.counts[name]) for name in order)
-    return Chain(ops, order, laid.evidence, laid.assumes)
+    return replace(laid, ops=ops, order=order)
 
 
 def stacked_left(rule: Rule, names: Sequence[str]) -> bool:

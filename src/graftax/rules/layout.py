@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from graftax.errors import LayoutError, escape
 from graftax.layers.patterns import layout_ops, regroup, shape_after
-from graftax.ops import Op, Rearrange
+from graftax.ops import Op, Rearrange, Specs
 from graftax.rules.flatten import NO_TAIL, Shape, Tail, flatten_ops
 from graftax.rules.model import Rule
 from graftax.tree import Module, Side, TensorSpec
@@ -35,11 +35,15 @@ class TensorPair:
 
 @dataclass(frozen=True, slots=True)
 class Laid:
-    """The ops from left to right, the evidence for them besides the rule, and their assumptions."""
+    """The ops from left to right (of a group: from source to like), the evidence for them besides the rule, and their
+    assumptions. order: the stacked names of the unstacked side's keys, outermost first; the tensors of a list are
+    innermost unless they are stacked themselves. given: the specs that come out."""
 
     ops: tuple[Op, ...]
     evidence: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+    given: Specs = ()
 
 
 def layout_of(rule: Rule, piece: TensorPair) -> Laid:

@@ -56,42 +56,28 @@ def _rows(rows: Any) -> tuple[int, int]:
     return cast("tuple[int, int]", pair)
 
 
-def _word(word: str) -> tuple[str, str, str]:
-    """(axis, '=' or '', size); the axis of other values that are joined with the map is '+'."""
-    return ("+", "=", word[1:]) if word.startswith("+") else word.partition("=")
-
-
 def _flatten(value: Any) -> tuple[tuple[str, int | None], ...]:
+    """(axis, size) in order; the axis of other values that are joined with the map is '+'."""
     hint = (
         "the order torch flattened, such as 'C H W', 'C=16 H=7 W=7', '16 7 7' or {C = 16, H = 7, W = 7}; "
         "'C=16 H=7 W=7 +4' if 4 other values stand behind the map, '+4 C=16 H=7 W=7' if they stand before it"
     )
     if isinstance(value, Mapping):
-        pairs: list[tuple[Any, Any]] = list(cast("Mapping[Any, Any]", value).items())
-    elif isinstance(value, str):
-        words = [_word(word) for word in value.replace(",", " ").split()]
-        if words and all(name.isdigit() and not eq for name, eq, _ in words):
-            names = {1: ("C",), 2: ("C", "L"), 3: ("C", "H", "W"), 4: ("C", "D", "H", "W")}.get(len(words))
-            if names is None:
-                raise ValueError(hint)
-            pairs = [(name, int(size)) for name, (size, _, _) in zip(names, words, strict=True)]
-        else:
-            if any(eq and not size.isdigit() for _, eq, size in words):
-                raise ValueError(hint)
-            pairs = [(name, int(size) if eq else None) for name, eq, size in words]
-    else:
+        value = " ".join(f"{name}={size}" for name, size in cast("Mapping[Any, Any]", value).items())
+    words = value.replace(",", " ").split() if isinstance(value, str) else []
+    if words and all(map(str.isdecimal, words)):
+        axes = {1: "C", 2: "CL", 3: "CHW", 4: "CDHW"}.get(len(words), "")
+        words = [f"{axis}={word}" for axis, word in zip(axes, words, strict=False)]
+    pairs = [("+", "=", word[1:]) if word.startswith("+") else word.partition("=") for word in words]
+    sized = all(not eq or (size.isdecimal() and int(size) > 0) for _, eq, size in pairs)
+    named = all(name == "+" or name.isidentifier() for name, _, _ in pairs)
+    at = [n for n, (name, _, _) in enumerate(pairs) if name == "+"]
+    if not sized or not named or len(at) > 1 or not {*at} <= {0, len(pairs) - 1}:
         raise ValueError(hint)
-    at = [n for n, (name, _) in enumerate(pairs) if name == "+"]
-    if len(at) > 1 or not {*at} <= {0, len(pairs) - 1}:
-        raise ValueError(hint)
-    for name, size in pairs:
-        sized = size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
-        if not isinstance(name, str) or not (name.isidentifier() or name == "+") or not sized:
-            raise ValueError(hint)
-    names = [str(name).upper() for name, _ in pairs]
+    names = [name.upper() for name, _, _ in pairs]
     if len(set(names)) != len(names) or "C" not in names:
         raise ValueError(f"{hint}: each axis once, and C, the channels, among them")
-    return tuple((name, size) for name, (_, size) in zip(names, pairs, strict=True))
+    return tuple((name, int(size) if eq else None) for name, (_, eq, size) in zip(names, pairs, strict=True))
 
 
 def _parts(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
