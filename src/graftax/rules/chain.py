@@ -46,14 +46,16 @@ def build_chain(rule: Rule, case: Case) -> Laid:
     """The chain for a case. LayoutError if the rule does not fit the shapes, or states too little."""
     names = tuple(case.counts)
     on_left = stacked_left(rule, names)
-    shapes, at = [case.left, case.right], 0 if on_left else 1
-    stacked = shapes[at]
+    stacked = case.left if on_left else case.right
     if stacked is not None:
-        shapes[at] = stacked = _without(rule, case, stacked)
-    core, laid = _core(rule, case, *shapes)
+        stacked = _without(rule, case, stacked)
+        case = replace(case, left=stacked) if on_left else replace(case, right=stacked)
+    laid = _core(rule, case)
+    core = laid.ops
     if not names:
-        return replace(laid, ops=core)
-    inner = stacked[0] if stacked else shape_after(invert_chain(core) if on_left else core, *shapes[1 - at] or ())
+        return laid
+    plain = case.right if on_left else case.left
+    inner = stacked[0] if stacked else shape_after(invert_chain(core) if on_left else core, *plain or ())
     axes = positions(rule, names, len(inner) + len(names))
     order = tuple(sorted(names, key=lambda name: axes[name]))
     if on_left:
@@ -111,46 +113,51 @@ def _first(shapes: Sequence[Shape] | None) -> Shape | None:
 # ---------------------------------------------------------------- one instance
 
 
-def _core(
-    rule: Rule, case: Case, lefts: tuple[Shape, ...] | None, rights: tuple[Shape, ...] | None
-) -> tuple[tuple[Op, ...], Laid]:
+def _core(rule: Rule, case: Case) -> Laid:
     """The ops of one instance. If a list is stacked, its tensors are the instances."""
-    if rule.heads is not None and rule.ops is None and rights is None:
+    if rule.heads is not None and rule.ops is None and case.right is None:
         raise LayoutError("`heads` without a `like` leaves open whether a kernel is (i, o) or (i, h, d); write ops")
     if LIST in case.counts:
-        lefts = None if lefts is None else lefts[:1]
-        rights = None if rights is None else rights[:1]
-    rows = row_ops(rule, case.sides[0], lefts, rights)
-    if rows and lefts is not None:
-        lefts = tuple(shape_after(rows, shape) for shape in lefts)
-    many = (1, 1) if LIST in case.counts else (len(rule.left), len(rule.right))
-    if many == (1, 1):
-        laid = _piece(rule, case, _first(lefts), _first(rights))
-        fault = heads_fault(rule, rights[0], laid.ops) if rights is not None and rule.ops is None else ""
-        if fault:
-            raise LayoutError(fault)
-        shape = lefts[0] if lefts is not None else shape_after(invert_chain(laid.ops), *rights or ())
-        moved = (
-            reordered(rule, fused_axis(rule, len(shape), case.sides[0], case.left_roles[0]), shape)
-            if rule.parts[0]
-            else ()
-        )
-        return rows + moved + laid.ops, laid
-    if rule.fused == "tied":
-        return _tied(rule, case, lefts, rights, many, rows)
-    if rule.fused == "sum":
-        if lefts is not None and len(set(lefts)) > 1:
-            raise LayoutError(f"fused = 'sum' adds tensors of one shape, not {' and '.join(map(str, lefts))}")
-        total = math.prod(case.counts.values())
-        groups = tuple(tuple(range(k * many[0], (k + 1) * many[0])) for k in range(total))
-        if many[1] > 1:  # an LSTM's two biases; Linen stores their sum gate by gate
-            parts, laid = _split(rule, case, _first(lefts), rights, ())
-            return (*rows, Sum(groups), *parts), laid
-        laid = _piece(rule, case, _first(lefts), _first(rights))
-        return (*rows, Sum(groups), *laid.ops), laid
-    if many[0] == 1:
-        return _split(rule, case, _first(lefts), rights, rows)
-    return _joined(rule, case, lefts, _first(rights), rows)
+        case = replace(case, left=case.left and case.left[:1], right=case.right and case.right[:1])
+    rows = row_ops(rule, case.sides[0], case.left, case.right)
+    if rows and case.left is not None:
+        case = replace(case, left=tuple(shape_after(rows, shape) for shape in case.left))
+    if rule.fused in ("tied", "sum") and case.left is not None and len(set(case.left)) > 1:
+        shapes = " and ".join(map(str, case.left))
+        raise LayoutError(f"fused = {rule.fused!r} is for tensors of one shape, not {shapes}")
+    if LIST in case.counts or len(rule.left) == len(rule.right) == 1:
+        laid = _alone(rule, case)
+    elif rule.fused == "tied":
+        laid = _tied(rule, case)
+    elif rule.fused == "sum":
+        laid = _summed(rule, case)
+    else:
+        laid = _split(rule, case) if len(rule.left) == 1 else _joined(rule, case)
+    return replace(laid, ops=(*rows, *laid.ops))
+
+
+def _axis(rule: Rule, case: Case, rank: int) -> int:
+    return fused_axis(rule, rank, case.sides[0], case.left_roles[0])
+
+
+def _alone(rule: Rule, case: Case) -> Laid:
+    laid = _piece(rule, case, _first(case.left), _first(case.right))
+    fault = heads_fault(rule, case.right[0], laid.ops) if case.right is not None and rule.ops is None else ""
+    if fault:
+        raise LayoutError(fault)
+    if not rule.parts[0]:
+        return laid
+    shape = case.left[0] if case.left is not None else shape_after(invert_chain(laid.ops), *case.right or ())
+    return replace(laid, ops=(*reordered(rule, _axis(rule, case, len(shape)), shape), *laid.ops))
+
+
+def _summed(rule: Rule, case: Case) -> Laid:
+    """Tensors added into one, or into several: an LSTM's two biases, whose sum Linen stores gate by gate."""
+    many = len(rule.right) > 1
+    laid = _split(rule, case) if many else _piece(rule, case, _first(case.left), _first(case.right))
+    n = len(rule.left)
+    groups = tuple(tuple(range(k * n, (k + 1) * n)) for k in range(math.prod(case.counts.values())))
+    return replace(laid, ops=(Sum(groups), *laid.ops))
 
 
 def _piece(rule: Rule, case: Case, left: Shape | None, right: Shape | None, part: int | None = None) -> Laid:
@@ -164,20 +171,16 @@ def _piece(rule: Rule, case: Case, left: Shape | None, right: Shape | None, part
     return layout_of(rule, TensorPair(left, right, roles, case.sides, modules, case.tail, heads))
 
 
-def _tied(
-    rule: Rule, case: Case, lefts: tuple[Shape, ...] | None, rights: tuple[Shape, ...] | None,
-    many: tuple[int, int], rows: tuple[Op, ...],
-) -> tuple[tuple[Op, ...], Laid]:  # fmt: skip
+def _tied(rule: Rule, case: Case) -> Laid:
     if case.counts:
         raise LayoutError("fused = 'tied' excludes a stacked index; write a rule for each")
-    if lefts is not None and len(set(lefts)) > 1:
-        raise LayoutError(f"fused = 'tied' is for tensors of one shape, not {' and '.join(map(str, lefts))}")
-    if many[0] > 1:
-        laid = _piece(rule, case, _first(lefts), _first(rights))
-        return (Same(many[0]), *rows, *laid.ops), laid
-    each = [_piece(rule, case, _first(lefts), None if rights is None else rights[k], k) for k in range(many[1])]
+    left, rights, count = _first(case.left), case.right, len(rule.right)
+    if len(rule.left) > 1:
+        laid = _piece(rule, case, left, _first(rights))
+        return replace(laid, ops=(Same(len(rule.left)), *laid.ops))
+    each = [_piece(rule, case, left, None if rights is None else rights[k], k) for k in range(count)]
     if all(laid.ops == each[0].ops for laid in each):
-        return (*rows, *each[0].ops, Copy(many[1])), each[0]
+        return replace(each[0], ops=(*each[0].ops, Copy(count)))
     steps = [laid.ops[0] if laid.ops else None for laid in each]  # a table and a head: each has its own layout
     moves = [step for step in steps if isinstance(step, Rearrange)]
     if any(len(laid.ops) > 1 for laid in each) or len(moves) < sum(step is not None for step in steps):
@@ -185,15 +188,14 @@ def _tied(
     patterns = tuple(step.pattern if isinstance(step, Rearrange) else "" for step in steps)
     sizes = tuple(step.sizes if isinstance(step, Rearrange) else () for step in steps)
     evidence = tuple(dict.fromkeys(text for laid in each for text in laid.evidence))
-    return (*rows, Copy(many[1]), RearrangeEach(patterns, sizes)), replace(each[0], evidence=evidence)
+    return replace(each[0], ops=(Copy(count), RearrangeEach(patterns, sizes)), evidence=evidence)
 
 
-def _split(
-    rule: Rule, case: Case, left: Shape | None, rights: tuple[Shape, ...] | None, rows: tuple[Op, ...]
-) -> tuple[tuple[Op, ...], Laid]:
+def _split(rule: Rule, case: Case) -> Laid:
     """One tensor on the left, several on the right."""
+    left, rights = _first(case.left), case.right
     if left is not None:
-        axis = fused_axis(rule, len(left), case.sides[0], case.left_roles[0])
+        axis = _axis(rule, case, len(left))
         rest = left[:axis] + left[axis + 1 :]
         sizes = part_sizes(rule, left[axis], axis, rest, rights)
         pieces = [(*left[:axis], size, *left[axis + 1 :]) for size in sizes]
@@ -201,21 +203,20 @@ def _split(
         assert rights is not None
         laid = [_piece(rule, case, None, right, k) for k, right in enumerate(rights)]
         pieces = [shape_after(invert_chain(one.ops), right) for one, right in zip(laid, rights, strict=True)]
-        axis = fused_axis(rule, len(pieces[0]), case.sides[0], case.left_roles[0])
+        axis = _axis(rule, case, len(pieces[0]))
         sizes = tuple(piece[axis] for piece in pieces)
     each = [_piece(rule, case, piece, None if rights is None else rights[k], k) for k, piece in enumerate(pieces)]
     shown = [shown_heads(one.ops, axis) for one in each] if rights is not None else []
     check_heads(rule, sizes, shown)
     merged = _merge(each)
-    return rows + take_apart(rule, axis, len(pieces[0]), sizes, shown) + merged.ops, merged
+    return replace(merged, ops=take_apart(rule, axis, len(pieces[0]), sizes, shown) + merged.ops)
 
 
-def _joined(
-    rule: Rule, case: Case, lefts: tuple[Shape, ...] | None, right: Shape | None, rows: tuple[Op, ...]
-) -> tuple[tuple[Op, ...], Laid]:
+def _joined(rule: Rule, case: Case) -> Laid:
     """Several tensors on the left, one on the right."""
+    lefts, right = case.left, _first(case.right)
     if lefts is not None:
-        axis = fused_axis(rule, len(lefts[0]), case.sides[0], case.left_roles[0])
+        axis = _axis(rule, case, len(lefts[0]))
         if any(len(s) != len(lefts[0]) for s in lefts):
             raise LayoutError(f"tensors of different ranks do not join: {' and '.join(map(str, lefts))}")
         sizes = tuple(shape[axis] for shape in lefts)
@@ -224,10 +225,10 @@ def _joined(
     else:
         assert right is not None
         whole = shape_after(invert_chain(_piece(rule, case, None, right).ops), right)
-        axis = fused_axis(rule, len(whole), case.sides[0], case.left_roles[0])
+        axis = _axis(rule, case, len(whole))
         sizes = part_sizes(rule, whole[axis], axis, whole[:axis] + whole[axis + 1 :], None, len(rule.left))
     laid = _piece(rule, case, whole, right)
-    return rows + join(rule, axis, len(whole), sizes) + laid.ops, laid
+    return replace(laid, ops=join(rule, axis, len(whole), sizes) + laid.ops)
 
 
 def _merge(each: Sequence[Laid]) -> Laid:
