@@ -46,15 +46,6 @@ _LAYERS_OF: Mapping[Side, tuple[str, ...]] = {
 _HOLDERS = frozenset(("Module", "Sequential"))
 
 
-def unlisted_kind(module: Module | None, side: Side) -> str:
-    """The class name of a live framework layer that no row of the table lists. Other layers with the same leaf names
-    show nothing about its layout."""
-    if module is None or known_kind(module, side):
-        return ""
-    names = [call.rpartition(".")[2] for call in module.calls if call.startswith(_LAYERS_OF[side])]
-    return next((name for name in names if name not in _HOLDERS), "")
-
-
 def overriding(module: Module | None, side: Side) -> tuple[str, str] | None:
     """(the class whose own call runs, or the function set on the module, the listed kind whose call it overrides)."""
     known = known_kind(module, side)
@@ -69,10 +60,10 @@ def overriding(module: Module | None, side: Side) -> tuple[str, str] | None:
 def own_layout(module: Module | None, side: Side) -> bool:
     """True if a live module may store its weights in another way than the table, or the field, says: a framework layer
     that no row lists, a class of the user's own, or a subclass that computes with them itself."""
-    if module is None:
-        return False
-    own = bool(module.calls) and not known_kind(module, side) and not _of_framework(module.calls[0])
-    return own or bool(unlisted_kind(module, side)) or bool(module.own_math and overriding(module, side))
+    if module is None or known_kind(module, side):
+        return bool(module is not None and module.own_math and overriding(module, side))
+    layers = [call.rpartition(".")[2] for call in module.calls if call.startswith(_LAYERS_OF[side])]
+    return bool(module.calls) and (not _of_framework(module.calls[0]) or not _HOLDERS.issuperset(layers))
 
 
 def _of_framework(name: str) -> bool:

@@ -78,9 +78,7 @@ def _one_sided(rule: Rule, ends: RuleState) -> None:
         word = rule.words[0] if rule.left else rule.words[1]
         ends.failures.append(Failure(f"names {word} keys, but neither end is {word}", key=rule.where))
         return
-    if on_source and not (rule.drop or rule.fill is not None):
-        return
-    if not on_source and rule.fill is None and not rule.missing:
+    if rule.fill is None and not (rule.drop if on_source else rule.missing):
         return
     end = ends.source if on_source else ends.like
     if end.index is None:

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, takewhile
+from itertools import islice, pairwise, takewhile
 
 from graftax.errors import RulesError, escape
 from graftax.tree import Side, escape_part, unescape_part
@@ -197,32 +197,24 @@ def _joined(pieces: Iterable[TemplatePiece]) -> tuple[TemplatePiece, ...]:
 def _compiled(text: str, side: Side, pieces: tuple[TemplatePiece, ...]) -> Template:
     separator = SEPARATOR[side]
     sep = re.escape(separator)
-    in_part: TemplatePiece | None = None  # the last index or wildcard of the current part
-    digits_only = False  # only digits since the last index
-    deep = False
-    for place, piece in enumerate(pieces):
-        before = pieces[place - 1] if place else separator
-        after = pieces[place + 1] if place + 1 < len(pieces) else separator
-        if isinstance(piece, str):
-            tail = piece.rpartition(separator)[2] if separator in piece else piece
-            in_part = None if separator in piece else in_part
-            digits_only = (digits_only or separator in piece) and tail.isdigit()
-        elif isinstance(piece, Index):
-            if isinstance(in_part, Wild) or isinstance(before, Index) or (isinstance(in_part, Index) and digits_only):
-                raise RulesError(f"{escape(text)!r}: where {{{piece.name}}} begins is ambiguous; put text between")
-            in_part, digits_only = piece, True
-        else:
-            if in_part is not None:
-                raise RulesError(f"{escape(text)!r}: a part holds one wildcard, and no index beside it")
-            in_part, digits_only = piece, False
-            if not piece.deep:
-                continue
-            if deep:
-                raise RulesError(f"{escape(text)!r}: a template may hold ** only once")
-            deep = True
-            whole = isinstance(before, str) and before.endswith(separator)
-            if not (whole and isinstance(after, str) and after.startswith(separator)):
-                raise RulesError(f"{escape(text)!r}: ** stands for whole parts; write {separator}**{separator}")
+    parts: list[list[TemplatePiece]] = [[]]
+    for piece in pieces:
+        first, *rest = piece.split(separator) if isinstance(piece, str) else [piece]
+        parts[-1] += [first] if first else []
+        parts += [[text] if text else [] for text in rest]
+    for part in parts:
+        marks = [n for n, piece in enumerate(part) if not isinstance(piece, str)]
+        wild = next((piece for piece in part if isinstance(piece, Wild)), None)
+        if wild is not None and len(marks) > 1:
+            raise RulesError(f"{escape(text)!r}: a part holds one wildcard, and no index beside it")
+        if wild is not None and wild.deep and len(part) > 1:
+            raise RulesError(f"{escape(text)!r}: ** stands for whole parts; write {separator}**{separator}")
+        for one, other in pairwise(marks):
+            between, index = "".join(map(str, part[one + 1 : other])), part[other]
+            if isinstance(index, Index) and (not between or between.isdigit()):
+                raise RulesError(f"{escape(text)!r}: where {{{index.name}}} begins is ambiguous; put text between")
+    if sum(isinstance(piece, Wild) and piece.deep for piece in pieces) > 1:
+        raise RulesError(f"{escape(text)!r}: a template may hold ** only once")
     names = tuple(dict.fromkeys(name for piece in pieces if isinstance(piece, Index) for name in piece.names))
     wilds = tuple(piece.deep for piece in pieces if isinstance(piece, Wild))
     shape = _DIGITS.sub("0", "".join("0" if isinstance(p, Index) else p if isinstance(p, str) else "" for p in pieces))
