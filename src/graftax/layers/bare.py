@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Step
 from graftax.layers.leaf_axes import SLOPE_AXES
 from graftax.layers.patterns import as_it_is, layout_ops
-from graftax.ops import Rearrange
 
 _STANDARD = frozenset({"kernel", "scale", "embedding", "mean", "var", "negative_slope"})
 """Flax roles with a known meaning: a torch weight or bias that pairs with one of them is not bare."""
@@ -44,13 +43,15 @@ def _many_slopes(facts: LayerFacts) -> bool:
     return weight is not None and weight != (1,) and facts.flax.get("negative_slope", weight) != weight
 
 
-def _one_slope(facts: LayerFacts) -> bool:
-    return facts.torch.get("weight") == (1,)
-
-
-def _slopes_alike(facts: LayerFacts) -> bool:
+def slope_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     weight = facts.torch.get("weight", ())
-    return len(weight) == 1 and facts.flax.get("negative_slope") == weight
+    alike = len(weight) == 1 and facts.flax.get("negative_slope") == weight
+    if weight == (1,):
+        why = "the slope is a vector of length 1 in torch and a scalar in Flax"
+        yield LayerForm("prelu", (Step("weight", "negative_slope", "1 -> "),), "identity", why=why)
+    if alike:
+        why = "both sides have as many slopes, so the module is your own (Flax's has one slope)"
+        yield LayerForm("prelu of slopes", (Step("weight", "negative_slope"),), "identity", why=why)
 
 
 BARE_ROWS: tuple[Layer, ...] = (
@@ -58,22 +59,7 @@ BARE_ROWS: tuple[Layer, ...] = (
         "PReLU",
         torch=("PReLU",),
         linen=("PReLU",),
-        forms=(
-            LayerForm(
-                "prelu",
-                (Step("weight", "negative_slope", (Rearrange("1 -> "),)),),
-                "identity",
-                why="the slope is a vector of length 1 in torch and a scalar in Flax",
-                holds=_one_slope,
-            ),
-            LayerForm(
-                "prelu of slopes",
-                (Step("weight", "negative_slope"),),
-                "identity",
-                why="both sides have as many slopes, so the module is your own (Flax's has one slope)",
-                holds=_slopes_alike,
-            ),
-        ),
+        forms=(Makes(slope_forms, ("prelu: weight -> negative_slope (1 -> ), or slopes as they are",)),),
         refusals=(
             Refusal(
                 _many_slopes,

@@ -106,13 +106,9 @@ def _forms(
     """(label, keys of a rule, groups of rows if they are interleaved)"""
     yield "block", {"fused": "block"}, None
     heads = sizes[0] if heads == 0 else heads
-    if not heads or sizes[0] % heads or min(sizes) < 1:
-        return
-    dim = sizes[0] // heads
-    groups = min(sizes) // dim
-    if groups > 1 and all(rows % (dim * groups) == 0 for rows in sizes):
-        parts = tuple(rows // dim // groups for rows in sizes)
-        yield "interleaved", {"fused": "interleaved", "heads": heads}, (groups, parts, dim)
+    runs = interleaving(sizes, sizes[0] // heads) if heads and sizes[0] % heads == 0 else None
+    if runs is not None and runs[0] > 1:
+        yield "interleaved", {"fused": "interleaved", "heads": heads}, runs
 
 
 def _said(pattern: str, laid: Sequence[Op], kernel: bool) -> dict[str, object]:
@@ -123,6 +119,15 @@ def _said(pattern: str, laid: Sequence[Op], kernel: bool) -> dict[str, object]:
 
 
 # ---------------------------------------------------------------- groups of rows
+
+
+def interleaving(sizes: Sequence[int], dim: int) -> tuple[int, tuple[int, ...], int] | None:
+    """(groups, heads of each part in a group, dim) of parts with so many rows, in heads of `dim` rows. (h 3 d) has h
+    groups of 1 + 1 + 1. With grouped heads, every group holds heads / kv_heads heads of q, one of k and one of v."""
+    groups = min(sizes) // dim if dim else 0
+    if not groups or any(size % (dim * groups) for size in sizes):
+        return None
+    return groups, tuple(size // dim // groups for size in sizes), dim
 
 
 def split_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: int) -> tuple[Op, ...]:

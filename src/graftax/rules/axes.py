@@ -6,22 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from graftax.errors import RulesError, escape
+from graftax.layers.patterns import SPATIAL
 from graftax.ops import axis_groups, groups_text, parse_pattern
 from graftax.tree import Side
 
 Groups = tuple[tuple[str, ...], ...]
 
-_OWN: Mapping[Side, tuple[str, ...]] = {
-    "torch": ("", "o", "o i", "o i k", "o i kh kw", "o i kd kh kw"),
-    "flax": ("", "o", "i o", "k i o", "kh kw i o", "kd kh kw i o"),
-}
-
 
 def own_names(rank: int, side: Side) -> tuple[str, ...]:
     """The names of a tensor's axes if `ops` names only the target's axes: o out, i in, k kernel."""
-    if rank < len(_OWN[side]):
-        return tuple(_OWN[side][rank].split())
-    return tuple(f"a{axis}" for axis in range(rank))
+    if rank - 2 > max(SPATIAL):
+        return tuple(f"a{axis}" for axis in range(rank))
+    names = ("o", "i", *SPATIAL.get(rank - 2, "").split())[:rank]
+    return names if side == "torch" else (*names[2:], *names[1::-1])
+
+
+OWN = frozenset(name for rank in range(6) for name in own_names(rank, "torch"))
+"""All of these names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +72,13 @@ def parse_ops(text: str, stackable: frozenset[str]) -> OpsText:
     """
     before, arrow, after = text.partition("->")
     if not arrow:
-        own = {name for rank in range(6) for side in ("torch", "flax") for name in own_names(rank, side)}
         names = text.split()
         right = axis_groups(text, text)
         if any(len(group) != 1 for group in right):
             raise RulesError(f"{escape(text)!r}: groups need both sides, such as '(h d) i -> i h d'")
         if len(set(names)) != len(names):
             raise RulesError(f"{escape(text)!r} names an axis twice")
-        right, positions = _taken(right, stackable - own, text)
+        right, positions = _taken(right, stackable - OWN, text)
         return OpsText(None, right, positions, dict.fromkeys(positions, False))
     left, right = axis_groups(before, text), axis_groups(after, text)
     here, there = ({name for group in side for name in group} for side in (left, right))

@@ -14,7 +14,6 @@ from graftax.rules.fuse import (
     check_heads,
     fused_axis,
     head_counts,
-    join,
     part_sizes,
     reordered,
     shown_heads,
@@ -228,7 +227,7 @@ def _joined(rule: Rule, case: Case) -> Laid:
         axis = _axis(rule, case, len(whole))
         sizes = part_sizes(rule, whole[axis], axis, whole[:axis] + whole[axis + 1 :], None, len(rule.left))
     laid = _piece(rule, case, whole, right)
-    return replace(laid, ops=join(rule, axis, len(whole), sizes) + laid.ops)
+    return replace(laid, ops=invert_chain(take_apart(rule, axis, len(whole), sizes, ())) + laid.ops)
 
 
 def _merge(each: Sequence[Laid]) -> Laid:

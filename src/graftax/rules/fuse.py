@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from graftax.errors import LayoutError
-from graftax.layers.fused import split_groups
-from graftax.ops import Concat, Op, Rearrange, Reorder, Split, invert_chain, parse_pattern
+from graftax.layers.fused import interleaving, split_groups
+from graftax.ops import Concat, Op, Rearrange, Reorder, Split, parse_pattern
 from graftax.rules.flatten import Shape
 from graftax.rules.model import Rule
 from graftax.tree import Side
@@ -118,11 +118,6 @@ def take_apart(
     return split_groups(axis, rank, *_interleaved(rule, sizes, shown))
 
 
-def join(rule: Rule, axis: int, rank: int, sizes: tuple[int, ...]) -> tuple[Op, ...]:
-    """Parts -> one tensor; the inverse of `take_apart`."""
-    return invert_chain(take_apart(rule, axis, rank, sizes, ()))
-
-
 def reordered(rule: Rule, axis: int, shape: Shape) -> tuple[Op, ...]:
     """A fused tensor whose parts lie in one order -> the same in the order of the other side. The parts are equal, or
     have the shares of the rows that the rule states."""
@@ -149,8 +144,7 @@ def reordered(rule: Rule, axis: int, shape: Shape) -> tuple[Op, ...]:
 
 
 def _interleaved(rule: Rule, sizes: tuple[int, ...], shown: Sequence[Heads | None]) -> tuple[int, tuple[int, ...], int]:
-    """(groups, heads of each part in a group, head dim). (h 3 d) has h groups of 1 + 1 + 1. With grouped heads, every
-    group holds heads / kv_heads heads of q, one of k and one of v."""
+    """(groups, heads of each part in a group, head dim)."""
     dim = 0
     dims = {heads[1] if heads is not None else 0 for heads in shown}
     if rule.heads is not None:
@@ -162,7 +156,7 @@ def _interleaved(rule: Rule, sizes: tuple[int, ...], shown: Sequence[Heads | Non
             "fused = 'interleaved' needs `heads`, the number of runs in which the rows of a part lie, "
             f"such as heads = {max(sizes)} if the parts alternate row by row"
         )
-    groups = min(sizes) // dim
-    if not groups or any(size % (dim * groups) for size in sizes):
+    runs = interleaving(sizes, dim)
+    if runs is None:
         raise LayoutError(f"{sizes} rows do not interleave in groups of one key head of {dim} rows")
-    return groups, tuple(size // dim // groups for size in sizes), dim
+    return runs

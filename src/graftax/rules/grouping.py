@@ -229,11 +229,6 @@ def _range_holes(
 def render_there(rule: Rule, ends: Joined, group: KeyGroup) -> Failure | None:
     """Render the keys of the other side for a group; a failure if a number is negative or a key does not exist."""
     there, index = group.there, ends.like.index
-    if not there.names and len(ends.there) == 1:
-        key = ends.there[0].render(group.numbers, group.wilds)
-        if key is not None and (index is None or key in index.order):
-            there.found[(0, ())] = key
-            return None
     for combo in product(*(there.values[name] for name in there.names)):
         numbers = {**group.numbers, **dict(zip(there.names, combo, strict=True))}
         for t, template in enumerate(ends.there):

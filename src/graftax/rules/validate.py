@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from graftax.errors import Failure, RulesError, escape
 from graftax.layers import layouts
-from graftax.rules.axes import OpsText, own_names, parse_ops
+from graftax.rules.axes import OWN, OpsText, parse_ops
 from graftax.rules.model import KNOWN_BLOCKS, LIST, Rule
 from graftax.rules.schema import KEYS
 from graftax.rules.template import Template, parse_template
@@ -205,8 +205,7 @@ def _ops(given: Mapping[str, Any], indices: set[str], faults: Faults) -> OpsText
         faults.say(f"`ops`: {error}")
         return None
     if parsed.left is None:
-        known = {name for side in ("torch", "flax") for rank in range(6) for name in own_names(rank, side)}
-        strange = [name for name in parsed.right_names if name not in known]
+        strange = [name for name in parsed.right_names if name not in OWN]
         if strange:
             hint = "Without '->' the axes are the tensor's own (o i, o i k, o i kh kw) and the indices; "
             text = f"`ops` = {escape(given['ops'])!r} does not say where {escape(', '.join(strange))} come from"
