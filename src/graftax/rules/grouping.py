@@ -239,14 +239,11 @@ def render_there(rule: Rule, ends: Joined, group: KeyGroup) -> Failure | None:
             if index is not None and key not in index.order:
                 near = nearest(key, index.order)
                 hint = f"Near: {near}. " if near else ""
-                text = f"{escape(ends.like.label)} has no such key; {rule.where} sends {_first(group)} there"
+                sent = escape(group.here.all[0])
+                text = f"{escape(ends.like.label)} has no such key; {rule.where} sends {sent} there"
                 return _fault(rule, text, ends.like, key, f"{hint}Check {rule.where}.")
             there.found[(t, combo)] = key
     return None
-
-
-def _first(group: KeyGroup) -> str:
-    return escape(next(iter(group.here.found.values()), ""))
 
 
 # ---------------------------------------------------------------- failures

@@ -74,11 +74,11 @@ def _items(given: Any, label: str, place: str = "") -> Iterator[tuple[Any, str, 
     if _is_path(given):
         yield from _of_text(_read(Path(given)), Path(given).name)
     elif isinstance(given, str) and place and given.lstrip().startswith("{"):
-        yield from ((table, label, place) for table in _inline(given))
+        yield from _inline(given, label, place)
     elif isinstance(given, str):
         yield from _of_text(given, label)
-    elif isinstance(given, Mapping) and set(cast("Mapping[str, Any]", given)) == {"rules"} and _is_list(given["rules"]):
-        yield from _items(given["rules"], label)
+    elif isinstance(given, Mapping) and list(given) == ["rules"] and isinstance(given["rules"], (list, tuple)):
+        yield from _items(cast("Any", given["rules"]), label)
     elif isinstance(given, (Mapping, Rule)) or (place and not isinstance(given, Rules)):
         yield given, label, place
     elif isinstance(given, (bytes, bytearray)) or not isinstance(given, Iterable):
@@ -91,16 +91,13 @@ def _items(given: Any, label: str, place: str = "") -> Iterator[tuple[Any, str, 
                 yield error, label, f"item {i}"
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _inline(line: str) -> list[Any]:
+def _inline(line: str, label: str, place: str) -> Iterator[tuple[Any, str, str]]:
     """The inline tables of one line (an answer may hold several), with or without a comma after the last."""
     try:
-        return tomllib.loads(f"rules = [{line.strip().rstrip(',')}]")["rules"]
+        tables = tomllib.loads(f"rules = [{line.strip().rstrip(',')}]")["rules"]
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RulesError(f"{escape(line)} is not an inline table: {escape(error)}") from None
+        tables = [RulesError(f"{escape(line)} is not an inline table: {escape(error)}")]
+    yield from ((table, label, place) for table in tables)
 
 
 def _read(path: Path) -> str:
@@ -130,16 +127,9 @@ def _of_text(text: str, label: str) -> Iterator[tuple[Any, str, str]]:
             raise RulesError(
                 f"{escape(label)} is a plan, not rules", next=worded("Give it as --plan.", "gx.load_plan reads it.")
             )
-        rows = [(n, row.strip()) for n, row in enumerate(text.splitlines(), 1)]
-        rows = [(n, row) for n, row in rows if row and not row.startswith("#")]
-        failures = [
-            Failure("is no inline table", label, f"{label}, line {n}", "{ ... }", escape(row, 40))
-            for n, row in rows
-            if not row.startswith("{")  # as an item of a list, such a line would name another file
-        ]
-        if failures:
-            raise RulesError(f"{escape(label)} is no rules file:", failures, next="Write one inline table a line.")
-        yield from _items([row for _, row in rows], label)
+        for n, row in enumerate(text.splitlines(), 1):
+            if row.strip() and not row.lstrip().startswith("#"):
+                yield from _inline(row, label, f"line {n}")
         return
     try:
         data = tomllib.loads(text)
