@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from graftax.ops import Op
+from graftax.ops import Op, Rearrange
 from graftax.plans import Entry
 from graftax.tree import Module, Side, TensorSpec
 
@@ -88,6 +88,10 @@ class Step:
     flax: str | tuple[str, ...]
     ops: Ops = ()
     optional: bool = False
+
+    @property
+    def chain(self) -> tuple[Op, ...]:
+        return ((Rearrange(self.ops),) if self.ops else ()) if isinstance(self.ops, str) else self.ops
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from graftax.errors import Failure, LayoutError, RulesError, escape
 from graftax.layers.base import STRENGTH, By, Connection, Layer, LayerFacts, LayerForm, Part, Step
 from graftax.layers.patterns import same_effect
 from graftax.layers.table import LAYERS
-from graftax.ops import Op, Rearrange, bind_chain
+from graftax.ops import bind_chain
 from graftax.plans import Entry
 from graftax.tree import Module, Side, TensorSpec
 
@@ -213,12 +213,14 @@ def _fit(layer: Layer, form: LayerForm, facts: LayerFacts, torch: Part, flax: Pa
     evidence = form.why or f"the roles and shapes fit the form {form.variant!r}"
     entries: list[Entry] = []
     for step, sources, targets in used:
-        ops = ((Rearrange(step.ops),) if step.ops else ()) if isinstance(step.ops, str) else step.ops
-        paths = [torch.leaves[role] for role in sources], [flax.leaves[role] for role in targets]
-        entry = _entry(ops, *paths, torch, flax, evidence)
-        if entry is None:
+        here, there = [torch.leaves[role] for role in sources], [flax.leaves[role] for role in targets]
+        try:
+            bound, out = bind_chain(step.chain, tuple(torch.specs[path] for path in here))
+        except LayoutError:
             return None
-        entries.append(entry)
+        if [spec.shape for spec in out] != [flax.specs[path].shape for path in there]:  # the plan checks dtypes
+            return None
+        entries.append(Entry(tuple(here), tuple(there), bound, (evidence,)))
     return Connection(
         layer.name,
         tuple(entries),
@@ -259,19 +261,6 @@ def _present(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> list[st
     """The roles of a side for a step, with alternatives resolved; '' for one that is missing."""
     every = (roles,) if isinstance(roles, str) else roles
     return [next((name for name in role.split("|") if name in shapes), "") for role in every]
-
-
-def _entry(
-    ops: tuple[Op, ...], sources: list[str], targets: list[str], torch: Part, flax: Part, evidence: str
-) -> Entry | None:
-    """The entry with bound ops, or None if a shape does not fit. The plan checks dtypes."""
-    try:
-        bound, out = bind_chain(ops, tuple(torch.specs[path] for path in sources))
-    except LayoutError:
-        return None
-    if [spec.shape for spec in out] != [flax.specs[path].shape for path in targets]:
-        return None
-    return Entry(tuple(sources), tuple(targets), bound, (evidence,))
 
 
 # ---------------------------------------------------------------- order

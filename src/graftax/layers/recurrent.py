@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from graftax.layers.base import By, Forms, Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Step
 from graftax.layers.leaf_axes import CELL_AXES
@@ -180,10 +181,7 @@ def _projected(facts: LayerFacts) -> bool:
 
 
 def _forms(kind: CellKind, *lines: str) -> tuple[Forms, ...]:
-    def make(facts: LayerFacts) -> Iterable[LayerForm]:
-        return recurrent_forms(facts, kind)
-
-    return (Makes(make, lines),)
+    return (Makes(partial(recurrent_forms, kind=kind), lines),)
 
 
 _WRAPPERS = ("RNN", "Bidirectional")

@@ -64,8 +64,7 @@ def inner_forms(facts: LayerFacts, weight: str, kernel: str) -> Iterator[tuple[L
     if not forms and facts.torch_kind in ("", *TORCH_TRANSPOSED) and plain.flax_kind != "Conv":
         forms += transpose_forms(plain)
     for form in forms:
-        ops = form.steps[0].ops
-        yield form, (Rearrange(ops),) if isinstance(ops, str) else ops
+        yield form, form.steps[0].chain
 
 
 def _feature_axis(weight: Shape, norm: Shape) -> int | None:
@@ -102,12 +101,9 @@ def weight_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
         return
     for form, ops in inner_forms(facts, weight, kernel):
         try:
-            given = _weight_norm_steps(facts, ops, g, weight, scale, kernel)
+            variant, steps, assumes = _weight_norm_steps(facts, ops, g, weight, scale, kernel)
         except LayoutError:
             continue
-        if given is None:
-            continue
-        variant, steps, assumes = given
         yield replace(
             form,
             variant=f"{form.variant}, {variant}",
@@ -120,8 +116,8 @@ def weight_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
 
 def _weight_norm_steps(
     facts: LayerFacts, ops: tuple[Op, ...], g: str, weight: str, scale: str, kernel: str
-) -> tuple[str, tuple[Step, ...], tuple[str, ...]] | None:
-    """(variant, steps, assumptions) of one way; None if a live WeightNorm norms along other axes."""
+) -> tuple[str, tuple[Step, ...], tuple[str, ...]]:
+    """(variant, steps, assumptions) of one way. LayoutError if a live WeightNorm norms along other axes."""
     shape, rank = facts.torch[weight], len(facts.torch[weight])
     axis = _feature_axis(shape, facts.torch[g]) if g else 0
     if not scale:
@@ -129,19 +125,18 @@ def _weight_norm_steps(
             raise LayoutError("one norm of all values cannot be folded along an axis")
         return "folded", (Step((g, weight), kernel, (FoldWeightNorm(axis), *ops)),), ()
     if axis is None:
-        fits = facts.flax_kind != "WeightNorm" or not facts.flax_settings.get("feature_axes", -1)
-        steps = (Step(g, scale), Step(weight, kernel, ops))
-        return ("kept, one norm", steps, ()) if fits else None
+        if facts.flax_kind == "WeightNorm" and facts.flax_settings.get("feature_axes", -1):
+            raise LayoutError("this WeightNorm has more than one norm")
+        return "kept, one norm", (Step(g, scale), Step(weight, kernel, ops)), ()
     place = _kernel_axis(ops, axis)
     if not g:  # a plain torch weight may be normed along any axis of the Flax side
         sizes = [i for i, extent in enumerate(facts.flax[kernel]) if (extent,) == facts.flax[scale]]
         place = next((i for i in reversed(sizes) if _features_fit(facts, i, rank)), place)
     if not _features_fit(facts, place, rank):
-        return None
+        raise LayoutError("this WeightNorm norms along another axis")
     letters = " ".join("o" if i == place else "1" for i in range(rank))
-    assumes = (
-        () if place == rank - 1 else (f"WeightNorm norms along axis {place - rank} (feature_axes={place - rank})",)
-    )
+    at = place - rank
+    assumes = () if at == -1 else (f"WeightNorm norms along axis {at} (feature_axes={at})",)
     if not g:
         each = RearrangeEach((f"{letters} -> o", ""))
         return "from plain", (Step(weight, (scale, kernel), (*ops, UnfoldWeightNorm(place), each)),), assumes

@@ -151,7 +151,9 @@ class _Judge:
             ours = theirs = theirs if _unstacks(entry) else ours  # of a single leaf
         ways = tuple(_placed(entry, way) for way in _orders(ours, theirs))
         if len(ways) > 1:
-            return _Doubt(_why(one, other, same), ways[:_MOST])
+            kinds = f"both live modules are {one.kind}, with settings that differ"
+            apart = f"one live module is {one.kind} and the other {other.kind}"
+            return _Doubt(kinds if same else apart, ways[:_MOST])
         return ways[0] if ways else entry.ops
 
     def _by_roles(self, entry: Entry, name: str, target: str) -> tuple[Op, ...] | None:
@@ -182,12 +184,6 @@ def _orders(source: Shape, target: Shape) -> list[tuple[Op, ...]]:
     orders = axis_orders([(source, target)])
     orders.sort(key=lambda order: order != tuple(range(len(order))))
     return [() if order == tuple(range(len(order))) else (Rearrange(order_text(order)),) for order in orders]
-
-
-def _why(one: Module, other: Module, same: bool) -> str:
-    if same:
-        return f"both live modules are {one.kind}, with settings that differ"
-    return f"one live module is {one.kind} and the other {other.kind}"
 
 
 def _question(group: Sequence[Entry], doubt: _Doubt, writer: RuleWriter) -> Question:
