@@ -35,5 +35,6 @@ def test_text_holds_every_row_and_fits_its_width():
         assert f"{row['name']}  [{row['exactness']}]" in " ".join(text.split("\n  "))
     assert "refused: " in text
     assert "GELU" in text
+    assert all(word in text for word in ("flatten", "interleaved", "Rotary"))
     assert max(len(line) for line in text.splitlines()) <= 100
     assert all(ord(char) < 128 for char in text)

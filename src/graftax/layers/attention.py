@@ -123,38 +123,4 @@ ATTENTION_ROWS: tuple[Layer, ...] = (
         note="in_proj_weight (3D, D): split in 3, transpose, THEN cut into heads (D, H, h); out (H, h, D). kdim and "
         "vdim give three weights. A boolean mask means the opposite in Flax.",
     ),
-    Layer(
-        "Fused query, key, value",
-        torch=("Linear", "NonDynamicallyQuantizableLinear", "Conv1D"),
-        forms=(
-            Makes(
-                lambda _: (),
-                (
-                    'fused = "block": rows of all queries, then keys, then values',
-                    'fused = "interleaved": head by head; with fewer key heads, group by group',
-                ),
-            ),
-        ),
-        flax_decides=False,
-        note="Blocks and per-head interleaving have identical shapes: a rule must say `fused`.",
-    ),
-    Layer(
-        "Rotary query and key",
-        torch=("Linear", "NonDynamicallyQuantizableLinear"),
-        linen=("Dense", "DenseGeneral", "Einsum"),
-        nnx=("Linear", "LinearGeneral", "Einsum"),
-        forms=(
-            Makes(
-                lambda _: (),
-                (
-                    'interleaved pairs -> halves: ops = "(h d p) i -> i (h p d)", h = HEADS, p = 2 (i h (p d) for a '
-                    'head axis); a bias "(h d p) -> (h p d)"; a per-head norm\'s scale "(d p) -> (p d)"',
-                ),
-            ),
-        ),
-        flax_decides=False,
-        note="No file shows the convention, so only a rule picks this. Weight, bias and any per-head norm of query and "
-        "key move together (score error 4.9 where the scale does not); the key by its own number of heads; with "
-        "partial rotary the first rotary_dim rows of each head only.",
-    ),
 )  # fmt: skip

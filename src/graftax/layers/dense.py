@@ -127,7 +127,6 @@ DENSE_ROWS: tuple[Layer, ...] = (
         forms=(
             LONE_BIAS,
             LINEAR_FORM,
-            Makes(lambda _: (), ('flatten = "C H W" after a flatten of (C, H, W): o (c h w) -> (h w c) o',)),
             Makes(
                 split_forms,
                 (

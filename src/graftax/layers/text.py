@@ -8,6 +8,16 @@ from typing import Any
 from graftax.layers.base import Layer, LayerForm
 from graftax.layers.table import LAYERS
 
+BY_RULES = (
+    'Linear after a flatten of (C, H, W): flatten = "C H W": o (c h w) -> (h w c) o.',
+    'Fused query, key, value: fused = "block" (rows of all queries, then keys, then values) or "interleaved" (head by '
+    "head; with fewer key heads, group by group). Their shapes are identical.",
+    'Rotary query and key, interleaved pairs -> halves: ops = "(h d p) i -> i (h p d)", h = HEADS, p = 2 (i h (p d) '
+    'for a head axis); a bias "(h d p) -> (h p d)"; a per-head norm\'s scale "(d p) -> (p d)". Weight, bias and any '
+    "per-head norm of query and key move together (score error 4.9 where the scale does not); the key by its own number "
+    "of heads; with partial rotary the first rotary_dim rows of each head only.",
+)
+"""What no file shows, so that only a rule picks it."""
 NO_WEIGHTS = (
     "GELU and other activations, Dropout, Flatten and pooling have no weights: nothing to port. jax.nn.gelu is tanh by "
     "default, torch's is erf."
@@ -73,5 +83,6 @@ def layers_text(width: int = 110) -> str:
             text = f"refused: {refused['what']}: {refused['reason']}. {refused['rewrite']}"
             out += textwrap.wrap(text.strip(), width, initial_indent="  ", subsequent_indent="    ")
         out.append("")
-    out += textwrap.wrap(NO_WEIGHTS, width)
+    for text in (*BY_RULES, NO_WEIGHTS):
+        out += textwrap.wrap(text, width, subsequent_indent="  ")
     return "\n".join(out)
