@@ -14,8 +14,8 @@ BY_RULES = (
     "head; with fewer key heads, group by group). Their shapes are identical.",
     'Rotary query and key, interleaved pairs -> halves: ops = "(h d p) i -> i (h p d)", h = HEADS, p = 2 (i h (p d) '
     'for a head axis); a bias "(h d p) -> (h p d)"; a per-head norm\'s scale "(d p) -> (p d)". Weight, bias and any '
-    "per-head norm of query and key move together (score error 4.9 where the scale does not); the key by its own number "
-    "of heads; with partial rotary the first rotary_dim rows of each head only.",
+    "per-head norm of query and key move together (score error 4.9 where the scale does not); the key by its own "
+    "number of heads; with partial rotary the first rotary_dim rows of each head only.",
 )
 """What no file shows, so that only a rule picks it."""
 NO_WEIGHTS = (
