@@ -25,8 +25,8 @@ from graftax.ops import (
 G = "weight_g|parametrizations.weight.original0"
 V = "weight_v|parametrizations.weight.original1"
 W = "weight_orig|parametrizations.weight.original"
-U_ROLES = ("weight_u", "parametrizations.weight.0._u")
-V_ROLES = ("weight_v", "parametrizations.weight.0._v")
+U = "weight_u|parametrizations.weight.0._u"
+V_OF_U = "weight_v|parametrizations.weight.0._v"
 
 # Linen names an added leaf by the path of the original leaf ('Dense_0/kernel/scale', one key), below WeightNorm_0 or,
 # for a lone wrapper, beside the layer. NNX stores it in a dict whose key is a tuple of path parts.
@@ -35,9 +35,8 @@ _U = re.compile(r"(?:.*/)?(?:[^/]+~1)?kernel~1u")
 _SIGMA = re.compile(r"(?:.*/)?(?:[^/]+~1)?kernel~1sigma")
 
 
-def _first(roles: str | Iterable[str], shapes: Any) -> str:
-    names = roles.split("|") if isinstance(roles, str) else roles
-    return next((name for name in names if name in shapes), "")
+def _first(roles: str, shapes: Any) -> str:
+    return next((name for name in roles.split("|") if name in shapes), "")
 
 
 def _only(pattern: re.Pattern[str], facts: LayerFacts) -> str:
@@ -146,7 +145,7 @@ def _weight_norm_steps(
 
 def spectral_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     """The weight, u and v to kernel, u and sigma."""
-    w, u, v = _first(W, facts.torch), _first(U_ROLES, facts.torch), _first(V_ROLES, facts.torch)
+    w, u, v = _first(W, facts.torch), _first(U, facts.torch), _first(V_OF_U, facts.torch)
     flax_u, sigma = _only(_U, facts), _only(_SIGMA, facts)
     kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias") or "bias"
     if not all((w, u, v, flax_u, sigma, kernel)):
@@ -164,11 +163,11 @@ def spectral_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
 
 
 def _transposed_spectral(facts: LayerFacts) -> bool:
-    return bool(_first(U_ROLES, facts.torch)) and facts.torch_kind in TORCH_TRANSPOSED
+    return bool(_first(U, facts.torch)) and facts.torch_kind in TORCH_TRANSPOSED
 
 
 def _plain_spectral(facts: LayerFacts) -> bool:
-    return bool(_first(U_ROLES, facts.torch)) and bool(_leaf(facts, "kernel")) and not _only(_U, facts)
+    return bool(_first(U, facts.torch)) and bool(_leaf(facts, "kernel")) and not _only(_U, facts)
 
 
 def _hidden_scale(facts: LayerFacts) -> bool:

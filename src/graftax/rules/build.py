@@ -25,11 +25,6 @@ Pair = tuple[tuple[str, ...], ...]
 class Builder:
     """The entries of one rule. Groups of equal shapes share their ops."""
 
-    __slots__ = (
-        *("assumed", "ends", "forward", "joined", "left", "listed"),
-        *("made", "right", "rule", "sides", "source", "stacked"),
-    )
-
     def __init__(self, rule: Rule, ends: RuleState, joined: Joined, forward: bool) -> None:
         self.rule, self.ends, self.joined, self.forward = rule, ends, joined, forward
         assert ends.source.tree is not None

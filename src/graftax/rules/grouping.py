@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
 from graftax.errors import Failure, escape
 from graftax.rules.model import LIST, Rule
 from graftax.rules.state import RuleEnd
-from graftax.rules.template import KeyIndex, Template, Wilds
+from graftax.rules.template import KeyIndex, Template, Wilds, index_names
 from graftax.tree import nearest
 
 Combo = tuple[int, ...]
@@ -109,7 +109,7 @@ class KeyGroups:
 def find_groups(rule: Rule, ends: Joined) -> KeyGroups:
     """The groups of a rule, and every fault: a template without a match, a gap in the numbers, a key that the other
     side lacks."""
-    here_names, there_names = _names(ends.here), _names(ends.there)
+    here_names, there_names = index_names(ends.here), index_names(ends.there)
     shared = tuple(name for name in here_names if name in there_names)
     own = tuple(name for name in there_names if name not in shared)
     found = KeyGroups()
@@ -150,16 +150,12 @@ def _their_keys(rule: Rule, ends: Joined, group: KeyGroup, there: Keys | None) -
     return _complete(rule, there, ends.there, ends.like, True)
 
 
-def _names(templates: Iterable[Template]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for template in templates for name in template.names))
-
-
 def _matched(
     rule: Rule, templates: Sequence[Template], end: RuleEnd, shared: Sequence[str], found: KeyGroups
 ) -> dict[tuple[Combo, Wilds], Keys]:
     """Keys by shared indices and wildcards. A template that matches nothing is a failure."""
     assert end.index is not None
-    own = tuple(name for name in _names(templates) if name not in shared)
+    own = tuple(name for name in index_names(templates) if name not in shared)
     groups: dict[tuple[Combo, Wilds], Keys] = {}
     for t, template in enumerate(templates):
         if not _hits(template, end.index):

@@ -101,17 +101,13 @@ def _inline(line: str, label: str, place: str) -> Iterator[tuple[Any, str, str]]
 
 
 def _read(path: Path) -> str:
+    if not path.is_file():
+        raise StorageError(f"there is no rules file {escape(path)}", next="Rules are one TOML file.")
     try:
-        if not path.exists():
-            raise StorageError(f"there is no rules file {escape(path)}")
-        if not path.is_file():
-            raise StorageError(f"{escape(path)} is not a file: rules are one TOML file")
         with path.open("rb") as file:
             raw = file.read(_LIMIT + 1)
     except OSError as error:
         raise StorageError(f"cannot read the rules {escape(path)}: {error.strerror or escape(error)}") from error
-    except ValueError as error:  # a NUL in the path
-        raise StorageError(f"{escape(path)} is no path: {escape(error)}") from error
     if len(raw) > _LIMIT:
         raise RulesError(f"{escape(path)} is larger than {_LIMIT >> 20} MiB: no rules file")
     try:

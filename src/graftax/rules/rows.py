@@ -36,11 +36,10 @@ def row_ops(rule: Rule, side: Side, lefts: Sequence[Shape] | None, rights: Seque
     one = lefts is not None and rights is not None and len(lefts) == len(rights) == 1
     sizes = (math.prod(lefts[0]), math.prod(rights[0])) if one and lefts and rights else (0, 0)
     shape = lefts[0] if lefts is not None else None
-    steps: list[tuple[AxisName, Callable[[int, Shape | None], Op]]] = []
-    for name, count in rule.repeat.items():
-        steps.append((name, partial(_repeat, sizes, count)))
-    for name, rows in rule.pad.items():
-        steps.append((name, partial(_pad, sizes, rows, rule.fill or 0.0)))
+    steps: list[tuple[AxisName, Callable[[int, Shape | None], Op]]] = [
+        *((name, partial(_repeat, sizes, count)) for name, count in rule.repeat.items()),
+        *((name, partial(_pad, sizes, rows, rule.fill or 0.0)) for name, rows in rule.pad.items()),
+    ]
     for name, make in steps:
         ops = _at(rule, name, rank, side, make, shape, rights)
         shape = _after(ops, shape)

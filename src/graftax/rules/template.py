@@ -139,6 +139,11 @@ class Template:
         return _compiled(prefix + self.text, self.side, _joined((prefix, *self.pieces)))
 
 
+def index_names(templates: Iterable[Template]) -> tuple[str, ...]:
+    """The indices of templates, in order of first appearance."""
+    return tuple(dict.fromkeys(name for template in templates for name in template.names))
+
+
 def escape_key(key: str) -> str:
     """A key as a literal template."""
     return key.replace("{", "{{").replace("}", "}}").replace("*", "{*}")

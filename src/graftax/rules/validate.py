@@ -12,12 +12,11 @@ from graftax.layers import layouts
 from graftax.rules.axes import OWN, OpsText, parse_ops
 from graftax.rules.model import KNOWN_BLOCKS, LIST, Rule
 from graftax.rules.schema import KEYS
-from graftax.rules.template import Template, parse_template
+from graftax.rules.template import Template, index_names, parse_template
 from graftax.tree import Side, nearest
 
 _RANGE = re.compile(r"\s*([0-9]{1,9})\s*\.\.\s*([0-9]{1,9})\s*", re.ASCII)
 _MOST = 1_000_000
-_ENDS = {"left": ("torch", "source"), "right": ("flax", "target")}
 
 
 class Faults(list[tuple[str, str]]):
@@ -77,14 +76,13 @@ def _near(name: str, known: Iterable[str]) -> str:
 def _made(given: Mapping[str, Any], table: Mapping[str, Any], label: str, line: str) -> tuple[Rule | None, Faults]:
     faults = Faults()
     extras = {key: value for key, value in table.items() if key not in KEYS}
-    ends = _ends(given, faults)
-    left, right = ends
+    left, right = _ends(given, faults)
     templates = _templates(left, faults), _templates(right, faults)
     if faults:
         faults += _strange(table)
         return None, faults
     _alike(templates, faults)
-    indices = set(_indices(templates[0])) | set(_indices(templates[1]))
+    indices = set(index_names(templates[0])) | set(index_names(templates[1]))
     ops = _ops(given, indices, faults)
     parts = given.get("parts", ((), ()))
     ranges, sizes = _extras(extras, indices, ops, parts[0], faults)
@@ -105,8 +103,8 @@ def _made(given: Mapping[str, Any], table: Mapping[str, Any], label: str, line: 
         line,
         left,
         right,
-        _indices(templates[0]),
-        _indices(templates[1]),
+        index_names(templates[0]),
+        index_names(templates[1]),
         "source" in given or "target" in given,
         ops=ops,
         layout=layout,
@@ -127,8 +125,7 @@ def _ends(given: Mapping[str, Any], faults: Faults) -> tuple[tuple[str, ...], tu
         faults.say("it names no key", 'Give `torch` and `flax`, such as { torch = "fc.weight", flax = "fc/kernel" }.')
     elif {"torch", "flax"} & set(used) and {"source", "target"} & set(used):
         faults.say(f"it mixes {' and '.join(used)}", "`source` and `target` are for ends that are one side.")
-    left, right = (next((given[n] for n in _ENDS[end] if n in given), ()) for end in ("left", "right"))
-    return left, right
+    return given.get("torch", given.get("source", ())), given.get("flax", given.get("target", ()))
 
 
 def _templates(texts: Sequence[str], faults: Faults) -> tuple[Template, ...]:
@@ -141,10 +138,6 @@ def _templates(texts: Sequence[str], faults: Faults) -> tuple[Template, ...]:
         except RulesError as error:
             faults.say(str(error))
     return tuple(out)
-
-
-def _indices(templates: Sequence[Template]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for template in templates for name in template.names))
 
 
 # ---------------------------------------------------------------- index ranges and axis sizes
@@ -263,7 +256,7 @@ def _stack(
     faults: Faults,
 ) -> dict[str, int]:
     """index -> axis, from `stack` and `ops`; it must hold every index that only one side has."""
-    left, right = (set(_indices(side)) for side in templates)
+    left, right = (set(index_names(side)) for side in templates)
     if not templates[0] or not templates[1]:
         return {}
     many = len(templates[0]) != 1, len(templates[1]) != 1
