@@ -115,7 +115,7 @@ def _made(given: Mapping[str, Any], table: Mapping[str, Any], label: str, line: 
         table=table,
         **{name: given[name] for name in _AS_GIVEN if name in given},
     )
-    return rule, []
+    return rule, faults
 
 
 def _ends(given: Mapping[str, Any], faults: Faults) -> tuple[tuple[str, ...], tuple[str, ...]]:
