@@ -77,7 +77,7 @@ def _items(given: Any, label: str, place: str = "") -> Iterator[tuple[Any, str, 
         yield from _inline(given, label, place)
     elif isinstance(given, str):
         yield from _of_text(given, label)
-    elif isinstance(given, Mapping) and list(given) == ["rules"] and isinstance(given["rules"], (list, tuple)):
+    elif isinstance(given, dict) and set(cast("Any", given)) == {"rules"} and isinstance(given["rules"], (list, tuple)):
         yield from _items(cast("Any", given["rules"]), label)
     elif isinstance(given, (Mapping, Rule)) or (place and not isinstance(given, Rules)):
         yield given, label, place
