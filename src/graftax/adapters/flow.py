@@ -66,6 +66,17 @@ def joined(a: Dims, b: Dims) -> Dims | None:
     return tuple(out)
 
 
+def concatenated(parts: Sequence[Dims | None], axis: int) -> Dims | None:
+    """Maps concatenated along their channels; None if they are something else."""
+    maps = [part for part in parts if part is not None]
+    if not maps or len(maps) < len(parts) or len({len(part) for part in maps}) > 1:
+        return None
+    at = axis % len(maps[0])
+    along = [part[at][0] for part in maps if len(part[at]) == 1 and part[at][0].name == "c" and not part[at][0].part]
+    sizes = [atom.size for atom in along if atom.size is not None]
+    return (*maps[0][:at], dim("c", sum(sizes)), *maps[0][at + 1 :]) if len(sizes) == len(maps) else None
+
+
 def _names(of: Dim) -> list[tuple[str, tuple[int, ...]]]:
     return [(atom.name, atom.part) for atom in of]
 

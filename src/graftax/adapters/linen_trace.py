@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from graftax.adapters.flow import LEAF, OUT, Dim, Dims, Notes, channels, dim, joined, reshaped, resized
+from graftax.adapters.flow import LEAF, OUT, Dim, Dims, Notes, channels, concatenated, dim, joined, reshaped, resized
 from graftax.adapters.linen_stacks import marked, stacked_axes
 from graftax.tree import Trace, join_path
 
@@ -109,7 +109,7 @@ def _equation(name: str, eqn: Any, given: list[Value], notes: Notes) -> Value:
         gone = set(params["axes"])
         return tuple(of for axis, of in enumerate(one) if axis not in gone)
     if name == "concatenate":
-        return _side_by_side(given, params["dimension"], shape)
+        return concatenated(given, params["dimension"])
     if name.startswith("reduce_window") or name in ("pad", "slice", "dynamic_slice"):
         before = tuple(eqn.invars[0].aval.shape)
         made = [of if size == old else _cropped(of, size) for of, size, old in zip(one, shape, before, strict=True)]
@@ -179,15 +179,6 @@ def _rank(value: Dims, name: str) -> int:
     """The number of axes of the leaf that has an axis `name`."""
     leaf = name.rpartition(":")[0]
     return sum(atom.name.rpartition(":")[0] == leaf for of in value for atom in of)
-
-
-def _side_by_side(given: list[Value], axis: int, shape: tuple[int, ...]) -> Value:
-    """Maps concatenated along their channels."""
-    parts = [value[axis] if value is not None else () for value in given]
-    first = given[0]
-    if first is None or not all(len(of) == 1 and of[0].name == "c" and not of[0].part for of in parts):
-        return None
-    return (*first[:axis], dim("c", shape[axis]), *first[axis + 1 :])
 
 
 def _cropped(of: Dim, size: int) -> Dim | None:

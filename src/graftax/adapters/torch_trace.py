@@ -21,7 +21,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from graftax.adapters.flow import BATCH, LEAF, OUT, Atom, Dim, Dims, Notes, channels, dim, joined, reshaped, resized
+from graftax.adapters import flow
+from graftax.adapters.flow import BATCH, LEAF, OUT, Atom, Dims, Notes, channels, dim, joined, reshaped
 from graftax.tree import Trace
 
 _MOST = 5_000  # a module with more parts is not traced
@@ -153,9 +154,10 @@ class _Run:
         if isinstance(module, nn.Linear):
             return self._linear(path, module, given)
         if isinstance(module, nn.Flatten):
-            return _flatten(given, module.start_dim, module.end_dim)
+            return _flatten(given, module.start_dim, module.end_dim) if given else None
         if isinstance(module, nn.Unflatten):
-            return _unflatten(given, module.dim, module.unflattened_size)
+            at: Any = module.dim
+            return _unflatten(given, at, module.unflattened_size) if given and isinstance(at, int) else None
         if source in ("pooling", "padding", "upsampling"):
             return _pooled(given, getattr(module, "output_size", None))
         if source in ("activation", "dropout", "batchnorm", "instancenorm", "normalization") or isinstance(
@@ -192,7 +194,7 @@ class _Run:
     # ------------------------------------------------------------ functions and methods
 
     def _function(self, name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
-        given = args[0] if args else kwargs.get("input")
+        given = args[0] if args else kwargs.pop("input", None)
         rest = args[1:]
         if isinstance(given, _Size):
             return _size_function(name, given, rest)
@@ -203,26 +205,24 @@ class _Run:
             self.notes.product(matrix if isinstance(matrix, tuple) else None, -1 if name == "linear" else 0)
             return None
         if name in _BINARY:
-            other = rest[0] if rest else kwargs.get("other")
-            return joined(given, other) if isinstance(given, tuple) and isinstance(other, tuple) else (
-                given if isinstance(given, tuple) and isinstance(other, (int, float)) else
-                other if isinstance(other, tuple) and isinstance(given, (int, float)) else None
-            )  # fmt: skip
+            ends = given, rest[0] if rest else kwargs.get("other")
+            maps = [value for value in ends if isinstance(value, tuple)]
+            known = all(isinstance(value, (tuple, int, float)) for value in ends)
+            return (joined(*maps) if len(maps) > 1 else (*maps, None)[0]) if known else None
         if name == "cat":
-            return _joined_maps(given, rest[0] if rest else kwargs.get("dim", 0))
+            axis = rest[0] if rest else kwargs.get("dim", 0)
+            parts = [part if isinstance(part, tuple) else None for part in given] if isinstance(given, list) else []
+            return flow.concatenated(parts, axis) if isinstance(axis, int) else None
         if not isinstance(given, tuple):
             return None
         if name in _SAME:
             return given
         if name in _POOLS:
-            return (
-                _pooled(given, rest[0] if rest else kwargs.get("output_size"))
-                if "adaptive" in name
-                else _pooled(given, None)
-            )
+            sizes = rest[0] if rest else kwargs.get("output_size")
+            return _pooled(given, sizes if "adaptive" in name else None)
         changed = _CHANGES.get(name)
         try:
-            return changed(given, rest, kwargs) if changed is not None else None
+            return changed(given, *rest, **kwargs) if changed is not None else None
         except (IndexError, TypeError, ValueError):  # arguments that are not plain values
             return None
 
@@ -274,93 +274,69 @@ def _size_function(name: str, given: _Size, rest: Sequence[Value]) -> Value:
     return None
 
 
-def _getattr(given: Dims, rest: Sequence[Value], _: Any) -> Value:
-    if rest[0] in ("T", "mT") and len(given) == 2:
+def _getattr(given: Dims, name: str) -> Value:
+    if name in ("T", "mT") and len(given) == 2:
         return given[::-1]
-    return _Size(given) if rest[0] == "shape" else None
+    return _Size(given) if name == "shape" else None
 
 
-def _size(given: Dims, rest: Sequence[Value], _: Any) -> Value:
-    return _Size((given[rest[0]],), True) if rest else _Size(given)
+def _size(given: Dims, dim: int | None = None) -> Value:
+    return _Size(given) if dim is None else _Size((given[dim],), True)
 
 
-def _view(given: Dims, rest: Sequence[Value], kwargs: Any) -> Value:
-    sizes = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, _Size)) else list(rest)
+def _view(given: Dims, *sizes: Any) -> Value:
     wanted: list[Any] = []
-    for size in [_Size((of,), True) for of in sizes.dims] if isinstance(sizes, _Size) else sizes:
-        if isinstance(size, _Size) and size.one:
-            wanted.append(size.dims[0])
-        elif isinstance(size, int):
-            wanted.append(size)
-        else:
-            return None
-    return reshaped(given, wanted)
+    for size in sizes[0] if len(sizes) == 1 and isinstance(sizes[0], list) else sizes:
+        wanted += size.dims if isinstance(size, _Size) else [size]
+    return reshaped(given, wanted) if all(isinstance(size, (int, tuple)) for size in wanted) else None
 
 
-def _flatten(given: Value, start: int, end: int) -> Value:
-    if given is None:
-        return None
-    first, last = start % len(given), end % len(given)
+def _flatten(given: Dims, start_dim: int = 0, end_dim: int = -1) -> Value:
+    first, last = start_dim % len(given), end_dim % len(given)
     return (*given[:first], tuple(atom for of in given[first : last + 1] for atom in of), *given[last + 1 :])
 
 
-def _flatten_call(given: Dims, rest: Sequence[Value], kwargs: Any) -> Value:
-    start = rest[0] if rest else kwargs.get("start_dim", 0)
-    end = rest[1] if len(rest) > 1 else kwargs.get("end_dim", -1)
-    return _flatten(given, start, end)
+def _unflatten(given: Dims, dim: int, sizes: Any) -> Value:
+    made = reshaped((given[dim],), list(sizes)) if all(isinstance(size, int) for size in sizes) else None
+    return None if made is None else (*given[: dim % len(given)], *made, *given[dim % len(given) + 1 :])
 
 
-def _unflatten(given: Value, at: Any, sizes: Any) -> Value:
-    if given is None or not isinstance(at, int) or not all(isinstance(size, int) for size in sizes):
-        return None
-    made = reshaped((given[at],), list(sizes))
-    return None if made is None else (*given[: at % len(given)], *made, *given[at % len(given) + 1 :])
-
-
-def _permute(given: Dims, rest: Sequence[Value], kwargs: Any) -> Value:
-    order = rest[0] if rest and isinstance(rest[0], list) else list(rest) or kwargs.get("dims")
+def _permute(given: Dims, *dims: Any) -> Value:
+    order = dims[0] if isinstance(dims[0], list) else dims
     return tuple(given[axis] for axis in order) if len(order) == len(given) else None
 
 
-def _transpose(given: Dims, rest: Sequence[Value], kwargs: Any) -> Value:
-    a, b = (rest[0], rest[1]) if len(rest) > 1 else (kwargs["dim0"], kwargs["dim1"])
+def _transpose(given: Dims, dim0: int, dim1: int) -> Value:
     out = list(given)
-    out[a], out[b] = out[b], out[a]
+    out[dim0], out[dim1] = out[dim1], out[dim0]
     return tuple(out)
 
 
-def _reduced(given: Dims, rest: Sequence[Value], kwargs: Any) -> Value:
-    axes = rest[0] if rest else kwargs.get("dim")
-    axes = [axes] if isinstance(axes, int) else axes
-    if not axes:
-        return None
-    gone = {axis % len(given) for axis in axes}
-    keep = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
-    return tuple(() if n in gone else of for n, of in enumerate(given) if keep or n not in gone)
+def _reduced(given: Dims, dim: Any = None, keepdim: bool = False) -> Value:
+    gone = {axis % len(given) for axis in ([dim] if isinstance(dim, int) else dim or ())}
+    return tuple(() if n in gone else of for n, of in enumerate(given) if keepdim or n not in gone) if gone else None
 
 
-def _squeeze(given: Dims, rest: Sequence[Value], kwargs: Any) -> Value:
-    axes = rest[0] if len(rest) == 1 else list(rest) or kwargs.get("dim")
-    if axes is None or axes == []:
-        return None if any(atom.size is None and atom.name != BATCH for of in given for atom in of) else tuple(
-            of for of in given if of
-        )  # fmt: skip
-    gone = {axis % len(given) for axis in ([axes] if isinstance(axes, int) else axes)}
+def _squeeze(given: Dims, dim: Any = None) -> Value:
+    if dim is None:
+        known = all(atom.size is not None or atom.name == BATCH for of in given for atom in of)
+        return tuple(of for of in given if of) if known else None
+    gone = {axis % len(given) for axis in ([dim] if isinstance(dim, int) else dim)}
     return tuple(of for n, of in enumerate(given) if n not in gone or of)
 
 
-def _unsqueeze(given: Dims, rest: Sequence[Value], kwargs: Any) -> Value:
-    at = (rest[0] if rest else kwargs["dim"]) % (len(given) + 1)
+def _unsqueeze(given: Dims, dim: int) -> Value:
+    at = dim % (len(given) + 1)
     return (*given[:at], (), *given[at:])
 
 
-_CHANGES: dict[str, Callable[[Dims, Sequence[Value], Any], Value]] = {
-    "getattr": _getattr, "size": _size, "view": _view, "reshape": _view, "flatten": _flatten_call,
-    "permute": _permute, "t": lambda given, rest, kwargs: given[::-1],
+_CHANGES: dict[str, Callable[..., Value]] = {
+    "getattr": _getattr, "size": _size, "view": _view, "reshape": _view, "flatten": _flatten,
+    "permute": _permute, "t": lambda given: given[::-1],
     "transpose": _transpose, "swapaxes": _transpose, "mean": _reduced, "sum": _reduced,
-    "amax": _reduced, "squeeze": _squeeze, "unsqueeze": _unsqueeze,
-    "unflatten": lambda given, rest, kwargs: _unflatten(given, rest[0], rest[1]),
+    "amax": _reduced, "squeeze": _squeeze, "unsqueeze": _unsqueeze, "unflatten": _unflatten,
 }  # fmt: skip
+"""The arguments have the names that torch's have; others are not followed."""
 
 
 def _pooled(given: Value, output: Any) -> Value:
@@ -371,20 +347,5 @@ def _pooled(given: Value, output: Any) -> Value:
     wanted = list(output) if isinstance(output, (list, tuple)) else [output] * len(spatial)
     if len(wanted) != len(spatial):
         return None
-    made = [resized(of, size if isinstance(size, int) else None) for of, size in zip(spatial, wanted, strict=True)]
+    made = [flow.resized(of, size if isinstance(size, int) else None) for of, size in zip(spatial, wanted, strict=True)]
     return None if any(of is None for of in made) else (*given[:2], *made)
-
-
-def _joined_maps(given: Value, axis: Any) -> Value:
-    """Maps concatenated along their channels."""
-    parts = given if isinstance(given, list) else []
-    if not parts or not all(isinstance(part, tuple) for part in parts) or not isinstance(axis, int):
-        return None
-    if len({len(part) for part in parts}) > 1:
-        return None
-    at = axis % len(parts[0])
-    along: list[Dim] = [part[at] for part in parts]
-    if not all(len(of) == 1 and of[0].name == "c" and of[0].size is not None and not of[0].part for of in along):
-        return None
-    total = sum(of[0].size or 0 for of in along)
-    return (*parts[0][:at], dim("c", total), *parts[0][at + 1 :])

@@ -22,7 +22,7 @@ from graftax.match.names import Lexicon, lexicon
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.partial import consistent, ruled_chains
 from graftax.match.questions import questions
-from graftax.match.recurrent import Recurrent, recurrent
+from graftax.match.recurrent import recurrent
 from graftax.match.ties import find_ties
 from graftax.match.traced import Traces
 from graftax.ops import Drop, Op, Same, invert_chain
@@ -78,12 +78,14 @@ def _infer(
     hidden = {name for names in ties.values() for name in names[1:]}
     t_skip, f_skip = (filled | theirs.keys(), taken) if turned else (taken | buffers.keys(), filled | theirs.keys())
     torch, flax = (like, source) if turned else (source, like)
-    cells = Recurrent()
+    cells = Proposal()
     if source_side != like_side:
         cells = recurrent(torch, flax, settled.entries, turned, lex)
     elif like_side == "flax":
         cells = fused_cells(source, like, taken | filled, lex)
-    t_skip, f_skip = t_skip | cells.torch, f_skip | cells.flax
+    held = (*cells.entries, *cells.broken)
+    ends_of = {name for entry in held for name in entry.sources}, {name for entry in held for name in entry.targets}
+    t_skip, f_skip = t_skip | ends_of[turned], f_skip | ends_of[not turned]
     silent = [item.entry for item in named]
     spoken = [entry for entry in settled.entries if not any(entry is other for other in silent)]
     traces = Traces(torch.live.trace, flax.live.trace)
@@ -128,7 +130,7 @@ def _infer(
         entries, doubts = by_live_modules(entries, source, like, like_side, settled.entries)
     asked += [*doubts, *cells.questions, *unsaid_questions(result.unsaid, turned)]
     assumed = (*cells.assumptions, *call_orders(result, ends), *stack_orders(result))
-    return Proposal(tuple(entries), tuple(asked), assumed, tuple(cells.failures), tuple(reads))
+    return Proposal(tuple(entries), tuple(asked), assumed, cells.failures, tuple(reads), cells.broken)
 
 
 def _whole_columns(names: Collection[str], end: Checkpoint) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice, permutations
 
@@ -13,7 +13,7 @@ from graftax.match.leftovers import cut_to
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, concepts
 from graftax.match.pairs import Pair, Scope
-from graftax.match.sides import Family, Key, Module, Tokens, columns_of, tokens_of
+from graftax.match.sides import Family, Key, Module, Tokens, columns_of, paths_of, tokens_of
 from graftax.match.stacks import outer_prefix, stackable, virtual
 
 Option = list[tuple[Scope, Pair]]
@@ -47,25 +47,15 @@ class View:
 def all_families(
     torch: Sequence[Family], flax: Sequence[Family], lex: Lexicon, anchors: Mapping[str, str]
 ) -> tuple[list[FamilyPair], list[Family], list[Family]]:
-    known: dict[int, set[int]] = {}
-    if anchors:
-        left, right = _owners(torch[1:], set(anchors)), _owners(flax[1:], set(anchors.values()))
-        for path, other in anchors.items():
-            if path in left and other in right:
-                known.setdefault(id(left[path]), set()).add(id(right[other]))
+    left, right = _owners(torch[1:], anchors.keys()), _owners(flax[1:], set(anchors.values()))
+    known = {(id(left[path]), id(right[other])) for path, other in anchors.items() if path in left and other in right}
     return pair_families(list(torch[1:]), list(flax[1:]), lex, known, (torch[0], flax[0]))
 
 
-def _owners(families: Iterable[Family], wanted: set[str]) -> dict[str, Family]:
-    return {
-        path: family
-        for family in families
-        for module in family.modules
-        for column in module.roles.values()
-        for paths in column.paths.values()
-        for path in paths
-        if path in wanted
-    }
+def _owners(families: Iterable[Family], wanted: Set[str]) -> dict[str, Family]:
+    if not wanted:
+        return {}
+    return {path: f for f in families for path in paths_of(columns_of(f.modules)) if path in wanted}
 
 
 def name_ties(torch: Iterable[Family], ends: Ends) -> None:
@@ -250,7 +240,7 @@ class Stacks:
                     continue  # another stack holds some of it
                 self.root.torch, self.root.flax = (left, self.root.flax) if side else (self.root.torch, left)
                 torch, flax = (_inside(f) for f in ((part, stack) if side else (stack, part)))
-                self.scopes.append(self._scope(FamilyPair(torch, flax, [((), ())], "sizes and names")))
+                self.scopes.append(self._scope(FamilyPair(torch, flax)))
                 out.append(home[id(stack.modules)])
                 if _leaf_sizes(part) != _leaf_sizes(stack):
                     self.partly[side].extend(out[-1].members)
@@ -262,7 +252,7 @@ class Stacks:
         mine, theirs = _by_words(stacks), _by_words(parts)
         firsts = [found[0] for found in mine], [found[0] for found in theirs]
         ends = firsts[::-1] if side else firsts
-        for pair in pair_families(ends[0], ends[1], self.root.lex, {})[0]:
+        for pair in pair_families(ends[0], ends[1], self.root.lex)[0]:
             stack, part = (pair.flax, pair.torch) if side else (pair.torch, pair.flax)
             left = next(found for found in mine if found[0] is stack)
             right = next(found for found in theirs if found[0] is part)
@@ -290,12 +280,12 @@ class Stacks:
         fits = [other for other in others if len(other.keys) == len(family.keys) and _holds(other, family.modules)]
         if len(fits) > 1:
             ends = (fits, [family]) if side else ([family], fits)
-            fits = [pair.torch if side else pair.flax for pair in pair_families(*ends, self.root.lex, {})[0]]
+            fits = [pair.torch if side else pair.flax for pair in pair_families(*ends, self.root.lex)[0]]
         if len(fits) != 1:
             return False
         others.remove(fits[0])
         both = (fits[0], family) if side else (family, fits[0])
-        self.add(FamilyPair(*both, list(zip(both[0].keys, both[1].keys, strict=True)), ""))
+        self.add(FamilyPair(*both))
         return True
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
-from graftax.tree import Checkpoint, Module, Side
+from graftax.tree import Checkpoint, Side
 
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 
@@ -39,30 +38,24 @@ NO_CALLS = Calls()
 
 
 def flax_calls(end: Checkpoint) -> Calls:
-    """What the trace of a live Linen module shows about its automatic names."""
-    order = {path: module.settings.get("order") for path, module in end.live.modules.items()}
-    return _calls(end, "flax", order, _automatic)
+    """What the trace of a live Linen module shows about its automatic names, which are a class and a counter."""
+    return _calls(end, "flax", {path: module.settings.get("order") for path, module in end.live.modules.items()})
 
 
 def torch_calls(end: Checkpoint, order: Mapping[str, int]) -> Calls:
     """What the trace of a live torch module shows about its numbers (`order`: path -> place in the order of first
-    calls). Only modules of one kind in one place are compared."""
-    return _calls(end, "torch", order, _numbered)
+    calls): names that are a number or end in one. Only modules of one kind in one place are compared."""
+    return _calls(end, "torch", order)
 
 
-def _calls(
-    end: Checkpoint,
-    side: Side,
-    order: Mapping[str, object],
-    group_of: Callable[[Module, str], tuple[str, int] | None],
-) -> Calls:
+def _calls(end: Checkpoint, side: Side, order: Mapping[str, object]) -> Calls:
     separator = "/" if side == "flax" else "."
     groups: defaultdict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
     for path, module in end.live.modules.items():
         parent, _, last = path.rpartition(separator)
-        found = group_of(module, last)
-        if found is not None and module.leaves:
-            groups[(parent, found[0])].append((found[1], path))
+        found = _NUMBERED.fullmatch(last)
+        if found is not None and module.leaves and (side == "torch" or found[1] == f"{module.kind}_"):
+            groups[(parent, found[1])].append((int(found[2]), path))
     fresh: dict[str, str] = {}
     traced: set[str] = set()
     for (_, word), members in groups.items():
@@ -70,27 +63,13 @@ def _calls(
         if len(places) < len(members):
             continue
         traced |= places.keys()
-        called = sorted(places, key=partial(_place, places))
-        for (number, path), other in zip(sorted(members), called, strict=True):
-            if path != other:
-                fresh[other] = f"{word}{number}"
+        called = sorted(places, key=places.__getitem__)
+        fresh |= {
+            other: f"{word}{number}"
+            for (number, path), other in zip(sorted(members), called, strict=True)
+            if path != other
+        }
     return Calls(_renamed(end, separator, fresh) if fresh else {}, frozenset(traced), side)
-
-
-def _place(places: Mapping[str, int], path: str) -> int:
-    return places[path]
-
-
-def _automatic(module: Module, last: str) -> tuple[str, int] | None:
-    """(what is counted, number) of an automatic Linen name, which is the class and a counter."""
-    found = _NUMBERED.fullmatch(last)
-    return (found[1], int(found[2])) if found is not None and found[1] == f"{module.kind}_" else None
-
-
-def _numbered(module: Module, last: str) -> tuple[str, int] | None:
-    """(what is counted, number) of any name that is a number or ends in one. Each kind of module has its own count."""
-    found = _NUMBERED.fullmatch(last)
-    return (found[1], int(found[2])) if found is not None else None
 
 
 def _renamed(end: Iterable[str], separator: str, fresh: Mapping[str, str]) -> dict[str, str]:

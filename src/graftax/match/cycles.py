@@ -17,7 +17,7 @@ from graftax.match.cutting import Cut, Cuts, Tokens
 from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, concepts
 from graftax.match.pairs import Scope
-from graftax.match.sides import Family, Module
+from graftax.match.sides import Family, Module, columns_of, paths_of
 from graftax.rules.key_templates import skeleton
 from graftax.tree import split_words
 
@@ -104,7 +104,7 @@ def _shown(scopes: Sequence[Scope], n: int, ends: Ends) -> str:
     lex = scopes[0].lex
     every, side = (ends.torch, ends.torch_side) if n else (ends.flax, ends.flax_side)
     modules = [module for scope in scopes for module in (scope.torch if n else scope.flax)]
-    held = {path for m in modules for c in m.roles.values() for paths in c.paths.values() for path in paths}
+    held = set(paths_of(columns_of(modules)))
     alike: defaultdict[str, list[list[str]]] = defaultdict(list)
     for path in held:
         alike[skeleton(path)].append(_split(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from graftax.match.names import Lexicon, concepts, contradicts
@@ -13,33 +14,30 @@ _TOWERS = frozenset(("enc", "dec"))
 
 @dataclass(slots=True, eq=False)
 class FamilyPair:
-    """Two families that are the same blocks, with their instances in order."""
+    """Two families that may be the same blocks. `blocked`: names or sizes exclude it; `ruled`: rules state it."""
 
     torch: Family
     flax: Family
-    keys: list[tuple[Key, Key]]
-    why: str
+    score: float = 0.0
+    blocked: bool = False
+    ruled: bool = False
 
-
-@dataclass(slots=True, eq=False)
-class _Rated:
-    torch: Family
-    flax: Family
-    score: float
-    blocked: bool
-    why: str
+    @property
+    def keys(self) -> list[tuple[Key, Key]]:
+        """The instances in their order."""
+        return list(zip(self.torch.keys, self.flax.keys, strict=True))
 
 
 def pair_families(
     torch: list[Family],
     flax: list[Family],
     lex: Lexicon,
-    anchors: dict[int, set[int]],
+    anchors: Collection[tuple[int, int]] = (),
     roots: tuple[Family, Family] | None = None,
 ) -> tuple[list[FamilyPair], list[Family], list[Family]]:
     """(pairs, torch families left, Flax families left). The counts must agree. The sizes of the instances in order and
-    the words of the paths and of their contents decide, by mutual best with a margin. `anchors`: ids that the rules
-    pair."""
+    the words of the paths and of their contents decide, by mutual best with a margin. `anchors`: ids of families that
+    rules pair."""
     words = {id(f): frozenset(concepts(f.prefix, lex)) for f in (*torch, *flax)}
     outside = [[frozenset(concepts(m.tokens, lex)) for m in root.modules] for root in roots or ()] or [[], []]
     special = {**_special(torch, words, outside[0]), **_special(flax, words, outside[1])}
@@ -47,30 +45,24 @@ def pair_families(
     if len(said & _TOWERS) == 1:  # an encoder is a tower only beside a decoder
         special = {family: found - _TOWERS for family, found in special.items()}
     inner = {id(f): _inner(f, lex) for f in (*torch, *flax)}
-    rated: list[_Rated] = []
+    rated: list[FamilyPair] = []
     by_count: dict[int, list[Family]] = {}
     for family in flax:
         by_count.setdefault(len(family.keys), []).append(family)
     for family in torch:
         for other in by_count.get(len(family.keys), []):
             item = _rate(family, other, words, inner, lex, anchors)
-            if item.why != "rules" and not item.blocked:
+            if not item.ruled and not item.blocked:
                 item.blocked = _apart(item, words, special, lex) or _better_named(
                     item, torch, flax, words, special, lex
                 )
             rated.append(item)
     out: list[FamilyPair] = []
-    while True:
-        best = _mutual(rated)
-        if not best:
-            break
-        for item in best:
-            out.append(
-                FamilyPair(item.torch, item.flax, list(zip(item.torch.keys, item.flax.keys, strict=True)), item.why)
-            )
-        gone = {id(item.torch) for item in best} | {id(item.flax) for item in best}
-        rated = [r for r in rated if id(r.torch) not in gone and id(r.flax) not in gone]
-    used = {id(pair.torch) for pair in out} | {id(pair.flax) for pair in out}
+    used: set[int] = set()
+    while best := _mutual(rated):
+        out += best
+        used |= {id(family) for pair in best for family in (pair.torch, pair.flax)}
+        rated = [r for r in rated if id(r.torch) not in used and id(r.flax) not in used]
     return out, [f for f in torch if id(f) not in used], [f for f in flax if id(f) not in used]
 
 
@@ -85,7 +77,9 @@ def _special(
     return {id(f): words[id(f)] - every for f in families}
 
 
-def _apart(item: _Rated, words: dict[int, frozenset[str]], special: dict[int, frozenset[str]], lex: Lexicon) -> bool:
+def _apart(
+    item: FamilyPair, words: dict[int, frozenset[str]], special: dict[int, frozenset[str]], lex: Lexicon
+) -> bool:
     """True if each path names a part that the other does not and they share no telling word: they are two towers, not
     one."""
     a, b = words[id(item.torch)], words[id(item.flax)]
@@ -100,7 +94,7 @@ def _more(words: frozenset[str], lex: Lexicon, least: float = 1.0) -> bool:
 
 
 def _better_named(
-    item: _Rated,
+    item: FamilyPair,
     torch: list[Family],
     flax: list[Family],
     words: dict[int, frozenset[str]],
@@ -133,19 +127,17 @@ def _rate(
     words: dict[int, frozenset[str]],
     inner: dict[int, frozenset[str]],
     lex: Lexicon,
-    anchors: dict[int, set[int]],
-) -> _Rated:
+    anchors: Collection[tuple[int, int]],
+) -> FamilyPair:
     a, b = words[id(torch)], words[id(flax)]
     same_sizes = torch.sizes == flax.sizes
     names = _overlap(a, b, lex)
     inside = _overlap(inner[id(torch)], inner[id(flax)], lex)
     score = 1.0 * same_sizes + 1.0 * names + 0.5 * inside
     score += 0.3 if torch.prefix == flax.prefix else 0.0
-    anchored = id(flax) in anchors.get(id(torch), ())
-    blocked = bool(contradicts(a, b, lex)) or not (same_sizes or inside > 0.2)
-    if anchored:
-        return _Rated(torch, flax, score + 9, False, "rules")
-    return _Rated(torch, flax, score, blocked, "sizes and names" if same_sizes and names else "names")
+    if (id(torch), id(flax)) in anchors:
+        return FamilyPair(torch, flax, score + 9, ruled=True)
+    return FamilyPair(torch, flax, score, bool(contradicts(a, b, lex)) or not (same_sizes or inside > 0.2))
 
 
 def _overlap(a: frozenset[str], b: frozenset[str], lex: Lexicon) -> float:
@@ -153,13 +145,13 @@ def _overlap(a: frozenset[str], b: frozenset[str], lex: Lexicon) -> float:
     return sum(max(lex.weight(c), 0.3) for c in a & b) / union if union else 0.0
 
 
-def _mutual(rated: list[_Rated]) -> list[_Rated]:
-    rows: dict[int, list[_Rated]] = {}
-    cols: dict[int, list[_Rated]] = {}
+def _mutual(rated: list[FamilyPair]) -> list[FamilyPair]:
+    rows: dict[int, list[FamilyPair]] = {}
+    cols: dict[int, list[FamilyPair]] = {}
     for item in rated:
         rows.setdefault(id(item.torch), []).append(item)
         cols.setdefault(id(item.flax), []).append(item)
-    out: list[_Rated] = []
+    out: list[FamilyPair] = []
     for item in rated:
         rivals = [r for r in rows[id(item.torch)] + cols[id(item.flax)] if r is not item]
         if not item.blocked and all(r.score <= item.score - MARGIN for r in rivals):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from graftax.match.cutting import parse
 from graftax.match.names import Lexicon, concepts
-from graftax.match.sides import Module, Shape, Token, view
+from graftax.match.sides import Module, Shape, view
 from graftax.tree import TensorSpec
 
 LEAST = 2  # positions of the smallest map
@@ -112,12 +112,12 @@ class _Before:
     def __init__(self, linears: Iterable[_Linear]) -> None:
         self.first: dict[tuple[object, ...], tuple[int, ...]] = {}
         for linear in linears:
-            mark, numbers = _mark(linear.module, linear.out), _ints(linear.module.tokens)
+            mark, numbers = _mark(linear.module, linear.out), tuple(linear.module.numbers.values())
             self.first[mark] = min(numbers, self.first.get(mark, numbers))
 
     def sibling(self, linear: _Linear) -> bool:
         first = self.first.get(_mark(linear.module, linear.inp))
-        return first is not None and first < _ints(linear.module.tokens)
+        return first is not None and first < tuple(linear.module.numbers.values())
 
 
 @dataclass(slots=True)
@@ -345,12 +345,4 @@ def _maybe_map(linear: _Linear, taken: set[int], lex: Lexicon) -> bool:
 
 
 def _mark(module: Module, width: int) -> tuple[object, ...]:
-    return (module.outer, _template(module.tokens), width)
-
-
-def _template(tokens: tuple[Token, ...]) -> tuple[object, ...]:
-    return tuple(0 if isinstance(token, int) else token for token in tokens)
-
-
-def _ints(tokens: tuple[Token, ...]) -> tuple[int, ...]:
-    return tuple(token for token in tokens if isinstance(token, int))
+    return (module.outer, module.unnumbered, width)

@@ -12,7 +12,7 @@ from graftax.match.names import Lexicon
 from graftax.match.numbers import CALL
 from graftax.match.pairs import Pair, Route, Scope
 from graftax.match.scope_names import numbered_as
-from graftax.match.sides import Module, Token
+from graftax.match.sides import Module
 
 
 def connected(pairs: list[Pair]) -> list[tuple[list[Module], list[Module], dict[tuple[int, int], Pair]]]:
@@ -34,15 +34,15 @@ def in_order(open_: list[Pair], every: list[Pair], taken: list[Pair], scope: Sco
     waiting = {id(pair) for pair in open_}
     known = {id(pair.torch): pair.flax for pair in taken}
     fitted = {id(module) for pair in every for module in (pair.torch, pair.flax)}
-    short = {template(m.tokens) for m in (*scope.torch, *scope.flax) if id(m) not in fitted}
+    short = {m.unnumbered for m in (*scope.torch, *scope.flax) if id(m) not in fitted}
     for pairs in (open_, every):
         out: list[Pair] = []
         for torch, flax, found in connected([pair for pair in pairs if pair.whole]):
             if len(torch) != len(flax) or len(torch) < 2:
                 continue
-            counts = not {template(torch[0].tokens), template(flax[0].tokens)} & short
+            counts = not {torch[0].unnumbered, flax[0].unnumbered} & short
             for left, right, why in _orders(torch, flax, scope, trusted):
-                if why == BY_NUMBER and not counts and [*map(_ints, left)] != [*map(_ints, right)]:
+                if why == BY_NUMBER and not counts and _numbers_of(left) != _numbers_of(right):
                     continue  # one of the count has no partner, so the others need not be counted alike
                 chosen = [found.get((id(a), id(b))) for a, b in zip(left, right, strict=True)]
                 agreed = [
@@ -112,34 +112,33 @@ def in_step(pairs: Iterable[Pair], beside: Iterable[Pair] = ()) -> bool:
     groups: defaultdict[tuple[object, object], list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
     for known, found in ((False, pairs), (True, beside)):
         for pair in found:
-            mark = template(pair.torch.tokens), template(pair.flax.tokens)
+            mark = pair.torch.unnumbered, pair.flax.unnumbered
             if not known or mark in groups:
-                groups[mark].append((_ints(pair.torch), _ints(pair.flax)))
+                groups[mark].append((tuple(pair.torch.numbers.values()), tuple(pair.flax.numbers.values())))
     return all(a[1] <= b[1] for found in groups.values() for a, b in pairwise(sorted(found)))
-
-
-def template(tokens: tuple[Token, ...]) -> tuple[object, ...]:
-    """The path without its numbers."""
-    return tuple(0 if isinstance(token, int) else token for token in tokens)
 
 
 def _numbered(modules: list[Module], lex: Lexicon) -> list[Module] | None:
     """The modules in the order of their numbers, if they differ in nothing else."""
-    if len({_meant(module.tokens, lex) for module in modules}) != 1:
+    if len({_meant(module, lex) for module in modules}) != 1:
         return None
-    numbers = [tuple(token for token in module.tokens if isinstance(token, int)) for module in modules]
+    numbers = _numbers_of(modules)
     if len(set(numbers)) != len(numbers):
         return None
     return [module for _, module in sorted(zip(numbers, modules, strict=True), key=lambda item: item[0])]
 
 
-def _meant(tokens: tuple[Token, ...], lex: Lexicon) -> tuple[object, ...]:
+def _numbers_of(modules: list[Module]) -> list[tuple[int, ...]]:
+    return [tuple(module.numbers.values()) for module in modules]
+
+
+def _meant(module: Module, lex: Lexicon) -> tuple[object, ...]:
     """The path without its numbers, with the word before the last number replaced by its meaning."""
-    at = max((i for i, token in enumerate(tokens) if isinstance(token, int)), default=None)
+    at = max(module.numbers, default=None)
     if at is None:
-        return tokens
-    rest = tuple(0 if isinstance(token, int) else token for token in tokens[at:])
-    return (*template(numbered_as(tokens, at, lex)), *rest)  # type: ignore[arg-type]
+        return module.tokens
+    head = (0 if isinstance(token, int) else token for token in numbered_as(module.tokens, at, lex))
+    return (*head, *module.unnumbered[at:])
 
 
 def _one_thing(torch: Module, flax: Module, scope: Scope) -> bool:
@@ -217,10 +216,6 @@ def out_of_order(pairs: list[Pair]) -> bool:
     return not in_step(pair for pair in pairs if rows[id(pair.torch)] == 1 and cols[id(pair.flax)] == 1)
 
 
-def _ints(module: Module) -> tuple[int, ...]:
-    return tuple(token for token in module.tokens if isinstance(token, int))
-
-
 BY_NUMBER = "the numbers are in the same order"
 ALONG_BLOCK = "they have the same order along the block"
 RULED = "the rules settle another leaf of this module"
@@ -235,8 +230,8 @@ def call_order(pair: Pair, scope: Scope) -> bool:
     if not by_number or counted[0] == counted[1]:
         return False
     mine, others = (pair.flax, scope.flax) if counted[1] else (pair.torch, scope.torch)
-    like, shapes = template(mine.tokens), _shapes(mine)
-    return any(m is not mine and template(m.tokens) == like and _shapes(m) == shapes for m in others)
+    like, shapes = mine.unnumbered, _shapes(mine)
+    return any(m is not mine and m.unnumbered == like and _shapes(m) == shapes for m in others)
 
 
 def counted_blocks(scope: Scope) -> bool:

@@ -14,7 +14,7 @@ from graftax.errors import GraftaxError
 from graftax.match.assign import Board
 from graftax.match.choose import Choice
 from graftax.match.pairs import Link, Pair
-from graftax.match.sides import Column, Key, Module
+from graftax.match.sides import Column, Key, Module, paths_of
 from graftax.ops import Op, apply_chain
 from graftax.plans import Entry
 
@@ -35,18 +35,14 @@ def ruled_chains(entries: Iterable[Entry], anchors: Mapping[str, str], turned: b
 
 def anchored(column: Column, flax: Mapping[str, Module], anchors: Mapping[str, str]) -> str | None:
     """A leaf of the column that rules settle, if they settle the whole column of one of the sides."""
-    path = next((p for paths in column.paths.values() for p in paths if p in anchors), None)
-    if path is None or all(p in anchors for paths in column.paths.values() for p in paths):
+    spoken = paths_of([column])
+    path = next((p for p in spoken if p in anchors), None)
+    if path is None or all(p in anchors for p in spoken):
         return path
     other = flax.get(anchors[path])
-    partner = next((c for c in (other.roles.values() if other else ()) if _holds(c, anchors[path])), None)
+    partners = [paths_of([c]) for c in other.roles.values()] if other else []
     wanted = set(anchors.values())
-    whole = partner is not None and all(p in wanted for paths in partner.paths.values() for p in paths)
-    return path if whole else None
-
-
-def _holds(column: Column, path: str) -> bool:
-    return any(path in paths for paths in column.paths.values())
+    return path if any(anchors[path] in paths and wanted.issuperset(paths) for paths in partners) else None
 
 
 def reopened(taken: list[Pair], board: Board, pairs: list[Pair], keys: Mapping[Key, Key],

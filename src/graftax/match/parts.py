@@ -175,21 +175,14 @@ def _complete(
     """The complete pairing of these modules: the only one, or, of modules that differ only in their numbers, the one in
     their order. [] if there is none. A pair of modules with other leaves completes nothing."""
     wanted = {id(module) for module in flax}
-    rows = {id(m): {k: p for k, p in board.rows.get(id(m), {}).items() if k in wanted and p.whole} for m in torch}
-    columns: defaultdict[int, dict[int, Pair]] = defaultdict(dict)
-    for key, row in rows.items():
-        for other, pair in row.items():
-            columns[other][key] = pair
+    mine = Board(p for m in torch for k, p in board.rows.get(id(m), {}).items() if k in wanted and p.whole)
     out: list[Pair] = []
-    while single := next((ends for ends in (*rows.values(), *columns.values()) if len(ends) == 1), None):
+    while single := next((ends for ends in (*mine.rows.values(), *mine.cols.values()) if len(ends) == 1), None):
         # A graph with exactly one complete pairing has an end that only one edge touches.
         (pair,) = single.values()
         out.append(pair)
-        for other in rows.pop(id(pair.torch)):
-            columns[other].pop(id(pair.torch), None)
-        for key in columns.pop(id(pair.flax), {}):
-            rows[key].pop(id(pair.flax), None)
-    for left, right, found in connected([pair for row in rows.values() for pair in row.values()]) if trusted else ():
+        mine.take(pair)
+    for left, right, found in connected(mine.pairs()) if trusted else ():
         order = complete_order(left, right, scope)
         chosen = [pair for a, b in order if (pair := found.get((id(a), id(b)))) is not None]
         if not order or len(chosen) != len(order):

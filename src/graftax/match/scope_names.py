@@ -135,11 +135,10 @@ def number_ranks(modules: Sequence[Module], scope: Scope) -> dict[int, Ranks]:
     groups: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
     places: dict[int, list[tuple[tuple[object, ...], int]]] = {}
     for module in modules:
-        for i, token in enumerate(module.tokens):
-            if isinstance(token, int):
-                mark = numbered_as(module.tokens, i, scope.lex)
-                groups[mark].add(token)
-                places.setdefault(id(module), []).append((mark, token))
+        for at, number in module.numbers.items():
+            mark = numbered_as(module.tokens, at, scope.lex)
+            groups[mark].add(number)
+            places.setdefault(id(module), []).append((mark, number))
     orders = {mark: sorted(values) for mark, values in groups.items() if len(values) > 1}
     out: dict[int, Ranks] = {}
     for key, found in places.items():

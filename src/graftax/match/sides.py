@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from graftax.match.components import components
 from graftax.match.cutting import Cuts, Key, Shape, Template, Token, Tokens, resolve, tokens_of
 from graftax.match.places import mark_own
 from graftax.match.roles import Kind
@@ -67,6 +68,16 @@ class Module:
     alias: list[Tokens] = field(default_factory=list[Tokens])
     cuts: tuple[int, ...] = ()
     own: int = 0
+
+    @property
+    def numbers(self) -> dict[int, int]:
+        """The numbers that are parts of its name, by their places in its tokens."""
+        return {at: token for at, token in enumerate(self.tokens) if isinstance(token, int)}
+
+    @property
+    def unnumbered(self) -> tuple[object, ...]:
+        """The path inside the family without its numbers."""
+        return tuple(0 if isinstance(token, int) else token for token in self.tokens)
 
     @property
     def support(self) -> frozenset[Key]:
@@ -144,15 +155,7 @@ def _add_sizes(column: Column, sums: list[defaultdict[Key, int]]) -> None:
 
 def _kinds(modules: list[Module]) -> list[set[Key]]:
     """The instances of a prefix in groups that share modules (blocks of different groups have no module in common)."""
-    groups: list[set[Key]] = []
-    for module in modules:
-        keys = set(module.support)
-        touching = [g for g in groups if not g.isdisjoint(keys)]
-        for group in touching:
-            keys |= group
-            groups.remove(group)
-        groups.append(keys)
-    return groups
+    return [{key for m in group for key in m.support} for group in components(modules, lambda m: m.support)]
 
 
 def _modules(members: list[tuple[Template, int]], prefix: Tokens) -> list[Module]:

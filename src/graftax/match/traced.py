@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from graftax.match.choose import Choice
 from graftax.match.flatten import Suspect
@@ -17,30 +18,24 @@ WHY = "traced"
 _NO_MAP = f"{WHY}: its input is no map"
 
 
-@dataclass(slots=True)
+@dataclass
 class Traces:
     """The traces of both ends, made on first use."""
 
     torch_trace: Callable[[], Trace] | None = None
     flax_trace: Callable[[], Trace] | None = None
-    known: dict[str, Trace] = field(default_factory=dict[str, Trace])
 
-    @property
+    @cached_property
     def torch(self) -> Trace:
-        return self._made("torch", self.torch_trace)
+        return Trace() if self.torch_trace is None else self.torch_trace()
 
-    @property
+    @cached_property
     def flax(self) -> Trace:
-        return self._made("flax", self.flax_trace)
+        return Trace() if self.flax_trace is None else self.flax_trace()
 
     def stacked(self, leaf: str, flax: bool) -> tuple[int, ...] | None:
         """The axes on which a leaf is stacked, from the front; None if no trace shows it."""
         return (self.flax if flax else self.torch).stacked.get(leaf)
-
-    def _made(self, side: str, trace: Callable[[], Trace] | None) -> Trace:
-        if side not in self.known:
-            self.known[side] = trace() if trace is not None else Trace()
-        return self.known[side]
 
 
 def by_trace(link: Link, scope: Scope, choice: Choice, traces: Traces) -> Choice:

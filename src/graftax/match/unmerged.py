@@ -101,27 +101,19 @@ def _beside(name: str, ending: str, names: Set[str]) -> bool:
     return not ending or name.rpartition("_")[0] + ending in names
 
 
-_NORMED = re.compile(
-    r"(?P<owner>.*?)(?:"
-    r"_(?P<old>g|v|orig|u)"
-    r"|parametrizations\.weight\.(?P<new>original[01]?|0\._[uv])"
-    r")"
-)
+_NORMED = (("_g", "_v"), ("_u", "_orig"), (".original0", ".original1"), (".0._u", ".original"))
+"""The ends of the names of a factor of a normed weight, and of the weight."""
 
 
 def normed_parts(end: Checkpoint) -> set[str]:
     """The leaves of torch that make a weight together with others of their module: the g and v of weight norm, the
     weight, u and v of spectral norm. One alone is no weight."""
-    found: dict[str, dict[str, str]] = {}
-    for name in end:
-        if (part := _NORMED.fullmatch(name)) is not None:
-            found.setdefault(part["owner"], {})[part["old"] or part["new"]] = name
-    wholes = (("g", "v"), ("u", "orig"), ("original0", "original1"), ("0._u", "original"))
     out: set[str] = set()
-    for parts in found.values():
-        pairs = [(parts[factor], parts[whole]) for factor, whole in wholes if {factor, whole} <= parts.keys()]
-        if any(_is_factor(end[factor].shape, end[whole].shape) for factor, whole in pairs):
-            out.update(parts.values())
+    for name in end:
+        for factor, whole in _NORMED:
+            stem = name.removesuffix(factor)
+            if stem != name and stem + whole in end and _is_factor(end[name].shape, end[stem + whole].shape):
+                out |= {stem + other for other in (factor, whole, factor.replace("_u", "_v")) if stem + other in end}
     return out
 
 

@@ -104,7 +104,7 @@ class Views:
         loose = [[*lost, *partly] for lost, partly in zip(now.lost, now.partly, strict=True)]
         outer = [_outermost(found) for found in loose]
         for n in (0, 1):
-            counts = _counts(outer[1 - n], (now.flax, now.torch)[n][0])
+            counts = {len(some) for some in _places(outer[1 - n], (now.flax, now.torch)[n][0]).values()}
             sides = ((now.torch, now.flax)[n], outer[n]), ((now.flax, now.torch)[n], outer[1 - n])
             mine, theirs = ({f.prefix[:-1]: _numbered(side, f.prefix[:-1]) for f in found} for side, found in sides)
             for prefix, found in mine.items():
@@ -140,13 +140,7 @@ class Views:
 
 def _lists(lost: Iterable[Family], root: Family, lex: Lexicon) -> dict[frozenset[str], tuple[Tokens, set[int]]]:
     """The numbers of every list of layers without a partner, by the words before them, if no other list has these."""
-    found: defaultdict[Tokens, set[int]] = defaultdict(set)
-    for family in lost:
-        found[family.prefix[:-1]].update(key[-1] for key in family.keys)
-    for module in root.modules:
-        at = next((at for at, token in enumerate(module.tokens) if isinstance(token, int)), None)
-        if at is not None:
-            found[module.tokens[:at]].add(int(str(module.tokens[at])))
+    found = _places(lost, root, 1)
     named: defaultdict[frozenset[str], list[Tokens]] = defaultdict(list)
     for prefix in found:
         named[frozenset(concepts(prefix, lex))].append(prefix)
@@ -215,18 +209,16 @@ def _numbered(families: Iterable[Family], prefix: Tokens) -> dict[Key, int]:
     return dict(sorted(out.items()))
 
 
-def _counts(lost: Iterable[Family], root: Family) -> set[int]:
-    """How many numbers the other side has in one place: those of its families without a partner, and those that are
-    parts of names."""
+def _places(lost: Iterable[Family], root: Family, depth: int | None = None) -> dict[Tokens, set[int]]:
+    """The numbers that a side has in one place: those of its families without a partner, and those that are parts of
+    names, the first `depth` of each name."""
     found: defaultdict[Tokens, set[int]] = defaultdict(set)
     for family in lost:
-        for key in family.keys:
-            found[family.prefix[:-1]].add(key[-1])
+        found[family.prefix[:-1]].update(key[-1] for key in family.keys)
     for module in root.modules:
-        for at, token in enumerate(module.tokens):
-            if isinstance(token, int):
-                found[module.tokens[:at]].add(token)
-    return {len(values) for values in found.values()}
+        for at, number in [*module.numbers.items()][:depth]:
+            found[module.tokens[:at]].add(number)
+    return found
 
 
 def _two_numbers(keys: Collection[Key], counts: Iterable[int]) -> Iterator[Cut]:
@@ -270,9 +262,8 @@ def _of_one(now: View, n: int) -> Iterator[tuple[Tokens, Cut]]:
             continue
         places: defaultdict[Tokens, Counter[int]] = defaultdict(Counter)
         for module in mine:
-            for at, token in enumerate(module.tokens):
-                if isinstance(token, int):
-                    places[module.tokens[:at]][token] += 1
+            for at, number in module.numbers.items():
+                places[module.tokens[:at]][number] += 1
         yield from ((place, Cut("blocks")) for place, found in places.items() if len(found) == 1 < max(found.values()))
 
 
