@@ -120,7 +120,6 @@ class Scope:
         default_factory=dict[int, frozenset[str]]
     )  # what a name says about the module alone,
     beside: dict[int, frozenset[str]] = field(default_factory=dict[int, frozenset[str]])  # and about its place
-    twins: frozenset[int] = frozenset()  # modules in one of several places that hold the same names
     norms: frozenset[str] = frozenset()  # words that all norms of a side have
     places: tuple[frozenset[str], ...] = (frozenset(), frozenset())  # the words for places of each side
     blocks: tuple[frozenset[int], ...] = (frozenset(), frozenset())  # modules in a numbered block of layers

@@ -56,7 +56,6 @@ def learn_places(scope: Scope) -> None:
     own_t, around_t = own_words(scope.torch, scope.torch_names, scope.lex)
     own_f, around_f = own_words(scope.flax, scope.flax_names, scope.lex)
     scope.own = {**own_t, **own_f}
-    scope.twins = _twins(scope.torch, own_t) | _twins(scope.flax, own_f)
     scope.beside = {**around_t, **around_f}
     norms = [
         [cache[id(module)].concepts for module in modules if "norm" in cache[id(module)].concepts]
@@ -80,16 +79,6 @@ def _in_blocks(modules: Sequence[Module], lex: Lexicon) -> frozenset[int]:
         if any("layer" in lex.synonyms.get(str(tokens[i - 1]), ()) for i in places):
             out.add(id(module))
     return frozenset(out)
-
-
-def _twins(modules: Sequence[Module], own: dict[int, frozenset[str]]) -> frozenset[int]:
-    """The modules in one of several places that hold modules of the same name: two towers, two parts."""
-    heads: defaultdict[tuple[object, ...], set[tuple[Token, ...]]] = defaultdict(set)
-    for module in modules:
-        numbers = tuple(token for token in module.tokens[module.own :] if isinstance(token, int))
-        heads[(own[id(module)], numbers)].add(module.tokens[: module.own])
-    places = {head for found in heads.values() if len(found) > 1 for head in found}
-    return frozenset(id(module) for module in modules if module.tokens[: module.own] in places)
 
 
 _AROUND = 4  # if this many modules of each side hold a word, it names the part around them and not one module

@@ -21,17 +21,6 @@ def vague(case: Case) -> bool:
     return next((found for step in _STEPS if (found := step(case)) is not None), False)
 
 
-def _in_other_twin(case: Case) -> bool | None:
-    """Both sides have several parts that hold the same names, and the names of these two parts differ."""
-    if not (id(case.pair.torch) in case.scope.twins and id(case.pair.flax) in case.scope.twins):
-        return None
-    said = [words - case.scope.common for words in case.beside]
-    only = said[0] - case.b.concepts, said[1] - case.a.concepts
-    if all(any(case.lex.weight(word) >= 1 for word in words) for words in only):
-        return None if any(case.lex.weight(word) >= 1 for word in said[0] & said[1]) else True
-    return None
-
-
 def _shares_own_word(case: Case) -> bool | None:
     """The names share a telling word of their own. `head` does not tell one head from another."""
     own = case.own[0] | case.own[1]
@@ -153,7 +142,6 @@ def _half_of(number: int, ranks: Ranks) -> frozenset[str]:
 
 
 _STEPS: tuple[Callable[[Case], bool | None], ...] = (
-    _in_other_twin,
     _shares_own_word,
     _number_for_a_word,
     norms_of_two_places,
