@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -15,7 +16,7 @@ from graftax.match.match_inputs import Ends
 from graftax.match.names import Lexicon, concepts, lexicon
 from graftax.match.orders import counted_blocks, counted_part, path_of
 from graftax.match.pairs import Pair
-from graftax.match.sides import tokens_of
+from graftax.match.sides import module_path, paths_of, tokens_of
 from graftax.match.words import COLLECTIONS
 from graftax.ops import Offset, Rearrange
 from graftax.plans import PARITY, Assumption, Entry
@@ -24,6 +25,17 @@ from graftax.tree import Checkpoint, Side, split_path, split_words, whole_words
 
 CALL_ORDER = "call order"
 _SHOWN = 3  # names that one assumption lists
+
+
+def _about(
+    targets: Iterable[str], text: str, check: str = PARITY, named: Callable[[str], str] = str
+) -> list[Assumption]:
+    """The assumption `text` about these targets, if there are any, with some of their names in place of `{}`. `named`:
+    the part of a target that is shown."""
+    found = tuple(dict.fromkeys(targets))
+    names = fold_names(list(dict.fromkeys(map(named, found))))
+    some = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return [Assumption(text.replace("{}", some), check, found)] if found else []
 
 
 # ---------------------------------------------------------------- the order of calls
@@ -45,48 +57,34 @@ def call_orders(result: Result, ends: Ends) -> list[Assumption]:
             calls = calls or torch_calls(ends.kinds.ends[0], ends.traces.torch.order)
         if calls is None or not calls.counts(path_of(pair.torch)):
             registered.append(pair)
-    out: list[Assumption] = []
-    if constructed:
-        text = (
-            f"{CALL_ORDER}: the numbers of {_names(constructed)} count constructions, and the plan assumes that "
-            "calls have the same order; they may not: Dense(8)(Dense(8)(x)) constructs the outer layer first and "
-            "calls it last"
-        )
-        out.append(Assumption(text, f"{PARITY}; or give the live model as gx.linen(...), whose calls are traced",
-                              _targets(constructed)))  # fmt: skip
-    if registered:
-        text = (
-            f"{CALL_ORDER}: the Flax calls are traced, but torch's are not; the plan assumes that torch calls the "
-            f"modules for {_names(registered)} in the order of their numbers"
-        )
-        out.append(Assumption(text, PARITY, _targets(registered)))
-    return out
+    text = (
+        f"{CALL_ORDER}: the numbers of {{}} count constructions, and the plan assumes that calls have the same order; "
+        "they may not: Dense(8)(Dense(8)(x)) constructs the outer layer first and calls it last"
+    )
+    check = f"{PARITY}; or give the live model as gx.linen(...), whose calls are traced"
+    other = (
+        f"{CALL_ORDER}: the Flax calls are traced, but torch's are not; the plan assumes that torch calls the modules "
+        "for {} in the order of their numbers"
+    )
+    return [
+        *_about(_targets(constructed), text, check, counted_part),
+        *_about(_targets(registered), other, named=counted_part),
+    ]
 
 
 def stack_orders(result: Result) -> list[Assumption]:
     """The assumptions behind stacks of layers that are all alike: only the path tells which layers they hold."""
     out: list[Assumption] = []
     for item in result.settled:
-        if item.scope.why and item.taken:
-            targets = _targets(item.taken)
-            text = f"layers: {item.scope.why}; all of them fit in another order too ({_some(targets)})"
-            out.append(Assumption(text, PARITY, targets))
+        if item.scope.why:
+            out += _about(
+                _targets(item.taken), f"layers: {item.scope.why}; all of them fit in another order too ({{}})"
+            )
     return out
 
 
 def _targets(pairs: Iterable[Pair]) -> tuple[str, ...]:
-    return tuple(path for pair in pairs for link in pair.links for paths in link.flax.paths.values() for path in paths)
-
-
-def _names(pairs: Iterable[Pair]) -> str:
-    """The names of the modules whose numbers are counters."""
-    columns = [column for pair in pairs for column in pair.flax.roles.values()]
-    return _some(counted_part(paths[0]) for column in columns for paths in column.paths.values())
-
-
-def _some(names: Iterable[str]) -> str:
-    found = fold_names(list(dict.fromkeys(names)))
-    return ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+    return paths_of(link.flax for pair in pairs for link in pair.links)
 
 
 # ---------------------------------------------------------------- what values mean
@@ -99,19 +97,18 @@ _POSITIONS = frozenset(("pos", "rel"))
 _TABLES = frozenset(("table", "tables", "bias", "biases", "enc", "encs"))
 _ATTENTION = frozenset(("MultiheadAttention", "MultiHeadDotProductAttention", "SelfAttention", "MultiHeadAttention"))
 _VECTORS = frozenset(("weight", "scale"))
+_MORE = frozenset(("bias", "running_mean", "mean", "b"))
 
 
-@dataclass(slots=True)
-class _Seen:
-    """The entries that an assumption is about: projections to queries and to keys, tensors that are fused on both
-    sides (gates: those of a cell), and norms that have only a scale."""
-
-    queries: list[Entry] = field(default_factory=list[Entry])
-    keys: list[Entry] = field(default_factory=list[Entry])
-    joined: bool = False
-    fused: list[Entry] = field(default_factory=list[Entry])
-    gates: list[Entry] = field(default_factory=list[Entry])
-    norms: list[Entry] = field(default_factory=list[Entry])
+_TEXTS = {
+    "rotary": "if positions rotate queries and keys ({}), both models rotate the same pairs of rows (row i with row"
+    " i + half, or neighbours)",
+    "scales": "no scale, such as 1 / sqrt(head_dim), is folded into {} on only one side",
+    "norms": "for {}, both models multiply by the scale, or both by 1 + scale",
+    "fused": "{} hold q, k and v in the same order on both sides: one after the other, or head by head",
+    "gates": "{} hold the gates of a cell in the same order on both sides",
+}
+"""What is assumed of the entries of one kind -> how the plan states it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +123,9 @@ class _Side:
     @classmethod
     def of(cls, end: Checkpoint, side: Side) -> _Side:
         at = "/" if side == "flax" else "."
-        more = {_module(name, side) for name in end if name.rpartition(at)[2] in ("bias", "running_mean", "mean", "b")}
+        more = {
+            module_path(name, side) for name in end if name.rpartition(at)[2] in ("bias", "running_mean", "mean", "b")
+        }
         kinds: dict[str, set[str]] = {}
         for module in end.live.modules.values():
             kind = known_kind(module, side)
@@ -137,19 +136,10 @@ class _Side:
     def words(self, path: str, lex: Lexicon) -> frozenset[str]:
         return frozenset(concepts(tokens_of(path, self.side), lex))
 
-    def alone(self, path: str) -> bool:
-        return _module(path, self.side) not in self.more
-
-    def last(self, path: str) -> str:
-        return path.rpartition("/" if self.side == "flax" else ".")[2]
-
-
-def _module(path: str, side: Side) -> str:
-    """The path of the module that holds a leaf, without its collection."""
-    if side == "torch":
-        return path.rpartition(".")[0]
-    head, _, rest = path.partition("/")
-    return (rest if head in ("params", "batch_stats") else path).rpartition("/")[0]
+    def vector(self, path: str) -> bool:
+        """True for the scale of a module that has nothing else."""
+        last = path.rpartition("/" if self.side == "flax" else ".")[2]
+        return last in _VECTORS and module_path(path, self.side) not in self.more
 
 
 def unseen(
@@ -162,33 +152,17 @@ def unseen(
         return ()
     lex = lexicon()
     ends = _Side.of(source, sides[0]), _Side.of(like, sides[1])
-    seen = _Seen()
+    seen: defaultdict[str, list[Entry]] = defaultdict(list)
     for group in _alike(entries):
-        _look(group, source, ends, seen, lex)
-    queries = [*seen.queries, *seen.fused]
-    out: list[Assumption] = []
-    turned = [*queries, *seen.keys] if queries and (seen.joined or seen.keys or seen.fused) else []
-    rotating = _rotating(turned, source, like, ends) if turned else []
-    if rotating:
-        text = (
-            f"rotary: if positions rotate queries and keys ({_targeted(rotating)}), both models rotate the same "
-            "pairs of rows (row i with row i + half, or neighbours)"
-        )
-        out.append(Assumption(text, PARITY, _leaves(rotating)))
-    if queries:
-        text = f"scales: no scale, such as 1 / sqrt(head_dim), is folded into {_targeted(queries)} on only one side"
-        out.append(Assumption(text, PARITY, _leaves(queries)))
-    if seen.norms:
-        text = f"norms: for {_targeted(seen.norms)}, both models multiply by the scale, or both by 1 + scale"
-        out.append(Assumption(text, PARITY, _leaves(seen.norms)))
-    if seen.fused:
-        names = _targeted(seen.fused)
-        text = f"fused: {names} hold q, k and v in the same order on both sides: one after the other, or head by head"
-        out.append(Assumption(text, PARITY, _leaves(seen.fused)))
-    if seen.gates:
-        text = f"gates: {_targeted(seen.gates)} hold the gates of a cell in the same order on both sides"
-        out.append(Assumption(text, PARITY, _leaves(seen.gates)))
-    return tuple(out)
+        seen[_kind(group[0], source, ends, lex)] += group
+    queries = [*seen["q"], *seen["q and k"], *seen["fused"]]
+    rotated = [*queries, *seen["k"]] if queries and (seen["q and k"] or seen["k"] or seen["fused"]) else []
+    seen["scales"], seen["rotary"] = queries, _rotating(rotated, source, like, ends) if rotated else []
+    return tuple(said for kind, text in _TEXTS.items() for said in _about(_filled(seen[kind]), f"{kind}: {text}"))
+
+
+def _filled(entries: Iterable[Entry]) -> Iterable[str]:
+    return (name for entry in entries for name in entry.targets)
 
 
 def overridden(
@@ -203,14 +177,11 @@ def overridden(
                        for end, names in zip(ends, (entry.sources, entry.targets), strict=True))  # fmt: skip
         for item in here | there if entry.targets and here != there else ():
             found.setdefault(item, []).append(entry)
-    out: list[Assumption] = []
-    for (own, kind), some in found.items():
-        text = (
-            f"forward: {own} overrides the forward of {kind}; the plan assumes that it uses {_targeted(some)} as "
-            f"{kind} does, but it may normalise, scale or shift them first"
-        )
-        out.append(Assumption(text, PARITY, _leaves(some)))
-    return tuple(out)
+    text = (
+        "forward: {0} overrides the forward of {1}; the plan assumes that it uses {{}} as {1} does, but it may "
+        "normalise, scale or shift them first"
+    )
+    return tuple(said for item, some in found.items() for said in _about(_filled(some), text.format(*item)))
 
 
 def _overrides(end: Checkpoint, side: Side) -> dict[str, tuple[str, str]]:
@@ -233,35 +204,27 @@ def _alike(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
     return groups.values()
 
 
-def _look(group: list[Entry], source: Checkpoint, ends: tuple[_Side, _Side], seen: _Seen, lex: Lexicon) -> None:
-    entry = group[0]
+def _kind(entry: Entry, source: Checkpoint, ends: tuple[_Side, _Side], lex: Lexicon) -> str:
+    """What the entry is, as far as assumptions are about it: a projection to queries ("q") or to keys ("k"), tensors
+    that are fused on both sides ("gates": those of a cell), or a norm that has only a scale. Else ''."""
     first = tuple(zip(ends, (entry.sources[0], entry.targets[0]), strict=True))
     kinds = [end.kinds.get(path, frozenset()) for end, path in first]
     words = [end.words(path, lex) for end, path in first]
     rank = len(source[entry.sources[0]].shape)
     if rank and len(entry.targets) == 1 and all("gates" in whole_words(path) for _, path in first):
-        seen.gates += group
-        return
-    if rank == 1 and all(end.last(path) in _VECTORS and end.alone(path) for end, path in first):
+        return "gates"
+    if rank == 1 and all(end.vector(path) for end, path in first):
         offset = any(isinstance(op, Offset) for op in entry.ops)
-        if "norm" in words[0] | words[1] and not all(kinds) and not offset:
-            seen.norms += group
-        return
+        return "norms" if "norm" in words[0] | words[1] and not all(kinds) and not offset else ""
     if rank < 2 or all(kind & _ATTENTION for kind in kinds):
-        return
-    names = [
-        end.words(name, lex)
-        for end, paths in zip(ends, (entry.sources, entry.targets), strict=True)
-        for name in paths
-    ]  # fmt: skip
-    fused = any(map(_is_fused, words))
+        return ""
+    both = zip(ends, (entry.sources, entry.targets), strict=True)
+    said = frozenset[str]().union(*(end.words(name, lex) for end, paths in both for name in paths))
     if all(map(_is_fused, words)) and len(entry.targets) == 1 and not _sorted_out(entry):
-        seen.fused += group
-    elif fused or any("q" in found for found in names):
-        seen.queries += group
-        seen.joined = seen.joined or fused or any("k" in found for found in names)
-    elif any("k" in found for found in names):
-        seen.keys += group
+        return "fused"
+    if any(map(_is_fused, words)):
+        return "q and k"
+    return " and ".join(part for part in "qk" if part in said)
 
 
 def _is_fused(words: frozenset[str]) -> bool:
@@ -336,11 +299,3 @@ def _parts(path: str, side: Side) -> tuple[str, ...]:
     """The parts of a path without its collection."""
     parts = split_path(path, side)
     return parts[1:] if side == "flax" and parts[0] in COLLECTIONS else parts
-
-
-def _targeted(entries: Iterable[Entry]) -> str:
-    return _some(name for entry in entries for name in entry.targets)
-
-
-def _leaves(entries: Iterable[Entry]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for entry in entries for name in entry.targets))

@@ -20,6 +20,10 @@ _OF_ROTATION = frozenset(("rope", "rotary", "freq", "freqs", "cached", "cache"))
 _MOST = 1 << 24  # elements of a mask whose values are read
 
 
+COUNTER = "num_batches_tracked"
+"""The batch counter of a torch BatchNorm. It affects only the average with momentum=None."""
+
+
 def known_buffers(end: Checkpoint, paths: Iterable[str], reads: list[str] | None) -> dict[str, str]:
     """path -> why it needs no target, for those torch tensors among `paths` that are certainly no parameters.
 
@@ -38,6 +42,10 @@ def known_buffers(end: Checkpoint, paths: Iterable[str], reads: list[str] | None
         if reason:
             out[path] = reason
     return out
+
+
+def last_part(path: str) -> str:
+    return path.replace("/", ".").rpartition(".")[2]
 
 
 def buffer_name(path: str, spec: TensorSpec) -> str:

@@ -60,7 +60,7 @@ class Habits:
 
     def learn(self, scope: Scope, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
-            table = _is_table(pair, scope)
+            table = _last_words(pair, scope) & _TABLES
             for link in pair.links:
                 labels = {label for _, label in link.labels}
                 self.convs = self.convs or bool(labels & {"conv", "conv_transpose default"})
@@ -94,13 +94,9 @@ _UP = frozenset(("up", "upsample", "ups", "dec", "upsampler", "upsamplers", "gen
 _UP_LAST = _UP | {"upsampling", "decoder", "trans", "convt", "tconv"}
 
 
-def _is_table(pair: Pair, scope: Scope) -> bool:
-    """True if its last word names a lookup table: `pos_embed`, not `pos_proj`."""
-    return bool({scope.name(pair.torch, True).last, scope.name(pair.flax, False).last} & _TABLES)
-
-
-def _both_tables(pair: Pair, scope: Scope) -> bool:
-    return all(name.last in _TABLES for name in (scope.name(pair.torch, True), scope.name(pair.flax, False)))
+def _last_words(pair: Pair, scope: Scope) -> frozenset[str]:
+    """The last word of each name: `pos_embed` is a lookup table, and `pos_proj` is not."""
+    return frozenset((scope.name(pair.torch).last, scope.name(pair.flax).last))
 
 
 def says_transposed(words: Sequence[str]) -> bool:
@@ -125,7 +121,11 @@ class _Case:
 
     @property
     def names(self) -> frozenset[str]:
-        return self.scope.name(self.pair.torch, True).concepts | self.scope.name(self.pair.flax, False).concepts
+        return self.scope.name(self.pair.torch).concepts | self.scope.name(self.pair.flax).concepts
+
+    @property
+    def lasts(self) -> frozenset[str]:
+        return _last_words(self.pair, self.scope)
 
     @property
     def readings(self) -> dict[str, Label]:
@@ -149,11 +149,7 @@ def choose(link: Link, pair: Pair, scope: Scope, habits: Habits) -> Choice:
             return axes
         if axes is not None and axes.label is not None:
             case.labels = frozenset(label for label in case.labels if label[0] == axes.label[0])
-    for way in _WAYS:
-        choice = way(case)
-        if choice is not None:
-            return choice
-    return case.ask()
+    return next(filter(None, (way(case) for way in _WAYS)), None) or case.ask()
 
 
 def _padding(case: _Case) -> Choice | None:
@@ -188,41 +184,24 @@ def _only(case: _Case) -> Choice | None:
 
 def _map(case: _Case) -> Choice | None:
     """A map that Flax stores channels last, or a tensor of another kind with such a shape."""
-    words = {word for _, word in case.labels}
-    if words.isdisjoint((LAST, EACH_LAST)):
-        return None
-    if _may_be_map(case.link, case.pair) or "reshape" in words:
-        return case.ask()
-    case.labels = frozenset(label for label in case.labels if label[1] != LAST)
-    return None
-
-
-def _may_be_map(link: Link, pair: Pair) -> bool:
-    """True for a norm over a map, its bias, or a bare map. A model without a convolution may hold one too: a learnt
-    input, or a table of positions."""
-    rank = len(next(iter(link.torch.shapes.values())))
-    kinds = {other.flax.kind for other in pair.links if len(next(iter(other.torch.shapes.values()))) == rank}
-    return "norm" in kinds or rank > 2
+    return case.ask() if any(word in (LAST, EACH_LAST) for _, word in case.labels) else None
 
 
 def _square(case: _Case) -> Choice | None:
     """A square matrix is a Linear's, unless its kind or its siblings show another reading."""
     if not {"linear", "identity"} <= case.readings.keys():
         return None
-    for way in (_square_table, _square_parameter, _as_siblings, _square_linear):
-        choice = way(case)
-        if choice is not None:
-            return choice
-    return case.ask()
+    ways = _square_table, _square_parameter, _as_siblings, _square_linear
+    return next(filter(None, (way(case) for way in ways)), None) or case.ask()
 
 
 def _square_table(case: _Case) -> Choice | None:
     """A lookup table keeps its rows. A bare parameter may put any axis first, as tables of relative positions do."""
     torch, flax = case.link.torch, case.link.flax
-    if flax.kind == "kernel" or not _is_table(case.pair, case.scope):
+    if flax.kind == "kernel" or not case.lasts & _TABLES:
         return None
     bare = torch.kind == "raw", flax.kind == "raw"
-    if (bare[0] != bare[1] and not _both_tables(case.pair, case.scope)) or (any(bare) and "rel" in case.names):
+    if (bare[0] != bare[1] and not case.lasts <= _TABLES) or (any(bare) and "rel" in case.names):
         return case.ask()
     return case.take("identity", "a lookup table stays as it is")
 
@@ -240,8 +219,7 @@ def _square_parameter(case: _Case) -> Choice | None:
 
 def _as_siblings(case: _Case) -> Choice | None:
     near, far = case.habits.orientation(case.scope, case.link)
-    lookups = {case.scope.name(case.pair.torch, True).last, case.scope.name(case.pair.flax, False).last}
-    if lookups <= _LOOKUPS or (not near and far == {"identity"}) or len(near) > 1:
+    if case.lasts <= _LOOKUPS or (not near and far == {"identity"}) or len(near) > 1:
         return case.ask()
     for word in near:
         return case.take(word, f"it is square, and its rectangular siblings {_SAYS[word]}")
@@ -256,9 +234,6 @@ def _square_linear(case: _Case) -> Choice | None:
         return case.ask()
     if flax.kind == "kernel" and (torch.role == "v" or torch.leaf.endswith("weight")) and torch.kind != "raw":
         return case.take("linear", _LINEAR)
-    if len(far) == 1:
-        (word,) = far
-        return case.take(word, f"it is square, and the rectangular matrices of this checkpoint {_SAYS[word]}")
     return None
 
 
@@ -279,16 +254,6 @@ def _deconvolution(case: _Case) -> Choice | None:
     ):
         return case.ask()
     return case.take("conv", "a weight with 3 to 5 axes that becomes a kernel is a convolution")
-
-
-def _kept_axes(case: _Case) -> Choice | None:
-    """A convolution, or a leaf of weight norm that keeps its axes."""
-    if not {"conv", "identity"} <= case.readings.keys():
-        return None
-    torch, flax = case.link.torch, case.link.flax
-    if torch.role in ("g", "v") and (flax.leaf == torch.leaf or flax.kind != "kernel"):
-        return case.take("identity", "a leaf of weight norm keeps its axes")
-    return case.take("conv", "it is a convolution")
 
 
 def _fused(case: _Case) -> Choice | None:
@@ -318,10 +283,8 @@ _WAYS: tuple[Callable[[_Case], Choice | None], ...] = (
     _told,
     _only,
     _map,
-    _only,
     _square,
     _deconvolution,
-    _kept_axes,
     _fused,
     _heads,
 )

@@ -118,9 +118,8 @@ def _unsaid(settled: list[Settled], ends: Ends, traps: Mapping[int, Suspect]) ->
 
 def _traps(settled: list[Settled], root: Scope, lex: Lexicon, traces: Traces | None) -> Mapping[int, Suspect]:
     """The modules that may take a flattened map, or make one; and those for which torch's trace shows it."""
-    inner = {id(m): m for item in settled for m in item.scope.torch}
-    for module in root.torch:
-        inner.pop(id(module), None)
+    outside = {id(module) for module in root.torch}
+    inner = {id(m): m for item in settled for m in item.scope.torch if id(m) not in outside}
     tables = frozenset(
         id(pair.torch)
         for item in settled

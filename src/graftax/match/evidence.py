@@ -7,14 +7,13 @@ score, how alike the names are, only orders candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from graftax.layers.patterns import FLIPPED
 from graftax.match.case import Case, any_head, compare, counts_calls, only_window, shared
 from graftax.match.names import UNKNOWN, Name, Tokens, concepts, concepts_of, contradicts, name_of
 from graftax.match.pairs import BY_NAME, EVERY, LIVE, Finding, Pair, Route, Scope
 from graftax.match.scope_names import LAST, Ranks, main_column
-from graftax.match.sides import Token
 from graftax.match.vague import layers_of_two_kinds, norms_of_two_places, plain_words, vague
 from graftax.tree import split_words
 
@@ -32,7 +31,7 @@ def judge(
     """Score the names of the pair, and record what speaks against it. A tied tensor is judged by the best of its
     names. `parts`: the paths of two paired parts that hold the modules; the words of these mean the same; `means`:
     words of the torch name -> the words of the Flax name that mean the same."""
-    torch, flax = scope.name(pair.torch, True), scope.name(pair.flax, False)
+    torch, flax = scope.name(pair.torch), scope.name(pair.flax)
     own = scope.own[id(pair.torch)], scope.own[id(pair.flax)]
     rest = [m.tokens[len(part) :] for m, part in zip((pair.torch, pair.flax), parts, strict=True)]
     said = [(a, b) for a, b in (means or {}).items() if a in rest[0] and b in rest[1]]
@@ -50,18 +49,13 @@ def judge(
     _judge(Case(pair, scope, torch, flax, (ranks_t, ranks_f), own))
     if not pair.torch.alias:
         return
-    counted = tuple(found for found in pair.findings if found.judgement in _NUMBERS)
     for tokens in pair.torch.alias:
         other = Pair(pair.torch, pair.flax, pair.links, pair.whole)
         name = name_of(tokens, 0, scope.lex)
         _judge(Case(other, scope, name, flax, ((), ranks_f), (name.concepts, own[1])))
         if _rank(other) > _rank(pair):
             pair.score, pair.shared, pair.equal = other.score, other.shared, other.equal
-            rest = tuple(found for found in other.findings if found.judgement not in _NUMBERS)
-            pair.findings = (*rest, *counted)
-
-
-_NUMBERS = ("last numbers", "counts", "last numbers of one count")
+            pair.findings = other.findings
 
 
 def _rank(pair: Pair) -> tuple[bool, bool, float]:
@@ -81,14 +75,6 @@ def _judge(case: Case) -> None:
 
 
 # ---------------------------------------------------------------- judgements: None, or what speaks against the pair
-
-
-def _exclusive_words(case: Case) -> str | None:
-    return contradicts(case.left, case.right, case.lex) or None
-
-
-def _other_place(case: Case) -> str | None:
-    return case.apart or None
 
 
 def _each_says_more(case: Case) -> str | None:
@@ -240,31 +226,23 @@ def _tells(word: str, case: Case, calls: bool) -> bool:
 _IS_HEAD = frozenset(("head", "out"))
 
 
-def _vague(case: Case) -> str | None:
-    return "" if vague(case) else None
-
-
 def _one_word_apart(a: Name, b: Name) -> bool:
     """True if the names differ in one word: two parts of one naming scheme (v_proj and q_proj), not one part with two
     names."""
-    left, right = _words(a.raw), _words(b.raw)
+    left, right = ([token for token in name.raw if isinstance(token, str)] for name in (a, b))
     return 1 < len(left) == len(right) and sum(x != y for x, y in zip(left, right, strict=True)) == 1
 
 
-def _words(tokens: Sequence[Token] | Sequence[object]) -> list[str]:
-    return [token for token in tokens if isinstance(token, str)]
-
-
 JUDGEMENTS: tuple[tuple[str, frozenset[Route], Callable[[Case], str | None]], ...] = (
-    ("exclusive words", EVERY, _exclusive_words),
-    ("other place in a count", EVERY, _other_place),
+    ("exclusive words", EVERY, lambda case: contradicts(case.left, case.right, case.lex) or None),
+    ("other place in a count", EVERY, lambda case: case.apart or None),
     ("unnamed transposed convolution", EVERY, _unnamed_deconvolution),
     ("untransposed call", EVERY, _untransposed_call),
     ("stray parameter", EVERY, _stray_parameter),
     ("each says more", BY_NAME - {"rest"}, _each_says_more),
     ("in a block", BY_NAME | frozenset[Route](("stream",)), _in_a_block),
     ("Linear or convolution", BY_NAME - {"rest"}, _linear_or_convolution),
-    ("vague", frozenset(("contest", "names", "alone")), _vague),
+    ("vague", frozenset(("contest", "names", "alone")), lambda case: "" if vague(case) else None),
     ("no backing", frozenset(("contest", "names")), _no_backing),
     ("last numbers", frozenset(("contest",)), _last_numbers),
     ("counts", frozenset(("alone",)), _counts),

@@ -30,8 +30,8 @@ def candidates(scope: Scope, kinds: Kinds = UNKNOWN, numbers: bool = True) -> li
     to_flax = dict(scope.keys)
     out: list[Pair] = []
     learn_common(scope)
-    refined(scope.torch, scope.torch_names, scope.lex, scope.experts[0], scope.root)
-    refined(scope.flax, scope.flax_names, scope.lex, scope.experts[1], scope.root)
+    for modules, experts in zip((scope.torch, scope.flax), scope.experts, strict=True):
+        refined(modules, scope.names, scope.lex, experts, scope.root)
     if scope.root and scope.lex.synonyms:
         name_final_norm(scope)
     learn_places(scope)
@@ -49,8 +49,8 @@ def candidates(scope: Scope, kinds: Kinds = UNKNOWN, numbers: bool = True) -> li
                 out.append(pair)
     done = {id(module) for pair in out for module in (pair.torch, pair.flax)}
     left, right = (
-        [m for m in modules if id(m) not in done and _is_vocabulary(scope.name(m, torch).concepts)]
-        for modules, torch in ((scope.torch, True), (scope.flax, False))
+        [m for m in modules if id(m) not in done and _is_vocabulary(scope.name(m).concepts)]
+        for modules in (scope.torch, scope.flax)
     )
     for module, other in product(left, right if not scope.same else ()):
         if (pair := fit(module, other, to_flax, False, rows=True)) is not None:
@@ -85,9 +85,9 @@ def fit(
     used: set[str] = set()
     whole = True
     for role, column in torch.roles.items():
-        if role == "counter":
-            continue
         other = flax.roles.get(role)
+        if role == "counter" and other is None:
+            continue
         twin = role
         if other is None:
             for name in _TWINS.get(role, ()):
@@ -109,7 +109,7 @@ def fit(
         return None
     if not _deconv_backed(links):
         return None
-    whole = whole and used == {role for role in flax.roles if role != "counter"}
+    whole = whole and used >= {role for role in flax.roles if role != "counter"}
     return Pair(torch, flax, links, whole)
 
 

@@ -75,8 +75,8 @@ def find_groups(
         for fused_torch in (True, False):
             many, one = (flax, torch) if fused_torch else (torch, flax)
             done = {id(m) for group in out for m in (*group.torch, *group.flax)}
-            sets = _part_sets([m for m in many if id(m) not in done], parts, scope, not fused_torch)
-            ones = [m for m in one if id(m) not in done and _is_fused(m, parts, scope, fused_torch)]
+            sets = _part_sets([m for m in many if id(m) not in done], parts, scope)
+            ones = [m for m in one if id(m) not in done and _is_fused(m, parts, scope)]
             fits: list[Group] = []
             for module in ones:
                 order = _order(module, parts)
@@ -98,9 +98,7 @@ def _apart(fits: Sequence[Group]) -> list[Group]:
     return [g for g in fits if all(counts[id(m)] == 1 for m in (*g.torch, *g.flax))]
 
 
-def _part_sets(
-    modules: Iterable[Module], parts: tuple[str, ...], scope: Scope, torch: bool
-) -> list[tuple[Module, ...]]:
+def _part_sets(modules: Iterable[Module], parts: tuple[str, ...], scope: Scope) -> list[tuple[Module, ...]]:
     """Sets of modules whose paths differ only in the word for the part, in the order of the parts."""
     found: defaultdict[tuple[object, ...], dict[str, Module]] = defaultdict(dict)
     for module in modules:
@@ -110,7 +108,7 @@ def _part_sets(
             if part is not None:
                 found[(*module.tokens[:i], "*", *module.tokens[i + 1 :])][part] = module
         if module.tokens and isinstance(module.tokens[-1], int):  # wi_0 and wi_1
-            said = scope.name(module, torch).concepts.intersection(parts)
+            said = scope.name(module).concepts.intersection(parts)
             found[(*module.tokens[:-1], "*")] |= dict.fromkeys(said, module) if len(said) == 1 else {}
     return [tuple(members[p] for p in parts) for members in found.values() if set(members) == set(parts)]
 
@@ -136,8 +134,8 @@ def _as_ruled(
     return tuple(by_owner[name] for name in style.parts)
 
 
-def _is_fused(module: Module, parts: tuple[str, ...], scope: Scope, torch: bool) -> bool:
-    concepts = scope.name(module, torch).concepts
+def _is_fused(module: Module, parts: tuple[str, ...], scope: Scope) -> bool:
+    concepts = scope.name(module).concepts
     if any(word in concepts for word in _FUSED[parts]):
         return True
     return parts == ("q", "k", "v") and {"in", "proj"} <= concepts and bool(module.raw or "attn" in concepts)

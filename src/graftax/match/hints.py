@@ -60,8 +60,6 @@ def _woven(ops: Sequence[Op], at: int) -> bool:
 
 def head_count(config: Mapping[str, Any] | None) -> int | None:
     """num_attention_heads from config.json, under its usual names."""
-    for name in ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"):
-        value = (config or {}).get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    names = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
+    found = ((config or {}).get(name) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)

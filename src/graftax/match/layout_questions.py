@@ -15,7 +15,7 @@ from graftax.match.flatten import Suspect
 from graftax.match.pairings import MOST
 from graftax.match.pairs import Label, Link, Pair, Scope
 from graftax.match.part_order import order_keys
-from graftax.match.rendering import column_rule, flatten_rules, group_rule
+from graftax.match.rendering import column_rule, group_rule, reading_keys
 from graftax.match.settle import Settled, open_links
 from graftax.match.sides import paths_of
 from graftax.plans import Candidate, Question
@@ -83,12 +83,13 @@ def _leaves(item: Settled, sides: tuple[str, str]) -> Iterable[_Open]:
             each = zip(*(leaf[3] for leaf in leaves), strict=True)
             ways = [(", ".join(rule for rule, _ in way), way[0][1]) for way in each]
         yield _Open(
-            _kind(choice), _text(choice, len(ways)), (link.torch.kind, link.flax.kind), torch, flax, tuple(ways)
+            "flatten" if choice.trap is not None else choice.kind,
+            _text(choice, len(ways)),
+            (link.torch.kind, link.flax.kind),
+            torch,
+            flax,
+            tuple(ways),
         )
-
-
-def _kind(choice: Choice) -> str:
-    return "flatten" if choice.trap is not None else choice.kind
 
 
 def _text(choice: Choice, count: int) -> str:
@@ -118,15 +119,15 @@ def leaf_ways(
         linear = choice.label == ((), "linear")
         return [(column_rule(*ends, None if silent and linear else choice.label, sides), "")]
     out: Ways = []
+    matrix = any(len(shape) == 2 for shape in link.torch.shapes.values())
     for label in choice.open:
         moves = [*order_keys(pair, link, label, choice.parts), {}] if choice.parts else [{}]
-        for more in moves if choice.trap is not None else ():
-            assert choice.trap is not None
-            rules = flatten_rules(*ends, label, choice.trap, sides, more)
-            out += [(rule, "the values are a flattened map (C, H, W)") for rule in rules]
+        for more, each in product(moves, choice.trap.rule_keys(matrix) if choice.trap is not None else ()):
+            rule = column_rule(*ends, label, sides, {**more, **each})
+            out.append((rule, "the values are a flattened map (C, H, W)"))
         labels = [known for known in link.labels if known == label or (not label[1] and known[0] == label[0])]
         for known, more in product(sorted(labels, key=usual)[:2], moves):
-            rule = column_rule(*ends, known, sides, open_=choice.kind != "order", asked=True, more=more)
+            rule = column_rule(*ends, known, sides, reading_keys(known, link, choice.kind != "order", True) | more)
             said = f"it is stacked on axis {', '.join(map(str, known[0]))}" if known[0] else _layout(known, rule)
             if choice.parts:
                 lie = f"its parts change places ({choice.parts})" if more else "its parts lie in one order"
@@ -158,12 +159,7 @@ def _fused(item: Settled, sides: tuple[str, str]) -> Iterable[_Open]:
         if links:
             torch = paths_of(column for link in links for column in link.torch)
             flax = paths_of(column for link in links for column in link.flax)
-            ways = [
-                (
-                    group_rule(item.scope, links[0], variant, sides),
-                    _FORMS.get(variant, f"the layout is {variant}"),
-                )
-                for variant in links[0].variants
-            ]
+            known = {variant: _FORMS.get(variant, f"the layout is {variant}") for variant in links[0].variants}
+            ways = [(group_rule(item.scope, links[0], variant, sides), said) for variant, said in known.items()]
             text = "nothing tells how the parts lie in the fused tensor"
             yield _Open("fused", text, ("", ""), torch, flax, tuple(ways))

@@ -27,13 +27,11 @@ def single_out(module: Module) -> Module | None:
 
 def by_kind(scope: Scope) -> list[Scope]:
     """The scope cut by kinds of blocks that hold the same modules on both sides (with a projection, without one): one
-    scope per kind, its modules cut to its instances. One scope if all blocks are of one kind."""
+    scope per kind, its modules cut to its instances."""
     kinds: defaultdict[tuple[frozenset[int], frozenset[int]], list[tuple[Key, Key]]] = defaultdict(list)
     left, right = _holders(scope.torch), _holders(scope.flax)
     for key, other in scope.keys:
         kinds[(frozenset(left.get(key, ())), frozenset(right.get(other, ())))].append((key, other))
-    if len(kinds) < 2:
-        return [scope]
     out: list[Scope] = []
     for keys in kinds.values():
         torch = cut_to(scope.torch, {key for key, _ in keys})

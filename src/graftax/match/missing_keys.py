@@ -7,18 +7,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from graftax.errors import Failure, GraftaxError, escape, option
-from graftax.match.buffers import buffer_name, known_buffers
+from graftax.match.buffers import COUNTER, known_buffers, last_part
 from graftax.match.roles import role_of
 from graftax.match.shape_questions import shape_questions
-from graftax.match.tied_leaves import tied_leaves
-from graftax.match.ties import join_leftovers, tied_to
-from graftax.match.words import COLLECTIONS
+from graftax.match.ties import join_leftovers, tied_leaves
 from graftax.ops import Copy, Drop, Fill, Keep, apply_chain, same_bits
 from graftax.plans import Entry, Proposal, Question
 from graftax.tree import Checkpoint, Side, split_path, split_words
-
-COUNTER = "num_batches_tracked"
-"""The batch counter of a torch BatchNorm. It affects only the average with momentum=None."""
 
 
 def settle_leftovers(
@@ -36,7 +31,7 @@ def settle_leftovers(
     ruled: leaf of like -> error, keep or zeros, for leaves that a rule names; missing, unused: the policies for all
     others; spoken: the leaves of like that rules settle.
     """
-    proposal = _settle_buffers(proposal, source, like, sides[1], missing == "keep")
+    proposal = _settle_buffers(proposal, like, sides[1], missing == "keep")
     proposal = _settle_tied_targets(proposal, like)
     proposal = join_leftovers(proposal, source, like, sides) if sides[0] == "torch" else proposal
     proposal = _refuse_torn_ties(proposal, source, like)
@@ -49,60 +44,17 @@ def settle_leftovers(
     return _tell_misshapen(proposal, namesakes, source, like)
 
 
-def _settle_buffers(proposal: Proposal, source: Checkpoint, like: Checkpoint, like_side: Side, keep: bool) -> Proposal:
-    """Settle known buffers of like. A source buffer of the same name (apart from a wrapper's prefix), or of that name
-    with the same bits in every place, fills it and is not dropped. Else a live torch module (or any like, with `keep`)
-    keeps its own buffer, and a batch counter starts at zero."""
-    entries = list(proposal.entries)
-    filled = {name for entry in entries for name in entry.targets}
-    wanted = _known(like, like_side, filled)
-    if not wanted:
-        return proposal
-    dropped = {entry.sources[0]: i for i, entry in enumerate(entries) if entry.dropped and entry.sources}
-    twins = {name: _parts(name) for name in dropped}
-    settled: set[str] = set()
-    reads: list[str] = []
-    for name, why in wanted.items():
-        spec, words = like[name], _parts(name)
-        same = [t for t, other in twins.items() if _ends_alike(words, other) and source[t].shape == spec.shape]
-        alone = len(same) == 1 and sum(_ends_alike(twins[same[0]], _parts(w)) for w in wanted) == 1
-        alike = [t for t, other in twins.items() if other[-1] == words[-1]]
-        if not alone and alike and (twin := _one_value(alike, name, source, like, wanted, reads)):
-            same, alone = [twin], True
-        if alone and same[0] in dropped:
-            entries[dropped.pop(same[0])] = Entry((same[0],), (name,), (), ("both sides have this known buffer",))
-        elif alike:
-            continue  # the source has several buffers of this name: a question asks which
-        elif like_side == "torch" and like.has_values and (keep or like.storage.format == "live"):
-            entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (f"it is a known buffer: {why}",)))
-        elif words[-1] == COUNTER:
-            entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, why),), ("it is a known buffer",)))
-        else:
-            continue
-        settled.add(name)
-    questions = _still_open(proposal.questions, settled)
-    return replace(proposal, entries=tuple(entries), questions=questions, reads=(*proposal.reads, *reads))
-
-
-def _known(like: Checkpoint, side: Side, filled: Collection[str]) -> dict[str, str]:
-    """The known buffers of like that nothing fills, and why each is one."""
-    left = [name for name in like if name not in filled]
-    if side == "torch":
-        return known_buffers(like, left, None)
-    return {name: why for name in left if (why := buffer_name(name, like[name]))}
-
-
-def _one_value(alike: list[str], name: str, source: Checkpoint, like: Checkpoint, wanted: Collection[str],
-               reads: list[str]) -> str:  # fmt: skip
-    """The source buffer for `name`, taken in order, if the source has as many buffers of its name as like and all have
-    one shape and the same bits. Else ''."""
-    places = [other for other in wanted if _parts(other)[-1] == _parts(name)[-1]]
-    specs = {source[t] for t in alike}
-    if len(places) != len(alike) or len(specs) > 1 or {like[p].shape for p in places} != {s.shape for s in specs}:
-        return ""
-    if not source.has_values or any(tied_to(source, t, alike[:1], reads) is None for t in alike[1:]):
-        return ""
-    return alike[places.index(name)]
+def _settle_buffers(proposal: Proposal, like: Checkpoint, like_side: Side, keep: bool) -> Proposal:
+    """Settle known buffers of like that nothing fills, unless the source has one of that name to spare: a live torch
+    module (or any like, with `keep`) keeps its own buffer, and a batch counter starts at zero."""
+    filled = {name for entry in proposal.entries for name in entry.targets}
+    filled |= {name for question in proposal.questions if question.candidates for name in question.targets}
+    theirs = {last_part(name) for entry in proposal.entries if entry.dropped for name in entry.sources}
+    open_ = [name for name in like if name not in filled] if like_side == "torch" else ()
+    known = {name: why for name, why in known_buffers(like, open_, None).items() if last_part(name) not in theirs}
+    kept = like.has_values and (keep or like.storage.format == "live")
+    ways = {name: "keep" if kept else "zeros" if last_part(name) == COUNTER else "error" for name in known}
+    return _fill(proposal, like, {name: (way, f"it is a known buffer: {known[name]}") for name, way in ways.items()})
 
 
 def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
@@ -112,17 +64,14 @@ def _settle_tied_targets(proposal: Proposal, like: Checkpoint) -> Proposal:
     entries = list(proposal.entries)
     filled = {name: i for i, entry in enumerate(entries) for name in entry.targets}
     settled: set[str] = set()
-    for name, first in like.storage.aliases.items():
+    for first in dict.fromkeys(like.storage.aliases.values()):
+        names = [n for n, f in like.storage.aliases.items() if f == first and n not in filled and n in like]
         i = filled.get(first)
-        if name in filled or name not in like or i is None or len(entries[i].targets) > 1:
+        if not names or i is None or len(entries[i].targets) > 1:
             continue
-        names = [first, *(n for n, f in like.storage.aliases.items() if f == first and n not in filled and n in like)]
-        why = (*entries[i].evidence, "the module ties these names")
-        entries[i] = Entry(entries[i].sources, tuple(names), (*entries[i].ops, Copy(len(names))), why)
-        filled.update(dict.fromkeys(names, i))
-        settled.update(names[1:])
-    if not settled:
-        return proposal
+        ops, why = (*entries[i].ops, Copy(len(names) + 1)), (*entries[i].evidence, "the module ties these names")
+        entries[i] = Entry(entries[i].sources, (first, *names), ops, why)
+        settled.update(names)
     return replace(proposal, entries=tuple(entries), questions=_still_open(proposal.questions, settled))
 
 
@@ -138,21 +87,17 @@ def _refuse_torn_ties(proposal: Proposal, source: Checkpoint, like: Checkpoint) 
         pair = [home[end] for end in (first, name) if end in home]
         if len(pair) < 2 or not all(entry.sources for entry in pair):
             continue
-        reads.append(
-            f"{', '.join((*pair[0].sources, *pair[1].sources))}: compared, because {first} and {name} are one tensor"
-        )
+        ends = ", ".join((*pair[0].sources, *pair[1].sources))
+        reads.append(f"{ends}: compared, because {first} and {name} are one tensor")
         try:
             one, other = (apply_chain(entry.ops, tuple(map(source.read, entry.sources)))[0] for entry in pair)
         except GraftaxError:
             continue  # Plan.build says why an entry does not fit
         if not same_bits(one, other):
-            text = (
-                f"is tied to {escape(first)} in {escape(like.label)}, but the source has different values for the two"
-            )
-            ends = ", ".join((*pair[0].sources, *pair[1].sources))
-            failures.append(
-                Failure(text, source.label, name, next=f"Drop one of {escape(ends)}, or untie them in like.")
-            )
+            what = f"is tied to {escape(first)} in {escape(like.label)}"
+            hint = f"Drop one of {escape(ends)}, or untie them in like."
+            text = f"{what}, but the source has different values for the two"
+            failures.append(Failure(text, source.label, name, next=hint))
     return replace(proposal, failures=(*proposal.failures, *failures), reads=(*proposal.reads, *reads))
 
 
@@ -183,28 +128,22 @@ def _tell_misshapen(
         ends = f"shape mismatch: {a} {source[a]} -> {b} {like[b]}" + (
             " (its transpose would fit)" if transposed else ""
         )
-        if a not in settled and b not in settled:
-            found.append(Question("shape", ends, targets=(b,), sources=(a,)))
-        elif a not in settled:
-            found.append(Question("unused", f"unexpected key: {ends}", sources=(a,)))
-        elif b not in settled:
-            found.append(Question("missing", f"missing key: {ends}", targets=(b,)))
-    return _asking(proposal, found)
+        open_ = tuple(name for name in (a,) if name not in settled), tuple(name for name in (b,) if name not in settled)
+        kind = "shape" if all(open_) else "unused" if open_[0] else "missing"
+        if any(open_):
+            found.append(Question(kind, f"{_HALVES[kind]}{ends}", open_[1], open_[0]))
+    told = {name for question in found for name in (*question.targets, *question.sources)}
+    kept = [q for q in proposal.questions if not (told and told.issuperset((*q.sources, *q.targets)))]
+    return replace(proposal, questions=(*kept, *found))
+
+
+_HALVES = {"shape": "", "unused": "unexpected key: ", "missing": "missing key: "}
 
 
 def _spoken_for(proposal: Proposal) -> set[str]:
     """Keys of both sides that an entry or a failure holds, or that an open question mentions."""
     known = {n for e in (*proposal.entries, *proposal.broken) for n in (*e.sources, *e.targets)}
     return known | {n for q in proposal.questions if _waits(q) for n in (*q.sources, *q.targets)}
-
-
-def _asking(proposal: Proposal, questions: Collection[Question]) -> Proposal:
-    """The proposal with these questions added. Questions that ask about nothing else are removed."""
-    if not questions:
-        return proposal
-    told = {name for question in questions for name in (*question.targets, *question.sources)}
-    kept = [q for q in proposal.questions if not told.issuperset((*q.sources, *q.targets))]
-    return replace(proposal, questions=(*kept, *questions))
 
 
 def _words(path: str, side: Side) -> tuple[object, ...]:
@@ -214,21 +153,6 @@ def _words(path: str, side: Side) -> tuple[object, ...]:
         module = module[1:]
     role, _, rest = role_of(last)
     return (*(word for part in (*module, rest) if part for word in split_words(part)), role)
-
-
-def _parts(path: str) -> tuple[str, ...]:
-    """The words and numbers of a path of either side, and its last part, without collections: `blocks_0/attn/index`
-    equals `blocks.0.attn.index`."""
-    *above, last = path.replace("/", ".").split(".")
-    if above and above[0] in COLLECTIONS:
-        above = above[1:]
-    return (*(word for part in above for word in split_words(part)), last)
-
-
-def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """True if one is the other with a prefix before it."""
-    shorter = min(len(a), len(b))
-    return a[-shorter:] == b[-shorter:]
 
 
 def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Proposal:
@@ -272,27 +196,29 @@ def _settle_missing(proposal: Proposal, like: Checkpoint, ruled: Mapping[str, st
         return proposal
     filled = {name for entry in proposal.entries for name in entry.targets}
     waiting = {name for q in proposal.questions if _waits(q) for name in q.targets}
+    why = option("missing", policy)
+    open_ = [name for name in like if name not in filled and (name in ruled or name not in waiting)]
+    return _fill(proposal, like, {name: (ruled[name], "rules") if name in ruled else (policy, why) for name in open_})
+
+
+def _fill(proposal: Proposal, like: Checkpoint, ways: Mapping[str, tuple[str, str]]) -> Proposal:
+    """The proposal with entries for leaves that no source fills. `ways`: leaf -> how (zeros, keep, or error: it is left
+    open), and why."""
     entries: list[Entry] = []
     failures: list[Failure] = []
-    settled: set[str] = set()
-    for name, spec in like.items():
-        how = ruled.get(name, "error" if name in waiting else policy)
-        if name in filled or how == "error":
-            continue
-        why = "rules" if name in ruled else option("missing", policy)
-        settled.add(name)
+    for name, (how, why) in ways.items():
+        spec = like[name]
         if how == "zeros":
             entries.append(Entry((), (name,), (Fill(0.0, spec.shape, spec.dtype, why),), (why,)))
-        elif like.has_values:
+        elif how == "keep" and like.has_values:
             entries.append(Entry((), (name,), (Keep(spec.shape, spec.dtype),), (why,)))
-        else:
+        elif how == "keep":
             text = f"cannot be kept: {escape(like.label)} has no values"
-            failures.append(
-                Failure(text, like.label, name, next=f"Use {option('missing', 'zeros')}, or a `like` with values.")
-            )
+            hint = f"Use {option('missing', 'zeros')}, or a `like` with values."
+            failures.append(Failure(text, like.label, name, next=hint))
     return replace(
         proposal,
         entries=proposal.entries + tuple(entries),
-        questions=_still_open(proposal.questions, settled),
+        questions=_still_open(proposal.questions, {name for name, (how, _) in ways.items() if how != "error"}),
         failures=proposal.failures + tuple(failures),
     )

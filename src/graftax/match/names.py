@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from graftax.match import words
 
@@ -23,10 +24,7 @@ class Lexicon:
     longest: int
     exclusive: tuple[frozenset[str], ...]
     implies: dict[str, tuple[str, ...]]
-    little: frozenset[str]
-    some: frozenset[str]
     known: frozenset[str]
-    words_of_kinds: frozenset[object]
 
     @classmethod
     def standard(cls) -> Lexicon:
@@ -38,37 +36,33 @@ class Lexicon:
             max(map(len, phrases)),
             tuple(frozenset(group.split()) for group in words.EXCLUSIVE),
             {concept: tuple(implied.split()) for concept, implied in words.IMPLIES.items()},
-            words.SAYS_LITTLE,
-            words.SAYS_SOME,
             frozenset(concept for found in (*synonyms.values(), *phrases.values()) for concept in found),
-            _words_of(words.SAYS_LITTLE),
         )
 
     @classmethod
     def empty(cls) -> Lexicon:
-        little = _words_of(words.SAYS_LITTLE)
-        return cls({}, {}, 0, (), {}, little, _words_of(words.SAYS_SOME), frozenset(), little)
+        return cls({}, {}, 0, (), {}, frozenset())
 
     def weight(self, concept: str) -> float:
         """How much a concept says: 1 for a telling word, less for kinds of layers and wrappers."""
-        if concept in self.little:
-            return 0.15
-        if concept in self.some:
-            return 0.5
-        if len(concept) <= 2 and concept not in self.known:
+        if len(concept) <= 2 and not (concept in self.known or concept in LITTLE or concept in SOME):
             return UNKNOWN  # a letter or two that the table does not know: x1, m, zt
-        return 1.0
+        return 0.15 if concept in LITTLE else 0.5 if concept in SOME else 1.0
 
 
-def _words_of(concepts: Iterable[str]) -> frozenset[str]:
-    """The written words for these concepts."""
-    wanted = frozenset(concepts)
+def _words_of(concepts: str) -> frozenset[str]:
+    """These concepts, and the written words for them."""
+    wanted = frozenset(concepts.split())
     rows = (group for concept, group in words.SYNONYMS.items() if concept and wanted.issuperset(concept.split()))
     return wanted | {word for group in rows for word in group.split()}
 
 
-@lru_cache(maxsize=16)
-def _standard(_: int = 0) -> Lexicon:
+LITTLE, SOME = (_words_of(words.SAYS[weight]) for weight in (0.15, 0.5))
+"""Words for kinds of layers and for wrappers, and words for the part around a leaf."""
+
+
+@cache
+def _standard() -> Lexicon:
     return Lexicon.standard()
 
 
@@ -95,29 +89,20 @@ def _run(run: Sequence[str], lex: Lexicon) -> list[str]:
     i = 0
     bound = ""
     while i < len(run):
-        found: tuple[str, ...] | None = None
-        for length in range(min(lex.longest, len(run) - i), 1, -1):
-            found = lex.phrases.get(tuple(run[i : i + length]))
-            if found is not None:
-                i += length
-                break
-        if found is None:
-            found = lex.synonyms.get(run[i], (run[i],))
-            i += 1
+        sizes = range(min(lex.longest, len(run) - i), 1, -1)
+        length = next((size for size in sizes if tuple(run[i : i + size]) in lex.phrases), 1)
+        found = lex.phrases[tuple(run[i : i + length])] if length > 1 else lex.synonyms.get(run[i], (run[i],))
         found = tuple(concept for concept in found if concept)
+        i += length
         if bound and found and found != ("norm",):
             out += [f"{bound}~{concept}" for concept in found]
             bound = ""
-            continue
-        if bound:
-            out.append(bound)
-            bound = ""
-        if found in (("pre",), ("post",)) and i < len(run):
+        elif found in (("pre",), ("post",)) and i < len(run):
+            out += [bound] if bound else []
             bound = found[0]
-            continue
-        out += found
-    if bound:
-        out.append(bound)
+        else:
+            out += [bound, *found] if bound else found
+            bound = ""
     return out
 
 
@@ -163,11 +148,9 @@ def _resolve(have: set[str], lex: Lexicon) -> None:
 def contradicts(a: frozenset[str], b: frozenset[str], lex: Lexicon) -> str:
     """The concepts by which two names exclude each other, as text; empty if they do not."""
     for group in lex.exclusive:
-        mine = a & group
-        if mine:
-            theirs = b & group
-            if theirs and mine.isdisjoint(theirs):
-                return f"one name says {'/'.join(sorted(mine))} and the other {'/'.join(sorted(theirs))}"
+        mine, theirs = a & group, b & group
+        if mine and theirs and mine.isdisjoint(theirs):
+            return f"one name says {'/'.join(sorted(mine))} and the other {'/'.join(sorted(theirs))}"
     return ""
 
 
@@ -175,8 +158,5 @@ def strip_common(names: Sequence[frozenset[str]]) -> frozenset[str]:
     """The concepts that nearly all of the names have: a root prefix, which does not tell them apart."""
     if len(names) < 4:
         return frozenset()
-    counts: dict[str, int] = {}
-    for name in names:
-        for concept in name:
-            counts[concept] = counts.get(concept, 0) + 1
+    counts = Counter(concept for name in names for concept in name)
     return frozenset(concept for concept, count in counts.items() if count >= 0.9 * len(names))

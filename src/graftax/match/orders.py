@@ -68,7 +68,7 @@ def _orders(
     numbers_t, numbers_f = _numbered(torch, scope.lex), _numbered(flax, scope.lex)
     if numbers_t is not None and numbers_f is not None and trusted and _one_thing(numbers_t[0], numbers_f[0], scope):
         out.append((numbers_t, numbers_f, BY_NUMBER))
-    stream_t, stream_f = _stream(torch, scope, True), _stream(flax, scope, False)
+    stream_t, stream_f = _stream(torch, scope), _stream(flax, scope)
     if stream_t is not None and stream_f is not None:
         out.append((stream_t, stream_f, ALONG_BLOCK))
     elif stream_t is not None and numbers_f is not None and trusted:
@@ -82,8 +82,8 @@ def complete_order(torch: list[Module], flax: list[Module], scope: Scope) -> lis
     """Modules that are all that is left of two parts, in the order of their numbers; of two modules, one side may say
     with words which comes first. [] if the names show no order."""
     ends: list[list[Module]] = []
-    for modules, is_torch in ((torch, True), (flax, False)):
-        found = _numbered(modules, scope.lex) or _first_and_last(modules, scope, is_torch)
+    for modules in (torch, flax):
+        found = _numbered(modules, scope.lex) or _first_and_last(modules, scope)
         if found is None:
             return []
         ends.append(found)
@@ -93,11 +93,11 @@ def complete_order(torch: list[Module], flax: list[Module], scope: Scope) -> lis
 _FIRST, _LAST = frozenset(("in", "first", "hidden", "pre")), frozenset(("out", "final", "head", "post"))
 
 
-def _first_and_last(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | None:
+def _first_and_last(modules: list[Module], scope: Scope) -> list[Module] | None:
     """Two modules, if the words of only one say that it comes first, and only those of the other that it comes last."""
     if len(modules) != 2:
         return None
-    names = [scope.own[id(module)] | {scope.name(module, torch).last} for module in modules]
+    names = [scope.own[id(module)] | {scope.name(module).last} for module in modules]
     if any(said & {"up", "down"} for said in names):
         return None  # outside of a feed-forward part, the matrix that goes down may come first
     for first, last in ((0, 1), (1, 0)):
@@ -143,7 +143,7 @@ def _meant(module: Module, lex: Lexicon) -> tuple[object, ...]:
 
 def _one_thing(torch: Module, flax: Module, scope: Scope) -> bool:
     """True if the names share a word, or neither says anything but the kind of layer."""
-    a, b = scope.name(torch, True).concepts - scope.common, scope.name(flax, False).concepts - scope.common
+    a, b = scope.name(torch).concepts - scope.common, scope.name(flax).concepts - scope.common
     if a & b:
         return True
     return all(scope.lex.weight(concept) < 0.5 for concept in a | b)
@@ -159,10 +159,10 @@ _STAGES: tuple[tuple[str, float], ...] = (
 _PAIR = (("up", 0.0), ("down", 1.0))
 
 
-def _stream(modules: list[Module], scope: Scope, torch: bool) -> list[Module] | None:
+def _stream(modules: list[Module], scope: Scope) -> list[Module] | None:
     """Norms along the residual stream, or the two Linears of a feed-forward part, in order, if every name says its
     place."""
-    names = [scope.name(module, torch).concepts for module in modules]
+    names = [scope.name(module).concepts for module in modules]
     if not scope.lex.synonyms:
         return None
     if all("norm" in name for name in names):

@@ -1,28 +1,45 @@
-"""Questions about pairs: open modules and blocks, with the pairings that fit."""
+"""Questions about what inference leaves open: first layouts, then pairs of modules and blocks, with the pairings that
+fit. Each has the rule lines that settle it."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice, product
 
 from graftax.match.blocks import Doubt
 from graftax.match.choose import Habits, choose, trapped, usual
 from graftax.match.engine import Result
-from graftax.match.layout_questions import Ways, leaf_ways
+from graftax.match.flatten import Suspect
+from graftax.match.layout_questions import Ways, layout_questions, leaf_ways
 from graftax.match.pairings import MOST, Asked, Aspect, Option, arranged
 from graftax.match.pairs import Link, Pair, Scope
 from graftax.match.part_order import in_said_order
 from graftax.match.rendering import column_rule
 from graftax.match.scope_names import main_column
-from graftax.match.settle import Settled
+from graftax.match.settle import open_links
 from graftax.match.sides import Column, Module, columns_of, paths_of
 from graftax.match.stack_axes import stack_axes
 from graftax.plans import Candidate, Question
 from graftax.plans.names import fold_names
+from graftax.rules.key_templates import by_form
 
 Item = tuple[Scope, Pair]
+
+
+def questions(result: Result, sides: tuple[str, str], turned: bool, missing: Collection[str] = ()) -> list[Question]:
+    """Every question of the result. `turned`: the torch end is like, so its leaves are the targets. `missing`: like
+    leaves that a rule marks `missing`."""
+    scopes = [item.scope for item in result.settled]
+    if any(item.board.pairs() or open_links(item) or item.groups for item in result.settled):
+        named = [(*scope.torch, *scope.flax) for scope in scopes if scope.root or scope.keys]
+        crowd = by_form(path for modules in named for path in paths_of(columns_of(modules)))
+        for scope in scopes:
+            scope.crowd = crowd
+    out = layout_questions(result.settled, sides, turned)
+    out += pair_questions(result, sides, turned, missing)
+    return out + [block_question(doubt, sides, turned) for doubt in result.doubts]
 
 
 def pair_questions(
@@ -34,15 +51,14 @@ def pair_questions(
     for item in result.settled:
         open_ = item.board.pairs()
         if missing:
-            ends = [(pair, main_link(pair)) for pair in open_]
-            open_ = [pair for pair, link in ends if not set(missing).issuperset(paths_of([_like(link, turned)]))]
+            open_ = [pair for pair in open_ if not set(missing).issuperset(paths_of([_main(pair, turned)]))]
         said = any(pair.bonus > 1 for pair in open_)  # a rule for another instance says so: do not trust the names
         options += [_option(item.scope, pair, turned, said) for pair in open_]
         taken += [aspect for pair in item.taken for aspect in _aspects(pair)] if open_ else []
-        _axes(item, result.habits)
+        stack_axes(item.scope, open_, result.habits)
 
     def ways(scope: Scope, pair: Pair) -> Ways:
-        return _options(pair, scope, result, sides)
+        return leaf_options(pair, scope, result.habits, sides, result.traps.get(id(pair.torch)))
 
     return [pair_question(asked, ways, turned) for asked in arranged(options, taken)]
 
@@ -57,18 +73,18 @@ def _option(scope: Scope, pair: Pair, turned: bool, said: bool) -> Option[Item]:
 def pair_question(asked: Asked[Item], ways_of: Callable[[Scope, Pair], Ways], turned: bool) -> Question:
     """One question: its candidates are the answers, each in the layouts that its pairs may have (`ways_of`)."""
     ways: dict[int, Ways] = {}
-    names = _short_names([[option.item[1] for option in answer] for answer in asked.answers])
+    moving = _moving([[option.item[1] for option in answer] for answer in asked.answers])
     found: list[tuple[int, Candidate]] = []
     for answer in asked.answers:
         pairs = [option.item[1] for option in answer]
         for scope, pair in (option.item for option in answer):
             if id(pair) not in ways:
                 ways[id(pair)] = ways_of(scope, pair)
-        where = paths_of(main_link(pair).flax if turned else main_link(pair).torch for pair in pairs)
-        alone = names if len(pairs) > 1 else None
+        where = paths_of(_main(pair, not turned) for pair in pairs)
+        several = moving if len(pairs) > 1 else None
         for n, chosen in enumerate(_ways([ways[id(pair)] for pair in pairs])):
             rule = ", ".join(dict.fromkeys(rule for rule, _ in chosen))
-            found.append((n, Candidate(rule, where, _says(pairs, [said for _, said in chosen], alone))))
+            found.append((n, Candidate(rule, where, _says(pairs, [said for _, said in chosen], several))))
     every = [option.item[1] for option in asked.options]
     ends = {id(pair.torch): pair.torch for pair in every}, {id(pair.flax): pair.flax for pair in every}
     left, right = (tuple(dict.fromkeys(paths_of(columns_of(modules.values())))) for modules in ends)
@@ -96,42 +112,27 @@ def _doubts(asked: Asked[Item], count: int) -> str:
     return f"one {fits} fits{several}, and only the {what}"
 
 
-def _says(pairing: Sequence[Pair], layouts: Sequence[str], names: Mapping[int, str] | None = None) -> str:
-    """The evidence for a pairing or, if `names` is given, how it differs from the other pairings (`names`: of the
-    modules that differ)."""
+def _says(pairing: Sequence[Pair], layouts: Sequence[str], moving: set[int] | None = None) -> str:
+    """The evidence for a pairing or, if `moving` is given (the modules that pairings pair differently), how it differs
+    from the others."""
     said = [text for text in dict.fromkeys(layouts) if text]
-    if names is None:
+    if moving is None:
         (pair,) = pairing
         joined = ", but " if pair.shared else ", and "
         why = pair.says if pair.shared else "only the shape matches"
         return "; ".join([f"{why}{joined}{pair.blocked}" if pair.blocked else why, *said])
-    ends = [f"{names[id(p.torch)]} with {names[id(p.flax)]}" for p in pairing if id(p.torch) in names]
+    ends = [f"{_named([p.torch])} with {_named([p.flax])}" for p in pairing if id(p.torch) in moving]
     return "; ".join([f"it pairs {', '.join(ends)}", *said] if ends else said or ["the shapes match"])
 
 
-def _short_names(pairings: Sequence[Sequence[Pair]]) -> dict[int, str]:
-    """Short names of the modules that pairings pair differently: as many last words as tell each from the others."""
+def _moving(pairings: Sequence[Sequence[Pair]]) -> set[int]:
+    """The modules, by id, that pairings pair differently, and their partners."""
     partners: defaultdict[int, set[int]] = defaultdict(set)
-    modules: tuple[dict[int, Module], dict[int, Module]] = ({}, {})
     for pair in (pair for pairing in pairings for pair in pairing):
         partners[id(pair.torch)].add(id(pair.flax))
         partners[id(pair.flax)].add(id(pair.torch))
-        modules[0][id(pair.torch)], modules[1][id(pair.flax)] = pair.torch, pair.flax
     moving = {key for key, others in partners.items() if len(others) > 1}
-    moving |= {other for key in moving for other in partners[key]}
-    out: dict[int, str] = {}
-    for found in modules:
-        paths = {key: _words(module) for key, module in found.items() if key in moving}
-        longest = max(map(len, paths.values()), default=0)
-        for key, words in paths.items():
-            told = (n for n in range(1, longest) if sum(w[-n:] == words[-n:] for w in paths.values()) == 1)
-            out[key] = ".".join(words[-next(told, longest) :])
-    return out
-
-
-def _words(module: Module) -> list[str]:
-    found = [str(token) for token in (*module.outer, *module.tokens) if not isinstance(token, tuple)]
-    return found or [main_column(module).leaf]
+    return moving | {other for key in moving for other in partners[key]}
 
 
 _WAYS = 6  # how many layouts of one pairing are offered
@@ -147,39 +148,26 @@ def _ways(options: Sequence[Ways]) -> list[Ways]:
     return out
 
 
-def _axes(item: Settled, habits: Habits) -> None:
-    """Set the stack axis of open pairs: the axis of the settled leaves of the scope, else the one that fits them
-    all."""
-    open_ = item.board.pairs()
-    known = [habits.axes[id(link)] for pair in item.taken for link in pair.links if id(link) in habits.axes]
-    settled = {choice.label[0]: choice for choice in known if choice.label is not None}
-    if len(settled) != 1:
-        stack_axes(item.scope, open_, habits)
-        return
-    ((axes, choice),) = settled.items()
-    for pair in open_:
-        for link in pair.links:
-            if any(label[0] == axes for label in link.labels):
-                habits.axes[id(link)] = choice
-
-
-def _options(pair: Pair, scope: Scope, result: Result, sides: tuple[str, str]) -> Ways:
-    """The ways in which the main leaf of an open pair may be read."""
+def leaf_options(
+    pair: Pair, scope: Scope, habits: Habits, sides: tuple[str, str], trap: Suspect | None = None, silent: bool = False
+) -> Ways:
+    """The ways in which the main leaf of an open pair may be read. `silent`: see `leaf_ways`."""
     link = main_link(pair)
-    choice = choose(link, pair, scope, result.habits)
-    trap = result.traps.get(id(pair.torch))
+    choice = choose(link, pair, scope, habits)
     choice = in_said_order(choice if trap is None else trapped(link, choice, trap), pair)
-    return leaf_ways(scope, pair, link, choice, sides)[:_WAYS]
-
-
-def _like(link: Link, turned: bool) -> Column:
-    return link.torch if turned else link.flax
+    return leaf_ways(scope, pair, link, choice, sides, silent)[:_WAYS]
 
 
 def main_link(pair: Pair) -> Link:
     """The link of the leaf that represents the module: its weight, if it has one."""
     main = main_column(pair.torch)
     return next((link for link in pair.links if link.torch is main), pair.links[0])
+
+
+def _main(pair: Pair, torch: bool) -> Column:
+    """The main leaf on torch's side, or on the Flax side."""
+    link = main_link(pair)
+    return link.torch if torch else link.flax
 
 
 # ---------------------------------------------------------------- what should be paired along with a pair
@@ -220,9 +208,9 @@ def block_question(doubt: Doubt, sides: tuple[str, str], turned: bool) -> Questi
     )
     found: list[Candidate] = []
     for said, chosen in doubt.options[:MOST]:
-        links = [(scope, main_link(pair)) for scope, pair in chosen]
+        links = ((scope, main_link(pair)) for scope, pair in chosen)
         rules = [column_rule(scope, link, min(link.labels, key=usual), sides) for scope, link in links]
-        where = paths_of(link.flax if turned else link.torch for _, link in links)
+        where = paths_of(_main(pair, not turned) for _, pair in chosen)
         found.append(Candidate(", ".join(rules), where, said))
     targets, sources = (torch, flax) if turned else (flax, torch)
     return Question("match", f"{', '.join(fold_names(targets)[:4])}: {doubt.why}", targets, sources, tuple(found))

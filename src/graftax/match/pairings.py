@@ -9,7 +9,7 @@ allow. This module decides nothing.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -120,7 +120,7 @@ def _complete(options: Sequence[Option[T]], agreed: _Agreement) -> list[tuple[Op
     steps = [_TRIED]
     for clashes in range(2 * len(rows) + 1):
         found = _search(rows, clashes, agreed, steps)
-        if found is None or len(found) > MOST:
+        if steps[0] < 0 or len(found) > MOST:
             return None
         if found:
             return sorted(found, key=lambda pairing: -sum(option.score for option in pairing))
@@ -158,69 +158,38 @@ def _matching(rows: Sequence[Sequence[Option[T]]], other: int) -> bool:
 
 
 def _search(
-    rows: Sequence[Sequence[Option[T]]], clashes: int, agreed: _Agreement, steps: list[int]
-) -> list[tuple[Option[T], ...]] | None:
-    """Complete pairings with exactly `clashes` clashes, at most MOST + 1 of them. None if the search takes too long."""
+    rows: Sequence[Sequence[Option[T]]], clashes: int, agreed: _Agreement, steps: list[int], used: Marks = frozenset()
+) -> list[tuple[Option[T], ...]]:
+    """Complete pairings with exactly `clashes` clashes: some of them if there are more than MOST, or if `steps`, how
+    many options may still be tried, falls below 0."""
+    if not rows:
+        return [] if clashes else [()]
     out: list[tuple[Option[T], ...]] = []
-    chosen: list[Option[T]] = []
-    used: set[object] = set()
-
-    def go(i: int, left: int) -> bool:
-        if i == len(rows):
-            if not left:
-                out.append(tuple(chosen))
-            return len(out) <= MOST
-        for option in rows[i]:
-            steps[0] -= 1
-            if steps[0] < 0:
-                return False
-            marks = option.ends[0] | option.ends[1]
-            if not used.isdisjoint(marks):
-                continue
-            cost = agreed.clashes(option.aspects)
-            if cost > left:
-                continue
-            used.update(marks)
-            chosen.append(option)
-            agreed.add(option.aspects)
-            fine = go(i + 1, left - cost)
-            agreed.remove(option.aspects)
-            chosen.pop()
-            used.difference_update(marks)
-            if not fine:
-                return False
-        return True
-
-    return None if not go(0, clashes) and steps[0] < 0 else out
+    for option in rows[0]:
+        steps[0] -= 1
+        marks = option.ends[0] | option.ends[1]
+        if steps[0] < 0 or len(out) > MOST:
+            break
+        if not used.isdisjoint(marks) or (cost := agreed.clashes(option.aspects)) > clashes:
+            continue
+        agreed.add(option.aspects)
+        out += [(option, *rest) for rest in _search(rows[1:], clashes - cost, agreed, steps, used | marks)]
+        agreed.add(option.aspects, -1)
+    return out
 
 
 @dataclass(slots=True)
 class _Agreement:
-    """Which parents and which words of the two sides are paired, and how often."""
+    """Which parents and which words of the two sides are paired, and how often: (side, one) -> its partners."""
 
-    left: defaultdict[object, defaultdict[object, int]] = field(
-        default_factory=lambda: defaultdict(lambda: defaultdict(int))
-    )
-    right: defaultdict[object, defaultdict[object, int]] = field(
-        default_factory=lambda: defaultdict(lambda: defaultdict(int))
-    )
+    partners: defaultdict[tuple[int, object], Counter[object]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def add(self, aspects: Collection[Aspect]) -> None:
+    def add(self, aspects: Collection[Aspect], count: int = 1) -> None:
         for a, b in aspects:
-            self.left[a][b] += 1
-            self.right[b][a] += 1
-
-    def remove(self, aspects: Collection[Aspect]) -> None:
-        for a, b in aspects:
-            for table, one, other in ((self.left, a, b), (self.right, b, a)):
-                table[one][other] -= 1
-                if not table[one][other]:
-                    del table[one][other]
+            self.partners[0, a][b] += count
+            self.partners[1, b][a] += count
 
     def clashes(self, aspects: Collection[Aspect]) -> int:
         """How many of the aspects are already paired with others."""
-        return sum(
-            bool(table.get(one)) and other not in table[one]
-            for a, b in aspects
-            for table, one, other in ((self.left, a, b), (self.right, b, a))
-        )
+        ends = [(self.partners[end], other) for a, b in aspects for end, other in (((0, a), b), ((1, b), a))]
+        return sum(not known[other] and known.total() > 0 for known, other in ends)

@@ -108,8 +108,7 @@ class Scope:
     same: bool
     lex: Lexicon
     why: str = ""  # evidence for these blocks that is not about their modules
-    torch_names: dict[int, Name] = field(default_factory=dict[int, Name])
-    flax_names: dict[int, Name] = field(default_factory=dict[int, Name])
+    names: dict[int, Name] = field(default_factory=dict[int, Name])
     wrappers: frozenset[str] = frozenset()
     experts: tuple[bool, bool] = (False, False)
     numbers: bool = True
@@ -125,9 +124,8 @@ class Scope:
     blocks: tuple[frozenset[int], ...] = (frozenset(), frozenset())  # modules in a numbered block of layers
     counted: tuple[frozenset[tuple[Token, ...]], ...] = (frozenset(), frozenset())  # where numbers tell modules apart
 
-    def name(self, module: Module, torch: bool) -> Name:
-        cache = self.torch_names if torch else self.flax_names
-        found = cache.get(id(module))
+    def name(self, module: Module) -> Name:
+        found = self.names.get(id(module))
         if found is None:
-            found = cache[id(module)] = name_of(module.tokens, module.own, self.lex)
+            found = self.names[id(module)] = name_of(module.tokens, module.own, self.lex)
         return found

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from graftax.match.names import Lexicon, Name, concepts
+from graftax.match.names import LITTLE, Lexicon, Name, concepts
 
 if TYPE_CHECKING:
     from graftax.match.sides import Family, Module, Token
@@ -60,9 +60,9 @@ def counted_places(modules: Iterable[Module], lex: Lexicon) -> frozenset[tuple[T
     found: defaultdict[tuple[Token, ...], int] = defaultdict(int)
     for module in modules:
         path = module.tokens[module.own :]
-        if path and isinstance(path[-1], int) and lex.little.issuperset(concepts(path, lex)):
+        if path and isinstance(path[-1], int) and LITTLE.issuperset(concepts(path, lex)):
             at = module.own
-            while at and module.tokens[at - 1] in lex.words_of_kinds:
+            while at and module.tokens[at - 1] in LITTLE:
                 at -= 1  # `lin.0` and `lin.1` count as `lin_0` and `lin_1` would
             found[module.tokens[:at]] += 1
     return frozenset(head for head, count in found.items() if count)

@@ -20,7 +20,7 @@ from graftax.ops import CONDITIONS, Cast, Fill, Same, apply_chain, infer_chain
 from graftax.plans import Assumption, End, Entry, Plan, PlanOptions, Proposal, with_ops
 from graftax.plans.options import Dtype
 from graftax.plans.plan import MadeFrom
-from graftax.rules import RuleOutcome, Rules, apply_rules, load_rules
+from graftax.rules import RuleOutcome, apply_rules, load_rules
 from graftax.rules.state import Named
 from graftax.tree import DTYPES, Checkpoint, Side, Storage, TensorSpec, match_paths, nearest
 from graftax.tree.gc_paused import gc_paused
@@ -32,6 +32,7 @@ Prover = Callable[[Proposal, Sequence[Named]], Proposal]
 models proves."""
 
 
+@gc_paused()  # with a hundred thousand entries, garbage collection would take a quarter of the time
 def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions, prove: Prover | None = None) -> Plan:
     """The plan for `source` -> `like`. It holds its questions and misfits; they are not raised.
 
@@ -42,13 +43,6 @@ def make_plan(source: Checkpoint, like: Checkpoint | None, options: PlanOptions,
     refuse_quantized(source)
     refuse_placeholders(source.specs, escape(source.label))
     rules = load_rules(options.rules)
-    with gc_paused():  # with a hundred thousand entries, garbage collection would take a quarter of the time
-        return _make_plan(source, like, options, rules, prove)
-
-
-def _make_plan(
-    source: Checkpoint, like: Checkpoint | None, options: PlanOptions, rules: Rules, prove: Prover | None
-) -> Plan:
     given = like
     source_side, like_side = _sides(source, like, options, bool(rules.rules))
     ruled = apply_rules(rules, source, like, source_side, like_side)
@@ -194,8 +188,6 @@ def _settle_dtypes(
             if name not in specs:
                 continue  # Plan.build names the key that like does not have
             policy, spec = policies.get(name), specs[name]
-            if have == spec.dtype and policy is None:
-                continue
             want = _wanted(policy, have, spec)
             if want != spec.dtype:
                 specs[name] = TensorSpec(spec.shape, want)
@@ -223,15 +215,12 @@ def _policies(paths: Sequence[str], dtype: Dtype | Mapping[str, Dtype] | None, s
     for selector in (*(s for s in dtype if s not in out), *exact):
         found = match_paths(paths, selector, side)
         if not found:
-            raise PlanError(f"dtype selector {escape(selector)!r} matches nothing", next=_near(selector, paths))
+            near = nearest(selector, paths)
+            text = f"dtype selector {escape(selector)!r} matches nothing"
+            raise PlanError(text, next=f"Near: {near}" if near else "")
         for path in found:
             out[path] = dtype[selector]
     return out
-
-
-def _near(selector: str, paths: Iterable[str]) -> str:
-    near = nearest(selector, paths)
-    return f"Near: {near}" if near else ""
 
 
 def _wanted(policy: str | None, have: str, spec: TensorSpec) -> str:
@@ -258,7 +247,7 @@ def _dtypes_out(entry: Entry, source: Checkpoint) -> list[str]:
     """The dtype of each target; that of the first source if the ops do not fit (Plan.build says why)."""
     given = [source.specs[name] for name in entry.sources if name in source.specs]
     first = given[0].dtype if given else "float32"
-    if len(given) < 2 or len({spec.dtype for spec in given}) == 1:
+    if len({spec.dtype for spec in given}) < 2:
         return [first] * len(entry.targets)
     try:
         return [spec.dtype for spec in infer_chain(entry.ops, tuple(given))]

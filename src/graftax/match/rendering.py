@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from graftax.layers.patterns import LAYOUTS, PADDED
-from graftax.match.flatten import Suspect
 from graftax.match.groups import LAYERS, GroupLink
 from graftax.match.pairs import Label, Link, Scope
+from graftax.match.sides import Column
 from graftax.ops import Op, Rearrange
 from graftax.rules.key_templates import Line, rule_templates
 from graftax.rules.text import rule_line
@@ -17,28 +17,50 @@ _LAYOUTS = frozenset(("identity", *LAYOUTS))
 
 
 def column_rule(
-    scope: Scope,
-    link: Link,
-    label: Label | None,
-    sides: tuple[str, str],
-    open_: bool = False,
-    asked: bool = False,
-    more: Mapping[str, object] = {},
+    scope: Scope, link: Link, label: Label | None, sides: tuple[str, str], stated: Mapping[str, object] | None = None
 ) -> str:
     """The rule line that pairs two columns with the reading `label`. It is one rule, or one per instance if the numbers
-    of the two sides have no simple relation. `sides`: the words for the ends; `open_`: the reading is open; `asked`:
-    only the reading is asked for, so that the line must name it; `more`: what else it states."""
-    lines: list[str] = []
-    for made in rule_templates(scope.keys, scope.crowd, [link.torch], [link.flax]):
-        keys = _ends(made, sides)
-        if label is not None:
-            keys |= _reading_keys(label[1], link, open_, asked) | dict(more)
-            if made.stack and label[0]:
-                keys["stack"] = dict(zip(made.stack, label[0], strict=False))
-            elif label[0]:
-                keys = {**keys, "layout": None, **_of_one(link, label)}
-        lines.append(rule_line(**keys))
-    return ", ".join(lines)
+    of the two sides have no simple relation. `sides`: the words for the ends; `stated`: what it says of the reading
+    (default: what `reading_keys` gives)."""
+    keys = dict(stated or {})
+    if stated is None and label is not None:
+        keys = reading_keys(label, link)
+
+    def more(made: Line) -> dict[str, object]:
+        if label is None or not label[0]:
+            return keys
+        if made.stack:
+            return {**keys, "stack": dict(zip(made.stack, label[0], strict=False))}
+        return {**keys, "layout": None, **_of_one(link, label)}
+
+    return _lines(scope, [link.torch], [link.flax], sides, more)
+
+
+def group_rule(scope: Scope, link: GroupLink, variant: str, sides: tuple[str, str]) -> str:
+    """The rule line that states how the parts of a group lie in the fused tensor."""
+    way = link.ways[variant]
+
+    def more(made: Line) -> dict[str, object]:
+        stack = {made.stack[0] if name == LAYERS else name: axis for name, axis in way.stack.items()}
+        return {**way.keys, **({"stack": stack} if stack else {})}
+
+    return _lines(scope, link.torch, link.flax, sides, more)
+
+
+def _lines(
+    scope: Scope,
+    torch: Sequence[Column],
+    flax: Sequence[Column],
+    sides: tuple[str, str],
+    more: Callable[[Line], Mapping[str, object]],
+) -> str:
+    """The rules that name these columns, with what each states: the templates of both sides, the ranges of their
+    indices, and `more`."""
+    out: list[str] = []
+    for made in rule_templates(scope.keys, scope.crowd, torch, flax):
+        ends = (found[0] if len(found) == 1 else list(found) for found in (made.torch, made.flax))
+        out.append(rule_line(**dict(zip(sides, ends, strict=True)), **made.ranges, **more(made)))
+    return ", ".join(out)
 
 
 def _of_one(link: Link, label: Label) -> dict[str, object]:
@@ -55,50 +77,18 @@ def _of_one(link: Link, label: Label) -> dict[str, object]:
     return _ops_keys(Rearrange(" -> ".join(ends), first.sizes))
 
 
-def _ends(made: Line, sides: tuple[str, str]) -> dict[str, object]:
-    """The templates of both sides, and the ranges of their indices."""
-    ends = {side: found[0] if len(found) == 1 else list(found)
-            for side, found in zip(sides, (made.torch, made.flax), strict=True)}  # fmt: skip
-    return {**ends, **made.ranges}
-
-
-def flatten_rules(scope: Scope, link: Link, label: Label, trap: Suspect, sides: tuple[str, str],
-                  more: Mapping[str, object]) -> list[str]:  # fmt: skip
-    """The rule lines that state a map flattened channels first in torch and channels last in Flax, one for each number
-    of channels that fits."""
-    out: list[str] = []
-    matrix = any(len(shape) == 2 for shape in link.torch.shapes.values())
-    for each in trap.rule_keys(matrix):
-        lines: list[str] = []
-        for made in rule_templates(scope.keys, scope.crowd, [link.torch], [link.flax]):
-            keys = {**_ends(made, sides), **more, **each}
-            if made.stack and label[0]:
-                keys["stack"] = dict(zip(made.stack, label[0], strict=False))
-            lines.append(rule_line(**keys))
-        out.append(", ".join(lines))
-    return out
-
-
-def group_rule(scope: Scope, link: GroupLink, variant: str, sides: tuple[str, str]) -> str:
-    """The rule line that states how the parts of a group lie in the fused tensor."""
-    lines: list[str] = []
-    for made in rule_templates(scope.keys, scope.crowd, link.torch, link.flax):
-        way = link.ways[variant]
-        stack = {made.stack[0] if name == LAYERS else name: axis for name, axis in way.stack.items()}
-        keys = {**_ends(made, sides), **way.keys, **({"stack": stack} if stack else {})}
-        lines.append(rule_line(**keys))
-    return ", ".join(lines)
-
-
-def _reading_keys(reading: str, link: Link, open_: bool, asked: bool) -> dict[str, object]:
+def reading_keys(label: Label, link: Link, open_: bool = False, asked: bool = False) -> dict[str, object]:
+    """What a rule states of a reading. `open_`: the reading is open; `asked`: only the reading is asked for, so that
+    the line must name it."""
+    reading = label[1]
     shape = next(iter(link.torch.shapes.values()))
-    if reading == "conv" and {label[1] for label in link.labels} >= {"conv", "conv_transpose default"} and open_:
+    if reading == "conv" and {other[1] for other in link.labels} >= {"conv", "conv_transpose default"} and open_:
         return {"layout": "conv_transpose"}  # with transpose_kernel=True the axes move as in a plain convolution
     if reading.endswith(PADDED):
         return {"layout": reading.removesuffix(PADDED), "pad": "o"}
     if reading in _LAYOUTS:
         return {"layout": reading} if len(shape) > 1 or asked else {}
-    chain = next(chain for (label, _, _), chain in link.chains.items() if label[1] == reading)
+    chain = next(chain for (other, _, _), chain in link.chains.items() if other[1] == reading)
     return _ops_keys(chain[0]) if chain else {}
 
 

@@ -22,18 +22,17 @@ _PLAIN = frozenset(("norm", "layer", "stage", "model", "list", "weight", "scale"
 def name_final_norm(scope: Scope) -> None:
     """Name the norm outside of the blocks the final norm, if its name says nothing but its tower and that it comes out
     or last, and no other norm there may be the last of that tower."""
-    for modules, torch in ((scope.torch, True), (scope.flax, False)):
-        cache = scope.torch_names if torch else scope.flax_names
-        last: defaultdict[frozenset[str], list[Name]] = defaultdict(list)
+    for modules in (scope.torch, scope.flax):
+        last: defaultdict[frozenset[str], list[Module]] = defaultdict(list)
         for module in modules:
-            said = cache[id(module)].concepts - scope.common - _PLAIN
+            said = scope.name(module).concepts - scope.common - _PLAIN
             ends = said <= _TOWERS or said & _PLACES
-            if "norm" in cache[id(module)].concepts and ends and not _counted(module, scope.lex):
-                last[said & _TOWERS].append(cache[id(module)])
-        alone = {id(names[0]) for names in last.values() if len(names) == 1}
-        for key, name in list(cache.items()):
-            if id(name) in alone and name.concepts - scope.common - _PLAIN <= _TOWERS | _PLACES:
-                cache[key] = Name(name.concepts - {"post"} | {"final"}, name.last, name.raw)
+            if "norm" in scope.name(module).concepts and ends and not _counted(module, scope.lex):
+                last[said & _TOWERS].append(module)
+        for module in (found[0] for found in last.values() if len(found) == 1):
+            name = scope.name(module)
+            if name.concepts - scope.common - _PLAIN <= _TOWERS | _PLACES:
+                scope.names[id(module)] = Name(name.concepts - {"post"} | {"final"}, name.last, name.raw)
 
 
 def _counted(module: Module, lex: Lexicon) -> bool:
@@ -44,30 +43,23 @@ def _counted(module: Module, lex: Lexicon) -> bool:
 
 
 def learn_common(scope: Scope) -> None:
-    names_t = [scope.name(m, True).concepts for m in scope.torch]
-    names_f = [scope.name(m, False).concepts for m in scope.flax]
-    scope.common = strip_common(names_t) | strip_common(names_f) | scope.wrappers
-    counts = [Counter(concept for name in names for concept in name) for names in (names_t, names_f)]
+    ends = [[scope.name(module).concepts for module in modules] for modules in (scope.torch, scope.flax)]
+    scope.common = scope.wrappers.union(*map(strip_common, ends))
+    counts = [Counter(concept for name in names for concept in name) for names in ends]
     scope.around = frozenset(c for c, n in counts[0].items() if n >= _AROUND and counts[1][c] >= _AROUND)
 
 
 def learn_places(scope: Scope) -> None:
     """Learn what each module's name says about itself alone, and what it says about its place."""
-    own_t, around_t = own_words(scope.torch, scope.torch_names, scope.lex)
-    own_f, around_f = own_words(scope.flax, scope.flax_names, scope.lex)
-    scope.own = {**own_t, **own_f}
-    scope.beside = {**around_t, **around_f}
-    norms = [
-        [cache[id(module)].concepts for module in modules if "norm" in cache[id(module)].concepts]
-        for modules, cache in ((scope.torch, scope.torch_names), (scope.flax, scope.flax_names))
-    ]
+    ends = scope.torch, scope.flax
+    own, around = zip(*(own_words(modules, scope.names, scope.lex) for modules in ends), strict=True)
+    scope.own, scope.beside = {**own[0], **own[1]}, {**around[0], **around[1]}
+    named = [[scope.name(module).concepts for module in modules] for modules in ends]
+    norms = [[words for words in found if "norm" in words] for found in named]
     scope.norms = frozenset(word for found in norms if found for word in frozenset[str].intersection(*found))
-    scope.places = tuple(frozenset[str]().union(*found.values()) for found in (around_t, around_f))
-    scope.blocks = _in_blocks(scope.torch, scope.lex), _in_blocks(scope.flax, scope.lex)
-    scope.counted = (
-        counted_places(scope.torch, scope.lex),
-        counted_places(scope.flax, scope.lex),
-    )
+    scope.places = tuple(frozenset[str]().union(*found.values()) for found in around)
+    scope.blocks = tuple(_in_blocks(modules, scope.lex) for modules in ends)
+    scope.counted = tuple(counted_places(modules, scope.lex) for modules in ends)
 
 
 def _in_blocks(modules: Sequence[Module], lex: Lexicon) -> frozenset[int]:
@@ -88,10 +80,7 @@ _MAIN = ("weight", "value", "v", "bias", "mean", "var", "g")
 
 
 def main_column(module: Module) -> Column:
-    for role in _MAIN:
-        if role in module.roles:
-            return module.roles[role]
-    return next(iter(module.roles.values()))
+    return next((module.roles[role] for role in _MAIN if role in module.roles), next(iter(module.roles.values())))
 
 
 def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexicon) -> frozenset[str]:
@@ -104,10 +93,7 @@ def wrapper_words(modules: Sequence[Module], others: Sequence[Module], lex: Lexi
         # One module and the same inside something whose name is no word for a part.
         return frozenset(concept for concept in concepts(paths[0][:1], lex) if lex.weight(concept) == UNKNOWN)
     for _ in range(3):
-        counts: defaultdict[Token, int] = defaultdict(int)
-        for path in paths:
-            if path:  # the root itself has no words
-                counts[path[0]] += 1
+        counts = Counter(path[0] for path in paths if path)  # the root itself has no words
         first = max(counts, key=lambda token: counts[token], default=None)
         if not isinstance(first, str) or counts[first] < 2 or 2 * counts[first] < len(modules):
             break

@@ -31,6 +31,13 @@ class Settled:
     groups: list[Group] = field(default_factory=list[Group])
     trusted: bool = True  # nothing shows numbers out of order
 
+    def rest(self) -> tuple[list[Module], list[Module]]:
+        """The modules of both sides without a partner."""
+        done = {id(m) for pair in self.taken for m in (pair.torch, pair.flax)}
+        done |= {id(m) for group in self.groups for m in (*group.torch, *group.flax)}
+        torch, flax = ([m for m in end if id(m) not in done] for end in (self.scope.torch, self.scope.flax))
+        return torch, flax
+
 
 def crossed(scopes: Iterable[Scope], ends: Ends) -> bool:
     """True if shapes show calls that are not in the order of the other side's numbers. An author who calls layers in
@@ -103,43 +110,36 @@ def _partners(item: Settled) -> Iterator[tuple[str, str]]:
 
 def open_leaves(item: Settled) -> int:
     """The number of leaves of either side without a partner, including fused ones."""
-    done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
-    left = [m for m in (*item.scope.torch, *item.scope.flax) if id(m) not in done]
-    partly = [
-        c for pair in item.taken if not pair.whole for c in (*pair.torch.roles.values(), *pair.flax.roles.values())
-    ]
-    return sum(len(c.paths) for m in left for c in m.roles.values()) + len(partly)
+    torch, flax = item.rest()
+    partly = sum(len(pair.torch.roles) + len(pair.flax.roles) for pair in item.taken if not pair.whole)
+    return partly + sum(len(c.paths) for m in (*torch, *flax) for c in m.roles.values())
 
 
 def settle_apart(settled: list[Settled], root: Scope, ends: Ends) -> Settled | None:
     """Match the rest of both sides once more, with numbers as parts of names: what only one instance of a family holds
     (a bias table in the first block) may stand outside of the blocks on the other side."""
-    left: list[Module] = []
-    right: list[Module] = []
-    origin: dict[int, tuple[Settled, Module, bool]] = {}
+    sides: tuple[list[Module], list[Module]] = ([], [])
+    homes: dict[int, tuple[Settled, Module]] = {}
     columns = (Counter(_column(m) for item in settled for m in item.scope.torch),
                Counter(_column(m) for item in settled for m in item.scope.flax))  # fmt: skip
     for item in settled:
-        done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
-        for modules, out, torch in ((item.scope.torch, left, True), (item.scope.flax, right, False)):
+        for modules, out, counts in zip(item.rest(), sides, columns, strict=True):
             for module in modules:
-                if id(module) in done or columns[not torch][_column(module)] > 1:
-                    continue  # other blocks hold it, so this one lacks its tensor, and no stray may replace it
                 single = module if item.scope is root else single_out(module)
-                if single is not None:
+                # if other blocks hold it, this one lacks its tensor, and no stray may replace it
+                if counts[_column(module)] == 1 and single is not None:
                     out.append(single)
-                    origin[id(single)] = (item, module, torch)
-    inside = [m for m in (*left, *right) if origin[id(m)][0].scope is not root]
-    if not left or not right or not inside:
+                    homes[id(single)] = item, module
+    if not all(sides) or all(item.scope is root for item, _ in homes.values()):
         return None
-    scope = Scope(left, right, [((), ())], True, root.same, root.lex)
+    scope = Scope(*sides, [((), ())], True, root.same, root.lex)
     scope.wrappers, scope.experts = root.wrappers, root.experts
     found = _settle(scope, ends)
-    crossing = [p for p in found.taken if origin[id(p.torch)][0] is not origin[id(p.flax)][0]]
+    crossing = [pair for pair in found.taken if homes[id(pair.torch)][0] is not homes[id(pair.flax)][0]]
     for pair in crossing:
-        for module in (pair.torch, pair.flax):
-            item, old, torch = origin[id(module)]
-            item.board.drop([old] if torch else [], [] if torch else [old])
+        (left, torch), (right, flax) = homes[id(pair.torch)], homes[id(pair.flax)]
+        left.board.drop([torch], [])
+        right.board.drop([], [flax])
     return Settled(scope, crossing, Board([])) if crossing else None
 
 
@@ -177,9 +177,7 @@ def _forced(scope: Scope, pairs: list[Pair], ends: Ends) -> list[Pair]:
 def take_groups(item: Settled, ends: Ends, habits: Habits) -> None:
     """Find fused modules among the modules without a partner, and take them off the board."""
     scope = item.scope
-    done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
-    torch = [m for m in scope.torch if id(m) not in done]
-    flax = [m for m in scope.flax if id(m) not in done]
+    torch, flax = item.rest()
     if not torch or not flax:
         return
     found = (habits.axes.get(id(link)) for pair in item.taken for link in pair.links)
@@ -192,20 +190,12 @@ def take_groups(item: Settled, ends: Ends, habits: Habits) -> None:
 
 def take_rest(item: Settled) -> list[Pair]:
     """Take the only pairing of what is left of two paired parts."""
-    done = {id(m) for pair in item.taken for m in (pair.torch, pair.flax)}
-    done |= {id(m) for group in item.groups for m in (*group.torch, *group.flax)}
-    torch, flax = ([m for m in modules if id(m) not in done] for modules in (item.scope.torch, item.scope.flax))
-    found = the_rest(item.scope, torch, flax, item.taken, item.board, item.trusted)
+    found = the_rest(item.scope, *item.rest(), item.taken, item.board, item.trusted)
     item.taken += found
     return found
 
 
 def open_links(item: Settled) -> list[tuple[Pair, Link, Choice]]:
     """Leaves of taken pairs with an open reading."""
-    out: list[tuple[Pair, Link, Choice]] = []
-    for pair in item.taken:
-        for link in pair.links:
-            choice = item.choices[id(link)]
-            if choice.label is None:
-                out.append((pair, link, choice))
-    return out
+    found = ((pair, link, item.choices[id(link)]) for pair in item.taken for link in pair.links)
+    return [(pair, link, choice) for pair, link, choice in found if choice.label is None]

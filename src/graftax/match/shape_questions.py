@@ -12,15 +12,15 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from graftax.match.buffers import buffer_name
-from graftax.match.choose import Habits, choose
+from graftax.match.choose import Habits
 from graftax.match.fits import fit
-from graftax.match.layout_questions import Ways, leaf_ways
+from graftax.match.layout_questions import Ways
 from graftax.match.names import concepts, lexicon
-from graftax.match.pair_questions import main_link, pair_question
+from graftax.match.pair_questions import leaf_options, pair_question
 from graftax.match.pairings import Option, arranged
 from graftax.match.pairs import Pair, Scope
 from graftax.match.roles import role_of
-from graftax.match.sides import Column, Key, Module, tokens_of
+from graftax.match.sides import Column, Key, Module, module_path, tokens_of
 from graftax.match.stack_axes import stack_axes
 from graftax.match.unmerged import normed_parts
 from graftax.plans import Proposal
@@ -61,16 +61,18 @@ def shape_questions(
         return proposal
     asked = {n for q in proposal.questions if q.candidates for n in q.targets}
     offered = {n for q in proposal.questions if q.candidates for n in q.sources}
-    homes = {_module(n, sides[1]) for n in filled}
-    starts = {_module(n, sides[0]) for n in used}
-    targets = [n for n in like if n not in filled and n not in asked and _module(n, sides[1]) not in homes]
-    free = [n for n in source if n not in used and _module(n, sides[0]) not in starts]
+    homes = {module_path(n, sides[1]) for n in filled}
+    starts = {module_path(n, sides[0]) for n in used}
+    targets = [n for n in like if n not in filled and n not in asked and module_path(n, sides[1]) not in homes]
+    free = [n for n in source if n not in used and module_path(n, sides[0]) not in starts]
     free = [n for n in free if not buffer_name(n, source[n])]
     ours, theirs = normed_parts(source), normed_parts(like)
     if not (ours and theirs):  # a part of a weight is no weight
         free, targets = [n for n in free if n not in ours], [n for n in targets if n not in theirs]
     sources = [c for c in _columns(free, source, sides[0]) if not offered.issuperset(c.names)] if targets else []
-    maker = _Maker(sides, _traps(source, like, sides), {**by_form(free), **by_form(targets)})
+    torch = source if sides[0] == "torch" else like
+    traps = any(len(spec.shape) > 2 for spec in torch.values())  # a convolution: a Linear may take a flattened map
+    maker = _Maker(sides, traps, {**by_form(free), **by_form(targets)})
     options: list[Option[Item]] = []
     for column in _columns(targets, like, sides[1]) if sources else ():
         if any(extent > 1 for extent in column.shape):  # the shape of a scalar is no evidence
@@ -80,14 +82,16 @@ def shape_questions(
     beside = defaultdict[str, set[str]](set)
     for entry in proposal.entries if spare else ():
         if len(entry.sources) == len(entry.targets) == 1:
-            beside[_module(entry.targets[0], sides[1])].add(_module(entry.sources[0], sides[0]))
-    rest = [n for n in like if n not in filled and n not in asked and _module(n, sides[1]) in beside] if beside else []
+            beside[module_path(entry.targets[0], sides[1])].add(module_path(entry.sources[0], sides[0]))
+    rest = (
+        [n for n in like if n not in filled and n not in asked and module_path(n, sides[1]) in beside] if beside else []
+    )
     for column in _columns(rest, like, sides[1]):
-        homes_of = [beside[_module(name, sides[1])] for name in column.names]
+        homes_of = [beside[module_path(name, sides[1])] for name in column.names]
         alike = [n for n in spare if _role(n, sides[0]) == _role(column.names[0], sides[1])]
         options += maker.options(column, [
             c for c in _columns(alike, source, sides[0]) if len(c.names) == len(column.names)
-            and all(_module(n, sides[0]) in homes for n, homes in zip(c.names, homes_of, strict=True))])  # fmt: skip
+            and all(module_path(n, sides[0]) in h for n, h in zip(c.names, homes_of, strict=True))])  # fmt: skip
     for a, b in namesakes:
         if b not in targets and b not in asked and a not in offered:
             (one,), (other,) = _columns([a], source, sides[0]), _columns([b], like, sides[1])
@@ -98,28 +102,14 @@ def shape_questions(
     return replace(proposal, questions=(*kept, *found))
 
 
-def _module(path: str, side: Side) -> str:
-    """The path of the module that holds a leaf, without its collection."""
-    if side == "torch":
-        return path.rpartition(".")[0]
-    head, _, rest = path.partition("/")
-    plain = rest if head in ("params", "batch_stats") else path
-    return plain.rpartition("/")[0]
-
-
 def _role(path: str, side: Side) -> str:
     return role_of(split_path(path, side)[-1])[0]
-
-
-def _traps(source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]) -> bool:
-    """True if torch's side may hold a convolution, so that a Linear may take a flattened map."""
-    end = source if sides[0] == "torch" else like
-    return any(len(spec.shape) > 2 for spec in end.values())
 
 
 def _columns(names: Iterable[str], end: Checkpoint, side: Side) -> list[_Leaves]:
     """Names of one shape that differ only in numbers, as columns: one for each set of values of the varying numbers
     after the first."""
+    lex = lexicon()
     groups: dict[object, list[str]] = {}
     for name in names:
         groups.setdefault((_NUMBER.sub("\0", name), end[name].shape), []).append(name)
@@ -133,15 +123,12 @@ def _columns(names: Iterable[str], end: Checkpoint, side: Side) -> list[_Leaves]
             inner[rest].append((int(row[varying[0]]) if varying else 0, name))
         for found in inner.values():
             ordered = tuple(name for _, name in sorted(found))
-            out.append(_leaves(ordered, end[ordered[0]].shape, varying[:1], side))
+            words = frozenset(concepts(tokens_of(ordered[0], side), lex))
+            above = frozenset(concepts(tokens_of(module_path(ordered[0], side), side), lex))
+            still = [n for place, n in enumerate(_NUMBER.findall(ordered[0])) if place not in varying[:1]]
+            numbers = tuple(_NUMBER.findall(ordered[0]) if len(ordered) == 1 else still)
+            out.append(_Leaves(ordered, end[ordered[0]].shape, words, above, numbers))
     return out
-
-
-def _leaves(names: tuple[str, ...], shape: tuple[int, ...], varying: Sequence[int], side: Side) -> _Leaves:
-    lex, first = lexicon(), names[0]
-    numbers = tuple(n for place, n in enumerate(_NUMBER.findall(first)) if place not in varying or len(names) == 1)
-    above = concepts(tokens_of(_module(first, side), side), lex)
-    return _Leaves(names, shape, frozenset(concepts(tokens_of(first, side), lex)), frozenset(above), numbers)
 
 
 class _Maker:
@@ -196,9 +183,7 @@ class _Maker:
         """The ways in which the leaf may be read. A Linear is left to inference if it may take a flattened map."""
         habits = Habits()
         stack_axes(scope, [pair], habits)
-        link = main_link(pair)
-        choice = choose(link, pair, scope, habits)
-        return leaf_ways(scope, pair, link, choice, self.sides, silent=self.traps)
+        return leaf_options(pair, scope, habits, self.sides, silent=self.traps)
 
 
 Rows = tuple[tuple[str, ...], ...]

@@ -16,6 +16,7 @@ from graftax.match.components import components
 from graftax.match.cutting import Cuts, Key, Shape, Template, Token, Tokens, resolve, tokens_of
 from graftax.match.places import mark_own
 from graftax.match.roles import Kind
+from graftax.tree import Side
 
 __all__ = [
     "Column",
@@ -26,6 +27,7 @@ __all__ = [
     "Token",
     "Tokens",
     "columns_of",
+    "module_path",
     "paths_of",
     "tokens_of",
     "view",
@@ -108,29 +110,28 @@ def paths_of(columns: Iterable[Column]) -> tuple[str, ...]:
     return tuple(path for column in columns for paths in column.paths.values() for path in paths)
 
 
+def module_path(path: str, side: Side) -> str:
+    """The path of the module that holds a leaf, without its collection."""
+    if side == "torch":
+        return path.rpartition(".")[0]
+    head, _, rest = path.partition("/")
+    return (rest if head in ("params", "batch_stats") else path).rpartition("/")[0]
+
+
 def view(templates: Iterable[Template], cuts: Cuts) -> list[Family]:
-    """All families of one side, the root first."""
-    return _families(resolve(templates, cuts))
-
-
-def _families(templates: list[Template]) -> list[Family]:
-    """Families from templates. Two families of one prefix (cut by kind of block) stay separate because their sets of
-    keys differ."""
+    """All families of one side, the root first. Two families of one prefix (cut by kind of block) stay separate because
+    their sets of keys differ."""
     groups: dict[Tokens, list[tuple[Template, int]]] = {}
-    for template in templates:
+    for template in resolve(templates, cuts):
         cut = max((i + 1 for i, token in enumerate(template.resolved) if isinstance(token, tuple)), default=0)
         groups.setdefault(template.resolved[:cut], []).append((template, cut))
     totals: dict[Tokens, defaultdict[Key, int]] = {}
-    modules: dict[Tokens, list[Module]] = {}
-    for prefix, members in groups.items():
-        modules[prefix] = _modules(members, prefix)
+    modules = {prefix: _modules(members, prefix) for prefix, members in groups.items()}
     for prefix, found in modules.items():
-        cuts = [i + 1 for i, token in enumerate(prefix) if isinstance(token, tuple)]
-        sums = [totals.setdefault(prefix[:cut], defaultdict(int)) for cut in cuts]
-        for module in found:
-            for column in module.roles.values():
-                if column.role != "counter":
-                    _add_sizes(column, sums)
+        depths = [i + 1 for i, token in enumerate(prefix) if isinstance(token, tuple)]
+        sums = [totals.setdefault(prefix[:depth], defaultdict(int)) for depth in depths]
+        for column in columns_of(found):
+            _add_sizes(column, sums)
     out = [Family((), [()], modules.pop((), []), [0])]
     for prefix, found in modules.items():
         for keys in _kinds(found):
@@ -145,12 +146,8 @@ def _add_sizes(column: Column, sums: list[defaultdict[Key, int]]) -> None:
     """Add the sizes of a column's leaves to every family around them, per instance."""
     alike = {shape: math.prod(shape) for shape in set(column.shapes.values())}
     for depth, total in enumerate(sums, 1):
-        if depth == len(sums):
-            for key, shape in column.shapes.items():
-                total[key] += alike[shape]
-        else:
-            for key, shape in column.shapes.items():
-                total[key[:depth]] += alike[shape]
+        for key, shape in column.shapes.items():
+            total[key[:depth]] += alike[shape]
 
 
 def _kinds(modules: list[Module]) -> list[set[Key]]:
@@ -162,29 +159,14 @@ def _modules(members: list[tuple[Template, int]], prefix: Tokens) -> list[Module
     out: dict[tuple[object, ...], Module] = {}
     for template, cut in members:
         tokens = template.resolved[cut:]
-        places, rows = template.variables, template.rows
-        if rows and places == tuple(range(len(rows[0][0]))):
-            paths = {numbers: (path,) for numbers, path, _ in rows}
-            shapes = {numbers: shape for numbers, _, shape in rows}
-        else:
-            keys = [tuple([row[0][i] for i in places]) for row in rows]
-            paths = {key: (row[1],) for key, row in zip(keys, rows, strict=True)}
-            shapes = {key: row[2] for key, row in zip(keys, rows, strict=True)}
+        keys = [tuple([row[0][i] for i in template.variables]) for row in template.rows]
+        paths = {key: (row[1],) for key, row in zip(keys, template.rows, strict=True)}
+        shapes = {key: row[2] for key, row in zip(keys, template.rows, strict=True)}
         column = Column(template.role, template.kind, template.leaf, paths, shapes)
-        # Blocks of another kind with the same prefix have other modules.
-        mark = (tokens, 0)
-        while True:
-            module = out.get(mark)
-            if module is None:
-                cuts = tuple(at - cut for at in template.cuts if at > cut)
-                module = out[mark] = Module(tokens, prefix, raw=template.raw, cuts=cuts)
-            taken = module.roles.get(template.role)
-            if taken is None:
-                module.roles[template.role] = column
-                break
-            if taken.paths.keys().isdisjoint(paths) and taken.kind == column.kind:
-                taken.paths.update(paths)
-                taken.shapes.update(shapes)
-                break
-            mark = (tokens, mark[1] + 1)
+        cuts = tuple(at - cut for at in template.cuts if at > cut)
+        made = Module(tokens, prefix, raw=template.raw, cuts=cuts)
+        number = 0  # blocks of another kind with the same prefix have other modules
+        while template.role in (module := out.setdefault((tokens, number), made)).roles:
+            number += 1
+        module.roles[template.role] = column
     return list(out.values())

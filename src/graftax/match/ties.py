@@ -7,30 +7,25 @@ shared storage shows what is tied.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from graftax.errors import GraftaxError
 from graftax.match.names import Lexicon, concepts, lexicon
-from graftax.match.numbers import NUMBER
+from graftax.match.roles import role_of
 from graftax.match.sides import tokens_of
 from graftax.ops import Same, same_bits
-from graftax.plans import Entry, Proposal
-from graftax.tree import Checkpoint, Side, TensorSpec
+from graftax.plans import Candidate, Entry, Proposal, Question
+from graftax.rules import apply_rules, escape_key, load_rules, rule_line
+from graftax.rules.key_templates import skeleton
+from graftax.tree import Checkpoint, Side, TensorSpec, split_path
 
 Reads = list[str]
 Name = tuple[tuple[str, ...], tuple[object, ...]]
 """The concepts of a module's path, and its numbers."""
 _MANY = 64  # more tensors of one shape are layers or experts, not names of one weight
-
-
-def _sizes(specs: Mapping[str, TensorSpec]) -> Counter[int]:
-    out: Counter[int] = Counter()
-    for shape, count in Counter([spec.shape for spec in specs.values()]).items():
-        out[math.prod(shape)] += count
-    return out
 
 
 def constant(array: Any) -> bool:
@@ -56,8 +51,8 @@ def find_ties(
         ours, theirs = (Counter(tuple(sorted(spec.shape)) for spec in end.values()) for end in (specs, wanted))
         few = {shape for shape, count in ours.items() if count > theirs[shape]}
         paths = [path for path in paths if tuple(sorted(specs[path].shape)) in few]
-    sizes, have = _sizes({} if reads is None else wanted), _sizes(specs)
-    more = {size for size, count in have.items() if count > sizes[size] and size > 1}
+    sizes = Counter(spec.size for spec in wanted.values()) if reads is not None else Counter[int]()
+    more = {size for size, n in Counter(spec.size for spec in specs.values()).items() if n > sizes[size] and size > 1}
     if not more:
         return {}
     paths = [path for path in paths if specs[path].size in more]
@@ -73,34 +68,14 @@ def find_ties(
         theirs = {_name(path, wanted_side, lex) for path, spec in wanted.items() if sorted(spec.shape) == sorted(shape)}
         equal = _equal(source, names, reads, f"shape {list(shape)}")
         out |= _apart(source, names, equal, theirs, lex) if equal else {}
-    return out if reads is None else out | _beside(source, paths, out, sizes, have, reads)
-
-
-def _beside(
-    source: Checkpoint,
-    paths: list[str],
-    ties: Mapping[str, tuple[str, ...]],
-    sizes: Counter[int],
-    have: Counter[int],
-    reads: Reads,
-) -> dict[str, tuple[str, ...]]:
-    """The other leaves of a module whose weight is tied (a decoder's bias), each with the only leaf that equals it."""
-    owners = {name.rpartition(".")[0] for names in ties.values() for name in names}
-    tied = {name for names in ties.values() for name in names}
-    out: dict[str, tuple[str, ...]] = {}
-    for name in paths:
-        spec = source[name]
-        if name in tied or name.rpartition(".")[0] not in owners or have[spec.size] <= sizes[spec.size]:
-            continue
-        others = [other for other in paths if other != name and other not in tied and source[other] == spec]
-        equal = [other for other in others if tied_to(source, name, [other], reads) is not None]
-        if len(equal) == 1:
-            # The free name comes first, and the tied module's own leaf is the alias, unless both modules are tied.
-            owns = [other.rpartition(".")[0] for other in (name, *equal)]
-            both = owns[1] in owners and any(first.rpartition(".")[0] == owns[0] for first in ties)
-            found = (name, *equal) if both else (*equal, name)
-            out[found[0]] = found
-            tied |= {*found}
+    homes = {other.rpartition(".")[0]: names[0].rpartition(".")[0] for names in out.values() for other in names[1:]}
+    if reads is None:
+        return out
+    for name in paths:  # the other leaves of two modules whose weights are tied
+        module, _, leaf = name.rpartition(".")
+        twin = f"{homes.get(module)}.{leaf}"
+        if twin in source and name not in out.get(twin, (twin,)) and tied_to(source, name, [twin], reads) is not None:
+            out[twin] = (*out.get(twin, (twin,)), name)
     return out
 
 
@@ -109,7 +84,7 @@ def _apart(
 ) -> dict[str, tuple[str, ...]]:
     """The equal tensors without those that names or numbers keep separate."""
     known = {name: _name(name, "torch", lex) for name in names}
-    listed = Counter(_skeleton(name) for name in names)
+    listed = Counter(skeleton(name) for name in names)
     out: dict[str, tuple[str, ...]] = {}
     for members in equal:
         groups: list[tuple[set[Name], list[str]]] = []
@@ -118,7 +93,7 @@ def _apart(
             store = source.storage.aliases.get(name, name)
             for have, group in groups:
                 shared = any(source.storage.aliases.get(other, other) == store for other in group)
-                alone = all(listed[_skeleton(other)] == 1 for other in (name, *group))
+                alone = all(listed[skeleton(other)] == 1 for other in (name, *group))
                 if (shared or alone) and (not have or own <= have):
                     group.append(name)
                     have |= own
@@ -132,10 +107,6 @@ def _apart(
 def _name(path: str, side: Side, lex: Lexicon) -> Name:
     tokens = tokens_of(path, side)
     return concepts(tokens, lex), tuple(token for token in tokens if not isinstance(token, str))
-
-
-def _skeleton(path: str) -> str:
-    return NUMBER.sub("#", path)
 
 
 def _ends_alike(a: Name, b: Name) -> bool:
@@ -176,7 +147,8 @@ def join_leftovers(proposal: Proposal, source: Checkpoint, like: Checkpoint, sid
     if not free:
         return proposal
     reads: Reads = []
-    places = {name: i for i, entry in enumerate(entries) if _joinable(entry) for name in entry.sources}
+    one = [(i, entry) for i, entry in enumerate(entries) if entry.targets and (len(entry.sources) == 1 or _held(entry))]
+    places = {name: i for i, entry in one for name in entry.sources}
     by_spec: defaultdict[TensorSpec, list[str]] = defaultdict(list)
     for name in places:
         by_spec[source[name]].append(name)
@@ -209,11 +181,6 @@ def _held(entry: Entry) -> bool:
     return bool(entry.ops) and isinstance(entry.ops[0], Same)
 
 
-def _joinable(entry: Entry) -> bool:
-    """True if the entry takes one tensor, under one name or several."""
-    return bool(entry.targets) and (len(entry.sources) == 1 or _held(entry))
-
-
 def _may_tie(source: Checkpoint, twin: str, name: str, like: Checkpoint, like_side: Side) -> bool:
     """True if neither names nor numbers keep the two equal tensors apart, and they are not constant."""
     if source.has_values and constant(source.read(name)):
@@ -239,3 +206,69 @@ def tied_to(source: Checkpoint, name: str, others: Iterable[str], reads: Reads) 
             reads.append(f"{name} and {other}, bit for bit equal")
             return other
     return None
+
+
+# ---------------------------------------------------------------- one table in the source, a table and a head in like
+
+_TABLES = frozenset(("tok", "embed", "shared"))
+_OTHERS = frozenset(("pos", "seg", "rel"))
+_SAID = "tie_word_embeddings"
+
+
+def tied_leaves(
+    proposal: Proposal, source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side], spoken: Collection[str]
+) -> Proposal:
+    """The proposal with a question for matrices of like that no source fills and that have the sizes of a table of
+    tokens: they may be tied to it. Nothing is asked if config.json says that they are. `spoken`: the leaves of like
+    that rules settle."""
+    filled = {name for entry in (*proposal.entries, *proposal.broken) for name in entry.targets}
+    asked = {name for question in proposal.questions if question.candidates for name in question.targets}
+    left = [name for name in like if name not in filled and name not in asked and len(like[name].shape) > 1]
+    found = proposal
+    for table in proposal.entries if left else ():
+        if len(table.targets) != 1 or len(table.sources) != 1 or table.targets[0] in spoken:
+            continue
+        if not any(_is_table(name, side) for name, side in zip((*table.sources, *table.targets), sides, strict=True)):
+            continue
+        wanted = sorted(like[table.targets[0]].shape)
+        names = [name for name in left if sorted(like[name].shape) == wanted]
+        names = [name for name in names if _OTHERS.isdisjoint(_words(name, sides[1]))]
+        line, entry = _tied(table, names, source, like, sides) if names else ("", None)
+        if entry is None:
+            continue
+        left = [name for name in left if name not in names]
+        if (source.config or {}).get(_SAID) is True:
+            entry = replace(entry, evidence=(*table.evidence, f"config.json says {_SAID}"))
+            entries = tuple(entry if other is table else other for other in found.entries)
+            found = replace(found, entries=entries)
+            continue
+        text = f"{', '.join(names)}: no source tensor fills it; it may be tied to {table.targets[0]}"
+        question = Question("match", text, tuple(names), table.sources, (Candidate(line, table.sources, "it is tied"),))
+        found = replace(found, questions=(*found.questions, question))
+    return found
+
+
+def _words(name: str, side: Side) -> frozenset[str]:
+    return frozenset(concepts(tokens_of(name, side), lexicon()))
+
+
+def _is_table(name: str, side: Side) -> bool:
+    """True if the name says that the leaf is a table of tokens."""
+    words = _words(name, side)
+    table = role_of(split_path(name, side)[-1])[1] == "embedding" or not words.isdisjoint(_TABLES)
+    return table and words.isdisjoint(_OTHERS)
+
+
+def _tied(
+    table: Entry, names: list[str], source: Checkpoint, like: Checkpoint, sides: tuple[Side, Side]
+) -> tuple[str, Entry | None]:
+    """The rule that fills these leaves with the table too, each in its own layout, and its entry. None if the shapes
+    leave the layout of one open."""
+    one, many = escape_key(table.sources[0]), [escape_key(name) for name in (*table.targets, *names)]
+    words = sides if sides[0] != sides[1] else ("source", "target")
+    line = rule_line(**{words[0]: one, words[1]: many}, fused="tied")
+    try:
+        made = apply_rules(load_rules(line), source, like, *sides).proposal
+    except GraftaxError:
+        return line, None
+    return line, made.entries[0] if made.entries and not made.failures else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from graftax.match.case import Case, any_head, is_window
-from graftax.match.names import UNKNOWN
+from graftax.match.names import LITTLE, SOME, UNKNOWN
 from graftax.match.scope_names import Ranks
 
 _NOTHING = frozenset[str]()
@@ -44,7 +44,7 @@ def _number_for_a_word(case: Case) -> bool | None:
     scope, left, right = case.scope, case.left, case.right
     for side, said, plain, more in (
         (0, left - right, _LISTS, right - left),
-        (1, right - left, case.lex.little, left - right),
+        (1, right - left, LITTLE, left - right),
     ):
         number = case.numbers[side]
         other = case.pair.flax if side == 0 else case.pair.torch
@@ -70,7 +70,7 @@ def norms_of_two_places(case: Case) -> bool | None:
         return None
     more = case.more[0] - case.more[1], case.more[1] - case.more[0]
     own = more[0] & case.own[0], more[1] & case.own[1]
-    kinds = _KINDS | case.lex.some
+    kinds = _KINDS | SOME
     if own[0] & kinds and own[1] & kinds:
         return True
     return True if (own[0] | own[1]) & (_KINDS - case.scope.norms) else None
@@ -108,7 +108,7 @@ def plain_words(case: Case) -> frozenset[str]:
         plain |= {"first", "stem"}
     if case.scope.root:
         tells = {"attn", "mlp"} if case.both_norms else set[str]() if case.own[0] & case.own[1] else _ENDS
-        plain |= case.lex.some - ((case.own[0] | case.own[1]) & tells)
+        plain |= SOME - ((case.own[0] | case.own[1]) & tells)
     return frozenset(plain)
 
 
@@ -127,18 +127,21 @@ def _in_other_part(case: Case) -> bool | None:
 
 def _place_of(number: int, ranks: Ranks) -> frozenset[str]:
     """What the number says about the place in the block: the first of several comes before, the last after."""
-    first, last = number == 0, number == 2
-    for _, rank, count in ranks[-1:]:
-        first, last = rank == 0, rank == count - 1
+    first, last = _ends(number == 0, number == 2, ranks)
     return frozenset(("pre",) if first else ("post",) if last else ())
 
 
 def _half_of(number: int, ranks: Ranks) -> frozenset[str]:
     """What the number says about the two matrices of the feed-forward part: the first goes up, the second down."""
-    first, last = number in (0, 1), number in (1, 2)
-    for _, rank, count in ranks[-1:]:
-        first, last = rank == 0, rank == count - 1
+    first, last = _ends(number in (0, 1), number in (1, 2), ranks)
     return frozenset((("up", "in", "mlp") if first else ()) + (("down", "out", "mlp") if last else ()))
+
+
+def _ends(first: bool, last: bool, ranks: Ranks) -> tuple[bool, bool]:
+    """Whether the number comes first and last: as its siblings show, if there are any."""
+    for _, rank, count in ranks[-1:]:
+        return rank == 0, rank == count - 1
+    return first, last
 
 
 _STEPS: tuple[Callable[[Case], bool | None], ...] = (

@@ -106,25 +106,11 @@ SYNONYMS: dict[str, str] = {
 
 PHRASES: dict[str, str] = {
     "layer norm": "norm",
-    "layernorm embedding": "norm embed",
     "batch norm": "norm",
     "group norm": "norm",
-    "rms norm": "norm",
     "instance norm": "norm",
     "feed forward": "mlp",
-    "multi head attention": "attn",
-    "multi head dot product attention": "attn",
     "multi headed attention": "attn",
-    "multihead attention": "attn",
-    "self attn": "self attn",
-    "self attention": "self attn",
-    "cross attn": "cross attn",
-    "cross attention": "cross attn",
-    "encoder attn": "cross attn",
-    "context attn": "cross attn",
-    "src attn": "cross attn",
-    "multi head self attention": "self attn",
-    "multi head cross attention": "cross attn",
     "position wise": "",
     "gated linear unit": "gate",
     "scale norm": "norm",
@@ -132,37 +118,24 @@ PHRASES: dict[str, str] = {
     "mlp prenorm": "pre~mlp norm",
     "fully connected": "linear",
     "inner product": "linear",
-    "residual block": "layer",
-    "residual unit": "layer",
-    "residual layer": "layer",
-    "res block": "layer",
-    "res unit": "layer",
     "class token": "cls tok",
     "class tok": "cls tok",
     "class embedding": "cls tok",
     "class embed": "cls tok",
-    "w q": "q",
-    "w k": "k",
-    "w v": "v",
-    "w o": "o",
-    "w qkv": "qkv",
-    "w kv": "kv",
     "w up": "up in",
     "w down": "down out",
     "w gate": "gate",
-    "encoder attention": "cross attn",
-    "encoder decoder attention": "cross attn",
-    "encoder decoder attn": "cross attn",
-    "enc dec attention": "cross attn",
-    "enc dec attn": "cross attn",
-    "encdec attention": "cross attn",
     "dense relu dense": "mlp",
     "token type": "seg",
-    "type embedding": "seg embed",
-    "type embeddings": "seg embed",
-    "type embed": "seg embed",
-    "type emb": "seg embed",
     "c attn": "qkv attn",
+    **{f"{word} {unit}": "layer" for word in ("residual", "res") for unit in ("block", "unit", "layer")},
+    **{f"type {word}": "seg embed" for word in ("embedding", "embeddings", "embed", "emb")},
+    **{
+        f"{other} {word}": "cross attn"
+        for other in ("encoder", "encoder decoder", "enc dec", "context", "source", "src", "memory")
+        for word in ("attn", "attention")
+    },
+    **{f"w {part}": part for part in ("q", "k", "v", "o", "qkv", "kv")},
     **{" ".join(order): "qkv" for words in ("query key value", "q k v") for order in permutations(words.split())},
     **{" ".join(order): "kv" for words in ("key value", "k v") for order in permutations(words.split())},
     "c fc": "up in",
@@ -182,8 +155,6 @@ PHRASES: dict[str, str] = {
     "vocab proj": "head",
     "vocab projection": "head",
     "multi head": "attn",
-    "source attn": "cross attn",
-    "memory attn": "cross attn",
     "conv transpose": "deconv",
     "conv trans": "deconv",
     "se reduce": "se squeeze",
@@ -193,8 +164,6 @@ PHRASES: dict[str, str] = {
     "conv transposed": "deconv",
     "depth wise": "depthwise",
     "point wise": "pointwise",
-    "word embeddings": "tok embed",
-    "patch embed": "patch embed",
     "down sample": "shortcut",
     "basic block": "layer",
     "dot product": "",
@@ -243,12 +212,7 @@ FIRST_SECOND: frozenset[str] = frozenset(["fc", "linear", "lin", "dense", "ff", 
 """Words that name the two matrices of a feed-forward part if they are numbered 1 and 2 inside a block."""
 
 IN_BLOCK: dict[tuple[str, ...], str] = {
-    ("conv", "proj"): "shortcut",
-    ("norm", "proj"): "shortcut",
-    ("proj", "conv"): "shortcut",
-    ("proj", "norm"): "shortcut",
-    ("proj", "bn"): "shortcut",
-    ("bn", "proj"): "shortcut",
+    order: "shortcut" for kind in ("conv", "norm", "bn") for order in permutations((kind, "proj"))
 }
 """What words mean if they are the whole path inside a block: the projection beside the convolutions."""
 
@@ -259,29 +223,12 @@ IMPLIES: dict[str, str] = {"q": "attn", "k": "attn", "v": "attn", "qkv": "attn",
                            "up": "mlp", "down": "mlp out", "gate": "mlp", "self": "attn", "cross": "attn"}  # fmt: skip
 """What a concept says about the part around it."""
 
-SAYS_LITTLE = frozenset(
-    [
-        "norm",
-        "linear",
-        "conv",
-        "proj",
-        "layer",
-        "stage",
-        "model",
-        "list",
-        "weight",
-        "bias",
-        "scale",
-        "table",
-        "embed",
-        "type",
-        "deconv",
-    ]
-)
-"""Words for kinds of layers and for wrappers: they tell a norm from a Linear, but not one Linear from another."""
-
-SAYS_SOME = frozenset(["attn", "mlp", "enc", "dec", "in", "out", "self", "shared", "causal", "hidden", "transform"])
-"""Words for the part around a leaf."""
+SAYS: dict[float, str] = {
+    0.15: "norm linear conv proj layer stage model list weight bias scale table embed type deconv",
+    0.5: "attn mlp enc dec in out self shared causal hidden transform",
+}
+"""How much a word says, if it is no telling one. Words for kinds of layers and for wrappers tell a norm from a Linear,
+but not one Linear from another; other words are for the part around a leaf."""
 
 WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module"))
 """Path parts that torch.compile, FSDP and the like insert; they are no part of a name."""
@@ -302,7 +249,6 @@ BUFFERS: dict[str, str] = {
     "tril": "mask, recomputed",
     "rotary_pos_emb": "rotary table, recomputed",
     "cos_cached": "rotary table, recomputed",
-    "sin_cached": "rotary table, recomputed",
     "relative_coords_table": "index table, recomputed",
     "total_ops": "a profiler's counter",
     "total_params": "a profiler's counter",
