@@ -263,3 +263,11 @@ def test_the_outer_of_two_nested_calls_has_the_first_number(bias: bool) -> None:
         c.rule for q in found.questions for c in q.candidates if '"mlp/Dense_0/kernel", layout = "linear"' in c.rule
     )
     assert taken(plan(torch, flax, rules=[right]))["mlp/Dense_0/kernel"] == "mlp.fc2.weight"
+
+
+def test_a_norm_does_not_stand_for_a_scale_of_the_same_place() -> None:
+    torch, flax = blocks(
+        {"attn_norm.weight": (8,), "mlp_norm.weight": (8,), "mlp.up.weight": (9, 8)},
+        {"pre_norm/scale": (8,), "post_norm/scale": (8,), "ffn_scale/scale": (8,), "mlp/up/kernel": (8, 9)},
+    )
+    assert not any("ffn_scale" in target for target in taken(plan(torch, flax)))

@@ -89,6 +89,11 @@ def _linear_or_convolution(case: Case) -> str | None:
     return None
 
 
+def _norm_by_one_name(case: Case) -> str | None:
+    said = "norm" in case.a.concepts, "norm" in case.b.concepts
+    return "only one name says that it is a norm" if case.raw_differ and said[0] != said[1] else None
+
+
 _DECONV = frozenset(("deconv", "transpose", "transposed", "up", "upsample", "dec", "ups", "gen", "generator"))
 
 
@@ -237,6 +242,7 @@ JUDGEMENTS: tuple[tuple[str, frozenset[Route], Callable[[Case], str | None]], ..
     ("exclusive words", EVERY, lambda case: contradicts(case.left, case.right, case.lex) or None),
     ("other place in a count", EVERY, lambda case: case.apart or None),
     ("unnamed transposed convolution", EVERY, _unnamed_deconvolution),
+    ("norm by one name", frozenset(("contest",)), _norm_by_one_name),
     ("untransposed call", EVERY, _untransposed_call),
     ("stray parameter", EVERY, _stray_parameter),
     ("each says more", BY_NAME - {"rest"}, _each_says_more),
