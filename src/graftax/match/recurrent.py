@@ -113,7 +113,7 @@ def _torch_layers(end: Checkpoint, said: Set[str]) -> list[Part]:
 
 def flax_cells(end: Checkpoint, said: Set[str]) -> list[Part]:
     """A unit for every cell, one for all numbered cells of one parent, and one for the cells of each module around
-    them (the two directions of a layer). Cells that rules settle are left out."""
+    them (the two directions of a layer), the innermost that holds them. Cells that rules settle are left out."""
     cells: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for path in end.specs:
         pieces = plain(path).split("/")
@@ -133,7 +133,8 @@ def flax_cells(end: Checkpoint, said: Set[str]) -> list[Part]:
     for mark, paths in together.items():
         if len(paths) > 1:
             out.append(replace(_unit(mark, _below(paths[0].rpartition("/")[0], paths, left), end), module=None))
-    return out + [_unit(p, _below(p, paths, left), end) for p, paths in around.items() if 1 < len(paths) <= _MOST]
+    inner = {tuple(paths): path for path, paths in sorted(around.items()) if 1 < len(paths) <= _MOST}
+    return out + [_unit(path, _below(path, paths, left), end) for paths, path in inner.items()]
 
 
 def _below(path: str, members: Iterable[str], cells: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
