@@ -129,3 +129,23 @@ def test_layers_of_torch_that_nothing_tells_apart_are_asked_with_lines_that_work
         answered = gx.plan(*ends, rules=f"rules = [{candidate.rule}]")
         assert not answered.failures, str(answered)
         assert answered.complete, str(answered)
+
+
+def test_two_directions_inside_of_nested_modules_are_one_layer() -> None:
+    """The encoder and the tagger around it hold the same cells: they are no two candidates."""
+
+    class Tagger(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            cells = (nnx.RNN(nnx.OptimizedLSTMCell(IN, HIDDEN, rngs=rngs)) for _ in range(2))
+            self.encoder = nnx.Bidirectional(*cells)
+            self.head = nnx.Linear(2 * HIDDEN, 3, rngs=rngs)
+
+    torch = pytest.importorskip("torch")
+    sides = torch.nn.ModuleDict(
+        {"lstm": torch.nn.LSTM(IN, HIDDEN, bidirectional=True), "head": torch.nn.Linear(2 * HIDDEN, 3)}
+    )
+    found = gx.plan(sides.state_dict(), nnx.eval_shape(lambda: Tagger(nnx.Rngs(0))))
+    assert not any("which cells" in question.text for question in found.questions)
+    assert {"encoder/forward_rnn/cell/dense_i/kernel", "encoder/backward_rnn/cell/dense_h/kernel"} <= {
+        target for entry in found.entries for target in entry.targets
+    }
