@@ -168,7 +168,8 @@ def _last_numbers_of_one_count(case: Case) -> str | None:
 
 def _no_backing(case: Case) -> str | None:
     """The names share no telling word, and not only words for the kind either."""
-    if case.telling or (case.said and case.pair.whole and not any(case.loose)):
+    alike = case.pair.whole or case.pair.equal  # a bias on one side only makes equal names no others
+    if case.telling or (case.said and alike and not any(case.loose)):
         return None
     return ""
 
