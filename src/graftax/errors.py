@@ -77,6 +77,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def some(things: Sequence[object], shown: int = 3) -> str:
+    """The first of these things as text: `a, b, c and 4 more`."""
+    more = f" and {len(things) - shown} more" if len(things) > shown else ""
+    return ", ".join(map(str, things[:shown])) + more
+
+
 def with_article(word: str) -> str:
     """`word` with its article: 'a float', 'an int', 'an nnx module'."""
     spoken = word.lower()

@@ -146,12 +146,12 @@ DENSE = [
     einsum("einsum in merged", "BTNH,NHD->BTD", (2, 3, 5), (2, 3), (5,), bias=(5,)),
     einsum("einsum swapped heads", "BTD,DHN->BTNH", (5, 3, 2), (5,), (2, 3), file="none"),
     Case(
-        "linear as 2d 1x1 convolution", "Linear as 1x1 convolution",
+        "linear as 2d 1x1 convolution", "Linear and 1x1 convolution",
         lambda: nn.Linear(5, 3), lambda: fn.Conv(3, (1, 1)), lambda r: nnx.Conv(5, 3, (1, 1), rngs=r),
         (2, 4, 6, 5), variant="linear to 2d 1x1 kernel",
     ),
     Case(
-        "1x1 convolution as dense", "1x1 convolution as Dense",
+        "1x1 convolution as dense", "Linear and 1x1 convolution",
         lambda: nn.Conv2d(5, 3, 1), lambda: fn.Dense(3), lambda r: nnx.Linear(5, 3, rngs=r),
         (2, 5, 4, 6), channels=True, variant="2d 1x1 kernel to linear",
     ),
@@ -187,9 +187,9 @@ DENSE = [
         for v, d in ((7, 3), (4, 4), (5, 1))
     ),
     Case(
-        "embedding bag", "EmbeddingBag",
+        "embedding bag", "Embedding",
         lambda: nn.EmbeddingBag(7, 3), lambda: fn.Embed(7, 3), lambda r: nnx.Embed(7, 3, rngs=r), (2, 4),
-        make_x=ints(7, 2, 4), on_flax=lambda m, x: m(x).mean(-2), variant="embedding bag",
+        make_x=ints(7, 2, 4), on_flax=lambda m, x: m(x).mean(-2), variant="embedding",
     ),
     Case(
         "bilinear", "Bilinear",

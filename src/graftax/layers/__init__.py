@@ -5,11 +5,19 @@ leaf.
 """
 
 from graftax.layers.base import Connection, Part
-from graftax.layers.connect import connect, known_kind, layouts, leaf_connections, overriding, own_layout, settled
+from graftax.layers.connect import (
+    connect,
+    known_kind,
+    layouts,
+    leaf_connections,
+    overriding,
+    own_layout,
+    settings_differ,
+    settled,
+)
 from graftax.layers.conv import block_diagonal_ops
 from graftax.layers.fused import fused_ways
 from graftax.layers.roles import LeafRole, role_of
-from graftax.layers.settings import settings_differ
 from graftax.layers.table import LAYERS
 from graftax.layers.text import layer_rows, layers_text
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Step
-from graftax.layers.leaf_axes import SLOPE_AXES
+from graftax.layers.base import Layer, LayerFacts, LayerForm, LeafAxes, Makes, Refusal, Step
 from graftax.layers.patterns import as_it_is, layout_ops
 
 _STANDARD = frozenset({"kernel", "scale", "embedding", "mean", "var", "negative_slope"})
@@ -69,7 +68,7 @@ BARE_ROWS: tuple[Layer, ...] = (
                 "as it is.",
             ),
         ),
-        axes=SLOPE_AXES,
+        axes=(LeafAxes("torch", "weight", "*features"), LeafAxes("flax", "negative_slope", "*features")),
         note="(1,) in torch, a scalar in Flax.",
     ),
     Layer(

@@ -94,6 +94,11 @@ class Step:
         return ((Rearrange(self.ops),) if self.ops else ()) if isinstance(self.ops, str) else self.ops
 
 
+def present(role: str, shapes: Mapping[str, Shape]) -> str:
+    """The alternative of a step's role that a side has; '' for none."""
+    return next((name for name in role.split("|") if name in shapes), "")
+
+
 @dataclass(frozen=True, slots=True)
 class LayerForm:
     """One way in which a row connects. It fits if its steps use every role of both sides and every shape comes out

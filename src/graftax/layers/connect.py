@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
 from graftax.errors import Failure, LayoutError, RulesError, escape
-from graftax.layers.base import STRENGTH, By, Connection, Layer, LayerFacts, LayerForm, Part, Step
+from graftax.layers.base import STRENGTH, By, Connection, Layer, LayerFacts, LayerForm, Part, Setting, Step, present
 from graftax.layers.patterns import same_effect
 from graftax.layers.table import LAYERS
 from graftax.ops import bind_chain
@@ -260,7 +260,7 @@ def _names(roles: str | tuple[str, ...]) -> list[str]:
 def _present(roles: str | tuple[str, ...], shapes: Mapping[str, Any]) -> list[str]:
     """The roles of a side for a step, with alternatives resolved; '' for one that is missing."""
     every = (roles,) if isinstance(roles, str) else roles
-    return [next((name for name in role.split("|") if name in shapes), "") for role in every]
+    return [present(role, shapes) for role in every]
 
 
 # ---------------------------------------------------------------- order
@@ -288,3 +288,36 @@ def _ranked(found: list[Connection], facts: LayerFacts) -> list[Connection]:
         else one
         for one in sorted(found, key=lambda connection: STRENGTH.index(connection.by))
     ]
+
+
+# ---------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True, slots=True)
+class SettingDifference:
+    """A setting whose Flax value differs from what torch's settings require."""
+
+    setting: Setting
+    want: Any
+    have: Any
+
+    def __str__(self) -> str:
+        return f"{self.setting.flax} should be {self.want!r}, is {self.have!r}"
+
+
+def settings_differ(torch: Module, flax: Module, layer: str | None = None) -> list[SettingDifference]:
+    """The settings that differ between two paired modules, by the row that lists both kinds (or the row named `layer`).
+    A setting that one side does not show is not a difference."""
+    out: list[SettingDifference] = []
+    kinds = known_kind(torch, "torch"), known_kind(flax, "flax")
+    if not all(kinds):
+        return out
+    for row in rows_for(*kinds):
+        if (layer is not None and row.name != layer) or not row.torch or not row.flax:
+            continue
+        for setting in row.settings:
+            want, have = setting.want(torch.settings), setting.have(flax.settings)
+            differs = abs(want - have) > 1e-12 if isinstance(want, float) and isinstance(have, float) else want != have
+            if want is not None and have is not None and differs:
+                out.append(SettingDifference(setting, want, have))
+    return out

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import permutations
 
-from graftax.layers.base import BIAS, Layer, LayerFacts, LayerForm, Makes, Refusal, Setting, Step, kernel_form
-from graftax.layers.leaf_axes import BILINEAR_AXES, CONV1D_AXES, EMBED_AXES, FLAX_CONV1D_AXES, LINEAR_AXES, several
+from graftax.layers.base import BIAS, Layer, LayerFacts, LayerForm, LeafAxes, Makes, Refusal, Setting, Step, kernel_form
+from graftax.layers.leaf_axes import EMBED_AXES, LINEAR_AXES, einsum_letters, several
 from graftax.layers.patterns import fitted
 from graftax.ops import Rearrange, groups_text, parse_pattern
 
@@ -61,10 +61,7 @@ def _pattern(letters: str, into: str, out: str) -> str:
 def _of_einsum(text: str) -> Iterator[tuple[str, str, str, bool]]:
     """Letters of the kernel that the result lacks are contracted, in the order of the input; the others are produced,
     in the order of the result. No Linear exists for a letter in all three."""
-    operands, _, result = text.replace(" ", "").replace("...", "").partition("->")
-    left, _, right = operands.partition(",")
-    into = "".join(c for c in left if c in right and c not in result)
-    out = "".join(c for c in result if c in right and c not in left)
+    right, into, out = einsum_letters(text)
     if sorted(into + out) == sorted(right) and into and out:
         parts = (right, into, out)
         plain = tuple(part.lower() for part in parts)
@@ -87,6 +84,19 @@ def _has_weight(facts: LayerFacts) -> bool:
 
 _CONVENTION = "by convention, a torch weight of rank 2 that becomes a kernel is a Linear, transposed"
 LINEAR_FORM = kernel_form("linear", "o i -> i o", "linear", _CONVENTION, holds=_has_weight)
+
+
+def pointwise_forms(facts: LayerFacts) -> Iterable[LayerForm]:
+    """A Linear that becomes a convolution of extent 1, or the other way around."""
+    weight, kernel = facts.torch.get("weight", ()), facts.flax.get("kernel", ())
+    rank = max(len(weight), len(kernel)) - 2
+    variant, layout = f"linear to {rank}d 1x1 kernel", "linear"
+    why = "a torch weight of rank 2 becomes a kernel of extent 1, a Linear at every position"
+    if len(weight) > 2:
+        variant, layout = f"{rank}d 1x1 kernel to linear", "conv"
+        why = "a torch weight of extent 1 becomes a kernel of rank 2, a Dense at every position"
+    for ops in fitted(weight, kernel, "conv 1x1").values() if facts.torch_settings.get("groups", 1) == 1 else ():
+        yield kernel_form(variant, ops, layout, why)
 
 
 def bilinear_forms(facts: LayerFacts) -> Iterable[LayerForm]:
@@ -143,43 +153,15 @@ DENSE_ROWS: tuple[Layer, ...] = (
         "split, transpose, then reshape. After a flatten of NCHW the columns must be permuted: `flatten`.",
     ),
     Layer(
-        "Linear as 1x1 convolution",
-        torch=("Linear", "NonDynamicallyQuantizableLinear"),
-        linen=("Conv",),
+        "Linear and 1x1 convolution",
+        torch=("Linear", "NonDynamicallyQuantizableLinear", "Conv1d", "Conv2d", "Conv3d"),
+        linen=("Conv", "Dense"),
+        nnx=("Conv", "Linear"),
         forms=(
-            *(
-                kernel_form(
-                    f"linear to {rank}d 1x1 kernel",
-                    f"o i -> {'1 ' * rank}i o",
-                    "linear",
-                    "a torch weight of rank 2 becomes a kernel of extent 1, a Linear at every position",
-                    holds=_has_weight,
-                )
-                for rank in (1, 2, 3)
-            ),
+            Makes(pointwise_forms, ("linear to 1x1 kernel: o i -> 1 1 i o", "1x1 kernel to linear: o i 1 1 -> i o")),
             LONE_BIAS,
         ),
-        note="A Linear over the channels is a convolution of extent 1.",
-    ),
-    Layer(
-        "1x1 convolution as Dense",
-        torch=("Conv1d", "Conv2d", "Conv3d"),
-        linen=("Dense",),
-        nnx=("Linear",),
-        forms=(
-            *(
-                kernel_form(
-                    f"{rank}d 1x1 kernel to linear",
-                    f"o i {'1 ' * rank}-> i o",
-                    "conv",
-                    "a torch weight of extent 1 becomes a kernel of rank 2, a Dense at every position",
-                    holds=lambda f: _has_weight(f) and f.torch_settings.get("groups", 1) == 1,
-                )
-                for rank in (1, 2, 3)
-            ),
-            LONE_BIAS,
-        ),
-        note="A convolution of extent 1 is a Dense over the channels, which are last in Flax.",
+        note="A Linear over the channels is a convolution of extent 1, and the other way around.",
     ),
     Layer(
         "HF Conv1D",
@@ -197,7 +179,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
             ),
             LONE_BIAS,
         ),
-        axes=CONV1D_AXES,
+        axes=(LeafAxes("torch", "weight", "in out", "in"), LeafAxes("torch", "bias", "out")),
         flax_decides=False,
         note="The torch side is (in, out) already: identity, not transpose; a square one looks like a Linear "
         "by shape.",
@@ -216,12 +198,12 @@ DENSE_ROWS: tuple[Layer, ...] = (
             ),
             LONE_BIAS,
         ),
-        axes=FLAX_CONV1D_AXES,
+        axes=(LeafAxes("flax", "kernel", "out in", "in"), LeafAxes("flax", "bias", "out")),
         note="Each side of transformers stores the other way around from its own Linear or Dense.",
     ),
     Layer(
         "Embedding",
-        torch=("Embedding",),
+        torch=("Embedding", "EmbeddingBag"),
         linen=("Embed",),
         forms=(
             LayerForm(
@@ -234,16 +216,8 @@ DENSE_ROWS: tuple[Layer, ...] = (
         settings=(Setting.same("num_embeddings"),),
         refusals=(_MAX_NORM,),
         axes=EMBED_AXES,
-        note="(V, D) on both sides: never transpose, square or not. `padding_idx` only stops gradients.",
-    ),
-    Layer(
-        "EmbeddingBag",
-        torch=("EmbeddingBag",),
-        linen=("Embed",),
-        forms=(LayerForm("embedding bag", (Step("weight", "embedding"),), "identity", why="its rows are features"),),
-        refusals=(_MAX_NORM,),
-        axes=EMBED_AXES[:1],
-        note="(V, D) on both sides. The sum, mean or maximum over a bag is the model's: Embed(x).mean(-2).",
+        note="(V, D) on both sides: never transpose, square or not. `padding_idx` only stops gradients. The sum, mean "
+        "or maximum over a bag is the model's: Embed(x).mean(-2).",
     ),
     Layer(
         "Bilinear",
@@ -252,7 +226,7 @@ DENSE_ROWS: tuple[Layer, ...] = (
             Makes(bilinear_forms, ("bilinear: (out, in1, in2) -> (in1, in2, out), or any order of axes that fits",)),
             LONE_BIAS,
         ),
-        axes=BILINEAR_AXES,
+        axes=(LeafAxes("torch", "weight", "out in1 in2", "in1 in2"), LeafAxes("torch", "bias", "out")),
         flax_decides=False,
         note="Flax has no such layer: a module of your own computes einsum('bi,bj,ijo->bo') or alike; where several "
         "orders of its axes fit, a rule says which.",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graftax.layers.patterns import PATTERNS, SPLIT_OUT, Shape, as_it_is, fitted
+from graftax.layers.patterns import PATTERNS, SPLIT_OUT, Shape, as_it_is, fitted, opened
 from graftax.ops import Op, Rearrange, Split, Unstack, invert_chain, parse_pattern
 
 _PIECES: Mapping[int, tuple[str, ...]] = {
@@ -132,17 +132,9 @@ def interleaving(sizes: Sequence[int], dim: int) -> tuple[int, tuple[int, ...], 
 
 def split_groups(axis: int, rank: int, groups: int, parts: tuple[int, ...], dim: int) -> tuple[Op, ...]:
     """One tensor whose axis holds `groups` of `parts` heads of `dim` rows -> its parts, each with its rows in order."""
-    apart, together = _grouped(axis, rank)
+    apart, together = opened(axis, rank, "g r d")
     return (
         Rearrange(apart.replace("r", "s"), (("d", dim), ("g", groups))),
         Split(axis + 1, parts),
         Rearrange(together, (("d", dim), ("g", groups))),
     )
-
-
-def _grouped(axis: int, rank: int) -> tuple[str, str]:
-    """'(g r d) i -> g r d i' and its inverse, for the axis that holds the parts."""
-    rest = [f"a{i}" for i in range(rank)]
-    wide, flat = [*rest], [*rest]
-    wide[axis], flat[axis] = "g r d", "(g r d)"
-    return f"{' '.join(flat)} -> {' '.join(wide)}", f"{' '.join(wide)} -> {' '.join(flat)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -30,11 +29,6 @@ def _of(*names: str) -> Any:
 
 # ---------------------------------------------------------------- dense layers
 
-CONV1D_AXES = (LeafAxes("torch", "weight", "in out", "in"), LeafAxes("torch", "bias", "out"))
-"""transformers' Conv1D stores (in, out)."""
-FLAX_CONV1D_AXES = (LeafAxes("flax", "kernel", "out in", "in"), LeafAxes("flax", "bias", "out"))
-"""transformers' FlaxConv1D stores (out, in)."""
-BILINEAR_AXES = (LeafAxes("torch", "weight", "out in1 in2", "in1 in2"), LeafAxes("torch", "bias", "out"))
 EMBED_AXES = (
     LeafAxes("torch", "weight", "entries features", "features"),
     LeafAxes("flax", "embedding", "entries features", "features", _of("num_embeddings", "features")),
@@ -59,16 +53,23 @@ def _general(settings: Settings, rank: int, bias: bool = False) -> Axes | None:
     return " ".join((*["stack"] * (rank - len(into) - outer), *into, *out)), " ".join(into)
 
 
-def _einsum(settings: Settings, rank: int) -> Axes | None:
-    """The kernel of an Einsum, as its equation states it: letters that the result lacks are summed over, in the order
-    of the input; a letter of both operands and of the result counts matrices."""
-    text = settings.get("einsum_str")
-    operands, arrow, result = str(text).replace(" ", "").replace("...", "").partition("->")
+def einsum_letters(text: str) -> tuple[str, str, str]:
+    """The letters of an Einsum's kernel; those that it sums over, in the order of the input; those that it produces, in
+    the order of the result. No letters if the equation has no result, or sums the kernel alone over one."""
+    operands, arrow, result = text.replace(" ", "").replace("...", "").partition("->")
     left, _, right = operands.partition(",")
-    if not isinstance(text, str) or not arrow or len(set(right)) != rank or len(right) != rank:
+    if not arrow or not set(right) <= set(left + result):
+        return "", "", ""
+    into = "".join(c for c in dict.fromkeys(left) if c in right and c not in result)
+    return right, into, "".join(c for c in result if c in right and c not in left)
+
+
+def _einsum(settings: Settings, rank: int) -> Axes | None:
+    """The kernel of an Einsum, as its equation states it; a letter of both operands and of the result counts
+    matrices."""
+    right, into, out = einsum_letters(str(settings.get("einsum_str")))
+    if not len(set(right)) == len(right) == rank:
         return None
-    into = list(dict.fromkeys(c for c in left + right if c in right and c not in result))
-    out = [c for c in result if c in right and c not in left]
     names = dict(zip(into, _split(len(into), "in", len(out) == 1), strict=True))
     names |= dict(zip(out, _split(len(out), "out", len(into) == 1), strict=True))
     return " ".join(names.get(c, "stack") for c in right), " ".join(names[c] for c in into)
@@ -115,13 +116,12 @@ CONV_TRANSPOSE_AXES = (
     LeafAxes("flax", "bias", "out", "", _of("out_features")),
 )
 
-# ---------------------------------------------------------------- norms, slopes
+# ---------------------------------------------------------------- norms
 
 NORM_AXES = (
     LeafAxes("torch", "weight|bias|running_mean|running_var", "*features"),
     LeafAxes("flax", "scale|bias|mean|var", "*features"),
 )
-SLOPE_AXES = (LeafAxes("torch", "weight", "*features"), LeafAxes("flax", "negative_slope", "*features"))
 
 # ---------------------------------------------------------------- attention
 
@@ -167,8 +167,3 @@ BY_NAME = (
 )
 """Matrices whose names show what their axes are: `weight` is torch's, `kernel` and `embedding` are Flax's; `k` and `w`
 stand for a kernel in trees written by hand. Rank 2 only."""
-
-
-def named_axes(leaf: str, side: str) -> LeafAxes | None:
-    """The row of BY_NAME for the last part of a leaf's name."""
-    return next((row for row in BY_NAME if row.side == side and re.fullmatch(row.roles, leaf)), None)

@@ -142,6 +142,14 @@ def regroup(source: Shape, target: Shape) -> tuple[Rearrange] | None:
     return (Rearrange(" -> ".join(map(groups_text, sides)), tuple(sorted(names))),)
 
 
+def opened(axis: int, rank: int, names: str) -> tuple[str, str]:
+    """'(g r) a1 -> g r a1' and its inverse: the axis of a tensor that merges several, and these on their own."""
+    rest = [f"a{i}" for i in range(rank)]
+    wide, flat = [*rest], [*rest]
+    wide[axis], flat[axis] = names, f"({names})"
+    return f"{' '.join(flat)} -> {' '.join(wide)}", f"{' '.join(wide)} -> {' '.join(flat)}"
+
+
 def shape_after(ops: Sequence[Op], *shapes: Shape) -> Shape:
     """The shape of the first tensor that `ops` make. Raises LayoutError."""
     return infer_chain(ops, tuple(TensorSpec(shape, "float32") for shape in shapes))[0].shape

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from graftax.errors import LayoutError
-from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Shape, Step
+from graftax.layers.base import Layer, LayerFacts, LayerForm, Makes, Refusal, Shape, Step, present
 from graftax.layers.conv import TORCH_TRANSPOSED, conv_forms, transpose_forms
 from graftax.layers.dense import LINEAR_FORM
 from graftax.layers.patterns import shape_after
@@ -33,10 +32,6 @@ V_OF_U = "weight_v|parametrizations.weight.0._v"
 _SCALE = re.compile(r"(?:.*/)?(?:[^/]+~1kernel~1scale|scales/(?:[^/]+~1)?kernel)")
 _U = re.compile(r"(?:.*/)?(?:[^/]+~1)?kernel~1u")
 _SIGMA = re.compile(r"(?:.*/)?(?:[^/]+~1)?kernel~1sigma")
-
-
-def _first(roles: str, shapes: Any) -> str:
-    return next((name for name in roles.split("|") if name in shapes), "")
 
 
 def _only(pattern: re.Pattern[str], facts: LayerFacts) -> str:
@@ -93,7 +88,7 @@ def _features_fit(facts: LayerFacts, axis: int, rank: int) -> bool:
 
 def weight_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     """g and v are kept, folded into a plain kernel, or made from a plain weight."""
-    g, v, scale = _first(G, facts.torch), _first(V, facts.torch), _only(_SCALE, facts)
+    g, v, scale = present(G, facts.torch), present(V, facts.torch), _only(_SCALE, facts)
     kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias") or "bias"
     weight = v if g and v else "weight" if "weight" in facts.torch and scale else ""
     if not kernel or not weight or (not g and not scale) or (not scale and facts.flax_kind == "WeightNorm"):
@@ -145,7 +140,7 @@ def _weight_norm_steps(
 
 def spectral_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
     """The weight, u and v to kernel, u and sigma."""
-    w, u, v = _first(W, facts.torch), _first(U, facts.torch), _first(V_OF_U, facts.torch)
+    w, u, v = present(W, facts.torch), present(U, facts.torch), present(V_OF_U, facts.torch)
     flax_u, sigma = _only(_U, facts), _only(_SIGMA, facts)
     kernel, bias = _leaf(facts, "kernel"), _leaf(facts, "bias") or "bias"
     if not all((w, u, v, flax_u, sigma, kernel)):
@@ -163,11 +158,11 @@ def spectral_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
 
 
 def _transposed_spectral(facts: LayerFacts) -> bool:
-    return bool(_first(U, facts.torch)) and facts.torch_kind in TORCH_TRANSPOSED
+    return bool(present(U, facts.torch)) and facts.torch_kind in TORCH_TRANSPOSED
 
 
 def _plain_spectral(facts: LayerFacts) -> bool:
-    return bool(_first(U, facts.torch)) and bool(_leaf(facts, "kernel")) and not _only(_U, facts)
+    return bool(present(U, facts.torch)) and bool(_leaf(facts, "kernel")) and not _only(_U, facts)
 
 
 def _hidden_scale(facts: LayerFacts) -> bool:
@@ -176,7 +171,7 @@ def _hidden_scale(facts: LayerFacts) -> bool:
 
 def _other_axis(facts: LayerFacts) -> bool:
     """True for a live Flax WeightNorm that norms along another axis than torch's g."""
-    g, v, kernel = _first(G, facts.torch), _first(V, facts.torch), _leaf(facts, "kernel")
+    g, v, kernel = present(G, facts.torch), present(V, facts.torch), _leaf(facts, "kernel")
     if facts.flax_kind != "WeightNorm" or not (g and v and kernel and _only(_SCALE, facts)):
         return False
     try:

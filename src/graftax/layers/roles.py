@@ -13,7 +13,7 @@ from typing import Literal
 
 from graftax.layers.base import LeafAxes, Shape
 from graftax.layers.connect import known_kind, overriding
-from graftax.layers.leaf_axes import named_axes
+from graftax.layers.leaf_axes import BY_NAME
 from graftax.layers.patterns import regroup
 from graftax.layers.table import LAYERS
 from graftax.ops import Flip, Op, Rearrange, groups_text, parse_pattern
@@ -292,7 +292,7 @@ def _of_name(tree: Checkpoint, path: str) -> LeafRole | None:
         axes = tuple((NamedAxis("features", "out", size),) for size in shape)
         return LeafRole(axes, (), "", leaf, "it is no matrix")
     side = tree.side or separator_of(tree)
-    row = named_axes(leaf, side)
+    row = next((row for row in BY_NAME if row.side == side and re.fullmatch(row.roles, leaf)), None)
     if row is None or len(shape) != 2 or not isinstance(row.axes, str):
         return None
     if _contradicted(tree, path[:cut], row.axes, shape):

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice, product
 
+from graftax.errors import some
 from graftax.match.blocks import Doubt
 from graftax.match.choose import Habits, choose, trapped, usual
 from graftax.match.engine import Result
@@ -97,8 +98,7 @@ def pair_question(asked: Asked[Item], ways_of: Callable[[Scope, Pair], Ways], tu
 
 
 def _named(modules: Iterable[Module]) -> str:
-    names = fold_names(dict.fromkeys(paths_of([main_column(module) for module in modules])))
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return some(fold_names(dict.fromkeys(paths_of([main_column(module) for module in modules]))), 4)
 
 
 def _doubts(asked: Asked[Item], count: int) -> str:

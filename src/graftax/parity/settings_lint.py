@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftax.layers.settings import settings_differ
+from graftax.layers.connect import settings_differ
 from graftax.parity.pairing import ModulePair
 from graftax.parity.report.model import SettingRow, Severity
 from graftax.tree import Module

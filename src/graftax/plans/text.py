@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from graftax.errors import escape
+from graftax.errors import escape, some
 from graftax.ops import chain_text
 from graftax.plans.entries import Entry
 from graftax.plans.names import NUMBER, fold_names
@@ -71,8 +71,7 @@ def lossless_text(plan: Plan) -> str:
     if not lossy:
         return f"lossless: yes{aside}"
     names = fold_names(n for entry in lossy for n in entry.targets)
-    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"lossless: but for {len(lossy)} of {len(plan.entries)} entries, measured when run: {shown}{aside}"
+    return f"lossless: but for {len(lossy)} of {len(plan.entries)} entries, measured when run: {some(names, 6)}{aside}"
 
 
 def left_out(left: Mapping[str, str], shown: int = 12) -> str:

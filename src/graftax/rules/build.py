@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from graftax.errors import Failure, GraftaxError, LayoutError, escape
+from graftax.errors import Failure, GraftaxError, LayoutError, escape, some
 from graftax.ops import Op, Specs, bind_chain, infer_chain, invert_chain
 from graftax.plans import Entry
 from graftax.rules.chain import Case, build_chain, positions
@@ -67,7 +67,7 @@ class Builder:
             ends.targets.update(zip(targets, made.given, strict=True))
         for text in made.assumes:
             names = sources if self.forward else targets
-            self.assumed.setdefault(f"{_some(names)} is {text}", []).extend(targets)
+            self.assumed.setdefault(f"{some(names)} is {text}", []).extend(targets)
 
     def _guessed(self, group: KeyGroup) -> Entry:
         """The entry of a group in the first layout that fits; without ops if none does."""
@@ -174,7 +174,7 @@ class Builder:
         self.ends.claim(self.rule, sources, targets)
         broken = Entry(tuple(sources), tuple(targets), (), (self.rule.evidence,))
         self.ends.broken.append(broken)
-        key = f"{_some(sources)} -> {_some(targets) or ', '.join(self.rule.right if self.forward else self.rule.left)}"
+        key = f"{some(sources)} -> {some(targets) or ', '.join(self.rule.right if self.forward else self.rule.left)}"
         text, hint = str(error).partition("\n")[0], f"Check {_culprit(self.rule)}{self.rule.where}."
         if error.failures:  # the layer table refuses, with a reason and often a rewrite
             text, hint = error.failures[0].what, f"{error.failures[0].next} {hint}".strip()
@@ -189,11 +189,6 @@ def _compare(found: Specs, wanted: Specs, names: Sequence[str]) -> None:
     for have, want, name in zip(found, wanted, names, strict=True):
         if have.shape != want.shape:
             raise LayoutError(f"{escape(name)} comes out as {have.shape}, not {want.shape}")
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _culprit(rule: Rule) -> str:

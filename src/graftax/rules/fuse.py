@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from graftax.errors import LayoutError
 from graftax.layers.fused import interleaving, split_groups
-from graftax.ops import Concat, Op, Rearrange, Reorder, Split, parse_pattern
+from graftax.ops import Op, Rearrange, Reorder, Split, invert_chain, parse_pattern
 from graftax.rules.flatten import Shape
 from graftax.rules.model import Rule
 from graftax.tree import Side
@@ -130,17 +130,15 @@ def reordered(rule: Rule, axis: int, shape: Shape) -> tuple[Op, ...]:
         raise LayoutError(
             f"axis {axis} has {shape[axis]} rows; {runs} x ({text}) needs a multiple of {runs * sum(shares)}"
         )
-    sizes = tuple(unit * share for share in shares)
     order = tuple(left.index(name) for name in right)
-    at = axis + (runs > 1)
-    ops = Split(at, sizes), Reorder(order), Concat(at, tuple(sizes[i] for i in order))
-    if runs == 1:
-        return ops
-    names = [f"a{i}" for i in range(len(shape))]
-    flat, wide = [*names], [*names]
-    flat[axis], wide[axis] = "(g r)", "g r"
-    apart = Rearrange(f"{' '.join(flat)} -> {' '.join(wide)}", (("g", runs), ("r", sum(sizes))))
-    return (apart, *ops, apart.inverse)
+    turned = [shares[place] for place in order]
+
+    def apart(shares: Sequence[int]) -> tuple[Op, ...]:
+        if runs > 1:
+            return split_groups(axis, len(shape), runs, tuple(shares), unit)
+        return (Split(axis, tuple(unit * share for share in shares)),)
+
+    return (*apart(shares), Reorder(order), *invert_chain(apart(turned)))
 
 
 def _interleaved(rule: Rule, sizes: tuple[int, ...], shown: Sequence[Heads | None]) -> tuple[int, tuple[int, ...], int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from graftax.errors import Failure, escape
+from graftax.errors import Failure, escape, some
 from graftax.rules.model import LIST, Rule
 from graftax.rules.state import RuleEnd
 from graftax.rules.template import KeyIndex, Template, Wilds, index_names
@@ -178,7 +178,7 @@ def _complete(rule: Rule, keys: Keys, templates: Sequence[Template], end: RuleEn
         missing = [n for n in wanted if n not in set(seen)]
         if missing:
             example = _example(templates, keys, {name: missing[0]})
-            text = f"{name} = {_few(missing)} is missing among {name} = {seen[0]}..{seen[-1]}"
+            text = f"{name} = {some(missing, 5)} is missing among {name} = {seen[0]}..{seen[-1]}"
             return _fault(rule, text, end, example, f'Stack what is there: {name} = "a..b" in {rule.where}.')
         if not known and name not in rule.ranges and seen[0] != 0:
             hint = f'If that is all, write {name} = "{seen[0]}..{seen[-1]}" in {rule.where}.'
@@ -202,11 +202,6 @@ def _example(templates: Sequence[Template], keys: Keys, numbers: Mapping[str, in
     return out
 
 
-def _few(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:5]))
-    return shown + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
-
-
 def _range_holes(
     rule: Rule, shared: Sequence[str], groups: Mapping[tuple[Combo, Wilds], Keys], ends: Joined
 ) -> list[Failure]:
@@ -217,7 +212,7 @@ def _range_holes(
             seen = {key[0][place] for key in groups}
             missing = [n for n in rule.ranges[name] if n not in seen]
             if missing:
-                text = f"{name} = {_few(missing)} has no key"
+                text = f"{name} = {some(missing, 5)} has no key"
                 out.append(_fault(rule, text, ends.source, ends.here[0].text, f"Check `{name}` in {rule.where}."))
     return out
 

@@ -32,6 +32,11 @@ class TensorPair:
     tail: Tail = NO_TAIL
     heads: int | None = None
 
+    @property
+    def shape(self) -> Shape:
+        """The shape that is known."""
+        return self.left if self.left is not None else self.right or ()
+
 
 @dataclass(frozen=True, slots=True)
 class Laid:
@@ -53,33 +58,25 @@ def layout_of(rule: Rule, piece: TensorPair) -> Laid:
         return Laid(ops, (), assumes)
     if rule.ops is not None:
         return Laid(_written(rule, piece))
-    if piece.sides[0] == piece.sides[1]:
-        ops = layout_ops(rule.layout or "identity", _rank(piece))
-        return _known(rule.layout, ops, piece)
-    if piece.left is None or piece.right is None:
-        layout = rule.layout or _by_role(piece)
-        return _known(layout, layout_ops(layout, _rank(piece)) if layout else None, piece)
+    alike = piece.sides[0] == piece.sides[1]
+    if alike or piece.left is None or piece.right is None:
+        layout = rule.layout or ("identity" if alike else _by_role(piece))
+        return _known(layout, layout_ops(layout, len(piece.shape)) if layout else None, piece)
     return _by_table(rule, piece.left, piece.right, piece)
-
-
-def _rank(piece: TensorPair) -> int:
-    shape = piece.left if piece.left is not None else piece.right
-    return len(shape or ())
 
 
 def _known(layout: str, ops: tuple[Op, ...] | None, piece: TensorPair) -> Laid:
     if ops is None:
-        shape = piece.left if piece.left is not None else piece.right
         what = f"layout {layout!r} is not defined for" if layout else "no convention says how to lay out"
         hint = "write layout = 'linear', 'conv' or 'identity', or ops" if not layout else "write ops"
-        raise LayoutError(f"{what} a tensor of shape {shape} named {escape(' -> '.join(piece.roles))}; {hint}")
+        raise LayoutError(f"{what} a tensor of shape {piece.shape} named {escape(' -> '.join(piece.roles))}; {hint}")
     return Laid(ops)
 
 
 def _by_role(piece: TensorPair) -> str:
     """The layout that roles and rank name by convention, if the shape of one side is not known; '' for none."""
     torch, flax = piece.roles if piece.sides[0] == "torch" else piece.roles[::-1]
-    rank = _rank(piece)
+    rank = len(piece.shape)
     if rank < 2 or flax == "embedding":
         return "identity"
     if flax != "kernel" or torch != "weight":

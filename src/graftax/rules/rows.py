@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from graftax.errors import LayoutError, escape
-from graftax.layers.patterns import shape_after
+from graftax.layers.patterns import opened, shape_after
 from graftax.ops import Crop, Offset, Op, Pad, Rearrange, Repeat, Scale, Unrepeat, groups_text
 from graftax.rules.axes import own_names
 from graftax.rules.flatten import Shape
@@ -115,19 +115,17 @@ def _at(
     group = groups[axis]
     if len(group) == 1:
         return (make(axis, shape),)
-    flat = [("1",) if g == ("1",) else (f"a{i}",) for i, g in enumerate(groups)]
     names = [f"b{i}" for i in range(len(group))]
-    wide: list[tuple[str, ...]] = [*flat[:axis], *((n,) for n in names), *flat[axis + 1 :]]
-    merged: list[tuple[str, ...]] = [*flat[:axis], tuple(names), *flat[axis + 1 :]]
+    apart, together = opened(axis, rank, " ".join(names))
     known = _sizes(rule, name, rights)
     sizes = {new: known[old] for new, old in zip(names, group, strict=True) if old in known}
-    before = Rearrange(f"{groups_text(merged)} -> {groups_text(wide)}", tuple(sorted(sizes.items())))
+    before = Rearrange(apart, tuple(sorted(sizes.items())))
     place = group.index(name)
     op = make(axis + place, _after((before,), shape))
     if shape is not None:  # bound, so that the inverse knows every size but the changed one
         before = before.bind((TensorSpec(shape, "float32"),))
     fixed = tuple((n, size) for n, size in before.sizes if n != names[place])
-    return (before, op, Rearrange(f"{groups_text(wide)} -> {groups_text(merged)}", fixed))
+    return (before, op, Rearrange(together, fixed))
 
 
 def _sizes(rule: Rule, changed: str, rights: Sequence[Shape] | None) -> dict[str, int]:

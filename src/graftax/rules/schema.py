@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 from graftax.rules.model import AxisName
@@ -41,12 +42,7 @@ def _amounts(value: Any, one: Callable[[Any], Any], hint: str) -> dict[AxisName,
     raise ValueError(hint)
 
 
-def _repeat(value: Any) -> dict[AxisName, Any]:
-    return _amounts(value, _count, "an axis, or how often each: {h = 4}")
-
-
-def _pad(value: Any) -> dict[AxisName, Any]:
-    return _amounts(value, _rows, "an axis, or its new rows: {o = 47} after, {o = [1, 46]} before and after")
+_PAD = "an axis, or its new rows: {o = 47} after, {o = [1, 46]} before and after"
 
 
 def _rows(rows: Any) -> tuple[int, int]:
@@ -97,31 +93,24 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("a whole number of at least 1")
-    return value
+def _must(fits: Callable[[Any], bool], hint: str) -> Callable[[Any], Any]:
+    """The check that a value fits."""
 
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("a boolean: true or false")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a string of at least one character")
-    return value
-
-
-def _one_of(*words: str) -> Callable[[Any], str]:
-    def one(value: Any) -> str:
-        if value not in words:
-            raise ValueError(", ".join(map(repr, words[:-1])) + f" or {words[-1]!r}")
+    def check(value: Any) -> Any:
+        if not fits(value):
+            raise ValueError(hint)
         return value
 
-    return one
+    return check
+
+
+def _one_of(*words: str) -> Callable[[Any], Any]:
+    return _must(lambda value: value in words, ", ".join(map(repr, words[:-1])) + f" or {words[-1]!r}")
+
+
+_count = _must(lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 1, "a whole number of at least 1")
+_flag = _must(lambda value: isinstance(value, bool), "a boolean: true or false")
+_text = _must(lambda value: isinstance(value, str) and value != "", "a string of at least one character")
 
 
 KEYS: Mapping[str, Callable[[Any], Any]] = {
@@ -140,8 +129,8 @@ KEYS: Mapping[str, Callable[[Any], Any]] = {
     "stack": _axes,
     "scale": _number,
     "offset": _number,
-    "repeat": _repeat,
-    "pad": _pad,
+    "repeat": partial(_amounts, one=_count, hint="an axis, or how often each: {h = 4}"),
+    "pad": partial(_amounts, one=_rows, hint=_PAD),
     "drop": _text,
     "fill": _number,
     "missing": _one_of("error", "zeros", "keep"),

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from graftax.layers.connect import settings_differ
 from graftax.layers.conv_settings import conv_padding
-from graftax.layers.settings import settings_differ
 from graftax.parity.causes.norms import EPSILONS
 from graftax.tree import Module
 
