@@ -53,10 +53,6 @@ def attention_form(facts: LayerFacts) -> Iterable[LayerForm]:
     )
 
 
-def _wants_bias_kv(facts: LayerFacts) -> bool:
-    return ("bias_k" in facts.torch or "bias_v" in facts.torch) and _is_attention(facts)
-
-
 def _is_attention(facts: LayerFacts) -> bool:
     """False for a parameter of a user's own attention that happens to have the name."""
     return bool(_heads(facts)) and ("in_proj_weight" in facts.torch or "q_proj_weight" in facts.torch)
@@ -101,7 +97,7 @@ ATTENTION_ROWS: tuple[Layer, ...] = (
         ),
         refusals=(
             Refusal(
-                _wants_bias_kv,
+                lambda f: ("bias_k" in f.torch or "bias_v" in f.torch) and _is_attention(f),
                 "bias_k and bias_v",
                 "Flax attention has no learned extra key and value position",
                 "Append them by hand: two parameters (1, 1, D), concatenated to the projected keys and values.",

@@ -28,10 +28,8 @@ def _momentum(t: Settings) -> Any:
 
 
 def _instance_statistics(facts: LayerFacts) -> bool:
-    statistics = "running_mean" in facts.torch
-    return (
-        facts.torch_kind.startswith("InstanceNorm") and statistics and facts.flax_kind in ("InstanceNorm", "GroupNorm")
-    )
+    live = facts.torch_kind.startswith("InstanceNorm") and facts.flax_kind in ("InstanceNorm", "GroupNorm")
+    return live and "running_mean" in facts.torch
 
 
 def _groups(f: Settings) -> Any:

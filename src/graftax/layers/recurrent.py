@@ -95,9 +95,8 @@ def cell_orders(prefixes: Sequence[str], layers: int, directions: int) -> list[C
     if any(key[2] for key in keys.values()):
         return [CellOrder(ordered, "convention", "the cells are ordered by number and direction")]
     said = "cells are numbered layer by layer" + (", forward before backward" if directions == 2 else "")
-    told = directions == 1 and not any(
-        _COUNTED.search(prefix) for prefix in prefixes
-    )  # the number belongs to the layer itself
+    # A number that is no counter belongs to the layer itself.
+    told = directions == 1 and not any(_COUNTED.search(prefix) for prefix in prefixes)
     found = [CellOrder(ordered, "convention", "the cells are ordered by number", () if told else (said,))]
     if directions == 2 and layers > 1:
         turned = tuple(ordered[direction * layers + layer] for layer in range(layers) for direction in (0, 1))
@@ -176,10 +175,6 @@ def _bias(
 # ---------------------------------------------------------------- rows
 
 
-def _projected(facts: LayerFacts) -> bool:
-    return any(role.startswith("weight_hr") for role in facts.torch) and bool(flax_cells(facts, LSTM))
-
-
 def _forms(kind: CellKind, *lines: str) -> tuple[Forms, ...]:
     return (Makes(partial(recurrent_forms, kind=kind), lines),)
 
@@ -209,7 +204,7 @@ RECURRENT_ROWS: tuple[Layer, ...] = (
         exactness=_MEASURED,
         refusals=(
             Refusal(
-                _projected,
+                lambda f: any(role.startswith("weight_hr") for role in f.torch) and bool(flax_cells(f, LSTM)),
                 "LSTM(proj_size=...)",
                 "weight_hr projects the hidden state, and Flax's cells have no such projection",
                 "Write a cell that multiplies its output by a parameter: weight_hr transposed.",

@@ -157,18 +157,6 @@ def spectral_norm_forms(facts: LayerFacts) -> Iterable[LayerForm]:
         yield replace(form, variant=variant, steps=steps, why="it is spectral norm", holds=None)
 
 
-def _transposed_spectral(facts: LayerFacts) -> bool:
-    return bool(present(U, facts.torch)) and facts.torch_kind in TORCH_TRANSPOSED
-
-
-def _plain_spectral(facts: LayerFacts) -> bool:
-    return bool(present(U, facts.torch)) and bool(_leaf(facts, "kernel")) and not _only(_U, facts)
-
-
-def _hidden_scale(facts: LayerFacts) -> bool:
-    return facts.flax_kind == "WeightNorm" and bool(_leaf(facts, "kernel")) and not _only(_SCALE, facts)
-
-
 def _other_axis(facts: LayerFacts) -> bool:
     """True for a live Flax WeightNorm that norms along another axis than torch's g."""
     g, v, kernel = present(G, facts.torch), present(V, facts.torch), _leaf(facts, "kernel")
@@ -210,7 +198,7 @@ REPARAM_ROWS: tuple[Layer, ...] = (
         exactness="exact if g and v are kept; measured if they are folded",
         refusals=(
             Refusal(
-                _hidden_scale,
+                lambda f: f.flax_kind == "WeightNorm" and bool(_leaf(f, "kernel")) and not _only(_SCALE, f),
                 "a WeightNorm without a scale",
                 "there is no leaf for torch's g: use_scale=False, or an abstract NNX module (nnx.eval_shape hides the "
                 "raw arrays of nnx.WeightNorm)",
@@ -247,13 +235,13 @@ REPARAM_ROWS: tuple[Layer, ...] = (
         exactness="kernel and u exact; v measured (it comes back as W^T u / |W^T u|)",
         refusals=(
             Refusal(
-                _transposed_spectral,
+                lambda f: bool(present(U, f.torch)) and f.torch_kind in TORCH_TRANSPOSED,
                 "spectral_norm of a ConvTranspose",
                 "Flax takes the norm of another matrix: it flattens all axes of the kernel but the last",
                 _REMOVE,
             ),
             Refusal(
-                _plain_spectral,
+                lambda f: bool(present(U, f.torch)) and bool(_leaf(f, "kernel")) and not _only(_U, f),
                 "spectral_norm against a layer without it",
                 "the weight that torch uses is weight / sigma",
                 f"Wrap the Flax layer in SpectralNorm. Or: {_REMOVE}",

@@ -94,9 +94,7 @@ def role_of(tree: Checkpoint, path: str) -> LeafRole | None:
     the layer table does not list, or that computes with its weights itself, shows nothing, whatever the names are.
     Without modules, the name of a matrix may show it (`leaf_axes.BY_NAME`), unless the length of a bias beside it
     contradicts."""
-    if tree.live.modules:
-        return _of_modules(tree, path)
-    return _of_name(tree, path)
+    return _of_modules(tree, path) if tree.live.modules else _of_name(tree, path)
 
 
 def _holders(tree: Checkpoint, path: str) -> Iterator[tuple[Module, str]]:

@@ -17,7 +17,6 @@ from graftax.rules.model import LIST, Rule
 from graftax.rules.state import Named, RuleState
 from graftax.tree import Module, Side, TensorSpec
 
-NO_MODULES: tuple[Module | None, ...] = (None, None)
 Pair = tuple[tuple[str, ...], ...]
 """One item for each template of the left and of the right side."""
 
@@ -137,8 +136,6 @@ class Builder:
 
     def _modules(self, keys: Pair, roles: Pair) -> tuple[Module | None, ...]:
         """The live modules of the first keys, if they hold these keys under the same role."""
-        if not (self.left.holders or self.right.holders):
-            return NO_MODULES
         out: list[Module | None] = []
         for names, parts, end in zip(keys, roles, (self.left, self.right), strict=True):
             module = end.holders.get(names[0])

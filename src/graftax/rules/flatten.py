@@ -87,8 +87,9 @@ def flatten_ops(
     _fit(rule, names, sizes, columns)
     place = names.index("c")
     before, after = names[:place], names[place + 1 :]
-    turned = _flax_order([*before, *after])
-    moved = turned != [*before, *after]
+    spatial = [*before, *after]
+    turned = sorted(spatial, key=SPATIAL.index) if set(spatial) <= set(SPATIAL) else spatial  # as Flax orders them
+    moved = turned != spatial
     parts = [_tokens(part, sizes, columns, moved or bool(rest)) for part, rest in ((before, after), (after, before))]
     order = [*parts[0], "c", *parts[1]], [*(turned if moved else (*parts[0], *parts[1])), "c"]
     if tail.outputs and sizes["c"] not in tail.seen:
@@ -108,11 +109,6 @@ def _no_such_channels(channels: int, tail: Tail) -> str:
         f"flatten says C={channels}, but no convolution of the checkpoint has {channels} channels (they have {known}); "
         "if the map is joined or split from theirs, write ops = 'o (c h w) -> (h w c) o' with c, h and w"
     )
-
-
-def _flax_order(names: list[str]) -> list[str]:
-    """The spatial axes as Flax orders them."""
-    return sorted(names, key=SPATIAL.index) if set(names) <= set(SPATIAL) else names
 
 
 def _fit(rule: Rule, names: Sequence[str], sizes: dict[str, int], columns: int) -> None:

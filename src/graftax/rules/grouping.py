@@ -14,6 +14,7 @@ from graftax.rules.template import KeyIndex, Template, Wilds, index_names
 from graftax.tree import nearest
 
 Combo = tuple[int, ...]
+Broken = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 @dataclass(slots=True)
@@ -101,9 +102,7 @@ class KeyGroups:
 
     groups: list[KeyGroup] = field(default_factory=list[KeyGroup])
     failures: list[Failure] = field(default_factory=list[Failure])
-    broken: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(
-        default_factory=list["tuple[tuple[str, ...], tuple[str, ...]]"]
-    )
+    broken: list[Broken] = field(default_factory=list[Broken])
 
 
 def find_groups(rule: Rule, ends: Joined) -> KeyGroups:

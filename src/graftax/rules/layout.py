@@ -61,16 +61,14 @@ def layout_of(rule: Rule, piece: TensorPair) -> Laid:
     alike = piece.sides[0] == piece.sides[1]
     if alike or piece.left is None or piece.right is None:
         layout = rule.layout or ("identity" if alike else _by_role(piece))
-        return _known(layout, layout_ops(layout, len(piece.shape)) if layout else None, piece)
+        ops = layout_ops(layout, len(piece.shape)) if layout else None
+        if ops is None:
+            what = f"layout {layout!r} is not defined for" if layout else "no convention says how to lay out"
+            hint = "write layout = 'linear', 'conv' or 'identity', or ops" if not layout else "write ops"
+            text = f"{what} a tensor of shape {piece.shape} named {escape(' -> '.join(piece.roles))}; {hint}"
+            raise LayoutError(text)
+        return Laid(ops)
     return _by_table(rule, piece.left, piece.right, piece)
-
-
-def _known(layout: str, ops: tuple[Op, ...] | None, piece: TensorPair) -> Laid:
-    if ops is None:
-        what = f"layout {layout!r} is not defined for" if layout else "no convention says how to lay out"
-        hint = "write layout = 'linear', 'conv' or 'identity', or ops" if not layout else "write ops"
-        raise LayoutError(f"{what} a tensor of shape {piece.shape} named {escape(' -> '.join(piece.roles))}; {hint}")
-    return Laid(ops)
 
 
 def _by_role(piece: TensorPair) -> str:
@@ -83,9 +81,8 @@ def _by_role(piece: TensorPair) -> str:
         return ""
     if rank == 2:
         return "linear"
-    return (
-        "conv" if rank > 3 or piece.left is not None else ""
-    )  # three axes may also be those of a Linear split into heads
+    # Three axes may also be those of a Linear split into heads.
+    return "conv" if rank > 3 or piece.left is not None else ""
 
 
 # ---------------------------------------------------------------- the layer table

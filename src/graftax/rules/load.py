@@ -135,7 +135,8 @@ def _of_text(text: str, label: str) -> Iterator[tuple[Any, str, str]]:
         raise RulesError(f"{escape(label)}: nested too deeply") from None
     strange = [name for name in data if name != "rules"]
     if strange:
-        line = _line_of(text, strange[0])
+        named = re.compile(rf"\s*\[*\s*[\"']?{re.escape(strange[0])}\b")
+        line = next((n for n, row in enumerate(text.splitlines(), 1) if named.match(row)), 1)
         hint = "A rules file is `rules = [ ... ]`, one inline table a line."
         failures = [Failure(f"unknown key {escape(name)!r}", label, f"{label}, line {line}") for name in strange]
         raise RulesError(f"{escape(label)} holds more than rules", failures, next=hint)
@@ -162,8 +163,3 @@ def _toml_fault(text: str, label: str, error: tomllib.TOMLDecodeError) -> str:
     elif before.endswith("}") and row.lstrip().startswith("{"):
         hint = " (a comma must follow every rule)"
     return f"{escape(label)}, line {line}: not TOML: {escape(said)}{hint}"
-
-
-def _line_of(text: str, name: str) -> int:
-    rows = text.splitlines()
-    return next((i for i, row in enumerate(rows, 1) if re.match(rf"\s*\[*\s*[\"']?{re.escape(name)}\b", row)), 1)

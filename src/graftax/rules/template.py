@@ -243,10 +243,7 @@ def _pattern(pieces: Sequence[TemplatePiece], sep: str) -> str:
             out.append(f"([^{sep}]*)")
     if deep_at is None:
         return "".join(out)
-    return _with_deep("".join(out[:deep_at]), "".join(out[deep_at:]), sep)
-
-
-def _with_deep(before: str, after: str, sep: str) -> str:
+    before, after = "".join(out[:deep_at]), "".join(out[deep_at:])
     if after:
         return f"{before}(?:(.+){sep})?{after[len(sep) :]}"
     return f"{before[: -len(sep)]}(?:{sep}(.+))?" if before else "(.*)"

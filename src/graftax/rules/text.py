@@ -35,12 +35,8 @@ def _key(name: str) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return repr(value)  # also inf and nan, as TOML writes them
+    if isinstance(value, (bool, int, float)):
+        return repr(value).lower()  # true and false, inf and nan, as TOML writes them
     if isinstance(value, Mapping):
         table = cast("Mapping[Any, Any]", value)
         return "{" + ", ".join(f"{_key(str(k))} = {_value(v)}" for k, v in table.items()) + "}"
