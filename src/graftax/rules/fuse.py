@@ -55,9 +55,7 @@ def part_sizes(
         if sum(sizes) != rows:
             raise LayoutError(f"axis {axis} has {rows} rows; {_needs(sizes, rights, rest)}")
         return sizes
-    heads = head_counts(rule, count)
-    if heads is None:
-        heads = (1,) * count
+    heads = head_counts(rule, count) or (1,) * count
     if rows % sum(heads):
         what = f"heads={' + '.join(map(str, heads))}" if rule.heads else f"{count} equal parts"
         raise LayoutError(f"axis {axis} has {rows} rows; {what} need a multiple of {sum(heads)}")

@@ -7,6 +7,7 @@ comment.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -144,11 +145,8 @@ def _plain(op: Op) -> object:
     if not isinstance(op, Rearrange):
         return op
     names: dict[str, str] = {}
-    sides = [
-        [[names.setdefault(name, f"a{len(names)}") for name in group] for group in side]
-        for side in parse_pattern(op.pattern)
-    ]
-    return str(sides), tuple(sorted((names.get(name, name), size) for name, size in op.sizes))
+    pattern = re.sub(r"[^\W\d]\w*", lambda name: names.setdefault(name[0], f"a{len(names)}"), op.pattern)
+    return pattern, tuple(sorted((names.get(name, name), size) for name, size in op.sizes))
 
 
 def _forms(ops: Sequence[Op], index: str) -> Iterator[Keys]:
