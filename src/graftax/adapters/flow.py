@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from graftax.tree import Axes, Trace
 
+T = TypeVar("T")
 SPATIAL = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
 """Names of the spatial axes of a convolution, in the order of its kernel."""
 BATCH = "n"
@@ -186,6 +188,9 @@ class Notes:
     rows: dict[str, Axes | None] = field(default_factory=dict[str, "Axes | None"])
     beside: dict[str, set[str]] = field(default_factory=dict[str, "set[str]"])
     summed: dict[str, int | None] = field(default_factory=dict[str, "int | None"])
+    marked: dict[str, tuple[frozenset[int], int] | None] = field(
+        default_factory=dict[str, "tuple[frozenset[int], int] | None"]
+    )
 
     def product(self, matrix: Dims | None, at: int) -> None:
         """Record that a product with the input sums over axis `at` of `matrix`, if that is a whole leaf."""
@@ -194,7 +199,14 @@ class Notes:
         name = leaves.pop() if len(leaves) == 1 else ""
         if name.startswith(LEAF) and len(of) == 1 and not of[0].part:
             leaf, axis = name.removeprefix(LEAF), int(of[0].name.rpartition(":")[2])
-            self.summed[leaf] = axis if self.summed.get(leaf, axis) == axis else None
+            _note(self.summed, leaf, axis)
+
+    def mark(self, leaf: str, dims: Sequence[Dim] | None) -> None:
+        """Record that a module sees these axes of its leaf: those with a length other than 1, and how many."""
+        atoms = [atom for of in dims or () for atom in of]
+        whole = dims is not None and all(f"{LEAF}{leaf}" == atom.name.rpartition(":")[0] for atom in atoms)
+        axes = frozenset(int(atom.name.rpartition(":")[2]) for atom in atoms if whole)
+        _note(self.marked, leaf, (axes, len(dims)) if whole and dims is not None else None)
 
     def inputs(self, leaf: str, of: Dim | None) -> None:
         """Record that a matrix takes these axes."""
@@ -229,8 +241,8 @@ class Notes:
         return Trace(order or {}, columns, rows, summed=summed)
 
 
-def _note(table: dict[str, Axes | None], leaf: str, axes: Axes | None) -> None:
-    table[leaf] = axes if table.get(leaf, axes) == axes else None
+def _note(table: dict[str, T | None], leaf: str, found: T | None) -> None:
+    table[leaf] = found if table.get(leaf, found) == found else None
 
 
 def _axes(of: Dim) -> Axes | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from graftax.adapters.flow import LEAF, OUT, Dim, Dims, Notes, channels, concatenated, dim, joined, reshaped, resized
-from graftax.adapters.linen_stacks import marked, stacked_axes
+from graftax.adapters.linen_stacks import MARK, marked, stacked_axes
 from graftax.tree import Trace, join_path
 
 Value = Dims | None
@@ -43,7 +43,8 @@ def trace_call(call: Callable[[Any, list[Any]], Any], variables: Any, arrays: li
         label = f"{LEAF}{names[n]}:" if n < len(names) else f"x{n}:"
         env[variable] = tuple(dim(f"{label}{axis}", size) for axis, size in enumerate(variable.aval.shape))
     _walk(closed.jaxpr, env, notes)
-    return replace(notes.trace(), stacked=stacked_axes(closed.jaxpr, names))
+    shapes = {name: tuple(variable.aval.shape) for name, variable in zip(names, closed.jaxpr.invars, strict=False)}
+    return replace(notes.trace(), stacked=stacked_axes(shapes, notes))
 
 
 def _keys(path: Any) -> list[Any]:
@@ -54,7 +55,16 @@ def _keys(path: Any) -> list[Any]:
 def _walk(jaxpr: Any, env: dict[Any, Value], notes: Notes) -> None:
     for eqn in jaxpr.eqns:
         given = [_read(env, atom) for atom in eqn.invars]
-        name = eqn.primitive.name
+        name, params = eqn.primitive.name, eqn.params
+        if str(params.get("name")).startswith(MARK):
+            for reduction in params["jaxpr"].jaxpr.eqns:
+                dims = None if given[0] is None else [given[0][axis] for axis in reduction.params.get("axes", ())]
+                notes.mark(params["name"].removeprefix(MARK), dims)
+        elif name == "scan":  # of its body only the marks are noted
+            body, first, carry = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+            slices = [of if of is None else of[1:] for of in given[first + carry :]]
+            parts = [*given[:first], *[None] * carry, *slices]
+            _walk(body, dict(zip(body.invars, parts, strict=True)), Notes(marked=notes.marked))
         inner = _inner(eqn) if name in _INSIDE else None
         if inner is not None:
             inside: dict[Any, Value] = dict(zip(inner.invars, given, strict=True))
