@@ -107,16 +107,13 @@ def _equation(name: str, eqn: Any, given: list[Value], notes: Notes) -> Value:
         return reshaped(one, list(shape)) if params.get("dimensions") is None else None
     if name == "transpose":
         return tuple(one[axis] for axis in params["permutation"])
-    if name == "squeeze":
-        gone = set(params["dimensions"])
-        return tuple(of for axis, of in enumerate(one) if axis not in gone)
     if name == "broadcast_in_dim":
         out: list[Dim] = [()] * len(shape)
         for axis, place in enumerate(params["broadcast_dimensions"]):
             out[place] = one[axis]
         return tuple(out)
-    if name in _REDUCES:
-        gone = set(params["axes"])
+    if name == "squeeze" or name in _REDUCES:
+        gone = set(params["dimensions" if name == "squeeze" else "axes"])
         return tuple(of for axis, of in enumerate(one) if axis not in gone)
     if name == "concatenate":
         return concatenated(given, params["dimension"])

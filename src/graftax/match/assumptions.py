@@ -123,9 +123,7 @@ class _Side:
     @classmethod
     def of(cls, end: Checkpoint, side: Side) -> _Side:
         at = "/" if side == "flax" else "."
-        more = {
-            module_path(name, side) for name in end if name.rpartition(at)[2] in ("bias", "running_mean", "mean", "b")
-        }
+        more = {module_path(name, side) for name in end if name.rpartition(at)[2] in _MORE}
         kinds: dict[str, set[str]] = {}
         for module in end.live.modules.values():
             kind = known_kind(module, side)

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from graftax.errors import Failure, GraftaxError, escape, option
 from graftax.match.buffers import COUNTER, known_buffers, last_part
-from graftax.match.roles import role_of
-from graftax.match.shape_questions import shape_questions
+from graftax.match.shape_questions import role, shape_questions
+from graftax.match.sides import tokens_of
 from graftax.match.ties import join_leftovers, tied_leaves
 from graftax.ops import Copy, Drop, Fill, Keep, apply_chain, same_bits
 from graftax.plans import Entry, Proposal, Question
-from graftax.tree import Checkpoint, Side, split_path, split_words
+from graftax.tree import Checkpoint, Side
 
 
 def settle_leftovers(
@@ -112,7 +112,7 @@ def _namesakes(
         names: dict[tuple[object, ...], list[str]] = {}
         for name in end:
             if name not in known:
-                names.setdefault(_words(name, side), []).append(name)
+                names.setdefault((*tokens_of(name, side), role(name, side)), []).append(name)
         ends.append(names)
     return tuple((a[0], b[0]) for words, a in ends[0].items() if len(a) == len(b := ends[1].get(words, [])) == 1)
 
@@ -144,15 +144,6 @@ def _spoken_for(proposal: Proposal) -> set[str]:
     """Keys of both sides that an entry or a failure holds, or that an open question mentions."""
     known = {n for e in (*proposal.entries, *proposal.broken) for n in (*e.sources, *e.targets)}
     return known | {n for q in proposal.questions if _waits(q) for n in (*q.sources, *q.targets)}
-
-
-def _words(path: str, side: Side) -> tuple[object, ...]:
-    """What a path of either side says: the words of its module, and the role of its leaf."""
-    *module, last = split_path(path, side)
-    if side == "flax" and len(module) > 1 and module[0] in ("params", "batch_stats"):
-        module = module[1:]
-    role, _, rest = role_of(last)
-    return (*(word for part in (*module, rest) if part for word in split_words(part)), role)
 
 
 def _settle_unused(proposal: Proposal, source: Checkpoint, policy: str) -> Proposal:

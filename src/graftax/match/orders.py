@@ -65,16 +65,13 @@ def _orders(
     torch: list[Module], flax: list[Module], scope: Scope, trusted: bool
 ) -> list[tuple[list[Module], list[Module], str]]:
     out: list[tuple[list[Module], list[Module], str]] = []
-    numbers_t, numbers_f = _numbered(torch, scope.lex), _numbered(flax, scope.lex)
-    if numbers_t is not None and numbers_f is not None and trusted and _one_thing(numbers_t[0], numbers_f[0], scope):
-        out.append((numbers_t, numbers_f, BY_NUMBER))
-    stream_t, stream_f = _stream(torch, scope), _stream(flax, scope)
-    if stream_t is not None and stream_f is not None:
-        out.append((stream_t, stream_f, ALONG_BLOCK))
-    elif stream_t is not None and numbers_f is not None and trusted:
-        out.append((stream_t, numbers_f, ALONG_BLOCK))
-    elif stream_f is not None and numbers_t is not None and trusted:
-        out.append((numbers_t, stream_f, ALONG_BLOCK))
+    numbers = [_numbered(modules, scope.lex) if trusted else None for modules in (torch, flax)]
+    if numbers[0] and numbers[1] and _one_thing(numbers[0][0], numbers[1][0], scope):
+        out.append((numbers[0], numbers[1], BY_NUMBER))
+    streams = [_stream(modules, scope) for modules in (torch, flax)]
+    left, right = (stream or counted for stream, counted in zip(streams, numbers, strict=True))
+    if left and right and any(streams):
+        out.append((left, right, ALONG_BLOCK))
     return out
 
 

@@ -83,12 +83,10 @@ def shape_questions(
     for entry in proposal.entries if spare else ():
         if len(entry.sources) == len(entry.targets) == 1:
             beside[module_path(entry.targets[0], sides[1])].add(module_path(entry.sources[0], sides[0]))
-    rest = (
-        [n for n in like if n not in filled and n not in asked and module_path(n, sides[1]) in beside] if beside else []
-    )
+    rest = [n for n in like if n not in filled and n not in asked and module_path(n, sides[1]) in beside]
     for column in _columns(rest, like, sides[1]):
         homes_of = [beside[module_path(name, sides[1])] for name in column.names]
-        alike = [n for n in spare if _role(n, sides[0]) == _role(column.names[0], sides[1])]
+        alike = [n for n in spare if role(n, sides[0]) == role(column.names[0], sides[1])]
         options += maker.options(column, [
             c for c in _columns(alike, source, sides[0]) if len(c.names) == len(column.names)
             and all(module_path(n, sides[0]) in h for n, h in zip(c.names, homes_of, strict=True))])  # fmt: skip
@@ -102,7 +100,8 @@ def shape_questions(
     return replace(proposal, questions=(*kept, *found))
 
 
-def _role(path: str, side: Side) -> str:
+def role(path: str, side: Side) -> str:
+    """The role of a leaf: weight, bias, mean, ..."""
     return role_of(split_path(path, side)[-1])[0]
 
 
@@ -173,10 +172,10 @@ class _Maker:
             torch = self.sides == ("source", "target") or (end == 0) != self.turned
             side: Side = "torch" if torch else "flax"
             last = split_path(rows[0][0], side)[-1]
-            role, kind, rest = role_of(last)
+            name, kind, rest = role_of(last)
             paths, shapes = {(i,): row for i, row in enumerate(rows)}, {(i,): shape for i in range(len(rows))}
             tokens = tokens_of(rows[0][0], side)
-            self.columns[mark] = Module(tokens, (), {role: Column(role, kind, last, paths, shapes, stack)}, bool(rest))
+            self.columns[mark] = Module(tokens, (), {name: Column(name, kind, last, paths, shapes, stack)}, bool(rest))
         return self.columns[mark]
 
     def ways(self, scope: Scope, pair: Pair) -> Ways:

@@ -11,8 +11,6 @@ from graftax.match.case import Case, any_head, is_window
 from graftax.match.names import LITTLE, SOME, UNKNOWN
 from graftax.match.scope_names import Ranks
 
-_NOTHING = frozenset[str]()
-
 
 def vague(case: Case) -> bool:
     """True if the names leave the pair vague: the first step that knows decides."""
@@ -50,11 +48,10 @@ def _number_for_a_word(case: Case) -> bool | None:
         other = case.pair.flax if side == 0 else case.pair.torch
         if number is None or not said <= plain:
             continue
-        few = case.both_norms or other.tokens[: other.own] in scope.counted[1 - side]
-        words = (_OUTSIDE if scope.root else _INSIDE) | (
-            _place_of(number, case.ranks[side]) if case.both_norms else _NOTHING
-        )
-        if more <= words or (not few and more <= words | _PARTS | _half_of(number, case.ranks[side])):
+        words = _OUTSIDE if scope.root else _INSIDE
+        if case.both_norms or other.tokens[: other.own] not in scope.counted[1 - side]:
+            words = words | _places_of(number, case.ranks[side], case.both_norms)
+        if more <= words:
             return False
         if more and case.ranks[side]:
             return True  # one is counted among several, and the other is not
@@ -125,23 +122,16 @@ def _in_other_part(case: Case) -> bool | None:
     return any(case.lex.weight(word) >= 0.5 for word in (only[0] & places[1]) | (only[1] & places[0]))
 
 
-def _place_of(number: int, ranks: Ranks) -> frozenset[str]:
-    """What the number says about the place in the block: the first of several comes before, the last after."""
-    first, last = _ends(number == 0, number == 2, ranks)
-    return frozenset(("pre",) if first else ("post",) if last else ())
-
-
-def _half_of(number: int, ranks: Ranks) -> frozenset[str]:
-    """What the number says about the two matrices of the feed-forward part: the first goes up, the second down."""
-    first, last = _ends(number in (0, 1), number in (1, 2), ranks)
-    return frozenset((("up", "in", "mlp") if first else ()) + (("down", "out", "mlp") if last else ()))
-
-
-def _ends(first: bool, last: bool, ranks: Ranks) -> tuple[bool, bool]:
-    """Whether the number comes first and last: as its siblings show, if there are any."""
+def _places_of(number: int, ranks: Ranks, norm: bool) -> frozenset[str]:
+    """What the number says about the place in the block, as its siblings show, if there are any: the first of several
+    norms comes before, the last after. Of the two matrices of a feed-forward part, the first goes up, the second down;
+    and a matrix may be any part."""
+    first, last = (number == 0, number == 2) if norm else (number in (0, 1), number in (1, 2))
     for _, rank, count in ranks[-1:]:
-        return rank == 0, rank == count - 1
-    return first, last
+        first, last = rank == 0, rank == count - 1
+    if norm:
+        return frozenset(("pre",) if first else ("post",) if last else ())
+    return _PARTS.union(("up", "in", "mlp") if first else (), ("down", "out", "mlp") if last else ())
 
 
 _STEPS: tuple[Callable[[Case], bool | None], ...] = (
