@@ -109,12 +109,14 @@ def reshaped(dims: Dims, targets: Sequence[Target]) -> Dims | None:
             return None
         head.append(found)
     tail: list[Dim] = []
+    atoms.reverse()
     for n, target in enumerate(reversed(right)):
         alone = n + 1 == len(right) and len(dims) > 1  # everything except the batch
-        found = _take(atoms, target, True, alone and bool(atoms) and atoms[0].name == BATCH, len(atoms) - 1)
+        found = _take(atoms, target, True, alone and bool(atoms) and atoms[-1].name == BATCH, len(atoms) - 1)
         if found is None:
             return None
-        tail.append(found)
+        tail.append(found[::-1])
+    atoms.reverse()
     if free is None:
         return None if atoms else tuple(map(_whole, head))
     return tuple(map(_whole, (*head, tuple(atoms), *reversed(tail))))
@@ -137,44 +139,38 @@ def _halves(a: Atom, b: Atom) -> bool:
 
 
 def _take(atoms: list[Atom], target: Target, back: bool, rest: bool, most: int) -> Dim | None:
-    """Take the atoms of one axis off an end of `atoms`. rest: if lengths are unknown, take `most` atoms."""
+    """Take the atoms of one axis off the start of `atoms`, which run from the last to the first if `back`. rest: if
+    lengths are unknown, take `most` atoms."""
     if target in (1, ()):
         return ()
+    mine = tuple(atoms[:most] if isinstance(target, int) else atoms[: len(target)])
     if not isinstance(target, int):
-        mine = atoms[len(atoms) - len(target) :] if back else atoms[: len(target)]
-        if sorted(map(str, _names(tuple(mine)))) != sorted(map(str, _names(target))):
-            return None
-        _drop(atoms, len(mine), back)
-        return tuple(mine)
-    mine = atoms[len(atoms) - most :] if back else atoms[:most]
-    if rest and any(atom.size is None for atom in mine):
-        if target % math.prod(atom.size for atom in mine if atom.size is not None):
-            return None
-        _drop(atoms, len(mine), back)
-        return tuple(mine)
+        whole = sorted(map(str, _names(mine))) == sorted(map(str, _names(target)))
+    elif rest and any(atom.size is None for atom in mine):
+        whole = target % math.prod(atom.size for atom in mine if atom.size is not None) == 0
+    else:
+        return _counted(atoms, target, back)
+    del atoms[: len(mine)]
+    return mine if whole else None
+
+
+def _counted(atoms: list[Atom], left: int, back: bool) -> Dim | None:
+    """Take atoms whose lengths multiply to `left` off the start; the last of them may be a part of its axis."""
     taken: list[Atom] = []
-    left = target
     while left > 1:
-        atom = atoms[-1 if back else 0] if atoms else Atom("")
+        atom = atoms.pop(0) if atoms else Atom("")
         if atom.size is None:
             return None
         if left % atom.size == 0:
             taken.append(atom)
-            _drop(atoms, 1, back)
             left //= atom.size
         elif atom.size % left == 0:
-            outer, inner = (atom.size // left, left) if back else (left, atom.size // left)
-            one, two = replace(atom, size=outer, part=(*atom.part, 0)), replace(atom, size=inner, part=(*atom.part, 1))
-            taken.append(two if back else one)
-            atoms[-1 if back else 0] = one if back else two
+            taken.append(replace(atom, size=left, part=(*atom.part, int(back))))
+            atoms.insert(0, replace(atom, size=atom.size // left, part=(*atom.part, int(not back))))
             left = 1
         else:
             return None
-    return tuple(reversed(taken)) if back else tuple(taken)
-
-
-def _drop(atoms: list[Atom], count: int, back: bool) -> None:
-    del atoms[len(atoms) - count if back else 0 : len(atoms) if back else count]
+    return tuple(taken)
 
 
 # ---------------------------------------------------------------- findings about leaves

@@ -110,12 +110,11 @@ class _Run:
             args = [self._value(arg) for arg in node.args]
             kwargs = {name: self._value(arg) for name, arg in node.kwargs.items()}
             found: Value = None
+            path = f"{prefix}.{node.target}" if prefix else str(node.target)
             if node.op == "call_module":
-                path = f"{prefix}.{node.target}" if prefix else str(node.target)
                 self._called(path, prefix)
                 found = self._module(path, self.root.get_submodule(path), args)
             elif node.op == "get_attr":
-                path = f"{prefix}.{node.target}" if prefix else str(node.target)
                 found = self._leaf(path)
             elif node.op == "call_function":
                 found = self._function(_names().get(node.target, getattr(node.target, "__name__", "")), args, kwargs)
