@@ -11,7 +11,7 @@ from typing import Any
 from graftax.layers.base import Connection, Part
 from graftax.match.flatten import CELL, Suspect, recurrent_inputs
 from graftax.match.names import Lexicon
-from graftax.match.units import assigned, fits_of, plain, proposal, question, refused
+from graftax.match.units import assigned, fits_of, plain, proposal, question, refused, torch_layers
 from graftax.plans import Candidate, Entry, Proposal, Question
 from graftax.rules.text import rule_line
 from graftax.tree import Checkpoint
@@ -30,7 +30,7 @@ def recurrent(torch: Checkpoint, flax: Checkpoint, ruled: Iterable[Entry], turne
     """Connect the recurrent layers of both sides. `ruled`: settled entries; `turned`: the torch end is like."""
     ruled = list(ruled)
     said = {name for entry in ruled for name in (*entry.sources, *entry.targets)}
-    left = _torch_layers(torch, said)
+    left = torch_layers(torch, lambda role: "_" in role and CELL.fullmatch(role), said, only=True)
     right = flax_cells(flax, said) if left else []
     if not right:
         return Proposal()
@@ -95,20 +95,6 @@ def _lines(connection: Connection) -> str:
 
 
 # ---------------------------------------------------------------- units
-
-
-def _torch_layers(end: Checkpoint, said: Set[str]) -> list[Part]:
-    """The modules with matrices of gates of which rules leave something."""
-    groups: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    for path in end.specs:
-        owner, _, role = path.rpartition(".")
-        if "_" in role and CELL.fullmatch(role):
-            groups[owner][role] = path
-    return [
-        Part(path, "torch", leaves, end.specs, end.live.modules.get(path))
-        for path, leaves in groups.items()
-        if any(name not in said for name in leaves.values())
-    ]
 
 
 def flax_cells(end: Checkpoint, said: Set[str]) -> list[Part]:

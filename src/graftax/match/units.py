@@ -4,7 +4,8 @@ of unit has a generator; this module fits units, takes the pairs that names or s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 from graftax.errors import Failure, LayoutError, escape
@@ -14,6 +15,7 @@ from graftax.match.names import Lexicon, concepts, contradicts
 from graftax.match.sides import tokens_of
 from graftax.ops import invert_chain
 from graftax.plans import PARITY, Assumption, Candidate, Entry, Proposal, Question
+from graftax.tree import Checkpoint
 
 BARE = "Bare parameter"
 EQUAL = 2.0
@@ -44,6 +46,21 @@ def plain(path: str) -> str:
     """A Flax path without its collection."""
     head, slash, rest = path.partition("/")
     return rest if slash and head in ("params", "batch_stats") else path
+
+
+def torch_layers(end: Checkpoint, shows: Callable[[str], object], said: Set[str], only: bool = False) -> list[Part]:
+    """The torch modules of a kind, of which rules leave something: some leaf shows it by its role. `only`: without
+    their other leaves; `said`: the leaves that rules settle."""
+    layers: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for name in end:
+        path, between, role = f".{name}".partition(".parametrizations.")
+        path, role = (path, between[1:] + role) if between else (path.rpartition(".")[0], path.rpartition(".")[2])
+        layers[path[1:]][role] = name
+    told = {role for role in {role for roles in layers.values() for role in roles} if shows(role)}
+    found = [(path, roles) for path, roles in layers.items() if not told.isdisjoint(roles)]
+    made = [(path, {r: leaf for r, leaf in roles.items() if r in told or not only}) for path, roles in found]
+    left = [(path, roles) for path, roles in made if not said >= set(roles.values())]
+    return [Part(path, "torch", roles, end.specs, end.live.modules.get(path)) for path, roles in left]
 
 
 def connected(torch: Part, flax: Part) -> Connection | Failure | None:

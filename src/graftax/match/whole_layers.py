@@ -4,7 +4,7 @@ one-to-one reading (weight and spectral norm) if only one pairing is possible or
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from graftax.errors import Failure
@@ -12,7 +12,7 @@ from graftax.layers import Part, known_kind
 from graftax.match.choose import says_transposed
 from graftax.match.kinds import OF_TWO
 from graftax.match.names import concepts, lexicon
-from graftax.match.units import EQUAL, Fit, assigned, connected, fits_of, plain, proposal, refused
+from graftax.match.units import EQUAL, Fit, assigned, connected, fits_of, plain, proposal, refused, torch_layers
 from graftax.plans import Entry, Proposal
 from graftax.tree import Checkpoint, Module, Side, split_path, whole_words
 
@@ -130,11 +130,11 @@ def _normed(torch: Checkpoint, flax: Checkpoint, ruled: Sequence[Entry], turned:
     if it is the only one on both sides, or the only one with equal names. If rules have settled a part of a layer
     (`ruled`) as the table pairs it, the rest of the layer is taken."""
     said = {name for entry in ruled for name in (*entry.sources, *entry.targets)}
-    left = _open(_torch_layers(torch), said)
+    left = torch_layers(torch, _REPARAMETRISED.fullmatch, said)
     if not left:
         return Proposal()
     kept, folded = _flax_layers(flax)
-    right = _open([*kept, *folded], said)
+    right = [part for part in (*kept, *folded) if not said.issuperset(part.leaves.values())]
     fits, refusals = fits_of(left, right, ruled, lexicon())
     out = Proposal()
     taken = assigned(replace(fit, alike=fit.alike if fit.alike >= EQUAL else min(fit.alike, 0.0)) for fit in fits)
@@ -151,11 +151,6 @@ def _normed(torch: Checkpoint, flax: Checkpoint, ruled: Sequence[Entry], turned:
     return out.joined(refused(*some[0], turned)) if some else out
 
 
-def _open(parts: Iterable[Part], said: set[str]) -> list[Part]:
-    """The units of which rules leave something."""
-    return [part for part in parts if not said.issuperset(part.leaves.values())]
-
-
 def _either_convolution(label: str, path: str) -> Failure:
     return Failure(
         "a normed square kernel may be a convolution's or a transposed one's, and only a live module shows which",
@@ -163,17 +158,6 @@ def _either_convolution(label: str, path: str) -> Failure:
         path,
         next="Give the torch module itself, or fold the norm into its weight first.",
     )
-
-
-def _torch_layers(end: Checkpoint) -> list[Part]:
-    """The modules whose weight is in parts."""
-    layers: dict[str, dict[str, str]] = {}
-    for name in end:
-        path, between, role = f".{name}".partition(".parametrizations.")
-        path, role = (path, between[1:] + role) if between else (path.rpartition(".")[0], path.rpartition(".")[2])
-        layers.setdefault(path[1:], {})[role] = name
-    found = {role: bool(_REPARAMETRISED.fullmatch(role)) for roles in layers.values() for role in roles}
-    return [_unit(path, roles, end, "torch") for path, roles in layers.items() if any(found[role] for role in roles)]
 
 
 def _flax_layers(end: Checkpoint) -> tuple[list[Part], list[Part]]:
