@@ -116,9 +116,8 @@ def _holders(tree: Checkpoint, path: str) -> Iterator[tuple[Module, str]]:
 
 def conversion(one: LeafRole, other: LeafRole) -> tuple[Op, ...] | None:
     """The ops from a leaf of one role to a leaf of another role of the same side, stacks left out; () if both lie
-    alike,
-    None if the roles do not show it. A transposed convolution that is stored (in, out) runs over its window the other
-    way around than one that is stored (out, in)."""
+    alike, None if the roles do not show it. A transposed convolution that is stored (in, out) runs over its window the
+    other way around than one that is stored (out, in)."""
     ends = (one, other)
     names = [{axis.name for axis in role.parts if axis.size > 1} for role in ends]
     if one.layer != other.layer and (names[0] != names[1] or "k" in names[0]):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from graftax.match.names import UNKNOWN, Lexicon, Name, concepts
-from graftax.match.numbers import CALL
+from graftax.match.numbers import automatic
 from graftax.match.pairs import Pair, Scope
 from graftax.match.scope_names import Ranks, main_column, numbered_as
 from graftax.match.sides import Module
@@ -186,14 +185,12 @@ def _chosen_number(module: Module, name: Name, other: Name) -> bool:
         return False
     if module.tokens[module.own :] == name.raw[-1:]:
         return False
-    path = main_column(module).path
-    return not any(CALL.fullmatch(part) for part in re.split(r"[./]", path))
+    return not any(automatic(main_column(module).path))
 
 
 def counts_calls(module: Module) -> bool:
     """True if the last part of the module's path is an automatic name."""
-    path = main_column(module).path
-    return any(CALL.fullmatch(part) for part in re.split(r"[./]", path)[-2:-1])
+    return any(automatic(main_column(module).path)[-2:-1])
 
 
 def only_window(pair: Pair) -> bool:

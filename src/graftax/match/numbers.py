@@ -12,6 +12,12 @@ CALL = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
 """An automatic name, such as `Dense_0`: its number counts calls."""
 CUT = re.compile(rf"({NUMBER.pattern})", re.ASCII)
 
+
+def automatic(path: str) -> list[bool]:
+    """For each part of a path: whether it is an automatic name."""
+    return [bool(CALL.fullmatch(part)) for part in re.split(r"[./]", path)]
+
+
 _PADDED = re.compile(r"(?<!\d)0\d", re.ASCII)
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from graftax.match.components import components
 from graftax.match.names import Lexicon
-from graftax.match.numbers import CALL
+from graftax.match.numbers import CALL, automatic
 from graftax.match.pairs import Pair, Route, Scope
 from graftax.match.scope_names import numbered_as
 from graftax.match.sides import Module
@@ -252,13 +252,13 @@ def counted_part(path: str) -> str:
     return "/".join(parts[: last + 1])
 
 
-def counts_calls(scope: Scope) -> bool:
+def calls_on_one_side(scope: Scope) -> bool:
     """True if automatic names number the modules of only one side."""
     return any(map(_counted, scope.torch)) != any(map(_counted, scope.flax))
 
 
 def _counted(module: Module) -> bool:
-    return any(CALL.fullmatch(part) for part in re.split(r"[./]", path_of(module))[-3:-1])
+    return any(automatic(path_of(module))[-3:-1])
 
 
 def path_of(module: Module) -> str:

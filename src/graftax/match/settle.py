@@ -13,7 +13,7 @@ from graftax.match.fits import candidates, fit
 from graftax.match.groups import Group, find_groups
 from graftax.match.leftovers import by_kind, single_out
 from graftax.match.match_inputs import Ends
-from graftax.match.orders import RULED, counts_calls, in_order, out_of_order
+from graftax.match.orders import RULED, calls_on_one_side, in_order, out_of_order
 from graftax.match.pairs import EVERY, LIVE, Finding, Link, Pair, Scope
 from graftax.match.partial import anchored, reopened
 from graftax.match.parts import crossing, judge_inside, the_rest
@@ -42,12 +42,13 @@ class Settled:
 def crossed(scopes: Iterable[Scope], ends: Ends) -> bool:
     """True if shapes show calls that are not in the order of the other side's numbers. An author who calls layers in
     another order in one block may do so in all."""
-    return any(counts_calls(scope) and out_of_order(candidates(scope, ends.kinds)) for scope in scopes)
+    return any(calls_on_one_side(scope) and out_of_order(candidates(scope, ends.kinds)) for scope in scopes)
 
 
 def _settle(scope: Scope, ends: Ends) -> Settled:
     pairs = candidates(scope, ends.kinds)
-    trusted = not (out_of_order(pairs) or (ends.crossed and counts_calls(scope)))
+    calls = calls_on_one_side(scope)
+    trusted = not (out_of_order(pairs) or (ends.crossed and calls))
     if not trusted:
         pairs = candidates(scope, ends.kinds, numbers=False)
     if ends.fused:
@@ -62,7 +63,7 @@ def _settle(scope: Scope, ends: Ends) -> Settled:
         lambda open_, done: crossing(open_, done, scope),
         lambda open_, done: judge_inside(open_, done, scope),
         forced,
-        trusted and not counts_calls(scope),
+        trusted and not calls,
     )
     if ends.anchors:
         taken, board = reopened(taken, board, pairs, dict(scope.keys), ends.anchors, forced)
@@ -82,7 +83,7 @@ def settle_kinds(scope: Scope, ends: Ends) -> list[Settled]:
     settled kind by kind, provided that fewer leaves are left over. So it is if numbers count calls and their order is
     doubtful: they mean the same only in blocks of one kind (`Conv_1` follows a projection, where there is one)."""
     whole = _settle(scope, ends)
-    calls = counts_calls(scope)
+    calls = calls_on_one_side(scope)
     if scope.root or not (calls or open_leaves(whole)):
         return [whole]
     kinds = by_kind(scope)
